@@ -1,0 +1,82 @@
+"""Canonical msgpack: the only door to the msgpack package (format_spec/container.md, "Structure").
+
+Canonical means: shortest integer and length forms, map keys are strings in strictly ascending order of their
+UTF-8 bytes, no floats, no extension types. One value has one encoding, so re-encoding is the check.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+
+from rac.errors import FormatError
+
+
+def pack(value: Any) -> bytes:
+    """Encode `value` (None, bool, int, str, bytes, list, dict with str keys) canonically."""
+    return bytes(msgpack.packb(_ordered(value), use_bin_type=True))
+
+
+def _ordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _ordered(value[k]) for k in sorted(value, key=lambda s: s.encode())}
+    if isinstance(value, list | tuple):
+        return [_ordered(v) for v in value]
+    return value
+
+
+def _scan(data: bytes, depth: int) -> None:
+    """Refuse deep nesting and counts that exceed the bytes that follow, before msgpack allocates for them."""
+    at, end, open_ = 0, len(data), [1]
+    while open_:
+        if open_[-1] == 0:
+            open_.pop()
+            continue
+        open_[-1] -= 1
+        if at >= end:
+            raise FormatError("msgpack ends early")
+        b, at = data[at], at + 1
+        items = size = 0
+        if 0x80 <= b <= 0x8F:
+            items = 2 * (b & 15)
+        elif 0x90 <= b <= 0x9F:
+            items = b & 15
+        elif 0xA0 <= b <= 0xBF:
+            size = b & 31
+        elif b in (0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF):
+            n = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}[b]
+            count = int.from_bytes(data[at : at + n], "big")
+            at += n
+            if b >= 0xDC:
+                items = count * (2 if b >= 0xDE else 1)
+            else:
+                size = count
+        elif 0xCC <= b <= 0xD3:
+            size = 1 << ((b - 0xCC) & 3)
+        elif b in (0xC0, 0xC2, 0xC3) or b < 0x80 or b >= 0xE0:
+            pass
+        else:
+            raise FormatError(f"msgpack type 0x{b:02x} is not allowed")
+        if size > end - at or items > end - at:
+            raise FormatError("msgpack counts more than the bytes that follow")
+        at += size
+        if items:
+            if len(open_) > depth:
+                raise FormatError(f"msgpack nests deeper than {depth}")
+            open_.append(items)
+    if at != end:
+        raise FormatError("bytes follow the msgpack value")
+
+
+def unpack(data: bytes, depth: int = 8) -> dict[str, Any]:
+    """Decode one canonical msgpack map; FormatError on anything else."""
+    _scan(data, depth)
+    try:
+        value = msgpack.unpackb(data, strict_map_key=True, use_list=True)
+        ok = isinstance(value, dict) and pack(value) == data
+    except (ValueError, TypeError, AttributeError, msgpack.exceptions.UnpackException, OverflowError) as e:
+        raise FormatError(f"msgpack does not decode: {e}") from None
+    if not ok:
+        raise FormatError("msgpack is not a canonical map")
+    return dict(value)

@@ -1,0 +1,130 @@
+"""Byte structures of a `.rac` file and their checks (format_spec/container.md)."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from rac.container import msg
+from rac.container.zstd import xxh3
+from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError, UnsupportedError
+from rac.records import Limits, Record, Unit
+
+MAGIC = b"\x89RAC\r\n\x1a\n"
+END_MAGIC = b"\x89END\r\n\x1a\n"
+MAJOR, MINOR = 0, 1
+PRELUDE, RECORD_HEAD, TRAILER, ALIGN, STREAM_ALIGN = 32, 32, 32, 64, 16
+_PRELUDE = struct.Struct("<8sHHIII")
+_RECORD = struct.Struct("<4sHHIIQ")
+_TRAILER = struct.Struct("<QQ")
+_U64 = struct.Struct("<Q")
+
+
+def pad(n: int, to: int = ALIGN) -> int:
+    """Zero bytes that bring `n` to a multiple of `to`."""
+    return -n % to
+
+
+def header(head: dict[str, Any]) -> bytes:
+    """Prelude, header and padding."""
+    body = msg.pack(head)
+    pre = _PRELUDE.pack(MAGIC, MAJOR, MINOR, 0, len(body), 0)
+    return pre + _U64.pack(xxh3(pre, body)) + body + bytes(pad(PRELUDE + len(body)))
+
+
+def parse_prelude(data: bytes, limits: Limits) -> int:
+    """Length of the header behind a 32-byte prelude."""
+    if len(data) < PRELUDE:
+        if not MAGIC.startswith(data[:8]):
+            raise FormatError("not a .rac file: wrong magic", offset=0)
+        raise TruncatedError("file ends inside the prelude", offset=len(data))
+    magic, major, _, flags, size, zero = _PRELUDE.unpack_from(data)
+    if magic != MAGIC:
+        raise FormatError("not a .rac file: wrong magic", offset=0)
+    if major != MAJOR:
+        raise UnsupportedError(f"format version {major} is not supported (this reader knows {MAJOR})", offset=8)
+    if flags or zero:
+        raise UnsupportedError("unknown critical flags in the prelude", offset=12)
+    if size > limits.header:
+        raise LimitError(f"header of {size} bytes exceeds the limit of {limits.header}", offset=16)
+    return int(size)
+
+
+def parse_header(prelude: bytes, body: bytes, padding: bytes, limits: Limits) -> dict[str, Any]:
+    """Check and decode the header."""
+    if xxh3(prelude[:24], body) != _U64.unpack_from(prelude, 24)[0]:
+        raise ChecksumError("header checksum does not match", unit="header", offset=0)
+    if any(padding):
+        raise FormatError("padding is not zero", unit="header", offset=PRELUDE + len(body))
+    return msg.unpack(body, limits.depth)
+
+
+def record_head(kind: int, flags: int, head: dict[str, Any], payload_size: int) -> bytes:
+    """Fixed head, msgpack head and padding: the bytes in front of the payload."""
+    body = msg.pack(head)
+    fixed = _RECORD.pack(b"RREC", kind, flags, len(body), 0, payload_size)
+    return fixed + _U64.pack(xxh3(fixed, body)) + body + bytes(pad(RECORD_HEAD + len(body)))
+
+
+def parse_record(at: int, fixed: bytes, limits: Limits) -> tuple[int, int, int, int, int]:
+    """(type, flags, head length, payload length, checksum) of a 32-byte fixed record head."""
+    if len(fixed) < RECORD_HEAD:
+        raise TruncatedError("file ends inside a record head", offset=at + len(fixed))
+    magic, kind, flags, size, zero, payload = _RECORD.unpack_from(fixed)
+    if magic != b"RREC":
+        raise FormatError("no record starts here", offset=at)
+    if flags & ~1 or zero:
+        raise UnsupportedError("unknown critical record flags", offset=at + 6)
+    if size > limits.head:
+        raise LimitError(f"record head of {size} bytes exceeds the limit of {limits.head}", offset=at)
+    if payload > 1 << 62:
+        raise FormatError("record payload length is out of range", offset=at + 16)
+    return kind, flags, size, payload, _U64.unpack_from(fixed, 24)[0]
+
+
+def parse_record_body(at: int, fixed: bytes, body: bytes, padding: bytes, limits: Limits) -> Record:
+    """Check and decode the msgpack head of a record."""
+    kind, flags, size, payload, check = parse_record(at, fixed, limits)
+    if len(body) != size or len(padding) != pad(RECORD_HEAD + size):
+        raise TruncatedError("file ends inside a record head", offset=at)
+    if xxh3(fixed[:24], body) != check:
+        raise ChecksumError("record head checksum does not match", offset=at)
+    if any(padding):
+        raise FormatError("padding is not zero", offset=at + RECORD_HEAD + size)
+    head = msg.unpack(body, limits.depth)
+    start = at + RECORD_HEAD + size + len(padding)
+    return Record(kind, flags, at, head, size, start, payload, check)
+
+
+def pack_units(units: list[bytes]) -> tuple[bytes, bytes]:
+    """(directory, payload): 16 directory bytes per unit (length, XXH3-64); units 16-byte aligned."""
+    directory = b"".join(struct.pack("<QQ", len(u), xxh3(u)) for u in units)
+    return directory, b"".join(u + bytes(pad(len(u), STREAM_ALIGN)) for u in units)
+
+
+def parse_units(directory: Any, payload_size: int) -> list[Unit]:
+    """Unit table of a record; together the units fill the payload exactly."""
+    if not isinstance(directory, bytes) or len(directory) % 16:
+        raise FormatError("unit directory is malformed")
+    units, at = [], 0
+    for size, check in struct.iter_unpack("<QQ", directory):
+        units.append(Unit(at, size, check))
+        at += size + pad(size, STREAM_ALIGN)
+    if at != payload_size:
+        raise FormatError("units do not fill the payload exactly")
+    return units
+
+
+def trailer(at: int, size: int) -> bytes:
+    """The last 32 bytes: offset and size of the index record, checksum, end magic."""
+    body = _TRAILER.pack(at, size)
+    return body + _U64.pack(xxh3(body)) + END_MAGIC
+
+
+def parse_trailer(data: bytes) -> tuple[int, int]:
+    """(offset, size) of the index record."""
+    if len(data) != TRAILER or data[24:] != END_MAGIC:
+        raise TruncatedError("file has no trailer: it is cut off or was never finished")
+    if xxh3(data[:16]) != _U64.unpack_from(data, 16)[0]:
+        raise ChecksumError("trailer checksum does not match", unit="trailer")
+    return _TRAILER.unpack_from(data)

@@ -1,0 +1,1 @@
+"""Records to dense tensors."""

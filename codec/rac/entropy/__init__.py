@@ -1,0 +1,1 @@
+"""Symbols to words and back: integer frequency tables, ANS lanes."""

@@ -1,0 +1,76 @@
+"""One exception tree for everything that can go wrong.
+
+RacError
+ +-- FormatError            the bytes break the specification
+ |    +-- TruncatedError    the bytes end too early
+ |    +-- ChecksumError     a checksum or digest does not match
+ +-- UnsupportedError       valid, but needs a newer or larger decoder
+ +-- LimitError             more memory or structure than the reader allows
+ +-- SourceError            the input of a pack is missing or is not a model
+ +-- OutputError            the output exists, or cannot be written
+ +-- NameNotFoundError      no such tensor or attachment (also a KeyError)
+ +-- MismatchError          `verify --against` found a difference
+ +-- MissingDependencyError an optional package is needed
+"""
+
+from __future__ import annotations
+
+
+class RacError(Exception):
+    """Base of all errors of this package; names file, unit and offset where they are known."""
+
+    def __init__(
+        self, message: str, *, file: str | None = None, unit: str | None = None, offset: int | None = None
+    ) -> None:
+        self.message, self.file, self.unit, self.offset = message, file, unit, offset
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        where = [w for w in (self.file, self.unit) if w]
+        if self.offset is not None:
+            where.append(f"offset {self.offset}")
+        return f"{self.message} [{', '.join(where)}]" if where else self.message
+
+
+class FormatError(RacError):
+    """The bytes break the specification."""
+
+
+class TruncatedError(FormatError):
+    """The bytes end before the structure does."""
+
+
+class ChecksumError(FormatError):
+    """A checksum, a digest or a final coder state does not match."""
+
+
+class UnsupportedError(RacError):
+    """The file is well formed but needs something that this version does not know."""
+
+
+class LimitError(RacError):
+    """A size exceeds the limit that protects the reader."""
+
+
+class SourceError(RacError):
+    """The input of a pack is missing, damaged, or not a model."""
+
+
+class OutputError(RacError):
+    """The output already exists or cannot be written."""
+
+
+class NameNotFoundError(RacError, KeyError):
+    """The archive holds nothing of that name."""
+
+    __str__ = RacError.__str__
+
+
+class MismatchError(RacError):
+    """A comparison with the source found a difference."""
+
+
+class MissingDependencyError(RacError, ImportError):
+    """An optional package is needed for this."""
+
+    __str__ = RacError.__str__

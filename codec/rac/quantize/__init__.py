@@ -1,0 +1,1 @@
+"""Weights to symbols and raw bits, and back."""
