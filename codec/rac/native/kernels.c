@@ -1,0 +1,204 @@
+/* Decode and analysis kernels. Plain C, no Python headers; loaded through ctypes (which releases the GIL).
+ * Every loop has a numpy or numba twin in the package that the tests hold it to, bit for bit. */
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAVE_X86 1
+#endif
+
+static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const uint32_t *words, uint32_t *p,
+                            uint32_t end) {
+    uint32_t e = lut[(x >> 12) & 4095];
+    *o = (uint8_t)e;
+    x = ((((x >> 24) * (e >> 20)) + ((e >> 8) & 4095)) << 12) | (x & 4095);
+    if ((x >> 32) == 0 && *p < end) x = (x << 32) | words[(*p)++];
+    return x;
+}
+
+static void rows_scalar(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end,
+                        uint64_t *st, uint8_t *out, int64_t steps, int64_t lanes, int64_t used) {
+    int64_t l = 0;
+    for (; l + 4 <= used; l += 4) {
+        uint64_t a = st[l], b = st[l + 1], c = st[l + 2], d = st[l + 3];
+        uint32_t pa = ptr[l], pb = ptr[l + 1], pc = ptr[l + 2], pd = ptr[l + 3];
+        uint8_t *o = out + l;
+        for (int64_t t = 0; t < steps; t++, o += lanes) {
+            a = step(a, lut, o, words, &pa, end[l]);
+            b = step(b, lut, o + 1, words, &pb, end[l + 1]);
+            c = step(c, lut, o + 2, words, &pc, end[l + 2]);
+            d = step(d, lut, o + 3, words, &pd, end[l + 3]);
+        }
+        st[l] = a; st[l + 1] = b; st[l + 2] = c; st[l + 3] = d;
+        ptr[l] = pa; ptr[l + 1] = pb; ptr[l + 2] = pc; ptr[l + 3] = pd;
+    }
+    for (; l < used; l++) {
+        uint64_t a = st[l];
+        uint32_t pa = ptr[l];
+        for (int64_t t = 0; t < steps; t++) a = step(a, lut, out + t * lanes + l, words, &pa, end[l]);
+        st[l] = a; ptr[l] = pa;
+    }
+}
+
+#ifdef HAVE_X86
+#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
+#define ROWS512(NAME, V)                                                                                      \
+    AVX512 static void NAME(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end,   \
+                            uint64_t *st, uint8_t *out, int64_t steps, int64_t lanes) {                       \
+        const __m512i m12 = _mm512_set1_epi64(4095), high = _mm512_set1_epi64((int64_t)0xffffffff00000000ull); \
+        const __m256i m12s = _mm256_set1_epi32(4095), one = _mm256_set1_epi32(1);                             \
+        __m512i x[V];                                                                                         \
+        __m256i p[V], en[V];                                                                                  \
+        for (int k = 0; k < V; k++) {                                                                         \
+            x[k] = _mm512_loadu_si512(st + 8 * k);                                                            \
+            p[k] = _mm256_loadu_si256((const void *)(ptr + 8 * k));                                           \
+            en[k] = _mm256_loadu_si256((const void *)(end + 8 * k));                                          \
+        }                                                                                                     \
+        for (int64_t t = 0; t < steps; t++, out += lanes) {                                                   \
+            _Pragma("GCC unroll 4") for (int k = 0; k < V; k++) {                                             \
+                __m512i slot = _mm512_and_si512(_mm512_srli_epi64(x[k], 12), m12);                            \
+                __m256i e = _mm512_i64gather_epi32(slot, lut, 4);                                             \
+                _mm_storel_epi64((void *)(out + 8 * k), _mm256_cvtepi32_epi8(e));                             \
+                __m512i f = _mm512_cvtepu32_epi64(_mm256_srli_epi32(e, 20));                                  \
+                __m512i d = _mm512_cvtepu32_epi64(_mm256_and_si256(_mm256_srli_epi32(e, 8), m12s));           \
+                __m512i y = _mm512_add_epi64(_mm512_mullo_epi64(_mm512_srli_epi64(x[k], 24), f), d);          \
+                y = _mm512_or_si512(_mm512_slli_epi64(y, 12), _mm512_and_si512(x[k], m12));                   \
+                __mmask8 need = _mm512_testn_epi64_mask(y, high);                                             \
+                need = _mm256_mask_cmplt_epu32_mask(need, p[k], en[k]);                                       \
+                __m256i w = _mm256_mmask_i32gather_epi32(_mm256_setzero_si256(), need, p[k], words, 4);       \
+                y = _mm512_mask_or_epi64(y, need, _mm512_slli_epi64(y, 32), _mm512_cvtepu32_epi64(w));        \
+                p[k] = _mm256_mask_add_epi32(p[k], need, p[k], one);                                          \
+                x[k] = y;                                                                                     \
+            }                                                                                                 \
+        }                                                                                                     \
+        for (int k = 0; k < V; k++) {                                                                         \
+            _mm512_storeu_si512(st + 8 * k, x[k]);                                                            \
+            _mm256_storeu_si256((void *)(ptr + 8 * k), p[k]);                                                 \
+        }                                                                                                     \
+    }
+ROWS512(rows512x1, 1)
+ROWS512(rows512x2, 2)
+ROWS512(rows512x4, 4)
+static int has512(void) {
+    static int known = -1;
+    if (known < 0) {
+        __builtin_cpu_init();
+        known = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    }
+    return known;
+}
+#else
+static int has512(void) { return 0; }
+#endif
+
+int rac_features(void) { return has512(); }
+
+static void rows(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end, uint64_t *st,
+                 uint8_t *out, int64_t steps, int64_t lanes) {
+    int64_t l = 0;
+#ifdef HAVE_X86
+    if (has512() && steps > 8) {
+        for (; l + 32 <= lanes; l += 32) rows512x4(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
+        for (; l + 16 <= lanes; l += 16) rows512x2(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
+        for (; l + 8 <= lanes; l += 8) rows512x1(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
+    }
+#endif
+    if (l < lanes) rows_scalar(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes, lanes - l);
+}
+
+/* Decode all segments of a tile to symbols. seg[2k] symbols under table seg[2k+1]. 0, or 1: bad final state. */
+int rac_ans_decode(const uint32_t *luts, const uint32_t *words, const uint16_t *count, int64_t lanes,
+                   const int64_t *seg, int64_t nseg, uint8_t *out) {
+    uint64_t st[1024];
+    uint32_t ptr[1024], end[1024], at = 0;
+    for (int64_t l = 0; l < lanes; l++) {
+        ptr[l] = at; end[l] = at += count[l];
+        uint64_t x = 0;
+        if (ptr[l] < end[l]) x = words[ptr[l]++];
+        if (ptr[l] < end[l]) x = x << 32 | words[ptr[l]++];
+        st[l] = x;
+    }
+    for (int64_t k = 0; k < nseg; k++) {
+        const uint32_t *lut = luts + 4096 * seg[2 * k + 1];
+        int64_t full = seg[2 * k] / lanes, rest = seg[2 * k] % lanes;
+        rows(lut, words, ptr, end, st, out, full, lanes);
+        out += full * lanes;
+        rows_scalar(lut, words, ptr, end, st, out, 1, lanes, rest);
+        out += rest;
+    }
+    int bad = 0;
+    for (int64_t l = 0; l < lanes; l++) bad |= st[l] != 0 || ptr[l] != end[l];
+    return bad;
+}
+
+/* words (n) of w bytes -> top[i] = (magnitude >> shift), for histograms; value < 65536 is the caller's promise */
+#define TOPS(T, NAME)                                                                                         \
+    void NAME(const T *v, int64_t n, int z, int sign, int shift, uint16_t *out) {                             \
+        T mask = (T)~(T)0; int bits = (int)sizeof(T) * 8 - z;                                                 \
+        if (bits < (int)sizeof(T) * 8) mask = (T)(((T)1 << bits) - 1);                                        \
+        if (sign) mask = (T)(mask >> 1);                                                                      \
+        for (int64_t i = 0; i < n; i++) out[i] = (uint16_t)(((T)(v[i] >> z) & mask) >> shift);                \
+    }
+TOPS(uint8_t, rac_tops1)
+TOPS(uint16_t, rac_tops2)
+TOPS(uint32_t, rac_tops4)
+TOPS(uint64_t, rac_tops8)
+
+/* hist[class of row][value] += 1 */
+void rac_hist(const uint16_t *v, int64_t rows_, int64_t cols, const uint8_t *rowclass, int64_t size,
+              uint32_t *hist) {
+    for (int64_t r = 0; r < rows_; r++) {
+        uint32_t *h = hist + (rowclass ? rowclass[r] : 0) * size;
+        for (int64_t c = 0; c < cols; c++) h[v[r * cols + c]]++;
+    }
+}
+
+/* rowclass[r] = argmin_k sum_c cost[sym][k] + bias[k]; cost holds 16 classes per symbol */
+void rac_assign(const uint8_t *sym, int64_t rows_, int64_t cols, const int32_t *cost, const int64_t *bias,
+                int64_t classes, uint8_t *out) {
+    for (int64_t r = 0; r < rows_; r++) {
+        int64_t sum[16] = {0};
+        for (int64_t c0 = 0; c0 < cols; c0 += 4096) {
+            int32_t acc[16] = {0};
+            int64_t c1 = c0 + 4096 < cols ? c0 + 4096 : cols;
+            for (int64_t c = c0; c < c1; c++) {
+                const int32_t *k = cost + 16 * sym[r * cols + c];
+                for (int j = 0; j < 16; j++) acc[j] += k[j];
+            }
+            for (int j = 0; j < 16; j++) sum[j] += acc[j];
+        }
+        int best = 0;
+        for (int j = 0; j < classes; j++) if (sum[j] + bias[j] < sum[best] + bias[best]) best = j;
+        out[r] = (uint8_t)best;
+    }
+}
+
+/* symbols (n) in sequence order -> lane-major pieces, segment by segment */
+void rac_to_lanes(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t nseg, const int64_t *start,
+                  uint8_t *out) {
+    int64_t pos[1024];
+    for (int64_t l = 0; l < lanes; l++) pos[l] = start[l];
+    for (int64_t k = 0; k < nseg; k++) {
+        int64_t n = seg[2 * k];
+        for (int64_t l = 0; l < lanes; l++) {
+            int64_t p = pos[l];
+            for (int64_t i = l; i < n; i += lanes) out[p++] = sym[i];
+            pos[l] = p;
+        }
+        sym += n;
+    }
+}
+
+/* 16-bit words with a nibble of raw bits (sign, 3 mantissa bits): the common merge, sequence order */
+void rac_merge16_4(const uint8_t *sym, const uint16_t *value, const uint8_t *plane, int64_t n, uint16_t *out) {
+    for (int64_t i = 0; i + 1 < n; i += 2) {
+        uint32_t b = plane[i >> 1];
+        out[i] = (uint16_t)(value[sym[i]] << 3 | (b & 7) | (b & 8) << 12);
+        out[i + 1] = (uint16_t)(value[sym[i + 1]] << 3 | ((b >> 4) & 7) | (b >> 7) << 15);
+    }
+    if (n & 1) {
+        uint32_t b = plane[n >> 1];
+        out[n - 1] = (uint16_t)(value[sym[n - 1]] << 3 | (b & 7) | (b & 8) << 12);
+    }
+}
