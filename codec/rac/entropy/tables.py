@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import native
 from rac.errors import FormatError
 
 BITS, TOTAL = 12, 4096
@@ -35,40 +36,42 @@ def normalise(counts: NDArray[np.int64]) -> NDArray[np.uint16]:
     return f.astype(np.uint16)
 
 
-def check(tables: NDArray[np.uint16]) -> None:
-    """FormatError unless every row of `tables` (T, n) sums to 4096 with no entry above 4095."""
-    if (tables.astype(np.int64).sum(axis=1) != TOTAL).any() or (tables > TOTAL - 1).any():
+def to_bytes(tables: NDArray[np.uint16], order: int) -> bytes:
+    """Exponential-Golomb code of the zigzag differences along each row of `tables` (T, n); MSB first.
+
+    The order of one difference grows with the frequency before it, as counting noise does:
+    max(0, bit_length(previous) // 2 + order).
+    """
+    f = tables.astype(np.int64)
+    prev = np.concatenate([np.zeros((len(f), 1), np.int64), f[:, :-1]], axis=1).ravel()
+    d = f.ravel() - prev
+    k = np.maximum(0, _bit_length(prev) // 2 + order)
+    v = ((d << 1) ^ (d >> 63)) + (1 << k)
+    q = _bit_length(v) - 1 - k
+    width = 2 * q + k + 1
+    ends = np.cumsum(width)
+    bits = np.zeros(int(ends[-1]), np.uint8)
+    for b in range(int((q + k).max()) + 1):
+        use = q + k >= b
+        bits[ends[use] - 1 - b] = (v[use] >> b) & 1
+    return np.packbits(bits).tobytes()
+
+
+def _bit_length(v: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.frexp(v.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
+
+
+def from_bytes(data: bytes, count: int, size: int, order: int) -> NDArray[np.uint16]:
+    """Inverse of `to_bytes`. Returns (count, size) uint16; FormatError unless each row sums to 4096."""
+    out = np.empty((count, size), np.uint16)
+    code = native.tables(data, out, order)
+    if code == 1:
+        raise FormatError("frequency tables are cut off, or bits follow them")
+    if code == 2:
         raise FormatError("frequency table does not sum to 4096")
-
-
-def to_bytes(tables: NDArray[np.uint16]) -> bytes:
-    """Row-wise differences, zigzag, low-byte plane then high-byte plane."""
-    d = np.diff(tables.astype(np.int32), axis=1, prepend=0)
-    z = ((d << 1) ^ (d >> 31)).astype(np.uint16).ravel()
-    return (z & 255).astype(np.uint8).tobytes() + (z >> 8).astype(np.uint8).tobytes()
-
-
-def from_bytes(data: bytes, count: int, size: int) -> NDArray[np.uint16]:
-    """Inverse of `to_bytes`; checks the sums. Returns (count, size) uint16."""
-    n = count * size
-    if len(data) != 2 * n:
-        raise FormatError("frequency tables have the wrong length")
-    b = np.frombuffer(data, np.uint8).astype(np.int32)
-    z = (b[:n] | b[n:] << 8).reshape(count, size)
-    f = np.cumsum((z >> 1) ^ -(z & 1), axis=1)
-    if (f < 0).any() or (f > TOTAL - 1).any():
-        raise FormatError("frequency out of range")
-    out = f.astype(np.uint16)
-    check(out)
     return out
 
 
 def lookup(tables: NDArray[np.uint16]) -> NDArray[np.uint32]:
     """(T, 4096) uint32 entries: symbol | (slot - cumulative) << 8 | frequency << 20."""
-    out = np.empty((len(tables), TOTAL), np.uint32)
-    slot = np.arange(TOTAL, dtype=np.uint32)
-    sym = np.arange(tables.shape[1], dtype=np.uint32)
-    for k, f in enumerate(tables.astype(np.uint32)):
-        start = np.cumsum(f) - f
-        out[k] = np.repeat(sym | f << 20, f) | (slot - np.repeat(start, f)) << 8
-    return out
+    return native.lookup(tables)

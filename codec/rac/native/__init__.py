@@ -1,6 +1,7 @@
-"""The C kernels through ctypes, and numba in their place where they were not built.
+"""The C kernels through ctypes, and numba or numpy in their place where they were not built.
 
-`KERNEL` says which one is in use. The package works with either, bit for bit the same.
+`kernel()` says which is in use. The package works with either, bit for bit the same. ctypes releases the GIL, so
+threads that decode different tiles run side by side.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.errors import ChecksumError
+from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
+MAX_LANES = 1024
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The shared library, or None (with one warning) where it was not built or RAC_NO_NATIVE is set."""
+    """The shared library, or None (with one warning) where it was not built, or RAC_NO_NATIVE is set."""
     if os.environ.get("RAC_NO_NATIVE"):
         return None
     for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
         try:
-            return ctypes.CDLL(str(path))
+            lib = ctypes.CDLL(str(path))
         except OSError:
             continue
-    warnings.warn("rac: the C kernel was not built; decoding runs in numba, at about half the speed", stacklevel=3)
+        lib.rac_escapes.restype = ctypes.c_int64
+        return lib
+    warnings.warn("rac: the C kernel was not built; decoding runs in numba, several times slower", stacklevel=3)
     return None
 
 
@@ -40,12 +44,52 @@ def kernel() -> str:
     return "numba" if lib is None else "C, AVX-512" if lib.rac_features() else "C"
 
 
-def _p(a: Array) -> ctypes.c_void_p:
-    return ctypes.c_void_p(a.ctypes.data)
+def _p(a: Array | None) -> ctypes.c_void_p | None:
+    return None if a is None else ctypes.c_void_p(a.ctypes.data)
 
 
-def _n(v: int) -> ctypes.c_int64:
-    return ctypes.c_int64(v)
+_n = ctypes.c_int64
+_i = ctypes.c_int
+
+
+def tables(data: bytes, out: NDArray[np.uint16], order: int) -> int:
+    """Decode exp-Golomb frequency tables into `out` (T, n). 0 done, 1 bits missing or left over, 2 bad sum."""
+    lib = library()
+    if lib is not None:
+        return int(lib.rac_tables(data, _n(len(data)), _n(out.shape[0]), _n(out.shape[1]), _i(order), _p(out)))
+    bits = "".join(f"{b:08b}" for b in data)
+    at = 0
+    for row in out:
+        prev = 0
+        for i in range(len(row)):
+            k = max(0, prev.bit_length() // 2 + order)
+            q = bits.find("1", at) - at
+            if not 0 <= q <= 13 or at + 2 * q + k + 1 > len(bits):
+                return 1
+            v = int(bits[at + q : at + 2 * q + k + 1], 2) - (1 << k)
+            at += 2 * q + k + 1
+            prev += (v >> 1) ^ -(v & 1)
+            if not 0 <= prev <= 4095:
+                return 2
+            row[i] = prev
+        if int(row.sum(dtype=np.int64)) != 4096:
+            return 2
+    return int(len(bits) - at >= 8 or "1" in bits[at:])
+
+
+def lookup(freq: NDArray[np.uint16]) -> NDArray[np.uint32]:
+    """(T, 4096) entries symbol | (slot - cumulative) << 8 | frequency << 20 of tables (T, n) that sum to 4096."""
+    out = np.empty((len(freq), 4096), np.uint32)
+    lib = library()
+    if lib is not None:
+        lib.rac_lookup(_p(freq), _n(freq.shape[0]), _n(freq.shape[1]), _p(out))
+        return out
+    slot = np.arange(4096, dtype=np.uint32)
+    sym = np.arange(freq.shape[1], dtype=np.uint32)
+    for k, f in enumerate(freq.astype(np.uint32)):
+        start = np.cumsum(f) - f
+        out[k] = np.repeat(sym | f << 20, f) | (slot - np.repeat(start, f)) << 8
+    return out
 
 
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:
@@ -57,7 +101,6 @@ def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int
     """
     out = np.empty(n, np.uint8)
     lib = library()
-    words = np.ascontiguousarray(words)
     if lib is not None:
         bad = lib.rac_ans_decode(
             _p(luts), _p(words), _p(counts), _n(len(counts)), _p(segments), _n(len(segments)), _p(out)
@@ -71,34 +114,101 @@ def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int
     return out
 
 
-def tops(words: Array, zero: int, sign: bool, shift: int) -> NDArray[np.uint16]:
-    """(magnitude of words >> zero) >> shift as uint16, shape kept."""
+def escapes(
+    sym: Array, lanes: int, segments: Array, first: int, bases: Array, data: Array, counts: Array
+) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Positions and tops of the symbols >= `first`: bases[symbol - first] + the next byte of their lane."""
+    total = int(counts.sum(dtype=np.int64))
+    pos, top = np.empty(len(sym) if total else 0, np.int64), np.empty(len(sym) if total else 0, np.uint32)
     lib = library()
-    words = np.ascontiguousarray(words)
     if lib is not None:
-        out = np.empty(words.shape, np.uint16)
-        f = getattr(lib, f"rac_tops{words.itemsize}")
-        f(_p(words), _n(words.size), ctypes.c_int(zero), ctypes.c_int(sign), ctypes.c_int(shift), _p(out))
-        return out
+        if total == 0 and first >= 256:
+            return pos, top
+        pos, top = np.empty(total + 1, np.int64), np.empty(total + 1, np.uint32)
+        found = lib.rac_escapes(
+            _p(sym), _n(lanes), _p(segments), _n(len(segments)), _n(first), _p(bases), _p(data), _p(counts),
+            _p(pos), _p(top),
+        )  # fmt: skip
+        if found != total:
+            raise FormatError("escape counts do not match the symbols")
+        return pos[:total], top[:total]
+    pos = np.flatnonzero(sym >= first)
+    starts = np.concatenate([[0], np.cumsum(segments[:, 0])])
+    lane = (pos - starts[np.searchsorted(starts, pos, side="right") - 1]) % lanes
+    if (np.bincount(lane, minlength=lanes) != counts).any():
+        raise FormatError("escape counts do not match the symbols")
+    top = bases[sym[pos].astype(np.int64) - first].astype(np.uint32)
+    top[np.argsort(lane, kind="stable")] += data
+    return pos, top
+
+
+def merge(
+    sym: Array, at: int, rows: int, cols: int, row: Array | None, col: Array | None, dst: Array, stride: int,
+    value: NDArray[np.uint32], zero: int, sign: bool, shift: int, planes: Array, starts: Array, raw: int,
+    pos: Array, top: Array, escape: Array,
+) -> bool:  # fmt: skip
+    """Words of one segment straight to their place in `dst`; False where the C kernel is not there.
+
+    `dst` is a view whose first element is the tile's origin; row, col int32 orders or None; `escape` (1,) int64 is
+    the next escape, moved on.
+    """
+    lib = library()
+    if lib is None:
+        return False
+    f = getattr(lib, f"rac_merge{dst.dtype.itemsize}")
+    f(
+        _p(sym), _n(at), _n(rows), _n(cols), _p(row), _p(col), _p(dst), _n(stride), _p(value), _i(zero), _i(sign),
+        _i(shift), _p(planes), _p(starts), _i(raw), _p(pos), _p(top), _n(len(pos)), _p(escape),
+    )  # fmt: skip
+    return True
+
+
+def _top(words: Array, zero: int, sign: bool, shift: int) -> Array:
     t = words.dtype.type
-    v = words >> t(zero)
-    return ((v & t((1 << (words.itemsize * 8 - zero - sign)) - 1)) >> t(shift)).astype(np.uint16)
+    return ((words >> t(zero)) & t((1 << (words.itemsize * 8 - zero - sign)) - 1)) >> t(shift)
+
+
+def tops(words: Array, zero: int, sign: bool, shift: int) -> NDArray[np.uint16]:
+    """(magnitude of words >> zero) >> shift as uint16, shape kept; the caller knows that it fits."""
+    lib = library()
+    if lib is None:
+        return _top(words, zero, sign, shift).astype(np.uint16)
+    words = np.ascontiguousarray(words)
+    out = np.empty(words.shape, np.uint16)
+    f = getattr(lib, f"rac_tops{words.itemsize}")
+    f(_p(words), _n(words.size), _i(zero), _i(sign), _i(shift), _p(out))
+    return out
+
+
+def symbols(words: Array, zero: int, sign: bool, shift: int, lut: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """lut[top of word], shape kept; `lut` (65536,) uint8."""
+    lib = library()
+    if lib is None:
+        out: NDArray[np.uint8] = lut[_top(words, zero, sign, shift)]
+        return out
+    words = np.ascontiguousarray(words)
+    out = np.empty(words.shape, np.uint8)
+    f = getattr(lib, f"rac_symbols{words.itemsize}")
+    f(_p(words), _n(words.size), _i(zero), _i(sign), _i(shift), _p(lut), _p(out))
+    return out
 
 
 def histogram(values: NDArray[np.uint16], classes: NDArray[np.uint8] | None, k: int, size: int) -> NDArray[np.int64]:
-    """(k, size) counts of `values` (R, C) below `size` by the class of the row."""
+    """(k, size) counts of `values` (R, C), all below `size`, by the class of the row."""
     lib = library()
     if lib is not None:
         out = np.zeros((k, size), np.uint32)
-        cls = _p(classes) if classes is not None else None
-        lib.rac_hist(_p(values), _n(values.shape[0]), _n(values.shape[1]), cls, _n(size), _p(out))
+        lib.rac_hist(_p(values), _n(values.shape[0]), _n(values.shape[1]), _p(classes), _n(size), _p(out))
         return out.astype(np.int64)
     rows = np.zeros(len(values), np.int64) if classes is None else classes.astype(np.int64)
     return np.bincount((values + rows[:, None] * size).ravel(), minlength=k * size).reshape(k, size)
 
 
 def assign(symbols: NDArray[np.uint8], cost: NDArray[np.int32], bias: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Class of each row of `symbols` (R, C): argmin over k < 16 of sum cost[symbol, k] + bias[k], first on ties."""
+    """Class of each row of `symbols` (R, C): argmin over k <= 16 of sum cost[symbol, k] + bias[k], first on ties.
+
+    `cost` (256, 16) int32 with entries below 2**19, so that 4096 of them fit 31 bits.
+    """
     lib = library()
     if lib is not None:
         out = np.empty(len(symbols), np.uint8)
@@ -126,14 +236,4 @@ def to_lanes(symbols: NDArray[np.uint8], lanes: int, segments: Array, start: Arr
             out[pos[lane] : pos[lane] + len(piece)] = piece
             pos[lane] += len(piece)
         at += n
-    return out
-
-
-def merge16_4(symbols: NDArray[np.uint8], values: NDArray[np.uint16], plane: Array) -> NDArray[np.uint16] | None:
-    """16-bit words from symbols, symbol values (256,) and one nibble plane; None where C is not there."""
-    lib = library()
-    if lib is None:
-        return None
-    out = np.empty(len(symbols), np.uint16)
-    lib.rac_merge16_4(_p(symbols), _p(values), _p(plane), _n(len(symbols)), _p(out))
     return out

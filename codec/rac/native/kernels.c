@@ -190,15 +190,151 @@ void rac_to_lanes(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t
     }
 }
 
-/* 16-bit words with a nibble of raw bits (sign, 3 mantissa bits): the common merge, sequence order */
-void rac_merge16_4(const uint8_t *sym, const uint16_t *value, const uint8_t *plane, int64_t n, uint16_t *out) {
-    for (int64_t i = 0; i + 1 < n; i += 2) {
-        uint32_t b = plane[i >> 1];
-        out[i] = (uint16_t)(value[sym[i]] << 3 | (b & 7) | (b & 8) << 12);
-        out[i + 1] = (uint16_t)(value[sym[i + 1]] << 3 | ((b >> 4) & 7) | (b >> 7) << 15);
+
+/* lut[word top] for every word: words to symbols (encoder) */
+#define SYMBOLS(T, NAME)                                                                                      \
+    void NAME(const T *v, int64_t n, int z, int sign, int shift, const uint8_t *lut, uint8_t *out) {          \
+        T mask = (T)~(T)0; int bits = (int)sizeof(T) * 8 - z;                                                 \
+        if (bits < (int)sizeof(T) * 8) mask = (T)(((T)1 << bits) - 1);                                        \
+        if (sign) mask = (T)(mask >> 1);                                                                      \
+        for (int64_t i = 0; i < n; i++) out[i] = lut[(uint16_t)(((T)(v[i] >> z) & mask) >> shift)];           \
     }
-    if (n & 1) {
-        uint32_t b = plane[n >> 1];
-        out[n - 1] = (uint16_t)(value[sym[n - 1]] << 3 | (b & 7) | (b & 8) << 12);
+SYMBOLS(uint8_t, rac_symbols1)
+SYMBOLS(uint16_t, rac_symbols2)
+SYMBOLS(uint32_t, rac_symbols4)
+SYMBOLS(uint64_t, rac_symbols8)
+
+/* Exponential-Golomb frequency tables (stages/lanes.md, "Tables"). 0 ok, 1 bits run out or are left, 2 bad table */
+int rac_tables(const uint8_t *in, int64_t size, int64_t count, int64_t n, int order, uint16_t *freq) {
+    int64_t at = 0, end = size * 8;
+    for (int64_t t = 0; t < count; t++, freq += n) {
+        int32_t prev = 0, sum = 0;
+        for (int64_t i = 0; i < n; i++) {
+            int k = (prev ? 32 - __builtin_clz((unsigned)prev) : 0) / 2 + order, q = 0;
+            if (k < 0) k = 0;
+            for (;; at++, q++) {
+                if (at >= end || q > 13) return 1;
+                if (in[at >> 3] >> (7 - (at & 7)) & 1) break;
+            }
+            if (at + 1 + q + k > end) return 1;
+            uint32_t v = 0;
+            for (int b = 0; b <= q + k; b++, at++) v = v << 1 | (in[at >> 3] >> (7 - (at & 7)) & 1);
+            v -= 1u << k;
+            prev += (int32_t)(v >> 1) ^ -(int32_t)(v & 1);
+            if (prev < 0 || prev > 4095) return 2;
+            freq[i] = (uint16_t)prev;
+            sum += prev;
+        }
+        if (sum != 4096) return 2;
     }
+    if (end - at >= 8) return 1;
+    for (; at < end; at++) if (in[at >> 3] >> (7 - (at & 7)) & 1) return 1;
+    return 0;
 }
+
+void rac_lookup(const uint16_t *freq, int64_t count, int64_t n, uint32_t *out) {
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t s = 0; s < n; s++, freq++)
+            for (uint32_t j = 0, e = (uint32_t)s | (uint32_t)*freq << 20; j < *freq; j++) *out++ = e | j << 8;
+}
+
+/* Positions (ascending) and values of escaped symbols; bytes lie lane after lane. -1 if a lane's count is wrong */
+int64_t rac_escapes(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t nseg, int64_t first,
+                    const uint32_t *bases, const uint8_t *bytes, const uint16_t *count, int64_t *pos,
+                    uint32_t *top) {
+    uint32_t ptr[1024], end[1024], at = 0;
+    int64_t found = 0, off = 0;
+    for (int64_t l = 0; l < lanes; l++) { ptr[l] = at; end[l] = at += count[l]; }
+    for (int64_t k = 0; k < nseg; k++) {
+        int64_t n = seg[2 * k];
+        for (int64_t b = 0; b < n; b += 64) {
+            int64_t stop = b + 64 < n ? b + 64 : n;
+            uint8_t any = 0;
+            for (int64_t i = b; i < stop; i++) any |= sym[off + i] >= first;
+            if (!any) continue;
+            for (int64_t i = b; i < stop; i++)
+                if (sym[off + i] >= first) {
+                    int64_t l = i % lanes;
+                    if (ptr[l] >= end[l]) return -1;
+                    pos[found] = off + i;
+                    top[found++] = bases[sym[off + i] - first] + bytes[ptr[l]++];
+                }
+        }
+        off += n;
+    }
+    for (int64_t l = 0; l < lanes; l++) if (ptr[l] != end[l]) return -1;
+    return found;
+}
+
+#if defined(HAVE_X86) && defined(__linux__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#else
+#define CLONES
+#endif
+enum { CHUNK = 1024 };
+
+/* raw[i] = bits of element at + i from the power-of-two planes, largest first, lowest bits in the largest */
+#define RAWBITS(T, NAME)                                                                                      \
+    CLONES static void NAME(const uint8_t *planes, const int64_t *start, int r, int64_t at, int64_t n, T *raw) { \
+        int low = 0, j = 0;                                                                                   \
+        for (int64_t i = 0; i < n; i++) raw[i] = 0;                                                           \
+        for (int b = 32; b; b >>= 1) {                                                                        \
+            if (!(r & b)) continue;                                                                           \
+            const uint8_t *p = planes + start[j++];                                                           \
+            if (b == 32) { const uint32_t *q = (const uint32_t *)p + at; for (int64_t i = 0; i < n; i++) raw[i] |= (T)((uint64_t)q[i] << low); } \
+            else if (b == 16) { const uint16_t *q = (const uint16_t *)p + at; for (int64_t i = 0; i < n; i++) raw[i] |= (T)q[i] << low; } \
+            else if (b == 8) { const uint8_t *q = p + at; for (int64_t i = 0; i < n; i++) raw[i] |= (T)((T)q[i] << low); } \
+            else if (b == 4 && !(at & 1)) {                                                                   \
+                const uint8_t *q = p + (at >> 1);                                                             \
+                for (int64_t i = 0; i < n >> 1; i++) {                                                        \
+                    raw[2 * i] |= (T)((T)(q[i] & 15) << low); raw[2 * i + 1] |= (T)((T)(q[i] >> 4) << low);    \
+                }                                                                                             \
+                if (n & 1) raw[n - 1] |= (T)((T)(q[n >> 1] & 15) << low);                                     \
+            } else {                                                                                          \
+                int per = 8 / b, lg = b == 4 ? 1 : b == 2 ? 2 : 3;                                            \
+                for (int64_t i = 0; i < n; i++)                                                               \
+                    raw[i] |= (T)((T)(p[(at + i) >> lg] >> ((at + i) & (per - 1)) * b & ((1 << b) - 1)) << low); \
+            }                                                                                                 \
+            low += b;                                                                                         \
+        }                                                                                                     \
+    }
+RAWBITS(uint8_t, raw1)
+RAWBITS(uint16_t, raw2)
+RAWBITS(uint32_t, raw4)
+RAWBITS(uint64_t, raw8)
+
+/* Symbols of rows x cols elements in sequence order to words at dst[row[i] * stride + col[j]]; row, col may be
+ * null (as they lie). pos/top are the tile's escapes, *esc the next one; at is the element's place in the tile. */
+#define MERGE(T, NAME, RAW)                                                                                   \
+    CLONES void NAME(const uint8_t *sym, int64_t at, int64_t rows_, int64_t cols, const int32_t *row,         \
+                     const int32_t *col, T *dst, int64_t stride, const uint32_t *value, int z, int sign,      \
+                     int shift, const uint8_t *planes, const int64_t *start, int r, const int64_t *pos,       \
+                     const uint32_t *top, int64_t nesc, int64_t *esc) {                                       \
+        T raw[CHUNK]; uint32_t val[CHUNK];                                                                    \
+        const int signat = (int)sizeof(T) * 8 - z - 1;                                                        \
+        const T low = (T)(((T)1 << shift) - 1);                                                               \
+        int64_t e = *esc, total = rows_ * cols, i = 0, j = 0;                                                 \
+        for (int64_t b = 0; b < total; b += CHUNK) {                                                          \
+            int64_t n = b + CHUNK < total ? CHUNK : total - b;                                                \
+            RAW(planes, start, r, at + b, n, raw);                                                            \
+            for (int64_t q = 0; q < n; q++) val[q] = value[sym[at + b + q]];                                  \
+            for (; e < nesc && pos[e] < at + b + n; e++) val[pos[e] - at - b] = top[e];                       \
+            if (sign) for (int64_t q = 0; q < n; q++)                                                         \
+                raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low) | (T)((T)(raw[q] >> shift) << signat)) << z); \
+            else for (int64_t q = 0; q < n; q++)                                                              \
+                raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low)) << z);                          \
+            for (int64_t q = 0; q < n;) {                                                                     \
+                int64_t m = cols - j < n - q ? cols - j : n - q;                                              \
+                T *d = dst + (row ? row[i] : i) * stride;                                                     \
+                if (col) for (int64_t c = 0; c < m; c++) d[col[j + c]] = raw[q + c];                          \
+                else memcpy(d + j, raw + q, (size_t)m * sizeof(T));                                           \
+                q += m; j += m;                                                                               \
+                if (j == cols) { j = 0; i++; }                                                                \
+            }                                                                                                 \
+        }                                                                                                     \
+        *esc = e;                                                                                             \
+    }
+MERGE(uint8_t, rac_merge1, raw1)
+MERGE(uint16_t, rac_merge2, raw2)
+MERGE(uint32_t, rac_merge4, raw4)
+MERGE(uint64_t, rac_merge8, raw8)

@@ -1,0 +1,69 @@
+"""What a pack reads: safetensors files, Hugging Face directories, GGUF files, arrays in memory.
+
+Opening a source reads headers only. Tensor bytes stay where they are, as byte ranges of files that a
+worker process can read by itself, until `SourceTensor.read` asks for them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from rac.container.wire import MAGIC
+from rac.encode.sources import gguf, hf, safetensors
+from rac.encode.sources.arrays import from_arrays
+from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
+from rac.errors import SourceError
+
+__all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source"]
+
+
+def open_source(
+    path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Source:
+    """Open a safetensors file, a GGUF file, or a directory with safetensors files.
+
+    Args:
+        path: The file or directory.
+        include: Patterns (fnmatch, case-sensitive) of the tensors to take; none means all.
+        exclude: Patterns of the tensors to leave out; wins over `include`.
+
+    Raises:
+        SourceError: The path is missing, damaged or no model, or a pattern leaves nothing.
+    """
+    where = os.path.abspath(os.fspath(path))
+    try:
+        source = hf.read(where) if os.path.isdir(where) else _file(where)
+    except OSError as e:
+        raise SourceError(e.strerror or str(e), file=e.filename or where) from e
+    for pattern in include:
+        if not any(fnmatchcase(t.name, pattern) for t in source.tensors):
+            raise SourceError(f"no tensor matches the include pattern {pattern!r}", file=where)
+
+    def wanted(name: str) -> bool:
+        taken = not include or any(fnmatchcase(name, p) for p in include)
+        return taken and not any(fnmatchcase(name, p) for p in exclude)
+
+    tensors = tuple(t for t in source.tensors if wanted(t.name))
+    if not tensors:
+        raise SourceError("no tensor is left to pack" if source.tensors else "holds no tensor", file=where)
+    return Source(source.kind, tensors, source.attachments, source.metadata, source.skipped)
+
+
+def _file(path: str) -> Source:
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait
+        raise SourceError("not a regular file", file=path)
+    with open(path, "rb") as f:
+        magic = f.read(9)
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == ".rac" or magic.startswith(MAGIC):
+        raise SourceError("already a .rac archive; unpack it first", file=path)
+    if magic.startswith(b"GGUF"):
+        return gguf.read(path)
+    if suffix in PICKLES:
+        raise SourceError(REFUSE_PICKLE, file=path)
+    if suffix != ".safetensors" and magic[8:] != b"{":
+        raise SourceError("neither a safetensors nor a GGUF file; convert it to safetensors", file=path)
+    tensors, metadata = safetensors.read(path)
+    return Source("safetensors", tuple(tensors), (), metadata)

@@ -1,0 +1,78 @@
+"""Arrays in memory as a source."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.encode.sources.model import Source, SourceTensor
+from rac.errors import SourceError
+from rac.registry import DTYPES
+
+_DTYPES = {  # numpy, ml_dtypes and torch agree on these names
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float4_e2m1fn_x2": "F4",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+def _dtype(kind: str) -> str:
+    if kind not in _DTYPES:
+        raise ValueError(f"unsupported dtype {kind}")
+    return _DTYPES[kind]
+
+
+def _array(value: Any) -> tuple[str, tuple[int, ...], tuple[Any, ...] | None, NDArray[np.uint8]]:
+    """(dtype, shape, identity of the memory, bytes) of a numpy array or torch tensor."""
+    torch: Any = sys.modules.get("torch")  # while nobody has imported it, nothing is a torch tensor
+    identity: tuple[Any, ...] | None = None
+    raw: NDArray[np.uint8]
+    if torch is not None and isinstance(value, torch.Tensor):
+        order, shape = "=", tuple(value.shape)
+        dtype = _dtype(str(value.dtype).removeprefix("torch."))
+        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        raw = plain.reshape(-1).view(torch.uint8).numpy()
+        lazy = (value.is_conj(), value.is_neg())
+        identity = (dtype, shape, value.stride(), str(value.device), value.data_ptr(), *lazy)
+    else:
+        array = np.asarray(value)
+        order, shape = array.dtype.byteorder, array.shape
+        dtype = _dtype(array.dtype.name)
+        if isinstance(value, np.ndarray):  # of anything else this may be a temporary copy
+            identity = (dtype, shape, array.strides, order, array.__array_interface__["data"][0])
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if order == ">" or (order == "=" and sys.byteorder == "big"):
+        raw = raw.view(f"u{DTYPES[dtype].word}").byteswap().view(np.uint8)
+    if dtype == "F4":
+        shape = (*shape[:-1], 2 * shape[-1])
+    return dtype, shape, identity if raw.size else None, raw
+
+
+def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Source:
+    """Numpy arrays or torch tensors as a source; copied only where not contiguous or not little-endian.
+
+    Raises:
+        SourceError: A name or a value cannot be stored.
+    """
+    items = list(tensors.items())  # all alive at once, so that equal addresses are one memory
+    arrays = []
+    for name, value in items:
+        try:
+            name.encode()  # fails for half a surrogate pair
+            arrays.append((name, *_array(value)))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
+            raise SourceError(f"tensor {name!r} cannot be packed: {e}") from e
+    uses = Counter(identity for *_, identity, _ in arrays if identity)
+    ids = {identity: i for i, identity in enumerate(i for i, n in uses.items() if n > 1)}
+    found = (
+        SourceTensor(name, dtype, shape, raw, tie=ids.get(identity) if identity else None)
+        for name, dtype, shape, identity, raw in arrays
+    )
+    return Source("memory", tuple(found), (), dict(metadata or {}))

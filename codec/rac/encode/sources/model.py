@@ -1,0 +1,94 @@
+"""What a source consists of. Everything pickles, so that worker processes can read for themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.errors import SourceError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+REFUSE_PICKLE = (
+    "pickled weights are refused because loading them runs code; convert them to .safetensors first"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range of a file."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of the range, in a fresh writable array."""
+        out = np.empty(stop - start, np.uint8)
+        left, at = out.data, self.offset + start
+        try:
+            # A descriptor of its own, so that threads and processes never share a file position.
+            with open(self.path, "rb", buffering=0) as f:
+                f.seek(at)
+                while left:
+                    got = f.readinto(left)
+                    if not got:
+                        raise SourceError("file became shorter", file=self.path, offset=at)
+                    left, at = left[got:], at + got
+        except OSError as e:
+            raise SourceError(e.strerror or str(e), file=self.path, offset=at) from e
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """One tensor; its bytes are in C order and little-endian."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Extent | NDArray[np.uint8]
+    extra: dict[str, Any] | None = None
+    tie: int | None = None
+    """Shared by the tensors of a memory source that are one memory; None for a tensor on its own."""
+
+    @property
+    def nbytes(self) -> int:
+        """All its bytes."""
+        return self.data.size
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop): fresh and writable out of a file, a view of an array in memory."""
+        if not 0 <= start <= stop <= self.nbytes:
+            raise ValueError(
+                f"bytes {start}..{stop} are not inside the {self.nbytes} of tensor {self.name!r}"
+            )
+        return self.data.read(start, stop) if isinstance(self.data, Extent) else self.data[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file that travels with the tensors."""
+
+    name: str
+    data: Extent | bytes
+
+    def read(self) -> bytes:
+        """All its bytes."""
+        if isinstance(self.data, Extent):
+            return self.data.read(0, self.data.size).tobytes()
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The input of a pack. `kind` is "safetensors", "hf", "gguf" or "memory"."""
+
+    kind: str
+    tensors: tuple[SourceTensor, ...]
+    attachments: tuple[Attachment, ...]
+    metadata: dict[str, str]
+    skipped: tuple[str, ...] = ()
+    """Files of a directory that are not packed: other frameworks' weights, too large, not in the index."""

@@ -1,0 +1,311 @@
+"""Lossless bit planes: a word is a coded top (exponent and first mantissa bits) and raw low bits with the sign.
+
+format_spec/stages/lanes.md is the normative text; the names here are its names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.errors import FormatError, LimitError, UnsupportedError
+from rac.registry import DTYPES
+
+Array = NDArray[Any]
+MAX_TILE = 1 << 24
+MAX_LANES = 1024
+KEYS = {"cols", "escapes", "lanes", "order", "rows", "runs", "shift", "sign", "sizes", "tables", "zero"}
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A tensor seen as a matrix of words, R x C, cut into tiles of tr x tc (the last ones may be smaller)."""
+
+    rows: int
+    cols: int
+    word: int
+    tr: int
+    tc: int
+
+    @property
+    def down(self) -> int:
+        """Tiles from top to bottom."""
+        return -(-self.rows // self.tr) if self.rows * self.cols else 0
+
+    @property
+    def across(self) -> int:
+        """Tiles from left to right."""
+        return -(-self.cols // self.tc) if self.rows * self.cols else 0
+
+    def box(self, i: int) -> tuple[int, int, int, int]:
+        """(first row, last row + 1, first column, last column + 1) of tile `i`, tiles row by row."""
+        r, c = divmod(i, self.across)
+        return (
+            r * self.tr, min(self.rows, (r + 1) * self.tr), c * self.tc, min(self.cols, (c + 1) * self.tc)
+        )  # fmt: skip
+
+
+def dense_size(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of the dense tensor; FormatError for an F4 whose last dimension is odd."""
+    bits = math.prod(shape) * DTYPES[dtype].bits
+    if bits % 8 or (dtype == "F4" and (not shape or shape[-1] % 2)):
+        raise FormatError("F4 needs an even last dimension")
+    return bits // 8
+
+
+def matrix(dtype: str, shape: Sequence[int], axis: int) -> tuple[int, int]:
+    """(R, C) in words: dimensions before `axis` are rows; C64 counts two words and F4 half a word per element."""
+    rows, cols = math.prod(shape[:axis]), math.prod(shape[axis:])
+    d = DTYPES[dtype]
+    return rows, cols * d.bits // (8 * d.word)
+
+
+def is_int(v: Any, low: int, high: int) -> bool:
+    """True for an int (not a bool) in low..high."""
+    return type(v) is int and low <= v <= high
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """Parameters of lanes/1 as they stand in a record head under "lanes"."""
+
+    lanes: int
+    zero: int
+    sign: bool
+    shift: int
+    runs: tuple[int, ...]
+    escapes: tuple[int, ...]
+    tables: int
+    order: int
+    rows: int
+    cols: int
+    sizes: tuple[int, ...]
+
+    @property
+    def raw(self) -> int:
+        """Raw bits per word."""
+        return self.shift + self.sign
+
+    @property
+    def first_escape(self) -> int:
+        """Symbols from this one on are escapes."""
+        return sum(self.runs[1::2])
+
+    @property
+    def symbols(self) -> int:
+        """Size of the alphabet."""
+        return self.first_escape + len(self.escapes)
+
+    def values(self) -> NDArray[np.uint32]:
+        """(256,) top of each symbol; unused entries are 0."""
+        out = np.zeros(256, np.uint32)
+        at = 0
+        for start, n in zip(self.runs[::2], self.runs[1::2], strict=True):
+            out[at : at + n] = np.arange(start, start + n)
+            at += n
+        return out
+
+    def planes(self) -> list[tuple[int, int]]:
+        """(bits, position of its lowest bit) of each raw plane, largest first."""
+        out, low = [], 0
+        for b in (32, 16, 8, 4, 2, 1):
+            if self.raw & b:
+                out.append((b, low))
+                low += b
+        return out
+
+    def to_head(self) -> dict[str, Any]:
+        """The map under "lanes"."""
+        return {
+            "lanes": self.lanes, "zero": self.zero, "sign": int(self.sign), "shift": self.shift,
+            "runs": list(self.runs), "escapes": list(self.escapes), "tables": self.tables, "order": self.order,
+            "rows": self.rows, "cols": self.cols, "sizes": list(self.sizes),
+        }  # fmt: skip
+
+    @classmethod
+    def from_head(cls, head: Any, word: int) -> Lanes:
+        """Check every field (stages/lanes.md, "Parameters"); `word` is the bytes of a word."""
+        if not isinstance(head, dict) or KEYS - head.keys():
+            raise FormatError("lanes parameters are incomplete")
+        if head.keys() - KEYS:
+            raise UnsupportedError(f"unknown lanes parameters: {', '.join(sorted(head.keys() - KEYS))}")
+        bits = 8 * word
+        small = {"lanes": (1, MAX_LANES), "zero": (0, bits - 1), "sign": (0, 1), "shift": (0, bits - 1),
+                 "tables": (1, 256), "order": (-8, 8), "rows": (1, 256), "cols": (1, 256)}  # fmt: skip
+        for key, (low, high) in small.items():
+            if not is_int(head[key], low, high):
+                raise FormatError(f"lanes parameter {key} is out of range")
+        top = bits - head["zero"] - head["sign"] - head["shift"]
+        if not 1 <= top <= 64:
+            raise FormatError("lanes parameters leave no top bits")
+        limit = 1 << min(top, 16)
+        runs, escapes, sizes = head["runs"], head["escapes"], head["sizes"]
+        if not all(isinstance(v, list) for v in (runs, escapes, sizes)) or len(sizes) != 3 or len(runs) % 2:
+            raise FormatError("lanes parameter lists are malformed")
+        end = 0
+        for start, n in zip(runs[::2], runs[1::2], strict=True):
+            if not is_int(start, end, limit - 1) or not is_int(n, 1, 256) or start + n > limit:
+                raise FormatError("symbol runs overlap or leave the range of tops")
+            end = start + n
+        if any(not is_int(v, 0, limit - 1) for v in escapes):
+            raise FormatError("escape base is out of range")
+        if not 2 <= sum(runs[1::2]) + len(escapes) <= 256:
+            raise FormatError("alphabet must have 2 to 256 symbols")
+        if any(not is_int(v, 0, 1 << 40) for v in sizes) or head["rows"] * head["cols"] > 4096:
+            raise FormatError("lanes parameters sizes, rows or cols are out of range")
+        return cls(
+            head["lanes"], head["zero"], bool(head["sign"]), head["shift"], tuple(runs), tuple(escapes),
+            head["tables"], head["order"], head["rows"], head["cols"], tuple(sizes),
+        )  # fmt: skip
+
+
+def pack_planes(raw: Array, p: Lanes) -> list[bytes]:
+    """Raw bits (n,) to planes: element i at bits i*b of the plane's little-endian bit string."""
+    out = []
+    for b, low in p.planes():
+        v = (raw >> raw.dtype.type(low)) & raw.dtype.type((1 << b) - 1)
+        if b >= 8:
+            out.append(v.astype(f"<u{b // 8}").tobytes())
+            continue
+        per = 8 // b
+        v = np.concatenate([v.astype(np.uint8), np.zeros(-len(v) % per, np.uint8)]).reshape(-1, per)
+        byte = v[:, 0].copy()
+        for j in range(1, per):
+            byte |= v[:, j] << np.uint8(j * b)
+        out.append(byte.tobytes())
+    return out
+
+
+def unpack_planes(planes: list[memoryview], n: int, p: Lanes) -> NDArray[np.uint64]:
+    """Inverse of `pack_planes`: raw bits (n,) uint64. Padding bits of the last byte must be 0."""
+    raw = np.zeros(n, np.uint64)
+    for (b, low), data in zip(p.planes(), planes, strict=True):
+        if b >= 8:
+            v = np.frombuffer(data, f"<u{b // 8}")
+        else:
+            byte = np.frombuffer(data, np.uint8)
+            bits = np.arange(0, 8, b, dtype=np.uint8)
+            v = ((byte[:, None] >> bits) & np.uint8((1 << b) - 1)).ravel()
+            if v[n:].any():
+                raise FormatError("plane ends in non-zero bits")
+        raw |= v[:n].astype(np.uint64) << np.uint64(low)
+    return raw
+
+
+def split(words: Array, p: Lanes) -> Array:
+    """Raw bits of `words` (any shape), same dtype: sign on top of the low `shift` bits."""
+    t = words.dtype.type
+    v = words >> t(p.zero)
+    raw = v & t((1 << p.shift) - 1)
+    if p.sign:
+        raw |= (v >> t(words.itemsize * 8 - p.zero - 1)) << t(p.shift)
+    return raw
+
+
+def join(tops: Array, raw: NDArray[np.uint64], p: Lanes, word: int) -> Array:
+    """Words (n,) of `word` bytes from tops and raw bits."""
+    t = np.uint64
+    v = tops.astype(t) << t(p.shift) | raw & t((1 << p.shift) - 1)
+    if p.sign:
+        v |= (raw >> t(p.shift)) << t(8 * word - p.zero - 1)
+    return (v << t(p.zero)).astype(f"<u{word}")
+
+
+def plane_sizes(n: int, p: Lanes) -> list[int]:
+    """Bytes of each plane of a tile of `n` elements, without padding."""
+    return [-(-n * b // 8) for b, _ in p.planes()]
+
+
+def up16(n: int) -> int:
+    """`n` rounded up to the alignment of sub-streams."""
+    return -(-n // 16) * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Sub-streams of one tile unit, views into it (stages/lanes.md, "Tile")."""
+
+    counts: NDArray[np.uint16]
+    escape_counts: NDArray[np.uint16]
+    words: NDArray[np.uint32]
+    escapes: NDArray[np.uint8]
+    planes: list[int]
+
+
+def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
+    """Cut `unit` (bytes,) uint8 of a tile of `n` elements; FormatError unless everything fits exactly."""
+    at = up16(4 * p.lanes)
+    if len(unit) < at:
+        raise FormatError("tile is shorter than its directory")
+    directory = unit[: 4 * p.lanes].view("<u2").reshape(-1, 2)
+    counts, esc = np.ascontiguousarray(directory[:, 0]), np.ascontiguousarray(directory[:, 1])
+    words, escapes = int(counts.sum(dtype=np.int64)), int(esc.sum(dtype=np.int64))
+    w = at
+    e = w + up16(4 * words)
+    at = e + up16(escapes)
+    planes = []
+    for size in plane_sizes(n, p):
+        planes.append(at)
+        at += up16(size)
+    if at != len(unit):
+        raise FormatError("tile streams do not fill the unit exactly")
+    ends = [(4 * p.lanes, w), (w + 4 * words, e), (e + escapes, planes[0] if planes else at)]
+    ends += [(s + size, s + up16(size)) for s, size in zip(planes, plane_sizes(n, p), strict=True)]
+    if any(unit[a:b].any() for a, b in ends if a < b):
+        raise FormatError("padding is not zero")
+    if len(counts) and words:
+        first = unit[w : w + 4 * words].view("<u4")
+        start = np.cumsum(counts, dtype=np.int64) - counts
+        if (first[start[counts > 0]] == 0).any():
+            raise FormatError("ANS lane begins with a zero word")
+    return Tile(counts, esc, unit[w : w + 4 * words].view("<u4"), unit[e : e + escapes], planes)
+
+
+def build_tile(words: list[bytes], escapes: list[bytes], planes: list[bytes]) -> bytes:
+    """Inverse of `parse_tile`: lane words in decode order, escape bytes per lane, raw planes."""
+    d = np.array([[len(w) // 4, len(e)] for w, e in zip(words, escapes, strict=True)], "<u2").tobytes()
+    return b"".join(s + bytes(-len(s) % 16) for s in (d, b"".join(words), b"".join(escapes), *planes))
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Sequence order of one tile: rows and columns sorted by class (stable), and the segments that result."""
+
+    rows: NDArray[np.int32] | None
+    cols: NDArray[np.int32] | None
+    segments: NDArray[np.int64]
+    """(S, 2): symbols, table."""
+    blocks: list[tuple[int, int, int, int]]
+    """First and last + 1 place in `rows`, the same in `cols`, per segment."""
+
+
+def order(row_class: NDArray[np.uint8] | None, col_class: NDArray[np.uint8] | None, h: int, w: int, table: Array) -> Order:
+    """Order of a tile of h x w; classes of its rows and columns (None: all 0), `table` (Kr, Kc) uint8."""
+    rows, re = _sorted(row_class, h, table.shape[0])
+    cols, ce = _sorted(col_class, w, table.shape[1])
+    segments, blocks = [], []
+    for i in range(table.shape[0]):
+        for j in range(table.shape[1]):
+            n = (re[i + 1] - re[i]) * (ce[j + 1] - ce[j])
+            if n:
+                segments.append((n, int(table[i, j])))
+                blocks.append((re[i], re[i + 1], ce[j], ce[j + 1]))
+    return Order(rows, cols, np.array(segments, np.int64).reshape(-1, 2), blocks)
+
+
+def _sorted(classes: NDArray[np.uint8] | None, n: int, k: int) -> tuple[NDArray[np.int32] | None, list[int]]:
+    if classes is None or k == 1:
+        return None, [0, n]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(classes, minlength=k))]).tolist()
+    return np.argsort(classes, kind="stable").astype(np.int32), ends
+
+
+def check_alloc(dense: int, stored: int, free: int, expansion: int) -> None:
+    """LimitError where a record claims far more dense bytes than its stored bytes can hold."""
+    if dense > free + expansion * stored:
+        raise LimitError(f"tensor of {dense} bytes from {stored} stored bytes exceeds the expansion limit")
