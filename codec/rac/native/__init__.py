@@ -163,28 +163,29 @@ def merge(
     return True
 
 
-def _top(words: Array, zero: int, sign: bool, shift: int) -> Array:
-    t = words.dtype.type
-    return ((words >> t(zero)) & t((1 << (words.itemsize * 8 - zero - sign)) - 1)) >> t(shift)
-
-
-def tops(words: Array, zero: int, sign: bool, shift: int) -> NDArray[np.uint16]:
-    """(magnitude of words >> zero) >> shift as uint16, shape kept; the caller knows that it fits."""
+def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:
+    """Add (word & mask) >> shift of all contiguous `words` to `hist` (65536,); returns the OR of all words."""
     lib = library()
     if lib is None:
-        return _top(words, zero, sign, shift).astype(np.uint16)
-    words = np.ascontiguousarray(words)
-    out = np.empty(words.shape, np.uint16)
-    f = getattr(lib, f"rac_tops{words.itemsize}")
-    f(_p(words), _n(words.size), _i(zero), _i(sign), _i(shift), _p(out))
-    return out
+        t = words.dtype.type
+        hist += np.bincount(((words & t(mask)) >> t(shift)).ravel(), minlength=65536).astype(np.uint32)
+        return int(np.bitwise_or.reduce(words, axis=None)) if words.size else 0
+    f = getattr(lib, f"rac_scan{words.itemsize}")
+    f.restype = ctypes.c_uint64
+    return int(f(_p(words), _n(words.size), ctypes.c_uint64(mask), _i(shift), _p(hist)))
+
+
+def tops(words: Array, zero: int, sign: bool, shift: int) -> Array:
+    """(magnitude of words >> zero) >> shift, dtype and shape kept."""
+    t = words.dtype.type
+    return ((words >> t(zero)) & t((1 << (words.itemsize * 8 - zero - sign)) - 1)) >> t(shift)
 
 
 def symbols(words: Array, zero: int, sign: bool, shift: int, lut: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """lut[top of word], shape kept; `lut` (65536,) uint8."""
     lib = library()
     if lib is None:
-        out: NDArray[np.uint8] = lut[_top(words, zero, sign, shift)]
+        out: NDArray[np.uint8] = lut[tops(words, zero, sign, shift)]
         return out
     words = np.ascontiguousarray(words)
     out = np.empty(words.shape, np.uint8)
@@ -193,33 +194,19 @@ def symbols(words: Array, zero: int, sign: bool, shift: int, lut: NDArray[np.uin
     return out
 
 
-def histogram(values: NDArray[np.uint16], classes: NDArray[np.uint8] | None, k: int, size: int) -> NDArray[np.int64]:
-    """(k, size) counts of `values` (R, C), all below `size`, by the class of the row."""
+def histogram(
+    sym: NDArray[np.uint8], row: NDArray[np.int32] | None, col: NDArray[np.int32] | None, keys: int, size: int
+) -> NDArray[np.uint32]:
+    """(keys, size) counts of the symbols (R, C) of each key; the key of an element is row[r] + col[c]."""
     lib = library()
+    out = np.zeros((keys, size), np.uint32)
     if lib is not None:
-        out = np.zeros((k, size), np.uint32)
-        lib.rac_hist(_p(values), _n(values.shape[0]), _n(values.shape[1]), _p(classes), _n(size), _p(out))
-        return out.astype(np.int64)
-    rows = np.zeros(len(values), np.int64) if classes is None else classes.astype(np.int64)
-    return np.bincount((values + rows[:, None] * size).ravel(), minlength=k * size).reshape(k, size)
-
-
-def assign(symbols: NDArray[np.uint8], cost: NDArray[np.int32], bias: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Class of each row of `symbols` (R, C): argmin over k <= 16 of sum cost[symbol, k] + bias[k], first on ties.
-
-    `cost` (256, 16) int32 with entries below 2**19, so that 4096 of them fit 31 bits.
-    """
-    lib = library()
-    if lib is not None:
-        out = np.empty(len(symbols), np.uint8)
-        lib.rac_assign(
-            _p(symbols), _n(symbols.shape[0]), _n(symbols.shape[1]), _p(cost), _p(bias), _n(len(bias)), _p(out)
-        )
+        lib.rac_hist(_p(sym), _n(sym.shape[0]), _n(sym.shape[1]), _p(row), _p(col), _n(size), _p(out))
         return out
-    total = np.empty((len(symbols), len(bias)), np.int64)
-    for r, row in enumerate(symbols):
-        total[r] = np.bincount(row, minlength=256) @ cost[:, : len(bias)].astype(np.int64)
-    return (total + bias).argmin(1).astype(np.uint8)
+    flat = sym.astype(np.int64)
+    flat += 0 if row is None else row.astype(np.int64)[:, None] * size
+    flat += 0 if col is None else col.astype(np.int64) * size
+    return np.bincount(flat.ravel(), minlength=keys * size).reshape(keys, size).astype(np.uint32)
 
 
 def to_lanes(symbols: NDArray[np.uint8], lanes: int, segments: Array, start: Array) -> NDArray[np.uint8]:

@@ -132,45 +132,25 @@ int rac_ans_decode(const uint32_t *luts, const uint32_t *words, const uint16_t *
     return bad;
 }
 
-/* words (n) of w bytes -> top[i] = (magnitude >> shift), for histograms; value < 65536 is the caller's promise */
-#define TOPS(T, NAME)                                                                                         \
-    void NAME(const T *v, int64_t n, int z, int sign, int shift, uint16_t *out) {                             \
-        T mask = (T)~(T)0; int bits = (int)sizeof(T) * 8 - z;                                                 \
-        if (bits < (int)sizeof(T) * 8) mask = (T)(((T)1 << bits) - 1);                                        \
-        if (sign) mask = (T)(mask >> 1);                                                                      \
-        for (int64_t i = 0; i < n; i++) out[i] = (uint16_t)(((T)(v[i] >> z) & mask) >> shift);                \
+/* hist[(v & mask) >> shift] += 1 for n words; returns the OR of all words */
+#define SCAN(T, NAME)                                                                                         \
+    uint64_t NAME(const T *v, int64_t n, uint64_t mask, int shift, uint32_t *hist) {                          \
+        T all = 0;                                                                                            \
+        for (int64_t i = 0; i < n; i++) { all |= v[i]; hist[(uint16_t)((v[i] & (T)mask) >> shift)]++; }       \
+        return all;                                                                                           \
     }
-TOPS(uint8_t, rac_tops1)
-TOPS(uint16_t, rac_tops2)
-TOPS(uint32_t, rac_tops4)
-TOPS(uint64_t, rac_tops8)
+SCAN(uint8_t, rac_scan1)
+SCAN(uint16_t, rac_scan2)
+SCAN(uint32_t, rac_scan4)
+SCAN(uint64_t, rac_scan8)
 
-/* hist[class of row][value] += 1 */
-void rac_hist(const uint16_t *v, int64_t rows_, int64_t cols, const uint8_t *rowclass, int64_t size,
+/* hist[row[r] + col[c]][symbol] += 1; row, col may be null (0) */
+void rac_hist(const uint8_t *sym, int64_t rows_, int64_t cols, const int32_t *row, const int32_t *col, int64_t size,
               uint32_t *hist) {
-    for (int64_t r = 0; r < rows_; r++) {
-        uint32_t *h = hist + (rowclass ? rowclass[r] : 0) * size;
-        for (int64_t c = 0; c < cols; c++) h[v[r * cols + c]]++;
-    }
-}
-
-/* rowclass[r] = argmin_k sum_c cost[sym][k] + bias[k]; cost holds 16 classes per symbol */
-void rac_assign(const uint8_t *sym, int64_t rows_, int64_t cols, const int32_t *cost, const int64_t *bias,
-                int64_t classes, uint8_t *out) {
-    for (int64_t r = 0; r < rows_; r++) {
-        int64_t sum[16] = {0};
-        for (int64_t c0 = 0; c0 < cols; c0 += 4096) {
-            int32_t acc[16] = {0};
-            int64_t c1 = c0 + 4096 < cols ? c0 + 4096 : cols;
-            for (int64_t c = c0; c < c1; c++) {
-                const int32_t *k = cost + 16 * sym[r * cols + c];
-                for (int j = 0; j < 16; j++) acc[j] += k[j];
-            }
-            for (int j = 0; j < 16; j++) sum[j] += acc[j];
-        }
-        int best = 0;
-        for (int j = 0; j < classes; j++) if (sum[j] + bias[j] < sum[best] + bias[best]) best = j;
-        out[r] = (uint8_t)best;
+    for (int64_t r = 0; r < rows_; r++, sym += cols) {
+        uint32_t *h = hist + (row ? row[r] : 0) * size;
+        if (col) for (int64_t c = 0; c < cols; c++) h[col[c] * size + sym[c]]++;
+        else for (int64_t c = 0; c < cols; c++) h[sym[c]]++;
     }
 }
 

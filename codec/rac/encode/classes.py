@@ -1,0 +1,157 @@
+"""Scale classes of rows and columns: entropy-constrained clustering of symbol histograms.
+
+After Chou, Lookabaugh & Gray, "Entropy-constrained vector quantization" (1989), with histograms as the vectors and
+code length as the distance. Every number that decides is an integer, so that every machine finds the same classes.
+Code lengths are in units of 2**-10 bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNIT = 1024
+Counts = NDArray[np.int64]
+
+
+def _fractions() -> Counts:
+    y = np.arange(2048, 4096, dtype=np.uint64) << np.uint64(20)
+    out = np.zeros(2048, np.int64)
+    for bit in range(10):  # binary digits of the logarithm by repeated squaring
+        y = (y * y) >> np.uint64(31)
+        carry = y >> np.uint64(32)
+        out |= carry.astype(np.int64) << (9 - bit)
+        y >>= carry
+    return out
+
+
+_FRACTION = _fractions()
+
+
+def log2(n: NDArray[Any]) -> Counts:
+    """floor(1024 log2 n) of positive integers below 2**53, to 11 bits of n; 0 for n = 0."""
+    exponent = np.frexp(n.astype(np.float64))[1].astype(np.int64) - 1  # exact for integers below 2**53
+    up, down = np.maximum(11 - exponent, 0), np.maximum(exponent - 11, 0)
+    fraction = ((n.astype(np.int64) << up) >> down) & 2047
+    return np.where(n > 0, (exponent << 10) + _FRACTION[fraction], 0)
+
+
+def code_length(counts: NDArray[Any]) -> Counts:
+    """Bits (in units) that the best code for `counts` (..., S) spends on them, with the table itself: (...)."""
+    c = counts.astype(np.int64)
+    total = c.sum(-1)
+    data = total * log2(total) - (c * log2(c)).sum(-1)
+    return data + table_length(c, total)
+
+
+def table_length(c: Counts, total: Counts) -> Counts:
+    """About the bits (in units) of the table in the file: noise of a count is its root, in 12-bit frequencies."""
+    share = 1 + c * 4096 // np.maximum(1, total)[..., None]
+    return UNIT * 3 // 2 * c.shape[-1] + (log2(share) // 2).sum(-1)
+
+
+def _lengths(agg: Counts) -> NDArray[np.float64]:
+    """(K, G * S) code length of a symbol under each class, from the classes' counts (K, G, S)."""
+    total = 16 * agg.sum(-1, keepdims=True) + agg.shape[-1]
+    return (log2(total) - log2(16 * agg + 1)).reshape(len(agg), -1).astype(np.float64)
+
+
+def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
+    member = (classes[None, :] == np.arange(k)[:, None]).astype(np.float64)
+    flat = hist.reshape(len(hist), -1)
+    out = np.zeros((k, flat.shape[1]))
+    for a in range(0, len(flat), 4096):  # exact: integers below 2**53
+        out += member[:, a : a + 4096] @ flat[a : a + 4096].astype(np.float64)
+    return out.astype(np.int64).reshape(k, *hist.shape[1:])
+
+
+def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint8]:
+    """Cheapest class of each vector of `hist` (n, G, S) given the classes' counts (K, G, S) and sizes (K,)."""
+    cost = _lengths(agg).T.copy()
+    bias = (log2(np.maximum(1, members.sum())) - log2(np.maximum(1, members))).astype(np.float64)
+    flat = hist.reshape(len(hist), -1)
+    out = np.empty(len(flat), np.uint8)
+    for a in range(0, len(flat), 4096):
+        out[a : a + 4096] = (flat[a : a + 4096].astype(np.float64) @ cost + bias).argmin(1)
+    return out
+
+
+def cluster(hist: NDArray[Any], k: int, rounds: int) -> tuple[NDArray[np.uint8], Counts]:
+    """Classes (n,) of the vectors `hist` (n, G, S) and the classes' counts (K', G, S), K' <= k.
+
+    Starts from quantiles of the mean symbol, refines `rounds` times, then joins classes while that shortens the
+    file, tables and class lists counted.
+    """
+    n, s = len(hist), hist.shape[-1]
+    k = min(k, n)
+    if k > 1:
+        plain = hist.sum(1, dtype=np.int64)
+        mean = (plain @ np.arange(s, dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
+        classes = np.empty(n, np.uint8)
+        classes[np.argsort(mean, kind="stable")] = np.arange(n) * k // n
+    else:
+        classes = np.zeros(n, np.uint8)
+    agg = _sum(hist, classes, k)
+    for _ in range(rounds if k > 1 else 0):
+        new = nearest(hist, agg, np.bincount(classes, minlength=k))
+        if (new == classes).all():
+            break
+        classes = new
+        agg = _sum(hist, classes, k)
+    groups = join(agg, np.bincount(classes, minlength=k))
+    kept = int(groups.max()) + 1
+    classes = groups[classes]
+    return classes, _sum_groups(agg, groups, kept)
+
+
+def _sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
+    out = np.zeros((kept, *agg.shape[1:]), np.int64)
+    np.add.at(out, groups, agg)
+    return out
+
+
+def join(agg: Counts, members: Counts | None = None) -> NDArray[np.uint8]:
+    """Group (K,) of each class of counts `agg` (K, G, S): pairs are joined while the total length falls.
+
+    `members` (K,) adds the length of the list that names each member's class. Empty classes go first.
+    """
+    k = len(agg)
+    groups = np.arange(k)
+    agg = agg.astype(np.int64).copy()
+    size = np.zeros(k, np.int64) if members is None else members.astype(np.int64).copy()
+    alive = agg.any(axis=(1, 2))
+    if not alive.any():
+        return np.zeros(k, np.uint8)
+    groups[~alive] = int(np.flatnonzero(alive)[0])
+
+    def of_list(m: Counts) -> Counts:
+        return -(m * log2(m))  # up to a constant: n log n - sum m log m
+
+    own = code_length(agg).sum(-1)
+    gain = np.full((k, k), np.iinfo(np.int64).min)
+
+    def update(i: int) -> None:
+        other = np.flatnonzero(alive)
+        other = other[other != i]
+        both = code_length(agg[other] + agg[i]).sum(-1)
+        lists = of_list(size[other]) + of_list(size[i : i + 1]) - of_list(size[other] + size[i])
+        g = own[other] + own[i] - both + lists
+        low, high = np.minimum(other, i), np.maximum(other, i)
+        gain[low, high] = g
+
+    for i in np.flatnonzero(alive):
+        update(int(i))
+    while alive.sum() > 1:
+        i, j = divmod(int(gain.argmax()), k)
+        if gain[i, j] <= 0:
+            break
+        agg[i] += agg[j]
+        size[i] += size[j]
+        alive[j] = False
+        groups[groups == j] = i
+        gain[j, :] = gain[:, j] = np.iinfo(np.int64).min
+        own[i] = code_length(agg[i]).sum()
+        update(i)
+    return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
