@@ -6,15 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.entropy.ans import Models, Segment
-from rac.quantize.lossless import Tile
+from rac.quantize import lossless as ll
 
 
-def lane_segments(segments: NDArray[np.int64], lane: int, lanes: int) -> list[Segment]:
-    """(symbols of this lane, table) per segment: symbol i of a segment belongs to lane i mod L."""
-    return [(max(0, -(-(int(n) - lane) // lanes)), int(t)) for n, t in segments]
-
-
-def lanes(tile: Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], n: int) -> NDArray[np.uint8]:
+def lanes(tile: ll.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], n: int) -> NDArray[np.uint8]:
     """Symbols (n,) in sequence order of one tile; FormatError or ChecksumError on damage."""
     models = Models(freq)
     out = np.empty(n, np.uint8)
@@ -22,7 +17,7 @@ def lanes(tile: Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], n: 
     for lane in range(count):
         words = tile.words[at : at + int(tile.counts[lane])]
         at += len(words)
-        mine = lane_segments(segments, lane, count)
+        mine: list[Segment] = list(zip(ll.lane_steps(segments, lane, count).tolist(), segments[:, 1].tolist(), strict=True))
         symbols = models.decode(words, mine)
         done = start = 0
         for (steps, _), size in zip(mine, segments[:, 0], strict=True):

@@ -298,6 +298,12 @@ def order(row_class: NDArray[np.uint8] | None, col_class: NDArray[np.uint8] | No
     return Order(rows, cols, np.array(segments, np.int64).reshape(-1, 2), blocks)
 
 
+def lane_steps(segments: NDArray[np.int64], lane: int, lanes: int) -> NDArray[np.int64]:
+    """Symbols of this lane per segment: symbol i of a segment belongs to lane i mod L."""
+    out: NDArray[np.int64] = np.maximum(0, -(-(segments[:, 0] - lane) // lanes))
+    return out
+
+
 def _sorted(classes: NDArray[np.uint8] | None, n: int, k: int) -> tuple[NDArray[np.int32] | None, list[int]]:
     if classes is None or k == 1:
         return None, [0, n]
