@@ -161,7 +161,7 @@ def _alphabet(hist: Array, entries: int) -> tuple[list[int], list[int]] | None:
     keep = np.flatnonzero(hist > entries)
     if not len(keep):
         keep = used[np.argsort(-hist[used], kind="stable")[:2]]
-    zero = bool(keep[0] == 0 and len(keep) > 1 and keep[1] > 8)
+    zero = int(keep[0] == 0 and len(keep) > 1 and keep[1] > 8)
     low, high = int(keep[zero]), int(keep[-1]) + 1
 
     def bases(low: int, high: int) -> list[int]:
