@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from rac import native
 from rac.container import zstd
 from rac.entropy import tables
-from rac.errors import ChecksumError, FormatError
+from rac.errors import FormatError
 from rac.quantize import lossless as ll
 
 Array = NDArray[Any]
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,9 @@ class Shared:
     rows: NDArray[np.uint8] | None
     cols: NDArray[np.uint8] | None
     table: NDArray[np.uint8]
-    values: NDArray[np.uint32]
+    values: NDArray[np.uint16]
     bases: NDArray[np.uint32]
+    pairs: NDArray[np.uint8]
 
 
 def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
@@ -43,7 +45,7 @@ def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
         raise FormatError("class map names a table that is not there")
     bases = np.zeros(256, np.uint32)
     bases[: len(p.escapes)] = p.escapes
-    return Shared(freq, tables.lookup(freq), rows, cols, table, p.values(), bases)
+    return Shared(freq, tables.lookup(freq), rows, cols, table, p.values(), bases, p.pairs())
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
@@ -58,80 +60,77 @@ def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
     return out
 
 
-def decode_lanes(
-    unit: Array, p: ll.Lanes, s: Shared, box: tuple[int, int, int, int], dst: Array, reference: bool = False
-) -> None:
+def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, reference: bool = False) -> None:
     """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words with unit column stride.
 
     Raises FormatError or ChecksumError; `dst` may then be partly written.
     """
     r0, r1, c0, c1 = box
     h, w = r1 - r0, c1 - c0
-    n = h * w
-    tile = ll.parse_tile(unit, n, p)
     order = ll.order(
-        None if s.rows is None else s.rows[r0:r1], None if s.cols is None else s.cols[c0:c1], h, w, s.table
+        p,
+        None if s.rows is None else s.rows[r0:r1],
+        None if s.cols is None else s.cols[c0:c1],
+        h,
+        w,
+        s.table,
     )
+    word = dst.dtype.itemsize
+    limit = 1 << min(16, 8 * word - p.zero - p.sign - p.shift)
+    if not reference and native.library() is not None:
+        at = native.address
+        job = native.Job(
+            at(unit), len(unit), h * w, p.symbols, at(s.lut), at(s.values), at(s.pairs), at(s.bases),
+            at(order.blocks), len(order.blocks), at(order.rows), at(order.cols), at(dst), dst.strides[0] // word,
+            p.lanes, p.per, word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape,
+            min(256, p.first_escaping) if p.escapes else 256, limit,
+        )  # fmt: skip
+        native.decode_tile(job)
+        return
+    tile = ll.parse_tile(unit, h * w, p)
+    coded = int(order.segments[:, 0].sum())
     if reference:
         from rac.decode.reference import lanes
 
-        sym = lanes(tile, s.freq, order.segments, n)
+        sym = lanes(tile, s.freq, order.segments, coded)
     else:
-        sym = native.ans_decode(s.lut, tile.words, tile.counts, order.segments, n)
-    pos, top = native.escapes(
-        sym, p.lanes, order.segments, p.first_escape, s.bases, tile.escapes, tile.escape_counts
-    )
-    limit = 1 << min(32, 8 * dst.dtype.itemsize - p.zero - p.sign - p.shift)
-    if len(top) and int(top.max()) >= limit:
-        raise FormatError("escaped value leaves the range of tops")
-    if reference or native.library() is None:
-        _merge(sym, tile, unit, order, p, s, pos, top, dst)
-        return
-    starts, escape, at = np.array(tile.planes, np.int64), np.zeros(1, np.int64), 0
-    stride = dst.strides[0] // dst.dtype.itemsize
-    for a, b, c, d in order.blocks if order.cols is not None else [(0, h, 0, w)]:
-        native.merge(
-            sym, at, b - a, d - c, None if order.rows is None else order.rows[a:b],
-            None if order.cols is None else order.cols[c:d], dst, stride, s.values, p.zero, p.sign, p.shift, unit,
-            starts, p.raw, pos, top, escape,
-        )  # fmt: skip
-        at += (b - a) * (d - c)
-    for (bits, _), start in zip(p.planes(), tile.planes, strict=True):
-        if bits < 8 and n * bits % 8 and unit[start + n * bits // 8] >> (n * bits % 8):
-            raise FormatError("plane ends in non-zero bits")
-
-
-def _merge(
-    sym: Array, tile: ll.Tile, unit: Array, order: ll.Order, p: ll.Lanes, s: Shared, pos: Array, top: Array, dst: Array
-) -> None:
-    tops = s.values[sym]
-    tops[pos] = top
-    sizes = ll.plane_sizes(len(sym), p)
+        sym = native.ans_decode(s.lut, tile.words, tile.counts, order.segments, coded)
+    base = _elements(sym, s, order)
+    tops = s.values[base].astype(np.uint64)
+    pos = np.flatnonzero(base >= p.first_escape)
+    if len(pos) != len(tile.escapes):
+        raise FormatError(native.TILE_ERRORS[5])
+    tops[pos] = s.bases[base[pos] - p.first_escape].astype(np.uint64) + tile.escapes
+    if len(pos) and int(tops[pos].max()) >= limit:
+        raise FormatError(native.TILE_ERRORS[6])
+    sizes = ll.plane_sizes(h * w, p)
     planes = [memoryview(unit)[a : a + n] for a, n in zip(tile.planes, sizes, strict=True)]
-    word = dst.dtype.itemsize
-    flat = ll.join(tops, ll.unpack_planes(planes, len(sym), p), p, word)
-    at = 0
-    rows = np.arange(dst.shape[0]) if order.rows is None else order.rows
-    cols = np.arange(dst.shape[1]) if order.cols is None else order.cols
-    for a, b, c, d in order.blocks:
-        dst[np.ix_(rows[a:b], cols[c:d])] = flat[at : at + (b - a) * (d - c)].reshape(b - a, d - c)
-        at += (b - a) * (d - c)
+    flat = ll.join(tops, ll.unpack_planes(planes, h * w, p), p, word)
+    rows = np.arange(h) if order.rows is None else order.rows
+    cols = np.arange(w) if order.cols is None else order.cols
+    start = 0
+    for _, a, b, c, d in order.blocks.tolist():
+        dst[np.ix_(rows[a:b], cols[c:d])] = flat[start : start + (b - a) * (d - c)].reshape(b - a, d - c)
+        start += (b - a) * (d - c)
 
 
-def decode_plain(unit: Array, method: str, box: tuple[int, int, int, int], dst: Array) -> None:
+def _elements(sym: Array, s: Shared, order: ll.Order) -> Array:
+    """Base symbol of every element, out of the coded symbols."""
+    base, at = [], 0
+    for n, steps in zip(order.sizes.tolist(), order.segments[:, 0].tolist(), strict=True):
+        base.append(s.pairs[sym[at : at + steps]].reshape(-1)[:n])
+        at += steps
+    return np.concatenate(base)
+
+
+def decode_plain(unit: Array, method: str, box: Box, dst: Array) -> None:
     """raw/1 and zstd/1 tiles into `dst`, a (h, w) view of words."""
     h, w, word = box[1] - box[0], box[3] - box[2], dst.dtype.itemsize
     size = h * w * word
     if method == "zstd/1":
-        data = np.frombuffer(zstd.decompress(unit, size), np.uint8).reshape(word, h * w)
+        data = np.frombuffer(zstd.decompress(memoryview(unit), size), np.uint8).reshape(word, h * w)
         dst[...] = np.ascontiguousarray(data.T).view(dst.dtype).reshape(h, w)
         return
     if len(unit) != size:
         raise FormatError("raw unit does not have the size of its tile")
     dst[...] = unit.view(dst.dtype).reshape(h, w)
-
-
-def check_unit(unit: Array, want: int, name: str, i: int, offset: int) -> None:
-    """ChecksumError, naming tensor, unit and offset, unless XXH3-64 of `unit` is `want`."""
-    if zstd.xxh3(memoryview(unit)) != want:
-        raise ChecksumError("checksum does not match", unit=f"{name!r} unit {i}", offset=offset)

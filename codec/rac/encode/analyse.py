@@ -22,8 +22,11 @@ Read = Callable[[int, int], Array]
 """Words (h, C) of the rows [start, stop) of the matrix."""
 
 ONE_TILE = 3 << 19
+RARE = {1: 65536, 2: 4096}
+"""Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
 CHUNK = 1 << 22
 COUNTS = 1 << 25
+"""Counters that an analysis may hold at once, 4 bytes each."""
 _MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}
 _CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
@@ -35,9 +38,11 @@ class Level:
 
     name: str
     lanes: int
+    per: int
     row_classes: int
     col_classes: int
     rounds: int
+    again: bool
     fewer_bits: int
     zstd: int
 
@@ -45,9 +50,9 @@ class Level:
 LEVELS = {
     level.name: level
     for level in (
-        Level("fast", 16, 1, 1, 0, 0, 3),
-        Level("default", 16, 6, 1, 2, 0, 9),
-        Level("max", 8, 16, 8, 5, 2, 19),
+        Level("fast", 32, 2, 1, 1, 0, False, 0, 3),
+        Level("default", 32, 2, 6, 4, 2, False, 0, 9),
+        Level("max", 8, 1, 16, 8, 5, True, 2, 19),
     )
 }
 
@@ -67,7 +72,11 @@ class Plan:
     rows: NDArray[np.uint8] | None = None
     cols: NDArray[np.uint8] | None = None
     table: NDArray[np.uint8] | None = None
-    lut: NDArray[np.uint8] | None = None
+    pair_map: NDArray[np.uint8] | None = None
+    base: NDArray[np.uint8] | None = None
+    """(R, C) base symbols of the whole tensor, held from the analysis to the encoding."""
+    coded: tuple[NDArray[np.uint8], ...] = ()
+    """Coded symbols of every tile, where the analysis has counted pairs."""
 
 
 def axis_of(shape: tuple[int, ...]) -> int:
@@ -125,15 +134,23 @@ def analyse(read: Read, dtype: str, shape: tuple[int, ...], level: Level) -> Pla
     best = raw_size - 64
     if (dtype in _MANTISSA or dtype in _BYTES) and total >= 64:
         zero = (union & -union).bit_length() - 1 if union & ((1 << bits) - 1) else 0
-        start = _CODED.get(dtype, 0)
-        for coded in range(start, max(-1, start - 1 - level.fewer_bits), -1):
-            found = _lanes(read, plan, dtype, hist, base, zero, coded, level)
+        for per, coded in _candidates(dtype, level):
+            found = _lanes(read, plan, dtype, hist, base, zero, coded, per, level)
             if found and found[1] < best:
                 plan, best = found
+            if found and per == 2:
+                break
     size = _zstd_estimate(read, grid, level)
     if size < best * 0.98:
         plan = replace(Plan("zstd/1", grid, axis, plan.digest, level.name))
     return plan
+
+
+def _candidates(dtype: str, level: Level) -> list[tuple[int, int]]:
+    """(elements per symbol, mantissa bits in the top) to try; where pairs serve, the rest is not tried."""
+    start = _CODED.get(dtype, 0)
+    out = [(1, coded) for coded in range(start, max(-1, start - 1 - level.fewer_bits), -1)]
+    return [(2, 0), *out] if level.per == 2 and dtype in _MANTISSA else out
 
 
 def _zstd_estimate(read: Read, grid: ll.Grid, level: Level) -> int:
@@ -155,8 +172,11 @@ def shuffle(words: Array) -> bytes:
     return np.ascontiguousarray(np.ascontiguousarray(words).reshape(-1).view(np.uint8).reshape(-1, w).T).tobytes()
 
 
-def _alphabet(hist: Array, entries: int) -> tuple[list[int], list[int]] | None:
-    """Symbol runs and escape bases for the tops counted in `hist`: a rare top costs less as an escape."""
+def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int]] | None:
+    """Symbol runs and escape bases for the tops counted in `hist`: a rare top costs less as an escape.
+
+    None where `most` base symbols cannot hold them without many escapes.
+    """
     used = np.flatnonzero(hist)
     keep = np.flatnonzero(hist > entries)
     if not len(keep):
@@ -175,67 +195,127 @@ def _alphabet(hist: Array, entries: int) -> tuple[list[int], list[int]] | None:
 
     while True:
         escapes = bases(low, high)
-        if high - low + len(escapes) + zero <= 256:
+        if high - low + len(escapes) + zero <= most:
             break
-        if len(escapes) > 128:
+        if len(escapes) > most // 2 or high - low < 2:
             return None
         if hist[low] <= hist[high - 1]:
             low += 1
         else:
             high -= 1
+    if most < 256:
+        escaped = int(hist.sum()) - int(hist[low:high].sum()) - (int(hist[0]) if zero else 0)
+        if escaped * 64 > int(hist.sum()):
+            return None
     if high - low + zero + len(escapes) < 2:
         high, low = (high + 1, low) if high < len(hist) else (high, low - 1)
     return ([0, 1] if zero else []) + [low, high - low], escapes
 
 
 def _lanes(
-    read: Read, plan: Plan, dtype: str, hist: Array, base: int, zero: int, coded: int, level: Level
+    read: Read, plan: Plan, dtype: str, hist: Array, base: int, zero: int, coded: int, per: int, level: Level
 ) -> tuple[Plan, int] | None:
     grid = plan.grid
     signed = DTYPES[dtype].signed_float
     total = grid.rows * grid.cols
+    rare = 1 + total // RARE[per]
     down = max(_MANTISSA.get(dtype, 0) - coded if signed else 0, base, zero)
     shift = down - zero
     size = min(65536, 1 << (8 * grid.word - signed - down))
     tops = np.add.reduceat(hist, np.arange(0, min(len(hist), size << (down - base)), 1 << (down - base)))
-    found = _alphabet(tops, 1 + total // 65536)
+    found = _alphabet(tops, rare, 256 if per == 1 else ll.MAX_BASE)
     if found is None:
         return None
     runs, escapes = found
     lut = _lut(tops, runs, escapes)
     n = sum(runs[1::2]) + len(escapes)
-    rows, cols, cells = _classes(read, grid, zero, signed, shift, lut, n, level)
+    symbols = np.empty((grid.rows, grid.cols), np.uint8)
+    for a, b in chunks(grid):
+        symbols[a:b] = native.symbols(read(a, b), zero, signed, shift, lut)
+    weight = n if per == 2 else 1  # a table of pairs costs about that much more than one of base symbols
+    rows, cols, cells = _classes(symbols, n, weight, level)
     kr, kc = cells.shape[:2]
-    group = cl.join(cells.reshape(kr * kc, 1, n)) if kr * kc > 1 else np.zeros(1, np.uint8)
-    freq = np.stack(
-        [tables.normalise(c) for c in cl._sum_groups(cells.reshape(kr * kc, n), group, int(group.max()) + 1)]
-    )
-    order, packed = min(((o, tables.to_bytes(freq, o)) for o in range(-2, 2)), key=lambda v: len(v[1]))
-    row_list, col_list = _class_list(rows), _class_list(cols)
+    group = cl.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
     lanes = _lane_count(level.lanes, min(total, grid.tr * grid.tc))
     p = ll.Lanes(
-        lanes, zero, signed, shift, tuple(runs), tuple(escapes), len(freq), order, kr, kc,
-        (len(packed), len(row_list), len(col_list)),
-    )  # fmt: skip
+        lanes, per, zero, signed, shift, tuple(runs), tuple(escapes), int(group.max()) + 1, 0, kr, kc, (0, 0, 0)
+    )
+    table = group.reshape(kr, kc)
+    out = replace(plan, method="lanes/1", lanes=p, rows=rows, cols=cols, table=table, base=symbols)
+    if per == 2:
+        out = replace(out, pair_map=_pair_map(p))
+        counts, out = _pair_counts(out, p)
+    else:
+        counts = cl.sum_groups(cells.reshape(kr * kc, n), group, p.tables)
+    freq = np.stack([tables.normalise(c) for c in counts])
+    order, packed = min(((o, tables.to_bytes(freq, o)) for o in range(-2, 2)), key=lambda v: len(v[1]))
+    row_list, col_list = _class_list(rows), _class_list(cols)
+    p = replace(p, order=order, sizes=(len(packed), len(row_list), len(col_list)))
     shared = packed + row_list + col_list + group.tobytes()
     tiles = grid.down * grid.across
-    length = cl.log2(np.full(1, 4096)) - cl.log2(freq.astype(np.int64))
-    counts = cl._sum_groups(cells.reshape(kr * kc, n), group, len(freq))
-    bits = int((counts * length).sum()) // cl.UNIT
-    escaped = int(counts[:, p.first_escape :].sum())
+    bits = int((counts * (cl.log2(np.full(1, 4096)) - cl.log2(freq.astype(np.int64)))).sum()) // cl.UNIT
+    escaped = int(tops.sum()) - int(sum(tops[a : a + k].sum() for a, k in zip(runs[::2], runs[1::2], strict=True)))
     estimate = bits // 8 + escaped + len(shared) + 200 + tiles * (16 + 12 * lanes)
     estimate += sum(ll.plane_sizes(total, p))
-    out = replace(
-        plan, method="lanes/1", lanes=p, shared=shared, freq=freq, rows=rows, cols=cols,
-        table=group.reshape(kr, kc), lut=lut,
-    )  # fmt: skip
-    return out, estimate
+    return replace(out, lanes=p, shared=shared, freq=freq), estimate
+
+
+def _pair_map(p: ll.Lanes) -> NDArray[np.uint8]:
+    out = np.zeros(256, np.uint8)
+    pairs = p.pairs().astype(np.int64)
+    out[pairs[:, 0] | pairs[:, 1] << 4] = np.arange(len(pairs), dtype=np.uint8)
+    return out
+
+
+def _pair_counts(plan: Plan, p: ll.Lanes) -> tuple[cl.Counts, Plan]:
+    """(T, symbols) how often each pair occurs under each table, in the order in which tiles code them."""
+    counts = np.zeros((p.tables, p.symbols), np.uint32)
+    held = []
+    for i in range(plan.grid.down * plan.grid.across):
+        order, _, sym = sequence(plan, i)
+        native.count_segments(sym, order.segments, counts)
+        held.append(sym)
+    return counts.astype(np.int64), replace(plan, coded=tuple(held))
+
+
+def gather(order: ll.Order, tile: Array) -> Array:
+    """Elements of `tile` (h, w) in sequence order."""
+    if order.rows is not None:
+        tile = tile.take(order.rows, 0)
+    if order.cols is not None:
+        tile = tile.take(order.cols, 1)
+        return np.concatenate([tile[a:b, c:d].reshape(-1) for _, a, b, c, d in order.blocks.tolist()])
+    return np.ascontiguousarray(tile).reshape(-1)
+
+
+def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8], NDArray[np.uint8]]:
+    """(order, base symbols, coded symbols) of tile `i`, both in sequence order."""
+    p = plan.lanes
+    assert p is not None and plan.table is not None and plan.base is not None  # noqa: S101
+    r0, r1, c0, c1 = plan.grid.box(i)
+    order = ll.order(
+        p,
+        None if plan.rows is None else plan.rows[r0:r1],
+        None if plan.cols is None else plan.cols[c0:c1],
+        r1 - r0,
+        c1 - c0,
+        plan.table,
+    )
+    base = gather(order, plan.base[r0:r1, c0:c1])
+    if plan.pair_map is None:
+        return order, base, base
+    if plan.coded:
+        return order, base, plan.coded[i]
+    return order, base, native.pair(base, order.sizes, plan.pair_map)
 
 
 def _lane_count(most: int, elements: int) -> int:
-    """Lanes of at least 4096 symbols each, as a power of two."""
+    """Lanes of at least 4096 elements each, as a power of two; never more than 2**17 elements in one.
+
+    A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
+    """
     lanes = 1
-    while lanes < most and elements >= 8192 * lanes:
+    while (lanes < most and elements >= 8192 * lanes) or elements > lanes << 17:
         lanes *= 2
     return lanes
 
@@ -260,56 +340,33 @@ def _class_list(classes: NDArray[np.uint8] | None) -> bytes:
 
 
 def _classes(
-    read: Read, grid: ll.Grid, zero: int, signed: bool, shift: int, lut: Array, n: int, level: Level
+    symbols: NDArray[np.uint8], n: int, weight: int, level: Level
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, cl.Counts]:
-    """Row classes, column classes (None: one class), and the symbol counts (Kr, Kc, n) of each pair."""
-    total = grid.rows * grid.cols
+    """Row classes, column classes (None: one class), and the symbol counts (Kr, Kc, n) of each pair.
 
-    def count(row: Array | None, col: Array | None, keys: int, every: int = 1) -> Array:
-        out = np.zeros((keys, n), np.uint32)
-        for a, b in chunks(grid):
-            if a // max(1, b - a) % every:
-                continue
-            sym = native.symbols(read(a, b), zero, signed, shift, lut)
-            out += native.histogram(sym, None if row is None else row[a:b], col, keys, n)
-        return out
+    `weight` is the length of a table against one of n symbols.
+    """
+    r, c = symbols.shape
+    by_row, by_col = np.arange(r, dtype=np.int32), np.arange(c, dtype=np.int32)
 
     def key(classes: NDArray[np.uint8] | None, scale: int) -> Array | None:
         return None if classes is None else classes.astype(np.int32) * np.int32(scale)
 
+    def cluster(hist: Array, most: int) -> tuple[NDArray[np.uint8] | None, int]:
+        found, agg = cl.cluster(np.ascontiguousarray(hist), most, level.rounds, weight)
+        return (found, len(agg)) if len(agg) > 1 else (None, 1)
+
     rows = cols = None
     kr = kc = 1
-    if level.row_classes > 1 and grid.rows >= 16 and total >= 8192 and grid.rows * n <= COUNTS:
-        hist = _row_counts(read, grid, zero, signed, shift, lut, n, None, 1)
-        found, agg = cl.cluster(hist, level.row_classes, level.rounds)
-        kr = len(agg)
-        rows = found if kr > 1 else None
-        if level.col_classes == 1:
-            return rows, None, agg
-    if level.col_classes > 1 and grid.cols >= 16 and total >= 8192 and grid.cols * n * kr <= COUNTS:
-        for again in (True, False):
-            hist = count(key(rows, grid.cols), np.arange(grid.cols, dtype=np.int32), kr * grid.cols)
-            hist = hist.reshape(kr, grid.cols, n).transpose(1, 0, 2)
-            found, agg = cl.cluster(np.ascontiguousarray(hist), level.col_classes, level.rounds)
-            kc = len(agg)
-            cols = found if kc > 1 else None
-            if not again or kc == 1 or grid.rows < 16 or grid.rows * n * kc > COUNTS:
-                break
-            hist = _row_counts(read, grid, zero, signed, shift, lut, n, key(cols, 1), kc)
-            found, agg = cl.cluster(hist, level.row_classes, level.rounds)
-            kr = len(agg)
-            rows = found if kr > 1 else None
-    cells = count(key(rows, kc), key(cols, 1), kr * kc)
+    can_rows = level.row_classes > 1 and r >= 16 and symbols.size >= 8192 and r * n <= COUNTS
+    can_cols = level.col_classes > 1 and c >= 16 and symbols.size >= 8192
+    if can_rows:
+        rows, kr = cluster(native.histogram(symbols, by_row, None, r, n).reshape(r, 1, n), level.row_classes)
+    if can_cols and c * n * kr <= COUNTS:
+        hist = native.histogram(symbols, key(rows, c), by_col, kr * c, n).reshape(kr, c, n).transpose(1, 0, 2)
+        cols, kc = cluster(hist, level.col_classes)
+        if level.again and kc > 1 and can_rows and r * n * kc <= COUNTS:
+            hist = native.histogram(symbols, by_row * np.int32(kc), key(cols, 1), r * kc, n).reshape(r, kc, n)
+            rows, kr = cluster(hist, level.row_classes)
+    cells = native.histogram(symbols, key(rows, kc), key(cols, 1), kr * kc, n)
     return rows, cols, cells.astype(np.int64).reshape(kr, kc, n)
-
-
-def _row_counts(
-    read: Read, grid: ll.Grid, zero: int, signed: bool, shift: int, lut: Array, n: int, col: Array | None, kc: int
-) -> Array:
-    """(R, Kc, n) symbol counts of every row."""
-    out = np.empty((grid.rows, kc, n), np.uint32)
-    for a, b in chunks(grid):
-        sym = native.symbols(read(a, b), zero, signed, shift, lut)
-        row = np.arange(b - a, dtype=np.int32) * np.int32(kc)
-        out[a:b] = native.histogram(sym, row, col, (b - a) * kc, n).reshape(b - a, kc, n)
-    return out

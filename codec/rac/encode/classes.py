@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import native
+
 UNIT = 1024
 Counts = NDArray[np.int64]
 
@@ -38,12 +40,17 @@ def log2(n: NDArray[Any]) -> Counts:
     return np.where(n > 0, (exponent << 10) + _FRACTION[fraction], 0)
 
 
-def code_length(counts: NDArray[Any]) -> Counts:
-    """Bits (in units) that the best code for `counts` (..., S) spends on them, with the table itself: (...)."""
+def code_length(counts: NDArray[Any], weight: int = 1) -> Counts:
+    """Bits (in units) that the best code for `counts` (..., S) spends on them, with the table itself, `weight`
+    times as long: (...).
+    """
     c = counts.astype(np.int64)
+    done = native.code_length(np.ascontiguousarray(c).reshape(-1, c.shape[-1]), _FRACTION, weight)
+    if done is not None:
+        return done.reshape(c.shape[:-1])
     total = c.sum(-1)
     data = total * log2(total) - (c * log2(c)).sum(-1)
-    return data + table_length(c, total)
+    return data + weight * table_length(c, total)
 
 
 def table_length(c: Counts, total: Counts) -> Counts:
@@ -78,7 +85,7 @@ def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint
     return out
 
 
-def cluster(hist: NDArray[Any], k: int, rounds: int) -> tuple[NDArray[np.uint8], Counts]:
+def cluster(hist: NDArray[Any], k: int, rounds: int, weight: int = 1) -> tuple[NDArray[np.uint8], Counts]:
     """Classes (n,) of the vectors `hist` (n, G, S) and the classes' counts (K', G, S), K' <= k.
 
     Starts from quantiles of the mean symbol, refines `rounds` times, then joins classes while that shortens the
@@ -100,22 +107,23 @@ def cluster(hist: NDArray[Any], k: int, rounds: int) -> tuple[NDArray[np.uint8],
             break
         classes = new
         agg = _sum(hist, classes, k)
-    groups = join(agg, np.bincount(classes, minlength=k))
+    groups = join(agg, np.bincount(classes, minlength=k), weight)
     kept = int(groups.max()) + 1
     classes = groups[classes]
-    return classes, _sum_groups(agg, groups, kept)
+    return classes, sum_groups(agg, groups, kept)
 
 
-def _sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
+def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
     out = np.zeros((kept, *agg.shape[1:]), np.int64)
     np.add.at(out, groups, agg)
     return out
 
 
-def join(agg: Counts, members: Counts | None = None) -> NDArray[np.uint8]:
+def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray[np.uint8]:
     """Group (K,) of each class of counts `agg` (K, G, S): pairs are joined while the total length falls.
 
-    `members` (K,) adds the length of the list that names each member's class. Empty classes go first.
+    `members` (K,) adds the length of the list that names each member's class; a table is
+    `weight` times as long as one of S symbols. Empty classes go first.
     """
     k = len(agg)
     groups = np.arange(k)
@@ -129,13 +137,13 @@ def join(agg: Counts, members: Counts | None = None) -> NDArray[np.uint8]:
     def of_list(m: Counts) -> Counts:
         return -(m * log2(m))  # up to a constant: n log n - sum m log m
 
-    own = code_length(agg).sum(-1)
+    own = code_length(agg, weight).sum(-1)
     gain = np.full((k, k), np.iinfo(np.int64).min)
 
     def update(i: int) -> None:
         other = np.flatnonzero(alive)
         other = other[other != i]
-        both = code_length(agg[other] + agg[i]).sum(-1)
+        both = code_length(agg[other] + agg[i], weight).sum(-1)
         lists = of_list(size[other]) + of_list(size[i : i + 1]) - of_list(size[other] + size[i])
         g = own[other] + own[i] - both + lists
         low, high = np.minimum(other, i), np.maximum(other, i)
@@ -152,6 +160,6 @@ def join(agg: Counts, members: Counts | None = None) -> NDArray[np.uint8]:
         alive[j] = False
         groups[groups == j] = i
         gain[j, :] = gain[:, j] = np.iinfo(np.int64).min
-        own[i] = code_length(agg[i]).sum()
+        own[i] = code_length(agg[i], weight).sum()
         update(i)
     return np.unique(groups, return_inverse=True)[1].astype(np.uint8)

@@ -19,26 +19,25 @@ class Models:
 
     def __init__(self, tables: NDArray[np.uint16]) -> None:
         self.symbols = [np.flatnonzero(t).astype(np.int32) for t in tables]
-        self.index = []
-        for t, s in zip(tables, self.symbols, strict=True):
-            index = np.full(len(t), -1, np.int32)
-            index[s] = np.arange(len(s), dtype=np.int32)
-            self.index.append(index)
+        self.index = np.zeros((len(tables), 256), np.uint8)
+        """(T, 256) place of a symbol in the model of a table."""
+        for row, s in zip(self.index, self.symbols, strict=True):
+            row[s] = np.arange(len(s), dtype=np.uint8)
         self._models: list[Any] = [
             constriction.stream.model.Categorical(t[s].astype(np.float64) / 4096.0, perfect=True)
             for t, s in zip(tables, self.symbols, strict=True)
         ]
 
-    def encode(self, symbols: NDArray[np.uint8], segments: list[Segment]) -> NDArray[np.uint32]:
-        """Words of one lane, in decode order; `symbols` (n,) are the lane's symbols in decode order."""
+    def encode(self, places: NDArray[np.int32], segments: list[Segment]) -> NDArray[np.uint32]:
+        """Words of one lane, in decode order; `places` (n,) are its symbols by their place in the model."""
         coder = constriction.stream.stack.AnsCoder()
-        end = len(symbols)
+        end = len(places)
         for steps, table in reversed(segments):
             if steps:
-                piece = self.index[table][symbols[end - steps : end]]
-                coder.encode_reverse(piece, self._models[table])
+                coder.encode_reverse(places[end - steps : end], self._models[table])
                 end -= steps
-        return np.ascontiguousarray(coder.get_compressed()[::-1])
+        words: NDArray[np.uint32] = coder.get_compressed()[::-1]
+        return words
 
     def decode(self, words: NDArray[np.uint32], segments: list[Segment]) -> NDArray[np.uint8]:
         """Symbols of one lane; ChecksumError unless it ends empty, as its encoder began."""

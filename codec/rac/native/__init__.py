@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-MAX_LANES = 1024
+ABI = 1
 
 
 @functools.cache
@@ -30,10 +30,10 @@ def library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
         try:
             lib = ctypes.CDLL(str(path))
-        except OSError:
+            if lib.rac_abi() == ABI:
+                return lib
+        except (OSError, AttributeError):  # of another machine, or left over from another version
             continue
-        lib.rac_escapes.restype = ctypes.c_int64
-        return lib
     warnings.warn("rac: the C kernel was not built; decoding runs in numba, several times slower", stacklevel=3)
     return None
 
@@ -45,7 +45,7 @@ def kernel() -> str:
 
 
 def _p(a: Array | None) -> ctypes.c_void_p | None:
-    return None if a is None else ctypes.c_void_p(a.ctypes.data)
+    return None if a is None else ctypes.c_void_p(a.__array_interface__["data"][0])
 
 
 _n = ctypes.c_int64
@@ -92,75 +92,67 @@ def lookup(freq: NDArray[np.uint16]) -> NDArray[np.uint32]:
     return out
 
 
+class Job(ctypes.Structure):
+    """Twin of rac_job in kernels.c; the caller keeps the arrays alive."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("unit",)),
+        *((n, ctypes.c_int64) for n in ("size", "elements", "symbols")),
+        *((n, ctypes.c_void_p) for n in ("luts", "values", "pairs", "bases", "blocks")),
+        ("nblocks", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in ("row", "col", "dst")),
+        ("stride", ctypes.c_int64),
+        *(
+            (n, ctypes.c_int32)
+            for n in ("lanes", "per", "word", "zero", "sign", "shift", "raw", "base", "first", "escaping")
+        ),
+        ("limit", ctypes.c_uint32),
+    )
+
+
+TILE_ERRORS = (
+    "",
+    "tile streams do not fill the unit exactly",
+    "padding is not zero",
+    "ANS lane begins with a zero word",
+    "ANS lane does not end in its initial state",
+    "escape counts do not match the symbols",
+    "escaped value leaves the range of tops",
+    "plane ends in non-zero bits",
+)
+
+
+def decode_tile(job: Job) -> None:
+    """Decode one tile into its place (only where `library()` is there).
+
+    Raises:
+        FormatError: The unit breaks stages/lanes.md.
+        ChecksumError: A lane does not end empty in state 0.
+    """
+    lib = library()
+    assert lib is not None  # noqa: S101 - the caller asked
+    if bad := lib.rac_tile(ctypes.byref(job)):
+        raise (ChecksumError if bad == 4 else FormatError)(TILE_ERRORS[bad])
+
+
+def address(a: Array | None) -> int | None:
+    """Address of the first byte of an array, None for None."""
+    return None if a is None else int(a.__array_interface__["data"][0])
+
+
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:
-    """Symbols (n,) of one tile in sequence order.
+    """Coded symbols (n,) of one tile in sequence order, in numba.
 
     luts (T, 4096) uint32, words (W,) uint32, counts (L,) uint16 words per lane with L <= 1024, segments (S, 2)
     int64 of (symbols, table). The caller has checked that counts sum to W and segments to n. ChecksumError where
     a lane does not end empty in state 0.
     """
+    from rac.native.fallback import ans_decode as decode
+
     out = np.empty(n, np.uint8)
-    lib = library()
-    if lib is not None:
-        bad = lib.rac_ans_decode(
-            _p(luts), _p(words), _p(counts), _n(len(counts)), _p(segments), _n(len(segments)), _p(out)
-        )
-    else:
-        from rac.native.fallback import ans_decode as decode
-
-        bad = decode(luts, words, counts, segments, out)
-    if bad:
-        raise ChecksumError("ANS lane does not end in its initial state")
+    if decode(luts, words, counts, segments, out):
+        raise ChecksumError(TILE_ERRORS[4])
     return out
-
-
-def escapes(
-    sym: Array, lanes: int, segments: Array, first: int, bases: Array, data: Array, counts: Array
-) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Positions and tops of the symbols >= `first`: bases[symbol - first] + the next byte of their lane."""
-    total = int(counts.sum(dtype=np.int64))
-    pos, top = np.empty(len(sym) if total else 0, np.int64), np.empty(len(sym) if total else 0, np.uint32)
-    lib = library()
-    if lib is not None:
-        if total == 0 and first >= 256:
-            return pos, top
-        pos, top = np.empty(total + 1, np.int64), np.empty(total + 1, np.uint32)
-        found = lib.rac_escapes(
-            _p(sym), _n(lanes), _p(segments), _n(len(segments)), _n(first), _p(bases), _p(data), _p(counts),
-            _p(pos), _p(top),
-        )  # fmt: skip
-        if found != total:
-            raise FormatError("escape counts do not match the symbols")
-        return pos[:total], top[:total]
-    pos = np.flatnonzero(sym >= first)
-    starts = np.concatenate([[0], np.cumsum(segments[:, 0])])
-    lane = (pos - starts[np.searchsorted(starts, pos, side="right") - 1]) % lanes
-    if (np.bincount(lane, minlength=lanes) != counts).any():
-        raise FormatError("escape counts do not match the symbols")
-    top = bases[sym[pos].astype(np.int64) - first].astype(np.uint32)
-    top[np.argsort(lane, kind="stable")] += data
-    return pos, top
-
-
-def merge(
-    sym: Array, at: int, rows: int, cols: int, row: Array | None, col: Array | None, dst: Array, stride: int,
-    value: NDArray[np.uint32], zero: int, sign: bool, shift: int, planes: Array, starts: Array, raw: int,
-    pos: Array, top: Array, escape: Array,
-) -> bool:  # fmt: skip
-    """Words of one segment straight to their place in `dst`; False where the C kernel is not there.
-
-    `dst` is a view whose first element is the tile's origin; row, col int32 orders or None; `escape` (1,) int64 is
-    the next escape, moved on.
-    """
-    lib = library()
-    if lib is None:
-        return False
-    f = getattr(lib, f"rac_merge{dst.dtype.itemsize}")
-    f(
-        _p(sym), _n(at), _n(rows), _n(cols), _p(row), _p(col), _p(dst), _n(stride), _p(value), _i(zero), _i(sign),
-        _i(shift), _p(planes), _p(starts), _i(raw), _p(pos), _p(top), _n(len(pos)), _p(escape),
-    )  # fmt: skip
-    return True
 
 
 def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:
@@ -209,18 +201,91 @@ def histogram(
     return np.bincount(flat.ravel(), minlength=keys * size).reshape(keys, size).astype(np.uint32)
 
 
-def to_lanes(symbols: NDArray[np.uint8], lanes: int, segments: Array, start: Array) -> NDArray[np.uint8]:
-    """Symbols in sequence order to lane-major order; lane l starts at start[l]."""
-    out = np.empty(len(symbols), np.uint8)
+def count_segments(sym: NDArray[np.uint8], segments: Array, counts: NDArray[np.uint32]) -> None:
+    """Add the coded symbols of each segment (symbols, table) to the row of its table in `counts` (T, S)."""
     lib = library()
     if lib is not None:
-        lib.rac_to_lanes(_p(symbols), _n(lanes), _p(segments), _n(len(segments)), _p(start), _p(out))
+        lib.rac_count(_p(sym), _p(segments), _n(len(segments)), _n(counts.shape[1]), _p(counts))
+        return
+    at = 0
+    for n, table in segments.tolist():
+        counts[table] += np.bincount(sym[at : at + n], minlength=counts.shape[1]).astype(np.uint32)
+        at += n
+
+
+def code_length(counts: NDArray[np.int64], fraction: NDArray[np.int64], weight: int) -> NDArray[np.int64] | None:
+    """Twin of encode.classes.code_length for contiguous (n, S) counts; None where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return None
+    out = np.empty(len(counts), np.int64)
+    lib.rac_code_length(_p(counts), _n(counts.shape[0]), _n(counts.shape[1]), _p(fraction), _n(weight), _p(out))
+    return out
+
+
+def to_lanes(
+    symbols: NDArray[np.uint8], lanes: int, segments: Array, start: Array, index: NDArray[np.uint8]
+) -> NDArray[np.int32]:
+    """Coded symbols in sequence order to lane-major order; lane l starts at start[l].
+
+    `index` (T, 256) is the place of each symbol in the model of its table.
+    """
+    out = np.empty(len(symbols), np.int32)
+    lib = library()
+    if lib is not None:
+        lib.rac_to_lanes(_p(symbols), _n(lanes), _p(segments), _n(len(segments)), _p(start), _p(index), _p(out))
         return out
     pos, at = start.copy(), 0
-    for n, _ in segments:
+    for n, table in segments:
         for lane in range(lanes):
             piece = symbols[at + lane : at + n : lanes]
-            out[pos[lane] : pos[lane] + len(piece)] = piece
+            out[pos[lane] : pos[lane] + len(piece)] = index[table][piece]
             pos[lane] += len(piece)
         at += n
+    return out
+
+
+def pair(sym: NDArray[np.uint8], sizes: NDArray[np.int64], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Base symbols (n,) below 16 to pairs table[a + 16 b], segment by segment of `sizes` elements.
+
+    An odd last one is paired with symbol 0.
+    """
+    out = np.empty(int(((sizes + 1) // 2).sum()), np.uint8)
+    lib = library()
+    if lib is not None:
+        lib.rac_pairs(_p(sym), _p(sizes), _n(len(sizes)), _p(table), _p(out))
+        return out
+    pieces, at = [], 0
+    for n in sizes.tolist():
+        even = np.append(sym[at : at + n], np.zeros(n % 2, np.uint8))
+        pieces.append(table[even[::2] | even[1::2] << np.uint8(4)])
+        at += n
+    return np.concatenate(pieces)
+
+
+def planes(
+    words: Array, zero: int, sign: bool, shift: int, sizes: list[tuple[int, int, int]], total: int
+) -> NDArray[np.uint8]:
+    """Raw planes of contiguous `words` (n,) in `total` bytes; `sizes` has (bits, lowest bit, start) of each."""
+    out = np.zeros(total, np.uint8)
+    starts = np.array([s for *_, s in sizes], np.int64)
+    lib = library()
+    if lib is not None:
+        f = getattr(lib, f"rac_planes{words.itemsize}")
+        f(_p(words), _n(len(words)), _i(zero), _i(sign), _i(shift), _i(shift + sign), _p(out), _p(starts))
+        return out
+    t = words.dtype.type
+    v = words >> t(zero)
+    raw = v & t((1 << shift) - 1)
+    if sign:
+        raw |= (v >> t(words.itemsize * 8 - zero - 1)) << t(shift)
+    for b, low, start in sizes:
+        piece = (raw >> t(low)) & t((1 << b) - 1)
+        if b >= 8:
+            packed = piece.astype(f"<u{b // 8}").view(np.uint8)
+        else:
+            per = 8 // b
+            each = np.append(piece.astype(np.uint8), np.zeros(-len(piece) % per, np.uint8)).reshape(-1, per)
+            packed = np.bitwise_or.reduce(each << (np.arange(per, dtype=np.uint8) * np.uint8(b)), axis=1)
+        out[start : start + len(packed)] = packed
     return out

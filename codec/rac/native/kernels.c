@@ -92,44 +92,20 @@ static int has512(void) {
 static int has512(void) { return 0; }
 #endif
 
+int rac_abi(void) { return 1; }
 int rac_features(void) { return has512(); }
 
 static void rows(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end, uint64_t *st,
                  uint8_t *out, int64_t steps, int64_t lanes) {
     int64_t l = 0;
 #ifdef HAVE_X86
-    if (has512() && steps > 8) {
+    if (has512() && steps >= 4) {
         for (; l + 32 <= lanes; l += 32) rows512x4(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
         for (; l + 16 <= lanes; l += 16) rows512x2(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
         for (; l + 8 <= lanes; l += 8) rows512x1(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
     }
 #endif
     if (l < lanes) rows_scalar(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes, lanes - l);
-}
-
-/* Decode all segments of a tile to symbols. seg[2k] symbols under table seg[2k+1]. 0, or 1: bad final state. */
-int rac_ans_decode(const uint32_t *luts, const uint32_t *words, const uint16_t *count, int64_t lanes,
-                   const int64_t *seg, int64_t nseg, uint8_t *out) {
-    uint64_t st[1024];
-    uint32_t ptr[1024], end[1024], at = 0;
-    for (int64_t l = 0; l < lanes; l++) {
-        ptr[l] = at; end[l] = at += count[l];
-        uint64_t x = 0;
-        if (ptr[l] < end[l]) x = words[ptr[l]++];
-        if (ptr[l] < end[l]) x = x << 32 | words[ptr[l]++];
-        st[l] = x;
-    }
-    for (int64_t k = 0; k < nseg; k++) {
-        const uint32_t *lut = luts + 4096 * seg[2 * k + 1];
-        int64_t full = seg[2 * k] / lanes, rest = seg[2 * k] % lanes;
-        rows(lut, words, ptr, end, st, out, full, lanes);
-        out += full * lanes;
-        rows_scalar(lut, words, ptr, end, st, out, 1, lanes, rest);
-        out += rest;
-    }
-    int bad = 0;
-    for (int64_t l = 0; l < lanes; l++) bad |= st[l] != 0 || ptr[l] != end[l];
-    return bad;
 }
 
 /* hist[(v & mask) >> shift] += 1 for n words; returns the OR of all words */
@@ -154,22 +130,60 @@ void rac_hist(const uint8_t *sym, int64_t rows_, int64_t cols, const int32_t *ro
     }
 }
 
-/* symbols (n) in sequence order -> lane-major pieces, segment by segment */
+static inline int64_t log2_1024(int64_t n, const int64_t *fraction) {
+    if (n <= 0) return 0;
+    int e = 63 - __builtin_clzll((unsigned long long)n);
+    return ((int64_t)e << 10) + fraction[(e < 11 ? n << (11 - e) : n >> (e - 11)) & 2047];
+}
+
+/* Length in 2^-10 bit of the symbols and `weight` times their table, for n rows of s counts (encode/classes.py) */
+void rac_code_length(const int64_t *counts, int64_t n, int64_t s, const int64_t *fraction, int64_t weight, int64_t *out) {
+    for (int64_t k = 0; k < n; k++, counts += s) {
+        int64_t total = 0, data = 0, table = 1536 * s;
+        for (int64_t i = 0; i < s; i++) total += counts[i];
+        int64_t t = total > 1 ? total : 1;
+        for (int64_t i = 0; i < s; i++) {
+            data += counts[i] * log2_1024(counts[i], fraction);
+            table += log2_1024(1 + counts[i] * 4096 / t, fraction) / 2;
+        }
+        out[k] = total * log2_1024(total, fraction) - data + weight * table;
+    }
+}
+
+/* Coded symbols in sequence order -> lane-major, each replaced by its place in its table's model (index) */
 void rac_to_lanes(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t nseg, const int64_t *start,
-                  uint8_t *out) {
+                  const uint8_t *index, int32_t *out) {
     int64_t pos[1024];
     for (int64_t l = 0; l < lanes; l++) pos[l] = start[l];
     for (int64_t k = 0; k < nseg; k++) {
         int64_t n = seg[2 * k];
+        const uint8_t *map = index + 256 * seg[2 * k + 1];
         for (int64_t l = 0; l < lanes; l++) {
-            int64_t p = pos[l];
-            for (int64_t i = l; i < n; i += lanes) out[p++] = sym[i];
-            pos[l] = p;
+            int32_t *o = out + pos[l];
+            for (int64_t i = l; i < n; i += lanes) *o++ = map[sym[i]];
+            pos[l] = o - out;
         }
         sym += n;
     }
 }
 
+/* Pairs of base symbols, segment by segment of sizes[k] elements: map[a + 16 b] -> coded symbol; an odd last one is
+ * paired with symbol 0 */
+void rac_pairs(const uint8_t *sym, const int64_t *sizes, int64_t nseg, const uint8_t *map, uint8_t *out) {
+    for (int64_t k = 0; k < nseg; sym += sizes[k++]) {
+        int64_t n = sizes[k];
+        for (int64_t i = 0; i < n / 2; i++) *out++ = map[sym[2 * i] | sym[2 * i + 1] << 4];
+        if (n & 1) *out++ = map[sym[n - 1]];
+    }
+}
+
+/* counts[table][symbol] += 1 for the coded symbols of all segments */
+void rac_count(const uint8_t *sym, const int64_t *seg, int64_t nseg, int64_t size, uint32_t *counts) {
+    for (int64_t k = 0; k < nseg; k++) {
+        uint32_t *c = counts + seg[2 * k + 1] * size;
+        for (int64_t i = 0; i < seg[2 * k]; i++) c[*sym++]++;
+    }
+}
 
 /* lut[word top] for every word: words to symbols (encoder) */
 #define SYMBOLS(T, NAME)                                                                                      \
@@ -218,45 +232,18 @@ void rac_lookup(const uint16_t *freq, int64_t count, int64_t n, uint32_t *out) {
             for (uint32_t j = 0, e = (uint32_t)s | (uint32_t)*freq << 20; j < *freq; j++) *out++ = e | j << 8;
 }
 
-/* Positions (ascending) and values of escaped symbols; bytes lie lane after lane. -1 if a lane's count is wrong */
-int64_t rac_escapes(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t nseg, int64_t first,
-                    const uint32_t *bases, const uint8_t *bytes, const uint16_t *count, int64_t *pos,
-                    uint32_t *top) {
-    uint32_t ptr[1024], end[1024], at = 0;
-    int64_t found = 0, off = 0;
-    for (int64_t l = 0; l < lanes; l++) { ptr[l] = at; end[l] = at += count[l]; }
-    for (int64_t k = 0; k < nseg; k++) {
-        int64_t n = seg[2 * k];
-        for (int64_t b = 0; b < n; b += 64) {
-            int64_t stop = b + 64 < n ? b + 64 : n;
-            uint8_t any = 0;
-            for (int64_t i = b; i < stop; i++) any |= sym[off + i] >= first;
-            if (!any) continue;
-            for (int64_t i = b; i < stop; i++)
-                if (sym[off + i] >= first) {
-                    int64_t l = i % lanes;
-                    if (ptr[l] >= end[l]) return -1;
-                    pos[found] = off + i;
-                    top[found++] = bases[sym[off + i] - first] + bytes[ptr[l]++];
-                }
-        }
-        off += n;
-    }
-    for (int64_t l = 0; l < lanes; l++) if (ptr[l] != end[l]) return -1;
-    return found;
-}
-
 #if defined(HAVE_X86) && defined(__linux__) && !defined(__clang__)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define CLONES
 #endif
-enum { CHUNK = 1024 };
+enum { CHUNK = 1024, PIECE = 2048, SYMBOLS_AT_ONCE = 16384 };
 
 /* raw[i] = bits of element at + i from the power-of-two planes, largest first, lowest bits in the largest */
 #define RAWBITS(T, NAME)                                                                                      \
     CLONES static void NAME(const uint8_t *planes, const int64_t *start, int r, int64_t at, int64_t n, T *raw) { \
         int low = 0, j = 0;                                                                                   \
+        if (r == 8) { const uint8_t *q = planes + start[0] + at; for (int64_t i = 0; i < n; i++) raw[i] = q[i]; return; } \
         for (int64_t i = 0; i < n; i++) raw[i] = 0;                                                           \
         for (int b = 32; b; b >>= 1) {                                                                        \
             if (!(r & b)) continue;                                                                           \
@@ -283,38 +270,232 @@ RAWBITS(uint16_t, raw2)
 RAWBITS(uint32_t, raw4)
 RAWBITS(uint64_t, raw8)
 
-/* Symbols of rows x cols elements in sequence order to words at dst[row[i] * stride + col[j]]; row, col may be
- * null (as they lie). pos/top are the tile's escapes, *esc the next one; at is the element's place in the tile. */
-#define MERGE(T, NAME, RAW)                                                                                   \
-    CLONES void NAME(const uint8_t *sym, int64_t at, int64_t rows_, int64_t cols, const int32_t *row,         \
-                     const int32_t *col, T *dst, int64_t stride, const uint32_t *value, int z, int sign,      \
-                     int shift, const uint8_t *planes, const int64_t *start, int r, const int64_t *pos,       \
-                     const uint32_t *top, int64_t nesc, int64_t *esc) {                                       \
-        T raw[CHUNK]; uint32_t val[CHUNK];                                                                    \
-        const int signat = (int)sizeof(T) * 8 - z - 1;                                                        \
+
+/* One tile unit to its words (stages/lanes.md, "Tile"). */
+typedef struct {
+    const uint8_t *unit;      /* the tile unit, `size` bytes */
+    int64_t size, elements, symbols;
+    const uint32_t *luts;     /* 4096 entries per table */
+    const uint16_t *values;   /* top of each base symbol (256) */
+    const uint8_t *pairs;     /* `per` base symbols of each coded symbol */
+    const uint32_t *bases;    /* base of each escape */
+    const int64_t *blocks;    /* table, rows a..b, columns c..d; sorted by table: one segment each */
+    int64_t nblocks;
+    const int32_t *row, *col; /* sorted rows and columns; null: as they lie */
+    void *dst;                /* origin of the tile in the dense tensor */
+    int64_t stride;           /* words from row to row */
+    int32_t lanes, per, word, zero, sign, shift, raw, base, first, escaping;
+    uint32_t limit;           /* tops are below this */
+} rac_job;
+
+typedef struct {
+    const rac_job *job;
+    const uint8_t *planes, *escape;
+    int64_t start[6];
+    uint32_t escapes, used;
+    uint32_t pairtop[256];
+} rac_work;
+
+static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
+static int nonzero(const uint8_t *p, int64_t n) {
+    for (int64_t i = 0; i < n; i++) if (p[i]) return 1;
+    return 0;
+}
+
+/* blocks[i] = highest of the 64 symbols from 64 i on */
+CLONES static void highest(const uint8_t *sym, int64_t n, uint8_t *blocks) {
+    for (int64_t i = 0; i < n; i += 64) {
+        uint8_t top = 0;
+        int64_t m = n - i < 64 ? n - i : 64;
+        for (int64_t k = 0; k < m; k++) top = sym[i + k] > top ? sym[i + k] : top;
+        blocks[i >> 6] = top;
+    }
+}
+
+/* Tops of `n` elements out of their coded symbols */
+static int tops(rac_work *w, const uint8_t *sym, int64_t n, uint16_t *val) {
+    const rac_job *j = w->job;
+    const int64_t per = j->per, coded = (n + per - 1) / per;
+    if (per == 2) {
+        const uint32_t *t = w->pairtop;
+        for (int64_t q = 0; q < coded; q++) memcpy(val + 2 * q, t + sym[q], 4);
+    } else for (int64_t q = 0; q < n; q++) val[q] = j->values[sym[q]];
+    if (j->escaping > 255) return 0;
+    uint8_t blocks[PIECE / 64];
+    highest(sym, coded, blocks);
+    for (int64_t i = 0; i < coded; i++) {
+        if (!(i & 63) && blocks[i >> 6] < j->escaping) { i += 63; continue; }
+        if (sym[i] < j->escaping) continue;
+        for (int64_t k = 0; k < per && i * per + k < n; k++) {
+            int s = j->pairs[sym[i] * per + k];
+            if (s < j->first) continue;
+            if (w->used >= w->escapes) return 5;
+            uint32_t top = j->bases[s - j->first] + w->escape[w->used++];
+            if (top >= j->limit) return 6;
+            val[i * per + k] = (uint16_t)top;
+        }
+    }
+    return 0;
+}
+
+/* `n` elements from place `e` of segment block `b`, place `at` of the tile, to the dense tensor */
+#define PLACE(T, NAME, RAW)                                                                                   \
+    CLONES static void NAME(const rac_work *w, const uint16_t *val, int64_t n, int64_t e, int64_t at,         \
+                            const int64_t *b) {                                                               \
+        const rac_job *job = w->job;                                                                          \
+        T raw[CHUNK];                                                                                         \
+        const int shift = job->shift, zero = job->zero, signat = (int)sizeof(T) * 8 - zero - 1;               \
         const T low = (T)(((T)1 << shift) - 1);                                                               \
-        int64_t e = *esc, total = rows_ * cols, i = 0, j = 0;                                                 \
-        for (int64_t b = 0; b < total; b += CHUNK) {                                                          \
-            int64_t n = b + CHUNK < total ? CHUNK : total - b;                                                \
-            RAW(planes, start, r, at + b, n, raw);                                                            \
-            for (int64_t q = 0; q < n; q++) val[q] = value[sym[at + b + q]];                                  \
-            for (; e < nesc && pos[e] < at + b + n; e++) val[pos[e] - at - b] = top[e];                       \
-            if (sign) for (int64_t q = 0; q < n; q++)                                                         \
-                raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low) | (T)((T)(raw[q] >> shift) << signat)) << z); \
-            else for (int64_t q = 0; q < n; q++)                                                              \
-                raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low)) << z);                          \
-            for (int64_t q = 0; q < n;) {                                                                     \
-                int64_t m = cols - j < n - q ? cols - j : n - q;                                              \
-                T *d = dst + (row ? row[i] : i) * stride;                                                     \
-                if (col) for (int64_t c = 0; c < m; c++) d[col[j + c]] = raw[q + c];                          \
-                else memcpy(d + j, raw + q, (size_t)m * sizeof(T));                                           \
-                q += m; j += m;                                                                               \
-                if (j == cols) { j = 0; i++; }                                                                \
+        const int64_t cols = b[4] - b[3];                                                                     \
+        int64_t i = e / cols, c = e % cols;                                                                   \
+        for (int64_t f = 0; f < n; f += CHUNK, val += CHUNK) {                                                \
+            int64_t m = n - f < CHUNK ? n - f : CHUNK;                                                        \
+            RAW(w->planes, w->start, job->raw, at + f, m, raw);                                               \
+            for (int64_t q = 0; q < m;) {                                                                     \
+                int64_t k = cols - c < m - q ? cols - c : m - q, r = b[1] + i;                                \
+                T *d = (T *)job->dst + (job->row ? job->row[r] : r) * job->stride + (job->col ? 0 : b[3] + c); \
+                T *o = job->col ? raw + q : d;                                                                \
+                if (job->sign) for (int64_t x = 0; x < k; x++)                                                \
+                    o[x] = (T)((T)((T)((T)val[q + x] << shift) | (T)(raw[q + x] & low) | (T)((T)(raw[q + x] >> shift) << signat)) << zero); \
+                else for (int64_t x = 0; x < k; x++)                                                          \
+                    o[x] = (T)((T)((T)((T)val[q + x] << shift) | (T)(raw[q + x] & low)) << zero);             \
+                if (job->col) for (int64_t x = 0; x < k; x++) d[job->col[b[3] + c + x]] = o[x];               \
+                q += k; c += k;                                                                               \
+                if (c == cols) { c = 0; i++; }                                                                \
             }                                                                                                 \
         }                                                                                                     \
-        *esc = e;                                                                                             \
     }
-MERGE(uint8_t, rac_merge1, raw1)
-MERGE(uint16_t, rac_merge2, raw2)
-MERGE(uint32_t, rac_merge4, raw4)
-MERGE(uint64_t, rac_merge8, raw8)
+PLACE(uint8_t, place1, raw1)
+PLACE(uint16_t, place2, raw2)
+PLACE(uint32_t, place4, raw4)
+PLACE(uint64_t, place8, raw8)
+
+/* Coded symbols of the next `n` elements to words in their place; block `b` is at element *e, the tile at *at */
+static int emit(rac_work *w, const uint8_t *sym, int64_t n, const int64_t **b, int64_t *e, int64_t *at) {
+    const rac_job *j = w->job;
+    uint16_t val[2 * PIECE];
+    const int64_t piece = PIECE * j->per;
+    for (int64_t k = 0; k < n; k += piece, sym += PIECE) {
+        int64_t m = n - k < piece ? n - k : piece;
+        int bad = tops(w, sym, m, val);
+        if (bad) return bad;
+        for (int64_t q = 0; q < m;) {
+            int64_t left = ((*b)[2] - (*b)[1]) * ((*b)[4] - (*b)[3]) - *e, r = left < m - q ? left : m - q;
+            switch (j->word) {
+                case 1: place1(w, val + q, r, *e, *at, *b); break;
+                case 2: place2(w, val + q, r, *e, *at, *b); break;
+                case 4: place4(w, val + q, r, *e, *at, *b); break;
+                default: place8(w, val + q, r, *e, *at, *b);
+            }
+            q += r; *e += r; *at += r;
+            if (r == left) { *b += 5; *e = 0; }
+        }
+    }
+    return 0;
+}
+
+/* 0, or what is wrong: 1 streams do not fill the unit, 2 padding, 3 zero word, 4 final state, 5 escape counts,
+ * 6 escaped value, 7 bits behind a plane */
+int rac_tile(const rac_job *job) {
+    const int64_t lanes = job->lanes, n = job->elements;
+    uint64_t st[1024];
+    uint32_t ptr[1024], end[1024], nw = 0, ne;
+    uint8_t sym[SYMBOLS_AT_ONCE + 1024];
+    rac_work w;
+    w.job = job;
+    const uint8_t *u = job->unit;
+    const int64_t directory = 4 + 2 * lanes;
+    int64_t at = up16(directory);
+    if (job->size < at) return 1;
+    memcpy(&ne, u, 4);
+    for (int64_t l = 0; l < lanes; l++) {
+        uint16_t c;
+        memcpy(&c, u + 4 + 2 * l, 2);
+        ptr[l] = nw; end[l] = nw += c;
+    }
+    const int64_t first = at, esc = first + up16(4 * (int64_t)nw);
+    at = esc + up16(ne);
+    if (at > job->size) return 1;
+    int bad = nonzero(u + directory, first - directory) | nonzero(u + first + 4 * (int64_t)nw, esc - first - 4 * (int64_t)nw) |
+              nonzero(u + esc + ne, at - esc - ne);
+    const uint32_t *words = (const uint32_t *)(u + first);
+    w.planes = u; w.escape = u + esc; w.escapes = ne; w.used = 0;
+    for (int b = 32, k = 0; b; b >>= 1) {
+        if (!(job->raw & b)) continue;
+        int64_t size = (n * b + 7) / 8;
+        if (at + up16(size) > job->size) return 1;
+        w.start[k++] = at;
+        bad |= nonzero(u + at + size, up16(size) - size);
+        if (b < 8 && n * b % 8 && u[at + size - 1] >> (n * b % 8)) return 7;
+        at += up16(size);
+    }
+    if (at != job->size) return 1;
+    if (bad) return 2;
+    for (int64_t l = 0; l < lanes; l++) {
+        uint64_t x = 0;
+        if (ptr[l] < end[l]) {
+            x = words[ptr[l]++];
+            if (!x) return 3;
+            if (ptr[l] < end[l]) x = x << 32 | words[ptr[l]++];
+        }
+        st[l] = x;
+    }
+    if (job->per == 2)
+        for (int s = 0; s < job->symbols; s++)
+            w.pairtop[s] = job->values[job->pairs[2 * s]] | (uint32_t)job->values[job->pairs[2 * s + 1]] << 16;
+    const int64_t per = job->per, whole = SYMBOLS_AT_ONCE / lanes;
+    const int64_t *b = job->blocks, *stop = b + 5 * job->nblocks, *here = b;
+    int64_t element = 0, place = 0;
+    while (b < stop) {
+        const uint32_t *lut = job->luts + 4096 * b[0];
+        int64_t total = 0;
+        for (const int64_t table = b[0]; b < stop && b[0] == table; b += 5) total += (b[2] - b[1]) * (b[4] - b[3]);
+        const int64_t coded = (total + per - 1) / per;
+        for (int64_t s = 0, got; s < coded; s += got) {
+            int64_t steps = (coded - s) / lanes;
+            if (steps > whole) steps = whole;
+            got = steps ? steps * lanes : coded - s;
+            if (steps) rows(lut, words, ptr, end, st, sym, steps, lanes);
+            else rows_scalar(lut, words, ptr, end, st, sym, 1, lanes, got);
+            int64_t left = total - s * per;
+            if ((bad = emit(&w, sym, got * per < left ? got * per : left, &here, &element, &place))) return bad;
+        }
+    }
+    for (int64_t l = 0; l < lanes; l++) if (st[l] || ptr[l] != end[l]) return 4;
+    return w.used == ne ? 0 : 5;
+}
+
+/* Raw bits of n words to their planes (encoder), largest plane first */
+#define PLANES(T, NAME)                                                                                       \
+    CLONES void NAME(const T *v, int64_t n, int z, int sign, int shift, int r, uint8_t *out, const int64_t *start) { \
+        T raw[CHUNK];                                                                                         \
+        const T low = (T)(((T)1 << shift) - 1);                                                               \
+        const int signat = (int)sizeof(T) * 8 - z - 1;                                                        \
+        for (int64_t f = 0; f < n; f += CHUNK, v += CHUNK) {                                                  \
+            int64_t m = n - f < CHUNK ? n - f : CHUNK;                                                        \
+            if (sign) for (int64_t i = 0; i < m; i++)                                                         \
+                raw[i] = (T)((T)((T)(v[i] >> z) & low) | (T)((T)((T)(v[i] >> z) >> signat) << shift));        \
+            else for (int64_t i = 0; i < m; i++) raw[i] = (T)((T)(v[i] >> z) & low);                          \
+            int k = 0, at = 0;                                                                                \
+            for (int b = 32; b; b >>= 1) {                                                                    \
+                if (!(r & b)) continue;                                                                       \
+                uint8_t *p = out + start[k++];                                                                \
+                if (b == 32) { uint32_t *q = (uint32_t *)p + f; for (int64_t i = 0; i < m; i++) q[i] = (uint32_t)((uint64_t)raw[i] >> at); } \
+                else if (b == 16) { uint16_t *q = (uint16_t *)p + f; for (int64_t i = 0; i < m; i++) q[i] = (uint16_t)(raw[i] >> at); } \
+                else if (b == 8) { uint8_t *q = p + f; for (int64_t i = 0; i < m; i++) q[i] = (uint8_t)(raw[i] >> at); } \
+                else {                                                                                        \
+                    const int each = 8 / b; const uint8_t mask = (uint8_t)((1 << b) - 1);                     \
+                    for (int64_t i = 0; i < m; i += each) {                                                   \
+                        uint8_t byte = 0;                                                                     \
+                        for (int x = 0; x < each && i + x < m; x++) byte |= (uint8_t)(((uint8_t)(raw[i + x] >> at) & mask) << x * b); \
+                        p[(f + i) / each] = byte;                                                             \
+                    }                                                                                         \
+                }                                                                                             \
+                at += b;                                                                                      \
+            }                                                                                                 \
+        }                                                                                                     \
+    }
+PLANES(uint8_t, rac_planes1)
+PLANES(uint16_t, rac_planes2)
+PLANES(uint32_t, rac_planes4)
+PLANES(uint64_t, rac_planes8)

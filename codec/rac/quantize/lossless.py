@@ -19,7 +19,9 @@ from rac.registry import DTYPES
 Array = NDArray[Any]
 MAX_TILE = 1 << 24
 MAX_LANES = 1024
-KEYS = {"cols", "escapes", "lanes", "order", "rows", "runs", "shift", "sign", "sizes", "tables", "zero"}
+KEYS = {"cols", "escapes", "id", "lanes", "order", "per", "rows", "runs", "shift", "sign", "sizes", "tables", "zero"}
+MAX_BASE = 16
+"""Base symbols that pairs may be made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,10 @@ def is_int(v: Any, low: int, high: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Parameters of lanes/1 as they stand in a record head under "lanes"."""
+    """Parameters of lanes/1 as they stand in the stage map of a record head."""
 
     lanes: int
+    per: int
     zero: int
     sign: bool
     shift: int
@@ -97,13 +100,36 @@ class Lanes:
         return sum(self.runs[1::2])
 
     @property
-    def symbols(self) -> int:
-        """Size of the alphabet."""
+    def base(self) -> int:
+        """Size of the base alphabet: what one element can be."""
         return self.first_escape + len(self.escapes)
 
-    def values(self) -> NDArray[np.uint32]:
-        """(256,) top of each symbol; unused entries are 0."""
-        out = np.zeros(256, np.uint32)
+    @property
+    def symbols(self) -> int:
+        """Size of the coded alphabet: base symbols, or pairs of them."""
+        return self.base**self.per
+
+    @property
+    def first_escaping(self) -> int:
+        """Coded symbols from this one on hold an escape."""
+        return self.first_escape**self.per
+
+    def pairs(self) -> NDArray[np.uint8]:
+        """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
+        if self.per == 1:
+            return np.arange(self.base, dtype=np.uint8)[:, None]
+        both = [(a, b) for b in range(self.base) for a in range(self.base)]
+        both.sort(key=lambda ab: max(ab) >= self.first_escape)  # stable
+        return np.array(both, np.uint8)
+
+    def steps(self, elements: Array | int) -> Array:
+        """Coded symbols of a segment of so many elements."""
+        out: Array = -(-np.asarray(elements) // self.per)
+        return out
+
+    def values(self) -> NDArray[np.uint16]:
+        """(256,) top of each base symbol; 0 for escapes and unused entries."""
+        out = np.zeros(256, np.uint16)
         at = 0
         for start, n in zip(self.runs[::2], self.runs[1::2], strict=True):
             out[at : at + n] = np.arange(start, start + n)
@@ -120,22 +146,22 @@ class Lanes:
         return out
 
     def to_head(self) -> dict[str, Any]:
-        """The map under "lanes"."""
+        """The stage map."""
         return {
-            "lanes": self.lanes, "zero": self.zero, "sign": int(self.sign), "shift": self.shift,
+            "id": "lanes/1", "lanes": self.lanes, "per": self.per, "zero": self.zero, "sign": int(self.sign), "shift": self.shift,
             "runs": list(self.runs), "escapes": list(self.escapes), "tables": self.tables, "order": self.order,
             "rows": self.rows, "cols": self.cols, "sizes": list(self.sizes),
         }  # fmt: skip
 
     @classmethod
-    def from_head(cls, head: Any, word: int) -> Lanes:
+    def from_head(cls, head: dict[str, Any], word: int) -> Lanes:
         """Check every field (stages/lanes.md, "Parameters"); `word` is the bytes of a word."""
-        if not isinstance(head, dict) or KEYS - head.keys():
+        if KEYS - head.keys():
             raise FormatError("lanes parameters are incomplete")
         if head.keys() - KEYS:
             raise UnsupportedError(f"unknown lanes parameters: {', '.join(sorted(head.keys() - KEYS))}")
         bits = 8 * word
-        small = {"lanes": (1, MAX_LANES), "zero": (0, bits - 1), "sign": (0, 1), "shift": (0, bits - 1),
+        small = {"lanes": (1, MAX_LANES), "per": (1, 2), "zero": (0, bits - 1), "sign": (0, 1), "shift": (0, bits - 1),
                  "tables": (1, 256), "order": (-8, 8), "rows": (1, 256), "cols": (1, 256)}  # fmt: skip
         for key, (low, high) in small.items():
             if not is_int(head[key], low, high):
@@ -154,35 +180,19 @@ class Lanes:
             end = start + n
         if any(not is_int(v, 0, limit - 1) for v in escapes):
             raise FormatError("escape base is out of range")
-        if not 2 <= sum(runs[1::2]) + len(escapes) <= 256:
-            raise FormatError("alphabet must have 2 to 256 symbols")
+        most = 256 if head["per"] == 1 else MAX_BASE
+        if not 2 <= sum(runs[1::2]) + len(escapes) <= most:
+            raise FormatError(f"base alphabet must have 2 to {most} symbols")
         if any(not is_int(v, 0, 1 << 40) for v in sizes) or head["rows"] * head["cols"] > 4096:
             raise FormatError("lanes parameters sizes, rows or cols are out of range")
         return cls(
-            head["lanes"], head["zero"], bool(head["sign"]), head["shift"], tuple(runs), tuple(escapes),
+            head["lanes"], head["per"], head["zero"], bool(head["sign"]), head["shift"], tuple(runs), tuple(escapes),
             head["tables"], head["order"], head["rows"], head["cols"], tuple(sizes),
         )  # fmt: skip
 
 
-def pack_planes(raw: Array, p: Lanes) -> list[bytes]:
-    """Raw bits (n,) to planes: element i at bits i*b of the plane's little-endian bit string."""
-    out = []
-    for b, low in p.planes():
-        v = (raw >> raw.dtype.type(low)) & raw.dtype.type((1 << b) - 1)
-        if b >= 8:
-            out.append(v.astype(f"<u{b // 8}").tobytes())
-            continue
-        per = 8 // b
-        v = np.concatenate([v.astype(np.uint8), np.zeros(-len(v) % per, np.uint8)]).reshape(-1, per)
-        byte = v[:, 0].copy()
-        for j in range(1, per):
-            byte |= v[:, j] << np.uint8(j * b)
-        out.append(byte.tobytes())
-    return out
-
-
 def unpack_planes(planes: list[memoryview], n: int, p: Lanes) -> NDArray[np.uint64]:
-    """Inverse of `pack_planes`: raw bits (n,) uint64. Padding bits of the last byte must be 0."""
+    """Raw bits (n,) uint64 out of the planes. Padding bits of the last byte must be 0."""
     raw = np.zeros(n, np.uint64)
     for (b, low), data in zip(p.planes(), planes, strict=True):
         if b >= 8:
@@ -194,16 +204,6 @@ def unpack_planes(planes: list[memoryview], n: int, p: Lanes) -> NDArray[np.uint
             if v[n:].any():
                 raise FormatError("plane ends in non-zero bits")
         raw |= v[:n].astype(np.uint64) << np.uint64(low)
-    return raw
-
-
-def split(words: Array, p: Lanes) -> Array:
-    """Raw bits of `words` (any shape), same dtype: sign on top of the low `shift` bits."""
-    t = words.dtype.type
-    v = words >> t(p.zero)
-    raw = v & t((1 << p.shift) - 1)
-    if p.sign:
-        raw |= (v >> t(words.itemsize * 8 - p.zero - 1)) << t(p.shift)
     return raw
 
 
@@ -231,7 +231,6 @@ class Tile:
     """Sub-streams of one tile unit, views into it (stages/lanes.md, "Tile")."""
 
     counts: NDArray[np.uint16]
-    escape_counts: NDArray[np.uint16]
     words: NDArray[np.uint32]
     escapes: NDArray[np.uint8]
     planes: list[int]
@@ -239,13 +238,13 @@ class Tile:
 
 def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
     """Cut `unit` (bytes,) uint8 of a tile of `n` elements; FormatError unless everything fits exactly."""
-    at = up16(4 * p.lanes)
-    if len(unit) < at:
+    directory = 4 + 2 * p.lanes
+    w = up16(directory)
+    if len(unit) < w:
         raise FormatError("tile is shorter than its directory")
-    directory = unit[: 4 * p.lanes].view("<u2").reshape(-1, 2)
-    counts, esc = np.ascontiguousarray(directory[:, 0]), np.ascontiguousarray(directory[:, 1])
-    words, escapes = int(counts.sum(dtype=np.int64)), int(esc.sum(dtype=np.int64))
-    w = at
+    escapes = int.from_bytes(unit[:4].tobytes(), "little")
+    counts = unit[4:directory].view("<u2")
+    words = int(counts.sum(dtype=np.int64))
     e = w + up16(4 * words)
     at = e + up16(escapes)
     planes = []
@@ -254,7 +253,7 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
         at += up16(size)
     if at != len(unit):
         raise FormatError("tile streams do not fill the unit exactly")
-    ends = [(4 * p.lanes, w), (w + 4 * words, e), (e + escapes, planes[0] if planes else at)]
+    ends = [(directory, w), (w + 4 * words, e), (e + escapes, planes[0] if planes else at)]
     ends += [(s + size, s + up16(size)) for s, size in zip(planes, plane_sizes(n, p), strict=True)]
     if any(unit[a:b].any() for a, b in ends if a < b):
         raise FormatError("padding is not zero")
@@ -263,51 +262,64 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
         start = np.cumsum(counts, dtype=np.int64) - counts
         if (first[start[counts > 0]] == 0).any():
             raise FormatError("ANS lane begins with a zero word")
-    return Tile(counts, esc, unit[w : w + 4 * words].view("<u4"), unit[e : e + escapes], planes)
+    return Tile(counts, unit[w : w + 4 * words].view("<u4"), unit[e : e + escapes], planes)
 
 
-def build_tile(words: list[bytes], escapes: list[bytes], planes: list[bytes]) -> bytes:
-    """Inverse of `parse_tile`: lane words in decode order, escape bytes per lane, raw planes."""
-    d = np.array([[len(w) // 4, len(e)] for w, e in zip(words, escapes, strict=True)], "<u2").tobytes()
-    return b"".join(s + bytes(-len(s) % 16) for s in (d, b"".join(words), b"".join(escapes), *planes))
+def build_tile(words: list[Array], escapes: bytes, planes: Array) -> bytes:
+    """Inverse of `parse_tile`: lane words in decode order, escape bytes, padded raw planes."""
+    directory = len(escapes).to_bytes(4, "little") + np.array([len(w) for w in words], "<u2").tobytes()
+    coded = np.concatenate(words).astype("<u4").tobytes()
+    return b"".join(s + bytes(-len(s) % 16) for s in (directory, coded, escapes, planes.tobytes()))
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Sequence order of one tile: rows and columns sorted by class (stable), and the segments that result."""
+    """Sequence order of one tile: rows and columns sorted by class (stable), then blocks sorted by table."""
 
     rows: NDArray[np.int32] | None
     cols: NDArray[np.int32] | None
+    blocks: NDArray[np.int64]
+    """(B, 5): table, first and last + 1 place in `rows`, the same in `cols`."""
+    sizes: NDArray[np.int64]
+    """(S,) elements of each segment: all blocks of one table."""
     segments: NDArray[np.int64]
-    """(S, 2): symbols, table."""
-    blocks: list[tuple[int, int, int, int]]
-    """First and last + 1 place in `rows`, the same in `cols`, per segment."""
+    """(S, 2): coded symbols, table."""
 
 
-def order(row_class: NDArray[np.uint8] | None, col_class: NDArray[np.uint8] | None, h: int, w: int, table: Array) -> Order:
+def order(
+    p: Lanes, row_class: NDArray[np.uint8] | None, col_class: NDArray[np.uint8] | None, h: int, w: int, table: Array
+) -> Order:
     """Order of a tile of h x w; classes of its rows and columns (None: all 0), `table` (Kr, Kc) uint8."""
     rows, re = _sorted(row_class, h, table.shape[0])
     cols, ce = _sorted(col_class, w, table.shape[1])
-    segments, blocks = [], []
-    for i in range(table.shape[0]):
-        for j in range(table.shape[1]):
-            n = (re[i + 1] - re[i]) * (ce[j + 1] - ce[j])
-            if n:
-                segments.append((n, int(table[i, j])))
-                blocks.append((re[i], re[i + 1], ce[j], ce[j + 1]))
-    return Order(rows, cols, np.array(segments, np.int64).reshape(-1, 2), blocks)
+    kc = table.shape[1]
+    i, j = np.divmod(np.argsort(table, axis=None, kind="stable"), kc)
+    blocks = np.stack([table[i, j].astype(np.int64), re[i], re[i + 1], ce[j], ce[j + 1]], axis=1)
+    n = (blocks[:, 2] - blocks[:, 1]) * (blocks[:, 4] - blocks[:, 3])
+    blocks, n = np.ascontiguousarray(blocks[n > 0]), n[n > 0]
+    sizes = np.bincount(blocks[:, 0], n, p.tables).astype(np.int64)  # exact: counts below 2**53
+    used = np.flatnonzero(sizes)
+    return Order(rows, cols, blocks, sizes[used], np.stack([p.steps(sizes[used]), used], axis=1))
 
 
 def lane_steps(segments: NDArray[np.int64], lane: int, lanes: int) -> NDArray[np.int64]:
-    """Symbols of this lane per segment: symbol i of a segment belongs to lane i mod L."""
+    """Symbols of this lane per segment of (symbols, table): symbol i of a segment belongs to lane i mod L."""
     out: NDArray[np.int64] = np.maximum(0, -(-(segments[:, 0] - lane) // lanes))
     return out
 
 
-def _sorted(classes: NDArray[np.uint8] | None, n: int, k: int) -> tuple[NDArray[np.int32] | None, list[int]]:
+def lane_steps_all(segments: NDArray[np.int64], lanes: int) -> NDArray[np.int64]:
+    """(L, S) of `lane_steps`."""
+    out: NDArray[np.int64] = np.maximum(0, -(-(segments[:, 0] - np.arange(lanes)[:, None]) // lanes))
+    return out
+
+
+def _sorted(
+    classes: NDArray[np.uint8] | None, n: int, k: int
+) -> tuple[NDArray[np.int32] | None, NDArray[np.int64]]:
     if classes is None or k == 1:
-        return None, [0, n]
-    ends = np.concatenate([[0], np.cumsum(np.bincount(classes, minlength=k))]).tolist()
+        return None, np.array([0, n], np.int64)
+    ends = np.concatenate([[0], np.cumsum(np.bincount(classes, minlength=k))])
     return np.argsort(classes, kind="stable").astype(np.int32), ends
 
 
