@@ -1,0 +1,68 @@
+"""RAC, the rate-aligned container: model weights in one small, checked, streamable file.
+
+    import rac
+    rac.save_file({"w": array}, "model.rac")
+    tensors = rac.load_file("model.rac")
+    with rac.open("model.rac", framework="pt", device="cpu") as f:
+        part = f.get_slice("w")[10:20, :]
+
+Importing this loads neither numpy nor torch, triton, numba or constriction: names arrive when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rac.errors import (
+    ChecksumError,
+    FormatError,
+    LimitError,
+    MismatchError,
+    MissingDependencyError,
+    NameNotFoundError,
+    OutputError,
+    RacError,
+    SourceError,
+    TruncatedError,
+    UnsupportedError,
+)
+from rac.registry import VERSION as __version__
+
+if TYPE_CHECKING:
+    from rac.decode.archive import RacFile, iter_tensors, load, load_file
+    from rac.decode.archive import RacFile as open  # noqa: A004
+    from rac.encode.pack import pack, save_file
+    from rac.encode.unpack import unpack
+    from rac.encode.verify import verify
+
+__all__ = [
+    "ChecksumError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError", "NameNotFoundError",
+    "OutputError", "RacError", "RacFile", "SourceError", "TruncatedError", "UnsupportedError", "__version__",
+    "iter_tensors", "load", "load_file", "open", "pack", "save_file", "unpack", "verify",
+]  # fmt: skip
+
+_WHERE = {
+    "RacFile": "rac.decode.archive:RacFile",
+    "open": "rac.decode.archive:RacFile",
+    "iter_tensors": "rac.decode.archive:iter_tensors",
+    "load": "rac.decode.archive:load",
+    "load_file": "rac.decode.archive:load_file",
+    "pack": "rac.encode.pack:pack",
+    "save_file": "rac.encode.pack:save_file",
+    "unpack": "rac.encode.unpack:unpack",
+    "verify": "rac.encode.verify:verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'rac' has no attribute {name!r}")
+    module, attribute = _WHERE[name].split(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,20 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a reader accepts before it has seen the bytes (format_spec/security.md)."""
+    """What a reader accepts before it has seen the bytes (format_spec/security.md). All in bytes but the last two."""
 
     header: int = 16 << 20
     head: int = 64 << 20
     index: int = 256 << 20
-    rank: int = 64
+    tile: int = 16 << 20
+    attachment: int = 1 << 30
     free_alloc: int = 64 << 20
     expansion: int = 65536
+    rank: int = 64
     depth: int = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record as it lies in the file. `at` is its offset, `size` all its bytes with padding."""
+    """One record as it lies in the file. `at` is its offset, `payload` that of its payload."""
 
     type: int
     flags: int
@@ -33,9 +35,14 @@ class Record:
     check: int
 
     @property
-    def size(self) -> int:
-        """Bytes from the start of the record to the start of the next one."""
-        return -(-(self.payload + self.payload_size - self.at) // 64) * 64
+    def end(self) -> int:
+        """Offset of the next record."""
+        return self.at + record_size(self.head_size, self.payload_size)
+
+
+def record_size(head_size: int, payload_size: int) -> int:
+    """All bytes of a record: fixed head, head and payload, each padded to 64."""
+    return 64 * (-(-(32 + head_size) // 64) + -(-payload_size // 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +55,39 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What the index says of one tensor; `parts` maps sub-stream kind to bytes."""
+class Entry:
+    """One record as the index states it. `dtype` to `aliases` are for tensors only."""
 
+    type: int
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    method: str
     at: int
-    size: int
     head_size: int
-    parts: dict[str, int] = field(default_factory=dict)
+    payload_size: int
+    check: int
+    method: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
+    """Payload bytes of: shared unit, lane directories, ANS words, escapes, raw planes, padding between streams."""
+    aliases: tuple[tuple[str, bool], ...] = ()
+    """More names of the same content, and whether they share its memory (tied) or merely equal it."""
+
+    @property
+    def size(self) -> int:
+        """All bytes of the record."""
+        return record_size(self.head_size, self.payload_size)
+
+
+PARTS = ("tables", "directories", "words", "escapes", "raw", "padding")
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What stands at the end of an archive."""
+
+    entries: tuple[Entry, ...]
+    digest: bytes
+    at: int = 0
+    size: int = 0
+    header_size: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)

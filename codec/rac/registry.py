@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+VERSION = "0.1.0"
+
+
 @dataclass(frozen=True, slots=True)
 class DType:
     """A data type: `bits` per element, and the little-endian `word` (bytes) that the coder works on."""

@@ -69,14 +69,36 @@ def _scan(data: bytes, depth: int) -> None:
         raise FormatError("bytes follow the msgpack value")
 
 
+def _check(value: Any, depth: int) -> None:
+    """Refuse deep nesting, floats, and map keys that are not strings in strictly ascending UTF-8 order."""
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise FormatError("msgpack nests too deep")
+        if isinstance(value, dict):
+            last = b""
+            for i, key in enumerate(value):
+                this = key.encode()
+                if i and this <= last:
+                    raise FormatError("msgpack map keys are not in ascending order")
+                last = this
+            value = value.values()
+        for v in value:
+            _check(v, depth - 1)
+    elif isinstance(value, float):
+        raise FormatError("msgpack floats are not allowed")
+
+
 def unpack(data: bytes, depth: int = 8) -> dict[str, Any]:
     """Decode one canonical msgpack map; FormatError on anything else."""
-    _scan(data, depth)
+    if len(data) > 4096:  # below that the decoder cannot allocate enough to matter
+        _scan(data, depth)
     try:
         value = msgpack.unpackb(data, strict_map_key=True, use_list=True)
-        ok = isinstance(value, dict) and pack(value) == data
+        if not isinstance(value, dict):
+            raise FormatError("msgpack is not a map")
+        _check(value, depth)
+        if msgpack.packb(value, use_bin_type=True) != data:
+            raise FormatError("msgpack is not in its shortest form")
     except (ValueError, TypeError, AttributeError, msgpack.exceptions.UnpackException, OverflowError) as e:
         raise FormatError(f"msgpack does not decode: {e}") from None
-    if not ok:
-        raise FormatError("msgpack is not a canonical map")
-    return dict(value)
+    return value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from rac.container import msg
 from rac.container.zstd import xxh3
-from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError, UnsupportedError
+from rac.errors import ChecksumError, FormatError, LimitError, RacError, TruncatedError, UnsupportedError
 from rac.records import Limits, Record, Unit
 
 MAGIC = b"\x89RAC\r\n\x1a\n"
@@ -18,6 +20,16 @@ _PRELUDE = struct.Struct("<8sHHIII")
 _RECORD = struct.Struct("<4sHHIIQ")
 _TRAILER = struct.Struct("<QQ")
 _U64 = struct.Struct("<Q")
+
+
+@contextlib.contextmanager
+def at_unit(unit: str, offset: int) -> Iterator[None]:
+    """Add unit and offset to the RacErrors that pass and do not have them."""
+    try:
+        yield
+    except RacError as e:
+        e.unit, e.offset = e.unit or unit, offset if e.offset is None else e.offset
+        raise
 
 
 def pad(n: int, to: int = ALIGN) -> int:
@@ -59,11 +71,12 @@ def parse_header(prelude: bytes, body: bytes, padding: bytes, limits: Limits) ->
     return msg.unpack(body, limits.depth)
 
 
-def record_head(kind: int, flags: int, head: dict[str, Any], payload_size: int) -> bytes:
-    """Fixed head, msgpack head and padding: the bytes in front of the payload."""
+def record_head(kind: int, flags: int, head: dict[str, Any], payload_size: int) -> tuple[bytes, int, int]:
+    """(bytes in front of the payload, checksum, length of the msgpack head) of a record."""
     body = msg.pack(head)
     fixed = _RECORD.pack(b"RREC", kind, flags, len(body), 0, payload_size)
-    return fixed + _U64.pack(xxh3(fixed, body)) + body + bytes(pad(RECORD_HEAD + len(body)))
+    check = xxh3(fixed, body)
+    return fixed + _U64.pack(check) + body + bytes(pad(RECORD_HEAD + len(body))), check, len(body)
 
 
 def parse_record(at: int, fixed: bytes, limits: Limits) -> tuple[int, int, int, int, int]:
@@ -96,18 +109,17 @@ def parse_record_body(at: int, fixed: bytes, body: bytes, padding: bytes, limits
     return Record(kind, flags, at, head, size, start, payload, check)
 
 
-def pack_units(units: list[bytes]) -> tuple[bytes, bytes]:
-    """(directory, payload): 16 directory bytes per unit (length, XXH3-64); units 16-byte aligned."""
-    directory = b"".join(struct.pack("<QQ", len(u), xxh3(u)) for u in units)
-    return directory, b"".join(u + bytes(pad(len(u), STREAM_ALIGN)) for u in units)
+def directory(units: list[bytes]) -> bytes:
+    """16 bytes per unit: length and XXH3-64."""
+    return b"".join(struct.pack("<QQ", len(u), xxh3(u)) for u in units)
 
 
-def parse_units(directory: Any, payload_size: int) -> list[Unit]:
-    """Unit table of a record; together the units fill the payload exactly."""
-    if not isinstance(directory, bytes) or len(directory) % 16:
+def parse_units(data: Any, payload_size: int) -> list[Unit]:
+    """Unit table of a record; together the 16-byte aligned units fill the payload exactly."""
+    if not isinstance(data, bytes) or len(data) % 16:
         raise FormatError("unit directory is malformed")
     units, at = [], 0
-    for size, check in struct.iter_unpack("<QQ", directory):
+    for size, check in struct.iter_unpack("<QQ", data):
         units.append(Unit(at, size, check))
         at += size + pad(size, STREAM_ALIGN)
     if at != payload_size:

@@ -8,7 +8,7 @@ import zstandard
 from rac.errors import FormatError
 
 
-def compress(data: bytes | memoryview, level: int = 19) -> bytes:
+def compress(data: bytes | memoryview, level: int = 9) -> bytes:
     """One zstd frame with its content size and no checksum (units carry their own)."""
     return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)
 
@@ -48,3 +48,8 @@ class Digest:
     def value(self) -> bytes:
         """16 bytes, big-endian as XXH3 canonical form."""
         return self._h.digest()
+
+
+def digest(data: bytes | memoryview) -> bytes:
+    """XXH3-128 of `data`, 16 bytes."""
+    return xxhash.xxh3_128_digest(data)

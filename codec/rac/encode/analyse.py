@@ -18,6 +18,7 @@ from rac.quantize import lossless as ll
 from rac.registry import DTYPES
 
 Array = NDArray[Any]
+Source = Callable[[ll.Grid, int, int], Array]
 Read = Callable[[int, int], Array]
 """Words (h, C) of the rows [start, stop) of the matrix."""
 
@@ -45,6 +46,8 @@ class Level:
     again: bool
     fewer_bits: int
     zstd: int
+    fixed: bool = False
+    """Take `lanes` as it is, however small the tile."""
 
 
 LEVELS = {
@@ -105,11 +108,15 @@ def chunks(grid: ll.Grid) -> Iterator[tuple[int, int]]:
         yield a, min(grid.rows, a + step)
 
 
-def analyse(read: Read, dtype: str, shape: tuple[int, ...], level: Level) -> Plan:
+def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> Plan:
     """Choose method and parameters; reads the tensor once or a few times, some MiB at a time."""
     axis = axis_of(shape)
     grid = grid_of(dtype, shape, axis)
     digest = zstd.Digest()
+
+    def read(a: int, b: int) -> Array:
+        return source(grid, a, b)
+
     signed = DTYPES[dtype].signed_float
     bits = 8 * grid.word - signed
     hist = np.zeros(65536, np.uint32)
@@ -124,9 +131,12 @@ def analyse(read: Read, dtype: str, shape: tuple[int, ...], level: Level) -> Pla
             union |= native.scan(words, (1 << bits) - 1, base, hist)
             if b - a == grid.rows:
                 cache = words
-    if cache is not None:
+    if cache is not None:  # the tensor is small: keep it
         held = cache
-        read = lambda a, b: held[a:b]  # noqa: E731 - the tensor is small: keep it
+
+        def read(a: int, b: int) -> Array:
+            return held[a:b]
+
     plan = Plan("raw/1", grid, axis, digest.value(), level.name)
     if not total:
         return plan
@@ -236,7 +246,7 @@ def _lanes(
     rows, cols, cells = _classes(symbols, n, weight, level)
     kr, kc = cells.shape[:2]
     group = cl.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
-    lanes = _lane_count(level.lanes, min(total, grid.tr * grid.tc))
+    lanes = _lane_count(level, min(total, grid.tr * grid.tc))
     p = ll.Lanes(
         lanes, per, zero, signed, shift, tuple(runs), tuple(escapes), int(group.max()) + 1, 0, kr, kc, (0, 0, 0)
     )
@@ -309,13 +319,13 @@ def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8], NDArray[n
     return order, base, native.pair(base, order.sizes, plan.pair_map)
 
 
-def _lane_count(most: int, elements: int) -> int:
+def _lane_count(level: Level, elements: int) -> int:
     """Lanes of at least 4096 elements each, as a power of two; never more than 2**17 elements in one.
 
     A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
     """
-    lanes = 1
-    while (lanes < most and elements >= 8192 * lanes) or elements > lanes << 17:
+    lanes = level.lanes if level.fixed else 1
+    while (lanes < level.lanes and elements >= 8192 * lanes) or elements > lanes << 17:
         lanes *= 2
     return lanes
 

@@ -272,6 +272,13 @@ def build_tile(words: list[Array], escapes: bytes, planes: Array) -> bytes:
     return b"".join(s + bytes(-len(s) % 16) for s in (directory, coded, escapes, planes.tobytes()))
 
 
+def tile_parts(directory: bytes, n: int, p: Lanes) -> tuple[int, int, int, int]:
+    """Bytes of (directory, words, escapes, raw planes) of a tile of `n` elements, from its first bytes."""
+    d = np.frombuffer(directory, np.uint8, 4 + 2 * p.lanes)
+    words = 4 * int(d[4:].view("<u2").sum(dtype=np.int64))
+    return len(d), words, int(d[:4].view("<u4")[0]), sum(plane_sizes(n, p))
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """Sequence order of one tile: rows and columns sorted by class (stable), then blocks sorted by table."""
@@ -321,9 +328,3 @@ def _sorted(
         return None, np.array([0, n], np.int64)
     ends = np.concatenate([[0], np.cumsum(np.bincount(classes, minlength=k))])
     return np.argsort(classes, kind="stable").astype(np.int32), ends
-
-
-def check_alloc(dense: int, stored: int, free: int, expansion: int) -> None:
-    """LimitError where a record claims far more dense bytes than its stored bytes can hold."""
-    if dense > free + expansion * stored:
-        raise LimitError(f"tensor of {dense} bytes from {stored} stored bytes exceeds the expansion limit")

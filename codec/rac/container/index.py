@@ -1,0 +1,155 @@
+"""The index: one row per record, in the order of the file (format_spec/container.md, "Index")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rac.container import msg, wire, zstd
+from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
+from rac.records import Entry, Index, Limits, Record
+from rac.registry import FLAG_ANCILLARY, RECORD_ATTACHMENT, RECORD_INDEX, RECORD_TENSOR
+
+_ROW = {"at", "check", "head", "payload", "type"}
+HEAD_KEYS = ("name", "dtype", "shape", "aliases")
+"""What a record head and its index row both state."""
+_NAMED = _ROW | {"method", "name"}
+_KEYS = {
+    RECORD_TENSOR: _NAMED | {"aliases", "dtype", "parts", "shape"},
+    RECORD_ATTACHMENT: _NAMED,
+}
+
+
+def _row(e: Entry) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "at": e.at, "check": e.check.to_bytes(8, "little"), "head": e.head_size, "payload": e.payload_size,
+        "type": e.type,
+    }  # fmt: skip
+    if e.type in _KEYS:
+        row |= {"method": e.method, "name": e.name}
+    if e.type == RECORD_TENSOR:
+        row |= {"aliases": [list(a) for a in e.aliases], "dtype": e.dtype, "parts": list(e.parts), "shape": list(e.shape)}
+    return row
+
+
+def build(entries: list[Entry], digest: bytes) -> tuple[dict[str, Any], bytes]:
+    """(head, payload unit) of the index record."""
+    body = msg.pack({"digest": digest, "records": [_row(e) for e in entries]})
+    unit = zstd.compress(body)
+    return {"size": len(body), "units": wire.directory([unit])}, unit
+
+
+def is_count(v: Any, most: int = 1 << 62) -> bool:
+    """True for an int (not a bool) in 0..most."""
+    return type(v) is int and 0 <= v <= most
+
+
+def parse_shape(v: Any, limits: Limits) -> tuple[int, ...]:
+    """A list of dimensions whose product stays below 2**62."""
+    if not isinstance(v, list) or not all(is_count(n) for n in v):
+        raise FormatError("shape is malformed")
+    if len(v) > limits.rank:
+        raise LimitError(f"shape of {len(v)} dimensions exceeds the limit of {limits.rank}")
+    total = 1
+    for n in v:
+        total *= max(1, n)
+        if total > 1 << 59:
+            raise FormatError("shape is out of range")
+    return tuple(v)
+
+
+def parse_aliases(v: Any) -> tuple[tuple[str, bool], ...]:
+    """A list of [name, tied]."""
+    if not isinstance(v, list) or not all(
+        isinstance(a, list) and len(a) == 2 and isinstance(a[0], str) and isinstance(a[1], bool) for a in v
+    ):
+        raise FormatError("aliases are malformed")
+    return tuple((a, b) for a, b in v)
+
+
+def _entry(row: Any, limits: Limits) -> Entry:
+    if not isinstance(row, dict) or _ROW - row.keys():
+        raise FormatError("index row is malformed")
+    kind, check = row["type"], row["check"]
+    if not all(is_count(row[k]) for k in ("at", "head", "payload", "type")):
+        raise FormatError("index row is malformed")
+    if not isinstance(check, bytes) or len(check) != 8:
+        raise FormatError("index row is malformed")
+    place = (row["at"], row["head"], row["payload"], int.from_bytes(check, "little"))
+    if kind not in _KEYS:
+        return Entry(kind, "", *place)
+    if row.keys() != _KEYS[kind] or not isinstance(row["name"], str) or not isinstance(row["method"], str):
+        raise FormatError("index row is malformed")
+    if kind == RECORD_ATTACHMENT:
+        return Entry(kind, row["name"], *place, row["method"])
+    parts = row["parts"]
+    if not isinstance(row["dtype"], str) or not isinstance(parts, list) or len(parts) != 6:
+        raise FormatError("index row is malformed")
+    if not all(is_count(n) for n in parts) or sum(parts) != row["payload"]:
+        raise FormatError("parts of an index row do not add up to its payload")
+    return Entry(
+        kind, row["name"], *place, row["method"], row["dtype"], parse_shape(row["shape"], limits), tuple(parts),
+        parse_aliases(row["aliases"]),
+    )  # fmt: skip
+
+
+def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Index:
+    """Check and decode an index record; its rows must cover the file from the header to the index exactly."""
+    if record.type != RECORD_INDEX or record.flags:
+        raise FormatError("the trailer does not point at an index", offset=record.at)
+    units = wire.parse_units(record.head.get("units"), record.payload_size)
+    size = record.head.get("size")
+    if record.head.keys() != {"size", "units"} or len(units) != 1 or not is_count(size):
+        raise FormatError("index head is malformed", offset=record.at)
+    if size > limits.index:
+        raise LimitError(f"index of {size} bytes exceeds the limit of {limits.index}", offset=record.at)
+    if zstd.xxh3(unit) != units[0].check:
+        raise ChecksumError("checksum does not match", unit="index", offset=record.at)
+    body = msg.unpack(zstd.decompress(unit, size), limits.depth)
+    digest, rows = body.get("digest"), body.get("records")
+    if body.keys() != {"digest", "records"} or not isinstance(digest, bytes) or len(digest) != 16:
+        raise FormatError("index is malformed", unit="index", offset=record.at)
+    if not isinstance(rows, list):
+        raise FormatError("index is malformed", unit="index", offset=record.at)
+    entries = tuple(_entry(row, limits) for row in rows)
+    at, tensors, files = header_size, set[str](), set[str]()
+    for e in entries:
+        if e.at != at:
+            raise FormatError("index rows leave a hole or overlap", unit="index", offset=e.at)
+        at += e.size
+        if e.type == RECORD_TENSOR:
+            for name in (e.name, *(a for a, _ in e.aliases)):
+                if name in tensors:
+                    raise FormatError(f"tensor {name!r} is there twice", unit="index", offset=e.at)
+                tensors.add(name)
+        elif e.type == RECORD_ATTACHMENT:
+            if e.name in files:
+                raise FormatError(f"attachment {e.name!r} is there twice", unit="index", offset=e.at)
+            files.add(e.name)
+    if at != record.at:
+        raise FormatError("index rows do not end where the index begins", unit="index", offset=at)
+    return Index(entries, digest, record.at, record.end - record.at, header_size)
+
+
+def check_type(record: Record) -> bool:
+    """True for a record to read, False for one to skip; UnsupportedError for an unknown one that is needed."""
+    if record.type in _KEYS or record.type == RECORD_INDEX:
+        if record.flags:
+            raise FormatError("a tensor, attachment or index is marked as ancillary", offset=record.at)
+        return True
+    if record.flags & FLAG_ANCILLARY:
+        return False
+    raise UnsupportedError(f"record type {record.type} is not known to this version", offset=record.at)
+
+
+def match(e: Entry, record: Record) -> None:
+    """FormatError unless the record at the place of an index row is the one that the row means."""
+    same = (e.type, e.at, e.head_size, e.payload_size, e.check) == (
+        record.type, record.at, record.head_size, record.payload_size, record.check,
+    )  # fmt: skip
+    if e.type in _KEYS:
+        same = same and record.head.get("name") == e.name
+    if e.type == RECORD_TENSOR:
+        stated = (record.head.get("dtype"), record.head.get("shape"), record.head.get("aliases", []))
+        same = same and stated == (e.dtype, list(e.shape), [list(a) for a in e.aliases])
+    if not same:
+        raise FormatError("the record is not the one that the index names", unit=repr(e.name), offset=record.at)

@@ -1,0 +1,104 @@
+"""Random access: header and index first, then any record (format_spec/container.md, "Reading")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rac.container import index as ix
+from rac.container import wire
+from rac.container.access import Access, InFile, read
+from rac.errors import FormatError, TruncatedError, UnsupportedError
+from rac.records import Entry, Index, Limits, Record
+
+TAIL = 1 << 16
+_HEADER = {"features", "metadata", "provenance", "shard"}
+
+
+def check_header(head: dict[str, Any]) -> dict[str, Any]:
+    """The header's map, checked (format_spec/container.md, "Header")."""
+    if not isinstance(head.get("features"), list) or not all(isinstance(f, str) for f in head["features"]):
+        raise FormatError("header states no features", unit="header", offset=0)
+    if head["features"]:
+        raise UnsupportedError(f"needs the unknown feature {head['features'][0]!r}", unit="header", offset=0)
+    meta, origin = head.get("metadata", {}), head.get("provenance", {})
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise FormatError("metadata does not map text to text", unit="header", offset=0)
+    if not isinstance(origin, dict):
+        raise FormatError("header is malformed", unit="header", offset=0)
+    shard = head.get("shard", [1, 1])
+    if not isinstance(shard, list) or len(shard) != 2 or not all(ix.is_count(n) for n in shard):
+        raise FormatError("shard is malformed", unit="header", offset=0)
+    if not 1 <= shard[0] <= shard[1]:
+        raise FormatError("shard is malformed", unit="header", offset=0)
+    unknown = [k for k in head if k not in _HEADER and not k.startswith("x-")]
+    if unknown:
+        raise UnsupportedError(f"unknown header field {unknown[0]!r}", unit="header", offset=0)
+    return head
+
+
+class Archive:
+    """An archive that can be read at any place. Reads the header and the tail when it is made."""
+
+    def __init__(self, access: Access, limits: Limits | None = None) -> None:
+        self.access, self.limits = access, limits or Limits()
+        with InFile(access.name):
+            self.header, header_size = self._header()
+            self.index: Index = self._index(header_size)
+
+    def _header(self) -> tuple[dict[str, Any], int]:
+        size = self.access.size
+        start = read(self.access, 0, min(4096, size))
+        length = wire.parse_prelude(start[: wire.PRELUDE], self.limits)
+        end = wire.PRELUDE + length
+        end += wire.pad(end)
+        if end > size:
+            raise TruncatedError("file ends inside the header", unit="header", offset=size)
+        data = start if end <= len(start) else read(self.access, 0, end)
+        body = data[wire.PRELUDE : wire.PRELUDE + length]
+        head = wire.parse_header(data[: wire.PRELUDE], body, data[wire.PRELUDE + length : end], self.limits)
+        return check_header(head), end
+
+    def _index(self, header_size: int) -> Index:
+        size = self.access.size
+        tail_at = max(header_size, size - TAIL)
+        tail = read(self.access, tail_at, size - tail_at)
+        at, length = wire.parse_trailer(tail[-wire.TRAILER :])
+        if at < header_size or at + length + wire.TRAILER != size:
+            raise FormatError("the trailer points outside the file", unit="trailer", offset=size - wire.TRAILER)
+        if length > self.limits.index + self.limits.head:
+            raise FormatError("index is out of range", unit="trailer", offset=size - wire.TRAILER)
+        data = tail[at - tail_at :] if at >= tail_at else read(self.access, at, size - at)
+        record = self.parse_record(at, data)
+        if record.end != at + length:
+            raise FormatError("the trailer states another size than the index has", unit="trailer", offset=at)
+        start = record.payload - at
+        unit, rest = data[start : start + record.payload_size], data[start + record.payload_size : length]
+        units = wire.parse_units(record.head.get("units"), record.payload_size)
+        if not units:
+            raise FormatError("index head is malformed", offset=at)
+        if any(unit[units[0].size :]) or any(rest):
+            raise FormatError("padding is not zero", unit="index", offset=at)
+        return ix.parse(record, unit[: units[0].size], header_size, self.limits)
+
+    def parse_record(self, at: int, data: bytes) -> Record:
+        """The record head that `data`, read from offset `at`, begins with."""
+        _, _, size, _, _ = wire.parse_record(at, data[: wire.RECORD_HEAD], self.limits)
+        end = wire.RECORD_HEAD + size
+        return wire.parse_record_body(
+            at, data[: wire.RECORD_HEAD], data[wire.RECORD_HEAD : end], data[end : end + wire.pad(end)], self.limits
+        )
+
+    def record(self, entry: Entry) -> Record:
+        """The record of an index row, its head read and checked."""
+        with InFile(self.access.name, repr(entry.name)):
+            if entry.head_size > self.limits.head:
+                raise FormatError("record head is out of range", offset=entry.at)
+            size = entry.size - (entry.payload_size + wire.pad(entry.payload_size))
+            record = self.parse_record(entry.at, read(self.access, entry.at, size))
+            ix.match(entry, record)
+            ix.check_type(record)
+            return record
+
+    def close(self) -> None:
+        """Close what is below."""
+        self.access.close()

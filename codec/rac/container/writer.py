@@ -1,0 +1,123 @@
+"""Writing an archive: under another name until it is whole, then one rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from rac.container import index as ix
+from rac.container import wire
+from rac.errors import OutputError
+from rac.records import Entry, record_size
+
+PART = ".part"
+
+
+class Writer:
+    """Writes records one after another to `path` + ".part"; `finish` adds the index and renames.
+
+    An interrupted writer leaves the part behind; `resume` goes on with it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
+        self.path = os.fspath(path)
+        self.part = self.path + PART
+        if os.path.isdir(self.path):
+            raise OutputError("is a directory; name a file", file=self.path)
+        if not force and os.path.lexists(self.path):
+            raise OutputError("exists already; give --force to replace it", file=self.path)
+        self.entries: list[Entry] = []
+        self.at = 0
+        try:
+            self._file: BinaryIO = open(self.part, "r+b" if os.path.exists(self.part) else "w+b")  # noqa: SIM115
+        except OSError as e:
+            raise OutputError(e.strerror or str(e), file=self.part) from e
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            self._file.close()
+            raise OutputError("another process is writing this file", file=self.part) from e
+
+    def start(self, header: dict[str, Any]) -> None:
+        """Begin anew."""
+        self._guard(lambda: (self._file.seek(0), self._file.truncate(0)))
+        self._write(wire.header(header))
+
+    def go_on(self, entries: list[Entry], at: int) -> None:
+        """Keep the finished records of an earlier run, which end at `at`, and cut off the rest."""
+        self.entries, self.at = list(entries), at
+        self._guard(lambda: (self._file.truncate(at), self._file.seek(at)))
+
+    def _guard(self, what: Callable[[], Any]) -> None:
+        try:
+            what()
+        except OSError as e:
+            why = e.strerror or str(e)
+            if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                why += "; the finished part is kept, --resume goes on with it"
+            raise OutputError(why, file=self.part, offset=self.at) from e
+
+    def _write(self, *pieces: bytes) -> None:
+        def write() -> None:
+            for piece in pieces:
+                self._file.write(piece)
+
+        self._guard(write)
+        self.at += sum(map(len, pieces))
+
+    def add(self, kind: int, flags: int, head: dict[str, Any], units: list[bytes], **fields: Any) -> Entry:
+        """Write one record; `head` gets its "units". `fields` are those of its index row."""
+        head = head | {"units": wire.directory(units)}
+        payload_size = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)
+        fixed, check, head_size = wire.record_head(kind, flags, head, payload_size)
+        entry = Entry(kind, head.get("name", ""), self.at, head_size, payload_size, check, **fields)
+        pieces = [fixed]
+        for u in units:
+            pieces += [u, bytes(wire.pad(len(u), wire.STREAM_ALIGN))]
+        pieces.append(bytes(wire.pad(payload_size)))
+        self._write(*pieces)
+        self.entries.append(entry)
+        return entry
+
+    def flush(self) -> None:
+        """Give what is written to the operating system, so that a killed process does not lose it."""
+        self._guard(self._file.flush)
+
+    def finish(self, digest: bytes) -> None:
+        """Write index and trailer, bring everything to disk, give the file its name."""
+        at = self.at
+        head, unit = ix.build(self.entries, digest)
+        fixed, _, head_size = wire.record_head(4, 0, head, len(unit) + wire.pad(len(unit), wire.STREAM_ALIGN))
+        size = record_size(head_size, len(unit) + wire.pad(len(unit), wire.STREAM_ALIGN))
+        body = fixed + unit
+        self._write(body, bytes(size - len(body)), wire.trailer(at, size))
+
+        def close() -> None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self.part, self.path)
+            self._file.close()
+            sync_folder(self.path)
+
+        self._guard(close)
+
+    def close(self) -> None:
+        """Stop without finishing; the part stays for `go_on`, unless nothing but a header is in it."""
+        if not self._file.closed:
+            try:
+                self._file.close()
+            finally:
+                if not self.entries and os.path.exists(self.part):
+                    os.unlink(self.part)
+
+
+def sync_folder(path: str) -> None:
+    """Bring a rename to disk."""
+    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,183 @@
+"""What a tensor record states, checked, and its units to the dense tensor (format_spec/stages/)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container import index as ix
+from rac.container import wire
+from rac.container.zstd import Digest, xxh3
+from rac.decode import tile
+from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
+from rac.quantize import lossless as ll
+from rac.records import Limits, Record, Unit
+from rac.registry import DTYPES, METHODS
+
+Array = NDArray[Any]
+_NEEDED = {"axis", "digest", "dtype", "name", "shape", "stages", "tile", "units"}
+_OPTIONAL = {"aliases", "extra", "needs", "uses"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor record, its head checked."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int
+    grid: ll.Grid
+    method: str
+    lanes: ll.Lanes | None
+    units: list[Unit]
+    digest: bytes
+    aliases: tuple[tuple[str, bool], ...]
+    extra: dict[str, Any]
+    record: Record
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.grid.rows * self.grid.cols * self.grid.word
+
+    @property
+    def first(self) -> int:
+        """Units in front of the tiles: the shared unit of lanes/1."""
+        return int(self.lanes is not None)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles."""
+        return self.grid.down * self.grid.across
+
+    def most(self, i: int) -> int:
+        """Bytes that unit `i` may have, so that a false size allocates little."""
+        if i < self.first:
+            assert self.lanes is not None  # noqa: S101
+            return sum(self.lanes.sizes) + self.lanes.rows * self.lanes.cols
+        return 2 * self.grid.tr * self.grid.tc * self.grid.word + 65536
+
+
+def parse(record: Record, limits: Limits) -> Tensor:
+    """Check a tensor record's head; nothing larger than the head is allocated."""
+    head = record.head
+    if missing := _NEEDED - head.keys():
+        raise FormatError(f"tensor head lacks {min(missing)!r}", offset=record.at)
+    if unknown := [k for k in head.keys() - _NEEDED - _OPTIONAL if not k.startswith("x-")]:
+        raise UnsupportedError(f"tensor head has the unknown field {min(unknown)!r}", offset=record.at)
+    name, dtype, stages, tile_shape = head["name"], head["dtype"], head["stages"], head["tile"]
+    for key in ("needs", "uses"):  # room for transforms, deltas and references of later versions
+        if head.get(key, []) != []:
+            raise UnsupportedError(f"tensor needs {head[key]!r}, which this version does not know", offset=record.at)
+    if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(head.get("extra", {}), dict):
+        raise FormatError("tensor head is malformed", offset=record.at)
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"dtype {dtype!r} is not known to this version", offset=record.at)
+    shape = ix.parse_shape(head["shape"], limits)
+    if not ix.is_count(head["axis"], len(shape)) or not isinstance(head["digest"], bytes) or len(head["digest"]) != 16:
+        raise FormatError("tensor head is malformed", offset=record.at)
+    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
+        raise FormatError("stages are malformed", offset=record.at)
+    method = stages[0].get("id")
+    if len(stages) != 1 or method not in METHODS:
+        ids = ", ".join(str(s.get("id")) for s in stages)
+        raise UnsupportedError(f"stages {ids!r} are not known to this version", offset=record.at)
+    if not isinstance(tile_shape, list) or len(tile_shape) != 2 or not all(ix.is_count(n) and n for n in tile_shape):
+        raise FormatError("tile shape is malformed", offset=record.at)
+    ll.dense_size(dtype, shape)
+    rows, cols = ll.matrix(dtype, shape, head["axis"])
+    word = DTYPES[dtype].word
+    tr, tc = min(tile_shape[0], max(1, rows)), min(tile_shape[1], max(1, cols))
+    if [tr, tc] != tile_shape:
+        raise FormatError("tile is larger than the tensor", offset=record.at)
+    if tr * tc * word > limits.tile:
+        raise LimitError(f"tile of {tr * tc * word} bytes exceeds the limit of {limits.tile}", offset=record.at)
+    grid = ll.Grid(rows, cols, word, tr, tc)
+    lanes = ll.Lanes.from_head(stages[0], word) if method == "lanes/1" else None
+    if lanes is None and stages[0].keys() != {"id"}:
+        raise UnsupportedError("unknown stage parameters", offset=record.at)
+    units = wire.parse_units(head["units"], record.payload_size)
+    if len(units) != grid.down * grid.across + (lanes is not None):
+        raise FormatError("number of units does not match the grid of tiles", offset=record.at)
+    if lanes is not None and not rows * cols:
+        raise FormatError("an empty tensor has no lanes", offset=record.at)
+    dense = rows * cols * word
+    if dense > limits.free_alloc + limits.expansion * record.payload_size:
+        raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)
+    out = Tensor(
+        name, dtype, shape, head["axis"], grid, method, lanes, units, head["digest"],
+        ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record,
+    )  # fmt: skip
+    for i, unit in enumerate(units):
+        if unit.size > out.most(i):
+            raise FormatError(f"unit {i} is larger than its tile can need", offset=record.payload + unit.offset)
+    return out
+
+
+def empty(t: Tensor) -> Array:
+    """The dense matrix of words (R, C), not yet filled."""
+    try:
+        return np.empty((t.grid.rows, t.grid.cols), f"<u{t.grid.word}")
+    except (MemoryError, ValueError) as e:
+        raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
+
+
+class Decoder:
+    """Decodes the units of one tensor, in any order and from any thread."""
+
+    def __init__(self, t: Tensor, shared: bytes | memoryview | None, reference: bool = False) -> None:
+        self.tensor, self._reference = t, reference
+        self._shared: tile.Shared | None = None
+        if t.lanes is not None:
+            assert shared is not None  # noqa: S101
+            self._check(0, shared)
+            with wire.at_unit(f"{t.name!r} unit 0", t.record.payload):
+                self._shared = tile.shared(bytes(shared), t.lanes, t.grid)
+
+    def _check(self, i: int, data: bytes | memoryview) -> None:
+        t = self.tensor
+        if xxh3(data) != t.units[i].check:
+            where = t.record.payload + t.units[i].offset
+            raise ChecksumError("checksum does not match", unit=f"{t.name!r} unit {i}", offset=where)
+
+    def tile(self, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
+        """Check and decode tile `i` from its bytes; `out` begins at word (row, col) of the tensor's matrix."""
+        t = self.tensor
+        self._check(i + t.first, memoryview(data))
+        r0, r1, c0, c1 = box = t.grid.box(i)
+        dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
+        with wire.at_unit(f"{t.name!r} unit {i + t.first}", t.record.payload + t.units[i + t.first].offset):
+            if t.lanes is None:
+                tile.decode_plain(data, t.method, box, dst)
+            else:
+                assert self._shared is not None  # noqa: S101
+                tile.decode_lanes(data, t.lanes, self._shared, box, dst, self._reference)
+
+
+def check_digest(t: Tensor, matrix: Array) -> None:
+    """ChecksumError unless the decoded content has the digest that the record states."""
+    d = Digest()
+    d.update(memoryview(np.ascontiguousarray(matrix).reshape(-1).view(np.uint8)))
+    if d.value() != t.digest:
+        raise ChecksumError("the decoded tensor is not the one that was packed", unit=repr(t.name), offset=t.record.at)
+
+
+def parts(t: Tensor, first: Callable[[int, int], bytes]) -> tuple[int, ...]:
+    """Payload bytes by kind (records.PARTS); `first(i, size)` gives the first bytes of unit `i`."""
+    out = [0] * 6
+    for i, unit in enumerate(t.units):
+        if i < t.first:
+            out[0] += unit.size
+        elif t.lanes is None:
+            out[4] += unit.size
+        else:
+            r0, r1, c0, c1 = t.grid.box(i - t.first)
+            sizes = ll.tile_parts(first(i, 4 + 2 * t.lanes.lanes), (r1 - r0) * (c1 - c0), t.lanes)
+            out[1:5] = [a + b for a, b in zip(out[1:5], sizes, strict=True)]
+    out[5] = t.record.payload_size - sum(out)
+    return tuple(out)

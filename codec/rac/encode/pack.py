@@ -1,0 +1,280 @@
+"""Packing: a source to one archive, or to a set of shards. Threads share the work; the bytes never depend on them.
+
+Threads are enough although constriction holds the interpreter's lock: it codes one symbol for two weights, and all
+the rest (reading, counting, sorting, bit planes, checksums) runs outside the lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container import msg, zstd
+from rac.container.writer import Writer
+from rac.decode.load import threads_of
+from rac.encode import resume as rs
+from rac.encode import ties
+from rac.encode.analyse import LEVELS, Level, Plan, analyse
+from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
+from rac.encode.tile import TileEncoder
+from rac.errors import OutputError
+from rac.quantize import lossless as ll
+from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
+
+WINDOW = 64 << 20
+"""Dense bytes in work beyond the largest tensor."""
+Progress = Callable[[str, int], None]
+"""Called with the name of a finished tensor and its dense bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a pack has written."""
+
+    paths: tuple[str, ...]
+    dense: int
+    stored: int
+    weights: int
+    tensors: int
+    resumed: int
+    skipped: tuple[str, ...]
+
+
+def pack(
+    src: str | os.PathLike[str], out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
+    include: Sequence[str] = (), exclude: Sequence[str] = (), lanes: int | None = None,
+    shard_size: int | None = None, resume: bool = False, force: bool = False, progress: Progress | None = None,
+) -> Summary:  # fmt: skip
+    """Pack a safetensors file, a Hugging Face directory or a GGUF file, losslessly.
+
+    Args:
+        src: What to pack.
+        out: The .rac file to write; with `shard_size` the stem of a set "stem-00001-of-0000N.rac".
+        level: "fast", "default" or "max".
+        jobs: Threads; one per core up to 8 by default. The bytes do not depend on it.
+        include: Patterns (fnmatch) of tensors to take; none means all.
+        exclude: Patterns of tensors to leave out.
+        lanes: ANS lanes per tile, 1..1024. Many short lanes suit a GPU, few long ones an archive.
+        shard_size: Dense bytes after which a new shard begins.
+        resume: Go on with the part that an interrupted pack left.
+        force: Replace a file that exists.
+        progress: Called after every tensor.
+
+    Raises:
+        SourceError: The source is missing, damaged or no model.
+        OutputError: The output exists, or cannot be written.
+    """
+    source = open_source(src, include, exclude)
+    settings = {"exclude": list(exclude), "include": list(include)}
+    return pack_source(
+        source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
+        progress=progress, settings=settings,
+    )  # fmt: skip
+
+
+def save_file(
+    tensors: Mapping[str, Any], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None, *,
+    level: str = "default", threads: int | None = None,
+) -> None:  # fmt: skip
+    """Write numpy arrays or torch tensors to a .rac file, losslessly; tensors that share memory are tied.
+
+    An existing file is replaced, at once and only by a whole one.
+
+    Raises:
+        SourceError: A value cannot be stored.
+        OutputError: The file cannot be written.
+    """
+    pack_source(from_arrays(tensors, metadata), path, level=level, jobs=threads, force=True)
+
+
+def pack_source(
+    source: Source, out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
+    lanes: int | None = None, shard_size: int | None = None, resume: bool = False, force: bool = False,
+    progress: Progress | None = None, settings: dict[str, Any] | None = None,
+) -> Summary:  # fmt: skip
+    """`pack` for a source that is open already."""
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
+    if lanes is not None and not 1 <= lanes <= ll.MAX_LANES:
+        raise ValueError(f"lanes must be 1..{ll.MAX_LANES}")
+    effort = LEVELS[level] if lanes is None else replace(LEVELS[level], lanes=lanes, fixed=True)
+    groups = ties.find(source.tensors)
+    shards = _shards(groups, shard_size)
+    path = os.fspath(out)
+    paths = [path]
+    if shard_size is not None:
+        stem = path.removesuffix(".rac")
+        paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
+    provenance = {"level": level, "lossless": True, "source": source.kind, "tool": f"rac-codec {VERSION}"}
+    if settings and any(settings.values()):
+        provenance |= settings
+    done = resumed = 0
+    for i, (shard, name) in enumerate(zip(shards, paths, strict=True)):
+        header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
+        if len(shards) > 1:
+            header["shard"] = [i + 1, len(shards)]
+        if resume and len(shards) > 1 and os.path.exists(name):
+            continue  # a shard under its final name is whole
+        files = source.attachments if i == 0 else ()
+        resumed += _write(name, header, files, shard, effort, threads_of(jobs), resume, force, progress)
+    stored = sum(os.path.getsize(p) for p in paths)
+    done = sum(t.nbytes for t in source.tensors)
+    weights = sum(weights_of(t) for t in source.tensors)
+    return Summary(tuple(paths), done, stored, weights, len(source.tensors), resumed, source.skipped)
+
+
+def weights_of(t: SourceTensor) -> int:
+    """Elements of a tensor."""
+    return int(np.prod(t.shape, dtype=np.int64)) if t.shape else 1
+
+
+def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]]:
+    if size is not None and size < 1:
+        raise ValueError("shard size must be positive")
+    out: list[list[ties.Group]] = [[]]
+    held = 0
+    for g in groups:
+        if size is not None and out[-1] and held + g.tensor.nbytes > size:
+            out.append([])
+            held = 0
+        out[-1].append(g)
+        held += g.tensor.nbytes
+    return out
+
+
+def _write(
+    path: str, header: dict[str, Any], files: Sequence[Attachment], groups: list[ties.Group], level: Level, jobs: int,
+    resume: bool, force: bool, progress: Progress | None,
+) -> int:  # fmt: skip
+    """Write one archive; returns how many tensors were there already."""
+    writer = Writer(path, force)
+    content: list[list[Any]] = []
+
+    def note(group: ties.Group, digest: bytes) -> None:
+        t = group.tensor
+        for name in (t.name, *(a for a, _ in group.aliases)):
+            content.append([name, t.dtype, list(t.shape), digest])
+        if progress:
+            progress(t.name, t.nbytes * (1 + len(group.aliases)))
+
+    try:
+        found = rs.scan(writer.part, header, files, groups) if resume else None
+        if found:
+            writer.go_on(found.entries, found.at)
+            for group, digest in zip(groups, found.digests, strict=False):
+                note(group, digest)
+        else:
+            writer.start(header)
+        for file in files[found.files if found else 0 :]:
+            _attach(writer, file)
+        start = len(found.digests) if found else 0
+        with ThreadPoolExecutor(jobs) as pool:
+            _tensors(writer, groups[start:], level, pool, note)
+        content.sort(key=lambda row: row[0].encode())
+        writer.finish(zstd.digest(msg.pack(content)))
+        return start
+    except MemoryError as e:
+        raise OutputError("not enough memory", file=path) from e
+    finally:
+        writer.close()
+
+
+def _attach(writer: Writer, file: Attachment) -> None:
+    data = file.read()
+    packed = zstd.compress(data, 19 if len(data) < 1 << 22 else 9)
+    method, unit = ("zstd/1", packed) if len(packed) < len(data) else ("raw/1", data)
+    head = {"digest": zstd.digest(data), "name": file.name, "size": len(data), "stages": [{"id": method}]}
+    writer.add(RECORD_ATTACHMENT, 0, head, [unit], method=method)
+    writer.flush()
+
+
+def _tensors(
+    writer: Writer, groups: list[ties.Group], level: Level, pool: ThreadPoolExecutor,
+    note: Callable[[ties.Group, bytes], None],
+) -> None:  # fmt: skip
+    """Plan and encode ahead of the writer, within WINDOW; write in order."""
+    largest = max((g.tensor.nbytes for g in groups), default=0)
+    waiting: deque[tuple[ties.Group, Future[Plan]]] = deque()
+    coming = deque(groups)
+    held = 0
+    current: list[Future[list[bytes]]] = []
+    try:
+        while coming or waiting:
+            while coming and (not waiting or held + coming[0].tensor.nbytes <= max(largest, WINDOW)):
+                group = coming.popleft()
+                held += group.tensor.nbytes
+                waiting.append((group, pool.submit(_plan, group.tensor, level)))
+            group, job = waiting.popleft()
+            t, plan = group.tensor, job.result()
+            encoder = TileEncoder(plan)
+            current = [pool.submit(_band, t, encoder, a) for a in range(plan.grid.down)]
+            units = [plan.shared] if plan.lanes else []
+            for band in current:
+                units += band.result()
+            writer.add(RECORD_TENSOR, 0, _head(group, plan), units, **_fields(group, plan, units))
+            writer.flush()
+            note(group, plan.digest)
+            held -= t.nbytes
+    finally:
+        for job in (*current, *(j for _, j in waiting)):
+            job.cancel()
+
+
+def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
+    row = grid.cols * grid.word
+    return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
+
+
+def _plan(t: SourceTensor, level: Level) -> Plan:
+    return analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
+
+
+def _band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[bytes]:
+    """Units of one row of tiles."""
+    grid = encoder.plan.grid
+    r0, r1, _, _ = grid.box(a * grid.across)
+    words = _words(t, grid, r0, r1)
+    return [
+        encoder.encode(words[:, (b := grid.box(i))[2] : b[3]], i) for i in range(a * grid.across, (a + 1) * grid.across)
+    ]
+
+
+def _head(group: ties.Group, plan: Plan) -> dict[str, Any]:
+    t = group.tensor
+    head: dict[str, Any] = {
+        "axis": plan.axis, "digest": plan.digest, "dtype": t.dtype, "name": t.name, "shape": list(t.shape),
+        "stages": [plan.lanes.to_head() if plan.lanes else {"id": plan.method}], "tile": [plan.grid.tr, plan.grid.tc],
+    }  # fmt: skip
+    if group.aliases:
+        head["aliases"] = [list(a) for a in group.aliases]
+    if t.extra:
+        head["extra"] = t.extra
+    return head
+
+
+def _fields(group: ties.Group, plan: Plan, units: list[bytes]) -> dict[str, Any]:
+    """What the index row of a tensor adds to its record."""
+    parts = [0] * 6
+    for i, unit in enumerate(units):
+        if plan.lanes is None:
+            parts[4] += len(unit)
+        elif i == 0:
+            parts[0] = len(unit)
+        else:
+            r0, r1, c0, c1 = plan.grid.box(i - 1)
+            sizes = ll.tile_parts(unit, (r1 - r0) * (c1 - c0), plan.lanes)
+            parts[1:5] = [a + b for a, b in zip(parts[1:5], sizes, strict=True)]
+    parts[5] = sum(ll.up16(len(u)) for u in units) - sum(parts)
+    t = group.tensor
+    return {
+        "method": plan.method, "dtype": t.dtype, "shape": t.shape, "parts": tuple(parts), "aliases": group.aliases,
+    }  # fmt: skip
+
+

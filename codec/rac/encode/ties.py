@@ -1,0 +1,71 @@
+"""Tensors that are stored once: ties (one memory) and exact duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rac.container import zstd
+from rac.encode.sources import SourceTensor
+
+PIECE = 1 << 22
+SAMPLE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A tensor and the other names of its content."""
+
+    tensor: SourceTensor
+    aliases: tuple[tuple[str, bool], ...]
+
+
+def digest(t: SourceTensor) -> bytes:
+    """XXH3-128 of a tensor's bytes, read piece by piece."""
+    d = zstd.Digest()
+    for a in range(0, t.nbytes, PIECE):
+        d.update(memoryview(t.read(a, min(t.nbytes, a + PIECE))))
+    return d.value()
+
+
+def _sample(t: SourceTensor) -> bytes:
+    """A few KiB of three places: most unequal tensors differ there, and need not be read whole."""
+    at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
+    return b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
+
+
+def find(tensors: Sequence[SourceTensor]) -> list[Group]:
+    """Groups in the order of their first tensors. Empty tensors and those with unequal `extra` are on their own."""
+    owner: dict[int, int] = {}
+    tied: dict[int, bool] = {}
+    by_tie: dict[int, int] = {}
+    same: dict[tuple[object, ...], list[int]] = {}
+    for i, t in enumerate(tensors):
+        if t.tie is not None and t.tie in by_tie:
+            owner[i], tied[i] = by_tie[t.tie], True
+            continue
+        if t.tie is not None:
+            by_tie[t.tie] = i
+        if t.nbytes:
+            same.setdefault((t.dtype, t.shape, repr(t.extra)), []).append(i)
+    for _, members in same.items():
+        if len(members) == 1:
+            continue
+        by_sample: dict[bytes, list[int]] = {}
+        for i in members:
+            by_sample.setdefault(_sample(tensors[i]), []).append(i)
+        for close in by_sample.values():
+            first: dict[bytes, int] = {}
+            for i in close if len(close) > 1 else []:
+                j = first.setdefault(digest(tensors[i]), i)
+                if j != i:
+                    owner[i], tied[i] = j, False
+    aliases: dict[int, list[tuple[str, bool]]] = {}
+    for i in sorted(owner):
+        root, is_tied = owner[i], tied[i]
+        while root in owner:  # a tie of a duplicate is a duplicate of the first
+            root, is_tied = owner[root], False
+        aliases.setdefault(root, []).append((tensors[i].name, is_tied))
+    return [Group(t, tuple(aliases.get(i, ()))) for i, t in enumerate(tensors) if i not in owner]
+
+
