@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib
-import importlib.metadata
+import itertools
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -16,209 +13,287 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
-
+ROWS = ["rac-fast", "rac-default", "rac-max", "zipnn", "openzl", "openzl-fast", "pcodec-8", "pcodec-12"]
+ROWS += [f"blosc2-{shuffle}-{level}" for shuffle in ("shuffle", "bitshuffle") for level in (5, 9)]
+ROWS += ["zstd-3", "zstd-19"]
 LABELS = {
-    "rac-fast": "rac, level fast",
-    "rac-default": "rac, level default",
-    "rac-max": "rac, level max",
-    "zipnn": "zipnn, by dtype",
-    "openzl": "openzl, exponents split off, best of FSE/Huffman/store per byte lane",
-    "openzl-fast": "openzl, byte lanes (BF16: exponents split off), Huffman",
-    "pcodec-8": "pcodec, level 8",
-    "pcodec-12": "pcodec, level 12",
-    "blosc2-shuffle-5": "blosc2, zstd + shuffle, clevel 5",
-    "blosc2-shuffle-9": "blosc2, zstd + shuffle, clevel 9",
-    "blosc2-bitshuffle-5": "blosc2, zstd + bitshuffle, clevel 5",
-    "blosc2-bitshuffle-9": "blosc2, zstd + bitshuffle, clevel 9",
-    "zstd-3": "zstd -3",
-    "zstd-19": "zstd -19",
+    "openzl": "openzl (float deconstruct, lanes, best of FSE/Huffman/store)",
+    "openzl-fast": "openzl-fast (BF16 deconstruct or F32 lanes, Huffman)",
 }
-SINGLE_THREAD = ("openzl", "pcodec")  # no threads in their Python API; zstd has them for packing only
-RATIOS = (("unpack", "rac-default", "zipnn"), ("unpack", "rac-max", "pcodec-12"), ("pack", "rac-default", "zipnn"))
-VERSIONS = "rac-codec zipnn openzl pcodec blosc2 zstandard numpy ml_dtypes torch".split()
-THREAD_VARIABLES = [
-    f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA", "RAYON")
-] + ["BLOSC_NTHREADS"]
+SINGLE_THREAD = ("openzl", "pcodec")  # their Python APIs have no threads
+RATIOS = ["rac-default zipnn unpack", "rac-max pcodec-12 unpack", "rac-default zipnn pack"]
+PACKAGES = ["rac-codec", "zipnn", "openzl", "pcodec", "blosc2", "zstandard", "numpy", "ml_dtypes", "torch"]
+THREAD_SETTINGS = [f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA", "RAYON")]
+THREAD_SETTINGS += ["BLOSC_NTHREADS"]
 
-# What numpy calls the safetensors dtypes. BF16 is seen as its bit pattern, and so is any dtype not listed.
-NUMPY_DTYPES = {
-    "F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2",
-    "I64": "i8", "I32": "i4", "I16": "i2", "U64": "u8", "U32": "u4", "U16": "u2",
-}  # fmt: skip
-ZIPNN_DTYPES = {
-    "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
+# The dtypes of safetensors as numpy sees them: BF16 as its bit pattern, one not listed as bytes.
+NUMPY_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "I32": "i4", "I16": "i2"}
+ZIPNN_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 
-EPILOG = """\
-what the numbers mean
-  bytes      rac: the whole .rac file. Peers: the sum of the compressed tensors, without names, shapes or an
-             index, which flatters them. Peers work tensor by tensor, as a loader needs.
-  %          of the safetensors file. MB/s: 1e6 bytes of dense data a second, best of the counted repeats.
-  pack       rac: safetensors file -> .rac file. Peers: arrays in memory -> bytes in memory (no file: flatters).
-  unpack     rac: file in the page cache -> numpy arrays, checksums on. Peers: bytes in memory -> arrays.
-  peak RSS   of the process that did both, peers holding the dense source as well; "import" is its share
-             before any tensor was read (zipnn imports torch).
-  n/a        the peer has no threads there (openzl and pcodec: none; zstd: packing only).
+EPILOG = f"""\
+bytes     rac: the whole .rac file. Peers: the sum of the compressed tensors, each packed by itself as a
+          loader needs, without names, shapes or an index; that flatters them. %: of the safetensors file.
+pack      MB (1e6 bytes of dense data) a second, best of the counted repeats, at 1 thread (1T), 2 (2T), ...
+          rac: safetensors file -> .rac file. Peers: arrays -> bytes in memory; that flatters the peers.
+unpack    rac: file in the page cache -> numpy arrays, checksums on. Peers: bytes in memory -> arrays.
+n/a       the peer has no threads there (openzl, pcodec: none at all; zstd: only when packing).
+peak RSS  of the process that did both; "import" was there before any tensor was read (zipnn imports torch).
 
-Every unpack is compared with the safetensors file bit for bit. Exit status 1: a codec failed or was not exact.
+Each unpack is compared with the safetensors file bit for bit. The exit status is 1 if one differed or failed.
 
-examples
-  bench_lossless.py model.safetensors --threads 1 2
-  bench_lossless.py a.safetensors b.safetensors --only rac-default,zipnn --json out.json
-  bench_lossless.py model.safetensors --only blosc2 --repeat 1       (all rows whose name starts with blosc2-)
+  python tools/bench_lossless.py model.safetensors --threads 1 2
+  python tools/bench_lossless.py a.safetensors b.safetensors --only rac-max,blosc2     (all blosc2-... rows)
 
-rows: """ + ", ".join(LABELS)
+rows: {" ".join(ROWS)}
+"""
 
 
-class NotExactError(Exception):
-    """A codec gave back other bits than it was given."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where one tensor lies in a safetensors file."""
-
-    name: str
-    dtype: str
-    offset: int
-    nbytes: int
-
-    def read(self, path: Path) -> Array:
-        """The tensor as a flat numpy array."""
-        stored = np.fromfile(path, np.uint8, self.nbytes, offset=self.offset)
-        return stored.view(NUMPY_DTYPES.get(self.dtype, "u1"))
-
-    def check(self, path: Path, dense: Array, step: int = 1 << 20) -> None:
-        """Compare with the file, piecewise so that checking leaves the peak memory alone."""
-        got = np.ascontiguousarray(dense).reshape(-1).view(np.uint8)
-        for at in range(0, max(self.nbytes, got.size), step):
-            want = np.fromfile(path, np.uint8, max(0, min(step, self.nbytes - at)), offset=self.offset + at)
-            if not np.array_equal(want, got[at : at + step]):
-                raise NotExactError(self.name)
-
-
-def read_index(path: Path) -> list[Tensor]:
-    """The tensors of a safetensors file. Empty ones are left out: there is nothing to compress."""
+def read_tensors(path: Path) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """Name, dtype and flat array of each tensor of a safetensors file, less the empty ones."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)
-    spans = [(name, entry["dtype"], *entry["data_offsets"]) for name, entry in header.items()]
-    return [Tensor(name, dtype, 8 + length + a, b - a) for name, dtype, a, b in spans if b > a]
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if end > begin:  # some peers refuse an empty array
+            stored = np.fromfile(path, np.uint8, end - begin, offset=start + begin)
+            yield name, entry["dtype"], stored.view(NUMPY_DTYPES.get(entry["dtype"], "u1"))
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A codec of single arrays."""
-
-    pack: Callable[[Tensor, Array], bytes]
-    unpack: Callable[[Tensor, bytes], Any]  # anything with the buffer interface
-    threaded_unpack: bool = True
+Pack = Callable[[str, NDArray[Any]], Any]  # dtype, array -> packed
+Unpack = Callable[[str, Any], Any]  # dtype, packed -> anything with the buffer interface
 
 
-def make_peer(row: str, threads: int) -> Peer:
-    """The peer of a row; raises ImportError where it is not installed."""
-    name, *options = row.split("-")
-    maker: Callable[..., Peer] = {
-        "zipnn": zipnn_peer, "openzl": openzl_peer, "pcodec": pcodec_peer, "blosc2": blosc2_peer,
-        "zstd": zstd_peer,
-    }[name]  # fmt: skip
-    return maker(threads, *options)
+def zipnn(threads: int) -> tuple[Pack, Unpack]:
+    make = import_module("zipnn").ZipNN
+    coders = {dtype: make(bytearray_dtype=name, threads=threads) for dtype, name in ZIPNN_DTYPES.items()}
+
+    def pack(dtype: str, array: NDArray[Any]) -> Any:  # floats only; its own scripts store the rest
+        return coders[dtype].compress(array.view("u1").data) if dtype in coders else array.tobytes()
+
+    return pack, lambda dtype, blob: coders[dtype].decompress(blob) if dtype in coders else blob
 
 
-def zipnn_peer(threads: int) -> Peer:
-    zipnn = importlib.import_module("zipnn")
-    coders = {
-        dtype: zipnn.ZipNN(input_format="byte", bytearray_dtype=zipnn_dtype, threads=threads)
-        for dtype, zipnn_dtype in ZIPNN_DTYPES.items()
-    }
+def openzl(threads: int, speed: str = "best") -> tuple[Pack, Unpack]:
+    zl = import_module("openzl.ext")
+    graphs, nodes = zl.graphs, zl.nodes
 
-    def pack(tensor: Tensor, array: Array) -> bytes:
-        # It takes floats only; like its own safetensors script, store the rest.
-        blob: bytes = coders[tensor.dtype].compress(array.data) if tensor.dtype in coders else array.tobytes()
-        return blob
-
-    def unpack(tensor: Tensor, blob: bytes) -> Any:
-        return coders[tensor.dtype].decompress(blob) if tensor.dtype in coders else bytearray(blob)
-
-    return Peer(pack, unpack)
-
-
-def openzl_peer(threads: int, speed: str = "best") -> Peer:
-    zl = importlib.import_module("openzl.ext")
-    deconstruct = {
-        "BF16": zl.nodes.BFloat16Deconstruct, "F16": zl.nodes.Float16Deconstruct, "F32": zl.nodes.Float32Deconstruct,
-    }  # fmt: skip
-
-    def build(dtype: str) -> Any:
-        # Found by trial: the generic graph (Compress, FieldLz) is larger and ten times slower on weights, and
-        # adding zstd -19 to the choice of coders gains under 0.1 % of the size at 2 MB/s.
-        compressor = zl.Compressor()
-        compressor.set_parameter(zl.CParam.FormatVersion, zl.MAX_FORMAT_VERSION)
-        compressor.set_parameter(zl.CParam.PermissiveCompression, 1)  # else a constant lane can be an error
-        coder = zl.graphs.Entropy()(compressor)
+    def compressor(dtype: str) -> Any:
+        # Chosen by trial. The generic graphs (Compress, FieldLz) are larger and several times slower on
+        # weights; zstd -19 as one more coder to choose from gains under 0.1 % of F32 and packs at 2 MB/s.
+        made = zl.Compressor()
+        made.set_parameter(zl.CParam.FormatVersion, zl.MAX_FORMAT_VERSION)
+        made.set_parameter(zl.CParam.PermissiveCompression, 1)  # store what a coder refuses
+        coder = graphs.Entropy()(made)
         if speed == "best":
-            coders = [zl.graphs.Fse()(compressor), zl.graphs.Huffman()(compressor), zl.graphs.Store()(compressor)]
-            coder = zl.graphs.BruteForce(coders)(compressor)
-        lanes = zl.nodes.TransposeSplit()(compressor, coder)
-        if dtype not in NUMPY_DTYPES or dtype[0] in "IU":
-            graph = zl.graphs.Compress()(compressor)
-        elif dtype == "F64" or (speed == "fast" and dtype == "F32"):  # splitting F32 costs unpack speed
-            graph = zl.nodes.ConvertNumToStructLE()(compressor, lanes)
+            choice = [graph()(made) for graph in (graphs.Fse, graphs.Huffman, graphs.Store)]
+            coder = graphs.BruteForce(choice)(made)
+        lanes = nodes.TransposeSplit()(made, coder)
+        if dtype == "BF16":
+            graph = nodes.BFloat16Deconstruct()(made, lanes, coder)
+        elif dtype == "F32" and speed == "best":  # the smaller, but it unpacks at half the speed of lanes
+            graph = nodes.Float32Deconstruct()(made, lanes, coder)
+        elif dtype.startswith("F"):
+            graph = nodes.ConvertNumToStructLE()(made, lanes)
         else:
-            graph = deconstruct[dtype]()(compressor, lanes, coder)
-        compressor.select_starting_graph(graph)
-        return compressor
+            graph = graphs.Compress()(made)
+        made.select_starting_graph(graph)
+        return made
 
-    compressors = {dtype: build(dtype) for dtype in [*NUMPY_DTYPES, "other"]}
+    compressors = {dtype: compressor(dtype) for dtype in (*NUMPY_DTYPES, "other")}
 
-    def pack(tensor: Tensor, array: Array) -> bytes:
+    def pack(dtype: str, array: NDArray[Any]) -> Any:
         context = zl.CCtx()
-        context.ref_compressor(compressors.get(tensor.dtype, compressors["other"]))
-        blob: bytes = context.compress([zl.Input(zl.Type.Numeric, array.view(f"u{array.itemsize}"))])
-        return blob
+        context.ref_compressor(compressors.get(dtype, compressors["other"]))
+        return context.compress([zl.Input(zl.Type.Numeric, array.view(f"u{array.itemsize}"))])
 
-    return Peer(pack, lambda _, blob: zl.DCtx().decompress(blob)[0].content.as_nparray())
+    return pack, lambda _, blob: zl.DCtx().decompress(blob)[0].content.as_nparray()
 
 
-def pcodec_peer(threads: int, level: str) -> Peer:
-    pcodec = importlib.import_module("pcodec")
-    standalone = importlib.import_module("pcodec.standalone")
-    config = pcodec.ChunkConfig(compression_level=int(level), enable_8_bit=True)
-    return Peer(
-        lambda _, array: bytes(standalone.simple_compress(array, config)),
-        lambda _, blob: standalone.simple_decompress(blob),
+def pcodec(threads: int, level: str) -> tuple[Pack, Unpack]:
+    module = import_module("pcodec")
+    config = module.ChunkConfig(compression_level=int(level), enable_8_bit=True)
+    pack, unpack = module.standalone.simple_compress, module.standalone.simple_decompress
+    return lambda _, array: pack(array, config), lambda _, blob: unpack(blob)
+
+
+def blosc2(threads: int, shuffle: str, level: str) -> tuple[Pack, Unpack]:
+    module = import_module("blosc2")
+    options = {"codec": module.Codec.ZSTD, "clevel": int(level), "nthreads": threads}
+    options["filters"] = [module.Filter[shuffle.upper()]]
+    # compress2 rather than an NDArray: within 0.1 % of its size, and faster. It takes tensors up to 2 GB.
+    return (
+        lambda _, array: module.compress2(array, typesize=array.itemsize, **options),
+        lambda _, blob: module.decompress2(blob, nthreads=threads),
     )
 
 
-def blosc2_peer(threads: int, shuffle: str, level: str) -> Peer:
-    blosc2 = importlib.import_module("blosc2")
-    # compress2 rather than an NDArray: the same size within 0.1 %, and faster. It takes tensors up to 2 GB.
-    options = {
-        "codec": blosc2.Codec.ZSTD, "clevel": int(level), "filters": [blosc2.Filter[shuffle.upper()]],
-        "nthreads": threads,
-    }  # fmt: skip
-    return Peer(
-        lambda _, array: bytes(blosc2.compress2(array, typesize=array.itemsize, **options)),
-        lambda _, blob: blosc2.decompress2(blob, nthreads=threads),
-    )
+def zstd(threads: int, level: str) -> tuple[Pack, Unpack]:
+    module = import_module("zstandard")
+    # threads=0 is the plain coder in the calling thread; 1 would be a pool of one worker.
+    packer = module.ZstdCompressor(level=int(level), threads=threads if threads > 1 else 0)
+    unpacker = module.ZstdDecompressor()
+    return lambda _, array: packer.compress(array.view("u1").data), lambda _, blob: unpacker.decompress(blob)
 
 
-def zstd_peer(threads: int, level: str) -> Peer:
-    zstandard = importlib.import_module("zstandard")
-    # threads=0 is the plain single-threaded coder; 1 would be a pool of one worker.
-    packer = zstandard.ZstdCompressor(level=int(level), threads=threads if threads > 1 else 0)
-    unpacker = zstandard.ZstdDecompressor()
-    return Peer(
-        lambda _, array: bytes(packer.compress(array.data.cast("B"))),
-        lambda _, blob: unpacker.decompress(blob),
-        threaded_unpack=False,
-    )
+PEERS: dict[str, Any] = {"zipnn": zipnn, "openzl": openzl, "pcodec": pcodec, "blosc2": blosc2, "zstd": zstd}
+
+
+@dataclass
+class Result:
+    """One row at one thread count; speeds in MB/s, size and memory in bytes; None: does not apply."""
+
+    file: str
+    row: str
+    threads: int
+    size: int = 0
+    pack: float | None = None
+    unpack: float | None = None
+    peak: int = 0
+    imports: int = 0
+    error: str = ""
+
+
+def best(action: Callable[[], float], args: argparse.Namespace) -> float:
+    """The least seconds of the counted repeats: one at least, no more once the budget is spent."""
+    start = time.perf_counter()
+    times = [action(), action()]
+    while len(times) <= args.repeat and time.perf_counter() - start < args.budget:
+        times.append(action())
+    return min(times[1:])  # the first was the warm-up
+
+
+def measure(path: Path, row: str, threads: int, args: argparse.Namespace, archive: Path) -> Result:
+    """Runs in a process of its own, so that memory, threads and caches are this row's alone."""
+    result = Result(str(path), row, threads)
+    name, *options = row.split("-")
+    try:
+        if name == "rac":
+            rac = import_module("rac")
+        else:
+            pack_one, unpack_one = PEERS[name](threads, *options)
+    except ImportError:
+        result.error = "not installed"
+        return result
+    result.imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    packed: dict[str, tuple[str, Any]] = {}
+
+    def pack() -> float:
+        packed.clear()
+        # Read afresh each time, before the clock starts: zipnn reorders bits inside its input.
+        tensors = [] if name == "rac" else list(read_tensors(path))
+        start = time.perf_counter()
+        if name == "rac":
+            rac.pack(path, archive, level=options[0], jobs=threads, force=True)
+        for tensor, dtype, array in tensors:
+            packed[tensor] = dtype, pack_one(dtype, array)
+        return time.perf_counter() - start
+
+    def unpack() -> float:
+        start = time.perf_counter()
+        if name == "rac":
+            dense = rac.load_file(archive, threads=threads)
+        else:
+            dense = {key: np.frombuffer(unpack_one(*value), np.uint8) for key, value in packed.items()}
+        seconds = time.perf_counter() - start
+        # Once, before the comparison takes memory of its own.
+        result.peak = result.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        for tensor, _, array in read_tensors(path):
+            if array.tobytes() != dense[tensor].tobytes():
+                raise ValueError(f"{row}: the round trip of {tensor} is not exact")
+        return seconds
+
+    dense_mb = sum(array.nbytes for _, _, array in read_tensors(path)) / 1e6
+    result.pack = dense_mb / best(pack, args)
+    unpack_speed = dense_mb / best(unpack, args)
+    result.unpack = None if name == "zstd" and threads > 1 else unpack_speed
+    result.size = archive.stat().st_size if name == "rac" else sum(len(blob) for _, blob in packed.values())
+    return result
+
+
+def measure_apart(path: Path, row: str, threads: int, args: argparse.Namespace) -> Result:
+    """Call this script again for one measurement. This process stays small: a child inherits its peak RSS."""
+    if threads > 1 and row.startswith(SINGLE_THREAD):
+        return Result(str(path), row, threads)
+    command = [sys.executable, __file__, str(path), "--child", row, "--threads", str(threads)]
+    command += ["--repeat", str(args.repeat), "--budget", str(args.budget)]
+    environment = os.environ | dict.fromkeys(THREAD_SETTINGS, str(threads))
+    start = time.perf_counter()
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if sys.stderr.isatty():
+        print(f"{path.name} {row} {threads}T: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    if done.returncode:
+        return Result(str(path), row, threads, error=f"failed with status {done.returncode}, see stderr")
+    return Result(**json.loads(done.stdout.splitlines()[-1]))  # the last line: a codec may print too
+
+
+def report(results: dict[tuple[Path, str], list[Result]], threads: list[int]) -> Iterator[str]:
+    """The table, then the ratio lines."""
+    heads = ["file", "codec", "bytes", "%", *(f"{what} {n}T" for what in ("pack", "unpack") for n in threads)]
+    yield "| " + " | ".join([*heads, "peak RSS MB", "import MB"]) + " |"
+    yield "|---|---|" + "---:|" * len(heads)
+    for (path, row), group in results.items():
+        speeds = [f"{s:.0f}" if s else "n/a" for s in [r.pack for r in group] + [r.unpack for r in group]]
+        memory = [f"{max(r.peak for r in group) / 1e6:.0f}", f"{group[0].imports / 1e6:.0f}"]
+        percent = f"{100 * group[0].size / path.stat().st_size:.2f}"
+        cells = [r.error for r in group if r.error][:1] or [f"{group[0].size}", percent, *speeds, *memory]
+        yield "| " + " | ".join([path.name, LABELS.get(row, row), *cells]) + " |"
+    yield ""
+    for path, (ours, peer, what) in itertools.product({p: 0 for p, _ in results}, map(str.split, RATIOS)):
+        for a, b in zip(results.get((path, ours), []), results.get((path, peer), []), strict=False):
+            x, y = getattr(a, what), getattr(b, what)
+            ratio = f"{x / y:.2f}" if x and y else "n/a"
+            yield f"{path.name}: {ours} {what} / {peer} {what}, {a.threads}T: {ratio}"
+
+
+def machine() -> str:
+    cpu = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t :")
+    installed = {item.name: item.version for item in metadata.distributions()}
+    versions = ", ".join(f"{name} {installed.get(name, 'not installed')}" for name in PACKAGES)
+    state = f"load average {os.getloadavg()[0]:.2f}, {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
+    return f"{cpu}, {os.cpu_count()} cores, {state}\npython {sys.version.split()[0]}, {versions}\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.safetensors")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="thread counts (default: 1)")
+    parser.add_argument("--repeat", type=int, default=5, help="counted repeats after a warm-up (default: 5)")
+    parser.add_argument("--budget", type=float, default=60, help="begin no repeat after these seconds (60)")
+    parser.add_argument("--only", default=",".join(ROWS), metavar="ROW,...", help="measure these rows only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here too")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        with tempfile.TemporaryDirectory() as folder:
+            result = measure(args.files[0], args.child, args.threads[0], args, Path(folder, "packed.rac"))
+        print(json.dumps(asdict(result)))
+        return 0
+    rows = [row for row in ROWS if any(f"{row}-".startswith(f"{name}-") for name in args.only.split(","))]
+    problems = [f"no such file: {path}" for path in args.files if not path.is_file()]
+    if problems or not rows:
+        parser.error((problems or [f"--only {args.only} names no row of {' '.join(ROWS)}"])[0])
+    facts = machine()
+    print(facts)
+    results = {
+        (path, row): [measure_apart(path, row, threads, args) for threads in args.threads]
+        for path, row in itertools.product(args.files, rows)
+    }
+    print(*report(results, args.threads), sep="\n")
+    flat = [result for group in results.values() for result in group]
+    if args.json:
+        args.json.write_text(json.dumps({"machine": facts, "results": [asdict(r) for r in flat]}, indent=1))
+    return int(any(result.error.startswith("failed") for result in flat))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ UTF-8 bytes, no floats, no extension types. One value has one encoding, so re-en
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import msgpack
@@ -69,23 +70,22 @@ def _scan(data: bytes, depth: int) -> None:
         raise FormatError("bytes follow the msgpack value")
 
 
-def _check(value: Any, depth: int) -> None:
+def _check(value: dict[str, Any] | list[Any], depth: int) -> None:
     """Refuse deep nesting, floats, and map keys that are not strings in strictly ascending UTF-8 order."""
-    if isinstance(value, dict | list):
-        if depth == 0:
-            raise FormatError("msgpack nests too deep")
-        if isinstance(value, dict):
-            last = b""
-            for i, key in enumerate(value):
-                this = key.encode()
-                if i and this <= last:
-                    raise FormatError("msgpack map keys are not in ascending order")
-                last = this
-            value = value.values()
-        for v in value:
+    if depth == 0:
+        raise FormatError("msgpack nests too deep")
+    items: Any = value
+    if isinstance(value, dict):
+        keys = [k.encode() for k in value]
+        if any(map(operator.ge, keys, keys[1:])):
+            raise FormatError("msgpack map keys are not in ascending order")
+        items = value.values()
+    for v in items:
+        kind = type(v)
+        if kind is dict or kind is list:
             _check(v, depth - 1)
-    elif isinstance(value, float):
-        raise FormatError("msgpack floats are not allowed")
+        elif kind is float:
+            raise FormatError("msgpack floats are not allowed")
 
 
 def unpack(data: bytes, depth: int = 8) -> dict[str, Any]:

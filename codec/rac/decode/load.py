@@ -31,6 +31,26 @@ def threads_of(threads: int | None) -> int:
     return threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+class Inline:
+    """A pool of no threads: work is done where it is submitted, without the cost of handing it over."""
+
+    def __enter__(self) -> Inline:
+        """Nothing to start."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to stop."""
+
+    def submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
+        """Do it now."""
+        out: Future[None] = Future()
+        try:
+            out.set_result(work(*args))  # type: ignore[func-returns-value]
+        except Exception as e:
+            out.set_exception(e)
+        return out
+
+
 def read_units(archive: Archive, t: tn.Tensor, first: int, last: int, strict: bool = False) -> list[Array]:
     """Bytes of the units first..last - 1, read at once; `strict` also checks the zeros between them."""
     start = t.units[first].offset
@@ -64,7 +84,7 @@ def load(
     reference: bool = False,
 ) -> Iterator[tuple[tn.Tensor, Array]]:  # fmt: skip
     """(tensor, its words (R, C)) of each entry, in order. Every byte of the records is checked."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) if threads > 1 else Inline() as pool:
         waiting: list[tuple[tn.Tensor, Array, list[Future[None]]]] = []
         held = 0
         try:
@@ -96,7 +116,7 @@ def _result(
 
 
 def _start(
-    archive: Archive, entry: Entry, pool: ThreadPoolExecutor, reference: bool
+    archive: Archive, entry: Entry, pool: ThreadPoolExecutor | Inline, reference: bool
 ) -> tuple[tn.Tensor, Array, list[Future[None]]]:
     name = repr(entry.name)
     with InFile(archive.access.name, name):

@@ -67,26 +67,20 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     """
     r0, r1, c0, c1 = box
     h, w = r1 - r0, c1 - c0
-    order = ll.order(
-        p,
-        None if s.rows is None else s.rows[r0:r1],
-        None if s.cols is None else s.cols[c0:c1],
-        h,
-        w,
-        s.table,
-    )
     word = dst.dtype.itemsize
     limit = 1 << min(16, 8 * word - p.zero - p.sign - p.shift)
+    row_class = None if s.rows is None else s.rows[r0:r1]
+    col_class = None if s.cols is None else s.cols[c0:c1]
     if not reference and native.library() is not None:
         at = native.address
         job = native.Job(
-            at(unit), len(unit), h * w, p.symbols, at(s.lut), at(s.values), at(s.pairs), at(s.bases),
-            at(order.blocks), len(order.blocks), at(order.rows), at(order.cols), at(dst), dst.strides[0] // word,
-            p.lanes, p.per, word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape,
-            min(256, p.first_escaping) if p.escapes else 256, limit,
+            at(unit), len(unit), p.symbols, at(s.lut), at(s.values), at(s.pairs), at(s.bases), at(row_class),
+            at(col_class), at(s.table), at(dst), h, w, dst.strides[0] // word, p.rows, p.cols, p.lanes, p.per, word,
+            p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape, p.first_escaping if p.escapes else 256, limit,
         )  # fmt: skip
         native.decode_tile(job)
         return
+    order = ll.order(p, row_class, col_class, h, w, s.table)
     tile = ll.parse_tile(unit, h * w, p)
     coded = int(order.segments[:, 0].sum())
     if reference:

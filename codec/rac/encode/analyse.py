@@ -23,6 +23,8 @@ Read = Callable[[int, int], Array]
 """Words (h, C) of the rows [start, stop) of the matrix."""
 
 ONE_TILE = 3 << 19
+PAIR_RARE = 45000
+"""A pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits."""
 RARE = {1: 65536, 2: 4096}
 """Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
 CHUNK = 1 << 22
@@ -54,7 +56,7 @@ LEVELS = {
     level.name: level
     for level in (
         Level("fast", 32, 2, 1, 1, 0, False, 0, 3),
-        Level("default", 32, 2, 6, 4, 2, False, 0, 9),
+        Level("default", 32, 2, 8, 6, 2, False, 0, 9),
         Level("max", 8, 1, 16, 8, 5, True, 2, 19),
     )
 }
@@ -80,6 +82,8 @@ class Plan:
     """(R, C) base symbols of the whole tensor, held from the analysis to the encoding."""
     coded: tuple[NDArray[np.uint8], ...] = ()
     """Coded symbols of every tile, where the analysis has counted pairs."""
+    rare: NDArray[np.bool_] | None = None
+    """(T, symbols) pairs that are stored as two escapes, since a frequency of their own would cost more."""
 
 
 def axis_of(shape: tuple[int, ...]) -> int:
@@ -217,6 +221,7 @@ def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int
         escaped = int(hist.sum()) - int(hist[low:high].sum()) - (int(hist[0]) if zero else 0)
         if escaped * 64 > int(hist.sum()):
             return None
+        escapes = escapes or [low]  # so that rare pairs can be escaped
     if high - low + zero + len(escapes) < 2:
         high, low = (high + 1, low) if high < len(hist) else (high, low - 1)
     return ([0, 1] if zero else []) + [low, high - low], escapes
@@ -243,7 +248,8 @@ def _lanes(
     for a, b in chunks(grid):
         symbols[a:b] = native.symbols(read(a, b), zero, signed, shift, lut)
     weight = n if per == 2 else 1  # a table of pairs costs about that much more than one of base symbols
-    rows, cols, cells = _classes(symbols, n, weight, level)
+    least = 0 if level.again or (grid.word == 2 and grid.tc <= 64) else total * grid.word * 8 // 400
+    rows, cols, cells = _classes(symbols, n, weight, level, least)
     kr, kc = cells.shape[:2]
     group = cl.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
     lanes = _lane_count(level, min(total, grid.tr * grid.tc))
@@ -255,6 +261,8 @@ def _lanes(
     if per == 2:
         out = replace(out, pair_map=_pair_map(p))
         counts, out = _pair_counts(out, p)
+        counts, rare = _rare_pairs(counts, p)
+        out = replace(out, rare=rare)
     else:
         counts = cl.sum_groups(cells.reshape(kr * kc, n), group, p.tables)
     freq = np.stack([tables.normalise(c) for c in counts])
@@ -286,6 +294,19 @@ def _pair_counts(plan: Plan, p: ll.Lanes) -> tuple[cl.Counts, Plan]:
         native.count_segments(sym, order.segments, counts)
         held.append(sym)
     return counts.astype(np.int64), replace(plan, coded=tuple(held))
+
+
+def _rare_pairs(counts: cl.Counts, p: ll.Lanes) -> tuple[cl.Counts, NDArray[np.bool_] | None]:
+    """Counts without the rarest pairs, which become two escapes; and which these are, (T, symbols)."""
+    if not p.escapes or max(p.runs) >= p.escapes[0] + 256:
+        return counts, None
+    rare = (counts > 0) & (counts * PAIR_RARE < counts.sum(1, keepdims=True))
+    rare[:, p.first_escaping :] = False
+    both = int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
+    moved = np.where(rare, counts, 0).sum(1)
+    counts = np.where(rare, 0, counts)
+    counts[:, both] += moved
+    return counts, rare if rare.any() else None
 
 
 def gather(order: ll.Order, tile: Array) -> Array:
@@ -320,12 +341,12 @@ def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8], NDArray[n
 
 
 def _lane_count(level: Level, elements: int) -> int:
-    """Lanes of at least 4096 elements each, as a power of two; never more than 2**17 elements in one.
+    """Lanes of at least 5120 elements each, as a power of two; never more than 2**17 elements in one.
 
     A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
     """
     lanes = level.lanes if level.fixed else 1
-    while (lanes < level.lanes and elements >= 8192 * lanes) or elements > lanes << 17:
+    while (lanes < level.lanes and elements >= 10240 * lanes) or elements > lanes << 17:
         lanes *= 2
     return lanes
 
@@ -350,11 +371,12 @@ def _class_list(classes: NDArray[np.uint8] | None) -> bytes:
 
 
 def _classes(
-    symbols: NDArray[np.uint8], n: int, weight: int, level: Level
+    symbols: NDArray[np.uint8], n: int, weight: int, level: Level, least: int
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, cl.Counts]:
     """Row classes, column classes (None: one class), and the symbol counts (Kr, Kc, n) of each pair.
 
-    `weight` is the length of a table against one of n symbols.
+    `weight` is the length of a table against one of n symbols. Column classes must save `least` bits: where a
+    decoder cannot permute a row of a tile in registers they slow it down.
     """
     r, c = symbols.shape
     by_row, by_col = np.arange(r, dtype=np.int32), np.arange(c, dtype=np.int32)
@@ -374,7 +396,10 @@ def _classes(
         rows, kr = cluster(native.histogram(symbols, by_row, None, r, n).reshape(r, 1, n), level.row_classes)
     if can_cols and c * n * kr <= COUNTS:
         hist = native.histogram(symbols, key(rows, c), by_col, kr * c, n).reshape(kr, c, n).transpose(1, 0, 2)
-        cols, kc = cluster(hist, level.col_classes)
+        found, agg = cl.cluster(np.ascontiguousarray(hist), level.col_classes, level.rounds, weight)
+        gain = int(cl.code_length(agg.sum(0), weight).sum() - cl.code_length(agg, weight).sum())
+        if len(agg) > 1 and gain >= least * cl.UNIT:
+            cols, kc = found, len(agg)
         if level.again and kc > 1 and can_rows and r * n * kc <= COUNTS:
             hist = native.histogram(symbols, by_row * np.int32(kc), key(cols, 1), r * kc, n).reshape(r, kc, n)
             rows, kr = cluster(hist, level.row_classes)

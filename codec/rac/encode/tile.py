@@ -22,6 +22,10 @@ class TileEncoder:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._models = Models(plan.freq) if plan.freq is not None else None
+        if plan.rare is not None and self._models is not None:
+            both = self._both_escape()
+            for index, rare in zip(self._models.index, plan.rare, strict=True):
+                index[: len(rare)][rare] = index[both]
 
     def encode(self, words: Array, i: int) -> bytes:
         """Unit of tile `i`, whose words (h, w) are given."""
@@ -37,6 +41,8 @@ class TileEncoder:
         assert p is not None and models is not None  # noqa: S101
         order, base, sym = sequence(self.plan, i)
         flat = gather(order, words)
+        if self.plan.rare is not None:
+            base = self._without_rare(order, base, sym)
         steps = ll.lane_steps_all(order.segments, p.lanes)
         ends = np.cumsum(steps.sum(1))
         starts = ends - steps.sum(1)
@@ -52,6 +58,24 @@ class TileEncoder:
             sizes.append((bits, low, total))
             total += ll.up16(size)
         return ll.build_tile(streams, escapes, native.planes(flat, p.zero, p.sign, p.shift, sizes, total))
+
+    def _both_escape(self) -> int:
+        """The pair of two first escapes."""
+        p = self.plan.lanes
+        assert p is not None  # noqa: S101
+        return int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
+
+    def _without_rare(self, order: ll.Order, base: Array, sym: Array) -> Array:
+        """Base symbols in which both elements of a rare pair are escapes."""
+        p, rare = self.plan.lanes, self.plan.rare
+        assert p is not None and rare is not None  # noqa: S101
+        first = coded = 0
+        for n, (steps, table) in zip(order.sizes.tolist(), order.segments.tolist(), strict=True):
+            at = first + 2 * np.flatnonzero(rare[table][sym[coded : coded + steps]])
+            base[at] = p.first_escape
+            base[(at + 1)[at + 1 < first + n]] = p.first_escape
+            first, coded = first + n, coded + steps
+        return base
 
     def _escapes(self, flat: Array, base: Array, p: ll.Lanes) -> bytes:
         pos = np.flatnonzero(base >= p.first_escape)

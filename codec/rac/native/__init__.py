@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 1
+ABI = 2
 
 
 @functools.cache
@@ -96,18 +96,20 @@ class Job(ctypes.Structure):
     """Twin of rac_job in kernels.c; the caller keeps the arrays alive."""
 
     _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("unit",)),
-        *((n, ctypes.c_int64) for n in ("size", "elements", "symbols")),
-        *((n, ctypes.c_void_p) for n in ("luts", "values", "pairs", "bases", "blocks")),
-        ("nblocks", ctypes.c_int64),
-        *((n, ctypes.c_void_p) for n in ("row", "col", "dst")),
-        ("stride", ctypes.c_int64),
+        ("unit", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("symbols", ctypes.c_int64),
+        *((n, ctypes.c_void_p) for n in ("luts", "values", "pairs", "bases", "row_class", "col_class", "table", "dst")),
+        *((n, ctypes.c_int64) for n in ("rows", "cols", "stride")),
         *(
             (n, ctypes.c_int32)
-            for n in ("lanes", "per", "word", "zero", "sign", "shift", "raw", "base", "first", "escaping")
+            for n in (
+                "row_classes", "col_classes", "lanes", "per", "word", "zero", "sign", "shift", "raw", "base", "first",
+                "escaping",
+            )
         ),
         ("limit", ctypes.c_uint32),
-    )
+    )  # fmt: skip
 
 
 TILE_ERRORS = (
@@ -132,6 +134,8 @@ def decode_tile(job: Job) -> None:
     lib = library()
     assert lib is not None  # noqa: S101 - the caller asked
     if bad := lib.rac_tile(ctypes.byref(job)):
+        if bad == 8:
+            raise MemoryError
         raise (ChecksumError if bad == 4 else FormatError)(TILE_ERRORS[bad])
 
 

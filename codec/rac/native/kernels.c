@@ -1,6 +1,7 @@
 /* Decode and analysis kernels. Plain C, no Python headers; loaded through ctypes (which releases the GIL).
  * Every loop has a numpy or numba twin in the package that the tests hold it to, bit for bit. */
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -92,7 +93,7 @@ static int has512(void) {
 static int has512(void) { return 0; }
 #endif
 
-int rac_abi(void) { return 1; }
+int rac_abi(void) { return 2; }
 int rac_features(void) { return has512(); }
 
 static void rows(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end, uint64_t *st,
@@ -274,17 +275,16 @@ RAWBITS(uint64_t, raw8)
 /* One tile unit to its words (stages/lanes.md, "Tile"). */
 typedef struct {
     const uint8_t *unit;      /* the tile unit, `size` bytes */
-    int64_t size, elements, symbols;
+    int64_t size, symbols;
     const uint32_t *luts;     /* 4096 entries per table */
     const uint16_t *values;   /* top of each base symbol (256) */
     const uint8_t *pairs;     /* `per` base symbols of each coded symbol */
     const uint32_t *bases;    /* base of each escape */
-    const int64_t *blocks;    /* table, rows a..b, columns c..d; sorted by table: one segment each */
-    int64_t nblocks;
-    const int32_t *row, *col; /* sorted rows and columns; null: as they lie */
+    const uint8_t *row_class, *col_class; /* of the tile's rows and columns; null: one class */
+    const uint8_t *table;     /* of each pair of classes */
     void *dst;                /* origin of the tile in the dense tensor */
-    int64_t stride;           /* words from row to row */
-    int32_t lanes, per, word, zero, sign, shift, raw, base, first, escaping;
+    int64_t rows, cols, stride; /* words from row to row */
+    int32_t row_classes, col_classes, lanes, per, word, zero, sign, shift, raw, base, first, escaping;
     uint32_t limit;           /* tops are below this */
 } rac_job;
 
@@ -292,6 +292,10 @@ typedef struct {
     const rac_job *job;
     const uint8_t *planes, *escape;
     int64_t start[6];
+    int32_t *row, *col;       /* sorted rows and columns; null: as they lie */
+    int64_t *blocks;          /* table, rows a..b, columns c..d; sorted by table: one segment each */
+    int64_t nblocks;
+    uint16_t *sorted;         /* the tile with its columns still sorted, rows in place; null: straight to dst */
     uint32_t escapes, used;
     uint32_t pairtop[256];
 } rac_work;
@@ -338,7 +342,19 @@ static int tops(rac_work *w, const uint8_t *sym, int64_t n, uint16_t *val) {
     return 0;
 }
 
-/* `n` elements from place `e` of segment block `b`, place `at` of the tile, to the dense tensor */
+/* memcpy without the call: runs are short */
+static inline void copy(void *to, const void *from, int64_t n) {
+    char *d = to;
+    const char *s = from;
+    for (; n >= 32; n -= 32, d += 32, s += 32) memcpy(d, s, 32);
+    if (n & 16) { memcpy(d, s, 16); d += 16; s += 16; }
+    if (n & 8) { memcpy(d, s, 8); d += 8; s += 8; }
+    if (n & 4) { memcpy(d, s, 4); d += 4; s += 4; }
+    if (n & 2) { memcpy(d, s, 2); d += 2; s += 2; }
+    if (n & 1) *d = *s;
+}
+
+/* `n` elements from place `e` of block `b`, place `at` of the tile, to the dense tensor */
 #define PLACE(T, NAME, RAW)                                                                                   \
     CLONES static void NAME(const rac_work *w, const uint16_t *val, int64_t n, int64_t e, int64_t at,         \
                             const int64_t *b) {                                                               \
@@ -347,19 +363,22 @@ static int tops(rac_work *w, const uint8_t *sym, int64_t n, uint16_t *val) {
         const int shift = job->shift, zero = job->zero, signat = (int)sizeof(T) * 8 - zero - 1;               \
         const T low = (T)(((T)1 << shift) - 1);                                                               \
         const int64_t cols = b[4] - b[3];                                                                     \
-        int64_t i = e / cols, c = e % cols;                                                                   \
+        const int32_t *col = w->col && !w->sorted ? w->col + b[3] : 0;                                        \
+        T *const origin = w->sorted ? (T *)w->sorted : (T *)job->dst;                                         \
+        const int64_t stride = w->sorted ? job->cols : job->stride;                                           \
+        int64_t i = b[1] + e / cols, c = e % cols;                                                            \
         for (int64_t f = 0; f < n; f += CHUNK, val += CHUNK) {                                                \
             int64_t m = n - f < CHUNK ? n - f : CHUNK;                                                        \
             RAW(w->planes, w->start, job->raw, at + f, m, raw);                                               \
+            if (job->sign) for (int64_t q = 0; q < m; q++)                                                    \
+                raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low) | (T)((T)(raw[q] >> shift) << signat)) << zero); \
+            else for (int64_t q = 0; q < m; q++)                                                              \
+                raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low)) << zero);                       \
             for (int64_t q = 0; q < m;) {                                                                     \
-                int64_t k = cols - c < m - q ? cols - c : m - q, r = b[1] + i;                                \
-                T *d = (T *)job->dst + (job->row ? job->row[r] : r) * job->stride + (job->col ? 0 : b[3] + c); \
-                T *o = job->col ? raw + q : d;                                                                \
-                if (job->sign) for (int64_t x = 0; x < k; x++)                                                \
-                    o[x] = (T)((T)((T)((T)val[q + x] << shift) | (T)(raw[q + x] & low) | (T)((T)(raw[q + x] >> shift) << signat)) << zero); \
-                else for (int64_t x = 0; x < k; x++)                                                          \
-                    o[x] = (T)((T)((T)((T)val[q + x] << shift) | (T)(raw[q + x] & low)) << zero);             \
-                if (job->col) for (int64_t x = 0; x < k; x++) d[job->col[b[3] + c + x]] = o[x];               \
+                int64_t k = cols - c < m - q ? cols - c : m - q;                                              \
+                T *d = origin + (w->row ? w->row[i] : i) * stride;                                            \
+                if (col) for (int64_t x = 0; x < k; x++) d[col[c + x]] = raw[q + x];                          \
+                else copy(d + b[3] + c, raw + q, k * (int64_t)sizeof(T));                                     \
                 q += k; c += k;                                                                               \
                 if (c == cols) { c = 0; i++; }                                                                \
             }                                                                                                 \
@@ -394,15 +413,21 @@ static int emit(rac_work *w, const uint8_t *sym, int64_t n, const int64_t **b, i
     return 0;
 }
 
-/* 0, or what is wrong: 1 streams do not fill the unit, 2 padding, 3 zero word, 4 final state, 5 escape counts,
- * 6 escaped value, 7 bits behind a plane */
-int rac_tile(const rac_job *job) {
-    const int64_t lanes = job->lanes, n = job->elements;
+/* Stable counting sort: order[] of n things by class, ends[k] = first place of class k + 1 */
+static void by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int64_t *ends) {
+    for (int i = 0; i <= k; i++) ends[i] = 0;
+    for (int64_t i = 0; i < n; i++) ends[class[i] + 1]++;
+    for (int i = 0; i < k; i++) ends[i + 1] += ends[i];
+    int64_t next[256];
+    for (int i = 0; i < k; i++) next[i] = ends[i];
+    for (int64_t i = 0; i < n; i++) order[next[class[i]]++] = (int32_t)i;
+}
+
+static int decode(const rac_job *job, rac_work *w) {
+    const int64_t lanes = job->lanes, n = job->rows * job->cols;
     uint64_t st[1024];
     uint32_t ptr[1024], end[1024], nw = 0, ne;
     uint8_t sym[SYMBOLS_AT_ONCE + 1024];
-    rac_work w;
-    w.job = job;
     const uint8_t *u = job->unit;
     const int64_t directory = 4 + 2 * lanes;
     int64_t at = up16(directory);
@@ -419,12 +444,12 @@ int rac_tile(const rac_job *job) {
     int bad = nonzero(u + directory, first - directory) | nonzero(u + first + 4 * (int64_t)nw, esc - first - 4 * (int64_t)nw) |
               nonzero(u + esc + ne, at - esc - ne);
     const uint32_t *words = (const uint32_t *)(u + first);
-    w.planes = u; w.escape = u + esc; w.escapes = ne; w.used = 0;
+    w->planes = u; w->escape = u + esc; w->escapes = ne; w->used = 0;
     for (int b = 32, k = 0; b; b >>= 1) {
         if (!(job->raw & b)) continue;
         int64_t size = (n * b + 7) / 8;
         if (at + up16(size) > job->size) return 1;
-        w.start[k++] = at;
+        w->start[k++] = at;
         bad |= nonzero(u + at + size, up16(size) - size);
         if (b < 8 && n * b % 8 && u[at + size - 1] >> (n * b % 8)) return 7;
         at += up16(size);
@@ -442,9 +467,9 @@ int rac_tile(const rac_job *job) {
     }
     if (job->per == 2)
         for (int s = 0; s < job->symbols; s++)
-            w.pairtop[s] = job->values[job->pairs[2 * s]] | (uint32_t)job->values[job->pairs[2 * s + 1]] << 16;
+            w->pairtop[s] = job->values[job->pairs[2 * s]] | (uint32_t)job->values[job->pairs[2 * s + 1]] << 16;
     const int64_t per = job->per, whole = SYMBOLS_AT_ONCE / lanes;
-    const int64_t *b = job->blocks, *stop = b + 5 * job->nblocks, *here = b;
+    const int64_t *b = w->blocks, *stop = b + 5 * w->nblocks, *here = b;
     int64_t element = 0, place = 0;
     while (b < stop) {
         const uint32_t *lut = job->luts + 4096 * b[0];
@@ -458,11 +483,70 @@ int rac_tile(const rac_job *job) {
             if (steps) rows(lut, words, ptr, end, st, sym, steps, lanes);
             else rows_scalar(lut, words, ptr, end, st, sym, 1, lanes, got);
             int64_t left = total - s * per;
-            if ((bad = emit(&w, sym, got * per < left ? got * per : left, &here, &element, &place))) return bad;
+            if ((bad = emit(w, sym, got * per < left ? got * per : left, &here, &element, &place))) return bad;
         }
     }
     for (int64_t l = 0; l < lanes; l++) if (st[l] || ptr[l] != end[l]) return 4;
-    return w.used == ne ? 0 : 5;
+    return w->used == ne ? 0 : 5;
+}
+
+#ifdef HAVE_X86
+/* Rows of up to 64 16-bit words from sorted columns to their places */
+__attribute__((target("avx512f,avx512bw"))) static void unsort(const rac_work *w) {
+    const rac_job *j = w->job;
+    uint16_t from[64] = {0};
+    for (int64_t c = 0; c < j->cols; c++) from[w->col[c]] = (uint16_t)c;
+    const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(from + 32);
+    const uint64_t all = j->cols == 64 ? ~0ull : (1ull << j->cols) - 1;
+    for (int64_t r = 0; r < j->rows; r++) {
+        const uint16_t *s = w->sorted + r * j->cols;
+        uint16_t *d = (uint16_t *)j->dst + r * j->stride;
+        __m512i a = _mm512_maskz_loadu_epi16((__mmask32)all, s), b = _mm512_maskz_loadu_epi16((__mmask32)(all >> 32), s + 32);
+        _mm512_mask_storeu_epi16(d, (__mmask32)all, _mm512_permutex2var_epi16(a, low, b));
+        _mm512_mask_storeu_epi16(d + 32, (__mmask32)(all >> 32), _mm512_permutex2var_epi16(a, high, b));
+    }
+}
+#endif
+
+/* 0, or what is wrong: 1 streams do not fill the unit, 2 padding, 3 zero word, 4 final state, 5 escape counts,
+ * 6 escaped value, 7 bits behind a plane, 8 no memory */
+int rac_tile(const rac_job *job) {
+    const int kr = job->row_classes, kc = job->col_classes;
+    const int64_t h = job->rows, c = job->cols;
+    rac_work w;
+    w.job = job;
+    char *scratch = malloc((size_t)(h + c) * 4 + (size_t)kr * kc * 40 + 64);
+    if (!scratch) return 8;
+    w.blocks = (int64_t *)scratch;
+    w.row = (int32_t *)(scratch + (size_t)kr * kc * 40);
+    w.col = w.row + h;
+    int64_t re[257] = {0, h}, ce[257] = {0, c};
+    if (kr > 1) by_class(job->row_class, h, kr, w.row, re); else w.row = 0;
+    if (kc > 1) by_class(job->col_class, c, kc, w.col, ce); else w.col = 0;
+    int64_t first[257] = {0};
+    for (int i = 0; i < kr * kc; i++) first[job->table[i] + 1] += re[i / kc] < re[i / kc + 1] && ce[i % kc] < ce[i % kc + 1];
+    for (int i = 0; i < 256; i++) first[i + 1] += first[i];
+    w.nblocks = first[256];
+    for (int i = 0; i < kr; i++)
+        for (int k = 0; k < kc; k++) {
+            if (re[i] == re[i + 1] || ce[k] == ce[k + 1]) continue;
+            int64_t *b = w.blocks + 5 * first[job->table[i * kc + k]]++;
+            b[0] = job->table[i * kc + k]; b[1] = re[i]; b[2] = re[i + 1]; b[3] = ce[k]; b[4] = ce[k + 1];
+        }
+    w.sorted = 0;
+#ifdef HAVE_X86
+    if (w.col && job->word == 2 && c <= 64 && has512() && !(w.sorted = malloc((size_t)(h * c) * 2))) {
+        free(scratch);
+        return 8;
+    }
+#endif
+    int bad = decode(job, &w);
+#ifdef HAVE_X86
+    if (w.sorted && !bad) unsort(&w);
+    free(w.sorted);
+#endif
+    free(scratch);
+    return bad;
 }
 
 /* Raw bits of n words to their planes (encoder), largest plane first */

@@ -5,6 +5,7 @@ format_spec/stages/lanes.md is the normative text; the names here are its names.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,18 @@ def is_int(v: Any, low: int, high: int) -> bool:
     return type(v) is int and low <= v <= high
 
 
+@functools.cache
+def _pairs(base: int, first_escape: int) -> NDArray[np.uint8]:
+    both = [(a, b) for b in range(base) for a in range(base)]
+    both.sort(key=lambda ab: max(ab) >= first_escape)  # stable
+    return np.array(both, np.uint8)
+
+
+@functools.cache
+def _singles(base: int) -> NDArray[np.uint8]:
+    return np.arange(base, dtype=np.uint8)[:, None]
+
+
 @dataclass(frozen=True, slots=True)
 class Lanes:
     """Parameters of lanes/1 as they stand in the stage map of a record head."""
@@ -116,11 +129,7 @@ class Lanes:
 
     def pairs(self) -> NDArray[np.uint8]:
         """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
-        if self.per == 1:
-            return np.arange(self.base, dtype=np.uint8)[:, None]
-        both = [(a, b) for b in range(self.base) for a in range(self.base)]
-        both.sort(key=lambda ab: max(ab) >= self.first_escape)  # stable
-        return np.array(both, np.uint8)
+        return _pairs(self.base, self.first_escape) if self.per == 2 else _singles(self.base)
 
     def steps(self, elements: Array | int) -> Array:
         """Coded symbols of a segment of so many elements."""
