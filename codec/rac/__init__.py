@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rac.decode.archive import RacFile, iter_tensors, load, load_file
     from rac.decode.archive import RacFile as open  # noqa: A004
     from rac.encode.pack import pack, save_file
-    from rac.encode.unpack import unpack
+    from rac.decode.unpack import unpack
     from rac.encode.verify import verify
 
 __all__ = [
@@ -50,7 +50,7 @@ _WHERE = {
     "load_file": "rac.decode.archive:load_file",
     "pack": "rac.encode.pack:pack",
     "save_file": "rac.encode.pack:save_file",
-    "unpack": "rac.encode.unpack:unpack",
+    "unpack": "rac.decode.unpack:unpack",
     "verify": "rac.encode.verify:verify",
 }
 

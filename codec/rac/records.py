@@ -64,6 +64,7 @@ class Entry:
     head_size: int
     payload_size: int
     check: int
+    flags: int = 0
     method: str = ""
     dtype: str = ""
     shape: tuple[int, ...] = ()

@@ -9,8 +9,8 @@ from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.records import Entry, Index, Limits, Record
 from rac.registry import FLAG_ANCILLARY, RECORD_ATTACHMENT, RECORD_INDEX, RECORD_TENSOR
 
-_ROW = {"at", "check", "head", "payload", "type"}
-HEAD_KEYS = ("name", "dtype", "shape", "aliases")
+_ROW = {"at", "check", "flags", "head", "payload", "type"}
+HEAD_KEYS = ("name", "dtype", "shape", "aliases", "stages")
 """What a record head and its index row both state."""
 _NAMED = _ROW | {"method", "name"}
 _KEYS = {
@@ -21,8 +21,8 @@ _KEYS = {
 
 def _row(e: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "at": e.at, "check": e.check.to_bytes(8, "little"), "head": e.head_size, "payload": e.payload_size,
-        "type": e.type,
+        "at": e.at, "check": e.check.to_bytes(8, "little"), "flags": e.flags, "head": e.head_size,
+        "payload": e.payload_size, "type": e.type,
     }  # fmt: skip
     if e.type in _KEYS:
         row |= {"method": e.method, "name": e.name}
@@ -44,7 +44,7 @@ def is_count(v: Any, most: int = 1 << 62) -> bool:
 
 
 def parse_shape(v: Any, limits: Limits) -> tuple[int, ...]:
-    """A list of dimensions whose product stays below 2**62."""
+    """A list of dimensions whose product stays below 2**59."""
     if not isinstance(v, list) or not all(is_count(n) for n in v):
         raise FormatError("shape is malformed")
     if len(v) > limits.rank:
@@ -70,25 +70,29 @@ def _entry(row: Any, limits: Limits) -> Entry:
     if not isinstance(row, dict) or _ROW - row.keys():
         raise FormatError("index row is malformed")
     kind, check = row["type"], row["check"]
-    if not all(is_count(row[k]) for k in ("at", "head", "payload", "type")):
+    if not all(is_count(row[k]) for k in ("at", "flags", "head", "payload", "type")):
         raise FormatError("index row is malformed")
     if not isinstance(check, bytes) or len(check) != 8:
         raise FormatError("index row is malformed")
-    place = (row["at"], row["head"], row["payload"], int.from_bytes(check, "little"))
-    if kind not in _KEYS:
+    place = (row["at"], row["head"], row["payload"], int.from_bytes(check, "little"), row["flags"])
+    if kind == RECORD_INDEX:
+        raise FormatError("the index has a row of its own")
+    if needed(kind, row["flags"], row["at"]) is False:
+        if row.keys() != _ROW:
+            raise FormatError("index row is malformed")
         return Entry(kind, "", *place)
     if row.keys() != _KEYS[kind] or not isinstance(row["name"], str) or not isinstance(row["method"], str):
         raise FormatError("index row is malformed")
     if kind == RECORD_ATTACHMENT:
-        return Entry(kind, row["name"], *place, row["method"])
+        return Entry(kind, row["name"], *place, method=row["method"])
     parts = row["parts"]
     if not isinstance(row["dtype"], str) or not isinstance(parts, list) or len(parts) != 6:
         raise FormatError("index row is malformed")
     if not all(is_count(n) for n in parts) or sum(parts) != row["payload"]:
         raise FormatError("parts of an index row do not add up to its payload")
     return Entry(
-        kind, row["name"], *place, row["method"], row["dtype"], parse_shape(row["shape"], limits), tuple(parts),
-        parse_aliases(row["aliases"]),
+        kind, row["name"], *place, method=row["method"], dtype=row["dtype"], shape=parse_shape(row["shape"], limits),
+        parts=tuple(parts), aliases=parse_aliases(row["aliases"]),
     )  # fmt: skip
 
 
@@ -130,24 +134,37 @@ def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Inde
     return Index(entries, digest, record.at, record.end - record.at, header_size)
 
 
-def check_type(record: Record) -> bool:
+def needed(kind: int, flags: int, at: int) -> bool:
     """True for a record to read, False for one to skip; UnsupportedError for an unknown one that is needed."""
-    if record.type in _KEYS or record.type == RECORD_INDEX:
-        if record.flags:
-            raise FormatError("a tensor, attachment or index is marked as ancillary", offset=record.at)
+    if kind in _KEYS or kind == RECORD_INDEX:
+        if flags:
+            raise FormatError("a tensor, attachment or index is marked as ancillary", offset=at)
         return True
-    if record.flags & FLAG_ANCILLARY:
+    if flags & FLAG_ANCILLARY:
         return False
-    raise UnsupportedError(f"record type {record.type} is not known to this version", offset=record.at)
+    raise UnsupportedError(f"record type {kind} is not known to this version", offset=at)
+
+
+def check_type(record: Record) -> bool:
+    """`needed` of a record."""
+    return needed(record.type, record.flags, record.at)
+
+
+def method_of(record: Record) -> str:
+    """Name of the last stage of a record, as its index row states it."""
+    stages = record.head.get("stages")
+    last = stages[-1] if isinstance(stages, list) and stages else None
+    method = last.get("id") if isinstance(last, dict) else None
+    return method if isinstance(method, str) else ""
 
 
 def match(e: Entry, record: Record) -> None:
     """FormatError unless the record at the place of an index row is the one that the row means."""
-    same = (e.type, e.at, e.head_size, e.payload_size, e.check) == (
-        record.type, record.at, record.head_size, record.payload_size, record.check,
+    same = (e.type, e.flags, e.at, e.head_size, e.payload_size, e.check) == (
+        record.type, record.flags, record.at, record.head_size, record.payload_size, record.check,
     )  # fmt: skip
     if e.type in _KEYS:
-        same = same and record.head.get("name") == e.name
+        same = same and record.head.get("name") == e.name and method_of(record) == e.method
     if e.type == RECORD_TENSOR:
         stated = (record.head.get("dtype"), record.head.get("shape"), record.head.get("aliases", []))
         same = same and stated == (e.dtype, list(e.shape), [list(a) for a in e.aliases])

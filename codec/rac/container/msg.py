@@ -70,6 +70,9 @@ def _scan(data: bytes, depth: int) -> None:
         raise FormatError("bytes follow the msgpack value")
 
 
+_PLAIN = frozenset((str, int, bytes, bool, type(None)))
+
+
 def _check(value: dict[str, Any] | list[Any], depth: int) -> None:
     """Refuse deep nesting, floats, and map keys that are not strings in strictly ascending UTF-8 order."""
     if depth == 0:
@@ -84,8 +87,8 @@ def _check(value: dict[str, Any] | list[Any], depth: int) -> None:
         kind = type(v)
         if kind is dict or kind is list:
             _check(v, depth - 1)
-        elif kind is float:
-            raise FormatError("msgpack floats are not allowed")
+        elif kind not in _PLAIN:
+            raise FormatError(f"msgpack type {kind.__name__} is not allowed")
 
 
 def unpack(data: bytes, depth: int = 8) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from rac.container import index as ix
 from rac.container import wire
 from rac.container.access import Access, InFile, read
-from rac.errors import FormatError, TruncatedError, UnsupportedError
+from rac.errors import FormatError, LimitError, TruncatedError, UnsupportedError
 from rac.records import Entry, Index, Limits, Record
 
 TAIL = 1 << 16
@@ -66,7 +66,7 @@ class Archive:
         if at < header_size or at + length + wire.TRAILER != size:
             raise FormatError("the trailer points outside the file", unit="trailer", offset=size - wire.TRAILER)
         if length > self.limits.index + self.limits.head:
-            raise FormatError("index is out of range", unit="trailer", offset=size - wire.TRAILER)
+            raise LimitError(f"index of {length} bytes exceeds the limit", unit="trailer", offset=size - wire.TRAILER)
         data = tail[at - tail_at :] if at >= tail_at else read(self.access, at, size - at)
         record = self.parse_record(at, data)
         if record.end != at + length:
@@ -92,7 +92,7 @@ class Archive:
         """The record of an index row, its head read and checked."""
         with InFile(self.access.name, repr(entry.name)):
             if entry.head_size > self.limits.head:
-                raise FormatError("record head is out of range", offset=entry.at)
+                raise LimitError(f"record head of {entry.head_size} bytes exceeds the limit", offset=entry.at)
             size = entry.size - (entry.payload_size + wire.pad(entry.payload_size))
             record = self.parse_record(entry.at, read(self.access, entry.at, size))
             ix.match(entry, record)

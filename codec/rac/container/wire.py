@@ -50,13 +50,11 @@ def parse_prelude(data: bytes, limits: Limits) -> int:
         if not MAGIC.startswith(data[:8]):
             raise FormatError("not a .rac file: wrong magic", offset=0)
         raise TruncatedError("file ends inside the prelude", offset=len(data))
-    magic, major, _, flags, size, zero = _PRELUDE.unpack_from(data)
+    magic, major, _, _, size, _ = _PRELUDE.unpack_from(data)
     if magic != MAGIC:
         raise FormatError("not a .rac file: wrong magic", offset=0)
     if major != MAJOR:
         raise UnsupportedError(f"format version {major} is not supported (this reader knows {MAJOR})", offset=8)
-    if flags or zero:
-        raise UnsupportedError("unknown critical flags in the prelude", offset=12)
     if size > limits.header:
         raise LimitError(f"header of {size} bytes exceeds the limit of {limits.header}", offset=16)
     return int(size)
@@ -66,6 +64,9 @@ def parse_header(prelude: bytes, body: bytes, padding: bytes, limits: Limits) ->
     """Check and decode the header."""
     if xxh3(prelude[:24], body) != _U64.unpack_from(prelude, 24)[0]:
         raise ChecksumError("header checksum does not match", unit="header", offset=0)
+    flags, zero = struct.unpack_from("<I4xI", prelude, 12)
+    if flags or zero:
+        raise UnsupportedError("unknown critical flags in the prelude", offset=12)
     if any(padding):
         raise FormatError("padding is not zero", unit="header", offset=PRELUDE + len(body))
     return msg.unpack(body, limits.depth)
@@ -83,11 +84,9 @@ def parse_record(at: int, fixed: bytes, limits: Limits) -> tuple[int, int, int, 
     """(type, flags, head length, payload length, checksum) of a 32-byte fixed record head."""
     if len(fixed) < RECORD_HEAD:
         raise TruncatedError("file ends inside a record head", offset=at + len(fixed))
-    magic, kind, flags, size, zero, payload = _RECORD.unpack_from(fixed)
+    magic, kind, flags, size, _, payload = _RECORD.unpack_from(fixed)
     if magic != b"RREC":
         raise FormatError("no record starts here", offset=at)
-    if flags & ~1 or zero:
-        raise UnsupportedError("unknown critical record flags", offset=at + 6)
     if size > limits.head:
         raise LimitError(f"record head of {size} bytes exceeds the limit of {limits.head}", offset=at)
     if payload > 1 << 62:
@@ -102,6 +101,8 @@ def parse_record_body(at: int, fixed: bytes, body: bytes, padding: bytes, limits
         raise TruncatedError("file ends inside a record head", offset=at)
     if xxh3(fixed[:24], body) != check:
         raise ChecksumError("record head checksum does not match", offset=at)
+    if flags & ~1 or fixed[12:16] != bytes(4):
+        raise UnsupportedError("unknown critical record flags", offset=at + 6)
     if any(padding):
         raise FormatError("padding is not zero", offset=at + RECORD_HEAD + size)
     head = msg.unpack(body, limits.depth)

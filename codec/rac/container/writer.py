@@ -73,7 +73,7 @@ class Writer:
         head = head | {"units": wire.directory(units)}
         payload_size = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)
         fixed, check, head_size = wire.record_head(kind, flags, head, payload_size)
-        entry = Entry(kind, head.get("name", ""), self.at, head_size, payload_size, check, **fields)
+        entry = Entry(kind, head.get("name", ""), self.at, head_size, payload_size, check, flags, **fields)
         pieces = [fixed]
         for u in units:
             pieces += [u, bytes(wire.pad(len(u), wire.STREAM_ALIGN))]

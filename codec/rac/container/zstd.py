@@ -15,13 +15,14 @@ def compress(data: bytes | memoryview, level: int = 9) -> bytes:
     return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)
 
 
+_MAGIC = b"\x28\xb5\x2f\xfd"  # a skippable frame is not a frame of 0 bytes
 _local = threading.local()
 
 
 def decompress(data: bytes | memoryview, size: int) -> bytes:
     """Decode one zstd frame of exactly `size` bytes; nothing is allocated for any other claim."""
     try:
-        if zstandard.frame_content_size(data) != size:
+        if bytes(data[:4]) != _MAGIC or zstandard.frame_content_size(data) != size:
             raise FormatError("zstd frame does not hold the size that the record states")
         if not hasattr(_local, "zstd"):  # making one costs more than decoding a small frame
             _local.zstd = zstandard.ZstdDecompressor(max_window_size=1 << 27)

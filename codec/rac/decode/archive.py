@@ -86,6 +86,8 @@ class RacFile:
                 self._tensors[name] = (archive, entry)
             for entry in archive.index.entries:
                 if entry.type == RECORD_ATTACHMENT:
+                    if entry.name in self._files:
+                        raise FormatError(f"attachment {entry.name!r} is in two shards", file=archive.access.name)
                     self._files[entry.name] = (archive, entry)
 
     def __enter__(self) -> RacFile:
@@ -190,9 +192,9 @@ def attachment_bytes(record: Record, data: bytes) -> bytes:
         raise ChecksumError("checksum does not match", offset=record.payload)
     if head["stages"][0]["id"] == "zstd/1":
         data = zstd.decompress(data, head["size"])
-    d = zstd.Digest()
-    d.update(data)
-    if len(data) != head["size"] or d.value() != head["digest"]:
+    elif len(data) != head["size"]:
+        raise FormatError("attachment does not have the size that its head states", offset=record.payload)
+    if zstd.digest(data) != head["digest"]:
         raise ChecksumError("the attachment is not the one that was packed", offset=record.payload)
     return data
 
@@ -315,7 +317,7 @@ def iter_tensors(
     """
     fw.check(framework, device)
     forward = Forward(stream, getattr(stream, "name", "<stream>") or "<stream>", limits)
-    for t, words in forward_tensors(forward):
+    for t, words, _ in forward_tensors(forward):
         out: dict[str, Any] = {}
         with_aliases(t, words, framework, device, out)
         del words
@@ -324,8 +326,8 @@ def iter_tensors(
 
 def forward_tensors(
     forward: Forward, other: Callable[[Record], None] | None = None, reference: bool = False
-) -> Iterator[tuple[tn.Tensor, Array]]:
-    """(tensor, words) of every tensor record; `other` is called for attachments, positioned at their payload."""
+) -> Iterator[tuple[tn.Tensor, Array, tuple[int, ...]]]:
+    """(tensor, words, parts) of every tensor record; `other` is called for attachments, positioned at their payload."""
     for record in forward.records():
         if record.type == RECORD_TENSOR:
             with InFile(str(forward.name)):
@@ -334,15 +336,19 @@ def forward_tensors(
             other(record)
 
 
-def forward_tensor(forward: Forward, record: Record, reference: bool = False) -> tuple[tn.Tensor, Array]:
-    """Decode the tensor record that the stream stands at."""
+def forward_tensor(
+    forward: Forward, record: Record, reference: bool = False
+) -> tuple[tn.Tensor, Array, tuple[int, ...]]:
+    """Decode the tensor record that the stream stands at; also its payload bytes by kind."""
     with InFile(str(forward.name), repr(record.head.get("name"))):
         t = tn.parse(record, forward.limits)
         shared = forward.unit(t.units[0], record, t.most(0), f"{t.name!r} unit 0") if t.first else None
         dec = tn.Decoder(t, shared, reference)
         out = tn.empty(t)
+        heads = [b""] * t.first
         for i in range(t.tiles):
             k = i + t.first
             data = forward.unit(t.units[k], record, t.most(k), f"{t.name!r} unit {k}")
             dec.tile(i, np.frombuffer(data, np.uint8), out)
-        return t, out
+            heads.append(data[: 4 + 2 * t.lanes.lanes] if t.lanes else b"")
+        return t, out, tn.parts(t, lambda i, _: heads[i])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rac.container import wire
 from rac.container.access import InFile
-from rac.container.index import match
+from rac.container.index import check_type, match
 from rac.container.reader import Archive
 from rac.decode import tensor as tn
 from rac.errors import FormatError, LimitError
@@ -128,6 +128,7 @@ def _start(
             record = archive.parse_record(entry.at, data[: entry.size - entry.payload_size].tobytes())
         else:
             record = archive.record(entry)
+        check_type(record)
         match(entry, record)
         t = tn.parse(record, archive.limits)
         out = tn.empty(t)

@@ -18,7 +18,6 @@ from rac.errors import FormatError, LimitError, UnsupportedError
 from rac.registry import DTYPES
 
 Array = NDArray[Any]
-MAX_TILE = 1 << 24
 MAX_LANES = 1024
 KEYS = {"cols", "escapes", "id", "lanes", "order", "per", "rows", "runs", "shift", "sign", "sizes", "tables", "zero"}
 MAX_BASE = 16
@@ -65,6 +64,8 @@ def matrix(dtype: str, shape: Sequence[int], axis: int) -> tuple[int, int]:
     """(R, C) in words: dimensions before `axis` are rows; C64 counts two words and F4 half a word per element."""
     rows, cols = math.prod(shape[:axis]), math.prod(shape[axis:])
     d = DTYPES[dtype]
+    if cols * d.bits % (8 * d.word):
+        raise FormatError("the axis cuts an F4 tensor inside a byte")
     return rows, cols * d.bits // (8 * d.word)
 
 

@@ -37,7 +37,8 @@ def read(path: str) -> Source:
     except Exception as e:  # the reader checks little, so damage shows as errors of any kind
         raise SourceError(f"damaged or unsupported GGUF file: {e}", file=path) from e
     head = Extent(path, 0, int(reader.data_offset))
-    return Source("gguf", tuple(tensors), (Attachment("gguf.header", head),), {})
+    metadata = {"gguf.alignment": str(int(reader.alignment))}
+    return Source("gguf", tuple(tensors), (Attachment("gguf.header", head),), metadata)
 
 
 def _tensors(path: str, reader: Any, sizes: Mapping[Any, tuple[int, int]], little: Any) -> list[SourceTensor]:

@@ -1,0 +1,71 @@
+"""`rac pack`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+HELP = """\
+Pack a model losslessly into one .rac file.
+
+SRC is a .safetensors file, a Hugging Face model folder (its small files travel as attachments) or a .gguf file.
+The file gets its name only when it is whole; an interrupted pack goes on with --resume."""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    p = commands.add_parser(
+        "pack", help="pack a model", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("src", metavar="SRC", help="what to pack")
+    p.add_argument("-o", "--output", required=True, metavar="OUT.rac", help="the file to write")
+    p.add_argument(
+        "--level", choices=("fast", "default", "max"), default="default",
+        help="effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)",
+    )  # fmt: skip
+    p.add_argument("-j", "--jobs", type=int, metavar="N", help="threads (default: one per core, at most 8)")
+    p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="take only these tensors")
+    p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
+    p.add_argument("--lanes", type=int, metavar="N", help="ANS lanes per tile: more for GPUs, fewer for size")
+    p.add_argument("--shard-size", metavar="SIZE", help="start a new shard after SIZE of dense bytes, e.g. 5GB")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
+    p.set_defaults(run=run, interrupted="; the finished part is kept, run again with --resume")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Pack, and say what came of it."""
+    from rac.cli.progress import Progress, parse_size, size
+    from rac.encode.pack import pack_source
+    from rac.encode.sources import open_source
+
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError("--jobs must be at least 1")
+    try:
+        shard_size = parse_size(args.shard_size) if args.shard_size else None
+    except argparse.ArgumentTypeError as e:
+        raise ValueError(str(e)) from None
+    source = open_source(args.src, args.include, args.exclude)
+    start = time.monotonic()
+    with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
+        done = pack_source(
+            source, args.output, level=args.level, jobs=args.jobs, lanes=args.lanes, shard_size=shard_size,
+            resume=args.resume, force=args.force, progress=progress,
+            settings={"include": args.include, "exclude": args.exclude},
+        )  # fmt: skip
+    seconds = time.monotonic() - start
+    if done.skipped:
+        names = ", ".join(done.skipped[:5]) + (" ..." if len(done.skipped) > 5 else "")
+        print(f"rac: not packed: {names}", file=sys.stderr)
+    if args.resume:
+        print(f"{done.resumed} of {done.tensors} tensors were finished already")
+    bits = 8 * done.stored / max(1, done.weights)
+    what = done.paths[0] if len(done.paths) == 1 else f"{len(done.paths)} shards, {done.paths[0]} ..."
+    print(
+        f"{what}: {done.tensors} tensors, {size(done.dense)} -> {size(done.stored)} "
+        f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
+        f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
+    )
+    return 0

@@ -1,0 +1,202 @@
+"""An archive back to the files that it was packed from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from rac.container.reader import Archive
+from rac.decode import load as ld
+from rac.decode.archive import RacFile
+from rac.errors import FormatError, OutputError
+from rac.records import Entry
+from rac.registry import DTYPES, RECORD_TENSOR
+
+Progress = Callable[[str, int], None]
+GGUF_HEADER = "gguf.header"
+
+
+@dataclass
+class _Item:
+    """A tensor to write: its name, and where its bytes go."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass
+class _Output:
+    """One file to write."""
+
+    path: str
+    head: bytes = b""
+    items: dict[str, _Item] = field(default_factory=dict)
+    end: int = 0
+    file: BinaryIO | None = None
+
+
+def unpack(
+    src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[str]:  # fmt: skip
+    """Unpack to a folder, or to the one file that `out` names (.safetensors or .gguf); returns the paths written.
+
+    Tensors come back bit for bit, attachments byte for byte. A sharded Hugging Face model gets its shards again, a
+    GGUF model its GGUF file.
+
+    Raises:
+        RacError: The archive is damaged, or the output exists or cannot be written.
+    """
+    target = os.fspath(out)
+    with RacFile(src, threads=threads) as f:
+        outputs = _plan(f, target)
+        files = [] if target.endswith((".safetensors", ".gguf")) else [n for n in f.attachments() if n != GGUF_HEADER]
+        paths = [o.path for o in outputs] + [os.path.join(target, *_safe(n).split("/")) for n in files]
+        if len(set(paths)) != len(paths):
+            raise FormatError("an attachment has the name of a weight file", file=f.archives[0].access.name)
+        for path in paths:
+            if os.path.lexists(path) and not force:
+                raise OutputError("exists already; give --force to replace it", file=path)
+        try:
+            _write(f, outputs, ld.threads_of(threads), progress)
+            for name, path in zip(files, paths[len(outputs) :], strict=True):
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                with open(path + ".part", "wb") as g:
+                    g.write(f.attachment(name))
+                os.replace(path + ".part", path)
+        except OSError as e:
+            why = "no space left" if e.errno == errno.ENOSPC else e.strerror or str(e)
+            raise OutputError(why, file=e.filename or target) from e
+        finally:
+            for leftover in (p + ".part" for p in paths):
+                if os.path.exists(leftover):
+                    os.unlink(leftover)
+    return paths
+
+
+def _safe(name: str) -> str:
+    """The name of a file below the target folder; FormatError for one that leads out of it."""
+    parts = name.split("/")
+    if not name or any(p in ("", ".", "..") for p in parts) or any(c in name for c in "\\:\0") or name.endswith(".part"):
+        raise FormatError(f"the file name {name!r} is not allowed")
+    return name
+
+
+def _tensors(f: RacFile) -> list[tuple[Archive, Entry]]:
+    return [(a, e) for a in f.archives for e in a.index.entries if e.type == RECORD_TENSOR]
+
+
+def _plan(f: RacFile, target: str) -> list[_Output]:
+    """Files to write, and the place of every tensor in them."""
+    origin = f.archives[0].header.get("provenance", {})
+    whole = not origin.get("include") and not origin.get("exclude")
+    if target.endswith(".gguf") or (GGUF_HEADER in f.attachments() and whole and not target.endswith(".safetensors")):
+        if GGUF_HEADER not in f.attachments() or not whole:
+            raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
+        return [_plan_gguf(f, target if target.endswith(".gguf") else os.path.join(target, "model.gguf"))]
+    rows: dict[str, list[tuple[str, Entry]]] = {}
+    for archive, e in _tensors(f):
+        shard = "model.safetensors"
+        if not target.endswith(".safetensors") and origin.get("source") == "hf":
+            shard = str(archive.record(e).head.get("extra", {}).get("shard", shard))
+        rows.setdefault(shard, []).extend((name, e) for name in (e.name, *(a for a, _ in e.aliases)))
+    if target.endswith(".safetensors"):
+        return [_plan_safetensors(target, rows.get("model.safetensors", []), f.metadata())]
+    out = []
+    for shard, entries in rows.items():
+        if not _safe(shard).endswith(".safetensors"):
+            raise FormatError(f"the shard name {shard!r} is not allowed", file=f.archives[0].access.name)
+        out.append(_plan_safetensors(os.path.join(target, *shard.split("/")), entries, f.metadata()))
+    return out or [_plan_safetensors(os.path.join(target, "model.safetensors"), [], f.metadata())]
+
+
+def weights(e: Entry) -> int:
+    """Elements of the tensor of an index row; 0 for other rows."""
+    return math.prod(e.shape) if e.type == RECORD_TENSOR else 0
+
+
+def _size(e: Entry) -> int:
+    return weights(e) * (DTYPES[e.dtype].bits if e.dtype in DTYPES else 8) // 8
+
+
+def tensor_bytes(e: Entry) -> int:
+    """Dense bytes of a tensor under all its names."""
+    return _size(e) * (1 + len(e.aliases))
+
+
+def _plan_safetensors(path: str, rows: list[tuple[str, Entry]], metadata: dict[str, str]) -> _Output:
+    out = _Output(path)
+    head: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, e in rows:
+        out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
+        head[name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + _size(e)]}
+        at += _size(e)
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    out.head = len(text).to_bytes(8, "little") + text
+    for item in out.items.values():
+        item.offset += len(out.head)
+    out.end = len(out.head) + at
+    return out
+
+
+def _plan_gguf(f: RacFile, path: str) -> _Output:
+    out = _Output(path, f.attachment(GGUF_HEADER))
+    align = f.metadata().get("gguf.alignment", "32")
+    step = int(align) if align.isdecimal() and 0 < int(align) <= 1 << 20 else 32
+    order: list[tuple[int, str, Entry]] = []
+    for _, e in _tensors(f):
+        order += [(len(order), name, e) for name in (e.name, *(a for a, _ in e.aliases))]
+    where = {name: e for _, name, e in order}
+    names = f.metadata().get("gguf.order", "")
+    at = len(out.head)
+    for name in json.loads(names) if names else where:
+        e = where[name]
+        out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
+        at += _size(e)
+        at += -at % step
+    out.end = at
+    return out
+
+
+def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress | None) -> None:
+    where = {name: o for o in outputs for name in o.items}
+    try:
+        for o in outputs:
+            os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
+            o.file = open(o.path + ".part", "wb")  # noqa: SIM115
+            o.file.write(o.head)
+            o.file.truncate(o.end)
+        for archive in f.archives:
+            entries = [e for e in archive.index.entries if e.type == RECORD_TENSOR]
+            for t, words in ld.load(archive, entries, threads):
+                for name in (t.name, *(a for a, _ in t.aliases)):
+                    o = where[name]
+                    item = o.items[name]
+                    if t.nbytes != item.size or o.file is None:
+                        raise FormatError("the record is not the one that the index names", unit=repr(name))
+                    o.file.seek(item.offset)
+                    o.file.write(memoryview(words).cast("B") if words.size else b"")
+                if progress:
+                    progress(t.name, t.nbytes)
+        for o in outputs:
+            if o.file is not None:
+                o.file.flush()
+                os.fsync(o.file.fileno())
+                o.file.close()
+                os.replace(o.path + ".part", o.path)
+    finally:
+        for o in outputs:
+            if o.file is not None:
+                o.file.close()
+
+

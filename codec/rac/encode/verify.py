@@ -1,0 +1,132 @@
+"""Checking an archive whole, alone or against its source."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from rac.container import msg, zstd
+from rac.container.access import InFile
+from rac.container.forward import Forward, entries_by_name
+from rac.decode import tensor as tn
+from rac.decode.archive import attachment_bytes, attachment_units, forward_tensors, open_archives
+from rac.encode import ties
+from rac.encode.sources import open_source
+from rac.errors import ChecksumError, FormatError, MismatchError, SourceError
+from rac.records import Record
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was checked."""
+
+    tensors: int
+    attachments: int
+    dense: int
+    digest: bytes
+
+
+@dataclass
+class _Seen:
+    """Names to (dtype, shape, digest), and attachments to digests, of all shards."""
+
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes]]
+    files: dict[str, bytes]
+    metadata: dict[str, str]
+    extra: dict[str, dict[str, Any]]
+    dense: int = 0
+    digest: bytes = b""
+
+
+def verify(
+    path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+) -> Verified:
+    """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
+
+    `path` may be "-" for standard input. Tensors that the archive was told to leave out are not missed.
+
+    Raises:
+        FormatError: The archive is damaged; its subclass and message say how and where.
+        MismatchError: It is whole, but not equal to the source.
+    """
+    seen = _Seen({}, {}, {}, {})
+    name = os.fspath(path)
+    origin: dict[str, Any] = {}
+    if name == "-":
+        origin = _one(sys.stdin.buffer, "<stdin>", seen, progress)
+    else:
+        archives = open_archives(name)
+        for archive in archives:
+            archive.close()
+        for archive in archives:
+            try:
+                with open(archive.access.name, "rb") as f:
+                    origin = _one(f, archive.access.name, seen, progress)
+            except OSError as e:
+                raise SourceError(e.strerror or str(e), file=archive.access.name) from e
+    if against is not None:
+        _compare(seen, against, origin, name)
+    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest)
+
+
+def _one(f: BinaryIO, name: str, seen: _Seen, progress: Progress | None) -> dict[str, Any]:
+    forward = Forward(f, name)
+    content: list[list[Any]] = []
+    parts: dict[str, tuple[int, ...]] = {}
+
+    def attachment(record: Record) -> None:
+        with InFile(name, repr(record.head.get("name"))):
+            unit = attachment_units(record, forward.limits)[0]
+            data = attachment_bytes(record, forward.unit(unit, record, forward.limits.attachment, "attachment"))
+            seen.files[record.head["name"]] = zstd.digest(data)
+
+    for t, words, of_kind in forward_tensors(forward, attachment):
+        tn.check_digest(t, words)
+        parts[t.name] = of_kind
+        for n in (t.name, *(a for a, _ in t.aliases)):
+            seen.tensors[n] = (t.dtype, t.shape, t.digest)
+            seen.extra[n] = t.extra
+            content.append([n, t.dtype, list(t.shape), t.digest])
+            seen.dense += t.nbytes
+        if progress:
+            progress(t.name, t.nbytes)
+    content.sort(key=lambda row: row[0].encode())
+    digest = zstd.digest(msg.pack(content))
+    index = forward.index
+    if index is None or index.digest != digest:
+        raise ChecksumError("the content digest of the index does not match", file=name, unit="index")
+    for n, entry in entries_by_name(index).items():
+        if entry.name == n and entry.parts != parts[n]:
+            raise FormatError("the index states wrong parts", file=name, unit=repr(n), offset=entry.at)
+    seen.metadata = forward.header.get("metadata", {}) or seen.metadata
+    seen.digest = digest
+    origin: dict[str, Any] = forward.header.get("provenance", {})
+    return origin
+
+
+def _compare(seen: _Seen, against: str | os.PathLike[str], origin: dict[str, Any], name: str) -> None:
+    source = open_source(against, origin.get("include", ()), origin.get("exclude", ()))
+    theirs = {t.name: t for t in source.tensors}
+    if missing := theirs.keys() - seen.tensors.keys():
+        raise MismatchError(f"{len(missing)} tensors are missing, one is {min(missing)!r}", file=name)
+    if more := seen.tensors.keys() - theirs.keys():
+        raise MismatchError(f"{len(more)} tensors are not in the source, one is {min(more)!r}", file=name)
+    for n, t in theirs.items():
+        dtype, shape, digest = seen.tensors[n]
+        if (dtype, shape) != (t.dtype, t.shape):
+            raise MismatchError(f"is {dtype} {list(shape)}, the source has {t.dtype} {list(t.shape)}", file=name, unit=repr(n))
+        if ties.digest(t) != digest or seen.extra[n] != (t.extra or {}):
+            raise MismatchError("differs from the source", file=name, unit=repr(n))
+    files = {a.name: zstd.digest(a.read()) for a in source.attachments}
+    if files != seen.files:
+        other = min(k for k in files.keys() | seen.files.keys() if files.get(k) != seen.files.get(k))
+        raise MismatchError("attachment differs from the source", file=name, unit=repr(other))
+    if source.metadata != seen.metadata:
+        raise MismatchError("metadata differs from the source", file=name, unit="metadata")
+
+
