@@ -350,5 +350,5 @@ def forward_tensor(
             k = i + t.first
             data = forward.unit(t.units[k], record, t.most(k), f"{t.name!r} unit {k}")
             dec.tile(i, np.frombuffer(data, np.uint8), out)
-            heads.append(data[: 4 + 2 * t.lanes.lanes] if t.lanes else b"")
+            heads.append(data[: t.lanes.directory] if t.lanes else b"")
         return t, out, tn.parts(t, lambda i, _: heads[i])

@@ -177,7 +177,7 @@ def parts(t: Tensor, first: Callable[[int, int], bytes]) -> tuple[int, ...]:
             out[4] += unit.size
         else:
             r0, r1, c0, c1 = t.grid.box(i - t.first)
-            sizes = ll.tile_parts(first(i, 4 + 2 * t.lanes.lanes), (r1 - r0) * (c1 - c0), t.lanes)
+            sizes = ll.tile_parts(first(i, t.lanes.directory), (r1 - r0) * (c1 - c0), t.lanes)
             out[1:5] = [a + b for a, b in zip(out[1:5], sizes, strict=True)]
     out[5] = t.record.payload_size - sum(out)
     return tuple(out)

@@ -67,6 +67,8 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     """
     r0, r1, c0, c1 = box
     h, w = r1 - r0, c1 - c0
+    if p.packed:
+        unit = ll.plain_tile(unit, h * w, p, zstd.decompress)
     word = dst.dtype.itemsize
     limit = 1 << min(16, 8 * word - p.zero - p.sign - p.shift)
     row_class = None if s.rows is None else s.rows[r0:r1]
@@ -75,7 +77,7 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
         at = native.address
         job = native.Job(
             at(unit), len(unit), p.symbols, at(s.lut), at(s.values), at(s.pairs), at(s.bases), at(row_class),
-            at(col_class), at(s.table), at(dst), h, w, dst.strides[0] // word, p.rows, p.cols, p.lanes, p.per, word,
+            at(col_class), at(s.table), at(dst), h, w, dst.strides[0] // word, p.rows, p.cols, p.skip, p.lanes, p.per, word,
             p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape, p.first_escaping if p.escapes else 256, limit,
         )  # fmt: skip
         native.decode_tile(job)

@@ -28,6 +28,7 @@ PAIR_RARE = 45000
 RARE = {1: 65536, 2: 4096}
 """Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
 CHUNK = 1 << 22
+SAMPLE = 1 << 17
 COUNTS = 1 << 25
 """Counters that an analysis may hold at once, 4 bytes each."""
 _MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}
@@ -48,6 +49,7 @@ class Level:
     again: bool
     fewer_bits: int
     zstd: int
+    planes: int
     fixed: bool = False
     """Take `lanes` as it is, however small the tile."""
 
@@ -55,9 +57,9 @@ class Level:
 LEVELS = {
     level.name: level
     for level in (
-        Level("fast", 32, 2, 1, 1, 0, False, 0, 3),
-        Level("default", 32, 2, 8, 6, 2, False, 0, 9),
-        Level("max", 8, 1, 16, 8, 5, True, 2, 19),
+        Level("fast", 32, 2, 1, 1, 0, False, 0, 3, 1),
+        Level("default", 32, 2, 8, 6, 2, False, 0, 9, 1),
+        Level("max", 8, 1, 16, 8, 5, True, 2, 19, 9),
     )
 }
 
@@ -80,8 +82,8 @@ class Plan:
     pair_map: NDArray[np.uint8] | None = None
     base: NDArray[np.uint8] | None = None
     """(R, C) base symbols of the whole tensor, held from the analysis to the encoding."""
-    coded: tuple[NDArray[np.uint8], ...] = ()
-    """Coded symbols of every tile, where the analysis has counted pairs."""
+    coded: tuple[tuple[ll.Order, NDArray[np.uint8]], ...] = ()
+    """Order and coded symbols of every tile, where the analysis has counted pairs."""
     rare: NDArray[np.bool_] | None = None
     """(T, symbols) pairs that are stored as two escapes, since a frequency of their own would cost more."""
 
@@ -144,17 +146,18 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
     plan = Plan("raw/1", grid, axis, digest.value(), level.name)
     if not total:
         return plan
+    sample = _sample(read, grid)
     raw_size = total * grid.word
     best = raw_size - 64
     if (dtype in _MANTISSA or dtype in _BYTES) and total >= 64:
         zero = (union & -union).bit_length() - 1 if union & ((1 << bits) - 1) else 0
         for per, coded in _candidates(dtype, level):
-            found = _lanes(read, plan, dtype, hist, base, zero, coded, per, level)
+            found = _lanes(read, sample, plan, dtype, hist, base, zero, coded, per, level)
             if found and found[1] < best:
                 plan, best = found
             if found and per == 2:
                 break
-    size = _zstd_estimate(read, grid, level)
+    size = _zstd_estimate(sample, grid, level)
     if size < best * 0.98:
         plan = replace(Plan("zstd/1", grid, axis, plan.digest, level.name))
     return plan
@@ -167,17 +170,34 @@ def _candidates(dtype: str, level: Level) -> list[tuple[int, int]]:
     return [(2, 0), *out] if level.per == 2 and dtype in _MANTISSA else out
 
 
-def _zstd_estimate(read: Read, grid: ll.Grid, level: Level) -> int:
-    """Bytes that zstd would need, from three places of a large tensor."""
-    rows = max(1, (1 << 15) // max(1, grid.cols * grid.word))
-    if grid.rows <= 4 * rows:
-        words, strength = read(0, grid.rows), level.zstd
-        if words.nbytes > 1 << 17:
-            words, strength = words.reshape(1, -1)[:, : (1 << 17) // grid.word], 1
-    else:
-        at = sorted({0, (grid.rows - rows) // 2, grid.rows - rows})
-        words, strength = np.concatenate([read(a, a + rows) for a in at]), 1
-    return len(zstd.compress(shuffle(words), strength)) * grid.rows * grid.cols // words.size
+def _sample(read: Read, grid: ll.Grid) -> Array:
+    """Words (1, n): all of a small tensor, or rows of eight places of a large one."""
+    if grid.rows * grid.cols * grid.word <= SAMPLE:
+        return read(0, grid.rows).reshape(1, -1)
+    rows = max(1, SAMPLE // 8 // max(1, grid.cols * grid.word))
+    at = sorted({int(a) for a in np.linspace(0, max(0, grid.rows - rows), 8)})
+    parts = [read(a, min(grid.rows, a + rows))[:, : SAMPLE // 8 // grid.word].reshape(-1) for a in at]
+    return np.concatenate(parts).reshape(1, -1)
+
+
+def _zstd_estimate(sample: Array, grid: ll.Grid, level: Level) -> int:
+    """Bytes that zstd would need for the whole tensor."""
+    whole = sample.size == grid.rows * grid.cols
+    size = len(zstd.compress(shuffle(sample), level.zstd if whole else 3))
+    return size * grid.rows * grid.cols // sample.size
+
+
+def _plane_estimate(sample: Array, grid: ll.Grid, p: ll.Lanes, level: Level) -> int:
+    """Bytes of the raw planes of the whole tensor, compressed where that pays."""
+    n, size = sample.size, 0
+    at = [(bits, low, 0) for bits, low in p.planes()]
+    for place, plain in zip(at, ll.plane_sizes(n, p), strict=True):
+        if p.packed:
+            shift = p.zero + place[1]
+            plane = (sample.reshape(-1) >> sample.dtype.type(shift)).astype(f"<u{max(1, place[0] // 8)}")
+            plain = min(plain, len(zstd.compress(plane.tobytes(), level.planes))) if place[0] >= 8 else plain
+        size += plain
+    return size * grid.rows * grid.cols // n
 
 
 def shuffle(words: Array) -> bytes:
@@ -228,7 +248,8 @@ def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int
 
 
 def _lanes(
-    read: Read, plan: Plan, dtype: str, hist: Array, base: int, zero: int, coded: int, per: int, level: Level
+    read: Read, sample: Array, plan: Plan, dtype: str, hist: Array, base: int, zero: int, coded: int, per: int,
+    level: Level,
 ) -> tuple[Plan, int] | None:
     grid = plan.grid
     signed = DTYPES[dtype].signed_float
@@ -254,7 +275,8 @@ def _lanes(
     group = cl.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
     lanes = _lane_count(level, min(total, grid.tr * grid.tc))
     p = ll.Lanes(
-        lanes, per, zero, signed, shift, tuple(runs), tuple(escapes), int(group.max()) + 1, 0, kr, kc, (0, 0, 0)
+        lanes, per, zero, signed, shift, tuple(runs), tuple(escapes), int(group.max()) + 1, 0, kr, kc, (0, 0, 0),
+        grid.word >= 4,
     )
     table = group.reshape(kr, kc)
     out = replace(plan, method="lanes/1", lanes=p, rows=rows, cols=cols, table=table, base=symbols)
@@ -274,7 +296,7 @@ def _lanes(
     bits = int((counts * (cl.log2(np.full(1, 4096)) - cl.log2(freq.astype(np.int64)))).sum()) // cl.UNIT
     escaped = int(tops.sum()) - int(sum(tops[a : a + k].sum() for a, k in zip(runs[::2], runs[1::2], strict=True)))
     estimate = bits // 8 + escaped + len(shared) + 200 + tiles * (16 + 12 * lanes)
-    estimate += sum(ll.plane_sizes(total, p))
+    estimate += _plane_estimate(sample, grid, p, level)
     return replace(out, lanes=p, shared=shared, freq=freq), estimate
 
 
@@ -290,9 +312,9 @@ def _pair_counts(plan: Plan, p: ll.Lanes) -> tuple[cl.Counts, Plan]:
     counts = np.zeros((p.tables, p.symbols), np.uint32)
     held = []
     for i in range(plan.grid.down * plan.grid.across):
-        order, _, sym = sequence(plan, i)
+        order, sym = sequence(plan, i)
         native.count_segments(sym, order.segments, counts)
-        held.append(sym)
+        held.append((order, sym))
     return counts.astype(np.int64), replace(plan, coded=tuple(held))
 
 
@@ -311,16 +333,20 @@ def _rare_pairs(counts: cl.Counts, p: ll.Lanes) -> tuple[cl.Counts, NDArray[np.b
 
 def gather(order: ll.Order, tile: Array) -> Array:
     """Elements of `tile` (h, w) in sequence order."""
+    done = native.gather(tile, order.rows, order.cols, order.blocks)
+    if done is not None:
+        return done
     if order.rows is not None:
-        tile = tile.take(order.rows, 0)
+        tile = tile[order.rows]
     if order.cols is not None:
-        tile = tile.take(order.cols, 1)
-        return np.concatenate([tile[a:b, c:d].reshape(-1) for _, a, b, c, d in order.blocks.tolist()])
-    return np.ascontiguousarray(tile).reshape(-1)
+        tile = tile[:, order.cols]
+    return np.concatenate([tile[a:b, c:d].reshape(-1) for _, a, b, c, d in order.blocks.tolist()])
 
 
-def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8], NDArray[np.uint8]]:
-    """(order, base symbols, coded symbols) of tile `i`, both in sequence order."""
+def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8]]:
+    """(order, coded symbols in sequence order) of tile `i`."""
+    if plan.coded:
+        return plan.coded[i]
     p = plan.lanes
     assert p is not None and plan.table is not None and plan.base is not None  # noqa: S101
     r0, r1, c0, c1 = plan.grid.box(i)
@@ -333,11 +359,7 @@ def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8], NDArray[n
         plan.table,
     )
     base = gather(order, plan.base[r0:r1, c0:c1])
-    if plan.pair_map is None:
-        return order, base, base
-    if plan.coded:
-        return order, base, plan.coded[i]
-    return order, base, native.pair(base, order.sizes, plan.pair_map)
+    return order, base if plan.pair_map is None else native.pair(base, order.sizes, plan.pair_map)
 
 
 def _lane_count(level: Level, elements: int) -> int:

@@ -34,6 +34,9 @@ _FRACTION = _fractions()
 
 def log2(n: NDArray[Any]) -> Counts:
     """floor(1024 log2 n) of positive integers below 2**53, to 11 bits of n; 0 for n = 0."""
+    done = native.log2(n.astype(np.int64), _FRACTION)
+    if done is not None:
+        return done
     exponent = np.frexp(n.astype(np.float64))[1].astype(np.int64) - 1  # exact for integers below 2**53
     up, down = np.maximum(11 - exponent, 0), np.maximum(exponent - 11, 0)
     fraction = ((n.astype(np.int64) << up) >> down) & 2047
@@ -66,12 +69,11 @@ def _lengths(agg: Counts) -> NDArray[np.float64]:
 
 
 def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
-    member = (classes[None, :] == np.arange(k)[:, None]).astype(np.float64)
-    flat = hist.reshape(len(hist), -1)
-    out = np.zeros((k, flat.shape[1]))
-    for a in range(0, len(flat), 4096):  # exact: integers below 2**53
-        out += member[:, a : a + 4096] @ flat[a : a + 4096].astype(np.float64)
-    return out.astype(np.int64).reshape(k, *hist.shape[1:])
+    """(k, G, S) counts of the members of each class."""
+    out = np.zeros((k, *hist.shape[1:]), np.int64)
+    used, starts = np.unique(classes[order := np.argsort(classes, kind="stable")], return_index=True)
+    out[used] = np.add.reduceat(hist[order], starts, 0, np.int64)
+    return out
 
 
 def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint8]:
@@ -137,6 +139,8 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
     def of_list(m: Counts) -> Counts:
         return -(m * log2(m))  # up to a constant: n log n - sum m log m
 
+    if native.join(agg, size, alive, groups, _FRACTION, weight):
+        return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
     own = code_length(agg, weight).sum(-1)
     gain = np.full((k, k), np.iinfo(np.int64).min)
 

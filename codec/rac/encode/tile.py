@@ -21,9 +21,15 @@ class TileEncoder:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._models = Models(plan.freq) if plan.freq is not None else None
-        if plan.rare is not None and self._models is not None:
-            both = self._both_escape()
+        p = plan.lanes
+        if p is None or plan.freq is None:
+            return
+        self._models = Models(plan.freq)
+        self._escaping = np.zeros((p.tables, 256), np.bool_)
+        self._escaping[:, p.first_escaping : p.symbols] = True
+        if plan.rare is not None:  # rare pairs are coded as two first escapes
+            both = int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
+            self._escaping[:, : p.symbols] |= plan.rare
             for index, rare in zip(self._models.index, plan.rare, strict=True):
                 index[: len(rare)][rare] = index[both]
 
@@ -38,11 +44,9 @@ class TileEncoder:
 
     def _lanes(self, words: Array, i: int) -> bytes:
         p, models = self.plan.lanes, self._models
-        assert p is not None and models is not None  # noqa: S101
-        order, base, sym = sequence(self.plan, i)
+        assert p is not None  # noqa: S101
+        order, sym = sequence(self.plan, i)
         flat = gather(order, words)
-        if self.plan.rare is not None:
-            base = self._without_rare(order, base, sym)
         steps = ll.lane_steps_all(order.segments, p.lanes)
         ends = np.cumsum(steps.sum(1))
         starts = ends - steps.sum(1)
@@ -50,35 +54,37 @@ class TileEncoder:
         where = order.segments[:, 1].tolist()
         streams = [
             models.encode(by_lane[a:b], list(zip(mine, where, strict=True)))
-            for a, b, mine in zip(starts, ends, steps.tolist(), strict=True)
+            for a, b, mine in zip(starts.tolist(), ends.tolist(), steps.tolist(), strict=True)
         ]
-        escapes = self._escapes(flat, base, p) if p.escapes else b""
+        escapes = self._escapes(order, sym, flat) if p.escapes else b""
         sizes, total = [], 0
         for (bits, low), size in zip(p.planes(), ll.plane_sizes(len(flat), p), strict=True):
             sizes.append((bits, low, total))
             total += ll.up16(size)
-        return ll.build_tile(streams, escapes, native.planes(flat, p.zero, p.sign, p.shift, sizes, total))
+        raw = native.planes(flat, p.zero, p.sign, p.shift, sizes, total)
+        planes = [raw[at : at + size].tobytes() for (*_, at), size in zip(sizes, ll.plane_sizes(len(flat), p), strict=True)]
+        if p.packed:
+            planes = [self._smaller(plane) for plane in planes]
+        return ll.build_tile(streams, escapes, planes, p)
 
-    def _both_escape(self) -> int:
-        """The pair of two first escapes."""
+    def _smaller(self, plane: bytes) -> bytes:
+        """The plane compressed where that pays for its time: low bits of float32 are often zero in whole rows."""
+        packed = zstd.compress(plane, LEVELS[self.plan.level].planes)
+        return packed if len(packed) < len(plane) - len(plane) // 128 else plane
+
+    def _escapes(self, order: ll.Order, sym: Array, flat: Array) -> bytes:
+        """Escape bytes in sequence order; few symbols have any."""
         p = self.plan.lanes
         assert p is not None  # noqa: S101
-        return int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
-
-    def _without_rare(self, order: ll.Order, base: Array, sym: Array) -> Array:
-        """Base symbols in which both elements of a rare pair are escapes."""
-        p, rare = self.plan.lanes, self.plan.rare
-        assert p is not None and rare is not None  # noqa: S101
-        first = coded = 0
-        for n, (steps, table) in zip(order.sizes.tolist(), order.segments.tolist(), strict=True):
-            at = first + 2 * np.flatnonzero(rare[table][sym[coded : coded + steps]])
-            base[at] = p.first_escape
-            base[(at + 1)[at + 1 < first + n]] = p.first_escape
-            first, coded = first + n, coded + steps
-        return base
-
-    def _escapes(self, flat: Array, base: Array, p: ll.Lanes) -> bytes:
-        pos = np.flatnonzero(base >= p.first_escape)
-        top = native.tops(flat[pos], p.zero, p.sign, p.shift).astype(np.int64)
-        out: bytes = (top - np.array(p.escapes, np.int64)[base[pos] - p.first_escape]).astype(np.uint8).tobytes()
+        at = native.find(sym, order.segments, self._escaping)
+        ends = np.cumsum(order.segments[:, 0])
+        k = np.searchsorted(ends, at, side="right")
+        first = np.cumsum(order.sizes) - order.sizes
+        element = (first[k] + (at - (ends - order.segments[:, 0])[k]) * p.per)[:, None] + np.arange(p.per)
+        base = p.pairs()[sym[at]].astype(np.int64)
+        if self.plan.rare is not None:
+            base[self.plan.rare[order.segments[k, 1], sym[at]]] = p.first_escape
+        use = (base >= p.first_escape) & (element < (first + order.sizes)[k][:, None])
+        top = native.tops(flat[element[use]], p.zero, p.sign, p.shift).astype(np.int64)
+        out: bytes = (top - np.array(p.escapes, np.int64)[base[use] - p.first_escape]).astype(np.uint8).tobytes()
         return out

@@ -42,6 +42,8 @@ def to_bytes(tables: NDArray[np.uint16], order: int) -> bytes:
     The order of one difference grows with the frequency before it, as counting noise does:
     max(0, bit_length(previous) // 2 + order).
     """
+    if done := native.golomb(tables, order):
+        return done[1]
     f = tables.astype(np.int64)
     prev = np.concatenate([np.zeros((len(f), 1), np.int64), f[:, :-1]], axis=1).ravel()
     d = f.ravel() - prev

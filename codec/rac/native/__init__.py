@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 2
+ABI = 5
 
 
 @functools.cache
@@ -31,6 +31,7 @@ def library() -> ctypes.CDLL | None:
         try:
             lib = ctypes.CDLL(str(path))
             if lib.rac_abi() == ABI:
+                lib.rac_golomb.restype = lib.rac_find.restype = ctypes.c_int64
                 return lib
         except (OSError, AttributeError):  # of another machine, or left over from another version
             continue
@@ -104,7 +105,7 @@ class Job(ctypes.Structure):
         *(
             (n, ctypes.c_int32)
             for n in (
-                "row_classes", "col_classes", "lanes", "per", "word", "zero", "sign", "shift", "raw", "base", "first",
+                "row_classes", "col_classes", "skip", "lanes", "per", "word", "zero", "sign", "shift", "raw", "base", "first",
                 "escaping",
             )
         ),
@@ -217,6 +218,16 @@ def count_segments(sym: NDArray[np.uint8], segments: Array, counts: NDArray[np.u
         at += n
 
 
+def find(sym: NDArray[np.uint8], segments: Array, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Places of the coded symbols whose flag under their table is set; `flags` (T, 256)."""
+    lib = library()
+    if lib is not None:
+        out = np.empty(len(sym) + 1, np.int64)
+        return out[: lib.rac_find(_p(sym), _p(segments), _n(len(segments)), _p(flags), _p(out))].copy()
+    table = np.repeat(segments[:, 1], segments[:, 0])
+    return np.flatnonzero(flags[table, sym])
+
+
 def code_length(counts: NDArray[np.int64], fraction: NDArray[np.int64], weight: int) -> NDArray[np.int64] | None:
     """Twin of encode.classes.code_length for contiguous (n, S) counts; None where the C kernel is not there."""
     lib = library()
@@ -224,6 +235,61 @@ def code_length(counts: NDArray[np.int64], fraction: NDArray[np.int64], weight: 
         return None
     out = np.empty(len(counts), np.int64)
     lib.rac_code_length(_p(counts), _n(counts.shape[0]), _n(counts.shape[1]), _p(fraction), _n(weight), _p(out))
+    return out
+
+
+def log2(n: NDArray[np.int64], fraction: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Twin of encode.classes.log2; None where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return None
+    n = np.ascontiguousarray(n)
+    out = np.empty(n.shape, np.int64)
+    lib.rac_log2(_p(n), _n(n.size), _p(fraction), _p(out))
+    return out
+
+
+def join(
+    agg: NDArray[np.int64], size: NDArray[np.int64], alive: NDArray[np.bool_], groups: NDArray[np.int64],
+    fraction: NDArray[np.int64], weight: int,
+) -> bool:  # fmt: skip
+    """Twin of the loop of encode.classes.join, which works on its arguments; False where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return False
+    k, g, s = agg.shape
+    own, gain, tmp = np.zeros(k, np.int64), np.empty((k, k), np.int64), np.empty((g, s), np.int64)
+    lib.rac_join(
+        _p(agg), _p(size), _p(alive), _p(groups), _p(own), _p(gain), _p(tmp), _n(k), _n(g), _n(s), _p(fraction),
+        _n(weight),
+    )  # fmt: skip
+    return True
+
+
+def golomb(freq: NDArray[np.uint16], order: int, write: bool = True) -> tuple[int, bytes] | None:
+    """(bits, bytes) of the tables (T, n) in exponential-Golomb code; None where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return None
+    freq = np.ascontiguousarray(freq)
+    args = (_p(freq), _n(freq.shape[0]), _n(freq.shape[1]), _i(order))
+    bits = int(lib.rac_golomb(*args, None))
+    if not write:
+        return bits, b""
+    out = np.zeros((bits + 7) // 8, np.uint8)
+    lib.rac_golomb(*args, _p(out))
+    return bits, out.tobytes()
+
+
+def gather(tile: Array, rows: Array | None, cols: Array | None, blocks: Array) -> Array | None:
+    """Elements of `tile` (h, w), unit column stride, in the order of its blocks; None without the C kernel."""
+    lib = library()
+    if lib is None:
+        return None
+    size = tile.dtype.itemsize
+    out = np.empty(tile.size, tile.dtype)
+    f = getattr(lib, f"rac_gather{size}")
+    f(_p(tile), _n(tile.strides[0] // size), _p(rows), _p(cols), _p(blocks), _n(len(blocks)), _p(out))
     return out
 
 

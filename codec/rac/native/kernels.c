@@ -93,7 +93,7 @@ static int has512(void) {
 static int has512(void) { return 0; }
 #endif
 
-int rac_abi(void) { return 2; }
+int rac_abi(void) { return 5; }
 int rac_features(void) { return has512(); }
 
 static void rows(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end, uint64_t *st,
@@ -151,6 +151,89 @@ void rac_code_length(const int64_t *counts, int64_t n, int64_t s, const int64_t 
     }
 }
 
+void rac_log2(const int64_t *n, int64_t count, const int64_t *fraction, int64_t *out) {
+    for (int64_t i = 0; i < count; i++) out[i] = log2_1024(n[i], fraction);
+}
+
+static int64_t row_length(const int64_t *c, int64_t g, int64_t s, const int64_t *fraction, int64_t weight) {
+    int64_t sum = 0, one;
+    for (int64_t i = 0; i < g; i++, c += s) { rac_code_length(c, 1, s, fraction, weight, &one); sum += one; }
+    return sum;
+}
+
+static int64_t pair_gain(const int64_t *a, const int64_t *b, int64_t la, int64_t lb, int64_t ma, int64_t mb, int64_t g,
+                         int64_t s, const int64_t *fraction, int64_t weight, int64_t *tmp) {
+    for (int64_t i = 0; i < g * s; i++) tmp[i] = a[i] + b[i];
+    int64_t lists = (ma + mb) * log2_1024(ma + mb, fraction) - ma * log2_1024(ma, fraction) - mb * log2_1024(mb, fraction);
+    return la + lb - row_length(tmp, g, s, fraction, weight) + lists;
+}
+
+/* encode/classes.py join: agg (k, g, s), size (k) and own (k) are overwritten; gain (k, k) and tmp (g, s) are scratch */
+void rac_join(int64_t *agg, int64_t *size, uint8_t *alive, int64_t *groups, int64_t *own, int64_t *gain, int64_t *tmp,
+              int64_t k, int64_t g, int64_t s, const int64_t *fraction, int64_t weight) {
+    const int64_t n = g * s, never = INT64_MIN;
+    int64_t left = 0;
+    for (int64_t i = 0; i < k; i++) { left += alive[i]; if (alive[i]) own[i] = row_length(agg + i * n, g, s, fraction, weight); }
+    for (int64_t i = 0; i < k; i++)
+        for (int64_t j = 0; j < k; j++)
+            gain[i * k + j] = i < j && alive[i] && alive[j] ? pair_gain(agg + i * n, agg + j * n, own[i], own[j], size[i],
+                                                                      size[j], g, s, fraction, weight, tmp) : never;
+    while (left > 1) {
+        int64_t best = 0;
+        for (int64_t q = 1; q < k * k; q++) if (gain[q] > gain[best]) best = q;
+        if (gain[best] <= 0) break;
+        int64_t i = best / k, j = best % k;
+        for (int64_t q = 0; q < n; q++) agg[i * n + q] += agg[j * n + q];
+        size[i] += size[j];
+        alive[j] = 0;
+        left--;
+        for (int64_t q = 0; q < k; q++) { if (groups[q] == j) groups[q] = i; gain[j * k + q] = gain[q * k + j] = never; }
+        own[i] = row_length(agg + i * n, g, s, fraction, weight);
+        for (int64_t q = 0; q < k; q++) {
+            if (q == i || !alive[q]) continue;
+            int64_t a = q < i ? q : i, b = q < i ? i : q;
+            gain[a * k + b] = pair_gain(agg + a * n, agg + b * n, own[a], own[b], size[a], size[b], g, s, fraction, weight, tmp);
+        }
+    }
+}
+
+/* Exponential-Golomb code of tables (stages/lanes.md), MSB first, into zeroed out; returns bits, out may be null */
+int64_t rac_golomb(const uint16_t *freq, int64_t count, int64_t n, int order, uint8_t *out) {
+    int64_t at = 0;
+    for (int64_t t = 0; t < count; t++) {
+        int32_t prev = 0;
+        for (int64_t i = 0; i < n; i++, freq++) {
+            int k = (prev ? 32 - __builtin_clz((unsigned)prev) : 0) / 2 + order;
+            if (k < 0) k = 0;
+            int32_t d = *freq - prev;
+            uint32_t v = ((uint32_t)(d << 1) ^ (uint32_t)(d >> 31)) + (1u << k);
+            int width = 32 - __builtin_clz(v), q = width - 1 - k;
+            if (out) for (int b = 0; b < width; b++) {
+                int64_t p = at + q + b;
+                out[p >> 3] |= (uint8_t)((v >> (width - 1 - b) & 1) << (7 - (p & 7)));
+            }
+            at += q + width;
+            prev = *freq;
+        }
+    }
+    return at;
+}
+
+/* Elements of a tile to sequence order, block by block; row, col may be null */
+#define GATHER(T, NAME)                                                                                       \
+    void NAME(const T *src, int64_t stride, const int32_t *row, const int32_t *col, const int64_t *b, int64_t n, T *out) { \
+        for (int64_t k = 0; k < n; k++, b += 5)                                                               \
+            for (int64_t i = b[1]; i < b[2]; i++) {                                                           \
+                const T *s = src + (row ? row[i] : i) * stride;                                               \
+                if (col) for (int64_t c = b[3]; c < b[4]; c++) *out++ = s[col[c]];                            \
+                else { memcpy(out, s + b[3], (size_t)(b[4] - b[3]) * sizeof(T)); out += b[4] - b[3]; }        \
+            }                                                                                                 \
+    }
+GATHER(uint8_t, rac_gather1)
+GATHER(uint16_t, rac_gather2)
+GATHER(uint32_t, rac_gather4)
+GATHER(uint64_t, rac_gather8)
+
 /* Coded symbols in sequence order -> lane-major, each replaced by its place in its table's model (index) */
 void rac_to_lanes(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t nseg, const int64_t *start,
                   const uint8_t *index, int32_t *out) {
@@ -176,6 +259,16 @@ void rac_pairs(const uint8_t *sym, const int64_t *sizes, int64_t nseg, const uin
         for (int64_t i = 0; i < n / 2; i++) *out++ = map[sym[2 * i] | sym[2 * i + 1] << 4];
         if (n & 1) *out++ = map[sym[n - 1]];
     }
+}
+
+/* Places in the sequence of coded symbols whose flag under their table is set; returns how many */
+int64_t rac_find(const uint8_t *sym, const int64_t *seg, int64_t nseg, const uint8_t *flags, int64_t *found) {
+    int64_t n = 0, at = 0;
+    for (int64_t k = 0; k < nseg; k++) {
+        const uint8_t *f = flags + 256 * seg[2 * k + 1];
+        for (int64_t end = at + seg[2 * k]; at < end; at++) { found[n] = at; n += f[sym[at]]; }
+    }
+    return n;
 }
 
 /* counts[table][symbol] += 1 for the coded symbols of all segments */
@@ -284,7 +377,7 @@ typedef struct {
     const uint8_t *table;     /* of each pair of classes */
     void *dst;                /* origin of the tile in the dense tensor */
     int64_t rows, cols, stride; /* words from row to row */
-    int32_t row_classes, col_classes, lanes, per, word, zero, sign, shift, raw, base, first, escaping;
+    int32_t row_classes, col_classes, skip, lanes, per, word, zero, sign, shift, raw, base, first, escaping;
     uint32_t limit;           /* tops are below this */
 } rac_job;
 
@@ -429,13 +522,13 @@ static int decode(const rac_job *job, rac_work *w) {
     uint32_t ptr[1024], end[1024], nw = 0, ne;
     uint8_t sym[SYMBOLS_AT_ONCE + 1024];
     const uint8_t *u = job->unit;
-    const int64_t directory = 4 + 2 * lanes;
+    const int64_t directory = 4 + job->skip + 2 * lanes; /* `skip` bytes hold what the caller has seen to */
     int64_t at = up16(directory);
     if (job->size < at) return 1;
     memcpy(&ne, u, 4);
     for (int64_t l = 0; l < lanes; l++) {
         uint16_t c;
-        memcpy(&c, u + 4 + 2 * l, 2);
+        memcpy(&c, u + 4 + job->skip + 2 * l, 2);
         ptr[l] = nw; end[l] = nw += c;
     }
     const int64_t first = at, esc = first + up16(4 * (int64_t)nw);

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from rac.registry import DTYPES
 
 Array = NDArray[Any]
 MAX_LANES = 1024
-KEYS = {"cols", "escapes", "id", "lanes", "order", "per", "rows", "runs", "shift", "sign", "sizes", "tables", "zero"}
+KEYS = {"cols", "escapes", "id", "lanes", "order", "packed", "per", "rows", "runs", "shift", "sign", "sizes", "tables", "zero"}
 MAX_BASE = 16
 """Base symbols that pairs may be made of."""
 
@@ -102,6 +102,17 @@ class Lanes:
     rows: int
     cols: int
     sizes: tuple[int, ...]
+    packed: bool = False
+
+    @property
+    def directory(self) -> int:
+        """Bytes of a tile's directory, without padding."""
+        return 4 + self.skip + 2 * self.lanes
+
+    @property
+    def skip(self) -> int:
+        """Bytes of the stored sizes of the planes in it."""
+        return 4 * self.raw.bit_count() if self.packed else 0
 
     @property
     def raw(self) -> int:
@@ -158,7 +169,7 @@ class Lanes:
     def to_head(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": "lanes/1", "lanes": self.lanes, "per": self.per, "zero": self.zero, "sign": int(self.sign), "shift": self.shift,
+            "id": "lanes/1", "lanes": self.lanes, "packed": int(self.packed), "per": self.per, "zero": self.zero, "sign": int(self.sign), "shift": self.shift,
             "runs": list(self.runs), "escapes": list(self.escapes), "tables": self.tables, "order": self.order,
             "rows": self.rows, "cols": self.cols, "sizes": list(self.sizes),
         }  # fmt: skip
@@ -171,7 +182,7 @@ class Lanes:
         if head.keys() - KEYS:
             raise UnsupportedError(f"unknown lanes parameters: {', '.join(sorted(head.keys() - KEYS))}")
         bits = 8 * word
-        small = {"lanes": (1, MAX_LANES), "per": (1, 2), "zero": (0, bits - 1), "sign": (0, 1), "shift": (0, bits - 1),
+        small = {"lanes": (1, MAX_LANES), "packed": (0, 1), "per": (1, 2), "zero": (0, bits - 1), "sign": (0, 1), "shift": (0, bits - 1),
                  "tables": (1, 256), "order": (-8, 8), "rows": (1, 256), "cols": (1, 256)}  # fmt: skip
         for key, (low, high) in small.items():
             if not is_int(head[key], low, high):
@@ -197,7 +208,7 @@ class Lanes:
             raise FormatError("lanes parameters sizes, rows or cols are out of range")
         return cls(
             head["lanes"], head["per"], head["zero"], bool(head["sign"]), head["shift"], tuple(runs), tuple(escapes),
-            head["tables"], head["order"], head["rows"], head["cols"], tuple(sizes),
+            head["tables"], head["order"], head["rows"], head["cols"], tuple(sizes), bool(head["packed"]),
         )  # fmt: skip
 
 
@@ -244,16 +255,16 @@ class Tile:
     words: NDArray[np.uint32]
     escapes: NDArray[np.uint8]
     planes: list[int]
+    """Offsets of the raw planes."""
 
 
 def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
-    """Cut `unit` (bytes,) uint8 of a tile of `n` elements; FormatError unless everything fits exactly."""
-    directory = 4 + 2 * p.lanes
-    w = up16(directory)
+    """Cut `unit` (bytes,) uint8 of a tile of `n` elements whose planes are plain; FormatError unless all fits."""
+    w = up16(p.directory)
     if len(unit) < w:
         raise FormatError("tile is shorter than its directory")
     escapes = int.from_bytes(unit[:4].tobytes(), "little")
-    counts = unit[4:directory].view("<u2")
+    counts = unit[4 + p.skip : p.directory].view("<u2")
     words = int(counts.sum(dtype=np.int64))
     e = w + up16(4 * words)
     at = e + up16(escapes)
@@ -263,7 +274,7 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
         at += up16(size)
     if at != len(unit):
         raise FormatError("tile streams do not fill the unit exactly")
-    ends = [(directory, w), (w + 4 * words, e), (e + escapes, planes[0] if planes else at)]
+    ends = [(p.directory, w), (w + 4 * words, e), (e + escapes, planes[0] if planes else at)]
     ends += [(s + size, s + up16(size)) for s, size in zip(planes, plane_sizes(n, p), strict=True)]
     if any(unit[a:b].any() for a, b in ends if a < b):
         raise FormatError("padding is not zero")
@@ -275,18 +286,47 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
     return Tile(counts, unit[w : w + 4 * words].view("<u4"), unit[e : e + escapes], planes)
 
 
-def build_tile(words: list[Array], escapes: bytes, planes: Array) -> bytes:
-    """Inverse of `parse_tile`: lane words in decode order, escape bytes, padded raw planes."""
-    directory = len(escapes).to_bytes(4, "little") + np.array([len(w) for w in words], "<u2").tobytes()
+def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, int], bytes]) -> Array:
+    """`unit` with its compressed planes (frames shorter than the plane) replaced by plain ones."""
+    if len(unit) < p.directory:
+        raise FormatError("tile is shorter than its directory")
+    stored = unit[4 : 4 + p.skip].view("<u4").tolist()
+    sizes = plane_sizes(n, p)
+    if stored == sizes:
+        return unit
+    if any(a > b for a, b in zip(stored, sizes, strict=True)):
+        raise FormatError("a stored plane is larger than the plane")
+    at = len(unit) - sum(map(up16, stored))
+    if at < 0:
+        raise FormatError("tile streams do not fill the unit exactly")
+    out = np.zeros(at + sum(map(up16, sizes)), np.uint8)
+    out[:at] = unit[:at]
+    to = at
+    for a, b in zip(stored, sizes, strict=True):
+        data = unit[at : at + a]
+        if unit[at + a : at + up16(a)].any():
+            raise FormatError("padding is not zero")
+        out[to : to + b] = data if a == b else np.frombuffer(decompress(memoryview(data), b), np.uint8)
+        at, to = at + up16(a), to + up16(b)
+    return out
+
+
+def build_tile(words: list[Array], escapes: bytes, planes: list[bytes], p: Lanes) -> bytes:
+    """Inverse of `parse_tile`: lane words in decode order, escape bytes, raw planes as they are stored."""
+    directory = len(escapes).to_bytes(4, "little")
+    if p.packed:
+        directory += np.array([len(plane) for plane in planes], "<u4").tobytes()
+    directory += np.array([len(w) for w in words], "<u2").tobytes()
     coded = np.concatenate(words).astype("<u4").tobytes()
-    return b"".join(s + bytes(-len(s) % 16) for s in (directory, coded, escapes, planes.tobytes()))
+    return b"".join(s + bytes(-len(s) % 16) for s in (directory, coded, escapes, *planes))
 
 
 def tile_parts(directory: bytes, n: int, p: Lanes) -> tuple[int, int, int, int]:
-    """Bytes of (directory, words, escapes, raw planes) of a tile of `n` elements, from its first bytes."""
-    d = np.frombuffer(directory, np.uint8, 4 + 2 * p.lanes)
-    words = 4 * int(d[4:].view("<u2").sum(dtype=np.int64))
-    return len(d), words, int(d[:4].view("<u4")[0]), sum(plane_sizes(n, p))
+    """Bytes of (directory, words, escapes, raw planes as stored) of a tile of `n` elements, from its first bytes."""
+    d = np.frombuffer(directory, np.uint8, p.directory)
+    words = 4 * int(d[4 + p.skip :].view("<u2").sum(dtype=np.int64))
+    raw = int(d[4 : 4 + p.skip].view("<u4").sum(dtype=np.int64)) if p.packed else sum(plane_sizes(n, p))
+    return p.directory, words, int(d[:4].view("<u4")[0]), raw
 
 
 @dataclass(frozen=True, slots=True)
