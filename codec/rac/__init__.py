@@ -27,13 +27,13 @@ from rac.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from rac.registry import VERSION as __version__
+from rac.registry import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from rac.decode.archive import RacFile, iter_tensors, load, load_file
-    from rac.decode.archive import RacFile as open  # noqa: A004
-    from rac.encode.pack import pack, save_file
+    from rac.decode.archive import RacFile as open  # noqa: A004, N813
     from rac.decode.unpack import unpack
+    from rac.encode.pack import pack, save_file
     from rac.encode.verify import verify
 
 __all__ = [

@@ -19,7 +19,7 @@ RAC, the rate-aligned container: model weights in one small, checked, streamable
   rac verify model.rac --against model/
   rac unpack model.rac -o restored/   every bit back
 """
-EPILOG = "Exit codes: 0 done, 1 damaged or different, 2 wrong use (missing, existing or unusable files), 130 interrupted."
+EPILOG = "Exit codes: 0 done, 1 damaged or different, 2 wrong use (missing, existing, unusable files), 130 interrupted."
 
 
 def parser() -> argparse.ArgumentParser:

@@ -18,7 +18,10 @@ Reads header and index only, whatever the size. "-" reads standard input to its 
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "info", help="show what is inside", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        "info",
+        help="show what is inside",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("src", metavar="IN.rac", help="the archive, or one shard of a set")
     p.add_argument("--json", action="store_true", help="for programs")
@@ -61,7 +64,8 @@ def report(src: str) -> dict[str, Any]:
 
     files = _files(src)
     where = dict.fromkeys(
-        ("header", "record heads", *PARTS[:5], "padding", "attachments", "other records", "index", "trailer"), 0
+        ("header", "record heads", *PARTS[:5], "padding", "attachments", "other records", "index", "trailer"),
+        0,
     )
     tensors, attachments = [], []
     for f in files:
@@ -117,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
             ratio = f"{t['ratio']:7.2%}" if t["ratio"] is not None else "      -"
             bits = f"{t['bits_per_weight']:7.3f}" if t["bits_per_weight"] is not None else "      -"
             shape = "x".join(map(str, t["shape"])) or "scalar"
-            print(f"{t['name']:<{width}}  {t['dtype']:<8} {shape:<16} {t['method']:<8} {t['bytes']:>12,} {ratio} {bits}")
+            print(
+                f"{t['name']:<{width}}  {t['dtype']:<8} {shape:<16} {t['method']:<8} {t['bytes']:>12,} {ratio} {bits}"
+            )
             for a in t["aliases"]:
                 print(f"  {'=' if a['tied'] else '~'} {a['name']} ({'tied' if a['tied'] else 'equal'}, stored once)")
         print()

@@ -18,7 +18,7 @@ def size(n: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """"500MB", "2GiB" or a plain number to bytes."""
+    """Bytes of a size such as "500MB", "2GiB" or a plain number."""
     import argparse
     import re
 

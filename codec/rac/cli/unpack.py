@@ -14,7 +14,10 @@ OUT is a folder, or a single file that ends in .safetensors or .gguf."""
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "unpack", help="get the model back", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        "unpack",
+        help="get the model back",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("src", metavar="IN.rac", help="the archive, or one shard of a set")
     p.add_argument("-o", "--output", required=True, metavar="OUT", help="folder or file to write")

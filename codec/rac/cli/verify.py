@@ -16,7 +16,10 @@ Exit code 0 means whole (and equal), 1 damaged or different. "-" reads standard 
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "verify", help="check an archive", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        "verify",
+        help="check an archive",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("src", metavar="IN.rac", help="the archive, or one shard of a set")
     p.add_argument("--against", metavar="SRC", help="the source that it must be equal to")

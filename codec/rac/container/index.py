@@ -27,7 +27,12 @@ def _row(e: Entry) -> dict[str, Any]:
     if e.type in _KEYS:
         row |= {"method": e.method, "name": e.name}
     if e.type == RECORD_TENSOR:
-        row |= {"aliases": [list(a) for a in e.aliases], "dtype": e.dtype, "parts": list(e.parts), "shape": list(e.shape)}
+        row |= {
+            "aliases": [list(a) for a in e.aliases],
+            "dtype": e.dtype,
+            "parts": list(e.parts),
+            "shape": list(e.shape),
+        }
     return row
 
 
@@ -101,7 +106,7 @@ def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Inde
     if record.type != RECORD_INDEX or record.flags:
         raise FormatError("the trailer does not point at an index", offset=record.at)
     units = wire.parse_units(record.head.get("units"), record.payload_size)
-    size = record.head.get("size")
+    size = record.head.get("size", -1)
     if record.head.keys() != {"size", "units"} or len(units) != 1 or not is_count(size):
         raise FormatError("index head is malformed", offset=record.at)
     if size > limits.index:

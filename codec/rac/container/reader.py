@@ -85,7 +85,11 @@ class Archive:
         _, _, size, _, _ = wire.parse_record(at, data[: wire.RECORD_HEAD], self.limits)
         end = wire.RECORD_HEAD + size
         return wire.parse_record_body(
-            at, data[: wire.RECORD_HEAD], data[wire.RECORD_HEAD : end], data[end : end + wire.pad(end)], self.limits
+            at,
+            data[: wire.RECORD_HEAD],
+            data[wire.RECORD_HEAD : end],
+            data[end : end + wire.pad(end)],
+            self.limits,
         )
 
     def record(self, entry: Entry) -> Record:

@@ -19,7 +19,14 @@ from rac.container.reader import Archive
 from rac.decode import frameworks as fw
 from rac.decode import load as ld
 from rac.decode import tensor as tn
-from rac.errors import ChecksumError, FormatError, LimitError, NameNotFoundError, SourceError, UnsupportedError
+from rac.errors import (
+    ChecksumError,
+    FormatError,
+    LimitError,
+    NameNotFoundError,
+    SourceError,
+    UnsupportedError,
+)
 from rac.records import Entry, Limits, Record, Unit
 from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR
 
@@ -168,9 +175,7 @@ def attachment_units(record: Record, limits: Limits) -> list[Unit]:
     head = record.head
     if {"name", "size", "stages", "units", "digest"} - head.keys():
         raise FormatError("attachment head is malformed", offset=record.at)
-    if unknown := [
-        k for k in head.keys() - {"name", "size", "stages", "units", "digest"} if not k.startswith("x-")
-    ]:
+    if unknown := [k for k in head.keys() - {"name", "size", "stages", "units", "digest"} if not k.startswith("x-")]:
         raise UnsupportedError(f"attachment head has the unknown field {min(unknown)!r}", offset=record.at)
     units = wire.parse_units(head["units"], record.payload_size)
     stages = head["stages"]
@@ -224,7 +229,8 @@ class Slice:
         if len(key) > len(shape):
             raise IndexError(f"{len(key)} indices for a tensor of {len(shape)} dimensions")
         key = (*key, *(slice(None) for _ in range(len(shape) - len(key))))
-        box, rest = [], []
+        box: list[tuple[int, int]] = []
+        rest: list[Any] = []
         for k, n in zip(key, shape, strict=True):
             if isinstance(k, slice):
                 inside = range(*k.indices(n))
@@ -284,7 +290,10 @@ class Slice:
 
 
 def load_file(
-    path: str | os.PathLike[str], device: str = "cpu", framework: str | None = None, threads: int | None = None
+    path: str | os.PathLike[str],
+    device: str = "cpu",
+    framework: str | None = None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """All tensors of an archive (or of a set of shards).
 

@@ -43,7 +43,7 @@ def torch_module() -> Any:
 
 
 def numpy_dtype(dtype: str) -> Any:
-    """numpy dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
+    """Return the numpy dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
     if dtype in _ML:
         import ml_dtypes
 

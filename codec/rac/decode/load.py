@@ -60,7 +60,7 @@ def read_units(archive: Archive, t: tn.Tensor, first: int, last: int, strict: bo
     if at + end - start > archive.access.size:
         raise FormatError("unit lies outside the file", offset=at)
     buffer = np.empty(end - start, np.uint8)
-    archive.access.read_into(at, memoryview(buffer))
+    archive.access.read_into(at, buffer.data)
     out, stop = [], 0
     for i in range(first, last):
         a = t.units[i].offset - start
@@ -76,7 +76,7 @@ def read_units(archive: Archive, t: tn.Tensor, first: int, last: int, strict: bo
 def decoder(archive: Archive, t: tn.Tensor, reference: bool = False, strict: bool = False) -> tn.Decoder:
     """Decoder of a tensor, its shared unit read."""
     shared = read_units(archive, t, 0, 1, strict)[0] if t.first else None
-    return tn.Decoder(t, None if shared is None else memoryview(shared), reference)
+    return tn.Decoder(t, None if shared is None else shared.data, reference)
 
 
 def load(
@@ -104,7 +104,9 @@ def load(
 
 
 def _result(
-    item: tuple[tn.Tensor, Array, list[Future[None]]], archive: Archive, done: Callable[[tn.Tensor], None] | None
+    item: tuple[tn.Tensor, Array, list[Future[None]]],
+    archive: Archive,
+    done: Callable[[tn.Tensor], None] | None,
 ) -> tuple[tn.Tensor, Array]:
     t, out, jobs = item
     with InFile(archive.access.name, repr(t.name)):
@@ -124,7 +126,7 @@ def _start(
             data = np.empty(entry.size, np.uint8)
             if entry.at + entry.size > archive.access.size:
                 raise LimitError("record lies outside the file", offset=entry.at)
-            archive.access.read_into(entry.at, memoryview(data))
+            archive.access.read_into(entry.at, data.data)
             record = archive.parse_record(entry.at, data[: entry.size - entry.payload_size].tobytes())
         else:
             record = archive.record(entry)
@@ -149,7 +151,7 @@ def _small(t: tn.Tensor, payload: Array, out: Array, reference: bool) -> None:
     if payload[end:].any():
         raise FormatError("padding is not zero", offset=t.record.payload + end)
     cut = [payload[u.offset : u.offset + u.size] for u in t.units]
-    dec = tn.Decoder(t, memoryview(cut[0]) if t.first else None, reference)
+    dec = tn.Decoder(t, cut[0].data if t.first else None, reference)
     for i in range(t.tiles):
         dec.tile(i, cut[i + t.first], out)
 
@@ -158,5 +160,3 @@ def _band(archive: Archive, dec: tn.Decoder, first: int, last: int, out: Array) 
     t = dec.tensor
     for i, unit in enumerate(read_units(archive, t, t.first + first, t.first + last, strict=True)):
         dec.tile(first + i, unit, out)
-
-

@@ -17,7 +17,9 @@ def lanes(tile: ll.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], 
     for lane in range(count):
         words = tile.words[at : at + int(tile.counts[lane])]
         at += len(words)
-        mine: list[Segment] = list(zip(ll.lane_steps(segments, lane, count).tolist(), segments[:, 1].tolist(), strict=True))
+        mine: list[Segment] = list(
+            zip(ll.lane_steps(segments, lane, count).tolist(), segments[:, 1].tolist(), strict=True)
+        )
         symbols = models.decode(words, mine)
         done = start = 0
         for (steps, _), size in zip(mine, segments[:, 0], strict=True):

@@ -148,7 +148,7 @@ class Decoder:
     def tile(self, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
         """Check and decode tile `i` from its bytes; `out` begins at word (row, col) of the tensor's matrix."""
         t = self.tensor
-        self._check(i + t.first, memoryview(data))
+        self._check(i + t.first, data.data)
         r0, r1, c0, c1 = box = t.grid.box(i)
         dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
         with wire.at_unit(f"{t.name!r} unit {i + t.first}", t.record.payload + t.units[i + t.first].offset):
@@ -162,7 +162,7 @@ class Decoder:
 def check_digest(t: Tensor, matrix: Array) -> None:
     """ChecksumError unless the decoded content has the digest that the record states."""
     d = Digest()
-    d.update(memoryview(np.ascontiguousarray(matrix).reshape(-1).view(np.uint8)))
+    d.update(np.ascontiguousarray(matrix).reshape(-1).view(np.uint8).data)
     if d.value() != t.digest:
         raise ChecksumError("the decoded tensor is not the one that was packed", unit=repr(t.name), offset=t.record.at)
 

@@ -77,8 +77,8 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
         at = native.address
         job = native.Job(
             at(unit), len(unit), p.symbols, at(s.lut), at(s.values), at(s.pairs), at(s.bases), at(row_class),
-            at(col_class), at(s.table), at(dst), h, w, dst.strides[0] // word, p.rows, p.cols, p.skip, p.lanes, p.per, word,
-            p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape, p.first_escaping if p.escapes else 256, limit,
+            at(col_class), at(s.table), at(dst), h, w, dst.strides[0] // word, p.rows, p.cols, p.skip, p.lanes, p.per,
+            word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape, p.first_escaping if p.escapes else 256, limit,
         )  # fmt: skip
         native.decode_tile(job)
         return
@@ -100,7 +100,7 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     if len(pos) and int(tops[pos].max()) >= limit:
         raise FormatError(native.TILE_ERRORS[6])
     sizes = ll.plane_sizes(h * w, p)
-    planes = [memoryview(unit)[a : a + n] for a, n in zip(tile.planes, sizes, strict=True)]
+    planes = [unit.data[a : a + n] for a, n in zip(tile.planes, sizes, strict=True)]
     flat = ll.join(tops, ll.unpack_planes(planes, h * w, p), p, word)
     rows = np.arange(h) if order.rows is None else order.rows
     cols = np.arange(w) if order.cols is None else order.cols
@@ -124,7 +124,7 @@ def decode_plain(unit: Array, method: str, box: Box, dst: Array) -> None:
     h, w, word = box[1] - box[0], box[3] - box[2], dst.dtype.itemsize
     size = h * w * word
     if method == "zstd/1":
-        data = np.frombuffer(zstd.decompress(memoryview(unit), size), np.uint8).reshape(word, h * w)
+        data = np.frombuffer(zstd.decompress(unit.data, size), np.uint8).reshape(word, h * w)
         dst[...] = np.ascontiguousarray(data.T).view(dst.dtype).reshape(h, w)
         return
     if len(unit) != size:

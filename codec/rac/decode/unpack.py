@@ -85,7 +85,12 @@ def unpack(
 def _safe(name: str) -> str:
     """The name of a file below the target folder; FormatError for one that leads out of it."""
     parts = name.split("/")
-    if not name or any(p in ("", ".", "..") for p in parts) or any(c in name for c in "\\:\0") or name.endswith(".part"):
+    if (
+        not name
+        or any(p in ("", ".", "..") for p in parts)
+        or any(c in name for c in "\\:\0")
+        or name.endswith(".part")
+    ):
         raise FormatError(f"the file name {name!r} is not allowed")
     return name
 
@@ -185,7 +190,7 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
                     if t.nbytes != item.size or o.file is None:
                         raise FormatError("the record is not the one that the index names", unit=repr(name))
                     o.file.seek(item.offset)
-                    o.file.write(memoryview(words).cast("B") if words.size else b"")
+                    o.file.write(words.data.cast("B") if words.size else b"")
                 if progress:
                     progress(t.name, t.nbytes)
         for o in outputs:
@@ -198,5 +203,3 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
         for o in outputs:
             if o.file is not None:
                 o.file.close()
-
-

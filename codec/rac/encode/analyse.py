@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,7 +101,7 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int) -> ll.Grid:
     if rows * cols * word <= ONE_TILE:
         return ll.Grid(rows, cols, word, max(1, rows), max(1, cols))
     tc = -(-cols // 8) if cols >= 128 else cols
-    tc = -(-tc // (parts := -(-tc // (1 << 20)))) if tc > 1 << 20 else tc
+    tc = -(-tc // -(-tc // (1 << 20))) if tc > 1 << 20 else tc
     tr = max(1, min(-(-rows // 8), (1 << 20) // tc))
     return ll.Grid(rows, cols, word, tr, tc)
 
@@ -133,7 +132,7 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
     if total:
         for a, b in chunks(grid):
             words = read(a, b)
-            digest.update(memoryview(words).cast("B"))
+            digest.update(words.data.cast("B"))
             union |= native.scan(words, (1 << bits) - 1, base, hist)
             if b - a == grid.rows:
                 cache = words
@@ -248,18 +247,26 @@ def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int
 
 
 def _lanes(
-    read: Read, sample: Array, plan: Plan, dtype: str, hist: Array, base: int, zero: int, coded: int, per: int,
+    read: Read,
+    sample: Array,
+    plan: Plan,
+    dtype: str,
+    hist: Array,
+    base: int,
+    zero: int,
+    coded: int,
+    per: int,
     level: Level,
 ) -> tuple[Plan, int] | None:
     grid = plan.grid
     signed = DTYPES[dtype].signed_float
     total = grid.rows * grid.cols
-    rare = 1 + total // RARE[per]
+    least = 1 + total // RARE[per]
     down = max(_MANTISSA.get(dtype, 0) - coded if signed else 0, base, zero)
     shift = down - zero
     size = min(65536, 1 << (8 * grid.word - signed - down))
     tops = np.add.reduceat(hist, np.arange(0, min(len(hist), size << (down - base)), 1 << (down - base)))
-    found = _alphabet(tops, rare, 256 if per == 1 else ll.MAX_BASE)
+    found = _alphabet(tops, least, 256 if per == 1 else ll.MAX_BASE)
     if found is None:
         return None
     runs, escapes = found
@@ -275,7 +282,18 @@ def _lanes(
     group = cl.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
     lanes = _lane_count(level, min(total, grid.tr * grid.tc))
     p = ll.Lanes(
-        lanes, per, zero, signed, shift, tuple(runs), tuple(escapes), int(group.max()) + 1, 0, kr, kc, (0, 0, 0),
+        lanes,
+        per,
+        zero,
+        signed,
+        shift,
+        tuple(runs),
+        tuple(escapes),
+        int(group.max()) + 1,
+        0,
+        kr,
+        kc,
+        (0, 0, 0),
         grid.word >= 4,
     )
     table = group.reshape(kr, kc)
@@ -348,7 +366,7 @@ def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8]]:
     if plan.coded:
         return plan.coded[i]
     p = plan.lanes
-    assert p is not None and plan.table is not None and plan.base is not None  # noqa: S101
+    assert p is not None and plan.table is not None and plan.base is not None  # noqa: PT018, S101
     r0, r1, c0, c1 = plan.grid.box(i)
     order = ll.order(
         p,

@@ -44,22 +44,22 @@ def log2(n: NDArray[Any]) -> Counts:
 
 
 def code_length(counts: NDArray[Any], weight: int = 1) -> Counts:
-    """Bits (in units) that the best code for `counts` (..., S) spends on them, with the table itself, `weight`
-    times as long: (...).
-    """
+    """Bits (...), in units, that the best code for `counts` (..., S) spends on them and on `weight` times the table."""
     c = counts.astype(np.int64)
     done = native.code_length(np.ascontiguousarray(c).reshape(-1, c.shape[-1]), _FRACTION, weight)
     if done is not None:
         return done.reshape(c.shape[:-1])
     total = c.sum(-1)
     data = total * log2(total) - (c * log2(c)).sum(-1)
-    return data + weight * table_length(c, total)
+    out: Counts = data + weight * table_length(c, total)
+    return out
 
 
 def table_length(c: Counts, total: Counts) -> Counts:
     """About the bits (in units) of the table in the file: noise of a count is its root, in 12-bit frequencies."""
     share = 1 + c * 4096 // np.maximum(1, total)[..., None]
-    return UNIT * 3 // 2 * c.shape[-1] + (log2(share) // 2).sum(-1)
+    out: Counts = UNIT * 3 // 2 * c.shape[-1] + (log2(share) // 2).sum(-1)
+    return out
 
 
 def _lengths(agg: Counts) -> NDArray[np.float64]:
@@ -116,6 +116,7 @@ def cluster(hist: NDArray[Any], k: int, rounds: int, weight: int = 1) -> tuple[N
 
 
 def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
+    """(kept, ...) counts of the groups of the classes that `agg` (K, ...) counts."""
     out = np.zeros((kept, *agg.shape[1:]), np.int64)
     np.add.at(out, groups, agg)
     return out
@@ -131,7 +132,7 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
     groups = np.arange(k)
     agg = agg.astype(np.int64).copy()
     size = np.zeros(k, np.int64) if members is None else members.astype(np.int64).copy()
-    alive = agg.any(axis=(1, 2))
+    alive: NDArray[np.bool_] = np.asarray(agg.any(axis=(1, 2)))
     if not alive.any():
         return np.zeros(k, np.uint8)
     groups[~alive] = int(np.flatnonzero(alive)[0])
@@ -153,8 +154,8 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
         low, high = np.minimum(other, i), np.maximum(other, i)
         gain[low, high] = g
 
-    for i in np.flatnonzero(alive):
-        update(int(i))
+    for first in np.flatnonzero(alive):
+        update(int(first))
     while alive.sum() > 1:
         i, j = divmod(int(gain.argmax()), k)
         if gain[i, j] <= 0:

@@ -223,7 +223,9 @@ def _tensors(
             note(group, plan.digest)
             held -= t.nbytes
     finally:
-        for job in (*current, *(j for _, j in waiting)):
+        for band in current:
+            band.cancel()
+        for _, job in waiting:
             job.cancel()
 
 
@@ -276,5 +278,3 @@ def _fields(group: ties.Group, plan: Plan, units: list[bytes]) -> dict[str, Any]
     return {
         "method": plan.method, "dtype": t.dtype, "shape": t.shape, "parts": tuple(parts), "aliases": group.aliases,
     }  # fmt: skip
-
-

@@ -68,7 +68,13 @@ def scan(part: str, header: dict[str, Any], files: Sequence[Attachment], groups:
 
 def _entry(record: Record, **fields: Any) -> Entry:
     return Entry(
-        record.type, record.head["name"], record.at, record.head_size, record.payload_size, record.check, **fields
+        record.type,
+        record.head["name"],
+        record.at,
+        record.head_size,
+        record.payload_size,
+        record.check,
+        **fields,
     )
 
 
@@ -100,5 +106,3 @@ def _tensor(forward: Forward, record: Record, group: ties.Group) -> tuple[Entry 
         record, method=found.method, dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
     )
     return entry, found.digest
-
-

@@ -24,7 +24,7 @@ def digest(t: SourceTensor) -> bytes:
     """XXH3-128 of a tensor's bytes, read piece by piece."""
     d = zstd.Digest()
     for a in range(0, t.nbytes, PIECE):
-        d.update(memoryview(t.read(a, min(t.nbytes, a + PIECE))))
+        d.update(t.read(a, min(t.nbytes, a + PIECE)).data)
     return d.value()
 
 
@@ -67,5 +67,3 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
             root, is_tied = owner[root], False
         aliases.setdefault(root, []).append((tensors[i].name, is_tied))
     return [Group(t, tuple(aliases.get(i, ()))) for i, t in enumerate(tensors) if i not in owner]
-
-

@@ -62,7 +62,9 @@ class TileEncoder:
             sizes.append((bits, low, total))
             total += ll.up16(size)
         raw = native.planes(flat, p.zero, p.sign, p.shift, sizes, total)
-        planes = [raw[at : at + size].tobytes() for (*_, at), size in zip(sizes, ll.plane_sizes(len(flat), p), strict=True)]
+        planes = [
+            raw[at : at + size].tobytes() for (*_, at), size in zip(sizes, ll.plane_sizes(len(flat), p), strict=True)
+        ]
         if p.packed:
             planes = [self._smaller(plane) for plane in planes]
         return ll.build_tile(streams, escapes, planes, p)

@@ -44,7 +44,10 @@ class _Seen:
 
 
 def verify(
-    path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Verified:
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
@@ -119,7 +122,9 @@ def _compare(seen: _Seen, against: str | os.PathLike[str], origin: dict[str, Any
     for n, t in theirs.items():
         dtype, shape, digest = seen.tensors[n]
         if (dtype, shape) != (t.dtype, t.shape):
-            raise MismatchError(f"is {dtype} {list(shape)}, the source has {t.dtype} {list(t.shape)}", file=name, unit=repr(n))
+            raise MismatchError(
+                f"is {dtype} {list(shape)}, the source has {t.dtype} {list(t.shape)}", file=name, unit=repr(n)
+            )
         if ties.digest(t) != digest or seen.extra[n] != (t.extra or {}):
             raise MismatchError("differs from the source", file=name, unit=repr(n))
     files = {a.name: zstd.digest(a.read()) for a in source.attachments}
@@ -128,5 +133,3 @@ def _compare(seen: _Seen, against: str | os.PathLike[str], origin: dict[str, Any
         raise MismatchError("attachment differs from the source", file=name, unit=repr(other))
     if source.metadata != seen.metadata:
         raise MismatchError("metadata differs from the source", file=name, unit="metadata")
-
-

@@ -44,11 +44,7 @@ class Models:
         if len(words) and words[0] == 0:
             raise FormatError("lane starts with a zero word")
         coder = constriction.stream.stack.AnsCoder(np.ascontiguousarray(words[::-1]))
-        out = [
-            self.symbols[table][coder.decode(self._models[table], steps)]
-            for steps, table in segments
-            if steps
-        ]
+        out = [self.symbols[table][coder.decode(self._models[table], steps)] for steps, table in segments if steps]
         if not coder.is_empty():
             raise ChecksumError("ANS lane does not end in its initial state")
         return np.concatenate(out).astype(np.uint8) if out else np.empty(0, np.uint8)

@@ -105,8 +105,8 @@ class Job(ctypes.Structure):
         *(
             (n, ctypes.c_int32)
             for n in (
-                "row_classes", "col_classes", "skip", "lanes", "per", "word", "zero", "sign", "shift", "raw", "base", "first",
-                "escaping",
+                "row_classes", "col_classes", "skip", "lanes", "per", "word", "zero", "sign", "shift", "raw", "base",
+                "first", "escaping",
             )
         ),
         ("limit", ctypes.c_uint32),
@@ -175,7 +175,8 @@ def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:
 def tops(words: Array, zero: int, sign: bool, shift: int) -> Array:
     """(magnitude of words >> zero) >> shift, dtype and shape kept."""
     t = words.dtype.type
-    return ((words >> t(zero)) & t((1 << (words.itemsize * 8 - zero - sign)) - 1)) >> t(shift)
+    out: Array = ((words >> t(zero)) & t((1 << (words.itemsize * 8 - zero - sign)) - 1)) >> t(shift)
+    return out
 
 
 def symbols(words: Array, zero: int, sign: bool, shift: int, lut: NDArray[np.uint8]) -> NDArray[np.uint8]:

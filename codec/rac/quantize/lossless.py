@@ -14,12 +14,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.errors import FormatError, LimitError, UnsupportedError
+from rac.errors import FormatError, UnsupportedError
 from rac.registry import DTYPES
 
 Array = NDArray[Any]
 MAX_LANES = 1024
-KEYS = {"cols", "escapes", "id", "lanes", "order", "packed", "per", "rows", "runs", "shift", "sign", "sizes", "tables", "zero"}
+KEYS = {
+    "cols",
+    "escapes",
+    "id",
+    "lanes",
+    "order",
+    "packed",
+    "per",
+    "rows",
+    "runs",
+    "shift",
+    "sign",
+    "sizes",
+    "tables",
+    "zero",
+}
 MAX_BASE = 16
 """Base symbols that pairs may be made of."""
 
@@ -122,7 +137,7 @@ class Lanes:
     @property
     def first_escape(self) -> int:
         """Symbols from this one on are escapes."""
-        return sum(self.runs[1::2])
+        return sum(self.runs[1::2], 0)
 
     @property
     def base(self) -> int:
@@ -132,12 +147,12 @@ class Lanes:
     @property
     def symbols(self) -> int:
         """Size of the coded alphabet: base symbols, or pairs of them."""
-        return self.base**self.per
+        return self.base * (self.base if self.per == 2 else 1)
 
     @property
     def first_escaping(self) -> int:
         """Coded symbols from this one on hold an escape."""
-        return self.first_escape**self.per
+        return self.first_escape * (self.first_escape if self.per == 2 else 1)
 
     def pairs(self) -> NDArray[np.uint8]:
         """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
@@ -169,7 +184,8 @@ class Lanes:
     def to_head(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": "lanes/1", "lanes": self.lanes, "packed": int(self.packed), "per": self.per, "zero": self.zero, "sign": int(self.sign), "shift": self.shift,
+            "id": "lanes/1", "lanes": self.lanes, "packed": int(self.packed), "per": self.per, "zero": self.zero,
+            "sign": int(self.sign), "shift": self.shift,
             "runs": list(self.runs), "escapes": list(self.escapes), "tables": self.tables, "order": self.order,
             "rows": self.rows, "cols": self.cols, "sizes": list(self.sizes),
         }  # fmt: skip
@@ -182,7 +198,8 @@ class Lanes:
         if head.keys() - KEYS:
             raise UnsupportedError(f"unknown lanes parameters: {', '.join(sorted(head.keys() - KEYS))}")
         bits = 8 * word
-        small = {"lanes": (1, MAX_LANES), "packed": (0, 1), "per": (1, 2), "zero": (0, bits - 1), "sign": (0, 1), "shift": (0, bits - 1),
+        small = {"lanes": (1, MAX_LANES), "packed": (0, 1), "per": (1, 2), "zero": (0, bits - 1), "sign": (0, 1),
+                 "shift": (0, bits - 1),
                  "tables": (1, 256), "order": (-8, 8), "rows": (1, 256), "cols": (1, 256)}  # fmt: skip
         for key, (low, high) in small.items():
             if not is_int(head[key], low, high):
@@ -306,7 +323,7 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
         data = unit[at : at + a]
         if unit[at + a : at + up16(a)].any():
             raise FormatError("padding is not zero")
-        out[to : to + b] = data if a == b else np.frombuffer(decompress(memoryview(data), b), np.uint8)
+        out[to : to + b] = data if a == b else np.frombuffer(decompress(data.data, b), np.uint8)
         at, to = at + up16(a), to + up16(b)
     return out
 
@@ -344,7 +361,12 @@ class Order:
 
 
 def order(
-    p: Lanes, row_class: NDArray[np.uint8] | None, col_class: NDArray[np.uint8] | None, h: int, w: int, table: Array
+    p: Lanes,
+    row_class: NDArray[np.uint8] | None,
+    col_class: NDArray[np.uint8] | None,
+    h: int,
+    w: int,
+    table: Array,
 ) -> Order:
     """Order of a tile of h x w; classes of its rows and columns (None: all 0), `table` (Kr, Kc) uint8."""
     rows, re = _sorted(row_class, h, table.shape[0])
@@ -371,9 +393,7 @@ def lane_steps_all(segments: NDArray[np.int64], lanes: int) -> NDArray[np.int64]
     return out
 
 
-def _sorted(
-    classes: NDArray[np.uint8] | None, n: int, k: int
-) -> tuple[NDArray[np.int32] | None, NDArray[np.int64]]:
+def _sorted(classes: NDArray[np.uint8] | None, n: int, k: int) -> tuple[NDArray[np.int32] | None, NDArray[np.int64]]:
     if classes is None or k == 1:
         return None, np.array([0, n], np.int64)
     ends = np.concatenate([[0], np.cumsum(np.bincount(classes, minlength=k))])

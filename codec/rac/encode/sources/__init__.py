@@ -19,9 +19,7 @@ from rac.errors import SourceError
 __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source"]
 
 
-def open_source(
-    path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> Source:
+def open_source(path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Source:
     """Open a safetensors file, a GGUF file, or a directory with safetensors files.
 
     Args:

@@ -66,7 +66,5 @@ def _tensors(path: str, reader: Any, sizes: Mapping[Any, tuple[int, int]], littl
             raise SourceError("damaged GGUF file: padding is not zero", file=path, offset=at)
         at += -size % align
     if at < total:
-        raise SourceError(
-            f"damaged GGUF file: {total - at} bytes behind the last tensor", file=path, offset=at
-        )
+        raise SourceError(f"damaged GGUF file: {total - at} bytes behind the last tensor", file=path, offset=at)
     return tensors

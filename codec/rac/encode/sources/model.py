@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from rac.errors import SourceError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-REFUSE_PICKLE = (
-    "pickled weights are refused because loading them runs code; convert them to .safetensors first"
-)
+REFUSE_PICKLE = "pickled weights are refused because loading them runs code; convert them to .safetensors first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +60,7 @@ class SourceTensor:
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop): fresh and writable out of a file, a view of an array in memory."""
         if not 0 <= start <= stop <= self.nbytes:
-            raise ValueError(
-                f"bytes {start}..{stop} are not inside the {self.nbytes} of tensor {self.name!r}"
-            )
+            raise ValueError(f"bytes {start}..{stop} are not inside the {self.nbytes} of tensor {self.name!r}")
         return self.data.read(start, stop) if isinstance(self.data, Extent) else self.data[start:stop]
 
 

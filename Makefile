@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python 3.11 (or newer), make and a C compiler; nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+export HF_HUB_OFFLINE = 1
+
+.PHONY: demo test lint unit bench fuzz golden clean
+
+# torch is pinned and installed first: an open range would pull gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml setup.py codec/rac/native/kernels.c
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e ".[torch,safetensors,gguf,dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python tools/demo.py
+
+test: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest --cov=rac --cov-report=term:skip-covered
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install -q -e ".[bench]"
+	$(BIN)/python tools/demo.py --fetch-only
+	$(BIN)/python tools/bench_lossless.py demo/minilm-bf16.safetensors demo/minilm-f32.safetensors --threads 1 2
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/fuzz_reader.py --seconds 300
+
+golden: $(STAMP)
+	$(BIN)/python tools/make_golden.py
+
+clean:
+	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis codec/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f codec/rac/native/*.so

@@ -1,0 +1,189 @@
+"""Whole archives, container.md sections 13, 15 and 16."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import xxhash
+
+from .container import (
+    ATTACHMENT,
+    INDEX,
+    TENSOR,
+    Header,
+    Index,
+    Input,
+    Record,
+    Source,
+    check_trailer,
+    compare_row,
+    read_header,
+    read_index,
+    read_record,
+    row_names,
+)
+from .errors import ChecksumError, FormatError, Limits, TruncatedError, only_rac_errors
+from .structure import Map, Value, as_count, as_counts, as_text, encode
+from .tensors import attachment_head, read_attachment, read_tensor, tensor_head
+
+Tensor = tuple[str, tuple[int, ...], bytes]  # dtype, shape, dense bytes
+
+
+def content_digest(entries: dict[str, tuple[str, tuple[int, ...], bytes]]) -> bytes:
+    """Section 13: name -> dtype, shape, digest."""
+    array: list[Value] = []
+    for name in sorted(entries, key=lambda name: name.encode("utf-8")):
+        dtype, shape, digest = entries[name]
+        array.append([name, dtype, list(shape), digest])
+    return xxhash.xxh3_128_digest(encode(array))
+
+
+# One record of type 1 or 2: its content and its row in the index.
+
+
+def tensor_record(source: Input, record: Record, limits: Limits) -> tuple[bytes, bytes, Map]:
+    """Dense bytes, digest, and the row that the index must have."""
+    head = tensor_head(record.head, record.payload, limits)
+    dense, parts = read_tensor(source, head)
+    source.zeros(-record.payload % 64)
+    row: Map = {
+        **record.row(), "name": head.name, "method": head.method, "dtype": head.dtype,
+        "shape": [*head.shape], "aliases": [[name, tied] for name, tied in head.aliases], "parts": [*parts],
+    }  # fmt: skip
+    return dense, head.digest, row
+
+
+def attachment_record(source: Input, record: Record, limits: Limits) -> tuple[bytes, Map]:
+    head = attachment_head(record.head, record.payload, limits)
+    content = read_attachment(source, head)
+    source.zeros(-record.payload % 64)
+    return content, {**record.row(), "name": head.name, "method": head.method}
+
+
+# Section 15.
+
+
+@dataclass(frozen=True)
+class Archive:
+    """All of an archive; a tensor with aliases stands under each of its names."""
+
+    tensors: dict[str, Tensor]
+    attachments: dict[str, bytes]
+    metadata: dict[str, str]
+    digest: bytes
+    header: Header
+    index: Index
+
+
+def decode(source: Source, limits: Limits | None = None) -> Archive:
+    """Decode and verify a whole archive, from front to back without seeking."""
+    stream = Input(source)
+    try:
+        with only_rac_errors():
+            return _decode(stream, limits or Limits())
+    finally:
+        stream.close()
+
+
+def _decode(stream: Input, limits: Limits) -> Archive:
+    header = read_header(stream, limits)  # step 1
+    tensors: dict[str, Tensor] = {}
+    attachments: dict[str, bytes] = {}
+    digests: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    summary: list[Map] = []
+    while (record := read_record(stream, limits)).type != INDEX:  # steps 2 and 3
+        row = record.row()
+        if record.type == TENSOR:  # step 4
+            dense, digest, row = tensor_record(stream, record, limits)
+            dtype, shape = as_text(row["dtype"], ""), tuple(as_counts(row["shape"], ""))
+            for name in row_names(row):
+                if name in tensors:
+                    raise FormatError(f"RAC-IDX-010: name {name!r} is there twice")
+                tensors[name] = (dtype, shape, dense)
+                digests[name] = (dtype, shape, digest)
+        elif record.type == ATTACHMENT:
+            content, row = attachment_record(stream, record, limits)
+            if row_names(row)[0] in attachments:
+                raise FormatError(f"RAC-IDX-010: attachment {row['name']!r} is there twice")
+            attachments[row_names(row)[0]] = content
+        else:  # RAC-REC-010
+            stream.skip(record.payload)
+            stream.zeros(-record.payload % 64)
+        summary.append(row)  # step 5
+    index = read_index(stream, record, header, limits)  # step 6
+    if check_trailer(stream.read(32)) != (record.at, record.size):  # step 7
+        raise FormatError("RAC-TRL-004: trailer does not point at the index")
+    if stream.some(1):  # step 8
+        raise FormatError("RAC-FWD-003: bytes behind the trailer")
+    if len(index.rows) != len(summary):  # step 9
+        raise FormatError("RAC-FWD-004: number of rows")
+    for row, seen in zip(index.rows, summary, strict=True):
+        compare_row(row, seen)
+    if content_digest(digests) != index.digest:
+        raise ChecksumError("RAC-DIG-002: content digest")
+    return Archive(tensors, attachments, header.metadata, index.digest, header, index)
+
+
+# Section 16.
+
+
+class RandomAccess:
+    """Index first, then what is asked for."""
+
+    def __init__(self, source: Source, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.source = Input(source)
+        try:
+            with only_rac_errors():
+                self._open()
+        except BaseException:
+            self.source.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+    def _open(self) -> None:
+        source = self.source
+        self.header = read_header(source, self.limits)  # step 1
+        size = source.size()
+        if size < self.header.end + 32:
+            raise TruncatedError("RAC-TRL-001: no trailer")
+        source.seek(size - 32)
+        at, length = check_trailer(source.read(32))
+        if at < self.header.end or at + length + 32 != size:
+            raise FormatError("RAC-TRL-003: trailer points outside")
+        source.seek(at)  # step 2
+        record = read_record(source, self.limits)
+        if record.type != INDEX or record.size != length:
+            raise FormatError("RAC-TRL-004: trailer does not point at the index")
+        self.index = read_index(source, record, self.header, self.limits)
+
+    def names(self) -> list[str]:
+        return [name for row in self.index.rows if row["type"] == TENSOR for name in row_names(row)]
+
+    def _find(self, kind: int, name: str) -> tuple[Map, Record]:
+        """Step 3; KeyError if there is no such name."""
+        for row in self.index.rows:
+            if row["type"] == kind and name in row_names(row):
+                self.source.seek(as_count(row["at"], "RAC-IDX-005"))
+                record = read_record(self.source, self.limits)
+                compare_row(row, record.row())
+                return row, record
+        raise KeyError(name)
+
+    def tensor(self, name: str) -> Tensor:
+        with only_rac_errors():
+            row, record = self._find(TENSOR, name)
+            dense, _, expected = tensor_record(self.source, record, self.limits)
+            compare_row(row, expected)
+            return as_text(row["dtype"], ""), tuple(as_counts(row["shape"], "")), dense
+
+    def attachment(self, name: str) -> bytes:
+        with only_rac_errors():
+            row, record = self._find(ATTACHMENT, name)
+            content, expected = attachment_record(self.source, record, self.limits)
+            compare_row(row, expected)
+            return content

@@ -1,0 +1,257 @@
+"""Tensor and attachment records, container.md sections 7, 9 and 10."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from . import lanes
+from .errors import MAX_PRODUCT, ChecksumError, FormatError, LimitError, Limits, UnsupportedError
+from .frames import decompress
+from .structure import (
+    Map,
+    as_aliases,
+    as_array,
+    as_binary,
+    as_count,
+    as_counts,
+    as_int,
+    as_map,
+    as_text,
+    check_keys,
+)  # fmt: skip
+
+# registry.md, "Data types": name -> (bits of an element, bytes of a word)
+DTYPES = {
+    "F64": (64, 8), "F32": (32, 4), "F16": (16, 2), "BF16": (16, 2), "C64": (64, 4),
+    "F8_E4M3": (8, 1), "F8_E5M2": (8, 1), "F8_E8M0": (8, 1), "F4": (4, 1),
+    "I64": (64, 8), "I32": (32, 4), "I16": (16, 2), "I8": (8, 1),
+    "U64": (64, 8), "U32": (32, 4), "U16": (16, 2), "U8": (8, 1), "BOOL": (8, 1),
+}  # fmt: skip
+STAGES = ("raw/1", "zstd/1", "lanes/1")
+
+
+class Reader(Protocol):
+    """Where the bytes of a payload come from."""
+
+    def read(self, size: int) -> bytes:
+        """Exactly size bytes, or TruncatedError."""
+
+    def zeros(self, size: int) -> None:
+        """Padding of size bytes, RAC-CNV-001."""
+
+
+Unit = tuple[int, int]  # size, checksum
+
+
+def unit_directory(value: bytes, payload: int) -> list[Unit]:
+    """Section 7."""
+    if len(value) % 16:
+        raise FormatError("RAC-UNI-001: length of the unit directory")
+    numbers = [int.from_bytes(value[i : i + 8], "little") for i in range(0, len(value), 8)]
+    if sum(size + -size % 16 for size in numbers[::2]) != payload:
+        raise FormatError("RAC-UNI-002: units do not fill the payload")
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def read_unit(reader: Reader, unit: Unit) -> bytes:
+    """The next unit of a payload and the padding behind it."""
+    size, checksum = unit
+    data = reader.read(size)
+    if xxhash.xxh3_64_intdigest(data) != checksum:  # RAC-SEC-005: before anything looks at it
+        raise ChecksumError("RAC-UNI-003: checksum of a unit")
+    reader.zeros(-size % 16)
+    return data
+
+
+@dataclass(frozen=True)
+class TensorHead:
+    """A tensor head that passed all checks of section 9."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    rows: int  # R
+    cols: int  # C
+    word: int
+    tile_rows: int  # tr
+    tile_cols: int  # tc
+    method: str
+    parameters: lanes.Parameters | None
+    units: list[Unit]
+    digest: bytes
+    aliases: list[tuple[str, bool]]
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Section 9, "Tiles", in order."""
+        if self.rows * self.cols == 0:
+            return
+        for y in range(0, self.rows, self.tile_rows):
+            for x in range(0, self.cols, self.tile_cols):
+                yield (
+                    slice(y, min(self.rows, y + self.tile_rows)),
+                    slice(x, min(self.cols, x + self.tile_cols)),
+                )
+
+
+def check_shape(shape: list[int], limits: Limits) -> None:
+    if len(shape) > limits.rank:
+        raise LimitError("RAC-TEN-006: number of dimensions")
+    if prod(max(1, size) for size in shape) > MAX_PRODUCT:
+        raise FormatError("RAC-TEN-007: product of the shape")
+
+
+def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
+    """Check the head of a tensor record."""
+    required = {"name", "dtype", "shape", "axis", "tile", "stages", "units", "digest"}
+    check_keys(head, required, {"aliases", "extra", "needs", "uses"}, ("RAC-TEN-001", "RAC-TEN-002"))
+    for key in ("needs", "uses"):
+        if head.get(key, []) != []:
+            raise UnsupportedError(f"RAC-TEN-003: {key}")
+    name = as_text(head["name"], "RAC-TEN-004")
+    dtype = as_text(head["dtype"], "RAC-TEN-004")
+    shape = as_counts(head["shape"], "RAC-TEN-004")
+    axis = as_int(head["axis"], "RAC-TEN-004")
+    tile_rows, tile_cols = as_counts(head["tile"], "RAC-TEN-004", 2)
+    stages = [as_map(stage, "RAC-TEN-004") for stage in as_array(head["stages"], "RAC-TEN-004")]
+    digest = as_binary(head["digest"], "RAC-TEN-004", 16)
+    aliases = as_aliases(head.get("aliases", []), "RAC-TEN-004")
+    as_map(head.get("extra", {}), "RAC-TEN-004")
+    units = unit_directory(as_binary(head["units"], "RAC-UNI-001"), payload)
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"RAC-TEN-005: data type {dtype!r}")
+    bits, word = DTYPES[dtype]
+    check_shape(shape, limits)
+    if not stages:
+        raise FormatError("RAC-TEN-008: no stage")
+    method = stages[0].get("id")
+    if len(stages) > 1 or not isinstance(method, str) or method not in STAGES:
+        raise UnsupportedError("RAC-TEN-009: stages")
+    if not 0 <= axis <= len(shape):
+        raise FormatError("RAC-TEN-011: axis")
+    if dtype == "F4" and (not shape or shape[-1] % 2 or axis >= len(shape)):
+        raise FormatError("RAC-TEN-010: shape or axis of F4")
+    rows = prod(shape[:axis])
+    cols = prod(shape[axis:]) * bits // (8 * word)
+    if not (1 <= tile_rows <= max(1, rows) and 1 <= tile_cols <= max(1, cols)):
+        raise FormatError("RAC-TEN-012: tile")
+    if tile_rows * tile_cols * word > limits.tile:
+        raise LimitError("RAC-TEN-013: tile")
+    parameters = None
+    if method == "lanes/1":
+        parameters = lanes.parameters(stages[0], word)
+        if rows * cols == 0:
+            raise FormatError("RAC-LAN-006: no elements")
+    elif len(stages[0]) != 1:
+        raise UnsupportedError("RAC-RAW-001, RAC-ZTD-001: keys in the stage map")
+    shared = 1 if parameters else 0
+    grid = -(-rows // tile_rows) * -(-cols // tile_cols) if rows * cols else 0
+    if len(units) != grid + shared:
+        raise FormatError("RAC-TEN-014: number of units")
+    if rows * cols * word > limits.free_alloc + limits.expansion * payload:
+        raise LimitError("RAC-TEN-015: tensor is too large for its payload")
+    largest = 2 * tile_rows * tile_cols * word + 65536
+    if any(size > largest for size, _ in units[shared:]):
+        raise FormatError("RAC-TEN-016: unit is too large for its tile")
+    if parameters and units[0][0] != parameters.shared_size:
+        raise FormatError("RAC-TEN-016, RAC-LAN-010: size of the shared unit")
+    return TensorHead(
+        name, dtype, tuple(shape), rows, cols, word, tile_rows, tile_cols, method, parameters, units,
+        digest, aliases,
+    )  # fmt: skip
+
+
+def read_tensor(reader: Reader, tensor: TensorHead) -> tuple[bytes, list[int]]:
+    """Decode a payload; return the dense bytes and `parts` (section 11)."""
+    parts = [0] * 6
+    p, shared = tensor.parameters, None
+    units = iter(tensor.units)
+    if p:
+        shared = lanes.shared_unit(read_unit(reader, next(units)), p, tensor.rows, tensor.cols)
+        parts[0] = p.shared_size
+        parts[5] = -p.shared_size % 16
+    dense = b""
+    if tensor.rows * tensor.cols:
+        matrix: NDArray[np.unsignedinteger] = np.zeros((tensor.rows, tensor.cols), f"<u{tensor.word}")
+        for (ys, xs), unit in zip(tensor.tiles(), units, strict=True):
+            h, w = ys.stop - ys.start, xs.stop - xs.start
+            if tensor.method == "raw/1" and unit[0] != h * w * tensor.word:
+                raise FormatError("RAC-RAW-002: size of a unit")
+            data = read_unit(reader, unit)
+            if p and shared:
+                tile, kinds = lanes.decode_tile(
+                    data, p, shared, shared.row_classes[ys], shared.col_classes[xs]
+                )
+                matrix[ys, xs] = tile
+                for i, size in enumerate(
+                    (kinds.directory, kinds.words, kinds.escapes, kinds.planes, kinds.padding), 1
+                ):
+                    parts[i] += size
+                parts[5] += -len(data) % 16
+            else:
+                if tensor.method == "zstd/1":
+                    matrix[ys, xs] = unsort(decompress(data, h * w * tensor.word), h, w)  # RAC-ZTD-002
+                else:
+                    matrix[ys, xs] = np.frombuffer(data, matrix.dtype).reshape(h, w)
+                parts[4] += len(data)
+                parts[5] += -len(data) % 16
+        dense = matrix.tobytes()
+    if xxhash.xxh3_128_digest(dense) != tensor.digest:
+        raise ChecksumError("RAC-DIG-002: digest of a tensor")
+    return dense, parts
+
+
+def unsort(data: bytes, h: int, w: int) -> NDArray[np.unsignedinteger]:
+    """stages/zstd.md, "Decoding": word k is the sum of D[b n + k] 256^b."""
+    word = len(data) // (h * w)
+    columns = np.frombuffer(data, np.uint8).reshape(word, h * w)
+    return np.ascontiguousarray(columns.T).view(f"<u{word}").reshape(h, w)
+
+
+@dataclass(frozen=True)
+class AttachmentHead:
+    """An attachment head that passed all checks of section 10."""
+
+    name: str
+    size: int
+    method: str
+    unit: Unit
+    digest: bytes
+
+
+def attachment_head(head: Map, payload: int, limits: Limits) -> AttachmentHead:
+    """Check the head of an attachment record."""
+    required = {"name", "size", "stages", "units", "digest"}
+    check_keys(head, required, set(), ("RAC-ATT-001", "RAC-ATT-002"))
+    name = as_text(head["name"], "RAC-ATT-003")
+    size = as_count(head["size"], "RAC-ATT-003")
+    digest = as_binary(head["digest"], "RAC-ATT-003", 16)
+    units = unit_directory(as_binary(head["units"], "RAC-UNI-001"), payload)
+    if len(units) != 1:
+        raise FormatError("RAC-ATT-003: number of units")
+    if head["stages"] == [{"id": "raw/1"}]:
+        method = "raw/1"
+    elif head["stages"] == [{"id": "zstd/1"}]:
+        method = "zstd/1"
+    else:
+        raise UnsupportedError("RAC-ATT-004: stages")
+    if max(size, units[0][0]) > limits.attachment:
+        raise LimitError("RAC-ATT-005: attachment")
+    if units[0][0] > size + 1024:
+        raise FormatError("RAC-ATT-006: unit is too large")
+    if method == "raw/1" and units[0][0] != size:
+        raise FormatError("RAC-ATT-007: size of the unit")
+    return AttachmentHead(name, size, method, units[0], digest)
+
+
+def read_attachment(reader: Reader, attachment: AttachmentHead) -> bytes:
+    """Decode a payload."""
+    data = read_unit(reader, attachment.unit)
+    content = decompress(data, attachment.size) if attachment.method == "zstd/1" else data
+    if xxhash.xxh3_128_digest(content) != attachment.digest:
+        raise ChecksumError("RAC-ATT-007: digest of an attachment")
+    return content
