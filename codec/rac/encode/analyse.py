@@ -79,6 +79,8 @@ class Plan:
     cols: NDArray[np.uint8] | None = None
     table: NDArray[np.uint8] | None = None
     pair_map: NDArray[np.uint8] | None = None
+    words: Array | None = None
+    """The words of a small tensor, which need not be read again."""
     base: NDArray[np.uint8] | None = None
     """(R, C) base symbols of the whole tensor, held from the analysis to the encoding."""
     coded: tuple[tuple[ll.Order, NDArray[np.uint8]], ...] = ()
@@ -142,7 +144,7 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
         def read(a: int, b: int) -> Array:
             return held[a:b]
 
-    plan = Plan("raw/1", grid, axis, digest.value(), level.name)
+    plan = Plan("raw/1", grid, axis, digest.value(), level.name, words=cache)
     if not total:
         return plan
     sample = _sample(read, grid)
@@ -158,7 +160,7 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
                 break
     size = _zstd_estimate(sample, grid, level)
     if size < best * 0.98:
-        plan = replace(Plan("zstd/1", grid, axis, plan.digest, level.name))
+        plan = Plan("zstd/1", grid, axis, plan.digest, level.name, words=cache)
     return plan
 
 
@@ -228,7 +230,7 @@ def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int
 
     while True:
         escapes = bases(low, high)
-        if high - low + len(escapes) + zero <= most:
+        if high - low + max(len(escapes), most < 256) + zero <= most:  # rare pairs need an escape
             break
         if len(escapes) > most // 2 or high - low < 2:
             return None
@@ -240,7 +242,7 @@ def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int
         escaped = int(hist.sum()) - int(hist[low:high].sum()) - (int(hist[0]) if zero else 0)
         if escaped * 64 > int(hist.sum()):
             return None
-        escapes = escapes or [low]  # so that rare pairs can be escaped
+        escapes = escapes or [low]
     if high - low + zero + len(escapes) < 2:
         high, low = (high + 1, low) if high < len(hist) else (high, low - 1)
     return ([0, 1] if zero else []) + [low, high - low], escapes
@@ -276,8 +278,9 @@ def _lanes(
     for a, b in chunks(grid):
         symbols[a:b] = native.symbols(read(a, b), zero, signed, shift, lut)
     weight = n if per == 2 else 1  # a table of pairs costs about that much more than one of base symbols
-    least = 0 if level.again or (grid.word == 2 and grid.tc <= 64) else total * grid.word * 8 // 400
-    rows, cols, cells = _classes(symbols, n, weight, level, least)
+    # Column classes slow a decoder down where it cannot permute a row of a tile in registers.
+    wide = not level.again and dtype in _MANTISSA and (grid.word != 2 or grid.tc > 64)
+    rows, cols, cells = _classes(symbols, n, weight, replace(level, col_classes=1) if wide else level)
     kr, kc = cells.shape[:2]
     group = cl.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
     lanes = _lane_count(level, min(total, grid.tr * grid.tc))
@@ -411,12 +414,11 @@ def _class_list(classes: NDArray[np.uint8] | None) -> bytes:
 
 
 def _classes(
-    symbols: NDArray[np.uint8], n: int, weight: int, level: Level, least: int
+    symbols: NDArray[np.uint8], n: int, weight: int, level: Level
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, cl.Counts]:
     """Row classes, column classes (None: one class), and the symbol counts (Kr, Kc, n) of each pair.
 
-    `weight` is the length of a table against one of n symbols. Column classes must save `least` bits: where a
-    decoder cannot permute a row of a tile in registers they slow it down.
+    `weight` is the length of a table against one of n symbols.
     """
     r, c = symbols.shape
     by_row, by_col = np.arange(r, dtype=np.int32), np.arange(c, dtype=np.int32)
@@ -436,10 +438,7 @@ def _classes(
         rows, kr = cluster(native.histogram(symbols, by_row, None, r, n).reshape(r, 1, n), level.row_classes)
     if can_cols and c * n * kr <= COUNTS:
         hist = native.histogram(symbols, key(rows, c), by_col, kr * c, n).reshape(kr, c, n).transpose(1, 0, 2)
-        found, agg = cl.cluster(np.ascontiguousarray(hist), level.col_classes, level.rounds, weight)
-        gain = int(cl.code_length(agg.sum(0), weight).sum() - cl.code_length(agg, weight).sum())
-        if len(agg) > 1 and gain >= least * cl.UNIT:
-            cols, kc = found, len(agg)
+        cols, kc = cluster(hist, level.col_classes)
         if level.again and kc > 1 and can_rows and r * n * kc <= COUNTS:
             hist = native.histogram(symbols, by_row * np.int32(kc), key(cols, 1), r * kc, n).reshape(r, kc, n)
             rows, kr = cluster(hist, level.row_classes)

@@ -242,7 +242,8 @@ def _band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[bytes]:
     """Units of one row of tiles."""
     grid = encoder.plan.grid
     r0, r1, _, _ = grid.box(a * grid.across)
-    words = _words(t, grid, r0, r1)
+    words = encoder.plan.words
+    words = _words(t, grid, r0, r1) if words is None else words[r0:r1]
     return [
         encoder.encode(words[:, (b := grid.box(i))[2] : b[3]], i) for i in range(a * grid.across, (a + 1) * grid.across)
     ]

@@ -127,7 +127,15 @@ void rac_hist(const uint8_t *sym, int64_t rows_, int64_t cols, const int32_t *ro
     for (int64_t r = 0; r < rows_; r++, sym += cols) {
         uint32_t *h = hist + (row ? row[r] : 0) * size;
         if (col) for (int64_t c = 0; c < cols; c++) h[col[c] * size + sym[c]]++;
-        else for (int64_t c = 0; c < cols; c++) h[sym[c]]++;
+        else if (size > 64 || cols < 64) for (int64_t c = 0; c < cols; c++) h[sym[c]]++;
+        else { /* four counters, or equal neighbours wait for each other */
+            uint32_t t[4][64];
+            memset(t, 0, sizeof t);
+            int64_t c = 0;
+            for (; c + 4 <= cols; c += 4) { t[0][sym[c]]++; t[1][sym[c + 1]]++; t[2][sym[c + 2]]++; t[3][sym[c + 3]]++; }
+            for (; c < cols; c++) t[0][sym[c]]++;
+            for (int64_t i = 0; i < size; i++) h[i] += t[0][i] + t[1][i] + t[2][i] + t[3][i];
+        }
     }
 }
 
