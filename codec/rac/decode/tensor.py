@@ -119,6 +119,13 @@ def parse(record: Record, limits: Limits) -> Tensor:
     return out
 
 
+def extra_of(extra: dict[str, Any], name: str) -> dict[str, Any]:
+    """What one name of a tensor carries: its own where it differs from the first, else that of the record."""
+    own = extra.get("aliases", {})
+    found: Any = own.get(name) if isinstance(own, dict) else None
+    return found if isinstance(found, dict) else {k: v for k, v in extra.items() if k != "aliases"}
+
+
 def empty(t: Tensor) -> Array:
     """The dense matrix of words (R, C), not yet filled."""
     try:

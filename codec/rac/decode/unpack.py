@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from rac.container.reader import Archive
 from rac.decode import load as ld
 from rac.decode.archive import RacFile
+from rac.decode.tensor import extra_of
 from rac.errors import FormatError, OutputError
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
@@ -108,11 +109,12 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
             raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
         return [_plan_gguf(f, target if target.endswith(".gguf") else os.path.join(target, "model.gguf"))]
     rows: dict[str, list[tuple[str, Entry]]] = {}
+    sharded = not target.endswith(".safetensors") and origin.get("source") == "hf"
     for archive, e in _tensors(f):
-        shard = "model.safetensors"
-        if not target.endswith(".safetensors") and origin.get("source") == "hf":
-            shard = str(archive.record(e).head.get("extra", {}).get("shard", shard))
-        rows.setdefault(shard, []).extend((name, e) for name in (e.name, *(a for a, _ in e.aliases)))
+        extra = archive.record(e).head.get("extra", {}) if sharded else {}
+        for name in (e.name, *(a for a, _ in e.aliases)):
+            shard = str(extra_of(extra, name).get("shard", "model.safetensors"))
+            rows.setdefault(shard, []).append((name, e))
     if target.endswith(".safetensors"):
         return [_plan_safetensors(target, rows.get("model.safetensors", []), f.metadata())]
     out = []
@@ -162,9 +164,11 @@ def _plan_gguf(f: RacFile, path: str) -> _Output:
     for _, e in _tensors(f):
         order += [(len(order), name, e) for name in (e.name, *(a for a, _ in e.aliases))]
     where = {name: e for _, name, e in order}
-    names = f.metadata().get("gguf.order", "")
+    names = f.archives[0].header.get("provenance", {}).get("gguf_order", list(where))
+    if not isinstance(names, list) or sorted(map(str, names)) != sorted(where):
+        raise FormatError("the order of the GGUF tensors is malformed", file=f.archives[0].access.name, unit="header")
     at = len(out.head)
-    for name in json.loads(names) if names else where:
+    for name in names:
         e = where[name]
         out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
         at += _size(e)

@@ -112,10 +112,12 @@ def pack_source(
     if shard_size is not None:
         stem = path.removesuffix(".rac")
         paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
-    provenance = {"level": level, "lossless": True, "source": source.kind, "tool": f"rac-codec {VERSION}"}
+    provenance: dict[str, Any] = {"level": level, "lossless": True, "source": source.kind, "tool": f"rac-codec {VERSION}"}
     if settings and any(settings.values()):
         provenance |= settings
-    done = resumed = 0
+    if source.kind == "gguf" and any(g.aliases for g in groups):
+        provenance["gguf_order"] = [t.name for t in source.tensors]  # a GGUF file has no names for places
+    resumed = 0
     for i, (shard, name) in enumerate(zip(shards, paths, strict=True)):
         header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
         if len(shards) > 1:
@@ -257,8 +259,8 @@ def _head(group: ties.Group, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if group.aliases:
         head["aliases"] = [list(a) for a in group.aliases]
-    if t.extra:
-        head["extra"] = t.extra
+    if group.extra:
+        head["extra"] = group.extra
     return head
 
 

@@ -92,7 +92,7 @@ def _tensor(forward: Forward, record: Record, group: ties.Group) -> tuple[Entry 
         return None, b""
     found = tn.parse(record, forward.limits)
     same = (found.name, found.dtype, found.shape, found.aliases, found.extra) == (
-        t.name, t.dtype, t.shape, group.aliases, t.extra or {},
+        t.name, t.dtype, t.shape, group.aliases, group.extra,
     )  # fmt: skip
     if not same:
         return None, b""

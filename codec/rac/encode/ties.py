@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rac.container import zstd
 from rac.encode.sources import SourceTensor
@@ -18,6 +19,8 @@ class Group:
 
     tensor: SourceTensor
     aliases: tuple[tuple[str, bool], ...]
+    extra: dict[str, Any]
+    """Of the record head: what the tensor carries, and under "aliases" what others carry that differs from it."""
 
 
 def digest(t: SourceTensor) -> bytes:
@@ -35,11 +38,11 @@ def _sample(t: SourceTensor) -> bytes:
 
 
 def find(tensors: Sequence[SourceTensor]) -> list[Group]:
-    """Groups in the order of their first tensors. Empty tensors and those with unequal `extra` are on their own."""
+    """Groups in the order of their first tensors. Empty tensors are on their own."""
     owner: dict[int, int] = {}
     tied: dict[int, bool] = {}
     by_tie: dict[int, int] = {}
-    same: dict[tuple[object, ...], list[int]] = {}
+    same: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for i, t in enumerate(tensors):
         if t.tie is not None and t.tie in by_tie:
             owner[i], tied[i] = by_tie[t.tie], True
@@ -47,7 +50,7 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
         if t.tie is not None:
             by_tie[t.tie] = i
         if t.nbytes:
-            same.setdefault((t.dtype, t.shape, repr(t.extra)), []).append(i)
+            same.setdefault((t.dtype, t.shape), []).append(i)
     for _, members in same.items():
         if len(members) == 1:
             continue
@@ -61,9 +64,16 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
                 if j != i:
                     owner[i], tied[i] = j, False
     aliases: dict[int, list[tuple[str, bool]]] = {}
+    others: dict[int, dict[str, Any]] = {}
     for i in sorted(owner):
         root, is_tied = owner[i], tied[i]
         while root in owner:  # a tie of a duplicate is a duplicate of the first
             root, is_tied = owner[root], False
         aliases.setdefault(root, []).append((tensors[i].name, is_tied))
-    return [Group(t, tuple(aliases.get(i, ()))) for i, t in enumerate(tensors) if i not in owner]
+        if tensors[i].extra != tensors[root].extra:
+            others.setdefault(root, {})[tensors[i].name] = tensors[i].extra or {}
+    return [
+        Group(t, tuple(aliases.get(i, ())), (t.extra or {}) | ({"aliases": others[i]} if i in others else {}))
+        for i, t in enumerate(tensors)
+        if i not in owner
+    ]

@@ -93,7 +93,7 @@ def _one(f: BinaryIO, name: str, seen: _Seen, progress: Progress | None) -> dict
         parts[t.name] = of_kind
         for n in (t.name, *(a for a, _ in t.aliases)):
             seen.tensors[n] = (t.dtype, t.shape, t.digest)
-            seen.extra[n] = t.extra
+            seen.extra[n] = tn.extra_of(t.extra, n)
             content.append([n, t.dtype, list(t.shape), t.digest])
             seen.dense += t.nbytes
         if progress:
