@@ -29,7 +29,8 @@ class Shared:
     table: NDArray[np.uint8]
     values: NDArray[np.uint16]
     bases: NDArray[np.uint32]
-    pairs: NDArray[np.uint8]
+    code: NDArray[np.uint8]
+    """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair; `lut` holds these."""
 
 
 def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
@@ -45,7 +46,8 @@ def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
         raise FormatError("class map names a table that is not there")
     bases = np.zeros(256, np.uint32)
     bases[: len(p.escapes)] = p.escapes
-    return Shared(freq, tables.lookup(freq), rows, cols, table, p.values(), bases, p.pairs())
+    code = p.pairs()[:, 0] if p.per == 1 else p.pairs()[:, 0] | p.pairs()[:, 1] << np.uint8(4)
+    return Shared(freq, tables.lookup(freq, code), rows, cols, table, p.values(), bases, code)
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
@@ -76,9 +78,9 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     if not reference and native.library() is not None:
         at = native.address
         job = native.Job(
-            at(unit), len(unit), p.symbols, at(s.lut), at(s.values), at(s.pairs), at(s.bases), at(row_class),
+            at(unit), len(unit), at(s.lut), at(s.values), at(s.bases), at(row_class),
             at(col_class), at(s.table), at(dst), h, w, dst.strides[0] // word, p.rows, p.cols, p.skip, p.lanes, p.per,
-            word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape, p.first_escaping if p.escapes else 256, limit,
+            word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape, limit,
         )  # fmt: skip
         native.decode_tile(job)
         return
@@ -88,10 +90,10 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     if reference:
         from rac.decode.reference import lanes
 
-        sym = lanes(tile, s.freq, order.segments, coded)
+        sym = s.code[lanes(tile, s.freq, order.segments, coded)]
     else:
         sym = native.ans_decode(s.lut, tile.words, tile.counts, order.segments, coded)
-    base = _elements(sym, s, order)
+    base = _elements(sym, p, order)
     tops = s.values[base].astype(np.uint64)
     pos = np.flatnonzero(base >= p.first_escape)
     if len(pos) != len(tile.escapes):
@@ -110,11 +112,14 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
         start += (b - a) * (d - c)
 
 
-def _elements(sym: Array, s: Shared, order: ll.Order) -> Array:
-    """Base symbol of every element, out of the coded symbols."""
+def _elements(sym: Array, p: ll.Lanes, order: ll.Order) -> Array:
+    """Base symbol of every element, out of `code` symbols."""
+    if p.per == 1:
+        return sym
     base, at = [], 0
     for n, steps in zip(order.sizes.tolist(), order.segments[:, 0].tolist(), strict=True):
-        base.append(s.pairs[sym[at : at + steps]].reshape(-1)[:n])
+        pair = sym[at : at + steps]
+        base.append(np.stack([pair & 15, pair >> 4], axis=1).reshape(-1)[:n])
         at += steps
     return np.concatenate(base)
 

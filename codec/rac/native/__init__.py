@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 5
+ABI = 6
 
 
 @functools.cache
@@ -78,15 +78,15 @@ def tables(data: bytes, out: NDArray[np.uint16], order: int) -> int:
     return int(len(bits) - at >= 8 or "1" in bits[at:])
 
 
-def lookup(freq: NDArray[np.uint16]) -> NDArray[np.uint32]:
-    """(T, 4096) entries symbol | (slot - cumulative) << 8 | frequency << 20 of tables (T, n) that sum to 4096."""
+def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """(T, 4096) entries code[symbol] | (slot - cumulative) << 8 | frequency << 20 of tables (T, n) that sum to 4096."""
     out = np.empty((len(freq), 4096), np.uint32)
     lib = library()
     if lib is not None:
-        lib.rac_lookup(_p(freq), _n(freq.shape[0]), _n(freq.shape[1]), _p(out))
+        lib.rac_lookup(_p(freq), _n(freq.shape[0]), _n(freq.shape[1]), _p(code := np.ascontiguousarray(code)), _p(out))
         return out
     slot = np.arange(4096, dtype=np.uint32)
-    sym = np.arange(freq.shape[1], dtype=np.uint32)
+    sym = code.astype(np.uint32)
     for k, f in enumerate(freq.astype(np.uint32)):
         start = np.cumsum(f) - f
         out[k] = np.repeat(sym | f << 20, f) | (slot - np.repeat(start, f)) << 8
@@ -99,14 +99,13 @@ class Job(ctypes.Structure):
     _fields_ = (
         ("unit", ctypes.c_void_p),
         ("size", ctypes.c_int64),
-        ("symbols", ctypes.c_int64),
-        *((n, ctypes.c_void_p) for n in ("luts", "values", "pairs", "bases", "row_class", "col_class", "table", "dst")),
+        *((n, ctypes.c_void_p) for n in ("luts", "values", "bases", "row_class", "col_class", "table", "dst")),
         *((n, ctypes.c_int64) for n in ("rows", "cols", "stride")),
         *(
             (n, ctypes.c_int32)
             for n in (
                 "row_classes", "col_classes", "skip", "lanes", "per", "word", "zero", "sign", "shift", "raw", "base",
-                "first", "escaping",
+                "first",
             )
         ),
         ("limit", ctypes.c_uint32),

@@ -93,7 +93,7 @@ static int has512(void) {
 static int has512(void) { return 0; }
 #endif
 
-int rac_abi(void) { return 5; }
+int rac_abi(void) { return 6; }
 int rac_features(void) { return has512(); }
 
 static void rows(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end, uint64_t *st,
@@ -328,10 +328,10 @@ int rac_tables(const uint8_t *in, int64_t size, int64_t count, int64_t n, int or
     return 0;
 }
 
-void rac_lookup(const uint16_t *freq, int64_t count, int64_t n, uint32_t *out) {
+void rac_lookup(const uint16_t *freq, int64_t count, int64_t n, const uint8_t *code, uint32_t *out) {
     for (int64_t t = 0; t < count; t++)
         for (int64_t s = 0; s < n; s++, freq++)
-            for (uint32_t j = 0, e = (uint32_t)s | (uint32_t)*freq << 20; j < *freq; j++) *out++ = e | j << 8;
+            for (uint32_t j = 0, e = code[s] | (uint32_t)*freq << 20; j < *freq; j++) *out++ = e | j << 8;
 }
 
 #if defined(HAVE_X86) && defined(__linux__) && !defined(__clang__)
@@ -376,16 +376,15 @@ RAWBITS(uint64_t, raw8)
 /* One tile unit to its words (stages/lanes.md, "Tile"). */
 typedef struct {
     const uint8_t *unit;      /* the tile unit, `size` bytes */
-    int64_t size, symbols;
-    const uint32_t *luts;     /* 4096 entries per table */
+    int64_t size;
+    const uint32_t *luts;     /* 4096 entries per table; the symbols of pairs are a | b << 4 */
     const uint16_t *values;   /* top of each base symbol (256) */
-    const uint8_t *pairs;     /* `per` base symbols of each coded symbol */
     const uint32_t *bases;    /* base of each escape */
     const uint8_t *row_class, *col_class; /* of the tile's rows and columns; null: one class */
     const uint8_t *table;     /* of each pair of classes */
     void *dst;                /* origin of the tile in the dense tensor */
     int64_t rows, cols, stride; /* words from row to row */
-    int32_t row_classes, col_classes, skip, lanes, per, word, zero, sign, shift, raw, base, first, escaping;
+    int32_t row_classes, col_classes, skip, lanes, per, word, zero, sign, shift, raw, base, first;
     uint32_t limit;           /* tops are below this */
 } rac_job;
 
@@ -398,7 +397,9 @@ typedef struct {
     int64_t nblocks;
     uint16_t *sorted;         /* the tile with its columns still sorted, rows in place; null: straight to dst */
     uint32_t escapes, used;
-    uint32_t pairtop[256];
+    uint32_t pairtop[256];    /* both tops of a pair a | b << 4 */
+    uint8_t bytetop[16];      /* tops of the base symbols, where all are `small` */
+    int small;
 } rac_work;
 
 static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
@@ -407,32 +408,59 @@ static int nonzero(const uint8_t *p, int64_t n) {
     return 0;
 }
 
-/* blocks[i] = highest of the 64 symbols from 64 i on */
-CLONES static void highest(const uint8_t *sym, int64_t n, uint8_t *blocks) {
+/* blocks[i] = highest base symbol in the 64 coded symbols from 64 i on */
+CLONES static void highest(const uint8_t *sym, int64_t n, int per, uint8_t *blocks) {
     for (int64_t i = 0; i < n; i += 64) {
         uint8_t top = 0;
         int64_t m = n - i < 64 ? n - i : 64;
-        for (int64_t k = 0; k < m; k++) top = sym[i + k] > top ? sym[i + k] : top;
+        if (per == 1) for (int64_t k = 0; k < m; k++) top = sym[i + k] > top ? sym[i + k] : top;
+        else for (int64_t k = 0; k < m; k++) {
+            uint8_t a = sym[i + k] & 15, b = sym[i + k] >> 4;
+            a = a > b ? a : b;
+            top = a > top ? a : top;
+        }
         blocks[i >> 6] = top;
     }
 }
+
+#ifdef HAVE_X86
+/* Tops below 256 of pairs a | b << 4, 32 at a time; returns how many pairs are done */
+__attribute__((target("avx512f,avx512bw"))) static int64_t pairs512(const uint8_t *sym, int64_t n, const uint8_t *table,
+                                                                   uint16_t *val) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), m = _mm256_set1_epi8(15);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i s = _mm256_loadu_si256((const void *)(sym + i));
+        __m256i a = _mm256_shuffle_epi8(t, _mm256_and_si256(s, m));
+        __m256i b = _mm256_shuffle_epi8(t, _mm256_and_si256(_mm256_srli_epi16(s, 4), m));
+        for (int h = 0; h < 2; h++) {
+            __m512i x = _mm512_cvtepu8_epi32(h ? _mm256_extracti128_si256(a, 1) : _mm256_castsi256_si128(a));
+            __m512i y = _mm512_cvtepu8_epi32(h ? _mm256_extracti128_si256(b, 1) : _mm256_castsi256_si128(b));
+            _mm512_storeu_si512(val + 2 * i + 32 * h, _mm512_or_si512(x, _mm512_slli_epi32(y, 16)));
+        }
+    }
+    return i;
+}
+#endif
 
 /* Tops of `n` elements out of their coded symbols */
 static int tops(rac_work *w, const uint8_t *sym, int64_t n, uint16_t *val) {
     const rac_job *j = w->job;
     const int64_t per = j->per, coded = (n + per - 1) / per;
     if (per == 2) {
-        const uint32_t *t = w->pairtop;
-        for (int64_t q = 0; q < coded; q++) memcpy(val + 2 * q, t + sym[q], 4);
+        int64_t q = 0;
+#ifdef HAVE_X86
+        if (w->small && has512()) q = pairs512(sym, coded, w->bytetop, val);
+#endif
+        for (; q < coded; q++) memcpy(val + 2 * q, w->pairtop + sym[q], 4);
     } else for (int64_t q = 0; q < n; q++) val[q] = j->values[sym[q]];
-    if (j->escaping > 255) return 0;
+    if (j->first >= j->base) return 0;
     uint8_t blocks[PIECE / 64];
-    highest(sym, coded, blocks);
+    highest(sym, coded, (int)per, blocks);
     for (int64_t i = 0; i < coded; i++) {
-        if (!(i & 63) && blocks[i >> 6] < j->escaping) { i += 63; continue; }
-        if (sym[i] < j->escaping) continue;
+        if (!(i & 63) && blocks[i >> 6] < j->first) { i += 63; continue; }
         for (int64_t k = 0; k < per && i * per + k < n; k++) {
-            int s = j->pairs[sym[i] * per + k];
+            int s = per == 1 ? sym[i] : k ? sym[i] >> 4 : sym[i] & 15;
             if (s < j->first) continue;
             if (w->used >= w->escapes) return 5;
             uint32_t top = j->bases[s - j->first] + w->escape[w->used++];
@@ -566,9 +594,12 @@ static int decode(const rac_job *job, rac_work *w) {
         }
         st[l] = x;
     }
-    if (job->per == 2)
-        for (int s = 0; s < job->symbols; s++)
-            w->pairtop[s] = job->values[job->pairs[2 * s]] | (uint32_t)job->values[job->pairs[2 * s + 1]] << 16;
+    if (job->per == 2) {
+        uint16_t all = 0;
+        for (int a = 0; a < 16; a++) { all |= job->values[a]; w->bytetop[a] = (uint8_t)job->values[a]; }
+        w->small = all < 256;
+        for (int s = 0; s < 256; s++) w->pairtop[s] = job->values[s & 15] | (uint32_t)job->values[s >> 4] << 16;
+    }
     const int64_t per = job->per, whole = SYMBOLS_AT_ONCE / lanes;
     const int64_t *b = w->blocks, *stop = b + 5 * w->nblocks, *here = b;
     int64_t element = 0, place = 0;
