@@ -28,8 +28,6 @@ RARE = {1: 65536, 2: 4096}
 """Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
 CHUNK = 1 << 22
 SAMPLE = 1 << 17
-COUNTS = 1 << 25
-"""Counters that an analysis may hold at once, 4 bytes each."""
 _MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}
 _CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
@@ -421,26 +419,31 @@ def _classes(
     `weight` is the length of a table against one of n symbols.
     """
     r, c = symbols.shape
-    by_row, by_col = np.arange(r, dtype=np.int32), np.arange(c, dtype=np.int32)
 
     def key(classes: NDArray[np.uint8] | None, scale: int) -> Array | None:
         return None if classes is None else classes.astype(np.int32) * np.int32(scale)
 
-    def cluster(hist: Array, most: int) -> tuple[NDArray[np.uint8] | None, int]:
-        found, agg = cl.cluster(np.ascontiguousarray(hist), most, level.rounds, weight)
+    def cluster(vectors: cl.Vectors, of: int, groups: int, most: int) -> tuple[NDArray[np.uint8] | None, int]:
+        found, agg = cl.cluster(vectors, of, groups * n, most, level.rounds, weight)
         return (found, len(agg)) if len(agg) > 1 else (None, 1)
+
+    def of_rows(a: int, b: int) -> Array:
+        by_row = np.arange(b - a, dtype=np.int32) * np.int32(kc)
+        return native.histogram(symbols[a:b], by_row, key(cols, 1), (b - a) * kc, n).reshape(b - a, kc, n)
+
+    def of_cols(a: int, b: int) -> Array:
+        strip, by_col = np.ascontiguousarray(symbols[:, a:b]), np.arange(b - a, dtype=np.int32)
+        hist = native.histogram(strip, key(rows, b - a), by_col, kr * (b - a), n)
+        return np.ascontiguousarray(hist.reshape(kr, b - a, n).transpose(1, 0, 2))
 
     rows = cols = None
     kr = kc = 1
-    can_rows = level.row_classes > 1 and r >= 16 and symbols.size >= 8192 and r * n <= COUNTS
-    can_cols = level.col_classes > 1 and c >= 16 and symbols.size >= 8192
+    can_rows = level.row_classes > 1 and r >= 16 and symbols.size >= 8192
     if can_rows:
-        rows, kr = cluster(native.histogram(symbols, by_row, None, r, n).reshape(r, 1, n), level.row_classes)
-    if can_cols and c * n * kr <= COUNTS:
-        hist = native.histogram(symbols, key(rows, c), by_col, kr * c, n).reshape(kr, c, n).transpose(1, 0, 2)
-        cols, kc = cluster(hist, level.col_classes)
-        if level.again and kc > 1 and can_rows and r * n * kc <= COUNTS:
-            hist = native.histogram(symbols, by_row * np.int32(kc), key(cols, 1), r * kc, n).reshape(r, kc, n)
-            rows, kr = cluster(hist, level.row_classes)
+        rows, kr = cluster(of_rows, r, 1, level.row_classes)
+    if level.col_classes > 1 and c >= 16 and symbols.size >= 8192:
+        cols, kc = cluster(of_cols, c, kr, level.col_classes)
+        if level.again and kc > 1 and can_rows:
+            rows, kr = cluster(of_rows, r, kc, level.row_classes)
     cells = native.histogram(symbols, key(rows, kc), key(cols, 1), kr * kc, n)
     return rows, cols, cells.astype(np.int64).reshape(kr, kc, n)

@@ -7,6 +7,7 @@ Code lengths are in units of 2**-10 bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -82,37 +83,61 @@ def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint
     bias = (log2(np.maximum(1, members.sum())) - log2(np.maximum(1, members))).astype(np.float64)
     flat = hist.reshape(len(hist), -1)
     out = np.empty(len(flat), np.uint8)
-    for a in range(0, len(flat), 4096):
-        out[a : a + 4096] = (flat[a : a + 4096].astype(np.float64) @ cost + bias).argmin(1)
+    for a in range(0, len(flat), 1024):
+        out[a : a + 1024] = (flat[a : a + 1024].astype(np.float64) @ cost + bias).argmin(1)
     return out
 
 
-def cluster(hist: NDArray[Any], k: int, rounds: int, weight: int = 1) -> tuple[NDArray[np.uint8], Counts]:
-    """Classes (n,) of the vectors `hist` (n, G, S) and the classes' counts (K', G, S), K' <= k.
+Vectors = Callable[[int, int], NDArray[Any]]
+"""Histograms (b - a, G, S) of the vectors [a, b)."""
+HELD = 1 << 24
+"""Counters that are held at once; where there are more, histograms are counted again in every round."""
+
+
+def cluster(
+    vectors: Vectors, n: int, size: int, k: int, rounds: int, weight: int = 1
+) -> tuple[NDArray[np.uint8], Counts]:
+    """Classes (n,) of `n` vectors of `size` = G S counters each, and the classes' counts (K', G, S), K' <= k.
 
     Starts from quantiles of the mean symbol, refines `rounds` times, then joins classes while that shortens the
     file, tables and class lists counted.
     """
-    n, s = len(hist), hist.shape[-1]
+    step = max(1, HELD // size)
+    bounds = [(a, min(n, a + step)) for a in range(0, n, step)]
+    if len(bounds) == 1:
+        whole = vectors(0, n)
+
+        def vectors(a: int, b: int) -> NDArray[Any]:
+            return whole
+
+    def count(classes: NDArray[np.uint8]) -> Counts:
+        out: Counts = sum(_sum(vectors(a, b), classes[a:b], k) for a, b in bounds)  # type: ignore[assignment]
+        return out
+
     k = min(k, n)
+    classes = np.zeros(n, np.uint8)
     if k > 1:
-        plain = hist.sum(1, dtype=np.int64)
-        mean = (plain @ np.arange(s, dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
-        classes = np.empty(n, np.uint8)
+        mean = np.concatenate([_mean(vectors(a, b)) for a, b in bounds])
         classes[np.argsort(mean, kind="stable")] = np.arange(n) * k // n
-    else:
-        classes = np.zeros(n, np.uint8)
-    agg = _sum(hist, classes, k)
+    agg = count(classes)
     for _ in range(rounds if k > 1 else 0):
-        new = nearest(hist, agg, np.bincount(classes, minlength=k))
+        members = np.bincount(classes, minlength=k)
+        new = np.concatenate([nearest(vectors(a, b), agg, members) for a, b in bounds])
         if (new == classes).all():
             break
         classes = new
-        agg = _sum(hist, classes, k)
+        agg = count(classes)
     groups = join(agg, np.bincount(classes, minlength=k), weight)
     kept = int(groups.max()) + 1
     classes = groups[classes]
     return classes, sum_groups(agg, groups, kept)
+
+
+def _mean(hist: NDArray[Any]) -> Counts:
+    """(n,) mean symbol of vectors (n, G, S), in 2**-16."""
+    plain = hist.sum(1, dtype=np.int64)
+    out: Counts = (plain @ np.arange(plain.shape[1], dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
+    return out
 
 
 def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:

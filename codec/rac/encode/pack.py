@@ -112,7 +112,12 @@ def pack_source(
     if shard_size is not None:
         stem = path.removesuffix(".rac")
         paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
-    provenance: dict[str, Any] = {"level": level, "lossless": True, "source": source.kind, "tool": f"rac-codec {VERSION}"}
+    provenance: dict[str, Any] = {
+        "level": level,
+        "lossless": True,
+        "source": source.kind,
+        "tool": f"rac-codec {VERSION}",
+    }
     if settings and any(settings.values()):
         provenance |= settings
     if source.kind == "gguf" and any(g.aliases for g in groups):
