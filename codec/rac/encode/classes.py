@@ -72,6 +72,8 @@ def _lengths(agg: Counts) -> NDArray[np.float64]:
 def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
     """(k, G, S) counts of the members of each class."""
     out = np.zeros((k, *hist.shape[1:]), np.int64)
+    if native.sum_classes(hist, np.ascontiguousarray(classes), out):
+        return out
     used, starts = np.unique(classes[order := np.argsort(classes, kind="stable")], return_index=True)
     out[used] = np.add.reduceat(hist[order], starts, 0, np.int64)
     return out

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 6
+ABI = 7
 
 
 @functools.cache
@@ -236,6 +236,15 @@ def code_length(counts: NDArray[np.int64], fraction: NDArray[np.int64], weight: 
     out = np.empty(len(counts), np.int64)
     lib.rac_code_length(_p(counts), _n(counts.shape[0]), _n(counts.shape[1]), _p(fraction), _n(weight), _p(out))
     return out
+
+
+def sum_classes(hist: NDArray[np.uint32], classes: NDArray[np.uint8], out: NDArray[np.int64]) -> bool:
+    """Add contiguous vectors (n, G, S) to the counts of their classes (K, G, S); False without the C kernel."""
+    lib = library()
+    if lib is None:
+        return False
+    lib.rac_sum(_p(hist), _p(classes), _n(len(hist)), _n(hist[0].size), _p(out))
+    return True
 
 
 def log2(n: NDArray[np.int64], fraction: NDArray[np.int64]) -> NDArray[np.int64] | None:

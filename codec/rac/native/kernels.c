@@ -93,7 +93,7 @@ static int has512(void) {
 static int has512(void) { return 0; }
 #endif
 
-int rac_abi(void) { return 6; }
+int rac_abi(void) { return 7; }
 int rac_features(void) { return has512(); }
 
 static void rows(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end, uint64_t *st,
@@ -156,6 +156,14 @@ void rac_code_length(const int64_t *counts, int64_t n, int64_t s, const int64_t 
             table += log2_1024(1 + counts[i] * 4096 / t, fraction) / 2;
         }
         out[k] = total * log2_1024(total, fraction) - data + weight * table;
+    }
+}
+
+/* out[class[i]] += hist[i] for n vectors of m counters */
+void rac_sum(const uint32_t *hist, const uint8_t *class, int64_t n, int64_t m, int64_t *out) {
+    for (int64_t i = 0; i < n; i++, hist += m) {
+        int64_t *o = out + class[i] * m;
+        for (int64_t j = 0; j < m; j++) o[j] += hist[j];
     }
 }
 
