@@ -148,7 +148,7 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
     sample = _sample(read, grid)
     raw_size = total * grid.word
     best = raw_size - 64
-    if (dtype in _MANTISSA or dtype in _BYTES) and total >= 64:
+    if (dtype in _MANTISSA or dtype in _BYTES) and total >= 2048:
         zero = (union & -union).bit_length() - 1 if union & ((1 << bits) - 1) else 0
         for per, coded in _candidates(dtype, level):
             found = _lanes(read, sample, plan, dtype, hist, base, zero, coded, per, level)

@@ -208,7 +208,7 @@ def _tensors(
 ) -> None:  # fmt: skip
     """Plan and encode ahead of the writer, within WINDOW; write in order."""
     largest = max((g.tensor.nbytes for g in groups), default=0)
-    waiting: deque[tuple[ties.Group, Future[Plan]]] = deque()
+    waiting: deque[tuple[ties.Group, Future[tuple[TileEncoder, list[bytes]]]]] = deque()
     coming = deque(groups)
     held = 0
     current: list[Future[list[bytes]]] = []
@@ -217,14 +217,15 @@ def _tensors(
             while coming and (not waiting or held + coming[0].tensor.nbytes <= max(largest, WINDOW)):
                 group = coming.popleft()
                 held += group.tensor.nbytes
-                waiting.append((group, pool.submit(_plan, group.tensor, level)))
+                waiting.append((group, pool.submit(_start, group.tensor, level)))
             group, job = waiting.popleft()
-            t, plan = group.tensor, job.result()
-            encoder = TileEncoder(plan)
-            current = [pool.submit(_band, t, encoder, a) for a in range(plan.grid.down)]
-            units = [plan.shared] if plan.lanes else []
-            for band in current:
-                units += band.result()
+            t = group.tensor
+            encoder, units = job.result()
+            plan = encoder.plan
+            if plan.grid.down > 1:
+                current = [pool.submit(_band, t, encoder, a) for a in range(plan.grid.down)]
+                for band in current:
+                    units += band.result()
             writer.add(RECORD_TENSOR, 0, _head(group, plan), units, **_fields(group, plan, units))
             writer.flush()
             note(group, plan.digest)
@@ -241,8 +242,14 @@ def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
     return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
 
 
-def _plan(t: SourceTensor, level: Level) -> Plan:
-    return analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
+def _start(t: SourceTensor, level: Level) -> tuple[TileEncoder, list[bytes]]:
+    """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
+    plan = analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
+    encoder = TileEncoder(plan)
+    units = [plan.shared] if plan.lanes else []
+    if plan.grid.down == 1:
+        units += _band(t, encoder, 0)
+    return encoder, units
 
 
 def _band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[bytes]:
