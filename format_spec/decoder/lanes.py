@@ -16,8 +16,8 @@ Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint32]
 Values = NDArray[np.uint64]
 KEYS = (
-    "id", "lanes", "per", "zero", "sign", "shift", "runs", "escapes", "tables", "order", "rows", "cols",
-    "sizes",
+    "id", "lanes", "packed", "per", "zero", "sign", "shift", "runs", "escapes", "tables", "order", "rows",
+    "cols", "sizes",
 )  # fmt: skip
 POWERS = (32, 16, 8, 4, 2, 1)
 
@@ -28,6 +28,7 @@ class Parameters:
 
     width: int  # W
     lanes: int
+    packed: int
     per: int
     zero: int
     sign: int
@@ -73,7 +74,7 @@ def parameters(stage: Map, word: int) -> Parameters:
     def numbers(key: str, size: int | None = None) -> list[int]:
         return [as_int(item, "RAC-LAN-003") for item in as_array(stage[key], "RAC-LAN-003", size)]
 
-    lanes, per = number("lanes", 1, 1024), number("per", 1, 2)
+    lanes, packed, per = number("lanes", 1, 1024), number("packed", 0, 1), number("per", 1, 2)
     zero, sign, shift = number("zero", 0, width - 1), number("sign", 0, 1), number("shift", 0, width - 1)
     tables, order = number("tables", 1, 256), number("order", -8, 8)
     rows, cols = number("rows", 1, 256), number("cols", 1, 256)
@@ -101,7 +102,7 @@ def parameters(stage: Map, word: int) -> Parameters:
     if not 2 <= base <= (256 if per == 1 else 16):
         raise FormatError(f"RAC-LAN-009: alphabet of {base}")
     return Parameters(
-        width, lanes, per, zero, sign, shift, runs, escapes, tables, order, rows, cols, sizes,
+        width, lanes, packed, per, zero, sign, shift, runs, escapes, tables, order, rows, cols, sizes,
         limit, tops, base, base**per,
     )  # fmt: skip
 
@@ -228,17 +229,25 @@ def decode_tile(
         parts.append(size)
         return unit[start:end]
 
-    directory = take(4 + 2 * p.lanes)
+    powers = [power for power in POWERS if p.raw_bits & power]
+    plain = [-(-n * power // 8) for power in powers]
+    sized = 4 * len(powers) if p.packed else 0
+    directory = take(4 + sized + 2 * p.lanes)
     escape_count = int.from_bytes(directory[:4], "little")
-    word_counts = np.frombuffer(directory, "<u2", offset=4).astype(np.int64)
+    stored = np.frombuffer(directory[4 : 4 + sized], "<u4").tolist() if p.packed else plain
+    word_counts = np.frombuffer(directory, "<u2", offset=4 + sized).astype(np.int64)
     words = np.frombuffer(take(4 * int(word_counts.sum())), "<u4").astype(np.uint32)
     escape_bytes = np.frombuffer(take(escape_count), np.uint8).astype(np.int64)
     raw = np.zeros(n, np.uint64)
     low = 0
-    for power in POWERS:
-        if p.raw_bits & power:
-            raw |= plane(take(-(-n * power // 8)), power, n) << np.uint64(low)
-            low += power
+    for power, plain_size, size in zip(powers, plain, stored, strict=True):
+        if size > plain_size:
+            raise FormatError("RAC-LAN-028: stored size of a plane")
+        data = take(size)
+        if size < plain_size:
+            data = decompress(data, plain_size)
+        raw |= plane(data, power, n) << np.uint64(low)
+        low += power
     if at != len(unit):
         raise FormatError("RAC-LAN-020: unit is too long")
 

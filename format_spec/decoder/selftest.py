@@ -110,8 +110,9 @@ def example_tile() -> None:
     for per, tables, start in cases:
         section = bytes.fromhex(tables)
         stage: Map = {
-            "id": "lanes/1", "lanes": 2, "per": per, "zero": 0, "sign": 0, "shift": 2, "runs": [0, 3],
-            "escapes": [10], "tables": 2, "order": -2, "rows": 2, "cols": 1, "sizes": [len(section), 2, 0],
+            "id": "lanes/1", "lanes": 2, "packed": 0, "per": per, "zero": 0, "sign": 0, "shift": 2,
+            "runs": [0, 3], "escapes": [10], "tables": 2, "order": -2, "rows": 2, "cols": 1,
+            "sizes": [len(section), 2, 0],
         }  # fmt: skip
         p = lanes.parameters(stage, 1)
         shared = lanes.shared_unit(section + bytes.fromhex(ends), p, 2, 5)

@@ -141,6 +141,8 @@ def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Inde
 
 def needed(kind: int, flags: int, at: int) -> bool:
     """True for a record to read, False for one to skip; UnsupportedError for an unknown one that is needed."""
+    if flags & ~FLAG_ANCILLARY:
+        raise UnsupportedError("unknown critical record flags", offset=at)
     if kind in _KEYS or kind == RECORD_INDEX:
         if flags:
             raise FormatError("a tensor, attachment or index is marked as ancillary", offset=at)

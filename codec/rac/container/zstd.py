@@ -26,6 +26,11 @@ def decompress(data: bytes | memoryview, size: int) -> bytes:
             raise FormatError("zstd frame does not hold the size that the record states")
         if not hasattr(_local, "zstd"):  # making one costs more than decoding a small frame
             _local.zstd = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        if size == 0:  # the one-call decoder does not look into a frame that says it is empty
+            frame = _local.zstd.decompressobj(read_across_frames=False)
+            if frame.decompress(data) or not frame.eof or frame.unused_data:
+                raise FormatError("zstd frame is damaged or followed by bytes")
+            return b""
         out: bytes = _local.zstd.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as e:
         raise FormatError(f"zstd frame is damaged: {e}") from None

@@ -178,7 +178,9 @@ def attachment_units(record: Record, limits: Limits) -> list[Unit]:
     if unknown := [k for k in head.keys() - {"name", "size", "stages", "units", "digest"} if not k.startswith("x-")]:
         raise UnsupportedError(f"attachment head has the unknown field {min(unknown)!r}", offset=record.at)
     units = wire.parse_units(head["units"], record.payload_size)
-    stages = head["stages"]
+    stages, digest = head["stages"], head["digest"]
+    if not isinstance(digest, bytes) or len(digest) != 16:
+        raise FormatError("attachment digest is malformed", offset=record.at)
     if not isinstance(head["name"], str) or len(units) != 1 or not ix.is_count(head["size"]):
         raise FormatError("attachment head is malformed", offset=record.at)
     if stages not in ([{"id": "raw/1"}], [{"id": "zstd/1"}]):
