@@ -54,7 +54,7 @@ def shard(gguf_path: Path) -> Path:
         tensors[t.name] = torch.from_numpy(dense.copy()).to(torch.bfloat16)
     tensors["output.weight"] = tensors["token_embd.weight"].clone()  # equal content under two names
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(SHARDS):
         file = f"model-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
         mine = names[i::SHARDS]

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
     try:
-        shard_size = parse_size(args.shard_size) if args.shard_size else None
+        shard_size = None if args.shard_size is None else parse_size(args.shard_size)
     except argparse.ArgumentTypeError as e:
         raise ValueError(str(e)) from None
     source = open_source(args.src, args.include, args.exclude)

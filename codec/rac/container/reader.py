@@ -41,9 +41,13 @@ class Archive:
 
     def __init__(self, access: Access, limits: Limits | None = None) -> None:
         self.access, self.limits = access, limits or Limits()
-        with InFile(access.name):
-            self.header, header_size = self._header()
-            self.index: Index = self._index(header_size)
+        try:
+            with InFile(access.name):
+                self.header, header_size = self._header()
+                self.index: Index = self._index(header_size)
+        except BaseException:
+            access.close()
+            raise
 
     def _header(self) -> tuple[dict[str, Any], int]:
         size = self.access.size

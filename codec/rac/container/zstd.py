@@ -15,6 +15,7 @@ def compress(data: bytes | memoryview, level: int = 9) -> bytes:
     return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)
 
 
+WINDOW = 1 << 27
 _MAGIC = b"\x28\xb5\x2f\xfd"  # a skippable frame is not a frame of 0 bytes
 _local = threading.local()
 
@@ -24,8 +25,10 @@ def decompress(data: bytes | memoryview, size: int) -> bytes:
     try:
         if bytes(data[:4]) != _MAGIC or zstandard.frame_content_size(data) != size:
             raise FormatError("zstd frame does not hold the size that the record states")
+        if zstandard.get_frame_parameters(data).window_size > WINDOW:
+            raise FormatError("zstd frame needs a window of more than 128 MiB")
         if not hasattr(_local, "zstd"):  # making one costs more than decoding a small frame
-            _local.zstd = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+            _local.zstd = zstandard.ZstdDecompressor(max_window_size=WINDOW)
         if size == 0:  # the one-call decoder does not look into a frame that says it is empty
             frame = _local.zstd.decompressobj(read_across_frames=False)
             if frame.decompress(data) or not frame.eof or frame.unused_data:

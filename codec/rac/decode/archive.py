@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -44,19 +45,23 @@ def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) ->
             raise SourceError(f"{len(first)} archives in this folder; name the .rac file", file=name)
         name = os.path.join(name, first[0])
     first_archive = Archive(FileAccess(name), limits)
-    k, n = first_archive.header.get("shard", [1, 1])
-    if n == 1:
-        return [first_archive]
-    match = _SHARD.search(name)
-    if not match or (int(match[1]), int(match[2])) != (k, n):
-        raise SourceError(f"is shard {k} of {n}; its name must end in -{k:05d}-of-{n:05d}.rac", file=name)
-    out = []
-    for i in range(1, n + 1):
-        part = name[: match.start()] + f"-{i:05d}-of-{n:05d}.rac"
-        archive = first_archive if i == k else Archive(FileAccess(part), limits)
-        if archive.header.get("shard") != [i, n]:
-            raise FormatError(f"is not shard {i} of {n}", file=part)
-        out.append(archive)
+    out = [first_archive]
+    try:
+        k, n = first_archive.header.get("shard", [1, 1])
+        match = _SHARD.search(name)
+        if n > 1 and (not match or (int(match[1]), int(match[2])) != (k, n)):
+            raise SourceError(f"is shard {k} of {n}; its name must end in -{k:05d}-of-{n:05d}.rac", file=name)
+        for i in range(1, n + 1):
+            if i != k and match:
+                part = name[: match.start()] + f"-{i:05d}-of-{n:05d}.rac"
+                out.append(Archive(FileAccess(part), limits))
+                if out[-1].header.get("shard") != [i, n]:
+                    raise FormatError(f"is not shard {i} of {n}", file=part)
+    except BaseException:
+        for archive in out:
+            archive.close()
+        raise
+    out.sort(key=lambda archive: archive.header.get("shard", [1, 1]))
     return out
 
 
@@ -86,16 +91,20 @@ class RacFile:
             self.archives = [Archive(path, limits)]
         self._tensors: dict[str, tuple[Archive, Entry]] = {}
         self._files: dict[str, tuple[Archive, Entry]] = {}
-        for archive in self.archives:
-            for name, entry in entries_by_name(archive.index).items():
-                if name in self._tensors:
-                    raise FormatError(f"tensor {name!r} is in two shards", file=archive.access.name)
-                self._tensors[name] = (archive, entry)
-            for entry in archive.index.entries:
-                if entry.type == RECORD_ATTACHMENT:
-                    if entry.name in self._files:
-                        raise FormatError(f"attachment {entry.name!r} is in two shards", file=archive.access.name)
-                    self._files[entry.name] = (archive, entry)
+        try:
+            for archive in self.archives:
+                for name, entry in entries_by_name(archive.index).items():
+                    if name in self._tensors:
+                        raise FormatError(f"tensor {name!r} is in two shards", file=archive.access.name)
+                    self._tensors[name] = (archive, entry)
+                for entry in archive.index.entries:
+                    if entry.type == RECORD_ATTACHMENT:
+                        if entry.name in self._files:
+                            raise FormatError(f"attachment {entry.name!r} is in two shards", file=archive.access.name)
+                        self._files[entry.name] = (archive, entry)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> RacFile:
         """The file itself."""
@@ -225,8 +234,11 @@ class Slice:
         """The part that `key` selects. IndexError as in numpy."""
         t, shape = self._tensor, self._shape
         key = key if isinstance(key, tuple) else (key,)
-        if Ellipsis in key:
-            i = key.index(Ellipsis)
+        dots = [i for i, k in enumerate(key) if k is Ellipsis]
+        if len(dots) > 1:
+            raise IndexError("an index can only have a single ellipsis")
+        if dots:
+            i = dots[0]
             key = (*key[:i], *(slice(None) for _ in range(len(shape) - len(key) + 1)), *key[i + 1 :])
         if len(key) > len(shape):
             raise IndexError(f"{len(key)} indices for a tensor of {len(shape)} dimensions")
@@ -242,17 +254,19 @@ class Slice:
                 stop = inside.stop - low if len(inside) and inside.stop >= low else None
                 rest.append(slice(inside.start - low, stop, inside.step) if len(inside) else slice(0, 0))
             else:
-                i = k.__index__()
+                if isinstance(k, bool):
+                    raise IndexError("masks are not supported; load the tensor and index that")
+                i = operator.index(k)  # TypeError for anything else
                 if not -n <= i < n:
                     raise IndexError(f"index {i} is out of range for dimension of {n}")
                 box.append((i % n, i % n + 1))
                 rest.append(0)
         words = self._read(box)
         flat = np.ascontiguousarray(words[tuple(rest)])
-        out_shape = flat.shape[:-1]
-        if t.dtype == "F4":
-            out_shape = (*out_shape[:-1], 2 * out_shape[-1]) if out_shape else (2,)
-        return fw.to_framework(flat, t.dtype, out_shape, self._framework, self._device)
+        if t.dtype != "F4":
+            return fw.to_framework(flat, t.dtype, flat.shape[:-1], self._framework, self._device)
+        packed = fw.to_framework(flat, t.dtype, (2 * flat.size,), self._framework, self._device)
+        return packed.reshape(flat.shape[:-1])
 
     def _read(self, box: list[tuple[int, int]]) -> Array:
         """Words of the box, with one more dimension for the words of an element."""

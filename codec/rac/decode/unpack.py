@@ -144,6 +144,8 @@ def _plan_safetensors(path: str, rows: list[tuple[str, Entry]], metadata: dict[s
     head: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, e in rows:
+        if name == "__metadata__":
+            raise OutputError("a tensor has the name '__metadata__', which safetensors keeps for itself", file=path)
         out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
         head[name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + _size(e)]}
         at += _size(e)

@@ -438,10 +438,11 @@ def _classes(
 
     rows = cols = None
     kr = kc = 1
-    can_rows = level.row_classes > 1 and r >= 16 and symbols.size >= 8192
+    enough = min(r, c) >= 16 and symbols.size >= 8192
+    can_rows = level.row_classes > 1 and enough
     if can_rows:
         rows, kr = cluster(of_rows, r, 1, level.row_classes)
-    if level.col_classes > 1 and c >= 16 and symbols.size >= 8192:
+    if level.col_classes > 1 and enough:
         cols, kc = cluster(of_cols, c, kr, level.col_classes)
         if level.again and kc > 1 and can_rows:
             rows, kr = cluster(of_rows, r, kc, level.row_classes)

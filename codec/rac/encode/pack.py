@@ -6,6 +6,7 @@ the rest (reading, counting, sorting, bit planes, checksums) runs outside the lo
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,9 @@ from rac.encode import ties
 from rac.encode.analyse import LEVELS, Level, Plan, analyse
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.encode.tile import TileEncoder
-from rac.errors import OutputError
+from rac.errors import OutputError, SourceError
 from rac.quantize import lossless as ll
+from rac.records import Limits
 from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
 
 WINDOW = 64 << 20
@@ -105,6 +107,9 @@ def pack_source(
     if lanes is not None and not 1 <= lanes <= ll.MAX_LANES:
         raise ValueError(f"lanes must be 1..{ll.MAX_LANES}")
     effort = LEVELS[level] if lanes is None else replace(LEVELS[level], lanes=lanes, fixed=True)
+    for t in source.tensors:
+        if len(t.shape) > Limits().rank or math.prod(max(1, n) for n in t.shape) > 1 << 59:
+            raise SourceError(f"tensor {t.name!r} has a shape that no reader takes")
     groups = ties.find(source.tensors)
     shards = _shards(groups, shard_size)
     path = os.fspath(out)
@@ -118,6 +123,8 @@ def pack_source(
         "source": source.kind,
         "tool": f"rac-codec {VERSION}",
     }
+    if lanes is not None:
+        provenance["lanes"] = lanes
     if settings and any(settings.values()):
         provenance |= settings
     if source.kind == "gguf" and any(g.aliases for g in groups):
@@ -127,9 +134,14 @@ def pack_source(
         header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
         if len(shards) > 1:
             header["shard"] = [i + 1, len(shards)]
-        if resume and len(shards) > 1 and os.path.exists(name):
-            continue  # a shard under its final name is whole
         files = source.attachments if i == 0 else ()
+        if resume and len(shards) > 1 and os.path.exists(name):
+            found = rs.scan(name, header, files, shard)
+            if found and len(found.entries) == len(files) + len(shard):
+                resumed += len(shard)
+                for group in shard if progress else ():
+                    progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))  # type: ignore[misc]
+                continue
         resumed += _write(name, header, files, shard, effort, threads_of(jobs), resume, force, progress)
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
     tied: dict[int, bool] = {}
     by_tie: dict[int, int] = {}
     same: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    uses: Counter[int | None] = Counter(t.tie for t in tensors if t.tie is not None)
     for i, t in enumerate(tensors):
         if t.tie is not None and t.tie in by_tie:
             owner[i], tied[i] = by_tie[t.tie], True
@@ -61,15 +63,14 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
             first: dict[bytes, int] = {}
             for i in close if len(close) > 1 else []:
                 j = first.setdefault(digest(tensors[i]), i)
-                if j != i:
+                # A duplicate that others are tied to keeps a record, or they could not be tied again.
+                if j != i and uses.get(tensors[i].tie, 0) < 2:
                     owner[i], tied[i] = j, False
     aliases: dict[int, list[tuple[str, bool]]] = {}
     others: dict[int, dict[str, Any]] = {}
     for i in sorted(owner):
-        root, is_tied = owner[i], tied[i]
-        while root in owner:  # a tie of a duplicate is a duplicate of the first
-            root, is_tied = owner[root], False
-        aliases.setdefault(root, []).append((tensors[i].name, is_tied))
+        root = owner[i]
+        aliases.setdefault(root, []).append((tensors[i].name, tied[i]))
         if tensors[i].extra != tensors[root].extra:
             others.setdefault(root, {})[tensors[i].name] = tensors[i].extra or {}
     return [

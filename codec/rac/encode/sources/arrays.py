@@ -38,7 +38,10 @@ def _array(value: Any) -> tuple[str, tuple[int, ...], tuple[Any, ...] | None, ND
         order, shape = "=", tuple(value.shape)
         dtype = _dtype(str(value.dtype).removeprefix("torch."))
         plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        raw = plain.reshape(-1).view(torch.uint8).numpy()
+        flat = plain.reshape(-1)
+        if flat.numel() == 1:  # may still have the stride of what it was cut out of
+            flat = flat.as_strided((1,), (1,))
+        raw = flat.view(torch.uint8).numpy()
         lazy = (value.is_conj(), value.is_neg())
         identity = (dtype, shape, value.stride(), str(value.device), value.data_ptr(), *lazy)
     else:
@@ -61,6 +64,9 @@ def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None =
     Raises:
         SourceError: A name or a value cannot be stored.
     """
+    for key, text in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise SourceError(f"metadata maps text to text, not {key!r} to {text!r}")
     items = list(tensors.items())  # all alive at once, so that equal addresses are one memory
     arrays = []
     for name, value in items:

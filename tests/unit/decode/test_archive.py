@@ -1,0 +1,134 @@
+"""The reading side of the public interface."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+
+import rac
+from rac.container.access import BytesAccess, FileAccess
+from rac.container.reader import Archive
+from rac.encode.pack import pack_source
+from rac.encode.sources import Attachment, Source, from_arrays
+
+A = np.arange(35.0).reshape(5, 7)
+
+
+@pytest.fixture
+def path(tmp_path):
+    rac.save_file({"a": A, "b": np.array(3, np.int8)}, tmp_path / "m.rac", {"k": "v"})
+    return tmp_path / "m.rac"
+
+
+def test_it_is_used_like_safetensors(path):
+    with rac.open(path, framework="np", device="cpu") as f:
+        assert f.keys() == ["a", "b"]
+        assert f.metadata() == {"k": "v"}
+        assert (f.get_tensor("a") == A).all()
+        part = f.get_slice("a")
+        assert (part.get_shape(), part.get_dtype()) == ([5, 7], "F64")
+        assert (part[1:3, ::2] == A[1:3, ::2]).all()
+        f.metadata()["k"] = "w"
+        assert f.metadata() == {"k": "v"}
+    with rac.open(str(path)) as f:
+        assert f.get_tensor("b")[()] == 3
+
+
+def test_results_are_writable_and_apart(path):
+    with rac.open(path) as f:
+        first, second, part = f.get_tensor("a"), f.get_tensor("a"), f.get_slice("a")[:]
+        for array in (first, second, part):
+            array[0, 0] = 99
+            assert array.flags.c_contiguous
+        assert f.get_tensor("a")[0, 0] == 0
+
+
+def test_names_that_are_not_there(path):
+    with rac.open(path) as f:
+        for call, what in ((f.get_tensor, "tensor"), (f.get_slice, "tensor"), (f.attachment, "attachment")):
+            with pytest.raises(rac.NameNotFoundError, match=f"holds no {what} 'zz'") as e:
+                call("zz")
+            assert isinstance(e.value, KeyError)
+            assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "key", [None, 1.5, "x", [0, 1], np.array([0, 1]), (Ellipsis, Ellipsis), (0, 0, 0), 5, -6, (0, 7)]
+)
+def test_indices_that_are_refused(path, key):
+    """As in numpy, for what a slice does not offer: IndexError or TypeError."""
+    with rac.open(path) as f, pytest.raises((IndexError, TypeError)):
+        f.get_slice("a")[key]
+
+
+def test_a_step_of_zero(path):
+    with rac.open(path) as f, pytest.raises(ValueError, match="zero"):
+        f.get_slice("a")[::0]
+
+
+def test_arguments_that_are_refused(path):
+    for kwargs, match in (({"framework": "tf"}, "'tf'"), ({"device": "cuda"}, "CPU"), ({"threads": 0}, "at least 1")):
+        with pytest.raises(ValueError, match=match):
+            rac.open(path, **kwargs)
+
+
+def test_attachments(tmp_path):
+    files = (Attachment("config.json", b"{}"), Attachment("a", b""), Attachment("long", b"x" * 100_000))
+    pack_source(Source("hf", from_arrays({"a": A}).tensors, files, {}), tmp_path / "m.rac")
+    data = (tmp_path / "m.rac").read_bytes()
+    with rac.open(BytesAccess(data)) as f:
+        assert f.attachments() == ["config.json", "a", "long"]
+        assert [f.attachment(n) for n in f.attachments()] == [b"{}", b"", b"x" * 100_000]
+        assert f.keys() == ["a"]
+    assert [n for n, _ in rac.iter_tensors(io.BytesIO(data))] == ["a"]
+
+
+def test_bytes_of_all_kinds(path):
+    data = path.read_bytes()
+    for kind in (bytes, bytearray, memoryview):
+        assert (rac.load(kind(data))["a"] == A).all()
+
+
+def test_shards_that_do_not_fit(tmp_path):
+    src = from_arrays({"a": A, "b": A + 1, "c": A + 2})
+    done = pack_source(src, tmp_path / "m.rac", shard_size=300)
+    assert len(done.paths) == 3
+    one, two, three = (tmp_path / f"m-0000{i}-of-00003.rac" for i in (1, 2, 3))
+    assert sorted(rac.load_file(two)) == ["a", "b", "c"]
+    assert list(rac.load(two.read_bytes())) == ["b"]  # the bytes of one shard are an archive by themselves
+    data = three.read_bytes()
+    three.unlink()
+    with pytest.raises(rac.SourceError, match="No such file"):
+        rac.load_file(one)
+    three.write_bytes(two.read_bytes())
+    with pytest.raises(rac.FormatError, match="is not shard 3 of 3"):
+        rac.load_file(one)
+    three.write_bytes(data)
+    other = tmp_path / "renamed.rac"
+    one.rename(other)
+    with pytest.raises(rac.SourceError, match="must end in -00001-of-00003.rac"):
+        rac.load_file(other)
+
+
+def test_errors_name_file_unit_and_offset(path):
+    data = bytearray(path.read_bytes())
+    archive = Archive(FileAccess(path))
+    payload = archive.record(archive.index.entries[0]).payload
+    data[payload + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(rac.ChecksumError) as e:
+        rac.load_file(path)
+    assert (e.value.file, e.value.unit) == (str(path), "'a' unit 0")
+    assert str(e.value) == f"checksum does not match [{path}, 'a' unit 0, offset {payload}]"
+
+
+def test_a_stream_is_whole_when_it_is_exhausted(path):
+    data = path.read_bytes()
+    for end in (len(data) - 1, len(data) - 32, len(data) - 100):
+        stream = rac.iter_tensors(io.BytesIO(data[:end]))
+        assert next(stream)[0] == "a"
+        assert next(stream)[0] == "b"
+        with pytest.raises(rac.TruncatedError):
+            next(stream)

@@ -1,0 +1,61 @@
+"""Archives back to files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import rac
+
+st = pytest.importorskip("safetensors.numpy")
+A = np.arange(12.0).reshape(3, 4)
+
+
+def test_order_and_ties(tmp_path):
+    rac.save_file({"z": A, "a": A + 1, "tied": A}, tmp_path / "m.rac", {"k": "v"})
+    (path,) = rac.unpack(tmp_path / "m.rac", tmp_path / "out.safetensors")
+    got = st.load_file(path)
+    assert {n: t.tobytes() for n, t in got.items()} == {
+        n: t.tobytes() for n, t in (("z", A), ("a", A + 1), ("tied", A))
+    }
+    raw = (tmp_path / "out.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    assert json.loads(raw[8 : 8 + size])["__metadata__"] == {"k": "v"}
+    assert size % 8 == 0
+
+
+def test_every_dtype(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    kinds = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e8m0fnu float4_e2m1fn_x2 complex64 int64"
+    tensors = {
+        k: torch.arange(64, dtype=torch.uint8).repeat(2).view(getattr(torch, k)).reshape(2, -1).clone()
+        for k in kinds.split()
+    }
+    rac.save_file(tensors, tmp_path / "m.rac")
+    rac.unpack(tmp_path / "m.rac", tmp_path / "m.safetensors")
+    got = load_file(tmp_path / "m.safetensors")
+    for name, tensor in tensors.items():
+        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape)
+        assert got[name].view(torch.uint8).tolist() == tensor.view(torch.uint8).tolist()
+
+
+def test_nothing_and_empty_tensors(tmp_path):
+    rac.save_file({}, tmp_path / "m.rac")
+    (path,) = rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+    assert st.load_file(path) == {}
+    rac.save_file({"none": np.zeros((0, 5)), "one": np.array(7)}, tmp_path / "m.rac")
+    rac.unpack(tmp_path / "m.rac", tmp_path / "out", force=True)
+    got = st.load_file(path)
+    assert (got["none"].shape, got["one"].tolist()) == ((0, 5), 7)
+
+
+def test_a_name_that_safetensors_keeps_for_itself(tmp_path):
+    """Such a tensor cannot stand in a safetensors file: an error, and no file that nothing can read."""
+    rac.save_file({"__metadata__": A}, tmp_path / "m.rac")
+    with pytest.raises(rac.RacError):
+        rac.unpack(tmp_path / "m.rac", tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()

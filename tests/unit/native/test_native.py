@@ -1,0 +1,223 @@
+"""Each C kernel against its twin in numpy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rac import native
+from rac.encode import classes as cl
+from rac.encode.analyse import gather
+from rac.quantize import lossless as ll
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Calls a function with the C kernels and without: both results."""
+    assert native.library() is not None
+
+    def call(function):
+        fast = function()
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "library", lambda: None)
+            slow = function()
+        return fast, slow
+
+    return call
+
+
+def words(seed, word, *shape):
+    rng = np.random.default_rng(seed)
+    out = np.frombuffer(rng.bytes(word * int(np.prod(shape))), f"<u{word}").reshape(shape)
+    return out >> np.array(rng.integers(0, 8 * word), out.dtype)
+
+
+@pytest.mark.parametrize("word", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [0, 1, 63, 1000])
+def test_scan(both, word, n):
+    data = words(n, word, n)
+    bits = 8 * word
+    for signed in (0, 1):
+        shift, mask = max(0, bits - signed - 16), (1 << (bits - signed)) - 1
+
+        def run(shift=shift, mask=mask):
+            hist = np.full(65536, 3, np.uint32)
+            return native.scan(data, mask, shift, hist), hist
+
+        (a, hist_a), (b, hist_b) = both(run)
+        assert a == b == int(np.bitwise_or.reduce(data, initial=0))
+        assert (hist_a == hist_b).all()
+        assert int(hist_a.sum()) == 3 * 65536 + n
+
+
+@pytest.mark.parametrize("word", [1, 2, 4, 8])
+def test_symbols(both, word):
+    rng = np.random.default_rng(word)
+    lut = rng.integers(0, 256, 65536).astype(np.uint8)
+    data = words(5, word, 37, 41)
+    for zero, sign, shift in ((0, 0, 0), (0, 1, 1), (2, 1, 3), (1, 0, 4)):
+        shift = max(shift, 8 * word - zero - sign - 16)
+        fast, slow = both(lambda z=zero, s=sign, f=shift: native.symbols(data, z, s, f, lut))
+        assert (fast == slow).all()
+        v = data.astype(object)
+        tops = ((v >> zero) % (1 << (8 * word - zero - sign))) >> shift
+        assert (fast == lut[tops.astype(np.int64)]).all()
+
+
+@pytest.mark.parametrize("keys", ["none", "rows", "cols", "both"])
+def test_histogram(both, keys):
+    rng = np.random.default_rng(0)
+    sym = rng.integers(0, 9, (33, 20)).astype(np.uint8)
+    row = rng.integers(0, 5, 33).astype(np.int32) * 3 if keys in ("rows", "both") else None
+    col = rng.integers(0, 3, 20).astype(np.int32) if keys in ("cols", "both") else None
+    fast, slow = both(lambda: native.histogram(sym, row, col, 15, 9))
+    assert (fast.dtype, fast.shape) == (np.uint32, (15, 9))
+    assert (fast == slow).all()
+    assert int(fast.sum()) == sym.size
+    if keys == "both":
+        assert fast[row[4] + col[7], sym[4, 7]] > 0
+
+
+SEGMENTS = np.array([[7, 0], [64, 2], [1, 3], [33, 5]], np.int64)
+SYMBOLS = np.random.default_rng(1).integers(0, 16, 105).astype(np.uint8)
+
+
+def test_count_and_find(both):
+    def count():
+        out = np.ones((6, 16), np.uint32)
+        native.count_segments(SYMBOLS, SEGMENTS, out)
+        return out
+
+    fast, slow = both(count)
+    assert (fast == slow).all()
+    assert fast.sum(1).tolist() == [16 + 7, 16, 16 + 64, 16 + 1, 16, 16 + 33]
+    flags = np.random.default_rng(2).random((6, 256)) < 0.3
+    fast, slow = both(lambda: native.find(SYMBOLS, SEGMENTS, flags))
+    table = np.repeat(SEGMENTS[:, 1], SEGMENTS[:, 0])
+    assert fast.tolist() == slow.tolist() == [i for i in range(105) if flags[table[i], SYMBOLS[i]]]
+    none = np.zeros((6, 256), np.bool_)
+    assert [x.tolist() for x in both(lambda: native.find(SYMBOLS, SEGMENTS, none))] == [[], []]
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 32, 200])
+def test_to_lanes(both, lanes):
+    index = np.random.default_rng(3).permuted(np.tile(np.arange(256, dtype=np.uint8), (6, 1)), axis=1)
+    steps = ll.lane_steps_all(SEGMENTS, lanes).sum(1)
+    start = np.cumsum(steps) - steps
+    fast, slow = both(lambda: native.to_lanes(SYMBOLS, lanes, SEGMENTS, start, index))
+    assert fast.dtype == np.int32
+    assert (fast == slow).all()
+    at, expected = 0, [[] for _ in range(lanes)]
+    for n, table in SEGMENTS.tolist():
+        for i in range(n):
+            expected[i % lanes].append(int(index[table, SYMBOLS[at + i]]))
+        at += n
+    assert fast.tolist() == sum(expected, [])
+
+
+def test_pair(both):
+    sizes = np.array([7, 64, 1, 33], np.int64)
+    table = np.random.default_rng(4).permutation(256).astype(np.uint8)
+    fast, slow = both(lambda: native.pair(SYMBOLS, sizes, table))
+    assert (fast == slow).all()
+    expected, at = [], 0
+    for n in sizes.tolist():
+        part = [*SYMBOLS[at : at + n].tolist(), 0]
+        expected += [int(table[part[i] + 16 * part[i + 1]]) for i in range(0, n, 2)]
+        at += n
+    assert fast.tolist() == expected
+
+
+@pytest.mark.parametrize("word", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [1, 7, 8, 129])
+def test_planes(both, word, n):
+    data = words(n, word, n)
+    bits = 8 * word
+    for zero, sign, shift in (
+        (0, True, bits - 2),
+        (0, False, bits - 1),
+        (1, True, bits // 2),
+        (0, True, 0),
+        (3, False, 1),
+    ):
+        p = ll.Lanes(1, 1, zero, sign, shift, (0, 2), (), 1, 0, 1, 1, (0, 0, 0))
+        sizes, total = [], 0
+        for (b, low), size in zip(p.planes(), ll.plane_sizes(n, p), strict=True):
+            sizes.append((b, low, total))
+            total += ll.up16(size)
+        fast, slow = both(lambda args=(data, zero, sign, shift, sizes, total): native.planes(*args))
+        assert fast.tobytes() == slow.tobytes()
+        views = [memoryview(fast.tobytes())[a : a + k] for (*_, a), k in zip(sizes, ll.plane_sizes(n, p), strict=True)]
+        v = data.astype(np.uint64) >> np.uint64(zero)
+        expected = v & np.uint64((1 << shift) - 1)
+        if sign:
+            expected |= v >> np.uint64(bits - zero - 1) << np.uint64(shift)
+        assert (ll.unpack_planes(views, n, p) == expected).all()
+
+
+@pytest.mark.parametrize("word", [1, 2, 4, 8])
+def test_gather(both, word):
+    rng = np.random.default_rng(word)
+    rows, cols = rng.integers(0, 4, 30).astype(np.uint8), rng.integers(0, 3, 50).astype(np.uint8)
+    table = rng.integers(0, 5, (4, 3)).astype(np.uint8)
+    tile = words(6, word, 30, 80)[:, 10:60]
+    for r, c in ((rows, cols), (None, cols), (rows, None), (None, None)):
+        t = table[: 1 if r is None else 4, : 1 if c is None else 3]
+        p = ll.Lanes(1, 1, 0, False, 0, (0, 2), (), 5, 0, *t.shape, (0, 0, 0))
+        order = ll.order(p, r, c, 30, 50, t)
+        fast, slow = both(lambda order=order: gather(order, tile))
+        assert fast.dtype == slow.dtype == tile.dtype
+        assert (fast == slow).all()
+        assert sorted(fast.tolist()) == sorted(tile.ravel().tolist())
+
+
+def test_sum_classes(both):
+    rng = np.random.default_rng(0)
+    hist, classes = rng.integers(0, 1 << 32, (50, 2, 9), np.uint32), rng.integers(0, 4, 50).astype(np.uint8)
+    fast, slow = both(lambda: cl._sum(hist, classes, 6))
+    assert (fast == slow).all()
+    assert all((fast[k] == hist[classes == k].sum(0, dtype=np.int64)).all() for k in range(6))
+
+
+def test_log2(both):
+    n = np.concatenate([np.arange(70_000), 1 << np.arange(53), (1 << np.arange(1, 53)) - 1])
+    fast, slow = both(lambda: cl.log2(n))
+    assert (fast == slow).all()
+
+
+def test_code_length(both):
+    rng = np.random.default_rng(0)
+    for shape in ((4, 9), (3, 2, 16), (1, 1), (2, 256)):
+        counts = (rng.pareto(0.4, shape).clip(0, 1e9)).astype(np.int64) * (rng.random(shape) < 0.8)
+        for weight in (1, 7):
+            fast, slow = both(lambda c=counts, w=weight: cl.code_length(c, w))
+            assert fast.shape == shape[:-1]
+            assert (fast == slow).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_join(both, seed):
+    rng = np.random.default_rng(seed)
+    k, g, s = (int(rng.integers(1, n)) for n in (17, 4, 20))
+    agg = (rng.pareto(0.6, (k, g, s)) * 20).clip(0, 1e8).astype(np.int64)
+    agg[rng.random(k) < 0.2] = 0
+    members = rng.integers(0, 1000, k)
+    for m, weight in ((None, 1), (members, 1), (members, 12)):
+        fast, slow = both(lambda m=m, w=weight: cl.join(agg.copy(), m, w))
+        assert fast.tolist() == slow.tolist()
+        assert set(fast.tolist()) == set(range(int(fast.max()) + 1))
+
+
+def test_which_kernel():
+    assert native.kernel().startswith("C")
+    code = "from rac import native; print(native.kernel())"
+    for setting, expected in (("1", "numba"), ("", native.kernel())):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            capture_output=True, text=True, check=True, env={**os.environ, "RAC_NO_NATIVE": setting},
+        )  # fmt: skip
+        assert (done.stdout.strip(), done.stderr) == (expected, "")
