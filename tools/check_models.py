@@ -77,7 +77,8 @@ def same_tensors(a: Path, b: Path) -> bool:
         import torch
 
         return all(
-            torch.equal(f.get_tensor(n).view(torch.uint8), g.get_tensor(n).view(torch.uint8)) for n in f.keys()  # noqa: SIM118
+            torch.equal(f.get_tensor(n).view(torch.uint8), g.get_tensor(n).view(torch.uint8))
+            for n in f.keys()  # noqa: SIM118
         )
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from rac.container import zstd
 
-Bits = list[int]
-
 
 @dataclass
 class Lanes:
@@ -25,6 +23,9 @@ class Lanes:
     order: int = -2
     row_class: list[int] | None = None
     col_class: list[int] | None = None
+    rows: int = 0
+    """Row classes; 0: as many as are used."""
+    cols: int = 0
     class_map: list[int] | None = None
     """Table of each class pair; one table each where absent."""
     tables: list[list[int]] | None = None
@@ -48,7 +49,7 @@ class Lanes:
         if self.per == 1:
             return [(s,) for s in range(self.base)]
         e, b = self.plain, self.base
-        inner = [(x, y) for y in range(e) for x in range(e)]
+        inner: list[tuple[int, ...]] = [(x, y) for y in range(e) for x in range(e)]
         return inner + [(x, y) for y in range(b) for x in range(b) if x >= e or y >= e]
 
     def symbol(self, top: int) -> tuple[int, int | None]:
@@ -143,9 +144,7 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
     """Stage map, units and index parts of a matrix of words."""
     row_class = p.row_class or [0] * rows
     col_class = p.col_class or [0] * cols
-    kr, kc = max(row_class) + 1, max(col_class) + 1
-    if p.class_map is not None and p.row_class and p.col_class is None:
-        kr = len(p.class_map)
+    kr, kc = p.rows or max(row_class) + 1, p.cols or max(col_class) + 1
     class_map = p.class_map or list(range(kr * kc))
     if len(class_map) != kr * kc:
         raise ValueError("class map has another size")
@@ -159,9 +158,7 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
             segments: dict[int, list[tuple[int, int]]] = {}
             places = [(y, x) for y in range(r0, min(rows, r0 + tr)) for x in range(c0, min(cols, c0 + tc))]
             blocks = [row_class[y] * kc + col_class[x] for y, x in places]
-            for _, _, y, x in sorted(
-                (class_map[b], b, y, x) for b, (y, x) in zip(blocks, places, strict=True)
-            ):
+            for _, _, y, x in sorted((class_map[b], b, y, x) for b, (y, x) in zip(blocks, places, strict=True)):
                 segments.setdefault(class_map[row_class[y] * kc + col_class[x]], []).append((y, x))
             coded: dict[int, list[int]] = {}
             escapes, raw = bytearray(), []
@@ -189,7 +186,10 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
     def classes(values: list[int] | None) -> bytes:
         if values is None:
             return b""
-        return zstd.compress(bytes(values)) if p.small_classes else bytes(values)
+        packed = zstd.compress(bytes(values)) if p.small_classes else bytes(values)
+        if p.small_classes and len(packed) == len(values):
+            raise ValueError("the frame would be taken for the classes themselves")
+        return packed
 
     sections = [table_code(tables, p.order), classes(p.row_class), classes(p.col_class)]
     shared = b"".join(sections) + bytes(class_map)

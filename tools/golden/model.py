@@ -72,7 +72,8 @@ class Record:
             stages = map_.get("stages")
             row["name"] = map_.get("name", "")
             last = stages[-1] if isinstance(stages, list) and stages else None
-            row["method"] = last.get("id", "") if isinstance(last, dict) else ""
+            method = last.get("id") if isinstance(last, dict) else None
+            row["method"] = method if isinstance(method, str) else ""
             if self.type == TENSOR:
                 row |= {k: map_.get(k, d) for k, d in (("dtype", ""), ("shape", []), ("aliases", []))}
                 row["parts"] = list(self.parts or self.plain_parts())
@@ -112,6 +113,10 @@ class Archive:
     trailer_check: int | None = None
     end_magic: bytes = wire.END_MAGIC
     tail: bytes = b""
+
+    def __getitem__(self, name: str) -> Record:
+        """The record of that name."""
+        return next(r for r in self.records if isinstance(r.head, dict) and r.head.get("name") == name)
 
     def content_digest(self) -> bytes:
         """Container section 13."""

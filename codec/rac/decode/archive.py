@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rac.container import index as ix
 from rac.container import wire, zstd
 from rac.container.access import Access, BytesAccess, FileAccess, InFile
+from rac.container.access import read as access_read
 from rac.container.forward import Forward, Readable, entries_by_name
 from rac.container.reader import Archive
 from rac.decode import frameworks as fw
@@ -137,11 +138,10 @@ class RacFile:
         record = archive.record(entry)
         with InFile(archive.access.name, repr(name)):
             units = attachment_units(record, archive.limits)
-            data = bytearray(units[0].size)
-            if record.payload + units[0].size > archive.access.size:
-                raise FormatError("unit lies outside the file", offset=record.payload)
-            archive.access.read_into(record.payload, memoryview(data))
-            return attachment_bytes(record, bytes(data))
+            data = access_read(archive.access, record.payload, record.end - record.payload)
+            if any(data[units[0].size :]):
+                raise FormatError("padding is not zero", offset=record.payload + units[0].size)
+            return attachment_bytes(record, data[: units[0].size])
 
     def _find(self, where: dict[str, tuple[Archive, Entry]], name: str, what: str) -> tuple[Archive, Entry]:
         if name not in where:
@@ -261,15 +261,14 @@ class Slice:
                     raise IndexError(f"index {i} is out of range for dimension of {n}")
                 box.append((i % n, i % n + 1))
                 rest.append(0)
-        words = self._read(box)
-        flat = np.ascontiguousarray(words[tuple(rest)])
+        found = self._read(box)[tuple(rest)]
+        part, shape = np.ascontiguousarray(found).reshape(-1), np.shape(found)
         if t.dtype != "F4":
-            return fw.to_framework(flat, t.dtype, flat.shape[:-1], self._framework, self._device)
-        packed = fw.to_framework(flat, t.dtype, (2 * flat.size,), self._framework, self._device)
-        return packed.reshape(flat.shape[:-1])
+            return fw.to_framework(part, t.dtype, shape, self._framework, self._device)
+        return fw.to_framework(part, t.dtype, (2 * part.size,), self._framework, self._device).reshape(shape)
 
     def _read(self, box: list[tuple[int, int]]) -> Array:
-        """Words of the box, with one more dimension for the words of an element."""
+        """Elements of the box, as unsigned integers or, for C64, as complex numbers."""
         t, shape, axis = self._tensor, list(self._shape), self._tensor.axis
         r0, r1, c0, c1 = 0, t.grid.rows, 0, t.grid.cols
         whole = [(0, n) for n in shape]
@@ -282,9 +281,10 @@ class Slice:
                 inner = t.grid.cols // shape[axis]
                 c0, c1 = box[axis][0] * inner, box[axis][1] * inner
                 whole[axis] = box[axis]
-        words = self._tiles(r0, r1, c0, c1)
-        got = [b - a for a, b in whole]
-        view = words.reshape(*got, -1) if t.grid.rows * t.grid.cols and words.size else np.empty((*got, 1), words.dtype)
+        words = self._tiles(r0, r1, c0, c1).reshape(-1)
+        if t.dtype == "C64":
+            words = words.view("<c8")
+        view = words.reshape([b - a for a, b in whole])
         cut = tuple(slice(None) if w == b else slice(*b) for w, b in zip(whole, box, strict=True))
         return view[cut]
 
@@ -342,7 +342,11 @@ def iter_tensors(
     """
     fw.check(framework, device)
     forward = Forward(stream, getattr(stream, "name", "<stream>") or "<stream>", limits)
-    for t, words, _ in forward_tensors(forward):
+
+    def attachment(record: Record) -> None:
+        forward_attachment(forward, record)
+
+    for t, words, _ in forward_tensors(forward, attachment):
         out: dict[str, Any] = {}
         with_aliases(t, words, framework, device, out)
         del words
@@ -359,6 +363,13 @@ def forward_tensors(
                 yield forward_tensor(forward, record, reference)
         elif other:
             other(record)
+
+
+def forward_attachment(forward: Forward, record: Record) -> bytes:
+    """Content of the attachment that the stream stands at."""
+    with InFile(str(forward.name), repr(record.head.get("name"))):
+        unit = attachment_units(record, forward.limits)[0]
+        return attachment_bytes(record, forward.unit(unit, record, forward.limits.attachment, "attachment"))
 
 
 def forward_tensor(

@@ -98,7 +98,7 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     pos = np.flatnonzero(base >= p.first_escape)
     if len(pos) != len(tile.escapes):
         raise FormatError(native.TILE_ERRORS[5])
-    tops[pos] = s.bases[base[pos] - p.first_escape].astype(np.uint64) + tile.escapes
+    tops[pos] = s.bases[base[pos].astype(np.int64) - p.first_escape].astype(np.uint64) + tile.escapes
     if len(pos) and int(tops[pos].max()) >= limit:
         raise FormatError(native.TILE_ERRORS[6])
     sizes = ll.plane_sizes(h * w, p)

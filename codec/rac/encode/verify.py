@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from rac.container import msg, zstd
-from rac.container.access import InFile
 from rac.container.forward import Forward, entries_by_name
 from rac.decode import tensor as tn
-from rac.decode.archive import attachment_bytes, attachment_units, forward_tensors, open_archives
+from rac.decode.archive import forward_attachment, forward_tensors, open_archives
 from rac.encode import ties
 from rac.encode.sources import open_source
 from rac.errors import ChecksumError, FormatError, MismatchError, SourceError
@@ -83,15 +82,17 @@ def _one(f: BinaryIO, name: str, seen: _Seen, progress: Progress | None) -> dict
     parts: dict[str, tuple[int, ...]] = {}
 
     def attachment(record: Record) -> None:
-        with InFile(name, repr(record.head.get("name"))):
-            unit = attachment_units(record, forward.limits)[0]
-            data = attachment_bytes(record, forward.unit(unit, record, forward.limits.attachment, "attachment"))
-            seen.files[record.head["name"]] = zstd.digest(data)
+        data = forward_attachment(forward, record)
+        if record.head["name"] in seen.files:
+            raise FormatError("attachment is there twice", file=name, unit=repr(record.head["name"]), offset=record.at)
+        seen.files[record.head["name"]] = zstd.digest(data)
 
     for t, words, of_kind in forward_tensors(forward, attachment):
         tn.check_digest(t, words)
         parts[t.name] = of_kind
         for n in (t.name, *(a for a, _ in t.aliases)):
+            if n in seen.tensors:
+                raise FormatError("tensor is there twice", file=name, unit=repr(n), offset=t.record.at)
             seen.tensors[n] = (t.dtype, t.shape, t.digest)
             seen.extra[n] = tn.extra_of(t.extra, n)
             content.append([n, t.dtype, list(t.shape), t.digest])
