@@ -248,11 +248,11 @@ class Slice:
         for k, n in zip(key, shape, strict=True):
             if isinstance(k, slice):
                 inside = range(*k.indices(n))
-                low = min(inside, default=0)
-                box.append((low, max(inside, default=-1) + 1))
+                low, high = sorted((inside[0], inside[-1])) if inside else (0, -1)
+                box.append((low, high + 1))
                 # a negative step that ends at the first element has no stop to name
-                stop = inside.stop - low if len(inside) and inside.stop >= low else None
-                rest.append(slice(inside.start - low, stop, inside.step) if len(inside) else slice(0, 0))
+                stop = inside.stop - low if inside and inside.stop >= low else None
+                rest.append(slice(inside.start - low, stop, inside.step) if inside else slice(0, 0))
             else:
                 if isinstance(k, bool):
                     raise IndexError("masks are not supported; load the tensor and index that")
