@@ -31,7 +31,7 @@ def repaired(data: bytearray, rng: random.Random) -> None:
     head = entry.at + 32
     payload = entry.at + entry.size - (-(-entry.payload_size // 64) * 64)
     units = archive.record(entry).head.get("units", b"")
-    if units and entry.payload_size and rng.random() < 0.7:
+    if len(units) >= 16 and rng.random() < 0.7:
         k, at = rng.randrange(len(units) // 16), payload
         for i in range(k):
             size = struct.unpack_from("<Q", units, 16 * i)[0]
