@@ -200,6 +200,8 @@ def read_record(source: Input, limits: Limits) -> Record:
 
 def check_type(kind: int, flags: int) -> None:
     """Section 8."""
+    if flags & ~1:
+        raise UnsupportedError("RAC-REC-003: flags of a record")
     ancillary = bool(flags & 1)
     if kind in (TENSOR, ATTACHMENT, INDEX):
         if ancillary:

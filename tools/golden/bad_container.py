@@ -24,6 +24,7 @@ from golden.cases import (
     index_record,
     keep,
     record,
+    row,
     set_bytes,
 )
 from golden.model import DROP, Archive, Record
@@ -289,7 +290,14 @@ case(
     "REC-003",
     "A record that may be skipped has flag bit 1 set too.",
     skipped(flags=3),
-    seen="forward",
+)
+case("row-flag", UNSUPPORTED, "REC-003", "The row of a tensor has flag bit 1 set.", row(RAW, flags=2))
+case(
+    "row-skipped-flag",
+    UNSUPPORTED,
+    "REC-003",
+    "The row of a record to skip has flag bit 15 set.",
+    skipped(row={"flags": 1 << 15 | 1}),
 )
 case(
     "skipped-reserved",

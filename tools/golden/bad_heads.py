@@ -31,7 +31,7 @@ from golden.cases import (
     unit,
     zeros,
 )
-from golden.good import archive, tensor
+from golden.good import archive, attachment, frame, tensor
 from golden.model import DROP, Archive, Record
 from rac.container import msg, wire
 
@@ -217,6 +217,8 @@ case("attachment-key", UNSUPPORTED, "ATT-002", "A key that is not assigned.", he
 case("attachment-name", FORMAT, "ATT-003", "The name is binary.", head(CONFIG, name=b"config.json"))
 case("attachment-size-bool", FORMAT, "ATT-003", "`size` is true.", head(CONFIG, size=True))
 case("attachment-size-negative", FORMAT, "ATT-003", "`size` is -1.", head(CONFIG, size=-1))
+case("attachment-digest-15", FORMAT, "ATT-003", "The digest has 15 bytes.", head(CONFIG, digest=bytes(15)))
+case("attachment-digest-text", FORMAT, "ATT-003", "The digest is a text.", head(CONFIG, digest="0" * 16))
 case("attachment-units-two", FORMAT, "ATT-003", "Two units.", lambda a: a[CONFIG].units.append(b""))
 case("attachment-units-none", FORMAT, "ATT-003", "No unit.", both(record(CONFIG, units=[]), head(CONFIG, size=0)))
 case(
@@ -251,6 +253,28 @@ case(
     "ZST-003",
     "A single-segment frame of 2^27 + 1 zeros.",
     both(unit(TOKENS, 0, lambda u: zeros((1 << 27) + 1)), head(TOKENS, size=(1 << 27) + 1)),
+)
+
+
+def empty_frame(kind: int, block: bytes) -> Patch:
+    """An empty attachment whose frame has one block of that type and content."""
+    return only(replace(attachment("e", b"", "zstd/1"), units=[frame(b"", [(kind, block)])]))
+
+
+case("attachment-empty-data", FORMAT, "ZST-005", "An empty frame yields a byte.", empty_frame(0, b"a"))
+case(
+    "attachment-empty-block-3",
+    FORMAT,
+    "ZST-005",
+    "An empty frame, a block of type 3.",
+    empty_frame(3, b""),
+)
+case(
+    "attachment-empty-damaged",
+    FORMAT,
+    "ZST-005",
+    "An empty frame, a damaged block.",
+    empty_frame(2, b"\xff\xff\xff"),
 )
 
 # Index
@@ -446,6 +470,15 @@ def _hole(a: Archive) -> None:
 
 
 case("hole", FORMAT, "LAY-001", "64 zero bytes between two records, which the index knows of.", _hole)
+
+
+def _hole_alone(a: Archive) -> Archive:
+    out = archive()
+    out.header_pad = bytes(-(32 + len(msg.pack(out.header))) % 64 + 64)
+    return out
+
+
+case("hole-alone", FORMAT, "IDX-009", "Without records, 64 zero bytes between header and index.", _hole_alone)
 
 
 keep(CONFIG, RAW, ZSTD, TOKENS, LANES)

@@ -180,17 +180,21 @@ def _() -> Archive:
     return archive(*records)
 
 
-@good("zstd-frames", "Frames in unusual form: stored, RLE and several blocks, a window of 2^27, a frame checksum.")
+@good(
+    "zstd-frames",
+    "Frames in unusual form: stored, RLE and several blocks, a window of 2^27, Dictionary_ID 0, a frame checksum.",
+)
 def _() -> Archive:
     data = bytes(range(200)) * 2
     words = list(data)
-    t = [tensor(n, "U8", [400], words) for n in ("stored", "blocks", "window", "rle", "empty-block")]
+    t = [tensor(n, "U8", [400], words) for n in ("stored", "blocks", "window", "rle", "empty-block", "id-0")]
     frames = [
         frame(data, [(0, data)]),
         frame(data, [(0, data[:13]), (0, data[13:399]), (0, data[399:])]),
         frame(data, [(0, data)], window=17 << 3),
         frame(bytes(200), [(1, b"\xc8\x07")]),
         frame(data, [(0, data[:200]), (0, b""), (0, data[200:]), (0, b"")]),
+        b"\x28\xb5\x2f\xfd\xa1\0" + frame(data, [(0, data)])[5:],
     ]
     for r, f in zip(t, frames, strict=True):
         r.head["stages"], r.units = [{"id": "zstd/1"}], [f]
