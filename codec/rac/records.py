@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -91,4 +91,3 @@ class Index:
     at: int = 0
     size: int = 0
     header_size: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)

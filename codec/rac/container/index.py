@@ -43,6 +43,11 @@ def build(entries: list[Entry], digest: bytes) -> tuple[dict[str, Any], bytes]:
     return {"size": len(body), "units": wire.directory([unit])}, unit
 
 
+def content_digest(rows: list[list[Any]]) -> bytes:
+    """Digest of [name, dtype, shape, digest] of every name (format_spec/container.md, "Content digest")."""
+    return zstd.digest(msg.pack(sorted(rows, key=lambda row: row[0].encode())))
+
+
 def is_count(v: Any, most: int = 1 << 62) -> bool:
     """True for an int (not a bool) in 0..most."""
     return type(v) is int and 0 <= v <= most

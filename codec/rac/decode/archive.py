@@ -387,4 +387,4 @@ def forward_tensor(
             data = forward.unit(t.units[k], record, t.most(k), f"{t.name!r} unit {k}")
             dec.tile(i, np.frombuffer(data, np.uint8), out)
             heads.append(data[: t.lanes.directory] if t.lanes else b"")
-        return t, out, tn.parts(t, lambda i, _: heads[i])
+        return t, out, tn.parts(t.grid, t.lanes, [u.size for u in t.units], lambda i, _: heads[i])

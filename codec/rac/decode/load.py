@@ -61,15 +61,21 @@ def read_units(archive: Archive, t: tn.Tensor, first: int, last: int, strict: bo
         raise FormatError("unit lies outside the file", offset=at)
     buffer = np.empty(end - start, np.uint8)
     archive.access.read_into(at, buffer.data)
+    return _cut(buffer, t, first, last, strict)
+
+
+def _cut(buffer: Array, t: tn.Tensor, first: int, last: int, strict: bool) -> list[Array]:
+    """The units first..last - 1 out of bytes that begin with the first; `strict`: all between and behind are zeros."""
+    start = t.units[first].offset if first < last else 0
     out, stop = [], 0
-    for i in range(first, last):
-        a = t.units[i].offset - start
-        out.append(buffer[a : a + t.units[i].size])
+    for u in t.units[first:last]:
+        a = u.offset - start
+        out.append(buffer[a : a + u.size])
         if strict and buffer[stop:a].any():
-            raise FormatError("padding is not zero", offset=at + stop)
-        stop = a + t.units[i].size
+            raise FormatError("padding is not zero", offset=t.record.payload + start + stop)
+        stop = a + u.size
     if strict and buffer[stop:].any():
-        raise FormatError("padding is not zero", offset=at + stop)
+        raise FormatError("padding is not zero", offset=t.record.payload + start + stop)
     return out
 
 
@@ -143,14 +149,7 @@ def _start(
 
 
 def _small(t: tn.Tensor, payload: Array, out: Array, reference: bool) -> None:
-    end = 0
-    for u in t.units:
-        if payload[end : u.offset].any():
-            raise FormatError("padding is not zero", offset=t.record.payload + end)
-        end = u.offset + u.size
-    if payload[end:].any():
-        raise FormatError("padding is not zero", offset=t.record.payload + end)
-    cut = [payload[u.offset : u.offset + u.size] for u in t.units]
+    cut = _cut(payload, t, 0, len(t.units), strict=True)
     dec = tn.Decoder(t, cut[0].data if t.first else None, reference)
     for i in range(t.tiles):
         dec.tile(i, cut[i + t.first], out)

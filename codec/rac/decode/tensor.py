@@ -174,17 +174,16 @@ def check_digest(t: Tensor, matrix: Array) -> None:
         raise ChecksumError("the decoded tensor is not the one that was packed", unit=repr(t.name), offset=t.record.at)
 
 
-def parts(t: Tensor, first: Callable[[int, int], bytes]) -> tuple[int, ...]:
-    """Payload bytes by kind (records.PARTS); `first(i, size)` gives the first bytes of unit `i`."""
-    out = [0] * 6
-    for i, unit in enumerate(t.units):
-        if i < t.first:
-            out[0] += unit.size
-        elif t.lanes is None:
-            out[4] += unit.size
-        else:
-            r0, r1, c0, c1 = t.grid.box(i - t.first)
-            sizes = ll.tile_parts(first(i, t.lanes.directory), (r1 - r0) * (c1 - c0), t.lanes)
-            out[1:5] = [a + b for a, b in zip(out[1:5], sizes, strict=True)]
-    out[5] = t.record.payload_size - sum(out)
-    return tuple(out)
+def parts(
+    grid: ll.Grid, lanes: ll.Lanes | None, sizes: list[int], first: Callable[[int, int], bytes]
+) -> tuple[int, ...]:
+    """Payload bytes by kind (records.PARTS) of units of `sizes`; `first(i, n)` gives the first n bytes of unit i."""
+    if lanes is None:
+        out = [0, 0, 0, 0, sum(sizes)]
+    else:
+        out = [sizes[0], 0, 0, 0, 0]
+        for i in range(1, len(sizes)):
+            r0, r1, c0, c1 = grid.box(i - 1)
+            of_tile = ll.tile_parts(first(i, lanes.directory), (r1 - r0) * (c1 - c0), lanes)
+            out[1:] = [a + b for a, b in zip(out[1:], of_tile, strict=True)]
+    return (*out, sum(map(ll.up16, sizes)) - sum(out))

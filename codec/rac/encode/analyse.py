@@ -189,12 +189,10 @@ def _zstd_estimate(sample: Array, grid: ll.Grid, level: Level) -> int:
 def _plane_estimate(sample: Array, grid: ll.Grid, p: ll.Lanes, level: Level) -> int:
     """Bytes of the raw planes of the whole tensor, compressed where that pays."""
     n, size = sample.size, 0
-    at = [(bits, low, 0) for bits, low in p.planes()]
-    for place, plain in zip(at, ll.plane_sizes(n, p), strict=True):
-        if p.packed:
-            shift = p.zero + place[1]
-            plane = (sample.reshape(-1) >> sample.dtype.type(shift)).astype(f"<u{max(1, place[0] // 8)}")
-            plain = min(plain, len(zstd.compress(plane.tobytes(), level.planes))) if place[0] >= 8 else plain
+    for (bits, low), plain in zip(p.planes(), ll.plane_sizes(n, p), strict=True):
+        if p.packed and bits >= 8:
+            plane = (sample.reshape(-1) >> sample.dtype.type(p.zero + low)).astype(f"<u{bits // 8}")
+            plain = min(plain, len(zstd.compress(plane.tobytes(), level.planes)))
         size += plain
     return size * grid.rows * grid.cols // n
 

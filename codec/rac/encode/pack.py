@@ -14,18 +14,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from rac.container import msg, zstd
+from rac.container import index as ix
+from rac.container import zstd
 from rac.container.writer import Writer
+from rac.decode import tensor as tn
 from rac.decode.load import threads_of
 from rac.encode import resume as rs
 from rac.encode import ties
 from rac.encode.analyse import LEVELS, Level, Plan, analyse
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.encode.tile import TileEncoder
-from rac.errors import OutputError, SourceError
+from rac.errors import OutputError, RacError, SourceError
 from rac.quantize import lossless as ll
 from rac.records import Limits
 from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
@@ -108,8 +109,10 @@ def pack_source(
         raise ValueError(f"lanes must be 1..{ll.MAX_LANES}")
     effort = LEVELS[level] if lanes is None else replace(LEVELS[level], lanes=lanes, fixed=True)
     for t in source.tensors:
-        if len(t.shape) > Limits().rank or math.prod(max(1, n) for n in t.shape) > 1 << 59:
-            raise SourceError(f"tensor {t.name!r} has a shape that no reader takes")
+        try:
+            ix.parse_shape(list(t.shape), Limits())
+        except RacError as e:
+            raise SourceError(f"tensor {t.name!r} has a shape that no reader takes") from e
     groups = ties.find(source.tensors)
     shards = _shards(groups, shard_size)
     path = os.fspath(out)
@@ -139,8 +142,9 @@ def pack_source(
             found = rs.scan(name, header, files, shard)
             if found and len(found.entries) == len(files) + len(shard):
                 resumed += len(shard)
-                for group in shard if progress else ():
-                    progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))  # type: ignore[misc]
+                if progress:
+                    for group in shard:
+                        progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
                 continue
         resumed += _write(name, header, files, shard, effort, threads_of(jobs), resume, force, progress)
     stored = sum(os.path.getsize(p) for p in paths)
@@ -151,7 +155,7 @@ def pack_source(
 
 def weights_of(t: SourceTensor) -> int:
     """Elements of a tensor."""
-    return int(np.prod(t.shape, dtype=np.int64)) if t.shape else 1
+    return math.prod(t.shape)
 
 
 def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]]:
@@ -196,8 +200,7 @@ def _write(
         start = len(found.digests) if found else 0
         with ThreadPoolExecutor(jobs) as pool:
             _tensors(writer, groups[start:], level, pool, note)
-        content.sort(key=lambda row: row[0].encode())
-        writer.finish(zstd.digest(msg.pack(content)))
+        writer.finish(ix.content_digest(content))
         return start
     except MemoryError as e:
         raise OutputError("not enough memory", file=path) from e
@@ -290,18 +293,8 @@ def _head(group: ties.Group, plan: Plan) -> dict[str, Any]:
 
 def _fields(group: ties.Group, plan: Plan, units: list[bytes]) -> dict[str, Any]:
     """What the index row of a tensor adds to its record."""
-    parts = [0] * 6
-    for i, unit in enumerate(units):
-        if plan.lanes is None:
-            parts[4] += len(unit)
-        elif i == 0:
-            parts[0] = len(unit)
-        else:
-            r0, r1, c0, c1 = plan.grid.box(i - 1)
-            sizes = ll.tile_parts(unit, (r1 - r0) * (c1 - c0), plan.lanes)
-            parts[1:5] = [a + b for a, b in zip(parts[1:5], sizes, strict=True)]
-    parts[5] = sum(ll.up16(len(u)) for u in units) - sum(parts)
+    parts = tn.parts(plan.grid, plan.lanes, [len(u) for u in units], lambda i, size: units[i][:size])
     t = group.tensor
     return {
-        "method": plan.method, "dtype": t.dtype, "shape": t.shape, "parts": tuple(parts), "aliases": group.aliases,
+        "method": plan.method, "dtype": t.dtype, "shape": t.shape, "parts": parts, "aliases": group.aliases,
     }  # fmt: skip

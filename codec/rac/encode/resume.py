@@ -101,7 +101,7 @@ def _tensor(forward: Forward, record: Record, group: ties.Group) -> tuple[Entry 
         heads.append(forward.unit(unit, record, found.most(i), t.name)[:4096])
     if ties.digest(t) != found.digest:
         return None, b""
-    parts = tn.parts(found, lambda i, size: heads[i][:size])
+    parts = tn.parts(found.grid, found.lanes, [u.size for u in found.units], lambda i, size: heads[i][:size])
     entry = _entry(
         record, method=found.method, dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
     )

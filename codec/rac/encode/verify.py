@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from rac.container import msg, zstd
+from rac.container import zstd
 from rac.container.forward import Forward, entries_by_name
+from rac.container.index import content_digest
 from rac.decode import tensor as tn
 from rac.decode.archive import forward_attachment, forward_tensors, open_archives
 from rac.encode import ties
@@ -99,8 +100,7 @@ def _one(f: BinaryIO, name: str, seen: _Seen, progress: Progress | None) -> dict
             seen.dense += t.nbytes
         if progress:
             progress(t.name, t.nbytes)
-    content.sort(key=lambda row: row[0].encode())
-    digest = zstd.digest(msg.pack(content))
+    digest = content_digest(content)
     index = forward.index
     if index is None or index.digest != digest:
         raise ChecksumError("the content digest of the index does not match", file=name, unit="index")

@@ -46,7 +46,7 @@ def kernel() -> str:
 
 
 def _p(a: Array | None) -> ctypes.c_void_p | None:
-    return None if a is None else ctypes.c_void_p(a.__array_interface__["data"][0])
+    return ctypes.c_void_p(address(a))
 
 
 _n = ctypes.c_int64
