@@ -66,6 +66,7 @@ def unpack(
         for path in paths:
             if os.path.lexists(path) and not force:
                 raise OutputError("exists already; give --force to replace it", file=path)
+        made = not os.path.exists(target)
         try:
             _write(f, outputs, ld.threads_of(threads), progress)
             for name, path in zip(files, paths[len(outputs) :], strict=True):
@@ -80,6 +81,10 @@ def unpack(
             for leftover in (p + ".part" for p in paths):
                 if os.path.exists(leftover):
                     os.unlink(leftover)
+            if made:
+                for folder, _, _ in os.walk(target, topdown=False):
+                    if not os.listdir(folder):  # made for a file that did not come
+                        os.rmdir(folder)
     return paths
 
 

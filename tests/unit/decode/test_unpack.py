@@ -59,3 +59,13 @@ def test_a_name_that_safetensors_keeps_for_itself(tmp_path):
     with pytest.raises(rac.RacError):
         rac.unpack(tmp_path / "m.rac", tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_damaged_archive_leaves_nothing_behind(tmp_path):
+    rac.save_file({"w": np.arange(5000, dtype=np.float32)}, tmp_path / "m.rac")
+    data = bytearray((tmp_path / "m.rac").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "m.rac").write_bytes(data)
+    with pytest.raises(rac.FormatError):
+        rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.rac"]
