@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.entropy.ans import Models, Segment
+from rac.entropy.interleave import split
 from rac.quantize import lossless as ll
 
 
@@ -13,10 +14,8 @@ def lanes(tile: ll.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], 
     """Symbols (n,) in sequence order of one tile; FormatError or ChecksumError on damage."""
     models = Models(freq)
     out = np.empty(n, np.uint8)
-    count, at = len(tile.counts), 0
-    for lane in range(count):
-        words = tile.words[at : at + int(tile.counts[lane])]
-        at += len(words)
+    count = len(tile.counts)
+    for lane, words in enumerate(split(tile.words, tile.counts, freq, segments)):
         mine: list[Segment] = list(
             zip(ll.lane_steps(segments, lane, count).tolist(), segments[:, 1].tolist(), strict=True)
         )

@@ -11,6 +11,7 @@ from rac import native
 from rac.container import zstd
 from rac.encode.analyse import LEVELS, Plan, gather, sequence, shuffle
 from rac.entropy.ans import Models
+from rac.entropy.interleave import merge
 from rac.quantize import lossless as ll
 
 Array = NDArray[Any]
@@ -24,14 +25,14 @@ class TileEncoder:
         p = plan.lanes
         if p is None or plan.freq is None:
             return
-        self._models = Models(plan.freq)
+        self._same = np.tile(np.arange(256, dtype=np.uint8), (p.tables, 1))
         self._escaping = np.zeros((p.tables, 256), np.bool_)
         self._escaping[:, p.first_escaping : p.symbols] = True
         if plan.rare is not None:  # rare pairs are coded as two first escapes
             both = int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
             self._escaping[:, : p.symbols] |= plan.rare
-            for index, rare in zip(self._models.index, plan.rare, strict=True):
-                index[: len(rare)][rare] = index[both]
+            self._same[:, : p.symbols][plan.rare] = both
+        self._model = native.symbol_model(plan.freq, self._same)
 
     def encode(self, words: Array, i: int) -> bytes:
         """Unit of tile `i`, whose words (h, w) are given."""
@@ -43,19 +44,11 @@ class TileEncoder:
         return self._lanes(words, i)
 
     def _lanes(self, words: Array, i: int) -> bytes:
-        p, models = self.plan.lanes, self._models
+        p = self.plan.lanes
         assert p is not None  # noqa: S101
         order, sym = sequence(self.plan, i)
         flat = gather(order, words)
-        steps = ll.lane_steps_all(order.segments, p.lanes)
-        ends = np.cumsum(steps.sum(1))
-        starts = ends - steps.sum(1)
-        by_lane = native.to_lanes(sym, p.lanes, order.segments, starts, models.index)
-        where = order.segments[:, 1].tolist()
-        streams = [
-            models.encode(by_lane[a:b], list(zip(mine, where, strict=True)))
-            for a, b, mine in zip(starts.tolist(), ends.tolist(), steps.tolist(), strict=True)
-        ]
+        coded, counts = native.encode_lanes(sym, p.lanes, order.segments, self._model) or self._reference(sym, order)
         escapes = self._escapes(order, sym, flat) if p.escapes else b""
         sizes, total = [], 0
         for (bits, low), size in zip(p.planes(), ll.plane_sizes(len(flat), p), strict=True):
@@ -67,7 +60,23 @@ class TileEncoder:
         ]
         if p.packed:
             planes = [self._smaller(plane) for plane in planes]
-        return ll.build_tile(streams, escapes, planes, p)
+        return ll.build_tile(coded, counts, escapes, planes, p)
+
+    def _reference(self, sym: Array, order: ll.Order) -> tuple[Array, Array]:
+        """`native.encode_lanes` through constriction, lane by lane; slow."""
+        p, freq = self.plan.lanes, self.plan.freq
+        assert p is not None and freq is not None  # noqa: S101
+        table = order.segments[:, 1]
+        models, starts = Models(freq), np.cumsum(order.segments[:, 0]) - order.segments[:, 0]
+        places = np.empty(len(sym), np.int32)
+        for start, (n, t) in zip(starts, order.segments, strict=True):
+            places[start : start + n] = models.index[t][self._same[t][sym[start : start + n]]]
+        streams = []
+        for lane, steps in enumerate(ll.lane_steps_all(order.segments, p.lanes)):
+            mine = [places[s + lane : s + n : p.lanes] for s, n in zip(starts, order.segments[:, 0], strict=True)]
+            todo = list(zip(steps.tolist(), table.tolist(), strict=True))
+            streams.append(models.encode(np.ascontiguousarray(np.concatenate(mine)), todo))
+        return merge(streams, freq, order.segments), np.array([len(s) for s in streams])
 
     def _smaller(self, plane: bytes) -> bytes:
         """The plane compressed where that pays for its time: low bits of float32 are often zero in whole rows."""

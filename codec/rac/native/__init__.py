@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 7
+ABI = 8
 
 
 @functools.cache
@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL | None:
         try:
             lib = ctypes.CDLL(str(path))
             if lib.rac_abi() == ABI:
-                lib.rac_golomb.restype = lib.rac_find.restype = ctypes.c_int64
+                lib.rac_golomb.restype = lib.rac_find.restype = lib.rac_encode.restype = ctypes.c_int64
                 return lib
         except (OSError, AttributeError):  # of another machine, or left over from another version
             continue
@@ -147,8 +147,8 @@ def address(a: Array | None) -> int | None:
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:
     """Coded symbols (n,) of one tile in sequence order, in numba.
 
-    luts (T, 4096) uint32, words (W,) uint32, counts (L,) uint16 words per lane with L <= 1024, segments (S, 2)
-    int64 of (symbols, table). The caller has checked that counts sum to W and segments to n. ChecksumError where
+    luts (T, 4096) uint32, words (W,) uint32 in the order of reading, counts (L,) uint16 words per lane with L <= 1024,
+    segments (S, 2) int64 of (symbols, table). The caller has checked that counts sum to W and segments to n. ChecksumError where
     a lane does not end empty in state 0.
     """
     from rac.native.fallback import ans_decode as decode
@@ -302,26 +302,37 @@ def gather(tile: Array, rows: Array | None, cols: Array | None, blocks: Array) -
     return out
 
 
-def to_lanes(
-    symbols: NDArray[np.uint8], lanes: int, segments: Array, start: Array, index: NDArray[np.uint8]
-) -> NDArray[np.int32]:
-    """Coded symbols in sequence order to lane-major order; lane l starts at start[l].
+def encode_lanes(
+    symbols: NDArray[np.uint8], lanes: int, segments: NDArray[np.int64], model: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint16]] | None:
+    """(words in the order of reading, words of each lane) of coded symbols; `model` as `symbol_model` makes it.
 
-    `index` (T, 256) is the place of each symbol in the model of its table.
+    None where the C kernel is not there.
     """
-    out = np.empty(len(symbols), np.int32)
     lib = library()
-    if lib is not None:
-        lib.rac_to_lanes(_p(symbols), _n(lanes), _p(segments), _n(len(segments)), _p(start), _p(index), _p(out))
-        return out
-    pos, at = start.copy(), 0
-    for n, table in segments:
-        for lane in range(lanes):
-            piece = symbols[at + lane : at + n : lanes]
-            out[pos[lane] : pos[lane] + len(piece)] = index[table][piece]
-            pos[lane] += len(piece)
-        at += n
-    return out
+    if lib is None:
+        return None
+    out = np.empty(len(symbols) + 2 * lanes + 1, np.uint32)
+    counts = np.empty(lanes, np.uint32)
+    n = lib.rac_encode(
+        _p(symbols), _n(lanes), _p(segments), _n(len(segments)), _p(model), _p(out), _n(len(out)), _p(counts)
+    )
+    assert n >= 0 and int(counts.max()) < 65536  # noqa: S101 - a symbol takes at most one word, a tile is small
+    return out[len(out) - n :], counts.astype(np.uint16)
+
+
+def symbol_model(freq: NDArray[np.uint16], same: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """(T, 256, 4) what `encode_lanes` needs of each symbol: 2**64 / f rounded up (0 for 1), start, 2**24 - f, f / 4096.
+
+    `freq` (T, S); symbol s is coded as if it were `same[t, s]` (T, 256).
+    """
+    f = np.zeros((len(freq), 256), np.uint64)
+    f[:, : freq.shape[1]] = freq
+    start = np.cumsum(f, axis=1) - f
+    one = np.maximum(f, np.uint64(1))
+    reciprocal = np.where(f > 1, np.uint64(2**64 - 1) // one + np.uint64(1), np.uint64(0))
+    out = np.stack([reciprocal, start << np.uint64(12), np.uint64(1 << 24) - (f << np.uint64(12)), f], axis=2)
+    return np.ascontiguousarray(np.take_along_axis(out, same.astype(np.int64)[:, :, None], axis=1))
 
 
 def pair(sym: NDArray[np.uint8], sizes: NDArray[np.int64], table: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -8,74 +8,68 @@
 #define HAVE_X86 1
 #endif
 
-static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const uint32_t *words, uint32_t *p,
-                            uint32_t end) {
+static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const uint32_t **words, uint32_t *left) {
     uint32_t e = lut[(x >> 12) & 4095];
     *o = (uint8_t)e;
     x = ((((x >> 24) * (e >> 20)) + ((e >> 8) & 4095)) << 12) | (x & 4095);
-    if ((x >> 32) == 0 && *p < end) x = (x << 32) | words[(*p)++];
+    if ((x >> 32) == 0 && *left) { x = (x << 32) | *(*words)++; --*left; }
     return x;
 }
 
-static void rows_scalar(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end,
-                        uint64_t *st, uint8_t *out, int64_t steps, int64_t lanes, int64_t used) {
-    int64_t l = 0;
-    for (; l + 4 <= used; l += 4) {
-        uint64_t a = st[l], b = st[l + 1], c = st[l + 2], d = st[l + 3];
-        uint32_t pa = ptr[l], pb = ptr[l + 1], pc = ptr[l + 2], pd = ptr[l + 3];
-        uint8_t *o = out + l;
-        for (int64_t t = 0; t < steps; t++, o += lanes) {
-            a = step(a, lut, o, words, &pa, end[l]);
-            b = step(b, lut, o + 1, words, &pb, end[l + 1]);
-            c = step(c, lut, o + 2, words, &pc, end[l + 2]);
-            d = step(d, lut, o + 3, words, &pd, end[l + 3]);
-        }
-        st[l] = a; st[l + 1] = b; st[l + 2] = c; st[l + 3] = d;
-        ptr[l] = pa; ptr[l + 1] = pb; ptr[l + 2] = pc; ptr[l + 3] = pd;
-    }
-    for (; l < used; l++) {
-        uint64_t a = st[l];
-        uint32_t pa = ptr[l];
-        for (int64_t t = 0; t < steps; t++) a = step(a, lut, out + t * lanes + l, words, &pa, end[l]);
-        st[l] = a; ptr[l] = pa;
-    }
+/* `n` coded symbols of one table, row by row of `lanes`, the first of lane 0; returns the next word */
+static const uint32_t *rows_scalar(const uint32_t *lut, const uint32_t *words, uint32_t *left, uint64_t *st,
+                                   uint8_t *out, int64_t n, int64_t lanes) {
+    for (; n > 0; n -= lanes, out += lanes)
+        for (int64_t l = 0; l < lanes && l < n; l++) st[l] = step(st[l], lut, out + l, &words, left + l);
+    return words;
 }
 
 #ifdef HAVE_X86
-#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
+#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512ifma")))
+/* V x 8 lanes. Plain loads and inserts fetch the table entries: the gathers of some CPUs are slower (docs/experiments.md).
+ * Eight words are read for each group whether it needs them or not: the caller leaves so many behind `words`. */
 #define ROWS512(NAME, V)                                                                                      \
-    AVX512 static void NAME(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end,   \
-                            uint64_t *st, uint8_t *out, int64_t steps, int64_t lanes) {                       \
+    AVX512 static const uint32_t *NAME(const uint32_t *lut, const uint32_t *words, uint32_t *left, uint64_t *st, \
+                                       uint8_t *out, int64_t steps) {                                         \
         const __m512i m12 = _mm512_set1_epi64(4095), high = _mm512_set1_epi64((int64_t)0xffffffff00000000ull); \
         const __m256i m12s = _mm256_set1_epi32(4095), one = _mm256_set1_epi32(1);                             \
         __m512i x[V];                                                                                         \
-        __m256i p[V], en[V];                                                                                  \
+        __m256i c[V];                                                                                         \
         for (int k = 0; k < V; k++) {                                                                         \
             x[k] = _mm512_loadu_si512(st + 8 * k);                                                            \
-            p[k] = _mm256_loadu_si256((const void *)(ptr + 8 * k));                                           \
-            en[k] = _mm256_loadu_si256((const void *)(end + 8 * k));                                          \
+            c[k] = _mm256_loadu_si256((const void *)(left + 8 * k));                                          \
         }                                                                                                     \
-        for (int64_t t = 0; t < steps; t++, out += lanes) {                                                   \
+        for (int64_t t = 0; t < steps; t++, out += 8 * V) {                                                   \
             _Pragma("GCC unroll 4") for (int k = 0; k < V; k++) {                                             \
-                __m512i slot = _mm512_and_si512(_mm512_srli_epi64(x[k], 12), m12);                            \
-                __m256i e = _mm512_i64gather_epi32(slot, lut, 4);                                             \
+                __m128i q = _mm512_cvtepi64_epi16(_mm512_and_si512(_mm512_srli_epi64(x[k], 12), m12));        \
+                uint64_t a = (uint64_t)_mm_cvtsi128_si64(q), b = (uint64_t)_mm_extract_epi64(q, 1);           \
+                __m128i e0 = _mm_cvtsi32_si128((int)lut[(uint16_t)a]), e1 = _mm_cvtsi32_si128((int)lut[(uint16_t)b]); \
+                e0 = _mm_insert_epi32(e0, (int)lut[(uint16_t)(a >> 16)], 1);                                  \
+                e0 = _mm_insert_epi32(e0, (int)lut[(uint16_t)(a >> 32)], 2);                                  \
+                e0 = _mm_insert_epi32(e0, (int)lut[a >> 48], 3);                                              \
+                e1 = _mm_insert_epi32(e1, (int)lut[(uint16_t)(b >> 16)], 1);                                  \
+                e1 = _mm_insert_epi32(e1, (int)lut[(uint16_t)(b >> 32)], 2);                                  \
+                e1 = _mm_insert_epi32(e1, (int)lut[b >> 48], 3);                                              \
+                __m256i e = _mm256_inserti128_si256(_mm256_castsi128_si256(e0), e1, 1);                       \
                 _mm_storel_epi64((void *)(out + 8 * k), _mm256_cvtepi32_epi8(e));                             \
                 __m512i f = _mm512_cvtepu32_epi64(_mm256_srli_epi32(e, 20));                                  \
                 __m512i d = _mm512_cvtepu32_epi64(_mm256_and_si256(_mm256_srli_epi32(e, 8), m12s));           \
-                __m512i y = _mm512_add_epi64(_mm512_mullo_epi64(_mm512_srli_epi64(x[k], 24), f), d);          \
+                __m512i y = _mm512_madd52lo_epu64(d, _mm512_srli_epi64(x[k], 24), f);                         \
                 y = _mm512_or_si512(_mm512_slli_epi64(y, 12), _mm512_and_si512(x[k], m12));                   \
                 __mmask8 need = _mm512_testn_epi64_mask(y, high);                                             \
-                need = _mm256_mask_cmplt_epu32_mask(need, p[k], en[k]);                                       \
-                __m256i w = _mm256_mmask_i32gather_epi32(_mm256_setzero_si256(), need, p[k], words, 4);       \
+                need = _mm256_mask_test_epi32_mask(need, c[k], c[k]);                                         \
+                __m256i w = _mm256_maskz_expand_epi32(need, _mm256_loadu_si256((const void *)words));         \
+                words += __builtin_popcount(need);                                                            \
                 y = _mm512_mask_or_epi64(y, need, _mm512_slli_epi64(y, 32), _mm512_cvtepu32_epi64(w));        \
-                p[k] = _mm256_mask_add_epi32(p[k], need, p[k], one);                                          \
+                c[k] = _mm256_mask_sub_epi32(c[k], need, c[k], one);                                          \
                 x[k] = y;                                                                                     \
             }                                                                                                 \
         }                                                                                                     \
         for (int k = 0; k < V; k++) {                                                                         \
             _mm512_storeu_si512(st + 8 * k, x[k]);                                                            \
-            _mm256_storeu_si256((void *)(ptr + 8 * k), p[k]);                                                 \
+            _mm256_storeu_si256((void *)(left + 8 * k), c[k]);                                                \
         }                                                                                                     \
+        return words;                                                                                         \
     }
 ROWS512(rows512x1, 1)
 ROWS512(rows512x2, 2)
@@ -84,8 +78,8 @@ static int has512(void) {
     static int known = -1;
     if (known < 0) {
         __builtin_cpu_init();
-        known = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+        known = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512ifma");
     }
     return known;
 }
@@ -93,20 +87,25 @@ static int has512(void) {
 static int has512(void) { return 0; }
 #endif
 
-int rac_abi(void) { return 7; }
+int rac_abi(void) { return 8; }
 int rac_features(void) { return has512(); }
 
-static void rows(const uint32_t *lut, const uint32_t *words, uint32_t *ptr, const uint32_t *end, uint64_t *st,
-                 uint8_t *out, int64_t steps, int64_t lanes) {
-    int64_t l = 0;
+/* As rows_scalar; the memory that may be read goes to `end` */
+static const uint32_t *rows(const uint32_t *lut, const uint32_t *words, const uint32_t *end, uint32_t *left,
+                            uint64_t *st, uint8_t *out, int64_t n, int64_t lanes) {
 #ifdef HAVE_X86
-    if (has512() && steps >= 4) {
-        for (; l + 32 <= lanes; l += 32) rows512x4(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
-        for (; l + 16 <= lanes; l += 16) rows512x2(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
-        for (; l + 8 <= lanes; l += 8) rows512x1(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes);
-    }
+    if (has512() && (lanes == 8 || lanes == 16 || lanes == 32))
+        for (;;) { /* a row takes at most `lanes` words, so that so many rows are safe */
+            int64_t steps = n / lanes, safe = (end - words) / lanes;
+            if (safe < steps) steps = safe;
+            if (steps < 4) break;
+            words = lanes == 32 ? rows512x4(lut, words, left, st, out, steps)
+                  : lanes == 16 ? rows512x2(lut, words, left, st, out, steps) : rows512x1(lut, words, left, st, out, steps);
+            out += steps * lanes;
+            n -= steps * lanes;
+        }
 #endif
-    if (l < lanes) rows_scalar(lut, words, ptr + l, end + l, st + l, out + l, steps, lanes, lanes - l);
+    return rows_scalar(lut, words, left, st, out, n, lanes);
 }
 
 /* hist[(v & mask) >> shift] += 1 for n words; returns the OR of all words */
@@ -250,21 +249,55 @@ GATHER(uint16_t, rac_gather2)
 GATHER(uint32_t, rac_gather4)
 GATHER(uint64_t, rac_gather8)
 
-/* Coded symbols in sequence order -> lane-major, each replaced by its place in its table's model (index) */
-void rac_to_lanes(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t nseg, const int64_t *start,
-                  const uint8_t *index, int32_t *out) {
-    int64_t pos[1024];
-    for (int64_t l = 0; l < lanes; l++) pos[l] = start[l];
-    for (int64_t k = 0; k < nseg; k++) {
-        int64_t n = seg[2 * k];
-        const uint8_t *map = index + 256 * seg[2 * k + 1];
-        for (int64_t l = 0; l < lanes; l++) {
-            int32_t *o = out + pos[l];
-            for (int64_t i = l; i < n; i += lanes) *o++ = map[sym[i]];
-            pos[l] = o - out;
+#if defined(__SIZEOF_INT128__)
+static inline uint64_t mulhi(uint64_t a, uint64_t b) { return (uint64_t)(((unsigned __int128)a * b) >> 64); }
+#else
+static inline uint64_t mulhi(uint64_t a, uint64_t b) {
+    uint64_t al = (uint32_t)a, ah = a >> 32, bl = (uint32_t)b, bh = b >> 32, m = ah * bl + (al * bl >> 32);
+    return ah * bh + (m >> 32) + (((uint32_t)m + al * bh) >> 32);
+}
+#endif
+typedef struct { uint64_t reciprocal, start, complement, freq; } rac_symbol;
+
+/* Lanes of the coded symbols of all segments (symbols, table), their words in the order of reading at the end of
+ * out[0..size), of which the first is not used; returns how many, or -1 where they do not fit. model (tables, 256).
+ * The quotient by the frequency is exact: x >> 12 is below freq << 40, the reciprocal 2^64 / freq rounded up. */
+int64_t rac_encode(const uint8_t *sym, int64_t lanes, const int64_t *seg, int64_t nseg, const rac_symbol *model,
+                   uint32_t *out, int64_t size, uint32_t *counts) {
+    uint64_t st[1024] = {0};
+    uint32_t *w = out + size;
+    int64_t n = 0;
+    for (int64_t l = 0; l < lanes; l++) counts[l] = 0;
+    for (int64_t k = 0; k < nseg; k++) n += seg[2 * k];
+    sym += n;
+    while (nseg--) {
+        const rac_symbol *m = model + 256 * seg[2 * nseg + 1];
+        int64_t left = seg[2 * nseg], row = left % lanes ? left % lanes : lanes;
+        for (; left > 0; left -= row, row = lanes) {
+            if (w - out < row + 1) return -1;
+            sym -= row;
+            for (int64_t l = row - 1; l >= 0; l--) {
+                const rac_symbol *e = m + sym[l];
+                uint64_t x = st[l];
+                w[-1] = (uint32_t)x;
+                uint32_t flush = (x >> 52) >= e->freq;
+                w -= flush;
+                counts[l] += flush;
+                x >>= flush * 32;
+                uint64_t q = x >> 12;
+                q = e->reciprocal ? mulhi(q, e->reciprocal) : q;
+                st[l] = x + e->start + q * e->complement;
+            }
         }
-        sym += n;
     }
+    if (w - out < 2 * lanes + 1) return -1;
+    for (int64_t l = lanes - 1; l >= 0; l--) {
+        if (!st[l]) continue;
+        *--w = (uint32_t)st[l];
+        counts[l]++;
+        if (st[l] >> 32) { *--w = (uint32_t)(st[l] >> 32); counts[l]++; }
+    }
+    return out + size - w;
 }
 
 /* Pairs of base symbols, segment by segment of sizes[k] elements: map[a + 16 b] -> coded symbol; an odd last one is
@@ -403,11 +436,11 @@ typedef struct {
     int32_t *row, *col;       /* sorted rows and columns; null: as they lie */
     int64_t *blocks;          /* table, rows a..b, columns c..d; sorted by table: one segment each */
     int64_t nblocks;
-    uint16_t *sorted;         /* the tile with its columns still sorted, rows in place; null: straight to dst */
+    uint16_t *seq;            /* the tile in sequence order, to be unsorted at the end; null: straight to dst */
     uint32_t escapes, used;
     uint32_t pairtop[256];    /* both tops of a pair a | b << 4 */
     uint8_t bytetop[16];      /* tops of the base symbols, where all are `small` */
-    int small;
+    int small, bf16;          /* bf16: pairs of small tops with 7 raw bits and the sign make 16-bit words */
 } rac_work;
 
 static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
@@ -500,9 +533,9 @@ static inline void copy(void *to, const void *from, int64_t n) {
         const int shift = job->shift, zero = job->zero, signat = (int)sizeof(T) * 8 - zero - 1;               \
         const T low = (T)(((T)1 << shift) - 1);                                                               \
         const int64_t cols = b[4] - b[3];                                                                     \
-        const int32_t *col = w->col && !w->sorted ? w->col + b[3] : 0;                                        \
-        T *const origin = w->sorted ? (T *)w->sorted : (T *)job->dst;                                         \
-        const int64_t stride = w->sorted ? job->cols : job->stride;                                           \
+        const int32_t *col = w->col ? w->col + b[3] : 0;                                                      \
+        T *const origin = (T *)job->dst;                                                                      \
+        const int64_t stride = job->stride;                                                                   \
         int64_t i = b[1] + e / cols, c = e % cols;                                                            \
         for (int64_t f = 0; f < n; f += CHUNK, val += CHUNK) {                                                \
             int64_t m = n - f < CHUNK ? n - f : CHUNK;                                                        \
@@ -511,6 +544,7 @@ static inline void copy(void *to, const void *from, int64_t n) {
                 raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low) | (T)((T)(raw[q] >> shift) << signat)) << zero); \
             else for (int64_t q = 0; q < m; q++)                                                              \
                 raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low)) << zero);                       \
+            if (w->seq) { memcpy(w->seq + at + f, raw, (size_t)m * 2); continue; }                            \
             for (int64_t q = 0; q < m;) {                                                                     \
                 int64_t k = cols - c < m - q ? cols - c : m - q;                                              \
                 T *d = origin + (w->row ? w->row[i] : i) * stride;                                            \
@@ -526,13 +560,66 @@ PLACE(uint16_t, place2, raw2)
 PLACE(uint32_t, place4, raw4)
 PLACE(uint64_t, place8, raw8)
 
+#ifdef HAVE_X86
+/* `n` BF16 words, elements `at` and on of the tile, out of their pairs; up to 63 more words of `out` are overwritten */
+__attribute__((target("avx512f,avx512bw,avx512vl"))) static int bf16(rac_work *w, const uint8_t *sym, int64_t n, int64_t at,
+                                                                     uint16_t *out) {
+    const rac_job *j = w->job;
+    const uint8_t *plane = w->planes + w->start[0] + at;
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)w->bytetop));
+    const __m512i nibble = _mm512_set1_epi8(15), top = _mm512_set1_epi8((char)0x80);
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), first = _mm512_set1_epi8((char)(j->first < 16 ? j->first : 16));
+    for (int64_t i = 0; i < n; i += 64, sym += 32) {
+        const __mmask64 some = n - i < 64 ? (1ull << (n - i)) - 1 : ~0ull;
+        __m512i s = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)sym));
+        s = _mm512_and_si512(_mm512_or_si512(s, _mm512_slli_epi16(s, 4)), nibble);
+        const __m512i e = _mm512_permutexvar_epi64(order, _mm512_shuffle_epi8(table, s));
+        const __m512i r = _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(some, plane + i));
+        const __m512i low = _mm512_ternarylogic_epi64(top, _mm512_slli_epi16(e, 7), r, 0xca);
+        const __m512i high = _mm512_ternarylogic_epi64(top, r, _mm512_srli_epi16(e, 1), 0xca);
+        _mm512_storeu_si512(out + i, _mm512_unpacklo_epi8(low, high));
+        _mm512_storeu_si512(out + i + 32, _mm512_unpackhi_epi8(low, high));
+        uint64_t escaped = _mm512_mask_cmpge_epu8_mask(some, s, first);
+        for (; escaped; escaped &= escaped - 1) {
+            const int k = __builtin_ctzll(escaped), b = k & 1 ? sym[k >> 1] >> 4 : sym[k >> 1] & 15;
+            if (w->used >= w->escapes) return 5;
+            const uint32_t t = j->bases[b - j->first] + w->escape[w->used++];
+            if (t >= j->limit) return 6;
+            out[i + k] = (uint16_t)((out[i + k] & 0x807f) | t << 7);
+        }
+    }
+    return 0;
+}
+#endif
+
 /* Coded symbols of the next `n` elements to words in their place; block `b` is at element *e, the tile at *at */
 static int emit(rac_work *w, const uint8_t *sym, int64_t n, const int64_t **b, int64_t *e, int64_t *at) {
     const rac_job *j = w->job;
-    uint16_t val[2 * PIECE];
+    uint16_t val[2 * PIECE + 64];
     const int64_t piece = PIECE * j->per;
+#ifdef HAVE_X86
+    if (w->bf16 && w->seq) {
+        int bad = bf16(w, sym, n, *at, w->seq + *at);
+        *at += n;
+        return bad;
+    }
+#endif
     for (int64_t k = 0; k < n; k += piece, sym += PIECE) {
         int64_t m = n - k < piece ? n - k : piece;
+#ifdef HAVE_X86
+        if (w->bf16) {
+            int bad = bf16(w, sym, m, *at, val);
+            if (bad) return bad;
+            for (int64_t q = 0; q < m;) {
+                const int64_t *o = *b, cols = o[4] - o[3], i = o[1] + *e / cols, c = *e % cols;
+                const int64_t r = cols - c < m - q ? cols - c : m - q;
+                copy((uint16_t *)j->dst + (w->row ? w->row[i] : i) * j->stride + o[3] + c, val + q, 2 * r);
+                q += r; *e += r; *at += r;
+                if (c + r == cols && i + 1 == o[2]) { *b += 5; *e = 0; }
+            }
+            continue;
+        }
+#endif
         int bad = tops(w, sym, m, val);
         if (bad) return bad;
         for (int64_t q = 0; q < m;) {
@@ -563,7 +650,7 @@ static void by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int
 static int decode(const rac_job *job, rac_work *w) {
     const int64_t lanes = job->lanes, n = job->rows * job->cols;
     uint64_t st[1024];
-    uint32_t ptr[1024], end[1024], nw = 0, ne;
+    uint32_t left[1024], nw = 0, ne;
     uint8_t sym[SYMBOLS_AT_ONCE + 1024];
     const uint8_t *u = job->unit;
     const int64_t directory = 4 + job->skip + 2 * lanes; /* `skip` bytes hold what the caller has seen to */
@@ -573,14 +660,14 @@ static int decode(const rac_job *job, rac_work *w) {
     for (int64_t l = 0; l < lanes; l++) {
         uint16_t c;
         memcpy(&c, u + 4 + job->skip + 2 * l, 2);
-        ptr[l] = nw; end[l] = nw += c;
+        nw += left[l] = c;
     }
     const int64_t first = at, esc = first + up16(4 * (int64_t)nw);
     at = esc + up16(ne);
     if (at > job->size) return 1;
     int bad = nonzero(u + directory, first - directory) | nonzero(u + first + 4 * (int64_t)nw, esc - first - 4 * (int64_t)nw) |
               nonzero(u + esc + ne, at - esc - ne);
-    const uint32_t *words = (const uint32_t *)(u + first);
+    const uint32_t *words = (const uint32_t *)(u + first), *const end = words + (job->size - first) / 4;
     w->planes = u; w->escape = u + esc; w->escapes = ne; w->used = 0;
     for (int b = 32, k = 0; b; b >>= 1) {
         if (!(job->raw & b)) continue;
@@ -594,21 +681,22 @@ static int decode(const rac_job *job, rac_work *w) {
     if (at != job->size) return 1;
     if (bad) return 2;
     for (int64_t l = 0; l < lanes; l++) {
-        uint64_t x = 0;
-        if (ptr[l] < end[l]) {
-            x = words[ptr[l]++];
-            if (!x) return 3;
-            if (ptr[l] < end[l]) x = x << 32 | words[ptr[l]++];
+        st[l] = 0;
+        if (left[l]) {
+            st[l] = *words++;
+            if (!st[l]) return 3;
+            if (--left[l]) { st[l] = st[l] << 32 | *words++; left[l]--; }
         }
-        st[l] = x;
     }
+    w->bf16 = 0;
     if (job->per == 2) {
         uint16_t all = 0;
         for (int a = 0; a < 16; a++) { all |= job->values[a]; w->bytetop[a] = (uint8_t)job->values[a]; }
         w->small = all < 256;
+        w->bf16 = has512() && (w->seq || !w->col) && w->small && job->word == 2 && job->zero == 0 && job->sign && job->shift == 7;
         for (int s = 0; s < 256; s++) w->pairtop[s] = job->values[s & 15] | (uint32_t)job->values[s >> 4] << 16;
     }
-    const int64_t per = job->per, whole = SYMBOLS_AT_ONCE / lanes;
+    const int64_t per = job->per, whole = SYMBOLS_AT_ONCE / lanes * lanes;
     const int64_t *b = w->blocks, *stop = b + 5 * w->nblocks, *here = b;
     int64_t element = 0, place = 0;
     while (b < stop) {
@@ -617,33 +705,43 @@ static int decode(const rac_job *job, rac_work *w) {
         for (const int64_t table = b[0]; b < stop && b[0] == table; b += 5) total += (b[2] - b[1]) * (b[4] - b[3]);
         const int64_t coded = (total + per - 1) / per;
         for (int64_t s = 0, got; s < coded; s += got) {
-            int64_t steps = (coded - s) / lanes;
-            if (steps > whole) steps = whole;
-            got = steps ? steps * lanes : coded - s;
-            if (steps) rows(lut, words, ptr, end, st, sym, steps, lanes);
-            else rows_scalar(lut, words, ptr, end, st, sym, 1, lanes, got);
-            int64_t left = total - s * per;
-            if ((bad = emit(w, sym, got * per < left ? got * per : left, &here, &element, &place))) return bad;
+            got = coded - s < whole ? coded - s : whole;
+            words = rows(lut, words, end, left, st, sym, got, lanes);
+            const int64_t rest = total - s * per;
+            if ((bad = emit(w, sym, got * per < rest ? got * per : rest, &here, &element, &place))) return bad;
         }
     }
-    for (int64_t l = 0; l < lanes; l++) if (st[l] || ptr[l] != end[l]) return 4;
+    for (int64_t l = 0; l < lanes; l++) if (st[l] || left[l]) return 4;
     return w->used == ne ? 0 : 5;
 }
 
 #ifdef HAVE_X86
-/* Rows of up to 64 16-bit words from sorted columns to their places */
-__attribute__((target("avx512f,avx512bw"))) static void unsort(const rac_work *w) {
+/* Rows of up to 64 16-bit words from sequence order to their places: a row is put together with its columns sorted, then
+ * permuted. `ce` has the ends of the column classes. Up to 63 words behind the runs of `seq` are read. */
+__attribute__((target("avx512f,avx512bw"))) static void unsort(const rac_work *w, const int64_t *ce, const uint16_t **run) {
+    enum { AT_ONCE = 8 }; /* rows, so that a load does not wait for the stores that it overlaps */
     const rac_job *j = w->job;
-    uint16_t from[64] = {0};
+    const int kc = j->col_classes;
+    uint16_t from[64] = {0}, rows[AT_ONCE][128];
     for (int64_t c = 0; c < j->cols; c++) from[w->col[c]] = (uint16_t)c;
     const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(from + 32);
-    const uint64_t all = j->cols == 64 ? ~0ull : (1ull << j->cols) - 1;
-    for (int64_t r = 0; r < j->rows; r++) {
-        const uint16_t *s = w->sorted + r * j->cols;
-        uint16_t *d = (uint16_t *)j->dst + r * j->stride;
-        __m512i a = _mm512_maskz_loadu_epi16((__mmask32)all, s), b = _mm512_maskz_loadu_epi16((__mmask32)(all >> 32), s + 32);
-        _mm512_mask_storeu_epi16(d, (__mmask32)all, _mm512_permutex2var_epi16(a, low, b));
-        _mm512_mask_storeu_epi16(d + 32, (__mmask32)(all >> 32), _mm512_permutex2var_epi16(a, high, b));
+    const __mmask32 left = j->cols < 32 ? (1u << j->cols) - 1 : ~0u, right = j->cols <= 32 ? 0 : j->cols < 64 ? (1u << (j->cols - 32)) - 1 : ~0u;
+    for (int64_t r = 0; r < j->rows; r += AT_ONCE) {
+        const int n = j->rows - r < AT_ONCE ? (int)(j->rows - r) : AT_ONCE;
+        for (int y = 0; y < n; y++) {
+            const uint16_t **p = run + (w->row ? j->row_class[r + y] : 0) * kc;
+            for (int k = 0; k < kc; k++) {
+                const int64_t m = ce[k + 1] - ce[k];
+                for (int64_t x = 0; x < m; x += 32) _mm512_storeu_si512(rows[y] + ce[k] + x, _mm512_loadu_si512(p[k] + x));
+                p[k] += m;
+            }
+        }
+        for (int y = 0; y < n; y++) {
+            uint16_t *d = (uint16_t *)j->dst + (r + y) * j->stride;
+            const __m512i a = _mm512_loadu_si512(rows[y]), b = _mm512_loadu_si512(rows[y] + 32);
+            _mm512_mask_storeu_epi16(d, left, _mm512_permutex2var_epi16(a, low, b));
+            if (right) _mm512_mask_storeu_epi16(d + 32, right, _mm512_permutex2var_epi16(a, high, b));
+        }
     }
 }
 #endif
@@ -673,17 +771,31 @@ int rac_tile(const rac_job *job) {
             int64_t *b = w.blocks + 5 * first[job->table[i * kc + k]]++;
             b[0] = job->table[i * kc + k]; b[1] = re[i]; b[2] = re[i + 1]; b[3] = ce[k]; b[4] = ce[k + 1];
         }
-    w.sorted = 0;
+    w.seq = 0;
 #ifdef HAVE_X86
-    if (w.col && job->word == 2 && c <= 64 && has512() && !(w.sorted = malloc((size_t)(h * c) * 2))) {
+    if (w.col && job->word == 2 && c <= 64 && has512() && !(w.seq = malloc((size_t)(h * c + 64) * 2))) {
         free(scratch);
         return 8;
     }
 #endif
     int bad = decode(job, &w);
 #ifdef HAVE_X86
-    if (w.sorted && !bad) unsort(&w);
-    free(w.sorted);
+    if (w.seq && !bad) {
+        const uint16_t **run = calloc((size_t)kr * kc, sizeof *run), *at = w.seq;
+        if (!run) bad = 8;
+        else {
+            for (const int64_t *b = w.blocks; b < w.blocks + 5 * w.nblocks; b += 5) {
+                int i = 0, k = 0;
+                while (re[i + 1] <= b[1]) i++;
+                while (ce[k + 1] <= b[3]) k++;
+                run[i * kc + k] = at;
+                at += (b[2] - b[1]) * (b[4] - b[3]);
+            }
+            unsort(&w, ce, run);
+            free(run);
+        }
+    }
+    free(w.seq);
 #endif
     free(scratch);
     return bad;

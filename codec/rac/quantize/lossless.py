@@ -266,7 +266,7 @@ def up16(n: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Sub-streams of one tile unit, views into it (stages/lanes.md, "Tile")."""
+    """Sub-streams of one tile unit, views into it (stages/lanes.md, "Tile"); `words` in the order of reading."""
 
     counts: NDArray[np.uint16]
     words: NDArray[np.uint32]
@@ -297,8 +297,8 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
         raise FormatError("padding is not zero")
     if len(counts) and words:
         first = unit[w : w + 4 * words].view("<u4")
-        start = np.cumsum(counts, dtype=np.int64) - counts
-        if (first[start[counts > 0]] == 0).any():
+        start = np.minimum(counts, 2).astype(np.int64)
+        if (first[(np.cumsum(start) - start)[counts > 0]] == 0).any():
             raise FormatError("ANS lane begins with a zero word")
     return Tile(counts, unit[w : w + 4 * words].view("<u4"), unit[e : e + escapes], planes)
 
@@ -328,13 +328,13 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
     return out
 
 
-def build_tile(words: list[Array], escapes: bytes, planes: list[bytes], p: Lanes) -> bytes:
-    """Inverse of `parse_tile`: lane words in decode order, escape bytes, raw planes as they are stored."""
+def build_tile(words: Array, counts: Array, escapes: bytes, planes: list[bytes], p: Lanes) -> bytes:
+    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, raw planes as stored."""
     directory = len(escapes).to_bytes(4, "little")
     if p.packed:
         directory += np.array([len(plane) for plane in planes], "<u4").tobytes()
-    directory += np.array([len(w) for w in words], "<u2").tobytes()
-    coded = np.concatenate(words).astype("<u4").tobytes()
+    directory += counts.astype("<u2").tobytes()
+    coded = words.astype("<u4").tobytes()
     return b"".join(s + bytes(-len(s) % 16) for s in (directory, coded, escapes, *planes))
 
 
