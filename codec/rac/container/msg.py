@@ -27,47 +27,56 @@ def _ordered(value: Any) -> Any:
     return value
 
 
+def _token(b: int) -> tuple[int, int, int]:
+    """(bytes that follow, items that follow, bytes of a length) of a first byte; (-1, ...) where it is not allowed."""
+    if b < 0x80 or b >= 0xE0 or b in (0xC0, 0xC2, 0xC3):
+        return 0, 0, 0
+    if b <= 0x9F:
+        return 0, (b & 15) * (2 if b <= 0x8F else 1), 0
+    if b <= 0xBF:
+        return b & 31, 0, 0
+    if 0xCC <= b <= 0xD3:
+        return 1 << (b - 0xCC & 3), 0, 0
+    lengths = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
+    return (0, 0, lengths[b]) if b in lengths else (-1, 0, 0)
+
+
+_TOKENS = [_token(b) for b in range(256)]
+
+
 def _scan(data: bytes, depth: int) -> None:
     """Refuse deep nesting and counts that exceed the bytes that follow, before msgpack allocates for them."""
-    at, end, open_ = 0, len(data), [1]
-    while open_:
-        if open_[-1] == 0:
-            open_.pop()
-            continue
-        open_[-1] -= 1
+    at, end, left, outer = 0, len(data), 1, list[int]()
+    while True:
+        while left == 0:
+            if not outer:
+                if at != end:
+                    raise FormatError("bytes follow the msgpack value")
+                return
+            left = outer.pop()
+        left -= 1
         if at >= end:
             raise FormatError("msgpack ends early")
-        b, at = data[at], at + 1
-        items = size = 0
-        if 0x80 <= b <= 0x8F:
-            items = 2 * (b & 15)
-        elif 0x90 <= b <= 0x9F:
-            items = b & 15
-        elif 0xA0 <= b <= 0xBF:
-            size = b & 31
-        elif b in (0xC4, 0xC5, 0xC6, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD, 0xDE, 0xDF):
-            n = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}[b]
+        b = data[at]
+        size, items, n = _TOKENS[b]
+        at += 1
+        if n:
             count = int.from_bytes(data[at : at + n], "big")
             at += n
-            if b >= 0xDC:
-                items = count * (2 if b >= 0xDE else 1)
-            else:
+            if b < 0xDC:
                 size = count
-        elif 0xCC <= b <= 0xD3:
-            size = 1 << ((b - 0xCC) & 3)
-        elif b in (0xC0, 0xC2, 0xC3) or b < 0x80 or b >= 0xE0:
-            pass
-        else:
+            else:
+                items = count * (2 if b >= 0xDE else 1)
+        elif size < 0:
             raise FormatError(f"msgpack type 0x{b:02x} is not allowed")
         if size > end - at or items > end - at:
             raise FormatError("msgpack counts more than the bytes that follow")
         at += size
         if items:
-            if len(open_) > depth:
+            if len(outer) >= depth:
                 raise FormatError(f"msgpack nests deeper than {depth}")
-            open_.append(items)
-    if at != end:
-        raise FormatError("bytes follow the msgpack value")
+            outer.append(left)
+            left = items
 
 
 _PLAIN = frozenset((str, int, bytes, bool, type(None)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 from rac.container import msg
@@ -20,6 +21,22 @@ _PRELUDE = struct.Struct("<8sHHIII")
 _RECORD = struct.Struct("<4sHHIIQ")
 _TRAILER = struct.Struct("<QQ")
 _U64 = struct.Struct("<Q")
+
+
+class At:
+    """`at_unit` for a unit of a named tensor; entered for every tile, so that it builds its text only for an error."""
+
+    __slots__ = ("_i", "_name", "_offset")
+
+    def __init__(self, name: str, i: int, offset: int) -> None:
+        self._name, self._i, self._offset = name, i, offset
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(e, RacError):
+            e.unit, e.offset = e.unit or f"{self._name!r} unit {self._i}", self._offset if e.offset is None else e.offset
 
 
 @contextlib.contextmanager

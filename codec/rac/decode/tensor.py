@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import native
 from rac.container import index as ix
 from rac.container import wire
 from rac.container.zstd import Digest, xxh3
@@ -139,31 +140,80 @@ class Decoder:
 
     def __init__(self, t: Tensor, shared: bytes | memoryview | None, reference: bool = False) -> None:
         self.tensor, self._reference = t, reference
-        self._shared: tile.Shared | None = None
+        self.shared: tile.Shared | None = None
         if t.lanes is not None:
             assert shared is not None  # noqa: S101
             self._check(0, shared)
-            with wire.at_unit(f"{t.name!r} unit 0", t.record.payload):
-                self._shared = tile.shared(bytes(shared), t.lanes, t.grid)
+            with self.at(0):
+                self.shared = tile.shared(bytes(shared), t.lanes, t.grid)
+
+    def at(self, i: int) -> wire.At:
+        """Context that names unit `i` in the errors that pass."""
+        t = self.tensor
+        return wire.At(t.name, i, t.record.payload + t.units[i].offset)
 
     def _check(self, i: int, data: bytes | memoryview) -> None:
-        t = self.tensor
-        if xxh3(data) != t.units[i].check:
-            where = t.record.payload + t.units[i].offset
-            raise ChecksumError("checksum does not match", unit=f"{t.name!r} unit {i}", offset=where)
+        if xxh3(data) != self.tensor.units[i].check:
+            with self.at(i):
+                raise ChecksumError("checksum does not match")
 
     def tile(self, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
         """Check and decode tile `i` from its bytes; `out` begins at word (row, col) of the tensor's matrix."""
+        work = Work()
+        work.add(self, i, data, out, row, col)
+        work.run()
+
+    def prepare(self, i: int, data: Array, dst: Array, box: tile.Box) -> tuple[bytes, Array] | None:
+        """Check tile `i`; the kernel's job for it (and what that needs alive), None where Python decodes it."""
         t = self.tensor
         self._check(i + t.first, data.data)
-        r0, r1, c0, c1 = box = t.grid.box(i)
-        dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
-        with wire.at_unit(f"{t.name!r} unit {i + t.first}", t.record.payload + t.units[i + t.first].offset):
+        if self.shared is None or not self.shared.tail or self._reference:
+            return None
+        assert t.lanes is not None  # noqa: S101
+        with self.at(i + t.first):
+            return tile.lanes_job(data, t.lanes, self.shared, box, dst)
+
+    def decode(self, i: int, data: Array, dst: Array, box: tile.Box) -> None:
+        """Decode tile `i`, checked before, in Python."""
+        t = self.tensor
+        with self.at(i + t.first):
             if t.lanes is None:
                 tile.decode_plain(data, t.method, box, dst)
             else:
-                assert self._shared is not None  # noqa: S101
-                tile.decode_lanes(data, t.lanes, self._shared, box, dst, self._reference)
+                assert self.shared is not None  # noqa: S101
+                tile.decode_lanes(data, t.lanes, self.shared, box, dst, self._reference)
+
+
+class Work:
+    """Tiles of one or more tensors that are decoded in one call of the kernel, which other threads need not wait for."""
+
+    def __init__(self) -> None:
+        self._jobs: list[bytes] = []
+        self._of: list[tuple[Decoder, int]] = []
+        self._alive: list[Array] = []
+        self._others: list[tuple[Decoder, int, Array, Array, tile.Box]] = []
+
+    def add(self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
+        """Check the bytes of tile `i` and take it in; `data` and `out` stay as they are until `run` is done."""
+        r0, r1, c0, c1 = box = dec.tensor.grid.box(i)
+        dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
+        job = dec.prepare(i, data, dst, box)
+        if job is None:
+            self._others.append((dec, i, data, dst, box))
+        else:
+            self._jobs.append(job[0])
+            self._alive += (job[1], dst)
+            self._of.append((dec, i))
+
+    def run(self) -> None:
+        """Decode all. FormatError or ChecksumError of the first that is wrong."""
+        if self._jobs and (wrong := native.decode_tiles(self._jobs)):
+            number, error, text = wrong
+            dec, i = self._of[number]
+            with dec.at(i + dec.tensor.first):
+                raise error(text)
+        for dec, i, data, dst, box in self._others:
+            dec.decode(i, data, dst, box)
 
 
 def check_digest(t: Tensor, matrix: Array) -> None:

@@ -31,6 +31,12 @@ class Shared:
     bases: NDArray[np.uint32]
     code: NDArray[np.uint8]
     """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair; `lut` holds these."""
+    limit: int
+    """Tops are below."""
+    tail: bytes
+    """The part of the kernel's job that all tiles share; empty where there is no kernel."""
+    at: tuple[int, int]
+    """Addresses of the classes of rows and columns, 0 where there is one."""
 
 
 def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
@@ -44,10 +50,17 @@ def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
     table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
     if (table >= p.tables).any():
         raise FormatError("class map names a table that is not there")
-    bases = np.zeros(256, np.uint32)
-    bases[: len(p.escapes)] = p.escapes
-    code = p.pairs()[:, 0] if p.per == 1 else p.pairs()[:, 0] | p.pairs()[:, 1] << np.uint8(4)
-    return Shared(freq, tables.lookup(freq, code), rows, cols, table, p.values(), bases, code)
+    code, bases = p.codes(), p.bases()
+    lut, values = tables.lookup(freq, code), p.values()
+    limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
+    tail = b""
+    if native.library() is not None:
+        tail = native.job_tail(
+            lut, values, bases, table, p.rows, p.cols, p.skip, p.lanes, p.per, grid.word, p.zero, p.sign, p.shift,
+            p.raw, p.base, p.first_escape, limit,
+        )  # fmt: skip
+    at = (native.address(rows), native.address(cols))
+    return Shared(freq, lut, rows, cols, table, values, bases, code, limit, tail, at)
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
@@ -62,8 +75,17 @@ def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
     return out
 
 
+def lanes_job(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array) -> tuple[bytes, Array]:
+    """Job of the kernel for one tile unit (bytes,) uint8 (only where `s.tail` is there), and the unit to keep alive."""
+    r0, r1, c0, c1 = box
+    if p.packed:
+        unit = ll.plain_tile(unit, (r1 - r0) * (c1 - c0), p, zstd.decompress)
+    rows, cols = s.at[0] and s.at[0] + r0, s.at[1] and s.at[1] + c0
+    return native.job(unit, r1 - r0, c1 - c0, rows, cols, dst, s.tail), unit
+
+
 def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, reference: bool = False) -> None:
-    """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words with unit column stride.
+    """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words, without the C kernel.
 
     Raises FormatError or ChecksumError; `dst` may then be partly written.
     """
@@ -71,19 +93,9 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     h, w = r1 - r0, c1 - c0
     if p.packed:
         unit = ll.plain_tile(unit, h * w, p, zstd.decompress)
-    word = dst.dtype.itemsize
-    limit = 1 << min(16, 8 * word - p.zero - p.sign - p.shift)
+    word, limit = dst.dtype.itemsize, s.limit
     row_class = None if s.rows is None else s.rows[r0:r1]
     col_class = None if s.cols is None else s.cols[c0:c1]
-    if not reference and native.library() is not None:
-        at = native.address
-        job = native.Job(
-            at(unit), len(unit), at(s.lut), at(s.values), at(s.bases), at(row_class),
-            at(col_class), at(s.table), at(dst), h, w, dst.strides[0] // word, p.rows, p.cols, p.skip, p.lanes, p.per,
-            word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape, limit,
-        )  # fmt: skip
-        native.decode_tile(job)
-        return
     order = ll.order(p, row_class, col_class, h, w, s.table)
     tile = ll.parse_tile(unit, h * w, p)
     coded = int(order.segments[:, 0].sum())

@@ -380,12 +380,12 @@ def sequence(plan: Plan, i: int) -> tuple[ll.Order, NDArray[np.uint8]]:
 
 
 def _lane_count(level: Level, elements: int) -> int:
-    """Lanes of at least 5120 elements each, as a power of two; never more than 2**17 elements in one.
+    """Lanes of at least 4500 elements each, as a power of two; never more than 2**17 elements in one.
 
     A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
     """
     lanes = level.lanes if level.fixed else 1
-    while (lanes < level.lanes and elements >= 10240 * lanes) or elements > lanes << 17:
+    while (lanes < level.lanes and elements >= 9000 * lanes) or elements > lanes << 17:
         lanes *= 2
     return lanes
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+@functools.cache
+def _quick() -> ctypes.PyDLL | None:
+    """The library again, for calls so short that giving up the GIL for them makes threads wait for each other."""
+    lib = library()
+    return None if lib is None else ctypes.PyDLL(lib._name)
+
+
 def kernel() -> str:
     """Name of the decode kernel in use."""
     lib = library()
@@ -55,7 +63,7 @@ _i = ctypes.c_int
 
 def tables(data: bytes, out: NDArray[np.uint16], order: int) -> int:
     """Decode exp-Golomb frequency tables into `out` (T, n). 0 done, 1 bits missing or left over, 2 bad sum."""
-    lib = library()
+    lib = _quick()
     if lib is not None:
         return int(lib.rac_tables(data, _n(len(data)), _n(out.shape[0]), _n(out.shape[1]), _i(order), _p(out)))
     bits = "".join(f"{b:08b}" for b in data)
@@ -81,7 +89,7 @@ def tables(data: bytes, out: NDArray[np.uint16], order: int) -> int:
 def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint32]:
     """(T, 4096) entries code[symbol] | (slot - cumulative) << 8 | frequency << 20 of tables (T, n) that sum to 4096."""
     out = np.empty((len(freq), 4096), np.uint32)
-    lib = library()
+    lib = _quick()
     if lib is not None:
         lib.rac_lookup(_p(freq), _n(freq.shape[0]), _n(freq.shape[1]), _p(code := np.ascontiguousarray(code)), _p(out))
         return out
@@ -93,23 +101,26 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
     return out
 
 
-class Job(ctypes.Structure):
-    """Twin of rac_job in kernels.c; the caller keeps the arrays alive."""
+_JOB = struct.Struct("PqPPPqqq")
+_SAME = struct.Struct("PPPP12iI4x")
+"""Together rac_job in kernels.c: what differs from tile to tile, and what does not."""
 
-    _fields_ = (
-        ("unit", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        *((n, ctypes.c_void_p) for n in ("luts", "values", "bases", "row_class", "col_class", "table", "dst")),
-        *((n, ctypes.c_int64) for n in ("rows", "cols", "stride")),
-        *(
-            (n, ctypes.c_int32)
-            for n in (
-                "row_classes", "col_classes", "skip", "lanes", "per", "word", "zero", "sign", "shift", "raw", "base",
-                "first",
-            )
-        ),
-        ("limit", ctypes.c_uint32),
-    )  # fmt: skip
+
+def job_tail(luts: Array, values: Array, bases: Array, table: Array, *numbers: int) -> bytes:
+    """The part of a job that all tiles of a tensor share; the caller keeps the arrays alive.
+
+    `numbers`: row and column classes, skip, lanes, per, word, zero, sign, shift, raw, base, first escape, limit.
+    """
+    return _SAME.pack(*(address(a) for a in (luts, values, bases, table)), *numbers)
+
+
+def job(unit: Array, rows: int, cols: int, row_class: int, col_class: int, dst: Array, tail: bytes) -> bytes:
+    """One tile to be decoded into `dst`, a view of words with unit column stride; the caller keeps both alive.
+
+    `row_class` and `col_class` are the addresses of the classes of the tile's rows and columns, 0 where there is one.
+    """
+    stride = dst.strides[0] // dst.itemsize
+    return _JOB.pack(address(unit), len(unit), row_class, col_class, address(dst), rows, cols, stride) + tail
 
 
 TILE_ERRORS = (
@@ -124,24 +135,23 @@ TILE_ERRORS = (
 )
 
 
-def decode_tile(job: Job) -> None:
-    """Decode one tile into its place (only where `library()` is there).
+def decode_tiles(jobs: list[bytes]) -> tuple[int, type[FormatError | ChecksumError], str] | None:
+    """Decode tiles (only where `library()` is there). None, or of the first that is wrong: its number and the error.
 
-    Raises:
-        FormatError: The unit breaks stages/lanes.md.
-        ChecksumError: A lane does not end empty in state 0.
+    FormatError where the unit breaks stages/lanes.md, ChecksumError where a lane does not end empty in state 0.
     """
     lib = library()
     assert lib is not None  # noqa: S101 - the caller asked
-    if bad := lib.rac_tile(ctypes.byref(job)):
-        if bad == 8:
-            raise MemoryError
-        raise (ChecksumError if bad == 4 else FormatError)(TILE_ERRORS[bad])
+    at = ctypes.c_int64()
+    bad = lib.rac_tiles(b"".join(jobs), _n(len(jobs)), ctypes.byref(at))
+    if bad == 8:
+        raise MemoryError
+    return (at.value, ChecksumError if bad == 4 else FormatError, TILE_ERRORS[bad]) if bad else None
 
 
-def address(a: Array | None) -> int | None:
-    """Address of the first byte of an array, None for None."""
-    return None if a is None else int(a.__array_interface__["data"][0])
+def address(a: Array | None) -> int:
+    """Address of the first byte of an array, 0 for None."""
+    return 0 if a is None else int(a.__array_interface__["data"][0])
 
 
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:

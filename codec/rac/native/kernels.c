@@ -418,13 +418,14 @@ RAWBITS(uint64_t, raw8)
 typedef struct {
     const uint8_t *unit;      /* the tile unit, `size` bytes */
     int64_t size;
+    const uint8_t *row_class, *col_class; /* of the tile's rows and columns; null: one class */
+    void *dst;                /* origin of the tile in the dense tensor */
+    int64_t rows, cols, stride; /* words from row to row */
+    /* the rest is the same for all tiles of a tensor */
     const uint32_t *luts;     /* 4096 entries per table; the symbols of pairs are a | b << 4 */
     const uint16_t *values;   /* top of each base symbol (256) */
     const uint32_t *bases;    /* base of each escape */
-    const uint8_t *row_class, *col_class; /* of the tile's rows and columns; null: one class */
     const uint8_t *table;     /* of each pair of classes */
-    void *dst;                /* origin of the tile in the dense tensor */
-    int64_t rows, cols, stride; /* words from row to row */
     int32_t row_classes, col_classes, skip, lanes, per, word, zero, sign, shift, raw, base, first;
     uint32_t limit;           /* tops are below this */
 } rac_job;
@@ -719,28 +720,44 @@ static int decode(const rac_job *job, rac_work *w) {
 /* Rows of up to 64 16-bit words from sequence order to their places: a row is put together with its columns sorted, then
  * permuted. `ce` has the ends of the column classes. Up to 63 words behind the runs of `seq` are read. */
 __attribute__((target("avx512f,avx512bw"))) static void unsort(const rac_work *w, const int64_t *ce, const uint16_t **run) {
-    enum { AT_ONCE = 8 }; /* rows, so that a load does not wait for the stores that it overlaps */
+    enum { AT_ONCE = 8, AHEAD = 32 }; /* rows, so that a load does not wait for the stores that it overlaps */
     const rac_job *j = w->job;
     const int kc = j->col_classes;
     uint16_t from[64] = {0}, rows[AT_ONCE][128];
     for (int64_t c = 0; c < j->cols; c++) from[w->col[c]] = (uint16_t)c;
     const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(from + 32);
-    const __mmask32 left = j->cols < 32 ? (1u << j->cols) - 1 : ~0u, right = j->cols <= 32 ? 0 : j->cols < 64 ? (1u << (j->cols - 32)) - 1 : ~0u;
+    const int64_t half = j->cols & ~(int64_t)15;
+    int64_t size[256];
+    for (int k = 0; k < kc; k++) size[k] = ce[k + 1] - ce[k];
     for (int64_t r = 0; r < j->rows; r += AT_ONCE) {
         const int n = j->rows - r < AT_ONCE ? (int)(j->rows - r) : AT_ONCE;
         for (int y = 0; y < n; y++) {
             const uint16_t **p = run + (w->row ? j->row_class[r + y] : 0) * kc;
             for (int k = 0; k < kc; k++) {
-                const int64_t m = ce[k + 1] - ce[k];
-                for (int64_t x = 0; x < m; x += 32) _mm512_storeu_si512(rows[y] + ce[k] + x, _mm512_loadu_si512(p[k] + x));
-                p[k] += m;
+                const uint16_t *from_run = p[k];
+                uint16_t *to = rows[y] + ce[k];
+                _mm256_storeu_si256((void *)to, _mm256_loadu_si256((const void *)from_run));
+                for (int64_t x = 16; x < size[k]; x += 16)
+                    _mm256_storeu_si256((void *)(to + x), _mm256_loadu_si256((const void *)(from_run + x)));
+                p[k] = from_run + size[k];
             }
         }
         for (int y = 0; y < n; y++) {
             uint16_t *d = (uint16_t *)j->dst + (r + y) * j->stride;
+            for (int64_t x = 0; x < j->cols; x += 32) __builtin_prefetch(d + AHEAD * j->stride + x, 1);
+            __builtin_prefetch(d + AHEAD * j->stride + j->cols - 1, 1);
             const __m512i a = _mm512_loadu_si512(rows[y]), b = _mm512_loadu_si512(rows[y] + 32);
-            _mm512_mask_storeu_epi16(d, left, _mm512_permutex2var_epi16(a, low, b));
-            if (right) _mm512_mask_storeu_epi16(d + 32, right, _mm512_permutex2var_epi16(a, high, b));
+            const __m512i v = _mm512_permutex2var_epi16(a, low, b), u = _mm512_permutex2var_epi16(a, high, b);
+            if (half >= 16) _mm256_storeu_si256((void *)d, _mm512_castsi512_si256(v));
+            if (half >= 32) _mm256_storeu_si256((void *)(d + 16), _mm512_extracti64x4_epi64(v, 1));
+            if (half >= 48) _mm256_storeu_si256((void *)(d + 32), _mm512_castsi512_si256(u));
+            if (half >= 64) _mm256_storeu_si256((void *)(d + 48), _mm512_extracti64x4_epi64(u, 1));
+            if (half < j->cols) { /* the words behind are another tile's */
+                uint16_t last[64];
+                _mm512_storeu_si512(last, v);
+                _mm512_storeu_si512(last + 32, u);
+                memcpy(d + half, last + half, (size_t)(j->cols - half) * 2);
+            }
         }
     }
 }
@@ -748,7 +765,7 @@ __attribute__((target("avx512f,avx512bw"))) static void unsort(const rac_work *w
 
 /* 0, or what is wrong: 1 streams do not fill the unit, 2 padding, 3 zero word, 4 final state, 5 escape counts,
  * 6 escaped value, 7 bits behind a plane, 8 no memory */
-int rac_tile(const rac_job *job) {
+static int tile(const rac_job *job) {
     const int kr = job->row_classes, kc = job->col_classes;
     const int64_t h = job->rows, c = job->cols;
     rac_work w;
@@ -781,9 +798,10 @@ int rac_tile(const rac_job *job) {
     int bad = decode(job, &w);
 #ifdef HAVE_X86
     if (w.seq && !bad) {
-        const uint16_t **run = calloc((size_t)kr * kc, sizeof *run), *at = w.seq;
+        const uint16_t **run = malloc((size_t)kr * kc * sizeof *run), *at = w.seq;
         if (!run) bad = 8;
         else {
+            for (int q = 0; q < kr * kc; q++) run[q] = w.seq; /* what an empty class reads does not matter */
             for (const int64_t *b = w.blocks; b < w.blocks + 5 * w.nblocks; b += 5) {
                 int i = 0, k = 0;
                 while (re[i + 1] <= b[1]) i++;
@@ -799,6 +817,15 @@ int rac_tile(const rac_job *job) {
 #endif
     free(scratch);
     return bad;
+}
+
+/* The n tiles one after the other; the number of the first that is wrong in *at */
+int rac_tiles(const rac_job *job, int64_t n, int64_t *at) {
+    for (*at = 0; *at < n; ++*at) {
+        int bad = tile(job + *at);
+        if (bad) return bad;
+    }
+    return 0;
 }
 
 /* Raw bits of n words to their planes (encoder), largest plane first */

@@ -101,6 +101,31 @@ def _singles(base: int) -> NDArray[np.uint8]:
     return np.arange(base, dtype=np.uint8)[:, None]
 
 
+@functools.lru_cache(64)
+def _values(runs: tuple[int, ...]) -> NDArray[np.uint16]:
+    out = np.zeros(256, np.uint16)
+    at = 0
+    for start, n in zip(runs[::2], runs[1::2], strict=True):
+        out[at : at + n] = np.arange(start, start + n)
+        at += n
+    return out
+
+
+@functools.lru_cache(64)
+def _bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+    out = np.zeros(256, np.uint32)
+    out[: len(escapes)] = escapes
+    return out
+
+
+@functools.lru_cache(64)
+def _codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+    if per == 1:
+        return np.arange(base, dtype=np.uint8)
+    both = _pairs(base, first_escape)
+    return np.ascontiguousarray(both[:, 0] | both[:, 1] << np.uint8(4))
+
+
 @dataclass(frozen=True, slots=True)
 class Lanes:
     """Parameters of lanes/1 as they stand in the stage map of a record head."""
@@ -158,19 +183,22 @@ class Lanes:
         """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
         return _pairs(self.base, self.first_escape) if self.per == 2 else _singles(self.base)
 
+    def bases(self) -> NDArray[np.uint32]:
+        """(256,) base of each escape. Not to be written to."""
+        return _bases(self.escapes)
+
+    def codes(self) -> NDArray[np.uint8]:
+        """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
+        return _codes(self.base, self.first_escape, self.per)
+
     def steps(self, elements: Array | int) -> Array:
         """Coded symbols of a segment of so many elements."""
         out: Array = -(-np.asarray(elements) // self.per)
         return out
 
     def values(self) -> NDArray[np.uint16]:
-        """(256,) top of each base symbol; 0 for escapes and unused entries."""
-        out = np.zeros(256, np.uint16)
-        at = 0
-        for start, n in zip(self.runs[::2], self.runs[1::2], strict=True):
-            out[at : at + n] = np.arange(start, start + n)
-            at += n
-        return out
+        """(256,) top of each base symbol; 0 for escapes and unused entries. Not to be written to."""
+        return _values(self.runs)
 
     def planes(self) -> list[tuple[int, int]]:
         """(bits, position of its lowest bit) of each raw plane, largest first."""
