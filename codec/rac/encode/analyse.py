@@ -56,7 +56,7 @@ LEVELS = {
     for level in (
         Level("fast", 32, 2, 1, 1, 0, False, 0, 3, 1),
         Level("default", 32, 2, 8, 6, 2, False, 0, 9, 1),
-        Level("max", 8, 1, 16, 8, 5, True, 2, 19, 9),
+        Level("max", 32, 1, 16, 8, 5, True, 2, 19, 9),
     )
 }
 

@@ -25,7 +25,8 @@ static const uint32_t *rows_scalar(const uint32_t *lut, const uint32_t *words, u
 }
 
 #ifdef HAVE_X86
-#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512ifma")))
+#define AVX512BW __attribute__((target("avx512f,avx512bw,avx512vl")))
+#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
 /* V x 8 lanes. Plain loads and inserts fetch the table entries: the gathers of some CPUs are slower (docs/experiments.md).
  * Eight words are read for each group whether it needs them or not: the caller leaves so many behind `words`. */
 #define ROWS512(NAME, V)                                                                                      \
@@ -54,7 +55,7 @@ static const uint32_t *rows_scalar(const uint32_t *lut, const uint32_t *words, u
                 _mm_storel_epi64((void *)(out + 8 * k), _mm256_cvtepi32_epi8(e));                             \
                 __m512i f = _mm512_cvtepu32_epi64(_mm256_srli_epi32(e, 20));                                  \
                 __m512i d = _mm512_cvtepu32_epi64(_mm256_and_si256(_mm256_srli_epi32(e, 8), m12s));           \
-                __m512i y = _mm512_madd52lo_epu64(d, _mm512_srli_epi64(x[k], 24), f);                         \
+                __m512i y = _mm512_add_epi64(_mm512_mullo_epi64(_mm512_srli_epi64(x[k], 24), f), d);             \
                 y = _mm512_or_si512(_mm512_slli_epi64(y, 12), _mm512_and_si512(x[k], m12));                   \
                 __mmask8 need = _mm512_testn_epi64_mask(y, high);                                             \
                 need = _mm256_mask_test_epi32_mask(need, c[k], c[k]);                                         \
@@ -79,7 +80,7 @@ static int has512(void) {
     if (known < 0) {
         __builtin_cpu_init();
         known = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512ifma");
+                __builtin_cpu_supports("avx512vl");
     }
     return known;
 }
@@ -441,7 +442,7 @@ typedef struct {
     uint32_t escapes, used;
     uint32_t pairtop[256];    /* both tops of a pair a | b << 4 */
     uint8_t bytetop[16];      /* tops of the base symbols, where all are `small` */
-    int small, bf16;          /* bf16: pairs of small tops with 7 raw bits and the sign make 16-bit words */
+    int small, fast, bf16;    /* fast: 16-bit floats joined in registers; bf16: pairs of small tops, 7 raw bits and the sign */
 } rac_work;
 
 static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
@@ -563,8 +564,7 @@ PLACE(uint64_t, place8, raw8)
 
 #ifdef HAVE_X86
 /* `n` BF16 words, elements `at` and on of the tile, out of their pairs; up to 63 more words of `out` are overwritten */
-__attribute__((target("avx512f,avx512bw,avx512vl"))) static int bf16(rac_work *w, const uint8_t *sym, int64_t n, int64_t at,
-                                                                     uint16_t *out) {
+AVX512BW static int bf16(rac_work *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t *out) {
     const rac_job *j = w->job;
     const uint8_t *plane = w->planes + w->start[0] + at;
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)w->bytetop));
@@ -593,14 +593,97 @@ __attribute__((target("avx512f,avx512bw,avx512vl"))) static int bf16(rac_work *w
 }
 #endif
 
+#ifdef HAVE_X86
+static inline uint64_t first_bits(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+
+/* Raw bits of elements at..at + n, as raw2; raw[0] is that of element at & ~31, and up to 31 more follow the last */
+AVX512BW static void raw512(const uint8_t *planes, const int64_t *start, int r, int64_t at, int64_t n, uint16_t *raw) {
+    const int64_t from = at & ~(int64_t)31;
+    n += at - from;
+    for (int64_t i = 0; i < n; i += 32) {
+        const int64_t m = n - i < 32 ? n - i : 32, e = from + i;
+        __m512i v = _mm512_setzero_si512();
+        const int64_t *s = start;
+        int low = 0;
+        if (r & 8) {
+            v = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8((__mmask32)first_bits(m), planes + *s++ + e));
+            low = 8;
+        }
+        if (r & 4) {
+            __m512i b = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((__mmask16)first_bits((m + 1) / 2), planes + *s++ + e / 2));
+            b = _mm512_and_si512(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), _mm512_set1_epi16(15));
+            v = _mm512_or_si512(v, _mm512_slli_epi16(b, (unsigned)low));
+            low += 4;
+        }
+        if (r & 2) {
+            __m512i b = _mm512_cvtepu8_epi64(_mm_maskz_loadu_epi8((__mmask16)first_bits((m + 3) / 4), planes + *s++ + e / 4));
+            b = _mm512_or_si512(b, _mm512_slli_epi64(b, 28));
+            b = _mm512_and_si512(_mm512_or_si512(b, _mm512_slli_epi64(b, 14)), _mm512_set1_epi16(3));
+            v = _mm512_or_si512(v, _mm512_slli_epi16(b, (unsigned)low));
+            low += 2;
+        }
+        if (r & 1) {
+            const __m128i b = _mm_maskz_loadu_epi8((__mmask16)first_bits((m + 7) / 8), planes + *s + e / 8);
+            v = _mm512_or_si512(v, _mm512_maskz_set1_epi16((__mmask32)_mm_cvtsi128_si32(b), (short)(1 << low)));
+        }
+        _mm512_storeu_si512(raw + i, v);
+    }
+}
+
+/* As bf16, for any 16-bit float: pairs of small tops, or single symbols of at most 128 */
+AVX512BW static int float16(rac_work *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t *out) {
+    const rac_job *j = w->job;
+    const unsigned shift = (unsigned)j->shift;
+    const __m512i low = _mm512_set1_epi16((short)((1 << shift) - 1)), nibble = _mm512_set1_epi16(15);
+    const __m512i t0 = _mm512_loadu_si512(j->values), t1 = _mm512_loadu_si512(j->values + 32);
+    const __m512i t2 = _mm512_loadu_si512(j->values + 64), t3 = _mm512_loadu_si512(j->values + 96);
+    const __m512i first = _mm512_set1_epi16((short)j->first), half = _mm512_set1_epi16(64);
+    uint16_t raw[CHUNK + 64];
+    for (int64_t f = 0; f < n; f += CHUNK) {
+        const int64_t m = n - f < CHUNK ? n - f : CHUNK;
+        raw512(w->planes, w->start, j->raw, at + f, m, raw);
+        const uint16_t *bits = raw + ((at + f) & 31);
+        for (int64_t i = f; i < f + m; i += 32, bits += 32) {
+            const __mmask32 some = (__mmask32)first_bits(f + m - i);
+            __m512i s, top;
+            if (j->per == 2) {
+                s = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(sym + i / 2)));
+                s = _mm512_and_si512(_mm512_or_si512(s, _mm512_slli_epi32(s, 12)), nibble);
+                top = _mm512_permutexvar_epi16(s, t0);
+            } else {
+                s = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(sym + i)));
+                top = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(s, half), _mm512_permutex2var_epi16(t0, s, t1),
+                                              _mm512_permutex2var_epi16(t2, s, t3));
+            }
+            const __m512i b = _mm512_loadu_si512(bits), sign = _mm512_slli_epi16(_mm512_srli_epi16(b, shift), 15);
+            top = _mm512_or_si512(_mm512_slli_epi16(top, shift), _mm512_and_si512(b, low));
+            _mm512_storeu_si512(out + i, _mm512_or_si512(top, sign));
+            uint32_t escaped = _mm512_mask_cmpge_epu16_mask(some, s, first);
+            for (; escaped; escaped &= escaped - 1) {
+                const int64_t k = i + __builtin_ctz(escaped);
+                const int c = j->per == 1 ? sym[k] : k & 1 ? sym[k >> 1] >> 4 : sym[k >> 1] & 15;
+                if (w->used >= w->escapes) return 5;
+                const uint32_t t = j->bases[c - j->first] + w->escape[w->used++];
+                if (t >= j->limit) return 6;
+                out[k] = (uint16_t)((out[k] & (0x8000 | ((1u << shift) - 1))) | t << shift);
+            }
+        }
+    }
+    return 0;
+}
+static int join(rac_work *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t *out) {
+    return w->bf16 ? bf16(w, sym, n, at, out) : float16(w, sym, n, at, out);
+}
+#endif
+
 /* Coded symbols of the next `n` elements to words in their place; block `b` is at element *e, the tile at *at */
 static int emit(rac_work *w, const uint8_t *sym, int64_t n, const int64_t **b, int64_t *e, int64_t *at) {
     const rac_job *j = w->job;
     uint16_t val[2 * PIECE + 64];
     const int64_t piece = PIECE * j->per;
 #ifdef HAVE_X86
-    if (w->bf16 && w->seq) {
-        int bad = bf16(w, sym, n, *at, w->seq + *at);
+    if (w->fast && w->seq) {
+        int bad = join(w, sym, n, *at, w->seq + *at);
         *at += n;
         return bad;
     }
@@ -608,8 +691,8 @@ static int emit(rac_work *w, const uint8_t *sym, int64_t n, const int64_t **b, i
     for (int64_t k = 0; k < n; k += piece, sym += PIECE) {
         int64_t m = n - k < piece ? n - k : piece;
 #ifdef HAVE_X86
-        if (w->bf16) {
-            int bad = bf16(w, sym, m, *at, val);
+        if (w->fast) {
+            int bad = join(w, sym, m, *at, val);
             if (bad) return bad;
             for (int64_t q = 0; q < m;) {
                 const int64_t *o = *b, cols = o[4] - o[3], i = o[1] + *e / cols, c = *e % cols;
@@ -689,14 +772,19 @@ static int decode(const rac_job *job, rac_work *w) {
             if (--left[l]) { st[l] = st[l] << 32 | *words++; left[l]--; }
         }
     }
-    w->bf16 = 0;
+    w->small = w->fast = w->bf16 = 0;
     if (job->per == 2) {
         uint16_t all = 0;
         for (int a = 0; a < 16; a++) { all |= job->values[a]; w->bytetop[a] = (uint8_t)job->values[a]; }
         w->small = all < 256;
-        w->bf16 = has512() && (w->seq || !w->col) && w->small && job->word == 2 && job->zero == 0 && job->sign && job->shift == 7;
         for (int s = 0; s < 256; s++) w->pairtop[s] = job->values[s & 15] | (uint32_t)job->values[s >> 4] << 16;
     }
+#ifdef HAVE_X86
+    if (has512() && (w->seq || !w->col) && job->word == 2 && job->zero == 0 && job->sign && (job->per == 2 || job->base <= 128)) {
+        w->fast = 1;
+        w->bf16 = w->small && job->shift == 7;
+    }
+#endif
     const int64_t per = job->per, whole = SYMBOLS_AT_ONCE / lanes * lanes;
     const int64_t *b = w->blocks, *stop = b + 5 * w->nblocks, *here = b;
     int64_t element = 0, place = 0;
@@ -717,50 +805,48 @@ static int decode(const rac_job *job, rac_work *w) {
 }
 
 #ifdef HAVE_X86
-/* Rows of up to 64 16-bit words from sequence order to their places: a row is put together with its columns sorted, then
- * permuted. `ce` has the ends of the column classes. Up to 63 words behind the runs of `seq` are read. */
-__attribute__((target("avx512f,avx512bw"))) static void unsort(const rac_work *w, const int64_t *ce, const uint16_t **run) {
-    enum { AT_ONCE = 8, AHEAD = 32 }; /* rows, so that a load does not wait for the stores that it overlaps */
+/* Columns of one class among 32 neighbours: they follow each other in the runs of that class, `offset` words from its start */
+typedef struct { uint32_t mask; int32_t class, offset; } rac_piece;
+
+/* 16-bit words from sequence order to their places. Row r has a run of words for each class of columns, run[class of r][k];
+ * the runs of a class of rows follow each other. Up to 31 words behind a run are read. */
+__attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static void unsort512(const rac_work *w, const int64_t *size, const uint16_t **run,
+                                                                              rac_piece *piece) {
+    enum { AHEAD = 32 }; /* rows of which the memory is fetched before they are written: tiles are narrow, rows far apart */
     const rac_job *j = w->job;
     const int kc = j->col_classes;
-    uint16_t from[64] = {0}, rows[AT_ONCE][128];
-    for (int64_t c = 0; c < j->cols; c++) from[w->col[c]] = (uint16_t)c;
-    const __m512i low = _mm512_loadu_si512(from), high = _mm512_loadu_si512(from + 32);
-    const int64_t half = j->cols & ~(int64_t)15;
-    int64_t size[256];
-    for (int k = 0; k < kc; k++) size[k] = ce[k + 1] - ce[k];
-    for (int64_t r = 0; r < j->rows; r += AT_ONCE) {
-        const int n = j->rows - r < AT_ONCE ? (int)(j->rows - r) : AT_ONCE;
-        for (int y = 0; y < n; y++) {
-            const uint16_t **p = run + (w->row ? j->row_class[r + y] : 0) * kc;
-            for (int k = 0; k < kc; k++) {
-                const uint16_t *from_run = p[k];
-                uint16_t *to = rows[y] + ce[k];
-                _mm256_storeu_si256((void *)to, _mm256_loadu_si256((const void *)from_run));
-                for (int64_t x = 16; x < size[k]; x += 16)
-                    _mm256_storeu_si256((void *)(to + x), _mm256_loadu_si256((const void *)(from_run + x)));
-                p[k] = from_run + size[k];
-            }
+    const int64_t cols = j->cols;
+    int64_t before[256] = {0}, n = 0;
+    for (int64_t c = 0; c < cols; c += 32)
+        for (int k = 0; k < kc; k++) {
+            uint32_t mask = 0;
+            for (int64_t x = c; x < cols && x < c + 32; x++) mask |= (uint32_t)(j->col_class[x] == k) << (x - c);
+            if (!mask) continue;
+            piece[n++] = (rac_piece){mask, k, (int32_t)before[k]};
+            before[k] += __builtin_popcount(mask);
         }
-        for (int y = 0; y < n; y++) {
-            uint16_t *d = (uint16_t *)j->dst + (r + y) * j->stride;
-            for (int64_t x = 0; x < j->cols; x += 32) __builtin_prefetch(d + AHEAD * j->stride + x, 1);
-            __builtin_prefetch(d + AHEAD * j->stride + j->cols - 1, 1);
-            const __m512i a = _mm512_loadu_si512(rows[y]), b = _mm512_loadu_si512(rows[y] + 32);
-            const __m512i v = _mm512_permutex2var_epi16(a, low, b), u = _mm512_permutex2var_epi16(a, high, b);
-            if (half >= 16) _mm256_storeu_si256((void *)d, _mm512_castsi512_si256(v));
-            if (half >= 32) _mm256_storeu_si256((void *)(d + 16), _mm512_extracti64x4_epi64(v, 1));
-            if (half >= 48) _mm256_storeu_si256((void *)(d + 32), _mm512_castsi512_si256(u));
-            if (half >= 64) _mm256_storeu_si256((void *)(d + 48), _mm512_extracti64x4_epi64(u, 1));
-            if (half < j->cols) { /* the words behind are another tile's */
-                uint16_t last[64];
+    for (int64_t r = 0; r < j->rows; r++) {
+        const uint16_t **p = run + (w->row ? j->row_class[r] : 0) * kc;
+        uint16_t *d = (uint16_t *)j->dst + r * j->stride;
+        const rac_piece *q = piece;
+        for (int64_t c = 0; c < cols; c += 32) {
+            const uint32_t all = cols - c < 32 ? (1u << (cols - c)) - 1 : ~0u;
+            __m512i v = _mm512_setzero_si512();
+            __builtin_prefetch(d + AHEAD * j->stride + c, 1);
+            for (uint32_t have = 0; have != all; have |= q++->mask)
+                v = _mm512_or_si512(v, _mm512_maskz_expand_epi16(q->mask, _mm512_loadu_si512(p[q->class] + q->offset)));
+            if (all == ~0u) _mm512_storeu_si512(d + c, v);
+            else if (all == 0xffff) _mm256_storeu_si256((void *)(d + c), _mm512_castsi512_si256(v));
+            else { /* the words behind are another tile's */
+                uint16_t last[32];
                 _mm512_storeu_si512(last, v);
-                _mm512_storeu_si512(last + 32, u);
-                memcpy(d + half, last + half, (size_t)(j->cols - half) * 2);
+                copy(d + c, last, 2 * (cols - c));
             }
         }
+        for (int k = 0; k < kc; k++) if (size[k]) p[k] += size[k];
     }
 }
+static int has_expand(void) { return has512() && __builtin_cpu_supports("avx512vbmi2"); }
 #endif
 
 /* 0, or what is wrong: 1 streams do not fill the unit, 2 padding, 3 zero word, 4 final state, 5 escape counts,
@@ -790,7 +876,7 @@ static int tile(const rac_job *job) {
         }
     w.seq = 0;
 #ifdef HAVE_X86
-    if (w.col && job->word == 2 && c <= 64 && has512() && !(w.seq = malloc((size_t)(h * c + 64) * 2))) {
+    if (w.col && job->word == 2 && has_expand() && !(w.seq = malloc((size_t)(h * c + 64) * 2))) {
         free(scratch);
         return 8;
     }
@@ -799,9 +885,9 @@ static int tile(const rac_job *job) {
 #ifdef HAVE_X86
     if (w.seq && !bad) {
         const uint16_t **run = malloc((size_t)kr * kc * sizeof *run), *at = w.seq;
-        if (!run) bad = 8;
+        rac_piece *pieces = malloc((size_t)(c + 32) * sizeof *pieces);
+        if (!run || !pieces) bad = 8;
         else {
-            for (int q = 0; q < kr * kc; q++) run[q] = w.seq; /* what an empty class reads does not matter */
             for (const int64_t *b = w.blocks; b < w.blocks + 5 * w.nblocks; b += 5) {
                 int i = 0, k = 0;
                 while (re[i + 1] <= b[1]) i++;
@@ -809,9 +895,11 @@ static int tile(const rac_job *job) {
                 run[i * kc + k] = at;
                 at += (b[2] - b[1]) * (b[4] - b[3]);
             }
-            unsort(&w, ce, run);
-            free(run);
+            for (int k = 0; k < kc; k++) ce[k] = ce[k + 1] - ce[k];
+            unsort512(&w, ce, run, pieces);
         }
+        free(pieces);
+        free(run);
     }
     free(w.seq);
 #endif
