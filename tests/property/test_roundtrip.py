@@ -194,7 +194,8 @@ def test_structured_arrays_in_many_tiles(data):
     arrays = data.draw(st.dictionaries(TEXT, structured_array(), min_size=1, max_size=2))
     level, lanes = data.draw(LEVELS), data.draw(LANES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyse, "ONE_TILE", data.draw(st.sampled_from([1 << 8, 1 << 14, 3 << 19])))
+        most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
+        patch.setattr(analyse, "CUTS", ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed(arrays, {}, level=level, lanes=lanes)
     check(archive, arrays, {}, indices_from(data, 3))
 
@@ -345,7 +346,8 @@ def test_kernels_agree(data):
     level, lanes = data.draw(LEVELS), data.draw(LANES)
     assert native.library() is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyse, "ONE_TILE", data.draw(st.sampled_from([1 << 8, 1 << 14, 3 << 19])))
+        most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
+        patch.setattr(analyse, "CUTS", ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed({"a": array}, level=level, lanes=lanes)
         fast = _decoded(archive)
         patch.setattr(native, "library", lambda: None)

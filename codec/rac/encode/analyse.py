@@ -21,7 +21,9 @@ Source = Callable[[ll.Grid, int, int], Array]
 Read = Callable[[int, int], Array]
 """Words (h, C) of the rows [start, stop) of the matrix."""
 
-ONE_TILE = 3 << 19
+CUTS = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
+"""Tiles along each side up to which stored size: an eighth of the rows or columns then costs no more than 1.1 times its
+share of the stored bytes and 1 MB."""
 PAIR_RARE = 45000
 """A pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits."""
 RARE = {1: 65536, 2: 4096}
@@ -56,7 +58,7 @@ LEVELS = {
     for level in (
         Level("fast", 32, 2, 1, 1, 0, False, 0, 3, 1),
         Level("default", 32, 2, 8, 6, 2, False, 0, 9, 1),
-        Level("max", 32, 1, 16, 8, 5, True, 2, 19, 9),
+        Level("max", 16, 1, 16, 8, 5, True, 2, 19, 9),
     )
 }
 
@@ -95,15 +97,15 @@ def axis_of(shape: tuple[int, ...]) -> int:
 
 
 def grid_of(dtype: str, shape: tuple[int, ...], axis: int) -> ll.Grid:
-    """Tiles: one for a small tensor; else an eighth of the columns each, so that shards read little else."""
+    """Tiles as large as slices allow: long lanes are small and fast. At most 2**20 words each."""
     rows, cols = ll.matrix(dtype, shape, axis)
-    word = DTYPES[dtype].word
-    if rows * cols * word <= ONE_TILE:
-        return ll.Grid(rows, cols, word, max(1, rows), max(1, cols))
-    tc = -(-cols // 8) if cols >= 128 else cols
-    tc = -(-tc // -(-tc // (1 << 20))) if tc > 1 << 20 else tc
-    tr = max(1, min(-(-rows // 8), (1 << 20) // tc))
-    return ll.Grid(rows, cols, word, tr, tc)
+    d = DTYPES[dtype]
+    stored = rows * cols * d.word * (0.7 if d.signed_float and d.word == 2 else 0.85 if d.signed_float else 1)
+    parts = next(n for n, most in CUTS if stored <= most)
+    tc = max(1, -(-cols // parts) if cols >= 128 else cols)
+    tc = -(-tc // -(-tc // (1 << 20)))
+    tr = max(1, min(-(-rows // parts), (1 << 20) // tc))
+    return ll.Grid(rows, cols, d.word, tr, tc)
 
 
 def chunks(grid: ll.Grid) -> Iterator[tuple[int, int]]:
