@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -127,7 +127,7 @@ def parse_record_body(at: int, fixed: bytes, body: bytes, padding: bytes, limits
     return Record(kind, flags, at, head, size, start, payload, check)
 
 
-def directory(units: list[bytes]) -> bytes:
+def directory(units: Sequence[bytes | memoryview]) -> bytes:
     """16 bytes per unit: length and XXH3-64."""
     return b"".join(struct.pack("<QQ", len(u), xxh3(u)) for u in units)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 from rac.container import index as ix
@@ -60,7 +60,7 @@ class Writer:
                 why += "; the finished part is kept, --resume goes on with it"
             raise OutputError(why, file=self.part, offset=self.at) from e
 
-    def _write(self, *pieces: bytes) -> None:
+    def _write(self, *pieces: bytes | memoryview) -> None:
         def write() -> None:
             for piece in pieces:
                 self._file.write(piece)
@@ -68,13 +68,13 @@ class Writer:
         self._guard(write)
         self.at += sum(map(len, pieces))
 
-    def add(self, kind: int, flags: int, head: dict[str, Any], units: list[bytes], **fields: Any) -> Entry:
+    def add(self, kind: int, flags: int, head: dict[str, Any], units: Sequence[bytes | memoryview], **fields: Any) -> Entry:
         """Write one record; `head` gets its "units". `fields` are those of its index row."""
         head = head | {"units": wire.directory(units)}
         payload_size = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)
         fixed, check, head_size = wire.record_head(kind, flags, head, payload_size)
         entry = Entry(kind, head.get("name", ""), self.at, head_size, payload_size, check, flags, **fields)
-        pieces = [fixed]
+        pieces: list[bytes | memoryview] = [fixed]
         for u in units:
             pieces += [u, bytes(wire.pad(len(u), wire.STREAM_ALIGN))]
         pieces.append(bytes(wire.pad(payload_size)))

@@ -9,15 +9,18 @@ import zstandard
 
 from rac.errors import FormatError
 
-
-def compress(data: bytes | memoryview, level: int = 9) -> bytes:
-    """One zstd frame with its content size and no checksum (units carry their own)."""
-    return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)
-
-
 WINDOW = 1 << 27
 _MAGIC = b"\x28\xb5\x2f\xfd"  # a skippable frame is not a frame of 0 bytes
 _local = threading.local()
+"""A (de)compressor for each thread: making one costs more than a small frame."""
+
+
+def compress(data: bytes | memoryview, level: int = 9) -> bytes:
+    """One zstd frame with its content size and no checksum (units carry their own)."""
+    held: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
+    if level not in held:
+        held[level] = zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True)
+    return held[level].compress(data)
 
 
 def decompress(data: bytes | memoryview, size: int) -> bytes:
@@ -27,7 +30,7 @@ def decompress(data: bytes | memoryview, size: int) -> bytes:
             raise FormatError("zstd frame does not hold the size that the record states")
         if zstandard.get_frame_parameters(data).window_size > WINDOW:
             raise FormatError("zstd frame needs a window of more than 128 MiB")
-        if not hasattr(_local, "zstd"):  # making one costs more than decoding a small frame
+        if not hasattr(_local, "zstd"):
             _local.zstd = zstandard.ZstdDecompressor(max_window_size=WINDOW)
         if size == 0:  # the one-call decoder does not look into a frame that says it is empty
             frame = _local.zstd.decompressobj(read_across_frames=False)

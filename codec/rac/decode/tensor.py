@@ -14,6 +14,7 @@ from rac.container import index as ix
 from rac.container import wire
 from rac.container.zstd import Digest, xxh3
 from rac.decode import tile
+from rac.decode.tile import Box
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.quantize import lossless as ll
 from rac.records import Limits, Record, Unit
@@ -163,7 +164,7 @@ class Decoder:
         work.add(self, i, data, out, row, col)
         work.run()
 
-    def prepare(self, i: int, data: Array, dst: Array, box: tile.Box) -> tuple[bytes, Array] | None:
+    def prepare(self, i: int, data: Array, dst: Array, box: Box) -> tuple[bytes, Array] | None:
         """Check tile `i`; the kernel's job for it (and what that needs alive), None where Python decodes it."""
         t = self.tensor
         self._check(i + t.first, data.data)
@@ -173,7 +174,7 @@ class Decoder:
         with self.at(i + t.first):
             return tile.lanes_job(data, t.lanes, self.shared, box, dst)
 
-    def decode(self, i: int, data: Array, dst: Array, box: tile.Box) -> None:
+    def decode(self, i: int, data: Array, dst: Array, box: Box) -> None:
         """Decode tile `i`, checked before, in Python."""
         t = self.tensor
         with self.at(i + t.first):
@@ -191,7 +192,7 @@ class Work:
         self._jobs: list[bytes] = []
         self._of: list[tuple[Decoder, int]] = []
         self._alive: list[Array] = []
-        self._others: list[tuple[Decoder, int, Array, Array, tile.Box]] = []
+        self._others: list[tuple[Decoder, int, Array, Array, Box]] = []
 
     def add(self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
         """Check the bytes of tile `i` and take it in; `data` and `out` stay as they are until `run` is done."""

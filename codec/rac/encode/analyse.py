@@ -29,7 +29,10 @@ PAIR_RARE = 45000
 RARE = {1: 65536, 2: 4096}
 """Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
 CHUNK = 1 << 22
-SAMPLE = 1 << 17
+HELD = 1 << 25
+"""Bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks."""
+SAMPLE = {1: 1 << 17, 2: 1 << 15}
+"""Per elements per symbol: bytes that general compressors are tried on."""
 _MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}
 _CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
@@ -109,8 +112,9 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int) -> ll.Grid:
 
 
 def chunks(grid: ll.Grid) -> Iterator[tuple[int, int]]:
-    """Row ranges of about 4 MiB."""
-    step = max(1, CHUNK // max(1, grid.cols * grid.word))
+    """Row ranges of about 4 MiB, or all rows of a tensor that is held."""
+    row = max(1, grid.cols * grid.word)
+    step = grid.rows if grid.rows * row <= HELD else max(1, CHUNK // row)
     for a in range(0, grid.rows, step):
         yield a, min(grid.rows, a + step)
 
@@ -147,7 +151,7 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
     plan = Plan("raw/1", grid, axis, digest.value(), level.name, words=cache)
     if not total:
         return plan
-    sample = _sample(read, grid)
+    sample = _sample(read, grid, SAMPLE[level.per])
     raw_size = total * grid.word
     best = raw_size - 64
     if (dtype in _MANTISSA or dtype in _BYTES) and total >= 2048:
@@ -171,13 +175,13 @@ def _candidates(dtype: str, level: Level) -> list[tuple[int, int]]:
     return [(2, 0), *out] if level.per == 2 and dtype in _MANTISSA else out
 
 
-def _sample(read: Read, grid: ll.Grid) -> Array:
+def _sample(read: Read, grid: ll.Grid, size: int) -> Array:
     """Words (1, n): all of a small tensor, or rows of eight places of a large one."""
-    if grid.rows * grid.cols * grid.word <= SAMPLE:
+    if grid.rows * grid.cols * grid.word <= 1 << 17:
         return read(0, grid.rows).reshape(1, -1)
-    rows = max(1, SAMPLE // 8 // max(1, grid.cols * grid.word))
+    rows = max(1, size // 8 // max(1, grid.cols * grid.word))
     at = sorted({int(a) for a in np.linspace(0, max(0, grid.rows - rows), 8)})
-    parts = [read(a, min(grid.rows, a + rows))[:, : SAMPLE // 8 // grid.word].reshape(-1) for a in at]
+    parts = [read(a, min(grid.rows, a + rows))[:, : size // 8 // grid.word].reshape(-1) for a in at]
     return np.concatenate(parts).reshape(1, -1)
 
 

@@ -1,7 +1,6 @@
 """Packing: a source to one archive, or to a set of shards. Threads share the work; the bytes never depend on them.
 
-Threads are enough although constriction holds the interpreter's lock: it codes one symbol for two weights, and all
-the rest (reading, counting, sorting, bit planes, checksums) runs outside the lock.
+Threads are enough: reading, counting, sorting, coding, bit planes and checksums run outside the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from typing import Any
 
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
 
 WINDOW = 64 << 20
 """Dense bytes in work beyond the largest tensor."""
+Bytes = bytes | memoryview
 Progress = Callable[[str, int], None]
 """Called with the name of a finished tensor and its dense bytes."""
 
@@ -199,7 +200,7 @@ def _write(
             _attach(writer, file)
         start = len(found.digests) if found else 0
         with ThreadPoolExecutor(jobs) as pool:
-            _tensors(writer, groups[start:], level, pool, note)
+            _tensors(writer, groups[start:], level, pool, jobs, note)
         writer.finish(ix.content_digest(content))
         return start
     except MemoryError as e:
@@ -217,38 +218,69 @@ def _attach(writer: Writer, file: Attachment) -> None:
     writer.flush()
 
 
+@dataclass
+class _Item:
+    """A tensor on its way: what is known of it, and how many rows of its tiles are still to come (-1: not analysed)."""
+
+    group: ties.Group
+    left: int = -1
+    encoder: TileEncoder | None = None
+    bands: list[list[Bytes]] = field(default_factory=list)
+
+
 def _tensors(
-    writer: Writer, groups: list[ties.Group], level: Level, pool: ThreadPoolExecutor,
+    writer: Writer, groups: list[ties.Group], level: Level, pool: ThreadPoolExecutor, jobs: int,
     note: Callable[[ties.Group, bytes], None],
 ) -> None:  # fmt: skip
-    """Plan and encode ahead of the writer, within WINDOW; write in order."""
+    """Plan and encode ahead of the writer, within WINDOW; write in order. The work nearest to the writer goes first."""
     largest = max((g.tensor.nbytes for g in groups), default=0)
-    waiting: deque[tuple[ties.Group, Future[tuple[TileEncoder, list[bytes]]]]] = deque()
+    waiting: deque[_Item] = deque()
     coming = deque(groups)
-    held = 0
-    current: list[Future[list[bytes]]] = []
+    ready: list[tuple[int, int]] = []
+    """(number of the tensor, row of tiles; -1: analyse it)"""
+    running: dict[Future[Any], tuple[_Item, int]] = {}
+    held = written = 0
     try:
         while coming or waiting:
             while coming and (not waiting or held + coming[0].tensor.nbytes <= max(largest, WINDOW)):
-                group = coming.popleft()
-                held += group.tensor.nbytes
-                waiting.append((group, pool.submit(_start, group.tensor, level)))
-            group, job = waiting.popleft()
-            t = group.tensor
-            encoder, units = job.result()
-            plan = encoder.plan
-            if plan.grid.down > 1:
-                current = [pool.submit(_band, t, encoder, a) for a in range(plan.grid.down)]
-                for band in current:
-                    units += band.result()
-            writer.add(RECORD_TENSOR, 0, _head(group, plan), units, **_fields(group, plan, units))
-            writer.flush()
-            note(group, plan.digest)
-            held -= t.nbytes
+                heappush(ready, (written + len(waiting), -1))
+                waiting.append(_Item(coming.popleft()))
+                held += waiting[-1].group.tensor.nbytes
+            while ready and len(running) < 2 * jobs:
+                number, row = heappop(ready)
+                item = waiting[number - written]
+                t = item.group.tensor
+                if row < 0:
+                    running[pool.submit(_start, t, level)] = (item, row)
+                else:
+                    assert item.encoder is not None  # noqa: S101
+                    running[pool.submit(_band, t, item.encoder, row)] = (item, row)
+            if waiting[0].left == 0:
+                item = waiting.popleft()
+                written += 1
+                assert item.encoder is not None  # noqa: S101
+                group, plan = item.group, item.encoder.plan
+                units = [unit for band in item.bands for unit in band]
+                writer.add(RECORD_TENSOR, 0, _head(group, plan), units, **_fields(group, plan, units))
+                writer.flush()
+                note(group, plan.digest)
+                held -= group.tensor.nbytes
+                continue
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                item, row = running.pop(job)
+                if row < 0:
+                    item.encoder, units = job.result()
+                    down = item.encoder.plan.grid.down
+                    item.left = down if down > 1 else 0
+                    item.bands = [units, *([] for _ in range(item.left))]
+                    number = written + next(i for i, one in enumerate(waiting) if one is item)
+                    for r in range(item.left):
+                        heappush(ready, (number, r))
+                else:
+                    item.bands[row + 1] = job.result()
+                    item.left -= 1
     finally:
-        for band in current:
-            band.cancel()
-        for _, job in waiting:
+        for job in running:
             job.cancel()
 
 
@@ -257,17 +289,17 @@ def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
     return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
 
 
-def _start(t: SourceTensor, level: Level) -> tuple[TileEncoder, list[bytes]]:
+def _start(t: SourceTensor, level: Level) -> tuple[TileEncoder, list[Bytes]]:
     """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
     plan = analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
     encoder = TileEncoder(plan)
-    units = [plan.shared] if plan.lanes else []
+    units: list[Bytes] = [plan.shared] if plan.lanes else []
     if plan.grid.down == 1:
         units += _band(t, encoder, 0)
     return encoder, units
 
 
-def _band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[bytes]:
+def _band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[Bytes]:
     """Units of one row of tiles."""
     grid = encoder.plan.grid
     r0, r1, _, _ = grid.box(a * grid.across)
@@ -291,9 +323,9 @@ def _head(group: ties.Group, plan: Plan) -> dict[str, Any]:
     return head
 
 
-def _fields(group: ties.Group, plan: Plan, units: list[bytes]) -> dict[str, Any]:
+def _fields(group: ties.Group, plan: Plan, units: list[Bytes]) -> dict[str, Any]:
     """What the index row of a tensor adds to its record."""
-    parts = tn.parts(plan.grid, plan.lanes, [len(u) for u in units], lambda i, size: units[i][:size])
+    parts = tn.parts(plan.grid, plan.lanes, [len(u) for u in units], lambda i, size: bytes(units[i][:size]))
     t = group.tensor
     return {
         "method": plan.method, "dtype": t.dtype, "shape": t.shape, "parts": parts, "aliases": group.aliases,

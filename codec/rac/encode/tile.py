@@ -34,7 +34,7 @@ class TileEncoder:
             self._same[:, : p.symbols][plan.rare] = both
         self._model = native.symbol_model(plan.freq, self._same)
 
-    def encode(self, words: Array, i: int) -> bytes:
+    def encode(self, words: Array, i: int) -> bytes | memoryview:
         """Unit of tile `i`, whose words (h, w) are given."""
         plan = self.plan
         if plan.method == "raw/1":
@@ -43,7 +43,7 @@ class TileEncoder:
             return zstd.compress(shuffle(words), LEVELS[plan.level].zstd)
         return self._lanes(words, i)
 
-    def _lanes(self, words: Array, i: int) -> bytes:
+    def _lanes(self, words: Array, i: int) -> memoryview:
         p = self.plan.lanes
         assert p is not None  # noqa: S101
         order, sym = sequence(self.plan, i)
@@ -55,8 +55,8 @@ class TileEncoder:
             sizes.append((bits, low, total))
             total += ll.up16(size)
         raw = native.planes(flat, p.zero, p.sign, p.shift, sizes, total)
-        planes = [
-            raw[at : at + size].tobytes() for (*_, at), size in zip(sizes, ll.plane_sizes(len(flat), p), strict=True)
+        planes: list[bytes | memoryview] = [
+            raw[at : at + size].data for (*_, at), size in zip(sizes, ll.plane_sizes(len(flat), p), strict=True)
         ]
         if p.packed:
             planes = [self._smaller(plane) for plane in planes]
@@ -78,7 +78,7 @@ class TileEncoder:
             streams.append(models.encode(np.ascontiguousarray(np.concatenate(mine)), todo))
         return merge(streams, freq, order.segments), np.array([len(s) for s in streams])
 
-    def _smaller(self, plane: bytes) -> bytes:
+    def _smaller(self, plane: bytes | memoryview) -> bytes | memoryview:
         """The plane compressed where that pays for its time: low bits of float32 are often zero in whole rows."""
         packed = zstd.compress(plane, LEVELS[self.plan.level].planes)
         return packed if len(packed) < len(plane) - len(plane) // 128 else plane

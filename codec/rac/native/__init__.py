@@ -151,7 +151,13 @@ def decode_tiles(jobs: list[bytes]) -> tuple[int, type[FormatError | ChecksumErr
 
 def address(a: Array | None) -> int:
     """Address of the first byte of an array, 0 for None."""
-    return 0 if a is None else int(a.__array_interface__["data"][0])
+    if a is None:
+        return 0
+    try:
+        whole: Any = a  # quick, but for whole and writable arrays only
+        return ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    except (TypeError, ValueError):
+        return int(a.__array_interface__["data"][0])
 
 
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:

@@ -356,14 +356,26 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
     return out
 
 
-def build_tile(words: Array, counts: Array, escapes: bytes, planes: list[bytes], p: Lanes) -> bytes:
-    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, raw planes as stored."""
+def build_tile(
+    words: Array, counts: Array, escapes: bytes, planes: Sequence[bytes | memoryview], p: Lanes
+) -> memoryview:
+    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, raw planes as stored.
+
+    The copies are numpy's, which makes them outside the interpreter's lock.
+    """
     directory = len(escapes).to_bytes(4, "little")
     if p.packed:
         directory += np.array([len(plane) for plane in planes], "<u4").tobytes()
     directory += counts.astype("<u2").tobytes()
-    coded = words.astype("<u4").tobytes()
-    return b"".join(s + bytes(-len(s) % 16) for s in (directory, coded, escapes, *planes))
+    pieces = [np.frombuffer(d, np.uint8) for d in (directory, words.astype("<u4", copy=False), escapes, *planes)]
+    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)
+    at = 0
+    for piece in pieces:
+        end = at + len(piece)
+        out[at:end] = piece
+        at += up16(len(piece))
+        out[end:at] = 0
+    return out.data
 
 
 def tile_parts(directory: bytes, n: int, p: Lanes) -> tuple[int, int, int, int]:
