@@ -130,8 +130,10 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
 
     signed = DTYPES[dtype].signed_float
     bits = 8 * grid.word - signed
+    # pairs of exponents need no more than these; their histogram is small and counted fast
+    base = _MANTISSA.get(dtype, 0) if level.per == 2 else 0
+    base = max(base, bits - 16, 0)
     hist = np.zeros(65536, np.uint32)
-    base = max(0, bits - 16)
     total = grid.rows * grid.cols
     cache = None
     union = 0
@@ -157,6 +159,11 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
     if (dtype in _MANTISSA or dtype in _BYTES) and total >= 2048:
         zero = (union & -union).bit_length() - 1 if union & ((1 << bits) - 1) else 0
         for per, coded in _candidates(dtype, level):
+            if per == 1 and base > max(bits - 16, 0):  # pairs do not serve: count the mantissa too
+                base = max(bits - 16, 0)
+                hist = np.zeros(65536, np.uint32)
+                for a, b in chunks(grid):
+                    native.scan(read(a, b), (1 << bits) - 1, base, hist)
             found = _lanes(read, sample, plan, dtype, hist, base, zero, coded, per, level)
             if found and found[1] < best:
                 plan, best = found

@@ -113,7 +113,19 @@ static const uint32_t *rows(const uint32_t *lut, const uint32_t *words, const ui
 #define SCAN(T, NAME)                                                                                         \
     uint64_t NAME(const T *v, int64_t n, uint64_t mask, int shift, uint32_t *hist) {                          \
         T all = 0;                                                                                            \
-        for (int64_t i = 0; i < n; i++) { all |= v[i]; hist[(uint16_t)((v[i] & (T)mask) >> shift)]++; }       \
+        int64_t i = 0;                                                                                        \
+        const uint64_t size = (mask >> shift) + 1;                                                            \
+        if (size <= 2048 && n >= 8192) { /* four counters, or equal neighbours wait for each other */         \
+            uint32_t t[4][2048];                                                                              \
+            memset(t, 0, sizeof t);                                                                           \
+            for (; i + 4 <= n; i += 4) {                                                                      \
+                all |= v[i] | v[i + 1] | v[i + 2] | v[i + 3];                                                 \
+                t[0][(v[i] & (T)mask) >> shift]++; t[1][(v[i + 1] & (T)mask) >> shift]++;                     \
+                t[2][(v[i + 2] & (T)mask) >> shift]++; t[3][(v[i + 3] & (T)mask) >> shift]++;                 \
+            }                                                                                                 \
+            for (uint64_t k = 0; k < size; k++) hist[k] += t[0][k] + t[1][k] + t[2][k] + t[3][k];             \
+        }                                                                                                     \
+        for (; i < n; i++) { all |= v[i]; hist[(uint16_t)((v[i] & (T)mask) >> shift)]++; }                    \
         return all;                                                                                           \
     }
 SCAN(uint8_t, rac_scan1)
@@ -331,16 +343,42 @@ void rac_count(const uint8_t *sym, const int64_t *seg, int64_t nseg, int64_t siz
 
 /* lut[word top] for every word: words to symbols (encoder) */
 #define SYMBOLS(T, NAME)                                                                                      \
-    void NAME(const T *v, int64_t n, int z, int sign, int shift, const uint8_t *lut, uint8_t *out) {          \
+    void NAME(const T *v, int64_t n, int z, int sign, int shift, const uint8_t *lut, uint8_t *out) {   \
         T mask = (T)~(T)0; int bits = (int)sizeof(T) * 8 - z;                                                 \
         if (bits < (int)sizeof(T) * 8) mask = (T)(((T)1 << bits) - 1);                                        \
         if (sign) mask = (T)(mask >> 1);                                                                      \
         for (int64_t i = 0; i < n; i++) out[i] = lut[(uint16_t)(((T)(v[i] >> z) & mask) >> shift)];           \
     }
+#ifdef HAVE_X86
+/* rac_symbols2 for tops of 8 bits; returns how many words are done */
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) static int64_t symbols512(const uint16_t *v, int64_t n, unsigned down,
+                                                                                int bits, const uint8_t *lut, uint8_t *out) {
+    const __m512i t0 = _mm512_loadu_si512(lut), t1 = _mm512_loadu_si512(lut + 64), t2 = _mm512_loadu_si512(lut + 128);
+    const __m512i t3 = _mm512_loadu_si512(lut + 192), byte = _mm512_set1_epi16((short)((1 << bits) - 1));
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        __m512i a = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(v + i), down), byte);
+        __m512i b = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(v + i + 32), down), byte);
+        __m512i x = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(a)), _mm512_cvtepi16_epi8(b), 1);
+        _mm512_storeu_si512(out + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), _mm512_permutex2var_epi8(t0, x, t1),
+                                                            _mm512_permutex2var_epi8(t2, x, t3)));
+    }
+    return i;
+}
+#endif
 SYMBOLS(uint8_t, rac_symbols1)
-SYMBOLS(uint16_t, rac_symbols2)
+static SYMBOLS(uint16_t, rac_symbols_2)
 SYMBOLS(uint32_t, rac_symbols4)
 SYMBOLS(uint64_t, rac_symbols8)
+
+void rac_symbols2(const uint16_t *v, int64_t n, int z, int sign, int shift, const uint8_t *lut, uint8_t *out) {
+    int64_t done = 0;
+#ifdef HAVE_X86
+    if (has512() && __builtin_cpu_supports("avx512vbmi") && 16 - z - sign - shift <= 8)
+        done = symbols512(v, n, (unsigned)(z + shift), 16 - z - sign - shift, lut, out);
+#endif
+    rac_symbols_2(v + done, n - done, z, sign, shift, lut, out + done);
+}
 
 /* Exponential-Golomb frequency tables (stages/lanes.md, "Tables"). 0 ok, 1 bits run out or are left, 2 bad table */
 int rac_tables(const uint8_t *in, int64_t size, int64_t count, int64_t n, int order, uint16_t *freq) {
