@@ -135,8 +135,7 @@ def read_header(source: Input, limits: Limits) -> Header:
     if features:
         raise UnsupportedError(f"RAC-HDR-002: feature {features[0]!r}")
     metadata = {
-        key: as_text(value, "RAC-HDR-003")
-        for key, value in as_map(table.get("metadata", {}), "RAC-HDR-003").items()
+        key: as_text(value, "RAC-HDR-003") for key, value in as_map(table.get("metadata", {}), "RAC-HDR-003").items()
     }
     provenance = as_map(table.get("provenance", {}), "RAC-HDR-003")
     k, n = as_counts(table.get("shard", [1, 1]), "RAC-HDR-004", 2)

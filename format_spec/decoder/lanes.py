@@ -263,22 +263,15 @@ def decode_tile(
     # Section 10: the lanes.
     counts = [-(-m // p.per) for _, m in segments]
     coded = [np.zeros(count, np.int64) for count in counts]
-    first = 0
-    for lane in range(p.lanes):
-        own = words[first : first + int(word_counts[lane])]
-        first += len(own)
-        todo = [
-            (table, max(0, -(-(count - lane) // p.lanes)))
-            for (table, _), count in zip(segments, counts, strict=True)
-        ]
+    rows = [(table, count) for (table, _), count in zip(segments, counts, strict=True)]
+    for lane, own in enumerate(words_of_lanes(words, word_counts, rows, shared)):
+        todo = [(table, max(0, -(-(count - lane) // p.lanes))) for table, count in rows]
         for segment, symbols in enumerate(decode_lane(own, todo, shared)):
             coded[segment][lane :: p.lanes] = symbols
 
     # Section 4: coded symbols to base symbols; RAC-LAN-019: fillers go.
     pairs = coded_symbols(p)
-    symbols = np.concatenate(
-        [pairs[part].reshape(-1)[:m] for part, (_, m) in zip(coded, segments, strict=True)]
-    )
+    symbols = np.concatenate([pairs[part].reshape(-1)[:m] for part, (_, m) in zip(coded, segments, strict=True)])
 
     # Section 11.
     escaping = symbols >= len(p.tops)
@@ -295,9 +288,7 @@ def decode_tile(
     value <<= np.uint64(p.zero)
     tile = np.empty(n, np.uint64)
     tile[sequence] = value
-    return tile.reshape(h, w), Parts(
-        parts[0], parts[1], parts[2], sum(parts[3:]), len(unit) - sum(parts)
-    )
+    return tile.reshape(h, w), Parts(parts[0], parts[1], parts[2], sum(parts[3:]), len(unit) - sum(parts))
 
 
 def plane(data: bytes, power: int, n: int) -> Values:
@@ -311,6 +302,43 @@ def plane(data: bytes, power: int, n: int) -> Values:
     for digit in range(power):
         result |= bits[digit : n * power : power].astype(np.uint64) << np.uint64(digit)
     return result
+
+
+def words_of_lanes(words: Words, counts: Ints, segments: list[tuple[int, int]], shared: Shared) -> list[Words]:
+    """Section 10: which lane takes which word; `segments` are (table, coded symbols).
+
+    A row of lanes is stepped at once, for the states alone. The symbols are left to decode_lane.
+    """
+    lanes = len(counts)
+    taken: list[list[int]] = [[] for _ in range(lanes)]
+    x = np.zeros(lanes, np.uint64)
+    left = counts.copy()
+    at = 0
+    for lane in range(lanes):
+        for _ in range(min(2, int(counts[lane]))):
+            x[lane] = x[lane] << np.uint64(32) | np.uint64(words[at])
+            taken[lane].append(at)
+            at += 1
+            left[lane] -= 1
+    for table, count in segments:
+        frequencies = shared.tables[table].astype(np.uint64)
+        starts = np.cumsum(frequencies) - frequencies
+        owner = np.repeat(np.arange(len(frequencies)), shared.tables[table])
+        for first in range(0, count, lanes):
+            state = x[: count - first]
+            q = state & np.uint64(0xFFFFFF)
+            s = owner[q >> np.uint64(12)]
+            state = (state >> np.uint64(24)) * (frequencies[s] << np.uint64(12)) + q - (starts[s] << np.uint64(12))
+            takers = np.flatnonzero((state < np.uint64(1 << 32)) & (left[: count - first] > 0))
+            for lane in takers.tolist():
+                state[lane] = state[lane] << np.uint64(32) | np.uint64(words[at])
+                taken[lane].append(at)
+                at += 1
+            left[takers] -= 1
+            x[: count - first] = state
+    if left.any():
+        raise ChecksumError("RAC-LAN-024: words are left")
+    return [words[np.array(own, np.int64)] for own in taken]
 
 
 def decode_lane(words: Words, todo: list[tuple[int, int]], shared: Shared) -> list[Ints]:

@@ -63,6 +63,7 @@ def self_test() -> None:
     assert unsort(bytes.fromhex("0204060801030507"), 2, 2).tolist() == [[0x102, 0x304], [0x506, 0x708]]
     # stages/lanes.md section 13
     example_lane()
+    example_words()
     example_tile()
     # constriction against plain integers
     generator = random.Random(1)
@@ -94,6 +95,19 @@ def example_lane() -> None:
     """Section 13.1."""
     words = [0x00B5C28F, 0xF00000D5, 0x0272C000]
     assert both(words, [(0, 10)], [[4, 3692, 400]]) == [[0, 2, 0, 0, 1, 0, 0, 0, 0, 1]]
+
+
+def example_words() -> None:
+    """Section 13.4."""
+    words = np.array([1, 0x11C0, 0x28F5, 0xC2F50000, 0x31000000, 0], np.uint32)
+    none = np.zeros(1, np.int64)
+    shared = lanes.Shared(np.array([[4, 3692, 400]]), none, none, none.reshape(1, 1))
+    own = lanes.words_of_lanes(words, np.array([3, 3]), [(0, 17)], shared)
+    assert [o.tolist() for o in own] == [[1, 0x11C0, 0x31000000], [0x28F5, 0xC2F50000, 0]]
+    even, odd = (
+        [array.tolist() for array in lanes.decode_lane(o, [(0, n)], shared)] for o, n in zip(own, (9, 8), strict=True)
+    )
+    assert (even, odd) == ([[0, 0, 1, 0, 0, 2, 0, 0, 0]], [[2, 0, 0, 0, 0, 0, 0, 1]])
 
 
 def example_tile() -> None:

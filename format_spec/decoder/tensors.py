@@ -183,13 +183,9 @@ def read_tensor(reader: Reader, tensor: TensorHead) -> tuple[bytes, list[int]]:
                 raise FormatError("RAC-RAW-002: size of a unit")
             data = read_unit(reader, unit)
             if p and shared:
-                tile, kinds = lanes.decode_tile(
-                    data, p, shared, shared.row_classes[ys], shared.col_classes[xs]
-                )
+                tile, kinds = lanes.decode_tile(data, p, shared, shared.row_classes[ys], shared.col_classes[xs])
                 matrix[ys, xs] = tile
-                for i, size in enumerate(
-                    (kinds.directory, kinds.words, kinds.escapes, kinds.planes, kinds.padding), 1
-                ):
+                for i, size in enumerate((kinds.directory, kinds.words, kinds.escapes, kinds.planes, kinds.padding), 1):
                     parts[i] += size
                 parts[5] += -len(data) % 16
             else:

@@ -289,7 +289,7 @@ def test_05_deterministic(tmp_path):
 
 def test_06_checked(tmp_path):
     tensors = {
-        "lanes": gaussian(1, 700, 600),
+        "lanes": gaussian(1, 1400, 1200),
         "zeros": np.zeros(5000, np.int64),
         "noise": np.random.default_rng(1).integers(0, 256, 5000, np.uint8),
     }

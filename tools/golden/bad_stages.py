@@ -442,14 +442,14 @@ case(
     FORMAT,
     "LAN-023",
     "The second lane begins with a zero word.",
-    tile(LANES, 1, lambda p: set_word(p, p.counts[0], 0)),
+    tile(LANES, 1, lambda p: set_word(p, min(2, p.counts[0]), 0)),
 )
 case(
     "lane-state",
     CHECKSUM,
     "LAN-024",
-    "The last word of a lane is another: the state does not end at 0.",
-    tile(LANES, 1, lambda p: set_word(p, p.counts[0] - 1, p.words[p.counts[0] - 1] ^ 1)),
+    "The last word is another: the state of its lane does not end at 0.",
+    tile(LANES, 1, lambda p: set_word(p, -1, p.words[-1] ^ 1)),
 )
 
 
@@ -468,15 +468,28 @@ def _words_moved(p: Parts) -> None:
     p.counts[1] += 1
 
 
-case("lane-less", CHECKSUM, "LAN-024", "A lane lacks its last word.", tile(LANES, 1, _word_less))
+def _words_swapped(p: Parts) -> None:
+    p.words[0], p.words[2] = p.words[2], p.words[0]
+
+
+case(
+    "lane-less",
+    CHECKSUM,
+    "LAN-024",
+    "The last word is missing, and the count of a lane says so.",
+    tile(LANES, 1, _word_less),
+)
 case("lane-more", CHECKSUM, "LAN-024", "A lane has a word too many.", tile(LANES, 1, _word_more))
 case("lane-moved", CHECKSUM, "LAN-024", "A word went from one lane to the next.", tile(LANES, 1, _words_moved))
+case(
+    "lane-swapped", CHECKSUM, "LAN-024", "The first words of two lanes changed places.", tile(LANES, 1, _words_swapped)
+)
 case(
     "lane-pairs",
     CHECKSUM,
     "LAN-024",
     "A state does not end at 0, in pairs.",
-    tile(PAIRS, 1, lambda p: set_word(p, p.counts[0] - 1, p.words[p.counts[0] - 1] ^ 1)),
+    tile(PAIRS, 1, lambda p: set_word(p, -1, p.words[-1] ^ 1)),
     on=PAIRS,
 )
 

@@ -100,22 +100,33 @@ def table_code(tables: list[list[int]], order: int) -> bytes:
     return bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
 
 
-def encode_lane(symbols: list[tuple[int, int]], tables: list[list[int]]) -> list[int]:
-    """Words, in the order in which they are read, of (table, coded symbol) in order (section 14)."""
-    x, out = 0, []
-    for table, s in reversed(symbols):
+def encode_lanes(
+    symbols: list[tuple[int, int]], lanes: list[int], tables: list[list[int]], count: int
+) -> tuple[list[int], list[int]]:
+    """(words of all `count` lanes in the order of reading, words of each), section 14.
+
+    `symbols` are (table, coded symbol) in order, `lanes` the lane of each.
+    """
+    states, counts, out = [0] * count, [0] * count, []
+
+    def emit(lane: int) -> None:
+        out.append(states[lane] & 0xFFFFFFFF)
+        states[lane] >>= 32
+        counts[lane] += 1
+
+    for (table, s), lane in zip(reversed(symbols), reversed(lanes), strict=True):
         frequency = tables[table][s]
         f, g = frequency << 12, sum(tables[table][:s]) << 12
         if not frequency:
             raise ValueError(f"symbol {s} has frequency 0 in table {table}")
-        if x >= f << 40:
-            out.append(x & 0xFFFFFFFF)
-            x >>= 32
-        x = ((x // f) << 24) + x % f + g
-    while x:
-        out.append(x & 0xFFFFFFFF)
-        x >>= 32
-    return out[::-1]
+        if states[lane] >= f << 40:
+            emit(lane)
+        x = states[lane]
+        states[lane] = ((x // f) << 24) + x % f + g
+    for lane in reversed(range(count)):
+        while states[lane]:
+            emit(lane)
+    return out[::-1], counts
 
 
 def plane(values: list[int], bits: int) -> bytes:
@@ -201,11 +212,9 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
     units = [shared]
     parts = [len(shared), 0, 0, 0, 0]
     for coded, escape_bytes, raw in tiles:
-        mine: list[list[tuple[int, int]]] = [[] for _ in range(p.lanes)]
-        for t, symbols in coded.items():
-            for i, s in enumerate(symbols):
-                mine[i % p.lanes].append((t, s))
-        streams = [encode_lane(m, tables) for m in mine]
+        sequence = [(t, s) for t, symbols in coded.items() for s in symbols]
+        owners = [i % p.lanes for symbols in coded.values() for i in range(len(symbols))]
+        stream, word_counts = encode_lanes(sequence, owners, tables, p.lanes)
         planes, low = [], 0
         for b in p.powers():
             data = plane([v >> low & ((1 << b) - 1) for v in raw], b)
@@ -216,8 +225,8 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
         directory = len(escape_bytes).to_bytes(4, "little")
         if p.packed:
             directory += b"".join(len(d).to_bytes(4, "little") for d in planes)
-        directory += b"".join(len(s).to_bytes(2, "little") for s in streams)
-        flat = b"".join(w.to_bytes(4, "little") for s in streams for w in s)
+        directory += b"".join(n.to_bytes(2, "little") for n in word_counts)
+        flat = b"".join(w.to_bytes(4, "little") for w in stream)
         units.append(b"".join(up16(d) for d in (directory, flat, escape_bytes, *planes)))
         for k, n in enumerate((len(directory), len(flat), len(escape_bytes), sum(map(len, planes))), 1):
             parts[k] += n

@@ -36,7 +36,10 @@ class At:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         if isinstance(e, RacError):
-            e.unit, e.offset = e.unit or f"{self._name!r} unit {self._i}", self._offset if e.offset is None else e.offset
+            e.unit, e.offset = (
+                e.unit or f"{self._name!r} unit {self._i}",
+                self._offset if e.offset is None else e.offset,
+            )
 
 
 @contextlib.contextmanager

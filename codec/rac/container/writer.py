@@ -68,7 +68,9 @@ class Writer:
         self._guard(write)
         self.at += sum(map(len, pieces))
 
-    def add(self, kind: int, flags: int, head: dict[str, Any], units: Sequence[bytes | memoryview], **fields: Any) -> Entry:
+    def add(
+        self, kind: int, flags: int, head: dict[str, Any], units: Sequence[bytes | memoryview], **fields: Any
+    ) -> Entry:
         """Write one record; `head` gets its "units". `fields` are those of its index row."""
         head = head | {"units": wire.directory(units)}
         payload_size = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)

@@ -186,7 +186,7 @@ class Decoder:
 
 
 class Work:
-    """Tiles of one or more tensors that are decoded in one call of the kernel, which other threads need not wait for."""
+    """Tiles of one or more tensors that are decoded in one call of the kernel, so that threads rarely meet."""
 
     def __init__(self) -> None:
         self._jobs: list[bytes] = []

@@ -65,7 +65,8 @@ class TileEncoder:
     def _reference(self, sym: Array, order: ll.Order) -> tuple[Array, Array]:
         """`native.encode_lanes` through constriction, lane by lane; slow."""
         p, freq = self.plan.lanes, self.plan.freq
-        assert p is not None and freq is not None  # noqa: S101
+        assert p is not None  # noqa: S101
+        assert freq is not None  # noqa: S101
         table = order.segments[:, 1]
         models, starts = Models(freq), np.cumsum(order.segments[:, 0]) - order.segments[:, 0]
         places = np.empty(len(sym), np.int32)

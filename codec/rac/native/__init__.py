@@ -41,10 +41,14 @@ def library() -> ctypes.CDLL | None:
 
 
 @functools.cache
+def _holding(path: str) -> ctypes.PyDLL:
+    return ctypes.PyDLL(path)
+
+
 def _quick() -> ctypes.PyDLL | None:
     """The library again, for calls so short that giving up the GIL for them makes threads wait for each other."""
     lib = library()
-    return None if lib is None else ctypes.PyDLL(lib._name)
+    return None if lib is None else _holding(lib._name)
 
 
 def kernel() -> str:
@@ -164,8 +168,8 @@ def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int
     """Coded symbols (n,) of one tile in sequence order, in numba.
 
     luts (T, 4096) uint32, words (W,) uint32 in the order of reading, counts (L,) uint16 words per lane with L <= 1024,
-    segments (S, 2) int64 of (symbols, table). The caller has checked that counts sum to W and segments to n. ChecksumError where
-    a lane does not end empty in state 0.
+    segments (S, 2) int64 of (symbols, table). The caller has checked that counts sum to W and segments to n.
+    ChecksumError where a lane does not end empty in state 0.
     """
     from rac.native.fallback import ans_decode as decode
 
@@ -333,7 +337,8 @@ def encode_lanes(
     n = lib.rac_encode(
         _p(symbols), _n(lanes), _p(segments), _n(len(segments)), _p(model), _p(out), _n(len(out)), _p(counts)
     )
-    assert n >= 0 and int(counts.max()) < 65536  # noqa: S101 - a symbol takes at most one word, a tile is small
+    assert n >= 0  # noqa: S101
+    assert int(counts.max()) < 65536  # noqa: S101 - a symbol takes at most one word, a tile is small
     return out[len(out) - n :], counts.astype(np.uint16)
 
 

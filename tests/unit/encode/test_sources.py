@@ -101,9 +101,7 @@ def test_safetensors_of_torch_dtypes(tmp_path):
 
 
 def test_read_ranges(tmp_path):
-    (tensor,) = open_source(
-        write(tmp_path / "m.safetensors", {"a": ("U8", [9], 0, 9)}, bytes(range(9)))
-    ).tensors
+    (tensor,) = open_source(write(tmp_path / "m.safetensors", {"a": ("U8", [9], 0, 9)}, bytes(range(9)))).tensors
     out = tensor.read(2, 5)
     assert out.tolist() == [2, 3, 4]
     assert out.flags.writeable

@@ -12,6 +12,8 @@ import pytest
 from rac import native
 from rac.encode import classes as cl
 from rac.encode.analyse import gather
+from rac.entropy import interleave
+from rac.entropy.ans import Models
 from rac.quantize import lossless as ll
 
 
@@ -103,20 +105,54 @@ def test_count_and_find(both):
     assert [x.tolist() for x in both(lambda: native.find(SYMBOLS, SEGMENTS, none))] == [[], []]
 
 
-@pytest.mark.parametrize("lanes", [1, 3, 32, 200])
-def test_to_lanes(both, lanes):
-    index = np.random.default_rng(3).permuted(np.tile(np.arange(256, dtype=np.uint8), (6, 1)), axis=1)
-    steps = ll.lane_steps_all(SEGMENTS, lanes).sum(1)
-    start = np.cumsum(steps) - steps
-    fast, slow = both(lambda: native.to_lanes(SYMBOLS, lanes, SEGMENTS, start, index))
-    assert fast.dtype == np.int32
-    assert (fast == slow).all()
-    at, expected = 0, [[] for _ in range(lanes)]
-    for n, table in SEGMENTS.tolist():
-        for i in range(n):
-            expected[i % lanes].append(int(index[table, SYMBOLS[at + i]]))
-        at += n
-    assert fast.tolist() == sum(expected, [])
+def frequencies(rng, tables, symbols):
+    """Tables (T, S) that sum to 4096, some with frequencies of 0, 1 and 4095."""
+    out = np.zeros((tables, symbols), np.uint16)
+    for k, row in enumerate(out):
+        used = rng.choice(symbols, max(2, symbols // (k + 1)), replace=False)
+        share = rng.dirichlet(np.full(len(used), 0.3))
+        row[used] = 1 + np.floor(share * (4096 - len(used)))
+        row[used[share.argmax()]] += 4096 - int(row.sum())
+    out[-1] = 0
+    out[-1, [0, symbols - 1]] = 4095, 1
+    return out
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8, 16, 32, 40, 1000])
+@pytest.mark.parametrize("sizes", [[700, 1, 64, 33, 9000], [5]])
+def test_encode_lanes_is_constriction(lanes, sizes):
+    """The kernel's words are those of constriction, lane by lane, and all decoders read them."""
+    rng = np.random.default_rng(lanes)
+    freq = frequencies(rng, len(sizes), 200)
+    segments = np.array([[n, t] for t, n in enumerate(sizes)], np.int64)
+    symbols = np.concatenate([rng.choice(200, n, p=freq[t] / 4096) for n, t in segments]).astype(np.uint8)
+    same = np.tile(np.arange(256, dtype=np.uint8), (len(freq), 1))
+    words, counts = native.encode_lanes(symbols, lanes, segments, native.symbol_model(freq, same))
+    models, starts = Models(freq), np.cumsum(segments[:, 0]) - segments[:, 0]
+    streams = []
+    for lane in range(lanes):
+        mine = [symbols[s + lane : s + n : lanes] for s, (n, _) in zip(starts, segments, strict=True)]
+        places = [models.index[t][m] for m, (_, t) in zip(mine, segments, strict=True)]
+        streams.append(
+            models.encode(
+                np.concatenate(places).astype(np.int32),
+                [(len(m), int(t)) for m, (_, t) in zip(mine, segments, strict=True)],
+            )
+        )
+    assert counts.tolist() == [len(s) for s in streams]
+    assert words.tolist() == interleave.merge(streams, freq, segments).tolist()
+    assert [s.tolist() for s in interleave.split(words, counts, freq, segments)] == [s.tolist() for s in streams]
+    luts = native.lookup(freq, np.arange(200, dtype=np.uint8))
+    assert (native.ans_decode(luts, words.copy(), counts, segments, len(symbols)) == symbols).all()
+
+
+def test_symbols_that_count_as_others():
+    freq = np.array([[4000, 96]], np.uint16)
+    same = np.zeros((1, 256), np.uint8)
+    same[0, 1] = same[0, 7] = 1
+    a = native.encode_lanes(np.array([0, 1, 7, 0], np.uint8), 2, np.array([[4, 0]]), native.symbol_model(freq, same))
+    b = native.encode_lanes(np.array([0, 1, 1, 0], np.uint8), 2, np.array([[4, 0]]), native.symbol_model(freq, same))
+    assert a[0].tolist() == b[0].tolist() and a[1].tolist() == b[1].tolist()
 
 
 def test_pair(both):

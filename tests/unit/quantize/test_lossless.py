@@ -174,8 +174,7 @@ def test_tile_of_the_text():
     raw = ll.unpack_planes([plane], 10, SPEC)
     assert raw.tolist() == [1, 2, 3, 0, 1, 0, 1, 2, 3, 0]
     assert ll.join(np.array([2, 1, 2, 12, 0, 0, 0, 1, 0, 2]), raw, SPEC, 1).tolist() == [9, 6, 11, 48, 1, 0, 1, 6, 3, 8]
-    words = [np.array([w], np.uint32) for w in tile.words]
-    assert ll.build_tile(words, b"\2", [bytes(plane)], SPEC) == UNIT
+    assert ll.build_tile(tile.words, tile.counts, b"\2", [bytes(plane)], SPEC) == UNIT
     assert ll.tile_parts(UNIT, 10, SPEC) == (8, 8, 1, 3)
 
 
@@ -209,12 +208,12 @@ def test_packed_planes():
     p = replace(SPEC, packed=True, shift=24, zero=0)
     planes = [bytes(2000), np.random.default_rng(0).bytes(1000)]
     stored = [zstd.compress(planes[0]), planes[1]]
-    unit = np.frombuffer(ll.build_tile([np.zeros(0, np.uint32)] * 2, b"", stored, p), np.uint8)
+    unit = np.frombuffer(ll.build_tile(np.zeros(0, np.uint32), np.zeros(2), b"", stored, p), np.uint8)
     assert ll.plane_sizes(1000, p) == [2000, 1000]
     plain = ll.plain_tile(unit, 1000, p, zstd.decompress)
     tile = ll.parse_tile(plain, 1000, p)
     assert [plain[a : a + n].tobytes() for a, n in zip(tile.planes, (2000, 1000), strict=True)] == planes
-    as_it_is = np.frombuffer(ll.build_tile([np.zeros(0, np.uint32)] * 2, b"", planes, p), np.uint8)
+    as_it_is = np.frombuffer(ll.build_tile(np.zeros(0, np.uint32), np.zeros(2), b"", planes, p), np.uint8)
     assert ll.plain_tile(as_it_is, 1000, p, zstd.decompress) is as_it_is
     assert ll.tile_parts(unit, 1000, p) == (16, 0, 0, len(stored[0]) + 1000)
     for at, value, match in (
