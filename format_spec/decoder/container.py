@@ -288,10 +288,11 @@ def row_names(row: Map) -> list[str]:
 
 
 def compare_row(row: Map, record: Map) -> None:
-    """RAC-IDX-011; where the record's side has `parts`, they are compared too (section 11)."""
+    """RAC-IDX-011, and RAC-IDX-012 where the record's side has `parts`."""
     for key, value in record.items():
         if row.get(key) != value:
-            raise FormatError(f"RAC-IDX-011: index and record differ in {key!r}")
+            clause = "RAC-IDX-012" if key == "parts" else "RAC-IDX-011"
+            raise FormatError(f"{clause}: index and record differ in {key!r}")
 
 
 # Section 12.

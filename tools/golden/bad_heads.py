@@ -630,8 +630,8 @@ case(
 case(
     "parts",
     FORMAT,
-    "IDX-011",
-    "`parts` sum to the payload and are not those of the record (container.md section 11).",
+    "IDX-012",
+    "`parts` sum to the payload and are not those of the record.",
     row(RAW, parts=[0, 0, 0, 0, 25, 7]),
     seen="verify",
 )
