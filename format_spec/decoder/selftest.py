@@ -6,7 +6,7 @@ import random
 import numpy as np
 import xxhash
 
-from . import lanes
+from . import lanes, trellis
 from .archive import RandomAccess, decode
 from .errors import ChecksumError
 from .structure import Map
@@ -65,6 +65,8 @@ def self_test() -> None:
     example_lane()
     example_words()
     example_tile()
+    # stages/trellis.md section 8
+    example_trellis()
     # constriction against plain integers
     generator = random.Random(1)
     for _ in range(50):
@@ -135,6 +137,20 @@ def example_tile() -> None:
         unit = bytes.fromhex(start + tail)
         tile, _ = lanes.decode_tile(unit, p, shared, shared.row_classes, shared.col_classes)
         assert tile.tolist() == [[0, 1, 6, 3, 8], [9, 6, 11, 48, 1]]
+
+
+def example_trellis() -> None:
+    """stages/trellis.md section 8."""
+    stage: Map = {
+        "id": "trellis/1", "states": 4, "zero": 10, "low": 9, "scale": 0x3F000000, "sizes": [3, 4, 2, 10],
+    }  # fmt: skip
+    p = trellis.parameters(stage, "BF16")
+    unit = trellis.trellis_unit(bytes.fromhex("0008f8 00000400 0080 03000000 00000000 803f"), p, 4, 2)
+    assert unit.magnitudes[9:12].tolist() == [-1.5, 0.625, 2.375]
+    assert (unit.row_scales.tolist(), unit.col_scales.tolist()) == ([1, 1, 2, 1], [0.5, 0])
+    words = np.array([[10, 10], [11, 10], [9, 10], [10, 10]], np.uint8)
+    tile = trellis.decode_tile(words, p, unit, slice(0, 4), slice(0, 2))
+    assert tile.astype("<u2").tobytes().hex() == "a03e0000983f0000c03f0000803f0000"
 
 
 def random_lane(generator: random.Random) -> None:

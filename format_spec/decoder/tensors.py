@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from . import lanes
+from . import lanes, trellis
 from .errors import MAX_PRODUCT, ChecksumError, FormatError, LimitError, Limits, UnsupportedError
 from .frames import decompress
 from .structure import (
@@ -32,7 +32,7 @@ DTYPES = {
     "I64": (64, 8), "I32": (32, 4), "I16": (16, 2), "I8": (8, 1),
     "U64": (64, 8), "U32": (32, 4), "U16": (16, 2), "U8": (8, 1), "BOOL": (8, 1),
 }  # fmt: skip
-STAGES = ("raw/1", "zstd/1", "lanes/1")
+STAGES = ("raw/1", "zstd/1", "lanes/1")  # first of the stages; the second, if any, is trellis/1
 
 
 class Reader(Protocol):
@@ -78,10 +78,13 @@ class TensorHead:
     rows: int  # R
     cols: int  # C
     word: int
+    coded_word: int  # of what the first stage restores
     tile_rows: int  # tr
     tile_cols: int  # tc
+    first: str
     method: str
     parameters: lanes.Parameters | None
+    trellis: trellis.Parameters | None
     units: list[Unit]
     digest: bytes
     aliases: list[tuple[str, bool]]
@@ -128,8 +131,8 @@ def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
     check_shape(shape, limits)
     if not stages:
         raise FormatError("RAC-TEN-008: no stage")
-    method = stages[0].get("id")
-    if len(stages) > 1 or not isinstance(method, str) or method not in STAGES:
+    first, *more = [stage.get("id") for stage in stages]
+    if not isinstance(first, str) or first not in STAGES or more not in ([], ["trellis/1"]):
         raise UnsupportedError("RAC-TEN-009: stages")
     if not 0 <= axis <= len(shape):
         raise FormatError("RAC-TEN-011: axis")
@@ -141,27 +144,29 @@ def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
         raise FormatError("RAC-TEN-012: tile")
     if tile_rows * tile_cols * word > limits.tile:
         raise LimitError("RAC-TEN-013: tile")
+    second = trellis.parameters(stages[1], dtype) if more else None
+    coded_word = 1 if second else word
     parameters = None
-    if method == "lanes/1":
-        parameters = lanes.parameters(stages[0], word)
+    if first == "lanes/1":
+        parameters = lanes.parameters(stages[0], coded_word)
         if rows * cols == 0:
             raise FormatError("RAC-LAN-006: no elements")
     elif len(stages[0]) != 1:
         raise UnsupportedError("RAC-RAW-001, RAC-ZTD-001: keys in the stage map")
-    shared = 1 if parameters else 0
+    special = [p.shared_size for p in (parameters,) if p] + [p.unit_size for p in (second,) if p]
     grid = -(-rows // tile_rows) * -(-cols // tile_cols) if rows * cols else 0
-    if len(units) != grid + shared:
+    if len(units) != len(special) + grid:
         raise FormatError("RAC-TEN-014: number of units")
     if rows * cols * word > limits.free_alloc + limits.expansion * payload:
         raise LimitError("RAC-TEN-015: tensor is too large for its payload")
-    largest = 2 * tile_rows * tile_cols * word + 65536
-    if any(size > largest for size, _ in units[shared:]):
+    largest = 2 * tile_rows * tile_cols * coded_word + 65536
+    if any(size > largest for size, _ in units[len(special) :]):
         raise FormatError("RAC-TEN-016: unit is too large for its tile")
-    if parameters and units[0][0] != parameters.shared_size:
-        raise FormatError("RAC-TEN-016, RAC-LAN-010: size of the shared unit")
+    if [size for size, _ in units[: len(special)]] != special:
+        raise FormatError("RAC-TEN-016, RAC-LAN-010, RAC-TCQ-007: size of the shared or the trellis unit")
     return TensorHead(
-        name, dtype, tuple(shape), rows, cols, word, tile_rows, tile_cols, method, parameters, units,
-        digest, aliases,
+        name, dtype, tuple(shape), rows, cols, word, coded_word, tile_rows, tile_cols, first,
+        "trellis/1" if second else first, parameters, second, units, digest, aliases,
     )  # fmt: skip
 
 
@@ -169,32 +174,40 @@ def read_tensor(reader: Reader, tensor: TensorHead) -> tuple[bytes, list[int]]:
     """Decode a payload; return the dense bytes and `parts` (section 11)."""
     parts = [0] * 6
     p, shared = tensor.parameters, None
+    q, scales = tensor.trellis, None
     units = iter(tensor.units)
     if p:
         shared = lanes.shared_unit(read_unit(reader, next(units)), p, tensor.rows, tensor.cols)
-        parts[0] = p.shared_size
-        parts[5] = -p.shared_size % 16
+        parts[0] += p.shared_size
+        parts[5] += -p.shared_size % 16
+    if q:
+        scales = trellis.trellis_unit(read_unit(reader, next(units)), q, tensor.rows, tensor.cols)
+        parts[0] += q.unit_size
+        parts[5] += -q.unit_size % 16
     dense = b""
     if tensor.rows * tensor.cols:
         matrix: NDArray[np.unsignedinteger] = np.zeros((tensor.rows, tensor.cols), f"<u{tensor.word}")
+        word = tensor.coded_word
+        tile: NDArray[np.unsignedinteger]
         for (ys, xs), unit in zip(tensor.tiles(), units, strict=True):
             h, w = ys.stop - ys.start, xs.stop - xs.start
-            if tensor.method == "raw/1" and unit[0] != h * w * tensor.word:
+            if tensor.first == "raw/1" and unit[0] != h * w * word:
                 raise FormatError("RAC-RAW-002: size of a unit")
             data = read_unit(reader, unit)
             if p and shared:
                 tile, kinds = lanes.decode_tile(data, p, shared, shared.row_classes[ys], shared.col_classes[xs])
-                matrix[ys, xs] = tile
                 for i, size in enumerate((kinds.directory, kinds.words, kinds.escapes, kinds.planes, kinds.padding), 1):
                     parts[i] += size
-                parts[5] += -len(data) % 16
             else:
-                if tensor.method == "zstd/1":
-                    matrix[ys, xs] = unsort(decompress(data, h * w * tensor.word), h, w)  # RAC-ZTD-002
+                if tensor.first == "zstd/1":
+                    tile = unsort(decompress(data, h * w * word), h, w)  # RAC-ZTD-002
                 else:
-                    matrix[ys, xs] = np.frombuffer(data, matrix.dtype).reshape(h, w)
+                    tile = np.frombuffer(data, f"<u{word}").reshape(h, w)
                 parts[4] += len(data)
-                parts[5] += -len(data) % 16
+            parts[5] += -len(data) % 16
+            if q and scales:
+                tile = trellis.decode_tile(tile, q, scales, ys, xs)
+            matrix[ys, xs] = tile
         dense = matrix.tobytes()
     if xxhash.xxh3_128_digest(dense) != tensor.digest:
         raise ChecksumError("RAC-DIG-002: digest of a tensor")
