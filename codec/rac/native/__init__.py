@@ -107,7 +107,7 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
 
 _JOB = struct.Struct("PqPPPqqq")
 _SAME = struct.Struct("PPPP12iI4x")
-"""Together rac_job in kernels.c: what differs from tile to tile, and what does not."""
+"""Together rac_job in decode.c: what differs from tile to tile, and what does not."""
 
 
 def job_tail(luts: Array, values: Array, bases: Array, table: Array, *numbers: int) -> bytes:

@@ -10,7 +10,7 @@ import numpy as np
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def ans_decode(luts: Any, words: Any, counts: Any, segments: Any, out: Any) -> bool:  # pragma: no cover
-    """Twin of the lanes of rac_tile in kernels.c."""
+    """Twin of the lanes of rac_tiles in decode.c."""
     lanes = len(counts)
     st = np.zeros(lanes, np.uint64)
     left = counts.astype(np.int64)
