@@ -8,6 +8,7 @@ RacError
  +-- LimitError             more memory or structure than the reader allows
  +-- SourceError            the input of a pack is missing or is not a model
  +-- OutputError            the output exists, or cannot be written
+ +-- BudgetError            no file of the wanted size or quality can be made
  +-- NameNotFoundError      no such tensor or attachment (also a KeyError)
  +-- MismatchError          `verify --against` found a difference
  +-- MissingDependencyError an optional package is needed
@@ -58,6 +59,10 @@ class SourceError(RacError):
 
 class OutputError(RacError):
     """The output already exists or cannot be written."""
+
+
+class BudgetError(RacError):
+    """No file of the wanted size or quality can be made."""
 
 
 class NameNotFoundError(RacError, KeyError):

@@ -46,4 +46,6 @@ RECORD_TENSOR, RECORD_ATTACHMENT, RECORD_SHARED, RECORD_INDEX = 1, 2, 3, 4
 FLAG_ANCILLARY = 1
 
 METHODS = ("raw/1", "zstd/1", "lanes/1")
-"""Terminal stages of a tensor record. Aligned and delta stages of later versions get names of their own."""
+"""Coders: the first stage of a tensor record, which restores words."""
+LOSSY = ("trellis/1",)
+"""Stages behind a coder: words to numbers that are near those which were packed."""

@@ -291,11 +291,11 @@ class Slice:
     def _tiles(self, r0: int, r1: int, c0: int, c1: int) -> Array:
         t, g = self._tensor, self._tensor.grid
         if r0 >= r1 or c0 >= c1:
-            return np.empty((max(0, r1 - r0), max(0, c1 - c0)), f"<u{g.word}")
+            return np.empty((max(0, r1 - r0), max(0, c1 - c0)), f"<u{t.word}")
         a0, a1, b0, b1 = r0 // g.tr, -(-r1 // g.tr), c0 // g.tc, -(-c1 // g.tc)
         top, left = a0 * g.tr, b0 * g.tc
         with InFile(self._archive.access.name, repr(t.name)):
-            out = np.empty((min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left), f"<u{g.word}")
+            out = np.empty((min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left), f"<u{t.word}")
             dec = ld.decoder(self._archive, t)
             for a in range(a0, a1):
                 first = a * g.across + b0
@@ -378,8 +378,8 @@ def forward_tensor(
     """Decode the tensor record that the stream stands at; also its payload bytes by kind."""
     with InFile(str(forward.name), repr(record.head.get("name"))):
         t = tn.parse(record, forward.limits)
-        shared = forward.unit(t.units[0], record, t.most(0), f"{t.name!r} unit 0") if t.first else None
-        dec = tn.Decoder(t, shared, reference)
+        first = [forward.unit(t.units[i], record, t.most(i), f"{t.name!r} unit {i}") for i in range(t.first)]
+        dec = tn.Decoder(t, first, reference)
         out = tn.empty(t)
         heads = [b""] * t.first
         for i in range(t.tiles):
@@ -387,4 +387,8 @@ def forward_tensor(
             data = forward.unit(t.units[k], record, t.most(k), f"{t.name!r} unit {k}")
             dec.tile(i, np.frombuffer(data, np.uint8), out)
             heads.append(data[: t.lanes.directory] if t.lanes else b"")
-        return t, out, tn.parts(t.grid, t.lanes, [u.size for u in t.units], lambda i, _: heads[i])
+        return (
+            t,
+            out,
+            tn.parts(t.grid, t.lanes, t.trellis is not None, [u.size for u in t.units], lambda i, _: heads[i]),
+        )

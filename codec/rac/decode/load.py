@@ -135,8 +135,8 @@ def _cut(buffer: Array, t: tn.Tensor, first: int, last: int, strict: bool = Fals
 
 def decoder(archive: Archive, t: tn.Tensor, reference: bool = False) -> tn.Decoder:
     """Decoder of a tensor, its shared unit read."""
-    shared = read_units(archive, t, 0, 1)[0] if t.first else None
-    return tn.Decoder(t, None if shared is None else shared.data, reference)
+    first = read_units(archive, t, 0, t.first) if t.first else []
+    return tn.Decoder(t, [unit.data for unit in first], reference)
 
 
 def load(
@@ -215,7 +215,7 @@ def _small(
             t = tn.parse(record, archive.limits)
             out = tn.empty(t)
             cut = _cut(mine[record.payload - entry.at :], t, 0, len(t.units), strict=True)
-            dec = tn.Decoder(t, cut[0].data if t.first else None, reference)
+            dec = tn.Decoder(t, [unit.data for unit in cut[: t.first]], reference)
             for i in range(t.tiles):
                 work.add(dec, i, cut[i + t.first], out)
         done.append((t, out))

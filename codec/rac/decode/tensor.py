@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from rac.decode import tile
 from rac.decode.tile import Box
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.quantize import lossless as ll
+from rac.quantize import trellis as tr
+from rac.quantize.trellis import Trellis
 from rac.records import Limits, Record, Unit
-from rac.registry import DTYPES, METHODS
+from rac.registry import DTYPES, LOSSY, METHODS
 
 Array = NDArray[Any]
 _NEEDED = {"axis", "digest", "dtype", "name", "shape", "stages", "tile", "units"}
@@ -36,6 +38,9 @@ class Tensor:
     grid: ll.Grid
     method: str
     lanes: ll.Lanes | None
+    trellis: tr.Trellis | None
+    word: int
+    """Bytes of a word of the dense tensor; `grid.word` is that of the words that the coder restores."""
     units: list[Unit]
     digest: bytes
     aliases: tuple[tuple[str, bool], ...]
@@ -45,12 +50,12 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the dense tensor."""
-        return self.grid.rows * self.grid.cols * self.grid.word
+        return self.grid.rows * self.grid.cols * self.word
 
     @property
     def first(self) -> int:
-        """Units in front of the tiles: the shared unit of lanes/1."""
-        return int(self.lanes is not None)
+        """Units in front of the tiles: the shared unit of lanes/1, the unit of trellis/1."""
+        return int(self.lanes is not None) + int(self.trellis is not None)
 
     @property
     def tiles(self) -> int:
@@ -59,9 +64,11 @@ class Tensor:
 
     def most(self, i: int) -> int:
         """Bytes that unit `i` may have, so that a false size allocates little."""
-        if i < self.first:
-            assert self.lanes is not None  # noqa: S101
+        if i == 0 and self.lanes is not None:
             return sum(self.lanes.sizes) + self.lanes.rows * self.lanes.cols
+        if i < self.first:
+            assert self.trellis is not None  # noqa: S101
+            return sum(self.trellis.sizes)
         return 2 * self.grid.tr * self.grid.tc * self.grid.word + 65536
 
 
@@ -85,8 +92,8 @@ def parse(record: Record, limits: Limits) -> Tensor:
         raise FormatError("tensor head is malformed", offset=record.at)
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
         raise FormatError("stages are malformed", offset=record.at)
-    method = stages[0].get("id")
-    if len(stages) != 1 or method not in METHODS:
+    method, last = stages[0].get("id"), stages[-1].get("id")
+    if len(stages) > 2 or method not in METHODS or (len(stages) == 2 and last not in LOSSY):
         ids = ", ".join(str(s.get("id")) for s in stages)
         raise UnsupportedError(f"stages {ids!r} are not known to this version", offset=record.at)
     if not isinstance(tile_shape, list) or len(tile_shape) != 2 or not all(ix.is_count(n) and n for n in tile_shape):
@@ -99,12 +106,13 @@ def parse(record: Record, limits: Limits) -> Tensor:
         raise FormatError("tile is larger than the tensor", offset=record.at)
     if tr * tc * word > limits.tile:
         raise LimitError(f"tile of {tr * tc * word} bytes exceeds the limit of {limits.tile}", offset=record.at)
-    grid = ll.Grid(rows, cols, word, tr, tc)
-    lanes = ll.Lanes.from_head(stages[0], word) if method == "lanes/1" else None
+    trellis = Trellis.from_head(stages[1], dtype) if len(stages) == 2 else None
+    grid = ll.Grid(rows, cols, 1 if trellis else word, tr, tc)
+    lanes = ll.Lanes.from_head(stages[0], grid.word) if method == "lanes/1" else None
     if lanes is None and stages[0].keys() != {"id"}:
         raise UnsupportedError("unknown stage parameters", offset=record.at)
     units = wire.parse_units(head["units"], record.payload_size)
-    if len(units) != grid.down * grid.across + (lanes is not None):
+    if len(units) != grid.down * grid.across + (lanes is not None) + (trellis is not None):
         raise FormatError("number of units does not match the grid of tiles", offset=record.at)
     if lanes is not None and not rows * cols:
         raise FormatError("an empty tensor has no lanes", offset=record.at)
@@ -112,7 +120,7 @@ def parse(record: Record, limits: Limits) -> Tensor:
     if dense > limits.free_alloc + limits.expansion * record.payload_size:
         raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)
     out = Tensor(
-        name, dtype, shape, head["axis"], grid, method, lanes, units, head["digest"],
+        name, dtype, shape, head["axis"], grid, method, lanes, trellis, word, units, head["digest"],
         ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record,
     )  # fmt: skip
     for i, unit in enumerate(units):
@@ -131,7 +139,7 @@ def extra_of(extra: dict[str, Any], name: str) -> dict[str, Any]:
 def empty(t: Tensor) -> Array:
     """The dense matrix of words (R, C), not yet filled."""
     try:
-        return np.empty((t.grid.rows, t.grid.cols), f"<u{t.grid.word}")
+        return np.empty((t.grid.rows, t.grid.cols), f"<u{t.word}")
     except (MemoryError, ValueError) as e:
         raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
 
@@ -139,14 +147,19 @@ def empty(t: Tensor) -> Array:
 class Decoder:
     """Decodes the units of one tensor, in any order and from any thread."""
 
-    def __init__(self, t: Tensor, shared: bytes | memoryview | None, reference: bool = False) -> None:
+    def __init__(self, t: Tensor, first: Sequence[bytes | memoryview], reference: bool = False) -> None:
+        """`first` has the units in front of the tiles."""
         self.tensor, self._reference = t, reference
         self.shared: tile.Shared | None = None
+        self._tables: tr.Tables | None = None
+        for i, unit in enumerate(first):
+            self._check(i, unit)
         if t.lanes is not None:
-            assert shared is not None  # noqa: S101
-            self._check(0, shared)
             with self.at(0):
-                self.shared = tile.shared(bytes(shared), t.lanes, t.grid)
+                self.shared = tile.shared(bytes(first[0]), t.lanes, t.grid)
+        if t.trellis is not None:
+            with self.at(t.first - 1):
+                self._tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.dtype, t.grid.rows, t.grid.cols)
 
     def at(self, i: int) -> wire.At:
         """Context that names unit `i` in the errors that pass."""
@@ -184,6 +197,13 @@ class Decoder:
                 assert self.shared is not None  # noqa: S101
                 tile.decode_lanes(data, t.lanes, self.shared, box, dst, self._reference)
 
+    def finish(self, words: Array, dst: Array, box: Box) -> None:
+        """Words of a tile, decoded before, to the numbers that they stand for."""
+        t = self.tensor
+        assert t.trellis is not None  # noqa: S101
+        assert self._tables is not None  # noqa: S101
+        tr.decode(words, t.trellis, self._tables, box, dst, t.dtype, self._reference)
+
 
 class Work:
     """Tiles of one or more tensors that are decoded in one call of the kernel, so that threads rarely meet."""
@@ -193,11 +213,16 @@ class Work:
         self._of: list[tuple[Decoder, int]] = []
         self._alive: list[Array] = []
         self._others: list[tuple[Decoder, int, Array, Array, Box]] = []
+        self._after: list[tuple[Decoder, Array, Array, Box]] = []
 
     def add(self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
         """Check the bytes of tile `i` and take it in; `data` and `out` stay as they are until `run` is done."""
         r0, r1, c0, c1 = box = dec.tensor.grid.box(i)
         dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
+        if dec.tensor.trellis:
+            words = np.empty(dst.shape, np.uint8)
+            self._after.append((dec, words, dst, box))
+            dst = words
         job = dec.prepare(i, data, dst, box)
         if job is None:
             self._others.append((dec, i, data, dst, box))
@@ -215,6 +240,8 @@ class Work:
                 raise error(text)
         for dec, i, data, dst, box in self._others:
             dec.decode(i, data, dst, box)
+        for dec, words, dst, box in self._after:
+            dec.finish(words, dst, box)
 
 
 def check_digest(t: Tensor, matrix: Array) -> None:
@@ -226,15 +253,16 @@ def check_digest(t: Tensor, matrix: Array) -> None:
 
 
 def parts(
-    grid: ll.Grid, lanes: ll.Lanes | None, sizes: list[int], first: Callable[[int, int], bytes]
+    grid: ll.Grid, lanes: ll.Lanes | None, lossy: bool, sizes: list[int], first: Callable[[int, int], bytes]
 ) -> tuple[int, ...]:
     """Payload bytes by kind (records.PARTS) of units of `sizes`; `first(i, n)` gives the first n bytes of unit i."""
+    front = int(lanes is not None) + int(lossy)
+    out = [sum(sizes[:front]), 0, 0, 0, 0]
     if lanes is None:
-        out = [0, 0, 0, 0, sum(sizes)]
+        out[4] = sum(sizes[front:])
     else:
-        out = [sizes[0], 0, 0, 0, 0]
-        for i in range(1, len(sizes)):
-            r0, r1, c0, c1 = grid.box(i - 1)
+        for i in range(front, len(sizes)):
+            r0, r1, c0, c1 = grid.box(i - front)
             of_tile = ll.tile_parts(first(i, lanes.directory), (r1 - r0) * (c1 - c0), lanes)
             out[1:] = [a + b for a, b in zip(out[1:], of_tile, strict=True)]
     return (*out, sum(map(ll.up16, sizes)) - sum(out))

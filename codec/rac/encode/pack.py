@@ -24,6 +24,8 @@ from rac.decode.load import threads_of
 from rac.encode import resume as rs
 from rac.encode import ties
 from rac.encode.analyse import LEVELS, Level, Plan, analyse
+from rac.encode.budget import Coded, Recipe, code
+from rac.encode.budget import head as head_of
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.encode.tile import TileEncoder
 from rac.errors import OutputError, RacError, SourceError
@@ -101,9 +103,9 @@ def save_file(
 def pack_source(
     source: Source, out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
     lanes: int | None = None, shard_size: int | None = None, resume: bool = False, force: bool = False,
-    progress: Progress | None = None, settings: dict[str, Any] | None = None,
+    progress: Progress | None = None, settings: dict[str, Any] | None = None, recipe: Recipe | None = None,
 ) -> Summary:  # fmt: skip
-    """`pack` for a source that is open already."""
+    """`pack` for a source that is open already; with a `recipe` its tensors are quantised, the others lossless."""
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     if lanes is not None and not 1 <= lanes <= ll.MAX_LANES:
@@ -123,7 +125,7 @@ def pack_source(
         paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
     provenance: dict[str, Any] = {
         "level": level,
-        "lossless": True,
+        "lossless": recipe is None,
         "source": source.kind,
         "tool": f"rac-codec {VERSION}",
     }
@@ -131,6 +133,8 @@ def pack_source(
         provenance["lanes"] = lanes
     if settings and any(settings.values()):
         provenance |= settings
+    if recipe is not None:
+        provenance |= {"bits_scale": repr(recipe.scale), **recipe.about}
     if source.kind == "gguf" and any(g.aliases for g in groups):
         provenance["gguf_order"] = [t.name for t in source.tensors]  # a GGUF file has no names for places
     resumed = 0
@@ -147,7 +151,7 @@ def pack_source(
                     for group in shard:
                         progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
                 continue
-        resumed += _write(name, header, files, shard, effort, threads_of(jobs), resume, force, progress)
+        resumed += _write(name, header, files, shard, effort, recipe, threads_of(jobs), resume, force, progress)
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)
     weights = sum(weights_of(t) for t in source.tensors)
@@ -174,8 +178,8 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
 
 
 def _write(
-    path: str, header: dict[str, Any], files: Sequence[Attachment], groups: list[ties.Group], level: Level, jobs: int,
-    resume: bool, force: bool, progress: Progress | None,
+    path: str, header: dict[str, Any], files: Sequence[Attachment], groups: list[ties.Group], level: Level,
+    recipe: Recipe | None, jobs: int, resume: bool, force: bool, progress: Progress | None,
 ) -> int:  # fmt: skip
     """Write one archive; returns how many tensors were there already."""
     writer = Writer(path, force)
@@ -200,7 +204,7 @@ def _write(
             _attach(writer, file)
         start = len(found.digests) if found else 0
         with ThreadPoolExecutor(jobs) as pool:
-            _tensors(writer, groups[start:], level, pool, jobs, note)
+            _tensors(writer, groups[start:], level, recipe, pool, jobs, note)
         writer.finish(ix.content_digest(content))
         return start
     except MemoryError as e:
@@ -225,11 +229,13 @@ class _Item:
     group: ties.Group
     left: int = -1
     encoder: TileEncoder | None = None
+    coded: Coded | None = None
+    """Of a quantised tensor, which is done in one piece."""
     bands: list[list[Bytes]] = field(default_factory=list)
 
 
 def _tensors(
-    writer: Writer, groups: list[ties.Group], level: Level, pool: ThreadPoolExecutor, jobs: int,
+    writer: Writer, groups: list[ties.Group], level: Level, recipe: Recipe | None, pool: ThreadPoolExecutor, jobs: int,
     note: Callable[[ties.Group, bytes], None],
 ) -> None:  # fmt: skip
     """Plan and encode ahead of the writer, within WINDOW; write in order. The work nearest to the writer goes first."""
@@ -251,7 +257,7 @@ def _tensors(
                 item = waiting[number - written]
                 t = item.group.tensor
                 if row < 0:
-                    running[pool.submit(_start, t, level)] = (item, row)
+                    running[pool.submit(_start, t, level, recipe)] = (item, row)
                 else:
                     assert item.encoder is not None  # noqa: S101
                     running[pool.submit(_band, t, item.encoder, row)] = (item, row)
@@ -261,17 +267,18 @@ def _tensors(
                 assert item.encoder is not None  # noqa: S101
                 group, plan = item.group, item.encoder.plan
                 units = [unit for band in item.bands for unit in band]
-                writer.add(RECORD_TENSOR, 0, _head(group, plan), units, **_fields(group, plan, units))
+                head = head_of(group, item.coded) if item.coded else _head(group, plan)
+                writer.add(RECORD_TENSOR, 0, head, units, **_fields(group, plan, item.coded is not None, units))
                 writer.flush()
-                note(group, plan.digest)
+                note(group, head["digest"])
                 held -= group.tensor.nbytes
                 continue
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 item, row = running.pop(job)
                 if row < 0:
-                    item.encoder, units = job.result()
+                    item.encoder, units, item.coded = job.result()
                     down = item.encoder.plan.grid.down
-                    item.left = down if down > 1 else 0
+                    item.left = down if down > 1 and not item.coded else 0
                     item.bands = [units, *([] for _ in range(item.left))]
                     number = written + next(i for i, one in enumerate(waiting) if one is item)
                     for r in range(item.left):
@@ -289,14 +296,17 @@ def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
     return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
 
 
-def _start(t: SourceTensor, level: Level) -> tuple[TileEncoder, list[Bytes]]:
+def _start(t: SourceTensor, level: Level, recipe: Recipe | None) -> tuple[TileEncoder, list[Bytes], Coded | None]:
     """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
+    if recipe is not None and t.name in recipe.aligned:
+        coded = code(t, recipe)
+        return coded.encoder, coded.units, coded
     plan = analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
     encoder = TileEncoder(plan)
     units: list[Bytes] = [plan.shared] if plan.lanes else []
     if plan.grid.down == 1:
         units += _band(t, encoder, 0)
-    return encoder, units
+    return encoder, units, None
 
 
 def _band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[Bytes]:
@@ -323,10 +333,11 @@ def _head(group: ties.Group, plan: Plan) -> dict[str, Any]:
     return head
 
 
-def _fields(group: ties.Group, plan: Plan, units: list[Bytes]) -> dict[str, Any]:
+def _fields(group: ties.Group, plan: Plan, lossy: bool, units: list[Bytes]) -> dict[str, Any]:
     """What the index row of a tensor adds to its record."""
-    parts = tn.parts(plan.grid, plan.lanes, [len(u) for u in units], lambda i, size: bytes(units[i][:size]))
+    parts = tn.parts(plan.grid, plan.lanes, lossy, [len(u) for u in units], lambda i, size: bytes(units[i][:size]))
     t = group.tensor
     return {
-        "method": plan.method, "dtype": t.dtype, "shape": t.shape, "parts": parts, "aliases": group.aliases,
+        "method": "trellis/1" if lossy else plan.method, "dtype": t.dtype, "shape": t.shape, "parts": parts,
+        "aliases": group.aliases,
     }  # fmt: skip

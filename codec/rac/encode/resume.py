@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rac.container import index as ix
 from rac.container import wire
 from rac.container.forward import Forward
 from rac.decode import tensor as tn
@@ -99,10 +100,16 @@ def _tensor(forward: Forward, record: Record, group: ties.Group) -> tuple[Entry 
     heads = []
     for i, unit in enumerate(found.units):
         heads.append(forward.unit(unit, record, found.most(i), t.name)[:4096])
-    if ties.digest(t) != found.digest:
+    if ties.digest(t) != (found.record.head.get("x-source") if found.trellis else found.digest):
         return None, b""
-    parts = tn.parts(found.grid, found.lanes, [u.size for u in found.units], lambda i, size: heads[i][:size])
+    parts = tn.parts(
+        found.grid,
+        found.lanes,
+        found.trellis is not None,
+        [u.size for u in found.units],
+        lambda i, size: heads[i][:size],
+    )
     entry = _entry(
-        record, method=found.method, dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
+        record, method=ix.method_of(record), dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
     )
     return entry, found.digest

@@ -1,0 +1,242 @@
+/* Trellis-coded quantisation: Viterbi search of one column (encoder), columns of a tile to numbers (decoder).
+ * Every function has a numpy twin in rac/quantize/trellis.py that the tests hold it to, bit for bit. Plain float32
+ * arithmetic in a fixed order; no contraction to fused operations (setup.py), so that every machine agrees. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAVE_X86 1
+#endif
+
+/* The best coded integer of each subset for a sample: subset 2 g + b has sign (-1)^g and the integers of parity b */
+static inline void subsets(float x, const float *rec, const float *rate, int most, float *cost, int16_t *best) {
+    for (int g = 0; g < 2; g++) {
+        const float y = g ? -x : x;
+        for (int b = 0; b < 2; b++) {
+            float r = floorf((y - 0.5f - 2.0f * (float)b) * 0.25f + 0.5f);
+            int far = most - ((most & 1) != b), k = b; /* the largest integer of this parity */
+            if (r * 2.0f + (float)b > (float)far) k = far;
+            else if (r * 2.0f + (float)b < (float)-far) k = -far;
+            else k = 2 * (int)r + b;
+            int in = k > 0 ? k - 2 : k + 2; /* the next one towards zero */
+            const float e = y - rec[k], f = y - rec[in];
+            const float c = e * e + rate[k], d = f * f + rate[in];
+            const int better = d < c;
+            cost[2 * g + b] = better ? d : c;
+            best[2 * g + b] = (int16_t)(better ? in : k);
+        }
+    }
+}
+
+typedef struct { int states, h0, h1; } rac_code;
+
+static inline int pred(const rac_code *t, int to, int b) { /* the state that a branch of parity b to `to` comes from */
+    const int half = t->states / 2;
+    return to < half ? 2 * (to ^ (b ? t->h1 : 0)) : 2 * ((to - half) ^ (t->h0 & (half - 1)) ^ (b ? t->h1 : 0)) + 1;
+}
+
+static void search_plain(const rac_code *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+    const int s = t->states, words = s < 16 ? 1 : s / 16;
+    int from[2][256];
+    float next[256];
+    for (int q = 0; q < s; q++) { from[0][q] = pred(t, q, 0); from[1][q] = pred(t, q, 1); }
+    for (int64_t i = 0; i < n; i++, cost += 4, choice += words) {
+        for (int w = 0; w < words; w++) choice[w] = 0;
+        for (int q = 0; q < s; q++) {
+            const float *sub = cost + (q < s / 2 ? 0 : 2);
+            const float a = c[from[0][q]] + sub[0], b = c[from[1][q]] + sub[1];
+            choice[q / 16] |= (uint16_t)((b < a) << (q & 15));
+            next[q] = b < a ? b : a;
+        }
+        const float base = (i & 63) == 63 ? next[0] : 0.0f;
+        for (int q = 0; q < s; q++) c[q] = next[q] - base;
+    }
+}
+
+#ifdef HAVE_X86
+#define AVX __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
+/* Up to 16 states in one register */
+AVX static void search_small(const rac_code *t, const float *cost, int64_t n, uint16_t *choice, float *out) {
+    int32_t from[2][16], sub[2][16];
+    float start[16];
+    for (int q = 0; q < 16; q++) {
+        const int in = q < t->states;
+        for (int b = 0; b < 2; b++) {
+            from[b][q] = in ? pred(t, q, b) : q;
+            sub[b][q] = b + (in && q >= t->states / 2 ? 2 : 0);
+        }
+        start[q] = in ? out[q] : 1e30f;
+    }
+    const __m512i fa = _mm512_loadu_si512(from[0]), fb = _mm512_loadu_si512(from[1]);
+    const __m512i sa = _mm512_loadu_si512(sub[0]), sb = _mm512_loadu_si512(sub[1]);
+    const uint16_t some = (uint16_t)((1u << t->states) - 1);
+    __m512 c = _mm512_loadu_ps(start);
+    for (int64_t i = 0; i < n; i++, cost += 4) {
+        const __m512 w = _mm512_broadcast_f32x4(_mm_loadu_ps(cost));
+        const __m512 a = _mm512_add_ps(_mm512_permutexvar_ps(fa, c), _mm512_permutevar_ps(w, sa));
+        const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(fb, c), _mm512_permutevar_ps(w, sb));
+        choice[i] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ) & some;
+        c = _mm512_min_ps(b, a);
+        if ((i & 63) == 63) c = _mm512_sub_ps(c, _mm512_broadcastss_ps(_mm512_castps512_ps128(c)));
+    }
+    _mm512_storeu_ps(start, c);
+    memcpy(out, start, sizeof(float) * (size_t)t->states);
+}
+
+/* 32 states and more: states by parity, since all predecessors of one half of the states are even, of the other odd */
+AVX static void search_large(const rac_code *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+    const int half = t->states / 2, blocks = half / 16, low = t->h0 & (half - 1), both = low ^ t->h1;
+    float e[128], o[128], next[256];
+    int32_t x1[16], x0[16], x2[16], even[16], odd[16];
+    for (int i = 0; i < 16; i++) {
+        x1[i] = i ^ (t->h1 & 15); x0[i] = i ^ (low & 15); x2[i] = i ^ (both & 15);
+        even[i] = 2 * i; odd[i] = 2 * i + 1;
+    }
+    const __m512i p1 = _mm512_loadu_si512(x1), p0 = _mm512_loadu_si512(x0), p2 = _mm512_loadu_si512(x2);
+    const __m512i ev = _mm512_loadu_si512(even), od = _mm512_loadu_si512(odd);
+    for (int u = 0; u < half; u++) { e[u] = c[2 * u]; o[u] = c[2 * u + 1]; }
+    for (int64_t i = 0; i < n; i++, cost += 4, choice += 2 * blocks) {
+        const __m512 s0 = _mm512_set1_ps(cost[0]), s1 = _mm512_set1_ps(cost[1]);
+        const __m512 s2 = _mm512_set1_ps(cost[2]), s3 = _mm512_set1_ps(cost[3]);
+        for (int q = 0; q < blocks; q++) {
+            const __m512 a = _mm512_add_ps(_mm512_loadu_ps(e + 16 * q), s0);
+            const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(p1, _mm512_loadu_ps(e + 16 * (q ^ (t->h1 >> 4)))), s1);
+            choice[q] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ);
+            _mm512_storeu_ps(next + 16 * q, _mm512_min_ps(b, a));
+            const __m512 f = _mm512_add_ps(_mm512_permutexvar_ps(p0, _mm512_loadu_ps(o + 16 * (q ^ (low >> 4)))), s2);
+            const __m512 g = _mm512_add_ps(_mm512_permutexvar_ps(p2, _mm512_loadu_ps(o + 16 * (q ^ (both >> 4)))), s3);
+            choice[blocks + q] = _mm512_cmp_ps_mask(g, f, _CMP_LT_OQ);
+            _mm512_storeu_ps(next + half + 16 * q, _mm512_min_ps(g, f));
+        }
+        const __m512 base = _mm512_set1_ps((i & 63) == 63 ? next[0] : 0.0f);
+        for (int q = 0; q < blocks; q++) {
+            const __m512 a = _mm512_loadu_ps(next + 32 * q), b = _mm512_loadu_ps(next + 32 * q + 16);
+            _mm512_storeu_ps(e + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, ev, b), base));
+            _mm512_storeu_ps(o + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, od, b), base));
+        }
+    }
+    for (int u = 0; u < half; u++) { c[2 * u] = e[u]; c[2 * u + 1] = o[u]; }
+}
+static int has512(void) {
+    static int known = -1;
+    if (known < 0) {
+        __builtin_cpu_init();
+        known = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl");
+    }
+    return known;
+}
+#endif
+
+static void search(const rac_code *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+#ifdef HAVE_X86
+    if (has512()) {
+        if (t->states >= 32) search_large(t, cost, n, choice, c);
+        else search_small(t, cost, n, choice, c);
+        return;
+    }
+#endif
+    search_plain(t, cost, n, choice, c);
+}
+
+/* One lane: integers k of least sum (x - sign rec[k])^2 + rate[k]. rec and the rows of rate have 2 most + 1 entries, for
+ * -most..most; row[i] is the table of sample i. The trellis begins anew every `lane` samples. cost, best: scratch (n, 4);
+ * choice: scratch (n, max(1, states / 16)). out: k; value: sign rec[k]. */
+static void viterbi(const rac_code *t, const float *x, int64_t n, int64_t lane, const float *rec, const float *rate,
+                    const uint8_t *row, int most, int16_t *out, float *value, float *cost, int16_t *best, uint16_t *choice) {
+    const int words = t->states < 16 ? 1 : t->states / 16, wide = 2 * most + 1;
+    for (int64_t i = 0; i < n; i++) subsets(x[i], rec + most, rate + (row ? row[i] : 0) * wide + most, most, cost + 4 * i, best + 4 * i);
+    for (int64_t a = 0; a < n; a += lane) {
+        const int64_t m = n - a < lane ? n - a : lane;
+        float c[256];
+        c[0] = 0.0f;
+        for (int q = 1; q < t->states; q++) c[q] = 1e30f;
+        search(t, cost + 4 * a, m, choice, c);
+        int s = 0;
+        for (int q = 1; q < t->states; q++) if (c[q] < c[s]) s = q;
+        for (int64_t i = m - 1; i >= 0; i--) {
+            const int b = choice[i * words + s / 16] >> (s & 15) & 1, p = pred(t, s, b), g = p & 1;
+            const int k = best[4 * (a + i) + 2 * g + b];
+            out[a + i] = (int16_t)k;
+            value[a + i] = g ? -rec[most + k] : rec[most + k];
+            s = p;
+        }
+    }
+}
+
+/* Columns b - 1 down to a of a block, each after the errors of the ones before it are fed back (align/triangular.py).
+ * All arrays are column-major. target (b - a, m): overwritten by the errors; feed (b - a, b - a): [j, i] weight of the error
+ * of column i in the target of j < i; step (b - a); out (b - a, m); recon (b - a, m). A target further than `far` steps out
+ * is an outlier: its value is the target itself, and wild (b - a, m) is 1. Returns 0, or 1 without memory. */
+int rac_trellis_block(int states, int h0, int h1, float *target, int64_t cols, int64_t m, int64_t lane, const float *feed,
+                      const float *step, const float *rec, const float *rate, const uint8_t *row, const uint8_t *col,
+                      int64_t tables, int most, float far, int16_t *out, float *recon, uint8_t *wild) {
+    const rac_code t = {states, h0, h1};
+    const int words = states < 16 ? 1 : states / 16, wide = 2 * most + 1;
+    float *x = malloc((size_t)m * (4 + 16)), *cost = x + m;
+    int16_t *best = malloc((size_t)m * 8);
+    uint16_t *choice = malloc((size_t)(lane < m ? lane : m) * (size_t)words * 2);
+    int bad = !x || !best || !choice;
+    for (int64_t j = cols - 1; j >= 0 && !bad; j--) {
+        float *g = target + j * m, *v = recon + j * m;
+        for (int64_t i = j + 1; i < cols; i++) {
+            const float w = feed[j * cols + i], *e = target + i * m;
+            if (w != 0.0f) for (int64_t r = 0; r < m; r++) g[r] += w * e[r];
+        }
+        if (step[j] == 0.0f) {
+            memset(out + j * m, 0, (size_t)m * 2);
+            memset(v, 0, (size_t)m * 4);
+            memset(wild + j * m, 0, (size_t)m);
+        } else {
+            const float inverse = 1.0f / step[j];
+            for (int64_t r = 0; r < m; r++) x[r] = g[r] * inverse;
+            viterbi(&t, x, m, lane, rec, rate + (int64_t)col[j] * tables * wide, row, most, out + j * m, v, cost, best, choice);
+            for (int64_t r = 0; r < m; r++) {
+                const int out_of_range = fabsf(x[r]) > far;
+                wild[j * m + r] = (uint8_t)out_of_range;
+                v[r] = out_of_range ? g[r] : v[r] * step[j];
+                g[r] -= v[r];
+            }
+        }
+    }
+    free(x); free(best); free(choice);
+    return bad;
+}
+
+/* A tile of words (h, w) to numbers (stages/trellis.md): sign rec[word] col[j] row[i], the state of each column beginning
+ * at 0. odd: parity of the word that stands for 0. dst: float32 (kind 4) or BF16 (kind 2), `stride` elements from row to row. */
+int rac_untrellis(const uint8_t *words, int64_t h, int64_t w, int h0, int h1, int odd, const float *rec, const float *col,
+                  const float *row, void *dst, int kind, int64_t stride) {
+    uint8_t *state = calloc((size_t)w, 1);
+    float *v = malloc((size_t)w * 4);
+    if (!state || !v) { free(state); free(v); return 1; }
+    for (int64_t i = 0; i < h; i++) {
+        const uint8_t *u = words + i * w;
+        const float r = row[i];
+        for (int64_t j = 0; j < w; j++) v[j] = rec[u[j]];
+        for (int64_t j = 0; j < w; j++) {
+            uint32_t bits;
+            memcpy(&bits, v + j, 4);
+            bits ^= (uint32_t)(state[j] & 1) << 31;
+            memcpy(v + j, &bits, 4);
+            v[j] = v[j] * col[j] * r;
+        }
+        for (int64_t j = 0; j < w; j++) {
+            const uint8_t s = state[j], b = (uint8_t)((u[j] ^ odd) & 1);
+            state[j] = (uint8_t)((s >> 1) ^ (s & 1 ? h0 : 0) ^ (b ? h1 : 0));
+        }
+        if (kind == 4) memcpy((float *)dst + i * stride, v, (size_t)w * 4);
+        else {
+            uint16_t *d = (uint16_t *)dst + i * stride;
+            for (int64_t j = 0; j < w; j++) {
+                uint32_t bits;
+                memcpy(&bits, v + j, 4);
+                d[j] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+            }
+        }
+    }
+    free(state); free(v);
+    return 0;
+}

@@ -1,0 +1,72 @@
+"""The trellis kernels through ctypes: the search of the encoder, and the decoder's numbers."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac import native
+
+Array = NDArray[Any]
+_n = ctypes.c_int64
+_i = ctypes.c_int
+_p = native._p
+
+
+def decode(
+    words: NDArray[np.uint8], code: tuple[int, int], zero: int, rec: NDArray[np.float32], cols: NDArray[np.float32],
+    rows: NDArray[np.float32], dst: Array, dtype: str,
+) -> bool:  # fmt: skip
+    """Words (h, w) to `dst` (h, w), unit column stride; False where no kernel is there for the type."""
+    lib = native.library()
+    if lib is None or dtype not in ("F32", "BF16"):
+        return False
+    h, w = words.shape
+    bad = lib.rac_untrellis(
+        _p(words), _n(h), _n(w), _i(code[0]), _i(code[1]), _i(zero & 1), _p(rec), _p(cols), _p(rows), _p(dst),
+        _i(dst.itemsize), _n(dst.strides[0] // dst.itemsize),
+    )  # fmt: skip
+    if bad:
+        raise MemoryError
+    return True
+
+
+def block(
+    states: int, code: tuple[int, int], target: NDArray[np.float32], lane: int, feed: NDArray[np.float32],
+    step: NDArray[np.float32], rec: NDArray[np.float32], rate: NDArray[np.float32], row: NDArray[np.uint8] | None,
+    col: NDArray[np.uint8], far: float,
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8]] | None:  # fmt: skip
+    """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
+
+    Args:
+        states: Of the trellis, 4 to 256.
+        code: (H0, H1).
+        target: (n, m) column-major targets; overwritten by the errors target - value.
+        lane: Rows after which the trellis begins anew.
+        feed: (n, n) weight of the error of column i in the target of column j < i.
+        step: (n,) size of one unit; 0: the column is dead.
+        rec: (2 K + 1,) magnitudes of the integers -K..K.
+        rate: (Tc, Tr, 2 K + 1) cost of each, in squared units, by class of column and row.
+        row: (m,) class of each row, or None for one class.
+        col: (n,) class of each column.
+        far: Steps from which on a target is an outlier, whose value is the target itself.
+
+    Returns:
+        (integers (n, m), values (n, m), outliers (n, m)), or None where the C kernel is not there.
+    """
+    lib = native.library()
+    if lib is None:
+        return None
+    n, m = target.shape
+    out, recon, wild = np.empty((n, m), np.int16), np.empty((n, m), np.float32), np.empty((n, m), np.uint8)
+    bad = lib.rac_trellis_block(
+        _i(states), _i(code[0]), _i(code[1]), _p(target), _n(n), _n(m), _n(lane), _p(feed), _p(step), _p(rec), _p(rate),
+        _p(row), _p(col), _n(rate.shape[1]), _i(len(rec) // 2), ctypes.c_float(far), _p(out), _p(recon),
+        _p(wild),
+    )  # fmt: skip
+    if bad:
+        raise MemoryError
+    return out, recon, wild
