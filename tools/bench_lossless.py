@@ -187,7 +187,8 @@ def measure(path: Path, row: str, threads: int, args: argparse.Namespace, archiv
     packed: dict[str, tuple[str, Any]] = {}
 
     def pack() -> float:
-        packed.clear()
+        packed.clear()  # and the archive: freeing the result of the run before is not packing
+        archive.unlink(missing_ok=True)
         # Read afresh each time, before the clock starts: zipnn reorders bits inside its input.
         tensors = [] if name == "rac" else list(read_tensors(path))
         start = time.perf_counter()
