@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align.triangular import Triangular
 from rac.container import zstd
 from rac.errors import RacError
 from rac.native import trellis as native
@@ -81,7 +82,7 @@ def _quarters(x: Array) -> NDArray[np.int64]:
 
 def quantise(
     w: NDArray[np.float32], dtype: str, scale: float, scales: Scales, lane: int, states: int, passes: int,
-    feed: NDArray[np.float32] | None = None,
+    recursion: Triangular | None = None,
 ) -> Quantised:  # fmt: skip
     """Quantise `w` (R, C) float32 for the data type `dtype`.
 
@@ -93,7 +94,7 @@ def quantise(
         lane: Rows after which the trellis begins anew: those of a tile.
         states: Of the trellis, 4 to 256.
         passes: 1, or 2: again with the counts of the first pass.
-        feed: (C, C): [j, i], i > j, is the weight of the error of column i in the target of column j; None: none.
+        recursion: Order of the columns and weights of their errors in each other's targets; None: no feedback.
 
     Raises:
         RacError: The C kernel is not there.
@@ -104,6 +105,9 @@ def quantise(
     step = bits * tr.power(scales.cols)
     step[scales.cols == tr.DEAD] = 0
     plain = np.ascontiguousarray((w / row_unit[:, None]).T)
+    order = np.arange(c) if recursion is None else recursion.order
+    feed = None if recursion is None else recursion.feed
+    plain, step = np.ascontiguousarray(plain[order]), step[order]
     live = step > 0
     x = plain[live] / step[live][:, None]
     by_col = np.zeros(c)
@@ -132,7 +136,9 @@ def quantise(
             low, corrections = _centroids(k, value, plain, step, rec) if feed is None else (low, corrections)
             rec = tr.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
             rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
-    words = np.ascontiguousarray((k.T + ZERO).astype(np.uint8))
+    back = np.argsort(order)
+    value, wild = value[back], wild[back]
+    words = np.ascontiguousarray((k[back].T + ZERO).astype(np.uint8))
     places = np.argwhere(wild.T)
     kind = np.dtype([("row", "<u4"), ("col", "<u4"), ("value", f"<u{tr.DTYPES[dtype].itemsize}")])
     outliers = np.zeros(len(places), kind)

@@ -18,20 +18,23 @@ from numpy.typing import NDArray
 
 from rac.container import index as ix
 from rac.container import zstd
+from rac.container.access import FileAccess
+from rac.container.reader import Archive
 from rac.container.writer import Writer
 from rac.decode import tensor as tn
 from rac.decode.load import threads_of
 from rac.encode import resume as rs
 from rac.encode import ties
 from rac.encode.analyse import LEVELS, Level, Plan, analyse
-from rac.encode.budget import Coded, Recipe, code
+from rac.encode.budget import Coded, Recipe, Request, code, recipe_for, solve
 from rac.encode.budget import head as head_of
+from rac.encode.calibrate import Note
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.encode.tile import TileEncoder
 from rac.errors import OutputError, RacError, SourceError
 from rac.quantize import lossless as ll
 from rac.records import Limits
-from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
+from rac.registry import LOSSY, RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
 
 WINDOW = 64 << 20
 """Dense bytes in work beyond the largest tensor."""
@@ -51,14 +54,18 @@ class Summary:
     tensors: int
     resumed: int
     skipped: tuple[str, ...]
+    quantised: int = 0
+    quantised_bits: float = 0.0
+    """Bytes of the quantised tensors * 8 / their weights, everything counted."""
 
 
 def pack(
     src: str | os.PathLike[str], out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
     include: Sequence[str] = (), exclude: Sequence[str] = (), lanes: int | None = None,
     shard_size: int | None = None, resume: bool = False, force: bool = False, progress: Progress | None = None,
+    lossy: Request | None = None, note: Note | None = None,
 ) -> Summary:  # fmt: skip
-    """Pack a safetensors file, a Hugging Face directory or a GGUF file, losslessly.
+    """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless `lossy` asks for a budget.
 
     Args:
         src: What to pack.
@@ -72,16 +79,25 @@ def pack(
         resume: Go on with the part that an interrupted pack left.
         force: Replace a file that exists.
         progress: Called after every tensor.
+        lossy: The budget, what to calibrate on, and how hard to try.
+        note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
 
     Raises:
         SourceError: The source is missing, damaged or no model.
         OutputError: The output exists, or cannot be written.
+        BudgetError: The budget cannot be met.
     """
     source = open_source(src, include, exclude)
     settings = {"exclude": list(exclude), "include": list(include)}
+    if os.path.lexists(out) and not force:
+        raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
+    recipe = None
+    if lossy is not None:
+        recipe = recipe_for(source, os.fspath(src), lossy, note)
+        recipe = solve(ties.find(source.tensors), recipe, lossy, threads_of(jobs), note)
     return pack_source(
         source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
-        progress=progress, settings=settings,
+        progress=progress, settings=settings, recipe=recipe,
     )  # fmt: skip
 
 
@@ -155,7 +171,20 @@ def pack_source(
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)
     weights = sum(weights_of(t) for t in source.tensors)
-    return Summary(tuple(paths), done, stored, weights, len(source.tensors), resumed, source.skipped)
+    lossy, bits = _quantised(paths) if recipe is not None else (0, 0.0)
+    return Summary(tuple(paths), done, stored, weights, len(source.tensors), resumed, source.skipped, lossy, bits)
+
+
+def _quantised(paths: Sequence[str]) -> tuple[int, float]:
+    """Number of quantised tensors in archives, and their bits per weight."""
+    count = size = weights = 0
+    for path in paths:
+        archive = Archive(FileAccess(path))
+        for e in archive.index.entries:
+            if e.method in LOSSY:
+                count, size, weights = count + 1, size + e.size, weights + math.prod(e.shape)
+        archive.close()
+    return count, 8 * size / max(1, weights)
 
 
 def weights_of(t: SourceTensor) -> int:

@@ -1,0 +1,45 @@
+"""Triangular alignment: successive cancellation through the Cholesky factor of the inputs' second moment.
+
+With S = L L^T, L lower triangular, and columns quantised from the last to the first, each after the errors of those
+before it are fed back, the output error is the sum over j of L_jj^2 |error of column j|^2: every column counts alike
+when its step is proportional to 1 / L_jj (WaterSIC, arXiv 2603.04956; GPTQ is the same recursion with equal steps). A
+decoder needs to know nothing of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Triangular:
+    """The recursion of one second moment."""
+
+    order: NDArray[np.int64]
+    """(n,) column at each place; places are quantised from the last to the first."""
+    weight: NDArray[np.float64]
+    """(n,) L_jj of each place: the square root of what a unit error of that column costs."""
+    feed: NDArray[np.float32]
+    """(n, n), [j, i], i > j: weight of the error at place i in the target at place j."""
+
+
+def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = True) -> Triangular:
+    """The recursion for inputs of second moment `second` (n, n), symmetric.
+
+    Args:
+        second: E[x x^T]. Need not have full rank.
+        damp: Share of the mean diagonal that is added to the diagonal.
+        sort: Quantise columns in descending order of their energy; else from the last to the first.
+    """
+    s = np.asarray(second, np.float64)
+    n = len(s)
+    mean = max(float(np.trace(s)) / n, 1e-30)
+    order = np.argsort(np.diag(s), kind="stable") if sort else np.arange(n)
+    s = s[np.ix_(order, order)] + damp * mean * np.eye(n)
+    lower = np.linalg.cholesky(s)
+    weight = np.diag(lower).copy()
+    feed = np.triu((lower / weight).T, 1).astype(np.float32)
+    return Triangular(order, weight, feed)
