@@ -14,7 +14,7 @@ setup(
             "rac.native._kernels",
             sorted(glob("codec/rac/native/*.c")),
             depends=sorted(glob("codec/rac/native/*.h")),
-            extra_compile_args=["-O3", "-fno-strict-aliasing", "-funroll-loops"],
+            extra_compile_args=["-O3", "-fno-strict-aliasing", "-ffp-contract=off", "-funroll-loops"],
             optional=True,
         )
     ]

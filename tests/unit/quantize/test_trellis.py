@@ -1,0 +1,139 @@
+"""trellis/1: the example of the text, the kernel against numpy, and the search against all there is to choose from."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rac import native
+from rac.errors import FormatError, UnsupportedError
+from rac.native import trellis as kernel
+from rac.quantize import trellis as tr
+
+HEAD = {"id": "trellis/1", "states": 4, "zero": 10, "low": 9, "scale": 0x3F000000, "sizes": [3, 4, 2, 10]}
+UNIT = bytes.fromhex("0008f8 00000400 0080 03000000 00000000 803f")
+WORDS = np.array([[10, 10], [11, 10], [9, 10], [10, 10]], np.uint8)
+DENSE = bytes.fromhex("a03e0000 983f0000 c03f0000 803f0000")
+"""Worked example of format_spec/stages/trellis.md, section 8."""
+
+
+def decoded(words, p, tables, dtype, reference):
+    dst = np.zeros(words.shape, f"<u{tr.DTYPES[dtype].itemsize}")
+    tr.decode(words, p, tables, (0, words.shape[0], 0, words.shape[1]), dst, dtype, reference)
+    return dst
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_example_of_the_text(reference):
+    p = tr.Trellis.from_head(HEAD, "BF16")
+    assert p.to_head() == HEAD
+    tables = tr.parse_unit(UNIT, p, "BF16", 4, 2)
+    assert decoded(WORDS, p, tables, "BF16", reference).tobytes() == DENSE
+
+
+def test_powers():
+    e = np.arange(-60, 61).astype(np.int8)
+    assert np.allclose(tr.power(e), 2.0 ** (np.arange(-60, 61) / 4), rtol=1e-7)
+    assert tr.power(np.array([-4, -8, 0, 4, 60], np.int8)).tolist() == [0.5, 0.25, 1.0, 2.0, 2.0**15]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
+@pytest.mark.parametrize("states", [1, 4, 8, 16, 32, 64, 128, 256])
+def test_kernel_and_numpy_agree(states, dtype):
+    rng = np.random.default_rng(states)
+    r, c = 53, 37
+    lists = [rng.integers(-20, 21, n).astype(np.int8) for n in (r, c)]
+    lists[1][3] = tr.DEAD
+    corrections = rng.integers(-48, 49, 100).astype(np.int8)
+    unit = corrections.tobytes() + lists[0].tobytes() + lists[1].tobytes()
+    p = tr.Trellis(states, 128, 78, 0x3C23D70A, (100, r, c, 0))
+    tables = tr.parse_unit(unit, p, dtype, r, c)
+    words = rng.integers(0, 256, (r, c)).astype(np.uint8)
+    assert (decoded(words, p, tables, dtype, False) == decoded(words, p, tables, dtype, True)).all()
+
+
+def search(states, x, rec, rate, lane=1000):
+    most = len(rec) // 2
+    done = kernel.block(
+        states, tr.CODES[states], x[None].copy(), lane, np.zeros((1, 1), np.float32), np.ones(1, np.float32), rec,
+        rate.reshape(1, 1, -1), None, np.zeros(1, np.uint8), 2.0 * most,
+    )  # fmt: skip
+    assert done is not None
+    return done[0][0], done[1][0]
+
+
+def walk(states, k, rec):
+    """Values of integers along the trellis."""
+    h0, h1 = tr.CODES[states]
+    s, out = 0, []
+    for v in k:
+        out.append(-rec[v + len(rec) // 2] if s & 1 else rec[v + len(rec) // 2])
+        s = (s >> 1) ^ (h0 if s & 1 else 0) ^ (h1 if v & 1 else 0)
+    return np.array(out, np.float32)
+
+
+@pytest.mark.parametrize("states", [4, 8, 16, 32, 64, 128, 256])
+def test_search_finds_the_best_path(states):
+    """Against all paths of five samples; the integers at hand are the two nearest of each subset."""
+    most = 4
+    rec = (2 * np.arange(-most, most + 1) + 0.5).astype(np.float32)
+    rng = np.random.default_rng(states)
+    for _ in range(3):
+        x = (2.5 * rng.standard_normal(5)).astype(np.float32)
+        rate = (0.35 * rng.random(2 * most + 1)).astype(np.float32)
+        k, value = search(states, x, rec, rate)
+        assert (walk(states, k, rec) == value).all()
+        cost = float(((x - value) ** 2 + rate[k + most]).sum())
+        best = min(
+            float(((x - walk(states, path, rec)) ** 2 + rate[np.array(path) + most]).sum())
+            for path in itertools.product(range(-most, most + 1), repeat=5)
+        )
+        assert cost == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("states", [4, 16, 32, 256])
+def test_lanes_begin_anew(states):
+    rec = (2 * np.arange(-9, 10) + 0.5).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal(90).astype(np.float32) * 4
+    rate = np.zeros(19, np.float32)
+    k, _ = search(states, x, rec, rate, lane=40)
+    parts = [search(states, x[a : a + 40], rec, rate)[0] for a in (0, 40, 80)]
+    assert k.tolist() == np.concatenate(parts).tolist()
+
+
+def test_what_is_refused():
+    def bad(match, error=FormatError, dtype="BF16", **change):
+        with pytest.raises(error, match=match):
+            tr.Trellis.from_head(HEAD | change, dtype)
+
+    for key in ("states", "zero", "low", "scale", "sizes"):
+        with pytest.raises(FormatError, match="incomplete"):
+            tr.Trellis.from_head({k: v for k, v in HEAD.items() if k != key}, "BF16")
+    bad("unknown", UnsupportedError, more=1)
+    for states in (0, 2, 3, 512, True, "4"):
+        bad("states", states=states)
+    bad("zero or low", zero=256)
+    bad("zero or low", low=-1)
+    for scale in (0x21800000 - 1, 0x5D800000 + 1, 0x7FC00000, -1):
+        bad("scale", scale=scale)
+    bad("sizes", sizes=[3, 4, 2])
+    bad("cannot be", dtype="F64")
+    bad("corrections", low=254)
+
+    def unit(match, data, rows=4, cols=2):
+        with pytest.raises(FormatError, match=match):
+            tr.parse_unit(data, tr.Trellis.from_head(HEAD, "BF16"), "BF16", rows, cols)
+
+    unit("size of its sections", UNIT[:-1])
+    unit("size of its sections", UNIT + b"\0")
+    unit("out of range", UNIT[:5] + b"\x3d" + UNIT[6:])
+    unit("out of range", UNIT[:7] + b"\x81" + UNIT[8:])
+    unit("outside", UNIT[:9] + b"\4" + UNIT[10:])
+    unit("outside", UNIT[:13] + b"\2" + UNIT[14:])
+    unit("zstd", UNIT, rows=5)
+
+
+def test_the_kernel_is_there():
+    assert native.library() is not None
