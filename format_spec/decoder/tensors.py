@@ -153,6 +153,8 @@ def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
             raise FormatError("RAC-LAN-006: no elements")
     elif len(stages[0]) != 1:
         raise UnsupportedError("RAC-RAW-001, RAC-ZTD-001: keys in the stage map")
+    if second and rows * cols == 0:
+        raise FormatError("RAC-TCQ-010: no elements")
     special = [p.shared_size for p in (parameters,) if p] + [p.unit_size for p in (second,) if p]
     grid = -(-rows // tile_rows) * -(-cols // tile_cols) if rows * cols else 0
     if len(units) != len(special) + grid:

@@ -162,6 +162,21 @@ for _low, _count in ((254, 3), (255, 2), (0, 257), (1, 256)):
         on(RAW, second(RAW, low=_low), section(RAW, "corrections", fixed(bytes(_count)))),
     )
 
+
+def empty(shape: list[int]) -> Patch:
+    """A tensor without elements: the trellis unit, no tile."""
+
+    def patch(a: Archive) -> None:
+        r = a[RAW]
+        r.head |= {"shape": shape, "tile": [1, min(14, max(1, shape[1]))], "digest": zstd.digest(b"")}
+        r.units, r.parts = r.units[:1], None
+
+    return patch
+
+
+bad("empty", "TCQ-010", "A tensor without elements.", on(RAW, empty([0, 14])))
+bad("empty-wide", "TCQ-010", "No elements in 2^40 columns.", on(RAW, empty([0, 1 << 40])))
+
 # Units
 
 for _name, _clause, _why, _patch in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def report(src: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from rac.cli.progress import size
+    from rac.registry import LOSSY
 
     r = report(args.src)
     if args.json:
@@ -130,6 +132,9 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(r["files"]))
     p = r["provenance"]
     print(f"  made by      {p.get('tool', '?')}, level {p.get('level', '?')}, from {p.get('source', '?')}")
+    if lossy := [t for t in r["tensors"] if t["method"] in LOSSY]:
+        size_, n = sum(t["bytes"] for t in lossy), sum(math.prod(t["shape"]) for t in lossy)
+        print(f"  LOSSY        {len(lossy)} tensors quantised at {8 * size_ / n:.4f} bits per weight, all counted")
     print(f"  content      {', '.join(r['content'])}")
     print(f"  tensors      {r['tensor_names']:,} names, {len(r['tensors']):,} stored, {r['weights']:,} weights")
     for a in r["attachments"]:

@@ -9,7 +9,8 @@ from typing import Any
 HELP = """\
 Check every checksum and every padding byte, decode everything, and compare the digest of each tensor.
 
-With --against the archive is also compared with its source, tensor for tensor and file for file.
+With --against the archive is also compared with its source, tensor for tensor and file for file; of quantised tensors
+the error is measured.
 Exit code 0 means whole (and equal), 1 damaged or different. "-" reads standard input."""
 
 
@@ -44,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
         seen = verify(args.src, args.against, progress=progress)
     seconds = time.monotonic() - start
     equal = f", equal to {args.against}" if args.against else ""
+    if seen.lossy:
+        snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {args.against}"
+        rest = f", the others{equal[1:]}" if args.against and seen.lossy < seen.tensors else ""
+        equal = f", lossy: {seen.lossy} tensors quantised{snr}{rest}"
     print(
         f"{args.src}: whole{equal}. {seen.tensors} tensors ({size(seen.dense)}), {seen.attachments} attachments, "
         f"content {seen.digest.hex()}, {size(seen.dense / max(seconds, 1e-9))}/s"

@@ -116,6 +116,8 @@ def parse(record: Record, limits: Limits) -> Tensor:
         raise FormatError("number of units does not match the grid of tiles", offset=record.at)
     if lanes is not None and not rows * cols:
         raise FormatError("an empty tensor has no lanes", offset=record.at)
+    if trellis is not None and not rows * cols:
+        raise FormatError("an empty tensor has no trellis", offset=record.at)
     dense = rows * cols * word
     if dense > limits.free_alloc + limits.expansion * record.payload_size:
         raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)

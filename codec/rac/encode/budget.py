@@ -31,7 +31,7 @@ KEEP = ("*embed*", "*norm*", "*lm_head*", "*wte*", "*wpe*", "*.bias", "*shared.w
 """Kept lossless unless the user says otherwise."""
 SMALLEST = 1 << 14
 TOLERANCE = 0.005
-_CODER = Level("lossy", 16, 1, 8, 6, 2, False, 0, 9, 1)
+_CODER = Level("default", 16, 1, 8, 6, 2, False, 0, 9, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.container.forward import Forward, entries_by_name
@@ -14,7 +18,7 @@ from rac.container.index import content_digest
 from rac.decode import tensor as tn
 from rac.decode.archive import forward_attachment, forward_tensors, open_archives
 from rac.encode import ties
-from rac.encode.sources import open_source
+from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError, SourceError
 from rac.records import Record
 
@@ -29,6 +33,10 @@ class Verified:
     attachments: int
     dense: int
     digest: bytes
+    lossy: int = 0
+    """Tensors that were quantised."""
+    snr: float | None = None
+    """Signal to noise of these against the source, in dB over all; None where there is no source or no error."""
 
 
 @dataclass
@@ -41,6 +49,11 @@ class _Seen:
     extra: dict[str, dict[str, Any]]
     dense: int = 0
     digest: bytes = b""
+    lossy: set[str] = field(default_factory=set)
+    energy: float = 0.0
+    error: float = 0.0
+    source: Source | None = None
+    theirs: dict[str, SourceTensor] = field(default_factory=dict)
 
 
 def verify(
@@ -51,7 +64,8 @@ def verify(
 ) -> Verified:
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
-    `path` may be "-" for standard input. Tensors that the archive was told to leave out are not missed.
+    `path` may be "-" for standard input. Tensors that the archive was told to leave out are not missed. A quantised
+    tensor must have the type and shape of the source; its error is measured.
 
     Raises:
         FormatError: The archive is damaged; its subclass and message say how and where.
@@ -59,9 +73,8 @@ def verify(
     """
     seen = _Seen({}, {}, {}, {})
     name = os.fspath(path)
-    origin: dict[str, Any] = {}
     if name == "-":
-        origin = _one(sys.stdin.buffer, "<stdin>", seen, progress)
+        _one(sys.stdin.buffer, "<stdin>", seen, against, progress)
     else:
         archives = open_archives(name)
         for archive in archives:
@@ -69,16 +82,23 @@ def verify(
         for archive in archives:
             try:
                 with open(archive.access.name, "rb") as f:
-                    origin = _one(f, archive.access.name, seen, progress)
+                    _one(f, archive.access.name, seen, against, progress)
             except OSError as e:
                 raise SourceError(e.strerror or str(e), file=archive.access.name) from e
-    if against is not None:
-        _compare(seen, against, origin, name)
-    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest)
+    if seen.source is not None:
+        _compare(seen, seen.source, name)
+    snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
+    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr)
 
 
-def _one(f: BinaryIO, name: str, seen: _Seen, progress: Progress | None) -> dict[str, Any]:
+def _one(
+    f: BinaryIO, name: str, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None
+) -> None:  # fmt: skip
     forward = Forward(f, name)
+    if against is not None and seen.source is None:
+        origin: dict[str, Any] = forward.header.get("provenance", {})
+        seen.source = open_source(against, origin.get("include", ()), origin.get("exclude", ()))
+        seen.theirs = {t.name: t for t in seen.source.tensors}
     content: list[list[Any]] = []
     parts: dict[str, tuple[int, ...]] = {}
 
@@ -98,6 +118,13 @@ def _one(f: BinaryIO, name: str, seen: _Seen, progress: Progress | None) -> dict
             seen.extra[n] = tn.extra_of(t.extra, n)
             content.append([n, t.dtype, list(t.shape), t.digest])
             seen.dense += t.nbytes
+            if t.trellis is not None:
+                seen.lossy.add(n)
+        if t.trellis is not None and (original := seen.theirs.get(t.name)) and original.nbytes == t.nbytes:
+            a = numbers(original.read(0, original.nbytes), t.dtype)
+            b = numbers(words.reshape(-1).view(np.uint8), t.dtype)
+            seen.energy += float(a @ a)
+            seen.error += float((a - b) @ (a - b))
         if progress:
             progress(t.name, t.nbytes)
     digest = content_digest(content)
@@ -109,13 +136,17 @@ def _one(f: BinaryIO, name: str, seen: _Seen, progress: Progress | None) -> dict
             raise FormatError("the index states wrong parts", file=name, unit=repr(n), offset=entry.at)
     seen.metadata = forward.header.get("metadata", {}) or seen.metadata
     seen.digest = digest
-    origin: dict[str, Any] = forward.header.get("provenance", {})
-    return origin
 
 
-def _compare(seen: _Seen, against: str | os.PathLike[str], origin: dict[str, Any], name: str) -> None:
-    source = open_source(against, origin.get("include", ()), origin.get("exclude", ()))
-    theirs = {t.name: t for t in source.tensors}
+def numbers(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
+    """Bytes of an F32, F16 or BF16 tensor as float64."""
+    if dtype == "BF16":
+        return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return data.view("<f4" if dtype == "F32" else "<f2").astype(np.float64)
+
+
+def _compare(seen: _Seen, source: Source, name: str) -> None:
+    theirs = seen.theirs
     if missing := theirs.keys() - seen.tensors.keys():
         raise MismatchError(f"{len(missing)} tensors are missing, one is {min(missing)!r}", file=name)
     if more := seen.tensors.keys() - theirs.keys():
@@ -126,6 +157,8 @@ def _compare(seen: _Seen, against: str | os.PathLike[str], origin: dict[str, Any
             raise MismatchError(
                 f"is {dtype} {list(shape)}, the source has {t.dtype} {list(t.shape)}", file=name, unit=repr(n)
             )
+        if n in seen.lossy:
+            continue
         if ties.digest(t) != digest or seen.extra[n] != (t.extra or {}):
             raise MismatchError("differs from the source", file=name, unit=repr(n))
     files = {a.name: zstd.digest(a.read()) for a in source.attachments}

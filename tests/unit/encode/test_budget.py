@@ -1,0 +1,206 @@
+"""Lossy packs: budgets in real bytes, what is kept, the same bytes for any number of jobs."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import rac
+from rac.align.triangular import triangular
+from rac.container.access import FileAccess
+from rac.container.reader import Archive
+from rac.encode import budget, lossy, ties
+from rac.encode.pack import pack, pack_source
+from rac.encode.sources import from_arrays
+from rac.encode.verify import verify
+from rac.errors import BudgetError, OutputError, SourceError
+from rac.quantize import trellis as tr
+
+
+def model(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {
+        "a.weight": rng.standard_normal((200, 384)).astype(dtype),
+        "b.weight": (0.02 * rng.standard_normal((384, 260))).astype(dtype),
+        "embed.weight": rng.standard_normal((300, 64)).astype(dtype),
+        "norm.weight": np.ones(384, dtype),
+        "small.weight": rng.standard_normal((8, 8)).astype(dtype),
+        "steps": np.arange(70000),
+    }
+
+
+def source_file(path, tensors):
+    from safetensors.numpy import save_file
+
+    save_file(tensors, path)
+    return path
+
+
+def lossy_bits(path):
+    archive = Archive(FileAccess(path))
+    mine = [e for e in archive.index.entries if e.method == "trellis/1"]
+    archive.close()
+    return 8 * sum(e.size for e in mine) / sum(int(np.prod(e.shape)) for e in mine), {e.name for e in mine}
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.0, 5.0])
+def test_bits_are_met_in_real_bytes(tmp_path, bits):
+    src, tensors = source_file(tmp_path / "m.safetensors", model()), model()
+    done = pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=bits))
+    got, names = lossy_bits(tmp_path / "m.rac")
+    assert names == {"a.weight", "b.weight"}
+    assert bits * 0.995 <= got <= bits
+    assert (done.quantised, done.quantised_bits) == (2, got)
+    back = rac.load_file(tmp_path / "m.rac")
+    for name, array in tensors.items():
+        if name not in names:
+            assert back[name].tobytes() == array.tobytes()
+            continue
+        error = ((back[name] - array) ** 2).mean() / array.var()
+        # within a tenth of a bit of the bound of a Gaussian, and what small matrices pay for their tables
+        assert got + 0.5 * np.log2(error) < 0.12
+    assert verify(tmp_path / "m.rac").lossy == 2
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_types_and_jobs(tmp_path, dtype):
+    arrays = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in model().items()}
+    source = from_arrays(arrays)
+    groups = ties.find(source.tensors)
+    recipe = budget.solve(groups, budget.data_free(groups, (), "fast"), budget.Request(bits=4), 2)
+    for jobs in (1, 3):
+        pack_source(source, tmp_path / f"{jobs}.rac", recipe=recipe, jobs=jobs)
+    assert (tmp_path / "1.rac").read_bytes() == (tmp_path / "3.rac").read_bytes()
+    back = rac.load_file(tmp_path / "1.rac")
+    assert back["a.weight"].dtype == arrays["a.weight"].dtype
+    a, b = back["a.weight"].astype(np.float32), arrays["a.weight"].astype(np.float32)
+    assert ((a - b) ** 2).mean() < 0.006
+    with rac.open(tmp_path / "1.rac") as f:
+        assert (f.get_slice("a.weight")[20:70, 5:9] == back["a.weight"][20:70, 5:9]).all()
+
+
+def test_size_and_file_bits(tmp_path):
+    src = source_file(tmp_path / "m.safetensors", model())
+    pack(src, tmp_path / "size.rac", lossy=budget.Request(size=150_000))
+    assert 0.985 * 150_000 <= (tmp_path / "size.rac").stat().st_size <= 150_000
+    weights = sum(v.size for v in model().values())
+    pack(src, tmp_path / "bits.rac", lossy=budget.Request(file_bits=5.0))
+    assert 4.9 <= 8 * (tmp_path / "bits.rac").stat().st_size / weights <= 5.0
+
+
+def test_resume_gives_the_same_bytes(tmp_path):
+    source = from_arrays(model())
+    groups = ties.find(source.tensors)
+    recipe = budget.solve(groups, budget.data_free(groups, (), "fast"), budget.Request(bits=3), 2)
+    pack_source(source, tmp_path / "whole.rac", recipe=recipe)
+
+    class Stop(Exception):
+        pass
+
+    def stop(name, _):
+        if name == "b.weight":
+            raise Stop
+
+    with pytest.raises(Stop):
+        pack_source(source, tmp_path / "m.rac", recipe=recipe, progress=stop)
+    done = pack_source(source, tmp_path / "m.rac", recipe=recipe, resume=True)
+    assert done.resumed >= 2
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "whole.rac").read_bytes()
+
+
+def test_what_is_kept(tmp_path):
+    src = source_file(tmp_path / "m.safetensors", model())
+    pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3, keep=("b.*",)))
+    assert lossy_bits(tmp_path / "m.rac")[1] == {"a.weight"}
+    with pytest.raises(BudgetError, match="keeps them all"):
+        pack(src, tmp_path / "n.rac", lossy=budget.Request(bits=3, keep=("*",)))
+
+
+def test_budgets_that_cannot_be_met(tmp_path):
+    src = source_file(tmp_path / "m.safetensors", model())
+    with pytest.raises(BudgetError, match="the nearest is"):
+        pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=0.001))
+    with pytest.raises(BudgetError, match="stays lossless"):
+        pack(src, tmp_path / "m.rac", lossy=budget.Request(size=1000))
+    for wrong in ({}, {"bits": 3, "size": 5}, {"bits": -1}, {"bits": 3, "effort": "some"}):
+        with pytest.raises(ValueError, match="give one|effort"):
+            budget.Request(**wrong)
+    (tmp_path / "m.rac").write_bytes(b"x")
+    with pytest.raises(OutputError, match="exists"):
+        pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_not_finite(tmp_path, value):
+    tensors = model()
+    tensors["a.weight"][3, 4] = value
+    src = source_file(tmp_path / "m.safetensors", tensors)
+    with pytest.raises(SourceError, match=r"a\.weight.*--keep"):
+        pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3))
+    pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3, keep=("a.weight",)))
+    assert rac.load_file(tmp_path / "m.rac")["a.weight"].tobytes() == tensors["a.weight"].tobytes()
+
+
+def test_super_weights_come_back_exactly(tmp_path):
+    w = np.random.default_rng(2).standard_normal((128, 256)).astype(np.float32)
+    w[5, 7], w[100, 200] = 3000.0, -70000.0
+    r, c = w.shape
+    scales = lossy.Scales(np.zeros(r, np.int8), np.zeros(c, np.int8))
+    q = lossy.quantise(w, "F32", -1.5, scales, r, 256, 2)
+    dense = q.dense.view(np.float32)
+    assert (dense[5, 7], dense[100, 200]) == (3000.0, -70000.0)
+    assert abs(dense - w).max() < 2
+
+
+def second_moment(n, seed):
+    """Inputs that are strongly correlated."""
+    x = np.random.default_rng(seed).standard_normal((4 * n, n)) @ np.random.default_rng(seed + 1).standard_normal(
+        (n, n)
+    )
+    x *= np.geomspace(1, 30, n)
+    return (x.T @ x / len(x)).astype(np.float32)
+
+
+def test_triangular_recursion():
+    s = second_moment(48, 3)
+    r = triangular(s, damp=0.0)
+    p = s[np.ix_(r.order, r.order)].astype(np.float64)
+    lower = (np.eye(48) + r.feed.astype(np.float64)).T * r.weight
+    assert np.allclose(lower @ lower.T, p, rtol=1e-3, atol=1e-3 * p.max() / 48)
+    assert (np.diff(np.diag(s)[r.order]) >= 0).all()
+
+
+def test_alignment_pays():
+    """At the same rate the triangular recursion leaves a fraction of the output error of plain quantisation."""
+    s = second_moment(96, 5)
+    w = np.random.default_rng(6).standard_normal((400, 96)).astype(np.float32)
+    source = from_arrays({"w": w})
+    groups = ties.find(source.tensors)
+    from rac.encode.calibrate import Layer
+
+    error = {}
+    for name, recipe in {
+        "plain": budget.data_free(groups, (), "default"),
+        "triangular": budget.calibrated(groups, {"w": Layer(s, None)}, (), "default"),
+    }.items():
+        solved = budget.solve(groups, recipe, budget.Request(bits=3.2), 2)
+        q = budget.code(groups[0].tensor, solved).quantised
+        e = q.dense.view(np.float32).astype(np.float64) - w
+        error[name] = float(np.einsum("ij,jk,ik->", e, s.astype(np.float64), e))
+    assert error["triangular"] < 0.5 * error["plain"]
+
+
+def test_rows_that_count_more_are_finer():
+    w = np.random.default_rng(7).standard_normal((128, 128)).astype(np.float32)
+    source = from_arrays({"w": w})
+    groups = ties.find(source.tensors)
+    from rac.encode.calibrate import Layer
+
+    sensitivity = np.ones(128)
+    sensitivity[:64] = 64.0
+    recipe = budget.calibrated(groups, {"w": Layer(np.eye(128, dtype=np.float32), sensitivity)}, (), "default")
+    q = budget.code(groups[0].tensor, budget.solve(groups, recipe, budget.Request(bits=4), 1)).quantised
+    e = (q.dense.view(np.float32) - w) ** 2
+    assert e[64:].mean() > 30 * e[:64].mean()
+    assert (tr.power(recipe.aligned["w"].scales.rows)[64] / tr.power(recipe.aligned["w"].scales.rows)[0]) == 8
