@@ -53,7 +53,6 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
     from rac.cli.progress import Progress, parse_size, size
-    from rac.encode.budget import Request
     from rac.encode.pack import pack
     from rac.encode.sources import open_source
 
@@ -64,12 +63,8 @@ def run(args: argparse.Namespace) -> int:
         whole = None if args.size is None else parse_size(args.size)
     except argparse.ArgumentTypeError as e:
         raise ValueError(str(e)) from None
-    lossy = None
-    if any(v is not None for v in (args.bits, args.file_bits, whole)):
-        lossy = Request(
-            args.bits, args.file_bits, whole, args.calibrate, args.tokens, args.effort, tuple(args.keep)
-        )  # fmt: skip
-    elif args.calibrate != "none" or args.keep:
+    budget = any(v is not None for v in (args.bits, args.file_bits, whole))
+    if not budget and (args.calibrate != "none" or args.keep):
         raise ValueError("--calibrate and --keep are for lossy packing: give --bits, --file-bits or --size too")
     source = open_source(args.src, args.include, args.exclude)
     start = time.monotonic()
@@ -82,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         done = pack(
             args.src, args.output, level=args.level, jobs=args.jobs, include=args.include, exclude=args.exclude,
             lanes=args.lanes, shard_size=shard_size, resume=args.resume, force=args.force, progress=progress,
-            lossy=lossy, note=note,
+            bits=args.bits, file_bits=args.file_bits, size=whole, calibrate=args.calibrate, tokens=args.tokens,
+            effort=args.effort, keep=args.keep, note=note,
         )  # fmt: skip
     seconds = time.monotonic() - start
     if done.skipped:
@@ -97,6 +93,6 @@ def run(args: argparse.Namespace) -> int:
         f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
         f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
     )
-    if lossy is not None:
+    if budget:
         print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     return 0

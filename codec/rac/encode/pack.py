@@ -63,9 +63,10 @@ def pack(
     src: str | os.PathLike[str], out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
     include: Sequence[str] = (), exclude: Sequence[str] = (), lanes: int | None = None,
     shard_size: int | None = None, resume: bool = False, force: bool = False, progress: Progress | None = None,
-    lossy: Request | None = None, note: Note | None = None,
+    bits: float | None = None, file_bits: float | None = None, size: int | None = None, calibrate: str = "none",
+    tokens: int = 40960, effort: str = "default", keep: Sequence[str] = (), note: Note | None = None,
 ) -> Summary:  # fmt: skip
-    """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless `lossy` asks for a budget.
+    """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
 
     Args:
         src: What to pack.
@@ -79,7 +80,13 @@ def pack(
         resume: Go on with the part that an interrupted pack left.
         force: Replace a file that exists.
         progress: Called after every tensor.
-        lossy: The budget, what to calibrate on, and how hard to try.
+        bits: Budget of a lossy pack: bytes of the quantised tensors * 8 / their weights, everything counted.
+        file_bits: Or bytes of the file * 8 / all weights.
+        size: Or bytes of the file.
+        calibrate: A text file to calibrate on, or "none": from the weights alone.
+        tokens: Tokens of that text.
+        effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
+        keep: Patterns of tensors that stay lossless, beside embeddings, norms and small tensors.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
 
     Raises:
@@ -92,7 +99,8 @@ def pack(
     if os.path.lexists(out) and not force:
         raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
     recipe = None
-    if lossy is not None:
+    if any(v is not None for v in (bits, file_bits, size)):
+        lossy = Request(bits, file_bits, size, calibrate, tokens, effort, tuple(keep))
         recipe = recipe_for(source, os.fspath(src), lossy, note)
         recipe = solve(ties.find(source.tensors), recipe, lossy, threads_of(jobs), note)
     return pack_source(

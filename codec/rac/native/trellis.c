@@ -205,38 +205,91 @@ int rac_trellis_block(int states, int h0, int h1, float *target, int64_t cols, i
     return bad;
 }
 
-/* A tile of words (h, w) to numbers (stages/trellis.md): sign rec[word] col[j] row[i], the state of each column beginning
- * at 0. odd: parity of the word that stands for 0. dst: float32 (kind 4) or BF16 (kind 2), `stride` elements from row to row. */
-int rac_untrellis(const uint8_t *words, int64_t h, int64_t w, int h0, int h1, int odd, const float *rec, const float *col,
-                  const float *row, void *dst, int kind, int64_t stride) {
-    uint8_t *state = calloc((size_t)w, 1);
-    float *v = malloc((size_t)w * 4);
-    if (!state || !v) { free(state); free(v); return 1; }
-    for (int64_t i = 0; i < h; i++) {
-        const uint8_t *u = words + i * w;
-        const float r = row[i];
-        for (int64_t j = 0; j < w; j++) v[j] = rec[u[j]];
-        for (int64_t j = 0; j < w; j++) {
-            uint32_t bits;
-            memcpy(&bits, v + j, 4);
-            bits ^= (uint32_t)(state[j] & 1) << 31;
-            memcpy(v + j, &bits, 4);
-            v[j] = v[j] * col[j] * r;
+typedef struct {
+    const uint8_t *words; /* (h, w) */
+    int64_t h, w;
+    int h0, h1, odd;      /* odd: parity of the word that stands for 0 */
+    const float *rec, *col, *row;
+    void *dst;            /* float32 (kind 4) or BF16 (kind 2), `stride` elements from row to row */
+    int kind;
+    int64_t stride;
+} rac_numbers;
+
+static inline uint16_t bf16(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Columns from..w, one after the other */
+static void numbers_plain(const rac_numbers *n, int64_t from) {
+    for (int64_t j = from; j < n->w; j++) {
+        unsigned s = 0;
+        for (int64_t i = 0; i < n->h; i++) {
+            const uint8_t u = n->words[i * n->w + j];
+            const float r = s & 1 ? -n->rec[u] : n->rec[u], v = r * n->col[j] * n->row[i];
+            if (n->kind == 4) ((float *)n->dst)[i * n->stride + j] = v;
+            else ((uint16_t *)n->dst)[i * n->stride + j] = bf16(v);
+            s = (s >> 1) ^ (s & 1 ? (unsigned)n->h0 : 0) ^ ((u ^ n->odd) & 1 ? (unsigned)n->h1 : 0);
         }
-        for (int64_t j = 0; j < w; j++) {
-            const uint8_t s = state[j], b = (uint8_t)((u[j] ^ odd) & 1);
-            state[j] = (uint8_t)((s >> 1) ^ (s & 1 ? h0 : 0) ^ (b ? h1 : 0));
-        }
-        if (kind == 4) memcpy((float *)dst + i * stride, v, (size_t)w * 4);
-        else {
-            uint16_t *d = (uint16_t *)dst + i * stride;
-            for (int64_t j = 0; j < w; j++) {
-                uint32_t bits;
-                memcpy(&bits, v + j, 4);
-                d[j] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+}
+
+#ifdef HAVE_X86
+/* 32 columns side by side, their states in two registers; words of a range of 32 by a permutation of two registers. Returns
+ * how many columns are done. */
+AVX static int64_t numbers512(const rac_numbers *n) {
+    uint8_t low = 255, high = 0;
+    for (int64_t i = 0; i < n->h * n->w; i++) {
+        low = n->words[i] < low ? n->words[i] : low;
+        high = n->words[i] > high ? n->words[i] : high;
+    }
+    const int near = high - low < 32;
+    float table[32] = {0};
+    for (int k = low; near && k <= high; k++) table[k - low] = n->rec[k];
+    const __m512 t0 = _mm512_loadu_ps(table), t1 = _mm512_loadu_ps(table + 16);
+    const __m512i least = _mm512_set1_epi32(low), one = _mm512_set1_epi32(1), odd = _mm512_set1_epi32(n->odd);
+    const __m512i h0 = _mm512_set1_epi32(n->h0), h1 = _mm512_set1_epi32(n->h1), half = _mm512_set1_epi32(0x7fff);
+    int64_t j = 0;
+    for (; j + 32 <= n->w; j += 32) {
+        const __m512 col[2] = {_mm512_loadu_ps(n->col + j), _mm512_loadu_ps(n->col + j + 16)};
+        __m512i state[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+        for (int64_t i = 0; i < n->h; i++) {
+            const uint8_t *words = n->words + i * n->w + j;
+            const __m512 row = _mm512_set1_ps(n->row[i]);
+            for (int g = 0; g < 2; g++) {
+                const __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(words + 16 * g))), s = state[g];
+                __m512 v;
+                if (near) v = _mm512_permutex2var_ps(t0, _mm512_sub_epi32(u, least), t1);
+                else v = _mm512_i32gather_ps(u, n->rec, 4);
+                v = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), _mm512_slli_epi32(s, 31)));
+                v = _mm512_mul_ps(_mm512_mul_ps(v, col[g]), row);
+                const __mmask16 a = _mm512_test_epi32_mask(s, one), b = _mm512_test_epi32_mask(_mm512_xor_si512(u, odd), one);
+                state[g] = _mm512_srli_epi32(s, 1);
+                state[g] = _mm512_mask_xor_epi32(state[g], a, state[g], h0);
+                state[g] = _mm512_mask_xor_epi32(state[g], b, state[g], h1);
+                if (n->kind == 4) _mm512_storeu_ps((float *)n->dst + i * n->stride + j + 16 * g, v);
+                else {
+                    __m512i bits = _mm512_castps_si512(v);
+                    bits = _mm512_add_epi32(bits, _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(bits, 16), one)));
+                    _mm256_storeu_si256((void *)((uint16_t *)n->dst + i * n->stride + j + 16 * g),
+                                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+                }
             }
         }
     }
-    free(state); free(v);
-    return 0;
+    return j;
+}
+#endif
+
+/* A tile of words (h, w) to numbers (stages/trellis.md): sign rec[word] col[j] row[i], the state of each column beginning
+ * at 0. */
+void rac_untrellis(const uint8_t *words, int64_t h, int64_t w, int h0, int h1, int odd, const float *rec, const float *col,
+                   const float *row, void *dst, int kind, int64_t stride) {
+    const rac_numbers n = {words, h, w, h0, h1, odd, rec, col, row, dst, kind, stride};
+    int64_t done = 0;
+#ifdef HAVE_X86
+    if (has512()) done = numbers512(&n);
+#endif
+    numbers_plain(&n, done);
 }

@@ -47,7 +47,7 @@ def lossy_bits(path):
 @pytest.mark.parametrize("bits", [2.0, 3.0, 5.0])
 def test_bits_are_met_in_real_bytes(tmp_path, bits):
     src, tensors = source_file(tmp_path / "m.safetensors", model()), model()
-    done = pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=bits))
+    done = pack(src, tmp_path / "m.rac", bits=bits)
     got, names = lossy_bits(tmp_path / "m.rac")
     assert names == {"a.weight", "b.weight"}
     assert bits * 0.995 <= got <= bits
@@ -82,10 +82,10 @@ def test_types_and_jobs(tmp_path, dtype):
 
 def test_size_and_file_bits(tmp_path):
     src = source_file(tmp_path / "m.safetensors", model())
-    pack(src, tmp_path / "size.rac", lossy=budget.Request(size=150_000))
+    pack(src, tmp_path / "size.rac", size=150_000)
     assert 0.985 * 150_000 <= (tmp_path / "size.rac").stat().st_size <= 150_000
     weights = sum(v.size for v in model().values())
-    pack(src, tmp_path / "bits.rac", lossy=budget.Request(file_bits=5.0))
+    pack(src, tmp_path / "bits.rac", file_bits=5.0)
     assert 4.9 <= 8 * (tmp_path / "bits.rac").stat().st_size / weights <= 5.0
 
 
@@ -111,24 +111,24 @@ def test_resume_gives_the_same_bytes(tmp_path):
 
 def test_what_is_kept(tmp_path):
     src = source_file(tmp_path / "m.safetensors", model())
-    pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3, keep=("b.*",)))
+    pack(src, tmp_path / "m.rac", bits=3, keep=("b.*",))
     assert lossy_bits(tmp_path / "m.rac")[1] == {"a.weight"}
     with pytest.raises(BudgetError, match="keeps them all"):
-        pack(src, tmp_path / "n.rac", lossy=budget.Request(bits=3, keep=("*",)))
+        pack(src, tmp_path / "n.rac", bits=3, keep=("*",))
 
 
 def test_budgets_that_cannot_be_met(tmp_path):
     src = source_file(tmp_path / "m.safetensors", model())
     with pytest.raises(BudgetError, match="the nearest is"):
-        pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=0.001))
+        pack(src, tmp_path / "m.rac", bits=0.001)
     with pytest.raises(BudgetError, match="stays lossless"):
-        pack(src, tmp_path / "m.rac", lossy=budget.Request(size=1000))
+        pack(src, tmp_path / "m.rac", size=1000)
     for wrong in ({}, {"bits": 3, "size": 5}, {"bits": -1}, {"bits": 3, "effort": "some"}):
         with pytest.raises(ValueError, match="give one|effort"):
             budget.Request(**wrong)
     (tmp_path / "m.rac").write_bytes(b"x")
     with pytest.raises(OutputError, match="exists"):
-        pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3))
+        pack(src, tmp_path / "m.rac", bits=3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -137,8 +137,8 @@ def test_not_finite(tmp_path, value):
     tensors["a.weight"][3, 4] = value
     src = source_file(tmp_path / "m.safetensors", tensors)
     with pytest.raises(SourceError, match=r"a\.weight.*--keep"):
-        pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3))
-    pack(src, tmp_path / "m.rac", lossy=budget.Request(bits=3, keep=("a.weight",)))
+        pack(src, tmp_path / "m.rac", bits=3)
+    pack(src, tmp_path / "m.rac", bits=3, keep=("a.weight",))
     assert rac.load_file(tmp_path / "m.rac")["a.weight"].tobytes() == tensors["a.weight"].tobytes()
 
 
