@@ -28,10 +28,21 @@ SCAN(uint64_t, rac_scan8)
 /* hist[row[r] + col[c]][symbol] += 1; row, col may be null (0) */
 void rac_hist(const uint8_t *sym, int64_t rows_, int64_t cols, const int32_t *row, const int32_t *col, int64_t size,
               uint32_t *hist) {
+    if (col) { /* strips of columns whose counters stay in the cache */
+        const int64_t strip = 65536 / size > 64 ? 65536 / size : 64;
+        for (int64_t a = 0; a < cols; a += strip) {
+            const int64_t b = cols - a < strip ? cols : a + strip;
+            const uint8_t *s = sym;
+            for (int64_t r = 0; r < rows_; r++, s += cols) {
+                uint32_t *h = hist + (row ? row[r] : 0) * size;
+                for (int64_t c = a; c < b; c++) h[col[c] * size + s[c]]++;
+            }
+        }
+        return;
+    }
     for (int64_t r = 0; r < rows_; r++, sym += cols) {
         uint32_t *h = hist + (row ? row[r] : 0) * size;
-        if (col) for (int64_t c = 0; c < cols; c++) h[col[c] * size + sym[c]]++;
-        else if (size > 64 || cols < 64) for (int64_t c = 0; c < cols; c++) h[sym[c]]++;
+        if (size > 64 || cols < 64) for (int64_t c = 0; c < cols; c++) h[sym[c]]++;
         else { /* four counters, or equal neighbours wait for each other */
             uint32_t t[4][64];
             memset(t, 0, sizeof t);

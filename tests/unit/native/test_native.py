@@ -71,13 +71,14 @@ def test_symbols(both, word):
 
 
 @pytest.mark.parametrize("keys", ["none", "rows", "cols", "both"])
-def test_histogram(both, keys):
+@pytest.mark.parametrize(("size", "cols"), [(9, 20), (9, 100), (256, 600)])  # the last in strips of columns
+def test_histogram(both, keys, size, cols):
     rng = np.random.default_rng(0)
-    sym = rng.integers(0, 9, (33, 20)).astype(np.uint8)
+    sym = rng.integers(0, size, (33, cols)).astype(np.uint8)
     row = rng.integers(0, 5, 33).astype(np.int32) * 3 if keys in ("rows", "both") else None
-    col = rng.integers(0, 3, 20).astype(np.int32) if keys in ("cols", "both") else None
-    fast, slow = both(lambda: native.histogram(sym, row, col, 15, 9))
-    assert (fast.dtype, fast.shape) == (np.uint32, (15, 9))
+    col = rng.integers(0, 3, cols).astype(np.int32) if keys in ("cols", "both") else None
+    fast, slow = both(lambda: native.histogram(sym, row, col, 15, size))
+    assert (fast.dtype, fast.shape) == (np.uint32, (15, size))
     assert (fast == slow).all()
     assert int(fast.sum()) == sym.size
     if keys == "both":
