@@ -72,14 +72,15 @@ def calibrate(
     found = _Moments(model, fisher)
     generator = torch.Generator().manual_seed(seed)
     for i in range(count):
-        batch = ids[None, i * context : (i + 1) * context]
+        # gradients begin at the embeddings: those of the weights are not wanted
+        start = model.get_input_embeddings()(ids[None, i * context : (i + 1) * context]).detach().requires_grad_(fisher)
         with torch.set_grad_enabled(fisher):
-            logits = model(batch, use_cache=False).logits[0]
+            logits = model(inputs_embeds=start, use_cache=False).logits[0].float()
         if fisher:
-            with torch.no_grad():
-                labels = torch.multinomial(torch.softmax(logits.float(), -1), 1, generator=generator)[:, 0]
-            torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum").backward()
-            model.zero_grad(set_to_none=True)
+            with torch.no_grad():  # drawing by the distribution function is much faster than torch.multinomial
+                drawn = torch.rand(context, 1, generator=generator)
+                labels = (torch.softmax(logits, -1).cumsum(-1) < drawn).sum(-1).clamp_(max=logits.shape[-1] - 1)
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         found.tokens += context
         if note:
             note("calibrating", i + 1, count)
@@ -99,8 +100,6 @@ class _Moments:
         self._last: tuple[Any, str] = (None, "")
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        if fisher:  # gradients of activations, not of weights
-            model.get_input_embeddings().weight.requires_grad_(True)
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
                 module.register_forward_pre_hook(self._input(f"{name}.weight"))

@@ -7,6 +7,9 @@ Wang, "Entropy-constrained trellis-coded quantization", 1992).
 
 from __future__ import annotations
 
+import functools
+import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,8 @@ ZERO = 128
 LAMBDA = 0.35
 """Squared units that a bit is worth; best at every rate (docs/experiments.md)."""
 BLOCK = 64
+LEAST = 0.6
+"""Deviation of a row in units below which it is coded finer than its sensitivity asks."""
 LOW, HIGH = -12, 40
 """Quarter octaves of the deviation in units for which there are rate tables."""
 
@@ -52,27 +57,77 @@ class Quantised:
     digest: bytes
 
 
-def model(q: int) -> NDArray[np.float64]:
-    """(2 MOST + 1,) probability of the integers where the deviation is 2**(q / 4) units; weights have heavy tails."""
-    from math import erf, sqrt
+class Coders:
+    """What the trellis does to Gaussians of each deviation: found by running it, once in a process.
 
-    edges = np.arange(-2 * MOST - 0.5, 2 * MOST + 2, 2.0)
-    out = np.zeros(2 * MOST + 1)
-    for share, wider in ((0.98, 1.0), (0.02, 3.0)):
-        s = wider * 2 ** (q / 4) * sqrt(2)
-        cdf = np.array([erf(e / s) for e in edges])
-        out += share * np.diff(cdf) / 2
-    out += 1e-7
+    Deviations are in quarter octaves of the step at which a column of high rate is coded. Where a column gets little or
+    no rate, a finer unit at the same slope (distortion against bits) is better, and below some deviation nothing at all:
+    reverse water-filling.
+    """
+
+    SAMPLES = 1 << 14
+
+    def __init__(self, states: int) -> None:
+        self._states = states
+        self._lock = threading.Lock()
+        self._found: dict[tuple[int, int], tuple[NDArray[np.float64], float]] = {}
+        self._fine: dict[int, int] = {}
+        self._samples = np.random.default_rng(0).standard_normal(self.SAMPLES).astype(F32)
+
+    def share(self, q: int, fine: int) -> NDArray[np.float64]:
+        """(2 MOST + 1,) probability of the integers at deviation `q`, coded `fine` quarter octaves finer."""
+        return self._run(min(HIGH, max(LOW, q)), fine)[0]
+
+    def fine(self, q: int) -> int:
+        """How many quarter octaves finer a column of deviation `q` is coded; -1: it is not."""
+        if q >= 8:
+            return 0
+        if q not in self._fine:
+            costs = {-1: 2.0 ** (q / 2)} | {a: self._run(q, a)[1] for a in range(0, 9, 2)}
+            self._fine[q] = min(costs, key=lambda a: costs[a])
+        return self._fine[q]
+
+    def _run(self, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
+        """(probabilities, distortion + LAMBDA bits in squared steps)."""
+        with self._lock:
+            if (q, fine) in self._found:
+                return self._found[q, fine]
+            unit = 2.0 ** (-fine / 4)
+            x = (self._samples * F32(2 ** (q / 4) / unit))[None]
+            rec = tr.magnitudes(self._states, ZERO)[ZERO - MOST : ZERO + MOST + 1]
+            p = _cells(2 ** (q / 4) / unit)
+            slope = LAMBDA / unit**2
+            for _ in range(4):
+                rate = (-slope * np.log2(p)).astype(F32).reshape(1, 1, -1)
+                done = native.block(
+                    self._states, tr.CODES[self._states], x, x.copy(), 1024, np.zeros((1, 1), F32), np.ones(1, F32), rec,
+                    rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST,
+                )  # fmt: skip
+                if done is None:
+                    raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
+                k, value, *_ = done
+                counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
+                p = (counts + 32 * p) / (self.SAMPLES + 32)
+            share = counts / self.SAMPLES
+            used = share > 0
+            bits = -float((share[used] * np.log2(share[used])).sum())
+            error = float(((x - value) ** 2).mean()) * unit**2
+            p = 0.98 * p + 0.02 * _cells(3 * 2 ** (q / 4) / unit)
+            self._found[q, fine] = p, error + LAMBDA * bits
+            return self._found[q, fine]
+
+
+def _cells(deviation: float) -> NDArray[np.float64]:
+    """Probability of each integer's cell under a Gaussian."""
+    edges = np.arange(-2 * MOST - 0.5, 2 * MOST + 2, 2.0) / (deviation * math.sqrt(2))
+    out = np.diff([math.erf(e) for e in edges]) + 1e-7
     return np.asarray(out / out.sum())
 
 
-_MODELS: dict[int, NDArray[np.float64]] = {}
-
-
-def _model(q: int) -> NDArray[np.float64]:
-    if q not in _MODELS:
-        _MODELS[q] = model(q)
-    return _MODELS[q]
+@functools.cache
+def coders(states: int) -> Coders:
+    """Those of a trellis."""
+    return Coders(states)
 
 
 def _quarters(x: Array) -> NDArray[np.int64]:
@@ -101,43 +156,43 @@ def quantise(
     """
     r, c = w.shape
     bits = np.array(min(max(2.0**scale, 2.0**-60), 2.0**60), F32)
-    row_unit = tr.power(scales.rows)
     step = bits * tr.power(scales.cols)
     step[scales.cols == tr.DEAD] = 0
+    # The smallest magnitude is half a unit: a row must not lie far below it.
+    near = np.sqrt(np.mean((w[:, step > 0] / step[step > 0]) ** 2, axis=1)) if (step > 0).any() else np.ones(r)
+    row_list = np.minimum(scales.rows, np.clip(_quarters(near / LEAST), -tr.MOST, tr.MOST)).astype(np.int8)
+    row_unit = tr.power(row_list)
     plain = np.ascontiguousarray((w / row_unit[:, None]).T)
     order = np.arange(c) if recursion is None else recursion.order
     feed = None if recursion is None else recursion.feed
     plain, step = np.ascontiguousarray(plain[order]), step[order]
     live = step > 0
     x = plain[live] / step[live][:, None]
-    by_col = np.zeros(c)
-    by_col[live] = np.sqrt((x * x).mean(1)) if x.size else 0
-    by_row = (
-        np.sqrt(((x / np.maximum(by_col[live], 1e-20)[:, None].astype(F32)) ** 2).mean(0)) if x.size else np.ones(r)
-    )
+    x /= np.sqrt(np.maximum((x * x).mean(1, keepdims=True), F32(1e-30)))
+    by_row = np.sqrt((x * x).mean(0)) if x.size else np.ones(r)
     del x
-    qc, qr = _quarters(by_col), np.clip(_quarters(by_row), -16, 16)
-    qc = np.clip(qc, LOW, HIGH)
-    cols, col = np.unique(qc, return_inverse=True)
-    rows, row = np.unique(qr, return_inverse=True)
-    of = np.clip(cols[:, None] + rows, LOW, HIGH)
-    models = {q: _model(q) for q in set(of.ravel().tolist())}
+    rows, row = np.unique(np.clip(_quarters(by_row), -16, 16), return_inverse=True)
+    known = coders(states)
+    fine = np.array([known.fine(q) for q in range(LOW, HIGH + 1)], np.int8)
+    share = np.array(
+        [
+            [known.share(q + int(o), max(0, int(f))) for o in rows]
+            for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
+        ]
+    )
+    slope = LAMBDA * 2.0 ** (np.maximum(fine, 0) / 2)[:, None, None]
     rec = tr.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
     low, corrections = 0, np.zeros(0, np.int8)
     for turn in range(passes):
-        rate = np.empty((*of.shape, 2 * MOST + 1), F32)
-        for q, share in models.items():
-            rate[of == q] = (-LAMBDA * np.log2(share)).astype(F32)
-        k, value, wild = _columns(
-            plain, step, lane, states, rec, rate, row.astype(np.uint8), col.astype(np.uint8), feed
-        )
-        if turn + 1 < passes:
-            models = _counted(k, of, col, row, models)
-            low, corrections = _centroids(k, value, plain, step, rec) if feed is None else (low, corrections)
+        rate = (-slope * np.log2(share)).astype(F32)
+        k, value, wild, fine_of = _columns(plain, step, lane, states, rec, rate, fine, row.astype(np.uint8), feed)
+        if turn + 1 < passes and feed is None:
+            low, corrections = _centroids(k, value, plain, step * _finer(fine_of), rec)
             rec = tr.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
             rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
     back = np.argsort(order)
-    value, wild = value[back], wild[back]
+    value, wild, fine_of = value[back], wild[back], fine_of[back]
+    cols = np.where(fine_of < 0, tr.DEAD, np.maximum(scales.cols.astype(np.int64) - fine_of, -tr.MOST)).astype(np.int8)
     words = np.ascontiguousarray((k[back].T + ZERO).astype(np.uint8))
     places = np.argwhere(wild.T)
     kind = np.dtype([("row", "<u4"), ("col", "<u4"), ("value", f"<u{tr.DTYPES[dtype].itemsize}")])
@@ -145,7 +200,7 @@ def quantise(
     outliers["row"], outliers["col"] = places[:, 0], places[:, 1]
     exact = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
     outliers["value"] = tr.to_words(exact, dtype)
-    sections = (corrections.tobytes(), tr.pack_list(scales.rows), tr.pack_list(scales.cols), outliers.tobytes())
+    sections = (corrections.tobytes(), tr.pack_list(row_list), tr.pack_list(cols), outliers.tobytes())
     sizes = tuple(len(s) for s in sections)
     p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)  # type: ignore[arg-type]
     unit = b"".join(sections)
@@ -157,43 +212,35 @@ def quantise(
     return Quantised(words, p, unit, dense, zstd.digest(dense.reshape(-1).view(np.uint8).data))
 
 
+def _finer(fine: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Factor of the step of each column; 0 where it is not coded."""
+    out: NDArray[np.float32] = np.where(fine < 0, 0, 2.0 ** (-fine.astype(np.float64) / 4)).astype(F32)
+    return out
+
+
 def _columns(
     plain: NDArray[np.float32], step: NDArray[np.float32], lane: int, states: int, rec: NDArray[np.float32],
-    rate: NDArray[np.float32], row: NDArray[np.uint8], col: NDArray[np.uint8], feed: NDArray[np.float32] | None,
-) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8]]:  # fmt: skip
-    """Integers, values and outliers (C, R), block by block from the last column to the first."""
+    rate: NDArray[np.float32], fine: NDArray[np.int8], row: NDArray[np.uint8], feed: NDArray[np.float32] | None,
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:  # fmt: skip
+    """Integers, values and outliers (C, R), and how fine each column is, block by block from the last to the first."""
     c, r = plain.shape
     k, value, wild = np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8)
-    error = plain.copy()
+    fine_of = np.empty(c, np.int8)
+    error = np.empty((c, r), F32)
     for b in range(c, 0, -BLOCK):
         a = max(0, b - BLOCK)
-        target = error[a:b]
+        target = plain[a:b].copy()
         if feed is not None and b < c:
             target += feed[a:b, b:] @ error[b:]
         inner = np.zeros((b - a, b - a), F32) if feed is None else np.ascontiguousarray(feed[a:b, a:b])
         done = native.block(
-            states, tr.CODES[states], target, lane, inner, step[a:b], rec, rate, row, col[a:b], 2.0 * MOST
-        )
+            states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row, 2.0 * MOST
+        )  # fmt: skip
         if done is None:
             raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
-        k[a:b], value[a:b], wild[a:b] = done
-    return k, value, wild
-
-
-def _counted(
-    k: NDArray[np.int16], of: Array, col: Array, row: Array, models: dict[int, NDArray[np.float64]]
-) -> dict[int, NDArray[np.float64]]:
-    """The models with what has been counted, each as a prior worth 256 symbols."""
-    out = {}
-    counts = {q: np.zeros(2 * MOST + 1) for q in models}
-    for i in range(of.shape[0]):
-        mine = k[col == i]
-        for j in range(of.shape[1]):
-            counts[int(of[i, j])] += np.bincount((mine[:, row == j] + MOST).ravel(), minlength=2 * MOST + 1)
-    for q, p in models.items():
-        total = counts[q] + 256 * p
-        out[q] = total / total.sum()
-    return out
+        k[a:b], value[a:b], wild[a:b], fine_of[a:b] = done
+        error[a:b] = target
+    return k, value, wild, fine_of
 
 
 def _centroids(

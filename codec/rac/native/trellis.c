@@ -166,13 +166,18 @@ static void viterbi(const rac_code *t, const float *x, int64_t n, int64_t lane, 
     }
 }
 
-/* Columns b - 1 down to a of a block, each after the errors of the ones before it are fed back (align/triangular.py).
- * All arrays are column-major. target (b - a, m): overwritten by the errors; feed (b - a, b - a): [j, i] weight of the error
- * of column i in the target of j < i; step (b - a); out (b - a, m); recon (b - a, m). A target further than `far` steps out
- * is an outlier: its value is the target itself, and wild (b - a, m) is 1. Returns 0, or 1 without memory. */
-int rac_trellis_block(int states, int h0, int h1, float *target, int64_t cols, int64_t m, int64_t lane, const float *feed,
-                      const float *step, const float *rec, const float *rate, const uint8_t *row, const uint8_t *col,
-                      int64_t tables, int most, float far, int16_t *out, float *recon, uint8_t *wild) {
+/* The columns of a block from the last to the first, each after the errors of the ones behind it are fed back
+ * (align/triangular.py). All arrays are column-major. plain, target (cols, m): the columns, and the
+ * same with the errors of what is behind the block fed back; target is overwritten by the errors plain - value. feed (cols, cols): [j, i]
+ * weight of the error of column i in the target of j < i; step (cols). The deviation of a target in steps, in quarter octaves
+ * from `low`, says how the column is coded: fine[q] quarter octaves finer than its step, with the costs rate[q] (tables, 2
+ * most + 1), or not at all where fine[q] < 0: its values are 0. fine_of (cols) tells what was taken. out, recon, wild (cols, m):
+ * integers, values, and where a target lies further than `far` units out: an outlier, whose value is the target itself.
+ * Returns 0, or 1 without memory. */
+int rac_trellis_block(int states, int h0, int h1, const float *plain, float *target, int64_t cols, int64_t m, int64_t lane, const float *feed,
+                      const float *step, const float *rec, const float *rate, const int8_t *fine, int low, int levels,
+                      const uint8_t *row, int64_t tables, int most, float far, int16_t *out, float *recon, uint8_t *wild,
+                      int8_t *fine_of) {
     const rac_code t = {states, h0, h1};
     const int words = states < 16 ? 1 : states / 16, wide = 2 * most + 1;
     float *x = malloc((size_t)m * (4 + 16)), *cost = x + m;
@@ -185,20 +190,27 @@ int rac_trellis_block(int states, int h0, int h1, float *target, int64_t cols, i
             const float w = feed[j * cols + i], *e = target + i * m;
             if (w != 0.0f) for (int64_t r = 0; r < m; r++) g[r] += w * e[r];
         }
-        if (step[j] == 0.0f) {
+        double square = 0;
+        for (int64_t r = 0; r < m; r++) square += (double)g[r] * g[r];
+        const double ratio = step[j] > 0 ? sqrt(square / (double)m) / step[j] : 0;
+        int q = ratio > 0 ? (int)lrint(4 * log2(ratio)) - low : 0;
+        q = q < 0 ? 0 : q < levels ? q : levels - 1;
+        fine_of[j] = step[j] > 0 && ratio > 0 ? fine[q] : -1;
+        memset(wild + j * m, 0, (size_t)m);
+        if (fine_of[j] < 0) {
             memset(out + j * m, 0, (size_t)m * 2);
             memset(v, 0, (size_t)m * 4);
-            memset(wild + j * m, 0, (size_t)m);
-        } else {
-            const float inverse = 1.0f / step[j];
-            for (int64_t r = 0; r < m; r++) x[r] = g[r] * inverse;
-            viterbi(&t, x, m, lane, rec, rate + (int64_t)col[j] * tables * wide, row, most, out + j * m, v, cost, best, choice);
-            for (int64_t r = 0; r < m; r++) {
-                const int out_of_range = fabsf(x[r]) > far;
-                wild[j * m + r] = (uint8_t)out_of_range;
-                v[r] = out_of_range ? g[r] : v[r] * step[j];
-                g[r] -= v[r];
-            }
+            memcpy(g, plain + j * m, (size_t)m * 4);
+            continue;
+        }
+        const float unit = step[j] * exp2f(-0.25f * (float)fine_of[j]), inverse = 1.0f / unit;
+        for (int64_t r = 0; r < m; r++) x[r] = g[r] * inverse;
+        viterbi(&t, x, m, lane, rec, rate + (int64_t)q * tables * wide, row, most, out + j * m, v, cost, best, choice);
+        for (int64_t r = 0; r < m; r++) {
+            const int out_of_range = fabsf(x[r]) > far;
+            wild[j * m + r] = (uint8_t)out_of_range;
+            v[r] = out_of_range ? g[r] : v[r] * unit;
+            g[r] = plain[j * m + r] - v[r];
         }
     }
     free(x); free(best); free(choice);

@@ -33,38 +33,41 @@ def decode(
 
 
 def block(
-    states: int, code: tuple[int, int], target: NDArray[np.float32], lane: int, feed: NDArray[np.float32],
-    step: NDArray[np.float32], rec: NDArray[np.float32], rate: NDArray[np.float32], row: NDArray[np.uint8] | None,
-    col: NDArray[np.uint8], far: float,
-) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8]] | None:  # fmt: skip
+    states: int, code: tuple[int, int], plain: NDArray[np.float32], target: NDArray[np.float32], lane: int, feed: NDArray[np.float32],
+    step: NDArray[np.float32], rec: NDArray[np.float32], rate: NDArray[np.float32], fine: NDArray[np.int8], low: int,
+    row: NDArray[np.uint8] | None, far: float,
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]] | None:  # fmt: skip
     """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
 
     Args:
         states: Of the trellis, 4 to 256.
         code: (H0, H1).
-        target: (n, m) column-major targets; overwritten by the errors target - value.
+        plain: (n, m) column-major columns.
+        target: (n, m) the same with the errors of what is behind the block fed back; overwritten by plain - value.
         lane: Rows after which the trellis begins anew.
         feed: (n, n) weight of the error of column i in the target of column j < i.
-        step: (n,) size of one unit; 0: the column is dead.
+        step: (n,) size of one unit, as fine as a column of high rate needs; 0: the column is dead.
         rec: (2 K + 1,) magnitudes of the integers -K..K.
-        rate: (Tc, Tr, 2 K + 1) cost of each, in squared units, by class of column and row.
+        rate: (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row.
+        fine: (Q,) how many quarter octaves finer than `step` a column of that deviation is coded; below 0: not at all.
+        low: Quarter octaves of deviation / step of the first of the Q.
         row: (m,) class of each row, or None for one class.
-        col: (n,) class of each column.
-        far: Steps from which on a target is an outlier, whose value is the target itself.
+        far: Units from which on a target is an outlier, whose value is the target itself.
 
     Returns:
-        (integers (n, m), values (n, m), outliers (n, m)), or None where the C kernel is not there.
+        (integers (n, m), values (n, m), outliers (n, m), `fine` of each column), or None without the C kernel.
     """
     lib = native.library()
     if lib is None:
         return None
     n, m = target.shape
     out, recon, wild = np.empty((n, m), np.int16), np.empty((n, m), np.float32), np.empty((n, m), np.uint8)
+    fine_of = np.empty(n, np.int8)
     bad = lib.rac_trellis_block(
-        _i(states), _i(code[0]), _i(code[1]), _p(target), _n(n), _n(m), _n(lane), _p(feed), _p(step), _p(rec), _p(rate),
-        _p(row), _p(col), _n(rate.shape[1]), _i(len(rec) // 2), ctypes.c_float(far), _p(out), _p(recon),
-        _p(wild),
+        _i(states), _i(code[0]), _i(code[1]), _p(plain), _p(target), _n(n), _n(m), _n(lane), _p(feed), _p(step), _p(rec), _p(rate),
+        _p(fine), _i(low), _i(len(fine)), _p(row), _n(rate.shape[1]), _i(len(rec) // 2), ctypes.c_float(far), _p(out),
+        _p(recon), _p(wild), _p(fine_of),
     )  # fmt: skip
     if bad:
         raise MemoryError
-    return out, recon, wild
+    return out, recon, wild, fine_of
