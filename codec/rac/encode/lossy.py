@@ -61,8 +61,8 @@ class Coders:
     """What the trellis does to Gaussians of each deviation: found by running it, once in a process.
 
     Deviations are in quarter octaves of the step at which a column of high rate is coded. Where a column gets little or
-    no rate, a finer unit at the same slope (distortion against bits) is better, and below some deviation nothing at all:
-    reverse water-filling.
+    no rate, a finer unit at the same slope (distortion against bits) is better, and below some deviation nothing at
+    all: reverse water-filling.
     """
 
     SAMPLES = 1 << 14
@@ -100,8 +100,8 @@ class Coders:
             for _ in range(4):
                 rate = (-slope * np.log2(p)).astype(F32).reshape(1, 1, -1)
                 done = native.block(
-                    self._states, tr.CODES[self._states], x, x.copy(), 1024, np.zeros((1, 1), F32), np.ones(1, F32), rec,
-                    rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST,
+                    self._states, tr.CODES[self._states], x, x.copy(), 1024, np.zeros((1, 1), F32), np.ones(1, F32),
+                    rec, rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST,
                 )  # fmt: skip
                 if done is None:
                     raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")

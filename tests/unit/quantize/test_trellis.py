@@ -57,7 +57,8 @@ def test_kernel_and_numpy_agree(states, dtype):
 def search(states, x, rec, rate, lane=1000):
     most = len(rec) // 2
     done = kernel.block(
-        states, tr.CODES[states], x[None], x[None].copy(), lane, np.zeros((1, 1), np.float32), np.ones(1, np.float32), rec,
+        states, tr.CODES[states], x[None], x[None].copy(), lane, np.zeros((1, 1), np.float32),
+        np.ones(1, np.float32), rec,
         rate.reshape(1, 1, -1), np.zeros(1, np.int8), 0, None, 2.0 * most,
     )  # fmt: skip
     assert done is not None
