@@ -1,7 +1,7 @@
 """Perplexity, KL divergence per token and top-1 agreement of packed causal language models against their original.
 
-The first TOKENS tokens of the text, in windows of CONTEXT; KL(original || packed) in nats over all positions, perplexity
-over all positions but the last of each window.
+The first TOKENS tokens of the text, in windows of CONTEXT; KL(original || packed) in nats over all positions,
+perplexity over all positions but the last of each window.
 
   python tools/measure_lm.py MODEL_DIR test.txt a.rac b.rac ...
 """

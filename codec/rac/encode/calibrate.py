@@ -34,7 +34,7 @@ def calibrate(
     path: str | os.PathLike[str], text: str, *, tokens: int = 40960, context: int = 1024, fisher: bool = True,
     seed: int = 0, note: Note | None = None,
 ) -> dict[str, Layer]:  # fmt: skip
-    """Run the causal language model in folder `path` over `text`.
+    """Run the model in folder `path` over `text`: a causal language model, or an encoder, which gets no backward pass.
 
     Args:
         path: A Hugging Face model folder with its tokenizer.
@@ -60,11 +60,16 @@ def calibrate(
             "calibration needs torch and transformers: pip install rac-codec[calibrate]"
         ) from e
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or ())
+        kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        model: Any = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as e:
-        raise SourceError(f"no causal language model that transformers can load: {e}", file=os.fspath(path)) from e
+        raise SourceError(f"no model that transformers can load: {e}", file=os.fspath(path)) from e
     model.eval()
+    fisher = fisher and causal
+    context = min(context, getattr(config, "max_position_embeddings", context))
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[:tokens])
     count = len(ids) // context
     if not count:
@@ -75,8 +80,9 @@ def calibrate(
         # gradients begin at the embeddings: those of the weights are not wanted
         start = model.get_input_embeddings()(ids[None, i * context : (i + 1) * context]).detach().requires_grad_(fisher)
         with torch.set_grad_enabled(fisher):
-            logits = model(inputs_embeds=start, use_cache=False).logits[0].float()
+            out = model(inputs_embeds=start, **({"use_cache": False} if causal else {}))
         if fisher:
+            logits = out.logits[0].float()
             with torch.no_grad():  # drawing by the distribution function is much faster than torch.multinomial
                 drawn = torch.rand(context, 1, generator=generator)
                 labels = (torch.softmax(logits, -1).cumsum(-1) < drawn).sum(-1).clamp_(max=logits.shape[-1] - 1)
