@@ -96,12 +96,14 @@ def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str) ->
     return Recipe(aligned, states, passes, about={"calibrate": "none", "effort": effort})
 
 
+DAMP = 0.03
+"""Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
 STRENGTH, SPREAD = 0.5, 1.5
 """How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/experiments.md)."""
 
 
 def calibrated(
-    groups: Sequence[ties.Group], layers: Mapping[str, Layer], keep: Sequence[str], effort: str, damp: float = 0.01,
+    groups: Sequence[ties.Group], layers: Mapping[str, Layer], keep: Sequence[str], effort: str, damp: float = DAMP,
     strength: float = STRENGTH,
 ) -> Recipe:  # fmt: skip
     """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
