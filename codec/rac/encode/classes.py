@@ -79,14 +79,19 @@ def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
     return out
 
 
+ONE_THREAD = 1 << 18
+"""Multiplications up to which a BLAS starts no threads of its own: they would fight with those that pack."""
+
+
 def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint8]:
     """Cheapest class of each vector of `hist` (n, G, S) given the classes' counts (K, G, S) and sizes (K,)."""
     cost = _lengths(agg).T.copy()
     bias = (log2(np.maximum(1, members.sum())) - log2(np.maximum(1, members))).astype(np.float64)
     flat = hist.reshape(len(hist), -1)
     out = np.empty(len(flat), np.uint8)
-    for a in range(0, len(flat), 1024):
-        out[a : a + 1024] = (flat[a : a + 1024].astype(np.float64) @ cost + bias).argmin(1)
+    step = max(1, min(1024, ONE_THREAD // cost.size))
+    for a in range(0, len(flat), step):
+        out[a : a + step] = (flat[a : a + step].astype(np.float64) @ cost + bias).argmin(1)
     return out
 
 
