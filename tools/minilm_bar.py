@@ -35,7 +35,8 @@ def snr(w: np.ndarray, dense: np.ndarray, second: np.ndarray) -> float:
 
 def int4(x: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
     """Asymmetric int4 at given scale and zero point."""
-    return (np.clip(np.rint(x / scale) + zero, 0, 15) - zero) * scale
+    out: np.ndarray = (np.clip(np.rint(x / scale) + zero, 0, 15) - zero) * scale
+    return out
 
 
 def grid(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
