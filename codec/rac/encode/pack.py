@@ -96,10 +96,10 @@ def pack(
     """
     source = open_source(src, include, exclude)
     settings = {"exclude": list(exclude), "include": list(include)}
-    if os.path.lexists(out) and not force:
-        raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
     recipe = None
     if any(v is not None for v in (bits, file_bits, size)):
+        if os.path.isfile(out) and not force:  # said before the long work, not after it
+            raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
         lossy = Request(bits, file_bits, size, calibrate, tokens, effort, tuple(keep))
         recipe = recipe_for(source, os.fspath(src), lossy, note)
         recipe = solve(ties.find(source.tensors), recipe, lossy, threads_of(jobs), note)
