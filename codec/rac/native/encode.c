@@ -137,7 +137,7 @@ int64_t rac_golomb(const uint16_t *freq, int64_t count, int64_t n, int order, ui
             int k = (prev ? 32 - __builtin_clz((unsigned)prev) : 0) / 2 + order;
             if (k < 0) k = 0;
             int32_t d = *freq - prev;
-            uint32_t v = ((uint32_t)(d << 1) ^ (uint32_t)(d >> 31)) + (1u << k);
+            uint32_t v = (((uint32_t)d << 1) ^ (uint32_t)(d >> 31)) + (1u << k);
             int width = 32 - __builtin_clz(v), q = width - 1 - k;
             if (out) for (int b = 0; b < width; b++) {
                 int64_t p = at + q + b;
