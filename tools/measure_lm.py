@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import rac
-from rac.registry import LOSSY
+from rac.decode.unpack import quantised, weights
 
 
 def predictions(path: str, state: dict[str, Any] | None, windows: list[Any]) -> list[Any]:
@@ -39,11 +39,9 @@ def predictions(path: str, state: dict[str, Any] | None, windows: list[Any]) -> 
 def bits(path: str) -> tuple[float, float]:
     """Bits per weight of the quantised tensors, and of the whole file."""
     with rac.open(path) as f:
-        entries = [e for a in f.archives for e in a.index.entries if e.method in LOSSY]
-        everything = [e for a in f.archives for e in a.index.entries if e.shape]
-    n = sum(math.prod(e.shape) for e in entries)
-    total = sum(math.prod(e.shape) * (1 + len(e.aliases)) for e in everything)
-    return 8 * sum(e.size for e in entries) / max(1, n), 8 * os.path.getsize(path) / max(1, total)
+        entries = [e for a in f.archives for e in a.index.entries]
+    total = sum(weights(e) * (1 + len(e.aliases)) for e in entries)
+    return quantised(entries)[1], 8 * os.path.getsize(path) / max(1, total)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ def _files(src: str) -> list[_File]:
 
 def report(src: str) -> dict[str, Any]:
     """Everything that `rac info` knows, as plain data. "bytes" adds up to "size" exactly."""
-    from rac.decode.unpack import tensor_bytes, weights
+    from rac.decode.unpack import quantised, tensor_bytes, weights
     from rac.records import PARTS
     from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR
 
@@ -98,9 +97,11 @@ def report(src: str) -> dict[str, Any]:
     total = sum(weights(e) * (1 + len(e.aliases)) for f in files for e in f.index.entries if e.type == RECORD_TENSOR)
     dense = sum(tensor_bytes(e) for f in files for e in f.index.entries)
     size = sum(f.size for f in files)
+    lossy, lossy_bits = quantised(e for f in files for e in f.index.entries)
     return {
         "files": [f.name for f in files], "size": size, "dense": dense, "weights": total, "tensor_names": names,
         "bits_per_weight": 8 * size / total if total else None, "ratio": size / dense if dense else None,
+        "quantised": lossy, "quantised_bits": lossy_bits,
         "bytes": where, "tensors": tensors, "attachments": attachments,
         "metadata": files[0].header.get("metadata", {}), "provenance": files[0].header.get("provenance", {}),
         "content": [f.index.digest.hex() for f in files],
@@ -110,7 +111,6 @@ def report(src: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from rac.cli.progress import size
-    from rac.registry import LOSSY
 
     r = report(args.src)
     if args.json:
@@ -132,9 +132,8 @@ def run(args: argparse.Namespace) -> int:
     print(", ".join(r["files"]))
     p = r["provenance"]
     print(f"  made by      {p.get('tool', '?')}, level {p.get('level', '?')}, from {p.get('source', '?')}")
-    if lossy := [t for t in r["tensors"] if t["method"] in LOSSY]:
-        size_, n = sum(t["bytes"] for t in lossy), sum(math.prod(t["shape"]) for t in lossy)
-        print(f"  LOSSY        {len(lossy)} tensors quantised at {8 * size_ / n:.4f} bits per weight, all counted")
+    if n := r["quantised"]:
+        print(f"  LOSSY        {n} tensors quantised at {r['quantised_bits']:.4f} bits per weight, all counted")
     print(f"  content      {', '.join(r['content'])}")
     print(f"  tensors      {r['tensor_names']:,} names, {len(r['tensors']):,} stored, {r['weights']:,} weights")
     for a in r["attachments"]:

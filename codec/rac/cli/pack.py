@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 HELP = """\
@@ -53,7 +54,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
     from rac.cli.progress import Progress, parse_size, size
-    from rac.encode.pack import pack
+    from rac.encode.budget import Request
+    from rac.encode.pack import pack_source, recipe_of
     from rac.encode.sources import open_source
 
     if args.jobs is not None and args.jobs < 1:
@@ -73,17 +75,21 @@ def run(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"rac: {what}" + (f", {done} of {of}" if of else ""), file=sys.stderr)
 
+    recipe = None
+    if budget:
+        request = Request(
+            args.bits, args.file_bits, whole, args.calibrate, args.tokens, args.effort, tuple(args.keep)
+        )  # fmt: skip
+        recipe = recipe_of(source, args.src, args.output, request, jobs=args.jobs, force=args.force, note=note)
     with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
-        done = pack(
-            args.src, args.output, level=args.level, jobs=args.jobs, include=args.include, exclude=args.exclude,
-            lanes=args.lanes, shard_size=shard_size, resume=args.resume, force=args.force, progress=progress,
-            bits=args.bits, file_bits=args.file_bits, size=whole, calibrate=args.calibrate, tokens=args.tokens,
-            effort=args.effort, keep=args.keep, note=note,
+        done = pack_source(
+            source, args.output, level=args.level, jobs=args.jobs, lanes=args.lanes, shard_size=shard_size,
+            resume=args.resume, force=args.force, progress=progress,
+            settings={"include": args.include, "exclude": args.exclude}, recipe=recipe,
         )  # fmt: skip
     seconds = time.monotonic() - start
     if done.skipped:
-        names = ", ".join(done.skipped[:5]) + (" ..." if len(done.skipped) > 5 else "")
-        print(f"rac: not packed: {names}", file=sys.stderr)
+        print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)
     if args.resume:
         print(f"{done.resumed} of {done.tensors} tensors were finished already")
     bits = 8 * done.stored / max(1, done.weights)
@@ -93,6 +99,17 @@ def run(args: argparse.Namespace) -> int:
         f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
         f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
     )
-    if budget:
+    if recipe:
+        if recipe.unreached and args.calibrate != "none":
+            print(
+                f"rac: calibration did not reach {len(recipe.unreached)} tensors, which are quantised from the weights "
+                f"alone: {_some(recipe.unreached)}",
+                file=sys.stderr,
+            )
         print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     return 0
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -66,7 +66,7 @@ class Archive:
         size = self.access.size
         tail_at = max(header_size, size - TAIL)
         tail = read(self.access, tail_at, size - tail_at)
-        with wire.at_unit("trailer", size - wire.TRAILER):
+        with wire.At("trailer", size - wire.TRAILER):
             at, length = wire.parse_trailer(tail[-wire.TRAILER :])
         if at < header_size or at + length + wire.TRAILER != size:
             raise FormatError("the trailer points outside the file", unit="trailer", offset=size - wire.TRAILER)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -24,32 +23,23 @@ _U64 = struct.Struct("<Q")
 
 
 class At:
-    """`at_unit` for a unit of a named tensor; entered for every tile, so that it builds its text only for an error."""
+    """Context that adds unit and offset to the RacErrors that pass and do not have them.
 
-    __slots__ = ("_i", "_name", "_offset")
+    With `i` the unit is number i of the tensor that `unit` names; the text is built for an error only.
+    """
 
-    def __init__(self, name: str, i: int, offset: int) -> None:
-        self._name, self._i, self._offset = name, i, offset
+    __slots__ = ("_i", "_offset", "_unit")
+
+    def __init__(self, unit: str, offset: int, i: int | None = None) -> None:
+        self._unit, self._offset, self._i = unit, offset, i
 
     def __enter__(self) -> None:
         """Nothing to set up."""
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         if isinstance(e, RacError):
-            e.unit, e.offset = (
-                e.unit or f"{self._name!r} unit {self._i}",
-                self._offset if e.offset is None else e.offset,
-            )
-
-
-@contextlib.contextmanager
-def at_unit(unit: str, offset: int) -> Iterator[None]:
-    """Add unit and offset to the RacErrors that pass and do not have them."""
-    try:
-        yield
-    except RacError as e:
-        e.unit, e.offset = e.unit or unit, offset if e.offset is None else e.offset
-        raise
+            e.unit = e.unit or (self._unit if self._i is None else f"{self._unit!r} unit {self._i}")
+            e.offset = self._offset if e.offset is None else e.offset
 
 
 def pad(n: int, to: int = ALIGN) -> int:

@@ -45,6 +45,17 @@ def decompress(data: bytes | memoryview, size: int) -> bytes:
     return out
 
 
+def shorter(data: bytes, level: int = 9) -> bytes:
+    """A frame of `data`, or `data` itself where that is no longer."""
+    frame = compress(data, level)
+    return frame if len(frame) < len(data) else data
+
+
+def expand(data: bytes, size: int) -> bytes:
+    """Inverse of `shorter` for content of `size` bytes: data of that length is taken as it is."""
+    return data if len(data) == size else decompress(data, size)
+
+
 def xxh3(*parts: bytes | memoryview) -> int:
     """XXH3-64, seed 0, of the concatenated parts."""
     if len(parts) == 1:

@@ -387,8 +387,5 @@ def forward_tensor(
             data = forward.unit(t.units[k], record, t.most(k), f"{t.name!r} unit {k}")
             dec.tile(i, np.frombuffer(data, np.uint8), out)
             heads.append(data[: t.lanes.directory] if t.lanes else b"")
-        return (
-            t,
-            out,
-            tn.parts(t.grid, t.lanes, t.trellis is not None, [u.size for u in t.units], lambda i, _: heads[i]),
-        )
+        sizes = [u.size for u in t.units]
+        return t, out, tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, lambda i, _: heads[i])

@@ -166,7 +166,7 @@ class Decoder:
     def at(self, i: int) -> wire.At:
         """Context that names unit `i` in the errors that pass."""
         t = self.tensor
-        return wire.At(t.name, i, t.record.payload + t.units[i].offset)
+        return wire.At(t.name, t.record.payload + t.units[i].offset, i)
 
     def _check(self, i: int, data: bytes | memoryview) -> None:
         if xxh3(data) != self.tensor.units[i].check:

@@ -69,7 +69,7 @@ def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
         if data:
             raise FormatError("classes are given where there is one class")
         return None
-    out = np.frombuffer(data if len(data) == n else zstd.decompress(data, n), np.uint8)
+    out = np.frombuffer(zstd.expand(data, n), np.uint8)
     if (out >= k).any():
         raise FormatError("class is out of range")
     return out

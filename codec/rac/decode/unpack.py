@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ from rac.decode.archive import RacFile
 from rac.decode.tensor import extra_of
 from rac.errors import FormatError, OutputError
 from rac.records import Entry
-from rac.registry import DTYPES, RECORD_TENSOR
+from rac.registry import DTYPES, LOSSY, RECORD_TENSOR
 
 Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
@@ -133,6 +133,12 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
 def weights(e: Entry) -> int:
     """Elements of the tensor of an index row; 0 for other rows."""
     return math.prod(e.shape) if e.type == RECORD_TENSOR else 0
+
+
+def quantised(entries: Iterable[Entry]) -> tuple[int, float]:
+    """Number of quantised tensors, and bytes of their records * 8 / their weights, everything counted."""
+    mine = [e for e in entries if e.method in LOSSY]
+    return len(mine), 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine)))
 
 
 def _size(e: Entry) -> int:

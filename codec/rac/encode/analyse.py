@@ -416,10 +416,7 @@ def _lut(tops: Array, runs: list[int], escapes: list[int]) -> NDArray[np.uint8]:
 
 
 def _class_list(classes: NDArray[np.uint8] | None) -> bytes:
-    if classes is None:
-        return b""
-    packed = zstd.compress(classes.tobytes())
-    return packed if len(packed) < len(classes) else classes.tobytes()
+    return b"" if classes is None else zstd.shorter(classes.tobytes())
 
 
 def _classes(

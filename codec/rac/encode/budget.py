@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.align.triangular import Triangular, triangular
-from rac.container import wire, zstd
+from rac.container import zstd
 from rac.encode import lossy, ties
-from rac.encode.analyse import LEVELS, Level, Plan, analyse, axis_of, grid_of
+from rac.encode import record as rec
+from rac.encode.analyse import LEVELS, Level, analyse, axis_of, grid_of
 from rac.encode.calibrate import Layer, Note, calibrate
-from rac.encode.sources import Source, SourceTensor
+from rac.encode.sources import SourceTensor
 from rac.encode.tile import TileEncoder
 from rac.errors import BudgetError, SourceError
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
-from rac.records import record_size
 
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
 """States of the trellis, and passes over each matrix."""
@@ -43,7 +43,6 @@ class Aligned:
     scales: lossy.Scales
     recursion: Callable[[], Triangular] | None = None
     """Makes the recursion of the columns; None: no feedback."""
-    alignment: str = "identity"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +57,16 @@ class Recipe:
     """log2 of the common factor of all units."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """For the provenance."""
+    unreached: tuple[str, ...] = ()
+    """Tensors that the calibration did not reach: they are quantised from the weights alone."""
 
 
 def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
     """The tensor as a float32 matrix (R, C); SourceError where it holds NaN or infinity."""
-    rows, cols = ll.matrix(t.dtype, t.shape, axis_of(t.shape))
-    data = t.read(0, t.nbytes)
-    if t.dtype == "BF16":
-        w = (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-    else:
-        w = data.view("<f4" if t.dtype == "F32" else "<f2").astype(np.float32)
+    w = tr.from_words(t.read(0, t.nbytes).view(f"<u{tr.DTYPES[t.dtype].itemsize}"), t.dtype)
     if not np.isfinite(w).all():
         raise SourceError(f"tensor {t.name!r} holds NaN or infinity; keep it lossless with --keep {t.name!r}")
-    return w.reshape(rows, cols)
+    return w.reshape(ll.matrix(t.dtype, t.shape, axis_of(t.shape)))
 
 
 def quantisable(t: SourceTensor, keep: Sequence[str] = ()) -> bool:
@@ -83,23 +79,24 @@ def quantisable(t: SourceTensor, keep: Sequence[str] = ()) -> bool:
 
 def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str) -> Recipe:
     """A recipe from the weights alone: every matrix at the same ratio of its own deviation to the error."""
-    aligned = {}
-    for g in groups:
-        if not quantisable(g.tensor, keep):
-            continue
-        w = matrix_of(g.tensor)
-        rms = float(np.sqrt(np.mean(w.astype(np.float64) ** 2)))
-        if rms > 0:
-            zeros = lossy.Scales(np.zeros(w.shape[0], np.int8), np.zeros(w.shape[1], np.int8))
-            aligned[g.tensor.name] = Aligned(math.log2(rms), zeros)
+    wanted = [g.tensor for g in groups if quantisable(g.tensor, keep)]
+    found = {t.name: _even(matrix_of(t)) for t in wanted}
     states, passes = EFFORTS[effort]
-    return Recipe(aligned, states, passes, about={"calibrate": "none", "effort": effort})
+    about = {"calibrate": "none", "effort": effort}
+    return Recipe({name: a for name, a in found.items() if a}, states, passes, about=about)
+
+
+def _even(w: NDArray[np.float32]) -> Aligned | None:
+    """A unit by the deviation of the whole matrix; None where it is all zeros."""
+    rms = float(np.sqrt(np.mean(w.astype(np.float64) ** 2)))
+    scales = lossy.Scales(np.zeros(w.shape[0], np.int8), np.zeros(w.shape[1], np.int8))
+    return Aligned(math.log2(rms), scales) if rms > 0 else None
 
 
 DAMP = 0.03
 """Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
 STRENGTH, SPREAD = 0.5, 1.5
-"""How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/experiments.md)."""
+"""How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/lossy.md)."""
 
 
 def calibrated(
@@ -107,15 +104,15 @@ def calibrated(
     strength: float = STRENGTH,
 ) -> Recipe:  # fmt: skip
     """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
-    found: list[tuple[str, float, float, int, Aligned]] = []
-    plain = data_free(groups, keep, effort)
-    for g in groups:
-        t = g.tensor
-        if t.name not in plain.aligned:
+    found: dict[str, Aligned] = {}
+    needs: dict[str, tuple[float, int]] = {}
+    for t in (g.tensor for g in groups if quantisable(g.tensor, keep)):
+        w = matrix_of(t)
+        even, layer = _even(w), layers.get(t.name)
+        if even is None:
             continue
-        w, layer = matrix_of(t), layers.get(t.name)
+        found[t.name] = even
         if layer is None or layer.second.shape[0] != w.shape[1]:
-            found.append((t.name, plain.aligned[t.name].base, 0.0, 0, plain.aligned[t.name]))
             continue
         r = triangular(layer.second, damp)
         weight = np.empty(len(r.weight))
@@ -128,17 +125,17 @@ def calibrated(
             rows = np.clip(np.rint(-2 * np.log2(s / _middle(s))), -tr.MOST, tr.MOST).astype(np.int8)
         scaled = w.astype(np.float64) / tr.power(rows)[:, None] / tr.power(cols)
         deviation = math.log2(_middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30))))
-        need = deviation + math.log2(_middle(weight)) + gain  # bits, up to a constant, where all count in full
-        aligned = Aligned(deviation, lossy.Scales(rows, cols), partial(triangular, layer.second, damp), "triangular")
-        found.append((t.name, deviation, need, w.size, aligned))
-    total = max(1, sum(n for *_, n, _ in found))
-    mean = sum(need * n for _, _, need, n, _ in found) / total
-    out = {}
-    for name, base, need, n, aligned in found:
-        more = min(SPREAD, max(-SPREAD, strength * (need - mean))) if n else 0.0
-        out[name] = replace(aligned, base=base - more)
+        # bits, up to a constant, where all count in full
+        needs[t.name] = deviation + math.log2(_middle(weight)) + gain, w.size
+        found[t.name] = Aligned(deviation, lossy.Scales(rows, cols), partial(triangular, layer.second, damp))
+    total = max(1, sum(n for _, n in needs.values()))
+    mean = sum(need * n for need, n in needs.values()) / total
+    for name, (need, _) in needs.items():
+        more = min(SPREAD, max(-SPREAD, strength * (need - mean)))
+        found[name] = replace(found[name], base=found[name].base - more)
     states, passes = EFFORTS[effort]
-    return Recipe(out, states, passes, about={"calibrate": "text", "effort": effort})
+    unreached = tuple(name for name in found if name not in needs)
+    return Recipe(found, states, passes, about={"calibrate": "text", "effort": effort}, unreached=unreached)
 
 
 def _middle(x: NDArray[Any]) -> float:
@@ -148,62 +145,34 @@ def _middle(x: NDArray[Any]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """A quantised tensor, ready to be written."""
+    """A quantised tensor and its units."""
 
     encoder: TileEncoder
     quantised: lossy.Quantised
-    units: list[bytes | memoryview]
+    units: list[rec.Bytes]
 
 
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
     """Quantise and code one tensor of the recipe."""
     a = recipe.aligned[t.name]
     w = matrix_of(t)
-    grid = grid_of("U8", w.shape, 1)
-    scale = a.base + recipe.scale
-    q = lossy.quantise(
-        w,
-        t.dtype,
-        scale,
-        a.scales,
-        grid.tr,
-        recipe.states,
-        recipe.passes,
-        None if a.recursion is None else a.recursion(),
-    )
-    del w
-    plan: Plan = replace(analyse(lambda _, x, y: q.words[x:y], "U8", q.words.shape, _CODER), words=q.words)
+    lane = grid_of("U8", w.shape, 1).tr
+    recursion = a.recursion() if a.recursion else None
+    q = lossy.quantise(w, t.dtype, a.base + recipe.scale, a.scales, lane, recipe.states, recipe.passes, recursion)
+    del w, recursion
+    plan = replace(analyse(lambda _, x, y: q.words[x:y], "U8", q.words.shape, _CODER), words=q.words)
     encoder = TileEncoder(plan)
-    units: list[bytes | memoryview] = [plan.shared] if plan.lanes else []
-    units.append(q.unit)
-    for i in range(plan.grid.down * plan.grid.across):
-        r0, r1, c0, c1 = plan.grid.box(i)
-        units.append(encoder.encode(q.words[r0:r1, c0:c1], i))
+    units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
+    for row in range(plan.grid.down):
+        units += rec.band(t, encoder, row)
     return Coded(encoder, q, units)
-
-
-def head(group: ties.Group, coded: Coded) -> dict[str, Any]:
-    """The record head of a quantised tensor."""
-    t, plan = group.tensor, coded.encoder.plan
-    coder = plan.lanes.to_head() if plan.lanes else {"id": plan.method}
-    out: dict[str, Any] = {
-        "axis": axis_of(t.shape), "digest": coded.quantised.digest, "dtype": t.dtype, "name": t.name,
-        "shape": list(t.shape), "stages": [coder, coded.quantised.trellis.to_head()],
-        "tile": [plan.grid.tr, plan.grid.tc], "x-source": ties.digest(t),
-    }  # fmt: skip
-    if group.aliases:
-        out["aliases"] = [list(a) for a in group.aliases]
-    if group.extra:
-        out["extra"] = group.extra
-    return out
 
 
 def stored(group: ties.Group, recipe: Recipe) -> int:
     """Bytes of the record of a quantised tensor, all counted."""
     coded = code(group.tensor, recipe)
-    payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in coded.units)
-    full = head(group, coded) | {"units": wire.directory(coded.units)}
-    return record_size(wire.record_head(1, 0, full, payload)[2], payload)
+    behind = rec.Behind(coded.quantised.trellis, bytes(16), bytes(16))  # digests have one size
+    return rec.size(rec.head(group, coded.encoder.plan, behind), coded.units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +200,8 @@ class Request:
             raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}")
 
 
-def recipe_for(source: Source, path: str, request: Request, note: Note | None = None) -> Recipe:
+def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: Note | None = None) -> Recipe:
     """What the request and the weights (and, where a text is given, a calibration) say, at common scale 0."""
-    groups = ties.find(source.tensors)
     if request.calibrate == "none":
         return data_free(groups, request.keep, request.effort)
     try:
@@ -301,20 +269,9 @@ def _lossless(groups: Sequence[ties.Group], jobs: int) -> int:
     """About the bytes of the tensors that stay lossless, with their heads and index rows."""
 
     def one(g: ties.Group) -> int:
-        t = g.tensor
-        grid = grid_of(t.dtype, t.shape, axis_of(t.shape))
-
-        def read(grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
-            row = grid.cols * grid.word
-            return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
-
-        plan = analyse(read, t.dtype, t.shape, LEVELS["default"])
-        encoder = TileEncoder(plan)
-        total = len(plan.shared) + 512
-        for i in range(grid.down * grid.across):
-            r0, r1, c0, c1 = grid.box(i)
-            total += len(encoder.encode(read(grid, r0, r1)[:, c0:c1], i))
-        return total
+        encoder = rec.lossless(g.tensor, LEVELS["default"])
+        units = [unit for row in range(encoder.plan.grid.down) for unit in rec.band(g.tensor, encoder, row)]
+        return len(encoder.plan.shared) + sum(map(len, units)) + 512
 
     with ThreadPoolExecutor(jobs) as pool:
         return sum(pool.map(one, groups))

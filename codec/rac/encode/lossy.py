@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from rac.align.triangular import Triangular
 from rac.container import zstd
-from rac.errors import RacError
 from rac.native import trellis as native
 from rac.quantize import trellis as tr
 
@@ -27,7 +26,7 @@ F32 = np.float32
 MOST = 127
 ZERO = 128
 LAMBDA = 0.35
-"""Squared units that a bit is worth; best at every rate (docs/experiments.md)."""
+"""Squared units that a bit is worth; best at every rate (docs/lossy.md)."""
 BLOCK = 64
 LEAST = 0.6
 """Deviation of a row in units below which it is coded finer than its sensitivity asks."""
@@ -52,9 +51,25 @@ class Quantised:
     """(R, C)"""
     trellis: tr.Trellis
     unit: bytes
-    dense: Array
-    """(R, C) words of the data type: what a decoder restores."""
-    digest: bytes
+    dtype: str
+    lane: int
+    """Rows of a tile."""
+
+    @property
+    def dense(self) -> Array:
+        """(R, C) words of the data type: what a decoder restores. Decoded anew each time."""
+        r, c = self.words.shape
+        tables = tr.parse_unit(self.unit, self.trellis, self.dtype, r, c)
+        out = np.empty((r, c), f"<u{tr.DTYPES[self.dtype].itemsize}")
+        for a in range(0, r, self.lane):
+            b = min(r, a + self.lane)
+            tr.decode(self.words[a:b], self.trellis, tables, (a, b, 0, c), out[a:b], self.dtype)
+        return out
+
+    @property
+    def digest(self) -> bytes:
+        """Of the dense bytes."""
+        return zstd.digest(self.dense.reshape(-1).view(np.uint8).data)
 
 
 class Coders:
@@ -94,18 +109,15 @@ class Coders:
                 return self._found[q, fine]
             unit = 2.0 ** (-fine / 4)
             x = (self._samples * F32(2 ** (q / 4) / unit))[None]
-            rec = tr.magnitudes(self._states, ZERO)[ZERO - MOST : ZERO + MOST + 1]
+            rec = _magnitudes(self._states)
             p = _cells(2 ** (q / 4) / unit)
             slope = LAMBDA / unit**2
             for _ in range(4):
                 rate = (-slope * np.log2(p)).astype(F32).reshape(1, 1, -1)
-                done = native.block(
+                k, value, *_ = native.block(
                     self._states, tr.CODES[self._states], x, x.copy(), 1024, np.zeros((1, 1), F32), np.ones(1, F32),
                     rec, rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST,
                 )  # fmt: skip
-                if done is None:
-                    raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
-                k, value, *_ = done
                 counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
                 p = (counts + 32 * p) / (self.SAMPLES + 32)
             share = counts / self.SAMPLES
@@ -148,7 +160,7 @@ def quantise(
         scales: Exponents of rows and columns, in quarter octaves.
         lane: Rows after which the trellis begins anew: those of a tile.
         states: Of the trellis, 4 to 256.
-        passes: 1, or 2: again with the counts of the first pass.
+        passes: 1, or 2: again with the centroids of the first. With feedback, which would be of other values then, 1.
         recursion: Order of the columns and weights of their errors in each other's targets; None: no feedback.
 
     Raises:
@@ -181,35 +193,27 @@ def quantise(
         ]
     )
     slope = LAMBDA * 2.0 ** (np.maximum(fine, 0) / 2)[:, None, None]
-    rec = tr.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
-    low, corrections = 0, np.zeros(0, np.int8)
-    for turn in range(passes):
-        rate = (-slope * np.log2(share)).astype(F32)
-        k, value, wild, fine_of = _columns(plain, step, lane, states, rec, rate, fine, row.astype(np.uint8), feed)
-        if turn + 1 < passes and feed is None:
-            low, corrections = _centroids(k, value, plain, step * _finer(fine_of), rec)
-            rec = tr.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
-            rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
+    costs = (states, (-slope * np.log2(share)).astype(F32), fine, row.astype(np.uint8))
+    rec, low, corrections = _magnitudes(states), 0, np.zeros(0, np.int8)
+    k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed)
+    if passes > 1 and feed is None:
+        low, corrections = _centroids(k, value, plain, step * _finer(fine_of), rec)
+        rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
+        k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed)
     back = np.argsort(order)
     value, wild, fine_of = value[back], wild[back], fine_of[back]
     cols = np.where(fine_of < 0, tr.DEAD, np.maximum(scales.cols.astype(np.int64) - fine_of, -tr.MOST)).astype(np.int8)
     words = np.ascontiguousarray((k[back].T + ZERO).astype(np.uint8))
     places = np.argwhere(wild.T)
-    kind = np.dtype([("row", "<u4"), ("col", "<u4"), ("value", f"<u{tr.DTYPES[dtype].itemsize}")])
-    outliers = np.zeros(len(places), kind)
-    outliers["row"], outliers["col"] = places[:, 0], places[:, 1]
     exact = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
-    outliers["value"] = tr.to_words(exact, dtype)
-    sections = (corrections.tobytes(), tr.pack_list(row_list), tr.pack_list(cols), outliers.tobytes())
-    sizes = tuple(len(s) for s in sections)
-    p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)  # type: ignore[arg-type]
-    unit = b"".join(sections)
-    tables = tr.parse_unit(unit, p, dtype, r, c)
-    dense = np.empty((r, c), f"<u{tr.DTYPES[dtype].itemsize}")
-    for a in range(0, r, lane):
-        b = min(r, a + lane)
-        tr.decode(words[a:b], p, tables, (a, b, 0, c), dense[a:b], dtype)
-    return Quantised(words, p, unit, dense, zstd.digest(dense.reshape(-1).view(np.uint8).data))
+    sizes, unit = tr.build_unit(corrections, row_list, cols, places, tr.to_words(exact, dtype))
+    p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
+    return Quantised(words, p, unit, dtype, lane)
+
+
+def _magnitudes(states: int) -> NDArray[np.float32]:
+    """(2 MOST + 1,) those of the integers -MOST..MOST."""
+    return tr.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
 
 
 def _finer(fine: NDArray[np.int8]) -> NDArray[np.float32]:
@@ -219,7 +223,7 @@ def _finer(fine: NDArray[np.int8]) -> NDArray[np.float32]:
 
 
 def _columns(
-    plain: NDArray[np.float32], step: NDArray[np.float32], lane: int, states: int, rec: NDArray[np.float32],
+    plain: NDArray[np.float32], step: NDArray[np.float32], lane: int, rec: NDArray[np.float32], states: int,
     rate: NDArray[np.float32], fine: NDArray[np.int8], row: NDArray[np.uint8], feed: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:  # fmt: skip
     """Integers, values and outliers (C, R), and how fine each column is, block by block from the last to the first."""
@@ -233,12 +237,9 @@ def _columns(
         if feed is not None and b < c:
             target += feed[a:b, b:] @ error[b:]
         inner = np.zeros((b - a, b - a), F32) if feed is None else np.ascontiguousarray(feed[a:b, a:b])
-        done = native.block(
+        k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(
             states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row, 2.0 * MOST
         )  # fmt: skip
-        if done is None:
-            raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
-        k[a:b], value[a:b], wild[a:b], fine_of[a:b] = done
         error[a:b] = target
     return k, value, wild, fine_of
 

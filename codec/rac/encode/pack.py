@@ -14,31 +14,28 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
 
-from numpy.typing import NDArray
-
 from rac.container import index as ix
 from rac.container import zstd
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
-from rac.decode import tensor as tn
 from rac.decode.load import threads_of
+from rac.decode.unpack import quantised
+from rac.encode import record as rec
 from rac.encode import resume as rs
 from rac.encode import ties
-from rac.encode.analyse import LEVELS, Level, Plan, analyse
-from rac.encode.budget import Coded, Recipe, Request, code, recipe_for, solve
-from rac.encode.budget import head as head_of
+from rac.encode.analyse import LEVELS, Level
+from rac.encode.budget import Recipe, Request, code, recipe_for, solve
 from rac.encode.calibrate import Note
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.encode.tile import TileEncoder
 from rac.errors import OutputError, RacError, SourceError
 from rac.quantize import lossless as ll
 from rac.records import Limits
-from rac.registry import LOSSY, RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
+from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
 
 WINDOW = 64 << 20
 """Dense bytes in work beyond the largest tensor."""
-Bytes = bytes | memoryview
 Progress = Callable[[str, int], None]
 """Called with the name of a finished tensor and its dense bytes."""
 
@@ -98,15 +95,23 @@ def pack(
     settings = {"exclude": list(exclude), "include": list(include)}
     recipe = None
     if any(v is not None for v in (bits, file_bits, size)):
-        if os.path.isfile(out) and not force:  # said before the long work, not after it
-            raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
-        lossy = Request(bits, file_bits, size, calibrate, tokens, effort, tuple(keep))
-        recipe = recipe_for(source, os.fspath(src), lossy, note)
-        recipe = solve(ties.find(source.tensors), recipe, lossy, threads_of(jobs), note)
+        request = Request(bits, file_bits, size, calibrate, tokens, effort, tuple(keep))
+        recipe = recipe_of(source, src, out, request, jobs=jobs, force=force, note=note)
     return pack_source(
         source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
         progress=progress, settings=settings, recipe=recipe,
     )  # fmt: skip
+
+
+def recipe_of(
+    source: Source, src: str | os.PathLike[str], out: str | os.PathLike[str], request: Request, *,
+    jobs: int | None = None, force: bool = False, note: Note | None = None,
+) -> Recipe:  # fmt: skip
+    """How a pack of `source`, opened from `src`, meets the request; OutputError where `out` must not be replaced."""
+    if os.path.isfile(out) and not force:  # said before the long work, not after it
+        raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
+    groups = ties.find(source.tensors)
+    return solve(groups, recipe_for(groups, os.fspath(src), request, note), request, threads_of(jobs), note)
 
 
 def save_file(
@@ -179,20 +184,13 @@ def pack_source(
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)
     weights = sum(weights_of(t) for t in source.tensors)
-    lossy, bits = _quantised(paths) if recipe is not None else (0, 0.0)
+    lossy, bits = 0, 0.0
+    if recipe is not None:
+        archives = [Archive(FileAccess(p)) for p in paths]
+        lossy, bits = quantised(e for a in archives for e in a.index.entries)
+        for archive in archives:
+            archive.close()
     return Summary(tuple(paths), done, stored, weights, len(source.tensors), resumed, source.skipped, lossy, bits)
-
-
-def _quantised(paths: Sequence[str]) -> tuple[int, float]:
-    """Number of quantised tensors in archives, and their bits per weight."""
-    count = size = weights = 0
-    for path in paths:
-        archive = Archive(FileAccess(path))
-        for e in archive.index.entries:
-            if e.method in LOSSY:
-                count, size, weights = count + 1, size + e.size, weights + math.prod(e.shape)
-        archive.close()
-    return count, 8 * size / max(1, weights)
 
 
 def weights_of(t: SourceTensor) -> int:
@@ -264,11 +262,12 @@ class _Item:
     """A tensor on its way: what is known of it, and how many rows of its tiles are still to come (-1: not analysed)."""
 
     group: ties.Group
+    number: int
     left: int = -1
     encoder: TileEncoder | None = None
-    coded: Coded | None = None
+    behind: rec.Behind | None = None
     """Of a quantised tensor, which is done in one piece."""
-    bands: list[list[Bytes]] = field(default_factory=list)
+    bands: list[list[rec.Bytes]] = field(default_factory=list)
 
 
 def _tensors(
@@ -286,8 +285,8 @@ def _tensors(
     try:
         while coming or waiting:
             while coming and (not waiting or held + coming[0].tensor.nbytes <= max(largest, WINDOW)):
-                heappush(ready, (written + len(waiting), -1))
-                waiting.append(_Item(coming.popleft()))
+                waiting.append(_Item(coming.popleft(), written + len(waiting)))
+                heappush(ready, (waiting[-1].number, -1))
                 held += waiting[-1].group.tensor.nbytes
             while ready and len(running) < 2 * jobs:
                 number, row = heappop(ready)
@@ -297,15 +296,15 @@ def _tensors(
                     running[pool.submit(_start, t, level, recipe)] = (item, row)
                 else:
                     assert item.encoder is not None  # noqa: S101
-                    running[pool.submit(_band, t, item.encoder, row)] = (item, row)
+                    running[pool.submit(rec.band, t, item.encoder, row)] = (item, row)
             if waiting[0].left == 0:
                 item = waiting.popleft()
                 written += 1
                 assert item.encoder is not None  # noqa: S101
                 group, plan = item.group, item.encoder.plan
                 units = [unit for band in item.bands for unit in band]
-                head = head_of(group, item.coded) if item.coded else _head(group, plan)
-                writer.add(RECORD_TENSOR, 0, head, units, **_fields(group, plan, item.coded is not None, units))
+                head = rec.head(group, plan, item.behind)
+                writer.add(RECORD_TENSOR, 0, head, units, **rec.fields(group, plan, units, item.behind))
                 writer.flush()
                 note(group, head["digest"])
                 held -= group.tensor.nbytes
@@ -313,13 +312,12 @@ def _tensors(
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 item, row = running.pop(job)
                 if row < 0:
-                    item.encoder, units, item.coded = job.result()
+                    item.encoder, units, item.behind = job.result()
                     down = item.encoder.plan.grid.down
-                    item.left = down if down > 1 and not item.coded else 0
+                    item.left = down if down > 1 and not item.behind else 0
                     item.bands = [units, *([] for _ in range(item.left))]
-                    number = written + next(i for i, one in enumerate(waiting) if one is item)
                     for r in range(item.left):
-                        heappush(ready, (number, r))
+                        heappush(ready, (item.number, r))
                 else:
                     item.bands[row + 1] = job.result()
                     item.left -= 1
@@ -328,53 +326,17 @@ def _tensors(
             job.cancel()
 
 
-def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
-    row = grid.cols * grid.word
-    return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
-
-
-def _start(t: SourceTensor, level: Level, recipe: Recipe | None) -> tuple[TileEncoder, list[Bytes], Coded | None]:
+def _start(
+    t: SourceTensor, level: Level, recipe: Recipe | None
+) -> tuple[TileEncoder, list[rec.Bytes], rec.Behind | None]:
     """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
     if recipe is not None and t.name in recipe.aligned:
         coded = code(t, recipe)
-        return coded.encoder, coded.units, coded
-    plan = analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
-    encoder = TileEncoder(plan)
-    units: list[Bytes] = [plan.shared] if plan.lanes else []
+        q = coded.quantised
+        return coded.encoder, coded.units, rec.Behind(q.trellis, q.digest, ties.digest(t))
+    encoder = rec.lossless(t, level)
+    plan = encoder.plan
+    units: list[rec.Bytes] = [plan.shared] if plan.lanes else []
     if plan.grid.down == 1:
-        units += _band(t, encoder, 0)
+        units += rec.band(t, encoder, 0)
     return encoder, units, None
-
-
-def _band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[Bytes]:
-    """Units of one row of tiles."""
-    grid = encoder.plan.grid
-    r0, r1, _, _ = grid.box(a * grid.across)
-    words = encoder.plan.words
-    words = _words(t, grid, r0, r1) if words is None else words[r0:r1]
-    return [
-        encoder.encode(words[:, (b := grid.box(i))[2] : b[3]], i) for i in range(a * grid.across, (a + 1) * grid.across)
-    ]
-
-
-def _head(group: ties.Group, plan: Plan) -> dict[str, Any]:
-    t = group.tensor
-    head: dict[str, Any] = {
-        "axis": plan.axis, "digest": plan.digest, "dtype": t.dtype, "name": t.name, "shape": list(t.shape),
-        "stages": [plan.lanes.to_head() if plan.lanes else {"id": plan.method}], "tile": [plan.grid.tr, plan.grid.tc],
-    }  # fmt: skip
-    if group.aliases:
-        head["aliases"] = [list(a) for a in group.aliases]
-    if group.extra:
-        head["extra"] = group.extra
-    return head
-
-
-def _fields(group: ties.Group, plan: Plan, lossy: bool, units: list[Bytes]) -> dict[str, Any]:
-    """What the index row of a tensor adds to its record."""
-    parts = tn.parts(plan.grid, plan.lanes, lossy, [len(u) for u in units], lambda i, size: bytes(units[i][:size]))
-    t = group.tensor
-    return {
-        "method": "trellis/1" if lossy else plan.method, "dtype": t.dtype, "shape": t.shape, "parts": parts,
-        "aliases": group.aliases,
-    }  # fmt: skip

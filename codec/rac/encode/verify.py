@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.container.forward import Forward, entries_by_name
@@ -20,6 +19,7 @@ from rac.decode.archive import forward_attachment, forward_tensors, open_archive
 from rac.encode import ties
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError, SourceError
+from rac.quantize import trellis as tr
 from rac.records import Record
 
 Progress = Callable[[str, int], None]
@@ -121,8 +121,8 @@ def _one(
             if t.trellis is not None:
                 seen.lossy.add(n)
         if t.trellis is not None and (original := seen.theirs.get(t.name)) and original.nbytes == t.nbytes:
-            a = numbers(original.read(0, original.nbytes), t.dtype)
-            b = numbers(words.reshape(-1).view(np.uint8), t.dtype)
+            a = tr.from_words(original.read(0, original.nbytes).view(words.dtype), t.dtype).astype(np.float64)
+            b = tr.from_words(words.reshape(-1), t.dtype).astype(np.float64)
             seen.energy += float(a @ a)
             seen.error += float((a - b) @ (a - b))
         if progress:
@@ -136,13 +136,6 @@ def _one(
             raise FormatError("the index states wrong parts", file=name, unit=repr(n), offset=entry.at)
     seen.metadata = forward.header.get("metadata", {}) or seen.metadata
     seen.digest = digest
-
-
-def numbers(data: NDArray[np.uint8], dtype: str) -> NDArray[np.float64]:
-    """Bytes of an F32, F16 or BF16 tensor as float64."""
-    if dtype == "BF16":
-        return (data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-    return data.view("<f4" if dtype == "F32" else "<f2").astype(np.float64)
 
 
 def _compare(seen: _Seen, source: Source, name: str) -> None:

@@ -1,14 +1,8 @@
 /* Trellis-coded quantisation: Viterbi search of one column (encoder), columns of a tile to numbers (decoder).
- * Every function has a numpy twin in rac/quantize/trellis.py that the tests hold it to, bit for bit. Plain float32
- * arithmetic in a fixed order; no contraction to fused operations (setup.py), so that every machine agrees. */
+ * The decoder has a numpy twin in rac/quantize/trellis.py that the tests hold it to, bit for bit: plain float32 arithmetic
+ * in a fixed order, no contraction to fused operations (setup.py). The search is held to all paths of short columns. */
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HAVE_X86 1
-#endif
+#include "kernels.h"
 
 /* The best coded integer of each subset for a sample: subset 2 g + b has sign (-1)^g and the integers of parity b */
 static inline void subsets(float x, const float *rec, const float *rate, int most, float *cost, int16_t *best) {
@@ -118,15 +112,6 @@ AVX static void search_large(const rac_code *t, const float *cost, int64_t n, ui
         }
     }
     for (int u = 0; u < half; u++) { c[2 * u] = e[u]; c[2 * u + 1] = o[u]; }
-}
-static int has512(void) {
-    static int known = -1;
-    if (known < 0) {
-        __builtin_cpu_init();
-        known = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl");
-    }
-    return known;
 }
 #endif
 

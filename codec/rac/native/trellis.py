@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
+from rac.errors import RacError
 
 Array = NDArray[Any]
 _n = ctypes.c_int64
@@ -37,7 +38,7 @@ def block(
     feed: NDArray[np.float32],
     step: NDArray[np.float32], rec: NDArray[np.float32], rate: NDArray[np.float32], fine: NDArray[np.int8], low: int,
     row: NDArray[np.uint8] | None, far: float,
-) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]] | None:  # fmt: skip
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:  # fmt: skip
     """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
 
     Args:
@@ -56,11 +57,14 @@ def block(
         far: Units from which on a target is an outlier, whose value is the target itself.
 
     Returns:
-        (integers (n, m), values (n, m), outliers (n, m), `fine` of each column), or None without the C kernel.
+        (integers (n, m), values (n, m), outliers (n, m), `fine` of each column).
+
+    Raises:
+        RacError: The C kernel is not there.
     """
     lib = native.library()
     if lib is None:
-        return None
+        raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
     n, m = target.shape
     out, recon, wild = np.empty((n, m), np.int16), np.empty((n, m), np.float32), np.empty((n, m), np.uint8)
     fine_of = np.empty(n, np.int8)

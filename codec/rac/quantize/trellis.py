@@ -112,8 +112,7 @@ def parse_unit(unit: bytes, p: Trellis, dtype: str, rows: int, cols: int) -> Tab
         raise FormatError("trellis scale is out of range")
     col = np.array(p.scale, np.uint32).view(np.float32) * power(by_col)
     col[by_col == DEAD] = 0
-    word = DTYPES[dtype]
-    kind = np.dtype([("row", "<u4"), ("col", "<u4"), ("value", f"<u{word.itemsize}")])
+    kind = _outliers(DTYPES[dtype].itemsize)
     if p.sizes[3] % kind.itemsize:
         raise FormatError("trellis outliers are malformed")
     found = np.frombuffer(unit[c:], kind)
@@ -128,16 +127,33 @@ def _list(data: bytes, n: int) -> NDArray[np.int8]:
     """Exponents of `n` rows or columns: nothing where all are 0, plain bytes of size n, or else a zstd frame."""
     if not data:
         return np.zeros(n, np.int8)
-    return np.frombuffer(data if len(data) == n else zstd.decompress(data, n), np.int8)
+    return np.frombuffer(zstd.expand(data, n), np.int8)
 
 
-def pack_list(exponents: NDArray[np.int8]) -> bytes:
-    """Inverse of the reading: the shortest of the three forms."""
-    if not exponents.any():
-        return b""
-    plain = exponents.tobytes()
-    frame = zstd.compress(plain, 19)
-    return frame if len(frame) < len(plain) else plain
+def build_unit(
+    corrections: NDArray[np.int8],
+    rows: NDArray[np.int8],
+    cols: NDArray[np.int8],
+    places: NDArray[np.int64],
+    values: Array,
+) -> tuple[tuple[int, int, int, int], bytes]:
+    """Inverse of `parse_unit`: (sizes, unit). Outliers at `places` (N, 2), ascending, are `values` (N,), words."""
+    outliers = np.zeros(len(places), _outliers(values.itemsize))
+    outliers["row"], outliers["col"], outliers["value"] = places[:, 0], places[:, 1], values
+    lists = [zstd.shorter(v.tobytes(), 19) if v.any() else b"" for v in (rows, cols)]
+    a, b, c, d = corrections.tobytes(), *lists, outliers.tobytes()
+    return (len(a), len(b), len(c), len(d)), a + b + c + d
+
+
+def _outliers(word: int) -> np.dtype[Any]:
+    return np.dtype([("row", "<u4"), ("col", "<u4"), ("value", f"<u{word}")])
+
+
+def from_words(words: Array, dtype: str) -> NDArray[np.float32]:
+    """Words of F32, F16 or BF16, shape kept, as the binary32 numbers that they are."""
+    if dtype == "BF16":
+        return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return words.view("<f4" if dtype == "F32" else "<f2").astype(np.float32)
 
 
 def to_words(v: NDArray[np.float32], dtype: str) -> Array:

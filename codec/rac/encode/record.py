@@ -1,0 +1,88 @@
+"""A tensor to the units, head and index row of its record; `budget` and `pack` both need to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from rac.container import wire
+from rac.decode import tensor as tn
+from rac.encode import ties
+from rac.encode.analyse import Level, Plan, analyse, axis_of
+from rac.encode.sources import SourceTensor
+from rac.encode.tile import TileEncoder
+from rac.quantize import lossless as ll
+from rac.quantize.trellis import Trellis
+from rac.records import record_size
+from rac.registry import RECORD_TENSOR
+
+Bytes = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """What stands behind the coder in the record of a quantised tensor."""
+
+    trellis: Trellis
+    digest: bytes
+    """Of what a decoder restores."""
+    source: bytes
+    """Of what was packed."""
+
+
+def lossless(t: SourceTensor, level: Level) -> TileEncoder:
+    """Analyse a tensor."""
+    return TileEncoder(analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level))
+
+
+def band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[Bytes]:
+    """Units of row `a` of the grid of tiles."""
+    grid = encoder.plan.grid
+    r0, r1, _, _ = grid.box(a * grid.across)
+    words = encoder.plan.words
+    words = _words(t, grid, r0, r1) if words is None else words[r0:r1]
+    return [
+        encoder.encode(words[:, (b := grid.box(i))[2] : b[3]], i) for i in range(a * grid.across, (a + 1) * grid.across)
+    ]
+
+
+def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
+    row = grid.cols * grid.word
+    return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
+
+
+def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[str, Any]:
+    """The head of a tensor record, but for its units."""
+    t = group.tensor
+    out: dict[str, Any] = {
+        "axis": axis_of(t.shape), "digest": plan.digest, "dtype": t.dtype, "name": t.name, "shape": list(t.shape),
+        "stages": [plan.lanes.to_head() if plan.lanes else {"id": plan.method}], "tile": [plan.grid.tr, plan.grid.tc],
+    }  # fmt: skip
+    if behind:
+        out["stages"].append(behind.trellis.to_head())
+        out |= {"digest": behind.digest, "x-source": behind.source}
+    if group.aliases:
+        out["aliases"] = [list(a) for a in group.aliases]
+    if group.extra:
+        out["extra"] = group.extra
+    return out
+
+
+def fields(group: ties.Group, plan: Plan, units: Sequence[Bytes], behind: Behind | None = None) -> dict[str, Any]:
+    """What the index row of a tensor adds to its record."""
+    t, sizes = group.tensor, [len(u) for u in units]
+    parts = tn.parts(plan.grid, plan.lanes, behind is not None, sizes, lambda i, size: bytes(units[i][:size]))
+    return {
+        "method": behind.trellis.to_head()["id"] if behind else plan.method, "dtype": t.dtype, "shape": t.shape,
+        "parts": parts, "aliases": group.aliases,
+    }  # fmt: skip
+
+
+def size(head_: dict[str, Any], units: Sequence[Bytes]) -> int:
+    """Bytes of a tensor record, all counted."""
+    payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)
+    full = head_ | {"units": wire.directory(units)}
+    return record_size(wire.record_head(RECORD_TENSOR, 0, full, payload)[2], payload)
