@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
         request = Request(
             args.bits, args.file_bits, whole, args.calibrate, args.tokens, args.effort, tuple(args.keep)
         )  # fmt: skip
-        recipe = recipe_of(source, args.src, args.output, request, jobs=args.jobs, force=args.force, note=note)
+        recipe = recipe_of(
+            source, args.src, args.output, request, level=args.level, jobs=args.jobs, force=args.force, note=note
+        )
     with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
         done = pack_source(
             source, args.output, level=args.level, jobs=args.jobs, lanes=args.lanes, shard_size=shard_size,

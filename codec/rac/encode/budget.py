@@ -19,7 +19,7 @@ from rac.encode import lossy, ties
 from rac.encode import record as rec
 from rac.encode.analyse import LEVELS, Level, analyse, axis_of, grid_of
 from rac.encode.calibrate import Layer, Note, calibrate
-from rac.encode.sources import SourceTensor
+from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.tile import TileEncoder
 from rac.errors import BudgetError, SourceError
 from rac.quantize import lossless as ll
@@ -216,10 +216,12 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: 
 
 
 def solve(
-    groups: Sequence[ties.Group], recipe: Recipe, request: Request, jobs: int, note: Note | None = None
-) -> Recipe:
+    groups: Sequence[ties.Group], recipe: Recipe, request: Request, jobs: int, note: Note | None = None,
+    level: Level = LEVELS["default"], files: Sequence[Attachment] = (),
+) -> Recipe:  # fmt: skip
     """The recipe with the common scale that meets the request in real bytes, from below, to half a percent.
 
+    `level` codes the tensors that stay lossless, `files` travel along: both count in the size of the file.
     BudgetError where no scale does.
     """
     mine = [g for g in groups if g.tensor.name in recipe.aligned]
@@ -230,7 +232,8 @@ def solve(
     if bits is None:
         everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in groups)
         size = request.size if request.size is not None else int((request.file_bits or 0) * everything / 8)
-        rest = _lossless([g for g in groups if g.tensor.name not in recipe.aligned], jobs)
+        rest = _lossless([g for g in groups if g.tensor.name not in recipe.aligned], level, jobs)
+        rest += sum(len(rec.attachment(file)[1]) + 512 for file in files)
         bits = 8 * (size - rest) / weights
         if bits <= 0:
             raise BudgetError(f"what stays lossless takes {rest} bytes, more than the {size} of the whole file")
@@ -265,11 +268,11 @@ def solve(
     raise BudgetError(f"{bits:.3f} bits per weight cannot be met: the nearest is {got:.3f}")
 
 
-def _lossless(groups: Sequence[ties.Group], jobs: int) -> int:
+def _lossless(groups: Sequence[ties.Group], level: Level, jobs: int) -> int:
     """About the bytes of the tensors that stay lossless, with their heads and index rows."""
 
     def one(g: ties.Group) -> int:
-        encoder = rec.lossless(g.tensor, LEVELS["default"])
+        encoder = rec.lossless(g.tensor, level)
         units = [unit for row in range(encoder.plan.grid.down) for unit in rec.band(g.tensor, encoder, row)]
         return len(encoder.plan.shared) + sum(map(len, units)) + 512
 

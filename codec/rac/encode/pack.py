@@ -15,7 +15,6 @@ from heapq import heappop, heappush
 from typing import Any
 
 from rac.container import index as ix
-from rac.container import zstd
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
@@ -96,7 +95,7 @@ def pack(
     recipe = None
     if any(v is not None for v in (bits, file_bits, size)):
         request = Request(bits, file_bits, size, calibrate, tokens, effort, tuple(keep))
-        recipe = recipe_of(source, src, out, request, jobs=jobs, force=force, note=note)
+        recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, note=note)
     return pack_source(
         source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
         progress=progress, settings=settings, recipe=recipe,
@@ -105,13 +104,14 @@ def pack(
 
 def recipe_of(
     source: Source, src: str | os.PathLike[str], out: str | os.PathLike[str], request: Request, *,
-    jobs: int | None = None, force: bool = False, note: Note | None = None,
+    level: str = "default", jobs: int | None = None, force: bool = False, note: Note | None = None,
 ) -> Recipe:  # fmt: skip
     """How a pack of `source`, opened from `src`, meets the request; OutputError where `out` must not be replaced."""
     if os.path.isfile(out) and not force:  # said before the long work, not after it
         raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
     groups = ties.find(source.tensors)
-    return solve(groups, recipe_for(groups, os.fspath(src), request, note), request, threads_of(jobs), note)
+    recipe = recipe_for(groups, os.fspath(src), request, note)
+    return solve(groups, recipe, request, threads_of(jobs), note, LEVELS[level], source.attachments)
 
 
 def save_file(
@@ -249,11 +249,8 @@ def _write(
 
 
 def _attach(writer: Writer, file: Attachment) -> None:
-    data = file.read()
-    packed = zstd.compress(data, 19 if len(data) < 1 << 22 else 9)
-    method, unit = ("zstd/1", packed) if len(packed) < len(data) else ("raw/1", data)
-    head = {"digest": zstd.digest(data), "name": file.name, "size": len(data), "stages": [{"id": method}]}
-    writer.add(RECORD_ATTACHMENT, 0, head, [unit], method=method)
+    head, unit = rec.attachment(file)
+    writer.add(RECORD_ATTACHMENT, 0, head, [unit], method=head["stages"][0]["id"])
     writer.flush()
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from rac.container import wire
+from rac.container import wire, zstd
 from rac.decode import tensor as tn
 from rac.encode import ties
 from rac.encode.analyse import Level, Plan, analyse, axis_of
-from rac.encode.sources import SourceTensor
+from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.tile import TileEncoder
 from rac.quantize import lossless as ll
 from rac.quantize.trellis import Trellis
@@ -52,6 +52,14 @@ def band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[Bytes]:
 def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
     row = grid.cols * grid.word
     return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
+
+
+def attachment(file: Attachment) -> tuple[dict[str, Any], bytes]:
+    """(head, but for its units; unit) of the record of a file that travels along."""
+    data = file.read()
+    unit = zstd.shorter(data, 19 if len(data) < 1 << 22 else 9)
+    method = "raw/1" if unit is data else "zstd/1"
+    return {"digest": zstd.digest(data), "name": file.name, "size": len(data), "stages": [{"id": method}]}, unit
 
 
 def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[str, Any]:

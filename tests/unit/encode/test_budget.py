@@ -89,6 +89,16 @@ def test_size_and_file_bits(tmp_path):
     assert 4.9 <= 8 * (tmp_path / "bits.rac").stat().st_size / weights <= 5.0
 
 
+@pytest.mark.parametrize("level", ["fast", "default"])
+def test_everything_in_the_file_counts(tmp_path, level):
+    """Attachments, and lossless tensors at the level that is asked for."""
+    source_file(tmp_path / "model.safetensors", model())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_bytes(np.random.default_rng(1).bytes(40_000).hex().encode())
+    pack(tmp_path, tmp_path / "m.rac", size=190_000, level=level)
+    assert 0.97 * 190_000 <= (tmp_path / "m.rac").stat().st_size <= 190_000
+
+
 def test_resume_gives_the_same_bytes(tmp_path):
     source = from_arrays(model())
     groups = ties.find(source.tensors)
@@ -189,6 +199,21 @@ def test_alignment_pays():
         e = q.dense.view(np.float32).astype(np.float64) - w
         error[name] = float(np.einsum("ij,jk,ik->", e, s.astype(np.float64), e))
     assert error["triangular"] < 0.5 * error["plain"]
+
+
+def test_what_calibration_did_not_reach_is_named():
+    source = from_arrays({k: v for k, v in model().items() if v.dtype.kind == "f"})
+    groups = ties.find(source.tensors)
+    from rac.encode.calibrate import Layer
+
+    layers = {
+        "a.weight": Layer(np.eye(384, dtype=np.float32), None),
+        "b.weight": Layer(np.eye(7, dtype=np.float32), None),
+    }
+    recipe = budget.calibrated(groups, layers, (), "fast")
+    assert recipe.unreached == ("b.weight",)
+    assert recipe.aligned["b.weight"].base == budget.data_free(groups, (), "fast").aligned["b.weight"].base
+    assert budget.calibrated(groups, {}, (), "fast").unreached == ("a.weight", "b.weight")
 
 
 def test_rows_that_count_more_are_finer():
