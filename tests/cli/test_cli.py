@@ -278,6 +278,23 @@ def test_interrupt(tmp_path):
     rac.verify(out, large)
 
 
+def test_interrupt_before_anything_is_written(tmp_path):
+    large = tmp_path / "large.safetensors"
+    st.save_file({f"{i:02}": weights(i, 512, 512) for i in range(40)}, large)
+    with subprocess.Popen(
+        [*RAC, "pack", large, "-o", tmp_path / "m.rac", "--bits", "3", "--effort", "max", "-j1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        while len(os.listdir(f"/proc/{process.pid}/task")) < 2:  # numpy is there: Python has long been at our code
+            time.sleep(0.001)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        printed, error = process.communicate()
+    assert (process.returncode, printed, error) == (130, "", "rac: interrupted\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["large.safetensors"]
+
+
 def test_broken_pipe(tmp_path):
     rac.save_file({f"{'name' * 10}.{i}": np.array(i) for i in range(3000)}, tmp_path / "m.rac")
     for option in ("--json", "--tensors"):

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("rac: interrupted" + getattr(args, "interrupted", ""), file=sys.stderr)
+        print("rac: interrupted" + (args.interrupted(args) if "interrupted" in args else ""), file=sys.stderr)
         return 130
     except RacError as e:
         print(f"rac: {e}", file=sys.stderr)

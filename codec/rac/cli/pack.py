@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ def add(commands: Any) -> None:
     lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
     p.add_argument("--force", action="store_true", help="replace an existing file")
-    p.set_defaults(run=run, interrupted="; the finished part is kept, run again with --resume")
+    p.set_defaults(run=run, interrupted=_interrupted)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,6 +112,13 @@ def run(args: argparse.Namespace) -> int:
             )
         print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     return 0
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    """What an interrupted pack has left; nothing where it had not begun to write."""
+    shards = glob.escape(args.output.removesuffix(".rac")) + "-*-of-*.rac.part"
+    left = os.path.exists(f"{args.output}.part") or glob.glob(shards)
+    return "; the finished part is kept, run again with --resume" if left else ""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,0 +1,77 @@
+"""SmolLM2-135M at given bits per weight: one calibration, a pack and a measurement for each budget and damping.
+
+The original is the BF16 content of the GGUF file (`python tools/check_models.py` fetches it into demo/), saved by
+transformers into FOLDER the first time. Calibrate on one text, measure on another.
+
+  python tools/smollm2_bar.py demo/smollm2.gguf valid.txt test.txt --bits 3.05 2.56
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from measure_lm import HEAD, Measure
+
+from rac.encode import budget, ties
+from rac.encode.calibrate import calibrate
+from rac.encode.pack import pack_source
+from rac.encode.sources import open_source
+
+
+def dense(gguf: Path, folder: Path) -> None:
+    """Save the model of a GGUF file as a BF16 Hugging Face folder."""
+    how: Any = transformers.GgufConfig(gguf_file=gguf.name, dequantize=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=how, local_files_only=True
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("test", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("demo/smollm2-hf"))
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.05, 2.56])
+    parser.add_argument("--damp", type=float, nargs="+", default=[budget.DAMP])
+    parser.add_argument("--effort", default="default")
+    parser.add_argument("--tokens", type=int, default=40960)
+    args = parser.parse_args()
+    if not (args.folder / "config.json").exists():
+        dense(args.gguf, args.folder)
+    start = time.perf_counter()
+    layers = calibrate(args.folder, args.calibration.read_text(encoding="utf-8"), tokens=args.tokens)
+    print(f"calibration of {args.tokens} tokens: {time.perf_counter() - start:.0f} s\n\n{HEAD}", flush=True)
+    measure = Measure(str(args.folder), str(args.test))
+    print(measure.row(), flush=True)
+    source = open_source(args.folder)
+    groups = ties.find(source.tensors)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = os.path.join(temporary, "m.rac")
+        for bits in args.bits:
+            for damp in args.damp:
+                start = time.perf_counter()
+                recipe = budget.calibrated(groups, layers, (), args.effort, damp)
+                recipe = budget.solve(groups, recipe, budget.Request(bits=bits), 2)
+                pack_source(source, path, recipe=recipe, jobs=2, force=True)
+                seconds = time.perf_counter() - start
+                print(measure.row(path, f"{bits} bits, damping {damp}, packed in {seconds:.0f} s"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
