@@ -2,143 +2,260 @@
 
 The second moment E[x x^T] of the inputs of each layer, and for each output i the sensitivity E[(dL/dy_i)^2], L the
 cross-entropy against labels drawn from the model's own predictions (the true Fisher).
+
+A model is run block by block, each over the whole text, what one made of it kept in a file for the next
+(calibration_stream): the memory needed is that of one block, however large the model.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.container.zstd import Digest
+from rac.encode.calibration_cache import DamagedError, Folder, file_digest
 from rac.errors import MissingDependencyError, SourceError
 
 Note = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much there is."""
+"""Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
+
+_VERSION = 1
+"""Of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
 
 
-@dataclass(frozen=True, slots=True)
 class Layer:
-    """What calibration found for one weight matrix (out, in)."""
+    """What calibration found for one weight matrix."""
 
-    second: NDArray[np.float32]
-    """(in, in); layers that share an input share the array."""
-    sensitivity: NDArray[np.float64] | None
-    """(out,), or None where no backward pass was made."""
+    __slots__ = ("_second", "finite", "sensitivity", "transposed")
+
+    def __init__(
+        self, second: NDArray[np.float32] | Callable[[], NDArray[np.float32]], sensitivity: NDArray[np.float64] | None,
+        transposed: bool = False, finite: bool = True,
+    ) -> None:  # fmt: skip
+        self._second = second
+        self.sensitivity = sensitivity
+        """(out,) float64, mean of squared gradients, or None where no backward pass was made."""
+        self.transposed = transposed
+        """Whether the weight is stored as (in, out), as GPT-2's are, instead of (out, in)."""
+        self.finite = finite
+        """False where NaN or infinity was among the inputs or gradients."""
+
+    @property
+    def second(self) -> NDArray[np.float32]:
+        """(in, in), a mean over the text's tokens; layers that share an input share the file. Read when asked for.
+
+        Raises:
+            SourceError: The file in the cache is damaged.
+        """
+        return self._second() if callable(self._second) else self._second
+
+
+class Layers(Mapping[str, Layer]):
+    """Weight names, as they are in the model's files, to what was found; layers that were never run are missing."""
+
+    def __init__(self, layers: Mapping[str, Layer], tokens: int, digest: str) -> None:
+        self._layers = dict(layers)
+        self.tokens = tokens
+        """Tokens really used."""
+        self.digest = digest
+        """Of the model, the text, the settings and this code: 32 hexadecimal digits, the folder's name in a cache."""
+
+    def __getitem__(self, name: str) -> Layer:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def calibrate(
-    path: str | os.PathLike[str], text: str, *, tokens: int = 40960, context: int = 1024, fisher: bool = True,
-    seed: int = 0, note: Note | None = None,
-) -> dict[str, Layer]:  # fmt: skip
-    """Run the model in folder `path` over `text`: a causal language model, or an encoder, which gets no backward pass.
+    path: str | os.PathLike[str], text: str | NDArray[np.int64] | None, *, tokens: int = 40960, context: int = 1024,
+    fisher: bool = True, seed: int = 0, note: Note | None = None, cache: str | os.PathLike[str] | None = None,
+) -> Layers:  # fmt: skip
+    """Run the model in folder `path` over a text.
+
+    A causal language model gets a forward and, for the sensitivities, a backward pass; an encoder a forward pass
+    only; an encoder-decoder model reads each sequence with its encoder and once more with its decoder, and is run as
+    a whole, like other models that are no chain of blocks (`note` then says so): that needs the memory of the model
+    in float32 and of one sequence's activations.
+
+    The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
+    SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done.
 
     Args:
-        path: A Hugging Face model folder with its tokenizer.
-        text: Calibration text.
+        path: A Hugging Face model folder: config.json, safetensors files, and for a text its tokenizer.
+        text: Calibration text, or its token ids (n,); None: a causal model writes it itself, at temperature 1.
         tokens: Read so many of its tokens at most.
-        context: Tokens of one sequence.
+        context: Tokens of one sequence; fewer where the model or the text has not as many.
         fisher: Make the backward pass that the sensitivity needs.
-        seed: Of the labels that are drawn.
-        note: Progress.
+        seed: Of the labels, and of the text that the model writes.
+        note: Progress, and what differs from what was asked.
+        cache: Folder in which the result is kept under its digest: the same call returns at once, one that was
+            interrupted goes on after the last finished block. None: a temporary folder, which goes with the result.
 
     Returns:
-        Weight name to what was found.
+        Weight names to what was found.
 
     Raises:
         MissingDependencyError: torch or transformers are not installed.
-        SourceError: No model or tokenizer there, or the text is shorter than one sequence.
+        OutputError: The cache cannot be written.
+        SourceError: No model or tokenizer there, the text is too short, or a model that is not causal has none.
     """
+    if not os.path.isdir(path):
+        raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
+    if tokens < 1 or context < 1:
+        raise ValueError("tokens and context must be at least 1")
+    settings = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher, "seed": seed}
+    digest = _digest(Path(path), text, settings)
+    folder = Folder(cache, digest)
+    tell = note or (lambda *_: None)
+    for again in (False, True):
+        try:
+            if not folder.state.get("finished"):
+                _find(os.fspath(path), text, tokens, context, fisher, seed, folder, tell)
+            return _layers(folder, digest)
+        except DamagedError:
+            if again:
+                raise
+            tell("a file of the calibration cache is damaged: starting again", 0, 0)
+            folder.clear()
+    raise AssertionError
+
+
+def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:
+    """Of all that decides about the result: text and tokenizer stand for the tokens."""
+    h = Digest()
+    about = "own" if text is None else "text" if isinstance(text, str) else "ids"
+    h.update(json.dumps({**settings, "text": about}, sort_keys=True).encode())
+    if text is not None:
+        h.update(text.encode() if isinstance(text, str) else np.ascontiguousarray(text, "<i8").tobytes())
     try:
-        import torch
+        for file in sorted(path.iterdir()):
+            if file.suffix in (".json", ".safetensors", ".model", ".txt") and file.is_file():
+                h.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+                file_digest(file, h)
+    except OSError as e:
+        raise SourceError(f"cannot be read: {e}", file=os.fspath(path)) from e
+    return h.value().hex()
+
+
+def _find(
+    path: str, text: str | NDArray[np.int64] | None, tokens: int, context: int, fisher: bool, seed: int,
+    folder: Folder, note: Note,
+) -> None:  # fmt: skip
+    """Do what is still to do, and write it into the folder."""
+    try:
         import transformers
     except ImportError as e:
         raise MissingDependencyError(
             "calibration needs torch and transformers: pip install rac-codec[calibrate]"
         ) from e
+    from rac.encode import calibration_blocks, calibration_stream, calibration_text
+
     try:
         config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        causal = any("CausalLM" in a or "LMHead" in a for a in config.architectures or ())
-        kind: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-        model: Any = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise SourceError(f"no model that transformers can load: {e}", file=os.fspath(path)) from e
-    model.eval()
-    fisher = fisher and causal
-    context = min(context, getattr(config, "max_position_embeddings", context))
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids[:tokens])
-    count = len(ids) // context
-    if not count:
-        raise SourceError(f"the calibration text has {len(ids)} tokens, one sequence needs {context}")
-    found = _Moments(model, fisher)
-    generator = torch.Generator().manual_seed(seed)
-    for i in range(count):
-        # gradients begin at the embeddings: those of the weights are not wanted
-        start = model.get_input_embeddings()(ids[None, i * context : (i + 1) * context]).detach().requires_grad_(fisher)
-        with torch.set_grad_enabled(fisher):
-            out = model(inputs_embeds=start, **({"use_cache": False} if causal else {}))
-        if fisher:
-            logits = out.logits[0].float()
-            with torch.no_grad():  # drawing by the distribution function is much faster than torch.multinomial
-                drawn = torch.rand(context, 1, generator=generator)
-                labels = (torch.softmax(logits, -1).cumsum(-1) < drawn).sum(-1).clamp_(max=logits.shape[-1] - 1)
-            torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-        found.tokens += context
-        if note:
-            note("calibrating", i + 1, count)
-    return found.result()
+    except Exception as e:  # transformers raises whatever a broken file makes of it
+        raise SourceError(f"no model that transformers knows: {e}", file=path) from e
+    kind, causal = _kind(config)
+    context = min(context, getattr(config.get_text_config(), "max_position_embeddings", None) or context)
+    model: Any = None
+    if "ids.npy" not in folder:
+        if text is None:
+            if not causal:
+                raise SourceError("only a causal language model can write its own calibration text", file=path)
+            model = _load(kind, path, "auto")
+            ids = calibration_text.self_text_ids(model, tokens, context, seed, folder, note)
+        else:
+            if isinstance(text, str):
+                every, most = calibration_text.text_ids(path, text, tokens)
+            else:
+                every, most = np.asarray(text, np.int64), context
+            if len(every) < tokens:
+                note(f"the calibration text has {len(every)} tokens, {tokens} were asked for", 0, 0)
+            ids = calibration_text.sequences(every, tokens, min(context, most))
+        folder.put("ids.npy", np.ascontiguousarray(ids, np.int64))
+        folder.commit(drop=lambda name: name.startswith("own-"))
+    ids = np.array(folder.array("ids.npy"))
+    both = bool(config.is_encoder_decoder)
+    try:
+        if both:
+            raise calibration_blocks.UnfitError("it has an encoder and a decoder")
+        model = model if model is not None else _load(kind, path, "auto")
+        calibration_stream.stream(model, causal, ids, fisher and causal, seed, folder, note)
+    except calibration_blocks.UnfitError as e:
+        note(f"running the model as a whole: {e}", 0, 0)
+        model = None  # its weights are no longer all of one type
+        model = _load(kind, path, "float32")
+        calibration_stream.whole(model, causal, ids, fisher and (causal or both), seed, folder, note)
+    _rename(folder.state["layers"], model, Path(path))
+    folder.state.update(finished=True, tokens=int(ids.size))
+    folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
 
 
-class _Moments:
-    """Hooks on every linear layer of a model."""
+def _kind(config: Any) -> tuple[Any, bool]:
+    """The class that the folder's weights are named after, and whether it is a causal language model."""
+    import transformers
+    from transformers.models.auto import modeling_auto
 
-    def __init__(self, model: Any, fisher: bool) -> None:
-        import torch
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name), name in causal and not config.is_encoder_decoder
+    return transformers.AutoModel, False
 
-        self.tokens = 0
-        self._second: dict[str, Any] = {}
-        self._of: dict[str, str] = {}
-        self._grad: dict[str, Any] = {}
-        self._last: tuple[Any, str] = (None, "")
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
-                module.register_forward_pre_hook(self._input(f"{name}.weight"))
-                if fisher:
-                    module.register_full_backward_hook(self._output(f"{name}.weight"))
 
-    def _input(self, name: str) -> Callable[[Any, Any], None]:
-        import torch
+def _load(kind: Any, path: str, dtype: str) -> Any:
+    """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
+    try:
+        model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except Exception as e:  # transformers raises whatever a broken file makes of it
+        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    return model.eval()
 
-        def hook(_: Any, args: Any) -> None:
-            x = args[0]
-            if x is self._last[0]:  # the same input as the layer before: query, key and value
-                self._of[name] = self._last[1]
-                return
-            self._last = (x, name)
-            self._of[name] = name
-            with torch.no_grad():
-                flat = x.detach().reshape(-1, x.shape[-1])
-                if name not in self._second:
-                    self._second[name] = torch.zeros(flat.shape[1], flat.shape[1])
-                self._second[name].addmm_(flat.T, flat)
 
-        return hook
+def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
+    """Module names to names of weights, as the files have them: some leave out the prefix of the base model."""
+    stored: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with open(file, "rb") as f:
+            stored |= set(json.loads(f.read(struct.unpack("<Q", f.read(8))[0])))
+    from rac.encode.calibration_moments import linears
 
-    def _output(self, name: str) -> Callable[[Any, Any, Any], None]:
-        def hook(_: Any, __: Any, grads: Any) -> None:
-            g = grads[0].reshape(-1, grads[0].shape[-1]).double()
-            self._grad[name] = self._grad.get(name, 0) + (g * g).sum(0)
+    modules = linears(model)
+    prefix = f"{model.base_model_prefix}."
+    for module in list(layers):
+        name = f"{module}.weight"
+        names = (name, name.removeprefix(prefix), prefix + name)
+        entry = layers.pop(module)
+        entry["transposed"] = type(modules[module]).__name__ == "Conv1D"
+        layers[next((n for n in names if n in stored), name)] = entry
 
-        return hook
 
-    def result(self) -> dict[str, Layer]:
-        """Means over all tokens."""
-        second = {name: (s / self.tokens).numpy() for name, s in self._second.items()}
-        grads = {name: (g / self.tokens).numpy() for name, g in self._grad.items()}
-        return {name: Layer(second[key], grads.get(name)) for name, key in self._of.items()}
+def _layers(folder: Folder, digest: str) -> Layers:
+    found = {}
+    for name, entry in folder.state["layers"].items():
+        if "second" not in entry:
+            continue
+        given = entry.get("sensitivity")
+        sensitivity = np.array(folder.array(given)) if given else None
+        found[name] = Layer(_Stored(folder, entry["second"]), sensitivity, entry["transposed"], entry["finite"])
+    return Layers(found, folder.state["tokens"], digest)
+
+
+class _Stored:
+    """Reads an array of the folder, which it keeps from being removed."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._folder, self._name = folder, name
+
+    def __call__(self) -> NDArray[np.float32]:
+        return self._folder.array(self._name)

@@ -1,0 +1,144 @@
+"""The folder that a calibration works in: arrays and one state, so that an interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container.zstd import Digest
+from rac.errors import OutputError, SourceError
+
+_PIECE = 1 << 24
+
+
+class DamagedError(SourceError):
+    """A file of the cache is not what was written."""
+
+
+def file_digest(path: str | os.PathLike[str], into: Digest | None = None) -> bytes:
+    """XXH3-128 of the bytes of a file, 16 bytes; `into` is fed with them too."""
+    own = Digest()
+    with open(path, "rb") as f:
+        while piece := f.read(_PIECE):
+            own.update(piece)
+            if into:
+                into.update(piece)
+    return own.value()
+
+
+class Folder:
+    """.npy files and `state.json`, each written under another name and renamed.
+
+    A file counts once `commit` has named it in the state, with its size and digest.
+    """
+
+    def __init__(self, parent: str | os.PathLike[str] | None, name: str) -> None:
+        """Open `parent/name`, made where it is missing; without a parent a folder that goes away with this object."""
+        try:
+            if parent is None:
+                self.path = Path(tempfile.mkdtemp(prefix="rac-calibration-"))
+                weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+            else:
+                self.path = Path(parent) / name
+                self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise OutputError(f"no place for the calibration: {e}", file=os.fspath(parent or "")) from e
+        self._files: dict[str, list[Any]] = {}
+        self.state: dict[str, Any] = {}
+        self._checked: set[str] = set()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged is as good as missing
+            found = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            files = {str(k): [int(v[0]), str(v[1])] for k, v in found["files"].items()}
+            if all((self.path / k).stat().st_size == v[0] and Path(k).name == k for k, v in files.items()):
+                self._files, self.state = files, dict(found["state"])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._files, self.state, self._checked = {}, {}, set()
+        self.commit()
+
+    def commit(self, drop: Callable[[str], bool] = lambda _: False) -> None:
+        """Write the state, then remove the files that `drop` names and those that no state names."""
+        self._files = {k: v for k, v in self._files.items() if not drop(k)}
+        with self._renamed("state.json") as f:
+            f.write(json.dumps({"state": self.state, "files": self._files}).encode())
+        for path in self.path.iterdir():
+            if path.name != "state.json" and path.name not in self._files and path.suffix in (".npy", ".part"):
+                path.unlink(missing_ok=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    @contextlib.contextmanager
+    def sink(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Iterator[Callable[[Any], None]]:
+        """A new array, written from its start piece by piece: yields what appends one piece."""
+        head = io.BytesIO()
+        described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(head, described)  # type: ignore[arg-type]
+        digest, size = Digest(), 0
+        with self._renamed(name) as f:
+
+            def write(data: bytes | memoryview) -> None:
+                nonlocal size
+                f.write(data)
+                digest.update(data)
+                size += len(data)
+
+            write(head.getvalue())
+            yield lambda piece: write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
+        self._files[name] = [size, digest.value().hex()]
+        self._checked.add(name)
+
+    def put(self, name: str, array: NDArray[Any]) -> str:
+        """Write a whole array; its name."""
+        with self.sink(name, array.shape, array.dtype) as append:
+            append(array)
+        return name
+
+    def check(self, name: str) -> None:
+        """DamagedError unless the file is what was written; read once at most."""
+        if name in self._checked:
+            return
+        try:
+            same = file_digest(self.path / name).hex() == self._files[name][1]
+        except (OSError, KeyError):
+            same = False
+        if not same:
+            raise DamagedError("damaged file in the calibration cache: remove the folder", file=str(self.path / name))
+        self._checked.add(name)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The array, mapped read-only, checked when it is first asked for."""
+        self.check(name)
+        try:
+            found: NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise DamagedError(f"damaged file in the calibration cache: {e}", file=str(self.path / name)) from e
+        return found
+
+    def rows(self, name: str, start: int, end: int) -> NDArray[Any]:
+        """A copy of some rows: a mapping that stays open would count as memory in use."""
+        return np.array(self.array(name)[start:end])
+
+    @contextlib.contextmanager
+    def _renamed(self, name: str) -> Iterator[Any]:
+        part = self.path / f"{name}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as f:
+                yield f
+            os.replace(part, self.path / name)
+        except OSError as e:
+            raise OutputError(f"the calibration cache cannot be written: {e}", file=str(part)) from e
+        finally:
+            part.unlink(missing_ok=True)
