@@ -19,12 +19,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from measure_lm import HEAD, Measure
 
+import rac
+from rac.decode.unpack import quantised, weights
 from rac.encode import budget, ties
+from rac.encode import recipe as rcp
 from rac.encode.calibrate import calibrate
+from rac.encode.evaluate import Measure
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
+
+HEAD = (
+    "| model | bits of quantised tensors | bits of the file | perplexity | KL | top-1 |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: |"
+)
 
 
 def dense(gguf: Path, folder: Path) -> None:
@@ -40,6 +48,24 @@ def dense(gguf: Path, folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
+def rates(path: str) -> tuple[float, float]:
+    """Bits per weight of the quantised tensors of an archive, and of the whole file."""
+    with rac.open(path) as f:
+        entries = [e for a in f.archives for e in a.index.entries]
+    total = sum(weights(e) * (1 + len(e.aliases)) for e in entries)
+    return quantised(entries)[1], 8 * os.path.getsize(path) / max(1, total)
+
+
+def row(measure: Measure, path: str | None = None, name: str = "original") -> str:
+    """A row of the table for an archive, or for the original."""
+    if path is None:
+        bits, found = "- | -", measure.figures()
+    else:
+        bits = "{:.4f} | {:.3f}".format(*rates(path))
+        found = measure.figures(measure.load(rac.load_file(path, framework="pt"), path), name)
+    return f"| {name} | {bits} | {found.perplexity:.3f} | {found.kl:.4f} | {found.top1:.2%} |"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +74,7 @@ def main() -> None:
     parser.add_argument("test", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("demo/smollm2-hf"))
     parser.add_argument("--bits", type=float, nargs="+", default=[3.05, 2.56])
-    parser.add_argument("--damp", type=float, nargs="+", default=[budget.DAMP])
+    parser.add_argument("--damp", type=float, nargs="+", default=[rcp.DAMP])
     parser.add_argument("--effort", default="default")
     parser.add_argument("--tokens", type=int, default=40960)
     args = parser.parse_args()
@@ -57,8 +83,8 @@ def main() -> None:
     start = time.perf_counter()
     layers = calibrate(args.folder, args.calibration.read_text(encoding="utf-8"), tokens=args.tokens)
     print(f"calibration of {args.tokens} tokens: {time.perf_counter() - start:.0f} s\n\n{HEAD}", flush=True)
-    measure = Measure(str(args.folder), str(args.test))
-    print(measure.row(), flush=True)
+    measure = Measure(args.folder, args.test.read_text(encoding="utf-8"))
+    print(row(measure), flush=True)
     source = open_source(args.folder)
     groups = ties.find(source.tensors)
     with tempfile.TemporaryDirectory() as temporary:
@@ -66,11 +92,11 @@ def main() -> None:
         for bits in args.bits:
             for damp in args.damp:
                 start = time.perf_counter()
-                recipe = budget.calibrated(groups, layers, (), args.effort, damp)
+                recipe = rcp.calibrated(groups, layers, (), args.effort, damp)
                 recipe = budget.solve(groups, recipe, budget.Request(bits=bits), 2)
                 pack_source(source, path, recipe=recipe, jobs=2, force=True)
                 seconds = time.perf_counter() - start
-                print(measure.row(path, f"{bits} bits, damping {damp}, packed in {seconds:.0f} s"), flush=True)
+                print(row(measure, path, f"{bits} bits, damping {damp}, packed in {seconds:.0f} s"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""Packed or quantised files of a model against their original, one row for each."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container.wire import MAGIC
+from rac.decode.archive import RacFile
+from rac.decode.frameworks import to_framework
+from rac.decode.tensor import extra_of
+from rac.decode.unpack import quantised
+from rac.encode.calibrate import Note
+from rac.encode.evaluate import Measure, decibels, translated
+from rac.encode.recipe import KEEP, SMALLEST
+from rac.encode.sources import Extent, SourceTensor, open_source
+from rac.errors import FormatError, MismatchError, MissingDependencyError
+from rac.quantize import trellis as tr
+from rac.registry import RECORD_TENSOR
+
+_NOT_LINEAR = (*KEEP, "*token_embd*", "output.weight")
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One file of a comparison. Ratios are in dB; None is no error at all, or, of the last four, not measured."""
+
+    file: str
+    size: int
+    """Bytes on disk: all shards, and the files that travel along."""
+    bits: float
+    """These * 8 / all weights."""
+    quantised_bits: float | None
+    """Bytes of the quantised matrices * 8 / their weights; None where there are none."""
+    snr: float | None
+    """Energy of the matrices of the original to that of their error, over all."""
+    weighted_snr: float | None = None
+    """The same of the outputs of the linear layers: sum tr(W S W') / sum tr(E S E'), S second moments on the text."""
+    kl: float | None = None
+    """KL(original || file) per token, nats, mean over all positions."""
+    top1: float | None = None
+    """Share of positions where both predict the same token."""
+    perplexity: float | None = None
+    """Over all positions but the last of each window."""
+
+
+@dataclass(slots=True)
+class _File:
+    """The content of a file: its floating-point tensors under all their names, read when called."""
+
+    row: Row
+    kind: str
+    floats: dict[str, Callable[[], Floats]]
+    matrices: list[str]
+
+
+def compare(
+    original: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], text: str | None = None, *,
+    tokens: int = 8192, context: int = 1024, snr: bool = False, note: Note | None = None,
+) -> Iterator[Row]:  # fmt: skip
+    """Rows for the original and for each file, as they are found.
+
+    Args:
+        original: Whatever can be packed; with `text` the Hugging Face folder of a causal language model.
+        files: .rac and .gguf files, .safetensors files, Hugging Face folders.
+        text: Measure predictions on this text.
+        tokens: On so many of its tokens at most.
+        context: Tokens of one window; what is left behind the last whole window is not measured.
+        snr: Measure the weighted SNR too, which takes one more pass of the original.
+        note: Called with a model's name, windows done, and all of them.
+
+    Raises:
+        MismatchError: A file lacks a tensor of the original, or has it in another shape.
+        SourceError: A file is missing or no model, the tokenizer is missing, or the text is too short.
+        FormatError: An archive is damaged.
+        MissingDependencyError: torch, transformers, accelerate or gguf are needed and not installed.
+    """
+    names = [os.fspath(f) for f in files]
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(_opened(os.fspath(original)))
+        measure = None
+        if text is not None:
+            measure = Measure(original, text, tokens, context, note)
+            if snr:
+                measure.moments()
+        yield _row(ours.row, measure, None)
+        for name in names:
+            with _opened(name) as theirs:
+                if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
+                    theirs.floats = translated(name)
+                row = replace(theirs.row, snr=_snr(ours, theirs))
+                yield _row(row, measure, theirs.floats if measure else None)
+
+
+def _row(row: Row, measure: Measure | None, floats: Mapping[str, Callable[[], Floats]] | None) -> Row:
+    """The row with what `measure` finds for the tensors, or for the original."""
+    if measure is None:
+        return row
+    model = None
+    if floats is not None:
+        model = measure.load({name: read() for name, read in floats.items()}, row.file)
+    found = measure.figures(model, row.file)
+    weighted = measure.weighted_snr(model) if model is not None else None
+    return replace(row, weighted_snr=weighted, kl=found.kl, top1=found.top1, perplexity=found.perplexity)
+
+
+def _snr(ours: _File, theirs: _File) -> float | None:
+    """Signal to noise over all matrices of the original, in dB; None where there is no error."""
+    energy = error = 0.0
+    for name in ours.matrices:
+        if name not in theirs.floats:
+            raise MismatchError(f"holds no tensor {name!r} of numbers, which the original has", file=theirs.row.file)
+        a, b = ours.floats[name](), theirs.floats[name]()
+        if a.shape != b.shape:
+            what = f"tensor {name!r} is {list(b.shape)}, the original has {list(a.shape)}"
+            raise MismatchError(what, file=theirs.row.file)
+        energy += float(np.square(a, dtype=np.float64).sum())
+        error += float(np.square(a - b, dtype=np.float64).sum())
+    return decibels(energy, error)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[_File]:
+    """The content of a .rac file (all shards of it), or of anything that can be packed."""
+    magic = b""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as f:  # reported below
+            magic = f.read(len(MAGIC))
+    if magic == MAGIC:
+        with RacFile(path) as archive:
+            yield _of_archive(archive, path)
+    else:
+        yield _of_source(path)
+
+
+def _of_archive(f: RacFile, path: str) -> _File:
+    found = _Content("rac")
+    for archive in f.archives:
+        for e in archive.index.entries:
+            if e.type != RECORD_TENSOR:
+                continue
+            extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
+            for name in (e.name, *(a for a, _ in e.aliases)):
+                size = e.size if name == e.name else 0
+                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(f.get_tensor, name))
+    out = found.file(path, sum(archive.access.size for archive in f.archives))
+    count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
+    return replace(out, row=replace(out.row, quantised_bits=bits)) if count else out
+
+
+def _of_source(path: str) -> _File:
+    source = open_source(path)
+    found = _Content(source.kind)
+    for t in source.tensors:
+        found.add(t.name, t.dtype, t.shape, t.extra or {}, t.nbytes, partial(_dense, t))
+    parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
+    paths = {part.path for part in parts if isinstance(part, Extent)}
+    return found.file(path, sum(map(os.path.getsize, paths)))
+
+
+def _dense(t: SourceTensor) -> NDArray[Any]:
+    return to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")  # type: ignore[no-any-return]
+
+
+class _Content:
+    """Collects the tensors of a file."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._floats: dict[str, Callable[[], Floats]] = {}
+        self._matrices: list[str] = []
+        self._weights = self._bytes = self._of = 0
+
+    def add(
+        self, name: str, dtype: str, shape: tuple[int, ...], extra: Mapping[str, Any], size: int,
+        read: Callable[[], NDArray[Any]],
+    ) -> None:  # fmt: skip
+        """A tensor of `size` stored bytes, 0 for an alias; `extra` says what GGUF blocks the bytes of U8 are."""
+        blocks = extra.get("gguf") if dtype == "U8" else None
+        if isinstance(blocks, dict):
+            shape = tuple(int(n) for n in blocks.get("shape", shape))
+            self._floats[name] = partial(_blocks, read, str(blocks.get("type")), shape)
+        elif dtype in tr.DTYPES or dtype == "F64":
+            self._floats[name] = partial(_numbers, read)
+        linear = len(shape) >= 2 and math.prod(shape) >= SMALLEST and not any(fnmatchcase(name, p) for p in _NOT_LINEAR)
+        if linear and name in self._floats:
+            self._matrices.append(name)
+        self._weights += math.prod(shape)
+        if size and blocks and linear:
+            self._bytes, self._of = self._bytes + size, self._of + math.prod(shape)
+
+    def file(self, path: str, size: int) -> _File:
+        """All of it, in a file of `size` bytes."""
+        row = Row(path, size, 8 * size / max(1, self._weights), 8 * self._bytes / self._of if self._of else None, None)
+        return _File(row, self._kind, self._floats, self._matrices)
+
+
+def _numbers(read: Callable[[], NDArray[Any]]) -> Floats:
+    return read().astype(np.float32)
+
+
+def _blocks(read: Callable[[], NDArray[Any]], kind: str, shape: tuple[int, ...]) -> Floats:
+    """Numbers of GGUF blocks."""
+    try:
+        import gguf
+    except ImportError as e:
+        raise MissingDependencyError("GGUF tensors need `pip install rac-codec[gguf]`") from e
+    try:
+        out: Floats = gguf.quants.dequantize(read(), gguf.GGMLQuantizationType[kind]).reshape(shape)
+    except (KeyError, ValueError, NotImplementedError) as e:
+        raise FormatError(f"GGUF blocks of type {kind!r} cannot be read: {e}") from e
+    return out

@@ -1,0 +1,173 @@
+"""What `rac compare` measures, on a small random Llama with a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from rac.encode.compare import compare
+from rac.encode.evaluate import Measure
+from rac.encode.pack import pack
+from rac.errors import MismatchError, SourceError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+st = pytest.importorskip("safetensors.torch")
+
+HEADS, WIDTH, INNER = 2, 128, 192
+TEXT = "".join(chr(97 + i * i % 26) + " " * (i % 5 == 0) for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder."""
+    root = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(root)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def state(folder):
+    """Its tensors."""
+    return st.load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def packed(folder, tmp_path_factory):
+    """Archives of the model: lossless, at 5 bits and at 2."""
+    root = tmp_path_factory.mktemp("packed")
+    pack(folder, root / "lossless.rac")
+    for bits in (5, 2):
+        pack(folder, root / f"{bits}.rac", bits=bits, effort="fast")
+    return [root / "lossless.rac", root / "5.rac", root / "2.rac"]
+
+
+def test_rows_of_archives(folder, state, packed):
+    own, lossless, five, two = compare(folder, packed, TEXT, tokens=300, context=64, snr=True)
+    assert (own.kl, own.top1, own.snr, own.quantised_bits) == (0, 1, None, None)
+    assert (lossless.kl, lossless.top1, lossless.perplexity) == (0, 1, own.perplexity)
+    assert lossless.snr is None and lossless.weighted_snr is None and lossless.size == packed[0].stat().st_size
+    assert lossless.bits == 8 * lossless.size / sum(t.numel() for t in state.values())
+    assert 0 < five.kl < two.kl and five.top1 >= two.top1
+    assert five.snr > two.snr + 10 and five.weighted_snr > two.weighted_snr + 10
+    assert 4.9 < five.quantised_bits <= 5 and 1.9 < two.quantised_bits <= 2
+    assert own.size > five.size > two.size
+
+
+def test_figures_are_those_of_the_definition(folder, state):
+    changed = {n: t + 0.03 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in state.items()}
+    measure = Measure(folder, TEXT, tokens=192, context=96)
+    found = measure.figures(measure.load(changed, "changed"), "changed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor(transformers.AutoTokenizer.from_pretrained(folder)(TEXT).input_ids[:192]).reshape(2, 96)
+    with torch.no_grad():
+        p = torch.log_softmax(model(ids).logits, -1)
+        model.load_state_dict(changed, strict=False)
+        q = torch.log_softmax(model(ids).logits, -1)
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.01)
+    assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()), abs=0.011)
+    loss = -q[:, :-1].gather(2, ids[:, 1:, None]).mean()
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=0.01)
+
+
+def test_nothing_held_gives_the_same(folder, packed, monkeypatch):
+    held = list(compare(folder, packed[2:], TEXT, tokens=128, context=64))
+    monkeypatch.setattr("rac.encode.evaluate.HOLD", 0)
+    assert list(compare(folder, packed[2:], TEXT, tokens=128, context=64)) == held
+
+
+def test_weighted_snr_is_that_of_the_outputs(folder, packed):
+    """The second moments give what the outputs of one layer give."""
+    name = "model.layers.0.mlp.down_proj"
+    measure = Measure(folder, TEXT, tokens=128, context=128)
+    measure.moments()
+    state = st.load_file(folder / "model.safetensors")
+    state[name + ".weight"] = state[name + ".weight"] * 1.01  # energy / error of this layer: 40 dB
+    one = measure.weighted_snr(measure.load(state, "one"))
+    every = {n: t * 1.01 if "proj" in n else t for n, t in state.items()}
+    assert measure.weighted_snr(measure.load({**every, name + ".weight": state[name + ".weight"]}, "all")) == (
+        pytest.approx(40, abs=0.01)
+    )
+    assert one > 40
+
+
+def test_safetensors_and_folders_compare_too(folder, state, tmp_path):
+    st.save_file({n: t.to(torch.bfloat16) for n, t in state.items()}, tmp_path / "bf16.safetensors")
+    _, same, half = compare(folder, [folder, tmp_path / "bf16.safetensors"])
+    assert same.snr is None and half.snr > 45 and half.kl is None
+    assert half.size < same.size
+
+
+def test_gguf_under_its_own_names(folder, state, tmp_path):
+    """Queries and keys are permuted in a GGUF file; Q8_0 is near the original only if that is undone."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    w = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    w.add_context_length(128), w.add_embedding_length(WIDTH), w.add_block_count(1), w.add_feed_forward_length(INNER)
+    w.add_head_count(HEADS), w.add_head_count_kv(HEADS), w.add_layer_norm_rms_eps(1e-6), w.add_vocab_size(256)
+    w.add_rope_dimension_count(WIDTH // HEADS), w.add_rope_freq_base(10000.0)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+        "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm", "model.layers.0.": "blk.0.",
+    }  # fmt: skip
+    for name, t in state.items():
+        a = t.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            a = a.reshape(HEADS, 2, WIDTH // HEADS // 2, WIDTH).swapaxes(1, 2).reshape(a.shape)
+        for old, new in names.items():
+            name = name.replace(old, new)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        if a.ndim == 2 and "token_embd" not in name:
+            w.add_tensor(name, gguf.quants.quantize(a, kind), raw_dtype=kind)
+        else:
+            w.add_tensor(name, np.ascontiguousarray(a))
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    _, row = compare(folder, [tmp_path / "m.gguf"], TEXT, tokens=128, context=64)
+    assert row.quantised_bits == 8.5 and row.snr > 40 and row.kl < 0.01
+    pack(tmp_path / "m.gguf", tmp_path / "m.rac")
+    own, again = compare(tmp_path / "m.gguf", [tmp_path / "m.rac"])
+    assert again.snr is None and own.quantised_bits == 8.5 and again.quantised_bits < 9
+
+
+def test_other_models_are_refused_by_a_tensor(folder, state, tmp_path):
+    def refused(tensors, match, text=None):
+        st.save_file(tensors, tmp_path / "m.safetensors")
+        with pytest.raises(MismatchError, match=match):
+            list(compare(folder, [tmp_path / "m.safetensors"], text, tokens=64, context=64))
+
+    first, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+    refused({n: t for n, t in state.items() if n != first}, f"no tensor '{first}'")
+    refused({**state, first: torch.ones(INNER, WIDTH + 16)}, rf"'{first}' is \[192, 144\], the original has")
+    refused({n: t for n, t in state.items() if n != norm}, f"no tensor '{norm}'", TEXT)
+    refused({**state, norm: torch.ones(WIDTH + 1)}, rf"'{norm}' is \[129\], the original has \[128\]", TEXT)
+    refused(
+        {**state, "model.layers.7.mlp.up_proj.weight": state[first] + 1}, r"'model.layers.7.mlp.up_proj.weight'", TEXT
+    )
+
+
+def test_texts_and_folders_that_cannot_be_used(folder, tmp_path):
+    with pytest.raises(SourceError, match="the text has 5 tokens, 8192 are asked for, one window needs 64"):
+        next(compare(folder, [], "short", context=64))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(SourceError, match="no tokenizer"):
+        next(compare(tmp_path, [], TEXT, context=64))
+    with pytest.raises(SourceError, match="needs the Hugging Face folder"):
+        next(compare(folder / "model.safetensors", [], TEXT))
+    with pytest.raises(ValueError, match="window"):
+        next(compare(folder, [], TEXT, tokens=10, context=64))
