@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from golden import bad_container, bad_heads, bad_stages, bad_trellis, good_trellis
+from golden import bad_container, bad_heads, bad_products, bad_stages, bad_trellis, good_products, good_trellis
 from golden.cases import BAD, UNSUPPORTED
 from golden.good import GOOD
 from golden.model import ATTACHMENT, TENSOR, Archive
 
 FOLDER = Path(__file__).parent.parent / "format_spec" / "golden"
-MODULES = (bad_container, bad_heads, bad_stages, bad_trellis, good_trellis)  # for their entries in BAD and GOOD
+MODULES = (bad_container, bad_heads, bad_products, bad_stages, bad_trellis, good_products, good_trellis)
+"""Imported for their entries in BAD and GOOD."""
 
 
 def describe(archive: Archive) -> dict[str, Any]:

@@ -15,6 +15,7 @@ class Limits:
     index: int = 256 << 20
     tile: int = 16 << 20
     attachment: int = 1 << 30
+    objects: int = 1 << 30
     free_alloc: int = 64 << 20
     expansion: int = 65536
     rank: int = 64
@@ -56,7 +57,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record as the index states it. `dtype` to `aliases` are for tensors only."""
+    """One record as the index states it. `dtype` to `parts` are for tensors and objects, `aliases` for tensors."""
 
     type: int
     name: str

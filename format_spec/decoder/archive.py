@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from .container import (
     ATTACHMENT,
     INDEX,
+    OBJECT,
     TENSOR,
     Header,
     Index,
@@ -21,9 +24,9 @@ from .container import (
     read_record,
     row_names,
 )
-from .errors import ChecksumError, FormatError, Limits, TruncatedError, only_rac_errors
+from .errors import ChecksumError, FormatError, LimitError, Limits, TruncatedError, only_rac_errors
 from .structure import Map, Value, as_count, as_counts, as_text, encode
-from .tensors import attachment_head, read_attachment, read_tensor, tensor_head
+from .tensors import Objects, attachment_head, read_attachment, read_tensor, tensor_head
 
 Tensor = tuple[str, tuple[int, ...], bytes]  # dtype, shape, dense bytes
 
@@ -40,16 +43,30 @@ def content_digest(entries: dict[str, tuple[str, tuple[int, ...], bytes]]) -> by
 # One record of type 1 or 2: its content and its row in the index.
 
 
-def tensor_record(source: Input, record: Record, limits: Limits) -> tuple[bytes, bytes, Map]:
-    """Dense bytes, digest, and the row that the index must have."""
-    head = tensor_head(record.head, record.payload, limits)
-    dense, parts = read_tensor(source, head)
+def tensor_record(source: Input, record: Record, limits: Limits, objects: Objects) -> tuple[bytes, bytes, Map]:
+    """Dense bytes, digest, and the row that the index must have. `objects` are those in front of the record."""
+    head = tensor_head(record.head, record.payload, limits, objects)
+    dense, parts = read_tensor(source, head, objects)
     source.zeros(-record.payload % 64)
     row: Map = {
         **record.row(), "name": head.name, "method": head.method, "dtype": head.dtype,
         "shape": [*head.shape], "aliases": [[name, tied] for name, tied in head.aliases], "parts": [*parts],
     }  # fmt: skip
     return dense, head.digest, row
+
+
+def object_record(source: Input, record: Record, limits: Limits, held: int) -> tuple[NDArray[np.float32], Map]:
+    """The matrix and its row; `held` are the bytes of the objects in front of it."""
+    head = tensor_head(record.head, record.payload, limits, None)
+    if held + 4 * head.rows * head.cols > limits.objects:
+        raise LimitError("RAC-OBJ-005: objects")
+    dense, parts = read_tensor(source, head, {})
+    source.zeros(-record.payload % 64)
+    row: Map = {
+        **record.row(), "name": head.name, "method": head.method, "dtype": head.dtype, "shape": [*head.shape],
+        "parts": [*parts],
+    }  # fmt: skip
+    return np.frombuffer(dense, "<f4").reshape(head.rows, head.cols), row
 
 
 def attachment_record(source: Input, record: Record, limits: Limits) -> tuple[bytes, Map]:
@@ -89,11 +106,12 @@ def _decode(stream: Input, limits: Limits) -> Archive:
     tensors: dict[str, Tensor] = {}
     attachments: dict[str, bytes] = {}
     digests: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
+    objects: dict[str, NDArray[np.float32]] = {}
     summary: list[Map] = []
     while (record := read_record(stream, limits)).type != INDEX:  # steps 2 and 3
         row = record.row()
         if record.type == TENSOR:  # step 4
-            dense, digest, row = tensor_record(stream, record, limits)
+            dense, digest, row = tensor_record(stream, record, limits, objects)
             dtype, shape = as_text(row["dtype"], ""), tuple(as_counts(row["shape"], ""))
             for name in row_names(row):
                 if name in tensors:
@@ -105,6 +123,11 @@ def _decode(stream: Input, limits: Limits) -> Archive:
             if row_names(row)[0] in attachments:
                 raise FormatError(f"RAC-IDX-010: attachment {row['name']!r} is there twice")
             attachments[row_names(row)[0]] = content
+        elif record.type == OBJECT:
+            matrix, row = object_record(stream, record, limits, sum(o.nbytes for o in objects.values()))
+            if row_names(row)[0] in objects:
+                raise FormatError(f"RAC-OBJ-004: object {row['name']!r} is there twice")
+            objects[row_names(row)[0]] = matrix
         else:  # RAC-REC-010
             stream.skip(record.payload)
             stream.zeros(-record.payload % 64)
@@ -177,9 +200,25 @@ class RandomAccess:
     def tensor(self, name: str) -> Tensor:
         with only_rac_errors():
             row, record = self._find(TENSOR, name)
-            dense, _, expected = tensor_record(self.source, record, self.limits)
+            payload = self.source.at
+            objects = {n: self._object(n) for n in dict.fromkeys(self._used(record))}
+            self.source.seek(payload)
+            dense, _, expected = tensor_record(self.source, record, self.limits, objects)
             compare_row(row, expected)
             return as_text(row["dtype"], ""), tuple(as_counts(row["shape"], "")), dense
+
+    def _used(self, record: Record) -> list[str]:
+        """Names of objects that are there and in front of the record; tensor_head says which are missing."""
+        uses = record.head.get("uses", [])
+        there = [row for row in self.index.rows if row["type"] == OBJECT and as_count(row["at"], "") < record.at]
+        names = {as_text(row["name"], "") for row in there}
+        return [n for n in uses if isinstance(n, str) and n in names] if isinstance(uses, list) else []
+
+    def _object(self, name: str) -> NDArray[np.float32]:
+        row, record = self._find(OBJECT, name)
+        matrix, expected = object_record(self.source, record, self.limits, 0)
+        compare_row(row, expected)
+        return matrix
 
     def attachment(self, name: str) -> bytes:
         with only_rac_errors():

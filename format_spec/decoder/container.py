@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from math import prod
 from os import PathLike
 from typing import BinaryIO
 
@@ -38,7 +39,7 @@ from .tensors import (
 MAGIC = b"\x89RAC\r\n\x1a\n"
 RECORD_MAGIC = b"RREC"
 END_MAGIC = b"\x89END\r\n\x1a\n"
-TENSOR, ATTACHMENT, INDEX = 1, 2, 4
+TENSOR, ATTACHMENT, OBJECT, INDEX = 1, 2, 3, 4
 PIECE = 1 << 20
 
 Source = bytes | bytearray | memoryview | str | PathLike[str]
@@ -202,7 +203,7 @@ def check_type(kind: int, flags: int) -> None:
     if flags & ~1:
         raise UnsupportedError("RAC-REC-003: flags of a record")
     ancillary = bool(flags & 1)
-    if kind in (TENSOR, ATTACHMENT, INDEX):
+    if kind in (TENSOR, ATTACHMENT, OBJECT, INDEX):
         if ancillary:
             raise FormatError("RAC-REC-009: ancillary flag")
     elif not ancillary:
@@ -213,7 +214,8 @@ def check_type(kind: int, flags: int) -> None:
 
 ROW_ALL = {"type", "flags", "at", "head", "payload", "check"}
 ROW_NAMED = ROW_ALL | {"name", "method"}
-ROW_TENSOR = ROW_NAMED | {"dtype", "shape", "aliases", "parts"}
+ROW_OBJECT = ROW_NAMED | {"dtype", "shape", "parts"}
+ROW_TENSOR = ROW_OBJECT | {"aliases"}
 
 
 @dataclass(frozen=True)
@@ -240,14 +242,20 @@ def read_index(source: Input, record: Record, header: Header, limits: Limits) ->
     digest = as_binary(table["digest"], "RAC-IDX-004", 16)
     rows = [as_map(row, "RAC-IDX-004") for row in as_array(table["records"], "RAC-IDX-004")]
     at = header.end
-    names: list[set[str]] = [set(), set()]  # tensors, attachments
+    names: dict[int, set[str]] = {TENSOR: set(), ATTACHMENT: set(), OBJECT: set()}
+    objects = 0
     for row in rows:
         check_row(row, limits)
         if row["at"] != at:
             raise FormatError("RAC-IDX-009: records do not follow each other")
         at += record_size(as_count(row["head"], "RAC-IDX-005"), as_count(row["payload"], "RAC-IDX-005"))
-        if row["type"] in (TENSOR, ATTACHMENT):
-            seen = names[0 if row["type"] == TENSOR else 1]
+        kind = as_count(row["type"], "RAC-IDX-005")
+        if kind == OBJECT:
+            objects += 4 * prod(as_counts(row["shape"], "RAC-IDX-005"))
+            if objects > limits.objects:
+                raise LimitError("RAC-OBJ-005: objects")
+        if kind in names:
+            seen = names[kind]
             for name in row_names(row):
                 if name in seen:
                     raise FormatError(f"RAC-IDX-010: name {name!r} is there twice")
@@ -268,21 +276,21 @@ def check_row(row: Map, limits: Limits) -> None:
     if kind == INDEX:
         raise FormatError("RAC-IDX-006: row of type 4")
     check_type(kind, flags)
-    if row.keys() != {TENSOR: ROW_TENSOR, ATTACHMENT: ROW_NAMED}.get(kind, ROW_ALL):
+    if row.keys() != {TENSOR: ROW_TENSOR, ATTACHMENT: ROW_NAMED, OBJECT: ROW_OBJECT}.get(kind, ROW_ALL):
         raise FormatError("RAC-IDX-005: keys of a row")
-    if kind in (TENSOR, ATTACHMENT):
+    if kind in (TENSOR, ATTACHMENT, OBJECT):
         as_text(row["name"], "RAC-IDX-005")
         as_text(row["method"], "RAC-IDX-005")
-    if kind == TENSOR:
+    if kind in (TENSOR, OBJECT):
         as_text(row["dtype"], "RAC-IDX-005")
         check_shape(as_counts(row["shape"], "RAC-IDX-005"), limits)  # RAC-IDX-008
-        as_aliases(row["aliases"], "RAC-IDX-005")
+        as_aliases(row.get("aliases", []), "RAC-IDX-005")
         if sum(as_counts(row["parts"], "RAC-IDX-005", 6)) != row["payload"]:
             raise FormatError("RAC-IDX-007: parts")
 
 
 def row_names(row: Map) -> list[str]:
-    """All names of a tensor or attachment."""
+    """All names of a tensor, attachment or object."""
     aliases = as_aliases(row.get("aliases", []), "RAC-IDX-005")
     return [as_text(row["name"], "RAC-IDX-005"), *(name for name, _ in aliases)]
 

@@ -38,6 +38,7 @@ class Limits:
     index: int = 256 << 20
     tile: int = 16 << 20
     attachment: int = 1 << 30
+    objects: int = 1 << 30
     free_alloc: int = 64 << 20
     expansion: int = 65536
     rank: int = 64

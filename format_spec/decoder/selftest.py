@@ -6,7 +6,7 @@ import random
 import numpy as np
 import xxhash
 
-from . import lanes, trellis
+from . import lanes, products, trellis
 from .archive import RandomAccess, decode
 from .errors import ChecksumError
 from .structure import Map
@@ -67,6 +67,8 @@ def self_test() -> None:
     example_tile()
     # stages/trellis.md section 8
     example_trellis()
+    # stages/lowrank.md and stages/basis.md section 6
+    example_products()
     # constriction against plain integers
     generator = random.Random(1)
     for _ in range(50):
@@ -151,6 +153,22 @@ def example_trellis() -> None:
     words = np.array([[10, 10], [11, 10], [9, 10], [10, 10]], np.uint8)
     tile = trellis.decode_tile(words, p, unit, slice(0, 4), slice(0, 2))
     assert tile.astype("<u2").tobytes().hex() == "a03e0000983f0000c03f0000803f0000"
+
+
+def example_products() -> None:
+    """stages/lowrank.md and stages/basis.md, section 6."""
+    stage: Map = {"id": "trellis/1", "states": 1, "zero": 10, "low": 0, "scale": 0x3F800000, "sizes": [0, 0, 0, 0]}
+    p = trellis.parameters(stage, "F32")
+    unit = trellis.trellis_unit(b"", p, 2, 2)
+    for words, objects, dtype, expected in (
+        ("0b0a090c", [[2**-24, 2**-24, 0.5, -3], [1, 0.25, 1, 1.5]], "F32", "0000803f0000e033000060c0000018c0"),
+        ("0b080d0a", [[0.75, 0.5, 0.5, 2**-11]], "BF16", "80be003f1040c03f"),
+    ):
+        tile = np.frombuffer(bytes.fromhex(words), np.uint8).reshape(2, 2)
+        v = trellis.decode_tile(tile, p, unit, slice(0, 2), slice(0, 2)).view(np.float32)
+        matrices = [np.array(o, np.float32).reshape(2, 2) for o in objects]
+        name = "lowrank/1" if len(objects) == 2 else "basis/1"
+        assert products.decode({"id": name}, v, matrices, dtype).tobytes().hex() == expected
 
 
 def random_lane(generator: random.Random) -> None:

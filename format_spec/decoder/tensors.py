@@ -1,7 +1,7 @@
 """Tensor and attachment records, container.md sections 7, 9 and 10."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -9,11 +9,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from . import lanes, trellis
+from . import lanes, products, trellis
 from .errors import MAX_PRODUCT, ChecksumError, FormatError, LimitError, Limits, UnsupportedError
 from .frames import decompress
 from .structure import (
     Map,
+    Value,
     as_aliases,
     as_array,
     as_binary,
@@ -33,6 +34,8 @@ DTYPES = {
     "U64": (64, 8), "U32": (32, 4), "U16": (16, 2), "U8": (8, 1), "BOOL": (8, 1),
 }  # fmt: skip
 STAGES = ("raw/1", "zstd/1", "lanes/1")  # first of the stages; the second, if any, is trellis/1
+USES = {"lowrank/1": 2, "basis/1": 1}  # third of the stages, if any -> number of objects
+Objects = Mapping[str, NDArray[np.float32]]  # those in front of a record
 
 
 class Reader(Protocol):
@@ -85,6 +88,8 @@ class TensorHead:
     method: str
     parameters: lanes.Parameters | None
     trellis: trellis.Parameters | None
+    third: Map | None
+    uses: list[str]
     units: list[Unit]
     digest: bytes
     aliases: list[tuple[str, bool]]
@@ -108,13 +113,14 @@ def check_shape(shape: list[int], limits: Limits) -> None:
         raise FormatError("RAC-TEN-007: product of the shape")
 
 
-def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
-    """Check the head of a tensor record."""
+def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None) -> TensorHead:
+    """Check the head of a tensor record, given the objects in front of it; of an object record with None."""
     required = {"name", "dtype", "shape", "axis", "tile", "stages", "units", "digest"}
-    check_keys(head, required, {"aliases", "extra", "needs", "uses"}, ("RAC-TEN-001", "RAC-TEN-002"))
-    for key in ("needs", "uses"):
-        if head.get(key, []) != []:
-            raise UnsupportedError(f"RAC-TEN-003: {key}")
+    optional = {"aliases", "extra", "needs", "uses"} if objects is not None else set()
+    check_keys(head, required, optional, ("RAC-TEN-001", "RAC-TEN-002, RAC-OBJ-001"))
+    if head.get("needs", []) != []:
+        raise UnsupportedError("RAC-TEN-003: needs")
+    uses = [as_text(item, "RAC-TEN-004") for item in as_array(head.get("uses", []), "RAC-TEN-004")]
     name = as_text(head["name"], "RAC-TEN-004")
     dtype = as_text(head["dtype"], "RAC-TEN-004")
     shape = as_counts(head["shape"], "RAC-TEN-004")
@@ -132,8 +138,13 @@ def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
     if not stages:
         raise FormatError("RAC-TEN-008: no stage")
     first, *more = [stage.get("id") for stage in stages]
-    if not isinstance(first, str) or first not in STAGES or more not in ([], ["trellis/1"]):
-        raise UnsupportedError("RAC-TEN-009: stages")
+    chains: list[list[Value]] = [[], ["trellis/1"]]
+    if objects is not None:
+        chains += [["trellis/1", third] for third in USES]
+    if not isinstance(first, str) or first not in STAGES or more not in chains:
+        raise UnsupportedError("RAC-TEN-009, RAC-OBJ-003: stages")
+    if objects is None and (dtype != "F32" or len(shape) != 2 or 0 in shape or axis != 1):
+        raise FormatError("RAC-OBJ-002: not a matrix of F32")
     if not 0 <= axis <= len(shape):
         raise FormatError("RAC-TEN-011: axis")
     if dtype == "F4" and (not shape or shape[-1] % 2 or axis >= len(shape)):
@@ -145,6 +156,15 @@ def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
     if tile_rows * tile_cols * word > limits.tile:
         raise LimitError("RAC-TEN-013: tile")
     second = trellis.parameters(stages[1], dtype) if more else None
+    third = stages[2] if len(more) > 1 else None
+    if len(uses) != (USES[as_text(third["id"], "")] if third else 0):
+        raise FormatError("RAC-TEN-017: number of names in uses")
+    if third and objects is not None:
+        for name_of_object in uses:
+            if name_of_object not in objects:
+                raise FormatError(f"RAC-TEN-018: no object {name_of_object!r} in front of the tensor")
+        products.check(third, [objects[n].shape for n in uses], rows, cols)
+        second = replace(second, dtype="F32") if second else None  # trellis.md section 1
     coded_word = 1 if second else word
     parameters = None
     if first == "lanes/1":
@@ -168,11 +188,11 @@ def tensor_head(head: Map, payload: int, limits: Limits) -> TensorHead:
         raise FormatError("RAC-TEN-016, RAC-LAN-010, RAC-TCQ-007: size of the shared or the trellis unit")
     return TensorHead(
         name, dtype, tuple(shape), rows, cols, word, coded_word, tile_rows, tile_cols, first,
-        "trellis/1" if second else first, parameters, second, units, digest, aliases,
+        as_text((third or stages[-1])["id"], ""), parameters, second, third, uses, units, digest, aliases,
     )  # fmt: skip
 
 
-def read_tensor(reader: Reader, tensor: TensorHead) -> tuple[bytes, list[int]]:
+def read_tensor(reader: Reader, tensor: TensorHead, objects: Objects) -> tuple[bytes, list[int]]:
     """Decode a payload; return the dense bytes and `parts` (section 11)."""
     parts = [0] * 6
     p, shared = tensor.parameters, None
@@ -188,7 +208,8 @@ def read_tensor(reader: Reader, tensor: TensorHead) -> tuple[bytes, list[int]]:
         parts[5] += -q.unit_size % 16
     dense = b""
     if tensor.rows * tensor.cols:
-        matrix: NDArray[np.unsignedinteger] = np.zeros((tensor.rows, tensor.cols), f"<u{tensor.word}")
+        stored = 4 if tensor.third else tensor.word
+        matrix: NDArray[np.unsignedinteger] = np.zeros((tensor.rows, tensor.cols), f"<u{stored}")
         word = tensor.coded_word
         tile: NDArray[np.unsignedinteger]
         for (ys, xs), unit in zip(tensor.tiles(), units, strict=True):
@@ -210,6 +231,9 @@ def read_tensor(reader: Reader, tensor: TensorHead) -> tuple[bytes, list[int]]:
             if q and scales:
                 tile = trellis.decode_tile(tile, q, scales, ys, xs)
             matrix[ys, xs] = tile
+        if tensor.third:
+            used = [objects[name] for name in tensor.uses]
+            matrix = products.decode(tensor.third, matrix.view(np.float32), used, tensor.dtype)
         dense = matrix.tobytes()
     if xxhash.xxh3_128_digest(dense) != tensor.digest:
         raise ChecksumError("RAC-DIG-002: digest of a tensor")

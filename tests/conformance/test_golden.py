@@ -1,5 +1,6 @@
 """The golden files through every reader, and the clauses of the specification against the golden files."""
 
+import io
 import os
 import re
 import shutil
@@ -165,13 +166,14 @@ def test_name_in_two_shards(tmp_path: Path) -> None:
         rac.verify(path)
 
 
-@pytest.mark.parametrize("limit", ["header", "head", "index", "tile", "attachment", "rank"])
+@pytest.mark.parametrize("limit", ["header", "head", "index", "tile", "attachment", "objects", "rank"])
 def test_limits(limit: str) -> None:
     """Each limit can be lowered, and an excess is a LimitError of both programs."""
     from rac.container.access import BytesAccess
     from rac.records import Limits
 
-    data = (readers.GOLDEN / "good" / "base.rac").read_bytes()
+    name = "products-base" if limit == "objects" else "base"
+    data = (readers.GOLDEN / "good" / f"{name}.rac").read_bytes()
 
     def read(value: int) -> None:
         with rac.RacFile(BytesAccess(data), limits=Limits(**{limit: value})) as f:
@@ -182,5 +184,7 @@ def test_limits(limit: str) -> None:
     read(1 << 16)
     with pytest.raises(rac.LimitError):
         read(1)
+    with pytest.raises(rac.LimitError):
+        list(rac.iter_tensors(io.BytesIO(data), limits=Limits(**{limit: 1})))
     with pytest.raises(readers.decoder.LimitError):
         readers.decoder.decode(data, readers.decoder.Limits(**{limit: 1}))

@@ -20,22 +20,24 @@ from rac.container.forward import Forward
 GOLDEN = readers.GOLDEN
 DATA = (GOLDEN / "good" / "base.rac").read_bytes()
 ENTRY = readers.manifest()["good"]["base.rac"]
+OBJECTS = (GOLDEN / "good" / "products-base.rac").read_bytes()
+WITH_OBJECTS = readers.manifest()["good"]["products-base.rac"]
 PARTS = 8
 
 
-def refused(reader: str, data: bytes) -> bool:
+def refused(reader: str, data: bytes, entry: dict = ENTRY) -> bool:
     """True where the reader reports an error of its own; otherwise it must have found what was packed."""
     got, content = readers.outcome(reader, data)
     if got:
         return True
     assert not isinstance(content, str)
-    assert reader == "rac_verify" or readers.differences(content, ENTRY) == []
+    assert reader == "rac_verify" or readers.differences(content, entry) == []
     return False
 
 
-def flipped(bit: int) -> bytes:
+def flipped(bit: int, data: bytes = DATA) -> bytes:
     """The archive with one bit changed."""
-    out = bytearray(DATA)
+    out = bytearray(data)
     out[bit // 8] ^= 1 << bit % 8
     return bytes(out)
 
@@ -50,6 +52,17 @@ def test_every_bit(part: int) -> None:
         if not refused("rac_forward", data):
             unseen.append(("forward", bit))
     assert unseen == []
+
+
+def test_bits_with_objects() -> None:
+    """Tensors of three stages, and what they use."""
+    bits = range(2, 8 * len(OBJECTS), 11)
+    for reader in ("rac_random", "rac_forward"):
+        assert [b for b in bits if not refused(reader, flipped(b, OBJECTS), WITH_OBJECTS)] == []
+    for reader in ("rac_verify", "second_forward", "second_random"):
+        assert [b for b in bits[::5] if not refused(reader, flipped(b, OBJECTS), WITH_OBJECTS)] == []
+    for reader in ("rac_random", "rac_forward", "second_forward", "second_random"):
+        assert {readers.outcome(reader, OBJECTS[:n])[0] for n in range(0, len(OBJECTS), 13)} == {"TruncatedError"}
 
 
 def test_every_seventh_bit_in_the_second_decoder() -> None:

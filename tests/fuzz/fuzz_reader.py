@@ -24,11 +24,11 @@ import readers  # noqa: E402
 
 sys.path.insert(0, str(readers.ROOT / "tools"))
 
-from golden.model import TENSOR, Archive, parse  # noqa: E402
+from golden.model import OBJECT, TENSOR, Archive, parse  # noqa: E402
 
 from rac.container import msg, wire, zstd  # noqa: E402
 from rac.container.forward import Forward  # noqa: E402
-from rac.decode.archive import forward_tensors  # noqa: E402
+from rac.decode.archive import Found, forward_tensors  # noqa: E402
 from rac.registry import DTYPES  # noqa: E402
 
 INTS = [
@@ -63,6 +63,9 @@ OTHERS = [
     "raw/1",
     "zstd/1",
     "lanes/1",
+    "trellis/1",
+    "lowrank/1",
+    "basis/1",
     b"",
     bytes(16),
     [],
@@ -159,7 +162,7 @@ def change_fields(a: Archive, rng: random.Random) -> None:
         change(r.head, rng)
     elif what == 4:
         stages = r.head.get("stages")
-        change(stages[0] if isinstance(stages, list) and stages else r.head, rng)
+        change(rng.choice(stages) if isinstance(stages, list) and stages else r.head, rng)
     elif what <= 8 and r.units:
         k = rng.randrange(len(r.units))
         r.units[k] = change_bytes(r.units[k], rng)
@@ -193,15 +196,20 @@ def build(a: Archive) -> bytes:
     for r in a.records:
         if r.parts and sum(r.parts) != len(r.body()):
             r.parts = None
-    found = []
+    found = {TENSOR: [], OBJECT: []}
+
+    def note(of: Found) -> None:
+        t, words, parts = of
+        found[t.record.type].append((zstd.digest(words.tobytes()), parts))
+
     try:
-        for _, words, parts in forward_tensors(Forward(io.BytesIO(a.build()))):
-            found.append((zstd.digest(words.tobytes()), parts))
+        for of in forward_tensors(Forward(io.BytesIO(a.build())), of_object=note):
+            note(of)
     except Exception:  # noqa: S110 - whatever it is, `compare` meets it too
         pass
-    tensors = [r for r in a.records if r.type == TENSOR]
-    for r, (digest, parts) in zip(tensors, found, strict=False):
-        r.head["digest"], r.parts = digest, parts
+    for kind, all_of in found.items():
+        for r, (digest, parts) in zip([r for r in a.records if r.type == kind], all_of, strict=False):
+            r.head["digest"], r.parts = digest, parts
     return a.build()
 
 
@@ -245,9 +253,10 @@ def run(seconds: float, seed: int, classes: Counter[tuple[str, str]] | None = No
     while time.monotonic() < stop:
         if rng.random() < 0.67:
             a = copy.deepcopy(rng.choice(models))
-            a.records = sorted(
-                rng.sample(a.records, min(len(a.records), rng.choice((1, 1, 2, 4)))), key=a.records.index
-            )
+            some = rng.sample(a.records, min(len(a.records), rng.choice((1, 1, 2, 4))))
+            used = {name for r in some for name in r.head.get("uses", ())}
+            needed = [r for r in a.records if r.type == OBJECT and r.head["name"] in used]
+            a.records = [r for r in a.records if r in some or r in needed]
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
                 change_fields(a, rng)
             data = build(a)

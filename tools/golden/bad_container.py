@@ -27,7 +27,8 @@ from golden.cases import (
     row,
     set_bytes,
 )
-from golden.model import DROP, Archive, Record
+from golden.good import tensor
+from golden.model import DROP, OBJECT, Archive, Record
 from rac.container import msg, wire
 
 # Prelude and header
@@ -257,6 +258,13 @@ case(
 )
 case("ancillary-tensor", FORMAT, "REC-009", "A tensor has the ancillary flag.", record(RAW, flags=1))
 case("ancillary-attachment", FORMAT, "REC-009", "An attachment has the ancillary flag.", record(CONFIG, flags=1))
+case(
+    "ancillary-object",
+    FORMAT,
+    "REC-009",
+    "An object has the ancillary flag.",
+    lambda a: a.records.append(replace(tensor("o", "F32", [1, 1], [0]), type=OBJECT, flags=1)),
+)
 case("ancillary-index", FORMAT, "REC-009", "The index has the ancillary flag.", index_record(flags=1))
 
 
@@ -265,7 +273,7 @@ def more_record(r: Record) -> Patch:
     return lambda a: a.records.append(r)
 
 
-for _type in (0, 3, 5, 40000):
+for _type in (0, 5, 40000):
     case(
         f"type-{_type}",
         UNSUPPORTED,

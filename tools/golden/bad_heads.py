@@ -43,7 +43,7 @@ for _key in ("axis", "digest", "dtype", "name", "shape", "stages", "tile", "unit
     case(f"tensor-no-{_key}", FORMAT, "TEN-001", f"`{_key}` is missing.", head(RAW, **{_key: DROP}))
 case("tensor-key", UNSUPPORTED, "TEN-002", "A key that is not assigned.", head(RAW, scale=1))
 case("tensor-needs", UNSUPPORTED, "TEN-003", "`needs` is not empty.", head(RAW, needs=["rotation"]))
-case("tensor-uses", UNSUPPORTED, "TEN-003", "`uses` is not empty.", head(RAW, uses=["base"]))
+case("tensor-uses", FORMAT, "TEN-017", "`uses` is not empty, and no stage uses anything.", head(RAW, uses=["base"]))
 case("tensor-needs-null", UNSUPPORTED, "TEN-003", "`needs` is null.", head(RAW, needs=None))
 for _name, _wrong in (
     ("axis-text", {"axis": "0"}),
@@ -68,6 +68,9 @@ for _name, _wrong in (
     ("aliases-map", {"aliases": {}}),
     ("extra-array", {"extra": []}),
     ("extra-null", {"extra": None}),
+    ("uses-null", {"uses": None}),
+    ("uses-text", {"uses": "a"}),
+    ("uses-int", {"uses": [1]}),
     ("stages-map", {"stages": {"id": "raw/1"}}),
     ("stages-text", {"stages": ["raw/1"]}),
     ("stages-null", {"stages": None}),

@@ -522,7 +522,7 @@ def _() -> Archive:
     return archive(
         Record(40000, {}, payload=b"", flags=1),
         tensor("t", "U8", [3], [9, 8, 7]),
-        Record(3, {"name": 5, "units": b"odd"}, payload=b"\xff" * 100, flags=1),
+        Record(5, {"name": 5, "units": b"odd"}, payload=b"\xff" * 100, flags=1),
         Record(0, {"name": "t", "stages": [1]}, payload=b"\xff" * 64, flags=1),
         attachment("a", b"abc"),
         Record(65535, {"aliases": None, "shape": "no"}, payload=b"z", flags=1),

@@ -13,7 +13,7 @@ from rac.container import msg, wire, zstd
 from rac.records import Limits, record_size
 
 Map = dict[str, Any]
-TENSOR, ATTACHMENT, INDEX = 1, 2, 4
+TENSOR, ATTACHMENT, OBJECT, INDEX = 1, 2, 3, 4
 
 
 def up(n: int, to: int) -> int:
@@ -53,7 +53,7 @@ class Record:
         payload = self.body()
         head = self.head
         if isinstance(head, dict):
-            if self.type in (TENSOR, ATTACHMENT, INDEX) and "units" not in head:
+            if self.type in (TENSOR, ATTACHMENT, OBJECT, INDEX) and "units" not in head:
                 head = head | {"units": wire.directory(self.units)}
             head = msg.pack({k: v for k, v in head.items() if v is not DROP})
         h = len(head) if self.head_size is None else self.head_size
@@ -67,16 +67,18 @@ class Record:
             "type": self.type, "flags": self.flags, "at": at, "head": h, "payload": p,
             "check": struct.pack("<Q", check),
         }  # fmt: skip
-        if self.type in (TENSOR, ATTACHMENT):
+        if self.type in (TENSOR, ATTACHMENT, OBJECT):
             map_ = self.head if isinstance(self.head, dict) else {}
             stages = map_.get("stages")
             row["name"] = map_.get("name", "")
             last = stages[-1] if isinstance(stages, list) and stages else None
             method = last.get("id") if isinstance(last, dict) else None
             row["method"] = method if isinstance(method, str) else ""
-            if self.type == TENSOR:
-                row |= {k: map_.get(k, d) for k, d in (("dtype", ""), ("shape", []), ("aliases", []))}
+            if self.type in (TENSOR, OBJECT):
+                row |= {k: map_.get(k, d) for k, d in (("dtype", ""), ("shape", []))}
                 row["parts"] = list(self.parts or self.plain_parts())
+            if self.type == TENSOR:
+                row["aliases"] = map_.get("aliases", [])
         return out, {k: v for k, v in (row | self.row).items() if v is not DROP}
 
     def plain_parts(self) -> list[int]:
@@ -178,7 +180,7 @@ def parse(data: bytes) -> Archive:
         start = at + up(32 + h, 64)
         head = msg.unpack(data[at + 32 : at + 32 + h])
         r = Record(kind, head, [], flags)
-        if kind in (TENSOR, ATTACHMENT):
+        if kind in (TENSOR, ATTACHMENT, OBJECT):
             units = wire.parse_units(head.pop("units"), p)
             r.units = [data[start + u.offset : start + u.offset + u.size] for u in units]
         else:
@@ -190,6 +192,6 @@ def parse(data: bytes) -> Archive:
     unit = data[start : start + struct.unpack_from("<Q", head["units"])[0]]
     rows = msg.unpack(zstd.decompress(unit, head["size"]))["records"]
     for r, row in zip(out.records, rows, strict=True):
-        if r.type == TENSOR:
+        if r.type in (TENSOR, OBJECT):
             r.parts = tuple(row["parts"])
     return out

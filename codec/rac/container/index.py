@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rac.container import msg, wire, zstd
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.records import Entry, Index, Limits, Record
-from rac.registry import FLAG_ANCILLARY, RECORD_ATTACHMENT, RECORD_INDEX, RECORD_TENSOR
+from rac.registry import FLAG_ANCILLARY, RECORD_ATTACHMENT, RECORD_INDEX, RECORD_OBJECT, RECORD_TENSOR
 
 _ROW = {"at", "check", "flags", "head", "payload", "type"}
 HEAD_KEYS = ("name", "dtype", "shape", "aliases", "stages")
@@ -16,6 +17,7 @@ _NAMED = _ROW | {"method", "name"}
 _KEYS = {
     RECORD_TENSOR: _NAMED | {"aliases", "dtype", "parts", "shape"},
     RECORD_ATTACHMENT: _NAMED,
+    RECORD_OBJECT: _NAMED | {"dtype", "parts", "shape"},
 }
 
 
@@ -26,13 +28,10 @@ def _row(e: Entry) -> dict[str, Any]:
     }  # fmt: skip
     if e.type in _KEYS:
         row |= {"method": e.method, "name": e.name}
+    if e.type in (RECORD_TENSOR, RECORD_OBJECT):
+        row |= {"dtype": e.dtype, "parts": list(e.parts), "shape": list(e.shape)}
     if e.type == RECORD_TENSOR:
-        row |= {
-            "aliases": [list(a) for a in e.aliases],
-            "dtype": e.dtype,
-            "parts": list(e.parts),
-            "shape": list(e.shape),
-        }
+        row["aliases"] = [list(a) for a in e.aliases]
     return row
 
 
@@ -102,7 +101,7 @@ def _entry(row: Any, limits: Limits) -> Entry:
         raise FormatError("parts of an index row do not add up to its payload")
     return Entry(
         kind, row["name"], *place, method=row["method"], dtype=row["dtype"], shape=parse_shape(row["shape"], limits),
-        parts=tuple(parts), aliases=parse_aliases(row["aliases"]),
+        parts=tuple(parts), aliases=parse_aliases(row.get("aliases", [])),
     )  # fmt: skip
 
 
@@ -125,7 +124,8 @@ def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Inde
     if not isinstance(rows, list):
         raise FormatError("index is malformed", unit="index", offset=record.at)
     entries = tuple(_entry(row, limits) for row in rows)
-    at, tensors, files = header_size, set[str](), set[str]()
+    at, held = header_size, 0
+    tensors, files, objects = set[str](), set[str](), set[str]()
     for e in entries:
         if e.at != at:
             raise FormatError("index rows leave a hole or overlap", unit="index", offset=e.at)
@@ -139,6 +139,13 @@ def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Inde
             if e.name in files:
                 raise FormatError(f"attachment {e.name!r} is there twice", unit="index", offset=e.at)
             files.add(e.name)
+        elif e.type == RECORD_OBJECT:
+            if e.name in objects:
+                raise FormatError(f"object {e.name!r} is there twice", unit="index", offset=e.at)
+            objects.add(e.name)
+            held += 4 * math.prod(e.shape)
+            if held > limits.objects:
+                raise LimitError(f"objects of more than {limits.objects} bytes", unit="index", offset=e.at)
     if at != record.at:
         raise FormatError("index rows do not end where the index begins", unit="index", offset=at)
     return Index(entries, digest, record.at, record.end - record.at, header_size)
@@ -150,7 +157,7 @@ def needed(kind: int, flags: int, at: int) -> bool:
         raise UnsupportedError("unknown critical record flags", offset=at)
     if kind in _KEYS or kind == RECORD_INDEX:
         if flags:
-            raise FormatError("a tensor, attachment or index is marked as ancillary", offset=at)
+            raise FormatError("a tensor, attachment, object or index is marked as ancillary", offset=at)
         return True
     if flags & FLAG_ANCILLARY:
         return False
@@ -177,8 +184,9 @@ def match(e: Entry, record: Record) -> None:
     )  # fmt: skip
     if e.type in _KEYS:
         same = same and record.head.get("name") == e.name and method_of(record) == e.method
+    if e.type in (RECORD_TENSOR, RECORD_OBJECT):
+        same = same and (record.head.get("dtype"), record.head.get("shape")) == (e.dtype, list(e.shape))
     if e.type == RECORD_TENSOR:
-        stated = (record.head.get("dtype"), record.head.get("shape"), record.head.get("aliases", []))
-        same = same and stated == (e.dtype, list(e.shape), [list(a) for a in e.aliases])
+        same = same and record.head.get("aliases", []) == [list(a) for a in e.aliases]
     if not same:
         raise FormatError("the record is not the one that the index names", unit=repr(e.name), offset=record.at)

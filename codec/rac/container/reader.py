@@ -9,6 +9,7 @@ from rac.container import wire
 from rac.container.access import Access, InFile, read
 from rac.errors import FormatError, LimitError, TruncatedError, UnsupportedError
 from rac.records import Entry, Index, Limits, Record
+from rac.registry import RECORD_OBJECT
 
 TAIL = 1 << 16
 _HEADER = {"features", "metadata", "provenance", "shard"}
@@ -48,6 +49,9 @@ class Archive:
         except BaseException:
             access.close()
             raise
+        self.objects = {e.name: e for e in self.index.entries if e.type == RECORD_OBJECT}
+        self.kept: dict[str, Any] = {}
+        """Contents of objects, for those who decode them; at most `limits.objects` bytes, all of them."""
 
     def _header(self) -> tuple[dict[str, Any], int]:
         size = self.access.size
@@ -110,4 +114,5 @@ class Archive:
 
     def close(self) -> None:
         """Close what is below."""
+        self.kept.clear()
         self.access.close()

@@ -30,7 +30,7 @@ from rac.errors import (
     UnsupportedError,
 )
 from rac.records import Entry, Limits, Record, Unit
-from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR
+from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 
 Array = NDArray[Any]
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.rac$")
@@ -159,7 +159,7 @@ class RacFile:
         archive, entry = self._find(self._tensors, name, "tensor")
         record = archive.record(entry)
         with InFile(archive.access.name, repr(name)):
-            t = tn.parse(record, archive.limits)
+            t = ld.parse(archive, record)
         return Slice(archive, t, self._framework, self._device)
 
     def load(self, done: Callable[[tn.Tensor], None] | None = None) -> dict[str, Any]:
@@ -293,15 +293,23 @@ class Slice:
         if r0 >= r1 or c0 >= c1:
             return np.empty((max(0, r1 - r0), max(0, c1 - c0)), f"<u{t.word}")
         a0, a1, b0, b1 = r0 // g.tr, -(-r1 // g.tr), c0 // g.tc, -(-c1 // g.tc)
+        if t.after == "basis/1":  # every column comes from all of them
+            b0, b1 = 0, g.across
         top, left = a0 * g.tr, b0 * g.tc
         with InFile(self._archive.access.name, repr(t.name)):
-            out = np.empty((min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left), f"<u{t.word}")
+            shape = (min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left)
+            out = tn.values(t, *shape) if t.after else np.empty(shape, f"<u{t.word}")
             dec = ld.decoder(self._archive, t)
             for a in range(a0, a1):
                 first = a * g.across + b0
                 units = ld.read_units(self._archive, t, t.first + first, t.first + first + b1 - b0)
                 for i, unit in enumerate(units):
                     dec.tile(first + i, unit, out, top, left)
+            if t.after:
+                found = out[r0 - top : r1 - top, slice(None) if t.after == "basis/1" else slice(c0 - left, c1 - left)]
+                out = np.empty((r1 - r0, c1 - c0), f"<u{t.word}")
+                dec.join(found, out, (r0, r1, c0, c1))
+                return out
         return np.ascontiguousarray(out[r0 - top : r1 - top, c0 - left : c1 - left])
 
 
@@ -353,14 +361,57 @@ def iter_tensors(
         yield from out.items()
 
 
+class Objects:
+    """What a forward reader keeps of the objects that went by."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._held = 0
+        self._found: dict[str, tuple[tn.Tensor, Array | None]] = {}
+
+    def parse(self, record: Record) -> tn.Tensor:
+        """The head of a tensor or an object, checked."""
+        t = tn.parse(record, self._limits, lambda n: self._found[n][0].shape if n in self._found else None)
+        if record.type == RECORD_OBJECT:
+            if t.name in self._found:
+                raise FormatError(f"object {t.name!r} is there twice", offset=record.at)
+            self._held += t.nbytes
+            if self._held > self._limits.objects:
+                raise LimitError(f"objects of more than {self._limits.objects} bytes", offset=record.at)
+        return t
+
+    def keep(self, t: tn.Tensor, words: Array | None) -> None:
+        """Take in an object; without `words` only to check what others say of it."""
+        self._found[t.name] = (t, words)
+
+    def of(self, t: tn.Tensor) -> list[NDArray[np.float32]]:
+        """The matrices that a tensor uses."""
+        found = [self._found[name][1] for name in t.uses]
+        return [words.view(np.float32) for words in found if words is not None]
+
+
+Found = tuple[tn.Tensor, Array, tuple[int, ...]]
+
+
 def forward_tensors(
-    forward: Forward, other: Callable[[Record], None] | None = None, reference: bool = False
-) -> Iterator[tuple[tn.Tensor, Array, tuple[int, ...]]]:
-    """(tensor, words, parts) of every tensor record; `other` is called for attachments, positioned at their payload."""
+    forward: Forward, other: Callable[[Record], None] | None = None, reference: bool = False,
+    of_object: Callable[[Found], None] | None = None,
+) -> Iterator[Found]:  # fmt: skip
+    """(tensor, words, parts) of every tensor record.
+
+    `other` is called for attachments, positioned at their payload, `of_object` with every object.
+    """
+    objects = Objects(forward.limits)
     for record in forward.records():
         if record.type == RECORD_TENSOR:
             with InFile(str(forward.name)):
-                yield forward_tensor(forward, record, reference)
+                yield forward_tensor(forward, record, objects, reference)
+        elif record.type == RECORD_OBJECT:
+            with InFile(str(forward.name)):
+                found = forward_tensor(forward, record, objects, reference)
+                objects.keep(*found[:2])
+                if of_object:
+                    of_object(found)
         elif other:
             other(record)
 
@@ -372,20 +423,25 @@ def forward_attachment(forward: Forward, record: Record) -> bytes:
         return attachment_bytes(record, forward.unit(unit, record, forward.limits.attachment, "attachment"))
 
 
-def forward_tensor(
-    forward: Forward, record: Record, reference: bool = False
-) -> tuple[tn.Tensor, Array, tuple[int, ...]]:
-    """Decode the tensor record that the stream stands at; also its payload bytes by kind."""
+def forward_tensor(forward: Forward, record: Record, objects: Objects, reference: bool = False) -> Found:
+    """Decode the tensor or object that the stream stands at; also its payload bytes by kind."""
     with InFile(str(forward.name), repr(record.head.get("name"))):
-        t = tn.parse(record, forward.limits)
+        t = objects.parse(record)
         first = [forward.unit(t.units[i], record, t.most(i), f"{t.name!r} unit {i}") for i in range(t.first)]
-        dec = tn.Decoder(t, first, reference)
-        out = tn.empty(t)
+        dec = tn.Decoder(t, first, reference, objects.of(t))
+        out = found = tn.empty(t)
         heads = [b""] * t.first
         for i in range(t.tiles):
             k = i + t.first
             data = forward.unit(t.units[k], record, t.most(k), f"{t.name!r} unit {k}")
-            dec.tile(i, np.frombuffer(data, np.uint8), out)
+            r0, r1, c0, c1 = t.grid.box(i)
+            if not t.after:
+                dec.tile(i, np.frombuffer(data, np.uint8), out)
+            else:  # one row of tiles after the other
+                found = tn.values(t, r1 - r0, t.grid.cols) if not c0 else found
+                dec.tile(i, np.frombuffer(data, np.uint8), found, r0)
+                if c1 == t.grid.cols:
+                    dec.join(found, out[r0:r1], (r0, r1, 0, c1))
             heads.append(data[: t.lanes.directory] if t.lanes else b"")
         sizes = [u.size for u in t.units]
         return t, out, tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, lambda i, _: heads[i])

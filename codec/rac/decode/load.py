@@ -16,7 +16,7 @@ from rac.container.reader import Archive
 from rac.decode import tensor as tn
 from rac.errors import FormatError, LimitError
 from rac.quantize import lossless as ll
-from rac.records import Entry
+from rac.records import Entry, Record
 from rac.registry import DTYPES
 
 Array = NDArray[Any]
@@ -133,10 +133,29 @@ def _cut(buffer: Array, t: tn.Tensor, first: int, last: int, strict: bool = Fals
     return out
 
 
+def parse(archive: Archive, record: Record) -> tn.Tensor:
+    """`tensor.parse`, the objects being those of the index."""
+
+    def shape_of(name: str) -> tuple[int, ...] | None:
+        e = archive.objects.get(name)
+        return e.shape if e and e.at < record.at else None
+
+    return tn.parse(record, archive.limits, shape_of)
+
+
+def objects(archive: Archive, t: tn.Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
+    """The matrices that a tensor uses, decoded once for an archive and kept (limits.objects bounds them all)."""
+    for name in t.uses:
+        if name not in archive.kept:
+            _, words = next(load(archive, [archive.objects[name]], 1, reference=reference))
+            archive.kept[name] = words.view(np.float32)
+    return [archive.kept[name] for name in t.uses]
+
+
 def decoder(archive: Archive, t: tn.Tensor, reference: bool = False) -> tn.Decoder:
-    """Decoder of a tensor, its shared unit read."""
+    """Decoder of a tensor, its shared unit and its objects read."""
     first = read_units(archive, t, 0, t.first) if t.first else []
-    return tn.Decoder(t, [unit.data for unit in first], reference)
+    return tn.Decoder(t, [unit.data for unit in first], reference, objects(archive, t, reference))
 
 
 def load(
@@ -193,7 +212,7 @@ def _start(
     if sum(e.size for e in group) <= SMALL:
         return [_small(archive, group, pool, buffers, reference)]
     with InFile(archive.access.name, repr(entry.name)):
-        t = tn.parse(archive.record(entry), archive.limits)
+        t = parse(archive, archive.record(entry))
         out = tn.empty(t)
         dec = decoder(archive, t, reference)
         return [_band(archive, dec, a, out, pool, buffers) for a in range(t.grid.down)]
@@ -212,12 +231,16 @@ def _small(
             record = archive.parse_record(entry.at, mine[: entry.size - entry.payload_size].tobytes())
             check_type(record)
             match(entry, record)
-            t = tn.parse(record, archive.limits)
+            t = parse(archive, record)
             out = tn.empty(t)
             cut = _cut(mine[record.payload - entry.at :], t, 0, len(t.units), strict=True)
-            dec = tn.Decoder(t, [unit.data for unit in cut[: t.first]], reference)
+            uses = objects(archive, t, reference)
+            dec = tn.Decoder(t, [unit.data for unit in cut[: t.first]], reference, uses)
+            found = tn.values(t, *out.shape) if t.after else out
             for i in range(t.tiles):
-                work.add(dec, i, cut[i + t.first], out)
+                work.add(dec, i, cut[i + t.first], found)
+            if t.after:
+                work.then(dec, found, out, (0, t.grid.rows, 0, t.grid.cols))
         done.append((t, out))
     return pool.submit(_run, archive, work, buffers, held, done)
 
@@ -240,6 +263,10 @@ def _band(
     size = (t.record.end if end == len(t.units) else t.record.payload + t.units[end].offset) - at
     data, held = buffers.read(archive, at, size)
     units = _cut(data, t, begin, end, strict=True)
+    row, end_row, _, _ = t.grid.box(first)
+    found = tn.values(t, end_row - row, t.grid.cols) if t.after else out
     for i in range(first, last):
-        work.add(dec, i, units[i + t.first - begin], out)
+        work.add(dec, i, units[i + t.first - begin], found, row if t.after else 0)
+    if t.after:
+        work.then(dec, found, out[row:end_row], (row, end_row, 0, t.grid.cols))
     return pool.submit(_run, archive, work, buffers, held, [(t, out)] if last == t.tiles else [])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
+from rac.align import basis
 from rac.container import index as ix
 from rac.container import wire
 from rac.container.zstd import Digest, xxh3
@@ -20,7 +21,8 @@ from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 from rac.quantize.trellis import Trellis
 from rac.records import Limits, Record, Unit
-from rac.registry import DTYPES, LOSSY, METHODS
+from rac.registry import AFTER, DTYPES, LOSSY, METHODS, RECORD_OBJECT
+from rac.split import lowrank
 
 Array = NDArray[Any]
 _NEEDED = {"axis", "digest", "dtype", "name", "shape", "stages", "tile", "units"}
@@ -29,7 +31,7 @@ _OPTIONAL = {"aliases", "extra", "needs", "uses"}
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor record, its head checked."""
+    """A tensor record, or an object record, its head checked."""
 
     name: str
     dtype: str
@@ -39,6 +41,9 @@ class Tensor:
     method: str
     lanes: ll.Lanes | None
     trellis: tr.Trellis | None
+    after: str
+    """The stage behind the trellis, which computes with the objects `uses`; empty where there is none."""
+    uses: tuple[str, ...]
     word: int
     """Bytes of a word of the dense tensor; `grid.word` is that of the words that the coder restores."""
     units: list[Unit]
@@ -51,6 +56,11 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes of the dense tensor."""
         return self.grid.rows * self.grid.cols * self.word
+
+    @property
+    def numbers(self) -> str:
+        """Data type of what the trellis yields."""
+        return "F32" if self.after else self.dtype
 
     @property
     def first(self) -> int:
@@ -72,17 +82,22 @@ class Tensor:
         return 2 * self.grid.tr * self.grid.tc * self.grid.word + 65536
 
 
-def parse(record: Record, limits: Limits) -> Tensor:
-    """Check a tensor record's head; nothing larger than the head is allocated."""
-    head = record.head
+def parse(
+    record: Record, limits: Limits, shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None
+) -> Tensor:  # fmt: skip
+    """Check the head of a tensor or an object; nothing larger than the head is allocated.
+
+    `shape_of` gives the shape of an object that stands before the record, None where there is no such object.
+    """
+    head, is_object = record.head, record.type == RECORD_OBJECT
     if missing := _NEEDED - head.keys():
         raise FormatError(f"tensor head lacks {min(missing)!r}", offset=record.at)
-    if unknown := [k for k in head.keys() - _NEEDED - _OPTIONAL if not k.startswith("x-")]:
+    allowed = _NEEDED if is_object else _NEEDED | _OPTIONAL
+    if unknown := [k for k in head.keys() - allowed if not k.startswith("x-")]:
         raise UnsupportedError(f"tensor head has the unknown field {min(unknown)!r}", offset=record.at)
     name, dtype, stages, tile_shape = head["name"], head["dtype"], head["stages"], head["tile"]
-    for key in ("needs", "uses"):  # room for transforms, deltas and references of later versions
-        if head.get(key, []) != []:
-            raise UnsupportedError(f"tensor needs {head[key]!r}, which this version does not know", offset=record.at)
+    if head.get("needs", []) != []:  # room for what later versions need to be known
+        raise UnsupportedError(f"tensor needs {head['needs']!r}, which this version does not know", offset=record.at)
     if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(head.get("extra", {}), dict):
         raise FormatError("tensor head is malformed", offset=record.at)
     if dtype not in DTYPES:
@@ -92,10 +107,13 @@ def parse(record: Record, limits: Limits) -> Tensor:
         raise FormatError("tensor head is malformed", offset=record.at)
     if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
         raise FormatError("stages are malformed", offset=record.at)
-    method, last = stages[0].get("id"), stages[-1].get("id")
-    if len(stages) > 2 or method not in METHODS or (len(stages) == 2 and last not in LOSSY):
-        ids = ", ".join(str(s.get("id")) for s in stages)
-        raise UnsupportedError(f"stages {ids!r} are not known to this version", offset=record.at)
+    ids = [s.get("id") for s in stages]
+    known = (METHODS, LOSSY) if is_object else (METHODS, LOSSY, tuple(AFTER))
+    if len(ids) > len(known) or not all(i in of for i, of in zip(ids, known, strict=False)):
+        raise UnsupportedError(f"stages {', '.join(map(str, ids))!r} are not known to this version", offset=record.at)
+    method, after = ids[0], ids[2] if len(ids) > 2 else ""
+    if is_object and (dtype != "F32" or len(shape) != 2 or 0 in shape or head["axis"] != 1):
+        raise FormatError("object is not a matrix of F32", offset=record.at)
     if not isinstance(tile_shape, list) or len(tile_shape) != 2 or not all(ix.is_count(n) and n for n in tile_shape):
         raise FormatError("tile shape is malformed", offset=record.at)
     ll.dense_size(dtype, shape)
@@ -106,11 +124,12 @@ def parse(record: Record, limits: Limits) -> Tensor:
         raise FormatError("tile is larger than the tensor", offset=record.at)
     if tr * tc * word > limits.tile:
         raise LimitError(f"tile of {tr * tc * word} bytes exceeds the limit of {limits.tile}", offset=record.at)
-    trellis = Trellis.from_head(stages[1], dtype) if len(stages) == 2 else None
+    trellis = Trellis.from_head(stages[1], dtype) if len(stages) > 1 else None
     grid = ll.Grid(rows, cols, 1 if trellis else word, tr, tc)
     lanes = ll.Lanes.from_head(stages[0], grid.word) if method == "lanes/1" else None
-    if lanes is None and stages[0].keys() != {"id"}:
+    if (lanes is None and stages[0].keys() != {"id"}) or (after and stages[2].keys() != {"id"}):
         raise UnsupportedError("unknown stage parameters", offset=record.at)
+    uses = _uses(head.get("uses", []), after, rows, cols, shape_of, record.at)
     units = wire.parse_units(head["units"], record.payload_size)
     if len(units) != grid.down * grid.across + (lanes is not None) + (trellis is not None):
         raise FormatError("number of units does not match the grid of tiles", offset=record.at)
@@ -122,13 +141,36 @@ def parse(record: Record, limits: Limits) -> Tensor:
     if dense > limits.free_alloc + limits.expansion * record.payload_size:
         raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)
     out = Tensor(
-        name, dtype, shape, head["axis"], grid, method, lanes, trellis, word, units, head["digest"],
+        name, dtype, shape, head["axis"], grid, method, lanes, trellis, after, uses, word, units, head["digest"],
         ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record,
     )  # fmt: skip
     for i, unit in enumerate(units):
         if unit.size > out.most(i):
             raise FormatError(f"unit {i} is larger than its tile can need", offset=record.payload + unit.offset)
     return out
+
+
+def _uses(
+    names: Any, after: str, rows: int, cols: int, shape_of: Callable[[str], tuple[int, ...] | None], at: int
+) -> tuple[str, ...]:
+    """Names of the objects of a tensor of rows x cols; they are there, and have the shapes that the stage asks for."""
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise FormatError("uses are malformed", offset=at)
+    if len(names) != AFTER.get(after, 0):
+        raise FormatError(f"tensor uses {len(names)} objects, its stages {AFTER.get(after, 0)}", offset=at)
+    shapes = []
+    for n in names:
+        shape = shape_of(n)
+        if shape is None:
+            raise FormatError(f"object {n!r}, which the tensor uses, does not stand before it", offset=at)
+        shapes.append(shape)
+    if after == "lowrank/1":
+        r = shapes[0][-1] if shapes[0] else 0
+        if not 1 <= r <= min(rows, cols) or shapes != [(rows, r), (r, cols)]:
+            raise FormatError(f"objects {shapes} are no product of low rank of {rows} x {cols}", offset=at)
+    elif after and shapes != [(cols, cols)]:
+        raise FormatError(f"object {shapes} is no basis of {cols} columns", offset=at)
+    return tuple(names)
 
 
 def extra_of(extra: dict[str, Any], name: str) -> dict[str, Any]:
@@ -146,12 +188,23 @@ def empty(t: Tensor) -> Array:
         raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
 
 
+def values(t: Tensor, rows: int, cols: int) -> Array:
+    """Words of binary32 (rows, cols) for what the trellis yields in front of another stage, not yet filled."""
+    try:
+        return np.empty((rows, cols), "<u4")
+    except MemoryError as e:
+        raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
+
+
 class Decoder:
     """Decodes the units of one tensor, in any order and from any thread."""
 
-    def __init__(self, t: Tensor, first: Sequence[bytes | memoryview], reference: bool = False) -> None:
-        """`first` has the units in front of the tiles."""
-        self.tensor, self._reference = t, reference
+    def __init__(
+        self, t: Tensor, first: Sequence[bytes | memoryview], reference: bool = False,
+        objects: Sequence[NDArray[np.float32]] = (),
+    ) -> None:  # fmt: skip
+        """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
+        self.tensor, self._reference, self._objects = t, reference, objects
         self.shared: tile.Shared | None = None
         self._tables: tr.Tables | None = None
         for i, unit in enumerate(first):
@@ -161,7 +214,7 @@ class Decoder:
                 self.shared = tile.shared(bytes(first[0]), t.lanes, t.grid)
         if t.trellis is not None:
             with self.at(t.first - 1):
-                self._tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.dtype, t.grid.rows, t.grid.cols)
+                self._tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
 
     def at(self, i: int) -> wire.At:
         """Context that names unit `i` in the errors that pass."""
@@ -174,7 +227,10 @@ class Decoder:
                 raise ChecksumError("checksum does not match")
 
     def tile(self, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
-        """Check and decode tile `i` from its bytes; `out` begins at word (row, col) of the tensor's matrix."""
+        """Check and decode tile `i` from its bytes; `out` begins at word (row, col) of the tensor's matrix.
+
+        Where there is a stage behind the trellis, `out` is of binary32, and `join` goes on with it.
+        """
         work = Work()
         work.add(self, i, data, out, row, col)
         work.run()
@@ -204,7 +260,21 @@ class Decoder:
         t = self.tensor
         assert t.trellis is not None  # noqa: S101
         assert self._tables is not None  # noqa: S101
-        tr.decode(words, t.trellis, self._tables, box, dst, t.dtype, self._reference)
+        tr.decode(words, t.trellis, self._tables, box, dst, t.numbers, self._reference)
+
+    def join(self, found: Array, dst: Array, box: Box) -> None:
+        """What the trellis yielded to the words `dst`, contiguous, of the part `box` of the matrix.
+
+        `found` (h, w) are words of binary32 of the same part, under basis/1 of all columns; they may be changed.
+        """
+        t, (r0, r1, c0, c1) = self.tensor, box
+        v = np.ascontiguousarray(found).view(np.float32)
+        if t.after == "lowrank/1":
+            a, b = self._objects
+            v = lowrank.join(v, a[r0:r1], b[:, c0:c1], self._reference)
+        else:
+            v = basis.join(v, self._objects[0][:, c0:c1], self._reference)
+        tr.put_words(v, t.dtype, dst, self._reference)
 
 
 class Work:
@@ -216,6 +286,7 @@ class Work:
         self._alive: list[Array] = []
         self._others: list[tuple[Decoder, int, Array, Array, Box]] = []
         self._after: list[tuple[Decoder, Array, Array, Box]] = []
+        self._last: list[tuple[Decoder, Array, Array, Box]] = []
 
     def add(self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
         """Check the bytes of tile `i` and take it in; `data` and `out` stay as they are until `run` is done."""
@@ -233,6 +304,10 @@ class Work:
             self._alive += (job[1], dst)
             self._of.append((dec, i))
 
+    def then(self, dec: Decoder, found: Array, dst: Array, box: Box) -> None:
+        """`Decoder.join` at the end of it all."""
+        self._last.append((dec, found, dst, box))
+
     def run(self) -> None:
         """Decode all. FormatError or ChecksumError of the first that is wrong."""
         if self._jobs and (wrong := native.decode_tiles(self._jobs)):
@@ -244,6 +319,8 @@ class Work:
             dec.decode(i, data, dst, box)
         for dec, words, dst, box in self._after:
             dec.finish(words, dst, box)
+        for dec, found, dst, box in self._last:
+            dec.join(found, dst, box)
 
 
 def check_digest(t: Tensor, matrix: Array) -> None:

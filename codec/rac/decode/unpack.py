@@ -16,7 +16,7 @@ from rac.decode.archive import RacFile
 from rac.decode.tensor import extra_of
 from rac.errors import FormatError, OutputError
 from rac.records import Entry
-from rac.registry import DTYPES, LOSSY, RECORD_TENSOR
+from rac.registry import AFTER, DTYPES, LOSSY, RECORD_OBJECT, RECORD_TENSOR
 
 Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
@@ -136,9 +136,13 @@ def weights(e: Entry) -> int:
 
 
 def quantised(entries: Iterable[Entry]) -> tuple[int, float]:
-    """Number of quantised tensors, and bytes of their records * 8 / their weights, everything counted."""
-    mine = [e for e in entries if e.method in LOSSY]
-    return len(mine), 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine)))
+    """Number of quantised tensors, and bytes of their records * 8 / their weights, everything counted.
+
+    Objects are there for quantised tensors, and count with them.
+    """
+    mine = [e for e in entries if e.type == RECORD_OBJECT or e.method in (*LOSSY, *AFTER)]
+    tensors = sum(e.type == RECORD_TENSOR for e in mine)
+    return tensors, 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine)))
 
 
 def _size(e: Entry) -> int:

@@ -31,6 +31,10 @@ class Behind:
     """Of what a decoder restores."""
     source: bytes
     """Of what was packed."""
+    after: str = ""
+    """`id` of a stage behind the trellis: "lowrank/1" or "basis/1"."""
+    uses: tuple[str, ...] = ()
+    """Names of the objects that it computes with; their records come first."""
 
 
 def lossless(t: SourceTensor, level: Level) -> TileEncoder:
@@ -72,6 +76,9 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
     if behind:
         out["stages"].append(behind.trellis.to_head())
         out |= {"digest": behind.digest, "x-source": behind.source}
+        if behind.after:
+            out["stages"].append({"id": behind.after})
+            out["uses"] = list(behind.uses)
     if group.aliases:
         out["aliases"] = [list(a) for a in group.aliases]
     if group.extra:
@@ -81,16 +88,45 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
 
 def fields(group: ties.Group, plan: Plan, units: Sequence[Bytes], behind: Behind | None = None) -> dict[str, Any]:
     """What the index row of a tensor adds to its record."""
-    t, sizes = group.tensor, [len(u) for u in units]
-    parts = tn.parts(plan.grid, plan.lanes, behind is not None, sizes, lambda i, size: bytes(units[i][:size]))
+    method = (behind.after or "trellis/1") if behind else plan.method
+    t = group.tensor
+    return _row(method, t.dtype, t.shape, plan, units, behind is not None) | {"aliases": group.aliases}
+
+
+def _row(
+    method: str, dtype: str, shape: tuple[int, ...], plan: Plan, units: Sequence[Bytes], lossy: bool
+) -> dict[str, Any]:
+    sizes = [len(u) for u in units]
+    parts = tn.parts(plan.grid, plan.lanes, lossy, sizes, lambda i, size: bytes(units[i][:size]))
+    return {"method": method, "dtype": dtype, "shape": shape, "parts": parts}
+
+
+def object_head(name: str, plan: Plan, trellis: Trellis | None = None, digest: bytes | None = None) -> dict[str, Any]:
+    """The head of an object record, but for its units.
+
+    Args:
+        name: Of the object; no other object of the file has it.
+        plan: How the coder stores the matrix (R, C): its F32 words, or the words of one byte of a quantised one.
+        trellis: Of a quantised matrix.
+        digest: Of the dense F32 bytes of a quantised matrix; that of another one is the plan's.
+    """
+    coder = plan.lanes.to_head() if plan.lanes else {"id": plan.method}
+    grid = plan.grid
     return {
-        "method": behind.trellis.to_head()["id"] if behind else plan.method, "dtype": t.dtype, "shape": t.shape,
-        "parts": parts, "aliases": group.aliases,
+        "axis": 1, "digest": plan.digest if digest is None else digest, "dtype": "F32", "name": name,
+        "shape": [grid.rows, grid.cols], "stages": [coder, trellis.to_head()] if trellis else [coder],
+        "tile": [grid.tr, grid.tc],
     }  # fmt: skip
 
 
+def object_fields(plan: Plan, units: Sequence[Bytes], trellis: Trellis | None = None) -> dict[str, Any]:
+    """What the index row of an object adds to its record."""
+    method = "trellis/1" if trellis else plan.method
+    return _row(method, "F32", (plan.grid.rows, plan.grid.cols), plan, units, trellis is not None)
+
+
 def size(head_: dict[str, Any], units: Sequence[Bytes]) -> int:
-    """Bytes of a tensor record, all counted."""
+    """Bytes of a tensor or object record, all counted."""
     payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)
     full = head_ | {"units": wire.directory(units)}
     return record_size(wire.record_head(RECORD_TENSOR, 0, full, payload)[2], payload)

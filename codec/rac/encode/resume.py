@@ -11,12 +11,12 @@ from rac.container import index as ix
 from rac.container import wire
 from rac.container.forward import Forward
 from rac.decode import tensor as tn
-from rac.decode.archive import attachment_bytes, attachment_units
+from rac.decode.archive import Objects, attachment_bytes, attachment_units
 from rac.encode import ties
 from rac.encode.sources import Attachment
 from rac.errors import RacError
 from rac.records import Entry, Record
-from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR
+from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +27,22 @@ class Found:
     at: int
     files: int
     digests: list[bytes]
+    """Of the tensors."""
+    objects: frozenset[str] = frozenset()
+    """Names of the objects among the entries; the last ones may be of a tensor that is still to come."""
 
 
 def scan(part: str, header: dict[str, Any], files: Sequence[Attachment], groups: Sequence[ties.Group]) -> Found | None:
     """Records of `part` that are whole and equal to the first of the source; None where nothing can be kept.
 
-    Contents are compared by digest, which costs one reading of the finished tensors and no encoding.
+    Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Objects follow
+    from the tensors and from what the header says of the making, so that any whole one is kept.
     """
     if not os.path.exists(part) or os.path.getsize(part) == 0:
         return None
     entries: list[Entry] = []
     digests: list[bytes] = []
+    done = 0
     with open(part, "rb") as f:
         try:
             forward = Forward(f, part)
@@ -45,15 +50,16 @@ def scan(part: str, header: dict[str, Any], files: Sequence[Attachment], groups:
             return None
         if wire.header(forward.header) != wire.header(header):
             return None
-        at = forward.at
+        at, objects, digest = forward.at, Objects(forward.limits), b""
         try:
             for record in forward.records():
-                k = len(entries)
-                if k < len(files):
-                    entry = _file(forward, record, files[k])
-                elif k - len(files) < len(groups):
-                    entry, digest = _tensor(forward, record, groups[k - len(files)])
-                    digests.append(digest)
+                is_object = record.type == RECORD_OBJECT
+                if done < len(files):
+                    entry = _file(forward, record, files[done])
+                elif is_object:
+                    entry = _object(forward, record, objects)
+                elif len(digests) < len(groups):
+                    entry, digest = _tensor(forward, record, groups[len(digests)], objects)
                 else:
                     break
                 if entry is None:
@@ -61,10 +67,24 @@ def scan(part: str, header: dict[str, Any], files: Sequence[Attachment], groups:
                 forward.skip(record)
                 entries.append(entry)
                 at = forward.at
+                if done < len(files):
+                    done += 1
+                elif not is_object:
+                    digests.append(digest)
         except RacError:
             pass  # the rest is cut off or damaged, and will be written again
-    del digests[max(0, len(entries) - len(files)) :]
-    return Found(entries, at, min(len(files), len(entries)), digests)
+    names = frozenset(e.name for e in entries if e.type == RECORD_OBJECT)
+    return Found(entries, at, done, digests, names)
+
+
+def provenance(part: str) -> dict[str, Any]:
+    """What the header of a part states of its making; empty where there is no readable part."""
+    try:
+        with open(part, "rb") as f:
+            found: dict[str, Any] = Forward(f, part).header.get("provenance", {})
+            return found
+    except (OSError, RacError):
+        return {}
 
 
 def _entry(record: Record, **fields: Any) -> Entry:
@@ -87,28 +107,35 @@ def _file(forward: Forward, record: Record, file: Attachment) -> Entry | None:
     return _entry(record, method=record.head["stages"][0]["id"]) if data == file.read() else None
 
 
-def _tensor(forward: Forward, record: Record, group: ties.Group) -> tuple[Entry | None, bytes]:
+def _object(forward: Forward, record: Record, objects: Objects) -> Entry:
+    t = objects.parse(record)
+    entry = _entry(record, method=ix.method_of(record), dtype=t.dtype, shape=t.shape, parts=_parts(forward, t))
+    objects.keep(t, None)
+    return entry
+
+
+def _parts(forward: Forward, t: tn.Tensor) -> tuple[int, ...]:
+    """Payload bytes by kind of the record that the stream stands at, whose units are read and checked."""
+    heads = [forward.unit(unit, t.record, t.most(i), t.name)[:4096] for i, unit in enumerate(t.units)]
+    sizes = [u.size for u in t.units]
+    return tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, lambda i, size: heads[i][:size])
+
+
+def _tensor(
+    forward: Forward, record: Record, group: ties.Group, objects: Objects
+) -> tuple[Entry | None, bytes]:  # fmt: skip
     t = group.tensor
     if record.type != RECORD_TENSOR:
         return None, b""
-    found = tn.parse(record, forward.limits)
+    found = objects.parse(record)
     same = (found.name, found.dtype, found.shape, found.aliases, found.extra) == (
         t.name, t.dtype, t.shape, group.aliases, group.extra,
     )  # fmt: skip
     if not same:
         return None, b""
-    heads = []
-    for i, unit in enumerate(found.units):
-        heads.append(forward.unit(unit, record, found.most(i), t.name)[:4096])
+    parts = _parts(forward, found)
     if ties.digest(t) != (found.record.head.get("x-source") if found.trellis else found.digest):
         return None, b""
-    parts = tn.parts(
-        found.grid,
-        found.lanes,
-        found.trellis is not None,
-        [u.size for u in found.units],
-        lambda i, size: heads[i][:size],
-    )
     entry = _entry(
         record, method=ix.method_of(record), dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
     )

@@ -15,12 +15,13 @@ from rac.container import zstd
 from rac.container.forward import Forward, entries_by_name
 from rac.container.index import content_digest
 from rac.decode import tensor as tn
-from rac.decode.archive import forward_attachment, forward_tensors, open_archives
+from rac.decode.archive import Found, forward_attachment, forward_tensors, open_archives
 from rac.encode import ties
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError, SourceError
 from rac.quantize import trellis as tr
 from rac.records import Record
+from rac.registry import RECORD_OBJECT
 
 Progress = Callable[[str, int], None]
 
@@ -101,6 +102,7 @@ def _one(
         seen.theirs = {t.name: t for t in seen.source.tensors}
     content: list[list[Any]] = []
     parts: dict[str, tuple[int, ...]] = {}
+    object_parts: dict[str, tuple[int, ...]] = {}
 
     def attachment(record: Record) -> None:
         data = forward_attachment(forward, record)
@@ -108,7 +110,11 @@ def _one(
             raise FormatError("attachment is there twice", file=name, unit=repr(record.head["name"]), offset=record.at)
         seen.files[record.head["name"]] = zstd.digest(data)
 
-    for t, words, of_kind in forward_tensors(forward, attachment):
+    def of_object(found: Found) -> None:
+        tn.check_digest(*found[:2])
+        object_parts[found[0].name] = found[2]
+
+    for t, words, of_kind in forward_tensors(forward, attachment, of_object=of_object):
         tn.check_digest(t, words)
         parts[t.name] = of_kind
         for n in (t.name, *(a for a, _ in t.aliases)):
@@ -131,9 +137,11 @@ def _one(
     index = forward.index
     if index is None or index.digest != digest:
         raise ChecksumError("the content digest of the index does not match", file=name, unit="index")
-    for n, entry in entries_by_name(index).items():
-        if entry.name == n and entry.parts != parts[n]:
-            raise FormatError("the index states wrong parts", file=name, unit=repr(n), offset=entry.at)
+    stated = [(e, parts) for n, e in entries_by_name(index).items() if e.name == n]
+    stated += [(e, object_parts) for e in index.entries if e.type == RECORD_OBJECT]
+    for entry, found in stated:
+        if entry.parts != found[entry.name]:
+            raise FormatError("the index states wrong parts", file=name, unit=repr(entry.name), offset=entry.at)
     seen.metadata = forward.header.get("metadata", {}) or seen.metadata
     seen.digest = digest
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.errors import FormatError, UnsupportedError
+from rac.native import product
 from rac.native import trellis as native
 from rac.quantize.lossless import is_int
 
@@ -25,6 +26,8 @@ CODES = {
 """States to (H0, H1)."""
 DEAD, MOST = -128, 60
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+QUIET = {"F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}
+"""The NaN that a computed one becomes."""
 _QUARTERS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)
 
 
@@ -157,14 +160,21 @@ def from_words(words: Array, dtype: str) -> NDArray[np.float32]:
 
 
 def to_words(v: NDArray[np.float32], dtype: str) -> Array:
-    """Binary32 to words of the data type, to nearest, ties to even. `v` is not NaN."""
-    if dtype == "F32":
-        return v.view(np.uint32)
+    """Binary32 to words of the data type, to nearest, ties to even; any NaN to the quiet one."""
+    bits: Array = v.view(np.uint32)
     if dtype == "F16":
-        with np.errstate(over="ignore"):
-            return v.astype(np.float16).view(np.uint16)
-    bits = v.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+        with np.errstate(over="ignore", invalid="ignore"):
+            bits = v.astype(np.float16).view(np.uint16)
+    elif dtype == "BF16":
+        bits = ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    nan = np.isnan(v)
+    return np.where(nan, bits.dtype.type(QUIET[dtype]), bits) if nan.any() else bits
+
+
+def put_words(v: NDArray[np.float32], dtype: str, dst: Array, reference: bool = False) -> None:
+    """`to_words` of contiguous numbers into `dst`, contiguous words of their shape."""
+    if reference or not product.rounded(v, dtype, dst):
+        dst[...] = to_words(v, dtype)
 
 
 def decode(words: NDArray[np.uint8], p: Trellis, t: Tables, box: tuple[int, int, int, int], dst: Array, dtype: str,
