@@ -28,6 +28,8 @@ Note = Callable[[str, int, int], None]
 
 _VERSION = 1
 """Of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
+_SMALL = 1 << 31
+"""Bytes of weights up to which the model that writes its own text is held in float32."""
 
 
 class Layer:
@@ -172,8 +174,11 @@ def _find(
         if text is None:
             if not causal:
                 raise SourceError("only a causal language model can write its own calibration text", file=path)
-            model = _load(kind, path, "auto")
+            # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
+            small = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) <= _SMALL
+            model = _load(kind, path, "float32" if small else "auto")
             ids = calibration_text.self_text_ids(model, tokens, context, seed, folder, note)
+            model = None
         else:
             if isinstance(text, str):
                 every, most = calibration_text.text_ids(path, text, tokens)
@@ -189,7 +194,7 @@ def _find(
     try:
         if both:
             raise calibration_blocks.UnfitError("it has an encoder and a decoder")
-        model = model if model is not None else _load(kind, path, "auto")
+        model = _load(kind, path, "auto")
         calibration_stream.stream(model, causal, ids, fisher and causal, seed, folder, note)
     except calibration_blocks.UnfitError as e:
         note(f"running the model as a whole: {e}", 0, 0)
@@ -215,10 +220,17 @@ def _kind(config: Any) -> tuple[Any, bool]:
 
 def _load(kind: Any, path: str, dtype: str) -> Any:
     """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # there is `note`
     try:
         model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
     except Exception as e:  # transformers raises whatever a broken file makes of it
         raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model.eval()
 
 

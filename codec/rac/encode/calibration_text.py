@@ -17,6 +17,9 @@ LEAST = 128
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json",
                "sentencepiece.bpe.model")  # fmt: skip
 _CACHE_BYTES = 1 << 31
+"""Memory for the keys and values of the sequences that are written at once."""
+_KEPT = ("cache", "past_key_values", "cache_params")
+"""What models, and versions of transformers, call the keys and values of the tokens so far."""
 
 
 def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]:
@@ -69,7 +72,9 @@ def self_text_ids(
         raise SourceError("the model has no begin-of-text, end-of-text or padding token to begin its own text with")
     context = min(context, tokens)
     count = tokens // context
-    each = 4 * context * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # at most
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * context * config.num_hidden_layers * heads * width * model.dtype.itemsize
     batch = max(1, min(count, _CACHE_BYTES // each))
     parts = []
     for number, start in enumerate(range(0, count, batch)):
@@ -77,11 +82,11 @@ def self_text_ids(
         if name not in folder:
             generator = torch.Generator().manual_seed(seed + (number << 32))
             ids = torch.full((rows, context), first, dtype=torch.int64)
-            cache = None
+            kept: dict[str, Any] = {}
             with torch.no_grad():
                 for i in range(1, context):
-                    out = model(input_ids=ids[:, i - 1 : i], past_key_values=cache, use_cache=True)
-                    cache = out.past_key_values
+                    out = model(input_ids=ids[:, i - 1 : i] if kept else ids[:, :i], use_cache=True, **kept)
+                    kept = {k: out[k] for k in _KEPT if k in out}
                     chances = torch.softmax(out.logits[:, -1].float(), -1)
                     ids[:, i] = draw(chances, torch.rand(rows, 1, generator=generator))
                     if i % 16 == 0:

@@ -1,0 +1,370 @@
+"""Calibration: what the blocks find one by one is what the whole model finds; interrupted, cached, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from rac.encode import calibration_blocks, calibration_stream  # noqa: E402
+from rac.encode.calibrate import Layer, calibrate  # noqa: E402
+from rac.errors import RacError, SourceError  # noqa: E402
+
+IDS = np.random.default_rng(0).integers(3, 90, 330)
+SMALL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def llama(**more):
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, **SMALL, **more,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=512, **SMALL)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def opt():
+    """Linear layers before and after its blocks."""
+    config = transformers.OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16,
+        max_position_embeddings=512, **SMALL,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
+def gemma():
+    """Blocks whose arguments differ: a sliding window in some of them."""
+    config = transformers.Gemma3TextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=512, **SMALL,
+    )  # fmt: skip
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def bert():
+    config = transformers.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+        vocab_size=97,
+    )  # fmt: skip
+    return transformers.BertModel(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0, **SMALL
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(make, dtype="float32"):
+        torch.manual_seed(0)
+        folder = tmp_path / f"{make.__name__}-{dtype}"
+        make().to(getattr(torch, dtype)).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def run(folder, **more):
+    said = []
+    more = {"tokens": 320, "context": 64, "note": lambda *a: said.append(a), **more}
+    return calibrate(folder, more.pop("text", IDS), **more), said
+
+
+def whole(monkeypatch, folder, **more):
+    def refuse(*_):
+        raise calibration_blocks.UnfitError("asked for")
+
+    with monkeypatch.context() as m:
+        m.setattr(calibration_blocks.Chain, "__init__", refuse)
+        found, said = run(folder, **more)
+    assert any("asked for" in what for what, _, _ in said)
+    return found
+
+
+def equal(a, b, tolerance=1e-4):
+    assert set(a) == set(b)
+    for name in a:
+        for x, y in ((a[name].second, b[name].second), (a[name].sensitivity, b[name].sensitivity)):
+            assert (x is None) == (y is None)
+            if x is not None:
+                np.testing.assert_allclose(x, y, rtol=10 * tolerance, atol=tolerance * x.max())
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, opt, gemma])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_find_what_the_whole_model_finds(saved, monkeypatch, make, dtype):
+    folder = saved(make, dtype)
+    found, said = run(folder)
+    assert not [what for what, _, of in said if not of]
+    assert found.tokens == 320 and len(found.digest) == 32
+    # a table of numbers that the model makes itself may be rounded to the stored type
+    equal(whole(monkeypatch, folder), found, 1e-4 if dtype == "float32" or make is not gemma else 2e-2)
+    done = [d for _, d, of in said if of]
+    assert done == sorted(done) and said[-1][1] == said[-1][2]
+
+
+def test_second_moment_and_sensitivity_are_what_they_say(saved):
+    folder = saved(llama)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    inputs, gradients = [], []
+    layer = model.model.layers[1].mlp.down_proj
+    layer.register_forward_hook(lambda m, a, out: (inputs.append(a[0]), out.register_hook(gradients.append))[0])
+    generator = torch.Generator().manual_seed(3)
+    for s in range(5):
+        logits = model(input_ids=torch.from_numpy(IDS[None, s * 64 : s * 64 + 64])).logits[0]
+        at = torch.rand(64, 1, generator=generator)
+        labels = (torch.softmax(logits.detach(), -1).cumsum(-1) < at).sum(-1)
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    x, g = torch.cat(inputs).reshape(320, -1).detach(), torch.cat(gradients).reshape(320, -1)
+    found = run(folder, seed=3)[0]["model.layers.1.mlp.down_proj.weight"]
+    np.testing.assert_allclose(found.second, (x.T @ x / 320).numpy(), rtol=1e-3, atol=1e-8)
+    np.testing.assert_allclose(found.sensitivity, (g.double() ** 2).mean(0).numpy(), rtol=1e-3)
+
+
+def test_transposed_weights_and_names_of_files(saved):
+    folder = saved(gpt2)
+    from safetensors.torch import load_file, save_file
+
+    weights = {k.removeprefix("transformer."): v for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})  # as the published GPT-2 has them
+    found = run(folder)[0]
+    assert set(found) <= set(weights)
+    layer = found["h.0.mlp.c_fc.weight"]
+    assert layer.transposed and layer.second.shape == (32, 32) and layer.sensitivity.shape == (128,)
+
+
+def test_encoder_has_moments_alone(saved, monkeypatch):
+    folder = saved(bert)
+    found, said = run(folder, context=1024)
+    assert found.tokens == 256 and not [what for what, _, of in said if not of]  # two of its 128
+    assert "pooler.dense.weight" in found and not any(v.sensitivity is not None for v in found.values())
+    assert not found["encoder.layer.0.output.dense.weight"].transposed
+    equal(whole(monkeypatch, folder, context=1024), found)
+
+
+def test_encoder_and_decoder_run_as_a_whole(saved):
+    found, said = run(saved(t5))
+    assert any("encoder and a decoder" in what for what, _, _ in said)
+    assert {name.split(".")[0] for name in found} == {"encoder", "decoder"}
+    assert all(np.isfinite(v.sensitivity).all() and v.finite for v in found.values())
+
+
+def test_forward_alone(saved):
+    folder = saved(llama)
+    both, alone = run(folder)[0], run(folder, fisher=False)[0]
+    name = "model.layers.2.self_attn.o_proj.weight"
+    np.testing.assert_array_equal(both[name].second, alone[name].second)
+    assert alone[name].sensitivity is None and both.digest != alone.digest
+
+
+def test_second_call_reads_the_cache(saved, tmp_path, monkeypatch):
+    folder = saved(llama)
+    first, _ = run(folder, cache=tmp_path / "cache")
+    monkeypatch.setattr(calibration_stream, "stream", None)
+    second, said = run(folder, cache=tmp_path / "cache")
+    equal(first, second, 0)
+    assert not said and not list((tmp_path / "cache" / first.digest).glob("hidden-*"))
+    with pytest.raises(TypeError):
+        run(folder, cache=tmp_path / "cache", seed=1)
+
+
+def test_temporary_folder_goes_with_the_result(saved, tmp_path, monkeypatch):
+    import gc
+    import tempfile
+
+    folder = saved(llama)
+    (tmp_path / "t").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    found, _ = run(folder)
+    layer = found["model.layers.0.mlp.up_proj.weight"]
+    del found
+    gc.collect()
+    assert layer.second.shape == (32, 32) and list((tmp_path / "t").iterdir())
+    del layer
+    gc.collect()
+    assert not list((tmp_path / "t").iterdir())
+
+
+@pytest.mark.parametrize("when", [1, 3, 5, 12, 14, 19, 23, 26])
+def test_interrupted_goes_on_after_the_last_finished_block(saved, tmp_path, monkeypatch, when):
+    folder, cache = saved(llama), tmp_path / "cache"
+    monkeypatch.setattr(calibration_stream, "_ROWS", 128)  # three batches a step, 26 with the five labelled sequences
+    expected = run(folder)[0]
+    marks = []
+
+    def stop(*what):
+        marks.append(what)
+        if len(marks) == when:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, cache=cache, note=stop)
+    assert not list(cache.glob("*/*.part"))
+    equal(expected, run(folder, cache=cache)[0], 0)
+
+
+def test_interruption_repeats_no_finished_step(saved, tmp_path, monkeypatch):
+    folder, cache = saved(llama), tmp_path / "cache"
+    forward = calibration_stream._Passes._forward
+
+    def failing(self, i):
+        if i == 2:
+            raise KeyboardInterrupt
+        forward(self, i)
+
+    with monkeypatch.context() as m:
+        m.setattr(calibration_stream._Passes, "_forward", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, cache=cache)
+    seen = []
+    monkeypatch.setattr(calibration_stream._Passes, "_forward", lambda self, i: (seen.append(i), forward(self, i)))
+    found = run(folder, cache=cache)[0]
+    assert seen == [2]
+    equal(run(folder)[0], found, 0)
+
+
+def spoil(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def test_damage(saved, tmp_path):
+    folder, cache = saved(llama), tmp_path / "cache"
+    expected, _ = run(folder, cache=cache)
+    place = cache / expected.digest
+    kept = {k: np.array(v.second) for k, v in expected.items()}
+    # cut off: found when opened
+    file = next(place.glob("second-*"))
+    file.write_bytes(file.read_bytes()[:-4])
+    found, _ = run(folder, cache=cache)
+    assert all(np.array_equal(kept[k], found[k].second) for k in kept)
+    # changed: a sensitivity is found when opened, a second moment when it is read
+    file = next(place.glob("sensitivity-*"))
+    spoil(file)
+    found, said = run(folder, cache=cache)
+    assert any("damaged" in what for what, _, _ in said)
+    for file in place.glob("second-*"):
+        spoil(file)
+    found, _ = run(folder, cache=cache)
+    with pytest.raises(SourceError, match="damaged"):
+        _ = found["model.layers.0.mlp.up_proj.weight"].second
+    (place / "state.json").write_text("{")
+    found, _ = run(folder, cache=cache)
+    assert all(np.array_equal(kept[k], found[k].second) for k in kept)
+
+
+def test_damaged_work_file_starts_again(saved, tmp_path, monkeypatch):
+    folder, cache = saved(llama), tmp_path / "cache"
+    backward = calibration_stream._Passes._backward
+
+    def failing(self, i):
+        if i == 1:
+            raise KeyboardInterrupt
+        backward(self, i)
+
+    with monkeypatch.context() as m:
+        m.setattr(calibration_stream._Passes, "_backward", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, cache=cache)
+    file = next(cache.glob("*/hidden-0001.npy"))
+    spoil(file)
+    found, said = run(folder, cache=cache)
+    assert any("damaged" in what for what, _, _ in said)
+    equal(run(folder)[0], found, 0)
+
+
+def test_own_text(saved, tmp_path):
+    folder = saved(llama)
+    found, said = run(folder, text=None, cache=tmp_path / "cache", context=32, tokens=100)
+    ids = np.load(tmp_path / "cache" / found.digest / "ids.npy")
+    assert ids.shape == (3, 32) and found.tokens == 96 and (ids[:, 0] == 1).all()
+    assert ("writing its own text", 96, 96) in said
+    shutil.rmtree(tmp_path / "cache")
+    run(folder, text=None, cache=tmp_path / "cache", context=32, tokens=100)
+    np.testing.assert_array_equal(ids, np.load(tmp_path / "cache" / found.digest / "ids.npy"))
+    with pytest.raises(SourceError, match="causal"):
+        run(saved(bert), text=None)
+
+
+def test_not_finite_is_told(saved):
+    folder = saved(llama)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    found, _ = run(folder, fisher=False)
+    assert found["model.layers.1.mlp.up_proj.weight"].finite
+    assert not found["model.layers.1.mlp.down_proj.weight"].finite
+
+
+def test_model_whose_blocks_look_at_each_other_runs_as_a_whole(saved, monkeypatch):
+    """Blocks that get something that depends on the text are found out, and the result is right all the same."""
+    folder = saved(llama)
+    expected = whole(monkeypatch, folder)
+    run_block = calibration_blocks.Chain.run
+    monkeypatch.setattr(calibration_blocks.Chain, "run", lambda self, i, h: run_block(self, i, h) + (i == 1))
+    found, said = run(folder)
+    assert any("model.layers.1 alone" in what for what, _, _ in said)
+    equal(expected, found, 0)
+
+
+def tokenizer(folder):
+    words = {"<unk>": 0, **{w: i + 3 for i, w in enumerate("abcdefghij")}}
+    about = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_text(saved):
+    folder = saved(llama)
+    with pytest.raises(SourceError, match=r"no tokenizer.json.*--calibrate none"):
+        run(folder, text="a b c " * 100)
+    tokenizer(folder)
+    assert run(folder, text="a b c d " * 100)[0].tokens == 320
+    found, said = run(folder, text="a b c d " * 40, context=256)
+    assert found.tokens == 160 and any("has 160 tokens, 320 were asked for" in what for what, _, _ in said)
+    for text, n in (("", 0), ("a b " * 60, 120)):
+        with pytest.raises(SourceError, match=f"has {n} tokens, at least 128"):
+            run(folder, text=text, context=256)
+
+
+def test_refused(saved, tmp_path):
+    with pytest.raises(SourceError, match="folder"):
+        run(tmp_path / "none")
+    folder = saved(llama)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RacError, match="no model that transformers can load"):
+        run(folder)
+    weights.unlink()
+    torch.save(llama().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match="no model that transformers can load"):
+        run(folder)
+    (folder / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(SourceError, match="no model that transformers knows"):
+        run(folder)
+
+
+def test_layer_takes_an_array():
+    layer = Layer(np.eye(3, dtype=np.float32), None)
+    assert layer.second.shape == (3, 3) and layer.finite and not layer.transposed
