@@ -86,7 +86,7 @@ def self_text_ids(
             with torch.no_grad():
                 for i in range(1, context):
                     out = model(input_ids=ids[:, i - 1 : i] if kept else ids[:, :i], use_cache=True, **kept)
-                    kept = {k: out[k] for k in _KEPT if k in out}
+                    kept = next(({k: out[k]} for k in _KEPT if k in out), {})
                     chances = torch.softmax(out.logits[:, -1].float(), -1)
                     ids[:, i] = draw(chances, torch.rand(rows, 1, generator=generator))
                     if i % 16 == 0:
