@@ -19,6 +19,7 @@ import numpy as np
 
 import rac
 from rac.encode import budget, ties
+from rac.encode import recipe as rcp
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
 
@@ -41,7 +42,7 @@ def main() -> None:
         for states in args.states:
             for bits in args.bits:
                 start = time.perf_counter()
-                recipe = replace(budget.data_free(groups, (), "default"), states=states, passes=args.passes)
+                recipe = replace(rcp.data_free(groups, (), "default"), states=states, passes=args.passes)
                 recipe = budget.solve(groups, recipe, budget.Request(bits=bits), 2)
                 pack_source(source, path, recipe=recipe, force=True)
                 packed = time.perf_counter()

@@ -21,6 +21,7 @@ from dataclasses import replace
 import numpy as np
 
 from rac.encode import budget, ties
+from rac.encode import recipe as rcp
 from rac.encode.calibrate import calibrate
 from rac.encode.sources import open_source
 
@@ -92,7 +93,7 @@ def main() -> None:
     print("| method | bits per weight | mean SNR dB |\n| --- | ---: | ---: |")
     plain: dict[str, list[float]] = {"RTN int4 g64": [], "GPTQ int4 g64": [], "rotation + GPTQ int4 g64": []}
     for g in groups:
-        w, s = budget.matrix_of(g.tensor).astype(np.float64), layers[g.tensor.name].second.astype(np.float64)
+        w, s = rcp.matrix_of(g.tensor).astype(np.float64), layers[g.tensor.name].second.astype(np.float64)
         q = rotation(w.shape[1])
         plain["RTN int4 g64"].append(snr(w, rtn(w), s))
         plain["GPTQ int4 g64"].append(snr(w, gptq(w, s), s))
@@ -100,11 +101,11 @@ def main() -> None:
     for name, found in plain.items():
         print(f"| {name} | 4.50 | {np.mean(found):.2f} |")
     for effort in args.efforts:
-        recipe = budget.calibrated(groups, layers, (), effort)
+        recipe = rcp.calibrated(groups, layers, (), effort)
         size, got = 0, []
         for g in groups:
             name = g.tensor.name
-            w, s = budget.matrix_of(g.tensor).astype(np.float64), layers[name].second.astype(np.float64)
+            w, s = rcp.matrix_of(g.tensor).astype(np.float64), layers[name].second.astype(np.float64)
             low, high = -6.0, 1.0
             for _ in range(12):
                 middle = (low + high) / 2

@@ -8,13 +8,22 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rac.encode.pack import Fidelity
 
 HELP = """\
-Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --size to a budget in real bytes.
+Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --size to a budget in real bytes, or with
+--snr or --kl to a quality.
 
 SRC is a .safetensors file, a Hugging Face model folder (its small files travel as attachments) or a .gguf file.
-The file gets its name only when it is whole; an interrupted pack goes on with --resume."""
+The file gets its name only when it is whole; an interrupted pack goes on with --resume.
+
+  rac pack model/ -o model.rac                                          every bit kept
+  rac pack model/ -o model.rac --bits 3 --calibrate text.txt            3 bits per weight where it matters least
+  rac pack model/ -o model.rac --kl 0.05 --calibrate text.txt           as small as that divergence allows
+  rac pack weights.safetensors -o weights.rac --size 80MB               from the weights alone"""
 
 
 def add(commands: Any) -> None:
@@ -40,13 +49,26 @@ def add(commands: Any) -> None:
     lossy.add_argument("--file-bits", type=float, metavar="B", help="bits per weight of the whole file")
     lossy.add_argument("--size", metavar="SIZE", help="size of the file, e.g. 80MB")
     lossy.add_argument(
-        "--calibrate", default="none", metavar="FILE", help="a text to calibrate on; none (default): the weights alone"
+        "--snr",
+        type=float,
+        metavar="DB",
+        help="signal to noise of the layers' outputs (none: of the weights), mean in dB",
+    )
+    lossy.add_argument("--kl", type=float, metavar="NATS", help="divergence per token on the calibration text")
+    lossy.add_argument(
+        "--calibrate", default="none", metavar="FILE|self|none",
+        help="a text to calibrate on; self: the model writes one; none (default): the weights alone",
     )  # fmt: skip
     lossy.add_argument("--tokens", type=int, default=40960, metavar="N", help="of that text (default: 40960)")
+    lossy.add_argument(
+        "--cache", metavar="DIR", help="where calibrations are kept, for resuming and for other budgets "
+        "(default: ~/.cache/rac; none: nowhere)",
+    )  # fmt: skip
     lossy.add_argument(
         "--effort", choices=("fast", "default", "max"), default="default",
         help="trellis of 32 states, of 256, or of 256 searched twice",
     )  # fmt: skip
+    lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
     lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
     p.add_argument("--force", action="store_true", help="replace an existing file")
@@ -55,7 +77,8 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
-    from rac.cli.progress import Progress, parse_size, size
+    from rac.cli.fidelity import ALARM, by_role, write_report
+    from rac.cli.progress import Progress, Steps, parse_size, size
     from rac.encode.budget import Request
     from rac.encode.pack import pack_source, recipe_of
     from rac.encode.sources import open_source
@@ -67,29 +90,32 @@ def run(args: argparse.Namespace) -> int:
         whole = None if args.size is None else parse_size(args.size)
     except argparse.ArgumentTypeError as e:
         raise ValueError(str(e)) from None
-    budget = any(v is not None for v in (args.bits, args.file_bits, whole))
-    if not budget and (args.calibrate != "none" or args.keep):
-        raise ValueError("--calibrate and --keep are for lossy packing: give --bits, --file-bits or --size too")
+    goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
+    budget = any(v is not None for v in goals.values())
+    if not budget and (args.calibrate != "none" or args.keep or args.report):
+        raise ValueError(f"--calibrate, --keep and --report are for lossy packing: give one of {', '.join(goals)} too")
     source = open_source(args.src, args.include, args.exclude)
     start = time.monotonic()
-
-    def note(what: str, done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            print(f"rac: {what}" + (f", {done} of {of}" if of else ""), file=sys.stderr)
-
     recipe = None
     if budget:
         request = Request(
-            args.bits, args.file_bits, whole, args.calibrate, args.tokens, args.effort, tuple(args.keep)
+            args.bits, args.file_bits, whole, args.snr, args.kl, args.calibrate, args.tokens, args.effort,
+            tuple(args.keep), _cache(args.cache),
         )  # fmt: skip
-        recipe = recipe_of(
-            source, args.src, args.output, request, level=args.level, jobs=args.jobs, force=args.force, note=note
-        )
+        with Steps() as note:
+            recipe = recipe_of(
+                source, args.src, args.output, request, level=args.level, jobs=args.jobs, force=args.force,
+                resume=args.resume, note=note,
+            )  # fmt: skip
+
+    def layer(f: Fidelity) -> None:
+        progress.line(f"{f.bits:7.3f} bits {f.snr:7.2f} dB {f.seconds:6.1f} s  {f.name}")
+
     with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
         done = pack_source(
             source, args.output, level=args.level, jobs=args.jobs, lanes=args.lanes, shard_size=shard_size,
             resume=args.resume, force=args.force, progress=progress,
-            settings={"include": args.include, "exclude": args.exclude}, recipe=recipe,
+            settings={"include": args.include, "exclude": args.exclude}, recipe=recipe, layer=layer,
         )  # fmt: skip
     seconds = time.monotonic() - start
     if done.skipped:
@@ -110,8 +136,19 @@ def run(args: argparse.Namespace) -> int:
                 f"alone: {_some(recipe.unreached)}",
                 file=sys.stderr,
             )
+        print(by_role(done.fidelity))
         print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
+        if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
+            print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
+        if args.report:
+            write_report(args.report, done, recipe)
     return 0
+
+
+def _cache(given: str | None) -> str | None:
+    if given == "none":
+        return None
+    return given or os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "rac")
 
 
 def _interrupted(args: argparse.Namespace) -> str:

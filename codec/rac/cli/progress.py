@@ -48,6 +48,11 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
 
+    def line(self, text: str) -> None:
+        """A line that stays, above the one that moves."""
+        if self._on:
+            sys.stderr.write(("\r\x1b[K" if self._drawn else "") + text + "\n")
+
     def __call__(self, name: str, n: int) -> None:
         """`n` more bytes are done; `name` is what they belong to."""
         self._done += n
@@ -60,6 +65,42 @@ class Progress:
         share = min(1.0, self._done / self._total)
         bar = "#" * int(20 * share)
         line = f"{self._what} [{bar:<20}] {share:4.0%} {size(self._done)}  {size(rate)}/s  ETA {_clock(left)}  {name}"
+        sys.stderr.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+        sys.stderr.flush()
+
+
+class Steps:
+    """A line for the steps of a long preparation: what, how much of it, time left. On terminals only."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty()
+        self._what, self._start, self._shown, self._first = "", 0.0, 0.0, 0
+
+    def __enter__(self) -> Steps:
+        """Nothing is shown yet."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        """Leave the last line."""
+        if self._on and self._what:
+            sys.stderr.write("\n")
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """`done` of `of` parts of step `what` are done; 0 of 0: a remark."""
+        if not self._on:
+            return
+        now = time.monotonic()
+        if what != self._what:
+            if self._what:
+                sys.stderr.write("\n")
+            self._what, self._start, self._first = what, now, done
+        elif now - self._shown < 0.1 and done < of:
+            return
+        self._shown, line = now, what
+        if of:
+            new = done - self._first
+            left = f"  ETA {_clock((now - self._start) / new * (of - done))}" if new > 0 and done < of else ""
+            line += f"  {done:,} of {of:,}{left or f'  in {_clock(now - self._start)}'}"
         sys.stderr.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
         sys.stderr.flush()
 

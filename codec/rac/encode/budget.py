@@ -1,146 +1,33 @@
-"""Which tensors are quantised, and how fine, so that the file meets a budget in real bytes."""
+"""How fine everything is quantised, so that the file meets a budget in real bytes or a quality."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.triangular import Triangular, triangular
 from rac.container import zstd
 from rac.encode import lossy, ties
 from rac.encode import record as rec
-from rac.encode.analyse import LEVELS, Level, analyse, axis_of, grid_of
-from rac.encode.calibrate import Layer, Note, calibrate
+from rac.encode.analyse import LEVELS, Level, analyse, grid_of
+from rac.encode.calibrate import Note, calibrate
+from rac.encode.recipe import EFFORTS, Recipe, calibrated, data_free, matrix_of
 from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.tile import TileEncoder
 from rac.errors import BudgetError, SourceError
-from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 
-EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
-"""States of the trellis, and passes over each matrix."""
-KEEP = ("*embed*", "*norm*", "*lm_head*", "*wte*", "*wpe*", "*.bias", "*shared.weight")
-"""Kept lossless unless the user says otherwise."""
-SMALLEST = 1 << 14
 TOLERANCE = 0.005
+CLOSE = 0.1
+"""Decibels that a file may have beyond the --snr that was asked for."""
+DECIBELS = 20 * math.log10(2)
+"""Of one bit."""
 _CODER = Level("default", 16, 1, 8, 6, 2, False, 0, 9, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Aligned:
-    """What the alignment found for one matrix: everything about its quantisation but the common scale."""
-
-    base: float
-    """log2 of the unit at common scale 0."""
-    scales: lossy.Scales
-    recursion: Callable[[], Triangular] | None = None
-    """Makes the recursion of the columns; None: no feedback."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How the tensors of a model are quantised."""
-
-    aligned: Mapping[str, Aligned]
-    """By name; tensors that are not in it stay lossless."""
-    states: int
-    passes: int
-    scale: float = 0.0
-    """log2 of the common factor of all units."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """For the provenance."""
-    unreached: tuple[str, ...] = ()
-    """Tensors that the calibration did not reach: they are quantised from the weights alone."""
-
-
-def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
-    """The tensor as a float32 matrix (R, C); SourceError where it holds NaN or infinity."""
-    w = tr.from_words(t.read(0, t.nbytes).view(f"<u{tr.DTYPES[t.dtype].itemsize}"), t.dtype)
-    if not np.isfinite(w).all():
-        raise SourceError(f"tensor {t.name!r} holds NaN or infinity; keep it lossless with --keep {t.name!r}")
-    return w.reshape(ll.matrix(t.dtype, t.shape, axis_of(t.shape)))
-
-
-def quantisable(t: SourceTensor, keep: Sequence[str] = ()) -> bool:
-    """True for float matrices of some size whose name no pattern keeps."""
-    if t.dtype not in tr.DTYPES or len(t.shape) < 2 or math.prod(t.shape) < SMALLEST:
-        return False
-    rows, cols = ll.matrix(t.dtype, t.shape, axis_of(t.shape))
-    return min(rows, cols) >= 16 and not any(fnmatchcase(t.name, p) for p in (*KEEP, *keep))
-
-
-def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str) -> Recipe:
-    """A recipe from the weights alone: every matrix at the same ratio of its own deviation to the error."""
-    wanted = [g.tensor for g in groups if quantisable(g.tensor, keep)]
-    found = {t.name: _even(matrix_of(t)) for t in wanted}
-    states, passes = EFFORTS[effort]
-    about = {"calibrate": "none", "effort": effort}
-    return Recipe({name: a for name, a in found.items() if a}, states, passes, about=about)
-
-
-def _even(w: NDArray[np.float32]) -> Aligned | None:
-    """A unit by the deviation of the whole matrix; None where it is all zeros."""
-    rms = float(np.sqrt(np.mean(w.astype(np.float64) ** 2)))
-    scales = lossy.Scales(np.zeros(w.shape[0], np.int8), np.zeros(w.shape[1], np.int8))
-    return Aligned(math.log2(rms), scales) if rms > 0 else None
-
-
-DAMP = 0.03
-"""Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
-STRENGTH, SPREAD = 0.5, 1.5
-"""How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/lossy.md)."""
-
-
-def calibrated(
-    groups: Sequence[ties.Group], layers: Mapping[str, Layer], keep: Sequence[str], effort: str, damp: float = DAMP,
-    strength: float = STRENGTH,
-) -> Recipe:  # fmt: skip
-    """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
-    found: dict[str, Aligned] = {}
-    needs: dict[str, tuple[float, int]] = {}
-    for t in (g.tensor for g in groups if quantisable(g.tensor, keep)):
-        w = matrix_of(t)
-        even, layer = _even(w), layers.get(t.name)
-        if even is None:
-            continue
-        found[t.name] = even
-        if layer is None or layer.second.shape[0] != w.shape[1]:
-            continue
-        r = triangular(layer.second, damp)
-        weight = np.empty(len(r.weight))
-        weight[r.order] = r.weight
-        cols = np.clip(np.rint(-4 * np.log2(weight / _middle(weight))), -tr.MOST, tr.MOST).astype(np.int8)
-        gain, rows = 0.0, np.zeros(w.shape[0], np.int8)
-        if layer.sensitivity is not None:
-            s = np.maximum(layer.sensitivity, layer.sensitivity.mean() * 1e-4)
-            gain = 0.5 * math.log2(_middle(s))
-            rows = np.clip(np.rint(-2 * np.log2(s / _middle(s))), -tr.MOST, tr.MOST).astype(np.int8)
-        scaled = w.astype(np.float64) / tr.power(rows)[:, None] / tr.power(cols)
-        deviation = math.log2(_middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30))))
-        # bits, up to a constant, where all count in full
-        needs[t.name] = deviation + math.log2(_middle(weight)) + gain, w.size
-        found[t.name] = Aligned(deviation, lossy.Scales(rows, cols), partial(triangular, layer.second, damp))
-    total = max(1, sum(n for _, n in needs.values()))
-    mean = sum(need * n for need, n in needs.values()) / total
-    for name, (need, _) in needs.items():
-        more = min(SPREAD, max(-SPREAD, strength * (need - mean)))
-        found[name] = replace(found[name], base=found[name].base - more)
-    states, passes = EFFORTS[effort]
-    unreached = tuple(name for name in found if name not in needs)
-    return Recipe(found, states, passes, about={"calibrate": "text", "effort": effort}, unreached=unreached)
-
-
-def _middle(x: NDArray[Any]) -> float:
-    """Geometric mean."""
-    return float(np.exp(np.log(x).mean()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +44,8 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     a = recipe.aligned[t.name]
     w = matrix_of(t)
     lane = grid_of("U8", w.shape, 1).tr
-    recursion = a.recursion() if a.recursion else None
-    q = lossy.quantise(w, t.dtype, a.base + recipe.scale, a.scales, lane, recipe.states, recipe.passes, recursion)
-    del w, recursion
+    q = lossy.quantise(w, t.dtype, a.base + recipe.scale, a.scales, lane, recipe.states, recipe.passes, a.recursion())
+    del w
     plan = replace(analyse(lambda _, x, y: q.words[x:y], "U8", q.words.shape, _CODER), words=q.words)
     encoder = TileEncoder(plan)
     units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
@@ -170,14 +56,30 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
 
 def stored(group: ties.Group, recipe: Recipe) -> int:
     """Bytes of the record of a quantised tensor, all counted."""
-    coded = code(group.tensor, recipe)
+    return _stored(group, code(group.tensor, recipe))
+
+
+def _stored(group: ties.Group, coded: Coded) -> int:
     behind = rec.Behind(coded.quantised.trellis, bytes(16), bytes(16))  # digests have one size
     return rec.size(rec.head(group, coded.encoder.plan, behind), coded.units)
 
 
+def snr(t: SourceTensor, q: lossy.Quantised, recipe: Recipe) -> float:
+    """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known."""
+    w = matrix_of(t)
+    e = tr.from_words(q.dense, t.dtype) - w
+    layer = recipe.aligned[t.name].layer
+    if layer is None:
+        energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
+    else:
+        second = np.asarray(layer.second, np.float32)
+        energy, error = float(np.vdot(w @ second, w)), float(np.vdot(e @ second, e))
+    return 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a user asks of a lossy pack. One of `bits`, `file_bits` and `size` is given."""
+    """What a user asks of a lossy pack. One of `bits`, `file_bits`, `size`, `snr` and `kl` is given."""
 
     bits: float | None = None
     """Bytes of the quantised tensors * 8 / their weights, everything counted."""
@@ -185,49 +87,124 @@ class Request:
     """Bytes of the file * 8 / all weights."""
     size: int | None = None
     """Bytes of the file."""
+    snr: float | None = None
+    """Output signal to noise, mean over the quantised tensors, in dB."""
+    kl: float | None = None
+    """Divergence per token from the original on the calibration text, in nats."""
     calibrate: str = "none"
-    """A text file, or "none"."""
+    """A text file, "self" or "none"."""
     tokens: int = 40960
     effort: str = "default"
     keep: tuple[str, ...] = ()
     """Patterns of tensors that stay lossless."""
+    cache: str | None = None
+    """Folder where calibrations are kept; None: not kept."""
 
     def __post_init__(self) -> None:
-        given = [v for v in (self.bits, self.file_bits, self.size) if v is not None]
-        if len(given) != 1 or given[0] <= 0:
-            raise ValueError("give one of bits, file_bits and size, above 0")
+        given = list(self.goal.values())
+        if len(given) != 1 or not 0 < given[0] < math.inf:
+            raise ValueError("give one of bits, file_bits, size, snr and kl, above 0")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}")
+        if self.kl is not None and self.calibrate in ("none", "self"):
+            raise ValueError("a divergence is measured on the calibration text: give a text file to calibrate on")
+
+    @property
+    def goal(self) -> dict[str, float]:
+        """What was asked."""
+        every = {
+            "bits": self.bits, "file_bits": self.file_bits, "size": self.size, "snr": self.snr, "kl": self.kl,
+        }  # fmt: skip
+        return {k: v for k, v in every.items() if v is not None}
+
+    @property
+    def stated(self) -> dict[str, str]:
+        """The same for the provenance, where numbers are whole."""
+        return {k: repr(v) for k, v in self.goal.items()}
 
 
 def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: Note | None = None) -> Recipe:
-    """What the request and the weights (and, where a text is given, a calibration) say, at common scale 0."""
+    """What the request and the weights (and, but for "none", a calibration) say, at common scale 0."""
     if request.calibrate == "none":
-        return data_free(groups, request.keep, request.effort)
-    try:
-        with open(request.calibrate, encoding="utf-8") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise SourceError(f"calibration text cannot be read: {e}", file=request.calibrate) from e
-    layers = calibrate(path, text, tokens=request.tokens, note=note)
+        recipe = data_free(groups, request.keep, request.effort)
+        return replace(recipe, about={**recipe.about, "goal": request.stated})
+    text = None if request.calibrate == "self" else read_text(request.calibrate)
+    layers = calibrate(path, text, tokens=request.tokens, note=note, cache=request.cache)
     recipe = calibrated(groups, layers, request.keep, request.effort)
-    digest = zstd.digest(text.encode()).hex()
-    return replace(recipe, about={**recipe.about, "calibrate": {"text": digest, "tokens": request.tokens}})
+    used = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": layers.tokens}
+    return replace(recipe, about={**recipe.about, "calibrate": used, "goal": request.stated})
+
+
+def read_text(path: str) -> str:
+    """The calibration text; SourceError where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise SourceError(f"calibration text cannot be read: {e}", file=path) from e
+
+
+class Judge(Protocol):
+    """The model, whose weights can be replaced and whose predictions are compared with those of the original."""
+
+    def put(self, names: Sequence[str], w: NDArray[np.float32]) -> None:
+        """Replace the weights of a tensor, which has these names."""
+
+    def kl(self) -> float:
+        """Nats per token."""
 
 
 def solve(
     groups: Sequence[ties.Group], recipe: Recipe, request: Request, jobs: int, note: Note | None = None,
-    level: Level = LEVELS["default"], files: Sequence[Attachment] = (),
+    level: Level = LEVELS["default"], files: Sequence[Attachment] = (), judge: Judge | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe with the common scale that meets the request in real bytes, from below, to half a percent.
+    """The recipe with the common scale that meets the request: real bytes from below, to half a percent.
 
     `level` codes the tensors that stay lossless, `files` travel along: both count in the size of the file.
+    `judge` measures the model where a divergence is asked for.
     BudgetError where no scale does.
     """
     mine = [g for g in groups if g.tensor.name in recipe.aligned]
     if not mine:
         raise BudgetError("no tensor is large enough to be quantised, or --keep keeps them all")
     weights = sum(math.prod(g.tensor.shape) for g in mine)
+    tried = 0
+
+    def total(scale: float, one: Callable[[ties.Group, Recipe], float], what: str) -> float:
+        nonlocal tried
+        now = replace(recipe, scale=scale)
+        tried += 1
+        with ThreadPoolExecutor(jobs) as pool:
+            work = [pool.submit(one, g, now) for g in mine]
+            for i, _ in enumerate(as_completed(work), 1):
+                if note:
+                    note(f"looking for the scale: {what}, pass {tried} at {scale:+.3f}", i, len(work))
+            return math.fsum(w.result() for w in work)
+
+    if request.snr is not None:
+        goal = request.snr
+        mean = lambda scale: total(scale, _snr, f"{goal:g} dB") / len(mine)  # noqa: E731
+        found = _meet(mean, goal, goal + CLOSE, 0.8 - goal / DECIBELS, 1 / DECIBELS)
+        if found[0] is None:
+            raise BudgetError(f"{goal:g} dB cannot be met: the nearest is {found[1]:.2f} dB")
+        return replace(recipe, scale=found[0])
+    if request.kl is not None:
+        assert judge is not None  # noqa: S101
+        nats, j = request.kl, judge
+
+        def rewrite(group: ties.Group, now: Recipe) -> float:
+            t = group.tensor
+            j.put((t.name, *(a for a, _ in group.aliases)), tr.from_words(code(t, now).quantised.dense, t.dtype))
+            return 0.0
+
+        def loss(scale: float) -> float:
+            total(scale, rewrite, f"{nats:g} nats")
+            return -math.log2(max(j.kl(), 1e-9))
+
+        found = _meet(loss, -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE)), -2.0, 0.5)
+        if found[0] is None:
+            raise BudgetError(f"{nats:g} nats cannot be met: the nearest is {2 ** -found[1]:.4f}")
+        return replace(recipe, scale=found[0])
     bits = request.bits
     if bits is None:
         everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in groups)
@@ -237,35 +214,38 @@ def solve(
         bits = 8 * (size - rest) / weights
         if bits <= 0:
             raise BudgetError(f"what stays lossless takes {rest} bytes, more than the {size} of the whole file")
-    tried = 0
+    rate = lambda scale: 8 * total(scale, stored, f"{bits:.3f} bits") / weights  # noqa: E731
+    found = _meet(rate, bits * (1 - TOLERANCE), bits, 1.03 - bits, 1.0 if bits > 1 else 1.5)
+    if found[0] is None:
+        raise BudgetError(f"{bits:.3f} bits per weight cannot be met: the nearest is {found[1]:.3f}")
+    return replace(recipe, scale=found[0])
 
-    def rate(scale: float) -> float:
-        nonlocal tried
-        now = replace(recipe, scale=scale)
-        with ThreadPoolExecutor(jobs) as pool:
-            total = sum(pool.map(lambda g: stored(g, now), mine))
-        tried += 1
-        if note:
-            note(f"scale {scale:+.3f}: {8 * total / weights:.4f} bits per weight, wanted {bits:.4f}", tried, 0)
-        return 8 * total / weights
 
-    goal = bits * (1 - TOLERANCE / 2)
-    scale, low, high = 1.03 - bits, -math.inf, math.inf  # coarser than `low`, finer than `high`
+def _snr(group: ties.Group, recipe: Recipe) -> float:
+    return min(100.0, snr(group.tensor, code(group.tensor, recipe).quantised, recipe))
+
+
+def _meet(
+    measure: Callable[[float], float], least: float, most: float, scale: float, slope: float
+) -> tuple[float | None, float]:
+    """(a scale at which the measure, falling in it, is between `least` and `most`; or None, and what it is there)."""
+    goal = (least + most) / 2
+    low, high = -math.inf, math.inf  # coarser than `low`, finer than `high`
     for _ in range(16):
-        got = rate(scale)
-        if bits * (1 - TOLERANCE) <= got <= bits:
-            return replace(recipe, scale=scale)
-        if got > bits:
+        got = measure(scale)
+        if least <= got <= most:
+            return scale, got
+        if got > most:
             low = max(low, scale)
         else:
             high = min(high, scale)
-        step = scale + (got - goal) * (1.0 if bits > 1 else 1.5)
+        step = scale + (got - goal) * slope
         if not low < step < high:
             step = (low + high) / 2 if math.isfinite(low + high) else step
         if abs(step) > 80 or abs(step - scale) < 1e-5:
             break
         scale = step
-    raise BudgetError(f"{bits:.3f} bits per weight cannot be met: the nearest is {got:.3f}")
+    return None, got
 
 
 def _lossless(groups: Sequence[ties.Group], level: Level, jobs: int) -> int:

@@ -6,7 +6,8 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,7 @@ class Measure:
     ) -> None:  # fmt: skip
         if not 2 <= context <= tokens:
             raise ValueError("a window needs at least 2 tokens, and as many must be asked for")
-        self._torch, self._transformers = _modules()
+        self.torch, self._transformers = _modules()
         self._path, self._text, self._note = os.fspath(model), text, note
         with _quiet(self._transformers):
             ids = self._load_original()(text, add_special_tokens=False).input_ids
@@ -101,7 +102,7 @@ class Measure:
         if not count:
             what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {context}"
             raise SourceError(what, file=self._path)
-        self._windows = list(self._torch.tensor(ids[: count * context]).split(context))
+        self._windows = list(self.torch.tensor(ids[: count * context]).split(context))
         self._held: list[Any] | None = None
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
@@ -117,7 +118,7 @@ class Measure:
             if not any("CausalLM" in a or "LMHead" in a for a in kinds):
                 raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=self._path)
             self.model = auto.AutoModelForCausalLM.from_pretrained(
-                self._path, dtype=self._torch.float32, local_files_only=True
+                self._path, dtype=self.torch.float32, local_files_only=True
             ).eval()
         except _ERRORS as e:
             raise SourceError(f"no model that transformers can load: {e}", file=self._path) from e
@@ -133,7 +134,7 @@ class Measure:
 
     def load(self, state: Mapping[str, Any], name: str) -> Any:
         """The model with other weights, arrays or tensors by name; MismatchError where they are not of this model."""
-        torch, transformers = self._torch, self._transformers
+        torch, transformers = self.torch, self._transformers
         tensors = {n: torch.as_tensor(v) for n, v in state.items()}
         try:
             with _quiet(transformers):
@@ -158,9 +159,9 @@ class Measure:
     def _predictions(self, model: Any, name: str | None) -> Iterator[Any]:
         """Log-probabilities (context, vocabulary) of each window, float16."""
         for i, window in enumerate(self._windows):
-            with self._torch.no_grad():
+            with self.torch.no_grad():
                 out = model(window[None], use_cache=False).logits[0].float()
-                yield self._torch.log_softmax(out, -1).half()
+                yield self.torch.log_softmax(out, -1).half()
             if self._note and name:
                 self._note(name, i + 1, len(self._windows))
 
@@ -197,9 +198,38 @@ class Measure:
 
     def _trace(self, name: str, w: Any) -> float:
         """tr(w S w') of a layer; w is (out, in)."""
-        with self._torch.no_grad():
-            second = self._torch.tensor(self._layers[name].second)
-            return float(((w @ second) * w).sum(dtype=self._torch.float64))
+        with self.torch.no_grad():
+            second = self.torch.tensor(self._layers[name].second)
+            return float(((w @ second) * w).sum(dtype=self.torch.float64))
+
+
+class Divergence:
+    """How far a model's predictions on a text are from its own once tensors were replaced (budget.Judge).
+
+    Both models are held in float32. At most `tokens` tokens of the text are used, and at most TOKENS.
+    """
+
+    TOKENS = 8192
+
+    def __init__(self, model: str | os.PathLike[str], text: str, tokens: int, note: Note | None = None) -> None:
+        tokens = min(tokens, self.TOKENS)
+        self._measure = Measure(model, text, tokens, min(1024, tokens), note)
+        own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
+        self._other = self._measure.load(own, os.fspath(model))
+        self._lock = threading.Lock()
+
+    def put(self, names: Sequence[str], w: NDArray[np.float32]) -> None:
+        """Replace a tensor, which the model has under some of these names."""
+        torch = self._measure.torch
+        state = self._other.state_dict()
+        with self._lock, torch.no_grad():
+            for name in names:
+                if name in state:
+                    state[name].copy_(torch.from_numpy(w).reshape(state[name].shape))
+
+    def kl(self) -> float:
+        """Nats per token."""
+        return self._measure.figures(self._other, "packed").kl
 
 
 def translated(path: str) -> dict[str, Callable[[], NDArray[np.float32]]]:

@@ -54,6 +54,9 @@ class Quantised:
     dtype: str
     lane: int
     """Rows of a tile."""
+    outliers: int
+    dead: int
+    """Columns that got no bits."""
 
     @property
     def dense(self) -> Array:
@@ -208,7 +211,7 @@ def quantise(
     exact = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
     sizes, unit = tr.build_unit(corrections, row_list, cols, places, tr.to_words(exact, dtype))
     p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
-    return Quantised(words, p, unit, dtype, lane)
+    return Quantised(words, p, unit, dtype, lane, len(places), int((cols == tr.DEAD).sum()))
 
 
 def _magnitudes(states: int) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -24,8 +25,10 @@ from rac.encode import record as rec
 from rac.encode import resume as rs
 from rac.encode import ties
 from rac.encode.analyse import LEVELS, Level
-from rac.encode.budget import Recipe, Request, code, recipe_for, solve
+from rac.encode.budget import Request, code, read_text, recipe_for, snr, solve
 from rac.encode.calibrate import Note
+from rac.encode.evaluate import Divergence
+from rac.encode.recipe import Recipe
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.encode.tile import TileEncoder
 from rac.errors import OutputError, RacError, SourceError
@@ -37,6 +40,32 @@ WINDOW = 64 << 20
 """Dense bytes in work beyond the largest tensor."""
 Progress = Callable[[str, int], None]
 """Called with the name of a finished tensor and its dense bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What quantising one tensor came to."""
+
+    name: str
+    shape: tuple[int, ...]
+    alignment: str
+    """"triangular", or "identity": nothing is known of its inputs."""
+    rank: int
+    """Of its low-rank part."""
+    states: int
+    snr: float
+    """Of its output (of its weights, where nothing is known of its inputs), in dB."""
+    outliers: int
+    dead: int
+    """Columns that got no bits."""
+    seconds: float
+    size: int = 0
+    """Bytes of its record."""
+
+    @property
+    def bits(self) -> float:
+        """Bytes * 8 / weights."""
+        return 8 * self.size / math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +82,17 @@ class Summary:
     quantised: int = 0
     quantised_bits: float = 0.0
     """Bytes of the quantised tensors * 8 / their weights, everything counted."""
+    fidelity: tuple[Fidelity, ...] = ()
+    """Of the quantised tensors, in the order of the file; but for those that an earlier run had finished."""
 
 
 def pack(
     src: str | os.PathLike[str], out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
     include: Sequence[str] = (), exclude: Sequence[str] = (), lanes: int | None = None,
     shard_size: int | None = None, resume: bool = False, force: bool = False, progress: Progress | None = None,
-    bits: float | None = None, file_bits: float | None = None, size: int | None = None, calibrate: str = "none",
-    tokens: int = 40960, effort: str = "default", keep: Sequence[str] = (), note: Note | None = None,
+    bits: float | None = None, file_bits: float | None = None, size: int | None = None, snr: float | None = None,
+    kl: float | None = None, calibrate: str = "none", tokens: int = 40960, effort: str = "default",
+    keep: Sequence[str] = (), cache: str | None = None, note: Note | None = None,
 ) -> Summary:  # fmt: skip
     """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
 
@@ -79,10 +111,13 @@ def pack(
         bits: Budget of a lossy pack: bytes of the quantised tensors * 8 / their weights, everything counted.
         file_bits: Or bytes of the file * 8 / all weights.
         size: Or bytes of the file.
-        calibrate: A text file to calibrate on, or "none": from the weights alone.
+        snr: Or output signal to noise, mean over the quantised tensors, in dB.
+        kl: Or divergence per token from the original on the calibration text, in nats.
+        calibrate: A text file to calibrate on, "self": text that the model writes, or "none": from the weights alone.
         tokens: Tokens of that text.
         effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
         keep: Patterns of tensors that stay lossless, beside embeddings, norms and small tensors.
+        cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
 
     Raises:
@@ -93,9 +128,9 @@ def pack(
     source = open_source(src, include, exclude)
     settings = {"exclude": list(exclude), "include": list(include)}
     recipe = None
-    if any(v is not None for v in (bits, file_bits, size)):
-        request = Request(bits, file_bits, size, calibrate, tokens, effort, tuple(keep))
-        recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, note=note)
+    if any(v is not None for v in (bits, file_bits, size, snr, kl)):
+        request = Request(bits, file_bits, size, snr, kl, calibrate, tokens, effort, tuple(keep), cache)
+        recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note)
     return pack_source(
         source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
         progress=progress, settings=settings, recipe=recipe,
@@ -104,14 +139,25 @@ def pack(
 
 def recipe_of(
     source: Source, src: str | os.PathLike[str], out: str | os.PathLike[str], request: Request, *,
-    level: str = "default", jobs: int | None = None, force: bool = False, note: Note | None = None,
+    level: str = "default", jobs: int | None = None, force: bool = False, resume: bool = False,
+    note: Note | None = None,
 ) -> Recipe:  # fmt: skip
-    """How a pack of `source`, opened from `src`, meets the request; OutputError where `out` must not be replaced."""
+    """How a pack of `source`, opened from `src`, meets the request; OutputError where `out` must not be replaced.
+
+    With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
+    """
     if os.path.isfile(out) and not force:  # said before the long work, not after it
         raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
     groups = ties.find(source.tensors)
     recipe = recipe_for(groups, os.fspath(src), request, note)
-    return solve(groups, recipe, request, threads_of(jobs), note, LEVELS[level], source.attachments)
+    if resume and (before := rs.provenance(f"{os.fspath(out)}.part")):
+        about = dict(recipe.about)
+        if {k: before.get(k) for k in about} == about and before.get("level") == level:
+            return replace(recipe, scale=float(before["bits_scale"]))
+    judge = None
+    if request.kl is not None:
+        judge = Divergence(src, read_text(request.calibrate), request.tokens, note)
+    return solve(groups, recipe, request, threads_of(jobs), note, LEVELS[level], source.attachments, judge)
 
 
 def save_file(
@@ -133,8 +179,12 @@ def pack_source(
     source: Source, out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
     lanes: int | None = None, shard_size: int | None = None, resume: bool = False, force: bool = False,
     progress: Progress | None = None, settings: dict[str, Any] | None = None, recipe: Recipe | None = None,
+    layer: Callable[[Fidelity], None] | None = None,
 ) -> Summary:  # fmt: skip
-    """`pack` for a source that is open already; with a `recipe` its tensors are quantised, the others lossless."""
+    """`pack` for a source that is open already; with a `recipe` its tensors are quantised, the others lossless.
+
+    `layer` is called after each quantised tensor.
+    """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     if lanes is not None and not 1 <= lanes <= ll.MAX_LANES:
@@ -167,6 +217,13 @@ def pack_source(
     if source.kind == "gguf" and any(g.aliases for g in groups):
         provenance["gguf_order"] = [t.name for t in source.tensors]  # a GGUF file has no names for places
     resumed = 0
+    fidelity: list[Fidelity] = []
+
+    def quantised_one(of: Fidelity) -> None:
+        fidelity.append(of)
+        if layer:
+            layer(of)
+
     for i, (shard, name) in enumerate(zip(shards, paths, strict=True)):
         header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
         if len(shards) > 1:
@@ -180,7 +237,9 @@ def pack_source(
                     for group in shard:
                         progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
                 continue
-        resumed += _write(name, header, files, shard, effort, recipe, threads_of(jobs), resume, force, progress)
+        resumed += _write(
+            name, header, files, shard, effort, recipe, threads_of(jobs), resume, force, progress, quantised_one
+        )  # fmt: skip
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)
     weights = sum(weights_of(t) for t in source.tensors)
@@ -190,7 +249,9 @@ def pack_source(
         lossy, bits = quantised(e for a in archives for e in a.index.entries)
         for archive in archives:
             archive.close()
-    return Summary(tuple(paths), done, stored, weights, len(source.tensors), resumed, source.skipped, lossy, bits)
+    return Summary(
+        tuple(paths), done, stored, weights, len(source.tensors), resumed, source.skipped, lossy, bits, tuple(fidelity)
+    )
 
 
 def weights_of(t: SourceTensor) -> int:
@@ -215,13 +276,16 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
 def _write(
     path: str, header: dict[str, Any], files: Sequence[Attachment], groups: list[ties.Group], level: Level,
     recipe: Recipe | None, jobs: int, resume: bool, force: bool, progress: Progress | None,
+    fidelity: Callable[[Fidelity], None],
 ) -> int:  # fmt: skip
     """Write one archive; returns how many tensors were there already."""
     writer = Writer(path, force)
     content: list[list[Any]] = []
 
-    def note(group: ties.Group, digest: bytes) -> None:
+    def note(group: ties.Group, digest: bytes, of: Fidelity | None = None) -> None:
         t = group.tensor
+        if of is not None:
+            fidelity(of)
         for name in (t.name, *(a for a, _ in group.aliases)):
             content.append([name, t.dtype, list(t.shape), digest])
         if progress:
@@ -264,12 +328,13 @@ class _Item:
     encoder: TileEncoder | None = None
     behind: rec.Behind | None = None
     """Of a quantised tensor, which is done in one piece."""
+    fidelity: Fidelity | None = None
     bands: list[list[rec.Bytes]] = field(default_factory=list)
 
 
 def _tensors(
     writer: Writer, groups: list[ties.Group], level: Level, recipe: Recipe | None, pool: ThreadPoolExecutor, jobs: int,
-    note: Callable[[ties.Group, bytes], None],
+    note: Callable[[ties.Group, bytes, Fidelity | None], None],
 ) -> None:  # fmt: skip
     """Plan and encode ahead of the writer, within WINDOW; write in order. The work nearest to the writer goes first."""
     largest = max((g.tensor.nbytes for g in groups), default=0)
@@ -303,13 +368,14 @@ def _tensors(
                 head = rec.head(group, plan, item.behind)
                 writer.add(RECORD_TENSOR, 0, head, units, **rec.fields(group, plan, units, item.behind))
                 writer.flush()
-                note(group, head["digest"])
+                of = item.fidelity and replace(item.fidelity, size=rec.size(head, units))
+                note(group, head["digest"], of)
                 held -= group.tensor.nbytes
                 continue
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 item, row = running.pop(job)
                 if row < 0:
-                    item.encoder, units, item.behind = job.result()
+                    item.encoder, units, item.behind, item.fidelity = job.result()
                     down = item.encoder.plan.grid.down
                     item.left = down if down > 1 and not item.behind else 0
                     item.bands = [units, *([] for _ in range(item.left))]
@@ -325,15 +391,20 @@ def _tensors(
 
 def _start(
     t: SourceTensor, level: Level, recipe: Recipe | None
-) -> tuple[TileEncoder, list[rec.Bytes], rec.Behind | None]:
+) -> tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None]:
     """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
     if recipe is not None and t.name in recipe.aligned:
+        start = time.perf_counter()
         coded = code(t, recipe)
-        q = coded.quantised
-        return coded.encoder, coded.units, rec.Behind(q.trellis, q.digest, ties.digest(t))
+        q, aligned = coded.quantised, recipe.aligned[t.name]
+        fidelity = Fidelity(
+            t.name, t.shape, "triangular" if aligned.layer else "identity", 0, recipe.states,
+            snr(t, q, recipe), q.outliers, q.dead, time.perf_counter() - start,
+        )  # fmt: skip
+        return coded.encoder, coded.units, rec.Behind(q.trellis, q.digest, ties.digest(t)), fidelity
     encoder = rec.lossless(t, level)
     plan = encoder.plan
     units: list[rec.Bytes] = [plan.shared] if plan.lanes else []
     if plan.grid.down == 1:
         units += rec.band(t, encoder, 0)
-    return encoder, units, None
+    return encoder, units, None, None

@@ -11,6 +11,7 @@ from rac.align.triangular import triangular
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import budget, lossy, ties
+from rac.encode import recipe as rcp
 from rac.encode.pack import pack, pack_source
 from rac.encode.sources import from_arrays
 from rac.encode.verify import verify
@@ -68,7 +69,7 @@ def test_types_and_jobs(tmp_path, dtype):
     arrays = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in model().items()}
     source = from_arrays(arrays)
     groups = ties.find(source.tensors)
-    recipe = budget.solve(groups, budget.data_free(groups, (), "fast"), budget.Request(bits=4), 2)
+    recipe = budget.solve(groups, rcp.data_free(groups, (), "fast"), budget.Request(bits=4), 2)
     for jobs in (1, 3):
         pack_source(source, tmp_path / f"{jobs}.rac", recipe=recipe, jobs=jobs)
     assert (tmp_path / "1.rac").read_bytes() == (tmp_path / "3.rac").read_bytes()
@@ -102,7 +103,7 @@ def test_everything_in_the_file_counts(tmp_path, level):
 def test_resume_gives_the_same_bytes(tmp_path):
     source = from_arrays(model())
     groups = ties.find(source.tensors)
-    recipe = budget.solve(groups, budget.data_free(groups, (), "fast"), budget.Request(bits=3), 2)
+    recipe = budget.solve(groups, rcp.data_free(groups, (), "fast"), budget.Request(bits=3), 2)
     pack_source(source, tmp_path / "whole.rac", recipe=recipe)
 
     class Stop(Exception):
@@ -191,8 +192,8 @@ def test_alignment_pays():
 
     error = {}
     for name, recipe in {
-        "plain": budget.data_free(groups, (), "default"),
-        "triangular": budget.calibrated(groups, {"w": Layer(s, None)}, (), "default"),
+        "plain": rcp.data_free(groups, (), "default"),
+        "triangular": rcp.calibrated(groups, {"w": Layer(s, None)}, (), "default"),
     }.items():
         solved = budget.solve(groups, recipe, budget.Request(bits=3.2), 2)
         q = budget.code(groups[0].tensor, solved).quantised
@@ -210,10 +211,10 @@ def test_what_calibration_did_not_reach_is_named():
         "a.weight": Layer(np.eye(384, dtype=np.float32), None),
         "b.weight": Layer(np.eye(7, dtype=np.float32), None),
     }
-    recipe = budget.calibrated(groups, layers, (), "fast")
+    recipe = rcp.calibrated(groups, layers, (), "fast")
     assert recipe.unreached == ("b.weight",)
-    assert recipe.aligned["b.weight"].base == budget.data_free(groups, (), "fast").aligned["b.weight"].base
-    assert budget.calibrated(groups, {}, (), "fast").unreached == ("a.weight", "b.weight")
+    assert recipe.aligned["b.weight"].base == rcp.data_free(groups, (), "fast").aligned["b.weight"].base
+    assert rcp.calibrated(groups, {}, (), "fast").unreached == ("a.weight", "b.weight")
 
 
 def test_rows_that_count_more_are_finer():
@@ -224,7 +225,7 @@ def test_rows_that_count_more_are_finer():
 
     sensitivity = np.ones(128)
     sensitivity[:64] = 64.0
-    recipe = budget.calibrated(groups, {"w": Layer(np.eye(128, dtype=np.float32), sensitivity)}, (), "default")
+    recipe = rcp.calibrated(groups, {"w": Layer(np.eye(128, dtype=np.float32), sensitivity)}, (), "default")
     q = budget.code(groups[0].tensor, budget.solve(groups, recipe, budget.Request(bits=4), 1)).quantised
     e = (q.dense.view(np.float32) - w) ** 2
     assert e[64:].mean() > 30 * e[:64].mean()

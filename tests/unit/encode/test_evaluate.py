@@ -171,3 +171,22 @@ def test_texts_and_folders_that_cannot_be_used(folder, tmp_path):
         next(compare(folder / "model.safetensors", [], TEXT))
     with pytest.raises(ValueError, match="window"):
         next(compare(folder, [], TEXT, tokens=10, context=64))
+
+
+def test_pack_to_a_divergence(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    goal = 0.02
+    pack(folder, tmp_path / "m.rac", kl=goal, calibrate=str(text), tokens=256, effort="fast")
+    _, row = compare(folder, [tmp_path / "m.rac"], TEXT, tokens=256, context=128)
+    assert 0.9 * goal < row.kl <= goal * 1.001
+    with pytest.raises(ValueError, match="text"):
+        pack(folder, tmp_path / "n.rac", kl=goal)
+
+
+def test_the_model_writes_its_own_text(folder, tmp_path):
+    done = pack(
+        folder, tmp_path / "m.rac", snr=20, calibrate="self", tokens=256, effort="fast", cache=str(tmp_path / "cache")
+    )
+    assert {f.alignment for f in done.fidelity} == {"triangular"}
+    assert 20 <= sum(f.snr for f in done.fidelity) / len(done.fidelity) <= 20.1
