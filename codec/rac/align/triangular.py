@@ -4,6 +4,10 @@ With S = L L^T, L lower triangular, and columns quantised from the last to the f
 before it are fed back, the output error is the sum over j of L_jj^2 |error of column j|^2: every column counts alike
 when its step is proportional to 1 / L_jj (WaterSIC, arXiv 2603.04956; GPTQ is the same recursion with equal steps). A
 decoder needs to know nothing of it.
+
+Errors of different rows add up in what follows too. With G the second moment of the gradients at the outputs, the loss is
+near tr(G E S E^T) (a Kronecker-factored Fisher; YAQA, arXiv 2505.22988): with G = M M^T, M upper triangular, and rows
+quantised from the first to the last, the same holds along the rows, and the factors multiply.
 """
 
 from __future__ import annotations
@@ -43,3 +47,33 @@ def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = Tr
     weight = np.diag(lower).copy()
     feed = np.triu((lower / weight).T, 1).astype(np.float32)
     return Triangular(order, weight, feed)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The recursion of the rows."""
+
+    weight: NDArray[np.float64]
+    """(m,) M_ii: the square root of what a unit error of that row costs."""
+    feed: NDArray[np.float32]
+    """(m, m), [i, k], k < i: weight of the error of row k in the target of row i."""
+
+
+LEAST = 1e-4
+"""Share of the mean that every output is taken to matter."""
+
+
+def rows(second: NDArray[np.floating], shrink: float) -> Rows:
+    """The recursion for outputs whose gradients have second moment `second` (m, m), symmetric.
+
+    Args:
+        second: E[g g^T]. Need not have full rank.
+        shrink: Share of what lies off the diagonal that is taken for chance: the text is but a sample. Above 0.
+    """
+    g = np.asarray(second, np.float64)
+    own = np.maximum(np.diag(g), max(np.diag(g).mean() * LEAST, 1e-30))
+    g = (1 - shrink) * g
+    g[np.diag_indices_from(g)] = own
+    upper = np.linalg.cholesky(g[::-1, ::-1])[::-1, ::-1]
+    weight = np.diag(upper).copy()
+    return Rows(weight, np.tril((upper / weight).T, -1).astype(np.float32))

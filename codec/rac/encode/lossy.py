@@ -152,7 +152,7 @@ def _quarters(x: Array) -> NDArray[np.int64]:
 
 def quantise(
     w: NDArray[np.float32], dtype: str, scale: float, scales: Scales, lane: int, states: int, passes: int,
-    recursion: Triangular | None = None,
+    recursion: Triangular | None = None, below: NDArray[np.float32] | None = None,
 ) -> Quantised:  # fmt: skip
     """Quantise `w` (R, C) float32 for the data type `dtype`.
 
@@ -165,6 +165,7 @@ def quantise(
         states: Of the trellis, 4 to 256.
         passes: 1, or 2: again with the centroids of the first. With feedback, which would be of other values then, 1.
         recursion: Order of the columns and weights of their errors in each other's targets; None: no feedback.
+        below: (R, R) weights of the errors of rows in the targets of later rows (Rows.feed); None: no feedback of rows.
 
     Raises:
         RacError: The C kernel is not there.
@@ -177,6 +178,8 @@ def quantise(
     near = np.sqrt(np.mean((w[:, step > 0] / step[step > 0]) ** 2, axis=1)) if (step > 0).any() else np.ones(r)
     row_list = np.minimum(scales.rows, np.clip(_quarters(near / LEAST), -tr.MOST, tr.MOST)).astype(np.int8)
     row_unit = tr.power(row_list)
+    if below is not None:
+        below = below * (row_unit / row_unit[:, None])  # of errors in units of their rows
     plain = np.ascontiguousarray((w / row_unit[:, None]).T)
     order = np.arange(c) if recursion is None else recursion.order
     feed = None if recursion is None else recursion.feed
@@ -198,11 +201,11 @@ def quantise(
     slope = LAMBDA * 2.0 ** (np.maximum(fine, 0) / 2)[:, None, None]
     costs = (states, (-slope * np.log2(share)).astype(F32), fine, row.astype(np.uint8))
     rec, low, corrections = _magnitudes(states), 0, np.zeros(0, np.int8)
-    k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed)
+    k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed, below)
     if passes > 1 and feed is None:
         low, corrections = _centroids(k, value, plain, step * _finer(fine_of), rec)
         rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
-        k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed)
+        k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed, below)
     back = np.argsort(order)
     value, wild, fine_of = value[back], wild[back], fine_of[back]
     cols = np.where(fine_of < 0, tr.DEAD, np.maximum(scales.cols.astype(np.int64) - fine_of, -tr.MOST)).astype(np.int8)
@@ -228,12 +231,14 @@ def _finer(fine: NDArray[np.int8]) -> NDArray[np.float32]:
 def _columns(
     plain: NDArray[np.float32], step: NDArray[np.float32], lane: int, rec: NDArray[np.float32], states: int,
     rate: NDArray[np.float32], fine: NDArray[np.int8], row: NDArray[np.uint8], feed: NDArray[np.float32] | None,
+    below: NDArray[np.float32] | None,
 ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:  # fmt: skip
     """Integers, values and outliers (C, R), and how fine each column is, block by block from the last to the first."""
     c, r = plain.shape
     k, value, wild = np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8)
     fine_of = np.empty(c, np.int8)
     error = np.empty((c, r), F32)
+    back = None if below is None else np.ascontiguousarray(below.T)
     for b in range(c, 0, -BLOCK):
         a = max(0, b - BLOCK)
         target = plain[a:b].copy()
@@ -241,7 +246,8 @@ def _columns(
             target += feed[a:b, b:] @ error[b:]
         inner = np.zeros((b - a, b - a), F32) if feed is None else np.ascontiguousarray(feed[a:b, a:b])
         k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(
-            states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row, 2.0 * MOST
+            states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row, 2.0 * MOST,
+            below, back,
         )  # fmt: skip
         error[a:b] = target
     return k, value, wild, fine_of

@@ -2,7 +2,7 @@
  * The decoder has a numpy twin in rac/quantize/trellis.py that the tests hold it to, bit for bit: plain float32 arithmetic
  * in a fixed order, no contraction to fused operations (setup.py). The search is held to all paths of short columns. */
 #include <math.h>
-#include "kernels.h"
+#include "trellis.h"
 
 /* The best coded integer of each subset for a sample: subset 2 g + b has sign (-1)^g and the integers of parity b */
 static inline void subsets(float x, const float *rec, const float *rate, int most, float *cost, int16_t *best) {
@@ -22,13 +22,6 @@ static inline void subsets(float x, const float *rec, const float *rate, int mos
             best[2 * g + b] = (int16_t)(better ? in : k);
         }
     }
-}
-
-typedef struct { int states, h0, h1; } rac_code;
-
-static inline int pred(const rac_code *t, int to, int b) { /* the state that a branch of parity b to `to` comes from */
-    const int half = t->states / 2;
-    return to < half ? 2 * (to ^ (b ? t->h1 : 0)) : 2 * ((to - half) ^ (t->h0 & (half - 1)) ^ (b ? t->h1 : 0)) + 1;
 }
 
 static void search_plain(const rac_code *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
@@ -115,9 +108,9 @@ AVX static void search_large(const rac_code *t, const float *cost, int64_t n, ui
 }
 #endif
 
-static void search(const rac_code *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+static void search(const rac_code *t, int no512, const float *cost, int64_t n, uint16_t *choice, float *c) {
 #ifdef HAVE_X86
-    if (has512()) {
+    if (!no512 && has512()) {
         if (t->states >= 32) search_large(t, cost, n, choice, c);
         else search_small(t, cost, n, choice, c);
         return;
@@ -129,7 +122,7 @@ static void search(const rac_code *t, const float *cost, int64_t n, uint16_t *ch
 /* One lane: integers k of least sum (x - sign rec[k])^2 + rate[k]. rec and the rows of rate have 2 most + 1 entries, for
  * -most..most; row[i] is the table of sample i. The trellis begins anew every `lane` samples. cost, best: scratch (n, 4);
  * choice: scratch (n, max(1, states / 16)). out: k; value: sign rec[k]. */
-static void viterbi(const rac_code *t, const float *x, int64_t n, int64_t lane, const float *rec, const float *rate,
+static void viterbi(const rac_code *t, int no512, const float *x, int64_t n, int64_t lane, const float *rec, const float *rate,
                     const uint8_t *row, int most, int16_t *out, float *value, float *cost, int16_t *best, uint16_t *choice) {
     const int words = t->states < 16 ? 1 : t->states / 16, wide = 2 * most + 1;
     for (int64_t i = 0; i < n; i++) subsets(x[i], rec + most, rate + (row ? row[i] : 0) * wide + most, most, cost + 4 * i, best + 4 * i);
@@ -138,7 +131,7 @@ static void viterbi(const rac_code *t, const float *x, int64_t n, int64_t lane, 
         float c[256];
         c[0] = 0.0f;
         for (int q = 1; q < t->states; q++) c[q] = 1e30f;
-        search(t, cost + 4 * a, m, choice, c);
+        search(t, no512, cost + 4 * a, m, choice, c);
         int s = 0;
         for (int q = 1; q < t->states; q++) if (c[q] < c[s]) s = q;
         for (int64_t i = m - 1; i >= 0; i--) {
@@ -158,17 +151,19 @@ static void viterbi(const rac_code *t, const float *x, int64_t n, int64_t lane, 
  * from `low`, says how the column is coded: fine[q] quarter octaves finer than its step, with the costs rate[q] (tables, 2
  * most + 1), or not at all where fine[q] < 0: its values are 0. fine_of (cols) tells what was taken. out, recon, wild (cols, m):
  * integers, values, and where a target lies further than `far` units out: an outlier, whose value is the target itself.
+ * below, back: the errors of rows are fed to the rows below them (rac_shape), or NULL; then rec is not corrected. no512: without AVX-512.
  * Returns 0, or 1 without memory. */
 int rac_trellis_block(int states, int h0, int h1, const float *plain, float *target, int64_t cols, int64_t m, int64_t lane, const float *feed,
                       const float *step, const float *rec, const float *rate, const int8_t *fine, int low, int levels,
                       const uint8_t *row, int64_t tables, int most, float far, int16_t *out, float *recon, uint8_t *wild,
-                      int8_t *fine_of) {
+                      int8_t *fine_of, const float *below, const float *back, int lag, int no512) {
     const rac_code t = {states, h0, h1};
     const int words = states < 16 ? 1 : states / 16, wide = 2 * most + 1;
     float *x = malloc((size_t)m * (4 + 16)), *cost = x + m;
     int16_t *best = malloc((size_t)m * 8);
     uint16_t *choice = malloc((size_t)(lane < m ? lane : m) * (size_t)words * 2);
     int bad = !x || !best || !choice;
+    const rac_shape shape = {below, back, m, lag};
     for (int64_t j = cols - 1; j >= 0 && !bad; j--) {
         float *g = target + j * m, *v = recon + j * m;
         for (int64_t i = j + 1; i < cols; i++) {
@@ -190,7 +185,9 @@ int rac_trellis_block(int states, int h0, int h1, const float *plain, float *tar
         }
         const float unit = step[j] * exp2f(-0.25f * (float)fine_of[j]), inverse = 1.0f / unit;
         for (int64_t r = 0; r < m; r++) x[r] = g[r] * inverse;
-        viterbi(&t, x, m, lane, rec, rate + (int64_t)q * tables * wide, row, most, out + j * m, v, cost, best, choice);
+        const float *costs = rate + (int64_t)q * tables * wide;
+        if (below) bad = rac_shaped(&t, no512, &shape, x, lane, costs + most, row, most, far, out + j * m, v);
+        else viterbi(&t, no512, x, m, lane, rec, costs, row, most, out + j * m, v, cost, best, choice);
         for (int64_t r = 0; r < m; r++) {
             const int out_of_range = fabsf(x[r]) > far;
             wild[j * m + r] = (uint8_t)out_of_range;

@@ -37,7 +37,8 @@ def block(
     states: int, code: tuple[int, int], plain: NDArray[np.float32], target: NDArray[np.float32], lane: int,
     feed: NDArray[np.float32],
     step: NDArray[np.float32], rec: NDArray[np.float32], rate: NDArray[np.float32], fine: NDArray[np.int8], low: int,
-    row: NDArray[np.uint8] | None, far: float,
+    row: NDArray[np.uint8] | None, far: float, below: NDArray[np.float32] | None = None,
+    back: NDArray[np.float32] | None = None, lag: int = 6, no512: bool = False,
 ) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:  # fmt: skip
     """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
 
@@ -55,6 +56,11 @@ def block(
         low: Quarter octaves of deviation / step of the first of the Q.
         row: (m,) class of each row, or None for one class.
         far: Units from which on a target is an outlier, whose value is the target itself.
+        below: (m, m), [i, k], k < i: weight of the error of row k in the target of row i; None: rows know nothing of
+            each other. 32 states and more.
+        back: Its transpose.
+        lag: Blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors.
+        no512: Run the code for machines without AVX-512, which gives the same.
 
     Returns:
         (integers (n, m), values (n, m), outliers (n, m), `fine` of each column).
@@ -72,7 +78,7 @@ def block(
         _i(states), _i(code[0]), _i(code[1]), _p(plain), _p(target), _n(n), _n(m), _n(lane), _p(feed), _p(step),
         _p(rec), _p(rate),
         _p(fine), _i(low), _i(len(fine)), _p(row), _n(rate.shape[1]), _i(len(rec) // 2), ctypes.c_float(far), _p(out),
-        _p(recon), _p(wild), _p(fine_of),
+        _p(recon), _p(wild), _p(fine_of), _p(below), _p(back), _i(lag), _i(no512),
     )  # fmt: skip
     if bad:
         raise MemoryError

@@ -1,0 +1,83 @@
+"""The search that feeds errors of rows to later rows: both versions of the kernel, and what it is for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rac.align.triangular import rows
+from rac.native import trellis as native
+from rac.quantize import trellis as tr
+
+MOST = 127
+
+
+def search(x, states, below, lane=None, lag=6, no512=False):
+    """(integers, values, outliers) of columns (n, m) in units, at the costs of a Gaussian."""
+    n, m = x.shape
+    rec = tr.magnitudes(states, 128)[128 - MOST : 129 + MOST].copy()
+    rate = (0.35 * 0.7213 * (rec / 4.0) ** 2).astype(np.float32).reshape(1, 1, -1)
+    back = None if below is None else np.ascontiguousarray(below.T)
+    return native.block(
+        states, tr.CODES[states], x, x.copy(), lane or m, np.zeros((n, n), np.float32), np.ones(n, np.float32), rec, rate,
+        np.zeros(1, np.int8), 0, None, 2.0 * MOST, below, back, lag, no512,
+    )[:3]  # fmt: skip
+
+
+def gradients(m):
+    """Second moment of gradients that have much in common."""
+    g = np.random.default_rng(1).standard_normal((4 * m, m))
+    return (g + 2 * g @ np.random.default_rng(2).standard_normal((m, m)) / np.sqrt(m)).T @ g / (4 * m)
+
+
+def columns(n, m):
+    return (4 * np.random.default_rng(0).standard_normal((n, m))).astype(np.float32)
+
+
+@pytest.mark.parametrize("states", [32, 64, 128, 256])
+@pytest.mark.parametrize(("m", "lane", "lag"), [(200, 200, 6), (130, 64, 2), (15, 15, 1)])
+def test_both_versions_agree(states, m, lane, lag):
+    g = gradients(m)
+    x = columns(3, m)
+    x[1, m // 2] = 1e4  # an outlier
+    x[2, 3] = 180  # integers beyond the tables of the fast version
+    below = rows((g + g.T) / 2 + 4 * np.eye(m), 0.1).feed
+    ours = search(x, states, below, lane, lag)
+    twin = search(x, states, below, lane, lag, no512=True)
+    for a, b in zip(ours, twin, strict=True):
+        assert a.tobytes() == b.tobytes()
+    k, value, wild = ours
+    assert wild.sum() == 1 and wild[1, m // 2]
+    for column, numbers, out in zip(k, value, wild, strict=True):  # what the decoder makes of the integers
+        state = 0
+        for i, number in enumerate(column):
+            state = 0 if i % lane == 0 else state
+            if not out[i]:
+                assert numbers[i] == (-1) ** (state & 1) * (2 * int(number) + 0.5)
+            h0, h1 = tr.CODES[states]
+            state = (state >> 1) ^ (h0 if state & 1 else 0) ^ (h1 if number & 1 else 0)
+
+
+def test_without_weights_it_is_the_plain_search():
+    x = columns(4, 100)
+    plain = search(x, 32, None)
+    shaped = search(x, 32, np.zeros((100, 100), np.float32), lag=7)  # 100 rows are within reach of every survivor
+    for a, b in zip(plain, shaped, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_what_the_outputs_see_gets_smaller():
+    m = 256
+    g = np.random.default_rng(3).standard_normal((m, 8 * m))
+    g = g @ g.T / (8 * m) + 0.5 * np.outer(*[np.random.default_rng(4).standard_normal(m)] * 2)
+    r = rows(g, 1e-3)
+    scale = 1 / r.weight
+    scale /= np.exp(np.log(scale).mean())
+    x = columns(32, m) * 1.0
+    errors = {}
+    for name, below in (("plain", None), ("fed", np.ascontiguousarray(r.feed * (scale / scale[:, None]), np.float32))):
+        _, value, _ = search(x.astype(np.float32), 32, below)
+        e = (x - value) * scale
+        errors[name] = np.einsum("ci,ij,cj->", e, g, e)
+    possible = np.mean(np.diag(g) * scale**2) / np.mean((r.weight * scale) ** 2)
+    assert errors["plain"] / errors["fed"] > 0.8 * possible > 1.1
