@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rac.decode.tensor import Tensor
+    from rac.quantize.lossless import Lanes
+    from rac.quantize.trellis import Trellis
+    from rac.records import Entry, Index
 
 HELP = """\
 Show what an archive holds and where its bytes went; the lines add up to the size of the file.
 
-Reads header and index only, whatever the size. "-" reads standard input to its end."""
+Reads header, index and the record heads of quantised tensors, whatever the size. "-" reads standard input to its
+end."""
+
+STREAMS = (
+    "head", "tables", "corrections", "rows", "columns", "outliers", "directories", "words", "escapes", "raw", "padding",
+)  # fmt: skip
+"""What the record of a quantised matrix consists of: its head, the shared unit of lanes/1, the sections of the unit of
+trellis/1, the streams of the tiles, and all padding."""
 
 
 def add(commands: Any) -> None:
@@ -25,54 +40,150 @@ def add(commands: Any) -> None:
     )
     p.add_argument("src", metavar="IN.rac", help="the archive, or one shard of a set")
     p.add_argument("--json", action="store_true", help="for programs")
-    p.add_argument("--tensors", action="store_true", help="a line for every tensor")
+    p.add_argument("--tensors", action="store_true", help="a line for every tensor, and what quantised ones consist of")
     p.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What the record head of a quantised tensor or object says."""
+
+    lanes: Lanes | None
+    trellis: Trellis | None
+    after: str
+    uses: tuple[str, ...]
+    front: tuple[int, ...]
+    """Bytes of the units in front of the tiles."""
+    outlier: int
+    """Bytes of an outlier."""
+    align: str | None
+    """`x-align`: a note of the encoder, since decoding needs to know nothing of an alignment."""
 
 
 @dataclass(frozen=True)
 class _File:
     name: str
     header: dict[str, Any]
-    index: Any
+    index: Index
     size: int
+    heads: Mapping[int, _Head]
+    """By the offset of the record."""
+
+
+def _head(t: Tensor) -> _Head:
+    from rac.quantize.trellis import DTYPES
+
+    align = t.record.head.get("x-align")
+    front = tuple(u.size for u in t.units[: t.first])
+    outlier = 8 + DTYPES[t.numbers].itemsize if t.trellis else 0
+    return _Head(t.lanes, t.trellis, t.after, t.uses, front, outlier, align if isinstance(align, str) else None)
+
+
+def _lossy(method: str) -> bool:
+    from rac.registry import AFTER, LOSSY
+
+    return method in (*LOSSY, *AFTER)
 
 
 def _files(src: str) -> list[_File]:
-    """Header and index of the archive, from its ends or from a stream."""
+    """Header, index and heads of the archive, from its ends or from a stream."""
     if src == "-" or (os.path.exists(src) and not os.path.isfile(src) and not os.path.isdir(src)):
-        from rac.container.forward import Forward
-
-        with sys.stdin.buffer if src == "-" else open(src, "rb") as f:
-            forward = Forward(f, "<stdin>" if src == "-" else src)
-            for _ in forward.records():
-                pass
-        return [_File(str(forward.name), forward.header, forward.index, forward.at)]
+        return [_stream(src)]
+    from rac.container.access import InFile
     from rac.decode.archive import open_archives
+    from rac.decode.load import parse
 
-    out = []
-    for a in open_archives(src):
-        out.append(_File(a.access.name, a.header, a.index, a.access.size))
-        a.close()
+    archives, out = open_archives(src), []
+    try:
+        for a in archives:
+            heads = {}
+            for e in (e for e in a.index.entries if _lossy(e.method)):
+                record = a.record(e)
+                with InFile(a.access.name, repr(e.name)):
+                    heads[e.at] = _head(parse(a, record))
+            out.append(_File(a.access.name, a.header, a.index, a.access.size, heads))
+    finally:
+        for a in archives:
+            a.close()
     return out
+
+
+def _stream(src: str) -> _File:
+    from rac.container.access import InFile
+    from rac.container.forward import Forward
+    from rac.container.index import method_of
+    from rac.decode.archive import Objects
+    from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+
+    heads = {}
+    with sys.stdin.buffer if src == "-" else open(src, "rb") as f:
+        forward = Forward(f, "<stdin>" if src == "-" else src)
+        objects = Objects(forward.limits)
+        for record in forward.records():
+            lossy = record.type in (RECORD_TENSOR, RECORD_OBJECT) and _lossy(method_of(record))
+            if lossy or record.type == RECORD_OBJECT:
+                with InFile(str(forward.name), repr(record.head.get("name"))):
+                    t = objects.parse(record)
+                if lossy:
+                    heads[record.at] = _head(t)
+                if record.type == RECORD_OBJECT:
+                    objects.keep(t, None)
+    assert forward.index is not None  # noqa: S101
+    return _File(str(forward.name), forward.header, forward.index, forward.at, heads)
+
+
+def _details(e: Entry, h: _Head, objects: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any]:
+    """What a quantised tensor or object consists of; FormatError where its head and its index row disagree.
+
+    "streams" are bytes, and add up to the record.
+    """
+    from rac.errors import FormatError
+
+    assert h.trellis is not None  # noqa: S101
+    sections = h.trellis.sizes
+    if sum(h.front) != e.parts[0] or h.front[-1] != sum(sections):
+        raise FormatError(
+            "units do not have the sizes that head and index state", file=file, unit=repr(e.name), offset=e.at
+        )
+    head, streams = 32 + e.head_size, e.parts[1:5]
+    sizes = (head, e.parts[0] - sum(sections), *sections, *streams, e.size - head - sum(e.parts[:5]))
+    return {
+        "align": h.align,
+        "basis": h.uses[0] if h.after == "basis/1" else None,
+        "rank": objects[h.uses[0]][1] if h.after == "lowrank/1" else 0,
+        "states": h.trellis.states,
+        "row_classes": h.lanes.rows if h.lanes else 0,
+        "column_classes": h.lanes.cols if h.lanes else 0,
+        "tables": h.lanes.tables if h.lanes else 0,
+        "outliers": sections[3] // h.outlier,
+        "corrections": sections[0],
+        "escapes": e.parts[3],
+        "streams": dict(zip(STREAMS, sizes, strict=True)),
+    }
 
 
 def report(src: str) -> dict[str, Any]:
     """Everything that `rac info` knows, as plain data. "bytes" adds up to "size" exactly."""
     from rac.decode.unpack import quantised, tensor_bytes, weights
     from rac.records import PARTS
-    from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR
+    from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 
     files = _files(src)
     where = dict.fromkeys(
-        ("header", "record heads", *PARTS[:5], "padding", "attachments", "other records", "index", "trailer"),
+        (
+            "header", "record heads", *PARTS[:5], "padding", "attachments", "objects", "other records", "index",
+            "trailer",
+        ),
         0,
-    )
-    tensors, attachments = [], []
+    )  # fmt: skip
+    tensors, attachments, objects = [], [], []
     for f in files:
         where["header"] += f.index.header_size
         where["index"] += f.index.size
         where["trailer"] += 32
+        shapes = {e.name: e.shape for e in f.index.entries if e.type == RECORD_OBJECT}
         for e in f.index.entries:
+            detail = {"quantised": _details(e, f.heads[e.at], shapes, f.name)} if e.at in f.heads else {}
             if e.type == RECORD_TENSOR:
                 where["record heads"] += 32 + e.head_size
                 for kind, n in zip(PARTS, e.parts, strict=True):
@@ -85,7 +196,18 @@ def report(src: str) -> dict[str, Any]:
                         "dense": dense, "ratio": e.size / dense if dense else None,
                         "bits_per_weight": 8 * e.size / n if n else None,
                         "parts": dict(zip(PARTS, e.parts, strict=True)),
-                        "aliases": [{"name": a, "tied": t} for a, t in e.aliases],
+                        "aliases": [{"name": a, "tied": t} for a, t in e.aliases], **detail,
+                    }
+                )  # fmt: skip
+            elif e.type == RECORD_OBJECT:
+                where["objects"] += e.size
+                n = math.prod(e.shape)
+                objects.append(
+                    {
+                        "name": e.name, "dtype": e.dtype, "shape": list(e.shape), "method": e.method, "bytes": e.size,
+                        "dense": 4 * n, "ratio": e.size / (4 * n) if n else None,
+                        "bits_per_weight": 8 * e.size / n if n else None,
+                        "parts": dict(zip(PARTS, e.parts, strict=True)), **detail,
                     }
                 )  # fmt: skip
             elif e.type == RECORD_ATTACHMENT:
@@ -101,11 +223,86 @@ def report(src: str) -> dict[str, Any]:
     return {
         "files": [f.name for f in files], "size": size, "dense": dense, "weights": total, "tensor_names": names,
         "bits_per_weight": 8 * size / total if total else None, "ratio": size / dense if dense else None,
-        "quantised": lossy, "quantised_bits": lossy_bits,
-        "bytes": where, "tensors": tensors, "attachments": attachments,
+        "quantised": lossy, "quantised_bits": lossy_bits, "roles": _roles(tensors),
+        "bytes": where, "tensors": tensors, "objects": objects, "attachments": attachments,
         "metadata": files[0].header.get("metadata", {}), "provenance": files[0].header.get("provenance", {}),
         "content": [f.index.digest.hex() for f in files],
     }  # fmt: skip
+
+
+def _roles(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Sums over the quantised tensors of each role."""
+    from rac.cli.fidelity import role
+
+    roles: dict[str, list[Mapping[str, Any]]] = {}
+    for t in tensors:
+        if "quantised" in t:
+            roles.setdefault(role(t["name"]), []).append(t)
+    out = []
+    for name, found in roles.items():
+        n, size = sum(math.prod(t["shape"]) for t in found), sum(t["bytes"] for t in found)
+        outliers = sum(t["quantised"]["outliers"] for t in found)
+        out.append(
+            {
+                "role": name, "tensors": len(found), "weights": n, "bytes": size, "bits_per_weight": 8 * size / n,
+                "outliers": outliers,
+            }
+        )  # fmt: skip
+    return out
+
+
+def _table(rows: Sequence[Sequence[str]], left: int = 1, indent: str = "") -> None:
+    """Columns as wide as they need to be, the first `left` of them flush left, the others flush right."""
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [v.ljust(n) if i < left else v.rjust(n) for i, (v, n) in enumerate(zip(row, width, strict=True))]
+        print(indent + "  ".join(cells).rstrip())
+
+
+def _tensors(r: Mapping[str, Any]) -> None:
+    """A line for every tensor and object, and two tables of the quantised ones."""
+    every = [*r["tensors"], *r["objects"]]
+    width = max((len(t["name"]) for t in every), default=4)
+    print(f"{'tensor':<{width}}  {'dtype':<8} {'shape':<16} {'method':<9} {'bytes':>12} {'ratio':>7} {'bits/w':>7}")
+    for t in every:
+        ratio = f"{t['ratio']:7.2%}" if t["ratio"] is not None else "      -"
+        bits = f"{t['bits_per_weight']:7.3f}" if t["bits_per_weight"] is not None else "      -"
+        shape = "x".join(map(str, t["shape"])) or "scalar"
+        kind = t["dtype"] if "aliases" in t else "object"
+        print(f"{t['name']:<{width}}  {kind:<8} {shape:<16} {t['method']:<9} {t['bytes']:>12,} {ratio} {bits}")
+        for a in t.get("aliases", ()):
+            print(f"  {'=' if a['tied'] else '~'} {a['name']} ({'tied' if a['tied'] else 'equal'}, stored once)")
+    print()
+    lossy = [t for t in every if "quantised" in t]
+    if not lossy:
+        return
+    kinds = [["quantised", "align", "basis", "rank", "states", "classes", "tables", "outliers", "corrections",
+              "escapes"]]  # fmt: skip
+    sizes = [["bits per weight", "sum", *STREAMS]]
+    for t in lossy:
+        q, n = t["quantised"], math.prod(t["shape"])
+        classes = f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
+        counts = [f"{q[k]:,}" for k in ("outliers", "corrections", "escapes")]
+        kinds.append(
+            [t["name"], q["align"] or "-", q["basis"] or "-", str(q["rank"] or "-"), str(q["states"]), classes,
+             str(q["tables"] or "-"), *counts]
+        )  # fmt: skip
+        sizes.append([t["name"], f"{t['bits_per_weight']:.4f}", *(f"{8 * v / n:.4f}" for v in q["streams"].values())])
+    for table, left in ((kinds, 3), (sizes, 1)):
+        _table(table, left)
+        print()
+
+
+def _quantised(r: Mapping[str, Any]) -> None:
+    """What is lossy, by role; the objects count with the tensors that use them."""
+    found = [(t["role"], t["tensors"], t["weights"], t["bits_per_weight"], t["outliers"]) for t in r["roles"]]
+    if r["objects"]:
+        share = 8 * r["bytes"]["objects"] / sum(t["weights"] for t in r["roles"])
+        outliers = sum(o["quantised"]["outliers"] for o in r["objects"] if "quantised" in o)
+        found.append(("(objects)", len(r["objects"]), 0, share, outliers))
+    rows = [["role", "tensors", "weights", "bits/w", "outliers"]]
+    rows += [[name, f"{n:,}", f"{w:,}" if w else "-", f"{b:.4f}", f"{o:,}"] for name, n, w, b, o in found]
+    _table(rows, indent="  ")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,18 +314,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(r, indent=1, ensure_ascii=False))
         return 0
     if args.tensors:
-        width = max((len(t["name"]) for t in r["tensors"]), default=4)
-        print(f"{'tensor':<{width}}  {'dtype':<8} {'shape':<16} {'method':<8} {'bytes':>12} {'ratio':>7} {'bits/w':>7}")
-        for t in r["tensors"]:
-            ratio = f"{t['ratio']:7.2%}" if t["ratio"] is not None else "      -"
-            bits = f"{t['bits_per_weight']:7.3f}" if t["bits_per_weight"] is not None else "      -"
-            shape = "x".join(map(str, t["shape"])) or "scalar"
-            print(
-                f"{t['name']:<{width}}  {t['dtype']:<8} {shape:<16} {t['method']:<8} {t['bytes']:>12,} {ratio} {bits}"
-            )
-            for a in t["aliases"]:
-                print(f"  {'=' if a['tied'] else '~'} {a['name']} ({'tied' if a['tied'] else 'equal'}, stored once)")
-        print()
+        _tensors(r)
     print(", ".join(r["files"]))
     p = r["provenance"]
     print(f"  made by      {p.get('tool', '?')}, level {p.get('level', '?')}, from {p.get('source', '?')}")
@@ -144,6 +330,8 @@ def run(args: argparse.Namespace) -> int:
         sums[0], sums[1], sums[2] = sums[0] + 1, sums[1] + t["bytes"], sums[2] + t["dense"]
     for kind, (n, stored, dense) in by.items():
         print(f"  {kind:<21} {n:>6,} tensors {stored:>16,} bytes {stored / dense if dense else 0:>8.2%}")
+    if r["roles"]:
+        _quantised(r)
     print("  bytes")
     for kind, n in r["bytes"].items():
         if n:
