@@ -5,9 +5,9 @@ before it are fed back, the output error is the sum over j of L_jj^2 |error of c
 when its step is proportional to 1 / L_jj (WaterSIC, arXiv 2603.04956; GPTQ is the same recursion with equal steps). A
 decoder needs to know nothing of it.
 
-Errors of different rows add up in what follows too. With G the second moment of the gradients at the outputs, the loss is
-near tr(G E S E^T) (a Kronecker-factored Fisher; YAQA, arXiv 2505.22988): with G = M M^T, M upper triangular, and rows
-quantised from the first to the last, the same holds along the rows, and the factors multiply.
+Errors of different rows add up in what follows too. With G the second moment of the gradients at the outputs, the loss
+is near tr(G E S E^T) (a Kronecker-factored Fisher; YAQA, arXiv 2505.22988): with G = M M^T, M upper triangular, and
+rows quantised from the first to the last, the same holds along the rows, and the factors multiply.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def search(x, states, below, lane=None, lag=6, no512=False):
     rate = (0.35 * 0.7213 * (rec / 4.0) ** 2).astype(np.float32).reshape(1, 1, -1)
     back = None if below is None else np.ascontiguousarray(below.T)
     return native.block(
-        states, tr.CODES[states], x, x.copy(), lane or m, np.zeros((n, n), np.float32), np.ones(n, np.float32), rec, rate,
-        np.zeros(1, np.int8), 0, None, 2.0 * MOST, below, back, lag, no512,
+        states, tr.CODES[states], x, x.copy(), lane or m, np.zeros((n, n), np.float32), np.ones(n, np.float32), rec,
+        rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST, below, back, lag, no512,
     )[:3]  # fmt: skip
 
 
