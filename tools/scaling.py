@@ -1,0 +1,291 @@
+"""What a lossy pack costs for each weight on this machine, and what follows for large models.
+
+Times every stage alone, single thread, on BF16 Gaussian matrices of N x N with the second moment of random inputs, and
+prints the rates, and from those of the largest N the core hours, memory and disk of three models, whose shapes are in
+the code. docs/scaling.md holds what it printed.
+
+  python tools/scaling.py                      1024, 2048 and 4096
+"""
+
+from __future__ import annotations
+
+import os
+
+for _library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ[f"{_library}_NUM_THREADS"] = "1"
+
+import argparse  # noqa: E402
+import time  # noqa: E402
+import tracemalloc  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from typing import Any  # noqa: E402
+
+import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
+
+from rac.align.triangular import Triangular, triangular  # noqa: E402
+from rac.encode import lossy  # noqa: E402
+from rac.encode import record as rec  # noqa: E402
+from rac.encode.analyse import LEVELS, analyse, grid_of  # noqa: E402
+from rac.encode.sources import SourceTensor  # noqa: E402
+from rac.encode.tile import TileEncoder  # noqa: E402
+from rac.native import trellis as native  # noqa: E402
+from rac.quantize import trellis as tr  # noqa: E402
+
+F32 = np.float32
+TOKENS = 1024
+"""Inputs that the products are timed on."""
+STATES = 256
+PASSES = 3
+"""Over all matrices: two to find the scale, one to write."""
+CALIBRATION = 40960
+"""Tokens of a calibration, the default of `rac pack`."""
+CORES = 64
+
+
+@dataclass(frozen=True)
+class Input:
+    """A vector that matrices of a block multiply."""
+
+    n: int
+    rows: tuple[int, ...]
+    """Outputs of each matrix that reads it."""
+    copies: int = 1
+    share: float = 1.0
+    """Of the tokens, for each copy."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A chain of equal blocks."""
+
+    name: str
+    blocks: int
+    width: int
+    inputs: tuple[Input, ...]
+
+
+def llama(name: str, blocks: int, width: int, inner: int) -> Model:
+    """Grouped attention with keys and values of 1024; embeddings stay lossless."""
+    inputs = (Input(width, (width, 1024, 1024)), Input(width, (width,)), Input(width, (inner, inner)))
+    return Model(name, blocks, width, (*inputs, Input(inner, (width,))))
+
+
+EXPERTS, ACTIVE, WIDTH, INNER = 384, 8, 7168, 2048
+MODELS = (
+    llama("8B", 32, 4096, 14336),
+    llama("70B", 80, 8192, 28672),
+    Model(
+        "1T MoE", 60, WIDTH,
+        (
+            Input(WIDTH, (WIDTH, WIDTH, WIDTH)), Input(WIDTH, (WIDTH,)),
+            Input(WIDTH, (INNER, INNER), EXPERTS, ACTIVE / EXPERTS), Input(INNER, (WIDTH,), EXPERTS, ACTIVE / EXPERTS),
+        ),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Nanoseconds."""
+
+    n: int
+    forward: float
+    """For each token and weight."""
+    moment: float
+    """For each token and n^2."""
+    cholesky: float
+    """For each n^3."""
+    feedback: float
+    """For each of the m n^2 / 2 multiply-adds."""
+    search: float
+    """For each weight, as the rest."""
+    below: float
+    """Of the search with row feedback beyond one without."""
+    coding: float
+    restore: float
+
+
+def seconds(work: Callable[[], Any], repeat: int = 1) -> float:
+    """Of the fastest of some runs."""
+    took = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+    return min(took)
+
+
+def inputs(n: int) -> NDArray[np.float32]:
+    """(TOKENS, n) Gaussian inputs of different deviations."""
+    rng = np.random.default_rng(n)
+    return rng.standard_normal((TOKENS, n), F32) * np.exp(rng.standard_normal(n) / 2).astype(F32)
+
+
+def bf16(n: int) -> NDArray[np.float32]:
+    """(n, n) Gaussian numbers of BF16."""
+    return tr.from_words(tr.to_words(np.random.default_rng(0).standard_normal((n, n), F32), "BF16"), "BF16")
+
+
+def quantise(w: NDArray[np.float32], recursion: Triangular | None = None) -> lossy.Quantised:
+    """About 3 bits for each weight."""
+    scales = lossy.Scales(np.zeros(len(w), np.int8), np.zeros(w.shape[1], np.int8))
+    return lossy.quantise(w, "BF16", -2.0, scales, grid_of("U8", w.shape, 1).tr, STATES, 1, recursion)
+
+
+def feed_back(feed: NDArray[np.float32], error: NDArray[np.float32]) -> None:
+    """The products between blocks of columns."""
+    for b in range(len(feed), 0, -lossy.BLOCK):
+        _ = feed[b - lossy.BLOCK : b, b:] @ error[b:]
+
+
+def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None) -> None:
+    """The search of some columns, with the errors of rows fed to later rows."""
+    n, m = columns.shape
+    magnitudes = tr.magnitudes(STATES, lossy.ZERO)[lossy.ZERO - lossy.MOST : lossy.ZERO + lossy.MOST + 1].copy()
+    rate = (0.35 * np.abs(np.arange(-lossy.MOST, lossy.MOST + 1.0))).astype(F32).reshape(1, 1, -1)
+    back = None if below is None else np.ascontiguousarray(below.T)
+    native.block(
+        STATES, tr.CODES[STATES], columns, columns.copy(), m, np.zeros((n, n), F32), np.full(n, 0.25, F32), magnitudes,
+        rate, np.zeros(1, np.int8), 0, None, 2.0 * lossy.MOST, below, back,
+    )  # fmt: skip
+
+
+def code(q: lossy.Quantised) -> int:
+    """Bytes of the tiles."""
+    plan = analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, LEVELS["default"])
+    t, encoder = SourceTensor("", "U8", q.words.shape, q.words.reshape(-1)), TileEncoder(plan)
+    return sum(len(unit) for row in range(plan.grid.down) for unit in rec.band(t, encoder, row))
+
+
+def measure(n: int) -> Rates:
+    """The rates at one size."""
+    x, w = inputs(n), bf16(n)
+    forward = seconds(lambda: x @ w.T, 3)
+    moment = seconds(lambda: x.T @ x, 3)
+    second = x.T @ x / F32(TOKENS)
+    cholesky = seconds(lambda: triangular(second, 0.03))
+    found = triangular(second, 0.03)
+    feedback = seconds(lambda: feed_back(found.feed, w))
+    columns = np.ascontiguousarray(w[:64])
+    below = np.tril(0.01 * np.random.default_rng(1).standard_normal((n, n), F32) / F32(n**0.5), -1)
+    plain, fed = (seconds(lambda b=b: search_rows(columns, b)) for b in (None, below))  # type: ignore[misc]
+    quantise(w[:64, :64])  # the rates of the trellis, found once in a process
+    search = seconds(lambda: quantise(w))
+    q = quantise(w)
+    coding, restore = seconds(lambda: code(q)), seconds(lambda: q.digest)
+    ns = 1e9 / n**2
+    return Rates(
+        n, forward * ns / TOKENS, moment * ns / TOKENS, cholesky * ns / n, 2 * feedback * ns / n, search * ns,
+        (fed - plain) * 1e9 / columns.size, coding * ns, restore * ns,
+    )  # fmt: skip
+
+
+def memory(n: int) -> tuple[float, float]:
+    """Bytes at most, beyond what is given: of `triangular` for each n^2, of quantising for each weight."""
+    x, w = inputs(n), bf16(n)
+    second = x.T @ x
+    found = triangular(second, 0.03)
+
+    def peak(work: Callable[[], Any]) -> float:
+        tracemalloc.start()
+        work()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most / n**2
+
+    return peak(lambda: triangular(second, 0.03)), peak(lambda: quantise(w, found))
+
+
+def table(head: str, rows: list[list[str]]) -> None:
+    """Print a table."""
+    print(f"\n| {head} |\n|{' ---: |' * (head.count('|') + 1)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def row_feedback(rates: list[Rates]) -> tuple[float, float]:
+    """For each weight: a constant of the search, and what each further row adds; a line through the measurements."""
+    slope, start = np.polyfit([r.n for r in rates], [r.below for r in rates], 1) if len(rates) > 1 else (0.0, 0.0)
+    if slope <= 0:
+        slope, start = 0.0, np.mean([r.below for r in rates])
+    return float(start), float(slope)
+
+
+def extrapolate(model: Model, rates: list[Rates], held: tuple[float, float]) -> tuple[list[str], list[str]]:
+    """Rows of the tables of time, in hours of one core, and of memory and disk, in GB."""
+    b, hour, r = model.blocks, 3.6e12, rates[-1]
+    every = [(i, m) for i in model.inputs for m in i.rows]
+    weights = b * sum(i.copies * i.n * m for i, m in every)
+    of_token = b * sum(i.copies * i.share * i.n * m for i, m in every)
+    moments = b * sum(i.copies * i.n**2 for i in model.inputs)
+    per_token = 3 * r.forward * of_token + r.moment * b * sum(i.copies * i.share * i.n**2 for i in model.inputs)
+    calibration = CALIBRATION * per_token / hour
+    cholesky = r.cholesky * b * sum(i.copies * i.n**3 for i, _ in every) / hour
+    feedback = r.feedback * b * sum(i.copies * m * i.n**2 / 2 for i, m in every) / hour
+    start, slope = row_feedback(rates)
+    below = b * sum(i.copies * i.n * m * (start + slope * m) for i, m in every) / hour
+    search, coding = r.search * weights / hour, r.coding * weights / hour
+    one = cholesky + feedback + search + coding
+    total = calibration + PASSES * one + cholesky + 2 * r.restore * weights / hour
+    parts = (calibration, cholesky, feedback, search, coding, one, total, below)
+    time_row = [model.name, f"{weights / 1e9:,.1f}", *(f"{v:,.1f}" for v in parts), f"{total / CORES:,.2f}"]
+    block = 4 * (weights + moments) / b
+    largest = max(held[0] * i.n**2 + (8 + held[1]) * i.n * m for i, m in every)
+    sizes = (
+        2 * weights, 4 * CALIBRATION * model.width * (b + 1), 4 * moments, block, largest,
+        4 * max(i.n**2 for i in model.inputs),
+    )  # fmt: skip
+    return time_row, [model.name, *(f"{v / 1e9:,.1f}" for v in sizes)]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", type=int, nargs="*", default=[1024, 2048, 4096], help="default: 1024 2048 4096")
+    args = parser.parse_args()
+    rates = []
+    for n in args.sizes:
+        rates.append(measure(n))
+    held = memory(min(2048, max(args.sizes)))
+    print("Rates, ns, one thread.")
+    table(
+        "n | forward: token, weight | moment: token, n^2 | triangular: n^3 | feedback: multiply-add | "
+        "search: weight | row feedback: weight | coding: weight | restore: weight",
+        [
+            [str(r.n), *(f"{v:.4f}" for v in (r.forward, r.moment, r.cholesky, r.feedback)),
+             *(f"{v:.1f}" for v in (r.search, r.below, r.coding, r.restore))]
+            for r in rates
+        ],
+    )  # fmt: skip
+    print("\nThe same as ns for each weight of a square matrix, in one pass.")
+    table(
+        "n | triangular | feedback | search | coding | sum | row feedback | calibration, 40,960 tokens",
+        [
+            [str(r.n), *(f"{v:,.0f}" for v in (
+                r.cholesky * r.n, r.feedback * r.n / 2, r.search, r.coding,
+                r.cholesky * r.n + r.feedback * r.n / 2 + r.search + r.coding, r.below,
+                CALIBRATION * (3 * r.forward + r.moment),
+            ))]
+            for r in rates
+        ],
+    )  # fmt: skip
+    print(f"\nMemory at most: triangular {held[0]:.0f} bytes for each n^2, quantising {held[1]:.0f} for each weight.")
+    rows = [extrapolate(model, rates, held) for model in MODELS]
+    print(f"\nComputed: hours of one core with the rates of n = {rates[-1].n}.")
+    table(
+        "model | quantised weights, 1e9 | calibration | triangular | feedback | search | coding | one pass | "
+        f"all, {PASSES} passes | row feedback, one pass | all on {CORES} cores",
+        [a for a, _ in rows],
+    )
+    print("\nComputed: GB on disk and in memory.")
+    table(
+        "model | BF16 weights, disk | hidden states, disk | second moments, disk | one block in calibration, memory | "
+        "largest matrix, memory | largest second moment",
+        [b for _, b in rows],
+    )
+
+
+if __name__ == "__main__":
+    main()
