@@ -6,6 +6,8 @@
     with rac.open("model.rac", framework="pt", device="cpu") as f:
         part = f.get_slice("w")[10:20, :]
 
+The stages as functions of numpy arrays are in `rac.align`, `rac.split`, `rac.quantize` and `rac.entropy`.
+
 Importing this loads neither numpy nor torch, triton, numba or constriction: names arrive when they are used.
 """
 
@@ -30,6 +32,7 @@ from rac.errors import (
 from rac.registry import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
+    from rac import align, entropy, quantize, split
     from rac.decode.archive import RacFile, iter_tensors, load, load_file
     from rac.decode.archive import RacFile as open  # noqa: A004, N813
     from rac.decode.unpack import unpack
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ChecksumError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError", "NameNotFoundError",
     "OutputError", "RacError", "RacFile", "SourceError", "TruncatedError", "UnsupportedError", "__version__",
-    "iter_tensors", "load", "load_file", "open", "pack", "save_file", "unpack", "verify",
+    "align", "entropy", "iter_tensors", "load", "load_file", "open", "pack", "quantize", "save_file", "split", "unpack",
+    "verify",
 ]  # fmt: skip
 
 _WHERE = {
@@ -53,9 +57,13 @@ _WHERE = {
     "unpack": "rac.decode.unpack:unpack",
     "verify": "rac.encode.verify:verify",
 }
+_STAGES = ("align", "entropy", "quantize", "split")
+"""Packages that can be used without importing them by name."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in _STAGES:
+        return importlib.import_module(f"rac.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'rac' has no attribute {name!r}")
     module, attribute = _WHERE[name].split(":")

@@ -1,1 +1,5 @@
 """Coordinates adapted to what a layer is sensitive to: one file for each alignment."""
+
+from rac.align.triangular import triangular
+
+__all__ = ["triangular"]
