@@ -110,7 +110,7 @@ def main() -> None:
             for _ in range(12):
                 middle = (low + high) / 2
                 tried = replace(recipe, scale=middle, aligned={name: recipe.aligned[name]})
-                dense = budget.code(g.tensor, tried).quantised.dense.view(np.float32).astype(np.float64)
+                dense = budget.code(g.tensor, tried).dense.view(np.float32).astype(np.float64)
                 reached = snr(w, dense, s)
                 low, high = (middle, high) if reached >= args.snr else (low, middle)
             size += budget.stored(g, replace(tried, scale=low))

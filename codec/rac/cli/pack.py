@@ -68,6 +68,15 @@ def add(commands: Any) -> None:
         "--effort", choices=("fast", "default", "max"), default="default",
         help="trellis of 32 states, of 256, or of 256 searched twice",
     )  # fmt: skip
+    lossy.add_argument(
+        "--align", choices=("auto", "triangular", "pca", "identity"), default="auto",
+        help="coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)",
+    )  # fmt: skip
+    lossy.add_argument(
+        "--rank", type=_rank, metavar="auto|N",
+        help="of a low-rank part in these layers (auto, the default: what saves bits, nearly always 0)",
+    )  # fmt: skip
+    lossy.add_argument("--embeddings", action="store_true", help="quantise embeddings and output layers too")
     lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
     lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
@@ -92,15 +101,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(str(e)) from None
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     budget = any(v is not None for v in goals.values())
-    if not budget and (args.calibrate != "none" or args.keep or args.report):
-        raise ValueError(f"--calibrate, --keep and --report are for lossy packing: give one of {', '.join(goals)} too")
+    shaped = args.align != "auto" or args.rank is not None or args.embeddings
+    if not budget and (args.calibrate != "none" or args.keep or args.report or shaped):
+        raise ValueError(
+            "--calibrate, --align, --rank, --keep and --report are for lossy packing: "
+            f"give one of {', '.join(goals)} too"
+        )
     source = open_source(args.src, args.include, args.exclude)
     start = time.monotonic()
     recipe = None
     if budget:
         request = Request(
             args.bits, args.file_bits, whole, args.snr, args.kl, args.calibrate, args.tokens, args.effort,
-            tuple(args.keep), _cache(args.cache),
+            tuple(args.keep), _cache(args.cache), args.align, args.rank,
+            args.embeddings,
         )  # fmt: skip
         with Steps() as note:
             recipe = recipe_of(
@@ -143,6 +157,14 @@ def run(args: argparse.Namespace) -> int:
         if args.report:
             write_report(args.report, done, recipe)
     return 0
+
+
+def _rank(given: str) -> int | None:
+    if given == "auto":
+        return None
+    if not given.isdecimal():
+        raise argparse.ArgumentTypeError("must be auto or a number of 0 or more")
+    return int(given)
 
 
 def _cache(given: str | None) -> str | None:

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
-from rac.encode import lossy, ties
+from rac.encode import lossy, split, ties
 from rac.encode import record as rec
-from rac.encode.analyse import LEVELS, Level, analyse, grid_of
+from rac.encode.analyse import LEVELS, Level, grid_of
 from rac.encode.calibrate import Note, calibrate
 from rac.encode.recipe import EFFORTS, Recipe, calibrated, data_free, matrix_of
 from rac.encode.sources import Attachment, SourceTensor
@@ -25,9 +25,10 @@ from rac.quantize import trellis as tr
 TOLERANCE = 0.005
 CLOSE = 0.1
 """Decibels that a file may have beyond the --snr that was asked for."""
+SHAPED = 32
+"""States of the trellis where errors of rows are fed back: every state carries its own."""
 DECIBELS = 20 * math.log10(2)
 """Of one bit."""
-_CODER = Level("default", 16, 1, 8, 6, 2, False, 0, 9, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,35 +37,60 @@ class Coded:
 
     encoder: TileEncoder
     quantised: lossy.Quantised
+    """By trellis/1: the tensor, or what the objects leave to it."""
     units: list[rec.Bytes]
+    dtype: str
+    objects: tuple[split.Object, ...] = ()
+    """What a third stage computes with."""
+
+    @property
+    def dense(self) -> NDArray[Any]:
+        """(R, C) words of the data type: what a decoder restores. Decoded anew each time."""
+        return split.after(self.quantised.dense, self.dtype, self.objects)
+
+    def behind(self, digest: bytes, source: bytes) -> rec.Behind:
+        """What stands behind the coder, given the digests of the dense bytes and of the source."""
+        uses = tuple(o.name for o in self.objects)
+        after = ("", "basis/1", "lowrank/1")[len(uses)]
+        return rec.Behind(self.quantised.trellis, digest, source, after, uses)
 
 
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
     """Quantise and code one tensor of the recipe."""
     a = recipe.aligned[t.name]
-    w = matrix_of(t)
+    w, dtype, objects = split.before(t, recipe)
     lane = grid_of("U8", w.shape, 1).tr
-    q = lossy.quantise(w, t.dtype, a.base + recipe.scale, a.scales, lane, recipe.states, recipe.passes, a.recursion())
-    del w
-    plan = replace(analyse(lambda _, x, y: q.words[x:y], "U8", q.words.shape, _CODER), words=q.words)
-    encoder = TileEncoder(plan)
-    units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
-    for row in range(plan.grid.down):
-        units += rec.band(t, encoder, row)
-    return Coded(encoder, q, units)
+    below = a.below()
+    states = recipe.states if below is None else SHAPED
+    q = lossy.quantise(
+        w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.recursion(), below
+    )  # fmt: skip
+    del w, below
+    encoder, units = split.coded(q)
+    return Coded(encoder, q, units, t.dtype, objects)
 
 
 def stored(group: ties.Group, recipe: Recipe) -> int:
-    """Bytes of the record of a quantised tensor, all counted."""
-    return _stored(group, code(group.tensor, recipe))
+    """Bytes of the record of a quantised tensor and of its objects, all counted.
+
+    An object that tensors share counts with the first of them, though it is in each of several shards.
+    """
+    return size_of(group, code(group.tensor, recipe), recipe)
 
 
-def _stored(group: ties.Group, coded: Coded) -> int:
-    behind = rec.Behind(coded.quantised.trellis, bytes(16), bytes(16))  # digests have one size
+def size_of(group: ties.Group, coded: Coded, recipe: Recipe) -> int:
+    """The same of a tensor that is coded."""
+    basis = recipe.aligned[group.tensor.name].basis
+    mine = coded.objects if basis is None or basis.first == group.tensor.name else ()
+    return _record(group, coded) + sum(o.size for o in mine)
+
+
+def _record(group: ties.Group, coded: Coded) -> int:
+    behind = coded.behind(bytes(16), bytes(16))  # digests have one size
     return rec.size(rec.head(group, coded.encoder.plan, behind), coded.units)
 
 
-def snr(t: SourceTensor, q: lossy.Quantised, recipe: Recipe) -> float:
+def snr(t: SourceTensor, q: Coded | lossy.Quantised, recipe: Recipe) -> float:
     """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known."""
     w = matrix_of(t)
     e = tr.from_words(q.dense, t.dtype) - w
@@ -73,6 +99,8 @@ def snr(t: SourceTensor, q: lossy.Quantised, recipe: Recipe) -> float:
         energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
     else:
         second = np.asarray(layer.second, np.float32)
+        if layer.transposed:
+            w, e = w.T, e.T
         energy, error = float(np.vdot(w @ second, w)), float(np.vdot(e @ second, e))
     return 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
 
@@ -96,9 +124,15 @@ class Request:
     tokens: int = 40960
     effort: str = "default"
     keep: tuple[str, ...] = ()
-    """Patterns of tensors that stay lossless."""
+    """Patterns of tensors that stay lossless, beside norms, small tensors and embeddings."""
     cache: str | None = None
     """Folder where calibrations are kept; None: not kept."""
+    align: str = "auto"
+    """Of tensors whose inputs are known: one of split.ALIGNMENTS."""
+    rank: int | None = None
+    """Of the low-rank part of these; None: what pays."""
+    embeddings: bool = False
+    """Quantise embeddings and output layers too."""
 
     def __post_init__(self) -> None:
         given = list(self.goal.values())
@@ -106,6 +140,12 @@ class Request:
             raise ValueError("give one of bits, file_bits, size, snr and kl, above 0")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}")
+        if self.align not in split.ALIGNMENTS:
+            raise ValueError(f"alignment must be one of {', '.join(split.ALIGNMENTS)}, not {self.align!r}")
+        if self.rank is not None and (self.rank < 0 or (self.rank and self.align in ("pca", "identity"))):
+            raise ValueError("a rank is 0 or more, and above 0 only with triangular alignment")
+        if self.calibrate == "none" and (self.rank or self.align in ("triangular", "pca")):
+            raise ValueError("ranks and alignments follow from the inputs of layers: give --calibrate too")
         if self.kl is not None and self.calibrate in ("none", "self"):
             raise ValueError("a divergence is measured on the calibration text: give a text file to calibrate on")
 
@@ -118,6 +158,17 @@ class Request:
         return {k: v for k, v in every.items() if v is not None}
 
     @property
+    def shape(self) -> dict[str, Any]:
+        """What of the alignment was asked for, where it is not what one gets unasked."""
+        every = (("align", self.align), ("rank", self.rank), ("embeddings", self.embeddings))
+        return {k: v for k, v in every if v != "auto" and v is not None and v is not False}
+
+    @property
+    def expected(self) -> float:
+        """Bits per weight to expect, about: what ranks and bases are judged by."""
+        return self.bits or self.file_bits or (self.snr / DECIBELS if self.snr else 3.0)
+
+    @property
     def stated(self) -> dict[str, str]:
         """The same for the provenance, where numbers are whole."""
         return {k: repr(v) for k, v in self.goal.items()}
@@ -126,13 +177,14 @@ class Request:
 def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: Note | None = None) -> Recipe:
     """What the request and the weights (and, but for "none", a calibration) say, at common scale 0."""
     if request.calibrate == "none":
-        recipe = data_free(groups, request.keep, request.effort)
+        recipe = data_free(groups, request.keep, request.effort, request.embeddings)
         return replace(recipe, about={**recipe.about, "goal": request.stated})
     text = None if request.calibrate == "self" else read_text(request.calibrate)
     layers = calibrate(path, text, tokens=request.tokens, note=note, cache=request.cache)
-    recipe = calibrated(groups, layers, request.keep, request.effort)
+    recipe = calibrated(groups, layers, request.keep, request.effort, embeddings=request.embeddings)
+    recipe = split.choose(recipe, groups, request.rank, request.align, request.expected)
     used = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": layers.tokens}
-    return replace(recipe, about={**recipe.about, "calibrate": used, "goal": request.stated})
+    return replace(recipe, about={**recipe.about, **request.shape, "calibrate": used, "goal": request.stated})
 
 
 def read_text(path: str) -> str:
@@ -194,7 +246,7 @@ def solve(
 
         def rewrite(group: ties.Group, now: Recipe) -> float:
             t = group.tensor
-            j.put((t.name, *(a for a, _ in group.aliases)), tr.from_words(code(t, now).quantised.dense, t.dtype))
+            j.put((t.name, *(a for a, _ in group.aliases)), tr.from_words(code(t, now).dense, t.dtype))
             return 0.0
 
         def loss(scale: float) -> float:
@@ -222,7 +274,7 @@ def solve(
 
 
 def _snr(group: ties.Group, recipe: Recipe) -> float:
-    return min(100.0, snr(group.tensor, code(group.tensor, recipe).quantised, recipe))
+    return min(100.0, snr(group.tensor, code(group.tensor, recipe), recipe))
 
 
 def _meet(

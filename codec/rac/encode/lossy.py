@@ -27,6 +27,8 @@ MOST = 127
 ZERO = 128
 LAMBDA = 0.35
 """Squared units that a bit is worth; best at every rate (docs/lossy.md)."""
+SCALAR = 0.35 / 3
+"""The same without a trellis."""
 BLOCK = 64
 LEAST = 0.6
 """Deviation of a row in units below which it is coded finer than its sensitivity asks."""
@@ -106,20 +108,20 @@ class Coders:
         return self._fine[q]
 
     def _run(self, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
-        """(probabilities, distortion + LAMBDA bits in squared steps)."""
+        """(probabilities, distortion + bits times their worth in squared steps)."""
         with self._lock:
             if (q, fine) in self._found:
                 return self._found[q, fine]
             unit = 2.0 ** (-fine / 4)
             x = (self._samples * F32(2 ** (q / 4) / unit))[None]
             rec = _magnitudes(self._states)
-            p = _cells(2 ** (q / 4) / unit)
-            slope = LAMBDA / unit**2
+            p = _cells(2 ** (q / 4) / unit, self._states)
+            slope = worth(self._states) / unit**2
             for _ in range(4):
                 rate = (-slope * np.log2(p)).astype(F32).reshape(1, 1, -1)
                 k, value, *_ = native.block(
                     self._states, tr.CODES[self._states], x, x.copy(), 1024, np.zeros((1, 1), F32), np.ones(1, F32),
-                    rec, rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST,
+                    rec, rate, np.zeros(1, np.int8), 0, None, _far(self._states),
                 )  # fmt: skip
                 counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
                 p = (counts + 32 * p) / (self.SAMPLES + 32)
@@ -127,14 +129,15 @@ class Coders:
             used = share > 0
             bits = -float((share[used] * np.log2(share[used])).sum())
             error = float(((x - value) ** 2).mean()) * unit**2
-            p = 0.98 * p + 0.02 * _cells(3 * 2 ** (q / 4) / unit)
-            self._found[q, fine] = p, error + LAMBDA * bits
+            p = 0.98 * p + 0.02 * _cells(3 * 2 ** (q / 4) / unit, self._states)
+            self._found[q, fine] = p, error + worth(self._states) * bits
             return self._found[q, fine]
 
 
-def _cells(deviation: float) -> NDArray[np.float64]:
+def _cells(deviation: float, states: int) -> NDArray[np.float64]:
     """Probability of each integer's cell under a Gaussian."""
-    edges = np.arange(-2 * MOST - 0.5, 2 * MOST + 2, 2.0) / (deviation * math.sqrt(2))
+    edges = np.arange(-MOST - 0.5, MOST + 1) if states == 1 else np.arange(-2 * MOST - 0.5, 2 * MOST + 2, 2.0)
+    edges /= deviation * math.sqrt(2)
     out = np.diff([math.erf(e) for e in edges]) + 1e-7
     return np.asarray(out / out.sum())
 
@@ -162,7 +165,7 @@ def quantise(
         scale: log2 of the unit.
         scales: Exponents of rows and columns, in quarter octaves.
         lane: Rows after which the trellis begins anew: those of a tile.
-        states: Of the trellis, 4 to 256.
+        states: Of the trellis, 4 to 256, or 1: none. A scalar's units of the same cost are larger (`worth`).
         passes: 1, or 2: again with the centroids of the first. With feedback, which would be of other values then, 1.
         recursion: Order of the columns and weights of their errors in each other's targets; None: no feedback.
         below: (R, R) weights of the errors of rows in the targets of later rows (Rows.feed); None: no feedback of rows.
@@ -198,7 +201,7 @@ def quantise(
             for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
         ]
     )
-    slope = LAMBDA * 2.0 ** (np.maximum(fine, 0) / 2)[:, None, None]
+    slope = worth(states) * 2.0 ** (np.maximum(fine, 0) / 2)[:, None, None]
     costs = (states, (-slope * np.log2(share)).astype(F32), fine, row.astype(np.uint8))
     rec, low, corrections = _magnitudes(states), 0, np.zeros(0, np.int8)
     k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed, below)
@@ -215,6 +218,16 @@ def quantise(
     sizes, unit = tr.build_unit(corrections, row_list, cols, places, tr.to_words(exact, dtype))
     p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
     return Quantised(words, p, unit, dtype, lane, len(places), int((cols == tr.DEAD).sum()))
+
+
+def worth(states: int) -> float:
+    """Squared units that a bit is worth."""
+    return LAMBDA if states > 1 else SCALAR
+
+
+def _far(states: int) -> float:
+    """Units from which on a number is an outlier."""
+    return 2.0 * MOST if states > 1 else MOST + 0.5
 
 
 def _magnitudes(states: int) -> NDArray[np.float32]:
@@ -246,8 +259,8 @@ def _columns(
             target += feed[a:b, b:] @ error[b:]
         inner = np.zeros((b - a, b - a), F32) if feed is None else np.ascontiguousarray(feed[a:b, a:b])
         k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(
-            states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row, 2.0 * MOST,
-            below, back,
+            states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row,
+            _far(states), below, back,
         )  # fmt: skip
         error[a:b] = target
     return k, value, wild, fine_of

@@ -15,7 +15,10 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
 
+import numpy as np
+
 from rac.container import index as ix
+from rac.container import zstd
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
@@ -30,11 +33,12 @@ from rac.encode.calibrate import Note
 from rac.encode.evaluate import Divergence
 from rac.encode.recipe import Recipe
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
+from rac.encode.split import Object
 from rac.encode.tile import TileEncoder
 from rac.errors import OutputError, RacError, SourceError
 from rac.quantize import lossless as ll
 from rac.records import Limits
-from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR, VERSION
+from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR, VERSION
 
 WINDOW = 64 << 20
 """Dense bytes in work beyond the largest tensor."""
@@ -49,7 +53,7 @@ class Fidelity:
     name: str
     shape: tuple[int, ...]
     alignment: str
-    """"triangular", or "identity": nothing is known of its inputs."""
+    """"triangular", "pca", or "identity": all inputs count alike, or nothing is known of them."""
     rank: int
     """Of its low-rank part."""
     states: int
@@ -60,7 +64,7 @@ class Fidelity:
     """Columns that got no bits."""
     seconds: float
     size: int = 0
-    """Bytes of its record."""
+    """Bytes of its record, and of the objects in front of it."""
 
     @property
     def bits(self) -> float:
@@ -92,7 +96,8 @@ def pack(
     shard_size: int | None = None, resume: bool = False, force: bool = False, progress: Progress | None = None,
     bits: float | None = None, file_bits: float | None = None, size: int | None = None, snr: float | None = None,
     kl: float | None = None, calibrate: str = "none", tokens: int = 40960, effort: str = "default",
-    keep: Sequence[str] = (), cache: str | None = None, note: Note | None = None,
+    keep: Sequence[str] = (), cache: str | None = None, align: str = "auto", rank: int | None = None,
+    embeddings: bool = False, note: Note | None = None,
 ) -> Summary:  # fmt: skip
     """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
 
@@ -116,8 +121,11 @@ def pack(
         calibrate: A text file to calibrate on, "self": text that the model writes, or "none": from the weights alone.
         tokens: Tokens of that text.
         effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
-        keep: Patterns of tensors that stay lossless, beside embeddings, norms and small tensors.
+        keep: Patterns of tensors that stay lossless, beside norms, small tensors and embeddings.
         cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
+        align: "auto", "triangular", "pca" or "identity": coordinates of the tensors whose inputs are known.
+        rank: Of the low-rank parts of these tensors; None: what pays, which is nearly always 0.
+        embeddings: Quantise embeddings and output layers too, a bit finer than the rest.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
 
     Raises:
@@ -129,7 +137,9 @@ def pack(
     settings = {"exclude": list(exclude), "include": list(include)}
     recipe = None
     if any(v is not None for v in (bits, file_bits, size, snr, kl)):
-        request = Request(bits, file_bits, size, snr, kl, calibrate, tokens, effort, tuple(keep), cache)
+        request = Request(
+            bits, file_bits, size, snr, kl, calibrate, tokens, effort, tuple(keep), cache, align, rank, embeddings
+        )  # fmt: skip
         recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note)
     return pack_source(
         source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
@@ -231,7 +241,7 @@ def pack_source(
         files = source.attachments if i == 0 else ()
         if resume and len(shards) > 1 and os.path.exists(name):
             found = rs.scan(name, header, files, shard)
-            if found and len(found.entries) == len(files) + len(shard):
+            if found and (found.files, len(found.digests)) == (len(files), len(shard)):
                 resumed += len(shard)
                 if progress:
                     for group in shard:
@@ -303,7 +313,7 @@ def _write(
             _attach(writer, file)
         start = len(found.digests) if found else 0
         with ThreadPoolExecutor(jobs) as pool:
-            _tensors(writer, groups[start:], level, recipe, pool, jobs, note)
+            _tensors(writer, groups[start:], level, recipe, pool, jobs, note, set(found.objects if found else ()))
         writer.finish(ix.content_digest(content))
         return start
     except MemoryError as e:
@@ -329,14 +339,18 @@ class _Item:
     behind: rec.Behind | None = None
     """Of a quantised tensor, which is done in one piece."""
     fidelity: Fidelity | None = None
+    objects: tuple[Object, ...] = ()
     bands: list[list[rec.Bytes]] = field(default_factory=list)
 
 
 def _tensors(
     writer: Writer, groups: list[ties.Group], level: Level, recipe: Recipe | None, pool: ThreadPoolExecutor, jobs: int,
-    note: Callable[[ties.Group, bytes, Fidelity | None], None],
+    note: Callable[[ties.Group, bytes, Fidelity | None], None], there: set[str],
 ) -> None:  # fmt: skip
-    """Plan and encode ahead of the writer, within WINDOW; write in order. The work nearest to the writer goes first."""
+    """Plan and encode ahead of the writer, within WINDOW; write in order. The work nearest to the writer goes first.
+
+    `there` has the names of the objects that the archive has already, and gets those that are written.
+    """
     largest = max((g.tensor.nbytes for g in groups), default=0)
     waiting: deque[_Item] = deque()
     coming = deque(groups)
@@ -365,17 +379,22 @@ def _tensors(
                 assert item.encoder is not None  # noqa: S101
                 group, plan = item.group, item.encoder.plan
                 units = [unit for band in item.bands for unit in band]
+                own = 0
+                for o in (o for o in item.objects if o.name not in there):
+                    writer.add(RECORD_OBJECT, 0, o.head, o.units, **o.fields)
+                    there.add(o.name)
+                    own += o.size
                 head = rec.head(group, plan, item.behind)
                 writer.add(RECORD_TENSOR, 0, head, units, **rec.fields(group, plan, units, item.behind))
                 writer.flush()
-                of = item.fidelity and replace(item.fidelity, size=rec.size(head, units))
+                of = item.fidelity and replace(item.fidelity, size=own + rec.size(head, units))
                 note(group, head["digest"], of)
                 held -= group.tensor.nbytes
                 continue
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 item, row = running.pop(job)
                 if row < 0:
-                    item.encoder, units, item.behind, item.fidelity = job.result()
+                    item.encoder, units, item.behind, item.fidelity, item.objects = job.result()
                     down = item.encoder.plan.grid.down
                     item.left = down if down > 1 and not item.behind else 0
                     item.bands = [units, *([] for _ in range(item.left))]
@@ -391,20 +410,21 @@ def _tensors(
 
 def _start(
     t: SourceTensor, level: Level, recipe: Recipe | None
-) -> tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None]:
+) -> tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[Object, ...]]:
     """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
     if recipe is not None and t.name in recipe.aligned:
         start = time.perf_counter()
         coded = code(t, recipe)
         q, aligned = coded.quantised, recipe.aligned[t.name]
         fidelity = Fidelity(
-            t.name, t.shape, "triangular" if aligned.layer else "identity", 0, recipe.states,
-            snr(t, q, recipe), q.outliers, q.dead, time.perf_counter() - start,
+            t.name, t.shape, aligned.alignment if aligned.layer else "identity", aligned.rank, recipe.states,
+            snr(t, coded, recipe), q.outliers, q.dead, time.perf_counter() - start,
         )  # fmt: skip
-        return coded.encoder, coded.units, rec.Behind(q.trellis, q.digest, ties.digest(t)), fidelity
+        behind = coded.behind(zstd.digest(coded.dense.reshape(-1).view(np.uint8).data), ties.digest(t))
+        return coded.encoder, coded.units, behind, fidelity, coded.objects
     encoder = rec.lossless(t, level)
     plan = encoder.plan
     units: list[rec.Bytes] = [plan.shared] if plan.lanes else []
     if plan.grid.down == 1:
         units += rec.band(t, encoder, 0)
-    return encoder, units, None, None
+    return encoder, units, None, None, ()

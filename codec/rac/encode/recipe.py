@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.triangular import Triangular, triangular
+from rac.align.triangular import Rows, Triangular, rows, triangular
 from rac.encode import lossy, ties
 from rac.encode.analyse import axis_of
 from rac.encode.calibrate import Layer
@@ -20,13 +20,22 @@ from rac.errors import SourceError
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 
+if TYPE_CHECKING:
+    from rac.encode.split import Basis
+
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
 """States of the trellis, and passes over each matrix."""
-KEEP = ("*embed*", "*norm*", "*lm_head*", "*wte*", "*wpe*", "*.bias", "*shared.weight")
+KEEP = ("*norm*", "*.bias")
+"""Kept lossless."""
+EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")
 """Kept lossless unless the user says otherwise."""
+FINER = 1.0
+"""Bits that quantised embeddings get beyond the rest: they are read as they are, and tied ones make the logits too."""
 SMALLEST = 1 << 14
 DAMP = 0.03
 """Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
+LEAST = 1e-4
+"""Share of the mean sensitivity that every output is taken to have."""
 STRENGTH, SPREAD = 0.5, 1.5
 """How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/lossy.md)."""
 
@@ -41,10 +50,28 @@ class Aligned:
     layer: Layer | None = None
     """Its inputs; None: not known, and no errors are fed back."""
     damp: float = DAMP
+    alignment: str = "triangular"
+    """Of a tensor with a layer: "triangular", "pca", or "identity": its columns count alike."""
+    rank: int = 0
+    """Of a low-rank part beside the trellis."""
+    basis: Basis | None = None
+    """Of PCA."""
 
     def recursion(self) -> Triangular | None:
         """The recursion of the columns."""
-        return None if self.layer is None else triangular(self.layer.second, self.damp)
+        if self.layer is None or self.layer.transposed or self.alignment != "triangular":
+            return None
+        return triangular(self.layer.second, self.damp)
+
+    def below(self) -> NDArray[np.float32] | None:
+        """(R, R) weights of the errors of rows in the targets of later rows."""
+        return None if self.layer is None or not self.layer.transposed else _inputs_are_rows(self.layer, self.damp).feed
+
+
+def _inputs_are_rows(layer: Layer, damp: float) -> Rows:
+    """The recursion of the rows of a weight that is stored (in, out)."""
+    second = np.asarray(layer.second, np.float64)
+    return rows(second + damp * max(np.trace(second) / len(second), 1e-30) * np.eye(len(second)), 1e-6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,71 +98,90 @@ def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
     return w.reshape(ll.matrix(t.dtype, t.shape, axis_of(t.shape)))
 
 
-def quantisable(t: SourceTensor, keep: Sequence[str] = ()) -> bool:
-    """True for float matrices of some size whose name no pattern keeps."""
+def quantisable(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) -> bool:
+    """True for float matrices of some size whose name no pattern keeps, and that are no embeddings."""
     if t.dtype not in tr.DTYPES or len(t.shape) < 2 or math.prod(t.shape) < SMALLEST:
         return False
     rows, cols = ll.matrix(t.dtype, t.shape, axis_of(t.shape))
-    return min(rows, cols) >= 16 and not any(fnmatchcase(t.name, p) for p in (*KEEP, *keep))
+    kept = (*KEEP, *keep) if embeddings else (*KEEP, *EMBEDDINGS, *keep)
+    return min(rows, cols) >= 16 and not _matches(t.name, kept)
 
 
-def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str) -> Recipe:
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False) -> Recipe:
     """A recipe from the weights alone: every matrix at the same ratio of its own deviation to the error."""
-    wanted = [g.tensor for g in groups if quantisable(g.tensor, keep)]
-    found = {t.name: _even(matrix_of(t)) for t in wanted}
+    wanted = [g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)]
+    found = {t.name: _even(t, matrix_of(t)) for t in wanted}
     states, passes = EFFORTS[effort]
     about = {"calibrate": "none", "effort": effort}
     return Recipe({name: a for name, a in found.items() if a}, states, passes, about=about)
 
 
-def _even(w: NDArray[np.float32]) -> Aligned | None:
+def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     """A unit by the deviation of the whole matrix; None where it is all zeros."""
     rms = float(np.sqrt(np.mean(w.astype(np.float64) ** 2)))
     scales = lossy.Scales(np.zeros(w.shape[0], np.int8), np.zeros(w.shape[1], np.int8))
-    return Aligned(math.log2(rms), scales) if rms > 0 else None
+    finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
+    return Aligned(math.log2(rms) - finer, scales) if rms > 0 else None
 
 
 def calibrated(
     groups: Sequence[ties.Group], layers: Mapping[str, Layer], keep: Sequence[str], effort: str, damp: float = DAMP,
-    strength: float = STRENGTH,
+    strength: float = STRENGTH, embeddings: bool = False,
 ) -> Recipe:  # fmt: skip
     """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
     found: dict[str, Aligned] = {}
     needs: dict[str, tuple[float, int]] = {}
-    for t in (g.tensor for g in groups if quantisable(g.tensor, keep)):
+    for t in (g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)):
         w = matrix_of(t)
-        even, layer = _even(w), layers.get(t.name)
+        even, layer = _even(t, w), layers.get(t.name)
         if even is None:
             continue
         found[t.name] = even
-        if layer is None or layer.second.shape[0] != w.shape[1]:
+        if layer is None or layer.second.shape[0] != w.shape[0 if layer.transposed else 1]:
             continue
         if not layer.finite:
             raise SourceError(
                 f"the inputs or gradients of {t.name!r} hold NaN or infinity; keep it lossless with --keep {t.name!r}"
             )
-        r = triangular(layer.second, damp)
-        weight = np.empty(len(r.weight))
-        weight[r.order] = r.weight
-        cols = np.clip(np.rint(-4 * np.log2(weight / _middle(weight))), -tr.MOST, tr.MOST).astype(np.int8)
-        gain, rows = 0.0, np.zeros(w.shape[0], np.int8)
+        weight = _weight_of_inputs(layer, damp)  # the square root of what a unit error costs
+        other = np.ones(w.shape[1 if layer.transposed else 0])
         if layer.sensitivity is not None:
-            s = np.maximum(layer.sensitivity, layer.sensitivity.mean() * 1e-4)
-            gain = 0.5 * math.log2(_middle(s))
-            rows = np.clip(np.rint(-2 * np.log2(s / _middle(s))), -tr.MOST, tr.MOST).astype(np.int8)
-        scaled = w.astype(np.float64) / tr.power(rows)[:, None] / tr.power(cols)
+            other = np.sqrt(np.maximum(layer.sensitivity, max(layer.sensitivity.mean() * LEAST, 1e-30)))
+        by_row, by_col = (weight, other) if layer.transposed else (other, weight)
+        scales = lossy.Scales(_exponents(by_row), _exponents(by_col))
+        scaled = w.astype(np.float64) / tr.power(scales.rows)[:, None] / tr.power(scales.cols)
         deviation = math.log2(_middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30))))
         # bits, up to a constant, where all count in full
-        needs[t.name] = deviation + math.log2(_middle(weight)) + gain, w.size
-        found[t.name] = Aligned(deviation, lossy.Scales(rows, cols), layer, damp)
+        needs[t.name] = deviation + math.log2(_middle(by_row)) + math.log2(_middle(by_col)), w.size
+        found[t.name] = Aligned(deviation, scales, layer, damp)
     total = max(1, sum(n for _, n in needs.values()))
     mean = sum(need * n for need, n in needs.values()) / total
     for name, (need, _) in needs.items():
         more = min(SPREAD, max(-SPREAD, strength * (need - mean)))
         found[name] = replace(found[name], base=found[name].base - more)
     states, passes = EFFORTS[effort]
-    unreached = tuple(name for name in found if name not in needs)
+    unreached = tuple(name for name in found if name not in needs and not _matches(name, EMBEDDINGS))
     return Recipe(found, states, passes, about={"calibrate": "text", "effort": effort}, unreached=unreached)
+
+
+def _weight_of_inputs(layer: Layer, damp: float) -> NDArray[np.float64]:
+    """(in,) square root of what a unit error costs."""
+    if layer.transposed:
+        return _inputs_are_rows(layer, damp).weight
+    r = triangular(layer.second, damp)
+    weight = np.empty(len(r.weight))
+    weight[r.order] = r.weight
+    return weight
+
+
+def _exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:
+    """Quarter octaves of steps inverse to the weights."""
+    out: NDArray[np.int8] = np.clip(np.rint(-4 * np.log2(weight / _middle(weight))), -tr.MOST, tr.MOST).astype(np.int8)
+    return out
 
 
 def _middle(x: NDArray[Any]) -> float:

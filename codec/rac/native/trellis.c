@@ -119,11 +119,26 @@ static void search(const rac_code *t, int no512, const float *cost, int64_t n, u
     search_plain(t, cost, n, choice, c);
 }
 
+/* Without a trellis (states 1), each sample alone: the nearest integer or the next one towards zero. As `viterbi`. */
+static void scalar(const float *x, int64_t n, const float *rec, const float *rate, const uint8_t *row, int most, int16_t *out, float *value) {
+    for (int64_t i = 0; i < n; i++) {
+        const float *v = rec + most, *r = rate + (row ? row[i] : 0) * (2 * most + 1) + most, near = floorf(x[i] + 0.5f);
+        const int k = near > (float)most ? most : near < (float)-most ? -most : (int)near, in = k > 0 ? k - 1 : k < 0 ? k + 1 : 0;
+        const float e = x[i] - v[k], f = x[i] - v[in];
+        out[i] = (int16_t)(f * f + r[in] < e * e + r[k] ? in : k);
+        value[i] = v[out[i]];
+    }
+}
+
 /* One lane: integers k of least sum (x - sign rec[k])^2 + rate[k]. rec and the rows of rate have 2 most + 1 entries, for
  * -most..most; row[i] is the table of sample i. The trellis begins anew every `lane` samples. cost, best: scratch (n, 4);
  * choice: scratch (n, max(1, states / 16)). out: k; value: sign rec[k]. */
 static void viterbi(const rac_code *t, int no512, const float *x, int64_t n, int64_t lane, const float *rec, const float *rate,
                     const uint8_t *row, int most, int16_t *out, float *value, float *cost, int16_t *best, uint16_t *choice) {
+    if (t->states == 1) {
+        scalar(x, n, rec, rate, row, most, out, value);
+        return;
+    }
     const int words = t->states < 16 ? 1 : t->states / 16, wide = 2 * most + 1;
     for (int64_t i = 0; i < n; i++) subsets(x[i], rec + most, rate + (row ? row[i] : 0) * wide + most, most, cost + 4 * i, best + 4 * i);
     for (int64_t a = 0; a < n; a += lane) {

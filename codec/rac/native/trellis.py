@@ -43,7 +43,7 @@ def block(
     """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
 
     Args:
-        states: Of the trellis, 4 to 256.
+        states: Of the trellis, 4 to 256, or 1: none, each number alone.
         code: (H0, H1).
         plain: (n, m) column-major columns.
         target: (n, m) the same with the errors of what is behind the block fed back; overwritten by plain - value.
