@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--measure", type=int, default=8192, help="tokens measured on")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="quantise these tensors only")
     parser.add_argument("--rows", type=Path, help="file that keeps every row; those it has are not measured again")
+    parser.add_argument("--cache", type=Path, help="folder where the calibration is kept")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     if args.types and not args.ggml:
@@ -179,7 +180,8 @@ def main() -> None:
     source = open_source(args.folder)
     groups = [g for g in ties.find(source.tensors) if quantisable(g.tensor) and fnmatchcase(g.tensor.name, args.only)]
     start = time.perf_counter()
-    layers = calibrate(args.folder, args.calibration.read_text(encoding="utf-8"), tokens=args.tokens)
+    text = args.calibration.read_text(encoding="utf-8")
+    layers = calibrate(args.folder, text, tokens=args.tokens, cache=args.cache)
     seconds = time.perf_counter() - start
     groups = [g for g in groups if g.tensor.name in layers]
     weights = sum(math.prod(g.tensor.shape) for g in groups)

@@ -70,19 +70,25 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("calibration", type=Path)
+    parser.add_argument("calibration", help="a text, self or none")
     parser.add_argument("test", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("demo/smollm2-hf"))
     parser.add_argument("--bits", type=float, nargs="+", default=[3.05, 2.56])
     parser.add_argument("--damp", type=float, nargs="+", default=[rcp.DAMP])
     parser.add_argument("--effort", default="default")
     parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--cache", type=Path, help="folder where calibrations are kept")
     args = parser.parse_args()
     if not (args.folder / "config.json").exists():
         dense(args.gguf, args.folder)
-    start = time.perf_counter()
-    layers = calibrate(args.folder, args.calibration.read_text(encoding="utf-8"), tokens=args.tokens)
-    print(f"calibration of {args.tokens} tokens: {time.perf_counter() - start:.0f} s\n\n{HEAD}", flush=True)
+    layers = None
+    if args.calibration != "none":
+        start = time.perf_counter()
+        text = None if args.calibration == "self" else Path(args.calibration).read_text(encoding="utf-8")
+        layers = calibrate(args.folder, text, tokens=args.tokens, cache=args.cache)
+        seconds = time.perf_counter() - start
+        print(f"calibration on {layers.tokens} tokens of {Path(args.calibration).name}: {seconds:.0f} s\n")
+    print(HEAD, flush=True)
     measure = Measure(args.folder, args.test.read_text(encoding="utf-8"))
     print(row(measure), flush=True)
     source = open_source(args.folder)
@@ -92,7 +98,10 @@ def main() -> None:
         for bits in args.bits:
             for damp in args.damp:
                 start = time.perf_counter()
-                recipe = rcp.calibrated(groups, layers, (), args.effort, damp)
+                if layers is None:
+                    recipe = rcp.data_free(groups, (), args.effort)
+                else:
+                    recipe = rcp.calibrated(groups, layers, (), args.effort, damp)
                 recipe = budget.solve(groups, recipe, budget.Request(bits=bits), 2)
                 pack_source(source, path, recipe=recipe, jobs=2, force=True)
                 seconds = time.perf_counter() - start

@@ -1,7 +1,8 @@
 """What the inputs and outputs of a model's linear layers look like on a text: the only door to transformers.
 
-The second moment E[x x^T] of the inputs of each layer, and for each output i the sensitivity E[(dL/dy_i)^2], L the
-cross-entropy against labels drawn from the model's own predictions (the true Fisher).
+The second moment E[x x^T] of the inputs of each layer, tokens weighted by how much the loss depends on them there, and
+for each output i the sensitivity E[(dL/dy_i)^2], L the cross-entropy against labels drawn from the model's own
+predictions (the true Fisher).
 
 A model is run block by block, each over the whole text, what one made of it kept in a file for the next
 (calibration_stream): the memory needed is that of one block, however large the model.
@@ -26,7 +27,7 @@ from rac.errors import MissingDependencyError, SourceError
 Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
 
-_VERSION = 1
+_VERSION = 2
 """Of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
 _SMALL = 1 << 31
 """Bytes of weights up to which the model that writes its own text is held in float32."""
@@ -51,7 +52,9 @@ class Layer:
 
     @property
     def second(self) -> NDArray[np.float32]:
-        """(in, in), a mean over the text's tokens; layers that share an input share the file. Read when asked for.
+        """(in, in), a mean over the text's tokens, which count by the length of their gradient where there is one.
+
+        Layers that share an input share the file. Read when asked for.
 
         Raises:
             SourceError: The file in the cache is damaged.

@@ -1,4 +1,9 @@
-"""Sums over the inputs and the output gradients of linear layers, gathered by hooks."""
+"""Sums over the inputs and the output gradients of linear layers, gathered by hooks.
+
+Where there are gradients, a token counts by the length of its own at the layer's output: errors at tokens on which the
+loss does not depend cost nothing (GuidedQuant, arXiv 2505.07004, weighs by the square; the plain length is less at the
+mercy of few tokens, docs/experiments.md).
+"""
 
 from __future__ import annotations
 
@@ -28,18 +33,22 @@ def linears(model: Any) -> dict[str, Any]:
 
 
 class Collector:
-    """Hooks on linear layers, for as long as it is open (a context manager)."""
+    """Hooks on linear layers, for as long as it is open (a context manager).
 
-    def __init__(self, modules: Mapping[str, Any], *, inputs: bool, outputs: bool) -> None:
+    With `outputs` it needs a backward pass, and the inputs are taken from there.
+    """
+
+    def __init__(self, modules: Mapping[str, Any], *, outputs: bool) -> None:
         self.second: dict[str, NDArray[np.float32]] = {}
-        """Name of the first layer with that input to the sum of x x^T, (in, in)."""
+        """Name to the sum of x x^T, (in, in): weighted for every layer, or plain for the first one with that input."""
         self.key: dict[str, str] = {}
-        """Name to the name under which its second moment is."""
+        """Name to that of the first layer with the same input: query, key and value, for example."""
         self.squares: dict[str, NDArray[np.float64]] = {}
         """Name to the sum of squared output gradients, (out,)."""
         self._rows: dict[str, int] = {}
+        self._weight: dict[str, float] = {}
         self._recent: list[tuple[Any, int, str]] = []
-        self._inputs, self._outputs = inputs, outputs
+        self._outputs = outputs
         self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in modules.items()]
 
     def __enter__(self) -> Collector:
@@ -52,20 +61,22 @@ class Collector:
 
     def _hook(self, name: str) -> Any:
         def hook(_: Any, args: Any, out: Any) -> None:
-            if self._inputs:
-                self._input(name, args[0])
+            x = args[0].detach()
+            self.key.setdefault(name, self._first(name, args[0]))
             if self._outputs and out.requires_grad:
-                out.register_hook(lambda g: self._gradient(name, g))
+                out.register_hook(lambda g: self._gradient(name, x, g))
+            elif not self._outputs and self.key[name] == name:
+                self._add(name, x.float().reshape(-1, x.shape[-1]).contiguous().numpy())
 
         return hook
 
-    def _input(self, name: str, x: Any) -> None:
-        state = (x, x._version)
-        key = next((k for y, version, k in self._recent if y is x and version == state[1]), name)
-        if self.key.setdefault(name, key) != name:  # query, key and value: the first of them has counted it
-            return
-        self._recent = [*self._recent[1 - _RECENT :], (*state, name)]
-        rows = x.detach().float().reshape(-1, x.shape[-1]).contiguous().numpy()
+    def _first(self, name: str, x: Any) -> str:
+        """The layer that had this very input first."""
+        key = next((k for y, version, k in self._recent if y is x and version == x._version), name)
+        self._recent = [*self._recent[1 - _RECENT :], (x, x._version, key)]
+        return key
+
+    def _add(self, name: str, rows: NDArray[np.float32]) -> None:
         with np.errstate(all="ignore"):  # not finite is told by the result
             product = rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
             if name in self.second:
@@ -73,26 +84,38 @@ class Collector:
             else:
                 self.second[name] = product
 
-    def _gradient(self, name: str, gradient: Any) -> None:
+    def _gradient(self, name: str, x: Any, gradient: Any) -> None:
         g = gradient.detach().float().reshape(-1, gradient.shape[-1])
         self._rows[name] = self._rows.get(name, 0) + g.shape[0]
-        squares = g.square().sum(0).double().numpy()
+        square = g.square()
+        squares = square.sum(0).double().numpy()
         self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+        length = square.sum(1).sqrt().numpy()
+        with np.errstate(all="ignore"):  # not finite is told by the result
+            rows = x.float().reshape(-1, x.shape[-1]).numpy() * np.sqrt(length)[:, None]
+        self._weight[name] = self._weight.get(name, 0.0) + float(length.sum(dtype=np.float64))
+        self._add(name, rows)
 
     def save(self, folder: Folder, tag: str, tokens: int) -> None:
         """Write means into the folder and name them in its state.
 
         The second moment is a mean over the tokens of the text, the sensitivity one over the rows that the layer saw:
-        their product is then the same whether a layer sees each token, few of them, or each several times.
+        their product is then the same whether a layer sees each token, few of them, or each several times. Weights of
+        tokens have a mean of 1 over the rows that the layer saw.
         """
         layers = folder.state.setdefault("layers", {})
-        written: dict[str, str] = {}
-        for i, (name, total) in enumerate(self.second.items()):
-            total /= np.float32(tokens)
+        for i, first in enumerate(dict.fromkeys(self.key[name] for name in self.second)):
+            # layers with one input share the mean of what each has: a larger sample, and one recursion for all
+            sharing = [name for name, key in self.key.items() if key == first]
+            having = [name for name in sharing if name in self.second]
+            total = np.zeros_like(self.second[having[0]])
+            for name in having:
+                mean = self._rows[name] / max(self._weight[name], 1e-30) if self._outputs else 1.0
+                total += self.second.pop(name) * np.float32(mean / tokens / len(having))
             finite = math.isfinite(float(np.abs(total).sum(dtype=np.float64)))
-            written[name] = folder.put(f"second-{tag}-{i:03}.npy", total)
-            for sharing in (n for n, key in self.key.items() if key == name):
-                layers[sharing] = {"second": written[name], "finite": finite}
+            written = folder.put(f"second-{tag}-{i:03}.npy", total)
+            for name in sharing if not self._outputs else having:
+                layers[name] = {"second": written, "finite": finite}
         for i, (name, squares) in enumerate(self.squares.items()):
             entry = layers.setdefault(name, {"finite": True})
             entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())

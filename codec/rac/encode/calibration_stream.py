@@ -56,11 +56,11 @@ class _Passes:
         head = chain.head_size() if fisher else 0
         # steps, and what one sequence of them costs: about multiplications for each weight
         self.steps: list[tuple[Callable[[int], None], int, int]] = [(self._start, 0, 1)]
-        self.steps += [(self._forward, i, 3) for i in range(n)]
+        self.steps += [(self._forward, i, 2 if fisher else 3) for i in range(n)]
         if fisher or chain.after:
             self.steps.append((self._end, n, 1 + 4 * head // size))
         if fisher:
-            self.steps += [(self._backward, i, 4) for i in reversed(range(n))]
+            self.steps += [(self._backward, i, 5) for i in reversed(range(n))]
             if chain.before:
                 self.steps.append((self._back, 0, 1))
         self.of = len(ids) * sum(cost for _, _, cost in self.steps)
@@ -112,7 +112,7 @@ class _Passes:
     def _start(self, _: int) -> None:
         import torch
 
-        inputs = Collector(self.chain.before, inputs=True, outputs=False)
+        inputs = Collector({} if self.fisher else self.chain.before, outputs=False)
         with self._sink("hidden", 0) as append, inputs, torch.no_grad():
             for a, b in self._batches():
                 append(self.chain.start(self.ids[a:b]).numpy())
@@ -122,7 +122,7 @@ class _Passes:
     def _forward(self, i: int) -> None:
         import torch
 
-        inputs = Collector(self.chain.inside[i], inputs=True, outputs=False)
+        inputs = Collector({} if self.fisher else self.chain.inside[i], outputs=False)
         with self._sink("hidden", i + 1) as append, inputs, single(self.chain.blocks[i]), torch.no_grad():
             for a, b in self._batches():
                 try:
@@ -144,7 +144,7 @@ class _Passes:
         context = self.ids.shape[1]
         # what an encoder has behind its blocks may look at the whole sequence
         chunk = _CHUNK if self.causal else context
-        found = Collector(self.chain.after, inputs=True, outputs=self.fisher)
+        found = Collector(self.chain.after, outputs=self.fisher)
         with sink as append, found, self.chain.head(), torch.set_grad_enabled(self.fisher):
             for s in range(len(self.ids)):
                 hidden = self._read("hidden", n, s, s + 1)
@@ -164,7 +164,7 @@ class _Passes:
         self._save(found, "last")
 
     def _backward(self, i: int) -> None:
-        outputs = Collector(self.chain.inside[i], inputs=False, outputs=True)
+        outputs = Collector(self.chain.inside[i], outputs=True)
         with self._sink("gradient", i) as append, outputs, single(self.chain.blocks[i]):
             for a, b in self._batches():
                 hidden = self._read("hidden", i, a, b).requires_grad_(True)
@@ -174,7 +174,7 @@ class _Passes:
         self._save(outputs, f"{i:04}")
 
     def _back(self, _: int) -> None:
-        outputs = Collector(self.chain.before, inputs=False, outputs=True)
+        outputs = Collector(self.chain.before, outputs=True)
         with outputs, leaves(self.chain.model):
             for a, b in self._batches():
                 self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
@@ -223,7 +223,7 @@ def whole(
     folder.state.update(layers={}, steps=0)
     folder.commit(drop=lambda name: name != "ids.npy")
     given: dict[str, Any] = {"use_cache": False} if causal or model.config.is_encoder_decoder else {}
-    with Collector(linears(model), inputs=True, outputs=fisher) as found, contextlib.ExitStack() as stack:
+    with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
         if fisher:
             stack.enter_context(leaves(model))
         stack.enter_context(torch.set_grad_enabled(fisher))

@@ -21,13 +21,13 @@ from rac.decode.tensor import extra_of
 from rac.decode.unpack import quantised
 from rac.encode.calibrate import Note
 from rac.encode.evaluate import Measure, decibels, translated
-from rac.encode.recipe import KEEP, SMALLEST
+from rac.encode.recipe import EMBEDDINGS, KEEP, SMALLEST
 from rac.encode.sources import Extent, SourceTensor, open_source
 from rac.errors import FormatError, MismatchError, MissingDependencyError
 from rac.quantize import trellis as tr
 from rac.registry import RECORD_TENSOR
 
-_NOT_LINEAR = (*KEEP, "*token_embd*", "output.weight")
+_NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
 Floats = NDArray[np.float32]
 
 

@@ -203,18 +203,19 @@ def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:
     weight[r.order] = r.weight
     level = 2.0 ** (a.base - rate + _middle(weight))  # root of the error where columns count 1
     x = w / tr.power(a.scales.rows)[:, None]
-    left, right = low_rank(x, damped(a.layer.second, a.damp), min(RANKS[-1], rows, cols), 4)
-    size = np.linalg.norm(left, axis=0)
-
-    least, best, done = _bits(x, weight, level), 0, 0
-    for rank in (n for n in RANKS if n <= len(size)):
-        x = x - (left[:, done:rank] @ right[done:rank]).astype(F32)
-        done = rank
-        bits = _bits(x, weight, level) + _bits(left[:, :rank], np.ones(rank), level)
-        bits += _bits(right[:rank] * size[:rank, None], weight, level) + MARGIN * rank * (rows + cols)
-        bits += HEADS + rows + cols
-        if bits < least:
-            least, best = bits, rank
+    second = damped(a.layer.second, a.damp)
+    for most in (4, RANKS[-1]):
+        left, right = low_rank(x, second, min(most, rows, cols), 4)
+        size = np.linalg.norm(left, axis=0)
+        bits = {0: _bits(x, weight, level)}
+        for rank in (n for n in RANKS if n <= len(size)):
+            one, two = left[:, :rank], right[:rank]
+            bits[rank] = _bits(x - (one @ two).astype(F32), weight, level) + _bits(one, np.ones(rank), level)
+            bits[rank] += _bits(two * size[:rank, None], weight, level) + MARGIN * rank * (rows + cols)
+            bits[rank] += HEADS + rows + cols
+        best = min(bits, key=lambda n: bits[n])
+        if best < most:  # higher ranks, which take long to find, do not come into question
+            break
     return best
 
 

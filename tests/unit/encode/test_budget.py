@@ -12,6 +12,7 @@ from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import budget, lossy, ties
 from rac.encode import recipe as rcp
+from rac.encode.calibrate import Layer
 from rac.encode.pack import pack, pack_source
 from rac.encode.sources import from_arrays
 from rac.encode.verify import verify
@@ -188,7 +189,6 @@ def test_alignment_pays():
     w = np.random.default_rng(6).standard_normal((400, 96)).astype(np.float32)
     source = from_arrays({"w": w})
     groups = ties.find(source.tensors)
-    from rac.encode.calibrate import Layer
 
     error = {}
     for name, recipe in {
@@ -205,7 +205,6 @@ def test_alignment_pays():
 def test_what_calibration_did_not_reach_is_named():
     source = from_arrays({k: v for k, v in model().items() if v.dtype.kind == "f"})
     groups = ties.find(source.tensors)
-    from rac.encode.calibrate import Layer
 
     layers = {
         "a.weight": Layer(np.eye(384, dtype=np.float32), None),
@@ -221,7 +220,6 @@ def test_rows_that_count_more_are_finer():
     w = np.random.default_rng(7).standard_normal((128, 128)).astype(np.float32)
     source = from_arrays({"w": w})
     groups = ties.find(source.tensors)
-    from rac.encode.calibrate import Layer
 
     sensitivity = np.ones(128)
     sensitivity[:64] = 64.0
@@ -230,3 +228,29 @@ def test_rows_that_count_more_are_finer():
     e = (q.dense.view(np.float32) - w) ** 2
     assert e[64:].mean() > 30 * e[:64].mean()
     assert (tr.power(recipe.aligned["w"].scales.rows)[64] / tr.power(recipe.aligned["w"].scales.rows)[0]) == 8
+
+
+def test_inputs_that_are_rows():
+    """Weights stored (in, out), as GPT-2's, gain as much from their calibration as the others."""
+    n = 192
+    w = np.random.default_rng(5).standard_normal((256, n)).astype(np.float32)
+    s = second_moment(n, 6)
+    found = {}
+    for transposed in (False, True):
+        groups = ties.find(from_arrays({"w": np.ascontiguousarray(w.T) if transposed else w}).tensors)
+        layers = {"w": Layer(s, np.geomspace(1, 4, 256), transposed)}
+        recipe = budget.solve(groups, rcp.calibrated(groups, layers, (), "default"), budget.Request(bits=3.2), 1)
+        q = budget.code(groups[0].tensor, recipe).quantised
+        found[transposed] = budget.snr(groups[0].tensor, q, recipe)
+        even = budget.solve(groups, rcp.data_free(groups, (), "default"), budget.Request(bits=3.2), 1)
+        plain = budget.snr(groups[0].tensor, budget.code(groups[0].tensor, even).quantised, recipe)
+        assert found[transposed] > plain + 6
+    assert abs(found[True] - found[False]) < 0.8
+
+
+def test_embeddings_too(tmp_path):
+    src = source_file(tmp_path / "m.safetensors", model())
+    done = pack(src, tmp_path / "m.rac", bits=4, embeddings=True)
+    bits = {f.name: f.bits for f in done.fidelity}
+    assert bits.keys() == {"a.weight", "b.weight", "embed.weight"}
+    assert bits["embed.weight"] > bits["a.weight"] + 0.7
