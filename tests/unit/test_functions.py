@@ -24,15 +24,12 @@ def normal(seed, *shape):
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_of_the_page(code):
-    for stage, name in re.findall(r"rac\.(align|split|quantize|entropy)\.(\w+)\(", code):
-        if not hasattr(getattr(rac, stage), name):
-            pytest.skip(f"rac.{stage}.{name} is not there yet")
     exec(compile(code, "docs/functions.md", "exec"), {})
 
 
 def test_page_names_every_function():
     for stage in (rac.align, rac.split, rac.quantize, rac.entropy):
-        for name in getattr(stage, "__all__", ()):
+        for name in stage.__all__:
             assert f"{stage.__name__}.{name}(" in PAGE
             assert callable(getattr(stage, name)) and getattr(stage, name).__doc__
             assert any(f"{stage.__name__}.{name}(" in code for code in EXAMPLES)

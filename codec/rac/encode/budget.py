@@ -40,6 +40,7 @@ class Coded:
     """By trellis/1: the tensor, or what the objects leave to it."""
     units: list[rec.Bytes]
     dtype: str
+    alignment: str
     objects: tuple[split.Object, ...] = ()
     """What a third stage computes with."""
 
@@ -52,7 +53,7 @@ class Coded:
         """What stands behind the coder, given the digests of the dense bytes and of the source."""
         uses = tuple(o.name for o in self.objects)
         after = ("", "basis/1", "lowrank/1")[len(uses)]
-        return rec.Behind(self.quantised.trellis, digest, source, after, uses)
+        return rec.Behind(self.quantised.trellis, digest, source, after, uses, self.alignment)
 
 
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
@@ -67,7 +68,7 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     )  # fmt: skip
     del w, below
     encoder, units = split.coded(q)
-    return Coded(encoder, q, units, t.dtype, objects)
+    return Coded(encoder, q, units, t.dtype, a.name, objects)
 
 
 def stored(group: ties.Group, recipe: Recipe) -> int:

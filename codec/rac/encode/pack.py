@@ -417,7 +417,7 @@ def _start(
         coded = code(t, recipe)
         q, aligned = coded.quantised, recipe.aligned[t.name]
         fidelity = Fidelity(
-            t.name, t.shape, aligned.alignment if aligned.layer else "identity", aligned.rank, recipe.states,
+            t.name, t.shape, aligned.name, aligned.rank, recipe.states,
             snr(t, coded, recipe), q.outliers, q.dead, time.perf_counter() - start,
         )  # fmt: skip
         behind = coded.behind(zstd.digest(coded.dense.reshape(-1).view(np.uint8).data), ties.digest(t))

@@ -57,6 +57,11 @@ class Aligned:
     basis: Basis | None = None
     """Of PCA."""
 
+    @property
+    def name(self) -> str:
+        """Of the alignment that it comes to."""
+        return self.alignment if self.layer else "identity"
+
     def recursion(self) -> Triangular | None:
         """The recursion of the columns."""
         if self.layer is None or self.layer.transposed or self.alignment != "triangular":

@@ -35,6 +35,8 @@ class Behind:
     """`id` of a stage behind the trellis: "lowrank/1" or "basis/1"."""
     uses: tuple[str, ...] = ()
     """Names of the objects that it computes with; their records come first."""
+    alignment: str = ""
+    """A note for people: decoding needs to know nothing of it."""
 
 
 def lossless(t: SourceTensor, level: Level) -> TileEncoder:
@@ -76,6 +78,8 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
     if behind:
         out["stages"].append(behind.trellis.to_head())
         out |= {"digest": behind.digest, "x-source": behind.source}
+        if behind.alignment:
+            out["x-align"] = behind.alignment
         if behind.after:
             out["stages"].append({"id": behind.after})
             out["uses"] = list(behind.uses)
