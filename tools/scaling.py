@@ -25,7 +25,7 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from rac.align.triangular import Triangular, triangular  # noqa: E402
-from rac.encode import lossy  # noqa: E402
+from rac.encode import budget, lossy  # noqa: E402
 from rac.encode import record as rec  # noqa: E402
 from rac.encode.analyse import LEVELS, analyse, grid_of  # noqa: E402
 from rac.encode.sources import SourceTensor  # noqa: E402
@@ -143,11 +143,12 @@ def feed_back(feed: NDArray[np.float32], error: NDArray[np.float32]) -> None:
 def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None) -> None:
     """The search of some columns, with the errors of rows fed to later rows."""
     n, m = columns.shape
-    magnitudes = tr.magnitudes(STATES, lossy.ZERO)[lossy.ZERO - lossy.MOST : lossy.ZERO + lossy.MOST + 1].copy()
+    states = STATES if below is None else budget.SHAPED
+    magnitudes = tr.magnitudes(states, lossy.ZERO)[lossy.ZERO - lossy.MOST : lossy.ZERO + lossy.MOST + 1].copy()
     rate = (0.35 * np.abs(np.arange(-lossy.MOST, lossy.MOST + 1.0))).astype(F32).reshape(1, 1, -1)
     back = None if below is None else np.ascontiguousarray(below.T)
     native.block(
-        STATES, tr.CODES[STATES], columns, columns.copy(), m, np.zeros((n, n), F32), np.full(n, 0.25, F32), magnitudes,
+        states, tr.CODES[states], columns, columns.copy(), m, np.zeros((n, n), F32), np.full(n, 0.25, F32), magnitudes,
         rate, np.zeros(1, np.int8), 0, None, 2.0 * lossy.MOST, below, back,
     )  # fmt: skip
 
