@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         request = Request(
             args.bits, args.file_bits, whole, args.snr, args.kl, args.calibrate, args.tokens, args.effort,
             tuple(args.keep), _cache(args.cache), args.align, args.rank,
-            args.embeddings,
+            args.embeddings, args.lanes,
         )  # fmt: skip
         with Steps() as note:
             recipe = recipe_of(

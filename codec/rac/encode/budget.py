@@ -67,7 +67,7 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
         w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.recursion(), below
     )  # fmt: skip
     del w, below
-    encoder, units = split.coded(q)
+    encoder, units = split.coded(q, recipe.lanes)
     return Coded(encoder, q, units, t.dtype, a.name, objects)
 
 
@@ -134,6 +134,8 @@ class Request:
     """Of the low-rank part of these; None: what pays."""
     embeddings: bool = False
     """Quantise embeddings and output layers too."""
+    lanes: int | None = None
+    """Per tile; None: as usual."""
 
     def __post_init__(self) -> None:
         given = list(self.goal.values())
@@ -179,13 +181,15 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: 
     """What the request and the weights (and, but for "none", a calibration) say, at common scale 0."""
     if request.calibrate == "none":
         recipe = data_free(groups, request.keep, request.effort, request.embeddings)
-        return replace(recipe, about={**recipe.about, "goal": request.stated})
+        about = {**recipe.about, **request.shape, "goal": request.stated}
+        return replace(recipe, lanes=request.lanes, about=about)
     text = None if request.calibrate == "self" else read_text(request.calibrate)
     layers = calibrate(path, text, tokens=request.tokens, note=note, cache=request.cache)
     recipe = calibrated(groups, layers, request.keep, request.effort, embeddings=request.embeddings)
     recipe = split.choose(recipe, groups, request.rank, request.align, request.expected)
     used = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": layers.tokens}
-    return replace(recipe, about={**recipe.about, **request.shape, "calibrate": used, "goal": request.stated})
+    about = {**recipe.about, **request.shape, "calibrate": used, "goal": request.stated}
+    return replace(recipe, lanes=request.lanes, about=about)
 
 
 def read_text(path: str) -> str:

@@ -138,7 +138,8 @@ def pack(
     recipe = None
     if any(v is not None for v in (bits, file_bits, size, snr, kl)):
         request = Request(
-            bits, file_bits, size, snr, kl, calibrate, tokens, effort, tuple(keep), cache, align, rank, embeddings
+            bits, file_bits, size, snr, kl, calibrate, tokens, effort, tuple(keep), cache, align, rank, embeddings,
+            lanes,
         )  # fmt: skip
         recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note)
     return pack_source(

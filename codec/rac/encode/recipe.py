@@ -91,6 +91,8 @@ class Recipe:
     """log2 of the common factor of all units."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """For the provenance."""
+    lanes: int | None = None
+    """Per tile; None: as usual."""
     unreached: tuple[str, ...] = ()
     """Tensors that the calibration did not reach: they are quantised from the weights alone."""
 

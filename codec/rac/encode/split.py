@@ -82,9 +82,10 @@ class Basis:
     """Its first user, with whose bytes the basis counts."""
 
 
-def coded(q: lossy.Quantised) -> tuple[TileEncoder, list[rec.Bytes]]:
-    """A quantised matrix as the units of a record."""
-    plan = replace(analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, CODER), words=q.words)
+def coded(q: lossy.Quantised, lanes: int | None = None) -> tuple[TileEncoder, list[rec.Bytes]]:
+    """A quantised matrix as the units of a record; `lanes` per tile where they are not as usual."""
+    coder = CODER if lanes is None else replace(CODER, lanes=lanes, fixed=True)
+    plan = replace(analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, coder), words=q.words)
     encoder = TileEncoder(plan)
     units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
     whole = SourceTensor("", "U8", q.words.shape, q.words.reshape(-1))

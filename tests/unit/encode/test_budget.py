@@ -254,3 +254,12 @@ def test_embeddings_too(tmp_path):
     bits = {f.name: f.bits for f in done.fidelity}
     assert bits.keys() == {"a.weight", "b.weight", "embed.weight"}
     assert bits["embed.weight"] > bits["a.weight"] + 0.7
+
+
+def test_lanes_of_quantised_tensors(tmp_path):
+    src = source_file(tmp_path / "m.safetensors", {"w": model()["a.weight"]})
+    for lanes in (4, 64):
+        pack(src, tmp_path / "m.rac", bits=4, effort="fast", lanes=lanes, force=True)
+        archive = Archive(FileAccess(tmp_path / "m.rac"))
+        assert archive.record(archive.index.entries[0]).head["stages"][0]["lanes"] == lanes
+        archive.close()
