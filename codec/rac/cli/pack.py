@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     lossy.add_argument(
         "--rank", type=_rank, metavar="auto|N",
-        help="of a low-rank part in these layers (auto, the default: what saves bits, nearly always 0)",
+        help="of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)",
     )  # fmt: skip
     lossy.add_argument("--embeddings", action="store_true", help="quantise embeddings and output layers too")
     lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")

@@ -131,7 +131,7 @@ class Request:
     align: str = "auto"
     """Of tensors whose inputs are known: one of split.ALIGNMENTS."""
     rank: int | None = None
-    """Of the low-rank part of these; None: what pays."""
+    """Of the low-rank part of these; None: at effort "max" what pays, else 0."""
     embeddings: bool = False
     """Quantise embeddings and output layers too."""
     lanes: int | None = None
@@ -186,7 +186,8 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: 
     text = None if request.calibrate == "self" else read_text(request.calibrate)
     layers = calibrate(path, text, tokens=request.tokens, note=note, cache=request.cache)
     recipe = calibrated(groups, layers, request.keep, request.effort, embeddings=request.embeddings)
-    recipe = split.choose(recipe, groups, request.rank, request.align, request.expected)
+    rank = 0 if request.rank is None and request.effort != "max" else request.rank  # takes long to find, and is rare
+    recipe = split.choose(recipe, groups, rank, request.align, request.expected)
     used = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": layers.tokens}
     about = {**recipe.about, **request.shape, "calibrate": used, "goal": request.stated}
     return replace(recipe, lanes=request.lanes, about=about)

@@ -124,7 +124,7 @@ def pack(
         keep: Patterns of tensors that stay lossless, beside norms, small tensors and embeddings.
         cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
         align: "auto", "triangular", "pca" or "identity": coordinates of the tensors whose inputs are known.
-        rank: Of the low-rank parts of these tensors; None: what pays, which is nearly always 0.
+        rank: Of the low-rank parts of these tensors; None: at effort "max" what pays, which is nearly always 0, else 0.
         embeddings: Quantise embeddings and output layers too, a bit finer than the rest.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
 
