@@ -34,8 +34,8 @@ FINER = 1.0
 SMALLEST = 1 << 14
 DAMP = 0.03
 """Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
-LEAST_COLUMN = 0.05
-"""Share of the deviation of a matrix that every column is taken to have."""
+LEAST_ENERGY = 0.05
+"""Share of the deviation of a matrix that every column and row is taken to have."""
 LEAST = 1e-4
 """Share of the mean sensitivity that every output is taken to have."""
 STRENGTH, SPREAD = 0.5, 1.5
@@ -121,7 +121,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False) -> Recipe:
-    """A recipe from the weights alone: every column at the same ratio of its own deviation to the error."""
+    """A recipe from the weights alone: units by the energies of columns and rows."""
     wanted = [g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)]
     found = {t.name: _even(t, matrix_of(t)) for t in wanted}
     states, passes = EFFORTS[effort]
@@ -130,19 +130,22 @@ def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, em
 
 
 def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
-    """Columns at one ratio of their own deviation to the error; None where all is zeros.
+    """Units by the energies of columns and rows; None where all is zeros.
 
-    Training makes columns small whose inputs are large, so that equal ratios come nearer to equal errors of the output
-    than equal errors of the weights do (docs/lossy.md).
+    Training makes columns small whose inputs are large: units that follow the deviation of the column come nearer to
+    equal errors of the output than equal units do. Of rows the same is half true (exponents 1 and 1/2: docs/lossy.md).
     """
-    square = w.astype(np.float64) ** 2
-    rms = float(np.sqrt(square.mean()))
+    square = w * w
+    rms = math.sqrt(float(square.mean(dtype=np.float64)))
     if rms == 0:
         return None
-    cols = _exponents(1 / np.maximum(np.sqrt(square.mean(0)), LEAST_COLUMN * rms))
-    deviation = float(np.sqrt((square / tr.power(cols).astype(np.float64) ** 2).mean()))
+    by_col = np.maximum(np.sqrt(square.mean(0, dtype=np.float64)), LEAST_ENERGY * rms)
+    by_row = np.sqrt(np.maximum(np.sqrt(square.mean(1, dtype=np.float64)), LEAST_ENERGY * rms))
+    scales = lossy.Scales(_exponents(1 / by_row), _exponents(1 / by_col))
+    square /= np.square(tr.power(scales.rows))[:, None]
+    square /= np.square(tr.power(scales.cols))
     finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
-    return Aligned(math.log2(deviation) - finer, lossy.Scales(np.zeros(w.shape[0], np.int8), cols))
+    return Aligned(0.5 * math.log2(float(square.mean(dtype=np.float64))) - finer, scales)
 
 
 def calibrated(
