@@ -77,6 +77,7 @@ def add(commands: Any) -> None:
         help="of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)",
     )  # fmt: skip
     lossy.add_argument("--embeddings", action="store_true", help="quantise embeddings and output layers too")
+    lossy.add_argument("--measure", metavar="FILE", help="when done, KL and perplexity on this text, not the one above")
     lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
     lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
@@ -102,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     budget = any(v is not None for v in goals.values())
     shaped = args.align != "auto" or args.rank is not None or args.embeddings
-    if not budget and (args.calibrate != "none" or args.keep or args.report or shaped):
+    if not budget and (args.calibrate != "none" or args.keep or args.report or args.measure or shaped):
         raise ValueError(
-            "--calibrate, --align, --rank, --keep and --report are for lossy packing: "
+            "--calibrate, --align, --rank, --embeddings, --keep, --measure and --report are for lossy packing: "
             f"give one of {', '.join(goals)} too"
         )
     source = open_source(args.src, args.include, args.exclude)
@@ -156,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
         if args.report:
             write_report(args.report, done, recipe)
+        if args.measure:
+            _measure(args.src, done.paths[0], args.measure)
     return 0
 
 
@@ -165,6 +168,19 @@ def _rank(given: str) -> int | None:
     if not given.isdecimal():
         raise argparse.ArgumentTypeError("must be auto or a number of 0 or more")
     return int(given)
+
+
+def _measure(src: str, path: str, text: str) -> None:
+    from rac.cli.progress import Steps
+    from rac.encode.budget import read_text
+    from rac.encode.compare import compare
+
+    with Steps() as note:
+        own, row = compare(src, [path], read_text(text), note=note)
+    print(
+        f"on {text}: KL {row.kl:.4f} nats, top-1 {row.top1:.2%}, perplexity {row.perplexity:.3f} "
+        f"(original {own.perplexity:.3f})"
+    )
 
 
 def _cache(given: str | None) -> str | None:

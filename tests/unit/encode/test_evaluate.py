@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 
 import numpy as np
 import pytest
 
+from rac.cli import main
 from rac.encode.compare import compare
 from rac.encode.evaluate import Measure
 from rac.encode.pack import pack
@@ -190,3 +193,20 @@ def test_the_model_writes_its_own_text(folder, tmp_path):
     )
     assert {f.alignment for f in done.fidelity} == {"triangular"}
     assert 20 <= sum(f.snr for f in done.fidelity) / len(done.fidelity) <= 20.1
+
+
+def test_pack_measures_and_reports(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = ["pack", folder, "-o", tmp_path / "m.rac", "--bits", "4", "--effort", "fast", "--cache", "none"]
+    arguments += ["--calibrate", text, "--tokens", "256", "--measure", text, "--report", tmp_path / "r.json"]
+    assert main(list(map(str, arguments))) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"model\.layers\.\*\.mlp\.down_proj\.weight +1 ", out)
+    kl, perplexity = re.search(r"KL (\S+) nats.*perplexity (\S+) ", out).groups()
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert 0 < float(kl) < 5 and float(perplexity) > 1
+    assert report["quantised"] == len(report["tensors"]) == 7 and 3.9 < report["quantised_bits"] <= 4
+    assert sum(t["size"] for t in report["tensors"]) * 8 == pytest.approx(
+        report["quantised_bits"] * sum(t["shape"][0] * t["shape"][1] for t in report["tensors"])
+    )
