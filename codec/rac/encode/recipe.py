@@ -34,6 +34,8 @@ FINER = 1.0
 SMALLEST = 1 << 14
 DAMP = 0.03
 """Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
+FAR = 16
+"""Medians beyond which a weight counts no more in the energies."""
 LEAST_ENERGY = 0.05
 """Share of the deviation of a matrix that every column and row is taken to have."""
 LEAST = 1e-4
@@ -135,7 +137,10 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     Training makes columns small whose inputs are large: units that follow the deviation of the column come nearer to
     equal errors of the output than equal units do. Of rows the same is half true (exponents 1 and 1/2: docs/lossy.md).
     """
-    square = w * w
+    square = np.abs(w)
+    if most := FAR * float(np.median(square)):  # single weights far out are no energy of their column
+        np.minimum(square, most, out=square)
+    np.square(square, out=square)
     rms = math.sqrt(float(square.mean(dtype=np.float64)))
     if rms == 0:
         return None
