@@ -91,10 +91,13 @@ def _record(group: ties.Group, coded: Coded) -> int:
     return rec.size(rec.head(group, coded.encoder.plan, behind), coded.units)
 
 
-def snr(t: SourceTensor, q: Coded | lossy.Quantised, recipe: Recipe) -> float:
-    """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known."""
+def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
+    """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known.
+
+    `dense` (R, C) has the words that a decoder restores.
+    """
     w = matrix_of(t)
-    e = tr.from_words(q.dense, t.dtype) - w
+    e = tr.from_words(dense, t.dtype) - w
     layer = recipe.aligned[t.name].layer
     if layer is None:
         energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
@@ -162,9 +165,11 @@ class Request:
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What of the alignment was asked for, where it is not what one gets unasked."""
-        every = (("align", self.align), ("rank", self.rank), ("embeddings", self.embeddings))
-        return {k: v for k, v in every if v != "auto" and v is not None and v is not False}
+        """What else was asked for, where it is not what one gets unasked."""
+        every = (
+            ("align", self.align), ("rank", self.rank), ("embeddings", self.embeddings), ("keep", sorted(self.keep)),
+        )  # fmt: skip
+        return {k: v for k, v in every if v != "auto" and v is not None and v is not False and v != []}
 
     @property
     def expected(self) -> float:
@@ -194,12 +199,12 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: 
 
 
 def read_text(path: str) -> str:
-    """The calibration text; SourceError where it cannot be read."""
+    """A text to calibrate or to measure on; SourceError where it cannot be read."""
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as e:
-        raise SourceError(f"calibration text cannot be read: {e}", file=path) from e
+        raise SourceError(f"the text cannot be read: {e}", file=path) from e
 
 
 class Judge(Protocol):
@@ -280,7 +285,7 @@ def solve(
 
 
 def _snr(group: ties.Group, recipe: Recipe) -> float:
-    return min(100.0, snr(group.tensor, code(group.tensor, recipe), recipe))
+    return min(100.0, snr(group.tensor, code(group.tensor, recipe).dense, recipe))
 
 
 def _meet(

@@ -416,12 +416,12 @@ def _start(
     if recipe is not None and t.name in recipe.aligned:
         start = time.perf_counter()
         coded = code(t, recipe)
-        q, aligned = coded.quantised, recipe.aligned[t.name]
+        q, dense = coded.quantised, coded.dense
         fidelity = Fidelity(
-            t.name, t.shape, aligned.name, aligned.rank, recipe.states,
-            snr(t, coded, recipe), q.outliers, q.dead, time.perf_counter() - start,
+            t.name, t.shape, coded.alignment, recipe.aligned[t.name].rank, q.trellis.states,
+            snr(t, dense, recipe), q.outliers, q.dead, time.perf_counter() - start,
         )  # fmt: skip
-        behind = coded.behind(zstd.digest(coded.dense.reshape(-1).view(np.uint8).data), ties.digest(t))
+        behind = coded.behind(zstd.digest(dense.reshape(-1).view(np.uint8).data), ties.digest(t))
         return coded.encoder, coded.units, behind, fidelity, coded.objects
     encoder = rec.lossless(t, level)
     plan = encoder.plan

@@ -241,9 +241,9 @@ def test_inputs_that_are_rows():
         layers = {"w": Layer(s, np.geomspace(1, 4, 256), transposed)}
         recipe = budget.solve(groups, rcp.calibrated(groups, layers, (), "default"), budget.Request(bits=3.2), 1)
         q = budget.code(groups[0].tensor, recipe).quantised
-        found[transposed] = budget.snr(groups[0].tensor, q, recipe)
+        found[transposed] = budget.snr(groups[0].tensor, q.dense, recipe)
         even = budget.solve(groups, rcp.data_free(groups, (), "default"), budget.Request(bits=3.2), 1)
-        plain = budget.snr(groups[0].tensor, budget.code(groups[0].tensor, even).quantised, recipe)
+        plain = budget.snr(groups[0].tensor, budget.code(groups[0].tensor, even).dense, recipe)
         assert found[transposed] > plain + 6
     assert abs(found[True] - found[False]) < 0.8
 
@@ -263,3 +263,31 @@ def test_lanes_of_quantised_tensors(tmp_path):
         archive = Archive(FileAccess(tmp_path / "m.rac"))
         assert archive.record(archive.index.entries[0]).head["stages"][0]["lanes"] == lanes
         archive.close()
+
+
+def test_resume_goes_on_only_with_what_was_asked(tmp_path):
+    """The scale is taken from the part of the same request; another --keep begins anew."""
+    src = source_file(tmp_path / "m.safetensors", model())
+    want = {"bits": 3.0, "effort": "fast"}
+    pack(src, tmp_path / "whole.rac", **want)
+
+    class Stop(Exception):
+        pass
+
+    def stop(name, _):
+        if name == "b.weight":
+            raise Stop
+
+    with pytest.raises(Stop):
+        pack(src, tmp_path / "m.rac", progress=stop, **want)
+    said = []
+    done = pack(src, tmp_path / "m.rac", resume=True, note=lambda what, *_: said.append(what), **want)
+    assert done.resumed > 0 and not said
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "whole.rac").read_bytes()
+    with pytest.raises(Stop):
+        pack(src, tmp_path / "n.rac", progress=stop, **want)
+    done = pack(
+        src, tmp_path / "n.rac", resume=True, keep=("a.weight",), note=lambda what, *_: said.append(what), **want
+    )
+    assert done.resumed == 0 and said
+    assert [f.name for f in done.fidelity] == ["b.weight"]
