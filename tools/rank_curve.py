@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from rac.align.triangular import damped
 from rac.encode import budget, split, ties
 from rac.encode import recipe as rcp
 from rac.encode.calibrate import calibrate
@@ -39,7 +40,7 @@ def measure(groups: Sequence[ties.Group], recipe: Recipe) -> tuple[int, float, i
         assert a.layer is not None  # noqa: S101
         coded = budget.code(g.tensor, recipe)
         e = coded.dense.view(np.float32).astype(np.float64) - rcp.matrix_of(g.tensor)
-        error += float(np.vdot(e @ split.damped(a.layer.second, a.damp), e))
+        error += float(np.vdot(e @ damped(a.layer.second, a.damp), e))
         size += budget.size_of(g, coded, recipe)
         if a.basis is not None and a.basis.first == g.tensor.name:
             bases += a.basis.object.size

@@ -29,6 +29,20 @@ class Triangular:
     feed: NDArray[np.float32]
     """(n, n), [j, i], i > j: weight of the error at place i in the target at place j."""
 
+    @property
+    def by_column(self) -> NDArray[np.float64]:
+        """(n,) `weight` in the order of the columns."""
+        out = np.empty(len(self.weight))
+        out[self.order] = self.weight
+        return out
+
+
+def damped(second: NDArray[np.floating], damp: float) -> NDArray[np.float64]:
+    """A copy of a second moment (n, n) with `damp` times its mean diagonal added to the diagonal."""
+    s = np.array(second, np.float64)
+    s[np.diag_indices_from(s)] += damp * max(float(np.trace(s)) / len(s), 1e-30)
+    return s
+
 
 def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = True) -> Triangular:
     """The recursion for inputs of second moment `second` (n, n), symmetric.
@@ -38,12 +52,8 @@ def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = Tr
         damp: Share of the mean diagonal that is added to the diagonal.
         sort: Quantise columns in descending order of their energy; else from the last to the first.
     """
-    s = np.asarray(second, np.float64)
-    n = len(s)
-    mean = max(float(np.trace(s)) / n, 1e-30)
-    order = np.argsort(np.diag(s), kind="stable") if sort else np.arange(n)
-    s = s[np.ix_(order, order)] + damp * mean * np.eye(n)
-    lower = np.linalg.cholesky(s)
+    order = np.argsort(np.diag(np.asarray(second, np.float64)), kind="stable") if sort else np.arange(len(second))
+    lower = np.linalg.cholesky(damped(second, damp)[np.ix_(order, order)])
     weight = np.diag(lower).copy()
     feed = np.triu((lower / weight).T, 1).astype(np.float32)
     return Triangular(order, weight, feed)

@@ -36,12 +36,13 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the rows as they come."""
     from rac.cli.progress import Steps
+    from rac.encode.budget import read_text
     from rac.encode.compare import compare
 
     if args.snr and not args.text:
         raise ValueError("--snr measures on a text: give --text too")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is read from disk
-    text = None if args.text is None else _read(args.text)
+    text = None if args.text is None else read_text(args.text)
     columns = [c for c in _COLUMNS if text is not None or not c[3]]
     columns = [c for c in columns if args.snr or c[0] != "weighted_snr"]
     files = [args.original, *args.files]
@@ -89,13 +90,3 @@ _COLUMNS = (
 def _name(path: str) -> str:
     """The last part of a path."""
     return os.path.basename(os.path.normpath(path))
-
-
-def _read(path: str) -> str:
-    from rac.errors import SourceError
-
-    try:
-        with open(path, encoding="utf-8") as f:
-            return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise SourceError(f"the text cannot be read: {e}", file=path) from e

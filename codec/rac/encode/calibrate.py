@@ -1,4 +1,4 @@
-"""What the inputs and outputs of a model's linear layers look like on a text: the only door to transformers.
+"""What the inputs and outputs of a model's linear layers look like on a text.
 
 The second moment E[x x^T] of the inputs of each layer, tokens weighted by how much the loss depends on them there, and
 for each output i the sensitivity E[(dL/dy_i)^2], L the cross-entropy against labels drawn from the model's own

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.triangular import Rows, Triangular, rows, triangular
+from rac.align.triangular import Rows, Triangular, damped, rows, triangular
 from rac.encode import lossy, ties
 from rac.encode.analyse import axis_of
 from rac.encode.calibrate import Layer
@@ -79,8 +79,7 @@ class Aligned:
 
 def _inputs_are_rows(layer: Layer, damp: float) -> Rows:
     """The recursion of the rows of a weight that is stored (in, out)."""
-    second = np.asarray(layer.second, np.float64)
-    return rows(second + damp * max(np.trace(second) / len(second), 1e-30) * np.eye(len(second)), 1e-6)
+    return rows(damped(layer.second, damp), 1e-6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +196,7 @@ def _weight_of_inputs(layer: Layer, damp: float) -> NDArray[np.float64]:
     """(in,) square root of what a unit error costs."""
     if layer.transposed:
         return _inputs_are_rows(layer, damp).weight
-    r = triangular(layer.second, damp)
-    weight = np.empty(len(r.weight))
-    weight[r.order] = r.weight
-    return weight
+    return triangular(layer.second, damp).by_column
 
 
 def _exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rac.align import basis
 from rac.align.pca import pca
-from rac.align.triangular import Triangular, triangular
+from rac.align.triangular import Triangular, damped, triangular
 from rac.container import zstd
 from rac.encode import lossy, ties
 from rac.encode import record as rec
@@ -151,8 +151,7 @@ def factors(name: str, w: NDArray[np.float32], a: Aligned, recipe: Recipe) -> tu
     assert a.layer is not None and r is not None  # noqa: PT018, S101
     unit = tr.power(a.scales.rows)[:, None]
     left, right = low_rank(w / unit, damped(a.layer.second, a.damp), min(a.rank, *w.shape))
-    weight = np.empty(len(r.weight))
-    weight[r.order] = r.weight
+    weight = r.by_column
     size = np.maximum(np.linalg.norm(left, axis=0), 1e-30)
     scale = a.base + recipe.scale
     one, rows = scale + _middle(weight), -4 * (np.log2(size) - _middle(size))
@@ -161,13 +160,6 @@ def factors(name: str, w: NDArray[np.float32], a: Aligned, recipe: Recipe) -> tu
     a_hat = _object(f"{name}.A", left * unit, one, a.scales.rows, more[0], recipe.states, None)
     rows, cols = rows + more[1], -4 * (np.log2(weight) - _middle(weight))
     return a_hat, _object(f"{name}.B", right, scale - _middle(size), rows, cols, recipe.states, r)
-
-
-def damped(second: NDArray[np.floating], damp: float) -> NDArray[np.float64]:
-    """The second moment that the recursion has."""
-    s = np.array(second, np.float64)
-    s[np.diag_indices_from(s)] += damp * max(float(np.trace(s)) / len(s), 1e-30)
-    return s
 
 
 def _price(x: Array) -> Array:
@@ -200,8 +192,7 @@ def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:
     if a.layer is None or r is None:
         return 0
     rows, cols = w.shape
-    weight = np.empty(cols)
-    weight[r.order] = r.weight
+    weight = r.by_column
     level = 2.0 ** (a.base - rate + _middle(weight))  # root of the error where columns count 1
     x = w / tr.power(a.scales.rows)[:, None]
     second = damped(a.layer.second, a.damp)
@@ -326,8 +317,7 @@ def basis_of(name: str, a: Aligned, rows: int, states: int) -> Basis:
     p, r = pca(a.layer.second, a.damp), triangular(a.layer.second, a.damp)
     n = len(p.weight)
     scale = 0.5 * math.log2(_share(n, rows) / (n * CELL)) + _middle(p.weight) - _middle(r.weight)
-    weight = np.empty(n)
-    weight[r.order] = r.weight
+    weight = r.by_column
     by_row = 4 * (np.log2(p.weight) - _middle(p.weight))
     by_col = -4 * (np.log2(weight) - _middle(weight))
     return Basis(_object(f"{name}.U", p.basis, scale, by_row, by_col, states, r), name)
