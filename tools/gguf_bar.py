@@ -37,7 +37,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gguf
 import numpy as np
 from numpy.typing import NDArray
-from smollm2_bar import rates
 
 import rac
 from rac.encode import budget, ties
@@ -208,8 +207,8 @@ def main() -> None:
         recipe = budget.solve(groups, recipe, budget.Request(bits=bits), args.jobs)
         with tempfile.TemporaryDirectory() as temporary:
             path = os.path.join(temporary, "m.rac")
-            pack_source(source, path, recipe=recipe, jobs=args.jobs)
-            return rates(path)[0], figures(rac.load_file(path, framework="pt"), path)
+            done = pack_source(source, path, recipe=recipe, jobs=args.jobs)
+            return done.quantised_bits, figures(rac.load_file(path, framework="pt"), path)
 
     def figures(state: Mapping[str, Any], name: str) -> Figures:
         whole = {**measure.model.state_dict(), **state}

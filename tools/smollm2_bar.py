@@ -21,12 +21,11 @@ import torch
 import transformers
 
 import rac
-from rac.decode.unpack import quantised, weights
 from rac.encode import budget, ties
 from rac.encode import recipe as rcp
 from rac.encode.calibrate import calibrate
 from rac.encode.evaluate import Measure
-from rac.encode.pack import pack_source
+from rac.encode.pack import Summary, pack_source
 from rac.encode.sources import open_source
 
 HEAD = (
@@ -48,20 +47,13 @@ def dense(gguf: Path, folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
-def rates(path: str) -> tuple[float, float]:
-    """Bits per weight of the quantised tensors of an archive, and of the whole file."""
-    with rac.open(path) as f:
-        entries = [e for a in f.archives for e in a.index.entries]
-    total = sum(weights(e) * (1 + len(e.aliases)) for e in entries)
-    return quantised(entries)[1], 8 * os.path.getsize(path) / max(1, total)
-
-
-def row(measure: Measure, path: str | None = None, name: str = "original") -> str:
-    """A row of the table for an archive, or for the original."""
-    if path is None:
+def row(measure: Measure, name: str, done: Summary | None = None) -> str:
+    """A row of the table for what a pack has written, or for the original."""
+    if done is None:
         bits, found = "- | -", measure.figures()
     else:
-        bits = "{:.4f} | {:.3f}".format(*rates(path))
+        path = done.paths[0]
+        bits = f"{done.quantised_bits:.4f} | {8 * done.stored / done.weights:.3f}"
         found = measure.figures(measure.load(rac.load_file(path, framework="pt"), path), name)
     return f"| {name} | {bits} | {found.perplexity:.3f} | {found.kl:.4f} | {found.top1:.2%} |"
 
@@ -90,7 +82,7 @@ def main() -> None:
         print(f"calibration on {layers.tokens} tokens of {Path(args.calibration).name}: {seconds:.0f} s\n")
     print(HEAD, flush=True)
     measure = Measure(args.folder, args.test.read_text(encoding="utf-8"))
-    print(row(measure), flush=True)
+    print(row(measure, "original"), flush=True)
     source = open_source(args.folder)
     groups = ties.find(source.tensors)
     with tempfile.TemporaryDirectory() as temporary:
@@ -103,9 +95,9 @@ def main() -> None:
                 else:
                     recipe = rcp.calibrated(groups, layers, (), args.effort, damp)
                 recipe = budget.solve(groups, recipe, budget.Request(bits=bits), 2)
-                pack_source(source, path, recipe=recipe, jobs=2, force=True)
+                done = pack_source(source, path, recipe=recipe, jobs=2, force=True)
                 seconds = time.perf_counter() - start
-                print(row(measure, path, f"{bits} bits, damping {damp}, packed in {seconds:.0f} s"), flush=True)
+                print(row(measure, f"{bits} bits, damping {damp}, packed in {seconds:.0f} s", done), flush=True)
 
 
 if __name__ == "__main__":
