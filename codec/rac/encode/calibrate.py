@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -234,25 +233,41 @@ def _load(kind: Any, path: str, dtype: str) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # one expert after the other, so that its inputs can be seen
     return model.eval()
 
 
 def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
-    """Module names to names of weights, as the files have them: some leave out the prefix of the base model."""
-    stored: set[str] = set()
-    for file in path.glob("*.safetensors"):
-        with open(file, "rb") as f:
-            stored |= set(json.loads(f.read(struct.unpack("<Q", f.read(8))[0])))
+    """Module names to names of weights, as the files have them: some leave out the prefix of the base model.
+
+    Of fused experts the files may have each by itself, under names of their own.
+    """
+    from rac.encode.calibration_experts import Stored, parts
     from rac.encode.calibration_moments import linears
 
     modules = linears(model)
     prefix = f"{model.base_model_prefix}."
+    stored = Stored(path)
+    matrices = []
     for module in list(layers):
-        name = f"{module}.weight"
-        names = (name, name.removeprefix(prefix), prefix + name)
         entry = layers.pop(module)
-        entry["transposed"] = type(modules[module]).__name__ == "Conv1D"
-        layers[next((n for n in names if n in stored), name)] = entry
+        found = parts(module)
+        if found and found[2] is not None:
+            matrices.append((getattr(modules[found[0]], found[1])[found[2]].detach(), entry))
+        elif found:
+            whole = stored.same(getattr(modules[found[0]], found[1]).detach())
+            if whole is not None:
+                layers[whole] = entry
+        else:
+            entry["transposed"] = type(modules[module]).__name__ == "Conv1D"
+            name = f"{module}.weight"
+            names = (name, name.removeprefix(prefix), prefix + name)
+            layers[next((n for n in names if n in stored), name)] = entry
+    for w, entry in matrices:
+        for name, *rows in stored.find(w, layers):
+            if rows == [0, len(w)] or not entry["transposed"]:
+                layers[name] = {**entry, "rows": rows}
 
 
 def _layers(folder: Folder, digest: str) -> Layers:
@@ -262,6 +277,8 @@ def _layers(folder: Folder, digest: str) -> Layers:
             continue
         given = entry.get("sensitivity")
         sensitivity = np.array(folder.array(given)) if given else None
+        if "rows" in entry and not entry["transposed"] and sensitivity is not None:
+            sensitivity = sensitivity[slice(*entry["rows"])]
         found[name] = Layer(_Stored(folder, entry["second"]), sensitivity, entry["transposed"], entry["finite"])
     return Layers(found, folder.state["tokens"], digest)
 

@@ -7,6 +7,7 @@ mercy of few tokens, docs/experiments.md).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,22 +15,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.encode import calibration_experts
 from rac.encode.calibration_cache import Folder
 
 _RECENT = 8
+_OWN = 1 << 30
+"""Bytes of second moments of the experts of one parameter, up to which each has its own."""
 
 
 def linears(model: Any) -> dict[str, Any]:
-    """Module names to linear layers, GPT-2's transposed ones among them, without the output embedding."""
+    """Module names to linear layers, GPT-2's transposed ones and modules of fused experts among them.
+
+    Without the output embedding.
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {
+    found = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not name.endswith("lm_head")
     }
+    return found | calibration_experts.experts(dict(model.named_modules()))
 
 
 class Collector:
@@ -49,26 +57,46 @@ class Collector:
         self._weight: dict[str, float] = {}
         self._recent: list[tuple[Any, int, str]] = []
         self._outputs = outputs
-        self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in modules.items()]
+        self._experts = calibration_experts.experts(modules)
+        self._fused: dict[str, int] = {}
+        """Parameter of experts to how many there are."""
+        self._turned: dict[str, bool] = {}
+        """Parameter of experts to whether it is stored (experts, in, out)."""
+        self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in modules.items()
+                       if name not in self._experts]  # fmt: skip
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Collector:
+        self._open.enter_context(calibration_experts.watch(self._experts, self._expert))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._open.close()
         for hook in self._hooks:
             hook.remove()
         self._recent.clear()
 
     def _hook(self, name: str) -> Any:
-        def hook(_: Any, args: Any, out: Any) -> None:
-            x = args[0].detach()
-            self.key.setdefault(name, self._first(name, args[0]))
-            if self._outputs and out.requires_grad:
-                out.register_hook(lambda g: self._gradient(name, x, g))
-            elif not self._outputs and self.key[name] == name:
-                self._add(name, x.float().reshape(-1, x.shape[-1]).contiguous().numpy())
+        return lambda _, args, out: self._ran(name, name, args[0], out)
 
-        return hook
+    def _expert(self, whole: str, number: int, count: int, turned: bool, x: Any, out: Any) -> None:
+        self._fused[whole], self._turned[whole] = count, turned
+        name = f"{whole}[{number}]"
+        self._ran(name, name if count * 4 * x.shape[-1] ** 2 <= _OWN else whole, x, out)
+
+    def _ran(self, name: str, into: str, given: Any, out: Any) -> None:
+        """Layer `name` has made `out` of `given`, whose moments are added to those of `into`."""
+        if isinstance(out, tuple):  # a linear layer that does more than its product: a router
+            return
+        x = given.detach()
+        self.key.setdefault(name, self._first(name, given))
+        if self._outputs and out.requires_grad:
+            out.register_hook(lambda g: self._gradient(name, into, x, g))
+        elif not self._outputs and self.key[name] == name:
+            rows = x.float().reshape(-1, x.shape[-1]).contiguous().numpy()
+            for n in {name, into}:
+                self._rows[n] = self._rows.get(n, 0) + len(rows)
+            self._add(into, rows)
 
     def _first(self, name: str, x: Any) -> str:
         """The layer that had this very input first."""
@@ -84,7 +112,7 @@ class Collector:
             else:
                 self.second[name] = product
 
-    def _gradient(self, name: str, x: Any, gradient: Any) -> None:
+    def _gradient(self, name: str, into: str, x: Any, gradient: Any) -> None:
         g = gradient.detach().float().reshape(-1, gradient.shape[-1])
         self._rows[name] = self._rows.get(name, 0) + g.shape[0]
         square = g.square()
@@ -93,8 +121,8 @@ class Collector:
         length = square.sum(1).sqrt().numpy()
         with np.errstate(all="ignore"):  # not finite is told by the result
             rows = x.float().reshape(-1, x.shape[-1]).numpy() * np.sqrt(length)[:, None]
-        self._weight[name] = self._weight.get(name, 0.0) + float(length.sum(dtype=np.float64))
-        self._add(name, rows)
+        self._weight[into] = self._weight.get(into, 0.0) + float(length.sum(dtype=np.float64))
+        self._add(into, rows)
 
     def save(self, folder: Folder, tag: str, tokens: int) -> None:
         """Write means into the folder and name them in its state.
@@ -104,6 +132,7 @@ class Collector:
         tokens have a mean of 1 over the rows that the layer saw.
         """
         layers = folder.state.setdefault("layers", {})
+        self._save_experts(folder, tag, tokens)
         for i, first in enumerate(dict.fromkeys(self.key[name] for name in self.second)):
             # layers with one input share the mean of what each has: a larger sample, and one recursion for all
             sharing = [name for name, key in self.key.items() if key == first]
@@ -120,3 +149,21 @@ class Collector:
             entry = layers.setdefault(name, {"finite": True})
             entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())
             entry["sensitivity"] = folder.put(f"sensitivity-{tag}-{i:03}.npy", squares / self._rows[name])
+
+    def _save_experts(self, folder: Folder, tag: str, tokens: int) -> None:
+        """The same of the matrices of experts, which go out of the sums, and of each fused parameter as a whole."""
+        for i, (whole, count) in enumerate(self._fused.items()):
+            every = [f"{whole}[{e}]" for e in range(count)]
+            sums = {name: self.second.pop(name) for name in (whole, *every) if name in self.second}
+            squares = {name: self.squares.pop(name) for name in every if name in self.squares}
+            weights = {name: self._weight[name] if self._outputs else float(self._rows[name]) for name in sums}
+            rows = [self._rows.get(name, 0) for name in every]
+            found = calibration_experts.settled(whole, rows, sums, weights, squares)
+            for j, (name, second, sensitivity) in enumerate(found if sums else ()):
+                finite = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
+                entry: dict[str, Any] = {"finite": finite, "transposed": self._turned[whole]}
+                folder.state["layers"][name] = entry
+                entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second / np.float32(tokens))
+                if sensitivity is not None:
+                    entry["finite"] = finite and bool(np.isfinite(sensitivity).all())
+                    entry["sensitivity"] = folder.put(f"sensitivity-{tag}-x{i:02}-{j:04}.npy", sensitivity)

@@ -184,9 +184,11 @@ class Measure:
     def moments(self) -> None:
         """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
         with _quiet(self._transformers):
-            self._layers = calibrate(
+            layers = calibrate(
                 self._path, self._text, tokens=self.tokens, context=self._context, fisher=False, note=self._note
             )
+        mine = dict(self.model.named_parameters())  # experts have other names in files
+        self._layers = {name: layer for name, layer in layers.items() if name in mine}
         self._energy = sum(self._trace(name, self.model.get_parameter(name)) for name in self._layers)
 
     def weighted_snr(self, model: Any) -> float | None:

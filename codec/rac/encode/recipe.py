@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
 """States of the trellis, and passes over each matrix."""
-KEEP = ("*norm*", "*.bias")
-"""Kept lossless."""
+KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
+"""Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
 EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")
 """Kept lossless unless the user says otherwise."""
 FINER = 1.0

@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from rac.encode import calibration_blocks, calibration_stream  # noqa: E402
+from rac.encode import calibration_blocks, calibration_moments, calibration_stream  # noqa: E402
 from rac.encode.calibrate import Layer, calibrate  # noqa: E402
+from rac.encode.calibration_experts import settled  # noqa: E402
 from rac.errors import RacError, SourceError  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, 90, 330)
@@ -49,6 +50,30 @@ def gemma():
         max_position_embeddings=512, **SMALL,
     )  # fmt: skip
     return transformers.Gemma3ForCausalLM(config)
+
+
+MIXTURE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 512, **SMALL,
+}  # fmt: skip
+
+
+def mixtral():
+    """Experts fused in the model, one by one in the files."""
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=4, **MIXTURE))
+
+
+def granite():
+    """Experts fused in the files too, under another name."""
+    return transformers.GraniteMoeForCausalLM(transformers.GraniteMoeConfig(num_local_experts=4, **MIXTURE))
+
+
+def gpt_oss():
+    """Experts stored (in, out), multiplied with @."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(num_local_experts=4, head_dim=8, rope_parameters=rope, **MIXTURE)
+    )
 
 
 def bert():
@@ -103,7 +128,7 @@ def equal(a, b, tolerance=1e-4):
                 np.testing.assert_allclose(x, y, rtol=10 * tolerance, atol=tolerance * x.max())
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, opt, gemma])
+@pytest.mark.parametrize("make", [llama, gpt2, opt, gemma, mixtral, granite, gpt_oss])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_blocks_find_what_the_whole_model_finds(saved, monkeypatch, make, dtype):
     folder = saved(make, dtype)
@@ -146,6 +171,77 @@ def test_transposed_weights_and_names_of_files(saved):
     assert set(found) <= set(weights)
     layer = found["h.0.mlp.c_fc.weight"]
     assert layer.transposed and layer.second.shape == (32, 32) and layer.sensitivity.shape == (128,)
+
+
+def test_experts(saved, monkeypatch):
+    folder = saved(mixtral)
+    model = transformers.MixtralForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    experts = model.model.layers[1].mlp.experts
+    seen, gradients, real = {}, {}, torch.nn.functional.linear
+
+    def linear(x, w, bias=None):
+        out = real(x, w, bias)
+        which = [e for e in range(4) if w.data_ptr() == experts.gate_up_proj[e].data_ptr()]
+        if which:
+            seen.setdefault(which[0], []).append(x.detach())
+            out.register_hook(gradients.setdefault(which[0], []).append)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    generator = torch.Generator().manual_seed(0)
+    for s in range(5):
+        logits = model(input_ids=torch.from_numpy(IDS[None, s * 64 : s * 64 + 64])).logits[0]
+        at = torch.rand(64, 1, generator=generator)
+        labels = (torch.softmax(logits.detach(), -1).cumsum(-1) < at).sum(-1)
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    monkeypatch.undo()
+    found = run(folder)[0]
+    x = {e: torch.cat(v) for e, v in seen.items()}
+    g = {e: torch.cat(v) for e, v in gradients.items()}
+    assert sorted(x) == [0, 1, 2, 3]
+    weight = {e: v.norm(dim=1, keepdim=True) for e, v in g.items()}
+    every = sum((x[e] * weight[e]).T @ x[e] for e in x) / sum(w.sum() for w in weight.values())
+    for e, n in ((e, len(v)) for e, v in x.items()):
+        own = (x[e] * weight[e]).T @ x[e] / weight[e].sum()
+        second = (own * n + every * 32) / (n + 32) * n / 320
+        for k, rows in (("w1", slice(48)), ("w3", slice(48, 96))):
+            layer = found[f"model.layers.1.block_sparse_moe.experts.{e}.{k}.weight"]
+            np.testing.assert_allclose(layer.second, second.numpy(), rtol=1e-3, atol=1e-3 * float(second.max()))
+            square = (g[e].double() ** 2).mean(0).numpy()[rows]
+            np.testing.assert_allclose(layer.sensitivity, square, rtol=1e-3)
+    assert found[f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight"].second.shape == (48, 48)
+
+
+def test_experts_that_the_files_hold_fused(saved):
+    found = run(saved(granite))[0]
+    layer = found["model.layers.0.block_sparse_moe.input_linear.weight"]
+    assert layer.second.shape == (32, 32) and layer.sensitivity.shape == (4 * 96,)
+    found = run(saved(gpt_oss))[0]
+    assert found["model.layers.0.mlp.experts.down_proj"].transposed
+
+
+def test_large_experts_share_a_second_moment(saved, monkeypatch):
+    folder = saved(mixtral)
+    with monkeypatch.context() as m:
+        m.setattr(calibration_moments, "_OWN", 0)
+        shared = run(folder)[0]
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+    one, other = (shared[name.format(e)].second for e in (0, 3))
+    np.testing.assert_allclose(one / one.trace(), other / other.trace(), rtol=1e-4, atol=1e-7)
+    own = run(folder)[0]
+    one, other = (own[name.format(e)].second for e in (0, 3))
+    assert not np.allclose(one / one.trace(), other / other.trace(), rtol=1e-4, atol=1e-7)
+
+
+def test_expert_without_a_token():
+    sums, squares = {"p[0]": np.eye(2, dtype=np.float32) * 30}, {"p[0]": np.array([40.0, 80.0])}
+    found = {name: rest for name, *rest in settled("p", [20, 0], sums, {"p[0]": 10.0}, squares)}
+    assert list(found) == ["p[]", "p[0]", "p[1]"]
+    np.testing.assert_allclose(found["p[1]"][0], np.eye(2) * 3)  # as if one token had come: what all are on average
+    np.testing.assert_allclose(found["p[0]"][0], np.eye(2) * 60, rtol=1e-6)
+    for name in ("p[0]", "p[1]"):
+        np.testing.assert_allclose(found[name][1], [2, 4])
+    np.testing.assert_allclose(found["p[]"][1], np.array([2, 4, 2, 4]) * np.repeat([20, 1], 2) / 10.5)
 
 
 def test_encoder_has_moments_alone(saved, monkeypatch):

@@ -1,0 +1,166 @@
+"""Experts that a model holds fused, as one parameter (experts, out, in) or (experts, in, out) without a module each.
+
+What such a module multiplies is seen as it runs: a slice of the parameter, one expert's matrix, is recognised by where
+it lies in memory. Which tensor of the files an expert's rows are is found by their values, since the files often hold
+a matrix for each expert and projection, under other names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+Seen = Callable[[str, int, int, bool, Any, Any], None]
+"""Called with the parameter's name, the expert, how many there are, whether they are stored (in, out), and a product's
+input and output."""
+
+_NAME = re.compile(r"(.+)\.([^.]+)\[(\d*)\]")
+
+
+def experts(modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the modules that own such parameters."""
+    from torch.nn.modules.conv import _ConvNd
+
+    return {
+        name: module
+        for name, module in modules.items()
+        if not isinstance(module, _ConvNd) and any(_fused(p) for p in module.parameters(recurse=False))
+    }
+
+
+def _fused(p: Any) -> bool:
+    return bool(p.dim() == 3 and p.shape[0] > 1 and p.is_floating_point())
+
+
+def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextManager[Any]:
+    """While it is open, `seen` is called for each product with an expert's matrix in the modules."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    fused = [(f"{name}.{k}", p) for name, m in modules.items() for k, p in m.named_parameters(recurse=False)
+             if _fused(p)]  # fmt: skip
+    linear = torch.nn.functional.linear
+    products = {linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
+
+    class Watching(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func in products and len(args) > 1 and args[1].dim() == 2:
+                found = _expert(args[1], fused)
+                if found:
+                    name, number, count, turned = found
+                    seen(name, number, count, turned == (func is linear), args[0], out)
+            return out
+
+    return Watching() if fused else contextlib.nullcontext()
+
+
+def _expert(w: Any, fused: Sequence[tuple[str, Any]]) -> tuple[str, int, int, bool] | None:
+    """The parameter that `w` is an expert's matrix of, its number, how many there are, and whether it is turned."""
+    at = w.data_ptr()
+    for name, p in fused:
+        number, rest = divmod(at - p.data_ptr(), p.stride(0) * p.element_size())
+        if 0 <= number < len(p) and rest == 0:
+            for turned, v in ((False, w), (True, w.T)):
+                if v.shape == p.shape[1:] and v.stride() == p.stride()[1:]:
+                    return name, number, len(p), turned
+    return None
+
+
+def settled(
+    whole: str, rows: Sequence[int], sums: Mapping[str, Array], weights: Mapping[str, float],
+    squares: Mapping[str, Array],
+) -> Iterator[tuple[str, Array, Array | None]]:  # fmt: skip
+    """Second moments, summed over the rows seen, and sensitivities of the parameter and of each expert's matrix.
+
+    An expert sees few tokens: its second moment goes towards the mean of all as if it had seen as many more of these as
+    the matrix has inputs, and what no token came to counts as if one had.
+
+    Args:
+        whole: Name of the parameter.
+        rows: Seen by each expert.
+        sums: Weighted sums of x x^T (in, in) by the name of the expert's matrix, or of all by that of the parameter.
+        weights: The sums of the weights.
+        squares: Sums of squared gradients (out,) by the name of the expert's matrix; empty: not known.
+
+    Yields:
+        Name, second moment, sensitivity; the parameter first, as `whole[]`, with the sensitivities of all its experts.
+    """
+    n = np.maximum(np.asarray(rows, np.float64), 1)
+    mean: Array = functools.reduce(np.add, sums.values()) / np.float32(max(sum(weights.values()), 1e-30))
+    every = [f"{whole}[{e}]" for e in range(len(rows))]
+    usual: Array = np.sum([*squares.values()], 0) / max(sum(rows), 1)
+    sensitivity = [squares[name] / n[e] if name in squares else usual for e, name in enumerate(every)]
+    of_all = np.concatenate([s * k / n.mean() for s, k in zip(sensitivity, n, strict=True)]) if squares else None
+    yield f"{whole}[]", mean * np.float32(n.mean()), of_all
+    for e, name in enumerate(every):
+        second = mean
+        if name in sums and weights[name] > 0:
+            own, few = sums[name] / np.float32(weights[name]), len(mean)
+            second = (own * np.float32(rows[e]) + mean * np.float32(few)) / np.float32(rows[e] + few)
+        yield name, second * np.float32(n[e]), sensitivity[e] if squares else None
+
+
+def parts(name: str) -> tuple[str, str, int | None] | None:
+    """(module, parameter, number) of a name that `settled` gives; the number is None of the parameter as a whole."""
+    found = _NAME.fullmatch(name)
+    return (found[1], found[2], int(found[3]) if found[3] else None) if found else None
+
+
+class Stored:
+    """The tensors in the safetensors files of a folder, whose matrices can be found by their values."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self._parts: dict[str, Any] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            held: Any = safe_open(file, "pt")
+            self._parts |= {name: held.get_slice(name) for name in held.keys()}  # noqa: SIM118
+        self._first: dict[tuple[int, bytes], list[str]] | None = None
+        self._rows: dict[int, set[int]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parts
+
+    def same(self, p: Any) -> str | None:
+        """The name of the tensor that has the shape and, by three rows of it, the values of a parameter; None: none."""
+        shape = list(p.shape)
+        at = [(0, 0), (len(p) // 2, shape[1] // 2), (len(p) - 1, shape[1] - 1)]
+        for name, part in self._parts.items():
+            if part.get_shape() == shape and all(_bytes(part[e, r]) == _bytes(p[e, r]) for e, r in at):
+                return name
+        return None
+
+    def find(self, w: Any, taken: Container[str]) -> Iterator[tuple[str, int, int]]:
+        """(name, first row, row behind the last) of the matrices that are rows of `w` (rows, columns), if not taken."""
+        if self._first is None:
+            self._first = {}
+            for name, part in self._parts.items():
+                if len(part.get_shape()) == 2 and part.get_dtype() in ("F32", "F16", "BF16"):
+                    rows, columns = part.get_shape()
+                    self._rows.setdefault(columns, set()).add(rows)
+                    self._first.setdefault((rows, _bytes(part[0])), []).append(name)
+        for rows in sorted(self._rows.get(w.shape[1], ())):
+            for a in range(0, len(w) - rows + 1, rows):
+                for name in self._first.get((rows, _bytes(w[a])), ()):
+                    part = self._parts[name]
+                    if name not in taken and all(_bytes(part[i]) == _bytes(w[a + i]) for i in (rows // 2, rows - 1)):
+                        yield name, a, a + rows
+                        break
+
+
+def _bytes(row: Any) -> bytes:
+    """Of a row as bfloat16, which is what two of other types have in common that were rounded from one another."""
+    import torch
+
+    return row.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()  # type: ignore[no-any-return]
