@@ -1,0 +1,108 @@
+r"""What choices of the encoder change: the same model and budget, packed again and again, measured on one text.
+
+A variant is one of the calibrations that --text names, or several joined by +, whose means then count alike (tensor by
+tensor, at the scale of the first), and what else is different:
+
+  damp=D        share of the mean energy that every input is taken to have beyond what was seen
+  strength=S    how far bits follow the sensitivity of a tensor
+  diagonal=A    second moments drawn towards their diagonal: (1 - A) S + A diag(S)
+
+  python tools/variants.py demo/smollm2-hf test.txt --text wiki=valid.txt bible=kjv.txt own=self --cache DIR \
+      wiki bible "bible diagonal=0.2" "wiki damp=0.1" bible+own
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+from smollm2_bar import HEAD, row
+
+from rac.encode import budget, ties
+from rac.encode import recipe as rcp
+from rac.encode.calibrate import Layer, calibrate
+from rac.encode.evaluate import Measure
+from rac.encode.pack import pack_source
+from rac.encode.sources import open_source
+
+
+def joined(a: Mapping[str, Layer], b: Mapping[str, Layer], share: float) -> dict[str, Layer]:
+    """`share` of b and the rest of a, each at the scale of a."""
+
+    def one(x: Layer, y: Layer) -> Layer:
+        def second() -> np.ndarray:
+            scale = np.trace(x.second) / np.trace(y.second)
+            return (1 - share) * np.array(x.second) + np.float32(share * scale) * np.array(y.second)
+
+        sensitivity = x.sensitivity
+        if sensitivity is not None and y.sensitivity is not None:
+            sensitivity = (1 - share) * sensitivity + share * y.sensitivity * sensitivity.mean() / y.sensitivity.mean()
+        return Layer(second, sensitivity, x.transposed, x.finite and y.finite)
+
+    return {name: one(a[name], b[name]) for name in a}
+
+
+def shrunk(layers: Mapping[str, Layer], share: float) -> dict[str, Layer]:
+    """Second moments drawn towards their diagonal."""
+
+    def one(x: Layer) -> Layer:
+        def second() -> np.ndarray:
+            s = np.array(x.second)
+            own = np.diag(s).copy()
+            s *= np.float32(1 - share)
+            s[np.diag_indices_from(s)] += np.float32(share) * own
+            return s
+
+        return Layer(second, x.sensitivity, x.transposed, x.finite)
+
+    return {name: one(layer) for name, layer in layers.items()}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="Hugging Face folder of the original")
+    parser.add_argument("test", type=Path)
+    parser.add_argument("variants", nargs="+", metavar="VARIANT")
+    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="FILE may be self")
+    parser.add_argument("--bits", type=float, default=3.05)
+    parser.add_argument("--effort", default="default")
+    parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--cache", type=Path, help="folder where calibrations are kept")
+    args = parser.parse_args()
+    texts = dict(pair.split("=", 1) for pair in args.text)
+
+    def layers_of(name: str) -> Mapping[str, Layer]:
+        text = None if texts[name] == "self" else Path(texts[name]).read_text(encoding="utf-8")
+        return calibrate(args.folder, text, tokens=args.tokens, cache=args.cache)
+
+    source = open_source(args.folder)
+    groups = ties.find(source.tensors)
+    measure = Measure(args.folder, args.test.read_text(encoding="utf-8"))
+    print(HEAD, flush=True)
+    for variant in args.variants:
+        first, *changes = variant.split()
+        names = first.split("+")
+        found = reduce(lambda a, pair: joined(a, layers_of(pair[1]), 1 / pair[0]), enumerate(names[1:], 2),
+                       layers_of(names[0]))  # fmt: skip
+        options = {k: float(v) for k, v in (change.split("=") for change in changes)}
+        found = shrunk(found, options.pop("diagonal", 0.0))
+        damp, strength = options.pop("damp", rcp.DAMP), options.pop("strength", rcp.STRENGTH)
+        if options:
+            parser.error(f"unknown: {', '.join(options)}")
+        recipe = rcp.calibrated(groups, found, (), args.effort, damp, strength)
+        recipe = budget.solve(groups, recipe, budget.Request(bits=args.bits), 2)
+        with tempfile.TemporaryDirectory() as temporary:
+            done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
+            print(row(measure, variant, done), flush=True)
+
+
+if __name__ == "__main__":
+    main()
