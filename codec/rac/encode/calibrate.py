@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rac.container.zstd import Digest
 from rac.encode.calibration_cache import DamagedError, Folder, file_digest
+from rac.encode.calibration_text import LEAST_LIKELY
 from rac.errors import MissingDependencyError, SourceError
 
 Note = Callable[[str, int, int], None]
@@ -97,7 +98,7 @@ def calibrate(
 
     Args:
         path: A Hugging Face model folder: config.json, safetensors files, and for a text its tokenizer.
-        text: Calibration text, or its token ids (n,); None: a causal model writes it itself, at temperature 1.
+        text: Calibration text, or its token ids (n,); None: a causal model writes it itself.
         tokens: Read so many of its tokens at most.
         context: Tokens of one sequence; fewer where the model or the text has not as many.
         fisher: Make the backward pass that the sensitivity needs.
@@ -138,7 +139,7 @@ def calibrate(
 def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:
     """Of all that decides about the result: text and tokenizer stand for the tokens."""
     h = Digest()
-    about = "own" if text is None else "text" if isinstance(text, str) else "ids"
+    about = f"own, from {LEAST_LIKELY}" if text is None else "text" if isinstance(text, str) else "ids"
     h.update(json.dumps({**settings, "text": about}, sort_keys=True).encode())
     if text is not None:
         h.update(text.encode() if isinstance(text, str) else np.ascontiguousarray(text, "<i8").tobytes())

@@ -14,7 +14,7 @@ from rac.encode.calibration_cache import Folder
 from rac.encode.calibration_moments import Collector, linears
 from rac.encode.calibration_text import draw
 
-_ROWS = 4096
+_ROWS = 2048
 """Tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are."""
 _CHUNK = 256
 """Positions whose logits are made at once."""

@@ -16,6 +16,8 @@ LEAST = 128
 """Tokens of the shortest sequence that is made of a text that is shorter than a sequence should be."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json",
                "sentencepiece.bpe.model")  # fmt: skip
+LEAST_LIKELY = 0.05
+"""Share of the chance of the likeliest token below which none is written (min-p sampling, arXiv 2407.01082)."""
 _CACHE_BYTES = 1 << 31
 """Memory for the keys and values of the sequences that are written at once."""
 _KEPT = ("cache", "past_key_values", "cache_params")
@@ -60,8 +62,10 @@ def self_text_ids(
 ) -> NDArray[np.int64]:
     """Token ids (count, context) that a causal language model has drawn from its own predictions, at temperature 1.
 
-    Each sequence begins with the begin-of-text token, or the end-of-text or padding one where there is none; an end
-    of text inside it is followed by whatever the model writes next. Finished batches are kept in the folder.
+    Without what is far less likely than the likeliest token: over a thousand tokens a small model that sometimes takes
+    one of these ends up in noise, and no text is like that (docs/lossy.md has what it costs). Each sequence begins with
+    the begin-of-text token, or the end-of-text or padding one where there is none; an end of text inside it is followed
+    by whatever the model writes next. Finished batches are kept in the folder.
     """
     import torch
 
@@ -88,7 +92,9 @@ def self_text_ids(
                     out = model(input_ids=ids[:, i - 1 : i] if kept else ids[:, :i], use_cache=True, **kept)
                     kept = next(({k: out[k]} for k in _KEPT if k in out), {})
                     chances = torch.softmax(out.logits[:, -1].float(), -1)
-                    ids[:, i] = draw(chances, torch.rand(rows, 1, generator=generator))
+                    chances *= chances >= LEAST_LIKELY * chances.amax(-1, keepdim=True)
+                    at = torch.rand(rows, 1, generator=generator)
+                    ids[:, i] = draw(chances, at * chances.sum(-1, keepdim=True))
                     if i % 16 == 0:
                         note("writing its own text", start * context + rows * i, count * context)
             folder.put(name, ids.numpy())
