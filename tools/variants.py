@@ -1,7 +1,7 @@
 r"""What choices of the encoder change: the same model and budget, packed again and again, measured on one text.
 
-A variant is one of the calibrations that --text names, or several joined by +, whose means then count alike (tensor by
-tensor, at the scale of the first), and what else is different:
+A variant is one of the calibrations that --text names, or several joined by +, which then count alike, and what else
+is different:
 
   damp=D        share of the mean energy that every input is taken to have beyond what was seen
   strength=S    how far bits follow the sensitivity of a tensor
@@ -17,7 +17,6 @@ import argparse
 import os
 import tempfile
 from collections.abc import Mapping
-from functools import reduce
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,26 +26,10 @@ from smollm2_bar import HEAD, row
 
 from rac.encode import budget, ties
 from rac.encode import recipe as rcp
-from rac.encode.calibrate import Layer, calibrate
+from rac.encode.calibrate import Layer, calibrate, joined
 from rac.encode.evaluate import Measure
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
-
-
-def joined(a: Mapping[str, Layer], b: Mapping[str, Layer], share: float) -> dict[str, Layer]:
-    """`share` of b and the rest of a, each at the scale of a."""
-
-    def one(x: Layer, y: Layer) -> Layer:
-        def second() -> np.ndarray:
-            scale = np.trace(x.second) / np.trace(y.second)
-            return (1 - share) * np.array(x.second) + np.float32(share * scale) * np.array(y.second)
-
-        sensitivity = x.sensitivity
-        if sensitivity is not None and y.sensitivity is not None:
-            sensitivity = (1 - share) * sensitivity + share * y.sensitivity * sensitivity.mean() / y.sensitivity.mean()
-        return Layer(second, sensitivity, x.transposed, x.finite and y.finite)
-
-    return {name: one(a[name], b[name]) for name in a}
 
 
 def shrunk(layers: Mapping[str, Layer], share: float) -> dict[str, Layer]:
@@ -90,8 +73,7 @@ def main() -> None:
     for variant in args.variants:
         first, *changes = variant.split()
         names = first.split("+")
-        found = reduce(lambda a, pair: joined(a, layers_of(pair[1]), 1 / pair[0]), enumerate(names[1:], 2),
-                       layers_of(names[0]))  # fmt: skip
+        found: Mapping[str, Layer] = joined([layers_of(name) for name in names])
         options = {k: float(v) for k, v in (change.split("=") for change in changes)}
         found = shrunk(found, options.pop("diagonal", 0.0))
         damp, strength = options.pop("damp", rcp.DAMP), options.pop("strength", rcp.STRENGTH)

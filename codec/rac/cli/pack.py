@@ -56,10 +56,11 @@ def add(commands: Any) -> None:
     )
     lossy.add_argument("--kl", type=float, metavar="NATS", help="divergence per token on the calibration text")
     lossy.add_argument(
-        "--calibrate", default="none", metavar="FILE|self|none",
-        help="a text to calibrate on; self: the model writes one; none (default): the weights alone",
+        "--calibrate", action="append", metavar="FILE|self|none",
+        help="a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more "
+        "than once: a text unlike what the model will read does better together with self",
     )  # fmt: skip
-    lossy.add_argument("--tokens", type=int, default=40960, metavar="N", help="of that text (default: 40960)")
+    lossy.add_argument("--tokens", type=int, default=40960, metavar="N", help="of each of these texts (default: 40960)")
     lossy.add_argument(
         "--cache", metavar="DIR", help="where calibrations are kept, for resuming and for other budgets "
         "(default: ~/.cache/rac; none: nowhere)",
@@ -102,8 +103,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(str(e)) from None
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     budget = any(v is not None for v in goals.values())
+    texts = () if args.calibrate in (None, ["none"]) else tuple(args.calibrate)
     shaped = args.align != "auto" or args.rank is not None or args.embeddings
-    if not budget and (args.calibrate != "none" or args.keep or args.report or args.measure or shaped):
+    if not budget and (texts or args.keep or args.report or args.measure or shaped):
         raise ValueError(
             "--calibrate, --align, --rank, --embeddings, --keep, --measure and --report are for lossy packing: "
             f"give one of {', '.join(goals)} too"
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = None
     if budget:
         request = Request(
-            args.bits, args.file_bits, whole, args.snr, args.kl, args.calibrate, args.tokens, args.effort,
+            args.bits, args.file_bits, whole, args.snr, args.kl, texts, args.tokens, args.effort,
             tuple(args.keep), _cache(args.cache), args.align, args.rank,
             args.embeddings, args.lanes,
         )  # fmt: skip
@@ -145,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
     )
     if recipe:
-        if recipe.unreached and args.calibrate != "none":
+        if recipe.unreached and texts:
             print(
                 f"rac: calibration did not reach {len(recipe.unreached)} tensors, which are quantised from the weights "
                 f"alone: {_some(recipe.unreached)}",

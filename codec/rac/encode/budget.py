@@ -15,7 +15,7 @@ from rac.container import zstd
 from rac.encode import lossy, split, ties
 from rac.encode import record as rec
 from rac.encode.analyse import LEVELS, Level, grid_of
-from rac.encode.calibrate import Note, calibrate
+from rac.encode.calibrate import Note, calibrate, joined
 from rac.encode.recipe import EFFORTS, Recipe, calibrated, data_free, matrix_of
 from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.tile import TileEncoder
@@ -123,8 +123,8 @@ class Request:
     """Output signal to noise, mean over the quantised tensors, in dB."""
     kl: float | None = None
     """Divergence per token from the original on the calibration text, in nats."""
-    calibrate: str = "none"
-    """A text file, "self" or "none"."""
+    calibrate: tuple[str, ...] = ()
+    """Text files, and "self" for text that the model writes: each counts alike. Empty: from the weights alone."""
     tokens: int = 40960
     effort: str = "default"
     keep: tuple[str, ...] = ()
@@ -150,10 +150,12 @@ class Request:
             raise ValueError(f"alignment must be one of {', '.join(split.ALIGNMENTS)}, not {self.align!r}")
         if self.rank is not None and (self.rank < 0 or (self.rank and self.align in ("pca", "identity"))):
             raise ValueError("a rank is 0 or more, and above 0 only with triangular alignment")
-        if self.calibrate == "none" and (self.rank or self.align in ("triangular", "pca")):
+        if not self.calibrate and (self.rank or self.align in ("triangular", "pca")):
             raise ValueError("ranks and alignments follow from the inputs of layers: give --calibrate too")
-        if self.kl is not None and self.calibrate in ("none", "self"):
-            raise ValueError("a divergence is measured on the calibration text: give a text file to calibrate on")
+        if "none" in self.calibrate:
+            raise ValueError("none is no text: it cannot be among those to calibrate on")
+        if self.kl is not None and self.calibrate[:1] in ((), ("self",)):
+            raise ValueError("a divergence is measured on the first calibration text: give a text file to calibrate on")
 
     @property
     def goal(self) -> dict[str, float]:
@@ -184,16 +186,20 @@ class Request:
 
 def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: Note | None = None) -> Recipe:
     """What the request and the weights (and, but for "none", a calibration) say, at common scale 0."""
-    if request.calibrate == "none":
+    if not request.calibrate:
         recipe = data_free(groups, request.keep, request.effort, request.embeddings)
         about = {**recipe.about, **request.shape, "goal": request.stated}
         return replace(recipe, lanes=request.lanes, about=about)
-    text = None if request.calibrate == "self" else read_text(request.calibrate)
-    layers = calibrate(path, text, tokens=request.tokens, note=note, cache=request.cache)
+    texts = [None if name == "self" else read_text(name) for name in request.calibrate]
+    found = [calibrate(path, text, tokens=request.tokens, note=note, cache=request.cache) for text in texts]
+    layers = found[0] if len(found) == 1 else joined(found)
     recipe = calibrated(groups, layers, request.keep, request.effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and request.effort != "max" else request.rank  # takes long to find, and is rare
     recipe = split.choose(recipe, groups, rank, request.align, request.expected)
-    used = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": layers.tokens}
+    used = [
+        {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
+        for text, one in zip(texts, found, strict=True)
+    ]
     about = {**recipe.about, **request.shape, "calibrate": used, "goal": request.stated}
     return replace(recipe, lanes=request.lanes, about=about)
 

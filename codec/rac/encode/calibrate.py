@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,24 @@ def calibrate(
             tell("a file of the calibration cache is damaged: starting again", 0, 0)
             folder.clear()
     raise AssertionError
+
+
+def joined(found: Sequence[Mapping[str, Layer]]) -> dict[str, Layer]:
+    """What calibrations on several texts come to together: each counts alike, of those that reached a layer."""
+    names = dict.fromkeys(name for layers in found for name in layers)
+    return {name: _mean([layers[name] for layers in found if name in layers]) for name in names}
+
+
+def _mean(layers: Sequence[Layer]) -> Layer:
+    def second() -> NDArray[np.float32]:
+        total = np.array(layers[0].second)
+        for layer in layers[1:]:
+            total += layer.second
+        return total / np.float32(len(layers))
+
+    known = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
+    sensitivity = np.mean(known, 0) if known else None
+    return Layer(second, sensitivity, layers[0].transposed, all(layer.finite for layer in layers))
 
 
 def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:

@@ -95,9 +95,9 @@ def pack(
     include: Sequence[str] = (), exclude: Sequence[str] = (), lanes: int | None = None,
     shard_size: int | None = None, resume: bool = False, force: bool = False, progress: Progress | None = None,
     bits: float | None = None, file_bits: float | None = None, size: int | None = None, snr: float | None = None,
-    kl: float | None = None, calibrate: str = "none", tokens: int = 40960, effort: str = "default",
-    keep: Sequence[str] = (), cache: str | None = None, align: str = "auto", rank: int | None = None,
-    embeddings: bool = False, note: Note | None = None,
+    kl: float | None = None, calibrate: str | os.PathLike[str] | Sequence[str] = "none", tokens: int = 40960,
+    effort: str = "default", keep: Sequence[str] = (), cache: str | None = None, align: str = "auto",
+    rank: int | None = None, embeddings: bool = False, note: Note | None = None,
 ) -> Summary:  # fmt: skip
     """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
 
@@ -117,9 +117,10 @@ def pack(
         file_bits: Or bytes of the file * 8 / all weights.
         size: Or bytes of the file.
         snr: Or output signal to noise, mean over the quantised tensors, in dB.
-        kl: Or divergence per token from the original on the calibration text, in nats.
-        calibrate: A text file to calibrate on, "self": text that the model writes, or "none": from the weights alone.
-        tokens: Tokens of that text.
+        kl: Or divergence per token from the original on the (first) calibration text, in nats.
+        calibrate: A text file to calibrate on, "self": text that the model writes, or several of these, which count
+            alike; "none": from the weights alone.
+        tokens: Tokens of each of these texts.
         effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
         keep: Patterns of tensors that stay lossless, beside norms, small tensors and embeddings.
         cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
@@ -137,10 +138,11 @@ def pack(
     settings = {"exclude": list(exclude), "include": list(include)}
     recipe = None
     if any(v is not None for v in (bits, file_bits, size, snr, kl)):
+        given = (calibrate,) if isinstance(calibrate, str | os.PathLike) else calibrate
+        texts = tuple(os.fspath(text) for text in given if given != ("none",))
         request = Request(
-            bits, file_bits, size, snr, kl, calibrate, tokens, effort, tuple(keep), cache, align, rank, embeddings,
-            lanes,
-        )  # fmt: skip
+            bits, file_bits, size, snr, kl, texts, tokens, effort, tuple(keep), cache, align, rank, embeddings, lanes
+        )
         recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note)
     return pack_source(
         source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
@@ -167,7 +169,7 @@ def recipe_of(
             return replace(recipe, scale=float(before["bits_scale"]))
     judge = None
     if request.kl is not None:
-        judge = Divergence(src, read_text(request.calibrate), request.tokens, note)
+        judge = Divergence(src, read_text(request.calibrate[0]), request.tokens, note)
     return solve(groups, recipe, request, threads_of(jobs), note, LEVELS[level], source.attachments, judge)
 
 

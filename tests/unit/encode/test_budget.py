@@ -138,6 +138,10 @@ def test_budgets_that_cannot_be_met(tmp_path):
     for wrong in ({}, {"bits": 3, "size": 5}, {"bits": -1}, {"bits": 3, "effort": "some"}):
         with pytest.raises(ValueError, match="give one|effort"):
             budget.Request(**wrong)
+    with pytest.raises(ValueError, match="none is no text"):
+        budget.Request(bits=3, calibrate=("a.txt", "none"))
+    with pytest.raises(ValueError, match="first calibration text"):
+        budget.Request(kl=0.1, calibrate=("self", "a.txt"))
     (tmp_path / "m.rac").write_bytes(b"x")
     with pytest.raises(OutputError, match="exists"):
         pack(src, tmp_path / "m.rac", bits=3)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from rac.encode import calibration_blocks, calibration_moments, calibration_stream  # noqa: E402
-from rac.encode.calibrate import Layer, calibrate  # noqa: E402
+from rac.encode.calibrate import Layer, calibrate, joined  # noqa: E402
 from rac.encode.calibration_experts import settled  # noqa: E402
 from rac.errors import RacError, SourceError  # noqa: E402
 
@@ -475,6 +475,19 @@ def test_refused(saved, tmp_path):
     (folder / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(SourceError, match="no model that transformers knows"):
         run(folder)
+
+
+def test_calibrations_joined():
+    one, other = np.eye(2, dtype=np.float32), np.ones((2, 2), np.float32)
+    found = joined(
+        [{"a": Layer(one, np.array([1.0, 2.0])), "b": Layer(one, None)}, {"a": Layer(other, np.array([3.0, 4.0]))}]
+    )
+    np.testing.assert_array_equal(found["a"].second, [[1, 0.5], [0.5, 1]])
+    np.testing.assert_array_equal(found["a"].sensitivity, [2, 3])
+    np.testing.assert_array_equal(found["b"].second, one)
+    assert found["b"].sensitivity is None and list(found) == ["a", "b"]
+    np.testing.assert_array_equal(one, np.eye(2))
+    assert not joined([{"a": Layer(one, None)}, {"a": Layer(one, None, finite=False)}])["a"].finite
 
 
 def test_layer_takes_an_array():

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from rac.cli import main
+from rac.container.access import FileAccess
+from rac.container.reader import Archive
 from rac.encode.compare import compare
 from rac.encode.evaluate import Measure
 from rac.encode.pack import pack
@@ -193,6 +195,23 @@ def test_the_model_writes_its_own_text(folder, tmp_path):
     )
     assert {f.alignment for f in done.fidelity} == {"triangular"}
     assert 20 <= sum(f.snr for f in done.fidelity) / len(done.fidelity) <= 20.1
+
+
+def test_several_texts(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    arguments = ["pack", folder, "-o", tmp_path / "m.rac", "--bits", "4", "--effort", "fast", "--tokens", "256"]
+    arguments += ["--cache", tmp_path / "cache", "--calibrate", text, "--calibrate", "self"]
+    assert main(list(map(str, arguments))) == 0
+    used = Archive(FileAccess(tmp_path / "m.rac")).header["provenance"]["calibrate"]
+    assert [u["tokens"] for u in used] == [256, 256] and used[1]["text"] == "self" and len(used[0]["text"]) == 32
+    pack(
+        folder, tmp_path / "n.rac", bits=4.0, effort="fast", tokens=256, cache=str(tmp_path / "cache"),
+        calibrate=[str(text), "self"],
+    )  # fmt: skip
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "n.rac").read_bytes()
+    pack(folder, tmp_path / "o.rac", bits=4.0, effort="fast", tokens=256, cache=str(tmp_path / "cache"), calibrate=text)
+    assert (tmp_path / "m.rac").read_bytes() != (tmp_path / "o.rac").read_bytes()
 
 
 def test_pack_measures_and_reports(folder, tmp_path, capsys):

@@ -342,11 +342,11 @@ def test_asked_for_at_the_command_line(tmp_path, monkeypatch, capsys):
 def test_what_is_refused(monkeypatch):
     for wrong in ({"rank": -1}, {"align": "some"}, {"rank": 2, "align": "pca"}, {"rank": 2, "align": "identity"}):
         with pytest.raises(ValueError, match="rank|alignment"):
-            budget.Request(bits=3, calibrate="text", **wrong)
+            budget.Request(bits=3, calibrate=("text",), **wrong)
     for wrong in ({"rank": 2}, {"align": "pca"}, {"align": "triangular"}):
         with pytest.raises(ValueError, match="--calibrate"):
             budget.Request(bits=3, **wrong)
-    assert budget.Request(bits=3, calibrate="text", rank=0, align="pca").shape == {"align": "pca", "rank": 0}
+    assert budget.Request(bits=3, calibrate=("text",), rank=0, align="pca").shape == {"align": "pca", "rank": 0}
     assert budget.Request(bits=3).shape == {}
     monkeypatch.setattr(split, "Limits", lambda: Limits(objects=1000))
     with pytest.raises(BudgetError, match="readers"):
