@@ -18,6 +18,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "
                "sentencepiece.bpe.model")  # fmt: skip
 LEAST_LIKELY = 0.05
 """Share of the chance of the likeliest token below which none is written (min-p sampling, arXiv 2407.01082)."""
+PIECE = 256
+"""Tokens that a model writes in one go: longer texts cost more for each token, and stray further."""
 _CACHE_BYTES = 1 << 31
 """Memory for the keys and values of the sequences that are written at once."""
 _KEPT = ("cache", "past_key_values", "cache_params")
@@ -62,10 +64,10 @@ def self_text_ids(
 ) -> NDArray[np.int64]:
     """Token ids (count, context) that a causal language model has drawn from its own predictions, at temperature 1.
 
-    Without what is far less likely than the likeliest token: over a thousand tokens a small model that sometimes takes
-    one of these ends up in noise, and no text is like that (docs/lossy.md has what it costs). Each sequence begins with
-    the begin-of-text token, or the end-of-text or padding one where there is none; an end of text inside it is followed
-    by whatever the model writes next. Finished batches are kept in the folder.
+    Without what is far less likely than the likeliest token: a small model that sometimes takes one of these ends up in
+    noise, and no text is like that (docs/lossy.md has what it costs). A sequence is several pieces; each begins with
+    the begin-of-text token, or the end-of-text or padding one where there is none, and an end of text inside it is
+    followed by whatever the model writes next. Finished batches are kept in the folder.
     """
     import torch
 
@@ -75,20 +77,22 @@ def self_text_ids(
     if first is None:
         raise SourceError("the model has no begin-of-text, end-of-text or padding token to begin its own text with")
     context = min(context, tokens)
-    count = tokens // context
+    pieces = -(-context // PIECE)
+    piece = -(-context // pieces)
+    count = tokens // context * pieces
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    each = 2 * context * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    each = 2 * piece * config.num_hidden_layers * heads * width * model.dtype.itemsize
     batch = max(1, min(count, _CACHE_BYTES // each))
     parts = []
     for number, start in enumerate(range(0, count, batch)):
         name, rows = f"own-{number:03}.npy", min(batch, count - start)
         if name not in folder:
             generator = torch.Generator().manual_seed(seed + (number << 32))
-            ids = torch.full((rows, context), first, dtype=torch.int64)
+            ids = torch.full((rows, piece), first, dtype=torch.int64)
             kept: dict[str, Any] = {}
             with torch.no_grad():
-                for i in range(1, context):
+                for i in range(1, piece):
                     out = model(input_ids=ids[:, i - 1 : i] if kept else ids[:, :i], use_cache=True, **kept)
                     kept = next(({k: out[k]} for k in _KEPT if k in out), {})
                     chances = torch.softmax(out.logits[:, -1].float(), -1)
@@ -96,12 +100,12 @@ def self_text_ids(
                     at = torch.rand(rows, 1, generator=generator)
                     ids[:, i] = draw(chances, at * chances.sum(-1, keepdim=True))
                     if i % 16 == 0:
-                        note("writing its own text", start * context + rows * i, count * context)
+                        note("writing its own text", start * piece + rows * i, count * piece)
             folder.put(name, ids.numpy())
             folder.commit()
         parts.append(folder.array(name))
-        note("writing its own text", (start + rows) * context, count * context)
-    return np.concatenate(parts)
+        note("writing its own text", (start + rows) * piece, count * piece)
+    return np.concatenate(parts).reshape(-1, pieces * piece)[:, :context]
 
 
 def draw(probabilities: Any, at: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from rac.encode import calibration_blocks, calibration_moments, calibration_stream  # noqa: E402
+from rac.encode import calibration_blocks, calibration_moments, calibration_stream, calibration_text  # noqa: E402
 from rac.encode.calibrate import Layer, calibrate, joined  # noqa: E402
 from rac.encode.calibration_experts import settled  # noqa: E402
 from rac.errors import RacError, SourceError  # noqa: E402
@@ -396,6 +396,14 @@ def test_own_text(saved, tmp_path):
     np.testing.assert_array_equal(ids, np.load(tmp_path / "cache" / found.digest / "ids.npy"))
     with pytest.raises(SourceError, match="causal"):
         run(saved(bert), text=None)
+
+
+def test_own_text_in_pieces(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_text, "PIECE", 24)
+    found, said = run(saved(llama), text=None, cache=tmp_path / "cache", context=70, tokens=150)
+    ids = np.load(tmp_path / "cache" / found.digest / "ids.npy")
+    assert ids.shape == (2, 70) and (ids[:, [0, 24, 48]] == 1).all() and (ids[:, 1:24] != ids[:, 25:48]).any()
+    assert ("writing its own text", 144, 144) in said
 
 
 def test_own_text_has_nothing_unlikely(saved, tmp_path):
