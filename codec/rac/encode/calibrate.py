@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rac.container.zstd import Digest
 from rac.encode.calibration_cache import DamagedError, Folder, file_digest
-from rac.encode.calibration_text import LEAST_LIKELY, PIECE
+from rac.encode.calibration_text import PIECE
 from rac.errors import MissingDependencyError, SourceError
 
 Note = Callable[[str, int, int], None]
@@ -157,7 +157,7 @@ def _mean(layers: Sequence[Layer]) -> Layer:
 def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:
     """Of all that decides about the result: text and tokenizer stand for the tokens."""
     h = Digest()
-    about = f"own, {PIECE} tokens, from {LEAST_LIKELY}" if text is None else "text" if isinstance(text, str) else "ids"
+    about = f"own, {PIECE} tokens" if text is None else "text" if isinstance(text, str) else "ids"
     h.update(json.dumps({**settings, "text": about}, sort_keys=True).encode())
     if text is not None:
         h.update(text.encode() if isinstance(text, str) else np.ascontiguousarray(text, "<i8").tobytes())

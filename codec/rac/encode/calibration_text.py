@@ -16,8 +16,6 @@ LEAST = 128
 """Tokens of the shortest sequence that is made of a text that is shorter than a sequence should be."""
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json",
                "sentencepiece.bpe.model")  # fmt: skip
-LEAST_LIKELY = 0.05
-"""Share of the chance of the likeliest token below which none is written (min-p sampling, arXiv 2407.01082)."""
 PIECE = 256
 """Tokens that a model writes in one go: longer texts cost more for each token, and stray further."""
 _CACHE_BYTES = 1 << 31
@@ -64,10 +62,9 @@ def self_text_ids(
 ) -> NDArray[np.int64]:
     """Token ids (count, context) that a causal language model has drawn from its own predictions, at temperature 1.
 
-    Without what is far less likely than the likeliest token: a small model that sometimes takes one of these ends up in
-    noise, and no text is like that (docs/lossy.md has what it costs). A sequence is several pieces; each begins with
-    the begin-of-text token, or the end-of-text or padding one where there is none, and an end of text inside it is
-    followed by whatever the model writes next. Finished batches are kept in the folder.
+    A sequence is several pieces; each begins with the begin-of-text token, or the end-of-text or padding one where there
+    is none, and an end of text inside it is followed by whatever the model writes next. Finished batches are kept in
+    the folder. Leaving out unlikely tokens makes a text that reads better, and a worse calibration: docs/lossy.md.
     """
     import torch
 
@@ -96,9 +93,7 @@ def self_text_ids(
                     out = model(input_ids=ids[:, i - 1 : i] if kept else ids[:, :i], use_cache=True, **kept)
                     kept = next(({k: out[k]} for k in _KEPT if k in out), {})
                     chances = torch.softmax(out.logits[:, -1].float(), -1)
-                    chances *= chances >= LEAST_LIKELY * chances.amax(-1, keepdim=True)
-                    at = torch.rand(rows, 1, generator=generator)
-                    ids[:, i] = draw(chances, at * chances.sum(-1, keepdim=True))
+                    ids[:, i] = draw(chances, torch.rand(rows, 1, generator=generator))
                     if i % 16 == 0:
                         note("writing its own text", start * piece + rows * i, count * piece)
             folder.put(name, ids.numpy())
