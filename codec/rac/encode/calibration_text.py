@@ -62,9 +62,9 @@ def self_text_ids(
 ) -> NDArray[np.int64]:
     """Token ids (count, context) that a causal language model has drawn from its own predictions, at temperature 1.
 
-    A sequence is several pieces; each begins with the begin-of-text token, or the end-of-text or padding one where there
-    is none, and an end of text inside it is followed by whatever the model writes next. Finished batches are kept in
-    the folder. Leaving out unlikely tokens makes a text that reads better, and a worse calibration: docs/lossy.md.
+    A sequence is several pieces; each begins with the begin-of-text token, or the end-of-text or padding one where
+    there is none, and an end of text inside it is followed by whatever the model writes next. Finished batches are kept
+    in the folder. Leaving out unlikely tokens makes a text that reads better, and a worse calibration: docs/lossy.md.
     """
     import torch
 
