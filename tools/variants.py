@@ -5,6 +5,7 @@ is different:
 
   damp=D        share of the mean energy that every input is taken to have beyond what was seen
   strength=S    how far bits follow the sensitivity of a tensor
+  trust=E       exponent of the sensitivities of a tensor's outputs
   diagonal=A    second moments drawn towards their diagonal: (1 - A) S + A diag(S)
 
   python tools/variants.py demo/smollm2-hf test.txt --text wiki=valid.txt bible=kjv.txt own=self --cache DIR \
@@ -77,9 +78,10 @@ def main() -> None:
         options = {k: float(v) for k, v in (change.split("=") for change in changes)}
         found = shrunk(found, options.pop("diagonal", 0.0))
         damp, strength = options.pop("damp", rcp.DAMP), options.pop("strength", rcp.STRENGTH)
+        trust = options.pop("trust", rcp.TRUST)
         if options:
             parser.error(f"unknown: {', '.join(options)}")
-        recipe = rcp.calibrated(groups, found, (), args.effort, damp, strength)
+        recipe = rcp.calibrated(groups, found, (), args.effort, damp, strength, trust=trust)
         recipe = budget.solve(groups, recipe, budget.Request(bits=args.bits), 2)
         with tempfile.TemporaryDirectory() as temporary:
             done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)

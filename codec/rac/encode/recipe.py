@@ -40,6 +40,8 @@ LEAST_ENERGY = 0.05
 """Share of the deviation of a matrix that every column and row is taken to have."""
 LEAST = 1e-4
 """Share of the mean sensitivity that every output is taken to have."""
+TRUST = 0.8
+"""Exponent of the sensitivities of a tensor's outputs, about their geometric mean: on another text they are others."""
 STRENGTH, SPREAD = 0.5, 1.5
 """How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/lossy.md)."""
 
@@ -154,7 +156,7 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
 
 def calibrated(
     groups: Sequence[ties.Group], layers: Mapping[str, Layer], keep: Sequence[str], effort: str, damp: float = DAMP,
-    strength: float = STRENGTH, embeddings: bool = False,
+    strength: float = STRENGTH, embeddings: bool = False, trust: float = TRUST,
 ) -> Recipe:  # fmt: skip
     """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
     found: dict[str, Aligned] = {}
@@ -175,6 +177,7 @@ def calibrated(
         other = np.ones(w.shape[1 if layer.transposed else 0])
         if layer.sensitivity is not None:
             other = np.sqrt(np.maximum(layer.sensitivity, max(layer.sensitivity.mean() * LEAST, 1e-30)))
+            other = _middle(other) * (other / _middle(other)) ** trust
         by_row, by_col = (weight, other) if layer.transposed else (other, weight)
         scales = lossy.Scales(_exponents(by_row), _exponents(by_col))
         scaled = w.astype(np.float64) / tr.power(scales.rows)[:, None] / tr.power(scales.cols)

@@ -227,7 +227,10 @@ def test_rows_that_count_more_are_finer():
 
     sensitivity = np.ones(128)
     sensitivity[:64] = 64.0
-    recipe = rcp.calibrated(groups, {"w": Layer(np.eye(128, dtype=np.float32), sensitivity)}, (), "default")
+    layers = {"w": Layer(np.eye(128, dtype=np.float32), sensitivity)}
+    less = tr.power(rcp.calibrated(groups, layers, (), "default").aligned["w"].scales.rows)
+    assert less[64] / less[0] == pytest.approx(8**rcp.TRUST, rel=0.1)
+    recipe = rcp.calibrated(groups, layers, (), "default", trust=1.0)
     q = budget.code(groups[0].tensor, budget.solve(groups, recipe, budget.Request(bits=4), 1)).quantised
     e = (q.dense.view(np.float32) - w) ** 2
     assert e[64:].mean() > 30 * e[:64].mean()
