@@ -123,16 +123,17 @@ def calibrate(
     digest = _digest(Path(path), text, settings)
     folder = Folder(cache, digest)
     tell = note or (lambda *_: None)
-    for again in (False, True):
-        try:
-            if not folder.state.get("finished"):
-                _find(os.fspath(path), text, tokens, context, fisher, seed, folder, tell)
-            return _layers(folder, digest)
-        except DamagedError:
-            if again:
-                raise
-            tell("a file of the calibration cache is damaged: starting again", 0, 0)
-            folder.clear()
+    with folder.alone(lambda: tell("another process is calibrating the same: waiting for it", 0, 0)):
+        for again in (False, True):
+            try:
+                if not folder.state.get("finished"):
+                    _find(os.fspath(path), text, tokens, context, fisher, seed, folder, tell)
+                return _layers(folder, digest)
+            except DamagedError:
+                if again:
+                    raise
+                tell("a file of the calibration cache is damaged: starting again", 0, 0)
+                folder.clear()
     raise AssertionError
 
 

@@ -57,11 +57,34 @@ class Folder:
         self._files: dict[str, list[Any]] = {}
         self.state: dict[str, Any] = {}
         self._checked: set[str] = set()
+        self._read()
+
+    def _read(self) -> None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged is as good as missing
             found = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
             files = {str(k): [int(v[0]), str(v[1])] for k, v in found["files"].items()}
             if all((self.path / k).stat().st_size == v[0] and Path(k).name == k for k, v in files.items()):
                 self._files, self.state = files, dict(found["state"])
+
+    @contextlib.contextmanager
+    def alone(self, wait: Callable[[], None]) -> Iterator[None]:
+        """No other process works in the folder meanwhile; `wait` is called where one does, before waiting for it."""
+        from filelock import FileLock, Timeout  # torch, without which nothing is calibrated, needs it too
+
+        lock = FileLock(self.path / "lock")
+        try:
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                wait()
+                lock.acquire()
+        except OSError as e:
+            raise OutputError(f"the calibration cache cannot be written: {e}", file=os.fspath(self.path)) from e
+        try:
+            self._read()
+            yield
+        finally:
+            lock.release()
 
     def clear(self) -> None:
         """Forget everything."""

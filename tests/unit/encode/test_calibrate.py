@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from rac.encode import calibrate as calibrate_module  # noqa: E402
 from rac.encode import calibration_blocks, calibration_moments, calibration_stream, calibration_text  # noqa: E402
 from rac.encode.calibrate import Layer, calibrate, joined  # noqa: E402
 from rac.encode.calibration_experts import settled  # noqa: E402
@@ -332,6 +338,53 @@ def test_interruption_repeats_no_finished_step(saved, tmp_path, monkeypatch):
     found = run(folder, cache=cache)[0]
     assert seen == [2]
     equal(run(folder)[0], found, 0)
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from rac.encode import calibrate, calibration_cache
+commit, left = calibration_cache.Folder.commit, [int(sys.argv[3])]
+def killing(self, *args, **more):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(self, *args, **more)
+calibration_cache.Folder.commit = killing
+ids = np.random.default_rng(0).integers(3, 90, 330)
+calibrate.calibrate(sys.argv[1], ids, tokens=320, context=64, cache=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("when", [2, 6])
+def test_killed_goes_on(saved, tmp_path, when):
+    folder, cache = saved(llama), tmp_path / "cache"
+    done = subprocess.run([sys.executable, "-c", KILLED, folder, cache, str(when)], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    found, said = run(folder, cache=cache)
+    assert not [what for what, _, of in said if not of]
+    equal(run(folder)[0], found, 0)
+    assert not list(cache.glob("*/*.part"))
+
+
+def test_two_processes_with_one_cache(saved, tmp_path, monkeypatch):
+    folder, cache = saved(llama), tmp_path / "cache"
+    held, free = threading.Event(), threading.Event()
+    find = calibrate_module._find
+
+    def slow(*args):
+        held.set()
+        assert free.wait(60)
+        find(*args)
+
+    monkeypatch.setattr(calibrate_module, "_find", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, folder, cache=cache)
+        assert held.wait(60)
+        said = []
+        second = pool.submit(run, folder, cache=cache, note=lambda *a: (said.append(a), free.set()))
+        equal(first.result()[0], second.result()[0], 0)
+    assert [what for what, _, _ in said] == ["another process is calibrating the same: waiting for it"]
 
 
 def spoil(file):
