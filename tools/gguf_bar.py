@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("test", type=Path)
     parser.add_argument("--ggml", metavar="PATH", default=library(), help="libggml-base (default: of llama-cpp-python)")
     parser.add_argument("--types", nargs="*", default=TYPES)
-    parser.add_argument("--bits", type=float, nargs="*", default=[4.24, 3.4, 3.05, 2.56, 2.06])
+    parser.add_argument("--bits", type=float, nargs="*", default=[4.24, 3.4, 3.05, 2.56, 2.06, 1.74, 1.55])
     parser.add_argument("--effort", default="default", help="of the .rac files")
     parser.add_argument("--tokens", type=int, default=40960, help="of the calibration")
     parser.add_argument("--measure", type=int, default=8192, help="tokens measured on")
