@@ -8,8 +8,8 @@ is different:
   trust=E       exponent of the sensitivities of a tensor's outputs
   diagonal=A    second moments drawn towards their diagonal: (1 - A) S + A diag(S)
 
-  python tools/variants.py demo/smollm2-hf test.txt --text wiki=valid.txt bible=kjv.txt own=self --cache DIR \
-      wiki bible "bible diagonal=0.2" "wiki damp=0.1" bible+own
+  python tools/variants.py demo/smollm2-hf test.txt --cache DIR --text wiki=valid.txt --text bible=kjv.txt \
+      --text own=self wiki bible "bible diagonal=0.2" "wiki damp=0.1" bible+own
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="Hugging Face folder of the original")
     parser.add_argument("test", type=Path)
     parser.add_argument("variants", nargs="+", metavar="VARIANT")
-    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="FILE may be self")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="FILE may be self")
     parser.add_argument("--bits", type=float, default=3.05)
     parser.add_argument("--effort", default="default")
     parser.add_argument("--tokens", type=int, default=40960)
