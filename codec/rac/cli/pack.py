@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
     from rac.cli.fidelity import ALARM, by_role, write_report
     from rac.cli.progress import Progress, Steps, parse_size, size
-    from rac.encode.budget import Request
+    from rac.encode.budget import Request, texts_of
     from rac.encode.pack import pack_source, recipe_of
     from rac.encode.sources import open_source
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(str(e)) from None
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     budget = any(v is not None for v in goals.values())
-    texts = () if args.calibrate in (None, ["none"]) else tuple(args.calibrate)
+    texts = texts_of(args.calibrate or "none")
     shaped = args.align != "auto" or args.rank is not None or args.embeddings
     if not budget and (texts or args.keep or args.report or args.measure or shaped):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -202,6 +203,12 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: 
     ]
     about = {**recipe.about, **request.shape, "calibrate": used, "goal": request.stated}
     return replace(recipe, lanes=request.lanes, about=about)
+
+
+def texts_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
+    """What to calibrate on, as a request has it: one text or several; "none" alone is no text."""
+    names = (os.fspath(given),) if isinstance(given, str | os.PathLike) else tuple(os.fspath(name) for name in given)
+    return () if names == ("none",) else names
 
 
 def read_text(path: str) -> str:

@@ -10,6 +10,7 @@ A model is run block by block, each over the whole text, what one made of it kep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +22,12 @@ from numpy.typing import NDArray
 
 from rac.container.zstd import Digest
 from rac.encode.calibration_cache import DamagedError, Folder, file_digest
-from rac.encode.calibration_text import PIECE
 from rac.errors import MissingDependencyError, SourceError
 
 Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
 
-_VERSION = 2
+_VERSION = 3
 """Of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
 _SMALL = 1 << 31
 """Bytes of weights up to which the model that writes its own text is held in float32."""
@@ -123,6 +123,9 @@ def calibrate(
     digest = _digest(Path(path), text, settings)
     folder = Folder(cache, digest)
     tell = note or (lambda *_: None)
+    if folder.state.get("finished"):  # nothing to write: a cache that is read-only serves too
+        with contextlib.suppress(DamagedError):
+            return _layers(folder, digest)
     with folder.alone(lambda: tell("another process is calibrating the same: waiting for it", 0, 0)):
         for again in (False, True):
             try:
@@ -148,7 +151,8 @@ def _mean(layers: Sequence[Layer]) -> Layer:
         total = np.array(layers[0].second)
         for layer in layers[1:]:
             total += layer.second
-        return total / np.float32(len(layers))
+        total /= np.float32(len(layers))
+        return total
 
     known = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
     sensitivity = np.mean(known, 0) if known else None
@@ -158,7 +162,7 @@ def _mean(layers: Sequence[Layer]) -> Layer:
 def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:
     """Of all that decides about the result: text and tokenizer stand for the tokens."""
     h = Digest()
-    about = f"own, {PIECE} tokens" if text is None else "text" if isinstance(text, str) else "ids"
+    about = "own" if text is None else "text" if isinstance(text, str) else "ids"
     h.update(json.dumps({**settings, "text": about}, sort_keys=True).encode())
     if text is not None:
         h.update(text.encode() if isinstance(text, str) else np.ascontiguousarray(text, "<i8").tobytes())
@@ -276,7 +280,7 @@ def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
         if found and found[2] is not None:
             matrices.append((getattr(modules[found[0]], found[1])[found[2]].detach(), entry))
         elif found:
-            whole = stored.same(getattr(modules[found[0]], found[1]).detach())
+            whole = stored.same(getattr(modules[found[0]], found[1]).detach(), layers)
             if whole is not None:
                 layers[whole] = entry
         else:
@@ -286,8 +290,10 @@ def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
             layers[next((n for n in names if n in stored), name)] = entry
     for w, entry in matrices:
         for name, *rows in stored.find(w, layers):
-            if rows == [0, len(w)] or not entry["transposed"]:
+            if not entry["transposed"]:
                 layers[name] = {**entry, "rows": rows}
+            elif rows == [0, len(w)]:
+                layers[name] = entry
 
 
 def _layers(folder: Folder, digest: str) -> Layers:
@@ -296,9 +302,8 @@ def _layers(folder: Folder, digest: str) -> Layers:
         if "second" not in entry:
             continue
         given = entry.get("sensitivity")
-        sensitivity = np.array(folder.array(given)) if given else None
-        if "rows" in entry and not entry["transposed"] and sensitivity is not None:
-            sensitivity = sensitivity[slice(*entry["rows"])]
+        rows = slice(*entry.get("rows", [None]))  # of the expert's matrix, where the file's is a part of it
+        sensitivity = np.array(folder.array(given)[rows]) if given else None
         found[name] = Layer(_Stored(folder, entry["second"]), sensitivity, entry["transposed"], entry["finite"])
     return Layers(found, folder.state["tokens"], digest)
 

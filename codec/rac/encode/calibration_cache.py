@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container.zstd import Digest
-from rac.errors import OutputError, SourceError
+from rac.errors import MissingDependencyError, OutputError, SourceError
 
 _PIECE = 1 << 24
 
@@ -69,8 +69,10 @@ class Folder:
     @contextlib.contextmanager
     def alone(self, wait: Callable[[], None]) -> Iterator[None]:
         """No other process works in the folder meanwhile; `wait` is called where one does, before waiting for it."""
-        from filelock import FileLock, Timeout  # torch, without which nothing is calibrated, needs it too
-
+        try:
+            from filelock import FileLock, Timeout
+        except ImportError as e:
+            raise MissingDependencyError("calibration needs filelock: pip install rac-codec[calibrate]") from e
         lock = FileLock(self.path / "lock")
         try:
             try:
@@ -78,7 +80,7 @@ class Folder:
             except Timeout:
                 wait()
                 lock.acquire()
-        except OSError as e:
+        except (OSError, NotImplementedError) as e:  # not implemented: on file systems that know no locks
             raise OutputError(f"the calibration cache cannot be written: {e}", file=os.fspath(self.path)) from e
         try:
             self._read()

@@ -132,12 +132,14 @@ class Stored:
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
-    def same(self, p: Any) -> str | None:
-        """The name of the tensor that has the shape and, by three rows of it, the values of a parameter; None: none."""
+    def same(self, p: Any, taken: Container[str]) -> str | None:
+        """The name of the tensor, not taken, with the shape and, by three rows, the values of `p`; None: none has."""
         shape = list(p.shape)
         at = [(0, 0), (len(p) // 2, shape[1] // 2), (len(p) - 1, shape[1] - 1)]
         for name, part in self._parts.items():
-            if part.get_shape() == shape and all(_bytes(part[e, r]) == _bytes(p[e, r]) for e, r in at):
+            if name in taken or part.get_shape() != shape:
+                continue
+            if all(_bytes(part[e, r]) == _bytes(p[e, r]) for e, r in at):
                 return name
         return None
 

@@ -32,12 +32,13 @@ def linears(model: Any) -> dict[str, Any]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    modules = dict(model.named_modules())
     found = {
         name: module
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not name.endswith("lm_head")
     }
-    return found | calibration_experts.experts(dict(model.named_modules()))
+    return found | calibration_experts.experts(modules)
 
 
 class Collector:

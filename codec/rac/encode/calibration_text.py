@@ -64,7 +64,8 @@ def self_text_ids(
 
     A sequence is several pieces; each begins with the begin-of-text token, or the end-of-text or padding one where
     there is none, and an end of text inside it is followed by whatever the model writes next. Finished batches are kept
-    in the folder. Leaving out unlikely tokens makes a text that reads better, and a worse calibration: docs/lossy.md.
+    in the folder. Leaving out unlikely tokens makes a text that reads better and a worse calibration: see
+    docs/experiments.md.
     """
     import torch
 

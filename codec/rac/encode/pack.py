@@ -28,7 +28,7 @@ from rac.encode import record as rec
 from rac.encode import resume as rs
 from rac.encode import ties
 from rac.encode.analyse import LEVELS, Level
-from rac.encode.budget import Request, code, read_text, recipe_for, snr, solve
+from rac.encode.budget import Request, code, read_text, recipe_for, snr, solve, texts_of
 from rac.encode.calibrate import Note
 from rac.encode.evaluate import Divergence
 from rac.encode.recipe import Recipe
@@ -138,11 +138,10 @@ def pack(
     settings = {"exclude": list(exclude), "include": list(include)}
     recipe = None
     if any(v is not None for v in (bits, file_bits, size, snr, kl)):
-        given = (calibrate,) if isinstance(calibrate, str | os.PathLike) else calibrate
-        texts = tuple(os.fspath(text) for text in given if given != ("none",))
         request = Request(
-            bits, file_bits, size, snr, kl, texts, tokens, effort, tuple(keep), cache, align, rank, embeddings, lanes
-        )
+            bits, file_bits, size, snr, kl, texts_of(calibrate), tokens, effort, tuple(keep), cache, align, rank,
+            embeddings, lanes,
+        )  # fmt: skip
         recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note)
     return pack_source(
         source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,

@@ -101,18 +101,21 @@ def test_everything_in_the_file_counts(tmp_path, level):
     assert 0.97 * 190_000 <= (tmp_path / "m.rac").stat().st_size <= 190_000
 
 
+class Stop(Exception):
+    pass
+
+
+def stop(name, _):
+    """As progress: ends a pack of `model` in its middle."""
+    if name == "b.weight":
+        raise Stop
+
+
 def test_resume_gives_the_same_bytes(tmp_path):
     source = from_arrays(model())
     groups = ties.find(source.tensors)
     recipe = budget.solve(groups, rcp.data_free(groups, (), "fast"), budget.Request(bits=3), 2)
     pack_source(source, tmp_path / "whole.rac", recipe=recipe)
-
-    class Stop(Exception):
-        pass
-
-    def stop(name, _):
-        if name == "b.weight":
-            raise Stop
 
     with pytest.raises(Stop):
         pack_source(source, tmp_path / "m.rac", recipe=recipe, progress=stop)
@@ -277,13 +280,6 @@ def test_resume_goes_on_only_with_what_was_asked(tmp_path):
     src = source_file(tmp_path / "m.safetensors", model())
     want = {"bits": 3.0, "effort": "fast"}
     pack(src, tmp_path / "whole.rac", **want)
-
-    class Stop(Exception):
-        pass
-
-    def stop(name, _):
-        if name == "b.weight":
-            raise Stop
 
     with pytest.raises(Stop):
         pack(src, tmp_path / "m.rac", progress=stop, **want)

@@ -20,7 +20,7 @@ from rac.encode import calibrate as calibrate_module  # noqa: E402
 from rac.encode import calibration_blocks, calibration_moments, calibration_stream, calibration_text  # noqa: E402
 from rac.encode.calibrate import Layer, calibrate, joined  # noqa: E402
 from rac.encode.calibration_experts import settled  # noqa: E402
-from rac.errors import RacError, SourceError  # noqa: E402
+from rac.errors import MissingDependencyError, RacError, SourceError  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, 90, 330)
 SMALL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -147,18 +147,23 @@ def test_blocks_find_what_the_whole_model_finds(saved, monkeypatch, make, dtype)
     assert done == sorted(done) and said[-1][1] == said[-1][2]
 
 
+def backward(model, seed):
+    """What `run` does, with autograd alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for s in range(5):
+        logits = model(input_ids=torch.from_numpy(IDS[None, s * 64 : s * 64 + 64])).logits[0]
+        at = torch.rand(64, 1, generator=generator)
+        labels = (torch.softmax(logits.detach(), -1).cumsum(-1) < at).sum(-1)
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+
+
 def test_second_moment_and_sensitivity_are_what_they_say(saved):
     folder = saved(llama)
     model = transformers.LlamaForCausalLM.from_pretrained(folder)
     inputs, gradients = [], []
     layer = model.model.layers[1].mlp.down_proj
     layer.register_forward_hook(lambda m, a, out: (inputs.append(a[0]), out.register_hook(gradients.append))[0])
-    generator = torch.Generator().manual_seed(3)
-    for s in range(5):
-        logits = model(input_ids=torch.from_numpy(IDS[None, s * 64 : s * 64 + 64])).logits[0]
-        at = torch.rand(64, 1, generator=generator)
-        labels = (torch.softmax(logits.detach(), -1).cumsum(-1) < at).sum(-1)
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    backward(model, 3)
     x, g = torch.cat(inputs).reshape(320, -1).detach(), torch.cat(gradients).reshape(320, -1)
     found = run(folder, seed=3)[0]["model.layers.1.mlp.down_proj.weight"]
     weight = g.norm(dim=1, keepdim=True)
@@ -194,12 +199,7 @@ def test_experts(saved, monkeypatch):
         return out
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    generator = torch.Generator().manual_seed(0)
-    for s in range(5):
-        logits = model(input_ids=torch.from_numpy(IDS[None, s * 64 : s * 64 + 64])).logits[0]
-        at = torch.rand(64, 1, generator=generator)
-        labels = (torch.softmax(logits.detach(), -1).cumsum(-1) < at).sum(-1)
-        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    backward(model, 0)
     monkeypatch.undo()
     found = run(folder)[0]
     x = {e: torch.cat(v) for e, v in seen.items()}
@@ -385,6 +385,17 @@ def test_two_processes_with_one_cache(saved, tmp_path, monkeypatch):
         second = pool.submit(run, folder, cache=cache, note=lambda *a: (said.append(a), free.set()))
         equal(first.result()[0], second.result()[0], 0)
     assert [what for what, _, _ in said] == ["another process is calibrating the same: waiting for it"]
+
+
+def test_finished_calibration_needs_no_lock(saved, tmp_path, monkeypatch):
+    folder, cache = saved(llama), tmp_path / "cache"
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "filelock", None)
+        with pytest.raises(MissingDependencyError, match="rac-codec"):
+            run(folder, cache=cache)
+    first = run(folder, cache=cache)[0]
+    monkeypatch.setitem(sys.modules, "filelock", None)
+    equal(first, run(folder, cache=cache)[0], 0)
 
 
 def spoil(file):
