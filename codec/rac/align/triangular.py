@@ -12,6 +12,7 @@ rows quantised from the first to the last, the same holds along the rows, and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,25 @@ def damped(second: NDArray[np.floating], damp: float) -> NDArray[np.float64]:
     return s
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The recursions of blocks of rows that have inputs of their own, over columns in one order: experts."""
+
+    order: NDArray[np.int64]
+    """(n,) as in Triangular."""
+    weight: NDArray[np.float64]
+    """(G, n) L_jj of each block and place."""
+    feed: NDArray[np.float32]
+    """(G, n, n) as in Triangular, of each block."""
+
+    @property
+    def by_column(self) -> NDArray[np.float64]:
+        """(G, n) `weight` in the order of the columns."""
+        out = np.empty_like(self.weight)
+        out[:, self.order] = self.weight
+        return out
+
+
 def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = True) -> Triangular:
     """The recursion for inputs of second moment `second` (n, n), symmetric.
 
@@ -53,10 +73,26 @@ def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = Tr
         sort: Quantise columns in descending order of their energy; else from the last to the first.
     """
     order = np.argsort(np.diag(np.asarray(second, np.float64)), kind="stable") if sort else np.arange(len(second))
+    return Triangular(order, *_factor(second, damp, order))
+
+
+def blocks(seconds: Sequence[NDArray[np.floating]], damp: float = 0.01) -> Blocks:
+    """The recursions of blocks whose inputs have second moments `seconds` (n, n), in the order of the mean energy."""
+    order = np.argsort(np.mean([np.diag(np.asarray(s, np.float64)) for s in seconds], 0), kind="stable")
+    n = len(order)
+    weight, feed = np.empty((len(seconds), n)), np.empty((len(seconds), n, n), np.float32)
+    for g, second in enumerate(seconds):
+        weight[g], feed[g] = _factor(second, damp, order)
+    return Blocks(order, weight, feed)
+
+
+def _factor(
+    second: NDArray[np.floating], damp: float, order: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """L_jj and the feeds of the columns in their order."""
     lower = np.linalg.cholesky(damped(second, damp)[np.ix_(order, order)])
     weight = np.diag(lower).copy()
-    feed = np.triu((lower / weight).T, 1).astype(np.float32)
-    return Triangular(order, weight, feed)
+    return weight, np.triu((lower / weight).T, 1).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +102,8 @@ class Rows:
     weight: NDArray[np.float64]
     """(m,) M_ii: the square root of what a unit error of that row costs."""
     feed: NDArray[np.float32]
-    """(m, m), [i, k], k < i: weight of the error of row k in the target of row i."""
+    """(m, m), [i, k], k < i: weight of the error of row k in the target of row i; or (G, m / G, m / G): within each
+    block of rows."""
 
 
 LEAST = 1e-4

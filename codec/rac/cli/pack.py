@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import os
 import sys
@@ -37,7 +38,11 @@ def add(commands: Any) -> None:
         "--level", choices=("fast", "default", "max"), default="default",
         help="effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)",
     )  # fmt: skip
-    p.add_argument("-j", "--jobs", type=int, metavar="N", help="threads (default: one per core, at most 8)")
+    p.add_argument(
+        "-j", "--jobs", type=int, metavar="N",
+        help="threads; more than 8 are processes where matrices are quantised "
+        "(default: one per core, at most 8 where all is lossless)",
+    )  # fmt: skip
     p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="take only these tensors")
     p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
     p.add_argument("--lanes", type=int, metavar="N", help="ANS lanes per tile: more for GPUs, fewer for size")
@@ -90,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
     from rac.cli.fidelity import ALARM, by_role, write_report
     from rac.cli.progress import Progress, Steps, parse_size, size
+    from rac.decode.load import threads_of
+    from rac.encode import workers
     from rac.encode.budget import Request, texts_of
     from rac.encode.pack import pack_source, recipe_of
     from rac.encode.sources import open_source
@@ -112,28 +119,32 @@ def run(args: argparse.Namespace) -> int:
         )
     source = open_source(args.src, args.include, args.exclude)
     start = time.monotonic()
-    recipe = None
+    request = None
     if budget:
         request = Request(
             args.bits, args.file_bits, whole, args.snr, args.kl, texts, args.tokens, args.effort,
             tuple(args.keep), _cache(args.cache), args.align, args.rank,
             args.embeddings, args.lanes,
         )  # fmt: skip
-        with Steps() as note:
-            recipe = recipe_of(
-                source, args.src, args.output, request, level=args.level, jobs=args.jobs, force=args.force,
-                resume=args.resume, note=note,
-            )  # fmt: skip
 
     def layer(f: Fidelity) -> None:
         progress.line(f"{f.bits:7.3f} bits {f.snr:7.2f} dB {f.seconds:6.1f} s  {f.name}")
 
-    with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
-        done = pack_source(
-            source, args.output, level=args.level, jobs=args.jobs, lanes=args.lanes, shard_size=shard_size,
-            resume=args.resume, force=args.force, progress=progress,
-            settings={"include": args.include, "exclude": args.exclude}, recipe=recipe, layer=layer,
-        )  # fmt: skip
+    recipe = None
+    jobs = threads_of(args.jobs, most=None if request else workers.THREADS)
+    with workers.start(jobs, jobs > workers.THREADS) if request else contextlib.nullcontext() as pool:
+        if request:
+            with Steps() as note:
+                recipe = recipe_of(
+                    source, args.src, args.output, request, level=args.level, jobs=jobs, force=args.force,
+                    resume=args.resume, note=note, pool=pool,
+                )  # fmt: skip
+        with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
+            done = pack_source(
+                source, args.output, level=args.level, jobs=jobs, lanes=args.lanes, shard_size=shard_size,
+                resume=args.resume, force=args.force, progress=progress,
+                settings={"include": args.include, "exclude": args.exclude}, recipe=recipe, layer=layer, pool=pool,
+            )  # fmt: skip
     seconds = time.monotonic() - start
     if done.skipped:
         print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)

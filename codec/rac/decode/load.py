@@ -31,11 +31,12 @@ AHEAD = 4
 Loaded = tuple[tn.Tensor, Array]
 
 
-def threads_of(threads: int | None) -> int:
-    """Number of threads: what is asked for, or one per core up to 8."""
+def threads_of(threads: int | None, most: int | None = 8) -> int:
+    """Number of threads: what is asked for, or one per core up to `most`."""
     if threads is not None and threads < 1:
         raise ValueError("threads must be at least 1")
-    return threads or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads or min(most or cores, cores)
 
 
 class Inline:

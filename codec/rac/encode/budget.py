@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
-from rac.encode import lossy, split, ties
+from rac.encode import lossy, split, ties, workers
 from rac.encode import record as rec
 from rac.encode.analyse import LEVELS, Level, grid_of
 from rac.encode.calibrate import Note, calibrate, joined
@@ -23,6 +23,7 @@ from rac.encode.tile import TileEncoder
 from rac.errors import BudgetError, SourceError
 from rac.quantize import trellis as tr
 
+T = TypeVar("T")
 TOLERANCE = 0.005
 CLOSE = 0.1
 """Decibels that a file may have beyond the --snr that was asked for."""
@@ -65,7 +66,7 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     below = a.below()
     states = recipe.states if below is None else SHAPED
     q = lossy.quantise(
-        w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.recursion(), below
+        w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below
     )  # fmt: skip
     del w, below
     encoder, units = split.coded(q, recipe.lanes)
@@ -87,6 +88,11 @@ def size_of(group: ties.Group, coded: Coded, recipe: Recipe) -> int:
     return _record(group, coded) + sum(o.size for o in mine)
 
 
+def words(group: ties.Group, recipe: Recipe) -> tuple[str, NDArray[Any]]:
+    """(name, the words (R, C) that a decoder restores) of a quantised tensor."""
+    return group.tensor.name, code(group.tensor, recipe).dense
+
+
 def _record(group: ties.Group, coded: Coded) -> int:
     behind = coded.behind(bytes(16), bytes(16))  # digests have one size
     return rec.size(rec.head(group, coded.encoder.plan, behind), coded.units)
@@ -103,10 +109,13 @@ def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
     if layer is None:
         energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
     else:
-        second = np.asarray(layer.second, np.float32)
-        if layer.transposed:
-            w, e = w.T, e.T
-        energy, error = float(np.vdot(w @ second, w)), float(np.vdot(e @ second, e))
+        energy = error = 0.0
+        each = layer.experts or (layer,)
+        for one, a, b in zip(each, np.split(w, len(each)), np.split(e, len(each)), strict=True):
+            second = np.asarray(one.second, np.float32)
+            if layer.transposed:
+                a, b = a.T, b.T
+            energy, error = energy + float(np.vdot(a @ second, a)), error + float(np.vdot(b @ second, b))
     return 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
 
 
@@ -233,33 +242,39 @@ class Judge(Protocol):
 def solve(
     groups: Sequence[ties.Group], recipe: Recipe, request: Request, jobs: int, note: Note | None = None,
     level: Level = LEVELS["default"], files: Sequence[Attachment] = (), judge: Judge | None = None,
+    pool: Executor | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe with the common scale that meets the request: real bytes from below, to half a percent.
 
     `level` codes the tensors that stay lossless, `files` travel along: both count in the size of the file.
     `judge` measures the model where a divergence is asked for.
+    `pool` does the work; else threads.
     BudgetError where no scale does.
     """
+    if pool is None:
+        with workers.start(jobs) as threads:
+            return solve(groups, recipe, request, jobs, note, level, files, judge, threads)
     mine = [g for g in groups if g.tensor.name in recipe.aligned]
     if not mine:
         raise BudgetError("no tensor is large enough to be quantised, or --keep keeps them all")
     weights = sum(math.prod(g.tensor.shape) for g in mine)
     tried = 0
 
-    def total(scale: float, one: Callable[[ties.Group, Recipe], float], what: str) -> float:
+    by_name = {g.tensor.name: g for g in mine}
+
+    def found_at(scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         nonlocal tried
         now = replace(recipe, scale=scale)
         tried += 1
-        with ThreadPoolExecutor(jobs) as pool:
-            work = [pool.submit(one, g, now) for g in mine]
-            for i, _ in enumerate(as_completed(work), 1):
-                if note:
-                    note(f"looking for the scale: {what}, pass {tried} at {scale:+.3f}", i, len(work))
-            return math.fsum(w.result() for w in work)
+        every = ((workers.need(g.tensor, now), (g, workers.only(now, g.tensor.name))) for g in mine)
+        for i, result in enumerate(workers.run(pool, work, every, workers.room()), 1):
+            if note:
+                note(f"looking for the scale: {what}, pass {tried} at {scale:+.3f}", i, len(mine))
+            yield result
 
     if request.snr is not None:
         goal = request.snr
-        mean = lambda scale: total(scale, _snr, f"{goal:g} dB") / len(mine)  # noqa: E731
+        mean = lambda scale: math.fsum(found_at(scale, _snr, f"{goal:g} dB")) / len(mine)  # noqa: E731
         found = _meet(mean, goal, goal + CLOSE, 0.8 - goal / DECIBELS, 1 / DECIBELS)
         if found[0] is None:
             raise BudgetError(f"{goal:g} dB cannot be met: the nearest is {found[1]:.2f} dB")
@@ -268,13 +283,10 @@ def solve(
         assert judge is not None  # noqa: S101
         nats, j = request.kl, judge
 
-        def rewrite(group: ties.Group, now: Recipe) -> float:
-            t = group.tensor
-            j.put((t.name, *(a for a, _ in group.aliases)), tr.from_words(code(t, now).dense, t.dtype))
-            return 0.0
-
         def loss(scale: float) -> float:
-            total(scale, rewrite, f"{nats:g} nats")
+            for name, found in found_at(scale, words, f"{nats:g} nats"):
+                group = by_name[name]
+                j.put((name, *(a for a, _ in group.aliases)), tr.from_words(found, group.tensor.dtype))
             return -math.log2(max(j.kl(), 1e-9))
 
         found = _meet(loss, -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE)), -2.0, 0.5)
@@ -290,7 +302,7 @@ def solve(
         bits = 8 * (size - rest) / weights
         if bits <= 0:
             raise BudgetError(f"what stays lossless takes {rest} bytes, more than the {size} of the whole file")
-    rate = lambda scale: 8 * total(scale, stored, f"{bits:.3f} bits") / weights  # noqa: E731
+    rate = lambda scale: 8 * sum(found_at(scale, stored, f"{bits:.3f} bits")) / weights  # noqa: E731
     found = _meet(rate, bits * (1 - TOLERANCE), bits, 1.03 - bits, 1.0 if bits > 1 else 1.5)
     if found[0] is None:
         raise BudgetError(f"{bits:.3f} bits per weight cannot be met: the nearest is {found[1]:.3f}")

@@ -27,7 +27,7 @@ from rac.errors import MissingDependencyError, SourceError
 Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
 
-_VERSION = 3
+_VERSION = 4
 """Of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
 _SMALL = 1 << 31
 """Bytes of weights up to which the model that writes its own text is held in float32."""
@@ -36,11 +36,11 @@ _SMALL = 1 << 31
 class Layer:
     """What calibration found for one weight matrix."""
 
-    __slots__ = ("_second", "finite", "sensitivity", "transposed")
+    __slots__ = ("_second", "experts", "finite", "sensitivity", "transposed")
 
     def __init__(
         self, second: NDArray[np.float32] | Callable[[], NDArray[np.float32]], sensitivity: NDArray[np.float64] | None,
-        transposed: bool = False, finite: bool = True,
+        transposed: bool = False, finite: bool = True, experts: Sequence[Layer] = (),
     ) -> None:  # fmt: skip
         self._second = second
         self.sensitivity = sensitivity
@@ -49,6 +49,8 @@ class Layer:
         """Whether the weight is stored as (in, out), as GPT-2's are, instead of (out, in)."""
         self.finite = finite
         """False where NaN or infinity was among the inputs or gradients."""
+        self.experts = tuple(experts)
+        """Of a weight (experts, out, in) or (experts, in, out): what was found for each."""
 
     @property
     def second(self) -> NDArray[np.float32]:
@@ -147,16 +149,25 @@ def joined(found: Sequence[Mapping[str, Layer]]) -> dict[str, Layer]:
 
 
 def _mean(layers: Sequence[Layer]) -> Layer:
-    def second() -> NDArray[np.float32]:
-        total = np.array(layers[0].second)
-        for layer in layers[1:]:
-            total += layer.second
-        total /= np.float32(len(layers))
-        return total
-
     known = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
     sensitivity = np.mean(known, 0) if known else None
-    return Layer(second, sensitivity, layers[0].transposed, all(layer.finite for layer in layers))
+    experts = [_mean(each) for each in zip(*(layer.experts for layer in layers if layer.experts), strict=True)]
+    finite = all(layer.finite for layer in layers)
+    return Layer(_MeanOfSeconds(layers), sensitivity, layers[0].transposed, finite, experts)
+
+
+class _MeanOfSeconds:
+    """Reads the second moments of some layers, and takes their mean."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = tuple(layers)
+
+    def __call__(self) -> NDArray[np.float32]:
+        total = np.array(self._layers[0].second)
+        for layer in self._layers[1:]:
+            total += layer.second
+        total /= np.float32(len(self._layers))
+        return total
 
 
 def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:
@@ -274,12 +285,15 @@ def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
     prefix = f"{model.base_model_prefix}."
     stored = Stored(path)
     matrices = []
+    fused: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for module in list(layers):
         entry = layers.pop(module)
         found = parts(module)
         if found and found[2] is not None:
             matrices.append((getattr(modules[found[0]], found[1])[found[2]].detach(), entry))
+            fused.setdefault(found[:2], []).append(entry)
         elif found:
+            entry["experts"] = fused.setdefault(found[:2], [])
             whole = stored.same(getattr(modules[found[0]], found[1]).detach(), layers)
             if whole is not None:
                 layers[whole] = entry
@@ -297,15 +311,17 @@ def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
 
 
 def _layers(folder: Folder, digest: str) -> Layers:
-    found = {}
-    for name, entry in folder.state["layers"].items():
-        if "second" not in entry:
-            continue
-        given = entry.get("sensitivity")
-        rows = slice(*entry.get("rows", [None]))  # of the expert's matrix, where the file's is a part of it
-        sensitivity = np.array(folder.array(given)[rows]) if given else None
-        found[name] = Layer(_Stored(folder, entry["second"]), sensitivity, entry["transposed"], entry["finite"])
+    every = folder.state["layers"].items()
+    found = {name: _layer(folder, entry) for name, entry in every if "second" in entry}
     return Layers(found, folder.state["tokens"], digest)
+
+
+def _layer(folder: Folder, entry: Mapping[str, Any]) -> Layer:
+    given = entry.get("sensitivity")
+    rows = slice(*entry.get("rows", [None]))  # of the expert's matrix, where the file's is a part of it
+    sensitivity = np.array(folder.array(given)[rows]) if given else None
+    experts = [_layer(folder, one) for one in entry.get("experts", ())]
+    return Layer(_Stored(folder, entry["second"]), sensitivity, entry["transposed"], entry["finite"], experts)
 
 
 class _Stored:
@@ -316,3 +332,22 @@ class _Stored:
 
     def __call__(self) -> NDArray[np.float32]:
         return self._folder.array(self._name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which reads the same file while this one keeps the folder."""
+        self._folder.check(self._name)
+        return _Mapped, (os.fspath(self._folder.path / self._name),)
+
+
+class _Mapped:
+    """Reads a file that another process has checked."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __call__(self) -> NDArray[np.float32]:
+        try:
+            found: NDArray[np.float32] = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as e:
+            raise SourceError(f"the calibration's file is gone or damaged: {e}", file=self._path) from e
+        return found

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.triangular import Triangular
+from rac.align.triangular import Blocks, Triangular
 from rac.container import zstd
 from rac.native import trellis as native
 from rac.quantize import trellis as tr
@@ -155,7 +155,7 @@ def _quarters(x: Array) -> NDArray[np.int64]:
 
 def quantise(
     w: NDArray[np.float32], dtype: str, scale: float, scales: Scales, lane: int, states: int, passes: int,
-    recursion: Triangular | None = None, below: NDArray[np.float32] | None = None,
+    recursion: Triangular | Blocks | None = None, below: NDArray[np.float32] | None = None,
 ) -> Quantised:  # fmt: skip
     """Quantise `w` (R, C) float32 for the data type `dtype`.
 
@@ -167,8 +167,9 @@ def quantise(
         lane: Rows after which the trellis begins anew: those of a tile.
         states: Of the trellis, 4 to 256, or 1: none. A scalar's units of the same cost are larger (`worth`).
         passes: 1, or 2: again with the centroids of the first. With feedback, which would be of other values then, 1.
-        recursion: Order of the columns and weights of their errors in each other's targets; None: no feedback.
-        below: (R, R) weights of the errors of rows in the targets of later rows (Rows.feed); None: no feedback of rows.
+        recursion: Order of the columns and weights of their errors in each other's targets, of all rows or of each of
+            several blocks of them; None: no feedback.
+        below: Weights of the errors of rows in the targets of later rows (Rows.feed); None: no feedback of rows.
 
     Raises:
         RacError: The C kernel is not there.
@@ -182,7 +183,8 @@ def quantise(
     row_list = np.minimum(scales.rows, np.clip(_quarters(near / LEAST), -tr.MOST, tr.MOST)).astype(np.int8)
     row_unit = tr.power(row_list)
     if below is not None:
-        below = below * (row_unit / row_unit[:, None])  # of errors in units of their rows
+        u = row_unit.reshape(*below.shape[:-2], 1, -1)
+        below = below * (u / u.swapaxes(-1, -2))  # of errors in units of their rows
     plain = np.ascontiguousarray((w / row_unit[:, None]).T)
     order = np.arange(c) if recursion is None else recursion.order
     feed = None if recursion is None else recursion.feed
@@ -251,13 +253,19 @@ def _columns(
     k, value, wild = np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8)
     fine_of = np.empty(c, np.int8)
     error = np.empty((c, r), F32)
-    back = None if below is None else np.ascontiguousarray(below.T)
+    back = None if below is None else np.ascontiguousarray(below.swapaxes(-1, -2))
+    each = np.zeros((1, c, c), F32) if feed is None else feed.reshape(-1, c, c)
+    if below is not None and below.ndim == 3:
+        each = np.broadcast_to(each, (len(below), c, c))
+    own = r // len(each)  # rows of a block
     for b in range(c, 0, -BLOCK):
         a = max(0, b - BLOCK)
         target = plain[a:b].copy()
         if feed is not None and b < c:
-            target += feed[a:b, b:] @ error[b:]
-        inner = np.zeros((b - a, b - a), F32) if feed is None else np.ascontiguousarray(feed[a:b, a:b])
+            for g, one in enumerate(each):
+                mine = slice(g * own, (g + 1) * own)
+                target[:, mine] += one[a:b, b:] @ error[b:, mine]
+        inner = np.ascontiguousarray(each[:, a:b, a:b])
         k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(
             states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row,
             _far(states), below, back,

@@ -1,6 +1,7 @@
-"""Packing: a source to one archive, or to a set of shards. Threads share the work; the bytes never depend on them.
+"""Packing: a source to one archive, or to a set of shards. Workers share the work; the bytes never depend on them.
 
-Threads are enough: reading, counting, sorting, coding, bit planes and checksums run outside the interpreter's lock.
+For lossless coding threads are enough: reading, counting, sorting, coding, bit planes and checksums run outside the
+interpreter's lock. Matrices may be quantised in processes (workers.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from typing import Any
@@ -26,7 +27,7 @@ from rac.decode.load import threads_of
 from rac.decode.unpack import quantised
 from rac.encode import record as rec
 from rac.encode import resume as rs
-from rac.encode import ties
+from rac.encode import ties, workers
 from rac.encode.analyse import LEVELS, Level
 from rac.encode.budget import Request, code, read_text, recipe_for, snr, solve, texts_of
 from rac.encode.calibrate import Note
@@ -97,7 +98,7 @@ def pack(
     bits: float | None = None, file_bits: float | None = None, size: int | None = None, snr: float | None = None,
     kl: float | None = None, calibrate: str | os.PathLike[str] | Sequence[str] = "none", tokens: int = 40960,
     effort: str = "default", keep: Sequence[str] = (), cache: str | None = None, align: str = "auto",
-    rank: int | None = None, embeddings: bool = False, note: Note | None = None,
+    rank: int | None = None, embeddings: bool = False, note: Note | None = None, processes: bool = False,
 ) -> Summary:  # fmt: skip
     """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
 
@@ -105,7 +106,7 @@ def pack(
         src: What to pack.
         out: The .rac file to write; with `shard_size` the stem of a set "stem-00001-of-0000N.rac".
         level: "fast", "default" or "max".
-        jobs: Threads; one per core up to 8 by default. The bytes do not depend on it.
+        jobs: Threads, or processes; one per core up to 8 by default. The bytes do not depend on it.
         include: Patterns (fnmatch) of tensors to take; none means all.
         exclude: Patterns of tensors to leave out.
         lanes: ANS lanes per tile, 1..1024. Many short lanes suit a GPU, few long ones an archive.
@@ -128,6 +129,8 @@ def pack(
         rank: Of the low-rank parts of these tensors; None: at effort "max" what pays, which is nearly always 0, else 0.
         embeddings: Quantise embeddings and output layers too, a bit finer than the rest.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
+        processes: Quantise in processes, started anew, instead of threads: for machines of many cores. A script that
+            asks for it has its own work under `if __name__ == "__main__":`.
 
     Raises:
         SourceError: The source is missing, damaged or no model.
@@ -136,23 +139,27 @@ def pack(
     """
     source = open_source(src, include, exclude)
     settings = {"exclude": list(exclude), "include": list(include)}
-    recipe = None
-    if any(v is not None for v in (bits, file_bits, size, snr, kl)):
-        request = Request(
-            bits, file_bits, size, snr, kl, texts_of(calibrate), tokens, effort, tuple(keep), cache, align, rank,
-            embeddings, lanes,
+    lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
+    with workers.start(threads_of(jobs), processes and lossy) as pool:
+        recipe = None
+        if lossy:
+            request = Request(
+                bits, file_bits, size, snr, kl, texts_of(calibrate), tokens, effort, tuple(keep), cache, align, rank,
+                embeddings, lanes,
+            )  # fmt: skip
+            recipe = recipe_of(
+                source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note, pool=pool
+            )
+        return pack_source(
+            source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
+            progress=progress, settings=settings, recipe=recipe, pool=pool,
         )  # fmt: skip
-        recipe = recipe_of(source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note)
-    return pack_source(
-        source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
-        progress=progress, settings=settings, recipe=recipe,
-    )  # fmt: skip
 
 
 def recipe_of(
     source: Source, src: str | os.PathLike[str], out: str | os.PathLike[str], request: Request, *,
     level: str = "default", jobs: int | None = None, force: bool = False, resume: bool = False,
-    note: Note | None = None,
+    note: Note | None = None, pool: Executor | None = None,
 ) -> Recipe:  # fmt: skip
     """How a pack of `source`, opened from `src`, meets the request; OutputError where `out` must not be replaced.
 
@@ -169,7 +176,7 @@ def recipe_of(
     judge = None
     if request.kl is not None:
         judge = Divergence(src, read_text(request.calibrate[0]), request.tokens, note)
-    return solve(groups, recipe, request, threads_of(jobs), note, LEVELS[level], source.attachments, judge)
+    return solve(groups, recipe, request, threads_of(jobs), note, LEVELS[level], source.attachments, judge, pool)
 
 
 def save_file(
@@ -191,11 +198,11 @@ def pack_source(
     source: Source, out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
     lanes: int | None = None, shard_size: int | None = None, resume: bool = False, force: bool = False,
     progress: Progress | None = None, settings: dict[str, Any] | None = None, recipe: Recipe | None = None,
-    layer: Callable[[Fidelity], None] | None = None,
+    layer: Callable[[Fidelity], None] | None = None, pool: Executor | None = None,
 ) -> Summary:  # fmt: skip
     """`pack` for a source that is open already; with a `recipe` its tensors are quantised, the others lossless.
 
-    `layer` is called after each quantised tensor.
+    `layer` is called after each quantised tensor; `pool` quantises (workers.start), or else threads.
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
@@ -250,7 +257,8 @@ def pack_source(
                         progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
                 continue
         resumed += _write(
-            name, header, files, shard, effort, recipe, threads_of(jobs), resume, force, progress, quantised_one
+            name, header, files, shard, effort, recipe, threads_of(jobs), resume, force, progress, quantised_one,
+            pool,
         )  # fmt: skip
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)
@@ -288,7 +296,7 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
 def _write(
     path: str, header: dict[str, Any], files: Sequence[Attachment], groups: list[ties.Group], level: Level,
     recipe: Recipe | None, jobs: int, resume: bool, force: bool, progress: Progress | None,
-    fidelity: Callable[[Fidelity], None],
+    fidelity: Callable[[Fidelity], None], pool: Executor | None,
 ) -> int:  # fmt: skip
     """Write one archive; returns how many tensors were there already."""
     writer = Writer(path, force)
@@ -314,8 +322,11 @@ def _write(
         for file in files[found.files if found else 0 :]:
             _attach(writer, file)
         start = len(found.digests) if found else 0
-        with ThreadPoolExecutor(jobs) as pool:
-            _tensors(writer, groups[start:], level, recipe, pool, jobs, note, set(found.objects if found else ()))
+        with ThreadPoolExecutor(jobs) as threads, workers.named():
+            _tensors(
+                writer, groups[start:], level, recipe, threads, pool or threads, jobs, note,
+                set(found.objects if found else ()),
+            )  # fmt: skip
         writer.finish(ix.content_digest(content))
         return start
     except MemoryError as e:
@@ -346,14 +357,19 @@ class _Item:
 
 
 def _tensors(
-    writer: Writer, groups: list[ties.Group], level: Level, recipe: Recipe | None, pool: ThreadPoolExecutor, jobs: int,
-    note: Callable[[ties.Group, bytes, Fidelity | None], None], there: set[str],
+    writer: Writer, groups: list[ties.Group], level: Level, recipe: Recipe | None, pool: Executor, quantisers: Executor,
+    jobs: int, note: Callable[[ties.Group, bytes, Fidelity | None], None], there: set[str],
 ) -> None:  # fmt: skip
-    """Plan and encode ahead of the writer, within WINDOW; write in order. The work nearest to the writer goes first.
+    """Plan and encode ahead of the writer, in bounded memory; write in order. What is written next goes first.
 
     `there` has the names of the objects that the archive has already, and gets those that are written.
     """
-    largest = max((g.tensor.nbytes for g in groups), default=0)
+    lossy = {} if recipe is None else recipe.aligned
+    size = {
+        g.tensor.name: workers.need(g.tensor, recipe) if recipe and g.tensor.name in lossy else g.tensor.nbytes
+        for g in groups
+    }
+    limit = max([WINDOW if recipe is None else workers.room(), *size.values()])
     waiting: deque[_Item] = deque()
     coming = deque(groups)
     ready: list[tuple[int, int]] = []
@@ -362,16 +378,18 @@ def _tensors(
     held = written = 0
     try:
         while coming or waiting:
-            while coming and (not waiting or held + coming[0].tensor.nbytes <= max(largest, WINDOW)):
+            while coming and (not waiting or held + size[coming[0].tensor.name] <= limit):
                 waiting.append(_Item(coming.popleft(), written + len(waiting)))
                 heappush(ready, (waiting[-1].number, -1))
-                held += waiting[-1].group.tensor.nbytes
+                held += size[waiting[-1].group.tensor.name]
             while ready and len(running) < 2 * jobs:
                 number, row = heappop(ready)
                 item = waiting[number - written]
                 t = item.group.tensor
-                if row < 0:
-                    running[pool.submit(_start, t, level, recipe)] = (item, row)
+                if row < 0 and recipe and t.name in lossy:
+                    running[quantisers.submit(_quantise, t, workers.only(recipe, t.name))] = (item, row)
+                elif row < 0:
+                    running[pool.submit(_start, t, level)] = (item, row)
                 else:
                     assert item.encoder is not None  # noqa: S101
                     running[pool.submit(rec.band, t, item.encoder, row)] = (item, row)
@@ -391,7 +409,7 @@ def _tensors(
                 writer.flush()
                 of = item.fidelity and replace(item.fidelity, size=own + rec.size(head, units))
                 note(group, head["digest"], of)
-                held -= group.tensor.nbytes
+                held -= size[group.tensor.name]
                 continue
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 item, row = running.pop(job)
@@ -410,23 +428,29 @@ def _tensors(
             job.cancel()
 
 
-def _start(
-    t: SourceTensor, level: Level, recipe: Recipe | None
-) -> tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[Object, ...]]:
+Started = tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[Object, ...]]
+
+
+def _start(t: SourceTensor, level: Level) -> Started:
     """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
-    if recipe is not None and t.name in recipe.aligned:
-        start = time.perf_counter()
-        coded = code(t, recipe)
-        q, dense = coded.quantised, coded.dense
-        fidelity = Fidelity(
-            t.name, t.shape, coded.alignment, recipe.aligned[t.name].rank, q.trellis.states,
-            snr(t, dense, recipe), q.outliers, q.dead, time.perf_counter() - start,
-        )  # fmt: skip
-        behind = coded.behind(zstd.digest(dense.reshape(-1).view(np.uint8).data), ties.digest(t))
-        return coded.encoder, coded.units, behind, fidelity, coded.objects
     encoder = rec.lossless(t, level)
     plan = encoder.plan
     units: list[rec.Bytes] = [plan.shared] if plan.lanes else []
     if plan.grid.down == 1:
         units += rec.band(t, encoder, 0)
     return encoder, units, None, None, ()
+
+
+def _quantise(t: SourceTensor, recipe: Recipe) -> Started:
+    """All of a tensor of the recipe."""
+    start = time.perf_counter()
+    coded = code(t, recipe)
+    q, dense = coded.quantised, coded.dense
+    fidelity = Fidelity(
+        t.name, t.shape, coded.alignment, recipe.aligned[t.name].rank, q.trellis.states,
+        snr(t, dense, recipe), q.outliers, q.dead, time.perf_counter() - start,
+    )  # fmt: skip
+    behind = coded.behind(zstd.digest(dense.reshape(-1).view(np.uint8).data), ties.digest(t))
+    done = replace(coded.encoder.plan, words=None, base=None, coded=())  # a process sends back what will be written
+    units: list[rec.Bytes] = [bytes(unit) for unit in coded.units]
+    return TileEncoder(done), units, behind, fidelity, coded.objects

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.triangular import Rows, Triangular, damped, rows, triangular
+from rac.align.triangular import Blocks, Rows, Triangular, blocks, damped, rows, triangular
 from rac.encode import lossy, ties
 from rac.encode.analyse import axis_of
 from rac.encode.calibrate import Layer
@@ -69,19 +69,32 @@ class Aligned:
         return self.alignment if self.layer else "identity"
 
     def recursion(self) -> Triangular | None:
-        """The recursion of the columns."""
+        """The recursion of the columns, of all rows as one."""
         if self.layer is None or self.layer.transposed or self.alignment != "triangular":
             return None
         return triangular(self.layer.second, self.damp)
 
+    def columns(self) -> Triangular | Blocks | None:
+        """The recursion of the columns, of each expert's rows where there are experts."""
+        r = self.recursion()
+        return r if r is None or not self.layer or not self.layer.experts else _of_experts(self.layer, self.damp)
+
     def below(self) -> NDArray[np.float32] | None:
-        """(R, R) weights of the errors of rows in the targets of later rows."""
+        """(R, R) weights of the errors of rows in the targets of later rows, or (E, in, in) of each expert's."""
         return None if self.layer is None or not self.layer.transposed else _inputs_are_rows(self.layer, self.damp).feed
 
 
+def _of_experts(layer: Layer, damp: float) -> Blocks:
+    """The recursions of the experts of a weight (experts, out, in)."""
+    return blocks([one.second for one in layer.experts], damp)
+
+
 def _inputs_are_rows(layer: Layer, damp: float) -> Rows:
-    """The recursion of the rows of a weight that is stored (in, out)."""
-    return rows(damped(layer.second, damp), 1e-6)
+    """The recursion of the rows of a weight that is stored (in, out), or (experts, in, out)."""
+    if not layer.experts:
+        return rows(damped(layer.second, damp), 1e-6)
+    each = [rows(damped(one.second, damp), 1e-6) for one in layer.experts]
+    return Rows(np.concatenate([one.weight for one in each]), np.stack([one.feed for one in each]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +180,13 @@ def calibrated(
         if even is None:
             continue
         found[t.name] = even
-        if layer is None or layer.second.shape[0] != w.shape[0 if layer.transposed else 1]:
+        if layer is None or not _fits(layer, w):
             continue
         if not layer.finite:
             raise SourceError(
                 f"the inputs or gradients of {t.name!r} hold NaN or infinity; keep it lossless with --keep {t.name!r}"
             )
-        weight = _weight_of_inputs(layer, damp)  # the square root of what a unit error costs
-        other = np.ones(w.shape[1 if layer.transposed else 0])
-        if layer.sensitivity is not None:
-            other = np.sqrt(np.maximum(layer.sensitivity, max(layer.sensitivity.mean() * LEAST, 1e-30)))
-            other = _middle(other) * (other / _middle(other)) ** trust
-        by_row, by_col = (weight, other) if layer.transposed else (other, weight)
+        by_row, by_col = _weights(layer, w.shape, damp, trust)
         scales = lossy.Scales(_exponents(by_row), _exponents(by_col))
         scaled = w.astype(np.float64) / tr.power(scales.rows)[:, None] / tr.power(scales.cols)
         deviation = math.log2(_middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30))))
@@ -195,11 +203,42 @@ def calibrated(
     return Recipe(found, states, passes, about={"calibrate": "text", "effort": effort}, unreached=unreached)
 
 
-def _weight_of_inputs(layer: Layer, damp: float) -> NDArray[np.float64]:
-    """(in,) square root of what a unit error costs."""
+def _fits(layer: Layer, w: NDArray[np.float32]) -> bool:
+    """Whether a layer is one of the matrix."""
+    inputs, outputs = w.shape if layer.transposed else w.shape[::-1]
     if layer.transposed:
-        return _inputs_are_rows(layer, damp).weight
-    return triangular(layer.second, damp).by_column
+        inputs //= max(1, len(layer.experts))
+    known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
+    return len(layer.second) == inputs and known
+
+
+def _weights(
+    layer: Layer, shape: tuple[int, int], damp: float, trust: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(R,) and (C,): the product of an element's two is the square root of what a unit error there costs, about."""
+    if not layer.experts:
+        inputs = _inputs_are_rows(layer, damp).weight if layer.transposed else triangular(layer.second, damp).by_column
+        outputs = _trusted(layer.sensitivity, shape[layer.transposed], trust)
+        return (inputs, outputs) if layer.transposed else (outputs, inputs)
+    n = len(layer.experts)
+    if layer.transposed:  # what an output counts for is the same of all experts, but for a factor
+        each = np.stack([_trusted(one.sensitivity, shape[1], trust) for one in layer.experts])
+        factor = np.exp(np.log(each).mean(1))
+        shared = np.sqrt(np.square(each / factor[:, None]).mean(0))
+        return _inputs_are_rows(layer, damp).weight * np.repeat(factor, shape[0] // n), shared
+    own = _of_experts(layer, damp).by_column
+    factor = np.exp(np.log(own).mean(1))
+    shared = np.sqrt(np.square(own / factor[:, None]).mean(0))
+    every = [_trusted(one.sensitivity, shape[0] // n, trust) * f for one, f in zip(layer.experts, factor, strict=True)]
+    return np.concatenate(every), shared
+
+
+def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float) -> NDArray[np.float64]:
+    """(n,) roots of the sensitivities of outputs; 1 where they are not known."""
+    if sensitivity is None:
+        return np.ones(n)
+    out = np.sqrt(np.maximum(sensitivity, max(sensitivity.mean() * LEAST, 1e-30)))
+    return np.asarray(_middle(out) * (out / _middle(out)) ** trust)
 
 
 def _exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:

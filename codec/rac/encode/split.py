@@ -230,7 +230,7 @@ def choose(
     known = {
         g.tensor.name: g.tensor
         for g in groups
-        if (a := out.get(g.tensor.name)) and a.layer is not None and not a.layer.transposed
+        if (a := out.get(g.tensor.name)) and a.layer and not a.layer.transposed and not a.layer.experts
     }
     if align == "identity":
         out |= {name: _plain(out[name]) for name in known}

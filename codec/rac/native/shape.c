@@ -197,7 +197,7 @@ AVX static void carry512(const rac_code *t, const uint16_t *choice, float (*ring
 int rac_shaped(const rac_code *t, int no512, const rac_shape *shape, const float *x, int64_t lane, const float *rate, const uint8_t *row, int most, float far,
                int16_t *out, float *value) {
     const int half = t->states / 2, words = t->states / 16, wide = 2 * most + 1;
-    const int64_t m = shape->m, longest = lane < m ? lane : m;
+    const int64_t m = shape->m, n = shape->n, longest = lane < m ? lane : m;
     kernel f = {dot_plain, branches_plain, merge_plain, carry_plain};
 #ifdef HAVE_X86
     if (!no512 && has512()) f = (kernel){dot512, branches512, merge512, carry512};
@@ -220,7 +220,8 @@ int rac_shaped(const rac_code *t, int no512, const rac_shape *shape, const float
             for (int u = 0; u < half; u++)
                 for (int g = 0; g < 2; g++) s->past[(b0 - a) / BLOCK % lag][g][u] = (float)(2 * u + g);
             for (int64_t i = b0; i < b1; i++) {
-                const float base = x[i] + f.dot(shape->feed + i * m, z, decided);
+                const int64_t start = i - i % n;
+                const float base = x[i] + (decided > start ? f.dot(shape->feed + i * n, z + start, decided - start) : 0.0f);
                 float (*fed)[MAX / 2] = s->fed[i % AHEAD];
                 for (int u = 0; u < half; u++) { fed[0][u] += base; fed[1][u] += base; }
             }
@@ -232,7 +233,8 @@ int rac_shaped(const rac_code *t, int no512, const rac_shape *shape, const float
                     for (int b = 0; b < 2; b++)
                         f.branches(s, half, g, b, fed[g], x[i], fabsf(x[i]) > far, r, most, ks + (i - a) * 2 * t->states + (2 * g + b) * half);
                 f.merge(t, s, c);
-                f.carry(t, c, s->fed, i + 1, last, s->error, shape->back + i * m);
+                const int64_t own = i - i % n + n; /* rows of the next block of weights are fed nothing */
+                f.carry(t, c, s->fed, i + 1, last < own ? last : own, s->error, shape->back + i * n - (own - n));
                 f.carry(t, c, s->past, 0, lag, NULL, NULL);
                 memset(fed, 0, sizeof s->fed[0]);
             }

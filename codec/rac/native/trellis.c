@@ -161,8 +161,8 @@ static void viterbi(const rac_code *t, int no512, const float *x, int64_t n, int
 
 /* The columns of a block from the last to the first, each after the errors of the ones behind it are fed back
  * (align/triangular.py). All arrays are column-major. plain, target (cols, m): the columns, and the
- * same with the errors of what is behind the block fed back; target is overwritten by the errors plain - value. feed (cols, cols): [j, i]
- * weight of the error of column i in the target of j < i; step (cols). The deviation of a target in steps, in quarter octaves
+ * same with the errors of what is behind the block fed back; target is overwritten by the errors plain - value. feed (groups, cols, cols): [j, i]
+ * weight of the error of column i in the target of j < i, of each of so many blocks of rows of one size; step (cols). The deviation of a target in steps, in quarter octaves
  * from `low`, says how the column is coded: fine[q] quarter octaves finer than its step, with the costs rate[q] (tables, 2
  * most + 1), or not at all where fine[q] < 0: its values are 0. fine_of (cols) tells what was taken. out, recon, wild (cols, m):
  * integers, values, and where a target lies further than `far` units out: an outlier, whose value is the target itself.
@@ -171,19 +171,23 @@ static void viterbi(const rac_code *t, int no512, const float *x, int64_t n, int
 int rac_trellis_block(int states, int h0, int h1, const float *plain, float *target, int64_t cols, int64_t m, int64_t lane, const float *feed,
                       const float *step, const float *rec, const float *rate, const int8_t *fine, int low, int levels,
                       const uint8_t *row, int64_t tables, int most, float far, int16_t *out, float *recon, uint8_t *wild,
-                      int8_t *fine_of, const float *below, const float *back, int lag, int no512) {
+                      int8_t *fine_of, const float *below, const float *back, int64_t groups, int lag, int no512) {
     const rac_code t = {states, h0, h1};
     const int words = states < 16 ? 1 : states / 16, wide = 2 * most + 1;
     float *x = malloc((size_t)m * (4 + 16)), *cost = x + m;
     int16_t *best = malloc((size_t)m * 8);
     uint16_t *choice = malloc((size_t)(lane < m ? lane : m) * (size_t)words * 2);
     int bad = !x || !best || !choice;
-    const rac_shape shape = {below, back, m, lag};
+    const int64_t own = m / groups;
+    const rac_shape shape = {below, back, m, own, lag};
     for (int64_t j = cols - 1; j >= 0 && !bad; j--) {
         float *g = target + j * m, *v = recon + j * m;
         for (int64_t i = j + 1; i < cols; i++) {
-            const float w = feed[j * cols + i], *e = target + i * m;
-            if (w != 0.0f) for (int64_t r = 0; r < m; r++) g[r] += w * e[r];
+            const float *e = target + i * m;
+            for (int64_t a = 0; a < groups; a++) {
+                const float w = feed[(a * cols + j) * cols + i];
+                if (w != 0.0f) for (int64_t r = a * own; r < (a + 1) * own; r++) g[r] += w * e[r];
+            }
         }
         double square = 0;
         for (int64_t r = 0; r < m; r++) square += (double)g[r] * g[r];

@@ -12,9 +12,9 @@ static inline int pred(const rac_code *t, int to, int b) { /* the state that a b
 
 /* What one row's error does to the rows behind it, and how far a survivor feeds its own */
 typedef struct {
-    const float *feed; /* (m, m), [i, k], k < i: weight of the error of row k in the target of row i */
-    const float *back; /* its transpose */
-    int64_t m;
+    const float *feed; /* (m / n, n, n), [i, k], k < i: weight of the error of row k in the target of row i of a block of n rows */
+    const float *back; /* its transposes */
+    int64_t m, n;
     int64_t lag; /* 1..7 blocks of 16 rows */
 } rac_shape;
 

@@ -48,7 +48,8 @@ def block(
         plain: (n, m) column-major columns.
         target: (n, m) the same with the errors of what is behind the block fed back; overwritten by plain - value.
         lane: Rows after which the trellis begins anew.
-        feed: (n, n) weight of the error of column i in the target of column j < i.
+        feed: (n, n) weight of the error of column i in the target of column j < i, or (G, n, n): of each of G blocks of
+            m / G rows.
         step: (n,) size of one unit, as fine as a column of high rate needs; 0: the column is dead.
         rec: (2 K + 1,) magnitudes of the integers -K..K.
         rate: (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row.
@@ -56,9 +57,9 @@ def block(
         low: Quarter octaves of deviation / step of the first of the Q.
         row: (m,) class of each row, or None for one class.
         far: Units from which on a target is an outlier, whose value is the target itself.
-        below: (m, m), [i, k], k < i: weight of the error of row k in the target of row i; None: rows know nothing of
-            each other. 32 states and more.
-        back: Its transpose.
+        below: (m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within
+            each block; None: rows know nothing of each other. 32 states and more.
+        back: Its transpose, or transposes.
         lag: Blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors.
         no512: Run the code for machines without AVX-512, which gives the same.
 
@@ -72,13 +73,14 @@ def block(
     if lib is None:
         raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
     n, m = target.shape
+    groups = 1 if feed.ndim == 2 else len(feed)
     out, recon, wild = np.empty((n, m), np.int16), np.empty((n, m), np.float32), np.empty((n, m), np.uint8)
     fine_of = np.empty(n, np.int8)
     bad = lib.rac_trellis_block(
         _i(states), _i(code[0]), _i(code[1]), _p(plain), _p(target), _n(n), _n(m), _n(lane), _p(feed), _p(step),
         _p(rec), _p(rate),
         _p(fine), _i(low), _i(len(fine)), _p(row), _n(rate.shape[1]), _i(len(rec) // 2), ctypes.c_float(far), _p(out),
-        _p(recon), _p(wild), _p(fine_of), _p(below), _p(back), _i(lag), _i(no512),
+        _p(recon), _p(wild), _p(fine_of), _p(below), _p(back), _n(groups), _i(lag), _i(no512),
     )  # fmt: skip
     if bad:
         raise MemoryError

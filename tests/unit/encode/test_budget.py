@@ -209,6 +209,29 @@ def test_alignment_pays():
     assert error["triangular"] < 0.5 * error["plain"]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_with_inputs_of_their_own(turned):
+    """Better at the same size than one second moment for all, and what a decoder restores is what was measured."""
+    seconds = [second_moment(96, i) * 4**i for i in (1, 2, 3)]
+    mean = np.mean(seconds, 0, dtype=np.float32)
+    w = np.random.default_rng(6).standard_normal((3, 200, 96)).astype(np.float32)
+    w = np.ascontiguousarray(w.swapaxes(1, 2)) if turned else w
+    groups = ties.find(from_arrays({"w": w}).tensors)
+    own = [Layer(s, np.linspace(1, 2, 200) * 3**i, turned) for i, s in enumerate(seconds)]
+    of_all = np.concatenate([one.sensitivity for one in own])
+    found = {}
+    for name, each in (("own", own), ("shared", [Layer(mean, one.sensitivity, turned) for one in own])):
+        recipe = rcp.calibrated(groups, {"w": Layer(mean, of_all, turned, True, each)}, (), "default")
+        assert recipe.aligned["w"].layer is not None
+        solved = budget.solve(groups, recipe, budget.Request(bits=3.2), 2)
+        e = (budget.code(groups[0].tensor, solved).dense.view(np.float32).reshape(w.shape) - w).astype(np.float64)
+        e = e.swapaxes(1, 2) if turned else e
+        found[name] = sum(
+            np.einsum("i,ij,jk,ik->", one.sensitivity, e[i], one.second, e[i]) for i, one in enumerate(own)
+        )
+    assert found["own"] < 0.8 * found["shared"]
+
+
 def test_what_calibration_did_not_reach_is_named():
     source = from_arrays({k: v for k, v in model().items() if v.dtype.kind == "f"})
     groups = ties.find(source.tensors)

@@ -222,8 +222,16 @@ def test_experts_that_the_files_hold_fused(saved):
     found = run(saved(granite))[0]
     layer = found["model.layers.0.block_sparse_moe.input_linear.weight"]
     assert layer.second.shape == (32, 32) and layer.sensitivity.shape == (4 * 96,)
+    assert [one.sensitivity.shape for one in layer.experts] == [(96,)] * 4
+    mean = np.mean([one.second for one in layer.experts], 0)
+    assert not np.allclose(mean, layer.experts[0].second, rtol=0.1)
+    np.testing.assert_allclose(np.trace(mean), np.trace(layer.second), rtol=0.5)
+    twice = joined([found, found])["model.layers.0.block_sparse_moe.input_linear.weight"]
+    np.testing.assert_allclose(twice.experts[3].second, layer.experts[3].second, rtol=1e-6)
     found = run(saved(gpt_oss))[0]
-    assert found["model.layers.0.mlp.experts.down_proj"].transposed
+    layer = found["model.layers.0.mlp.experts.down_proj"]
+    assert layer.transposed and [one.second.shape for one in layer.experts] == [(48, 48)] * 4
+    assert all(one.transposed for one in layer.experts)
 
 
 def test_large_experts_share_a_second_moment(saved, monkeypatch):

@@ -75,6 +75,28 @@ def walk(states, k, rec):
     return np.array(out, np.float32)
 
 
+def test_blocks_of_rows_have_feeds_of_their_own():
+    rng = np.random.default_rng(5)
+    n, own, groups = 6, 40, 3
+    x = (5 * rng.standard_normal((n, groups * own))).astype(np.float32)
+    feed = np.triu(rng.standard_normal((groups, n, n)) / 4, 1).astype(np.float32)
+    rec = np.arange(-9, 10, dtype=np.float32) * 2 + 0.5
+    rate = np.abs(rec / 4).astype(np.float32).reshape(1, 1, -1)
+
+    def block(x, feed):
+        return kernel.block(
+            8, tr.CODES[8], x, x.copy(), own, feed, np.ones(n, np.float32), rec, rate, np.zeros(1, np.int8),
+            0, None, 18.0,
+        )  # fmt: skip
+
+    together = block(x, feed)
+    for g in range(groups):
+        mine = slice(g * own, (g + 1) * own)
+        alone = block(np.ascontiguousarray(x[:, mine]), feed[g])
+        for a, b in zip(together[:3], alone[:3], strict=True):
+            assert (a[:, mine] == b).all()
+
+
 @pytest.mark.parametrize("states", [4, 8, 16, 32, 64, 128, 256])
 def test_search_finds_the_best_path(states):
     """Against all paths of five samples; the integers at hand are the two nearest of each subset."""

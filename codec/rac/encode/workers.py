@@ -1,0 +1,98 @@
+"""Where matrices are quantised: threads of this process, or processes of their own, in bounded memory.
+
+Threads scale to some eight cores: the kernels run outside the interpreter's lock, but about a tenth of the time is
+spent inside it (docs/scaling.md). What a matrix becomes does not depend on where.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from rac.encode.recipe import Recipe
+from rac.encode.sources import SourceTensor
+from rac.errors import OutputError
+
+T = TypeVar("T")
+THREADS = 8
+"""Jobs up to which threads are as good as processes."""
+PER_WEIGHT, PER_MOMENT = 16, 25
+"""Bytes that work takes for each weight of a matrix, and for each number of the second moment of its inputs."""
+
+
+def start(jobs: int, processes: bool = False) -> Executor:
+    """Workers: threads, or with `processes` processes that are started anew and import only what they need."""
+    if not processes:
+        return ThreadPoolExecutor(jobs)
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
+    return ProcessPoolExecutor(jobs, context, _begin)
+
+
+def _begin() -> None:
+    """In a new process: Ctrl-C is the first process's to handle, and one thread is all that there is a core for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # read when numpy is imported, with the first work
+
+
+@contextlib.contextmanager
+def named() -> Iterator[None]:
+    """OutputError where a process was killed."""
+    try:
+        yield
+    except BrokenProcessPool as e:
+        raise OutputError("a worker process ended, perhaps for want of memory: try fewer --jobs") from e
+
+
+def only(recipe: Recipe, name: str) -> Recipe:
+    """What a worker needs to know for one tensor."""
+    return replace(recipe, aligned={name: recipe.aligned[name]})
+
+
+def room() -> int:
+    """Bytes that work on matrices may take: a quarter of the machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, OSError, ValueError):
+        return 4 << 30
+
+
+def need(t: SourceTensor, recipe: Recipe) -> int:
+    """About the bytes that quantising a tensor takes while it lasts."""
+    a = recipe.aligned[t.name]
+    if a.layer is None:
+        return PER_WEIGHT * math.prod(t.shape)
+    each = max(1, len(a.layer.experts))
+    inputs = len(a.scales.rows) // each if a.layer.transposed else len(a.scales.cols)
+    return PER_WEIGHT * math.prod(t.shape) + (PER_MOMENT + 8 * each) * inputs**2
+
+
+def run(pool: Executor, work: Callable[..., T], jobs: Iterable[tuple[int, Sequence[Any]]], limit: int) -> Iterator[T]:
+    """Results of work(*arguments) for each (bytes that it takes, arguments), as they come; within `limit` bytes or one.
+
+    What was not begun when the caller stops is not done.
+    """
+    running: dict[Future[T], int] = {}
+    try:
+        with named():
+            for size, arguments in jobs:
+                while running and sum(running.values()) + size > limit:
+                    for job in wait(running, return_when=FIRST_COMPLETED).done:
+                        del running[job]
+                        yield job.result()
+                running[pool.submit(work, *arguments)] = size
+            while running:
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[job]
+                    yield job.result()
+    finally:
+        for job in running:
+            job.cancel()
