@@ -15,6 +15,7 @@ for _library in ("OMP", "OPENBLAS", "MKL"):
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 import argparse  # noqa: E402
+import threading  # noqa: E402
 import time  # noqa: E402
 import tracemalloc  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -199,6 +200,34 @@ def memory(n: int) -> tuple[float, float]:
     return peak(lambda: triangular(second, 0.03)), peak(lambda: quantise(w, found))
 
 
+def lock_share(n: int) -> float:
+    """Share of the time of a matrix in one thread in which it holds the interpreter's lock.
+
+    It is what another thread that only counts loses, less what it loses to other work on the machine.
+    """
+    x, w = inputs(n), bf16(n)
+    second = x.T @ x / F32(TOKENS)
+
+    def work() -> None:
+        code(quantise(w, triangular(second, 0.03)))
+
+    def count(until: Callable[[], bool]) -> float:
+        start, cpu = time.perf_counter(), time.thread_time()
+        while not until():
+            for _ in range(1000):
+                pass
+        return (time.thread_time() - cpu) / (time.perf_counter() - start)
+
+    end = time.perf_counter() + 3
+    alone = count(lambda: time.perf_counter() > end)
+    took = seconds(work)
+    beside: list[float] = []
+    other = threading.Thread(target=lambda: beside.append(seconds(work)))
+    other.start()
+    counted = count(lambda: bool(beside))
+    return max(0.0, 1 - counted / alone) * beside[0] / took
+
+
 def table(head: str, rows: list[list[str]]) -> None:
     """Print a table."""
     print(f"\n| {head} |\n|{' ---: |' * (head.count('|') + 1)}")
@@ -273,6 +302,8 @@ def main() -> None:
         ],
     )  # fmt: skip
     print(f"\nMemory at most: triangular {held[0]:.0f} bytes for each n^2, quantising {held[1]:.0f} for each weight.")
+    print("Holds the interpreter's lock, one thread, share of its time: "
+          f"{', '.join(f'n = {n}: {lock_share(n):.0%}' for n in args.sizes)}.")  # fmt: skip
     rows = [extrapolate(model, rates, held) for model in MODELS]
     print(f"\nComputed: hours of one core with the rates of n = {rates[-1].n}.")
     table(
