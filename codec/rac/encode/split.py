@@ -48,7 +48,7 @@ COARSE = 1 / 64
 """Most that the error of a basis may add to the output error, as a share of it."""
 HARM = 4.5
 """Bits per weight that such a share costs, per share: weak directions are no longer free of strong ones."""
-CODER = Level("default", 16, 1, 8, 6, 2, False, 0, 9, 1)
+CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1)
 """How the integers are coded."""
 
 
