@@ -112,7 +112,7 @@ def _stream(src: str) -> _File:
     from rac.container.access import InFile
     from rac.container.forward import Forward
     from rac.container.index import method_of
-    from rac.decode.archive import Objects
+    from rac.decode.stream import Objects
     from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
     heads = {}

@@ -15,7 +15,9 @@ from rac.container import zstd
 from rac.container.forward import Forward, entries_by_name
 from rac.container.index import content_digest
 from rac.decode import tensor as tn
-from rac.decode.archive import Found, forward_attachment, forward_tensors, open_archives
+from rac.decode.archive import open_archives
+from rac.decode.attachments import forward_attachment
+from rac.decode.stream import Found, forward_tensors
 from rac.encode import ties
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError, SourceError

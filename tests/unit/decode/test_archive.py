@@ -69,7 +69,11 @@ def test_a_step_of_zero(path):
 
 
 def test_arguments_that_are_refused(path):
-    for kwargs, match in (({"framework": "tf"}, "'tf'"), ({"device": "cuda"}, "CPU"), ({"threads": 0}, "at least 1")):
+    for kwargs, match in (
+        ({"framework": "tf"}, "'tf'"),
+        ({"framework": "np", "device": "cuda"}, "CPU"),
+        ({"threads": 0}, "at least 1"),
+    ):
         with pytest.raises(ValueError, match=match):
             rac.open(path, **kwargs)
 
