@@ -125,7 +125,7 @@ class _Ring:
     def __init__(
         self, name: str, size: int, slot: int, allocate: Callable[[int], memoryview] | None, trace: Trace | None
     ) -> None:  # fmt: skip
-        self.name, self._slot, self._most = name, slot, max(2, size // slot)
+        self.name, self._slot, self._most = name, slot, size // slot
         self._allocate = allocate or (lambda n: memoryview(bytearray(n)))
         self._trace = trace
         self._made, self._free, self._queue = 0, list[_Slot](), deque[_Slot]()

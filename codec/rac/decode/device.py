@@ -36,8 +36,6 @@ def engine_for(
     device: str, threads: int, ring: int = RING, damaged: Damaged | None = None, trace: Trace | None = None
 ) -> Engine:  # fmt: skip
     """What decodes for `device`: its own kernels, or those of the CPU, with one warning where the device has none."""
-    if ring < 1:
-        raise ValueError("ring must be at least 1 byte")
     cpu = Cpu(threads, ring, damaged, trace=trace)
     if str(device).split(":")[0] != "cuda":
         return cpu
@@ -74,11 +72,15 @@ class Gpu:
             raise LimitError(f"{size} bytes of pinned memory cannot be had: {e}") from e
         return memoryview(buffer.numpy())
 
-    def run(self, items: Iterator[Item]) -> Iterator[tuple[tn.Tensor, Any]]:
+    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[tn.Tensor, Any]]:
         """(tensor, torch tensor) of each item, and objects as arrays."""
         batch = _Batch(self._cuda.DeviceDecoder(self._device, self.ring // 2), self.trace)
         try:
             for item in items:
+                if item is None:
+                    batch.flush()
+                    yield from batch.finished()
+                    continue
                 if item.t.record.type == RECORD_OBJECT:  # small, few, and used as matrices: the CPU decodes them
                     yield from Cpu(1, self.ring, self._damaged).run(iter([item]))
                     continue
@@ -86,7 +88,7 @@ class Gpu:
                     try:
                         self._add(batch, item)
                         # a batch holds its buffers until it is flushed: leave enough of them to read into
-                        if self._damaged is not None or item.idle() or batch.size > self.ring // 16:
+                        if self._damaged is not None or batch.size > self.ring // 16:
                             batch.flush()
                     except (TruncatedError, SourceError):
                         raise

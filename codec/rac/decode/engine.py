@@ -27,6 +27,7 @@ from rac.registry import RECORD_OBJECT
 Array = NDArray[Any]
 RING = 256 << 20
 """Bytes that may be held beyond the tensors themselves: half for what is read ahead, half for tensors in work."""
+LEAST = 1 << 16
 GROUP = 1 << 20
 """Stored bytes of a job."""
 SCRATCH = 8 << 20
@@ -54,8 +55,6 @@ class Item:
     """The matrices that it uses."""
     keep: Callable[[Array | None], None]
     """Called with the words of an object, None where it is damaged."""
-    idle: Callable[[], bool] = lambda: False
-    """True where nothing more has arrived, so that there is time to hand out what is decoded."""
 
 
 def first_units(item: Item) -> list[bytes]:
@@ -78,12 +77,15 @@ class Engine(Protocol):
     """Bytes that may be held beyond the tensors."""
     reference: bool
     trace: Trace | None
-    allocate: Callable[[int], memoryview] | None
-    """Makes the buffers to read into."""
 
-    def run(self, items: Iterator[Item]) -> Iterator[tuple[tn.Tensor, Any]]:
+    @property
+    def allocate(self) -> Callable[[int], memoryview] | None:
+        """Makes the buffers to read into; None: any memory does."""
+
+    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[tn.Tensor, Any]]:
         """(tensor, its words (R, C) as an array, or the finished torch tensor) of each item, in order.
 
+        Between items, None says that nothing more has arrived: time to hand out what is there.
         Objects are among them, always as arrays. Tensors that are damaged are not: they are in the mapping that the
         engine was made with, or end the run with their error.
         """
@@ -149,13 +151,15 @@ class _Pending:
 class Cpu:
     """The decoder that runs on the CPU: C kernels, or numba in their place."""
 
-    allocate = None
+    allocate: Callable[[int], memoryview] | None = None
 
     def __init__(
         self, threads: int, ring: int = RING, damaged: Damaged | None = None, reference: bool = False,
         trace: Trace | None = None,
     ) -> None:  # fmt: skip
         """`damaged`: takes in the errors of tensors that are damaged, instead of raising the first."""
+        if ring < LEAST:
+            raise ValueError(f"ring must be at least {LEAST} bytes")
         kernel = "constriction" if reference else native.kernel()
         self.name = f"CPU ({kernel}, {threads} thread{'s' * (threads > 1)})"
         self.ring, self.reference, self.trace = ring, reference, trace
@@ -170,17 +174,19 @@ class Cpu:
         self._held = 0
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, items: Iterator[Item]) -> Iterator[Loaded]:
+    def run(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
         """(tensor, its words (R, C)) of each item, objects included, in order."""
         waiting, failed = self._waiting, None
         try:
             while failed is None:
                 try:
-                    item = next(items, None)
-                    if item is None:
-                        break
-                    self._add(item)
-                    full = item.idle()
+                    item = next(items)
+                    if full := item is None:
+                        self._submit(last=True)
+                    else:
+                        self._add(item)
+                except StopIteration:
+                    break
                 except RacError as e:  # behind those that are in work
                     failed, full = e, True
                 while waiting and (full or waiting[0].finished() or (self._held > self._window and len(waiting) > 1)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -69,7 +69,7 @@ class Stream(Iterator[tuple[str, Any]]):
         """End the threads; what has not been yielded is not read. The source stays open where the caller opened it."""
         self._run.close()
 
-    def _tensors(self) -> Iterator[tuple[str, Any]]:
+    def _tensors(self) -> Generator[tuple[str, Any]]:
         feed, close = open_feed(self._source, self._engine)
         try:
             forward = Forward(feed, feed.name, self._limits)
@@ -197,8 +197,11 @@ class Objects:
         return out
 
 
-def forward_items(forward: Forward, other: Callable[[Record], None] | None = None) -> Iterator[Item]:
-    """Tensors and objects as they go by; `other` is called for attachments, positioned at their payload."""
+def forward_items(forward: Forward, other: Callable[[Record], None] | None = None) -> Iterator[Item | None]:
+    """Tensors and objects as they go by, None where the next has not arrived yet.
+
+    `other` is called for attachments, positioned at their payload.
+    """
     held = Objects(forward.limits)
     for record in forward.records():
         if record.type not in (RECORD_TENSOR, RECORD_OBJECT):
@@ -212,7 +215,10 @@ def forward_items(forward: Forward, other: Callable[[Record], None] | None = Non
             return forward.take(t.units[i], t.record, t.most(i), f"{t.name!r} unit {i}")
 
         held.keep(t, None)
-        yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t), forward.feed.idle)
+        yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t))
+        forward.skip(record)
+        if forward.feed.idle():
+            yield None
 
 
 Found = tuple[tn.Tensor, Array, tuple[int, ...]]
@@ -228,8 +234,10 @@ def forward_tensors(
     """
     heads: dict[int, list[bytes]] = {}
 
-    def noted(item: Item) -> Item:
+    def noted(item: Item | None) -> Item | None:
         """The item, whose tiles leave their directories behind."""
+        if item is None:
+            return None
         lanes, mine = item.t.lanes, heads.setdefault(item.t.record.at, [])
 
         def take(i: int) -> Any:
@@ -243,8 +251,12 @@ def forward_tensors(
         mine = heads.pop(t.record.at)
         with InFile(str(forward.name), repr(t.name)):
             sizes = [u.size for u in t.units]
-            parts = tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, lambda i, _, mine=mine: mine[i])
+            parts = tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, partial(_of, mine))
         if t.record.type == RECORD_TENSOR:
             yield t, words, parts
         elif of_object:
             of_object((t, words, parts))
+
+
+def _of(heads: list[bytes], i: int, _: int) -> bytes:
+    return heads[i]
