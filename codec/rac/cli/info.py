@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("src", metavar="IN.rac", help="the archive, or one shard of a set")
+    p.add_argument("src", metavar="IN.rac", help="the archive, one shard of a set, or a URL")
     p.add_argument("--json", action="store_true", help="for programs")
     p.add_argument("--tensors", action="store_true", help="a line for every tensor, and what quantised ones consist of")
     p.set_defaults(run=run)
