@@ -24,6 +24,7 @@ class Counting(FileAccess):
     bytes = 0
 
     def read_into(self, at: int, out: memoryview) -> None:
+        """Fill `out`, and count it."""
         self.bytes += len(out)
         super().read_into(at, out)
 
@@ -66,7 +67,8 @@ def main() -> int:
         print(f"{path}: {len(rows)} tensors and axes of two dimensions, {len(over)} above the bar; the worst")
         for times, name, axis, read, share, size in rows[:6]:
             print(
-                f"  {times:6.3f} of the bar  {read:>10,} bytes for a share of {share:>10,} of {size:>11,}  {axis:<7}  {name}"
+                f"  {times:6.3f} of the bar  {read:>10,} bytes for a share of {share:>10,} of {size:>11,}  "
+                f"{axis:<7}  {name}"
             )
     return missed > 0
 

@@ -73,7 +73,8 @@ def run(path: Path, rate: float, ring: int, keep: bool = True) -> dict[str, Any]
     args = [sys.executable, "-c", _CHILD, kind, str(ring), "keep" if keep else "drop"]
     env = os.environ | {"PYTHONPATH": str(ROOT / "codec")}
     with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as p:
-        assert p.stdin and p.stdout
+        if p.stdin is None or p.stdout is None:
+            raise SystemExit("no pipes")
         p.stdout.readline()
         thread = threading.Thread(target=throttled, args=(path, p.stdin, rate))
         thread.start()

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +98,10 @@ def _files(src: str) -> list[_File]:
     try:
         for a in archives:
             heads = {}
-            for e in (e for e in a.index.entries if _lossy(e.method)):
-                record = a.record(e)
+            lossy = [e for e in a.index.entries if _lossy(e.method)]
+            with ThreadPoolExecutor(a.access.parallel) as pool:
+                records = list(pool.map(a.record, lossy))
+            for e, record in zip(lossy, records, strict=True):
                 with InFile(a.access.name, repr(e.name)):
                     heads[e.at] = _head(parse(a, record))
             out.append(_File(a.access.name, a.header, a.index, a.access.size, heads))

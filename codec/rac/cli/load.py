@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     assert best is not None  # noqa: S101
     seconds, trace = best
     print(
-        f"{args.src}: {names} tensors, {size(stored)} -> {size(dense)} in {seconds:.3f} s, {dense / seconds / 1e9:.2f} GB/s"
+        f"{args.src}: {names} tensors, {size(stored)} -> {size(dense)} in {seconds:.3f} s, "
+        f"{dense / seconds / 1e9:.2f} GB/s"
     )
     print(f"  decoder  {decoder}")
     for stage in STAGES:

@@ -60,7 +60,8 @@ def shard(
         clash = any(item[1].type == RECORD_OBJECT and item[1].name in parts[-1].objects for item in new)
         sizes = [_bytes(e) for _, e in new]
         tensor = needed[-1][1].type == RECORD_TENSOR
-        if tensor and parts[-1].chosen and (clash or parts[-1].size + sum(sizes) + overhead > size):
+        full = tensor and parts[-1].size + sum(sizes) + overhead > size
+        if parts[-1].chosen and (clash or full):
             parts.append(_Part())
             new, sizes = needed, [_bytes(e) for _, e in needed]
         for item, n in zip(new, sizes, strict=True):
@@ -134,7 +135,7 @@ def _in_order(archives: Sequence[Archive]) -> Iterator[list[Chosen]]:
                 uses = a.record(e).head.get("uses", []) if a.objects else []
                 if not isinstance(uses, list) or any(n not in a.objects for n in uses):
                     raise FormatError("uses an object that is not there", file=a.access.name, unit=repr(e.name))
-                yield [*((a, a.objects[n]) for n in uses), (a, e)]
+                yield [*((a, a.objects[n]) for n in dict.fromkeys(uses)), (a, e)]
                 for n in uses:
                     left.pop(n, None)
         for unused in left.values():
