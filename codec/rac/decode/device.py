@@ -97,7 +97,7 @@ class Gpu:
                             raise
                         batch.drop()
                         for name in (item.t.name, *(a for a, _ in item.t.aliases)):
-                            self._damaged[name] = e
+                            self._damaged[name] = e.with_traceback(None)
                 yield from batch.finished()
             batch.flush()
             yield from batch.finished()

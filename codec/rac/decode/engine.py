@@ -198,6 +198,7 @@ class Cpu:
             if failed is not None:
                 raise failed
         finally:
+            failed = None  # its traceback refers to this frame, and to all that the failed read held
             if self._pool:
                 self._pool.shutdown(wait=True, cancel_futures=True)
             for job in (self._job, *self._busy):
@@ -302,5 +303,5 @@ class Cpu:
             return p
         assert self._damaged is not None  # noqa: S101
         for name in (p.item.t.name, *(a for a, _ in p.item.t.aliases)):
-            self._damaged[name] = p.error
+            self._damaged[name] = p.error.with_traceback(None)  # which would keep the tensor
         return None
