@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
 from rac.container.access import read as access_read
@@ -81,7 +84,7 @@ class RacFile:
         threads: Threads that decode; one per core up to 8 by default.
         limits: What to accept.
         ring: Bytes that may be held beyond the tensors: half for what is read ahead, half for tensors in work.
-        trace: Called with what is done when: "read" or "decode", start, end (time.monotonic), bytes.
+        trace: Called with what is done when: "read", "copy" or "decode", start, end (time.monotonic), bytes.
 
     Raises:
         RacError: The file is missing, damaged, or needs a newer version.
@@ -94,6 +97,7 @@ class RacFile:
         self._framework, self._device = fw.default(framework, device), device
         fw.check(self._framework, device)
         self._damaged: Damaged = {}
+        self._trace = trace
         self._engines = {
             on_error: engine_for(device, threads_of(threads), ring, damaged, trace)
             for on_error, damaged in (("raise", None), ("report", self._damaged))
@@ -195,7 +199,10 @@ class RacFile:
             entries = [e for e in archive.index.entries if e.type in (RECORD_TENSOR, RECORD_OBJECT)]
             for t, value in ld.load(archive, entries, engine, done):
                 if t.record.type == RECORD_TENSOR:
+                    start = time.monotonic()
                     fw.put(t, value, self._framework, self._device, out)
+                    if self._trace and self._device != "cpu" and isinstance(value, np.ndarray):
+                        self._trace("copy", start, time.monotonic(), t.nbytes)
         if self._damaged:
             raise DamagedError(self._damaged, file=self.archives[0].access.name)
         return {name: out[name] for name in self._tensors}

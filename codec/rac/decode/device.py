@@ -1,13 +1,14 @@
-"""Decoding on a GPU, seen from the host: buffers that it can fetch from, what it is given, when it must be waited for.
+"""Decoding on a GPU, seen from the host: what it is given, when it is waited for, and what decodes where it cannot.
 
 The kernels are in `rac.decode.cuda`, which is imported where a CUDA device is asked for. It offers
 
     why_not(device) -> str | None                  why its kernels cannot be used there
-    DeviceDecoder(device, ring)                    ring: bytes that it may hold on the device beyond the tensors
-        .add(tensor, first, units, objects)        -> torch.Tensor, filled when `flush` has returned
-        .flush()                                   the bytes of `units` are not needed any more
+    DeviceDecoder(device, ring)                    ring: bytes that it may hold, on host and device, beside the tensors
+        .add(tensor, first, units, objects)        -> torch.Tensor, which is whole and checked once `flush` has returned
+        .flush()                                   wait for the device; the error of what it found wrong
 
-`first` and `units` are checked bytes of the units in front of the tiles and of the tiles, `objects` float32 matrices.
+`first` are the units in front of the tiles, `units` an iterable of those of the tiles, each of which `add` checks and
+copies into its own pinned memory before it asks for the next; `objects` are float32 matrices.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rac.container.access import InFile
-from rac.container.feed import Held, Trace
-from rac.container.zstd import xxh3
+from rac.container.feed import Trace
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
 from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, first_units
-from rac.errors import ChecksumError, LimitError, RacError, SourceError, TruncatedError
+from rac.errors import LimitError, RacError, SourceError, TruncatedError
 from rac.registry import RECORD_OBJECT
 
 _warned = set[str]()
@@ -45,7 +46,7 @@ def engine_for(
     except ImportError as e:
         why = f"{e.name or e} is missing; `pip install rac-codec[cuda]`"
     if why is None:
-        return Gpu(cuda, device, ring, damaged, trace)
+        return Gpu(cuda, str(device), ring, damaged, trace)
     if why not in _warned:
         _warned.add(why)
         warnings.warn(f"rac: decoding for {device} runs on the CPU: {why}", stacklevel=3)
@@ -54,125 +55,87 @@ def engine_for(
 
 
 class Gpu:
-    """Hands units to a device, and tensors out in the order of the file."""
+    """Hands units to a device as they come, and tensors out in the order of the file."""
 
     reference = False
+    allocate = None
 
     def __init__(self, cuda: Any, device: str, ring: int, damaged: Damaged | None, trace: Trace | None) -> None:
         self.name = f"Triton on {device}"
         self.ring, self.trace = ring, trace
         self._cuda, self._device, self._damaged = cuda, device, damaged
 
-    def allocate(self, size: int) -> memoryview:
-        """Pinned memory, from which a copy runs beside everything else."""
-        torch = fw.torch_module()
-        try:
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as e:
-            raise LimitError(f"{size} bytes of pinned memory cannot be had: {e}") from e
-        return memoryview(buffer.numpy())
-
     def run(self, items: Iterator[Item | None]) -> Iterator[tuple[tn.Tensor, Any]]:
         """(tensor, torch tensor) of each item, and objects as arrays."""
-        batch = _Batch(self._cuda.DeviceDecoder(self._device, self.ring // 2), self.trace)
-        try:
-            for item in items:
-                if item is None:
-                    batch.flush()
-                    yield from batch.finished()
-                    continue
-                if item.t.record.type == RECORD_OBJECT:  # small, few, and used as matrices: the CPU decodes them
-                    yield from Cpu(1, self.ring, self._damaged).run(iter([item]))
-                    continue
-                with InFile(item.file, repr(item.t.name)):
-                    try:
-                        self._add(batch, item)
-                        # a batch holds its buffers until it is flushed: leave enough of them to read into
-                        if self._damaged is not None or batch.size > self.ring // 16:
-                            batch.flush()
-                    except (TruncatedError, SourceError):
+        batch = _Batch(self._cuda.DeviceDecoder(self._device, self.ring // 2), self._device, self.trace)
+        for item in items:
+            if item is None:
+                yield from batch.flush()
+                continue
+            if item.t.record.type == RECORD_OBJECT:  # small, few, and used as matrices: the CPU decodes them
+                yield from Cpu(1, self.ring, self._damaged).run(iter([item]))
+                continue
+            ready: list[tuple[tn.Tensor, Any]] = []
+            with InFile(item.file, repr(item.t.name)):
+                try:
+                    batch.add(item)
+                    # waiting for the device is rare where all is well; an error is to be that of one tensor
+                    if self._damaged is not None or batch.size > self.ring // 2:
+                        ready = batch.flush()
+                except (TruncatedError, SourceError):
+                    raise
+                except RacError as e:
+                    if self._damaged is None:
                         raise
-                    except RacError as e:
-                        if self._damaged is None:
-                            raise
-                        batch.drop()
-                        for name in (item.t.name, *(a for a, _ in item.t.aliases)):
-                            self._damaged[name] = e.with_traceback(None)
-                yield from batch.finished()
-            batch.flush()
-            yield from batch.finished()
-        finally:
-            batch.drop()
-
-    def _add(self, batch: _Batch, item: Item) -> None:
-        t = item.t
-        first = first_units(item)
-        units = []
-        for i in range(len(t.units)):
-            if i < t.first:
-                data: bytes | memoryview = first[i]
-            else:
-                view, held = item.take(i)
-                data = batch.take(view, held, self.ring // 8)
-                units.append(np.frombuffer(data, np.uint8))
-            if xxh3(data) != t.units[i].check:
-                offset = t.record.payload + t.units[i].offset
-                raise ChecksumError("checksum does not match", unit=f"{t.name!r} unit {i}", offset=offset)
-        batch.add(t, first, units, item.objects(), self._device)
+                    batch.drop()
+                    for name in (item.t.name, *(a for a, _ in item.t.aliases)):
+                        self._damaged[name] = e.with_traceback(None)
+            yield from ready
+        yield from batch.flush()
 
 
 class _Batch:
     """Tensors that a device has been given since it was last waited for."""
 
-    def __init__(self, decoder: Any, trace: Trace | None) -> None:
-        self._decoder, self._trace = decoder, trace
-        self._held, self._tensors = list[Held](), list[tuple[tn.Tensor, Any]]()
-        self._ready = list[tuple[tn.Tensor, Any]]()
-        self.size = self._dense = 0
+    def __init__(self, decoder: Any, device: str, trace: Trace | None) -> None:
+        self._decoder, self._device, self._trace = decoder, device, trace
+        self._tensors: list[tuple[tn.Tensor, Any]] = []
         self._start = 0.0
+        self.size = 0
+        """Dense bytes of them."""
 
-    def take(self, view: memoryview, held: Held | None, most: int) -> bytes | memoryview:
-        """Bytes that stay as they are until `flush`; copied where too many buffers would be held."""
-        self.size += len(view)
-        if held is None:
-            return view
-        if self.size <= most:
-            self._held.append(held)
-            return view
-        data = bytes(view)
-        held.give()
-        return data
-
-    def add(self, t: tn.Tensor, first: list[bytes], units: list[Any], objects: list[Any], device: str) -> None:
+    def add(self, item: Item) -> None:
         """Give a tensor to the device."""
-        torch = fw.torch_module()
+        t = item.t
         self._start = self._start or time.monotonic()
         try:
-            self._tensors.append((t, self._decoder.add(t, first, units, objects)))
-        except torch.OutOfMemoryError as e:
-            raise LimitError(fw.out_of_memory(device, t.nbytes + t.record.payload_size)) from e
-        self._dense += t.nbytes
+            out = self._decoder.add(t, first_units(item), _units(item), item.objects())
+        except fw.torch_module().OutOfMemoryError as e:
+            raise LimitError(fw.out_of_memory(self._device, t.nbytes), unit=repr(t.name)) from e
+        self._tensors.append((t, out))
+        self.size += t.nbytes
 
-    def flush(self) -> None:
-        """Wait for all of it, and give the buffers back."""
+    def flush(self) -> list[tuple[tn.Tensor, Any]]:
+        """Wait for all of it; what came of it."""
         if self._tensors:
             self._decoder.flush()
             if self._trace:
-                self._trace("decode", self._start, time.monotonic(), self._dense)
-        self._ready += self._tensors
+                self._trace("decode", self._start, time.monotonic(), self.size)
+        out = self._tensors
         self.drop()
+        return out
 
     def drop(self) -> None:
         """Forget what is not finished."""
-        self._tensors, held, self._held = [], self._held, []
-        self.size = self._dense = 0
-        self._start = 0.0
-        for h in held:
-            h.give()
+        self._tensors, self.size, self._start = [], 0, 0.0
 
-    def finished(self) -> Iterator[tuple[tn.Tensor, Any]]:
-        """Hand out what is there."""
-        ready, self._ready = self._ready, []
-        ready.reverse()
-        while ready:
-            yield ready.pop()
+
+def _units(item: Item) -> Iterator[NDArray[np.uint8]]:
+    """The units of the tiles; each is given back when the next is asked for."""
+    for i in range(item.t.first, len(item.t.units)):
+        view, held = item.take(i)
+        try:
+            yield np.frombuffer(view, np.uint8)
+        finally:
+            if held:
+                held.give()

@@ -297,7 +297,7 @@ def test_damage_of_an_attachment_and_an_end_that_comes_too_early(data):
 
 
 class FakeDecoder:
-    """What the kernels offer, on the CPU: tensors are there only after `flush`, and then the units are overwritten."""
+    """What the kernels offer, on the CPU: units are used as they come, tensors are there only after `flush`."""
 
     made = []
 
@@ -308,24 +308,20 @@ class FakeDecoder:
     def add(self, t, first, units, objects):
         import torch
 
+        from rac.decode import tensor as tn
+
+        dec, words = tn.Decoder(t, first, False, objects), tn.empty(t)
+        for i, unit in enumerate(units):
+            dec.tile(i, unit, words)
         out = torch.zeros(t.shape, dtype=torch.float32)
-        self.waiting.append((t, first, units, objects, out))
-        self.most = max(self.most, sum(len(u) for *_, us, _, _ in self.waiting for u in us))
+        self.waiting.append((words, out))
+        self.most = max(self.most, sum(w.nbytes for w, _ in self.waiting))
         return out
 
     def flush(self):
-        from rac.decode import tensor as tn
-
         self.flushes += 1
-        for t, first, units, objects, out in self.waiting:
-            dec = tn.Decoder(t, first, False, objects)
-            words = tn.empty(t)
-            for i, unit in enumerate(units):
-                dec.tile(i, unit, words)
+        for words, out in self.waiting:
             out.view(-1).numpy().view(np.uint32)[:] = words.reshape(-1)
-            for unit in units:
-                if unit.flags.writeable:
-                    unit[:] = 0xAA
         self.waiting = []
 
 
@@ -334,7 +330,6 @@ def gpu(monkeypatch):
     pytest.importorskip("torch")
     module = SimpleNamespace(DeviceDecoder=FakeDecoder, why_not=lambda device: None)
     monkeypatch.setitem(sys.modules, "rac.decode.cuda", module)
-    monkeypatch.setattr(device.Gpu, "allocate", None)  # there is no pinned memory without CUDA
     FakeDecoder.made.clear()
     return module
 
@@ -351,8 +346,9 @@ def test_the_host_side_of_a_device(gpu, data, ring):
         assert equal({n: t.numpy() for n, t in f.load().items()})
         assert (f.get_tensor("layer 4").numpy() == TENSORS["layer 4"]).all()
     largest = max(t.nbytes for t in TENSORS.values())
-    assert all(d.flushes and d.most <= ring // 16 + largest for d in FakeDecoder.made)
-    assert FakeDecoder.made[1].flushes > 3 or ring > 1 << 20
+    assert all(d.flushes and d.most <= ring // 2 + largest for d in FakeDecoder.made)
+    assert FakeDecoder.made[1].flushes > 3 or ring > 1 << 22
+    assert FakeDecoder.made[1].flushes == 1 or ring < 1 << 28  # the device is not waited for without need
 
 
 def test_damage_on_the_way_to_a_device(gpu, data):
