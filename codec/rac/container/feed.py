@@ -23,6 +23,8 @@ PIECE = 1 << 20
 """Bytes that a claim of a length is worth before they arrive."""
 SLOT = 4 << 20
 """Bytes of one read of a file, and of one buffer."""
+SPARE = 4
+"""Buffers beside those that are being filled."""
 JOIN = 5.0
 """Seconds that closing waits for a read that cannot be interrupted."""
 Trace = Callable[[str, float, float, int], None]
@@ -120,12 +122,16 @@ class _Slot:
 
 
 class _Ring:
-    """Buffers that threads fill in the order of the file, at most `size` bytes of them."""
+    """Buffers that threads fill in the order of the file, at most `size` bytes and `count` of them.
+
+    More would not help: who reads slower than the threads do finds a few full buffers, and memory that is touched for
+    the first time costs more than the copy into it.
+    """
 
     def __init__(
-        self, name: str, size: int, slot: int, allocate: Callable[[int], memoryview] | None, trace: Trace | None
+        self, name: str, size: int, slot: int, count: int, allocate: Callable[[int], memoryview] | None, trace: Trace | None
     ) -> None:  # fmt: skip
-        self.name, self._slot, self._most = name, slot, size // slot
+        self.name, self._slot, self._most = name, slot, min(size // slot, count)
         self._allocate = allocate or (lambda n: memoryview(bytearray(n)))
         self._trace = trace
         self._made, self._free, self._queue = 0, list[_Slot](), deque[_Slot]()
@@ -251,7 +257,7 @@ class RangeRing(_Ring):
     ) -> None:  # fmt: skip
         total = sum(n for _, n in ranges)
         slot = max(1, min(SLOT, size // 4, total))
-        super().__init__(access.name, size, slot, allocate, trace)
+        super().__init__(access.name, size, slot, access.parallel + SPARE, allocate, trace)
         self._access = access
         self._pieces = deque((a, min(slot, at + n - a)) for at, n in ranges for a in range(at, at + n, slot))
         for at, n in ranges:
@@ -289,7 +295,7 @@ class StreamRing(_Ring):
         self, stream: Any, name: str, size: int, allocate: Callable[[int], memoryview] | None = None,
         trace: Trace | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(name, size, max(1, min(SLOT, size // 4)), allocate, trace)
+        super().__init__(name, size, max(1, min(SLOT, size // 4)), 2 * SPARE, allocate, trace)
         self._read = _reader(stream, name)
         self._stream = stream
         self._file = _waitable(stream)
