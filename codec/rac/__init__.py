@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rac.errors import (
     ChecksumError,
+    DamagedError,
     FormatError,
     LimitError,
     MismatchError,
@@ -33,27 +34,29 @@ from rac.registry import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from rac import align, entropy, quantize, split
-    from rac.decode.archive import RacFile, iter_tensors, load, load_file
+    from rac.decode.archive import RacFile, load, load_file
     from rac.decode.archive import RacFile as open  # noqa: A004, N813
+    from rac.decode.stream import iter_tensors, stream
     from rac.decode.unpack import unpack
     from rac.encode.pack import pack, save_file
     from rac.encode.verify import verify
 
 __all__ = [
-    "ChecksumError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError", "NameNotFoundError",
-    "OutputError", "RacError", "RacFile", "SourceError", "TruncatedError", "UnsupportedError", "__version__",
-    "align", "entropy", "iter_tensors", "load", "load_file", "open", "pack", "quantize", "save_file", "split", "unpack",
-    "verify",
+    "ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError",
+    "NameNotFoundError", "OutputError", "RacError", "RacFile", "SourceError", "TruncatedError", "UnsupportedError",
+    "__version__", "align", "entropy", "iter_tensors", "load", "load_file", "open", "pack", "quantize", "save_file",
+    "split", "stream", "unpack", "verify",
 ]  # fmt: skip
 
 _WHERE = {
     "RacFile": "rac.decode.archive:RacFile",
     "open": "rac.decode.archive:RacFile",
-    "iter_tensors": "rac.decode.archive:iter_tensors",
+    "iter_tensors": "rac.decode.stream:iter_tensors",
     "load": "rac.decode.archive:load",
     "load_file": "rac.decode.archive:load_file",
     "pack": "rac.encode.pack:pack",
     "save_file": "rac.encode.pack:save_file",
+    "stream": "rac.decode.stream:stream",
     "unpack": "rac.decode.unpack:unpack",
     "verify": "rac.encode.verify:verify",
 }

@@ -4,6 +4,7 @@ RacError
  +-- FormatError            the bytes break the specification
  |    +-- TruncatedError    the bytes end too early
  |    +-- ChecksumError     a checksum or digest does not match
+ |    +-- DamagedError      several tensors are damaged; `damaged` names them all
  +-- UnsupportedError       valid, but needs a newer or larger decoder
  +-- LimitError             more memory or structure than the reader allows
  +-- SourceError            the input of a pack is missing or is not a model
@@ -43,6 +44,18 @@ class TruncatedError(FormatError):
 
 class ChecksumError(FormatError):
     """A checksum, a digest or a final coder state does not match."""
+
+
+class DamagedError(FormatError):
+    """All that was found damaged by a reader that was asked to go on; `damaged` maps each name to its error."""
+
+    def __init__(self, damaged: dict[str, RacError], *, file: str | None = None, more: str = "") -> None:
+        self.damaged = dict(damaged)
+        some = ", ".join(f"{n!r} ({e.message})" for n, e in list(damaged.items())[:5])
+        super().__init__(
+            f"{len(damaged)} damaged: {some}{', ...' if len(damaged) > 5 else ''}{more}; they were not handed out",
+            file=file,
+        )
 
 
 class UnsupportedError(RacError):

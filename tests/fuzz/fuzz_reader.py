@@ -28,7 +28,7 @@ from golden.model import OBJECT, TENSOR, Archive, parse  # noqa: E402
 
 from rac.container import msg, wire, zstd  # noqa: E402
 from rac.container.forward import Forward  # noqa: E402
-from rac.decode.archive import Found, forward_tensors  # noqa: E402
+from rac.decode.stream import Found, forward_tensors  # noqa: E402
 from rac.registry import DTYPES  # noqa: E402
 
 INTS = [

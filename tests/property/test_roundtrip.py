@@ -383,7 +383,7 @@ def test_kernels_agree_on_damage(data):
     archive = Archive(BytesAccess(packed({"a": array}, level=data.draw(LEVELS), lanes=data.draw(st.integers(1, 40)))))
     t = tn.parse(archive.record(archive.index.entries[0]), archive.limits)
     assert t.method == "lanes/1"
-    shared_unit, unit, *_ = ld.read_units(archive, t, 0, len(t.units))
+    ((shared_unit, unit, *_),) = ld.read_units(archive, t, [(0, len(t.units))])
     shared = tile.shared(shared_unit.tobytes(), t.lanes, t.grid)
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
     for _ in range(20):

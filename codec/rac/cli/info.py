@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def add(commands: Any) -> None:
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("src", metavar="IN.rac", help="the archive, or one shard of a set")
+    p.add_argument("src", metavar="IN.rac", help="the archive, one shard of a set, or a URL")
     p.add_argument("--json", action="store_true", help="for programs")
     p.add_argument("--tensors", action="store_true", help="a line for every tensor, and what quantised ones consist of")
     p.set_defaults(run=run)
@@ -97,8 +98,10 @@ def _files(src: str) -> list[_File]:
     try:
         for a in archives:
             heads = {}
-            for e in (e for e in a.index.entries if _lossy(e.method)):
-                record = a.record(e)
+            lossy = [e for e in a.index.entries if _lossy(e.method)]
+            with ThreadPoolExecutor(a.access.parallel) as pool:
+                records = list(pool.map(a.record, lossy))
+            for e, record in zip(lossy, records, strict=True):
                 with InFile(a.access.name, repr(e.name)):
                     heads[e.at] = _head(parse(a, record))
             out.append(_File(a.access.name, a.header, a.index, a.access.size, heads))
@@ -112,7 +115,7 @@ def _stream(src: str) -> _File:
     from rac.container.access import InFile
     from rac.container.forward import Forward
     from rac.container.index import method_of
-    from rac.decode.archive import Objects
+    from rac.decode.stream import Objects
     from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
     heads = {}

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
     from rac.cli.fidelity import ALARM, by_role, write_report
     from rac.cli.progress import Progress, Steps, parse_size, size
-    from rac.decode.load import threads_of
+    from rac.decode.engine import threads_of
     from rac.encode import workers
     from rac.encode.budget import Request, texts_of
     from rac.encode.pack import pack_source, recipe_of

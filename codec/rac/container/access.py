@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from rac.errors import RacError, SourceError, TruncatedError
 
@@ -14,6 +17,8 @@ class Access(Protocol):
 
     name: str
     size: int
+    parallel: int
+    """Reads that are worth having in flight at once."""
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`; TruncatedError where the bytes end."""
@@ -33,6 +38,8 @@ def read(access: Access, at: int, size: int) -> bytes:
 
 class FileAccess:
     """A regular file, read with pread."""
+
+    parallel = 4
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = os.fspath(path)
@@ -67,6 +74,8 @@ class FileAccess:
 class BytesAccess:
     """Bytes in memory."""
 
+    parallel = 1
+
     def __init__(self, data: bytes | bytearray | memoryview, name: str = "<bytes>") -> None:
         self.name, self._data = name, memoryview(data).cast("B")
         self.size = len(self._data)
@@ -80,6 +89,42 @@ class BytesAccess:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+class ObjectAccess:
+    """A file object that can seek. It is read under a lock, and stays open."""
+
+    parallel = 1
+
+    def __init__(self, stream: Any) -> None:
+        self.name = str(getattr(stream, "name", None) or "<file object>")
+        self._stream, self._lock = stream, threading.Lock()
+        with self._guard(0):
+            self.size: int = stream.seek(0, os.SEEK_END)
+
+    @contextmanager
+    def _guard(self, at: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as e:
+            raise SourceError(getattr(e, "strerror", None) or str(e), file=self.name, offset=at) from e
+
+    def read_into(self, at: int, out: memoryview) -> None:
+        """Fill `out` from offset `at`."""
+        done = 0
+        with self._lock, self._guard(at):
+            self._stream.seek(at)
+            while done < len(out):
+                data = self._stream.read(len(out) - done)
+                if not data:
+                    break
+                out[done : done + len(data)] = data
+                done += len(data)
+        if done < len(out):
+            raise TruncatedError("the file object ends early", file=self.name, offset=at + done)
+
+    def close(self) -> None:
+        """The file object belongs to the caller."""
 
 
 class InFile:

@@ -4,72 +4,119 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, TypeGuard
 
 from rac.container import index as ix
 from rac.container import wire, zstd
+from rac.container.feed import PIECE, Feed, Held, Plain, Readable
 from rac.container.reader import check_header
-from rac.errors import ChecksumError, FormatError, LimitError, SourceError, TruncatedError
+from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from rac.records import Entry, Index, Limits, Record, Unit
 from rac.registry import RECORD_INDEX, RECORD_TENSOR
 
-PIECE = 1 << 20
+
+class Walk:
+    """Records of a feed, one piece after the other, from offset `at` on."""
+
+    def __init__(self, feed: Feed, name: str, limits: Limits, at: int = 0) -> None:
+        self.feed, self.name, self.limits, self.at = feed, name, limits, at
+
+    def piece(self, size: int, short: bool = False) -> tuple[memoryview, Held | None]:
+        """A view of `size` bytes, and what to give back; TruncatedError where the stream ends early."""
+        out, held = self.feed.take(size)
+        self.at += len(out)
+        if len(out) < size and not short:
+            if held:
+                held.give()
+            raise TruncatedError("the stream ends early", file=self.name, offset=self.at)
+        return out, held
+
+    def read(self, size: int, short: bool = False) -> bytes:
+        """A copy of `size` bytes."""
+        view, held = self.piece(size, short)
+        out = bytes(view)
+        if held:
+            held.give()
+        return out
+
+    def padding(self, to: int = wire.ALIGN) -> None:
+        """Read up to the next multiple of `to`; the bytes must be 0."""
+        at = self.at
+        if any(self.read(wire.pad(at, to))):
+            raise FormatError("padding is not zero", file=self.name, offset=at)
+
+    def head(self) -> Record:
+        """The head of the record that begins here."""
+        at = self.at
+        fixed = self.read(wire.RECORD_HEAD, short=True)
+        size = wire.parse_record(at, fixed, self.limits)[2]
+        body = self.read(size)
+        return wire.parse_record_body(at, fixed, body, self.read(wire.pad(self.at)), self.limits)
+
+    def pass_by(self, size: int) -> None:
+        """Read on without a look."""
+        end = self.at + size
+        while self.at < end:
+            _, held = self.piece(min(PIECE, end - self.at))
+            if held:
+                held.give()
+
+    def skip(self, record: Record) -> None:
+        """Go to the end of a record."""
+        self.pass_by(record.payload + record.payload_size - self.at)
+        self.padding()
+
+    def take(self, unit: Unit, record: Record, most: int, what: str) -> tuple[memoryview, Held | None]:
+        """The next unit of a record, its padding checked but not its checksum, and what to give back.
+
+        LimitError where it claims more than `most` bytes.
+        """
+        if self.at != record.payload + unit.offset:
+            raise ValueError("units must be read in order")
+        if unit.size > most:
+            raise LimitError(f"unit of {unit.size} bytes exceeds {most}", file=self.name, unit=what, offset=self.at)
+        view, held = self.piece(unit.size + wire.pad(unit.size, wire.STREAM_ALIGN))
+        if any(view[unit.size :]):
+            if held:
+                held.give()
+            at = record.payload + unit.offset + unit.size
+            raise FormatError("padding is not zero", file=self.name, unit=what, offset=at)
+        return view[: unit.size], held
+
+    def unit(self, unit: Unit, record: Record, most: int, what: str) -> bytes:
+        """A copy of the next unit of a record, checked."""
+        at = self.at
+        view, held = self.take(unit, record, most, what)
+        data = bytes(view)
+        if held:
+            held.give()
+        if zstd.xxh3(data) != unit.check:
+            raise ChecksumError("checksum does not match", file=self.name, unit=what, offset=at)
+        return data
 
 
-class Readable(Protocol):
-    """Anything with `read`."""
-
-    def read(self, size: int, /) -> bytes:
-        """Up to `size` bytes; empty at the end."""
-
-
-class Forward:
+class Forward(Walk):
     """An archive read from front to back; holds one record head and one unit at a time.
 
     Every byte is checked, padding included, and at the end the index must name the records that went by.
     """
 
-    def __init__(self, stream: Readable, name: str = "<stream>", limits: Limits | None = None) -> None:
-        self._stream, self.name, self.limits, self.at = stream, name, limits or Limits(), 0
-        pre = self._read(wire.PRELUDE, short=True)
+    def __init__(self, stream: Readable | Feed, name: str = "<stream>", limits: Limits | None = None) -> None:
+        feed: Feed = stream if _is_feed(stream) else Plain(stream, name)  # type: ignore[arg-type]
+        super().__init__(feed, name, limits or Limits())
+        pre = self.read(wire.PRELUDE, short=True)
         size = wire.parse_prelude(pre, self.limits)
-        body = self._read(size)
-        head = wire.parse_header(pre, body, self._read(wire.pad(self.at)), self.limits)
+        body = self.read(size)
+        head = wire.parse_header(pre, body, self.read(wire.pad(self.at)), self.limits)
         self.header: dict[str, Any] = check_header(head)
         self.header_size = self.at
         self.index: Index | None = None
         self._seen: list[Record] = []
 
-    def _read(self, size: int, short: bool = False) -> bytes:
-        """`size` bytes, asked for in pieces so that a false length allocates nothing."""
-        out = bytearray()
-        while len(out) < size:
-            try:
-                got = self._stream.read(min(PIECE, size - len(out)))
-            except OSError as e:
-                raise SourceError(e.strerror or str(e), file=self.name, offset=self.at) from e
-            if not got:
-                break
-            out += got
-        self.at += len(out)
-        if len(out) < size and not short:
-            raise TruncatedError("the stream ends early", file=self.name, offset=self.at)
-        return bytes(out)
-
-    def padding(self, to: int = wire.ALIGN) -> None:
-        """Read up to the next multiple of `to`; the bytes must be 0."""
-        at = self.at
-        if any(self._read(wire.pad(at, to))):
-            raise FormatError("padding is not zero", file=self.name, offset=at)
-
     def records(self) -> Iterator[Record]:
         """Heads of all records. The caller reads the payload with `unit`; what it leaves is skipped."""
         while True:
-            at = self.at
-            fixed = self._read(wire.RECORD_HEAD, short=True)
-            size = wire.parse_record(at, fixed, self.limits)[2]
-            body = self._read(size)
-            record = wire.parse_record_body(at, fixed, body, self._read(wire.pad(self.at)), self.limits)
+            record = self.head()
             if record.type == RECORD_INDEX:
                 self._finish(record)
                 return
@@ -77,25 +124,6 @@ class Forward:
                 yield record
             self.skip(record)
             self._seen.append(replace(record, head={k: v for k, v in record.head.items() if k in ix.HEAD_KEYS}))
-
-    def skip(self, record: Record) -> None:
-        """Go to the end of a record."""
-        while self.at < record.payload + record.payload_size:
-            self._read(min(PIECE, record.payload + record.payload_size - self.at))
-        self.padding()
-
-    def unit(self, unit: Unit, record: Record, most: int, what: str) -> bytes:
-        """The next unit of a record, checked; LimitError where it claims more than `most` bytes."""
-        if self.at != record.payload + unit.offset:
-            raise ValueError("units must be read in order")
-        if unit.size > most:
-            raise LimitError(f"unit of {unit.size} bytes exceeds {most}", file=self.name, unit=what, offset=self.at)
-        at = self.at
-        data = self._read(unit.size)
-        if zstd.xxh3(data) != unit.check:
-            raise ChecksumError("checksum does not match", file=self.name, unit=what, offset=at)
-        self.padding(wire.STREAM_ALIGN)
-        return data
 
     def _finish(self, record: Record) -> None:
         if record.payload_size > self.limits.index:
@@ -106,16 +134,20 @@ class Forward:
         body = self.unit(units[0], record, self.limits.index, "index")
         self.padding()
         index = ix.parse(record, body, self.header_size, self.limits)
-        at, size = wire.parse_trailer(self._read(wire.TRAILER, short=True))
+        at, size = wire.parse_trailer(self.read(wire.TRAILER, short=True))
         if (at, size) != (record.at, record.end - record.at):
             raise FormatError("the trailer does not point at the index", file=self.name, unit="trailer", offset=self.at)
-        if self._read(1, short=True):
+        if self.read(1, short=True):
             raise FormatError("bytes follow the trailer", file=self.name, offset=self.at - 1)
         if len(index.entries) != len(self._seen):
             raise FormatError("the index names other records than are there", file=self.name, unit="index")
         for entry, seen in zip(index.entries, self._seen, strict=True):
             ix.match(entry, seen)
         self.index = index
+
+
+def _is_feed(stream: Readable | Feed) -> TypeGuard[Feed]:
+    return hasattr(stream, "take")
 
 
 def entries_by_name(index: Index) -> dict[str, Entry]:

@@ -147,7 +147,7 @@ def trailer(at: int, size: int) -> bytes:
 def parse_trailer(data: bytes) -> tuple[int, int]:
     """(offset, size) of the index record."""
     if len(data) != TRAILER or data[24:] != END_MAGIC:
-        raise TruncatedError("file has no trailer: it is cut off or was never finished")
+        raise TruncatedError("file has no trailer: it is cut off, was never finished, or is still being written")
     if xxh3(data[:16]) != _U64.unpack_from(data, 16)[0]:
         raise ChecksumError("trailer checksum does not match", unit="trailer")
     return _TRAILER.unpack_from(data)

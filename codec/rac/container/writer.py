@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 from rac.container import index as ix
@@ -83,6 +84,15 @@ class Writer:
         self._write(*pieces)
         self.entries.append(entry)
         return entry
+
+    def begin(self, entry: Entry, head: bytes) -> None:
+        """Write what stands in front of the payload of a record that is copied from elsewhere; `more` goes on."""
+        self.entries.append(replace(entry, at=self.at))
+        self._write(head)
+
+    def more(self, piece: bytes | memoryview) -> None:
+        """Bytes of the record that was begun, padding included."""
+        self._write(piece)
 
     def flush(self) -> None:
         """Give what is written to the operating system, so that a killed process does not lose it."""

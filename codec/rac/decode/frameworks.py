@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.errors import MissingDependencyError
+from rac.decode.tensor import Tensor
+from rac.errors import LimitError, MissingDependencyError
 
 _NUMPY = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "C64": "<c8", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
@@ -31,6 +32,11 @@ def check(framework: str, device: str = "cpu") -> None:
         raise ValueError("numpy arrays live on the CPU; use framework='pt' for another device")
     if framework == "pt":
         torch_module()
+
+
+def default(framework: str | None, device: str) -> str:
+    """The framework that is meant where none is named: torch where tensors go to another device than the CPU."""
+    return framework or ("np" if str(device) == "cpu" else "pt")
 
 
 def torch_module() -> Any:
@@ -63,4 +69,43 @@ def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], frame
     torch = torch_module()
     flat = torch.from_numpy(matrix.reshape(-1).view(np.uint8))
     out = flat.view(getattr(torch, _TORCH[dtype])).reshape(shape)
-    return out if str(device) == "cpu" else out.to(device)
+    return out if str(device) == "cpu" else on_device(out, device)
+
+
+def on_device(tensor: Any, device: str) -> Any:
+    """A torch tensor, copied to a device; LimitError that says how much was needed where it does not fit."""
+    torch = torch_module()
+    try:
+        return tensor.to(device)
+    except torch.OutOfMemoryError as e:
+        raise LimitError(out_of_memory(device, tensor.nbytes)) from e
+
+
+def out_of_memory(device: str, needed: int) -> str:
+    """What there is to say where `needed` bytes did not fit."""
+    try:
+        free, total = torch_module().cuda.mem_get_info(device)
+        there = f"{free} of {total} are free"
+    except (RuntimeError, AssertionError, ValueError):  # no such device, or it does not say
+        there = "there are fewer"
+    return f"{device} is out of memory: {needed} bytes are needed, {there}"
+
+
+def torch_dtype(dtype: str) -> Any:
+    """The torch dtype of a RAC dtype."""
+    return getattr(torch_module(), _TORCH[dtype])
+
+
+def put(t: Tensor, value: Any, framework: str, device: str, out: dict[str, Any]) -> None:
+    """What an engine yields (words, or a torch tensor) into `out`, under all names; tied names share it."""
+    if isinstance(value, np.ndarray):
+        out[t.name] = to_framework(value, t.dtype, t.shape, framework, device)
+    else:
+        out[t.name] = value
+    for alias, tied in t.aliases:
+        if tied:
+            out[alias] = out[t.name]
+        elif isinstance(value, np.ndarray):
+            out[alias] = to_framework(value.copy(), t.dtype, t.shape, framework, device)
+        else:
+            out[alias] = value.clone()

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from rac.container.reader import Archive
 from rac.decode import load as ld
 from rac.decode.archive import RacFile
+from rac.decode.engine import threads_of
 from rac.decode.tensor import extra_of
 from rac.errors import FormatError, OutputError
 from rac.records import Entry
@@ -68,7 +69,7 @@ def unpack(
                 raise OutputError("exists already; give --force to replace it", file=path)
         made = not os.path.exists(target)
         try:
-            _write(f, outputs, ld.threads_of(threads), progress)
+            _write(f, outputs, threads_of(threads), progress)
             for name, path in zip(files, paths[len(outputs) :], strict=True):
                 os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
                 with open(path + ".part", "wb") as g:

@@ -23,7 +23,7 @@ from rac.container import zstd
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
-from rac.decode.load import threads_of
+from rac.decode.engine import threads_of
 from rac.decode.unpack import quantised
 from rac.encode import record as rec
 from rac.encode import resume as rs

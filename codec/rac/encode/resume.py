@@ -11,7 +11,8 @@ from rac.container import index as ix
 from rac.container import wire
 from rac.container.forward import Forward
 from rac.decode import tensor as tn
-from rac.decode.archive import Objects, attachment_bytes, attachment_units
+from rac.decode.attachments import attachment_bytes, attachment_units
+from rac.decode.stream import Objects
 from rac.encode import ties
 from rac.encode.sources import Attachment
 from rac.errors import RacError

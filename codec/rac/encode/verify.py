@@ -7,18 +7,22 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from rac.container import zstd
+from rac.container.feed import Feed, RangeRing, StreamRing
 from rac.container.forward import Forward, entries_by_name
 from rac.container.index import content_digest
 from rac.decode import tensor as tn
-from rac.decode.archive import Found, forward_attachment, forward_tensors, open_archives
+from rac.decode.archive import open_archives
+from rac.decode.attachments import forward_attachment
+from rac.decode.engine import RING, threads_of
+from rac.decode.stream import Found, forward_tensors
 from rac.encode import ties
 from rac.encode.sources import Source, SourceTensor, open_source
-from rac.errors import ChecksumError, FormatError, MismatchError, SourceError
+from rac.errors import ChecksumError, FormatError, MismatchError
 from rac.quantize import trellis as tr
 from rac.records import Record
 from rac.registry import RECORD_OBJECT
@@ -75,27 +79,32 @@ def verify(
     seen = _Seen({}, {}, {}, {})
     name = os.fspath(path)
     if name == "-":
-        _one(sys.stdin.buffer, "<stdin>", seen, against, progress)
+        _one(StreamRing(sys.stdin.buffer, "<stdin>", RING // 2), seen, against, progress)
     else:
         archives = open_archives(name)
-        for archive in archives:
-            archive.close()
-        for archive in archives:
-            try:
-                with open(archive.access.name, "rb") as f:
-                    _one(f, archive.access.name, seen, against, progress)
-            except OSError as e:
-                raise SourceError(e.strerror or str(e), file=archive.access.name) from e
+        try:
+            for archive in archives:
+                whole = [(0, archive.access.size)]
+                _one(RangeRing(archive.access, whole, RING // 2), seen, against, progress)
+        finally:
+            for archive in archives:
+                archive.close()
     if seen.source is not None:
         _compare(seen, seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
     return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr)
 
 
-def _one(
-    f: BinaryIO, name: str, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None
+def _one(feed: Feed, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None) -> None:
+    try:
+        _records(Forward(feed, feed.name), feed.name, seen, against, progress)
+    finally:
+        feed.close()
+
+
+def _records(
+    forward: Forward, name: str, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None
 ) -> None:  # fmt: skip
-    forward = Forward(f, name)
     if against is not None and seen.source is None:
         origin: dict[str, Any] = forward.header.get("provenance", {})
         seen.source = open_source(against, origin.get("include", ()), origin.get("exclude", ()))
@@ -114,7 +123,7 @@ def _one(
         tn.check_digest(*found[:2])
         object_parts[found[0].name] = found[2]
 
-    for t, words, of_kind in forward_tensors(forward, attachment, of_object=of_object):
+    for t, words, of_kind in forward_tensors(forward, attachment, of_object=of_object, threads=threads_of(None)):
         tn.check_digest(t, words)
         parts[t.name] = of_kind
         for n in (t.name, *(a for a, _ in t.aliases)):

@@ -16,6 +16,7 @@ import products
 import rac
 from rac.cli import info
 from rac.container.access import BytesAccess
+from rac.decode import engine
 from rac.decode import load as ld
 from rac.decode.unpack import quantised
 from rac.encode import analyse
@@ -57,8 +58,7 @@ def same(got, words):
 def test_every_way_to_read(made, monkeypatch, small):
     path, dense = made
     if not small:  # records by rows of tiles, as large ones are
-        monkeypatch.setattr(ld, "SMALL", 0)
-        monkeypatch.setattr(ld, "GROUP", 0)
+        monkeypatch.setattr(engine, "GROUP", 0)
     data = path.read_bytes()
     for threads in (1, 3):
         got = rac.load_file(path, threads=threads)

@@ -1,0 +1,308 @@
+"""Records that go by to dense tensors: tiles are decoded side by side, bytes are read meanwhile.
+
+One thread reads heads, checks units and hands tiles out; those of a large tensor go to several jobs, those of small
+ones share a job. Tensors come out in the order of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac import native
+from rac.container.access import InFile
+from rac.container.feed import Held, Trace
+from rac.decode import tensor as tn
+from rac.errors import RacError, SourceError, TruncatedError
+from rac.registry import RECORD_OBJECT
+
+Array = NDArray[Any]
+RING = 256 << 20
+"""Bytes that may be held beyond the tensors themselves: half for what is read ahead, half for tensors in work."""
+LEAST = 1 << 16
+GROUP = 1 << 20
+"""Stored bytes of a job."""
+SCRATCH = 8 << 20
+"""Bytes of intermediate words of a job."""
+Loaded = tuple[tn.Tensor, Array]
+Damaged = dict[str, RacError]
+
+
+def threads_of(threads: int | None, most: int | None = 8) -> int:
+    """Number of threads: what is asked for, or one per core up to `most`."""
+    if threads is not None and threads < 1:
+        raise ValueError("threads must be at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads or min(most or cores, cores)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A tensor or an object that goes by."""
+
+    file: str
+    t: tn.Tensor
+    take: Callable[[int], tuple[memoryview, Held | None]]
+    """The bytes of unit i, each once and in their order, unchecked; and what to give back."""
+    objects: Callable[[], list[NDArray[np.float32]]]
+    """The matrices that it uses."""
+    keep: Callable[[Array | None], None]
+    """Called with the words of an object, None where it is damaged."""
+
+
+def first_units(item: Item) -> list[bytes]:
+    """Copies of the units in front of the tiles."""
+    out = []
+    for i in range(item.t.first):
+        view, held = item.take(i)
+        out.append(bytes(view))
+        if held:
+            held.give()
+    return out
+
+
+class Engine(Protocol):
+    """Decodes what goes by."""
+
+    name: str
+    """What decodes, for people."""
+    ring: int
+    """Bytes that may be held beyond the tensors."""
+    reference: bool
+    trace: Trace | None
+
+    @property
+    def allocate(self) -> Callable[[int], memoryview] | None:
+        """Makes the buffers to read into; None: any memory does."""
+
+    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[tn.Tensor, Any]]:
+        """(tensor, its words (R, C) as an array, or the finished torch tensor) of each item, in order.
+
+        Between items, None says that nothing more has arrived: time to hand out what is there.
+        Objects are among them, always as arrays. Tensors that are damaged are not: they are in the mapping that the
+        engine was made with, or end the run with their error.
+        """
+
+
+class _Job:
+    """Tiles that one thread decodes in one go."""
+
+    def __init__(self, file: str, trace: Trace | None) -> None:
+        self.work, self.held = tn.Work(), list[Held]()
+        self.size = self.scratch = self.dense = 0
+        self.done: Future[None] | None = None
+        self.file, self._trace = file, trace
+
+    def run(self) -> None:
+        """Decode, and give the buffers back."""
+        start = time.monotonic()
+        try:
+            with InFile(self.file):
+                self.work.run()
+        finally:
+            self.give()
+        if self._trace:
+            self._trace("decode", start, time.monotonic(), self.dense)
+
+    def finished(self) -> bool:
+        """True where it was given out, and is done."""
+        return self.done is not None and self.done.done()
+
+    def wait(self) -> None:
+        """Until it is done, well or not."""
+        if self.done is not None:
+            self.done.exception()
+
+    def give(self) -> None:
+        """Let go of everything."""
+        self.work = tn.Work()
+        held, self.held = self.held, []
+        for h in held:
+            h.give()
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A tensor in work."""
+
+    item: Item
+    out: Array | None = None
+    jobs: list[_Job] = field(default_factory=list)
+    error: RacError | None = None
+
+    def finished(self) -> bool:
+        """True where no job is left to wait for."""
+        return all(job.finished() for job in self.jobs)
+
+    def release(self) -> Loaded:
+        """The tensor, which is not referred to from here any more."""
+        assert self.out is not None  # noqa: S101
+        out, self.out = self.out, None
+        return self.item.t, out
+
+
+class Cpu:
+    """The decoder that runs on the CPU: C kernels, or numba in their place."""
+
+    allocate: Callable[[int], memoryview] | None = None
+
+    def __init__(
+        self, threads: int, ring: int = RING, damaged: Damaged | None = None, reference: bool = False,
+        trace: Trace | None = None,
+    ) -> None:  # fmt: skip
+        """`damaged`: takes in the errors of tensors that are damaged, instead of raising the first."""
+        if ring < LEAST:
+            raise ValueError(f"ring must be at least {LEAST} bytes")
+        kernel = "constriction" if reference else native.kernel()
+        self.name = f"CPU ({kernel}, {threads} thread{'s' * (threads > 1)})"
+        self.ring, self.reference, self.trace = ring, reference, trace
+        self._threads, self._damaged = threads, damaged
+        self._window, self._apart, self._most = ring // 2, ring // 8, max(ring // 8, SCRATCH)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._job = _Job("", self.trace)
+        self._busy = deque[_Job]()
+        self._waiting = deque[_Pending]()
+        self._held = 0
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
+        """(tensor, its words (R, C)) of each item, objects included, in order."""
+        waiting, failed = self._waiting, None
+        try:
+            while failed is None:
+                try:
+                    item = next(items)
+                    if full := item is None:
+                        self._submit(last=True)
+                    else:
+                        self._add(item)
+                except StopIteration:
+                    break
+                except RacError as e:  # behind those that are in work
+                    failed, full = e, True
+                while waiting and (full or waiting[0].finished() or (self._held > self._window and len(waiting) > 1)):
+                    if (p := self._pop()) is not None:
+                        yield p.release()
+            while waiting:
+                if (p := self._pop()) is not None:
+                    yield p.release()
+            if failed is not None:
+                raise failed
+        finally:
+            failed = None  # its traceback refers to this frame, and to all that the failed read held
+            if self._pool:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+            for job in (self._job, *self._busy):
+                job.give()
+            self._reset()
+
+    def _add(self, item: Item) -> None:
+        """Take in a tensor; its jobs are given out as they become large enough."""
+        p = _Pending(item)
+        with InFile(item.file, repr(item.t.name)):
+            try:
+                self._tiles(p, item)
+            except (TruncatedError, SourceError):
+                raise
+            except RacError as e:
+                if self._damaged is None:
+                    raise
+                p.error = e
+        self._waiting.append(p)
+        self._held += item.t.nbytes
+        if self._damaged is not None:  # so that an error is that of one tensor
+            self._submit()
+        if item.t.record.type == RECORD_OBJECT:
+            self._wait(p)
+            item.keep(p.out if p.error is None else None)
+
+    def _tiles(self, p: _Pending, item: Item) -> None:
+        t = item.t
+        dec = tn.Decoder(t, first_units(item), self.reference, item.objects())
+        p.out = found = tn.empty(t)
+        row = 0
+        for i in range(t.tiles):
+            r0, r1, c0, c1 = t.grid.box(i)
+            if t.after and not c0:  # one row of tiles after the other
+                found, row = tn.values(t, r1 - r0, t.grid.cols), r0
+                self._job.scratch += found.nbytes
+            view, held = item.take(i + t.first)
+            if held and self._job.size > self._apart:  # a job must not hold all buffers: then none could be filled
+                copy = bytes(view)
+                held.give()
+                view, held = memoryview(copy), None
+            job = self._job
+            job.file = item.file
+            if held:
+                job.held.append(held)
+            job.work.add(dec, i, np.frombuffer(view, np.uint8), found, row)
+            job.size += len(view)
+            job.dense += (r1 - r0) * (c1 - c0) * t.word
+            job.scratch += (r1 - r0) * (c1 - c0) if t.trellis else 0
+            whole = not t.after or c1 == t.grid.cols
+            if t.after and whole:
+                job.work.then(dec, found, p.out[r0:r1], (r0, r1, 0, c1))
+            if not p.jobs or p.jobs[-1] is not job:
+                p.jobs.append(job)
+            if whole and (job.size >= GROUP or job.scratch >= SCRATCH):
+                self._submit()
+
+    def _submit(self, last: bool = False) -> None:
+        """Give the job out; do it here where it is the only one."""
+        job = self._job
+        if not job.size and not job.dense:
+            return
+        self._job = _Job("", self.trace)
+        while self._busy and (
+            self._busy[0].finished() or sum(j.scratch for j in self._busy) + job.scratch > self._most
+        ):
+            self._busy.popleft().wait()
+        if self._threads == 1 or (last and self._pool is None):
+            job.done = Future()
+            try:
+                job.run()
+                job.done.set_result(None)
+            except Exception as e:
+                job.done.set_exception(e)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, "rac-decode")
+        job.done = self._pool.submit(job.run)
+        self._busy.append(job)
+
+    def _wait(self, p: _Pending) -> None:
+        """Until the tensor is there."""
+        for job in p.jobs:
+            if job.done is None:
+                self._submit(last=True)
+            assert job.done is not None  # noqa: S101
+            try:
+                job.done.result()
+            except RacError as e:
+                if self._damaged is None:
+                    raise
+                p.error = p.error or e
+        p.jobs.clear()
+
+    def _pop(self) -> _Pending | None:
+        """The first tensor, None where it is damaged."""
+        p = self._waiting[0]
+        self._wait(p)
+        self._waiting.popleft()
+        self._held -= p.item.t.nbytes
+        if p.error is None:
+            return p
+        assert self._damaged is not None  # noqa: S101
+        for name in (p.item.t.name, *(a for a, _ in p.item.t.aliases)):
+            self._damaged[name] = p.error.with_traceback(None)  # which would keep the tensor
+        return None

@@ -1,0 +1,130 @@
+"""A part of one tensor: only the tiles that it touches are read and decoded."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container.access import InFile
+from rac.container.reader import Archive
+from rac.decode import frameworks as fw
+from rac.decode import load as ld
+from rac.decode import tensor as tn
+
+Array = NDArray[Any]
+
+
+class Slice:
+    """A tensor that is read where it is indexed: integers, slices and one ellipsis, as in numpy."""
+
+    def __init__(self, archive: Archive, t: tn.Tensor, framework: str, device: str) -> None:
+        self._archive, self._tensor, self._framework, self._device = archive, t, framework, device
+        self._shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
+
+    def get_shape(self) -> list[int]:
+        """Shape, in bytes of two values along the last dimension for F4."""
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        """Name of the data type."""
+        return self._tensor.dtype
+
+    def __getitem__(self, key: Any) -> Any:
+        """The part that `key` selects.
+
+        IndexError as in numpy, and for a slice that begins or ends outside: fewer rows than were asked for would pass
+        for a tensor of another size.
+        """
+        t, shape = self._tensor, self._shape
+        key = key if isinstance(key, tuple) else (key,)
+        dots = [i for i, k in enumerate(key) if k is Ellipsis]
+        if len(dots) > 1:
+            raise IndexError("an index can only have a single ellipsis")
+        if dots:
+            i = dots[0]
+            key = (*key[:i], *(slice(None) for _ in range(len(shape) - len(key) + 1)), *key[i + 1 :])
+        if len(key) > len(shape):
+            raise IndexError(f"{len(key)} indices for a tensor of {len(shape)} dimensions")
+        key = (*key, *(slice(None) for _ in range(len(shape) - len(key))))
+        box: list[tuple[int, int]] = []
+        rest: list[Any] = []
+        for k, n in zip(key, shape, strict=True):
+            if isinstance(k, slice):
+                for end in (k.start, k.stop):
+                    if end is not None and not -n <= operator.index(end) <= n:
+                        raise IndexError(f"slice {_text(k)} leaves a dimension of {n}")
+                inside = range(*k.indices(n))
+                low, high = sorted((inside[0], inside[-1])) if inside else (0, -1)
+                box.append((low, high + 1))
+                # a negative step that ends at the first element has no stop to name
+                stop = inside.stop - low if inside and inside.stop >= low else None
+                rest.append(slice(inside.start - low, stop, inside.step) if inside else slice(0, 0))
+            else:
+                if isinstance(k, bool):
+                    raise IndexError("masks are not supported; load the tensor and index that")
+                i = operator.index(k)  # TypeError for anything else
+                if not -n <= i < n:
+                    raise IndexError(f"index {i} is out of range for dimension of {n}")
+                box.append((i % n, i % n + 1))
+                rest.append(0)
+        found = self._read(box)[tuple(rest)]
+        part, shape = np.ascontiguousarray(found).reshape(-1), np.shape(found)
+        if t.dtype != "F4":
+            return fw.to_framework(part, t.dtype, shape, self._framework, self._device)
+        return fw.to_framework(part, t.dtype, (2 * part.size,), self._framework, self._device).reshape(shape)
+
+    def _read(self, box: list[tuple[int, int]]) -> Array:
+        """Elements of the box, as unsigned integers or, for C64, as complex numbers."""
+        t, shape, axis = self._tensor, list(self._shape), self._tensor.axis
+        r0, r1, c0, c1 = 0, t.grid.rows, 0, t.grid.cols
+        whole = [(0, n) for n in shape]
+        if shape and t.grid.rows * t.grid.cols:
+            if axis > 0:
+                inner = t.grid.rows // shape[0]
+                r0, r1 = box[0][0] * inner, box[0][1] * inner
+                whole[0] = box[0]
+            if axis < len(shape):
+                inner = t.grid.cols // shape[axis]
+                c0, c1 = box[axis][0] * inner, box[axis][1] * inner
+                whole[axis] = box[axis]
+        words = self._tiles(r0, r1, c0, c1).reshape(-1)
+        if t.dtype == "C64":
+            words = words.view("<c8")
+        view = words.reshape([b - a for a, b in whole])
+        cut = tuple(slice(None) if w == b else slice(*b) for w, b in zip(whole, box, strict=True))
+        return view[cut]
+
+    def _tiles(self, r0: int, r1: int, c0: int, c1: int) -> Array:
+        t, g = self._tensor, self._tensor.grid
+        if r0 >= r1 or c0 >= c1:
+            return np.empty((max(0, r1 - r0), max(0, c1 - c0)), f"<u{t.word}")
+        a0, a1, b0, b1 = r0 // g.tr, -(-r1 // g.tr), c0 // g.tc, -(-c1 // g.tc)
+        if t.after == "basis/1":  # every column comes from all of them
+            b0, b1 = 0, g.across
+        top, left = a0 * g.tr, b0 * g.tc
+        with InFile(self._archive.access.name, repr(t.name)):
+            shape = (min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left)
+            out = tn.values(t, *shape) if t.after else np.empty(shape, f"<u{t.word}")
+            rows = [t.first + a * g.across for a in range(a0, a1)]
+            spans = [(0, t.first)] * (t.first > 0) + [(r + b0, r + b1) for r in rows]
+            found = ld.read_units(self._archive, t, spans)
+            dec = ld.decoder(self._archive, t, found.pop(0) if t.first else [])
+            for (first, _), units in zip(spans[t.first > 0 :], found, strict=True):
+                for i, unit in enumerate(units, first - t.first):
+                    dec.tile(i, unit, out, top, left)
+            if t.after:
+                part = out[r0 - top : r1 - top, slice(None) if t.after == "basis/1" else slice(c0 - left, c1 - left)]
+                out = np.empty((r1 - r0, c1 - c0), f"<u{t.word}")
+                dec.join(part, out, (r0, r1, c0, c1))
+                return out
+        return np.ascontiguousarray(out[r0 - top : r1 - top, c0 - left : c1 - left])
+
+
+def _text(k: slice) -> str:
+    """A slice as it was written."""
+    return ":".join(
+        "" if v is None else str(v) for v in ((k.start, k.stop) if k.step is None else (k.start, k.stop, k.step))
+    )

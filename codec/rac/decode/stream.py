@@ -1,0 +1,262 @@
+"""Reading forward once: tensors as they arrive from a pipe, a socket, a file or the network."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container.access import InFile
+from rac.container.feed import Feed, Memory, RangeRing, StreamRing
+from rac.container.forward import Forward
+from rac.decode import frameworks as fw
+from rac.decode import tensor as tn
+from rac.decode.archive import open_access
+from rac.decode.attachments import forward_attachment
+from rac.decode.device import engine_for
+from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, threads_of
+from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError
+from rac.records import Limits, Record
+from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+
+Array = NDArray[Any]
+
+
+class Stream(Iterator[tuple[str, Any]]):
+    """(name, tensor) of an archive that is read from front to back; see `stream`."""
+
+    def __init__(
+        self, source: Any, device: str, framework: str, on_error: str, threads: int | None, ring: int,
+        limits: Limits | None,
+    ) -> None:  # fmt: skip
+        fw.check(framework, device)
+        if on_error not in ("raise", "report"):
+            raise ValueError(f"on_error must be 'raise' or 'report', not {on_error!r}")
+        self._source, self._framework, self._device, self._limits = source, framework, device, limits
+        self._damaged: Damaged | None = {} if on_error == "report" else None
+        self._engine = engine_for(device, threads_of(threads), ring, self._damaged)
+        self._run = self._tensors()
+
+    @property
+    def decoder(self) -> str:
+        """What decodes."""
+        return self._engine.name
+
+    def __iter__(self) -> Stream:
+        """The stream itself."""
+        return self
+
+    def __next__(self) -> tuple[str, Any]:
+        """The next tensor under the next of its names."""
+        return next(self._run)
+
+    def __enter__(self) -> Stream:
+        """The stream itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """End the threads; what has not been yielded is not read. The source stays open where the caller opened it."""
+        self._run.close()
+
+    def _tensors(self) -> Generator[tuple[str, Any]]:
+        feed, close = open_feed(self._source, self._engine)
+        try:
+            forward = Forward(feed, feed.name, self._limits)
+            found = self._engine.run(forward_items(forward, partial(self._attachment, forward)))
+            for t, value in found:
+                if t.record.type == RECORD_OBJECT:
+                    continue
+                out: dict[str, Any] = {}
+                fw.put(t, value, self._framework, self._device, out)
+                del value
+                while out:
+                    name = next(iter(out))
+                    yield name, out.pop(name)
+        except RacError as e:
+            if not self._damaged:
+                raise
+            raise DamagedError(self._damaged, file=feed.name, more=f", and then: {e.message}") from e
+        finally:
+            try:
+                feed.close()
+            finally:
+                close()
+        if self._damaged:
+            raise DamagedError(self._damaged, file=feed.name)
+
+    def _attachment(self, forward: Forward, record: Record) -> None:
+        """Check an attachment."""
+        try:
+            forward_attachment(forward, record)
+        except FormatError as e:
+            if self._damaged is None or forward.at > record.payload + record.payload_size:
+                raise
+            self._damaged[str(record.head.get("name"))] = e
+
+
+def stream(
+    source: Any, device: str = "cpu", framework: str | None = None, on_error: str = "raise",
+    threads: int | None = None, ring: int = RING, limits: Limits | None = None,
+) -> Stream:  # fmt: skip
+    """(name, tensor) of an archive, forward only and in bounded memory, while it arrives.
+
+    Reading runs ahead of decoding, and the tiles of a tensor are decoded side by side. Each tensor is checked before it
+    is yielded, and at the end the index against what went by: an exhausted stream means a whole archive. Stop early
+    (`close`, or leave the `with` block) and only what was yielded has been checked.
+
+    Args:
+        source: A file object, pipe or socket (anything with `read` or `recv`), a path, a URL, or bytes.
+        device: Where torch tensors go; "cuda" decodes there where its kernels can be used.
+        framework: "np" for numpy arrays, "pt" for torch tensors; as `load_file` by default.
+        on_error: "raise" ends with the first damaged tensor. "report" goes on behind it: tensors that are damaged are
+            never yielded, the others are, and the stream ends in a DamagedError that names all that are.
+        threads: Threads that decode; one per core up to 8 by default.
+        ring: Bytes that may be held beyond the tensors: half for what is read ahead, half for tensors in work.
+        limits: What to accept.
+
+    Raises:
+        RacError: The stream is damaged, ends early, or needs a newer version.
+    """
+    return Stream(source, device, fw.default(framework, device), on_error, threads, ring, limits)
+
+
+def iter_tensors(
+    stream: Any, framework: str = "np", device: str = "cpu", limits: Limits | None = None
+) -> Iterator[tuple[str, Any]]:
+    """`stream` under the name and with the arguments that it had first."""
+    return Stream(stream, device, framework, "raise", None, RING, limits)
+
+
+def open_feed(source: Any, engine: Engine) -> tuple[Feed, Callable[[], None]]:
+    """The bytes of a source, and what closes that which was opened for it."""
+    size = engine.ring // 2
+    name = str(getattr(source, "name", None) or "<stream>")
+    if type(source) is io.BytesIO:
+        source = source.read()
+    if isinstance(source, bytes | bytearray | memoryview):
+        return Memory(source, name), _nothing
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a named pipe, a device
+            file = open(path, "rb", buffering=0)  # noqa: SIM115
+            return StreamRing(file, path, size, engine.allocate, engine.trace), file.close
+        source = access = open_access(path)
+        return RangeRing(access, [(0, access.size)], size, engine.allocate, engine.trace), access.close
+    if hasattr(source, "read_into"):
+        return RangeRing(source, [(0, source.size)], size, engine.allocate, engine.trace), _nothing
+    return StreamRing(source, name, size, engine.allocate, engine.trace), _nothing
+
+
+def _nothing() -> None:
+    """The source is the caller's."""
+
+
+class Objects:
+    """What a forward reader keeps of the objects that went by."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._held = 0
+        self._found: dict[str, tuple[tn.Tensor, Array | None]] = {}
+
+    def parse(self, record: Record) -> tn.Tensor:
+        """The head of a tensor or an object, checked."""
+        t = tn.parse(record, self._limits, lambda n: self._found[n][0].shape if n in self._found else None)
+        if record.type == RECORD_OBJECT:
+            if t.name in self._found:
+                raise FormatError(f"object {t.name!r} is there twice", offset=record.at)
+            self._held += t.nbytes
+            if self._held > self._limits.objects:
+                raise LimitError(f"objects of more than {self._limits.objects} bytes", offset=record.at)
+        return t
+
+    def keep(self, t: tn.Tensor, words: Array | None) -> None:
+        """Take in an object; without `words` only to check what others say of it."""
+        if t.record.type == RECORD_OBJECT:
+            self._found[t.name] = (t, words)
+
+    def of(self, t: tn.Tensor) -> list[NDArray[np.float32]]:
+        """The matrices that a tensor uses."""
+        out = []
+        for name in t.uses:
+            words = self._found[name][1]
+            if words is None:
+                raise ChecksumError(f"uses the object {name!r}, which is damaged", offset=t.record.at)
+            out.append(words.view(np.float32))
+        return out
+
+
+def forward_items(forward: Forward, other: Callable[[Record], None] | None = None) -> Iterator[Item | None]:
+    """Tensors and objects as they go by, None where the next has not arrived yet.
+
+    `other` is called for attachments, positioned at their payload.
+    """
+    held = Objects(forward.limits)
+    for record in forward.records():
+        if record.type not in (RECORD_TENSOR, RECORD_OBJECT):
+            if other:
+                other(record)
+            continue
+        with InFile(str(forward.name), repr(record.head.get("name"))):
+            t = held.parse(record)
+
+        def take(i: int, t: tn.Tensor = t) -> Any:
+            return forward.take(t.units[i], t.record, t.most(i), f"{t.name!r} unit {i}")
+
+        held.keep(t, None)
+        yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t))
+        forward.skip(record)
+        if forward.feed.idle():
+            yield None
+
+
+Found = tuple[tn.Tensor, Array, tuple[int, ...]]
+
+
+def forward_tensors(
+    forward: Forward, other: Callable[[Record], None] | None = None, reference: bool = False,
+    of_object: Callable[[Found], None] | None = None, threads: int = 1,
+) -> Iterator[Found]:  # fmt: skip
+    """(tensor, words, parts) of every tensor record.
+
+    `other` is called for attachments, positioned at their payload, `of_object` with every object.
+    """
+    heads: dict[int, list[bytes]] = {}
+
+    def noted(item: Item | None) -> Item | None:
+        """The item, whose tiles leave their directories behind."""
+        if item is None:
+            return None
+        lanes, mine = item.t.lanes, heads.setdefault(item.t.record.at, [])
+
+        def take(i: int) -> Any:
+            view, held = item.take(i)
+            mine.append(bytes(view[: lanes.directory]) if lanes else b"")
+            return view, held
+
+        return replace(item, take=take)
+
+    for t, words in Cpu(threads, reference=reference).run(map(noted, forward_items(forward, other))):
+        mine = heads.pop(t.record.at)
+        with InFile(str(forward.name), repr(t.name)):
+            sizes = [u.size for u in t.units]
+            parts = tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, partial(_of, mine))
+        if t.record.type == RECORD_TENSOR:
+            yield t, words, parts
+        elif of_object:
+            of_object((t, words, parts))
+
+
+def _of(heads: list[bytes], i: int, _: int) -> bytes:
+    return heads[i]
