@@ -1,0 +1,26 @@
+"""Models that run from a .rac file, in transformers.
+
+    import rac.runtime                                          # from_pretrained knows "rac" from now on
+    model = rac.load_model("m.rac", resident="compressed")      # does not need that import
+    model = AutoModelForCausalLM.from_pretrained("folder")      # one that `rac pack --format hf` wrote
+
+Needs torch and transformers; nothing else of the package does, but for calibration and evaluation.
+"""
+
+from __future__ import annotations
+
+from rac.errors import MissingDependencyError
+
+try:
+    import safetensors  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as e:
+    raise MissingDependencyError("models need torch and transformers: pip install rac-codec[transformers]") from e
+
+from rac.runtime.layers import RacEmbedding, RacLinear
+from rac.runtime.model import load_model, load_tokenizer
+from rac.runtime.quantizer import RacConfig
+from rac.runtime.workspace import Workspace
+
+__all__ = ["RacConfig", "RacEmbedding", "RacLinear", "Workspace", "load_model", "load_tokenizer"]
