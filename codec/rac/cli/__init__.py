@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rac.cli import compare, info, pack, unpack, verify
+from rac.cli import compare, generate, info, pack, perplexity, unpack, verify
 from rac.errors import RacError
 from rac.registry import VERSION
 
@@ -19,6 +19,8 @@ RAC, the rate-aligned container: model weights in one small, checked, streamable
   rac verify model.rac --against model/
   rac unpack model.rac -o restored/   every bit back
   rac compare model/ a.rac b.gguf --text test.txt   size and error, in one table
+  rac generate model.rac "Once upon a time"         the model itself, straight from the file
+  rac perplexity model.rac --text test.txt
 """
 EPILOG = "Exit codes: 0 done, 1 damaged or different, 2 wrong use (missing, existing, unusable files), 130 interrupted."
 
@@ -30,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--version", action="version", version=f"rac-codec {VERSION}")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (pack, unpack, info, verify, compare):
+    for module in (pack, unpack, info, verify, compare, generate, perplexity):
         module.add(commands)
     return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from rac.decode.unpack import GGUF_HEADER, safe_name
 from rac.errors import MismatchError, RacError, SourceError, UnsupportedError
 from rac.predictions import quiet
 from rac.records import Entry
-from rac.registry import AFTER, RECORD_TENSOR
+from rac.registry import AFTER, DTYPES, RECORD_TENSOR
 from rac.runtime import record as rc
 from rac.runtime import replace as rp
 from rac.runtime.layers import Head
@@ -227,6 +228,17 @@ class Lazy:
 
     def __init__(self, state: State, source: _Shared, copy: bool) -> None:
         self._state, self._source, self._copy = state, source, copy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is loaded."""
+        e = self._source.entry
+        return self._source.head.nbytes if self._source.head else math.prod(e.shape) * DTYPES[e.dtype].bits // 8
+
+    @property
+    def several(self) -> bool:
+        """Whether its memory is that of other names too."""
+        return bool(self._source.entry.aliases)
 
     def get_dtype(self) -> str:
         """Its data type, as safetensors names them."""
