@@ -46,19 +46,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the prompt is empty")
     model, tokenizer = open_model(args)
 
-    import torch
-    import transformers
-
-    from rac.predictions import quiet
     from rac.runtime.text import generate
 
-    torch.manual_seed(args.seed)
     sys.stdout.write(args.prompt)
     sys.stdout.flush()
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.monotonic()
-    with quiet(transformers):
-        ids = generate(model, tokenizer, args.prompt, args.tokens, args.sample, streamer=streamer)
+    ids = generate(model, tokenizer, args.prompt, args.tokens, args.seed if args.sample else None, stream=True)
     seconds = time.monotonic() - start
     print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / max(seconds, 1e-9):.1f} per second", file=sys.stderr)
     return 0

@@ -81,18 +81,16 @@ class Measure:
         self.torch, self._transformers = _modules()
         self._path, self._text, self._note = os.fspath(model), text, note
         with quiet(self._transformers):
-            tokenizer = self._load_original()
-            cut = windows(
-                lambda t: tokenizer(t, add_special_tokens=False).input_ids, text, tokens, context, self._config, self._path
-            )
+            encode = self._load_original()
+            cut = windows(encode, text, tokens, context, self._config, self._path)
         self._context = len(cut[0])
         self._windows = [self.torch.tensor(ids) for ids in cut]
         self._held: list[Any] | None = None
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
 
-    def _load_original(self) -> Any:
-        """Load configuration and model; returns the tokenizer."""
+    def _load_original(self) -> Callable[[str], Sequence[int]]:
+        """Load configuration and model; returns what makes ids of a text."""
         if not os.path.isdir(self._path):
             raise SourceError("a text needs the Hugging Face folder of the original", file=self._path)
         auto = self._transformers
@@ -107,9 +105,10 @@ class Measure:
         except _ERRORS as e:
             raise SourceError(f"no model that transformers can load: {e}", file=self._path) from e
         try:
-            return auto.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
+            tokenizer = auto.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
         except _ERRORS as e:
             raise SourceError(f"no tokenizer that transformers can load: {e}", file=self._path) from e
+        return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
     @property
     def tokens(self) -> int:

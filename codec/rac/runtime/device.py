@@ -9,10 +9,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
 from rac.runtime import record as rc
+
+
+def check(name: str) -> None:
+    """ValueError where torch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {name!r}: {str(e).splitlines()[0]}") from None
 
 
 @functools.cache

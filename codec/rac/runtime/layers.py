@@ -180,9 +180,7 @@ class RacEmbedding(Compressed, nn.Embedding):
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         if head.shape != (num_embeddings, embedding_dim):
-            raise MismatchError(
-                f"the file has {list(head.shape)}, the layer needs {[num_embeddings, embedding_dim]}"
-            )
+            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {[num_embeddings, embedding_dim]}")
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._hold(head, workspace, device, dtype)
@@ -191,7 +189,7 @@ class RacEmbedding(Compressed, nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Indices (...) to rows (..., columns). IndexError where there is no such row."""
         found, inverse = torch.unique(ids, return_inverse=True)
-        if len(found) and not (0 <= int(found[0]) and int(found[-1]) < self.num_embeddings):
+        if len(found) and not (int(found[0]) >= 0 and int(found[-1]) < self.num_embeddings):
             raise IndexError(f"index out of range: {int(found[0])} to {int(found[-1])} of {self.num_embeddings} rows")
         if self.weight.device.type != "cpu":
             return self.dense()[found].to(self.compute_dtype)[inverse]

@@ -313,4 +313,3 @@ class State:
 def tensors(f: RacFile) -> list[tuple[Archive, Entry]]:
     """The tensors of all archives of a file."""
     return [(a, e) for a in f.archives for e in a.index.entries if e.type == RECORD_TENSOR]
-

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 
 from rac.errors import UnsupportedError
-from rac.predictions import check, log_probabilities, loss, windows
+from rac.predictions import check, log_probabilities, loss, quiet, windows
 from rac.predictions import perplexity as of_loss
 
 Note = Callable[[str, int, int], None]
@@ -48,17 +49,34 @@ def perplexity(
     return of_loss(total, len(cut), len(cut[0])), len(cut) * len(cut[0])
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, tokens: int = 64, sample: bool = False, **kwargs: Any) -> Any:
-    """Ids (n,) that the model writes behind the prompt, at most `tokens`; greedily unless `sample`.
+def generate(
+    model: Any, tokenizer: Any, prompt: str, tokens: int = 64, seed: int | None = None, stream: bool = False
+) -> Any:
+    """Ids (n,) that the model writes behind the prompt, at most `tokens`.
 
-    `kwargs` go to `generate` of transformers. UnsupportedError where the model is no causal language model.
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompt: Taken as it is, without a chat template.
+        tokens: How many at most.
+        seed: Draw tokens, as the model's generation settings say; None: always the likeliest one.
+        stream: Write the text to standard output as it comes.
+
+    Raises:
+        ValueError: The prompt has no token.
+        UnsupportedError: The model is no causal language model.
     """
     _causal(model)
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not given.input_ids.shape[1]:
         raise ValueError("the prompt is empty")
-    how: dict[str, Any] = {"do_sample": sample} if sample else {"do_sample": False, "temperature": None, "top_p": None}
-    if not sample:
-        how["top_k"] = None
-    out = model.generate(**given, max_new_tokens=tokens, **how, **kwargs)
+    how: dict[str, Any] = {"do_sample": seed is not None}
+    if seed is None:  # settings of drawing, which would be warned of
+        how |= {"temperature": None, "top_p": None, "top_k": None}
+    else:
+        torch.manual_seed(seed)
+    if stream:
+        how["streamer"] = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with quiet(transformers):
+        out = model.generate(**given, max_new_tokens=tokens, **how)
     return out[0, given.input_ids.shape[1] :]
