@@ -10,17 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from rac.decode import frameworks as fw
 from rac.decode.archive import Slice
-
-_ABOUT = {
-    torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.device.__get__, torch.Tensor.ndim.__get__,
-    torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.element_size,
-    torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.__len__, torch.Tensor.layout.__get__,
-    torch.Tensor.requires_grad.__get__, torch.Tensor.is_contiguous, torch.Tensor.stride,
-}  # fmt: skip
-"""What is known without reading."""
 
 
 class LazyTensor(torch.Tensor):
@@ -56,20 +49,13 @@ class LazyTensor(torch.Tensor):
             return self._part[keys]  # type: ignore[no-any-return]
         return self._part[...][key]  # type: ignore[no-any-return]
 
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Anything else works on the whole tensor, read anew."""
-        if func in _ABOUT:
-            return super().__torch_function__(func, types, args, kwargs or {})
-
-        def whole(value: Any) -> Any:
-            if isinstance(value, LazyTensor):
-                return value._part[...]
-            if isinstance(value, list | tuple):
-                return type(value)(whole(v) for v in value)
-            return value
-
-        return func(*(whole(a) for a in args), **{k: whole(v) for k, v in (kwargs or {}).items()})
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any other operation works on the whole tensor, read anew; shape and data type are known without."""
+        args, kwargs = tree_map_only(cls, lambda lazy: lazy._part[...], (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Without reading."""
