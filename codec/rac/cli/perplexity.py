@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.monotonic()
     with Steps() as note:
-        found, count = perplexity(model, tokenizer, text, args.tokens, args.context, note)
-    seconds = time.monotonic() - start
+        found, cut, context = perplexity(model, tokenizer, text, args.tokens, args.context, note)
+    seconds, count = time.monotonic() - start, cut * context
     print(
         f"{args.src}: perplexity {found:.3f} on {count:,} tokens of {args.text} in windows of "
-        f"{min(args.context, count):,} ({args.resident}, {str(model.dtype).removeprefix('torch.')}, "
+        f"{context:,} ({args.resident}, {str(model.dtype).removeprefix('torch.')}, "
         f"{count / max(seconds, 1e-9):.0f} tokens per second)"
     )
     return 0

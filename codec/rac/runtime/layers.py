@@ -48,6 +48,7 @@ class Compressed(nn.Module):
     def _hold(self, head: Head, workspace: Workspace, at: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
         self._stored: rc.Stored | None = None
+        self._is_hf_initialized = True  # a record is never filled with random numbers
         self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8, device=at), requires_grad=False)
         self.register_buffer("_as", torch.empty(0, dtype=dtype, device=at), persistent=False)
 
@@ -111,7 +112,8 @@ class _Product(torch.autograd.Function):
             with ctx.layer.opened(g.dtype) as w:
                 x = g @ (w.t() if ctx.layer.transposed else w)
         if ctx.biased and ctx.needs_input_grad[1]:
-            bias = g.reshape(-1, g.shape[-1]).sum(0)
+            bias = torch.zeros_like(ctx.layer.bias)
+            bias[: g.shape[-1]] = g.reshape(-1, g.shape[-1]).sum(0)
         return x, bias, None
 
 
@@ -154,7 +156,9 @@ class RacLinear(Compressed, nn.Linear):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The output; no gradient is kept."""
         with self.opened(x.dtype) as w:
-            return functional.linear(x, w.t() if self.transposed else w, bias)
+            # transformers pads the bias of a tied output layer to the first dimension of `weight`
+            mine = bias if bias is None or len(bias) == self.out_features else bias[: self.out_features]
+            return functional.linear(x, w.t() if self.transposed else w, mine)
 
     def extra_repr(self) -> str:
         """As of nn.Linear, and the bytes."""

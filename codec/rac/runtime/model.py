@@ -90,11 +90,13 @@ def load_model(
             e.file = e.file or name
             raise
         except torch.OutOfMemoryError as e:
-            raise SourceError(f"not enough memory on the device: {e}", file=name) from e
+            raise SourceError(f"not enough memory on the device: {said(e)}", file=name) from e
         except ERRORS as e:
             if state.errors:
                 raise state.errors[0] from None
-            raise UnsupportedError(f"transformers {transformers.__version__} cannot load it: {e}", file=name) from e
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} cannot load it: {said(e)}", file=name
+            ) from e
         _complete(info, cls.__name__, name)
     model.config.name_or_path = model.name_or_path = name
     return model
@@ -109,6 +111,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     """
     with RacFile(path) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name
+        if not f.attachments():
+            raise SourceError("holds no tokenizer; pack the Hugging Face folder of the model", file=name)
         for part in ("tokenizer_config.json", "config.json"):
             refuse_code(folder, part, name, trust_remote_code)
         try:
@@ -116,7 +120,12 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
                 folder, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
             )
         except ERRORS as e:
-            raise UnsupportedError(f"no tokenizer that transformers can load: {e}", file=name) from e
+            raise UnsupportedError(f"no tokenizer that transformers can load: {said(e)}", file=name) from e
+
+
+def said(e: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(e).split()) or type(e).__name__
 
 
 @contextlib.contextmanager
@@ -178,7 +187,7 @@ def model_class(folder: str, file: str, trust: bool) -> tuple[Any, Any]:
                 return config, get_class_from_dynamic_module(reference, folder, local_files_only=True)
     except ERRORS as e:
         version = transformers.__version__
-        raise UnsupportedError(f"transformers {version} cannot read its config.json: {e}", file=file) from e
+        raise UnsupportedError(f"transformers {version} cannot read its config.json: {said(e)}", file=file) from e
     cls = getattr(transformers, kind, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise UnsupportedError(f"transformers {transformers.__version__} knows no model class {kind!r}", file=file)
@@ -192,7 +201,7 @@ def skeleton(cls: Any, config: Any, file: str) -> Any:
             return cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
     except ERRORS as e:
         version = transformers.__version__
-        raise UnsupportedError(f"transformers {version} cannot make its model: {e}", file=file) from e
+        raise UnsupportedError(f"transformers {version} cannot make its model: {said(e)}", file=file) from e
 
 
 def _dtype(f: RacFile) -> Any:

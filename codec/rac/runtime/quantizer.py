@@ -19,7 +19,7 @@ from rac.decode import load as ld
 from rac.errors import MismatchError, UnsupportedError
 from rac.runtime import record as rc
 from rac.runtime import replace as rp
-from rac.runtime.layers import Head
+from rac.runtime.layers import Head, RacLinear
 from rac.runtime.workspace import Workspace
 
 METHOD = "rac"
@@ -69,6 +69,12 @@ class RacHfQuantizer(HfQuantizer):
         threads = ld.threads_of(config.threads)
         rp.replace(model, {where[n]: h for n, h in records.items()}, Workspace(threads), torch.get_default_dtype())
         config.records = None
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for layer in model.modules():
+            if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
+                layer.bias.data = layer.bias.data[: layer.out_features]
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

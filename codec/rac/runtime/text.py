@@ -22,8 +22,8 @@ def _causal(model: Any) -> None:
 
 def perplexity(
     model: Any, tokenizer: Any, text: str, tokens: int = 8192, context: int = 1024, note: Note | None = None
-) -> tuple[float, int]:
-    """Perplexity of a causal language model on a text, and the number of tokens that it was measured on.
+) -> tuple[float, int, int]:
+    """Perplexity of a causal language model on a text, the number of windows, and the tokens of each.
 
     The protocol of docs/lossy.md: windows that do not overlap, no special tokens, all positions but the last of each.
 
@@ -46,7 +46,7 @@ def perplexity(
             total += loss(log_probabilities(model, window).float(), window)
         if note:
             note("perplexity", i, len(cut))
-    return of_loss(total, len(cut), len(cut[0])), len(cut) * len(cut[0])
+    return of_loss(total, len(cut), len(cut[0])), len(cut), len(cut[0])
 
 
 def generate(

@@ -1,0 +1,368 @@
+"""Compressed layers by themselves: products, gradients, copies, state dictionaries, threads, memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import models
+import products
+
+import rac
+from rac.container.access import BytesAccess
+from rac.container.reader import Archive
+from rac.encode.pack import pack
+from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
+from rac.runtime import RacEmbedding, RacLinear, Workspace
+from rac.runtime import record as rc
+from rac.runtime.layers import Head
+from rac.runtime.replace import dequantize
+
+
+def archive_of(tmp_path, tensors, **how):
+    """An archive of torch tensors, in one read."""
+    st = pytest.importorskip("safetensors.torch")
+    st.save_file(tensors, tmp_path / "x.safetensors")
+    pack(tmp_path / "x.safetensors", tmp_path / "x.rac", force=True, **how)
+    return Archive(BytesAccess((tmp_path / "x.rac").read_bytes()))
+
+
+def stored(archive, name):
+    """(bytes of the record, its head)."""
+    entry = next(e for e in archive.index.entries if e.name == name and e.type == 1)
+    data = rc.collect(archive, entry)
+    return data, Head(len(data), entry.dtype, entry.shape)
+
+
+def linear(archive, name, workspace=None, transposed=False, bias=None):
+    data, head = stored(archive, name)
+    a, b = head.shape if transposed else head.shape[::-1]
+    layer = RacLinear(a, b, head, workspace or Workspace(), bias, transposed, dtype=torch.float32)
+    layer.weight.data.copy_(torch.from_numpy(data))
+    return layer
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(1)
+    return {f"w{i}": torch.randn(96 + 32 * i, 64) for i in range(4)}
+
+
+@pytest.fixture
+def archive(tmp_path, weights):
+    return archive_of(tmp_path, weights)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_in_any_order(archive, weights, threads):
+    workspace = Workspace(threads)
+    layers = {n: linear(archive, n, workspace) for n in weights}
+    x = torch.randn(5, 64)
+    rng = np.random.default_rng(0)
+    order = [f"w{i}" for i in (0, 1, 2, 3) * 3] + [f"w{i}" for i in rng.integers(0, 4, 60)]
+    for name in order:
+        assert torch.equal(layers[name](x), torch.nn.functional.linear(x, weights[name]))
+    assert len(workspace._buffer) == workspace.nbytes
+
+
+def test_a_layer_larger_than_was_known(archive, weights):
+    workspace = Workspace(2)
+    small = linear(archive, "w0", workspace)
+    x = torch.randn(2, 64)
+    small(x)
+    large = linear(archive, "w3", workspace)
+    for _ in range(3):
+        assert torch.equal(small(x), x @ weights["w0"].T) and torch.equal(large(x), x @ weights["w3"].T)
+
+
+def test_transposed_and_bias(archive, weights):
+    bias = torch.nn.Parameter(torch.randn(64))
+    layer = linear(archive, "w1", transposed=True, bias=bias)
+    x = torch.randn(3, 2, 128)
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, weights["w1"].t(), bias))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients(archive, weights, transposed):
+    bias = torch.nn.Parameter(torch.randn(64 if transposed else 128))
+    layer = linear(archive, "w1", transposed=transposed, bias=bias)
+    other = linear(archive, "w2", layer.workspace)
+    x = torch.randn(3, 128 if transposed else 64, requires_grad=True)
+    out = layer(x)
+    other(torch.randn(1, 64))  # the workspace holds another weight by then
+    out.pow(2).sum().backward()
+    y, c = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    w = weights["w1"].t() if transposed else weights["w1"]
+    torch.nn.functional.linear(y, w, c).pow(2).sum().backward()
+    assert torch.allclose(x.grad, y.grad, rtol=1e-5) and torch.allclose(bias.grad, c.grad, rtol=1e-5)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("rows", [(0,), (5, 700, 5), tuple(range(0, 1024, 7)), ()])
+def test_embedding_rows(tmp_path, rows):
+    w = torch.randn(1024, 32).to(torch.bfloat16)
+    data, head = stored(archive_of(tmp_path, {"e": w}), "e")
+    layer = RacEmbedding(1024, 32, head, Workspace(2), dtype=torch.float32)
+    layer.weight.data.copy_(torch.from_numpy(data))
+    ids = torch.tensor([rows, rows], dtype=torch.int64)
+    assert torch.equal(layer(ids), w[ids].float())
+    with pytest.raises(IndexError):
+        layer(torch.tensor([1024]))
+
+
+def test_embedding_of_many_tiles(tmp_path):
+    w = torch.randn(40_000, 64).to(torch.bfloat16)
+    archive = archive_of(tmp_path, {"e": w})
+    data, head = stored(archive, "e")
+    assert rc.parse(data).tensor.grid.down > 1
+    layer = RacEmbedding(40_000, 64, head, Workspace(2), dtype=torch.bfloat16)
+    layer.weight.data.copy_(torch.from_numpy(data))
+    ids = torch.randint(40_000, (50,))
+    assert torch.equal(layer(ids), w[ids])
+    assert torch.equal(layer.dense(), w)
+
+
+def test_bytes_are_checked(archive):
+    data, head = stored(archive, "w0")
+    x = torch.randn(1, 64)
+    layer = linear(archive, "w0")
+    at = rc.parse(data).tensor.record.payload + 100
+    layer.weight.data[at] ^= 1
+    with pytest.raises(ChecksumError, match="w0"):
+        layer(x)
+    layer.weight.data[at] ^= 1
+    layer(x)
+    layer.weight.data[24] ^= 1  # the checksum of the head
+    with pytest.raises(ChecksumError):
+        layer(x)
+    for cut in (0, 20, 64, len(data) - 64):
+        with pytest.raises((TruncatedError, FormatError)):
+            rc.parse(data[:cut])
+    with pytest.raises(FormatError):
+        rc.parse(np.append(data, np.zeros(64, np.uint8)))
+    with pytest.raises(MismatchError, match=r"96.*128"):
+        RacLinear(64, 128, head, Workspace())
+    other = linear(archive, "w1")
+    other.weight = torch.nn.Parameter(torch.from_numpy(data), requires_grad=False)
+    with pytest.raises(MismatchError, match="w0"):
+        other(x)
+
+
+def test_a_damaged_guess_is_reported_by_its_layer(archive):
+    workspace = Workspace(2)
+    a, b = (linear(archive, n, workspace) for n in ("w0", "w1"))
+    x = torch.randn(1, 64)
+    for layer in (a, b, a):
+        layer(x)
+    b.weight.data[-100] ^= 1
+    for _ in range(2):
+        a(x)
+        with pytest.raises(ChecksumError, match="w1"):
+            b(x)
+
+
+def test_integers_are_refused(archive):
+    with pytest.raises(TypeError, match="uint8"):
+        linear(archive, "w0")(torch.zeros(1, 64, dtype=torch.uint8))
+
+
+def test_threads_call_at_once(archive, weights):
+    workspace = Workspace(2)
+    layers = {n: linear(archive, n, workspace) for n in weights}
+    x = torch.randn(4, 64)
+    wrong = []
+
+    def run(name):
+        for _ in range(10):
+            if not torch.equal(layers[name](x), torch.nn.functional.linear(x, weights[name])):
+                wrong.append(name)
+
+    callers = [threading.Thread(target=run, args=(n,)) for n in weights]
+    for t in callers:
+        t.start()
+    for t in callers:
+        t.join()
+    assert not wrong
+
+
+def decoding():
+    return sum(t.name.startswith("rac-decode") for t in threading.enumerate())
+
+
+def test_threads_end(archive):
+    gc.collect()
+    before = decoding()
+    workspace = Workspace(3)
+    a, b = (linear(archive, n, workspace) for n in ("w0", "w1"))
+    for layer in (a, b, a, b):
+        layer(torch.randn(1, 64))
+    assert before < decoding() <= before + 3
+    workspace.close()
+    assert decoding() == before
+    a(torch.randn(1, 64))  # starts again
+    with torch.no_grad():
+        b.weight[-100] ^= 1
+    with pytest.raises(ChecksumError):
+        b(torch.randn(1, 64))
+    del workspace, a, b, layer
+    gc.collect()
+    for t in [t for t in threading.enumerate() if t.name.startswith("rac-decode")]:
+        t.join(5)
+    assert decoding() == before
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(dense model, compressed model, archive)."""
+    root = tmp_path_factory.mktemp("model")
+    models.write("llama", root / "hf")
+    pack(root / "hf", root / "m.rac")
+    return rac.load_model(root / "m.rac"), rac.load_model(root / "m.rac", resident="compressed"), root / "m.rac"
+
+
+def test_copies(small):
+    dense, model, _ = small
+    other = copy.deepcopy(model)
+    assert other.lm_head.workspace is not model.lm_head.workspace
+    assert len({id(m.workspace) for m in other.modules() if isinstance(m, RacLinear)}) == 1
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    assert torch.equal(models.logits(other), models.logits(dense))
+
+
+def test_state_dict(small):
+    dense, model, path = small
+    state = model.state_dict()
+    assert state["lm_head.weight"].dtype == torch.uint8 and not [k for k in state if "_as" in k]
+    file = io.BytesIO()
+    torch.save(state, file)
+    other = rac.load_model(path, resident="compressed")
+    for p in other.parameters():
+        p.data.zero_()
+    file.seek(0)
+    other.load_state_dict(torch.load(file), strict=True)
+    assert torch.equal(models.logits(other), models.logits(dense))
+
+
+def test_to(small):
+    _, _, path = small
+    model = rac.load_model(path, resident="compressed").to(torch.float32)
+    assert model.dtype == torch.float32 and model.lm_head.weight.dtype == torch.uint8
+    assert model.model.embed_tokens(torch.tensor([1])).dtype == torch.float32
+    wide = rac.load_model(path, dtype=torch.float32)
+    assert torch.equal(models.logits(model), models.logits(wide))
+    assert torch.equal(models.logits(model.to("cpu")), models.logits(wide))
+
+
+def test_dequantize(small):
+    dense, _, path = small
+    model = rac.load_model(path, resident="compressed").dequantize()
+    assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(models.logits(model), models.logits(dense))
+    assert not hasattr(model.config, "quantization_config")
+    root = path.parent
+    if not (root / "g" / "m.rac").exists():
+        models.write("gpt2", root / "g" / "hf")
+        pack(root / "g" / "hf", root / "g" / "m.rac")
+    want = models.logits(rac.load_model(root / "g" / "m.rac"))
+    assert torch.equal(models.logits(dequantize(rac.load_model(root / "g" / "m.rac", resident="compressed"))), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile(small):
+    dense, model, _ = small
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")  # the breaks are there whatever the backend
+    assert torch.equal(models.logits(compiled), models.logits(dense))
+
+
+def test_generate(small):
+    dense, model, _ = small
+    ids = torch.arange(9)[None]
+    a, b = (m.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1) for m in (dense, model))
+    assert torch.equal(a, b) and a.shape == (1, 21)
+
+
+def test_memory_is_the_records(small):
+    _, model, path = small
+    with rac.open(path) as f:
+        sizes = {e.name: e.size for e in f.archives[0].index.entries}
+    for name, module in model.named_modules():
+        if isinstance(module, RacLinear | RacEmbedding) and name != "lm_head":
+            assert module.weight.numel() == sizes[f"{name}.weight"]
+            own = sum(b.numel() * b.element_size() for b in module.buffers())
+            assert own == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_offloaded_to_the_host(small):
+    accelerate = pytest.importorskip("accelerate")
+    dense, _, path = small
+    model = rac.load_model(path, resident="compressed")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    for _ in range(2):
+        assert torch.equal(models.logits(model), models.logits(dense))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_offloaded_to_disk(small, tmp_path):
+    pytest.importorskip("accelerate")
+    dense, _, path = small
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+             "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    model = rac.load_model(path, resident="compressed", device_map=where, offload_folder=str(tmp_path))
+    assert torch.equal(models.logits(model), models.logits(dense))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters(small, tmp_path):
+    peft = pytest.importorskip("peft")
+    dense, _, path = small
+    model = rac.load_model(path, resident="compressed")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(3)
+    tuned = peft.get_peft_model(model, config)
+    assert sum("lora_A" in n for n, _ in tuned.named_parameters()) == 14
+    with_adapter = models.logits(tuned)
+    torch.manual_seed(3)
+    other = peft.get_peft_model(copy.deepcopy(dense), config)
+    assert torch.allclose(with_adapter, models.logits(other), atol=0.1, rtol=0.05)
+    with tuned.disable_adapter():
+        assert torch.equal(models.logits(tuned), models.logits(dense))
+    # one step of training changes the adapters and nothing else
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    batch = models.inputs(dense)["input_ids"]
+    optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.1)
+    first = tuned(input_ids=batch, labels=batch).loss
+    first.backward()
+    optimiser.step()
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("lora_" in n for n in changed)
+    assert tuned(input_ids=batch, labels=batch).loss < first
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(rac.load_model(path, resident="compressed"), tmp_path / "adapter")
+    assert torch.equal(models.logits(again), models.logits(tuned))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_conv1d_and_embeddings(tmp_path):
+    peft = pytest.importorskip("peft")
+    models.write("gpt2", tmp_path / "hf")
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj", "wte"], init_lora_weights=False)
+    found = []
+    for resident in ("dense", "compressed"):
+        torch.manual_seed(3)
+        found.append(models.logits(peft.get_peft_model(rac.load_model(tmp_path / "m.rac", resident=resident), config)))
+    assert found[0].shape == found[1].shape
