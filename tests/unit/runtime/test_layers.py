@@ -1,6 +1,6 @@
 """Compressed layers by themselves: products, gradients, copies, state dictionaries, threads, memory."""
 
-from __future__ import annotations
+from __future__ import annotations  # ruff: noqa: E402 - what may be missing is asked for first
 
 import copy
 import gc
@@ -22,6 +22,7 @@ import products
 import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
+from rac.encode import analyse
 from rac.encode.pack import pack
 from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
 from rac.runtime import RacEmbedding, RacLinear, Workspace
@@ -132,6 +133,36 @@ def test_embedding_of_many_tiles(tmp_path):
     ids = torch.randint(40_000, (50,))
     assert torch.equal(layer(ids), w[ids])
     assert torch.equal(layer.dense(), w)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_objects_travel_with_the_tensor(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(analyse, "CUTS", ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))  # many tiles
+    maker, rows, cols = products.Maker(tmp_path / "m.rac"), 150, 140
+    maker.object("a", products.exact(products.normal(1, rows, 7)))
+    maker.object("b", products.quantised(products.words(2, 7, cols), 2))
+    maker.tensor("low", "BF16", products.quantised(products.words(3, rows, cols), 3, 5), ("a", "b"))
+    maker.object("u", products.exact(products.normal(4, cols, cols)))
+    maker.tensor("turned", "F32", products.quantised(products.words(5, rows, cols), 5, 5, states=64), ("u",))
+    maker.finish()
+    archive = Archive(BytesAccess((tmp_path / "m.rac").read_bytes()))
+    want = rac.load_file(tmp_path / "m.rac", framework="pt")
+    workspace = Workspace(threads)
+    for name, w in want.items():
+        layer = linear(archive, name, workspace)
+        assert torch.equal(layer.dense(), w)
+        x = torch.randn(3, cols)
+        for _ in range(2):
+            assert torch.equal(layer(x), torch.nn.functional.linear(x, w.float()))
+        data, head = stored(archive, name)
+        rows_of = RacEmbedding(rows, cols, head, workspace, dtype=w.dtype)
+        rows_of.weight.data.copy_(torch.from_numpy(data))
+        ids = torch.tensor([149, 0, 77])
+        assert torch.equal(rows_of(ids), w[ids])
+    low, _ = stored(archive, "low")
+    own = rc.parse(low).tensor.record
+    with pytest.raises(FormatError):  # without its objects
+        rc.parse(low[own.at :])
 
 
 def test_bytes_are_checked(archive):
