@@ -1,6 +1,6 @@
 """`rac generate`, `rac perplexity`, `rac pack --format hf`."""
 
-from __future__ import annotations  # ruff: noqa: E402 - what may be missing is asked for first
+from __future__ import annotations
 
 import re
 import sys

@@ -21,7 +21,7 @@ from rac.decode import frameworks as fw
 from rac.decode import load as ld
 from rac.decode.archive import RacFile
 from rac.decode.unpack import GGUF_HEADER, safe_name
-from rac.errors import MismatchError, RacError, SourceError, UnsupportedError
+from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
 from rac.predictions import quiet
 from rac.records import Entry
 from rac.registry import AFTER, DTYPES, RECORD_TENSOR
@@ -90,7 +90,7 @@ def load_model(
             e.file = e.file or name
             raise
         except torch.OutOfMemoryError as e:
-            raise SourceError(f"not enough memory on the device: {said(e)}", file=name) from e
+            raise LimitError(f"not enough memory on the device: {said(e)}", file=name) from e
         except ERRORS as e:
             if state.errors:
                 raise state.errors[0] from None

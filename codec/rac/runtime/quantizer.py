@@ -78,7 +78,7 @@ class RacHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return rp.dequantize(model, dtype)
+        return rp.dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the records again."""

@@ -1,6 +1,6 @@
 """Folders for `from_pretrained`: written, loaded, saved again, refused."""
 
-from __future__ import annotations  # ruff: noqa: E402 - what may be missing is asked for first
+from __future__ import annotations
 
 import json
 import sys

@@ -1,6 +1,6 @@
 """Compressed layers by themselves: products, gradients, copies, state dictionaries, threads, memory."""
 
-from __future__ import annotations  # ruff: noqa: E402 - what may be missing is asked for first
+from __future__ import annotations
 
 import copy
 import gc
@@ -298,7 +298,9 @@ def test_to(small):
 
 def test_dequantize(small):
     dense, _, path = small
-    model = rac.load_model(path, resident="compressed").dequantize()
+    model = rac.load_model(path, resident="compressed")
+    model.save_pretrained(path.parent / "saved")  # which makes a text of the data type of the configuration
+    model = model.dequantize()
     assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(models.logits(model), models.logits(dense))
     assert not hasattr(model.config, "quantization_config")

@@ -1,6 +1,6 @@
 """`rac.load_model` and `rac.load_tokenizer`: the same model bit for bit, dense or compressed, or one clear error."""
 
-from __future__ import annotations  # ruff: noqa: E402 - what may be missing is asked for first
+from __future__ import annotations
 
 import gc
 import json

@@ -1,6 +1,6 @@
 """The loader for vLLM: the real interface where vLLM is installed, else a double of it (vLLM 0.33)."""
 
-from __future__ import annotations  # ruff: noqa: E402 - what may be missing is asked for first
+from __future__ import annotations
 
 import importlib.metadata
 import sys
