@@ -91,6 +91,9 @@ def file(tmp_path):
     return tmp_path / "m.rac", weights
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of vLLM itself
+
+
 def loader(registry, extra=None):
     vllm_plugin.register()
     vllm_plugin.register()  # once in every process, or more often
