@@ -6,7 +6,7 @@ The bytes are the records of the objects that the tensor uses, one after the oth
 
 from __future__ import annotations
 
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +141,10 @@ def decode(
             work.then(dec, found, out[r0 - top : r1 - top], (r0, r1, 0, grid.cols))
         works.append(work)
     if pool:
-        for done in [pool.submit(work.run) for work in works]:
-            done.result()
+        jobs = [pool.submit(work.run) for work in works]
+        wait(jobs)  # all of them, so that nobody writes to `out` any more when one has failed
+        for job in jobs:
+            job.result()
         return
     for work in works:
         work.run()

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.decode.load import threads_of
+from rac.errors import RacError
 from rac.runtime import record as rc
 
 Array = NDArray[Any]
@@ -94,9 +95,10 @@ class Workspace:
 
     def executor(self) -> ThreadPoolExecutor | None:
         """The threads; None where there is one only. They end when the workspace goes."""
-        if self._threads > 1 and self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, "rac-decode")
-        return self._pool
+        with self._lock:
+            if self._threads > 1 and self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, "rac-decode")
+            return self._pool
 
     def close(self) -> None:
         """Stop the threads and give the memory back; the next layer that runs starts them again."""
@@ -121,12 +123,12 @@ class Workspace:
             finally:
                 self._busy = False
 
-    def _drop(self) -> None:
-        """Forget what was decoded ahead."""
-        slots, self._slots = self._slots, deque()
-        for slot in slots:
-            if slot.done and not slot.done.cancel():
-                slot.done.exception()  # wait until nobody writes to the buffer
+    def _drop(self, count: int | None = None) -> None:
+        """Forget the first `count` slots, by default all."""
+        for _ in range(len(self._slots) if count is None else count):
+            done = self._slots.popleft().done
+            if done and not done.cancel():
+                done.exception()  # wait until nobody writes to the buffer
 
     def _take(self, layer: Layer) -> Array:
         s, data = layer.stored()
@@ -135,26 +137,26 @@ class Workspace:
             self._drop()
             self.expect(size)
             self._buffer = np.empty(self.nbytes, np.uint8)
-        if self._slots:
-            self._slots.popleft()  # the layer that ran before
-        ahead = self._slots[0] if self._slots else None
-        if ahead and ahead.layer() is layer and ahead.version == layer.version() and ahead.done:
+        self._drop(min(1, len(self._slots)))  # the layer that ran before
+        found = [i for i, slot in enumerate(self._slots) if slot.layer() is layer and slot.version == layer.version()]
+        self._drop(found[0] if found else None)
+        ahead = self._slots[0] if found else None
+        if ahead and ahead.done:
             ahead.done.result()
         else:
-            self._drop()
             ahead = _Slot(weakref.ref(layer), None, 0, size, None)
             self._slots.append(ahead)
             rc.decode(s, data, self._words(s, 0), pool=self.executor())
         if self._last and (last := self._last()) is not None:
             self._next[last] = weakref.ref(layer)
         self._last = weakref.ref(layer)
-        self._look_ahead(layer)
+        self._look_ahead()
         return self._words(s, ahead.start)
 
     def _words(self, s: rc.Stored, start: int) -> Array:
         return self._buffer[start : start + s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape)
 
-    def _look_ahead(self, layer: Layer) -> None:
+    def _look_ahead(self) -> None:
         """Let threads decode the next layers, as far as there is room; never more of them than threads."""
         pool = self.executor()
         known = {id(slot.layer()) for slot in self._slots}
@@ -166,7 +168,10 @@ class Workspace:
             tail = found() if found else None
             if tail is None or id(tail) in known or (version := tail.version()) is None:
                 return
-            s, data = tail.stored()
+            try:
+                s, data = tail.stored()
+            except RacError:  # it will say so itself
+                return
             start = self._free(s.tensor.nbytes)
             if start is None:
                 return

@@ -204,6 +204,28 @@ def test_a_damaged_guess_is_reported_by_its_layer(archive):
             b(x)
 
 
+def test_layers_that_are_left_out(archive, weights):
+    workspace = Workspace(3)
+    layers = [linear(archive, f"w{i}", workspace) for i in range(4)]
+    x = torch.randn(1, 64)
+    for i in (*range(4), *range(4), 0, 2, 3, 0, 1, 3, 3):
+        assert torch.equal(layers[i](x), torch.nn.functional.linear(x, weights[f"w{i}"]))
+
+
+def test_a_damaged_head_is_reported_by_its_layer(archive):
+    workspace = Workspace(2)
+    a, b = (linear(archive, n, workspace) for n in ("w0", "w1"))
+    x = torch.randn(1, 64)
+    for layer in (a, b, a):
+        layer(x)
+    with torch.no_grad():
+        b.weight[24] ^= 1
+    for _ in range(2):
+        a(x)
+        with pytest.raises(ChecksumError):
+            b(x)
+
+
 def test_integers_are_refused(archive):
     with pytest.raises(TypeError, match="uint8"):
         linear(archive, "w0")(torch.zeros(1, 64, dtype=torch.uint8))
