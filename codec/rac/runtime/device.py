@@ -25,20 +25,29 @@ def check(name: str) -> None:
 
 
 @functools.cache
-def _cuda() -> Callable[..., Any] | None:
-    """`rac.decode.cuda.decode_record`, or None, with one warning that says why."""
+def _decoder(device: str) -> Callable[..., Any] | None:
+    """`rac.decode.cuda.decode_tensor`; None where it cannot be used, with one warning that says why."""
     try:
-        decode: Callable[..., Any] = importlib.import_module("rac.decode.cuda").decode_record
+        cuda = importlib.import_module("rac.decode.cuda")
+        why = cuda.why_not(device)
+    except ImportError as e:
+        why = str(e)
+    if why is None:
+        decode: Callable[..., Any] = cuda.decode_tensor
         return decode
-    except (ImportError, AttributeError) as e:
-        warnings.warn(f"rac: layers on CUDA are decoded on the host and copied: {e}", stacklevel=2)
-        return None
+    warnings.warn(f"rac: layers on {device} are decoded on the host and copied: {why}", stacklevel=2)
+    return None
 
 
 def dense(s: rc.Stored, data: Any) -> Any:
-    """The weight on the device of `data`, the (n,) uint8 tensor of its record."""
-    if data.device.type == "cuda" and (decode := _cuda()) is not None:
-        return decode(s.tensor, data)
-    words = tn.empty(s.tensor)
-    rc.decode(s, np.ascontiguousarray(data.cpu().numpy()), words)
-    return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", str(data.device))
+    """The weight on the device of `data`, the (n,) uint8 tensor of its record.
+
+    Checksums and tables are the host's work, so the bytes come back to it first.
+    """
+    t, host = s.tensor, np.ascontiguousarray(data.cpu().numpy())
+    if decode := _decoder(str(data.device)):
+        units = [rc.unit(host, t, i) for i in range(len(t.units))]
+        return decode(t, [u.data for u in units[: t.first]], units[t.first :], data.device, rc.matrices(s, host))
+    words = tn.empty(t)
+    rc.decode(s, host, words)
+    return fw.to_framework(words, t.dtype, t.shape, "pt", str(data.device))

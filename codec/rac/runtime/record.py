@@ -99,9 +99,20 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
     return Stored(t, tuple(objects.values()), len(data), tuple(heads))
 
 
-def _unit(data: Bytes, t: tn.Tensor, i: int) -> Bytes:
+def unit(data: Bytes, t: tn.Tensor, i: int) -> Bytes:
+    """Bytes of unit `i` of a tensor."""
     at = t.record.payload + t.units[i].offset
     return data[at : at + t.units[i].size]
+
+
+def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
+    """The objects that the tensor uses, decoded."""
+    out = []
+    for o in s.objects:
+        words = tn.empty(o)
+        decode(Stored(o, (), s.size, ()), data, words)
+        out.append(words.view(np.float32))
+    return out
 
 
 def decode(
@@ -121,19 +132,14 @@ def decode(
         RacError: A unit is damaged; `out` may then be partly written.
     """
     t, grid = s.tensor, s.tensor.grid
-    matrices = []
-    for o in s.objects:
-        words = tn.empty(o)
-        decode(Stored(o, (), s.size, ()), data, words)
-        matrices.append(words.view(np.float32))
-    dec = tn.Decoder(t, [_unit(data, t, i).data for i in range(t.first)], objects=matrices)
+    dec = tn.Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
     top, works = first * grid.tr, []
     for a in range(first, grid.down if last is None else last):
         work = tn.Work()
         r0, r1 = a * grid.tr, min(grid.rows, (a + 1) * grid.tr)
         found = tn.values(t, r1 - r0, grid.cols) if t.after else out
         for i in range(a * grid.across, (a + 1) * grid.across):
-            work.add(dec, i, _unit(data, t, i + t.first), found, r0 if t.after else top)
+            work.add(dec, i, unit(data, t, i + t.first), found, r0 if t.after else top)
             if pool and not t.after:
                 works.append(work)
                 work = tn.Work()

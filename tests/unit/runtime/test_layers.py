@@ -22,10 +22,11 @@ import products
 import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
+from rac.decode import tensor as tn
 from rac.encode import analyse
 from rac.encode.pack import pack
 from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
-from rac.runtime import RacEmbedding, RacLinear, Workspace
+from rac.runtime import RacEmbedding, RacLinear, Workspace, device
 from rac.runtime import record as rc
 from rac.runtime.layers import Head
 from rac.runtime.replace import dequantize
@@ -224,6 +225,40 @@ def test_a_damaged_head_is_reported_by_its_layer(archive):
         a(x)
         with pytest.raises(ChecksumError):
             b(x)
+
+
+def test_what_a_device_is_given(tmp_path, monkeypatch):
+    """`rac.decode.cuda.decode_tensor` gets the checked record in its parts; here a double of it decodes them."""
+    maker = products.Maker(tmp_path / "m.rac")
+    maker.object("a", products.exact(products.normal(1, 150, 7)))
+    maker.object("b", products.quantised(products.words(2, 7, 140), 2))
+    maker.tensor("low", "BF16", products.quantised(products.words(3, 150, 140), 3, 5), ("a", "b"))
+    maker.finish()
+    archive = Archive(BytesAccess((tmp_path / "m.rac").read_bytes()))
+    data, _ = stored(archive, "low")
+
+    def decode_tensor(t, first, units, at, objects=()):
+        dec, out = tn.Decoder(t, first, objects=objects), tn.empty(t)
+        found, work = tn.values(t, *out.shape), tn.Work()
+        for i, unit in enumerate(units):
+            work.add(dec, i, unit, found)
+        work.then(dec, found, out, (0, t.grid.rows, 0, t.grid.cols))
+        work.run()
+        return (out, at)
+
+    monkeypatch.setattr(device, "_decoder", lambda name: decode_tensor)
+    words, at = device.dense(rc.parse(data), torch.from_numpy(data))
+    want = rac.load_file(tmp_path / "m.rac")["low"]
+    assert words.tobytes() == want.tobytes() and at == torch.device("cpu")
+
+
+def test_a_device_without_kernels_is_warned_of_once(archive, weights):
+    data, _ = stored(archive, "w0")
+    device._decoder.cache_clear()
+    with pytest.warns(UserWarning, match="decoded on the host and copied"):
+        first = device.dense(rc.parse(data), torch.from_numpy(data))
+    assert torch.equal(first, weights["w0"])
+    assert torch.equal(device.dense(rc.parse(data), torch.from_numpy(data)), weights["w0"])  # a warning is an error
 
 
 def test_integers_are_refused(archive):
