@@ -46,6 +46,16 @@ def t5(**other: Any) -> Any:
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**settings | other))
 
 
+def gemma(**other: Any) -> Any:
+    """Its embedding is a class of its own, and tied to a plain output layer."""
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 128,
+        "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**settings | other))
+
+
 KINDS = {
     "llama": llama,
     "llama-untied": lambda: llama(tie_word_embeddings=False),
@@ -53,6 +63,7 @@ KINDS = {
     "gpt2-untied": lambda: gpt2(tie_word_embeddings=False),
     "bert": bert,
     "t5": t5,
+    "gemma": gemma,
     "t5-untied": lambda: t5(tie_word_embeddings=False),
 }
 

@@ -31,7 +31,7 @@ def places(model: Any, names: Iterable[str]) -> dict[str, str]:
 
     Only weights of plain linear layers, embeddings and Conv1D are listed: subclasses may look at their weight, and
     so do the layers that transformers wants in float32 (the T5 feed-forward output). What transformers makes of
-    several tensors is not listed either.
+    several tensors is not listed either, nor what is tied to a weight that is not.
     """
     known = get_model_conversion_mapping(model)
     renamings = [c for c in known if isinstance(c, WeightRenaming)]
@@ -45,7 +45,13 @@ def places(model: Any, names: Iterable[str]) -> dict[str, str]:
             key, converter = rename_source_key(name, [], [], prefix, state)
         if converter is None and key in state and _plain(model, key, kept):
             out[name] = key
-    return out
+    tied = list(getattr(model, "all_tied_weights_keys", {}).items())
+    dense: set[str] = set()
+    for _ in tied:  # what is tied to a dense weight is dense, and so on
+        for pair in tied:
+            if not all(_plain(model, key, kept) for key in pair) or dense & set(pair):
+                dense |= set(pair)
+    return {name: key for name, key in out.items() if key not in dense}
 
 
 def _plain(model: Any, key: str, kept: list[str]) -> bool:

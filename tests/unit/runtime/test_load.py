@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +86,21 @@ def test_every_matrix_of_a_plain_layer_stays_compressed(packed):
 def test_t5_keeps_what_looks_at_its_weight(packed):
     model = rac.load_model(packed["t5"][1], resident="compressed")
     assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is torch.nn.Linear
+
+
+def test_what_is_tied_to_a_dense_weight_is_dense(packed, tmp_path):
+    st = pytest.importorskip("safetensors.torch")
+    original, path, _ = packed["gemma"]
+    shutil.copytree(path.parent / "hf", tmp_path / "hf")
+    state = st.load_file(tmp_path / "hf" / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # files may have both names
+    st.save_file(state, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    for file in (path, tmp_path / "m.rac"):
+        model = rac.load_model(file, resident="compressed")
+        assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+        assert len(held(model)) == 14
+        assert torch.equal(models.logits(model), models.logits(original))
 
 
 def test_tied_weights_stay_tied(packed):
@@ -201,6 +217,12 @@ def test_damage_names_the_tensor(folder, tmp_path, resident):
     (tmp_path / "m.rac").write_bytes(data)
     with pytest.raises(ChecksumError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
         models.logits(rac.load_model(tmp_path / "m.rac", resident=resident))
+
+
+def test_without_transformers():
+    code = "import sys; sys.modules['transformers'] = None; import rac; rac.load_model('x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "MissingDependencyError" in done.stderr and "rac-codec[transformers]" in done.stderr
 
 
 def test_arguments(packed):
