@@ -40,12 +40,13 @@ if TYPE_CHECKING:
     from rac.decode.unpack import unpack
     from rac.encode.pack import pack, save_file
     from rac.encode.verify import verify
+    from rac.runtime.model import load_model, load_tokenizer
 
 __all__ = [
     "ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError",
     "NameNotFoundError", "OutputError", "RacError", "RacFile", "SourceError", "TruncatedError", "UnsupportedError",
-    "__version__", "align", "entropy", "iter_tensors", "load", "load_file", "open", "pack", "quantize", "save_file",
-    "split", "stream", "unpack", "verify",
+    "__version__", "align", "entropy", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open",
+    "pack", "quantize", "save_file", "split", "stream", "unpack", "verify",
 ]  # fmt: skip
 
 _WHERE = {
@@ -54,6 +55,8 @@ _WHERE = {
     "iter_tensors": "rac.decode.stream:iter_tensors",
     "load": "rac.decode.archive:load",
     "load_file": "rac.decode.archive:load_file",
+    "load_model": "rac.runtime.model:load_model",
+    "load_tokenizer": "rac.runtime.model:load_tokenizer",
     "pack": "rac.encode.pack:pack",
     "save_file": "rac.encode.pack:save_file",
     "stream": "rac.decode.stream:stream",

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rac.cli import compare, info, load, pack, shard, unpack, verify
+from rac.cli import compare, generate, info, load, pack, perplexity, shard, unpack, verify
 from rac.errors import RacError
 from rac.registry import VERSION
 
@@ -21,6 +21,8 @@ RAC, the rate-aligned container: model weights in one small, checked, streamable
   rac compare model/ a.rac b.gguf --text test.txt   size and error, in one table
   rac load model.rac --bench          how fast it loads; also from a URL
   rac shard model.rac -o shards/ --size 2GB         and rac merge shards/ -o model.rac
+  rac generate model.rac "Once upon a time"         the model itself, straight from the file
+  rac perplexity model.rac --text test.txt
 """
 EPILOG = "Exit codes: 0 done, 1 damaged or different, 2 wrong use (missing, existing, unusable files), 130 interrupted."
 
@@ -32,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--version", action="version", version=f"rac-codec {VERSION}")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (pack, unpack, info, verify, compare, load, shard):
+    for module in (pack, unpack, info, verify, compare, load, shard, generate, perplexity):
         module.add(commands)
     return out
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rac.errors import OutputError
+
 if TYPE_CHECKING:
     from rac.encode.pack import Fidelity
 
@@ -24,7 +26,12 @@ The file gets its name only when it is whole; an interrupted pack goes on with -
   rac pack model/ -o model.rac                                          every bit kept
   rac pack model/ -o model.rac --bits 3 --calibrate text.txt            3 bits per weight where it matters least
   rac pack model/ -o model.rac --kl 0.05 --calibrate text.txt           as small as that divergence allows
-  rac pack weights.safetensors -o weights.rac --size 80MB               from the weights alone"""
+  rac pack weights.safetensors -o weights.rac --size 80MB               from the weights alone
+  rac pack model/ -o folder --format hf                                 for from_pretrained of transformers
+  rac pack model.rac -o folder --format hf                              the same of what is packed already
+
+A folder for from_pretrained has ordinary safetensors files whose large matrices are records of the format; loading it
+needs `import rac.runtime` first, and its layers stay compressed in memory (docs/loading.md)."""
 
 
 def add(commands: Any) -> None:
@@ -86,6 +93,10 @@ def add(commands: Any) -> None:
     lossy.add_argument("--measure", metavar="FILE", help="when done, KL and perplexity on this text, not the one above")
     lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
     lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
+    p.add_argument(
+        "--format", choices=("rac", "hf"), default="rac",
+        help="what OUT is: one file (default), or a folder for from_pretrained of transformers",
+    )  # fmt: skip
     p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
     p.add_argument("--force", action="store_true", help="replace an existing file")
     p.set_defaults(run=run, interrupted=_interrupted)
@@ -93,6 +104,35 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
+    if args.format == "hf":
+        return _folder(args)
+    return _file(args)
+
+
+def _folder(args: argparse.Namespace) -> int:
+    """Pack to a file beside the folder, and write that as a folder; of an archive only the latter."""
+    from rac.cli.progress import Progress, parse_size, size
+    from rac.runtime.folder import SHARD, write_folder
+
+    if os.path.lexists(args.output) and not args.force:
+        raise OutputError("exists already; give --force to replace it", file=args.output)
+    shard = SHARD if args.shard_size is None else parse_size(args.shard_size)
+    made = None
+    if not args.src.endswith(".rac"):
+        made = args.output.rstrip(os.sep) + ".packing.rac"
+        _file(argparse.Namespace(**vars(args) | {"output": made, "shard_size": None}))
+    try:
+        with Progress("writing", os.path.getsize(made or args.src)) as progress:
+            done = write_folder(made or args.src, args.output, force=args.force, shard=shard, progress=progress)
+    finally:
+        if made and os.path.exists(made):
+            os.unlink(made)
+    print(f"{args.output}: {done.tensors} tensors, {done.records} of them compressed, {size(done.size)} in all files")
+    return 0
+
+
+def _file(args: argparse.Namespace) -> int:
+    """Pack to a file or to shards."""
     from rac.cli.fidelity import ALARM, by_role, write_report
     from rac.cli.progress import Progress, Steps, parse_size, size
     from rac.decode.engine import threads_of

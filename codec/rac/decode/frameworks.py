@@ -48,6 +48,11 @@ def torch_module() -> Any:
     return torch
 
 
+def torch_dtype(dtype: str) -> Any:
+    """Return the torch dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
+    return getattr(torch_module(), _TORCH[dtype])
+
+
 def numpy_dtype(dtype: str) -> Any:
     """Return the numpy dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
     if dtype in _ML:
@@ -68,7 +73,7 @@ def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], frame
         return matrix.reshape(-1).view(numpy_dtype(dtype)).reshape(shape)
     torch = torch_module()
     flat = torch.from_numpy(matrix.reshape(-1).view(np.uint8))
-    out = flat.view(getattr(torch, _TORCH[dtype])).reshape(shape)
+    out = flat.view(torch_dtype(dtype)).reshape(shape)
     return out if str(device) == "cpu" else on_device(out, device)
 
 
@@ -89,11 +94,6 @@ def out_of_memory(device: str, needed: int) -> str:
     except (RuntimeError, AssertionError, ValueError):  # no such device, or it does not say
         there = "there are fewer"
     return f"{device} is out of memory: {needed} bytes are needed, {there}"
-
-
-def torch_dtype(dtype: str) -> Any:
-    """The torch dtype of a RAC dtype."""
-    return getattr(torch_module(), _TORCH[dtype])
 
 
 def put(t: Tensor, value: Any, framework: str, device: str, out: dict[str, Any]) -> None:

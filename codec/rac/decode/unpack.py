@@ -61,7 +61,7 @@ def unpack(
     with RacFile(src, threads=threads) as f:
         outputs = _plan(f, target)
         files = [] if target.endswith((".safetensors", ".gguf")) else [n for n in f.attachments() if n != GGUF_HEADER]
-        paths = [o.path for o in outputs] + [os.path.join(target, *_safe(n).split("/")) for n in files]
+        paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
         if len(set(paths)) != len(paths):
             raise FormatError("an attachment has the name of a weight file", file=f.archives[0].access.name)
         for path in paths:
@@ -89,7 +89,7 @@ def unpack(
     return paths
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """The name of a file below the target folder; FormatError for one that leads out of it."""
     parts = name.split("/")
     if (
@@ -125,7 +125,7 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
         return [_plan_safetensors(target, rows.get("model.safetensors", []), f.metadata())]
     out = []
     for shard, entries in rows.items():
-        if not _safe(shard).endswith(".safetensors"):
+        if not safe_name(shard).endswith(".safetensors"):
             raise FormatError(f"the shard name {shard!r} is not allowed", file=f.archives[0].access.name)
         out.append(_plan_safetensors(os.path.join(target, *shard.split("/")), entries, f.metadata()))
     return out or [_plan_safetensors(os.path.join(target, "model.safetensors"), [], f.metadata())]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rac.encode.calibrate import Layer, Note, calibrate
 from rac.errors import MismatchError, MissingDependencyError, SourceError
+from rac.predictions import check, log_probabilities, loss, perplexity, quiet, windows
 
 HOLD = 1 << 30
 """Bytes of log-probabilities of the original that are held: 8,192 tokens of a vocabulary of 49,152 take 805 MB.
@@ -56,21 +57,6 @@ def _modules() -> tuple[Any, Any]:
     return torch, transformers
 
 
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars of transformers, and no reports of what is raised here as an error."""
-    log = transformers.utils.logging
-    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bar:
-            log.enable_progress_bar()
-
-
 class Measure:
     """A causal language model and a text, to compare other weights of this model with it.
 
@@ -91,24 +77,20 @@ class Measure:
         self, model: str | os.PathLike[str], text: str, tokens: int = 8192, context: int = 1024,
         note: Note | None = None,
     ) -> None:  # fmt: skip
-        if not 2 <= context <= tokens:
-            raise ValueError("a window needs at least 2 tokens, and as many must be asked for")
+        check(tokens, context)
         self.torch, self._transformers = _modules()
         self._path, self._text, self._note = os.fspath(model), text, note
-        with _quiet(self._transformers):
-            ids = self._load_original()(text, add_special_tokens=False).input_ids
-        self._context = context = min(context, getattr(self._config, "max_position_embeddings", context))
-        count = min(tokens, len(ids)) // context
-        if not count:
-            what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {context}"
-            raise SourceError(what, file=self._path)
-        self._windows = list(self.torch.tensor(ids[: count * context]).split(context))
+        with quiet(self._transformers):
+            encode = self._load_original()
+            cut = windows(encode, text, tokens, context, self._config, self._path)
+        self._context = len(cut[0])
+        self._windows = [self.torch.tensor(ids) for ids in cut]
         self._held: list[Any] | None = None
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
 
-    def _load_original(self) -> Any:
-        """Load configuration and model; returns the tokenizer."""
+    def _load_original(self) -> Callable[[str], Sequence[int]]:
+        """Load configuration and model; returns what makes ids of a text."""
         if not os.path.isdir(self._path):
             raise SourceError("a text needs the Hugging Face folder of the original", file=self._path)
         auto = self._transformers
@@ -123,9 +105,10 @@ class Measure:
         except _ERRORS as e:
             raise SourceError(f"no model that transformers can load: {e}", file=self._path) from e
         try:
-            return auto.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
+            tokenizer = auto.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
         except _ERRORS as e:
             raise SourceError(f"no tokenizer that transformers can load: {e}", file=self._path) from e
+        return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
     @property
     def tokens(self) -> int:
@@ -137,7 +120,7 @@ class Measure:
         torch, transformers = self.torch, self._transformers
         tensors = {n: torch.as_tensor(v) for n, v in state.items()}
         try:
-            with _quiet(transformers):
+            with quiet(transformers):
                 model, found = type(self.model).from_pretrained(
                     None, config=self._config, state_dict=tensors, dtype=torch.float32, output_loading_info=True,
                     ignore_mismatched_sizes=True,
@@ -160,8 +143,7 @@ class Measure:
         """Log-probabilities (context, vocabulary) of each window, float16."""
         for i, window in enumerate(self._windows):
             with self.torch.no_grad():
-                out = model(window[None], use_cache=False).logits[0].float()
-                yield self.torch.log_softmax(out, -1).half()
+                yield log_probabilities(model, window)
             if self._note and name:
                 self._note(name, i + 1, len(self._windows))
 
@@ -172,18 +154,18 @@ class Measure:
             self._held = list(self._predictions(self.model, "original"))
         ours = self._held or self._predictions(self.model, name if model is None else None)
         pairs = ((p, p) for p in ours) if model is None else zip(ours, self._predictions(model, name), strict=True)
-        kl = top = loss = 0.0
+        kl = top = total = 0.0
         for window, pair in zip(self._windows, pairs, strict=True):
             p, q = (x.float() for x in pair)
             kl += float((p.exp() * (p - q)).sum())
             top += float((p.argmax(-1) == q.argmax(-1)).sum())
-            loss -= float(q[:-1].gather(1, window[1:, None]).sum())
+            total += loss(q, window)
         n = self.tokens
-        return Figures(kl / n, top / n, math.exp(loss / (n - len(self._windows))))
+        return Figures(kl / n, top / n, perplexity(total, len(self._windows), self._context))
 
     def moments(self) -> None:
         """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
-        with _quiet(self._transformers):
+        with quiet(self._transformers):
             layers = calibrate(
                 self._path, self._text, tokens=self.tokens, context=self._context, fisher=False, note=self._note
             )
@@ -242,7 +224,7 @@ def translated(path: str) -> dict[str, Callable[[], NDArray[np.float32]]]:
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(gguf_file=name, dequantize=True)
     try:
-        with _quiet(transformers), contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+        with quiet(transformers), contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, gguf_file=name, dtype=torch.float32, local_files_only=True, **how
             )

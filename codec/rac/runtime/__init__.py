@@ -1,1 +1,41 @@
-"""Models that run from archives."""
+"""Models that run from a .rac file, in transformers; `dcp` for torch.distributed.checkpoint.
+
+    import rac.runtime                                          # from_pretrained knows "rac" from now on
+    model = rac.load_model("m.rac", resident="compressed")      # does not need that import
+    model = AutoModelForCausalLM.from_pretrained("folder")      # one that `rac pack --format hf` wrote
+
+Needs torch and transformers; nothing else of the package does, but for calibration and evaluation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rac.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from rac.runtime.layers import RacEmbedding, RacLinear
+    from rac.runtime.model import load_model, load_tokenizer
+    from rac.runtime.quantizer import RacConfig
+    from rac.runtime.workspace import Workspace
+
+__all__ = ["RacConfig", "RacEmbedding", "RacLinear", "Workspace", "load_model", "load_tokenizer"]
+
+try:
+    import safetensors  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ImportError as _why:  # rac.runtime.dcp does without
+    _missing = str(_why)
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise MissingDependencyError(
+                f"models need torch and transformers ({_missing}): pip install rac-codec[transformers]"
+            )
+        raise AttributeError(f"module 'rac.runtime' has no attribute {name!r}")
+else:
+    from rac.runtime.layers import RacEmbedding, RacLinear
+    from rac.runtime.model import load_model, load_tokenizer
+    from rac.runtime.quantizer import RacConfig
+    from rac.runtime.workspace import Workspace

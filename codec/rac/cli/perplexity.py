@@ -1,0 +1,56 @@
+"""`rac perplexity`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from rac.cli.running import add_model, open_model
+
+HELP = """\
+Perplexity of a packed causal language model on a text.
+
+The text is cut into windows that do not overlap; each is predicted by itself, without special tokens, and all its
+positions but the last count: the figures are those of `rac compare`, which computes in float32 (--dtype float32).
+
+  rac perplexity m.rac --text test.txt
+  rac perplexity m.rac --text test.txt --tokens 2048 --context 512 --resident compressed
+
+Needs rac-codec[transformers]."""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    p = commands.add_parser(
+        "perplexity", help="how well a packed model predicts a text", description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add_model(p)
+    p.add_argument("--text", metavar="FILE", required=True, help="the text, UTF-8")
+    p.add_argument("--tokens", type=int, default=8192, metavar="N", help="of that text (default: 8192)")
+    p.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of one window (default: 1024)")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print one line."""
+    from rac.cli.progress import Steps
+    from rac.encode.budget import read_text
+    from rac.predictions import check
+
+    check(args.tokens, args.context)
+    text = read_text(args.text)
+    model, tokenizer = open_model(args)
+    from rac.runtime.text import perplexity
+
+    start = time.monotonic()
+    with Steps() as note:
+        found, cut, context = perplexity(model, tokenizer, text, args.tokens, args.context, note)
+    seconds, count = time.monotonic() - start, cut * context
+    print(
+        f"{args.src}: perplexity {found:.3f} on {count:,} tokens of {args.text} in windows of "
+        f"{context:,} ({args.resident}, {str(model.dtype).removeprefix('torch.')}, "
+        f"{count / max(seconds, 1e-9):.0f} tokens per second)"
+    )
+    return 0

@@ -1,0 +1,68 @@
+"""What a causal language model predicts on a text, window by window: shared by `rac compare` and `rac perplexity`.
+
+Windows follow each other without overlap, every one begins with an empty context, and what is left behind the last
+whole one is not measured. torch and transformers are handed in or met through their objects, never imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rac.errors import SourceError
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """No progress bars of transformers, and no reports of what is raised here as an error."""
+    log = transformers.utils.logging
+    level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bar:
+            log.enable_progress_bar()
+
+
+def check(tokens: int, context: int) -> None:
+    """ValueError where `tokens` tokens have no window of `context`, or a window has nothing to predict."""
+    if not 2 <= context <= tokens:
+        raise ValueError("a window needs at least 2 tokens, and as many must be asked for")
+
+
+def windows(
+    encode: Callable[[str], Sequence[int]], text: str, tokens: int, context: int, config: Any, file: str
+) -> list[Sequence[int]]:
+    """At most `tokens` ids of `text` in windows of `context` (no longer than the model's positions).
+
+    Raises:
+        SourceError: The text is shorter than one window; `file` is named.
+    """
+    ids = encode(text)
+    context = min(context, getattr(config, "max_position_embeddings", context))
+    count = min(tokens, len(ids)) // context
+    if not count:
+        what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {context}"
+        raise SourceError(what, file=file)
+    return [ids[i * context : (i + 1) * context] for i in range(count)]
+
+
+def log_probabilities(model: Any, window: Any) -> Any:
+    """(context, vocabulary), float16, of one window of ids (context,) on the model's device."""
+    out = model(window[None], use_cache=False).logits[0].float()
+    return out.log_softmax(-1).half()
+
+
+def loss(predicted: Any, window: Any) -> float:
+    """Nats of all positions but the last, summed; `predicted` as `log_probabilities` gives it, in float32."""
+    return -float(predicted[:-1].gather(1, window[1:, None]).sum())
+
+
+def perplexity(total: float, count: int, context: int) -> float:
+    """Of a summed loss over `count` windows of `context` tokens."""
+    return math.exp(total / (count * (context - 1)))

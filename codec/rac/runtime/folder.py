@@ -1,0 +1,128 @@
+"""An archive to the folder that `from_pretrained` understands: `rac pack --format hf`.
+
+The weights are in ordinary safetensors files, so that the Hub, sharding and device maps work as for any model. Those
+of layers that can stay compressed are there as records, byte for byte (runtime/record.py); nothing is coded again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import transformers
+from safetensors.torch import save_file
+
+from rac.decode.archive import RacFile
+from rac.errors import OutputError, UnsupportedError
+from rac.predictions import quiet
+from rac.runtime import model as md
+from rac.runtime import replace as rp
+from rac.runtime.quantizer import RacConfig
+
+Progress = Callable[[str, int], None]
+SHARD = 5 * 10**9
+"""Bytes of a safetensors file, as of `save_pretrained`; so much is in memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a folder holds."""
+
+    records: int
+    """Tensors that are compressed."""
+    tensors: int
+    size: int
+    """Bytes of all its files."""
+
+
+def write_folder(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, shard: int = SHARD,
+    trust_remote_code: bool = False, progress: Progress | None = None,
+) -> Written:  # fmt: skip
+    """Write the model of an archive as a folder for `from_pretrained`, which appears when it is whole.
+
+    Args:
+        path: A .rac file that was made of a Hugging Face folder, or one shard of a set.
+        out: The folder.
+        force: Replace it where it exists.
+        shard: Bytes after which another safetensors file begins.
+        trust_remote_code: As of `load_model`.
+        progress: Called with the name of a tensor and the bytes written for it.
+
+    Raises:
+        RacError: The archive is damaged or no model that transformers knows; the folder exists or cannot be written.
+    """
+    target = os.path.abspath(os.fspath(out))
+    if os.path.lexists(target) and not force:
+        raise OutputError("exists already; give --force to replace it", file=target)
+    with RacFile(path, framework="pt") as f, quiet(transformers):
+        try:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            part = tempfile.mkdtemp(prefix=os.path.basename(target) + ".", suffix=".part", dir=os.path.dirname(target))
+        except OSError as e:
+            raise OutputError(e.strerror or str(e), file=target) from e
+        try:
+            records, count = _fill(f, part, shard, trust_remote_code, progress)
+            size = sum(os.path.getsize(os.path.join(d, n)) for d, _, names in os.walk(part) for n in names)
+            os.chmod(part, 0o777 & ~_umask())
+            if os.path.lexists(target):
+                shutil.rmtree(target) if os.path.isdir(target) and not os.path.islink(target) else os.unlink(target)
+            os.rename(part, target)
+        except OSError as e:
+            raise OutputError(e.strerror or str(e), file=target) from e
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return Written(records, count, size)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress | None) -> tuple[int, int]:
+    """Write everything below the folder; returns the number of records, and of tensors."""
+    file = f.archives[0].access.name
+    md.write_attachments(f, folder)
+    config, cls = md.model_class(folder, file, trust)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedError("is quantised by another method already", file=file)
+    state = md.State(f)
+    heads = state.hold(list(rp.places(md.skeleton(cls, config, file), state.worth())))
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, lazy in state.lazy.items():
+        if files[-1] and size + lazy.nbytes > shard:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += lazy.nbytes
+    where, total = {}, 0
+    for i, names in enumerate(files, 1):
+        weights = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        content = {}
+        for name in names:
+            content[name] = state.lazy[name][...].clone() if state.lazy[name].several else state.lazy[name][...]
+            where[name] = weights
+            total += state.lazy[name].nbytes
+            if progress:
+                progress(name, state.lazy[name].nbytes)
+        save_file(content, os.path.join(folder, weights), metadata={"format": "pt"})
+        del content
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as g:
+            json.dump(index, g, indent=2, sort_keys=True)
+    path = os.path.join(folder, "config.json")
+    with open(path, encoding="utf-8") as g:
+        stated = json.load(g)
+    stated["quantization_config"] = RacConfig().to_dict()
+    with open(path, "w", encoding="utf-8") as g:
+        json.dump(stated, g, indent=2, sort_keys=True, ensure_ascii=False)
+        g.write("\n")
+    return len(heads), len(state.lazy)

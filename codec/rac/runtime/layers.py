@@ -1,0 +1,218 @@
+"""Layers whose weight stays compressed in memory and is decoded when they run.
+
+`weight` is one uint8 parameter: the record of the tensor as it lies in the file (runtime/record.py). So state
+dictionaries, `.to()`, device maps, offloading and tied weights work as for any other parameter, and their bytes are
+the bytes that are held. The numbers are those of the dense layer, bit for bit: the same product with the same weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rac.decode import frameworks as fw
+from rac.decode import tensor as tn
+from rac.errors import MismatchError
+from rac.runtime import device
+from rac.runtime import record as rc
+from rac.runtime.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What must be known of a record before its bytes are there."""
+
+    nbytes: int
+    """Of the record, and of those of the objects that it uses."""
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * int(fw.numpy_dtype(self.dtype).itemsize)
+
+
+class Compressed(nn.Module):
+    """What linear layers and embeddings have in common. `weight`: (bytes of the record,) uint8, no gradient."""
+
+    weight: nn.Parameter
+
+    def _hold(self, head: Head, workspace: Workspace, at: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
+        self._stored: rc.Stored | None = None
+        self._is_hf_initialized = True  # a record is never filled with random numbers
+        self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8, device=at), requires_grad=False)
+        self.register_buffer("_as", torch.empty(0, dtype=dtype, device=at), persistent=False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Data type of the numbers that go in or come out; follows `.to()`."""
+        return self._as.dtype
+
+    def stored(self) -> tuple[rc.Stored, rc.Bytes]:
+        """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
+        data: rc.Bytes = self.weight.detach().cpu().numpy()
+        if self._stored is None or not self._stored.describes(data):
+            found = rc.parse(data)
+            if found.tensor.shape != self.head.shape or found.tensor.dtype != self.head.dtype:
+                what = f"is {found.tensor.dtype} {list(found.tensor.shape)}"
+                raise MismatchError(
+                    f"{what}, the layer needs {self.head.dtype} {list(self.head.shape)}", unit=repr(found.tensor.name)
+                )
+            self._stored = found
+        return self._stored, data
+
+    def version(self) -> tuple[int, int] | None:
+        """Changes when the bytes do; None where they are not on the host."""
+        return (self.weight.data_ptr(), self.weight._version) if self.weight.device.type == "cpu" else None
+
+    def dense(self) -> torch.Tensor:
+        """The weight as the file has it, in memory of its own, on the device of the layer."""
+        s, data = self.stored()
+        if self.weight.device.type != "cpu":
+            return device.dense(s, self.weight.detach())  # type: ignore[no-any-return]
+        words = tn.empty(s.tensor)
+        rc.decode(s, data, words, pool=self.workspace.executor())
+        return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def opened(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The weight in a data type, on the device of the layer; only valid inside."""
+        if self.weight.device.type != "cpu":
+            yield self.dense().to(dtype)
+            return
+        with self.workspace.weight(self) as words:
+            yield fw.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what was parsed is parsed again."""
+        return self.__dict__ | {"_stored": None}
+
+
+class _Product(torch.autograd.Function):
+    """x W' + b. The weight is decoded again for the gradient of x; it has none itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: RacLinear) -> torch.Tensor:
+        ctx.layer, ctx.biased = layer, bias is not None
+        return layer.product(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
+        x = bias = None
+        if ctx.needs_input_grad[0]:
+            with ctx.layer.opened(g.dtype) as w:
+                x = g @ (w.t() if ctx.layer.transposed else w)
+        if ctx.biased and ctx.needs_input_grad[1]:
+            bias = torch.zeros_like(ctx.layer.bias)
+            bias[: g.shape[-1]] = g.reshape(-1, g.shape[-1]).sum(0)
+        return x, bias, None
+
+
+class RacLinear(Compressed, nn.Linear):
+    """A linear layer, or with `transposed` the Conv1D of GPT-2, whose weight (in, out) is the other way round.
+
+    Args:
+        in_features: Of the input (..., in).
+        out_features: Of the output (..., out).
+        head: Of the record that `weight` will hold, (out, in) or, transposed, (in, out).
+        workspace: Shared by the layers of the model.
+        bias: The parameter (out,), or None.
+        transposed: The record holds (in, out).
+        device: Of the weight until it is loaded.
+        dtype: Of the numbers that go in.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, head: Head, workspace: Workspace, bias: nn.Parameter | None = None,
+        transposed: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        if head.shape != shape:
+            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {list(shape)}")
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self._hold(head, workspace, device, dtype)
+        self.bias = bias
+        workspace.expect(self.dense_bytes)
+
+    @torch.compiler.disable  # a graph break; decoding is no operation of torch
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out), the data type of x kept. RacError where the record is damaged."""
+        if not x.is_floating_point():
+            raise TypeError(f"the input is {x.dtype}; a model that casts to the data type of `weight` needs it dense")
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return _Product.apply(x, self.bias, self)  # type: ignore[no-any-return]
+        return self.product(x, self.bias)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The output; no gradient is kept."""
+        with self.opened(x.dtype) as w:
+            # transformers pads the bias of a tied output layer to the first dimension of `weight`
+            mine = bias if bias is None or len(bias) == self.out_features else bias[: self.out_features]
+            return functional.linear(x, w.t() if self.transposed else w, mine)
+
+    def extra_repr(self) -> str:
+        """As of nn.Linear, and the bytes."""
+        return f"{nn.Linear.extra_repr(self)}, {self.head.nbytes} bytes"
+
+
+class RacEmbedding(Compressed, nn.Embedding):
+    """An embedding; the tiles that hold the rows asked for are decoded, the others are not.
+
+    Args:
+        num_embeddings: Rows.
+        embedding_dim: Columns.
+        head: Of the record that `weight` will hold, (rows, columns).
+        workspace: Shared by the layers of the model; its threads are used here, not its buffer.
+        padding_idx: As of nn.Embedding.
+        device: Of the weight until it is loaded.
+        dtype: Of what comes out.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, head: Head, workspace: Workspace, padding_idx: int | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        if head.shape != (num_embeddings, embedding_dim):
+            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {[num_embeddings, embedding_dim]}")
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self._hold(head, workspace, device, dtype)
+
+    @torch.compiler.disable
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Indices (...) to rows (..., columns). IndexError where there is no such row."""
+        found, inverse = torch.unique(ids, return_inverse=True)
+        if len(found) and not (int(found[0]) >= 0 and int(found[-1]) < self.num_embeddings):
+            raise IndexError(f"index out of range: {int(found[0])} to {int(found[-1])} of {self.num_embeddings} rows")
+        if self.weight.device.type != "cpu":
+            return self.dense()[found].to(self.compute_dtype)[inverse]
+        return self._rows(found.cpu().numpy()).to(self.compute_dtype)[inverse]
+
+    def _rows(self, rows: np.ndarray[Any, Any]) -> torch.Tensor:
+        """The rows of the weight, ascending, in the data type of the file; one row of tiles in memory at a time."""
+        s, data = self.stored()
+        grid, t = s.tensor.grid, s.tensor
+        if s.shape != t.shape:  # a row of the matrix is no row of the tensor
+            return self.dense()[torch.from_numpy(rows)]
+        out, step = np.empty((len(rows), grid.cols), f"<u{t.word}"), grid.tr
+        for a in np.unique(rows // step).tolist():
+            band = np.empty((min(step, grid.rows - a * step), grid.cols), out.dtype)
+            rc.decode(s, data, band, a, a + 1, self.workspace.executor())
+            mine = rows // step == a
+            out[mine] = band[rows[mine] - a * step]
+        return fw.to_framework(out, t.dtype, out.shape, "pt")  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """As of nn.Embedding, and the bytes."""
+        return f"{nn.Embedding.extra_repr(self)}, {self.head.nbytes} bytes"

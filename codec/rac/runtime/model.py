@@ -1,0 +1,324 @@
+"""An archive to a transformers model and its tokenizer: `rac.load_model`, `rac.load_tokenizer`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from rac.container.reader import Archive
+from rac.decode import frameworks as fw
+from rac.decode.engine import threads_of
+from rac.decode.archive import RacFile
+from rac.decode.unpack import GGUF_HEADER, safe_name
+from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
+from rac.predictions import quiet
+from rac.records import Entry
+from rac.registry import AFTER, DTYPES, RECORD_TENSOR
+from rac.runtime import record as rc
+from rac.runtime import replace as rp
+from rac.runtime.layers import Head
+from rac.runtime.quantizer import METHOD
+
+RESIDENT = ("dense", "compressed")
+ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, NotImplementedError)
+"""What transformers raises for files that it cannot make a model or a tokenizer of."""
+
+
+def load_model(
+    path: str | os.PathLike[str], resident: str = "dense", device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None, *, threads: int | None = None, trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    """A transformers model from an archive that was made of a Hugging Face folder.
+
+    Class, configuration and generation configuration are those of the attachments. Every tensor is decoded straight
+    to where the model keeps it; tied weights stay tied.
+
+    Args:
+        path: The .rac file, one shard of a set, or a folder that holds one.
+        resident: "dense", or "compressed": linear layers and embeddings keep their weights as the file has them and
+            decode them when they run (rac.runtime.layers).
+        device: Where the model goes; the CPU by default.
+        dtype: Of the numbers between the layers, and of dense weights; that of the configuration by default.
+        threads: Threads that decode for compressed layers; one per core up to 8 by default.
+        trust_remote_code: Run the model code that travels with the file. Without it such a file is refused.
+        kwargs: For `from_pretrained` of transformers: device_map, attn_implementation, ...
+
+    Raises:
+        RacError: The file is missing or damaged, transformers does not know its model, it needs code of its own, or
+            tensors are missing or have other shapes than the configuration says. No model is left behind then.
+    """
+    if resident not in RESIDENT:
+        raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, not {resident!r}")
+    if device is not None:
+        if "device_map" in kwargs:
+            raise ValueError("device and device_map exclude each other")
+        kwargs["device_map"] = {"": device}
+    threads = threads_of(threads)
+    with RacFile(path, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
+        name = f.archives[0].access.name
+        config, cls = model_class(folder, name, trust_remote_code)
+        dtype = dtype or getattr(config, "dtype", None) or _dtype(f)
+        state = State(f)
+        if resident == "compressed":
+            if getattr(config, "quantization_config", None) is not None:
+                raise UnsupportedError("is quantised by another method already; load it dense", file=name)
+            where = rp.places(skeleton(cls, config, name), state.worth())
+            config.quantization_config = {
+                "quant_method": METHOD, "threads": threads, "records": state.hold(list(where)),
+            }  # fmt: skip
+        made = os.path.exists(os.path.join(folder, "generation_config.json"))
+        try:
+            model, info = cls.from_pretrained(
+                None, config=config, state_dict=state.lazy, dtype=dtype, output_loading_info=True,
+                ignore_mismatched_sizes=True, **kwargs,
+            )  # fmt: skip
+            if made and model.can_generate():
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        except RacError as e:
+            e.file = e.file or name
+            raise
+        except torch.OutOfMemoryError as e:
+            raise LimitError(f"not enough memory on the device: {said(e)}", file=name) from e
+        except ERRORS as e:
+            if state.errors:
+                raise state.errors[0] from None
+            raise UnsupportedError(
+                f"transformers {transformers.__version__} cannot load it: {said(e)}", file=name
+            ) from e
+        _complete(info, cls.__name__, name)
+    model.config.name_or_path = model.name_or_path = name
+    return model
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+    """The tokenizer of an archive that was made of a Hugging Face folder; `kwargs` go to `from_pretrained`.
+
+    Raises:
+        RacError: The file is missing or damaged, or holds no tokenizer that transformers can load; it needs code of its
+            own, and `trust_remote_code` is not given.
+    """
+    with RacFile(path) as f, attached(f) as folder, quiet(transformers):
+        name = f.archives[0].access.name
+        if not f.attachments():
+            raise SourceError("holds no tokenizer; pack the Hugging Face folder of the model", file=name)
+        for part in ("tokenizer_config.json", "config.json"):
+            refuse_code(folder, part, name, trust_remote_code)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
+            )
+        except ERRORS as e:
+            raise UnsupportedError(f"no tokenizer that transformers can load: {said(e)}", file=name) from e
+
+
+def said(e: Exception) -> str:
+    """What an error says, on one line."""
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+@contextlib.contextmanager
+def attached(f: RacFile) -> Iterator[str]:
+    """A temporary folder with the attachments of a file."""
+    with tempfile.TemporaryDirectory(prefix="rac-") as folder:
+        write_attachments(f, folder)
+        yield folder
+
+
+def write_attachments(f: RacFile, folder: str) -> None:
+    """Write the attachments below a folder; FormatError for names that lead out of it."""
+    for name in f.attachments():
+        if name == GGUF_HEADER:
+            continue
+        path = os.path.join(folder, *safe_name(name).split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as g:
+            g.write(f.attachment(name))
+
+
+def refuse_code(folder: str, part: str, file: str, trust: bool) -> dict[str, Any]:
+    """The map in a JSON file of the folder, {} where there is none; UnsupportedError where it names code to run."""
+    path = os.path.join(folder, part)
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+    except ValueError as e:
+        raise SourceError(f"{part} is no JSON: {e}", file=file) from e
+    if not isinstance(found, dict):
+        raise SourceError(f"{part} is no JSON object", file=file)
+    if found.get("auto_map") and not trust:
+        raise UnsupportedError(
+            f"{part} names code that came with the model; read it, and give trust_remote_code=True to run it", file=file
+        )
+    return found
+
+
+def model_class(folder: str, file: str, trust: bool) -> tuple[Any, Any]:
+    """(configuration, class of the model) of the attachments.
+
+    Raises:
+        SourceError: There is no config.json.
+        UnsupportedError: transformers does not know the model, or it is code that is not trusted.
+    """
+    found = refuse_code(folder, "config.json", file, trust)
+    if not found:
+        raise SourceError("holds no config.json; pack the Hugging Face folder of the model", file=file)
+    kinds = found.get("architectures") or []
+    if not isinstance(kinds, list) or not kinds or not isinstance(kinds[0], str):
+        raise UnsupportedError("config.json names no architecture", file=file)
+    kind, auto = kinds[0], found.get("auto_map") or {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+        for reference in auto.values():
+            if isinstance(reference, str) and reference.split(".")[-1] == kind:
+                return config, get_class_from_dynamic_module(reference, folder, local_files_only=True)
+    except ERRORS as e:
+        version = transformers.__version__
+        raise UnsupportedError(f"transformers {version} cannot read its config.json: {said(e)}", file=file) from e
+    cls = getattr(transformers, kind, None)
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        raise UnsupportedError(f"transformers {transformers.__version__} knows no model class {kind!r}", file=file)
+    return config, cls
+
+
+def skeleton(cls: Any, config: Any, file: str) -> Any:
+    """The model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+    except ERRORS as e:
+        version = transformers.__version__
+        raise UnsupportedError(f"transformers {version} cannot make its model: {said(e)}", file=file) from e
+
+
+def _dtype(f: RacFile) -> Any:
+    """The floating data type of most of the weights."""
+    sizes: dict[str, int] = {}
+    for archive in f.archives:
+        for e in archive.index.entries:
+            if e.dtype in ("F64", *rp.FLOATS):
+                sizes[e.dtype] = sizes.get(e.dtype, 0) + e.size
+    return fw.torch_dtype(max(sizes, key=lambda d: sizes[d])) if sizes else torch.float32
+
+
+def _complete(info: dict[str, Any], kind: str, file: str) -> None:
+    """MismatchError unless every tensor of the model was there in its shape; a warning about those that it has not."""
+    if info["mismatched_keys"]:
+        tensor, theirs, ours = min(info["mismatched_keys"], key=lambda row: str(row[0]))
+        raise MismatchError(
+            f"is {list(theirs)}, the configuration asks for {list(ours)}{_more(info['mismatched_keys'])}",
+            file=file, unit=repr(tensor),
+        )  # fmt: skip
+    if missing := sorted(info["missing_keys"]):
+        raise MismatchError(f"holds no tensor {missing[0]!r}, which {kind} needs{_more(missing)}", file=file)
+    if unused := sorted(info["unexpected_keys"]):
+        warnings.warn(f"rac: {file}: {kind} has no use for tensor {unused[0]!r}{_more(unused)}", stacklevel=3)
+
+
+def _more(names: Any) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+class Lazy:
+    """A tensor that transformers loads by `[...]`, as it does those of safetensors."""
+
+    def __init__(self, state: State, source: _Shared, copy: bool) -> None:
+        self._state, self._source, self._copy = state, source, copy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is loaded."""
+        e = self._source.entry
+        return self._source.head.nbytes if self._source.head else math.prod(e.shape) * DTYPES[e.dtype].bits // 8
+
+    @property
+    def several(self) -> bool:
+        """Whether its memory is that of other names too."""
+        return bool(self._source.entry.aliases)
+
+    def get_dtype(self) -> str:
+        """Its data type, as safetensors names them."""
+        return "U8" if self._source.head else self._source.entry.dtype
+
+    def get_shape(self) -> list[int]:
+        """Its shape; of a record that is held, the number of its bytes."""
+        return [self._source.head.nbytes] if self._source.head else list(self._source.entry.shape)
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        """The whole tensor."""
+        try:
+            tensor = self._source.tensor()[key]
+            return tensor.clone() if self._copy else tensor
+        except RacError as e:
+            self._state.errors.append(e)
+            raise
+
+
+class _Shared:
+    """The tensor of one record, read once for all its names."""
+
+    def __init__(self, f: RacFile, archive: Archive, entry: Entry) -> None:
+        self._file, self.archive, self.entry = f, archive, entry
+        self.head: Head | None = None
+        """Of the record, where that is what is given."""
+        self._lock, self._kept = threading.Lock(), None
+
+    def tensor(self) -> Any:
+        with self._lock:
+            if self._kept is not None:
+                return self._kept
+            if self.head:
+                found = torch.from_numpy(rc.collect(self.archive, self.entry))
+            else:
+                found = self._file.get_tensor(self.entry.name)
+            if self.entry.aliases:
+                self._kept = found
+            return found
+
+
+class State:
+    """The tensors of an archive by name, lazily."""
+
+    def __init__(self, f: RacFile) -> None:
+        self.errors: list[RacError] = []
+        """What was wrong with tensors, in the order of loading."""
+        self.lazy: dict[str, Lazy] = {}
+        self._shared: dict[str, _Shared] = {}
+        for archive, entry in tensors(f):
+            source = _Shared(f, archive, entry)
+            for name, tied in ((entry.name, True), *entry.aliases):
+                self._shared[name] = source
+                self.lazy[name] = Lazy(self, source, not tied)
+
+    def worth(self) -> list[str]:
+        """Names whose records can be held as they are."""
+        return [name for name, source in self._shared.items() if rp.worth(source.entry)]
+
+    def hold(self, names: list[str]) -> dict[str, Head]:
+        """Give these as records from now on; returns their heads."""
+        out = {}
+        for name in names:
+            source = self._shared[name]
+            e, archive = source.entry, source.archive
+            uses = archive.record(e).head.get("uses", []) if e.method in AFTER else []
+            size = e.size + sum(archive.objects[n].size for n in uses if n in archive.objects)
+            out[name] = source.head = Head(size, e.dtype, e.shape)
+        return out
+
+
+def tensors(f: RacFile) -> list[tuple[Archive, Entry]]:
+    """The tensors of all archives of a file."""
+    return [(a, e) for a in f.archives for e in a.index.entries if e.type == RECORD_TENSOR]

@@ -1,0 +1,104 @@
+"""What transformers calls a quantizer: `from_pretrained` for folders whose weights are records.
+
+Importing this registers it under "rac". In the safetensors files of such a folder a compressed weight is a U8 tensor
+of one dimension: the record, byte for byte (runtime/record.py). All other tensors are as they always are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from rac.container.wire import MAJOR, MINOR
+from rac.decode.engine import threads_of
+from rac.errors import MismatchError, UnsupportedError
+from rac.runtime import record as rc
+from rac.runtime import replace as rp
+from rac.runtime.layers import Head, RacLinear
+from rac.runtime.workspace import Workspace
+
+METHOD = "rac"
+
+
+@register_quantization_config(METHOD)
+class RacConfig(QuantizationConfigMixin):
+    """`quantization_config` of a model whose weights are records.
+
+    Args:
+        format_version: Of the .rac format that the records are in.
+        threads: Threads that decode; one per core up to 8 by default. Not saved.
+        records: For models that are made of an archive: the heads, by names of the file. Not saved.
+
+    Raises:
+        UnsupportedError: The version is not known.
+    """
+
+    def __init__(
+        self, format_version: str = f"{MAJOR}.{MINOR}", threads: int | None = None,
+        records: dict[str, Head] | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        self.quant_method = METHOD
+        if format_version.split(".")[0] != str(MAJOR):
+            raise UnsupportedError(f"format version {format_version} is not supported (this reader knows {MAJOR})")
+        self.format_version = format_version
+        self.threads, self.records = threads, records
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        return {"quant_method": self.quant_method, "format_version": self.format_version}
+
+
+@register_quantizer(METHOD)
+class RacHfQuantizer(HfQuantizer):
+    """Puts compressed layers in their places before the weights are loaded, which then are the records."""
+
+    quantization_config: RacConfig
+    requires_calibration = True  # weights are packed by `rac pack`, not here
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        records = config.records if config.records is not None else heads(kwargs.get("checkpoint_files") or [])
+        where = rp.places(model, records)
+        if homeless := sorted(records.keys() - where.keys()):
+            raise MismatchError(f"no layer of {type(model).__name__} can hold the record of {homeless[0]!r}")
+        threads = threads_of(config.threads)
+        rp.replace(model, {where[n]: h for n, h in records.items()}, Workspace(threads), torch.get_default_dtype())
+        config.records = None
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for layer in model.modules():
+            if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
+                layer.bias.data = layer.bias.data[: layer.out_features]
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return rp.dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the records again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are; the weights have no gradient."""
+        return True
+
+
+def heads(files: list[str]) -> dict[str, Head]:
+    """The records in safetensors files, by name. RacError where one is damaged."""
+    out = {}
+    for file in files:
+        with safe_open(file, framework="np") as f:
+            for name in f.keys():  # noqa: SIM118 - no mapping
+                part = f.get_slice(name)
+                shape = part.get_shape()
+                if part.get_dtype() == "U8" and len(shape) == 1 and part[0:4].tobytes() == b"RREC":
+                    t = rc.parse(part[0 : shape[0]]).tensor
+                    out[name] = Head(shape[0], t.dtype, t.shape)
+    return out

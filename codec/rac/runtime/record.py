@@ -1,0 +1,156 @@
+"""A tensor record in memory, byte for byte as it lies in a file: parsed once, decoded as often as it is needed.
+
+The bytes are the records of the objects that the tensor uses, one after the other, and then its own: what
+`collect` takes out of an archive. Everything about them is checked as in a file (format_spec/container.md).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container import wire
+from rac.container.index import check_type
+from rac.container.reader import Archive
+from rac.decode import load as ld
+from rac.decode import tensor as tn
+from rac.errors import FormatError
+from rac.records import Entry, Limits, Record
+from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+
+Array = NDArray[Any]
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What the bytes of a tensor state, checked."""
+
+    tensor: tn.Tensor
+    objects: tuple[tn.Tensor, ...]
+    size: int
+    """Of all the bytes."""
+    heads: tuple[bytes, ...]
+    """The fixed head of each record, whose checksum covers the rest of the head, and so the checksums of all units."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix of words."""
+        return self.tensor.grid.rows, self.tensor.grid.cols
+
+    def describes(self, data: Bytes) -> bool:
+        """Whether these are the bytes that were parsed, as far as the heads say; units are checked when decoded."""
+        records = (*(o.record for o in self.objects), self.tensor.record)
+        return len(data) == self.size and all(
+            data[r.at : r.at + wire.RECORD_HEAD].tobytes() == head for r, head in zip(records, self.heads, strict=True)
+        )
+
+
+def collect(archive: Archive, entry: Entry) -> Bytes:
+    """The bytes of a tensor and of the objects that it uses."""
+    t = ld.parse(archive, archive.record(entry))
+    entries = [*(archive.objects[name] for name in t.uses), entry]
+    out = np.empty(sum(e.size for e in entries), np.uint8)
+    at = 0
+    for e in entries:
+        archive.access.read_into(e.at, out[at : at + e.size].data)
+        at += e.size
+    return out
+
+
+def _record(data: Bytes, at: int, limits: Limits) -> Record:
+    """The record at `at`; it lies within the bytes."""
+    fixed = data[at : at + wire.RECORD_HEAD].tobytes()
+    _, _, size, _, _ = wire.parse_record(at, fixed, limits)
+    end = at + wire.RECORD_HEAD + size
+    body, padding = data[at + wire.RECORD_HEAD : end], data[end : end + wire.pad(wire.RECORD_HEAD + size)]
+    record = wire.parse_record_body(at, fixed, body.tobytes(), padding.tobytes(), limits)
+    check_type(record)
+    if record.end > len(data):
+        raise FormatError("the bytes end inside a record", offset=at)
+    return record
+
+
+def parse(data: Bytes, limits: Limits | None = None) -> Stored:
+    """Read the heads in bytes (n,) that `collect` made.
+
+    Raises:
+        RacError: They are damaged or cut off, or hold anything but objects and then one tensor.
+    """
+    limits, at = limits or Limits(), 0
+    objects: dict[str, tn.Tensor] = {}
+    heads: list[bytes] = []
+    while True:
+        record = _record(data, at, limits)
+        t = tn.parse(record, limits, lambda name: objects[name].shape if name in objects else None)
+        heads.append(data[at : at + wire.RECORD_HEAD].tobytes())
+        at = record.end
+        if record.type == RECORD_TENSOR:
+            break
+        if record.type != RECORD_OBJECT or t.name in objects:
+            raise FormatError("no tensor and no object that it uses", offset=record.at)
+        objects[t.name] = t
+    if at != len(data) or tuple(objects) != t.uses:
+        raise FormatError(f"{len(data) - at} bytes behind the tensor, or objects that it does not use", offset=at)
+    return Stored(t, tuple(objects.values()), len(data), tuple(heads))
+
+
+def unit(data: Bytes, t: tn.Tensor, i: int) -> Bytes:
+    """Bytes of unit `i` of a tensor."""
+    at = t.record.payload + t.units[i].offset
+    return data[at : at + t.units[i].size]
+
+
+def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
+    """The objects that the tensor uses, decoded."""
+    out = []
+    for o in s.objects:
+        words = tn.empty(o)
+        decode(Stored(o, (), s.size, ()), data, words)
+        out.append(words.view(np.float32))
+    return out
+
+
+def decode(
+    s: Stored, data: Bytes, out: Array, first: int = 0, last: int | None = None, pool: Executor | None = None
+) -> None:
+    """Decode the rows of tiles first..last - 1 (by default all) into `out`.
+
+    Args:
+        s: What `parse` made of `data`.
+        data: (n,) bytes.
+        out: (rows, C) words of the tensor, contiguous; row 0 is the first one of the tiles `first`.
+        first: Row of the grid of tiles.
+        last: Row of the grid of tiles behind the last one.
+        pool: Threads that decode; None: the caller's alone.
+
+    Raises:
+        RacError: A unit is damaged; `out` may then be partly written.
+    """
+    t, grid = s.tensor, s.tensor.grid
+    dec = tn.Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
+    top, works = first * grid.tr, []
+    for a in range(first, grid.down if last is None else last):
+        work = tn.Work()
+        r0, r1 = a * grid.tr, min(grid.rows, (a + 1) * grid.tr)
+        found = tn.values(t, r1 - r0, grid.cols) if t.after else out
+        for i in range(a * grid.across, (a + 1) * grid.across):
+            work.add(dec, i, unit(data, t, i + t.first), found, r0 if t.after else top)
+            if pool and not t.after:
+                works.append(work)
+                work = tn.Work()
+        if t.after:
+            work.then(dec, found, out[r0 - top : r1 - top], (r0, r1, 0, grid.cols))
+        works.append(work)
+    if pool:
+        jobs = [pool.submit(work.run) for work in works]
+        wait(jobs)  # all of them, so that nobody writes to `out` any more when one has failed
+        for job in jobs:
+            job.result()
+        return
+    for work in works:
+        work.run()

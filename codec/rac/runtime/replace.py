@@ -1,0 +1,132 @@
+"""Which layers of a transformers model can stay compressed, and putting them in place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from rac.errors import MismatchError
+from rac.records import Entry
+from rac.registry import AFTER, LOSSY
+from rac.runtime.layers import Compressed, Head, RacEmbedding, RacLinear
+from rac.runtime.workspace import Workspace
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+def worth(e: Entry) -> bool:
+    """Whether the record of an index row is a matrix of floats that the coder made smaller."""
+    return e.dtype in FLOATS and len(e.shape) == 2 and e.method in ("lanes/1", *LOSSY, *AFTER)
+
+
+def places(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Names of a file to the names of the parameters that they are, as transformers loads them.
+
+    Only weights of plain linear layers, embeddings and Conv1D are listed: subclasses may look at their weight, and
+    so do the layers that transformers wants in float32 (the T5 feed-forward output). What transformers makes of
+    several tensors is not listed either, nor what is tied to a weight that is not.
+    """
+    known = get_model_conversion_mapping(model)
+    renamings = [c for c in known if isinstance(c, WeightRenaming)]
+    converters = [c for c in known if isinstance(c, WeightConverter)]
+    state, prefix = model.state_dict(), model.base_model_prefix
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    out: dict[str, str] = {}
+    for name in names:
+        key, converter = rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:
+            key, converter = rename_source_key(name, [], [], prefix, state)
+        if converter is None and key in state and _plain(model, key, kept):
+            out[name] = key
+    tied = list(getattr(model, "all_tied_weights_keys", {}).items())
+    dense: set[str] = set()
+    for _ in tied:  # what is tied to a dense weight is dense, and so on
+        for pair in tied:
+            if not all(_plain(model, key, kept) for key in pair) or dense & set(pair):
+                dense |= set(pair)
+    return {name: key for name, key in out.items() if key not in dense}
+
+
+def _plain(model: Any, key: str, kept: list[str]) -> bool:
+    """Whether a parameter is the weight of a layer that can be replaced."""
+    path, _, leaf = key.rpartition(".")
+    if leaf != "weight" or any(re.search(rf"(?:^|\.){k}(?:\.|$)", path) for k in kept):
+        return False
+    module = model.get_submodule(path)
+    if type(module) is nn.Embedding:
+        return module.max_norm is None and not module.sparse
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: torch.dtype) -> list[str]:
+    """Replace the layers whose weights the file has as records; returns the names of their parameters.
+
+    Args:
+        model: On the meta device.
+        heads: Of the records, by names of parameters as `places` gives them.
+        workspace: For all of them.
+        dtype: Of the numbers between the layers.
+
+    Raises:
+        MismatchError: A record has another shape than its layer; the model is then partly replaced.
+    """
+    heads = dict(heads)
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # one record for all that are tied
+        for a, b in ((target, source), (source, target)):
+            if a in heads and b not in heads and _plain(model, b, []):
+                heads[b] = heads[a]
+    new: dict[int, nn.Module] = {}
+    for key, head in heads.items():
+        old = model.get_submodule(key.removesuffix(".weight"))
+        at = old.weight.device
+        try:
+            if isinstance(old, nn.Embedding):
+                rows, cols = old.num_embeddings, old.embedding_dim
+                layer: Compressed = RacEmbedding(rows, cols, head, workspace, old.padding_idx, at, dtype)
+            elif isinstance(old, Conv1D):
+                layer = RacLinear(old.nx, old.nf, head, workspace, old.bias, True, at, dtype)
+            else:
+                layer = RacLinear(old.in_features, old.out_features, head, workspace, old.bias, False, at, dtype)
+        except MismatchError as e:
+            e.unit = repr(key)
+            raise
+        new[id(old)] = layer.train(old.training)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
+    return list(heads)
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Put dense layers back in the place of compressed ones, in `dtype` or that of each layer."""
+    new: dict[int, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if not isinstance(child, Compressed):
+                continue
+            if id(child) not in new:
+                key = id(child.weight)
+                if key not in weights:
+                    weights[key] = nn.Parameter(child.dense().to(dtype or child.compute_dtype), requires_grad=False)
+                with torch.device("meta"):
+                    if isinstance(child, RacEmbedding):
+                        layer: Any = nn.Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx)
+                    elif isinstance(child, RacLinear) and child.transposed:
+                        layer = Conv1D(child.out_features, child.in_features)
+                    else:
+                        layer = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                layer.weight = weights[key]
+                if hasattr(layer, "bias"):
+                    layer.bias = child.bias
+                new[id(child)] = layer.train(child.training)
+            parent._modules[name] = new[id(child)]
+    return model

@@ -1,0 +1,67 @@
+"""A loader for vLLM: `--load-format rac`. Dense on load, and every rank decodes its own slices only.
+
+vLLM calls `register` through the entry point "vllm.general_plugins". Weights come from the one archive in the model's
+folder, or from the file that `--model-loader-extra-config '{"file": "m.rac"}'` names; configuration and tokenizer come
+from the folder, as always. The interface is that of BaseModelLoader in vLLM 0.33.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from rac.decode.archive import RacFile
+from rac.errors import SourceError
+from rac.runtime.lazy import LazyTensor
+
+FORMAT = "rac"
+
+
+def weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, LazyTensor]]:
+    """(name, tensor) of an archive, ties included; a tensor can be read as long as the iterator is not exhausted."""
+    with RacFile(path, framework="pt") as f:
+        for name in f.keys():  # noqa: SIM118 - no mapping
+            yield name, LazyTensor(f.get_slice(name))
+
+
+def archive_of(model: str, extra: dict[str, Any]) -> str:
+    """The archive of a model; SourceError where there is none, or a setting is not known."""
+    if unknown := sorted(extra.keys() - {"file"}):
+        raise SourceError(f"unknown setting {unknown[0]!r} in model_loader_extra_config; there is 'file'")
+    path = str(extra.get("file", model))
+    if not os.path.exists(path):
+        raise SourceError("no such file or folder; vLLM must be given a local one", file=path)
+    return path
+
+
+def loader() -> type:
+    """The class for vLLM; ImportError where vLLM is not installed."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class RacModelLoader(BaseModelLoader):  # type: ignore[misc]
+        """Loads weights from a .rac file."""
+
+        def _path(self, model_config: Any) -> str:
+            return archive_of(model_config.model, self.load_config.model_loader_extra_config or {})
+
+        def download_model(self, model_config: Any) -> None:
+            """Nothing to fetch; says early what is wrong with the file."""
+            RacFile(self._path(model_config)).close()
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            """Into a model that is there. SourceError where a parameter got nothing."""
+            path = self._path(model_config)
+            loaded = model.load_weights(weights(path))
+            if loaded is not None and (missing := sorted({n for n, _ in model.named_parameters()} - set(loaded))):
+                raise SourceError(f"holds nothing for the parameter {missing[0]!r}", file=path)
+
+    return RacModelLoader
+
+
+def register() -> None:
+    """Make the load format known to vLLM; may be called more than once."""
+    from vllm.model_executor import model_loader
+
+    if FORMAT not in model_loader._LOAD_FORMAT_TO_MODEL_LOADER:
+        model_loader.register_model_loader(FORMAT)(loader())

@@ -1,0 +1,189 @@
+"""The memory that the compressed layers of a model decode into, and the threads that decode ahead of them.
+
+One buffer serves all layers: the weight of a layer is in it while the layer runs. What the running layer leaves free
+holds the weights of the layers that came next the last time, which threads decode meanwhile; the order is learned
+anew with every layer that runs. A guess that was wrong costs the work and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.decode.engine import threads_of
+from rac.errors import RacError
+from rac.runtime import record as rc
+
+Array = NDArray[Any]
+AHEAD = 32 << 20
+"""The buffer has room for two of the largest layers, up to so many bytes, and at least for one."""
+_ALIGN = 64
+
+
+class Layer(Protocol):
+    """What the workspace asks of a layer."""
+
+    dense_bytes: int
+
+    def stored(self) -> tuple[rc.Stored, rc.Bytes]:
+        """Its record and the bytes of it, in the memory of the host."""
+
+    def version(self) -> tuple[int, int] | None:
+        """Changes when the bytes do; None: they are not in the memory of the host now."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A part of the buffer, and the layer whose weight is, or will be, in it."""
+
+    layer: weakref.ref[Any]
+    version: tuple[int, int] | None
+    start: int
+    stop: int
+    done: Future[None] | None
+
+
+class Workspace:
+    """Shared by the layers of one model. One layer at a time runs, whatever the number of threads that call.
+
+    Args:
+        threads: Threads that decode; one per core up to 8 by default. None are there before the first layer runs.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads_of(threads)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lock, self._busy = threading.RLock(), False
+        self._largest = 0
+        self._buffer = np.empty(0, np.uint8)
+        self._pool: ThreadPoolExecutor | None = None
+        self._slots: deque[_Slot] = deque()
+        """The running layer, and then those that are decoded ahead."""
+        self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+        self._last: weakref.ref[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: the settings, and room for the same layers. Its buffer and threads are its own."""
+        return {"threads": self._threads, "largest": self._largest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As `__getstate__` gives it."""
+        self._threads = state["threads"]
+        self._clear()
+        self._largest = state["largest"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer once a layer has run."""
+        return max(self._largest, min(2 * self._largest, AHEAD))
+
+    def expect(self, size: int) -> None:
+        """A layer of `size` dense bytes will use this."""
+        with self._lock:
+            self._largest = max(self._largest, size)
+
+    def executor(self) -> ThreadPoolExecutor | None:
+        """The threads; None where there is one only. They end when the workspace goes."""
+        with self._lock:
+            if self._threads > 1 and self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, "rac-decode")
+            return self._pool
+
+    def close(self) -> None:
+        """Stop the threads and give the memory back; the next layer that runs starts them again."""
+        with self._lock:
+            self._drop()
+            if self._pool:
+                self._pool.shutdown(cancel_futures=True)
+            self._pool, self._last, self._buffer = None, None, np.empty(0, np.uint8)
+
+    @contextlib.contextmanager
+    def weight(self, layer: Layer) -> Iterator[Array]:
+        """The words (R, C) of the weight of a layer, valid inside; RacError where it is damaged."""
+        with self._lock:
+            if self._busy:
+                raise RuntimeError("a layer that runs inside another one cannot decode into the same workspace")
+            self._busy = True
+            try:
+                yield self._take(layer)
+            except BaseException:
+                self._drop()
+                raise
+            finally:
+                self._busy = False
+
+    def _drop(self, count: int | None = None) -> None:
+        """Forget the first `count` slots, by default all."""
+        for _ in range(len(self._slots) if count is None else count):
+            done = self._slots.popleft().done
+            if done and not done.cancel():
+                done.exception()  # wait until nobody writes to the buffer
+
+    def _take(self, layer: Layer) -> Array:
+        s, data = layer.stored()
+        size = s.tensor.nbytes
+        if size > self._largest or len(self._buffer) < self.nbytes:
+            self._drop()
+            self.expect(size)
+            self._buffer = np.empty(self.nbytes, np.uint8)
+        self._drop(min(1, len(self._slots)))  # the layer that ran before
+        found = [i for i, slot in enumerate(self._slots) if slot.layer() is layer and slot.version == layer.version()]
+        self._drop(found[0] if found else None)
+        ahead = self._slots[0] if found else None
+        if ahead and ahead.done:
+            ahead.done.result()
+        else:
+            ahead = _Slot(weakref.ref(layer), None, 0, size, None)
+            self._slots.append(ahead)
+            rc.decode(s, data, self._words(s, 0), pool=self.executor())
+        if self._last and (last := self._last()) is not None:
+            self._next[last] = weakref.ref(layer)
+        self._last = weakref.ref(layer)
+        self._look_ahead()
+        return self._words(s, ahead.start)
+
+    def _words(self, s: rc.Stored, start: int) -> Array:
+        return self._buffer[start : start + s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape)
+
+    def _look_ahead(self) -> None:
+        """Let threads decode the next layers, as far as there is room; never more of them than threads."""
+        pool = self.executor()
+        known = {id(slot.layer()) for slot in self._slots}
+        if pool is None or len(self._slots) > self._threads:
+            return
+        tail = self._slots[-1].layer()
+        while len(self._slots) <= self._threads and tail is not None:
+            found = self._next.get(tail)
+            tail = found() if found else None
+            if tail is None or id(tail) in known or (version := tail.version()) is None:
+                return
+            try:
+                s, data = tail.stored()
+            except RacError:  # it will say so itself
+                return
+            start = self._free(s.tensor.nbytes)
+            if start is None:
+                return
+            done = pool.submit(rc.decode, s, data, self._words(s, start))
+            self._slots.append(_Slot(weakref.ref(tail), version, start, start + s.tensor.nbytes, done))
+            known.add(id(tail))
+
+    def _free(self, size: int) -> int | None:
+        """Where `size` bytes are free behind the last slot, or in front of the first; None: nowhere."""
+        behind = -(-self._slots[-1].stop // _ALIGN) * _ALIGN
+        for start in (behind, 0):
+            stop = start + size
+            if stop <= len(self._buffer) and all(stop <= x.start or start >= x.stop for x in self._slots):
+                return start
+        return None

@@ -1,0 +1,108 @@
+"""`rac generate`, `rac perplexity`, `rac pack --format hf`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models
+
+import rac.runtime  # noqa: F401 - the quantizer
+from rac.cli import main
+from rac.encode.evaluate import Measure
+from rac.encode.pack import pack
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    models.write("llama", root / "hf")
+    pack(root / "hf", root / "m.rac")
+    (root / "text.txt").write_text(models.TEXT)
+    (root / "short.txt").write_text("short")
+    return root
+
+
+def test_generate_writes_the_same_dense_and_compressed(packed, capsys):
+    wrote = []
+    for resident in ("dense", "compressed"):
+        assert main(["generate", str(packed / "m.rac"), "ab", "--tokens", "9", "--resident", resident]) == 0
+        out, err = capsys.readouterr()
+        wrote.append(out)
+        assert re.fullmatch(r"\d tokens in [\d.]+ s, [\d.]+ per second\n", err.splitlines(keepends=True)[-1])
+    assert wrote[0] == wrote[1] and wrote[0].startswith("ab")
+
+
+def test_generate_samples_by_seed(packed, capsys):
+    def run(seed):
+        assert main(["generate", str(packed / "m.rac"), "ab", "--tokens", "9", "--sample", "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    assert run("1") == run("1") != run("2")
+
+
+@pytest.mark.parametrize("resident", ["dense", "compressed"])
+def test_perplexity_is_that_of_compare(packed, capsys, resident):
+    args = ["--text", str(packed / "text.txt"), "--tokens", "300", "--context", "100", "--dtype", "float32"]
+    assert main(["perplexity", str(packed / "m.rac"), *args, "--resident", resident]) == 0
+    out = capsys.readouterr().out
+    want = Measure(packed / "hf", models.TEXT, 300, 100).figures().perplexity
+    assert f"perplexity {want:.3f} on 300 tokens" in out and f"({resident}, float32," in out
+
+
+def test_pack_to_a_folder(packed, tmp_path, capsys):
+    assert main(["pack", str(packed / "hf"), "-o", str(tmp_path / "a"), "--format", "hf", "--bits", "4"]) == 0
+    assert "of them compressed" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    assert main(["pack", str(packed / "m.rac"), "-o", str(tmp_path / "b"), "--format", "hf"]) == 0
+    original = transformers.AutoModelForCausalLM.from_pretrained(packed / "hf")
+    assert torch.equal(
+        models.logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")), models.logits(original)
+    )
+    capsys.readouterr()
+    assert main(["pack", str(packed / "m.rac"), "-o", str(tmp_path / "b"), "--format", "hf"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(packed, tmp_path, capsys):
+    cases = [
+        (["generate", "/nowhere.rac", "x"], 2, "No such file"),
+        (["generate", str(packed / "m.rac"), ""], 2, "prompt"),
+        (["generate", str(packed / "m.rac"), "x", "--tokens", "0"], 2, "--tokens"),
+        (["generate", str(packed / "m.rac"), "x", "--device", "nothing"], 2, "device"),
+        (["perplexity", str(packed / "m.rac"), "--text", str(packed / "short.txt")], 2, "5 tokens"),
+        (["perplexity", str(packed / "m.rac"), "--text", "/nowhere.txt"], 2, "nowhere"),
+        (["perplexity", str(packed / "m.rac"), "--text", str(packed / "text.txt"), "--context", "1"], 2, "window"),
+    ]
+    for args, code, word in cases:
+        assert main(args) == code, args
+        err = capsys.readouterr().err.splitlines()
+        assert err[-1].startswith("rac: ") and word in err[-1], (args, err)
+
+
+def test_an_encoder_does_not_write(tmp_path, capsys):
+    models.write("bert", tmp_path / "hf")
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    assert main(["generate", str(tmp_path / "m.rac"), "x"]) == 1
+    assert "no causal language model" in capsys.readouterr().err
+
+
+def test_weights_alone_are_no_model(packed, tmp_path, capsys):
+    pack(packed / "hf" / "model.safetensors", tmp_path / "m.rac")
+    assert main(["generate", str(tmp_path / "m.rac"), "x"]) == 2
+    assert "Hugging Face folder" in capsys.readouterr().err
+
+
+def test_help_teaches(capsys):
+    for command, words in (("generate", ("--resident", "rac generate m.rac")), ("perplexity", ("windows", "--text"))):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        assert all(w in out for w in words)

@@ -1,0 +1,307 @@
+"""Compressed layers by themselves: products, rows, gradients, damage, threads."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import products
+
+import rac
+from rac.container.access import BytesAccess
+from rac.container.reader import Archive
+from rac.decode import tensor as tn
+from rac.encode import analyse
+from rac.encode.pack import pack
+from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
+from rac.runtime import RacEmbedding, RacLinear, Workspace, device
+from rac.runtime import record as rc
+from rac.runtime.layers import Head
+
+
+def archive_of(tmp_path, tensors, **how):
+    """An archive of torch tensors, in one read."""
+    st = pytest.importorskip("safetensors.torch")
+    st.save_file(tensors, tmp_path / "x.safetensors")
+    pack(tmp_path / "x.safetensors", tmp_path / "x.rac", force=True, **how)
+    return Archive(BytesAccess((tmp_path / "x.rac").read_bytes()))
+
+
+def stored(archive, name):
+    """(bytes of the record, its head)."""
+    entry = next(e for e in archive.index.entries if e.name == name and e.type == 1)
+    data = rc.collect(archive, entry)
+    return data, Head(len(data), entry.dtype, entry.shape)
+
+
+def linear(archive, name, workspace=None, transposed=False, bias=None):
+    data, head = stored(archive, name)
+    a, b = head.shape if transposed else head.shape[::-1]
+    layer = RacLinear(a, b, head, workspace or Workspace(), bias, transposed, dtype=torch.float32)
+    layer.weight.data.copy_(torch.from_numpy(data))
+    return layer
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(1)
+    return {f"w{i}": torch.randn(96 + 32 * i, 64) for i in range(4)}
+
+
+@pytest.fixture
+def archive(tmp_path, weights):
+    return archive_of(tmp_path, weights)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_in_any_order(archive, weights, threads):
+    workspace = Workspace(threads)
+    layers = {n: linear(archive, n, workspace) for n in weights}
+    x = torch.randn(5, 64)
+    rng = np.random.default_rng(0)
+    order = [f"w{i}" for i in (0, 1, 2, 3) * 3] + [f"w{i}" for i in rng.integers(0, 4, 60)]
+    for name in order:
+        assert torch.equal(layers[name](x), torch.nn.functional.linear(x, weights[name]))
+    assert len(workspace._buffer) == workspace.nbytes
+
+
+def test_a_layer_larger_than_was_known(archive, weights):
+    workspace = Workspace(2)
+    small = linear(archive, "w0", workspace)
+    x = torch.randn(2, 64)
+    small(x)
+    large = linear(archive, "w3", workspace)
+    for _ in range(3):
+        assert torch.equal(small(x), x @ weights["w0"].T) and torch.equal(large(x), x @ weights["w3"].T)
+
+
+def test_transposed_and_bias(archive, weights):
+    bias = torch.nn.Parameter(torch.randn(64))
+    layer = linear(archive, "w1", transposed=True, bias=bias)
+    x = torch.randn(3, 2, 128)
+    with torch.no_grad():
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, weights["w1"].t(), bias))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients(archive, weights, transposed):
+    bias = torch.nn.Parameter(torch.randn(64 if transposed else 128))
+    layer = linear(archive, "w1", transposed=transposed, bias=bias)
+    other = linear(archive, "w2", layer.workspace)
+    x = torch.randn(3, 128 if transposed else 64, requires_grad=True)
+    out = layer(x)
+    other(torch.randn(1, 64))  # the workspace holds another weight by then
+    out.pow(2).sum().backward()
+    y, c = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
+    w = weights["w1"].t() if transposed else weights["w1"]
+    torch.nn.functional.linear(y, w, c).pow(2).sum().backward()
+    assert torch.allclose(x.grad, y.grad, rtol=1e-5) and torch.allclose(bias.grad, c.grad, rtol=1e-5)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("rows", [(0,), (5, 700, 5), tuple(range(0, 1024, 7)), ()])
+def test_embedding_rows(tmp_path, rows):
+    w = torch.randn(1024, 32).to(torch.bfloat16)
+    data, head = stored(archive_of(tmp_path, {"e": w}), "e")
+    layer = RacEmbedding(1024, 32, head, Workspace(2), dtype=torch.float32)
+    layer.weight.data.copy_(torch.from_numpy(data))
+    ids = torch.tensor([rows, rows], dtype=torch.int64)
+    assert torch.equal(layer(ids), w[ids].float())
+    with pytest.raises(IndexError):
+        layer(torch.tensor([1024]))
+
+
+def test_embedding_of_many_tiles(tmp_path):
+    w = torch.randn(40_000, 64).to(torch.bfloat16)
+    archive = archive_of(tmp_path, {"e": w})
+    data, head = stored(archive, "e")
+    assert rc.parse(data).tensor.grid.down > 1
+    layer = RacEmbedding(40_000, 64, head, Workspace(2), dtype=torch.bfloat16)
+    layer.weight.data.copy_(torch.from_numpy(data))
+    ids = torch.randint(40_000, (50,))
+    assert torch.equal(layer(ids), w[ids])
+    assert torch.equal(layer.dense(), w)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_objects_travel_with_the_tensor(tmp_path, monkeypatch, threads):
+    monkeypatch.setattr(analyse, "CUTS", ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))  # many tiles
+    maker, rows, cols = products.Maker(tmp_path / "m.rac"), 150, 140
+    maker.object("a", products.exact(products.normal(1, rows, 7)))
+    maker.object("b", products.quantised(products.words(2, 7, cols), 2))
+    maker.tensor("low", "BF16", products.quantised(products.words(3, rows, cols), 3, 5), ("a", "b"))
+    maker.object("u", products.exact(products.normal(4, cols, cols)))
+    maker.tensor("turned", "F32", products.quantised(products.words(5, rows, cols), 5, 5, states=64), ("u",))
+    maker.finish()
+    archive = Archive(BytesAccess((tmp_path / "m.rac").read_bytes()))
+    want = rac.load_file(tmp_path / "m.rac", framework="pt")
+    workspace = Workspace(threads)
+    for name, w in want.items():
+        layer = linear(archive, name, workspace)
+        assert torch.equal(layer.dense(), w)
+        x = torch.randn(3, cols)
+        for _ in range(2):
+            assert torch.equal(layer(x), torch.nn.functional.linear(x, w.float()))
+        data, head = stored(archive, name)
+        rows_of = RacEmbedding(rows, cols, head, workspace, dtype=w.dtype)
+        rows_of.weight.data.copy_(torch.from_numpy(data))
+        ids = torch.tensor([149, 0, 77])
+        assert torch.equal(rows_of(ids), w[ids])
+    low, _ = stored(archive, "low")
+    own = rc.parse(low).tensor.record
+    with pytest.raises(FormatError):  # without its objects
+        rc.parse(low[own.at :])
+
+
+def test_bytes_are_checked(archive):
+    data, head = stored(archive, "w0")
+    x = torch.randn(1, 64)
+    layer = linear(archive, "w0")
+    at = rc.parse(data).tensor.record.payload + 100
+    layer.weight.data[at] ^= 1
+    with pytest.raises(ChecksumError, match="w0"):
+        layer(x)
+    layer.weight.data[at] ^= 1
+    layer(x)
+    layer.weight.data[24] ^= 1  # the checksum of the head
+    with pytest.raises(ChecksumError):
+        layer(x)
+    for cut in (0, 20, 64, len(data) - 64):
+        with pytest.raises((TruncatedError, FormatError)):
+            rc.parse(data[:cut])
+    with pytest.raises(FormatError):
+        rc.parse(np.append(data, np.zeros(64, np.uint8)))
+    with pytest.raises(MismatchError, match=r"96.*128"):
+        RacLinear(64, 128, head, Workspace())
+    other = linear(archive, "w1")
+    other.weight = torch.nn.Parameter(torch.from_numpy(data), requires_grad=False)
+    with pytest.raises(MismatchError, match="w0"):
+        other(x)
+
+
+def test_a_damaged_guess_is_reported_by_its_layer(archive):
+    workspace = Workspace(2)
+    a, b = (linear(archive, n, workspace) for n in ("w0", "w1"))
+    x = torch.randn(1, 64)
+    for layer in (a, b, a):
+        layer(x)
+    b.weight.data[-100] ^= 1
+    for _ in range(2):
+        a(x)
+        with pytest.raises(ChecksumError, match="w1"):
+            b(x)
+
+
+def test_layers_that_are_left_out(archive, weights):
+    workspace = Workspace(3)
+    layers = [linear(archive, f"w{i}", workspace) for i in range(4)]
+    x = torch.randn(1, 64)
+    for i in (*range(4), *range(4), 0, 2, 3, 0, 1, 3, 3):
+        assert torch.equal(layers[i](x), torch.nn.functional.linear(x, weights[f"w{i}"]))
+
+
+def test_a_damaged_head_is_reported_by_its_layer(archive):
+    workspace = Workspace(2)
+    a, b = (linear(archive, n, workspace) for n in ("w0", "w1"))
+    x = torch.randn(1, 64)
+    for layer in (a, b, a):
+        layer(x)
+    with torch.no_grad():
+        b.weight[24] ^= 1
+    for _ in range(2):
+        a(x)
+        with pytest.raises(ChecksumError):
+            b(x)
+
+
+def test_what_a_device_is_given(tmp_path, monkeypatch):
+    """`rac.decode.cuda.decode_tensor` gets the checked record in its parts; here a double of it decodes them."""
+    maker = products.Maker(tmp_path / "m.rac")
+    maker.object("a", products.exact(products.normal(1, 150, 7)))
+    maker.object("b", products.quantised(products.words(2, 7, 140), 2))
+    maker.tensor("low", "BF16", products.quantised(products.words(3, 150, 140), 3, 5), ("a", "b"))
+    maker.finish()
+    archive = Archive(BytesAccess((tmp_path / "m.rac").read_bytes()))
+    data, _ = stored(archive, "low")
+
+    def decode_tensor(t, first, units, at, objects=()):
+        dec, out = tn.Decoder(t, first, objects=objects), tn.empty(t)
+        found, work = tn.values(t, *out.shape), tn.Work()
+        for i, unit in enumerate(units):
+            work.add(dec, i, unit, found)
+        work.then(dec, found, out, (0, t.grid.rows, 0, t.grid.cols))
+        work.run()
+        return (out, at)
+
+    monkeypatch.setattr(device, "_decoder", lambda name: decode_tensor)
+    words, at = device.dense(rc.parse(data), torch.from_numpy(data))
+    want = rac.load_file(tmp_path / "m.rac")["low"]
+    assert words.tobytes() == want.tobytes() and at == torch.device("cpu")
+
+
+def test_a_device_without_kernels_is_warned_of_once(archive, weights):
+    data, _ = stored(archive, "w0")
+    device._decoder.cache_clear()
+    with pytest.warns(UserWarning, match="decoded on the host and copied"):
+        first = device.dense(rc.parse(data), torch.from_numpy(data))
+    assert torch.equal(first, weights["w0"])
+    assert torch.equal(device.dense(rc.parse(data), torch.from_numpy(data)), weights["w0"])  # a warning is an error
+
+
+def test_integers_are_refused(archive):
+    with pytest.raises(TypeError, match="uint8"):
+        linear(archive, "w0")(torch.zeros(1, 64, dtype=torch.uint8))
+
+
+def test_threads_call_at_once(archive, weights):
+    workspace = Workspace(2)
+    layers = {n: linear(archive, n, workspace) for n in weights}
+    x = torch.randn(4, 64)
+    wrong = []
+
+    def run(name):
+        for _ in range(10):
+            if not torch.equal(layers[name](x), torch.nn.functional.linear(x, weights[name])):
+                wrong.append(name)
+
+    callers = [threading.Thread(target=run, args=(n,)) for n in weights]
+    for t in callers:
+        t.start()
+    for t in callers:
+        t.join()
+    assert not wrong
+
+
+def decoding():
+    return sum(t.name.startswith("rac-decode") for t in threading.enumerate())
+
+
+def test_threads_end(archive):
+    gc.collect()
+    before = decoding()
+    workspace = Workspace(3)
+    a, b = (linear(archive, n, workspace) for n in ("w0", "w1"))
+    for layer in (a, b, a, b):
+        layer(torch.randn(1, 64))
+    assert before < decoding() <= before + 3
+    workspace.close()
+    assert decoding() == before
+    a(torch.randn(1, 64))  # starts again
+    with torch.no_grad():
+        b.weight[-100] ^= 1
+    with pytest.raises(ChecksumError):
+        b(torch.randn(1, 64))
+    del workspace, a, b, layer
+    gc.collect()
+    for t in [t for t in threading.enumerate() if t.name.startswith("rac-decode")]:
+        t.join(5)
+    assert decoding() == before

@@ -1,0 +1,168 @@
+"""Models whose weights stay compressed: copies, state dictionaries, devices, adapters, compilation."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import models
+
+import rac
+from rac.encode.pack import pack
+from rac.runtime import RacEmbedding, RacLinear
+from rac.runtime.replace import dequantize
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(dense model, compressed model, archive)."""
+    root = tmp_path_factory.mktemp("model")
+    models.write("llama", root / "hf")
+    pack(root / "hf", root / "m.rac")
+    return rac.load_model(root / "m.rac"), rac.load_model(root / "m.rac", resident="compressed"), root / "m.rac"
+
+
+def test_copies(small):
+    dense, model, _ = small
+    other = copy.deepcopy(model)
+    assert other.lm_head.workspace is not model.lm_head.workspace
+    assert len({id(m.workspace) for m in other.modules() if isinstance(m, RacLinear)}) == 1
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    assert torch.equal(models.logits(other), models.logits(dense))
+
+
+def test_state_dict(small):
+    dense, model, path = small
+    state = model.state_dict()
+    assert state["lm_head.weight"].dtype == torch.uint8 and not [k for k in state if "_as" in k]
+    file = io.BytesIO()
+    torch.save(state, file)
+    other = rac.load_model(path, resident="compressed")
+    for p in other.parameters():
+        p.data.zero_()
+    file.seek(0)
+    other.load_state_dict(torch.load(file), strict=True)
+    assert torch.equal(models.logits(other), models.logits(dense))
+
+
+def test_to(small):
+    _, _, path = small
+    model = rac.load_model(path, resident="compressed").to(torch.float32)
+    assert model.dtype == torch.float32 and model.lm_head.weight.dtype == torch.uint8
+    assert model.model.embed_tokens(torch.tensor([1])).dtype == torch.float32
+    wide = rac.load_model(path, dtype=torch.float32)
+    assert torch.equal(models.logits(model), models.logits(wide))
+    assert torch.equal(models.logits(model.to("cpu")), models.logits(wide))
+
+
+def test_dequantize(small):
+    dense, _, path = small
+    model = rac.load_model(path, resident="compressed")
+    model.save_pretrained(path.parent / "saved")  # which makes a text of the data type of the configuration
+    model = model.dequantize()
+    assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(models.logits(model), models.logits(dense))
+    assert not hasattr(model.config, "quantization_config")
+    root = path.parent
+    if not (root / "g" / "m.rac").exists():
+        models.write("gpt2", root / "g" / "hf")
+        pack(root / "g" / "hf", root / "g" / "m.rac")
+    want = models.logits(rac.load_model(root / "g" / "m.rac"))
+    assert torch.equal(models.logits(dequantize(rac.load_model(root / "g" / "m.rac", resident="compressed"))), want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile(small):
+    dense, model, _ = small
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")  # the breaks are there whatever the backend
+    assert torch.equal(models.logits(compiled), models.logits(dense))
+
+
+def test_generate(small):
+    dense, model, _ = small
+    ids = torch.arange(9)[None]
+    a, b = (m.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=-1) for m in (dense, model))
+    assert torch.equal(a, b) and a.shape == (1, 21)
+
+
+def test_memory_is_the_records(small):
+    _, model, path = small
+    with rac.open(path) as f:
+        sizes = {e.name: e.size for e in f.archives[0].index.entries}
+    for name, module in model.named_modules():
+        if isinstance(module, RacLinear | RacEmbedding) and name != "lm_head":
+            assert module.weight.numel() == sizes[f"{name}.weight"]
+            own = sum(b.numel() * b.element_size() for b in module.buffers())
+            assert own == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_offloaded_to_the_host(small):
+    accelerate = pytest.importorskip("accelerate")
+    dense, _, path = small
+    model = rac.load_model(path, resident="compressed")
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    for _ in range(2):
+        assert torch.equal(models.logits(model), models.logits(dense))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_offloaded_to_disk(small, tmp_path):
+    pytest.importorskip("accelerate")
+    dense, _, path = small
+    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+             "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    model = rac.load_model(path, resident="compressed", device_map=where, offload_folder=str(tmp_path))
+    assert torch.equal(models.logits(model), models.logits(dense))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters(small, tmp_path):
+    peft = pytest.importorskip("peft")
+    dense, _, path = small
+    model = rac.load_model(path, resident="compressed")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(3)
+    tuned = peft.get_peft_model(model, config)
+    assert sum("lora_A" in n for n, _ in tuned.named_parameters()) == 14
+    with_adapter = models.logits(tuned)
+    torch.manual_seed(3)
+    other = peft.get_peft_model(copy.deepcopy(dense), config)
+    assert torch.allclose(with_adapter, models.logits(other), atol=0.1, rtol=0.05)
+    with tuned.disable_adapter():
+        assert torch.equal(models.logits(tuned), models.logits(dense))
+    # one step of training changes the adapters and nothing else
+    before = {n: p.detach().clone() for n, p in tuned.named_parameters()}
+    batch = models.inputs(dense)["input_ids"]
+    optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.1)
+    first = tuned(input_ids=batch, labels=batch).loss
+    first.backward()
+    optimiser.step()
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("lora_" in n for n in changed)
+    assert tuned(input_ids=batch, labels=batch).loss < first
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(rac.load_model(path, resident="compressed"), tmp_path / "adapter")
+    assert torch.equal(models.logits(again), models.logits(tuned))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_conv1d_and_embeddings(tmp_path):
+    peft = pytest.importorskip("peft")
+    models.write("gpt2", tmp_path / "hf")
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj", "wte"], init_lora_weights=False)
+    found = []
+    for resident in ("dense", "compressed"):
+        torch.manual_seed(3)
+        found.append(models.logits(peft.get_peft_model(rac.load_model(tmp_path / "m.rac", resident=resident), config)))
+    assert found[0].shape == found[1].shape
