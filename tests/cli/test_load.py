@@ -42,7 +42,7 @@ def test_load(path, capsys, more, tmp_path):
     assert re.match(r"  decoder  CPU \(.*, \d threads?\)$", lines[1])
     assert re.match(r"  read +3\.\d MB in +\d+\.\d+ s +\d+\.\d+ GB/s$", lines[2])
     assert re.match(r"  decode +3\.6 MB in +\d+\.\d+ s +\d+\.\d+ GB/s$", lines[3])
-    assert re.match(r"  memory +\d+\.\d MB at most$", lines[4])
+    assert re.match(r"  memory +\d+\.\d [MG]B at most$", lines[4])
     root = ET.parse(tmp_path / "t.svg").getroot()
     bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if len(e)]
     assert {e.get("fill") for e in bars} == {"#4477aa", "#ee6677"}

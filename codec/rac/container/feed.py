@@ -129,7 +129,8 @@ class _Ring:
     """
 
     def __init__(
-        self, name: str, size: int, slot: int, count: int, allocate: Callable[[int], memoryview] | None, trace: Trace | None
+        self, name: str, size: int, slot: int, count: int, allocate: Callable[[int], memoryview] | None,
+        trace: Trace | None,
     ) -> None:  # fmt: skip
         self.name, self._slot, self._most = name, slot, min(size // slot, count)
         self._allocate = allocate or (lambda n: memoryview(bytearray(n)))
