@@ -6,6 +6,7 @@ ones share a job. Tensors come out in the order of the file.
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections import deque
@@ -176,7 +177,12 @@ class Cpu:
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
-        """(tensor, its words (R, C)) of each item, objects included, in order."""
+        """(tensor, its words (R, C)) of each item, objects included, in order. Several may be under way at once."""
+        own = copy.copy(self)
+        own._reset()
+        return own._go(items)
+
+    def _go(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
         waiting, failed = self._waiting, None
         try:
             while failed is None:
@@ -204,7 +210,6 @@ class Cpu:
                 self._pool.shutdown(wait=True, cancel_futures=True)
             for job in (self._job, *self._busy):
                 job.give()
-            self._reset()
 
     def _add(self, item: Item) -> None:
         """Take in a tensor; its jobs are given out as they become large enough."""

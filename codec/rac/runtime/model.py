@@ -18,8 +18,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from rac.container.reader import Archive
 from rac.decode import frameworks as fw
-from rac.decode.engine import threads_of
 from rac.decode.archive import RacFile
+from rac.decode.engine import threads_of
 from rac.decode.unpack import GGUF_HEADER, safe_name
 from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
 from rac.predictions import quiet

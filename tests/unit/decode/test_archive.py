@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -149,3 +150,13 @@ def test_a_stream_is_whole_when_it_is_exhausted(path):
         assert next(stream)[0] == "b"
         with pytest.raises(rac.TruncatedError):
             next(stream)
+
+
+def test_several_threads_read_one_file(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"t{i}": rng.standard_normal((200, 300)).astype(np.float32) for i in range(24)}
+    rac.save_file(arrays, tmp_path / "m.rac")
+    with rac.open(tmp_path / "m.rac") as f, ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(f.get_tensor, [*arrays] * 3))
+    for name, got in zip([*arrays] * 3, found, strict=True):
+        assert got.tobytes() == arrays[name].tobytes()
