@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
-FIELDS = 8
-"""Of a job: state, words, tables, symbols, pieces, number of pieces, status, unused."""
-PIECE = 4
-"""Numbers of a piece: rows, lanes that decode, elements in a row, table."""
 END = tl.constexpr(1 << 30)
 WORTH = tl.constexpr(8)
 """Rows from which on the quick loop is entered."""
@@ -24,8 +21,8 @@ def _or(a, b):
 
 
 @triton.jit
-def popcount(v):
-    """Bits that are set; the compiler knows the idiom and makes one instruction of it."""
+def _popcount(v):
+    """Bits that are set, for the interpreter, which has no libdevice."""
     v = v - ((v >> 1) & 0x55555555)
     v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
     v = (v + (v >> 4)) & 0x0F0F0F0F
@@ -33,20 +30,41 @@ def popcount(v):
 
 
 @triton.jit
+def popcount(v):
+    """Bits that are set."""
+    return libdevice.popc(v.to(tl.int32, bitcast=True)).to(tl.uint32)
+
+
+if triton.knobs.runtime.interpret:
+    popcount = _popcount
+
+
+@triton.jit
+def halves(address):
+    """(high half in its place, low half) of addresses."""
+    address = address.to(tl.uint64)
+    return address & 0xFFFFFFFF00000000, address.to(tl.uint32)
+
+
+@triton.jit
+def at(high, low, to: tl.constexpr):
+    """Pointers out of both halves of an address: a 32-bit addition moves them, which is half the work."""
+    return (high | low.to(tl.uint64)).to(tl.pointer_type(to))
+
+
+@triton.jit
 def _rows(
-    n, hi, lo, left, words, symbols, lut, on, second, width, below, mine, STEP: tl.constexpr, PER: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    n, hi, lo, left, words, symbols, lut, table, on, second, width, below, mine, STEP: tl.constexpr,
+    PER: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """`n` rows of every tile of the program. WHOLE: all lanes decode, and each has a word left for every row."""
     bit = tl.full((BLOCK,), 1, tl.uint32) << tl.arange(0, BLOCK).to(tl.uint32) % 32
     for _ in tl.range(n, loop_unroll_factor=4 if WHOLE else 1):
-        q = lo & 0xFFFFFF
-        e = tl.load(lut + (q >> 12)) if WHOLE else tl.load(lut + (q >> 12), mask=on, other=0)
+        e = tl.load(at(table, lut | ((lo >> 10) & 0x3FFC), tl.uint32), mask=None if WHOLE else on)
         # x = (x >> 24) * (f << 12) + (slot - start << 12) + low bits, the entry being code, slot - start, f
         f = e & 0xFFF
-        d = (e & 0xFFF000) | (q & 0xFFF)
         y = ((lo >> 12) | (hi << 20)) & 0xFFFFF000
-        x = y.to(tl.uint64) * f.to(tl.uint64) + d.to(tl.uint64)
+        x = y.to(tl.uint64) * f.to(tl.uint64) + ((e & 0xFFF000) | (lo & 0xFFF)).to(tl.uint64)
         h = (x >> 32).to(tl.uint32) + (hi >> 12) * f
         need = h == 0
         if not WHOLE:
@@ -58,7 +76,7 @@ def _rows(
             one = need.to(tl.uint32)
             rank = (tl.cumsum(one, 0) - one).to(tl.uint32)
             taken = tl.sum(one, 0).to(tl.uint32)
-        w = tl.load(words + rank, mask=need, other=0)
+        w = tl.load(words + rank, mask=need)
         words += taken
         if WHOLE:
             hi = tl.where(need, x.to(tl.uint32), h)
@@ -68,49 +86,45 @@ def _rows(
             lo = tl.where(on, tl.where(need, w, x.to(tl.uint32)), lo)
         left -= need.to(tl.int32)
         if PER == 1:
-            code = (e >> 24).to(tl.uint8)
-            if WHOLE:
-                tl.store(symbols, code)
-            else:
-                tl.store(symbols, code, mask=on)
+            tl.store(symbols, (e >> 24).to(tl.uint8), mask=None if WHOLE else on)
         else:
-            a, b = (e >> 24 & 15).to(tl.uint8), (e >> 28).to(tl.uint8)
-            if WHOLE:
-                tl.store(symbols, a)
-                tl.store(symbols + 1, b)
-            else:
-                tl.store(symbols, a, mask=on)
-                tl.store(symbols + 1, b, mask=on & second)
+            tl.store(symbols, (e >> 24 & 15).to(tl.uint8), mask=None if WHOLE else on)
+            tl.store(symbols + 1, (e >> 28).to(tl.uint8), mask=None if WHOLE else on & second)
         symbols += STEP if WHOLE else width
     return hi, lo, left, words, symbols
 
 
 @triton.jit
-def lanes(jobs, LANES: tl.constexpr, SPAN: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr):
+def lanes(
+    units, aux, work, status, jobs, LANES: tl.constexpr, SPAN: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr
+):
     """Decode the tiles of BLOCK // SPAN jobs.
 
     Args:
-        jobs: (n, FIELDS) int64, n a multiple of BLOCK // SPAN. Addresses of (LANES, 3) u32: high and low half of the
-            state after the start and words left; of the words behind the start, u32; of the tables, 4096 u32 each:
-            f | slot - start << 12 | code << 24; of the symbols, u8, one per element; of the pieces; their number; the
-            address of the status, i32: 4 is written where a lane does not end empty in state 0.
+        units: u8, holds the words, u32, that follow the start of the lanes.
+        aux: u8, holds (LANES, 3) u32 per job: high and low half of the state after the start, and words left; and pieces.
+        work: u8, holds the tables, 4096 u32 each (cuda_tables.py), at addresses that are multiples of 16384; the
+            symbols go there, u8, one per element.
+        status: i32, 4 is written to where a lane does not end empty in state 0.
+        jobs: (n, 8) int64, n a multiple of BLOCK // SPAN: offsets of state, words, tables, symbols, pieces, the number
+            of pieces, place in status.
         LANES: Lanes of a tile.
-        PER: Elements in a symbol; the code of a pair is a | b << 4.
-        BLOCK: Lanes of the program: 32, or more for one tile of more.
         SPAN: `LANES` rounded up to a power of two.
+        PER: Elements in a symbol; the code of a pair is a | b << 4.
+        BLOCK: Lanes of the program: 32, or SPAN where that is more.
     """
     index = tl.arange(0, BLOCK)
     lane = index % SPAN
     job = jobs + (tl.program_id(0) * (BLOCK // SPAN) + index // SPAN) * 8
     exists = lane < LANES
-    state = tl.load(job).to(tl.pointer_type(tl.uint32)) + lane * 3
+    state = (aux + tl.load(job)).to(tl.pointer_type(tl.uint32)) + lane * 3
     hi = tl.load(state, mask=exists, other=0)
     lo = tl.load(state + 1, mask=exists, other=0)
     left = tl.load(state + 2, mask=exists, other=0).to(tl.int32)
-    words = tl.load(job + 1).to(tl.pointer_type(tl.uint32))
-    tables = tl.load(job + 2).to(tl.pointer_type(tl.uint32))
-    symbols = tl.load(job + 3).to(tl.pointer_type(tl.uint8)) + lane * PER
-    piece = tl.load(job + 4).to(tl.pointer_type(tl.int32))
+    words = (units + tl.load(job + 1)).to(tl.pointer_type(tl.uint32))
+    table, tables = halves(work + tl.load(job + 2))
+    symbols = work + tl.load(job + 3) + lane * PER
+    piece = (aux + tl.load(job + 4)).to(tl.pointer_type(tl.int32))
     pieces = tl.load(job + 5).to(tl.int32)
     one = tl.full((BLOCK,), 1, tl.uint32)
     first = (index // SPAN * SPAN % 32).to(tl.uint32)
@@ -129,7 +143,7 @@ def lanes(jobs, LANES: tl.constexpr, SPAN: tl.constexpr, PER: tl.constexpr, BLOC
         rows = tl.where(new, tl.load(piece, mask=some, other=END), rows)
         on = tl.where(new, lane < tl.load(piece + 1, mask=some, other=0), on)
         width = tl.where(new, tl.load(piece + 2, mask=some, other=0), width)
-        lut = tl.where(new, tables + tl.load(piece + 3, mask=some, other=0) * 4096, lut)
+        lut = tl.where(new, tables + tl.load(piece + 3, mask=some, other=0).to(tl.uint32) * 16384, lut)
         piece = tl.where(some, piece + 4, piece)
         pieces -= some.to(tl.int32)
         second = lane * PER + 1 < width
@@ -139,13 +153,14 @@ def lanes(jobs, LANES: tl.constexpr, SPAN: tl.constexpr, PER: tl.constexpr, BLOC
             if whole >= WORTH:
                 n = whole
                 hi, lo, left, words, symbols = _rows(
-                    n, hi, lo, left, words, symbols, lut, on, second, width, below, mine, LANES * PER, PER, BLOCK, True
+                    n, hi, lo, left, words, symbols, lut, table, on, second, width, below, mine,
+                    LANES * PER, PER, BLOCK, True,
                 )
             else:
                 n = tl.minimum(n, 4 * WORTH)
                 hi, lo, left, words, symbols = _rows(
-                    n, hi, lo, left, words, symbols, lut, on, second, width, below, mine, LANES * PER, PER, BLOCK, False
+                    n, hi, lo, left, words, symbols, lut, table, on, second, width, below, mine,
+                    LANES * PER, PER, BLOCK, False,
                 )
             rows = tl.where(rows < END, rows - n, rows)
-    status = tl.load(job + 6).to(tl.pointer_type(tl.int32))
-    tl.store(status, 4, mask=exists & ((hi | lo | left.to(tl.uint32)) != 0))
+    tl.store(status + tl.load(job + 6), 4, mask=exists & ((hi | lo | left.to(tl.uint32)) != 0))

@@ -51,6 +51,11 @@ def numpy_dtype(dtype: str) -> Any:
     return np.dtype(_NUMPY[dtype])
 
 
+def torch_dtype(dtype: str) -> Any:
+    """Return the torch dtype of a RAC dtype; F4 comes as pairs."""
+    return getattr(torch_module(), _TORCH[dtype])
+
+
 def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], framework: str, device: str = "cpu") -> Any:
     """Words (any shape, contiguous) as an array or tensor of `shape`; shares their memory on the CPU.
 
@@ -62,5 +67,5 @@ def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], frame
         return matrix.reshape(-1).view(numpy_dtype(dtype)).reshape(shape)
     torch = torch_module()
     flat = torch.from_numpy(matrix.reshape(-1).view(np.uint8))
-    out = flat.view(getattr(torch, _TORCH[dtype])).reshape(shape)
+    out = flat.view(torch_dtype(dtype)).reshape(shape)
     return out if str(device) == "cpu" else out.to(device)

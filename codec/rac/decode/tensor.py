@@ -206,7 +206,7 @@ class Decoder:
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
         self.tensor, self._reference, self._objects = t, reference, objects
         self.shared: tile.Shared | None = None
-        self._tables: tr.Tables | None = None
+        self.tables: tr.Tables | None = None
         for i, unit in enumerate(first):
             self._check(i, unit)
         if t.lanes is not None:
@@ -214,7 +214,7 @@ class Decoder:
                 self.shared = tile.shared(bytes(first[0]), t.lanes, t.grid)
         if t.trellis is not None:
             with self.at(t.first - 1):
-                self._tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
+                self.tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
 
     def at(self, i: int) -> wire.At:
         """Context that names unit `i` in the errors that pass."""
@@ -259,8 +259,8 @@ class Decoder:
         """Words of a tile, decoded before, to the numbers that they stand for."""
         t = self.tensor
         assert t.trellis is not None  # noqa: S101
-        assert self._tables is not None  # noqa: S101
-        tr.decode(words, t.trellis, self._tables, box, dst, t.numbers, self._reference)
+        assert self.tables is not None  # noqa: S101
+        tr.decode(words, t.trellis, self.tables, box, dst, t.numbers, self._reference)
 
     def join(self, found: Array, dst: Array, box: Box) -> None:
         """What the trellis yielded to the words `dst`, contiguous, of the part `box` of the matrix.
