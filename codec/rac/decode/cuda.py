@@ -25,7 +25,9 @@ Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
 """Compute capability from which on there is a warp-wide OR."""
-_WARPS = {"tables": 4, "lanes": 1, "found": 1, "place": 4, "added": 1, "trellis": 1, "product": 4, "outliers": 4}
+SETTINGS = {"enable_fp_fusion": False, "maxnreg": 40}
+"""How the kernels are compiled. The format asks for products and sums that are rounded one by one."""
+WARPS = {"tables": 8, "lanes": 1, "found": 1, "place": 4, "added": 1, "trellis": 1, "product": 4, "outliers": 4}
 
 
 def interpreted() -> bool:
@@ -87,7 +89,7 @@ def launch(launches: Iterable[jb.Launch], units: Any, aux: Any, work: Any, out: 
             "added": (units, aux, work, to, status, jobs), "trellis": (source, aux, to, jobs),
             "product": (work, objects, to, jobs), "outliers": (aux, to, jobs, each.n),
         }[step]  # fmt: skip
-        kernel(step)[each.grid](*args, **options(each.call), num_warps=_WARPS[step], enable_fp_fusion=False)
+        kernel(step)[each.grid](*args, **options(each.call), **SETTINGS, num_warps=WARPS[step])
 
 
 class _Slot:

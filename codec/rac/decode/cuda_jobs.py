@@ -23,12 +23,12 @@ Array = NDArray[Any]
 TABLE = 16384
 """Bytes of a look-up table, and what its address is a multiple of."""
 WARP = 32
-PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 32, 64
+PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 16, 64
 DEEP = 4
 ESCAPES, VALUES = 256, 256
 MOST = 1 << 24
 """Elements of a tile up to which its places fit."""
-STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "product", "outliers")
+STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "outliers", "product")
 """Kernels in the order in which they run; `found` and `added` are both escapes."""
 
 
@@ -60,7 +60,7 @@ def _grid(call: Call, rows: Array) -> tuple[int, int]:
     if call.step == "place":
         return len(rows), int((-(-rows[:, 6] // o["ROWS"]) * -(-rows[:, 7] // o["COLS"])).max())
     if call.step == "trellis":
-        return len(rows), int((-(-(rows[:, 9] & 0xFFFFFFFF) // o["COLS"])).max())
+        return len(rows), int((-(-rows[:, 9] // o["COLS"])).max())
     if call.step == "product":
         return len(rows), int((-(-rows[:, 9] // o["ROWS"]) * -(-rows[:, 10] // o["COLS"])).max())
     return (-(-len(rows) // o["BLOCK"]) if call.step == "outliers" else len(rows)), 1
@@ -120,7 +120,8 @@ class Batch:
         return out
 
     def _whole(self, rows: Array, options: dict[str, Any]) -> Array:
-        """Jobs of lanes until the last warp is full: those behind the last have no pieces, and states of 0."""
+        """Jobs of lanes, the longest first, so that the tiles of a warp are alike; the last warp is filled with empty ones."""
+        rows = rows[np.argsort(-rows[:, 7], kind="stable")]
         short = -len(rows) % (options["BLOCK"] // options["SPAN"])
         if not short:
             return rows
@@ -166,7 +167,7 @@ class Batch:
                 if t.trellis is None:
                     self._raw(t.grid.word, h, w, at, out_at, stride)
                 else:
-                    self._numbers(dec, box, "units", at, rows, cols, 1, out_at, stride)
+                    self._numbers(dec, box, "units", at, rows, cols, out_at, stride)
                 return
             assert dec.shared is not None  # noqa: S101
             _Tile(self, dec, i, unit, at, out_at, stride).lay()
@@ -176,16 +177,15 @@ class Batch:
         many = max(1, word // 4)  # there is no plane of 64 bits
         rows, cols = self.plain_map(h, w * many)
         self._place(
-            word // many, 0, 0, 0, 8 * word // many, False, 1, rows, cols, 0, 0, out_at, stride * many, h, w * many, [at]
+            word // many, 0, 0, 0, 8 * word // many, False, rows, cols, 0, 0, out_at, stride * many, h, w * many, [at]
         )  # fmt: skip
 
     def _place(
-        self, word: int, shift: int, sign: int, zero: int, raw: int, coded: bool, classes: int, rows: int, cols: int,
+        self, word: int, shift: int, sign: int, zero: int, raw: int, coded: bool, rows: int, cols: int,
         tops: int, symbols: int, out_at: int, stride: int, h: int, w: int, planes: list[int], to: str = "out",
     ) -> None:  # fmt: skip
         options = dict(
-            WORD=word, SHIFT=shift, SIGN=sign, ZERO=zero, RAW=raw, CODED=coded, CLASSES=classes,
-            VECTOR=vector(word, out_at, stride, w), ROWS=PLACE_ROWS, COLS=PLACE_COLS,
+            WORD=word, SHIFT=shift, SIGN=sign, ZERO=zero, RAW=raw, CODED=coded, ROWS=PLACE_ROWS, COLS=PLACE_COLS,
         )  # fmt: skip
         planes = planes + [0] * (6 - len(planes))
         self.jobs[Call("place", tuple(options.items()), to=to)].append(
@@ -219,7 +219,7 @@ class Batch:
         )
 
     def _numbers(
-        self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, rows: int, cols: int, classes: int,
+        self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, rows: int, cols: int,
         out_at: int, stride: int, word_of: Array | None = None,
     ) -> None:  # fmt: skip
         """The trellis of a tile; `word_of` (256,): words of the codes where they are not the codes themselves."""
@@ -227,13 +227,11 @@ class Batch:
         h, w = r1 - r0, c1 - c0
         assert dec.tables is not None  # noqa: S101
         size = 4 if t.numbers == "F32" else 2
-        options = dict(
-            TO=t.numbers, CLASSES=classes, VECTOR=vector(size, out_at, stride, w), COLS=TRELLIS_COLS
-        )  # fmt: skip
+        options = dict(TO=t.numbers, COLS=TRELLIS_COLS)
         by_col = self.put(_padded(dec.tables.cols[c0:c1], TRELLIS_COLS))
         by_row = self.put(_padded(dec.tables.rows[r0:r1], DEEP))
         self.jobs[Call("trellis", tuple(options.items()), source, "work" if t.after else "out")].append(
-            (rows, cols, s.entries(word_of), by_col, by_row, codes, out_at, stride, h, w | s.step << 32)
+            (rows, cols, s.entries(word_of), by_col, by_row, codes, out_at, stride, h, w, s.step)
         )
         a, b = np.searchsorted(dec.tables.places[:, 0], (r0, r1))
         places, values = dec.tables.places[a:b], dec.tables.values[a:b]
@@ -267,14 +265,6 @@ def _columns(v: Array) -> Array:
     return _padded(v.astype(np.uint32), max(PLACE_COLS, TRELLIS_COLS))
 
 
-def vector(word: int, at: int, stride: int, w: int) -> int:
-    """Words that a thread may store at once: those of 8 bytes at most."""
-    n = 8 // word or 1
-    while n > 1 and (at % (n * word) or stride % n or w % n):
-        n //= 2
-    return n
-
-
 class _Shared:
     """Tables of a tensor in `aux` and `work`."""
 
@@ -294,7 +284,7 @@ class _Shared:
         codes = batch.put(np.append(s.code, np.zeros(256 - len(s.code), np.uint8)))
         self.tables = batch.room(len(starts) * TABLE, TABLE)
         at = batch.put(starts)
-        call = Call("tables", (("BLOCK", 512),))
+        call = Call("tables", (("BLOCK", 2048),))
         batch.jobs[call] += [(at + 1028 * k, codes, self.tables + TABLE * k) for k in range(len(starts))]
         self.tops = batch.put(s.values)
         self.bases = batch.put(s.bases)
@@ -363,11 +353,10 @@ class _Tile:
         states, taken = self._states()
         pieces = self._pieces()
         batch.jobs[Call("lanes", tuple(options.items()))].append(
-            (batch.put(states), words + 4 * taken, s.tables, symbols, batch.put(pieces), len(pieces), status, 0)
+            (batch.put(states), words + 4 * taken, s.tables, symbols, batch.put(pieces), len(pieces), status, int(pieces[:, 0].sum()))
         )
-        classes = power_of_two(len(self.nc))
-        rows = np.zeros((_up(self.h, DEEP), classes), np.uint32)
-        rows[: self.h, : len(self.nc)] = self.place
+        rows = np.zeros((len(self.nc), _up(self.h, DEEP)), np.uint32)
+        rows[:, : self.h] = self.place.T
         rows_at = batch.put(rows)
         cols_at = batch.put(_columns(self.col_rank | self.col_class << 24))
         escapes = words + ll.up16(4 * len(self.tile.words))
@@ -377,21 +366,21 @@ class _Tile:
             if p.base > p.first_escape:
                 self._escapes(symbols, status, escapes, None)
             batch._numbers(
-                self.dec, self.box, "work", symbols, rows_at, cols_at, classes, self.out_at, self.stride, s.word_of
+                self.dec, self.box, "work", symbols, rows_at, cols_at, self.out_at, self.stride, s.word_of
             )
             return
         to, out_at, stride = "out", self.out_at, self.stride
         if t.trellis is not None:
             to, out_at, stride = "work", batch.room(_up(n, 16)), self.w
         batch._place(
-            t.grid.word, p.shift, int(p.sign), p.zero, p.raw, True, classes, rows_at, cols_at, s.tops, symbols, out_at,
+            t.grid.word, p.shift, int(p.sign), p.zero, p.raw, True, rows_at, cols_at, s.tops, symbols, out_at,
             stride, self.h, self.w, planes, to,
         )  # fmt: skip
         if p.base > p.first_escape:
             self._escapes(symbols, status, escapes, (out_at, stride, to))
         if t.trellis is not None:
             rows_at, cols_at = batch.plain_map(self.h, self.w)
-            batch._numbers(self.dec, self.box, "work", out_at, rows_at, cols_at, 1, self.out_at, self.stride)
+            batch._numbers(self.dec, self.box, "work", out_at, rows_at, cols_at, self.out_at, self.stride)
 
     def _states(self) -> tuple[Array, int]:
         """(L, 3) state and words left of each lane after its start, and words that were taken."""
@@ -423,9 +412,10 @@ class _Tile:
         start = (
             symbols, self.h * self.w, p.first_escape, s.bases, data, len(self.tile.escapes), self.dec.shared.limit, status
         )  # fmt: skip
+        places = batch.room(4 * len(self.tile.escapes))
         if placed is None:
             call = Call("found", (("WORD", 1), ("PLACED", False), ("BLOCK", 128)))
-            batch.jobs[call].append((*start, s.code_of or 0, 0, 0, 0, 0, 0, 0, 0))
+            batch.jobs[call].append((*start, s.code_of or 0, 0, 0, 0, 0, 0, 0, places))
             return
         out_at, stride, to = placed
         i, j = np.divmod(s.order, len(self.nc))
@@ -435,7 +425,7 @@ class _Tile:
         lists = batch.put(self.row_list.astype(np.int32)), batch.put(self.col_list.astype(np.int32))
         call = Call("added", (("WORD", t.grid.word), ("PLACED", True), ("BLOCK", 128)), to=to)
         batch.jobs[call].append(
-            (*start, batch.put(blocks), len(blocks), *lists, out_at, stride, p.shift + p.zero, 0)
+            (*start, batch.put(blocks), len(blocks), *lists, out_at, stride, p.shift + p.zero, places)
         )
 
 

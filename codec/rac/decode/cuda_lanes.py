@@ -16,11 +16,6 @@ WORTH = tl.constexpr(8)
 
 
 @triton.jit
-def _or(a, b):
-    return a | b
-
-
-@triton.jit
 def _popcount(v):
     """Bits that are set, for the interpreter, which has no libdevice."""
     v = v - ((v >> 1) & 0x55555555)
@@ -35,8 +30,23 @@ def popcount(v):
     return libdevice.popc(v.to(tl.int32, bitcast=True)).to(tl.uint32)
 
 
+@triton.jit
+def _ballot(flags, bit):
+    """One bit per lane of the warp, for the interpreter, which knows no assembly."""
+    return tl.sum(tl.where(flags, bit, 0), 0)
+
+
+@triton.jit
+def ballot(flags, bit):
+    """One bit per lane of the warp, lane 0 the lowest."""
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "=r,r",
+        [flags.to(tl.uint32)], dtype=tl.uint32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 if triton.knobs.runtime.interpret:
-    popcount = _popcount
+    popcount, ballot = _popcount, _ballot
 
 
 @triton.jit
@@ -59,7 +69,7 @@ def _rows(
 ):  # fmt: skip
     """`n` rows of every tile of the program. WHOLE: all lanes decode, and each has a word left for every row."""
     bit = tl.full((BLOCK,), 1, tl.uint32) << tl.arange(0, BLOCK).to(tl.uint32) % 32
-    for _ in tl.range(n, loop_unroll_factor=4 if WHOLE else 1):
+    for _ in tl.range(n, loop_unroll_factor=8 if WHOLE else 1):
         e = tl.load(at(table, lut | ((lo >> 10) & 0x3FFC), tl.uint32), mask=None if WHOLE else on)
         # x = (x >> 24) * (f << 12) + (slot - start << 12) + low bits, the entry being code, slot - start, f
         f = e & 0xFFF
@@ -70,13 +80,13 @@ def _rows(
         if not WHOLE:
             need = need & on & (left > 0)
         if BLOCK == 32:
-            taking = tl.reduce(tl.where(need, bit, 0), 0, _or)
+            taking = ballot(need, bit)
             rank, taken = popcount(taking & below), popcount(taking & mine)
         else:
             one = need.to(tl.uint32)
             rank = (tl.cumsum(one, 0) - one).to(tl.uint32)
             taken = tl.sum(one, 0).to(tl.uint32)
-        w = tl.load(words + rank, mask=need)
+        w = tl.load(words + rank)  # lanes that take none read the next one or behind the last, which is there too
         words += taken
         if WHOLE:
             hi = tl.where(need, x.to(tl.uint32), h)
