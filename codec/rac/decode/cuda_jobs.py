@@ -23,7 +23,7 @@ Array = NDArray[Any]
 TABLE = 16384
 """Bytes of a look-up table, and what its address is a multiple of."""
 WARP = 32
-PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 16, 64
+PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 16, 32
 DEEP = 4
 ESCAPES, VALUES = 256, 256
 MOST = 1 << 24

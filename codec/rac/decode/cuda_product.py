@@ -30,23 +30,24 @@ def product(
         COLS: Columns of the program.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * 11
-    h, w = tl.load(job + 9), tl.load(job + 10)
+    h, w = tl.load(job + 9).to(tl.int32), tl.load(job + 10).to(tl.int32)
     across = tl.cdiv(w, COLS)
-    y = tl.program_id(1) // across * ROWS + tl.arange(0, ROWS)[:, None]
-    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS)[None, :]
-    below, right = y < h, x < w
+    y = tl.program_id(1) // across * ROWS + tl.arange(0, ROWS)
+    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS)
     if tl.program_id(1) // across * ROWS < h:
-        t = tl.zeros((ROWS, COLS), tl.float32)
+        # what lies outside is computed from what lies inside, and not stored
+        row, col = tl.minimum(y, h - 1).to(tl.int64), tl.minimum(x, w - 1)
         if ADDED:
-            start = (work + tl.load(job)).to(tl.pointer_type(tl.float32))
-            t = tl.load(start + y * tl.load(job + 1) + x, mask=below & right, other=0)
-            a = (objects + tl.load(job + 2)).to(tl.pointer_type(tl.float32)) + y * tl.load(job + 3)
+            a = (objects + tl.load(job + 2)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + 3)
+            start = (work + tl.load(job)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + 1)
+            t = tl.load(start[:, None] + col[None, :])
         else:
-            a = (work + tl.load(job)).to(tl.pointer_type(tl.float32)) + y * tl.load(job + 1)
+            a = (work + tl.load(job)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + 1)
+            t = tl.zeros((ROWS, COLS), tl.float32)
+        b = (objects + tl.load(job + 4)).to(tl.pointer_type(tl.float32)) + col
         stride = tl.load(job + 5)
-        b = (objects + tl.load(job + 4)).to(tl.pointer_type(tl.float32)) + x
-        for _ in range(tl.load(job + 6).to(tl.int32)):
-            t += tl.load(a, mask=below, other=0) * tl.load(b, mask=right, other=0)
+        for _ in tl.range(tl.load(job + 6).to(tl.int32), loop_unroll_factor=1):
+            t += tl.load(a)[:, None] * tl.load(b)[None, :]
             a += 1
             b += stride
         bits = t.to(tl.uint32, bitcast=True)
@@ -58,5 +59,5 @@ def product(
             word = tl.where(nan, 0x7E00, t.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32))
         else:
             word = tl.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
-        dst = (out + tl.load(job + 7)).to(tl.pointer_type(TO)) + y * tl.load(job + 8) + x
-        tl.store(dst, word.to(TO), mask=below & right)
+        dst = (out + tl.load(job + 7)).to(tl.pointer_type(TO)) + y.to(tl.int64) * tl.load(job + 8)
+        tl.store(dst[:, None] + x[None, :], word.to(TO), mask=(y < h)[:, None] & (x < w)[None, :])
