@@ -25,9 +25,7 @@ Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
 """Compute capability from which on there is a warp-wide OR."""
-SETTINGS = {"enable_fp_fusion": False, "maxnreg": 40}
-"""How the kernels are compiled. The format asks for products and sums that are rounded one by one."""
-WARPS = {"tables": 8, "lanes": 1, "found": 1, "place": 4, "added": 1, "trellis": 1, "product": 4, "outliers": 4}
+_WARPS = {"tables": 8, "lanes": 1, "found": 1, "place": 4, "added": 1, "trellis": 1, "product": 4, "outliers": 4}
 
 
 def interpreted() -> bool:
@@ -77,6 +75,12 @@ def options(call: jb.Call) -> dict[str, Any]:
     return out
 
 
+def settings(call: jb.Call) -> dict[str, Any]:
+    """How the kernel of a call is compiled. The format asks for products and sums that are rounded one by one."""
+    warps = max(1, dict(call.options)["BLOCK"] // 32) if call.step == "lanes" else _WARPS[call.step]
+    return {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": 40}
+
+
 def launch(launches: Iterable[jb.Launch], units: Any, aux: Any, work: Any, out: Any, objects: Any, status: Any) -> None:
     """Launch on the current stream of the device of these tensors, uint8 and, `status`, int32."""
     memory = {"units": units, "work": work, "out": out}
@@ -89,7 +93,7 @@ def launch(launches: Iterable[jb.Launch], units: Any, aux: Any, work: Any, out: 
             "added": (units, aux, work, to, status, jobs), "trellis": (source, aux, to, jobs),
             "product": (work, objects, to, jobs), "outliers": (aux, to, jobs, each.n),
         }[step]  # fmt: skip
-        kernel(step)[each.grid](*args, **options(each.call), **SETTINGS, num_warps=WARPS[step])
+        kernel(step)[each.grid](*args, **options(each.call), **settings(each.call))
 
 
 class _Slot:

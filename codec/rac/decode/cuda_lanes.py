@@ -69,7 +69,7 @@ def _rows(
 ):  # fmt: skip
     """`n` rows of every tile of the program. WHOLE: all lanes decode, and each has a word left for every row."""
     bit = tl.full((BLOCK,), 1, tl.uint32) << tl.arange(0, BLOCK).to(tl.uint32) % 32
-    for _ in tl.range(n, loop_unroll_factor=8 if WHOLE else 1):
+    for _ in tl.range(n, loop_unroll_factor=8 if WHOLE and BLOCK == 32 else 1):
         e = tl.load(at(table, lut | ((lo >> 10) & 0x3FFC), tl.uint32), mask=None if WHOLE else on)
         # x = (x >> 24) * (f << 12) + (slot - start << 12) + low bits, the entry being code, slot - start, f
         f = e & 0xFFF
@@ -159,7 +159,9 @@ def lanes(
         second = lane * PER + 1 < width
         n = tl.min(rows, 0)
         if n < END:
-            whole = tl.min(tl.where(on & (width == LANES * PER), tl.minimum(left, rows), 0), 0)
+            whole = 0
+            if BLOCK == 32:  # more lanes than a warp has are rare, and need fewer registers without
+                whole = tl.min(tl.where(on & (width == LANES * PER), tl.minimum(left, rows), 0), 0)
             if whole >= WORTH:
                 n = whole
                 hi, lo, left, words, symbols = _rows(
