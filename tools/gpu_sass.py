@@ -1,8 +1,8 @@
 """Registers, spills, shared memory and instructions per weight of the GPU kernels, compiled without a GPU.
 
-    python tools/gpu_sass.py            # a table
-    python tools/gpu_sass.py --write    # tests/unit/decode/sass.json, which a test compares with
-    python tools/gpu_sass.py --show NAME CAP   # the inner loop
+python tools/gpu_sass.py            # a table
+python tools/gpu_sass.py --write    # tests/unit/decode/sass.json, which a test compares with
+python tools/gpu_sass.py --show NAME CAP   # the inner loop
 """
 
 from __future__ import annotations
@@ -92,7 +92,11 @@ def inner(name: str, code: list[tuple[int, str]]) -> tuple[list[str], int]:
         return each * sum(mark in code[i][1] for i in body)
 
     found = loops(code) or [range(len(code))]
-    inmost = [a for a in found if weights(a) and not any(weights(b) and b != a and b[0] >= a[0] and b[-1] <= a[-1] for b in found)]
+    inmost = [
+        a
+        for a in found
+        if weights(a) and not any(weights(b) and b != a and b[0] >= a[0] and b[-1] <= a[-1] for b in found)
+    ]
     best = max(inmost, key=weights)
     return [code[i][1] for i in best if not code[i][1].startswith("NOP")], weights(best)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ from rac.errors import (
 )
 from rac.records import Entry, Limits, Record, Unit
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
+
+if TYPE_CHECKING:
+    from rac.decode.cuda import DeviceDecoder
 
 Array = NDArray[Any]
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.rac$")
@@ -151,6 +155,10 @@ class RacFile:
     def get_tensor(self, name: str) -> Any:
         """A whole tensor; NameNotFoundError where it is not there, FormatError where it is damaged."""
         archive, entry = self._find(self._tensors, name, "tensor")
+        if decoder := device_decoder(self._device):
+            found = ld.load_onto(archive, entry, decoder)[1]
+            decoder.flush()
+            return found
         t, words = next(ld.load(archive, [entry], self._threads))
         return fw.to_framework(words, t.dtype, t.shape, self._framework, self._device)
 
@@ -163,8 +171,24 @@ class RacFile:
         return Slice(archive, t, self._framework, self._device)
 
     def load(self, done: Callable[[tn.Tensor], None] | None = None) -> dict[str, Any]:
-        """All tensors by name. Tied tensors are one object, equal ones are copies."""
+        """All tensors by name. Tied tensors are one object, equal ones are copies.
+
+        A CUDA device decodes them itself; where its kernels cannot be used, a warning says why.
+        """
         out: dict[str, Any] = {}
+        if decoder := device_decoder(self._device):
+            copies = []
+            for archive in self.archives:
+                for e in archive.index.entries:
+                    if e.type == RECORD_TENSOR:
+                        t, out[e.name] = ld.load_onto(archive, e, decoder)
+                        copies += [(alias, e.name, tied) for alias, tied in t.aliases]
+                        if done:
+                            done(t)
+            decoder.flush()
+            for alias, name, tied in copies:
+                out[alias] = out[name] if tied else out[name].clone()
+            return {name: out[name] for name in self._tensors}
         for archive in self.archives:
             entries = [e for e in archive.index.entries if e.type == RECORD_TENSOR]
             for t, words in ld.load(archive, entries, self._threads, done):
@@ -177,6 +201,18 @@ def with_aliases(t: tn.Tensor, words: Array, framework: str, device: str, out: d
     out[t.name] = fw.to_framework(words, t.dtype, t.shape, framework, device)
     for alias, tied in t.aliases:
         out[alias] = out[t.name] if tied else fw.to_framework(words.copy(), t.dtype, t.shape, framework, device)
+
+
+def device_decoder(device: Any) -> DeviceDecoder | None:
+    """Decoder of a CUDA device; None, with one warning that says why, where its kernels cannot be used."""
+    if not str(device).startswith("cuda"):
+        return None
+    from rac.decode import cuda
+
+    if reason := cuda.why_not(device):
+        warnings.warn(f"rac: tensors for {device} are decoded on the CPU: {reason}", stacklevel=4)
+        return None
+    return cuda.DeviceDecoder(device)
 
 
 def attachment_units(record: Record, limits: Limits) -> list[Unit]:

@@ -18,6 +18,7 @@ from rac import native
 from rac.container.zstd import xxh3
 from rac.decode import cuda_jobs as jb
 from rac.decode import tensor as tn
+from rac.decode import tile
 from rac.decode.frameworks import torch_dtype, torch_module
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 
@@ -109,13 +110,13 @@ class _Slot:
 class DeviceDecoder:
     """Decodes tensors onto a CUDA device, batch by batch, on the current stream.
 
-    While the device decodes one batch, the next is laid out in pinned memory and copied on a stream of its own. The host
-    waits for the device only where both halves of the ring are taken.
+    While the device decodes one batch, the next is laid out in pinned memory and copied on a stream of its own. The
+    host waits for the device only where both halves of the ring are taken.
 
     Args:
         device: A CUDA device; "cpu" for tests, where TRITON_INTERPRET=1 is set.
-        ring: Bytes of host and device memory, besides the tensors, in all. A tile that is larger than its share, and the
-            rows of tiles of lowrank/1 and basis/1, take what they need.
+        ring: Bytes of host and device memory, besides the tensors, in all. A tile that is larger than its share, and
+            the rows of tiles of lowrank/1 and basis/1, take what they need.
 
     Raises:
         UnsupportedError: `why_not` says why.
@@ -159,7 +160,6 @@ class DeviceDecoder:
             FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
             LimitError: The memory of the device is too small for the tensor.
         """
-        torch = self._torch
         dec = tn.Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
@@ -182,7 +182,7 @@ class DeviceDecoder:
                     raise FormatError("unit does not have the size that the record states")
                 if not checked and xxh3(unit.data) != t.units[i + t.first].check:
                     raise ChecksumError("checksum does not match")
-                unit = jb.plain(t, i, unit)
+                unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
             r0, r1, c0, c1 = g.box(i)
             at = base + (r0 * g.cols + c0) * t.word
             if not c0 or not t.after:
@@ -228,7 +228,7 @@ class DeviceDecoder:
         if self._work is None or len(self._work) < batch.work:
             whole = torch.empty(max(batch.work, self._room) + jb.TABLE, dtype=torch.uint8, device=self.device)
             self._work = whole[-whole.data_ptr() % jb.TABLE :]
-        if self._copies is None:
+        if self._copies is None or slot.copied is None or slot.done is None:
             slot.aux = host.clone()
             self._run(launches, slot, status)
         else:

@@ -13,9 +13,7 @@ from rac.decode.cuda_lanes import popcount
 
 
 @triton.jit
-def escapes(
-    units, aux, work, out, status, jobs, WORD: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr
-):
+def escapes(units, aux, work, out, status, jobs, WORD: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr):
     """One tile per program.
 
     Args:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.container import zstd
 from rac.decode import tensor as tn
 from rac.decode import tile as tl
 from rac.quantize import lossless as ll
@@ -120,7 +119,7 @@ class Batch:
         return out
 
     def _whole(self, rows: Array, options: dict[str, Any]) -> Array:
-        """Jobs of lanes, the longest first, so that the tiles of a warp are alike; the last warp is filled with empty ones."""
+        """Jobs of lanes, the longest first, so that the tiles of a warp are alike; empty ones fill the last warp."""
         rows = rows[np.argsort(-rows[:, 7], kind="stable")]
         short = -len(rows) % (options["BLOCK"] // options["SPAN"])
         if not short:
@@ -149,7 +148,7 @@ class Batch:
         Args:
             dec: Its tensor.
             i: Number of the tile.
-            unit: With plain planes (`plain`).
+            unit: Without Zstandard frames (`tile.plain`).
             units_at: Offset of the unit in `units`, a multiple of 16, or None: it goes to `aux`, which is `units` too.
             out_at: Offset of the tile in `out` or, in front of a stage behind the trellis, in `work`.
             stride: Words from row to row there.
@@ -184,9 +183,9 @@ class Batch:
         self, word: int, shift: int, sign: int, zero: int, raw: int, coded: bool, rows: int, cols: int,
         tops: int, symbols: int, out_at: int, stride: int, h: int, w: int, planes: list[int], to: str = "out",
     ) -> None:  # fmt: skip
-        options = dict(
-            WORD=word, SHIFT=shift, SIGN=sign, ZERO=zero, RAW=raw, CODED=coded, ROWS=PLACE_ROWS, COLS=PLACE_COLS,
-        )  # fmt: skip
+        options = {
+            "WORD": word, "SHIFT": shift, "SIGN": sign, "ZERO": zero, "RAW": raw, "CODED": coded, "ROWS": PLACE_ROWS, "COLS": PLACE_COLS,
+        }  # fmt: skip
         planes = planes + [0] * (6 - len(planes))
         self.jobs[Call("place", tuple(options.items()), to=to)].append(
             (rows, cols, tops, symbols, out_at, stride, h, w, *planes)
@@ -211,9 +210,9 @@ class Batch:
         if added:
             a = (a[0] + 4 * r0 * a[1], a[1])
         terms = a[1] if added else c1 - c0
-        options = dict(
-            WORD=t.word, HALF=t.dtype == "F16", ADDED=added, ROWS=PRODUCT_ROWS, COLS=PRODUCT_COLS
-        )  # fmt: skip
+        options = {
+            "WORD": t.word, "HALF": t.dtype == "F16", "ADDED": added, "ROWS": PRODUCT_ROWS, "COLS": PRODUCT_COLS
+        }  # fmt: skip
         self.jobs[Call("product", tuple(options.items()))].append(
             (found, c1 - c0, *a, *b, terms, out_at, stride, r1 - r0, c1 - c0)
         )
@@ -227,7 +226,7 @@ class Batch:
         h, w = r1 - r0, c1 - c0
         assert dec.tables is not None  # noqa: S101
         size = 4 if t.numbers == "F32" else 2
-        options = dict(TO=t.numbers, COLS=TRELLIS_COLS)
+        options = {"TO": t.numbers, "COLS": TRELLIS_COLS}
         by_col = self.put(_padded(dec.tables.cols[c0:c1], TRELLIS_COLS))
         by_row = self.put(_padded(dec.tables.rows[r0:r1], DEEP))
         self.jobs[Call("trellis", tuple(options.items()), source, "work" if t.after else "out")].append(
@@ -241,20 +240,6 @@ class Batch:
             words = values[mine].view(f"<u{size}").astype(np.int64)
             call = Call("outliers", (("WORD", size), ("BLOCK", 128)), to="work" if t.after else "out")
             self.jobs[call] += list(zip(at.tolist(), words.tolist(), strict=True))
-
-
-def plain(t: tn.Tensor, i: int, unit: Array) -> Array:
-    """The unit of tile `i` as the kernels take it: what is a Zstandard frame is expanded here.
-
-    Raises:
-        FormatError: The unit breaks the format.
-    """
-    r0, r1, c0, c1 = t.grid.box(i)
-    if t.lanes is None:
-        words = np.empty((r1 - r0, c1 - c0), f"<u{t.grid.word}")
-        tl.decode_plain(unit, t.method, (r0, r1, c0, c1), words)
-        return words.reshape(-1).view(np.uint8)
-    return ll.plain_tile(unit, (r1 - r0) * (c1 - c0), t.lanes, zstd.decompress) if t.lanes.packed else unit
 
 
 def _padded(a: Array, many: int) -> Array:
@@ -307,7 +292,9 @@ class _Shared:
             words = np.arange(256) if word_of is None else word_of.astype(np.int64)
             bits = tables.rec[words].view(np.uint32)
             odd = (words - t.trellis.zero) & 1
-            self._entries = self._batch.put(bits | (odd * (_top(tr.CODES[t.trellis.states][1]) >> 24)).astype(np.uint32))
+            self._entries = self._batch.put(
+                bits | (odd * (_top(tr.CODES[t.trellis.states][1]) >> 24)).astype(np.uint32)
+            )
         return self._entries
 
 
@@ -348,12 +335,21 @@ class _Tile:
         status = len(batch.status) - 1
         symbols = batch.room(_up(n + 4, 16))
         span = power_of_two(p.lanes)
-        options = dict(LANES=p.lanes, SPAN=span, PER=p.per, BLOCK=max(WARP, span))
+        options = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span)}
         words = self.at + ll.up16(p.directory)
         states, taken = self._states()
         pieces = self._pieces()
         batch.jobs[Call("lanes", tuple(options.items()))].append(
-            (batch.put(states), words + 4 * taken, s.tables, symbols, batch.put(pieces), len(pieces), status, int(pieces[:, 0].sum()))
+            (
+                batch.put(states),
+                words + 4 * taken,
+                s.tables,
+                symbols,
+                batch.put(pieces),
+                len(pieces),
+                status,
+                int(pieces[:, 0].sum()),
+            )
         )
         rows = np.zeros((len(self.nc), _up(self.h, DEEP)), np.uint32)
         rows[:, : self.h] = self.place.T
@@ -361,13 +357,10 @@ class _Tile:
         cols_at = batch.put(_columns(self.col_rank | self.col_class << 24))
         escapes = words + ll.up16(4 * len(self.tile.words))
         planes = [self.at + a for a in self.tile.planes]
-        r0, r1, c0, c1 = self.box
         if s.direct:
             if p.base > p.first_escape:
                 self._escapes(symbols, status, escapes, None)
-            batch._numbers(
-                self.dec, self.box, "work", symbols, rows_at, cols_at, self.out_at, self.stride, s.word_of
-            )
+            batch._numbers(self.dec, self.box, "work", symbols, rows_at, cols_at, self.out_at, self.stride, s.word_of)
             return
         to, out_at, stride = "out", self.out_at, self.stride
         if t.trellis is not None:
@@ -410,7 +403,8 @@ class _Tile:
         batch, p, s, t = self.batch, self.lanes, self.shared, self.dec.tensor
         assert self.dec.shared is not None  # noqa: S101
         start = (
-            symbols, self.h * self.w, p.first_escape, s.bases, data, len(self.tile.escapes), self.dec.shared.limit, status
+            symbols, self.h * self.w, p.first_escape, s.bases, data, len(self.tile.escapes), self.dec.shared.limit,
+            status,
         )  # fmt: skip
         places = batch.room(4 * len(self.tile.escapes))
         if placed is None:
@@ -420,7 +414,8 @@ class _Tile:
         out_at, stride, to = placed
         i, j = np.divmod(s.order, len(self.nc))
         blocks = np.stack(
-            [self.starts[s.order], (np.cumsum(self.nr) - self.nr)[i], (np.cumsum(self.nc) - self.nc)[j], self.nc[j]], axis=1
+            [self.starts[s.order], (np.cumsum(self.nr) - self.nr)[i], (np.cumsum(self.nc) - self.nc)[j], self.nc[j]],
+            axis=1,
         )[self.sizes > 0].astype(np.int32)  # fmt: skip
         lists = batch.put(self.row_list.astype(np.int32)), batch.put(self.col_list.astype(np.int32))
         call = Call("added", (("WORD", t.grid.word), ("PLACED", True), ("BLOCK", 128)), to=to)

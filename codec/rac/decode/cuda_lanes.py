@@ -1,7 +1,7 @@
 """Kernel: the lanes of many tiles to their symbols, in sequence order (format_spec/stages/lanes.md, section 10).
 
-One warp steps 32 lanes: one tile of 32, two of 16, four of 8 and so on. Which lanes take a word in a row is one bit each
-of a warp-wide OR; the bits below a lane count the words before its own.
+One warp steps 32 lanes: one tile of 32, two of 16, four of 8 and so on. Which lanes take a word in a row is a vote of
+the warp; the bits below a lane count the words before its own.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def lanes(
 
     Args:
         units: u8, holds the words, u32, that follow the start of the lanes.
-        aux: u8, holds (LANES, 3) u32 per job: high and low half of the state after the start, and words left; and pieces.
+        aux: u8, holds (LANES, 3) u32 per job: high and low half of the state after the start, and words left; and
+            pieces, 4 i32 each: rows, lanes that decode, elements of a row, table.
         work: u8, holds the tables, 4096 u32 each (cuda_tables.py), at addresses that are multiples of 16384; the
             symbols go there, u8, one per element.
         status: i32, 4 is written to where a lane does not end empty in state 0.
@@ -165,14 +166,44 @@ def lanes(
             if whole >= WORTH:
                 n = whole
                 hi, lo, left, words, symbols = _rows(
-                    n, hi, lo, left, words, symbols, lut, table, on, second, width, below, mine,
-                    LANES * PER, PER, BLOCK, True,
+                    n,
+                    hi,
+                    lo,
+                    left,
+                    words,
+                    symbols,
+                    lut,
+                    table,
+                    on,
+                    second,
+                    width,
+                    below,
+                    mine,
+                    LANES * PER,
+                    PER,
+                    BLOCK,
+                    True,
                 )
             else:
                 n = tl.minimum(n, 4 * WORTH)
                 hi, lo, left, words, symbols = _rows(
-                    n, hi, lo, left, words, symbols, lut, table, on, second, width, below, mine,
-                    LANES * PER, PER, BLOCK, False,
+                    n,
+                    hi,
+                    lo,
+                    left,
+                    words,
+                    symbols,
+                    lut,
+                    table,
+                    on,
+                    second,
+                    width,
+                    below,
+                    mine,
+                    LANES * PER,
+                    PER,
+                    BLOCK,
+                    False,
                 )
             rows = tl.where(rows < END, rows - n, rows)
     tl.store(status + tl.load(job + 6), 4, mask=exists & ((hi | lo | left.to(tl.uint32)) != 0))

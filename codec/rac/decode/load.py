@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from rac.errors import FormatError, LimitError
 from rac.quantize import lossless as ll
 from rac.records import Entry, Record
 from rac.registry import DTYPES
+
+if TYPE_CHECKING:
+    from rac.decode.cuda import DeviceDecoder
 
 Array = NDArray[Any]
 SMALL = 1 << 21
@@ -156,6 +159,19 @@ def decoder(archive: Archive, t: tn.Tensor, reference: bool = False) -> tn.Decod
     """Decoder of a tensor, its shared unit and its objects read."""
     first = read_units(archive, t, 0, t.first) if t.first else []
     return tn.Decoder(t, [unit.data for unit in first], reference, objects(archive, t, reference))
+
+
+def load_onto(archive: Archive, entry: Entry, decoder: DeviceDecoder) -> tuple[tn.Tensor, Any]:
+    """Hand a whole record to a decoder of a device; every byte of it is checked."""
+    with InFile(archive.access.name, repr(entry.name)):
+        t = parse(archive, archive.record(entry))
+        data = np.empty(t.record.end - t.record.payload, np.uint8)
+        if t.record.end > archive.access.size:
+            raise FormatError("record lies outside the file", offset=t.record.at)
+        archive.access.read_into(t.record.payload, data.data)
+        units = _cut(data, t, 0, len(t.units), strict=True)
+        first = [unit.data for unit in units[: t.first]]
+        return t, decoder.add(t, first, units[t.first :], objects(archive, t))
 
 
 def load(
