@@ -25,7 +25,7 @@ from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
-"""Compute capability from which on there is a warp-wide OR."""
+"""Compute capability from which on kernels are compiled and tested."""
 _WARPS = {"tables": 8, "lanes": 1, "found": 1, "place": 4, "added": 1, "trellis": 1, "product": 4, "outliers": 4}
 
 

@@ -184,7 +184,8 @@ class Batch:
         tops: int, symbols: int, out_at: int, stride: int, h: int, w: int, planes: list[int], to: str = "out",
     ) -> None:  # fmt: skip
         options = {
-            "WORD": word, "SHIFT": shift, "SIGN": sign, "ZERO": zero, "RAW": raw, "CODED": coded, "ROWS": PLACE_ROWS, "COLS": PLACE_COLS,
+            "WORD": word, "SHIFT": shift, "SIGN": sign, "ZERO": zero, "RAW": raw, "CODED": coded,
+            "ROWS": PLACE_ROWS, "COLS": PLACE_COLS,
         }  # fmt: skip
         planes = planes + [0] * (6 - len(planes))
         self.jobs[Call("place", tuple(options.items()), to=to)].append(
