@@ -3,7 +3,7 @@
     python tools/gpu_model.py            # every assumption, the check, and the results
     python tools/gpu_model.py --lines 2  # another guess for how many cache lines an L1 serves per cycle
 
-Time of a kernel per weight is the largest of four; the kernels of a batch follow each other, so that their times add up:
+Time of a kernel per weight is the largest of four; the kernels of a batch follow each other, so that times add up:
 
     issue    instructions per weight / (schedulers x 32) cycles of an SM
     look-up  L1 wavefronts per weight: a warp that reads k cache lines takes k / lines per cycle

@@ -26,8 +26,8 @@ def escapes(units, aux, work, out, status, jobs, WORD: tl.constexpr, PLACED: tl.
         status: i32, 5 where the number of escapes is another than that of bytes, 6 where a top is out of range.
         jobs: (n, 16) int64: offset of symbols; elements; first symbol that escapes; offsets of bases, of bytes; bytes;
             limit of tops; place in status; offset of codes or blocks; number of blocks; offsets of the lists of rows
-            and columns, of words; words from row to row; bits below the top; offset in `work` of as many i32 as there are
-            escape bytes.
+            and of columns, of words; words from row to row; bits below the top; offset in `work` of as many i32 as
+            there are escape bytes.
         WORD: Bytes of a word.
         PLACED: Whether words stand in their places already.
         BLOCK: Registers of four symbols at once.
