@@ -6,8 +6,6 @@ here, `work` what the kernels leave for each other, `out` the tensors.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from rac.decode import tensor as tn
 from rac.decode import tile as tl
+from rac.decode.cuda_batch import Call, Launch, Layout, power_of_two, up
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 
@@ -24,114 +23,27 @@ TABLE = 16384
 WARP = 32
 PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 16, 32
 DEEP = 4
-ESCAPES, VALUES = 256, 256
 MOST = 1 << 24
 """Elements of a tile up to which its places fit."""
-STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "outliers", "product")
-"""Kernels in the order in which they run; `found` and `added` are both escapes."""
+
+__all__ = ["MOST", "TABLE", "Batch", "Call", "Launch"]
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One launch: its kernel, what that is compiled for, and the memory that it reads codes from or writes to."""
-
-    step: str
-    options: tuple[tuple[str, Any], ...]
-    source: str = ""
-    to: str = "out"
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A call, where in `aux` its jobs are and their bytes, its grid, and the number of jobs."""
-
-    call: Call
-    jobs: int
-    size: int
-    grid: tuple[int, int]
-    n: int
-
-
-def _grid(call: Call, rows: Array) -> tuple[int, int]:
-    o = dict(call.options)
-    if call.step == "lanes":
-        return len(rows) // (o["BLOCK"] // o["SPAN"]), 1
-    if call.step == "place":
-        return len(rows), int((-(-rows[:, 6] // o["ROWS"]) * -(-rows[:, 7] // o["COLS"])).max())
-    if call.step == "trellis":
-        return len(rows), int((-(-rows[:, 9] // o["COLS"])).max())
-    if call.step == "product":
-        return len(rows), int((-(-rows[:, 9] // o["ROWS"]) * -(-rows[:, 10] // o["COLS"])).max())
-    return (-(-len(rows) // o["BLOCK"]) if call.step == "outliers" else len(rows)), 1
-
-
-def power_of_two(n: int) -> int:
-    """`n` rounded up to a power of two."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _up(n: int, a: int) -> int:
-    return -(-n // a) * a
-
-
-class Batch:
+class Batch(Layout):
     """Tiles of one or more tensors whose kernels are launched together."""
 
     def __init__(self, buffer: Array | None = None) -> None:
         """`buffer` (bytes,) uint8 takes `aux` as long as it is large enough."""
-        self.buffer = np.empty(1 << 16, np.uint8) if buffer is None else buffer
-        self.aux = 0
-        self.work = 0
-        self.jobs: dict[Call, list[tuple[int, ...]]] = defaultdict(list)
+        super().__init__(buffer)
         self.status: list[tuple[tn.Decoder, int]] = []
         """Tensor and tile of each place in the status array."""
         self._maps: dict[tuple[int, int], tuple[int, int]] = {}
         self._of: dict[int, _Shared] = {}
 
-    def put(self, *arrays: Array) -> int:
-        """Offset in `aux` of arrays that follow each other."""
-        start = self.aux
-        for a in arrays:
-            end = self.aux + a.nbytes
-            if end > len(self.buffer):
-                more = np.empty(max(end, 2 * len(self.buffer)), np.uint8)
-                more[: self.aux] = self.buffer[: self.aux]
-                self.buffer = more
-            self.buffer[self.aux : end] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
-            self.aux = end
-        self.aux = _up(self.aux, 16)
-        return start
-
-    def room(self, size: int, align: int = 16) -> int:
-        """Offset in `work` of so many bytes."""
-        start = _up(self.work, align)
-        self.work = start + size
-        return start
-
-    def seal(self) -> list[Launch]:
-        """What is to be launched, in this order; ends the batch."""
-        out = []
-        for call in sorted(self.jobs, key=lambda c: (STEPS.index(c.step), repr(c))):
-            rows = np.array(self.jobs[call], np.int64)
-            if call.step == "lanes":
-                rows = self._whole(rows, dict(call.options))
-            out.append(Launch(call, self.put(rows), rows.nbytes, _grid(call, rows), len(rows)))
-        return out
-
-    def _whole(self, rows: Array, options: dict[str, Any]) -> Array:
-        """Jobs of lanes, the longest first, so that the tiles of a warp are alike; empty ones fill the last warp."""
-        rows = rows[np.argsort(-rows[:, 7], kind="stable")]
-        short = -len(rows) % (options["BLOCK"] // options["SPAN"])
-        if not short:
-            return rows
-        nothing = rows[-1].copy()
-        nothing[0], nothing[5] = self.put(np.zeros((options["LANES"], 3), np.uint32)), 0
-        return np.concatenate([rows, np.tile(nothing, (short, 1))])
-
     def plain_map(self, h: int, w: int) -> tuple[int, int]:
         """Rows and columns of places of a tile in row-major order."""
         if (h, w) not in self._maps:
-            rows = np.arange(_up(h, DEEP), dtype=np.uint32) * np.uint32(w)
+            rows = np.arange(up(h, DEEP), dtype=np.uint32) * np.uint32(w)
             rows[h:] = 0
             self._maps[h, w] = self.put(rows), self.put(_columns(np.arange(w, dtype=np.uint32)))
         return self._maps[h, w]
@@ -334,7 +246,7 @@ class _Tile:
         batch, p, s, t = self.batch, self.lanes, self.shared, self.dec.tensor
         n = self.h * self.w
         status = len(batch.status) - 1
-        symbols = batch.room(_up(n + 4, 16))
+        symbols = batch.room(up(n + 4, 16))
         span = power_of_two(p.lanes)
         options = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span)}
         words = self.at + ll.up16(p.directory)
@@ -352,7 +264,7 @@ class _Tile:
                 int(pieces[:, 0].sum()),
             )
         )
-        rows = np.zeros((len(self.nc), _up(self.h, DEEP)), np.uint32)
+        rows = np.zeros((len(self.nc), up(self.h, DEEP)), np.uint32)
         rows[:, : self.h] = self.place.T
         rows_at = batch.put(rows)
         cols_at = batch.put(_columns(self.col_rank | self.col_class << 24))
@@ -365,7 +277,7 @@ class _Tile:
             return
         to, out_at, stride = "out", self.out_at, self.stride
         if t.trellis is not None:
-            to, out_at, stride = "work", batch.room(_up(n, 16)), self.w
+            to, out_at, stride = "work", batch.room(up(n, 16)), self.w
         batch._place(
             t.grid.word, p.shift, int(p.sign), p.zero, p.raw, True, rows_at, cols_at, s.tops, symbols, out_at,
             stride, self.h, self.w, planes, to,

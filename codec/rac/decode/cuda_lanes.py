@@ -133,7 +133,7 @@ def lanes(
     lo = tl.load(state + 1, mask=exists, other=0)
     left = tl.load(state + 2, mask=exists, other=0).to(tl.int32)
     words = (units + tl.load(job + 1)).to(tl.pointer_type(tl.uint32))
-    table, tables = halves(work + tl.load(job + 2))
+    tables = (work + tl.load(job + 2)).to(tl.uint64)
     symbols = work + tl.load(job + 3) + lane * PER
     piece = (aux + tl.load(job + 4)).to(tl.pointer_type(tl.int32))
     pieces = tl.load(job + 5).to(tl.int32)
@@ -146,7 +146,7 @@ def lanes(
     width = rows
     on = index < 0
     second = on
-    lut = tables
+    table, lut = halves(tables)
     n = 0
     while n < END:
         new = rows == 0
@@ -154,7 +154,9 @@ def lanes(
         rows = tl.where(new, tl.load(piece, mask=some, other=END), rows)
         on = tl.where(new, lane < tl.load(piece + 1, mask=some, other=0), on)
         width = tl.where(new, tl.load(piece + 2, mask=some, other=0), width)
-        lut = tl.where(new, tables + tl.load(piece + 3, mask=some, other=0).to(tl.uint32) * 16384, lut)
+        found = tables + tl.load(piece + 3, mask=some, other=0).to(tl.uint64) * 16384
+        table = tl.where(new, found & 0xFFFFFFFF00000000, table)
+        lut = tl.where(new, found.to(tl.uint32), lut)
         piece = tl.where(some, piece + 4, piece)
         pieces -= some.to(tl.int32)
         second = lane * PER + 1 < width
