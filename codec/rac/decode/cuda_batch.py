@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.errors import LimitError
+
 Array = NDArray[Any]
+GRID = 65535
+"""Programs along the second axis of a grid."""
 STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "outliers", "product")
 """Kernels in the order in which they run; `found` and `added` are both escapes."""
 
@@ -95,7 +99,10 @@ class Layout:
             rows = np.array(self.jobs[call], np.int64)
             if call.step == "lanes":
                 rows = self._whole(rows, dict(call.options))
-            out.append(Launch(call, self.put(rows), rows.nbytes, _grid(call, rows), len(rows)))
+            grid = _grid(call, rows)
+            if grid[1] > GRID:
+                raise LimitError(f"{grid[1]} parts of a tile are more than a GPU takes")
+            out.append(Launch(call, self.put(rows), rows.nbytes, grid, len(rows)))
         return out
 
     def _whole(self, rows: Array, options: dict[str, Any]) -> Array:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rac.decode import tensor as tn
 from rac.decode import tile as tl
-from rac.decode.cuda_batch import Call, Launch, Layout, power_of_two, up
+from rac.decode.cuda_batch import GRID, Call, Launch, Layout, power_of_two, up
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 
@@ -22,6 +22,9 @@ TABLE = 16384
 """Bytes of a look-up table, and what its address is a multiple of."""
 WARP = 32
 PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 16, 32
+WIDE_COLS = 1024
+"""Columns of a program in tiles of more than WIDE columns, since a grid has at most 65535 programs that way."""
+WIDE = 1 << 21
 DEEP = 4
 MOST = 1 << 24
 """Elements of a tile up to which its places fit."""
@@ -97,7 +100,7 @@ class Batch(Layout):
     ) -> None:  # fmt: skip
         options = {
             "WORD": word, "SHIFT": shift, "SIGN": sign, "ZERO": zero, "RAW": raw, "CODED": coded,
-            "ROWS": PLACE_ROWS, "COLS": PLACE_COLS,
+            "ROWS": PLACE_ROWS, "COLS": _across(PLACE_COLS, w),
         }  # fmt: skip
         planes = planes + [0] * (6 - len(planes))
         self.jobs[Call("place", tuple(options.items()), to=to)].append(
@@ -126,9 +129,11 @@ class Batch(Layout):
         options = {
             "WORD": t.word, "HALF": t.dtype == "F16", "ADDED": added, "ROWS": PRODUCT_ROWS, "COLS": PRODUCT_COLS
         }  # fmt: skip
-        self.jobs[Call("product", tuple(options.items()))].append(
-            (found, c1 - c0, *a, *b, terms, out_at, stride, r1 - r0, c1 - c0)
-        )
+        w = c1 - c0
+        step = max(1, GRID // -(-w // PRODUCT_COLS)) * PRODUCT_ROWS  # rows of one job
+        for y in range(0, r1 - r0, step):
+            place = (found + 4 * y * w, w, a[0] + 4 * y * a[1], a[1], *b, terms, out_at + y * stride * t.word, stride)
+            self.jobs[Call("product", tuple(options.items()))].append((*place, min(step, r1 - r0 - y), w))
 
     def _numbers(
         self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, rows: int, cols: int,
@@ -139,8 +144,8 @@ class Batch(Layout):
         h, w = r1 - r0, c1 - c0
         assert dec.tables is not None  # noqa: S101
         size = 4 if t.numbers == "F32" else 2
-        options = {"TO": t.numbers, "COLS": TRELLIS_COLS}
-        by_col = self.put(_padded(dec.tables.cols[c0:c1], TRELLIS_COLS))
+        options = {"TO": t.numbers, "COLS": _across(TRELLIS_COLS, w)}
+        by_col = self.put(_padded(dec.tables.cols[c0:c1], _across(TRELLIS_COLS, w)))
         by_row = self.put(_padded(dec.tables.rows[r0:r1], DEEP))
         self.jobs[Call("trellis", tuple(options.items()), source, "work" if t.after else "out")].append(
             (rows, cols, s.entries(word_of), by_col, by_row, codes, out_at, stride, h, w, s.step)
@@ -159,8 +164,12 @@ def _padded(a: Array, many: int) -> Array:
     return np.append(a, np.zeros(-len(a) % many, a.dtype))
 
 
+def _across(cols: int, w: int) -> int:
+    return cols if w <= WIDE else WIDE_COLS
+
+
 def _columns(v: Array) -> Array:
-    return _padded(v.astype(np.uint32), max(PLACE_COLS, TRELLIS_COLS))
+    return _padded(v.astype(np.uint32), _across(PLACE_COLS, len(v)))
 
 
 class _Shared:
