@@ -110,7 +110,7 @@ def costs(d: Device, k: Kind, weights: float, per_cycle: float, sass: dict[str, 
         Cost(
             "lanes",
             sass[name if name in sass else "lanes, single, 32"] / 128 / busy,
-            (lines(128) + group + k.per) / per_cycle / row / busy,
+            (group * lines(128, 32 // group) + group + k.per) / per_cycle / row / busy,
             chain / row / warps / busy,
             byte * (k.symbol_bits / 8 / k.per + 1),
         )

@@ -166,6 +166,21 @@ def one(tmp_path, **options):
         return t, [bytes(u) for u in ld.read_units(a, t, 0, len(t.units))]
 
 
+def test_a_file_is_loaded_with_its_ties(tmp_path, monkeypatch):
+    a = torch.from_numpy(array("both", "f4", 40, 64, 7))
+    tensors = {"a": a, "tied": a, "equal": a.clone(), "small": torch.arange(5), "none": torch.empty(0, 3)}
+    path = str(tmp_path / "m.rac")
+    pack_source(from_arrays(tensors, {}), path, lanes=32)
+    monkeypatch.setattr(ar, "device_decoder", lambda device: cuda.DeviceDecoder("cpu"))
+    with ar.RacFile(path, framework="pt") as f:
+        got, one = f.load(), f.get_tensor("small")
+    assert list(got) == list(tensors)
+    assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in tensors.items())
+    assert got["tied"] is got["a"]
+    assert got["equal"].data_ptr() != got["a"].data_ptr()
+    assert torch.equal(one, tensors["small"])
+
+
 def test_the_operator_decodes_as_the_kernels_of_the_cpu(tmp_path, monkeypatch):
     from rac.decode import op
 

@@ -76,6 +76,15 @@ def test_why_not():
             cuda.DeviceDecoder("cuda")
 
 
+def test_a_device_whose_kernels_cannot_be_used_is_warned_about(monkeypatch):
+    from rac.decode import archive
+
+    monkeypatch.setattr(cuda, "why_not", lambda device: "too old")
+    with pytest.warns(UserWarning, match="cuda:1 are decoded on the CPU: too old"):
+        assert archive.device_decoder("cuda:1") is None
+    assert archive.device_decoder("cpu") is None
+
+
 def test_nothing_loads_triton_before_it_is_asked_for():
     code = "import sys, rac.decode.cuda, rac.decode.archive; sys.exit(bool({'triton', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
