@@ -67,6 +67,13 @@ def compiled(name: str, cap: int) -> tuple[str, str]:
     return out[0], out[1]
 
 
+def version() -> str:
+    """Of triton, whose instructions are counted: 3.9."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
 def instructions(sass: str) -> list[tuple[int, str]]:
     """(Address, text) of each instruction."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
@@ -122,7 +129,8 @@ def main() -> None:
         return
     found = {f"sm_{cap}": {name: measure(name, cap) for name in FORMS} for cap in ARCHITECTURES}
     if "--write" in sys.argv:
-        rows = {arch: {name: m["per_weight"] for name, m in of.items()} for arch, of in found.items()}
+        rows: dict[str, Any] = {"triton": version()}
+        rows |= {arch: {name: m["per_weight"] for name, m in of.items()} for arch, of in found.items()}
         RATCHET.write_text(json.dumps(rows, indent=2) + "\n")
     print("| kernel | " + " | ".join(f"{arch}: per weight, registers" for arch in found) + " | spilled | shared |")
     print("| --- |" + " ---: |" * (len(found) + 2))

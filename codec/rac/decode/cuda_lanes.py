@@ -6,10 +6,13 @@ the warp; the bits below a lane count the words before its own.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 END = tl.constexpr(1 << 30)
 WORTH = tl.constexpr(8)
 """Rows from which on the quick loop is entered."""
@@ -45,7 +48,7 @@ def ballot(flags, bit):
     )  # fmt: skip
 
 
-if triton.knobs.runtime.interpret:
+if INTERPRETED:
     popcount, ballot = _popcount, _ballot
 
 

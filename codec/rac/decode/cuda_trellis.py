@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rac.decode.cuda_lanes import INTERPRETED
+
 
 @triton.jit
 def rounded(v, TO: tl.constexpr):
@@ -26,7 +28,7 @@ def _rounded(v, TO: tl.constexpr):
     return v.to(TO)
 
 
-if triton.knobs.runtime.interpret:
+if INTERPRETED:
     rounded = _rounded
 
 

@@ -49,7 +49,10 @@ def test_kernels_compile_small(compiled, cap):
 @pytest.mark.parametrize("cap", gpu_sass.ARCHITECTURES)
 def test_instructions_per_weight_do_not_rise(compiled, cap):
     """`python tools/gpu_sass.py --write` after a change for the better."""
-    stated = json.loads(RATCHET.read_text())[f"sm_{cap}"]
+    ratchet = json.loads(RATCHET.read_text())
+    if ratchet["triton"] != gpu_sass.version():
+        pytest.skip(f"was counted with triton {ratchet['triton']}")
+    stated = ratchet[f"sm_{cap}"]
     found = {name: m["per_weight"] for name, m in compiled[cap].items()}
     assert found.keys() == stated.keys()
     assert not {name: (n, stated[name]) for name, n in found.items() if n > stated[name] + 0.005}
