@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
 
 from rac.decode import cuda, cuda_jobs
 

@@ -24,7 +24,7 @@ import gpu_sass  # noqa: E402
 
 
 def test_kernels_are_right_under_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-W", "ignore",
                str(ROOT / "tests" / "interpreted")]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=600)
