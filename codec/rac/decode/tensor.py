@@ -206,7 +206,7 @@ class Decoder:
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
         self.tensor, self._reference, self._objects = t, reference, objects
         self.shared: tile.Shared | None = None
-        self._tables: tr.Tables | None = None
+        self.tables: tr.Tables | None = None
         for i, unit in enumerate(first):
             self._check(i, unit)
         if t.lanes is not None:
@@ -214,7 +214,7 @@ class Decoder:
                 self.shared = tile.shared(bytes(first[0]), t.lanes, t.grid)
         if t.trellis is not None:
             with self.at(t.first - 1):
-                self._tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
+                self.tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
 
     def at(self, i: int) -> wire.At:
         """Context that names unit `i` in the errors that pass."""
@@ -235,22 +235,23 @@ class Decoder:
         work.add(self, i, data, out, row, col)
         work.run()
 
-    def prepare(self, i: int, data: Array, dst: Array, box: Box) -> tuple[bytes, Array] | None:
+    def prepare(self, i: int, data: Array, dst: Array, box: Box, plain: bool = False) -> tuple[bytes, Array] | None:
         """Check tile `i`; the kernel's job for it (and what that needs alive), None where Python decodes it."""
         t = self.tensor
-        self._check(i + t.first, data.data)
+        if not plain:
+            self._check(i + t.first, data.data)
         if self.shared is None or not self.shared.tail or self._reference:
             return None
         assert t.lanes is not None  # noqa: S101
         with self.at(i + t.first):
             return tile.lanes_job(data, t.lanes, self.shared, box, dst)
 
-    def decode(self, i: int, data: Array, dst: Array, box: Box) -> None:
+    def decode(self, i: int, data: Array, dst: Array, box: Box, plain: bool = False) -> None:
         """Decode tile `i`, checked before, in Python."""
         t = self.tensor
         with self.at(i + t.first):
             if t.lanes is None:
-                tile.decode_plain(data, t.method, box, dst)
+                tile.decode_plain(data, "raw/1" if plain else t.method, box, dst)
             else:
                 assert self.shared is not None  # noqa: S101
                 tile.decode_lanes(data, t.lanes, self.shared, box, dst, self._reference)
@@ -259,8 +260,8 @@ class Decoder:
         """Words of a tile, decoded before, to the numbers that they stand for."""
         t = self.tensor
         assert t.trellis is not None  # noqa: S101
-        assert self._tables is not None  # noqa: S101
-        tr.decode(words, t.trellis, self._tables, box, dst, t.numbers, self._reference)
+        assert self.tables is not None  # noqa: S101
+        tr.decode(words, t.trellis, self.tables, box, dst, t.numbers, self._reference)
 
     def join(self, found: Array, dst: Array, box: Box) -> None:
         """What the trellis yielded to the words `dst`, contiguous, of the part `box` of the matrix.
@@ -284,21 +285,26 @@ class Work:
         self._jobs: list[bytes] = []
         self._of: list[tuple[Decoder, int]] = []
         self._alive: list[Array] = []
-        self._others: list[tuple[Decoder, int, Array, Array, Box]] = []
+        self._others: list[tuple[Decoder, int, Array, Array, Box, bool]] = []
         self._after: list[tuple[Decoder, Array, Array, Box]] = []
         self._last: list[tuple[Decoder, Array, Array, Box]] = []
 
-    def add(self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0) -> None:
-        """Check the bytes of tile `i` and take it in; `data` and `out` stay as they are until `run` is done."""
+    def add(
+        self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0, plain: bool = False
+    ) -> None:
+        """Check the bytes of tile `i` and take it in; `data` and `out` stay as they are until `run` is done.
+
+        `plain`: they were checked before, and Zstandard frames in them expanded (`tile.plain`).
+        """
         r0, r1, c0, c1 = box = dec.tensor.grid.box(i)
         dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
         if dec.tensor.trellis:
             words = np.empty(dst.shape, np.uint8)
             self._after.append((dec, words, dst, box))
             dst = words
-        job = dec.prepare(i, data, dst, box)
+        job = dec.prepare(i, data, dst, box, plain)
         if job is None:
-            self._others.append((dec, i, data, dst, box))
+            self._others.append((dec, i, data, dst, box, plain))
         else:
             self._jobs.append(job[0])
             self._alive += (job[1], dst)
@@ -315,8 +321,8 @@ class Work:
             dec, i = self._of[number]
             with dec.at(i + dec.tensor.first):
                 raise error(text)
-        for dec, i, data, dst, box in self._others:
-            dec.decode(i, data, dst, box)
+        for dec, i, data, dst, box, plain in self._others:
+            dec.decode(i, data, dst, box, plain)
         for dec, words, dst, box in self._after:
             dec.finish(words, dst, box)
         for dec, found, dst, box in self._last:

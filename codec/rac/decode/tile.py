@@ -147,3 +147,21 @@ def decode_plain(unit: Array, method: str, box: Box, dst: Array) -> None:
     if len(unit) != size:
         raise FormatError("raw unit does not have the size of its tile")
     dst[...] = unit.view(dst.dtype).reshape(h, w)
+
+
+def plain(unit: Array, method: str, p: ll.Lanes | None, box: Box, word: int) -> Array:
+    """A tile unit (bytes,) uint8 without Zstandard frames: the words of zstd/1, lanes/1 with plain planes.
+
+    Raises FormatError. What comes back is again a unit, of raw/1 or of the same lanes/1.
+    """
+    n = (box[1] - box[0]) * (box[3] - box[2])
+    if p is None:
+        words = np.empty((box[1] - box[0], box[3] - box[2]), f"<u{word}")
+        decode_plain(unit, method, box, words)
+        return words.reshape(-1).view(np.uint8)
+    if not p.packed or not p.raw:
+        return unit
+    out = ll.plain_tile(unit, n, p, zstd.decompress)
+    if out is not unit:
+        out[4 : 4 + p.skip] = np.array(ll.plane_sizes(n, p), "<u4").view(np.uint8)
+    return out

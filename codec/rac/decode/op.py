@@ -1,0 +1,175 @@
+"""`torch.ops.rac.decode`: a packed tensor to the dense one, as an operator that torch.compile and CUDA graphs know.
+
+    packed = op.Packed(t, first, units)     # once
+    torch.ops.rac.decode(packed.data.to(device), packed.handle)
+
+The bytes are those of the record's tiles, the same on every device. What else a device needs is made once for it, and
+kept with the handle. On the CPU the C kernel decodes, on a CUDA device the kernels beside `rac.decode.cuda`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rac.container.zstd import xxh3
+from rac.decode import cuda, frameworks, tile
+from rac.decode import cuda_jobs as jb
+from rac.decode import tensor as tn
+from rac.errors import ChecksumError, UnsupportedError
+
+Array = NDArray[Any]
+SLACK = 256
+"""Bytes behind the last tile that a kernel may read."""
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """What a device needs besides the bytes of the tiles."""
+
+    aux: torch.Tensor
+    objects: torch.Tensor
+    status: torch.Tensor
+    launches: list[jb.Launch]
+    work: int
+
+
+class Packed:
+    """A tensor that stays compressed.
+
+    `data` (bytes,) uint8 are its tiles, checked, planes that were Zstandard frames expanded; move them to where they
+    are to be decoded, and hand them to the operator with `handle`. The handle is good as long as this object lives.
+
+    Args:
+        t: The record, parsed.
+        first: The units in front of the tiles.
+        units: The tiles in order.
+        objects: The matrices that the tensor uses, float32.
+
+    Raises:
+        ChecksumError, FormatError: A unit breaks the format.
+    """
+
+    def __init__(
+        self, t: tn.Tensor, first: Sequence[bytes], units: Sequence[Any], objects: Sequence[Array] = ()
+    ) -> None:
+        self.tensor, self.objects = t, [np.ascontiguousarray(o, np.float32) for o in objects]
+        self.decoder = tn.Decoder(t, first, objects=self.objects)
+        self.at: list[tuple[int, int]] = []
+        pieces, end = [], 0
+        for i, data in enumerate(units):
+            unit = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+            with self.decoder.at(i + t.first):
+                if xxh3(unit.data) != t.units[i + t.first].check:
+                    raise ChecksumError("checksum does not match")
+                unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
+            self.at.append((end, end + len(unit)))
+            pieces += [unit, np.zeros(-len(unit) % 16, np.uint8)]
+            end += len(unit) + -len(unit) % 16
+        self.data = torch.from_numpy(np.concatenate([*pieces, np.zeros(SLACK, np.uint8)]))
+        self.shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
+        self.dtype = frameworks.torch_dtype(t.dtype)
+        self._on: dict[torch.device, _OnDevice] = {}
+        self.handle = _register(self)
+
+    def on(self, data: torch.Tensor) -> _OnDevice:
+        """Tables and jobs on the device of `data`, made where they are not there yet."""
+        if data.device not in self._on:
+            self._on[data.device] = self._prepare(data)
+        return self._on[data.device]
+
+    def _prepare(self, data: torch.Tensor) -> _OnDevice:
+        if reason := cuda.why_not(data.device):
+            raise UnsupportedError(f"cannot decode on {data.device}: {reason}", unit=repr(self.tensor.name))
+        t, g, batch, host = self.tensor, self.tensor.grid, jb.Batch(), data.cpu().numpy()
+        places, end = [], 0
+        for o in self.objects:
+            places.append((end, o.shape[1]))
+            end += o.nbytes
+        objects = np.concatenate([o.reshape(-1) for o in self.objects] or [np.zeros(1, np.float32)])
+        found = 0
+        for i, (a, b) in enumerate(self.at):
+            r0, r1, c0, c1 = g.box(i)
+            at = (r0 * g.cols + c0) * t.word
+            if t.after and not c0:
+                found = batch.room(4 * (r1 - r0) * g.cols)
+            batch.tile(self.decoder, i, host[a:b], a, found + 4 * c0 if t.after else at, g.cols)
+            if t.after and c1 == g.cols:
+                batch.product(self.decoder, (r0, r1, 0, g.cols), found, places, r0 * g.cols * t.word, g.cols)
+        launches = batch.seal()
+        return _OnDevice(
+            torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device),
+            torch.from_numpy(objects).view(torch.uint8).to(data.device),
+            torch.zeros(max(1, len(batch.status)), dtype=torch.int32, device=data.device),
+            launches, batch.work,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Wait for the devices, and raise what decoding has found; only damage that checksums do not show is left."""
+        for device in self._on.values():
+            for k in np.flatnonzero(device.status.cpu().numpy()).tolist():
+                with self.decoder.at(k + self.tensor.first):
+                    raise ChecksumError("the tile does not decode")
+
+
+_packed: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
+_count = 0
+
+
+def _register(p: Packed) -> int:
+    global _count
+    _count += 1
+    _packed[_count] = p
+    return _count
+
+
+def _of(handle: int) -> Packed:
+    if handle not in _packed:
+        raise ValueError(f"no packed tensor has the handle {handle}")
+    return _packed[handle]
+
+
+@torch.library.custom_op("rac::decode", mutates_args=(), device_types="cpu")  # type: ignore[untyped-decorator]
+def decode(packed: torch.Tensor, handle: int) -> torch.Tensor:
+    """The dense tensor of `Packed.data` and `Packed.handle`, on the device of the data."""
+    p = _of(handle)
+    if cuda.interpreted():
+        return _kernels(p, packed)
+    t, data = p.tensor, packed.numpy()
+    out = torch.empty(p.shape, dtype=p.dtype)
+    words = out.reshape(-1).view(torch.uint8).numpy().view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
+    work, found = tn.Work(), tn.values(t, *words.shape) if t.after else words
+    for i, (a, b) in enumerate(p.at):
+        work.add(p.decoder, i, data[a:b], found, plain=True)
+    if t.after:
+        work.then(p.decoder, found, words, (0, t.grid.rows, 0, t.grid.cols))
+    work.run()
+    return out
+
+
+@decode.register_kernel("cuda")  # type: ignore[untyped-decorator]
+def _(packed: torch.Tensor, handle: int) -> torch.Tensor:
+    with torch.cuda.device(packed.device):
+        return _kernels(_of(handle), packed)
+
+
+@decode.register_fake  # type: ignore[untyped-decorator]
+def _(packed: torch.Tensor, handle: int) -> torch.Tensor:
+    p = _of(handle)
+    return packed.new_empty(p.shape, dtype=p.dtype)
+
+
+def _kernels(p: Packed, packed: torch.Tensor) -> torch.Tensor:
+    on = p.on(packed)
+    out = torch.empty(p.shape, dtype=p.dtype, device=packed.device)
+    whole = torch.empty(on.work + jb.TABLE, dtype=torch.uint8, device=packed.device)
+    work = whole[-whole.data_ptr() % jb.TABLE :]
+    if out.numel():
+        cuda.launch(on.launches, packed, on.aux, work, out.reshape(-1).view(torch.uint8), on.objects, on.status)
+    return out

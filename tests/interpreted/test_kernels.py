@@ -1,0 +1,239 @@
+"""The GPU kernels under triton's interpreter, bit for bit against the decoder of the CPU.
+
+Run by tests/unit/decode/test_cuda.py in a process of its own: TRITON_INTERPRET=1 has to be set before triton is
+imported. Many tensors go through one decoder, as the interpreter takes the same time for one lane and for 32.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import products  # noqa: E402
+
+from rac.container.access import BytesAccess  # noqa: E402
+from rac.decode import archive as ar  # noqa: E402
+from rac.decode import cuda  # noqa: E402
+from rac.decode import load as ld  # noqa: E402
+from rac.decode.device import Gpu  # noqa: E402
+from rac.encode import analyse  # noqa: E402
+from rac.encode.pack import pack_source  # noqa: E402
+from rac.encode.sources import from_arrays  # noqa: E402
+from rac.errors import ChecksumError, FormatError  # noqa: E402
+from rac.quantize import lossless as ll  # noqa: E402
+from rac.registry import RECORD_ATTACHMENT  # noqa: E402
+
+GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
+ROWS, TILES = 100, 6
+"""A tensor with longer lanes, or more tiles, is for those who ask for slow tests: a row takes milliseconds."""
+
+
+def is_short(t):
+    """Whether the interpreter is done with a tensor in a second or two."""
+    steps = t.grid.tr * t.grid.tc // (t.lanes.lanes * t.lanes.per) if t.lanes else 0
+    return steps <= ROWS and t.tiles <= TILES
+
+
+def decoded(archives, wanted, ring=1 << 28):
+    """(name, words of the GPU decoder, words of the CPU's) of tensors and objects; one decoder for all."""
+    decoder, found = cuda.DeviceDecoder("cpu", ring), []
+    for a in archives:
+        for e in a.index.entries:
+            if e.type == RECORD_ATTACHMENT or e.dtype == "" or 0 in e.shape:
+                continue
+            t = ld.parse(a, a.record(e))
+            if not wanted(t):
+                continue
+            (units,) = ld.read_units(a, t, [(0, len(t.units))])
+            out = decoder.add(t, [u.data for u in units[: t.first]], units[t.first :], ld.objects(a, t))
+            found.append((f"{a.access.name}: {e.name}", out, a, e))
+    decoder.flush()
+    for name, out, a, e in found:
+        words = next(ld.load(a, [e], 1))[1]
+        yield name, out.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), words.tobytes()
+
+
+def wrong(archives, wanted=lambda _: True, **options):
+    """Number of tensors, and names of those that differ."""
+    got = list(decoded(archives, wanted, **options))
+    return len(got), [name for name, a, b in got if a != b]
+
+
+def golden():
+    """All golden files."""
+    return [
+        ar.RacFile(BytesAccess(p.read_bytes(), p.name), threads=1).archives[0] for p in sorted(GOLDEN.glob("*.rac"))
+    ]
+
+
+def test_golden_files():
+    n, bad = wrong(golden(), is_short)
+    assert n > 380
+    assert not bad
+
+
+@pytest.mark.slow
+def test_long_golden_tensors():
+    n, bad = wrong(golden(), lambda t: not is_short(t))
+    assert n > 5
+    assert not bad
+
+
+KINDS = ("normal", "rows", "columns", "both", "constant", "two", "wild")
+
+
+def array(kind, dtype, rows, cols, seed):
+    """Words of a float type that look like weights, so that they go into lanes."""
+    rng = np.random.default_rng(seed)
+    v = rng.standard_normal((rows, cols)).astype(np.float32)
+    if kind in ("rows", "both"):
+        v *= np.exp2(rng.integers(-6, 6, (rows, 1)))
+    if kind in ("columns", "both"):
+        v *= np.exp2(rng.integers(-4, 4, cols))
+    if kind == "constant":
+        v[:] = 0.5
+    if kind == "two":
+        v = np.where(v < 0, -1.0, 2.0).astype(np.float32)
+    if kind == "wild":  # tops that are rare enough to escape
+        v.flat[:: max(1, v.size // 5)] *= 1e5
+    return v.astype(dtype)
+
+
+@given(st.data())
+@settings(
+    deadline=None, max_examples=3, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+def test_tiles_of_any_shape(data):
+    """Ragged lanes, one symbol, escapes, odd sizes, classes, planes of every width; an archive of many per example."""
+    import ml_dtypes
+
+    arrays = {}
+    for i in range(12):
+        dtype = data.draw(st.sampled_from(["f8", "f4", "f2", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, "c8"]))
+        kind, seed = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(0, 1 << 32))
+        rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(20, 90))
+        name = f"{i} {kind}"
+        arrays[name] = array(kind, np.dtype("f4") if dtype == "c8" else dtype, rows, 2 * cols, seed)
+        arrays[name] = arrays[name].view("c8") if dtype == "c8" else arrays[name]
+    lanes = data.draw(st.sampled_from([5, 16, 32, 33, 64]))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        most = data.draw(st.sampled_from([1 << 11, 1 << 20]))
+        patch.setattr(analyse, "CUTS", ((1, most), (2, 2 * most), (3, 1 << 62)))
+        path = os.path.join(folder, "m.rac")
+        pack_source(from_arrays(arrays, {}), path, level=data.draw(st.sampled_from(["default", "max"])), lanes=lanes)
+        with ar.RacFile(path, threads=1) as f:
+            n, bad = wrong(f.archives, ring=data.draw(st.sampled_from([1, 1 << 28])))
+            assert n
+            assert not bad
+
+
+def test_stages_behind_the_trellis(tmp_path):
+    maker = products.Maker(tmp_path / "m.rac")
+    maker.object("u", products.quantised(products.words(1, 37, 37), 1, 3, 64))
+    maker.object("a", products.exact(products.normal(2, 45, 3)))
+    maker.object("b", products.exact(products.normal(3, 3, 37)))
+    for dtype, states in (("BF16", 256), ("F16", 1), ("F32", 8)):
+        for uses in (["u"], ["a", "b"]):
+            m = products.quantised(products.words(states, 45, 37), states, 4, states)
+            maker.tensor(f"{dtype} {len(uses)}", dtype, m, uses)
+    maker.finish()
+    with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
+        assert wrong(f.archives) == (9, [])
+
+
+def one(tmp_path, **options):
+    """An archive of one tensor of lanes, and what `add` takes."""
+    path = str(tmp_path / "m.rac")
+    pack_source(from_arrays({"w": array("both", "f4", 40, 64, 5)}, {}), path, lanes=32, **options)
+    with ar.RacFile(path, threads=1) as f:
+        a = f.archives[0]
+        t = ld.parse(a, a.record(a.index.entries[0]))
+        assert t.lanes
+        return t, [bytes(u) for u in ld.read_units(a, t, [(0, len(t.units))])[0]]
+
+
+def test_a_file_is_loaded_with_its_ties(tmp_path, monkeypatch):
+    a = torch.from_numpy(array("both", "f4", 40, 64, 7))
+    tensors = {"a": a, "tied": a, "equal": a.clone(), "small": torch.arange(5), "none": torch.empty(0, 3)}
+    path = str(tmp_path / "m.rac")
+    pack_source(from_arrays(tensors, {}), path, lanes=32)
+    monkeypatch.setattr(ar, "engine_for", lambda device, threads, *more: Gpu(cuda, "cpu", *more))
+    with ar.RacFile(path, framework="pt") as f:
+        got, one = f.load(), f.get_tensor("small")
+    assert list(got) == list(tensors)
+    assert all(torch.equal(got[n], t) and got[n].dtype == t.dtype for n, t in tensors.items())
+    assert got["tied"] is got["a"]
+    assert got["equal"].data_ptr() != got["a"].data_ptr()
+    assert torch.equal(one, tensors["small"])
+
+
+def test_the_operator_decodes_as_the_kernels_of_the_cpu(tmp_path, monkeypatch):
+    from rac.decode import op
+
+    t, units = one(tmp_path, level="max")
+    p = op.Packed(t, units[: t.first], units[t.first :])
+    got = torch.ops.rac.decode(p.data, p.handle)
+    p.check()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    wanted = torch.ops.rac.decode(p.data, p.handle)
+    assert got.dtype == wanted.dtype == torch.float32
+    assert got.shape == wanted.shape == t.shape
+    assert torch.equal(got.view(torch.int32), wanted.view(torch.int32))
+
+
+def test_damage_is_found_where_checksums_match(tmp_path):
+    """A word of a lane changed: its state does not end at 0. An escape more or less: the counts differ."""
+    t, units = one(tmp_path, level="max")
+    unit, p = bytearray(units[t.first]), t.lanes
+    parsed = ll.parse_tile(np.frombuffer(bytes(unit), np.uint8), t.grid.rows * t.grid.cols, p)
+    assert len(parsed.escapes)
+    at = ll.up16(p.directory) + 4 * (len(parsed.words) // 2)
+    unit[at] ^= 1
+    decoder = cuda.DeviceDecoder("cpu")
+    decoder.add(t, units[: t.first], [bytes(unit)], checked=True)
+    with pytest.raises((ChecksumError, FormatError), match="'w'"):
+        decoder.flush()
+    decoder.flush()  # is told once
+    with pytest.raises(ChecksumError, match="checksum"):
+        decoder.add(t, units[: t.first], [bytes(unit)])
+
+
+def test_tiles_that_are_missing(tmp_path):
+    t, units = one(tmp_path, level="max")
+    with pytest.raises(FormatError, match="0 of 1 tiles"):
+        cuda.DeviceDecoder("cpu").add(t, units[: t.first], [])
+    with pytest.raises(FormatError, match="size"):
+        cuda.DeviceDecoder("cpu").add(t, units[: t.first], [units[t.first] + bytes(16)])
+
+
+def test_an_escape_too_few(tmp_path):
+    t, units = one(tmp_path, level="max")
+    unit, p = bytearray(units[t.first]), t.lanes
+    count = int.from_bytes(unit[:4], "little")
+    assert count % 16 not in (0, 1)  # one byte less and its padding have the same size
+    at = (
+        ll.up16(p.directory)
+        + ll.up16(4 * int(np.frombuffer(bytes(unit[4 + p.skip : p.directory]), "<u2").sum()))
+        + count
+        - 1
+    )
+    unit[:4], unit[at] = (count - 1).to_bytes(4, "little"), 0
+    decoder = cuda.DeviceDecoder("cpu")
+    decoder.add(t, units[: t.first], [bytes(unit)], checked=True)
+    with pytest.raises(FormatError, match="escape counts"):
+        decoder.flush()

@@ -1,0 +1,142 @@
+"""Registers, spills, shared memory and instructions per weight of the GPU kernels, compiled without a GPU.
+
+python tools/gpu_sass.py            # a table
+python tools/gpu_sass.py --write    # tests/unit/decode/sass.json, which a test compares with
+python tools/gpu_sass.py --show NAME CAP   # the inner loop
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rac.decode import cuda, cuda_jobs
+
+ARCHITECTURES = (80, 90, 100)
+RATCHET = Path(__file__).parents[1] / "tests" / "unit" / "decode" / "sass.json"
+_TYPES = {"jobs": "*i64", "status": "*i32", "n": "i32"}
+_BF16 = {"WORD": 2, "SHIFT": 7, "SIGN": 1, "ZERO": 0, "RAW": 8, "CODED": True, "ROWS": 64, "COLS": 256}
+FORMS: dict[str, tuple[str, dict[str, Any], str, int]] = {
+    "lanes, pairs, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 2, "BLOCK": 32}, "STG", 1),
+    "lanes, single, 16": ("lanes", {"LANES": 16, "SPAN": 16, "PER": 1, "BLOCK": 32}, "STG", 1),
+    "lanes, single, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 1, "BLOCK": 32}, "STG", 1),
+    "lanes, pairs, 128": ("lanes", {"LANES": 128, "SPAN": 128, "PER": 2, "BLOCK": 128}, "STG", 1),
+    "place BF16": ("place", _BF16, "STG", 1),
+    "place F32": ("place", _BF16 | {"WORD": 4, "SHIFT": 23, "RAW": 24}, "STG", 1),
+    "place raw": ("place", _BF16 | {"SHIFT": 0, "SIGN": 0, "RAW": 16, "CODED": False}, "STG", 1),
+    "escapes": ("added", {"WORD": 2, "PLACED": True, "BLOCK": 128}, "REDUX.MAX", 16),
+    "escapes, lossy": ("found", {"WORD": 1, "PLACED": False, "BLOCK": 128}, "REDUX.MAX", 16),
+    "trellis": ("trellis", {"TO": "BF16", "COLS": cuda_jobs.TRELLIS_COLS}, "STG", 1),
+    "product": ("product", {"WORD": 2, "HALF": False, "ADDED": True, "ROWS": 16, "COLS": 32}, "FMUL", 1),
+    "tables": ("tables", {"BLOCK": 2048}, "STG", 1),
+    "outliers": ("outliers", {"WORD": 2, "BLOCK": 128}, "STG", 1),
+}
+"""Kernel, what it is compiled for, and the instruction that its inner loop is counted by, with the weights of each: a
+store of a weight, a look through 16 symbols, a term of a product."""
+
+
+@functools.cache
+def compiled(name: str, cap: int) -> tuple[str, str]:
+    """(SASS, resource usage) of a form."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    step, constants, *_ = FORMS[name]
+    fn = cuda.kernel(step)
+    call = cuda_jobs.Call(step, tuple(constants.items()))
+    constants = cuda.options(call)
+    signature = {a: "constexpr" if a in constants else _TYPES.get(a, "*u8") for a in fn.arg_names}
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants)
+    kernel = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=cuda.settings(call))
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(kernel.asm["cubin"])
+        f.flush()
+        out = [subprocess.run([tool, flag, f.name], capture_output=True, text=True, check=True).stdout
+               for flag in ("-sass", "-res-usage")]  # fmt: skip
+    return out[0], out[1]
+
+
+def version() -> str:
+    """Of triton, whose instructions are counted: 3.9."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def instructions(sass: str) -> list[tuple[int, str]]:
+    """(Address, text) of each instruction."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
+    return [(int(a, 16), text.strip()) for a, text in found]
+
+
+def loops(code: list[tuple[int, str]]) -> list[range]:
+    """Places of the instructions from the target of each backward branch to the branch."""
+    place = {a: i for i, (a, _) in enumerate(code)}
+    out = []
+    for i, (a, text) in enumerate(code):
+        m = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if m and int(m[1], 16) < a:
+            out.append(range(place[int(m[1], 16)], i + 1))
+    return out
+
+
+def inner(name: str, code: list[tuple[int, str]]) -> tuple[list[str], int]:
+    """(Instructions, weights) of the loop that does the work: the innermost one with most weights in a round."""
+    mark, each = FORMS[name][2:]
+
+    def weights(body: range) -> int:
+        return each * sum(mark in code[i][1] for i in body)
+
+    found = loops(code) or [range(len(code))]
+    inmost = [
+        a
+        for a in found
+        if weights(a) and not any(weights(b) and b != a and b[0] >= a[0] and b[-1] <= a[-1] for b in found)
+    ]
+    best = max(inmost, key=weights)
+    return [code[i][1] for i in best if not code[i][1].startswith("NOP")], weights(best)
+
+
+def measure(name: str, cap: int) -> dict[str, Any]:
+    """What a form needs, and the instructions of its inner loop per weight."""
+    sass, usage = compiled(name, cap)
+    code = instructions(sass)
+    body, weights = inner(name, code)
+    numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    spilled = numbers["STACK"] + numbers["LOCAL"] + sum(t.startswith(("LDL", "STL")) for _, t in code)
+    return {
+        "registers": numbers["REG"], "spilled": spilled, "shared": numbers["SHARED"],
+        "per_weight": round(len(body) / weights, 2), "text": "\n".join(t for _, t in code), "loop": body,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print, or write."""
+    if "--show" in sys.argv:
+        name, cap = sys.argv[-2:]
+        print("\n".join(measure(name, int(cap))["loop"]))
+        return
+    found = {f"sm_{cap}": {name: measure(name, cap) for name in FORMS} for cap in ARCHITECTURES}
+    if "--write" in sys.argv:
+        rows: dict[str, Any] = {"triton": version()}
+        rows |= {arch: {name: m["per_weight"] for name, m in of.items()} for arch, of in found.items()}
+        RATCHET.write_text(json.dumps(rows, indent=2) + "\n")
+    print("| kernel | " + " | ".join(f"{arch}: per weight, registers" for arch in found) + " | spilled | shared |")
+    print("| --- |" + " ---: |" * (len(found) + 2))
+    for name in FORMS:
+        of = [found[arch][name] for arch in found]
+        cells = [f"{m['per_weight']:.1f}, {m['registers']}" for m in of]
+        cells += [str(max(m[key] for m in of)) for key in ("spilled", "shared")]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
