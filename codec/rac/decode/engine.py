@@ -31,7 +31,7 @@ RING = 256 << 20
 LEAST = 1 << 16
 GROUP = 1 << 20
 """Stored bytes of a job."""
-SCRATCH = 8 << 20
+SCRATCH = 1 << 20
 """Bytes of intermediate words of a job."""
 Loaded = tuple[tn.Tensor, Array]
 Damaged = dict[str, RacError]

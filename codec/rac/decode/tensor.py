@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -278,6 +279,37 @@ class Decoder:
         tr.put_words(v, t.dtype, dst, self._reference)
 
 
+class _Scratch:
+    """Memory for intermediate words, used again: fresh memory costs as much as what is done in it."""
+
+    MOST = 16 << 20
+
+    def __init__(self) -> None:
+        self._free: list[Array] = []
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> Array:
+        """(size or more,) bytes."""
+        with self._lock:
+            for i in reversed(range(len(self._free))):
+                if size <= len(self._free[i]) <= 4 * size:
+                    self._size -= len(self._free[i])
+                    return self._free.pop(i)
+        return np.empty(size, np.uint8)
+
+    def give(self, held: list[Array]) -> None:
+        """Back for the next."""
+        with self._lock:
+            for array in held:
+                if self._size + len(array) <= self.MOST:
+                    self._free.append(array)
+                    self._size += len(array)
+
+
+_scratch = _Scratch()
+
+
 class Work:
     """Tiles of one or more tensors that are decoded in one call of the kernel, so that threads rarely meet."""
 
@@ -288,6 +320,7 @@ class Work:
         self._others: list[tuple[Decoder, int, Array, Array, Box, bool]] = []
         self._after: list[tuple[Decoder, Array, Array, Box]] = []
         self._last: list[tuple[Decoder, Array, Array, Box]] = []
+        self._held: list[Array] = []
 
     def add(
         self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0, plain: bool = False
@@ -299,7 +332,9 @@ class Work:
         r0, r1, c0, c1 = box = dec.tensor.grid.box(i)
         dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
         if dec.tensor.trellis:
-            words = np.empty(dst.shape, np.uint8)
+            held = _scratch.take(dst.size)
+            self._held.append(held)
+            words = held[: dst.size].reshape(dst.shape)
             self._after.append((dec, words, dst, box))
             dst = words
         job = dec.prepare(i, data, dst, box, plain)
@@ -327,6 +362,8 @@ class Work:
             dec.finish(words, dst, box)
         for dec, found, dst, box in self._last:
             dec.join(found, dst, box)
+        held, self._held, self._after = self._held, [], []
+        _scratch.give(held)
 
 
 def check_digest(t: Tensor, matrix: Array) -> None:
