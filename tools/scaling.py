@@ -26,9 +26,9 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from rac.align.triangular import Triangular, triangular  # noqa: E402
-from rac.encode import budget, lossy  # noqa: E402
+from rac.encode import budget, lossy, split  # noqa: E402
 from rac.encode import record as rec  # noqa: E402
-from rac.encode.analyse import LEVELS, analyse, grid_of  # noqa: E402
+from rac.encode.analyse import LEVELS, analyse  # noqa: E402
 from rac.encode.sources import SourceTensor  # noqa: E402
 from rac.encode.tile import TileEncoder  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
@@ -132,7 +132,7 @@ def bf16(n: int) -> NDArray[np.float32]:
 def quantise(w: NDArray[np.float32], recursion: Triangular | None = None) -> lossy.Quantised:
     """About 3 bits for each weight."""
     scales = lossy.Scales(np.zeros(len(w), np.int8), np.zeros(w.shape[1], np.int8))
-    return lossy.quantise(w, "BF16", -2.0, scales, grid_of("U8", w.shape, 1).tr, STATES, 1, recursion)
+    return lossy.quantise(w, "BF16", -2.0, scales, split.lane_of(w.shape), STATES, 1, recursion)
 
 
 def feed_back(feed: NDArray[np.float32], error: NDArray[np.float32]) -> None:

@@ -54,6 +54,8 @@ class Level:
     planes: int
     fixed: bool = False
     """Take `lanes` as it is, however small the tile."""
+    tile: int = 1 << 20
+    """Words of a tile at most."""
 
 
 LEVELS = {
@@ -99,15 +101,15 @@ def axis_of(shape: tuple[int, ...]) -> int:
     return max(0, len(shape) - 1)
 
 
-def grid_of(dtype: str, shape: tuple[int, ...], axis: int) -> ll.Grid:
-    """Tiles as large as slices allow: long lanes are small and fast. At most 2**20 words each."""
+def grid_of(dtype: str, shape: tuple[int, ...], axis: int, most: int = 1 << 20) -> ll.Grid:
+    """Tiles as large as slices allow, and of at most `most` words: long lanes are small and fast."""
     rows, cols = ll.matrix(dtype, shape, axis)
     d = DTYPES[dtype]
     stored = rows * cols * d.word * (0.7 if d.signed_float and d.word == 2 else 0.85 if d.signed_float else 1)
     parts = next(n for n, most in CUTS if stored <= most)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
-    tc = -(-tc // -(-tc // (1 << 20)))
-    tr = max(1, min(-(-rows // parts), (1 << 20) // tc))
+    tc = -(-tc // -(-tc // most))
+    tr = max(1, min(-(-rows // parts), most // tc))
     return ll.Grid(rows, cols, d.word, tr, tc)
 
 
@@ -122,7 +124,7 @@ def chunks(grid: ll.Grid) -> Iterator[tuple[int, int]]:
 def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> Plan:
     """Choose method and parameters; reads the tensor once or a few times, some MiB at a time."""
     axis = axis_of(shape)
-    grid = grid_of(dtype, shape, axis)
+    grid = grid_of(dtype, shape, axis, level.tile)
     digest = zstd.Digest()
 
     def read(a: int, b: int) -> Array:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rac.container import zstd
 from rac.encode import lossy, split, ties, workers
 from rac.encode import record as rec
-from rac.encode.analyse import LEVELS, Level, grid_of
+from rac.encode.analyse import LEVELS, Level
 from rac.encode.calibrate import Note, calibrate, joined
 from rac.encode.recipe import EFFORTS, Recipe, calibrated, data_free, matrix_of
 from rac.encode.sources import Attachment, SourceTensor
@@ -62,7 +62,7 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     """Quantise and code one tensor of the recipe."""
     a = recipe.aligned[t.name]
     w, dtype, objects = split.before(t, recipe)
-    lane = grid_of("U8", w.shape, 1).tr
+    lane = split.lane_of(w.shape)
     below = a.below()
     states = recipe.states if below is None else SHAPED
     q = lossy.quantise(

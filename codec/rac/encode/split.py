@@ -48,8 +48,9 @@ COARSE = 1 / 64
 """Most that the error of a basis may add to the output error, as a share of it."""
 HARM = 4.5
 """Bits per weight that such a share costs, per share: weak directions are no longer free of strong ones."""
-CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1)
-"""How the integers are coded."""
+CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18)
+"""How the integers are coded: in smaller tiles than what is lossless, since a GPU steps once for each of them, not for
+two, and needs as many lanes at once as it can get (docs/gpu.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,11 @@ class Basis:
     """Its first user, with whose bytes the basis counts."""
 
 
+def lane_of(shape: tuple[int, ...]) -> int:
+    """Rows of the tiles of a matrix of integers, after which a trellis begins anew."""
+    return grid_of("U8", shape, 1, CODER.tile).tr
+
+
 def coded(q: lossy.Quantised, lanes: int | None = None) -> tuple[TileEncoder, list[rec.Bytes]]:
     """A quantised matrix as the units of a record; `lanes` per tile where they are not as usual."""
     coder = CODER if lanes is None else replace(CODER, lanes=lanes, fixed=True)
@@ -102,7 +108,7 @@ def _object(
     if states == 1:
         scale += 0.5 * math.log2(lossy.LAMBDA / lossy.worth(1))
     scales = lossy.Scales(_exponents(rows), _exponents(cols))
-    lane = grid_of("U8", w.shape, 1).tr
+    lane = lane_of(w.shape)
     q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lane, states, 1, recursion)
     encoder, units = coded(q)
     head = rec.object_head(name, encoder.plan, q.trellis, q.digest)

@@ -19,7 +19,6 @@ from rac.container.reader import Archive
 from rac.decode.unpack import quantised
 from rac.encode import budget, lossy, split, ties
 from rac.encode import recipe as rcp
-from rac.encode.analyse import grid_of
 from rac.encode.calibrate import Layer, Layers
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
@@ -116,7 +115,7 @@ def test_scalar_stands_a_quarter_bit_from_the_bound():
     distance = {}
     for states, scale in ((1, -1.0), (8, -2.0)):
         for passes in (1, 2):
-            q = lossy.quantise(w, "F32", scale, flat, grid_of("U8", w.shape, 1).tr, states, passes)
+            q = lossy.quantise(w, "F32", scale, flat, split.lane_of(w.shape), states, passes)
             bits = 8 * sum(map(len, split.coded(q)[1])) / w.size
             assert 2.8 < bits < 3.2
             distance[states] = bits + 0.5 * math.log2(float(((q.dense.view(np.float32) - w) ** 2).mean()))
