@@ -196,6 +196,37 @@ def test_the_operator_decodes_as_the_kernels_of_the_cpu(tmp_path, monkeypatch):
     assert torch.equal(got.view(torch.int32), wanted.view(torch.int32))
 
 
+def test_the_operator_reads_a_record_in_its_place(tmp_path):
+    """Two tiles of BF16; behind the last there is less than a kernel may read, so that it is taken from a copy."""
+    import ml_dtypes
+
+    from rac.decode import op
+
+    path = str(tmp_path / "m.rac")
+    given = array("rows", ml_dtypes.bfloat16, 128, 128, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyse, "CUTS", ((2, 1 << 62),))
+        pack_source(from_arrays({"w": given}, {}), path, lanes=32)
+    with ar.RacFile(path, threads=1) as f:
+        a = f.archives[0]
+        e = a.index.entries[0]
+        t = ld.parse(a, a.record(e))
+        (units,) = ld.read_units(a, t, [(0, len(t.units))])
+        record = np.empty(e.size, np.uint8)
+        a.access.read_into(e.at, record.data)
+    assert t.tiles > 1 and not op.frames(t)
+    at = [t.record.payload - e.at + u.offset for u in t.units[t.first :]]
+    p = op.Packed(t, [bytes(u) for u in units[: t.first]], units[t.first :], at=at)
+    assert len(p.data) == op.SLACK
+    data = torch.from_numpy(record)
+    for _ in range(2):
+        got = torch.ops.rac.decode(data, p.handle)
+        assert got.view(torch.int16).numpy().tobytes() == given.tobytes()
+    p.check()
+    moved = data.clone()  # other memory: laid out anew
+    assert torch.equal(torch.ops.rac.decode(moved, p.handle).view(torch.int16), got.view(torch.int16))
+
+
 def test_damage_is_found_where_checksums_match(tmp_path):
     """A word of a lane changed: its state does not end at 0. An escape more or less: the counts differ."""
     t, units = one(tmp_path, level="max")

@@ -3,8 +3,9 @@
     packed = op.Packed(t, first, units)     # once
     torch.ops.rac.decode(packed.data.to(device), packed.handle)
 
-The bytes are those of the record's tiles, the same on every device. What else a device needs is made once for it, and
-kept with the handle. On the CPU the C kernel decodes, on a CUDA device the kernels beside `rac.decode.cuda`.
+The bytes are those of the record's tiles, or the whole record as it lies in a file, the same on every device. What else
+a device needs is made once for it, and kept with the handle. On the CPU the C kernel decodes, on a CUDA device the
+kernels beside `rac.decode.cuda`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from rac.decode import tensor as tn
 from rac.errors import ChecksumError, UnsupportedError
 
 Array = NDArray[Any]
-SLACK = 256
-"""Bytes behind the last tile that a kernel may read."""
+SLACK = 128
+"""Bytes behind a tile that a kernel may read: a word for each lane of a warp."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class _OnDevice:
     """What a device needs besides the bytes of the tiles."""
 
     aux: torch.Tensor
+    last: torch.Tensor
+    """The last tile once more, where less than SLACK is behind it."""
     objects: torch.Tensor
     status: torch.Tensor
     launches: list[jb.Launch]
@@ -51,14 +54,17 @@ class Packed:
         first: The units in front of the tiles.
         units: The tiles in order.
         objects: The matrices that the tensor uses, float32.
+        at: Where each tile begins in bytes that the caller has, multiples of 16. These bytes are then what the operator
+            is to be given, and `data` is empty. Only of tiles without Zstandard frames (`frames`).
 
     Raises:
         ChecksumError, FormatError: A unit breaks the format.
     """
 
     def __init__(
-        self, t: tn.Tensor, first: Sequence[bytes], units: Sequence[Any], objects: Sequence[Array] = ()
-    ) -> None:
+        self, t: tn.Tensor, first: Sequence[bytes], units: Sequence[Any], objects: Sequence[Array] = (),
+        at: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.tensor, self.objects = t, [np.ascontiguousarray(o, np.float32) for o in objects]
         self.decoder = tn.Decoder(t, first, objects=self.objects)
         self.at: list[tuple[int, int]] = []
@@ -68,21 +74,29 @@ class Packed:
             with self.decoder.at(i + t.first):
                 if xxh3(unit.data) != t.units[i + t.first].check:
                     raise ChecksumError("checksum does not match")
-                unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
+                if at is None:
+                    unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
+            if at is not None:
+                self.at.append((at[i], at[i] + len(unit)))
+                continue
             self.at.append((end, end + len(unit)))
             pieces += [unit, np.zeros(-len(unit) % 16, np.uint8)]
             end += len(unit) + -len(unit) % 16
+        if at is not None and (frames(t) or any(a % 16 for a in at)):
+            raise ValueError("tiles that are read in their place have no frames and begin at multiples of 16")
         self.data = torch.from_numpy(np.concatenate([*pieces, np.zeros(SLACK, np.uint8)]))
         self.shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
         self.dtype = frameworks.torch_dtype(t.dtype)
-        self._on: dict[torch.device, _OnDevice] = {}
+        self.in_place = at is not None
+        self._on: dict[tuple[torch.device, int], _OnDevice] = {}
         self.handle = _register(self)
 
     def on(self, data: torch.Tensor) -> _OnDevice:
         """Tables and jobs on the device of `data`, made where they are not there yet."""
-        if data.device not in self._on:
-            self._on[data.device] = self._prepare(data)
-        return self._on[data.device]
+        key = data.device, data.data_ptr() if self.in_place else 0
+        if key not in self._on:
+            self._on[key] = self._prepare(data)
+        return self._on[key]
 
     def _prepare(self, data: torch.Tensor) -> _OnDevice:
         if reason := cuda.why_not(data.device):
@@ -93,18 +107,25 @@ class Packed:
             places.append((end, o.shape[1]))
             end += o.nbytes
         objects = np.concatenate([o.reshape(-1) for o in self.objects] or [np.zeros(1, np.float32)])
+        ends = [b for _, b in self.at]
+        last = torch.zeros(0, dtype=torch.uint8, device=data.device)
+        if self.at and max(ends) + SLACK > len(host):
+            a, b = self.at[(late := int(np.argmax(ends)))]
+            last = torch.zeros(b - a + SLACK, dtype=torch.uint8, device=data.device)
+            last[: b - a] = data[a:b]
         found = 0
         for i, (a, b) in enumerate(self.at):
+            place = last.data_ptr() - data.data_ptr() if len(last) and i == late else a
             r0, r1, c0, c1 = g.box(i)
             at = (r0 * g.cols + c0) * t.word
             if t.after and not c0:
                 found = batch.room(4 * (r1 - r0) * g.cols)
-            batch.tile(self.decoder, i, host[a:b], a, found + 4 * c0 if t.after else at, g.cols)
+            batch.tile(self.decoder, i, host[a:b], place, found + 4 * c0 if t.after else at, g.cols)
             if t.after and c1 == g.cols:
                 batch.product(self.decoder, (r0, r1, 0, g.cols), found, places, r0 * g.cols * t.word, g.cols)
         launches = batch.seal()
         return _OnDevice(
-            torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device),
+            torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device), last,
             torch.from_numpy(objects).view(torch.uint8).to(data.device),
             torch.zeros(max(1, len(batch.status)), dtype=torch.int32, device=data.device),
             launches, batch.work,
@@ -116,6 +137,11 @@ class Packed:
             for k in np.flatnonzero(device.status.cpu().numpy()).tolist():
                 with self.decoder.at(k + self.tensor.first):
                     raise ChecksumError("the tile does not decode")
+
+
+def frames(t: tn.Tensor) -> bool:
+    """Whether parts of the tiles are Zstandard frames, which no kernel expands."""
+    return t.method == "zstd/1" or (t.lanes is not None and t.lanes.packed)
 
 
 _packed: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()

@@ -142,8 +142,9 @@ class Measure:
     def _predictions(self, model: Any, name: str | None) -> Iterator[Any]:
         """Log-probabilities (context, vocabulary) of each window, float16."""
         for i, window in enumerate(self._windows):
-            with self.torch.no_grad():
-                yield log_probabilities(model, window)
+            with self.torch.no_grad():  # not around the yield: what comes next is not of this generator
+                found = log_probabilities(model, window)
+            yield found
             if self._note and name:
                 self._note(name, i + 1, len(self._windows))
 

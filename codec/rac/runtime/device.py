@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from rac.decode import frameworks as fw
@@ -25,29 +24,63 @@ def check(name: str) -> None:
 
 
 @functools.cache
-def _decoder(device: str) -> Callable[..., Any] | None:
-    """`rac.decode.cuda.decode_tensor`; None where it cannot be used, with one warning that says why."""
+def _why_not(device: str) -> str | None:
+    """Why the kernels cannot be used on a device, said in one warning; None where they can."""
     try:
-        cuda = importlib.import_module("rac.decode.cuda")
-        why = cuda.why_not(device)
+        why: str | None = importlib.import_module("rac.decode.cuda").why_not(device)
     except ImportError as e:
         why = str(e)
-    if why is None:
-        decode: Callable[..., Any] = cuda.decode_tensor
-        return decode
-    warnings.warn(f"rac: layers on {device} are decoded on the host and copied: {why}", stacklevel=2)
-    return None
+    if why is not None:
+        warnings.warn(f"rac: layers on {device} are decoded on the host and copied: {why}", stacklevel=2)
+    return why
 
 
-def dense(s: rc.Stored, data: Any) -> Any:
-    """The weight on the device of `data`, the (n,) uint8 tensor of its record.
+class Resident:
+    """What kernels need to decode one record where it is: made once for the bytes that are there.
 
-    Checksums and tables are the host's work, so the bytes come back to it first.
+    The host checks the record, lays out tables and jobs, and copies these to the device; after that decoding is
+    launches on the current stream, and nothing on the host.
     """
-    t, host = s.tensor, np.ascontiguousarray(data.cpu().numpy())
-    if decode := _decoder(str(data.device)):
+
+    def __init__(self) -> None:
+        self._key: tuple[int, int] | None = None
+        self._packed: Any = None
+        self._data: torch.Tensor | None = None
+
+    def dense(self, weight: torch.Tensor, stored: Callable[[], tuple[rc.Stored, rc.Bytes]]) -> torch.Tensor:
+        """The weight, on the device of its record.
+
+        Args:
+            weight: (n,) uint8, the record.
+            stored: Fetches it to the host, and checks its head.
+
+        Raises:
+            RacError: The record is damaged. What only decoding shows is looked for the first time.
+        """
+        if _why_not(str(weight.device)) is not None:
+            s, host = stored()
+            words = tn.empty(s.tensor)
+            rc.decode(s, host, words)
+            return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", str(weight.device))  # type: ignore[no-any-return]
+        key = weight.data_ptr(), weight._version
+        new = key != self._key
+        if new:
+            self._key = None
+            self._pack(weight, *stored())
+        data = weight if self._data is None else self._data
+        out: torch.Tensor = torch.ops.rac.decode(data, self._packed.handle)
+        if new:
+            self._packed.check()
+            self._key = key
+        return out
+
+    def _pack(self, weight: torch.Tensor, s: rc.Stored, host: rc.Bytes) -> None:
+        from rac.decode import op
+
+        t = s.tensor
         units = [rc.unit(host, t, i) for i in range(len(t.units))]
-        return decode(t, [u.data for u in units[: t.first]], units[t.first :], data.device, rc.matrices(s, host))
-    words = tn.empty(t)
-    rc.decode(s, host, words)
-    return fw.to_framework(words, t.dtype, t.shape, "pt", str(data.device))
+        first = [bytes(u) for u in units[: t.first]]
+        at = [t.record.payload + u.offset for u in t.units[t.first :]]
+        in_place = not op.frames(t) and not any(a % 16 for a in at)
+        self._packed = op.Packed(t, first, units[t.first :], rc.matrices(s, host), at if in_place else None)
+        self._data = None if in_place else self._packed.data.to(weight.device)

@@ -48,6 +48,7 @@ class Compressed(nn.Module):
     def _hold(self, head: Head, workspace: Workspace, at: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
         self._stored: rc.Stored | None = None
+        self._resident = device.Resident()
         self._is_hf_initialized = True  # a record is never filled with random numbers
         self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8, device=at), requires_grad=False)
         self.register_buffer("_as", torch.empty(0, dtype=dtype, device=at), persistent=False)
@@ -76,9 +77,9 @@ class Compressed(nn.Module):
 
     def dense(self) -> torch.Tensor:
         """The weight as the file has it, in memory of its own, on the device of the layer."""
-        s, data = self.stored()
         if self.weight.device.type != "cpu":
-            return device.dense(s, self.weight.detach())  # type: ignore[no-any-return]
+            return self._resident.dense(self.weight.detach(), self.stored)
+        s, data = self.stored()
         words = tn.empty(s.tensor)
         rc.decode(s, data, words, pool=self.workspace.executor())
         return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
@@ -94,7 +95,7 @@ class Compressed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was parsed is parsed again."""
-        return self.__dict__ | {"_stored": None}
+        return self.__dict__ | {"_stored": None, "_resident": device.Resident()}
 
 
 class _Product(torch.autograd.Function):

@@ -314,7 +314,7 @@ class State:
             source = self._shared[name]
             e, archive = source.entry, source.archive
             uses = archive.record(e).head.get("uses", []) if e.method in AFTER else []
-            size = e.size + sum(archive.objects[n].size for n in uses if n in archive.objects)
+            size = e.size + sum(archive.objects[n].size for n in uses if n in archive.objects) + rc.TAIL
             out[name] = source.head = Head(size, e.dtype, e.shape)
         return out
 

@@ -1,7 +1,8 @@
 """A tensor record in memory, byte for byte as it lies in a file: parsed once, decoded as often as it is needed.
 
-The bytes are the records of the objects that the tensor uses, one after the other, and then its own: what
-`collect` takes out of an archive. Everything about them is checked as in a file (format_spec/container.md).
+The bytes are the records of the objects that the tensor uses, one after the other, then its own, and TAIL zeros behind
+it, which kernels may read: what `collect` takes out of an archive. Everything about them is checked as in a file
+(format_spec/container.md).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rac.errors import FormatError
 from rac.records import Entry, Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
+TAIL = 128
+"""Bytes behind the records."""
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
 
@@ -54,7 +57,8 @@ def collect(archive: Archive, entry: Entry) -> Bytes:
     """The bytes of a tensor and of the objects that it uses."""
     t = ld.parse(archive, archive.record(entry))
     entries = [*(archive.objects[name] for name in t.uses), entry]
-    out = np.empty(sum(e.size for e in entries), np.uint8)
+    out = np.empty(sum(e.size for e in entries) + TAIL, np.uint8)
+    out[-TAIL:] = 0
     at = 0
     for e in entries:
         archive.access.read_into(e.at, out[at : at + e.size].data)
@@ -94,7 +98,7 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
         if record.type != RECORD_OBJECT or t.name in objects:
             raise FormatError("no tensor and no object that it uses", offset=record.at)
         objects[t.name] = t
-    if at != len(data) or tuple(objects) != t.uses:
+    if len(data) - at != TAIL or data[at:].any() or tuple(objects) != t.uses:
         raise FormatError(f"{len(data) - at} bytes behind the tensor, or objects that it does not use", offset=at)
     return Stored(t, tuple(objects.values()), len(data), tuple(heads))
 

@@ -92,6 +92,7 @@ def test_nothing_held_gives_the_same(folder, packed, monkeypatch):
     held = list(compare(folder, packed[2:], TEXT, tokens=128, context=64))
     monkeypatch.setattr("rac.encode.evaluate.HOLD", 0)
     assert list(compare(folder, packed[2:], TEXT, tokens=128, context=64)) == held
+    assert torch.is_grad_enabled()
 
 
 def test_weighted_snr_is_that_of_the_outputs(folder, packed):

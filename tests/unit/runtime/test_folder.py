@@ -21,6 +21,7 @@ from rac.encode.pack import pack
 from rac.errors import ChecksumError, MismatchError, OutputError, UnsupportedError
 from rac.runtime.folder import write_folder
 from rac.runtime.layers import Compressed
+from rac.runtime.record import TAIL
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_records_are_those_of_the_file(packed):
                 continue
             tensor = g.get_tensor(entry.name) if len(entry.shape) == 2 else None
             if tensor is not None and tensor.dtype == "uint8":
-                assert tensor.tobytes() == data[entry.at : entry.at + entry.size]
+                assert tensor.tobytes() == data[entry.at : entry.at + entry.size] + bytes(TAIL)
                 count += 1
     assert count == 15
 

@@ -19,7 +19,6 @@ import products
 import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
-from rac.decode import tensor as tn
 from rac.encode import analyse
 from rac.encode.pack import pack
 from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
@@ -194,7 +193,7 @@ def test_a_damaged_guess_is_reported_by_its_layer(archive):
     x = torch.randn(1, 64)
     for layer in (a, b, a):
         layer(x)
-    b.weight.data[-100] ^= 1
+    b.weight.data[-100 - rc.TAIL] ^= 1
     for _ in range(2):
         a(x)
         with pytest.raises(ChecksumError, match="w1"):
@@ -223,38 +222,58 @@ def test_a_damaged_head_is_reported_by_its_layer(archive):
             b(x)
 
 
-def test_what_a_device_is_given(tmp_path, monkeypatch):
-    """`rac.decode.cuda.decode_tensor` gets the checked record in its parts; here a double of it decodes them."""
+def on_device(archive, name, monkeypatch):
+    """A layer's record where a device would have it; without TRITON_INTERPRET the operator decodes in C."""
+    monkeypatch.setattr(device, "_why_not", lambda name: None)
+    data, _ = stored(archive, name)
+    weight, asked = torch.from_numpy(data.copy()), []
+
+    def fetch():
+        asked.append(name)
+        return rc.parse(weight.numpy()), weight.numpy()
+
+    return weight, fetch, asked
+
+
+def decoded_where_it_is(archive, name, want, monkeypatch):
+    """Whether the record was used as it is; it is decoded three times, and once more after it was changed."""
+    weight, fetch, asked = on_device(archive, name, monkeypatch)
+    resident = device.Resident()
+    for _ in range(3):
+        got = resident.dense(weight, fetch)
+        assert got.dtype == want.dtype and torch.equal(got, want)
+    assert len(asked) == 1  # the host looks at it once
+    weight[len(weight) // 2] ^= 1
+    with pytest.raises((ChecksumError, FormatError)):
+        resident.dense(weight, fetch)
+    return resident._data is None
+
+
+@pytest.mark.parametrize("name", ["w0", "w1"])
+def test_a_record_is_decoded_where_it_is(archive, weights, name, monkeypatch):
+    packed = rc.parse(stored(archive, name)[0]).tensor.lanes.packed  # planes that are Zstandard frames
+    assert decoded_where_it_is(archive, name, weights[name], monkeypatch) is not packed
+
+
+def test_a_record_with_objects_is_decoded_where_it_is(tmp_path, monkeypatch):
     maker = products.Maker(tmp_path / "m.rac")
     maker.object("a", products.exact(products.normal(1, 150, 7)))
     maker.object("b", products.quantised(products.words(2, 7, 140), 2))
     maker.tensor("low", "BF16", products.quantised(products.words(3, 150, 140), 3, 5), ("a", "b"))
     maker.finish()
     archive = Archive(BytesAccess((tmp_path / "m.rac").read_bytes()))
-    data, _ = stored(archive, "low")
-
-    def decode_tensor(t, first, units, at, objects=()):
-        dec, out = tn.Decoder(t, first, objects=objects), tn.empty(t)
-        found, work = tn.values(t, *out.shape), tn.Work()
-        for i, unit in enumerate(units):
-            work.add(dec, i, unit, found)
-        work.then(dec, found, out, (0, t.grid.rows, 0, t.grid.cols))
-        work.run()
-        return (out, at)
-
-    monkeypatch.setattr(device, "_decoder", lambda name: decode_tensor)
-    words, at = device.dense(rc.parse(data), torch.from_numpy(data))
-    want = rac.load_file(tmp_path / "m.rac")["low"]
-    assert words.tobytes() == want.tobytes() and at == torch.device("cpu")
+    want = rac.load_file(tmp_path / "m.rac", framework="pt")["low"]
+    assert decoded_where_it_is(archive, "low", want, monkeypatch)
 
 
 def test_a_device_without_kernels_is_warned_of_once(archive, weights):
     data, _ = stored(archive, "w0")
-    device._decoder.cache_clear()
+    weight, fetch = torch.from_numpy(data), lambda: (rc.parse(data), data)
+    device._why_not.cache_clear()
     with pytest.warns(UserWarning, match="decoded on the host and copied"):
-        first = device.dense(rc.parse(data), torch.from_numpy(data))
+        first = device.Resident().dense(weight, fetch)
     assert torch.equal(first, weights["w0"])
-    assert torch.equal(device.dense(rc.parse(data), torch.from_numpy(data)), weights["w0"])  # a warning is an error
+    assert torch.equal(device.Resident().dense(weight, fetch), weights["w0"])  # a warning is an error
 
 
 def test_integers_are_refused(archive):
@@ -297,7 +316,7 @@ def test_threads_end(archive):
     assert decoding() == before
     a(torch.randn(1, 64))  # starts again
     with torch.no_grad():
-        b.weight[-100] ^= 1
+        b.weight[-100 - rc.TAIL] ^= 1
     with pytest.raises(ChecksumError):
         b(torch.randn(1, 64))
     del workspace, a, b, layer
