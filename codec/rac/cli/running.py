@@ -25,10 +25,10 @@ def add_model(p: argparse.ArgumentParser) -> None:
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer). ValueError for a data type or device that there is not."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is in the file
+    from rac.decode.frameworks import check_device
     from rac.runtime import load_model, load_tokenizer
-    from rac.runtime.device import check
 
-    check(args.device)
+    check_device(args.device)
     how = {"trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.src, **how)
     start = time.monotonic()

@@ -38,7 +38,10 @@ def engine_for(
 ) -> Engine:  # fmt: skip
     """What decodes for `device`: its own kernels, or those of the CPU, with one warning where the device has none."""
     cpu = Cpu(threads, ring, damaged, trace=trace)
-    if str(device).split(":")[0] != "cuda":
+    kind = str(device).split(":")[0]
+    if kind != "cuda":
+        if kind != "cpu":
+            fw.check_device(device)
         return cpu
     try:
         cuda: Any = importlib.import_module("rac.decode.cuda")
@@ -47,6 +50,7 @@ def engine_for(
         why = f"{e.name or e} is missing; `pip install rac-codec[cuda]`"
     if why is None:
         return Gpu(cuda, str(device), ring, damaged, trace)
+    fw.check_device(device)
     if why not in _warned:
         _warned.add(why)
         warnings.warn(f"rac: decoding for {device} runs on the CPU: {why}", stacklevel=3)

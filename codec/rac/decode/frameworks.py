@@ -48,6 +48,14 @@ def torch_module() -> Any:
     return torch
 
 
+def check_device(device: str) -> None:
+    """ValueError where torch has no such device here."""
+    try:
+        torch_module().empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {str(device)!r}: {str(e).splitlines()[0]}") from None
+
+
 def torch_dtype(dtype: str) -> Any:
     """Return the torch dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
     return getattr(torch_module(), _TORCH[dtype])

@@ -15,14 +15,6 @@ from rac.decode import tensor as tn
 from rac.runtime import record as rc
 
 
-def check(name: str) -> None:
-    """ValueError where torch has no such device here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {name!r}: {str(e).splitlines()[0]}") from None
-
-
 @functools.cache
 def _why_not(device: str) -> str | None:
     """Why the kernels cannot be used on a device, said in one warning; None where they can."""

@@ -377,6 +377,7 @@ def test_kernels_that_cannot_be_used_are_named_once(gpu, data, monkeypatch):
     import torch
 
     monkeypatch.setattr(device, "_warned", set())
+    monkeypatch.setattr(device.fw, "check_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, where: self)
     gpu.why_not = lambda device: "its compute capability is 6.1, the kernels need 8.0"
     with pytest.warns(UserWarning, match=r"decoding for cuda runs on the CPU: its compute capability is 6\.1"):
@@ -387,6 +388,16 @@ def test_kernels_that_cannot_be_used_are_named_once(gpu, data, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert equal({n: t.numpy() for n, t in rac.load_file(data, device="cuda").items()})
+
+
+def test_a_device_that_is_not_there(data):
+    import torch
+
+    for name in ("nothing", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(ValueError, match=f"device '{name}': "):
+            rac.open(data, device=name)
+        with pytest.raises(ValueError, match=f"device '{name}': "):
+            rac.stream(data, device=name)
 
 
 def test_the_decoder_says_its_name(data):
