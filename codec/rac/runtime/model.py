@@ -64,6 +64,7 @@ def load_model(
     if device is not None:
         if "device_map" in kwargs:
             raise ValueError("device and device_map exclude each other")
+        fw.check_device(str(device))
         kwargs["device_map"] = {"": device}
     threads = threads_of(threads)
     with RacFile(path, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):

@@ -239,3 +239,8 @@ def test_device_map(packed):
     for how in ({"device": "cpu"}, {"device_map": "auto"}):
         model = rac.load_model(path, resident="compressed", **how)
         assert torch.equal(models.logits(model), models.logits(original))
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="device 'nothing': "):
+        rac.load_model(tmp_path / "m.rac", device="nothing")
