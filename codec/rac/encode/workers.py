@@ -1,7 +1,7 @@
 """Where matrices are quantised: threads of this process, or processes of their own, in bounded memory.
 
-Threads scale to some eight cores: the kernels run outside the interpreter's lock, but about a tenth of the time is
-spent inside it (docs/scaling.md). What a matrix becomes does not depend on where.
+Threads scale to some eight cores: the kernels run outside the interpreter's lock, but 5 to 10 % of the time is spent
+inside it (docs/scaling.md). What a matrix becomes does not depend on where.
 """
 
 from __future__ import annotations
