@@ -10,7 +10,6 @@ import contextlib
 import math
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 from rac.encode.recipe import Recipe
 from rac.encode.sources import SourceTensor
+from rac.encode.worker_begin import begin
 from rac.errors import OutputError
 
 T = TypeVar("T")
@@ -33,14 +33,7 @@ def start(jobs: int, processes: bool = False) -> Executor:
     if not processes:
         return ThreadPoolExecutor(jobs)
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-    return ProcessPoolExecutor(jobs, context, _begin)
-
-
-def _begin() -> None:
-    """In a new process: Ctrl-C is the first process's to handle, and one thread is all that there is a core for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for library in ("OMP", "OPENBLAS", "MKL"):
-        os.environ.setdefault(f"{library}_NUM_THREADS", "1")  # read when numpy is imported, with the first work
+    return ProcessPoolExecutor(jobs, context, begin)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +74,14 @@ def test_what_a_worker_says_is_said(tmp_path):
 def test_a_killed_worker_is_named():
     with workers.start(1, processes=True) as pool, pytest.raises(OutputError, match="fewer --jobs"):
         list(workers.run(pool, os.kill, [(1, (pool.submit(os.getpid).result(), signal.SIGKILL))], 1))
+
+
+def test_a_worker_begins_before_numpy_is_there():
+    """numpy reads how many threads its BLAS has when it is imported."""
+    code = "import sys, rac.encode.worker_begin; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with workers.start(1, processes=True) as pool:
+        assert pool.submit(os.getenv, "OPENBLAS_NUM_THREADS").result() == os.environ.get("OPENBLAS_NUM_THREADS", "1")
 
 
 def test_work_stays_within_its_room():
