@@ -21,20 +21,20 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Triangular:
-    """The recursion of one second moment."""
+    """The recursion of one second moment; or those of G blocks of rows that have inputs of their own (experts)."""
 
     order: NDArray[np.int64]
     """(n,) column at each place; places are quantised from the last to the first."""
     weight: NDArray[np.float64]
-    """(n,) L_jj of each place: the square root of what a unit error of that column costs."""
+    """(n,) or (G, n), L_jj of each place: the square root of what a unit error of that column costs."""
     feed: NDArray[np.float32]
-    """(n, n), [j, i], i > j: weight of the error at place i in the target at place j."""
+    """(n, n) or (G, n, n), [j, i], i > j: weight of the error at place i in the target at place j."""
 
     @property
     def by_column(self) -> NDArray[np.float64]:
-        """(n,) `weight` in the order of the columns."""
-        out = np.empty(len(self.weight))
-        out[self.order] = self.weight
+        """(n,) or (G, n), `weight` in the order of the columns."""
+        out = np.empty_like(self.weight)
+        out[..., self.order] = self.weight
         return out
 
 
@@ -43,25 +43,6 @@ def damped(second: NDArray[np.floating], damp: float) -> NDArray[np.float64]:
     s = np.array(second, np.float64)
     s[np.diag_indices_from(s)] += damp * max(float(np.trace(s)) / len(s), 1e-30)
     return s
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """The recursions of blocks of rows that have inputs of their own, over columns in one order: experts."""
-
-    order: NDArray[np.int64]
-    """(n,) as in Triangular."""
-    weight: NDArray[np.float64]
-    """(G, n) L_jj of each block and place."""
-    feed: NDArray[np.float32]
-    """(G, n, n) as in Triangular, of each block."""
-
-    @property
-    def by_column(self) -> NDArray[np.float64]:
-        """(G, n) `weight` in the order of the columns."""
-        out = np.empty_like(self.weight)
-        out[:, self.order] = self.weight
-        return out
 
 
 def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = True) -> Triangular:
@@ -76,14 +57,14 @@ def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = Tr
     return Triangular(order, *_factor(second, damp, order))
 
 
-def blocks(seconds: Sequence[NDArray[np.floating]], damp: float = 0.01) -> Blocks:
+def blocks(seconds: Sequence[NDArray[np.floating]], damp: float = 0.01) -> Triangular:
     """The recursions of blocks whose inputs have second moments `seconds` (n, n), in the order of the mean energy."""
     order = np.argsort(np.mean([np.diag(np.asarray(s, np.float64)) for s in seconds], 0), kind="stable")
     n = len(order)
     weight, feed = np.empty((len(seconds), n)), np.empty((len(seconds), n, n), np.float32)
     for g, second in enumerate(seconds):
         weight[g], feed[g] = _factor(second, damp, order)
-    return Blocks(order, weight, feed)
+    return Triangular(order, weight, feed)
 
 
 def _factor(

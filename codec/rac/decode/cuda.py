@@ -279,13 +279,3 @@ class DeviceDecoder:
         """A float32 matrix on the device, contiguous rows."""
         m = self._torch.from_numpy(np.ascontiguousarray(o)) if isinstance(o, np.ndarray) else o
         return m.to(self.device, non_blocking=False).contiguous()
-
-
-def decode_tensor(
-    t: tn.Tensor, first: Sequence[bytes | memoryview], units: Iterable[Any], device: Any, objects: Sequence[Any] = ()
-) -> Any:
-    """One tensor decoded onto a device and checked; as `DeviceDecoder.add`, whose ring is as small as it can be."""
-    dec = DeviceDecoder(device, 1)
-    out = dec.add(t, first, units, objects)
-    dec.flush()
-    return out

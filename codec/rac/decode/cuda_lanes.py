@@ -171,44 +171,14 @@ def lanes(
             if whole >= WORTH:
                 n = whole
                 hi, lo, left, words, symbols = _rows(
-                    n,
-                    hi,
-                    lo,
-                    left,
-                    words,
-                    symbols,
-                    lut,
-                    table,
-                    on,
-                    second,
-                    width,
-                    below,
-                    mine,
-                    LANES * PER,
-                    PER,
-                    BLOCK,
-                    True,
-                )
+                    n, hi, lo, left, words, symbols, lut, table, on, second, width, below, mine,
+                    LANES * PER, PER, BLOCK, True,
+                )  # fmt: skip
             else:
                 n = tl.minimum(n, 4 * WORTH)
                 hi, lo, left, words, symbols = _rows(
-                    n,
-                    hi,
-                    lo,
-                    left,
-                    words,
-                    symbols,
-                    lut,
-                    table,
-                    on,
-                    second,
-                    width,
-                    below,
-                    mine,
-                    LANES * PER,
-                    PER,
-                    BLOCK,
-                    False,
-                )
+                    n, hi, lo, left, words, symbols, lut, table, on, second, width, below, mine,
+                    LANES * PER, PER, BLOCK, False,
+                )  # fmt: skip
             rows = tl.where(rows < END, rows - n, rows)
     tl.store(status + tl.load(job + 6), 4, mask=exists & ((hi | lo | left.to(tl.uint32)) != 0))

@@ -33,6 +33,15 @@ from rac.registry import RECORD_OBJECT
 _warned = set[str]()
 
 
+def why_not(device: str) -> str | None:
+    """Why `rac.decode.cuda` cannot decode on a device; None where it can."""
+    try:
+        why: str | None = importlib.import_module("rac.decode.cuda").why_not(device)
+    except ImportError as e:
+        why = f"{e.name or e} is missing; `pip install rac-codec[cuda]`"
+    return why
+
+
 def engine_for(
     device: str, threads: int, ring: int = RING, damaged: Damaged | None = None, trace: Trace | None = None
 ) -> Engine:  # fmt: skip
@@ -43,13 +52,9 @@ def engine_for(
         if kind != "cpu":
             fw.check_device(device)
         return cpu
-    try:
-        cuda: Any = importlib.import_module("rac.decode.cuda")
-        why = cuda.why_not(device)
-    except ImportError as e:
-        why = f"{e.name or e} is missing; `pip install rac-codec[cuda]`"
+    why = why_not(device)
     if why is None:
-        return Gpu(cuda, str(device), ring, damaged, trace)
+        return Gpu(importlib.import_module("rac.decode.cuda"), str(device), ring, damaged, trace)
     fw.check_device(device)
     if why not in _warned:
         _warned.add(why)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.triangular import Blocks, Triangular
+from rac.align.triangular import Triangular
 from rac.container import zstd
 from rac.native import trellis as native
 from rac.quantize import trellis as tr
@@ -155,7 +155,7 @@ def _quarters(x: Array) -> NDArray[np.int64]:
 
 def quantise(
     w: NDArray[np.float32], dtype: str, scale: float, scales: Scales, lane: int, states: int, passes: int,
-    recursion: Triangular | Blocks | None = None, below: NDArray[np.float32] | None = None,
+    recursion: Triangular | None = None, below: NDArray[np.float32] | None = None,
 ) -> Quantised:  # fmt: skip
     """Quantise `w` (R, C) float32 for the data type `dtype`.
 

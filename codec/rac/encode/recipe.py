@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.triangular import Blocks, Rows, Triangular, blocks, damped, rows, triangular
+from rac.align.triangular import Rows, Triangular, blocks, damped, rows, triangular
 from rac.encode import lossy, ties
 from rac.encode.analyse import axis_of
 from rac.encode.calibrate import Layer
@@ -74,7 +74,7 @@ class Aligned:
             return None
         return triangular(self.layer.second, self.damp)
 
-    def columns(self) -> Triangular | Blocks | None:
+    def columns(self) -> Triangular | None:
         """The recursion of the columns, of each expert's rows where there are experts."""
         r = self.recursion()
         return r if r is None or not self.layer or not self.layer.experts else _of_experts(self.layer, self.damp)
@@ -84,7 +84,7 @@ class Aligned:
         return None if self.layer is None or not self.layer.transposed else _inputs_are_rows(self.layer, self.damp).feed
 
 
-def _of_experts(layer: Layer, damp: float) -> Blocks:
+def _of_experts(layer: Layer, damp: float) -> Triangular:
     """The recursions of the experts of a weight (experts, out, in)."""
     return blocks([one.second for one in layer.experts], damp)
 

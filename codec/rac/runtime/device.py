@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +11,14 @@ import torch
 
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
+from rac.decode.device import why_not
 from rac.runtime import record as rc
 
 
 @functools.cache
 def _why_not(device: str) -> str | None:
     """Why the kernels cannot be used on a device, said in one warning; None where they can."""
-    try:
-        why: str | None = importlib.import_module("rac.decode.cuda").why_not(device)
-    except ImportError as e:
-        why = str(e)
+    why = why_not(device)
     if why is not None:
         warnings.warn(f"rac: layers on {device} are decoded on the host and copied: {why}", stacklevel=2)
     return why
