@@ -181,12 +181,13 @@ typedef struct {
     int32_t *row, *col;       /* sorted rows and columns; null: as they lie */
     int64_t *blocks;          /* table, rows a..b, columns c..d; sorted by table: one segment each */
     int64_t nblocks;
-    uint16_t *seq;            /* the tile in sequence order, to be unsorted at the end; null: straight to dst */
+    void *seq;                /* the tile's words in sequence order, to be unsorted at the end; null: straight to dst */
     uint32_t escapes, used;
     uint32_t pairtop[256];    /* both tops of a pair a | b << 4 */
     uint8_t bytetop[16];      /* tops of the base symbols, where all are `small` */
     int small, fast, bf16;    /* fast: 16-bit floats joined in registers; bf16: pairs of small tops, 7 raw bits and the sign */
     int counts;               /* tops of the symbols that do not escape count up */
+    int bytes;                /* words are bytes, and nothing but tops that count up */
 } rac_work;
 
 static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
@@ -233,6 +234,10 @@ __attribute__((target("avx512f,avx512bw"))) static int64_t pairs512(const uint8_
 /* Tops of symbols that count up from `base`: one loop that a compiler vectorises, where the table is a gather */
 CLONES static void counted(const uint8_t *sym, int64_t n, uint16_t base, uint16_t *val) {
     for (int64_t q = 0; q < n; q++) val[q] = (uint16_t)(base + sym[q]);
+}
+
+CLONES static void plus(const uint8_t *sym, int64_t n, uint8_t base, uint8_t *out) {
+    for (int64_t q = 0; q < n; q++) out[q] = (uint8_t)(base + sym[q]);
 }
 
 /* Tops of `n` elements out of their coded symbols */
@@ -296,7 +301,7 @@ static inline void copy(void *to, const void *from, int64_t n) {
                 raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low) | (T)((T)(raw[q] >> shift) << signat)) << zero); \
             else for (int64_t q = 0; q < m; q++)                                                              \
                 raw[q] = (T)((T)((T)((T)val[q] << shift) | (T)(raw[q] & low)) << zero);                       \
-            if (w->seq) { memcpy(w->seq + at + f, raw, (size_t)m * 2); continue; }                            \
+            if (w->seq) { memcpy((T *)w->seq + at + f, raw, (size_t)m * sizeof(T)); continue; }               \
             for (int64_t q = 0; q < m;) {                                                                     \
                 int64_t k = cols - c < m - q ? cols - c : m - q;                                              \
                 T *d = origin + (w->row ? w->row[i] : i) * stride;                                            \
@@ -426,14 +431,39 @@ static int join(rac_work *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t
 }
 #endif
 
+/* Bytes out of single symbols whose tops count up */
+static int bytes(rac_work *w, const uint8_t *sym, int64_t n, uint8_t *out) {
+    const rac_job *j = w->job;
+    plus(sym, n, (uint8_t)j->values[0], out);
+    for (int64_t i = 0; j->first < j->base && i < n; i += 64) {
+        const int64_t m = n - i < 64 ? n - i : 64;
+        uint8_t top;
+        highest(sym + i, m, 1, &top);
+        if (top < j->first) continue;
+        for (int64_t k = i; k < i + m; k++) {
+            if (sym[k] < j->first) continue;
+            if (w->used >= w->escapes) return 5;
+            const uint32_t value = j->bases[sym[k] - j->first] + w->escape[w->used++];
+            if (value >= j->limit) return 6;
+            out[k] = (uint8_t)value;
+        }
+    }
+    return 0;
+}
+
 /* Coded symbols of the next `n` elements to words in their place; block `b` is at element *e, the tile at *at */
 static int emit(rac_work *w, const uint8_t *sym, int64_t n, const int64_t **b, int64_t *e, int64_t *at) {
     const rac_job *j = w->job;
     uint16_t val[2 * PIECE + 64];
     const int64_t piece = PIECE * j->per;
+    if (w->bytes && w->seq) {
+        int bad = bytes(w, sym, n, (uint8_t *)w->seq + *at);
+        *at += n;
+        return bad;
+    }
 #ifdef HAVE_X86
     if (w->fast && w->seq) {
-        int bad = join(w, sym, n, *at, w->seq + *at);
+        int bad = join(w, sym, n, *at, (uint16_t *)w->seq + *at);
         *at += n;
         return bad;
     }
@@ -525,6 +555,7 @@ static int decode(const rac_job *job, rac_work *w) {
     w->small = w->fast = w->bf16 = 0;
     w->counts = 1;
     for (int a = 1; a < job->first; a++) w->counts &= job->values[a] == job->values[0] + a;
+    w->bytes = w->counts && job->word == 1 && job->per == 1 && !job->raw && !job->sign && !job->shift && !job->zero;
     if (job->per == 2) {
         uint16_t all = 0;
         for (int a = 0; a < 16; a++) { all |= job->values[a]; w->bytetop[a] = (uint8_t)job->values[a]; }
@@ -557,47 +588,49 @@ static int decode(const rac_job *job, rac_work *w) {
 }
 
 #ifdef HAVE_X86
-/* Columns of one class among 32 neighbours: they follow each other in the runs of that class, `offset` words from its start */
-typedef struct { uint32_t mask; int32_t class, offset; } rac_piece;
+/* Columns of one class among neighbours: they follow each other in the runs of that class, `offset` words from its start */
+typedef struct { uint64_t mask; int32_t class, offset; } rac_piece;
 
-/* 16-bit words from sequence order to their places. Row r has a run of words for each class of columns, run[class of r][k];
- * the runs of a class of rows follow each other. Up to 31 words behind a run are read. */
-__attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static void unsort512(const rac_work *w, const int64_t *size, const uint16_t **run,
-                                                                              rac_piece *piece) {
-    enum { AHEAD = 32 }; /* rows of which the memory is fetched before they are written: tiles are narrow, rows far apart */
-    const rac_job *j = w->job;
-    const int kc = j->col_classes;
-    const int64_t cols = j->cols;
-    int64_t before[256] = {0}, n = 0;
-    for (int64_t c = 0; c < cols; c += 32)
-        for (int k = 0; k < kc; k++) {
-            uint32_t mask = 0;
-            for (int64_t x = c; x < cols && x < c + 32; x++) mask |= (uint32_t)(j->col_class[x] == k) << (x - c);
-            if (!mask) continue;
-            piece[n++] = (rac_piece){mask, k, (int32_t)before[k]};
-            before[k] += __builtin_popcount(mask);
-        }
-    for (int64_t r = 0; r < j->rows; r++) {
-        const uint16_t **p = run + (w->row ? j->row_class[r] : 0) * kc;
-        uint16_t *d = (uint16_t *)j->dst + r * j->stride;
-        const rac_piece *q = piece;
-        for (int64_t c = 0; c < cols; c += 32) {
-            const uint32_t all = cols - c < 32 ? (1u << (cols - c)) - 1 : ~0u;
-            __m512i v = _mm512_setzero_si512();
-            __builtin_prefetch(d + AHEAD * j->stride + c, 1);
-            for (uint32_t have = 0; have != all; have |= q++->mask)
-                v = _mm512_or_si512(v, _mm512_maskz_expand_epi16(q->mask, _mm512_loadu_si512(p[q->class] + q->offset)));
-            if (all == ~0u) _mm512_storeu_si512(d + c, v);
-            else if (all == 0xffff) _mm256_storeu_si256((void *)(d + c), _mm512_castsi512_si256(v));
-            else { /* the words behind are another tile's */
-                uint16_t last[32];
-                _mm512_storeu_si512(last, v);
-                copy(d + c, last, 2 * (cols - c));
-            }
-        }
-        for (int k = 0; k < kc; k++) if (size[k]) p[k] += size[k];
+/* Words T from sequence order to their places, N at a time, which are 64 bytes. Row r has a run of words for each class of
+ * columns, run[class of r][k]; the runs of a class of rows follow each other. Up to 63 bytes behind a run are read. */
+#define UNSORT512(T, NAME, N, MASK, EXPAND)                                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vbmi2"))) static void NAME(const rac_work *w, const int64_t *size, \
+                                                                             const T **run, rac_piece *piece) { \
+        enum { AHEAD = 32 }; /* rows of which the memory is fetched before they are written: tiles are narrow, rows far apart */ \
+        const rac_job *j = w->job;                                                                             \
+        const int kc = j->col_classes;                                                                         \
+        const int64_t cols = j->cols;                                                                          \
+        int64_t before[256] = {0}, n = 0;                                                                      \
+        for (int64_t c = 0; c < cols; c += N)                                                                  \
+            for (int k = 0; k < kc; k++) {                                                                     \
+                uint64_t mask = 0;                                                                             \
+                for (int64_t x = c; x < cols && x < c + N; x++) mask |= (uint64_t)(j->col_class[x] == k) << (x - c); \
+                if (!mask) continue;                                                                           \
+                piece[n++] = (rac_piece){mask, k, (int32_t)before[k]};                                         \
+                before[k] += __builtin_popcountll(mask);                                                       \
+            }                                                                                                  \
+        for (int64_t r = 0; r < j->rows; r++) {                                                                \
+            const T **p = run + (w->row ? j->row_class[r] : 0) * kc;                                           \
+            T *d = (T *)j->dst + r * j->stride;                                                                \
+            const rac_piece *q = piece;                                                                        \
+            for (int64_t c = 0; c < cols; c += N) {                                                            \
+                const uint64_t all = first_bits(cols - c < N ? cols - c : N);                                  \
+                __m512i v = _mm512_setzero_si512();                                                            \
+                __builtin_prefetch(d + AHEAD * j->stride + c, 1);                                              \
+                for (uint64_t have = 0; have != all; have |= q++->mask)                                        \
+                    v = _mm512_or_si512(v, EXPAND((MASK)q->mask, _mm512_loadu_si512(p[q->class] + q->offset)));  \
+                if (cols - c >= N) _mm512_storeu_si512(d + c, v);                                              \
+                else { /* the words behind are another tile's */                                               \
+                    T last[N];                                                                                 \
+                    _mm512_storeu_si512(last, v);                                                              \
+                    copy(d + c, last, (cols - c) * (int64_t)sizeof(T));                                        \
+                }                                                                                              \
+            }                                                                                                  \
+            for (int k = 0; k < kc; k++) if (size[k]) p[k] += size[k];                                         \
+        }                                                                                                      \
     }
-}
+UNSORT512(uint16_t, unsort16, 32, __mmask32, _mm512_maskz_expand_epi16)
+UNSORT512(uint8_t, unsort8, 64, __mmask64, _mm512_maskz_expand_epi8)
 static int has_expand(void) { return has512() && __builtin_cpu_supports("avx512vbmi2"); }
 #endif
 
@@ -628,7 +661,7 @@ static int tile(const rac_job *job) {
         }
     w.seq = 0;
 #ifdef HAVE_X86
-    if (w.col && job->word == 2 && has_expand() && !(w.seq = malloc((size_t)(h * c + 64) * 2))) {
+    if (w.col && job->word <= 2 && has_expand() && !(w.seq = malloc((size_t)(h * c + 64) * (size_t)job->word))) {
         free(scratch);
         return 8;
     }
@@ -636,8 +669,9 @@ static int tile(const rac_job *job) {
     int bad = decode(job, &w);
 #ifdef HAVE_X86
     if (w.seq && !bad) {
-        const uint16_t **run = malloc((size_t)kr * kc * sizeof *run), *at = w.seq;
-        rac_piece *pieces = malloc((size_t)(c + 32) * sizeof *pieces);
+        const void **run = malloc((size_t)kr * kc * sizeof *run);
+        const char *at = w.seq;
+        rac_piece *pieces = malloc((size_t)(c + 64) * sizeof *pieces);
         if (!run || !pieces) bad = 8;
         else {
             for (const int64_t *b = w.blocks; b < w.blocks + 5 * w.nblocks; b += 5) {
@@ -645,10 +679,11 @@ static int tile(const rac_job *job) {
                 while (re[i + 1] <= b[1]) i++;
                 while (ce[k + 1] <= b[3]) k++;
                 run[i * kc + k] = at;
-                at += (b[2] - b[1]) * (b[4] - b[3]);
+                at += (b[2] - b[1]) * (b[4] - b[3]) * job->word;
             }
             for (int k = 0; k < kc; k++) ce[k] = ce[k + 1] - ce[k];
-            unsort512(&w, ce, run, pieces);
+            if (job->word == 1) unsort8(&w, ce, (const uint8_t **)run, pieces);
+            else unsort16(&w, ce, (const uint16_t **)run, pieces);
         }
         free(pieces);
         free(run);

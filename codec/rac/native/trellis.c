@@ -249,7 +249,13 @@ static void numbers_plain(const rac_numbers *n, int64_t from) {
 }
 
 #ifdef HAVE_X86
-/* 32 columns side by side, their states in two registers; words of a range of 32 by a permutation of two registers. Returns
+/* Rounded to the upper half of each number, ties to even (not for NaN, which there is none of) */
+AVX static inline __m512i rounded(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16)), up, _mm512_set1_epi32(1));
+}
+
+/* 32 columns side by side, their states in one register; words of a range of 32 by a permutation of two registers. Returns
  * how many columns are done. */
 AVX static int64_t numbers512(const rac_numbers *n) {
     uint8_t low = 255, high = 0;
@@ -259,36 +265,39 @@ AVX static int64_t numbers512(const rac_numbers *n) {
     }
     const int near = high - low < 32;
     float table[32] = {0};
-    for (int k = low; near && k <= high; k++) table[k - low] = n->rec[k];
+    for (int k = low; near && k <= high; k++) table[k & 31] = n->rec[k]; /* a permutation looks at five bits only */
     const __m512 t0 = _mm512_loadu_ps(table), t1 = _mm512_loadu_ps(table + 16);
-    const __m512i least = _mm512_set1_epi32(low), one = _mm512_set1_epi32(1), odd = _mm512_set1_epi32(n->odd);
-    const __m512i h0 = _mm512_set1_epi32(n->h0), h1 = _mm512_set1_epi32(n->h1), half = _mm512_set1_epi32(0x7fff);
+    const __m512i one = _mm512_set1_epi16(1), sign = _mm512_set1_epi32(INT32_MIN);
+    const __m512i h0 = _mm512_set1_epi16((short)n->h0), h1 = _mm512_set1_epi16((short)n->h1);
+    const __mmask32 flip = n->odd ? ~0u : 0;
+    uint16_t uppers[32];
+    for (int k = 0; k < 32; k++) uppers[k] = (uint16_t)(2 * k + 1);
+    const __m512i upper = _mm512_loadu_si512(uppers);
     int64_t j = 0;
     for (; j + 32 <= n->w; j += 32) {
         const __m512 col[2] = {_mm512_loadu_ps(n->col + j), _mm512_loadu_ps(n->col + j + 16)};
-        __m512i state[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+        __m512i s = _mm512_setzero_si512();
         for (int64_t i = 0; i < n->h; i++) {
             const uint8_t *words = n->words + i * n->w + j;
             const __m512 row = _mm512_set1_ps(n->row[i]);
+            const __mmask32 negative = _mm512_test_epi16_mask(s, one);
+            const __mmask32 next = _mm512_test_epi16_mask(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)words)), one) ^ flip;
+            s = _mm512_srli_epi16(s, 1);
+            s = _mm512_xor_si512(s, _mm512_maskz_mov_epi16(negative, h0));
+            s = _mm512_xor_si512(s, _mm512_maskz_mov_epi16(next, h1));
+            __m512 v[2];
             for (int g = 0; g < 2; g++) {
-                const __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(words + 16 * g))), s = state[g];
-                __m512 v;
-                if (near) v = _mm512_permutex2var_ps(t0, _mm512_sub_epi32(u, least), t1);
-                else v = _mm512_i32gather_ps(u, n->rec, 4);
-                v = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v), _mm512_slli_epi32(s, 31)));
-                v = _mm512_mul_ps(_mm512_mul_ps(v, col[g]), row);
-                const __mmask16 a = _mm512_test_epi32_mask(s, one), b = _mm512_test_epi32_mask(_mm512_xor_si512(u, odd), one);
-                state[g] = _mm512_srli_epi32(s, 1);
-                state[g] = _mm512_mask_xor_epi32(state[g], a, state[g], h0);
-                state[g] = _mm512_mask_xor_epi32(state[g], b, state[g], h1);
-                if (n->kind == 4) _mm512_storeu_ps((float *)n->dst + i * n->stride + j + 16 * g, v);
-                else {
-                    __m512i bits = _mm512_castps_si512(v);
-                    bits = _mm512_add_epi32(bits, _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(bits, 16), one)));
-                    _mm256_storeu_si256((void *)((uint16_t *)n->dst + i * n->stride + j + 16 * g),
-                                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-                }
+                const __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(words + 16 * g)));
+                const __mmask16 minus = (__mmask16)(negative >> 16 * g);
+                v[g] = near ? _mm512_permutex2var_ps(t0, u, t1) : _mm512_i32gather_ps(u, n->rec, 4);
+                v[g] = _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(v[g]), minus, _mm512_castps_si512(v[g]), sign));
+                v[g] = _mm512_mul_ps(_mm512_mul_ps(v[g], col[g]), row);
             }
+            if (n->kind == 4) {
+                _mm512_storeu_ps((float *)n->dst + i * n->stride + j, v[0]);
+                _mm512_storeu_ps((float *)n->dst + i * n->stride + j + 16, v[1]);
+            } else
+                _mm512_storeu_si512((uint16_t *)n->dst + i * n->stride + j, _mm512_permutex2var_epi16(rounded(v[0]), upper, rounded(v[1])));
         }
     }
     return j;
