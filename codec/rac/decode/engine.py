@@ -174,6 +174,7 @@ class Cpu:
         self._busy = deque[_Job]()
         self._waiting = deque[_Pending]()
         self._held = 0
+        self._room = tn.Room()
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
@@ -234,7 +235,7 @@ class Cpu:
     def _tiles(self, p: _Pending, item: Item) -> None:
         t = item.t
         dec = tn.Decoder(t, first_units(item), self.reference, item.objects())
-        p.out = found = tn.empty(t)
+        p.out = found = self._room.empty(t)
         row = 0
         for i in range(t.tiles):
             r0, r1, c0, c1 = t.grid.box(i)

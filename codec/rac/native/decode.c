@@ -70,7 +70,7 @@ ROWS512(rows512x2, 2)
 ROWS512(rows512x4, 4)
 #endif
 
-int rac_abi(void) { return 11; }
+int rac_abi(void) { return 12; }
 int rac_features(void) { return has512(); }
 
 /* As rows_scalar; the memory that may be read goes to `end` */

@@ -234,9 +234,9 @@ static inline uint16_t bf16(float v) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Columns from..w, one after the other */
-static void numbers_plain(const rac_numbers *n, int64_t from) {
-    for (int64_t j = from; j < n->w; j++) {
+/* Columns one after the other */
+static void numbers_plain(const rac_numbers *n) {
+    for (int64_t j = 0; j < n->w; j++) {
         unsigned s = 0;
         for (int64_t i = 0; i < n->h; i++) {
             const uint8_t u = n->words[i * n->w + j];
@@ -255,9 +255,10 @@ AVX static inline __m512i rounded(__m512 v) {
     return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16)), up, _mm512_set1_epi32(1));
 }
 
-/* 32 columns side by side, their states in one register; words of a range of 32 by a permutation of two registers. Returns
- * how many columns are done. */
-AVX static int64_t numbers512(const rac_numbers *n) {
+/* 32 columns side by side, their states in one register; words of a range of 32 by a permutation of two registers. `strip` rows
+ * of all columns, then the next: whole columns would touch as many pages as there are rows. */
+AVX static void numbers512(const rac_numbers *n, uint16_t *states) {
+    enum { STRIP = 16 };
     uint8_t low = 255, high = 0;
     for (int64_t i = 0; i < n->h * n->w; i++) {
         low = n->words[i] < low ? n->words[i] : low;
@@ -273,45 +274,55 @@ AVX static int64_t numbers512(const rac_numbers *n) {
     uint16_t uppers[32];
     for (int k = 0; k < 32; k++) uppers[k] = (uint16_t)(2 * k + 1);
     const __m512i upper = _mm512_loadu_si512(uppers);
-    int64_t j = 0;
-    for (; j + 32 <= n->w; j += 32) {
-        const __m512 col[2] = {_mm512_loadu_ps(n->col + j), _mm512_loadu_ps(n->col + j + 16)};
-        __m512i s = _mm512_setzero_si512();
-        for (int64_t i = 0; i < n->h; i++) {
-            const uint8_t *words = n->words + i * n->w + j;
-            const __m512 row = _mm512_set1_ps(n->row[i]);
-            const __mmask32 negative = _mm512_test_epi16_mask(s, one);
-            const __mmask32 next = _mm512_test_epi16_mask(_mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)words)), one) ^ flip;
-            s = _mm512_srli_epi16(s, 1);
-            s = _mm512_xor_si512(s, _mm512_maskz_mov_epi16(negative, h0));
-            s = _mm512_xor_si512(s, _mm512_maskz_mov_epi16(next, h1));
-            __m512 v[2];
-            for (int g = 0; g < 2; g++) {
-                const __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(words + 16 * g)));
-                const __mmask16 minus = (__mmask16)(negative >> 16 * g);
-                v[g] = near ? _mm512_permutex2var_ps(t0, u, t1) : _mm512_i32gather_ps(u, n->rec, 4);
-                v[g] = _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(v[g]), minus, _mm512_castps_si512(v[g]), sign));
-                v[g] = _mm512_mul_ps(_mm512_mul_ps(v[g], col[g]), row);
+    for (int64_t top = 0; top < n->h; top += STRIP)
+        for (int64_t j = 0; j < n->w; j += 32) {
+            const __mmask32 some = n->w - j < 32 ? (1u << (n->w - j)) - 1 : ~0u;
+            const __mmask16 half[2] = {(__mmask16)some, (__mmask16)(some >> 16)};
+            const __m512 col[2] = {_mm512_maskz_loadu_ps(half[0], n->col + j), _mm512_maskz_loadu_ps(half[1], n->col + j + 16)};
+            __m512i s = _mm512_loadu_si512(states + j);
+            for (int64_t i = top; i < n->h && i < top + STRIP; i++) {
+                const __m512 row = _mm512_set1_ps(n->row[i]);
+                const __m256i words = _mm256_maskz_loadu_epi8(some, n->words + i * n->w + j);
+                const __mmask32 negative = _mm512_test_epi16_mask(s, one);
+                const __mmask32 next = _mm512_test_epi16_mask(_mm512_cvtepu8_epi16(words), one) ^ flip;
+                s = _mm512_xor_si512(_mm512_srli_epi16(s, 1), _mm512_maskz_mov_epi16(negative, h0));
+                s = _mm512_xor_si512(s, _mm512_maskz_mov_epi16(next, h1));
+                __m512 v[2];
+                for (int g = 0; g < 2; g++) {
+                    const __m512i u = _mm512_cvtepu8_epi32(g ? _mm256_extracti128_si256(words, 1) : _mm256_castsi256_si128(words));
+                    const __mmask16 minus = (__mmask16)(negative >> 16 * g);
+                    v[g] = near ? _mm512_permutex2var_ps(t0, u, t1) : _mm512_i32gather_ps(u, n->rec, 4);
+                    v[g] = _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(v[g]), minus, _mm512_castps_si512(v[g]), sign));
+                    v[g] = _mm512_mul_ps(_mm512_mul_ps(v[g], col[g]), row);
+                }
+                if (n->kind == 4) {
+                    float *d = (float *)n->dst + i * n->stride + j;
+                    _mm512_mask_storeu_ps(d, half[0], v[0]);
+                    _mm512_mask_storeu_ps(d + 16, half[1], v[1]);
+                } else {
+                    uint16_t *d = (uint16_t *)n->dst + i * n->stride + j;
+                    const __m512i both = _mm512_permutex2var_epi16(rounded(v[0]), upper, rounded(v[1]));
+                    if (some == ~0u) _mm512_storeu_si512(d, both);
+                    else _mm512_mask_storeu_epi16(d, some, both);
+                }
             }
-            if (n->kind == 4) {
-                _mm512_storeu_ps((float *)n->dst + i * n->stride + j, v[0]);
-                _mm512_storeu_ps((float *)n->dst + i * n->stride + j + 16, v[1]);
-            } else
-                _mm512_storeu_si512((uint16_t *)n->dst + i * n->stride + j, _mm512_permutex2var_epi16(rounded(v[0]), upper, rounded(v[1])));
+            _mm512_storeu_si512(states + j, s);
         }
-    }
-    return j;
 }
 #endif
 
 /* A tile of words (h, w) to numbers (stages/trellis.md): sign rec[word] col[j] row[i], the state of each column beginning
- * at 0. */
+ * at 0. `states`: room for w + 31 of them. */
 void rac_untrellis(const uint8_t *words, int64_t h, int64_t w, int h0, int h1, int odd, const float *rec, const float *col,
-                   const float *row, void *dst, int kind, int64_t stride) {
+                   const float *row, void *dst, int kind, int64_t stride, uint16_t *states) {
     const rac_numbers n = {words, h, w, h0, h1, odd, rec, col, row, dst, kind, stride};
-    int64_t done = 0;
 #ifdef HAVE_X86
-    if (has512()) done = numbers512(&n);
+    if (has512()) {
+        memset(states, 0, 2 * (size_t)w);
+        numbers512(&n, states);
+        return;
+    }
 #endif
-    numbers_plain(&n, done);
+    (void)states;
+    numbers_plain(&n);
 }

@@ -26,9 +26,10 @@ def decode(
     if lib is None or dtype not in ("F32", "BF16"):
         return False
     h, w = words.shape
+    states = np.empty(w + 31, np.uint16)
     lib.rac_untrellis(
         _p(words), _n(h), _n(w), _i(code[0]), _i(code[1]), _i(zero & 1), _p(rec), _p(cols), _p(rows), _p(dst),
-        _i(dst.itemsize), _n(dst.strides[0] // dst.itemsize),
+        _i(dst.itemsize), _n(dst.strides[0] // dst.itemsize), _p(states),
     )  # fmt: skip
     return True
 
