@@ -62,7 +62,8 @@ def lanes_row(per: int, lanes: int, base: NDArray[np.uint8], sym: NDArray[np.uin
     values[:16] = 120 - np.arange(16)
     tail = native.job_tail(luts, values, bases, table, 1, 1, 0, lanes, per, 2, 0, 1, 7, 8, 16, 16, 256)
     dst = np.empty((1, STEPS * per), np.uint16)
-    job = native.job(unit, 1, STEPS * per, 0, 0, dst, tail)
+    at, to = native.address(unit), native.address(dst)
+    job = native.job(at, len(unit), 0, 0, to, 1, STEPS * per, STEPS * per, tail)
     assert native.decode_tiles([job]) is None
     assert ((dst[0] >> 7 & 255) == values[base]).all()
     row(

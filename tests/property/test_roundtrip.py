@@ -361,8 +361,9 @@ def _outcome(unit, t, shared, box, reference=False):
     out = np.zeros((box[1] - box[0], box[3] - box[2]), f"<u{t.grid.word}")
     try:
         if native.library() is not None and not reference:
-            job, kept = tile.lanes_job(unit, t.lanes, shared, box, out)
-            assert kept is not None
+            unit = tile.expanded(unit, t.lanes, box)
+            at, to = native.address(unit), native.address(out)
+            job = tile.lanes_job(at, len(unit), shared, box, to, out.shape[1])
             return "refused" if native.decode_tiles([job]) else out.tobytes()
         tile.decode_lanes(unit, t.lanes, shared, box, out, reference)
     except rac.RacError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -66,27 +66,31 @@ class Walk:
         self.pass_by(record.payload + record.payload_size - self.at)
         self.padding()
 
-    def take(self, unit: Unit, record: Record, most: int, what: str) -> tuple[memoryview, Held | None]:
-        """The next unit of a record, its padding checked but not its checksum, and what to give back.
+    def take(self, units: Sequence[Unit], record: Record, what: Callable[[int], str]) -> tuple[memoryview, Held | None]:
+        """The next units of a record with the padding between them, and what to give back.
 
-        LimitError where it claims more than `most` bytes.
+        The padding is checked, but not their checksums. `what(i)` names units[i] in errors.
         """
-        if self.at != record.payload + unit.offset:
+        start, last = units[0].offset, units[-1]
+        if self.at != record.payload + start:
             raise ValueError("units must be read in order")
-        if unit.size > most:
-            raise LimitError(f"unit of {unit.size} bytes exceeds {most}", file=self.name, unit=what, offset=self.at)
-        view, held = self.piece(unit.size + wire.pad(unit.size, wire.STREAM_ALIGN))
-        if any(view[unit.size :]):
-            if held:
-                held.give()
-            at = record.payload + unit.offset + unit.size
-            raise FormatError("padding is not zero", file=self.name, unit=what, offset=at)
-        return view[: unit.size], held
+        end = last.offset + last.size - start
+        view, held = self.piece(end + wire.pad(end, wire.STREAM_ALIGN))
+        for i, unit in enumerate(units):
+            behind = unit.offset - start + unit.size
+            if behind % wire.STREAM_ALIGN and any(view[behind : behind + wire.pad(behind, wire.STREAM_ALIGN)]):
+                if held:
+                    held.give()
+                at = record.payload + start + behind
+                raise FormatError("padding is not zero", file=self.name, unit=what(i), offset=at)
+        return view[:end], held
 
     def unit(self, unit: Unit, record: Record, most: int, what: str) -> bytes:
         """A copy of the next unit of a record, checked."""
         at = self.at
-        view, held = self.take(unit, record, most, what)
+        if unit.size > most:
+            raise LimitError(f"unit of {unit.size} bytes exceeds {most}", file=self.name, unit=what, offset=at)
+        view, held = self.take([unit], record, lambda _: what)
         data = bytes(view)
         if held:
             held.give()

@@ -23,6 +23,7 @@ from rac.container.access import InFile
 from rac.container.feed import Held, Trace
 from rac.decode import tensor as tn
 from rac.errors import RacError, SourceError, TruncatedError
+from rac.quantize import lossless as ll
 from rac.registry import RECORD_OBJECT
 
 Array = NDArray[Any]
@@ -33,6 +34,8 @@ GROUP = 1 << 20
 """Stored bytes of a job."""
 SCRATCH = 1 << 20
 """Bytes of intermediate words of a job."""
+RUN = 1 << 17
+"""Stored bytes of small tiles that are taken in one go: each call costs some microseconds."""
 Loaded = tuple[tn.Tensor, Array]
 Damaged = dict[str, RacError]
 
@@ -45,14 +48,21 @@ def threads_of(threads: int | None, most: int | None = 8) -> int:
     return threads or min(most or cores, cores)
 
 
+class Take(Protocol):
+    """How an item gives its bytes."""
+
+    def __call__(self, i: int, n: int = 1) -> tuple[memoryview, Held | None]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A tensor or an object that goes by."""
 
     file: str
     t: tn.Tensor
-    take: Callable[[int], tuple[memoryview, Held | None]]
-    """The bytes of unit i, each once and in their order, unchecked; and what to give back."""
+    take: Take
+    """The bytes of unit i, each once and in their order, unchecked; and what to give back. With n of the units i..i + n - 1
+    and the padding between them."""
     objects: Callable[[], list[NDArray[np.float32]]]
     """The matrices that it uses."""
     keep: Callable[[Array | None], None]
@@ -236,13 +246,15 @@ class Cpu:
         t = item.t
         dec = tn.Decoder(t, first_units(item), self.reference, item.objects())
         p.out = found = self._room.empty(t)
-        row = 0
-        for i in range(t.tiles):
-            r0, r1, c0, c1 = t.grid.box(i)
+        row, i = 0, 0
+        while i < t.tiles:
+            n = self._run(t, i)
+            r0, _, c0, _ = t.grid.box(i)
+            _, r1, _, c1 = t.grid.box(i + n - 1)
             if t.after and not c0:  # one row of tiles after the other
                 found, row = tn.values(t, r1 - r0, t.grid.cols), r0
                 self._job.scratch += found.nbytes
-            view, held = item.take(i + t.first)
+            view, held = item.take(i + t.first, n)
             if held and self._job.size > self._apart:  # a job must not hold all buffers: then none could be filled
                 copy = bytes(view)
                 held.give()
@@ -251,10 +263,11 @@ class Cpu:
             job.file = item.file
             if held:
                 job.held.append(held)
-            job.work.add(dec, i, np.frombuffer(view, np.uint8), found, row)
+            job.work.add(dec, i, np.frombuffer(view, np.uint8), found, row, n=n)
             job.size += len(view)
-            job.dense += (r1 - r0) * (c1 - c0) * t.word
-            job.scratch += (r1 - r0) * (c1 - c0) if t.trellis else 0
+            elements = sum((b - a) * (d - c) for a, b, c, d in ll.boxes(t.grid)[i : i + n])
+            job.dense += elements * t.word
+            job.scratch += elements if t.trellis else 0
             whole = not t.after or c1 == t.grid.cols
             if t.after and whole:
                 job.work.then(dec, found, p.out[r0:r1], (r0, r1, 0, c1))
@@ -262,6 +275,17 @@ class Cpu:
                 p.jobs.append(job)
             if whole and (job.size >= GROUP or job.scratch >= SCRATCH):
                 self._submit()
+            i += n
+
+    @staticmethod
+    def _run(t: tn.Tensor, i: int) -> int:
+        """Number of tiles from `i` on that are taken in one go: small ones, of one row of tiles under another stage."""
+        units, first = t.units, t.first + i
+        most = t.grid.across - i % t.grid.across if t.after else t.tiles - i
+        end, n = units[first].offset + RUN, 1
+        while n < most and units[first + n].offset + units[first + n].size <= end:
+            n += 1
+        return n
 
     def _submit(self, last: bool = False) -> None:
         """Give the job out; do it here where it is the only one."""

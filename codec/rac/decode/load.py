@@ -104,8 +104,8 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: boo
             match(e, record)
             t = parse(archive, record)
 
-        def take(i: int, t: tn.Tensor = t) -> Any:
-            return walk.take(t.units[i], t.record, t.most(i), f"{t.name!r} unit {i}")
+        def take(i: int, n: int = 1, t: tn.Tensor = t) -> Any:
+            return walk.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
 
         def keep(words: Array | None, name: str = t.name) -> None:
             if words is not None:

@@ -112,9 +112,11 @@ class Slice:
             spans = [(0, t.first)] * (t.first > 0) + [(r + b0, r + b1) for r in rows]
             found = ld.read_units(self._archive, t, spans)
             dec = ld.decoder(self._archive, t, found.pop(0) if t.first else [])
+            work = tn.Work()
             for (first, _), units in zip(spans[t.first > 0 :], found, strict=True):
                 for i, unit in enumerate(units, first - t.first):
-                    dec.tile(i, unit, out, top, left)
+                    work.add(dec, i, unit, out, top, left)
+            work.run()
             if t.after:
                 part = out[r0 - top : r1 - top, slice(None) if t.after == "basis/1" else slice(c0 - left, c1 - left)]
                 out = np.empty((r1 - r0, c1 - c0), f"<u{t.word}")

@@ -211,8 +211,8 @@ def forward_items(forward: Forward, other: Callable[[Record], None] | None = Non
         with InFile(str(forward.name), repr(record.head.get("name"))):
             t = held.parse(record)
 
-        def take(i: int, t: tn.Tensor = t) -> Any:
-            return forward.take(t.units[i], t.record, t.most(i), f"{t.name!r} unit {i}")
+        def take(i: int, n: int = 1, t: tn.Tensor = t) -> Any:
+            return forward.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
 
         held.keep(t, None)
         yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t))
@@ -240,9 +240,11 @@ def forward_tensors(
             return None
         lanes, mine = item.t.lanes, heads.setdefault(item.t.record.at, [])
 
-        def take(i: int) -> Any:
-            view, held = item.take(i)
-            mine.append(bytes(view[: lanes.directory]) if lanes else b"")
+        def take(i: int, n: int = 1) -> Any:
+            view, held = item.take(i, n)
+            for unit in item.t.units[i : i + n] if lanes else ():
+                at = unit.offset - item.t.units[i].offset
+                mine.append(bytes(view[at : at + lanes.directory]))
             return view, held
 
         return replace(item, take=take)

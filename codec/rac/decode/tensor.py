@@ -239,7 +239,7 @@ class Decoder:
         self.shared: tile.Shared | None = None
         self.tables: tr.Tables | None = None
         for i, unit in enumerate(first):
-            self._check(i, unit)
+            self.check(i, unit)
         if t.lanes is not None:
             with self.at(0):
                 self.shared = tile.shared(bytes(first[0]), t.lanes, t.grid)
@@ -252,7 +252,8 @@ class Decoder:
         t = self.tensor
         return wire.At(t.name, t.record.payload + t.units[i].offset, i)
 
-    def _check(self, i: int, data: bytes | memoryview) -> None:
+    def check(self, i: int, data: bytes | memoryview) -> None:
+        """ChecksumError unless the bytes of unit `i` are those that were written."""
         if xxh3(data) != self.tensor.units[i].check:
             with self.at(i):
                 raise ChecksumError("checksum does not match")
@@ -266,16 +267,10 @@ class Decoder:
         work.add(self, i, data, out, row, col)
         work.run()
 
-    def prepare(self, i: int, data: Array, dst: Array, box: Box, plain: bool = False) -> tuple[bytes, Array] | None:
-        """Check tile `i`; the kernel's job for it (and what that needs alive), None where Python decodes it."""
-        t = self.tensor
-        if not plain:
-            self._check(i + t.first, data.data)
-        if self.shared is None or not self.shared.tail or self._reference:
-            return None
-        assert t.lanes is not None  # noqa: S101
-        with self.at(i + t.first):
-            return tile.lanes_job(data, t.lanes, self.shared, box, dst)
+    @property
+    def kernel(self) -> tile.Shared | None:
+        """What a job of the kernel needs; None where Python decodes the tiles."""
+        return self.shared if self.shared and self.shared.tail and not self._reference else None
 
     def decode(self, i: int, data: Array, dst: Array, box: Box, plain: bool = False) -> None:
         """Decode tile `i`, checked before, in Python."""
@@ -353,27 +348,56 @@ class Work:
         self._held: list[Array] = []
 
     def add(
-        self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0, plain: bool = False
+        self, dec: Decoder, i: int, data: Array, out: Array, row: int = 0, col: int = 0, plain: bool = False, n: int = 1
     ) -> None:
-        """Check the bytes of tile `i` and take it in; `data` and `out` stay as they are until `run` is done.
+        """Check the bytes of the tiles i..i + n - 1 and take them in.
 
-        `plain`: they were checked before, and Zstandard frames in them expanded (`tile.plain`).
+        Args:
+            dec: Of their tensor.
+            i: The first of them.
+            data: (bytes,) as they lie in the file, with the padding between them; it stays until `run` is done.
+            out: Begins at word (row, col) of the tensor's matrix; it stays, too.
+            row: Of the first word.
+            col: Of the first word.
+            plain: They were checked before, and Zstandard frames in them expanded (`tile.plain`); n is 1.
+            n: Number of tiles.
         """
-        r0, r1, c0, c1 = box = dec.tensor.grid.box(i)
-        dst = out[r0 - row : r1 - row, c0 - col : c1 - col]
-        if dec.tensor.trellis:
-            held = _scratch.take(dst.size)
-            self._held.append(held)
-            words = held[: dst.size].reshape(dst.shape)
-            self._after.append((dec, words, dst, box))
-            dst = words
-        job = dec.prepare(i, data, dst, box, plain)
-        if job is None:
-            self._others.append((dec, i, data, dst, box, plain))
-        else:
-            self._jobs.append(job[0])
-            self._alive += (job[1], dst)
-            self._of.append((dec, i))
+        t, kernel, raw = dec.tensor, dec.kernel, data.data
+        first, boxes = t.first, ll.boxes(t.grid)
+        base, size, stride = t.units[first + i].offset, out.itemsize, out.strides[0]
+        at, to = native.address(data), native.address(out) - row * stride - col * size
+        self._alive += (data, out)
+        for k in range(i, i + n):
+            unit = t.units[first + k]
+            start = unit.offset - base
+            length = unit.size if n > 1 else len(data)
+            if not plain:
+                dec.check(first + k, raw[start : start + length])
+            box = r0, r1, c0, c1 = boxes[k]
+            if t.trellis:
+                words = self._words(r1 - r0, c1 - c0)
+                self._after.append((dec, words, out[r0 - row : r1 - row, c0 - col : c1 - col], box))
+                place, step = native.address(words), c1 - c0
+            else:
+                place, step = to + r0 * stride + c0 * size, stride // size
+            if kernel is None:
+                dst = words if t.trellis else out[r0 - row : r1 - row, c0 - col : c1 - col]
+                self._others.append((dec, k, data[start : start + length], dst, box, plain))
+                continue
+            where = at + start
+            if t.lanes and t.lanes.packed:
+                with dec.at(first + k):
+                    whole = tile.expanded(data[start : start + length], t.lanes, box)
+                self._alive.append(whole)
+                where, length = native.address(whole), len(whole)
+            self._jobs.append(tile.lanes_job(where, length, kernel, box, place, step))
+            self._of.append((dec, k))
+
+    def _words(self, rows: int, cols: int) -> Array:
+        """Room for the words of a tile, (rows, cols) uint8."""
+        held = _scratch.take(rows * cols)
+        self._held.append(held)
+        return held[: rows * cols].reshape(rows, cols)
 
     def then(self, dec: Decoder, found: Array, dst: Array, box: Box) -> None:
         """`Decoder.join` at the end of it all."""

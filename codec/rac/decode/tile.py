@@ -75,13 +75,20 @@ def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
     return out
 
 
-def lanes_job(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array) -> tuple[bytes, Array]:
-    """Job of the kernel for one tile unit (bytes,) uint8 (only where `s.tail` is there), and the unit to keep alive."""
+def lanes_job(unit: int, size: int, s: Shared, box: Box, dst: int, stride: int) -> bytes:
+    """Job of the kernel for one tile unit, only where `s.tail` is there; addresses and numbers as in `native.job`.
+
+    Planes that are packed are expanded before (`expanded`).
+    """
     r0, r1, c0, c1 = box
-    if p.packed:
-        unit = ll.plain_tile(unit, (r1 - r0) * (c1 - c0), p, zstd.decompress)
     rows, cols = s.at[0] and s.at[0] + r0, s.at[1] and s.at[1] + c0
-    return native.job(unit, r1 - r0, c1 - c0, rows, cols, dst, s.tail), unit
+    return native.job(unit, size, rows, cols, dst, r1 - r0, c1 - c0, stride, s.tail)
+
+
+def expanded(unit: Array, p: ll.Lanes, box: Box) -> Array:
+    """A tile unit (bytes,) uint8 with its Zstandard frames expanded."""
+    r0, r1, c0, c1 = box
+    return ll.plain_tile(unit, (r1 - r0) * (c1 - c0), p, zstd.decompress) if p.packed else unit
 
 
 def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, reference: bool = False) -> None:
@@ -91,8 +98,7 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
     """
     r0, r1, c0, c1 = box
     h, w = r1 - r0, c1 - c0
-    if p.packed:
-        unit = ll.plain_tile(unit, h * w, p, zstd.decompress)
+    unit = expanded(unit, p, box)
     word, limit = dst.dtype.itemsize, s.limit
     row_class = None if s.rows is None else s.rows[r0:r1]
     col_class = None if s.cols is None else s.cols[c0:c1]

@@ -118,13 +118,23 @@ def job_tail(luts: Array, values: Array, bases: Array, table: Array, *numbers: i
     return _SAME.pack(*(address(a) for a in (luts, values, bases, table)), *numbers)
 
 
-def job(unit: Array, rows: int, cols: int, row_class: int, col_class: int, dst: Array, tail: bytes) -> bytes:
-    """One tile to be decoded into `dst`, a view of words with unit column stride; the caller keeps both alive.
+def job(
+    unit: int, size: int, row_class: int, col_class: int, dst: int, rows: int, cols: int, stride: int, tail: bytes
+) -> bytes:  # fmt: skip
+    """One tile to be decoded.
 
-    `row_class` and `col_class` are the addresses of the classes of the tile's rows and columns, 0 where there is one.
+    Args:
+        unit: Address of its bytes.
+        size: Number of these.
+        row_class: Address of the classes of its rows, 0 where there is one.
+        col_class: Of its columns.
+        dst: Address of its first word in the dense tensor.
+        rows: Of the tile.
+        cols: Of the tile.
+        stride: Words from row to row of the dense tensor.
+        tail: Of `job_tail`.
     """
-    stride = dst.strides[0] // dst.itemsize
-    return _JOB.pack(address(unit), len(unit), row_class, col_class, address(dst), rows, cols, stride) + tail
+    return _JOB.pack(unit, size, row_class, col_class, dst, rows, cols, stride) + tail
 
 
 TILE_ERRORS = (

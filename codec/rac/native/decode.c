@@ -1,95 +1,8 @@
 /* Decoding: frequency tables, lanes, and tiles to dense words (stages/lanes.md). */
-#include "kernels.h"
-
-static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const uint32_t **words, uint32_t *left) {
-    uint32_t e = lut[(x >> 12) & 4095];
-    *o = (uint8_t)e;
-    x = ((((x >> 24) * (e >> 20)) + ((e >> 8) & 4095)) << 12) | (x & 4095);
-    if ((x >> 32) == 0 && *left) { x = (x << 32) | *(*words)++; --*left; }
-    return x;
-}
-
-/* `n` coded symbols of one table, row by row of `lanes`, the first of lane 0; returns the next word */
-static const uint32_t *rows_scalar(const uint32_t *lut, const uint32_t *words, uint32_t *left, uint64_t *st,
-                                   uint8_t *out, int64_t n, int64_t lanes) {
-    for (; n > 0; n -= lanes, out += lanes)
-        for (int64_t l = 0; l < lanes && l < n; l++) st[l] = step(st[l], lut, out + l, &words, left + l);
-    return words;
-}
-
-#ifdef HAVE_X86
-#define AVX512BW __attribute__((target("avx512f,avx512bw,avx512vl")))
-#define AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
-/* V x 8 lanes. Plain loads and inserts fetch the table entries: the gathers of some CPUs are slower (docs/experiments.md).
- * Eight words are read for each group whether it needs them or not: the caller leaves so many behind `words`. */
-#define ROWS512(NAME, V)                                                                                      \
-    AVX512 static const uint32_t *NAME(const uint32_t *lut, const uint32_t *words, uint32_t *left, uint64_t *st, \
-                                       uint8_t *out, int64_t steps) {                                         \
-        const __m512i m12 = _mm512_set1_epi64(4095), high = _mm512_set1_epi64((int64_t)0xffffffff00000000ull); \
-        const __m256i m12s = _mm256_set1_epi32(4095), one = _mm256_set1_epi32(1);                             \
-        __m512i x[V];                                                                                         \
-        __m256i c[V];                                                                                         \
-        for (int k = 0; k < V; k++) {                                                                         \
-            x[k] = _mm512_loadu_si512(st + 8 * k);                                                            \
-            c[k] = _mm256_loadu_si256((const void *)(left + 8 * k));                                          \
-        }                                                                                                     \
-        for (int64_t t = 0; t < steps; t++, out += 8 * V) {                                                   \
-            _Pragma("GCC unroll 4") for (int k = 0; k < V; k++) {                                             \
-                __m128i q = _mm512_cvtepi64_epi16(_mm512_and_si512(_mm512_srli_epi64(x[k], 12), m12));        \
-                uint64_t a = (uint64_t)_mm_cvtsi128_si64(q), b = (uint64_t)_mm_extract_epi64(q, 1);           \
-                __m128i e0 = _mm_cvtsi32_si128((int)lut[(uint16_t)a]), e1 = _mm_cvtsi32_si128((int)lut[(uint16_t)b]); \
-                e0 = _mm_insert_epi32(e0, (int)lut[(uint16_t)(a >> 16)], 1);                                  \
-                e0 = _mm_insert_epi32(e0, (int)lut[(uint16_t)(a >> 32)], 2);                                  \
-                e0 = _mm_insert_epi32(e0, (int)lut[a >> 48], 3);                                              \
-                e1 = _mm_insert_epi32(e1, (int)lut[(uint16_t)(b >> 16)], 1);                                  \
-                e1 = _mm_insert_epi32(e1, (int)lut[(uint16_t)(b >> 32)], 2);                                  \
-                e1 = _mm_insert_epi32(e1, (int)lut[b >> 48], 3);                                              \
-                __m256i e = _mm256_inserti128_si256(_mm256_castsi128_si256(e0), e1, 1);                       \
-                _mm_storel_epi64((void *)(out + 8 * k), _mm256_cvtepi32_epi8(e));                             \
-                __m512i f = _mm512_cvtepu32_epi64(_mm256_srli_epi32(e, 20));                                  \
-                __m512i d = _mm512_cvtepu32_epi64(_mm256_and_si256(_mm256_srli_epi32(e, 8), m12s));           \
-                __m512i y = _mm512_add_epi64(_mm512_mullo_epi64(_mm512_srli_epi64(x[k], 24), f), d);             \
-                y = _mm512_or_si512(_mm512_slli_epi64(y, 12), _mm512_and_si512(x[k], m12));                   \
-                __mmask8 need = _mm512_testn_epi64_mask(y, high);                                             \
-                need = _mm256_mask_test_epi32_mask(need, c[k], c[k]);                                         \
-                __m256i w = _mm256_maskz_expand_epi32(need, _mm256_loadu_si256((const void *)words));         \
-                words += __builtin_popcount(need);                                                            \
-                y = _mm512_mask_or_epi64(y, need, _mm512_slli_epi64(y, 32), _mm512_cvtepu32_epi64(w));        \
-                c[k] = _mm256_mask_sub_epi32(c[k], need, c[k], one);                                          \
-                x[k] = y;                                                                                     \
-            }                                                                                                 \
-        }                                                                                                     \
-        for (int k = 0; k < V; k++) {                                                                         \
-            _mm512_storeu_si512(st + 8 * k, x[k]);                                                            \
-            _mm256_storeu_si256((void *)(left + 8 * k), c[k]);                                                \
-        }                                                                                                     \
-        return words;                                                                                         \
-    }
-ROWS512(rows512x1, 1)
-ROWS512(rows512x2, 2)
-ROWS512(rows512x4, 4)
-#endif
+#include "lanes.h"
 
 int rac_abi(void) { return 12; }
 int rac_features(void) { return has512(); }
-
-/* As rows_scalar; the memory that may be read goes to `end` */
-static const uint32_t *rows(const uint32_t *lut, const uint32_t *words, const uint32_t *end, uint32_t *left,
-                            uint64_t *st, uint8_t *out, int64_t n, int64_t lanes) {
-#ifdef HAVE_X86
-    if (has512() && (lanes == 8 || lanes == 16 || lanes == 32))
-        for (;;) { /* a row takes at most `lanes` words, so that so many rows are safe */
-            int64_t steps = n / lanes, safe = (end - words) / lanes;
-            if (safe < steps) steps = safe;
-            if (steps < 4) break;
-            words = lanes == 32 ? rows512x4(lut, words, left, st, out, steps)
-                  : lanes == 16 ? rows512x2(lut, words, left, st, out, steps) : rows512x1(lut, words, left, st, out, steps);
-            out += steps * lanes;
-            n -= steps * lanes;
-        }
-#endif
-    return rows_scalar(lut, words, left, st, out, n, lanes);
-}
 
 /* Exponential-Golomb frequency tables (stages/lanes.md, "Tables"). 0 ok, 1 bits run out or are left, 2 bad table */
 int rac_tables(const uint8_t *in, int64_t size, int64_t count, int64_t n, int order, uint16_t *freq) {
@@ -177,10 +90,12 @@ typedef struct {
 typedef struct {
     const rac_job *job;
     const uint8_t *planes, *escape;
+    const uint32_t *words, *end; /* the next word of the lanes, and as far as memory may be read */
     int64_t start[6];
     int32_t *row, *col;       /* sorted rows and columns; null: as they lie */
     int64_t *blocks;          /* table, rows a..b, columns c..d; sorted by table: one segment each */
     int64_t nblocks;
+    int64_t row_end[257], col_end[257]; /* of the classes */
     void *seq;                /* the tile's words in sequence order, to be unsorted at the end; null: straight to dst */
     uint32_t escapes, used;
     uint32_t pairtop[256];    /* both tops of a pair a | b << 4 */
@@ -511,11 +426,11 @@ static void by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int
     for (int64_t i = 0; i < n; i++) order[next[class[i]]++] = (int32_t)i;
 }
 
-static int decode(const rac_job *job, rac_work *w) {
+/* The head of a tile unit: where its streams are, and the states and numbers of words of its lanes */
+static int begin(rac_work *w, uint64_t *st, uint32_t *left) {
+    const rac_job *job = w->job;
     const int64_t lanes = job->lanes, n = job->rows * job->cols;
-    uint64_t st[1024];
-    uint32_t left[1024], nw = 0, ne;
-    uint8_t sym[SYMBOLS_AT_ONCE + 1024];
+    uint32_t nw = 0, ne;
     const uint8_t *u = job->unit;
     const int64_t directory = 4 + job->skip + 2 * lanes; /* `skip` bytes hold what the caller has seen to */
     int64_t at = up16(directory);
@@ -531,7 +446,8 @@ static int decode(const rac_job *job, rac_work *w) {
     if (at > job->size) return 1;
     int bad = nonzero(u + directory, first - directory) | nonzero(u + first + 4 * (int64_t)nw, esc - first - 4 * (int64_t)nw) |
               nonzero(u + esc + ne, at - esc - ne);
-    const uint32_t *words = (const uint32_t *)(u + first), *const end = words + (job->size - first) / 4;
+    w->words = (const uint32_t *)(u + first);
+    w->end = w->words + (job->size - first) / 4;
     w->planes = u; w->escape = u + esc; w->escapes = ne; w->used = 0;
     for (int b = 32, k = 0; b; b >>= 1) {
         if (!(job->raw & b)) continue;
@@ -547,9 +463,9 @@ static int decode(const rac_job *job, rac_work *w) {
     for (int64_t l = 0; l < lanes; l++) {
         st[l] = 0;
         if (left[l]) {
-            st[l] = *words++;
+            st[l] = *w->words++;
             if (!st[l]) return 3;
-            if (--left[l]) { st[l] = st[l] << 32 | *words++; left[l]--; }
+            if (--left[l]) { st[l] = st[l] << 32 | *w->words++; left[l]--; }
         }
     }
     w->small = w->fast = w->bf16 = 0;
@@ -568,23 +484,44 @@ static int decode(const rac_job *job, rac_work *w) {
         w->bf16 = w->small && job->shift == 7;
     }
 #endif
-    const int64_t per = job->per, whole = SYMBOLS_AT_ONCE / lanes * lanes;
-    const int64_t *b = w->blocks, *stop = b + 5 * w->nblocks, *here = b;
+    return 0;
+}
+
+/* Whether all of it was used up */
+static int ended(const rac_work *w, const uint64_t *st, const uint32_t *left) {
+    for (int64_t l = 0; l < w->job->lanes; l++) if (st[l] || left[l]) return 4;
+    return w->used == w->escapes ? 0 : 5;
+}
+
+/* Elements of the segment that begins with block *b, which goes to the next */
+static int64_t segment(const rac_work *w, const int64_t **b) {
+    int64_t total = 0;
+    for (const int64_t table = **b; *b < w->blocks + 5 * w->nblocks && **b == table; *b += 5)
+        total += ((*b)[2] - (*b)[1]) * ((*b)[4] - (*b)[3]);
+    return total;
+}
+
+static int decode(rac_work *w) {
+    const rac_job *job = w->job;
+    uint64_t st[1024];
+    uint32_t left[1024];
+    uint8_t sym[SYMBOLS_AT_ONCE + 1024];
+    int bad = begin(w, st, left);
+    if (bad) return bad;
+    const int64_t per = job->per, lanes = job->lanes, whole = SYMBOLS_AT_ONCE / lanes * lanes;
+    const int64_t *b = w->blocks, *here = b;
     int64_t element = 0, place = 0;
-    while (b < stop) {
+    while (b < w->blocks + 5 * w->nblocks) {
         const uint32_t *lut = job->luts + 4096 * b[0];
-        int64_t total = 0;
-        for (const int64_t table = b[0]; b < stop && b[0] == table; b += 5) total += (b[2] - b[1]) * (b[4] - b[3]);
-        const int64_t coded = (total + per - 1) / per;
+        const int64_t total = segment(w, &b), coded = (total + per - 1) / per;
         for (int64_t s = 0, got; s < coded; s += got) {
             got = coded - s < whole ? coded - s : whole;
-            words = rows(lut, words, end, left, st, sym, got, lanes);
+            w->words = rows(lut, w->words, w->end, left, st, sym, got, lanes);
             const int64_t rest = total - s * per;
             if ((bad = emit(w, sym, got * per < rest ? got * per : rest, &here, &element, &place))) return bad;
         }
     }
-    for (int64_t l = 0; l < lanes; l++) if (st[l] || left[l]) return 4;
-    return w->used == ne ? 0 : 5;
+    return ended(w, st, left);
 }
 
 #ifdef HAVE_X86
@@ -634,47 +571,52 @@ UNSORT512(uint8_t, unsort8, 64, __mmask64, _mm512_maskz_expand_epi8)
 static int has_expand(void) { return has512() && __builtin_cpu_supports("avx512vbmi2"); }
 #endif
 
-/* 0, or what is wrong: 1 streams do not fill the unit, 2 padding, 3 zero word, 4 final state, 5 escape counts,
- * 6 escaped value, 7 bits behind a plane, 8 no memory */
-static int tile(const rac_job *job) {
+/* A tile before it is decoded: its rows and columns by class, its blocks */
+static int prepare(rac_work *w, const rac_job *job) {
     const int kr = job->row_classes, kc = job->col_classes;
     const int64_t h = job->rows, c = job->cols;
-    rac_work w;
-    w.job = job;
+    w->job = job;
+    w->seq = 0;
     char *scratch = malloc((size_t)(h + c) * 4 + (size_t)kr * kc * 40 + 64);
+    w->blocks = (int64_t *)scratch;
     if (!scratch) return 8;
-    w.blocks = (int64_t *)scratch;
-    w.row = (int32_t *)(scratch + (size_t)kr * kc * 40);
-    w.col = w.row + h;
-    int64_t re[257] = {0, h}, ce[257] = {0, c};
-    if (kr > 1) by_class(job->row_class, h, kr, w.row, re); else w.row = 0;
-    if (kc > 1) by_class(job->col_class, c, kc, w.col, ce); else w.col = 0;
+    w->row = (int32_t *)(scratch + (size_t)kr * kc * 40);
+    w->col = w->row + h;
+    w->row_end[0] = w->col_end[0] = 0;
+    w->row_end[1] = h;
+    w->col_end[1] = c;
+    const int64_t *re = w->row_end, *ce = w->col_end;
+    if (kr > 1) by_class(job->row_class, h, kr, w->row, w->row_end); else w->row = 0;
+    if (kc > 1) by_class(job->col_class, c, kc, w->col, w->col_end); else w->col = 0;
     int64_t first[257] = {0};
     for (int i = 0; i < kr * kc; i++) first[job->table[i] + 1] += re[i / kc] < re[i / kc + 1] && ce[i % kc] < ce[i % kc + 1];
     for (int i = 0; i < 256; i++) first[i + 1] += first[i];
-    w.nblocks = first[256];
+    w->nblocks = first[256];
     for (int i = 0; i < kr; i++)
         for (int k = 0; k < kc; k++) {
             if (re[i] == re[i + 1] || ce[k] == ce[k + 1]) continue;
-            int64_t *b = w.blocks + 5 * first[job->table[i * kc + k]]++;
+            int64_t *b = w->blocks + 5 * first[job->table[i * kc + k]]++;
             b[0] = job->table[i * kc + k]; b[1] = re[i]; b[2] = re[i + 1]; b[3] = ce[k]; b[4] = ce[k + 1];
         }
-    w.seq = 0;
 #ifdef HAVE_X86
-    if (w.col && job->word <= 2 && has_expand() && !(w.seq = malloc((size_t)(h * c + 64) * (size_t)job->word))) {
-        free(scratch);
-        return 8;
-    }
+    if (w->col && job->word <= 2 && has_expand() && !(w->seq = malloc((size_t)(h * c + 64) * (size_t)job->word))) return 8;
 #endif
-    int bad = decode(job, &w);
+    return 0;
+}
+
+/* What was decoded to its places */
+static int unsort(rac_work *w) {
 #ifdef HAVE_X86
-    if (w.seq && !bad) {
+    if (w->seq) {
+        const rac_job *job = w->job;
+        const int kr = job->row_classes, kc = job->col_classes;
+        int64_t *re = w->row_end, *ce = w->col_end;
         const void **run = malloc((size_t)kr * kc * sizeof *run);
-        const char *at = w.seq;
-        rac_piece *pieces = malloc((size_t)(c + 64) * sizeof *pieces);
-        if (!run || !pieces) bad = 8;
-        else {
-            for (const int64_t *b = w.blocks; b < w.blocks + 5 * w.nblocks; b += 5) {
+        const char *at = w->seq;
+        rac_piece *pieces = malloc((size_t)(job->cols + 64) * sizeof *pieces);
+        const int bad = run && pieces ? 0 : 8;
+        if (!bad) {
+            for (const int64_t *b = w->blocks; b < w->blocks + 5 * w->nblocks; b += 5) {
                 int i = 0, k = 0;
                 while (re[i + 1] <= b[1]) i++;
                 while (ce[k + 1] <= b[3]) k++;
@@ -682,23 +624,122 @@ static int tile(const rac_job *job) {
                 at += (b[2] - b[1]) * (b[4] - b[3]) * job->word;
             }
             for (int k = 0; k < kc; k++) ce[k] = ce[k + 1] - ce[k];
-            if (job->word == 1) unsort8(&w, ce, (const uint8_t **)run, pieces);
-            else unsort16(&w, ce, (const uint16_t **)run, pieces);
+            if (job->word == 1) unsort8(w, ce, (const uint8_t **)run, pieces);
+            else unsort16(w, ce, (const uint16_t **)run, pieces);
         }
         free(pieces);
         free(run);
+        return bad;
     }
-    free(w.seq);
 #endif
-    free(scratch);
+    (void)w;
+    return 0;
+}
+
+static void drop(rac_work *w) {
+    free(w->seq);
+    free(w->blocks);
+}
+
+static int tile(const rac_job *job) {
+    rac_work w;
+    int bad = prepare(&w, job);
+    if (!bad) bad = decode(&w);
+    if (!bad) bad = unsort(&w);
+    drop(&w);
     return bad;
 }
 
-/* The n tiles one after the other; the number of the first that is wrong in *at */
-int rac_tiles(const rac_job *job, int64_t n, int64_t *at) {
-    for (*at = 0; *at < n; ++*at) {
-        int bad = tile(job + *at);
-        if (bad) return bad;
-    }
+/* A tile of few lanes among others */
+typedef struct {
+    rac_lanes lanes;
+    rac_work w;
+    uint8_t *sym;              /* all coded symbols of the tile */
+    const int64_t *block;      /* of the next segment */
+    int64_t number;
+} rac_slot;
+
+/* The next segment of a tile; 0 where there is none */
+static int next(rac_slot *s) {
+    const rac_job *job = s->w.job;
+    if (s->block == s->w.blocks + 5 * s->w.nblocks) return 0;
+    s->lanes.lut = job->luts + 4096 * s->block[0];
+    s->lanes.rest = (segment(&s->w, &s->block) + job->per - 1) / job->per;
+    return 1;
+}
+
+static int enter(rac_slot *s, const rac_job *job, int64_t number) {
+    s->number = number;
+    s->sym = 0;
+    int bad = prepare(&s->w, job);
+    if (bad) return bad;
+    const int64_t n = job->rows * job->cols / job->per + s->w.nblocks; /* each segment may end in half a pair */
+    if (!(s->lanes.out = s->sym = malloc((size_t)n + 1024))) return 8;
+    s->block = s->w.blocks;
+    if ((bad = begin(&s->w, s->lanes.st, s->lanes.left))) return bad;
+    s->lanes.words = s->w.words;
+    s->lanes.end = s->w.end;
+    next(s);
     return 0;
+}
+
+static int leave(rac_slot *s) {
+    rac_work *w = &s->w;
+    const int64_t per = w->job->per, *b = w->blocks, *here = b;
+    int64_t element = 0, place = 0;
+    const uint8_t *sym = s->sym;
+    while (b < w->blocks + 5 * w->nblocks) {
+        const int64_t total = segment(w, &b);
+        const int bad = emit(w, sym, total, &here, &element, &place);
+        if (bad) return bad;
+        sym += (total + per - 1) / per;
+    }
+    const int bad = ended(w, s->lanes.st, s->lanes.left);
+    return bad ? bad : unsort(w);
+}
+
+/* The tiles *from.. below n that have as few lanes as the first of them, side by side: one alone leaves the processor waiting
+ * for the step before. *from becomes the next tile, *at one that is wrong. */
+static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at) {
+    const int64_t lanes = job[*from].lanes;
+    rac_slot *room = malloc(SIDE_BY_SIDE * sizeof *room);
+    rac_lanes *all[SIDE_BY_SIDE];
+    int active = 0, bad = room ? 0 : 8;
+    for (int k = 0; !bad && k < SIDE_BY_SIDE; k++) all[k] = &room[k].lanes;
+    while (!bad) {
+        while (active < SIDE_BY_SIDE && *from < n && job[*from].lanes == lanes && !bad) {
+            *at = *from;
+            bad = enter((rac_slot *)all[active++], job + *from, *from);
+            ++*from;
+        }
+        if (!active || bad) break;
+        side_by_side(all, active, lanes);
+        for (int k = 0; k < active && !bad;) {
+            rac_slot *s = (rac_slot *)all[k];
+            if (s->lanes.rest || next(s)) { k++; continue; }
+            *at = s->number;
+            bad = leave(s);
+            drop(&s->w);
+            free(s->sym);
+            all[k] = all[--active];
+            all[active] = &s->lanes;
+        }
+    }
+    for (int k = 0; k < active; k++) {
+        drop(&((rac_slot *)all[k])->w);
+        free(((rac_slot *)all[k])->sym);
+    }
+    free(room);
+    return bad;
+}
+
+/* The n tiles; the number of one that is wrong in *at. 0, or what is wrong: 1 streams do not fill the unit, 2 padding,
+ * 3 zero word, 4 final state, 5 escape counts, 6 escaped value, 7 bits behind a plane, 8 no memory */
+int rac_tiles(const rac_job *job, int64_t n, int64_t *at) {
+    int bad = 0;
+    for (int64_t i = 0; i < n && !bad;) {
+        if (is_few(job[i].lanes)) bad = few(job, &i, n, at);
+        else bad = tile(job + (*at = i++));
+    }
+    return bad;
 }

@@ -67,6 +67,12 @@ class Grid:
         )  # fmt: skip
 
 
+@functools.lru_cache(64)
+def boxes(grid: Grid) -> list[tuple[int, int, int, int]]:
+    """`Grid.box` of every tile."""
+    return [grid.box(i) for i in range(grid.down * grid.across)]
+
+
 def dense_size(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of the dense tensor; FormatError for an F4 whose last dimension is odd."""
     bits = math.prod(shape) * DTYPES[dtype].bits
