@@ -42,7 +42,8 @@ def lossy(tmp_path):
 @pytest.fixture
 def joined(tmp_path, monkeypatch):
     """Objects quantised and not, tensors of either stage behind the trellis, several tiles; one names its alignment."""
-    monkeypatch.setattr(analyse, "CUTS", ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
+    for cuts in ("CUTS", "COARSE"):
+        monkeypatch.setattr(analyse, cuts, ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
     head = rec.head
     monkeypatch.setattr(rec, "head", lambda g, *a: head(g, *a) | ({"x-align": "pca"} if g.tensor.name == "t" else {}))
     maker = products.Maker(tmp_path / "m.rac")

@@ -133,7 +133,8 @@ def test_tiles_of_any_shape(data):
     lanes = data.draw(st.sampled_from([5, 16, 32, 33, 64]))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 11, 1 << 20]))
-        patch.setattr(analyse, "CUTS", ((1, most), (2, 2 * most), (3, 1 << 62)))
+        for cuts in ("CUTS", "COARSE"):
+            patch.setattr(analyse, cuts, ((1, most), (2, 2 * most), (3, 1 << 62)))
         path = os.path.join(folder, "m.rac")
         pack_source(from_arrays(arrays, {}), path, level=data.draw(st.sampled_from(["default", "max"])), lanes=lanes)
         with ar.RacFile(path, threads=1) as f:
@@ -205,7 +206,8 @@ def test_the_operator_reads_a_record_in_its_place(tmp_path):
     path = str(tmp_path / "m.rac")
     given = array("rows", ml_dtypes.bfloat16, 128, 128, 5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analyse, "CUTS", ((2, 1 << 62),))
+        for cuts in ("CUTS", "COARSE"):
+            patch.setattr(analyse, cuts, ((2, 1 << 62),))
         pack_source(from_arrays({"w": given}, {}), path, lanes=32)
     with ar.RacFile(path, threads=1) as f:
         a = f.archives[0]

@@ -38,7 +38,8 @@ def matrices(draw, rows, cols):
 def test_round_trip(data):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 6, 1 << 10, 1 << 20]))
-        patch.setattr(analyse, "CUTS", ((1, most), (3, 2 * most), (5, 1 << 62)))
+        for cuts in ("CUTS", "COARSE"):
+            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (5, 1 << 62)))
         maker = products.Maker(Path(folder) / "m.rac")
         for i in range(data.draw(st.integers(1, 3))):
             rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 160))

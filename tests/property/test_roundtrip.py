@@ -195,7 +195,8 @@ def test_structured_arrays_in_many_tiles(data):
     level, lanes = data.draw(LEVELS), data.draw(LANES)
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        patch.setattr(analyse, "CUTS", ((1, most), (3, 2 * most), (8, 1 << 62)))
+        for cuts in ("CUTS", "COARSE"):
+            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed(arrays, {}, level=level, lanes=lanes)
     check(archive, arrays, {}, indices_from(data, 3))
 
@@ -347,7 +348,8 @@ def test_kernels_agree(data):
     assert native.library() is not None
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        patch.setattr(analyse, "CUTS", ((1, most), (3, 2 * most), (8, 1 << 62)))
+        for cuts in ("CUTS", "COARSE"):
+            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed({"a": array}, level=level, lanes=lanes)
         fast = _decoded(archive)
         patch.setattr(native, "library", lambda: None)

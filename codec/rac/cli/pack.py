@@ -53,6 +53,12 @@ def add(commands: Any) -> None:
     p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="take only these tensors")
     p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
     p.add_argument("--lanes", type=int, metavar="N", help="ANS lanes per tile: more for GPUs, fewer for size")
+    p.add_argument(
+        "--slices", choices=("fine", "coarse"),
+        help="tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond "
+        "1.1 times its share (default: fine; coarse for quantised tensors, which are 0.5 to 1 %% smaller then where "
+        "they are small, and with --lanes)",
+    )  # fmt: skip
     p.add_argument("--shard-size", metavar="SIZE", help="start a new shard after SIZE of dense bytes, e.g. 5GB")
     lossy = p.add_argument_group(
         "lossy packing", "Large float matrices are quantised; embeddings, norms and small tensors stay lossless."
@@ -164,7 +170,7 @@ def _file(args: argparse.Namespace) -> int:
         request = Request(
             args.bits, args.file_bits, whole, args.snr, args.kl, texts, args.tokens, args.effort,
             tuple(args.keep), _cache(args.cache), args.align, args.rank,
-            args.embeddings, args.lanes,
+            args.embeddings, args.lanes, args.slices,
         )  # fmt: skip
 
     def layer(f: Fidelity) -> None:
@@ -184,6 +190,7 @@ def _file(args: argparse.Namespace) -> int:
                 source, args.output, level=args.level, jobs=jobs, lanes=args.lanes, shard_size=shard_size,
                 resume=args.resume, force=args.force, progress=progress,
                 settings={"include": args.include, "exclude": args.exclude}, recipe=recipe, layer=layer, pool=pool,
+                slices=args.slices,
             )  # fmt: skip
     seconds = time.monotonic() - start
     if done.skipped:

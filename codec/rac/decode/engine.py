@@ -51,7 +51,8 @@ def threads_of(threads: int | None, most: int | None = 8) -> int:
 class Take(Protocol):
     """How an item gives its bytes."""
 
-    def __call__(self, i: int, n: int = 1) -> tuple[memoryview, Held | None]: ...
+    def __call__(self, i: int, n: int = 1) -> tuple[memoryview, Held | None]:
+        """As `Item.take` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ class Item:
     file: str
     t: tn.Tensor
     take: Take
-    """The bytes of unit i, each once and in their order, unchecked; and what to give back. With n of the units i..i + n - 1
-    and the padding between them."""
+    """The bytes of unit i, each once and in their order, unchecked; and what to give back. With n, those of the units
+    i..i + n - 1 and the padding between them."""
     objects: Callable[[], list[NDArray[np.float32]]]
     """The matrices that it uses."""
     keep: Callable[[Array | None], None]

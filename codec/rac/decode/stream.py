@@ -242,9 +242,10 @@ def forward_tensors(
 
         def take(i: int, n: int = 1) -> Any:
             view, held = item.take(i, n)
-            for unit in item.t.units[i : i + n] if lanes else ():
+            size = lanes.directory if lanes else 0
+            for unit in item.t.units[i : i + n]:
                 at = unit.offset - item.t.units[i].offset
-                mine.append(bytes(view[at : at + lanes.directory]))
+                mine.append(bytes(view[at : at + size]))
             return view, held
 
         return replace(item, take=take)

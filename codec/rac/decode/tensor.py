@@ -16,7 +16,7 @@ from rac.container import index as ix
 from rac.container import wire
 from rac.container.zstd import Digest, xxh3
 from rac.decode import tile
-from rac.decode.tile import Box
+from rac.decode.tile import Box, Shared
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
@@ -236,7 +236,7 @@ class Decoder:
     ) -> None:  # fmt: skip
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
         self.tensor, self._reference, self._objects = t, reference, objects
-        self.shared: tile.Shared | None = None
+        self.shared: Shared | None = None
         self.tables: tr.Tables | None = None
         for i, unit in enumerate(first):
             self.check(i, unit)
@@ -268,7 +268,7 @@ class Decoder:
         work.run()
 
     @property
-    def kernel(self) -> tile.Shared | None:
+    def kernel(self) -> Shared | None:
         """What a job of the kernel needs; None where Python decodes the tiles."""
         return self.shared if self.shared and self.shared.tail and not self._reference else None
 

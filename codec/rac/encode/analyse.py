@@ -21,9 +21,12 @@ Source = Callable[[ll.Grid, int, int], Array]
 Read = Callable[[int, int], Array]
 """Words (h, C) of the rows [start, stop) of the matrix."""
 
-CUTS = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
+CUTS = ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62))
 """Tiles along each side up to which stored size: an eighth of the rows or columns then costs no more than 1.1 times its
-share of the stored bytes and 1 MB."""
+share of the stored bytes and 64 KB."""
+COARSE = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
+"""The same for 1 MB."""
+SLICES = ("fine", "coarse")
 PAIR_RARE = 45000
 """A pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits."""
 RARE = {1: 65536, 2: 4096}
@@ -56,6 +59,10 @@ class Level:
     """Take `lanes` as it is, however small the tile."""
     tile: int = 1 << 20
     """Words of a tile at most."""
+    coarse: bool = False
+    """Cut into tiles by COARSE."""
+    density: float = 0.0
+    """Stored bytes of a word, about; 0: as its type has them."""
 
 
 LEVELS = {
@@ -66,6 +73,24 @@ LEVELS = {
         Level("max", 16, 1, 16, 8, 5, True, 2, 19, 9),
     )
 }
+
+
+CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18, coarse=True)
+"""How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
+each of them, not for two, and needs as many lanes at once as it can get (docs/gpu.md). But coarse: a trellis begins
+anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/streaming.md)."""
+
+
+def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
+    """A level with the lanes per tile and the tiles ("fine" or "coarse") that were asked for; None: its own.
+
+    Where only lanes are given, tiles are coarse, since each has so many lanes.
+    """
+    if lanes is not None:
+        level = replace(level, lanes=lanes, fixed=True, coarse=True)
+    if slices is not None:
+        level = replace(level, coarse=slices == "coarse", density=0.5 if level.coarse else 0.0)
+    return level
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +126,19 @@ def axis_of(shape: tuple[int, ...]) -> int:
     return max(0, len(shape) - 1)
 
 
-def grid_of(dtype: str, shape: tuple[int, ...], axis: int, most: int = 1 << 20) -> ll.Grid:
-    """Tiles as large as slices allow, and of at most `most` words: long lanes are small and fast."""
+def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> ll.Grid:
+    """Tiles as large as slices and the level allow: long lanes are small and fast."""
     rows, cols = ll.matrix(dtype, shape, axis)
     d = DTYPES[dtype]
-    stored = rows * cols * d.word * (0.7 if d.signed_float and d.word == 2 else 0.85 if d.signed_float else 1)
-    parts = next(n for n, most in CUTS if stored <= most)
+    stored = (
+        rows
+        * cols
+        * (level.density or d.word * (0.7 if d.signed_float and d.word == 2 else 0.85 if d.signed_float else 1))
+    )
+    parts = next(n for n, most in (COARSE if level.coarse else CUTS) if stored <= most)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
-    tc = -(-tc // -(-tc // most))
-    tr = max(1, min(-(-rows // parts), most // tc))
+    tc = -(-tc // -(-tc // level.tile))
+    tr = max(1, min(-(-rows // parts), level.tile // tc))
     return ll.Grid(rows, cols, d.word, tr, tc)
 
 
@@ -124,7 +153,7 @@ def chunks(grid: ll.Grid) -> Iterator[tuple[int, int]]:
 def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> Plan:
     """Choose method and parameters; reads the tensor once or a few times, some MiB at a time."""
     axis = axis_of(shape)
-    grid = grid_of(dtype, shape, axis, level.tile)
+    grid = grid_of(dtype, shape, axis, level)
     digest = zstd.Digest()
 
     def read(a: int, b: int) -> Array:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rac.container import zstd
 from rac.encode import lossy, split, ties, workers
 from rac.encode import record as rec
-from rac.encode.analyse import LEVELS, Level
+from rac.encode.analyse import CODER, LEVELS, Level, tuned
 from rac.encode.calibrate import Note, calibrate, joined
 from rac.encode.recipe import EFFORTS, Recipe, calibrated, data_free, matrix_of
 from rac.encode.sources import Attachment, SourceTensor
@@ -62,14 +62,14 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     """Quantise and code one tensor of the recipe."""
     a = recipe.aligned[t.name]
     w, dtype, objects = split.before(t, recipe)
-    lane = split.lane_of(w.shape)
+    lane = split.lane_of(w.shape, recipe.coder)
     below = a.below()
     states = recipe.states if below is None else SHAPED
     q = lossy.quantise(
         w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below
     )  # fmt: skip
     del w, below
-    encoder, units = split.coded(q, recipe.lanes)
+    encoder, units = split.coded(q, recipe.coder)
     return Coded(encoder, q, units, t.dtype, a.name, objects)
 
 
@@ -148,6 +148,7 @@ class Request:
     embeddings: bool = False
     """Quantise embeddings and output layers too."""
     lanes: int | None = None
+    slices: str | None = None
     """Per tile; None: as usual."""
 
     def __post_init__(self) -> None:
@@ -199,7 +200,7 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: 
     if not request.calibrate:
         recipe = data_free(groups, request.keep, request.effort, request.embeddings)
         about = {**recipe.about, **request.shape, "goal": request.stated}
-        return replace(recipe, lanes=request.lanes, about=about)
+        return replace(recipe, coder=tuned(CODER, request.lanes, request.slices), about=about)
     texts = [None if name == "self" else read_text(name) for name in request.calibrate]
     found = [calibrate(path, text, tokens=request.tokens, note=note, cache=request.cache) for text in texts]
     layers = found[0] if len(found) == 1 else joined(found)
@@ -211,7 +212,7 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Request, note: 
         for text, one in zip(texts, found, strict=True)
     ]
     about = {**recipe.about, **request.shape, "calibrate": used, "goal": request.stated}
-    return replace(recipe, lanes=request.lanes, about=about)
+    return replace(recipe, coder=tuned(CODER, request.lanes, request.slices), about=about)
 
 
 def texts_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:

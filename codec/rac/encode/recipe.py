@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rac.align.triangular import Rows, Triangular, blocks, damped, rows, triangular
 from rac.encode import lossy, ties
-from rac.encode.analyse import axis_of
+from rac.encode.analyse import CODER, Level, axis_of
 from rac.encode.calibrate import Layer
 from rac.encode.sources import SourceTensor
 from rac.errors import SourceError
@@ -109,8 +109,8 @@ class Recipe:
     """log2 of the common factor of all units."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """For the provenance."""
-    lanes: int | None = None
-    """Per tile; None: as usual."""
+    coder: Level = CODER
+    """Of the integers."""
     unreached: tuple[str, ...] = ()
     """Tensors that the calibration did not reach: they are quantised from the weights alone."""
 

@@ -16,7 +16,7 @@ from rac.align.triangular import Triangular, damped, triangular
 from rac.container import zstd
 from rac.encode import lossy, ties
 from rac.encode import record as rec
-from rac.encode.analyse import Level, analyse, grid_of
+from rac.encode.analyse import CODER, Level, analyse, grid_of
 from rac.encode.recipe import Aligned, Recipe, matrix_of
 from rac.encode.sources import SourceTensor
 from rac.encode.tile import TileEncoder
@@ -48,9 +48,6 @@ COARSE = 1 / 64
 """Most that the error of a basis may add to the output error, as a share of it."""
 HARM = 4.5
 """Bits per weight that such a share costs, per share: weak directions are no longer free of strong ones."""
-CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18)
-"""How the integers are coded: in smaller tiles than what is lossless, since a GPU steps once for each of them, not for
-two, and needs as many lanes at once as it can get (docs/gpu.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +80,13 @@ class Basis:
     """Its first user, with whose bytes the basis counts."""
 
 
-def lane_of(shape: tuple[int, ...]) -> int:
+def lane_of(shape: tuple[int, ...], coder: Level = CODER) -> int:
     """Rows of the tiles of a matrix of integers, after which a trellis begins anew."""
-    return grid_of("U8", shape, 1, CODER.tile).tr
+    return grid_of("U8", shape, 1, coder).tr
 
 
-def coded(q: lossy.Quantised, lanes: int | None = None) -> tuple[TileEncoder, list[rec.Bytes]]:
-    """A quantised matrix as the units of a record; `lanes` per tile where they are not as usual."""
-    coder = CODER if lanes is None else replace(CODER, lanes=lanes, fixed=True)
+def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[TileEncoder, list[rec.Bytes]]:
+    """A quantised matrix as the units of a record."""
     plan = replace(analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, coder), words=q.words)
     encoder = TileEncoder(plan)
     units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]

@@ -43,7 +43,8 @@ def fill(maker, rows=150, cols=140):
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """(path, dense words) of an archive of many tiles."""
-    monkeypatch.setattr(analyse, "CUTS", ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
+    for cuts in ("CUTS", "COARSE"):
+        monkeypatch.setattr(analyse, cuts, ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
     maker = products.Maker(tmp_path / "m.rac")
     fill(maker)
     maker.finish()

@@ -133,7 +133,8 @@ def test_embedding_of_many_tiles(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_objects_travel_with_the_tensor(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(analyse, "CUTS", ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))  # many tiles
+    for cuts in ("CUTS", "COARSE"):  # many tiles
+        monkeypatch.setattr(analyse, cuts, ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
     maker, rows, cols = products.Maker(tmp_path / "m.rac"), 150, 140
     maker.object("a", products.exact(products.normal(1, rows, 7)))
     maker.object("b", products.quantised(products.words(2, 7, cols), 2))
