@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 MOST_BASE = 512
 """Largest order of a Paley matrix that is used: it costs so many multiplications for each element."""
+MOST_DCT = 4096
+"""Largest odd part whose DCT is: any weight may state any order, and the matrix takes memory when it runs."""
 RADIX = 64
 """Sylvester factors are multiplied in pieces of this order: one product of matrices, not six passes over memory."""
 _MASK = (1 << 64) - 1
@@ -61,7 +63,7 @@ def _prime(n: int) -> bool:
 
 
 def order(m: int) -> Order:
-    """The construction for order `m`; ValueError below 1."""
+    """The construction for order `m`; ValueError below 1, and where none is defined."""
     if m < 1:
         raise ValueError(f"a matrix of order {m}")
     power = (m & -m).bit_length() - 1
@@ -78,6 +80,8 @@ def order(m: int) -> Order:
             return Order(m, power - two, base, "paley1")
         if base % 8 == 4 and _prime(base // 2 - 1):
             return Order(m, power - two, base, "paley2")
+    if odd > MOST_DCT:
+        raise ValueError(f"no matrix of order {m}: its odd part {odd} is above {MOST_DCT}")
     return Order(m, power, odd, "dct")
 
 

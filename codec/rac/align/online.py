@@ -1,0 +1,70 @@
+"""Maps of a layer's input: applied while it runs, absorbed by its weight, folded into it (format_spec/stages/online.md).
+
+A layer that computes W x is the same as one that computes W' (T x) with W' = W T^-1. Weights (out, n) and inputs
+(..., n) both have their columns last, so that all of this works along the last axis, of numpy arrays or torch tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.align import hadamard
+from rac.records import Online
+
+
+class Transform:
+    """T = I_a (x) M (x) I_inner, and of hadamard/1 the signs in front of it.
+
+    Args:
+        online: What a record states.
+        width: n, of the input.
+        matrix: (size, size) M of matrix/1; None otherwise.
+
+    Raises:
+        ValueError: The sizes do not fit each other.
+    """
+
+    def __init__(self, online: Online, width: int, matrix: NDArray[Any] | None = None) -> None:
+        if online.inner < 1 or online.size < 1 or width % (online.size * online.inner):
+            raise ValueError(f"{online.size} x {online.inner} does not divide a width of {width}")
+        if (matrix is not None) != (online.id == "matrix/1") or (
+            matrix is not None and matrix.shape != (online.size, online.size)
+        ):
+            raise ValueError(f"{online.id} of order {online.size} has no such matrix")
+        self.online, self.width, self.matrix = online, width, matrix
+
+    def apply(self, x: Any) -> Any:
+        """T x of each vector along the last axis: (..., n), data type and device kept."""
+        return self._multiply(x, self.matrix, False)
+
+    def fold(self, w: Any) -> Any:
+        """W' T of a weight (..., n): what a layer without the map has in its place."""
+        return self._multiply(w, self.matrix, True)
+
+    def absorb(self, w: Any) -> Any:
+        """W T^-1 of a weight (..., n): what stands behind the map. LinAlgError where M has no inverse."""
+        inverse = None if self.matrix is None else np.linalg.inv(self.matrix.astype(np.float64)).T
+        return self._multiply(w, inverse, False)
+
+    def _multiply(self, x: Any, m: NDArray[Any] | None, transposed: bool) -> Any:
+        o = self.online
+        if x.shape[-1] != self.width:
+            raise ValueError(f"an input of {x.shape[-1]}, the transform is one of {self.width}")
+        if m is not None:
+            return hadamard.kronecker(x, (m.astype(np.float64),), o.inner, transposed)
+        signs = hadamard.like(hadamard.signs(o.seed, self.width), x)
+        if transposed:
+            return hadamard.transform(x, o.size, o.inner, transposed=True) * signs
+        return hadamard.transform(x * signs, o.size, o.inner)
+
+    def describe(self) -> str:
+        """For people."""
+        o = self.online
+        blocks = self.width // (o.size * o.inner)
+        where = f", {blocks} blocks" * (blocks > 1) + f", every {o.inner}th element" * (o.inner > 1)
+        if o.id == "matrix/1":
+            return f"matrix {o.object!r} of order {o.size}{where}"
+        return hadamard.order(o.size).describe() + where + ("" if o.seed is None else f", signs of seed {o.seed}")
