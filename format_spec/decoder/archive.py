@@ -7,6 +7,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from . import online as transforms
 from .container import (
     ATTACHMENT,
     INDEX,
@@ -24,7 +25,6 @@ from .container import (
     read_record,
     row_names,
 )
-from . import online as transforms
 from .errors import ChecksumError, FormatError, LimitError, Limits, TruncatedError, only_rac_errors
 from .structure import Map, Value, as_count, as_counts, as_text, encode
 from .tensors import Objects, attachment_head, read_attachment, read_tensor, tensor_head

@@ -8,7 +8,7 @@ from golden.good_online import online_base
 from golden.model import DROP, Archive
 from golden.products import plain
 
-H, O = "h", "o"
+H, M = "h", "o"
 """Tensors of `online_base`, F32 of 2 x 12: hadamard/1 of order 12, and matrix/1 of order 4 with step 3."""
 
 
@@ -44,11 +44,11 @@ bad("empty", "ONL-001", "An empty map.", whole({}), UNSUPPORTED)
 for _key in ("inner", "size", "seed"):
     bad(f"no-{_key}", "ONL-002", f"hadamard/1 without `{_key}`.", on(H, H, **{_key: DROP}))
 for _key in ("inner", "object"):
-    bad(f"matrix-no-{_key}", "ONL-002", f"matrix/1 without `{_key}`.", on(f"m {O}", O, **{_key: DROP}))
+    bad(f"matrix-no-{_key}", "ONL-002", f"matrix/1 without `{_key}`.", on(f"m {M}", M, **{_key: DROP}))
 for _key in ("object", "x-a", "outer"):
     bad(f"key-{_key}", "ONL-003", f"hadamard/1 with the key `{_key}`.", on(H, H, **{_key: "m"}), UNSUPPORTED)
 for _key in ("size", "seed", "x-a"):
-    bad(f"matrix-key-{_key}", "ONL-003", f"matrix/1 with the key `{_key}`.", on(f"m {O}", O, **{_key: 4}), UNSUPPORTED)
+    bad(f"matrix-key-{_key}", "ONL-003", f"matrix/1 with the key `{_key}`.", on(f"m {M}", M, **{_key: 4}), UNSUPPORTED)
 for _name, _values in (
     ("inner-0", {"inner": 0}), ("inner-negative", {"inner": -1}), ("inner-bool", {"inner": True}),
     ("inner-null", {"inner": None}), ("size-0", {"size": 0}), ("size-text", {"size": "12"}),
@@ -56,9 +56,9 @@ for _name, _values in (
     ("seed-large", {"seed": (1 << 62) + 1}), ("seed-bool", {"seed": False}), ("seed-text", {"seed": "1"}),
 ):  # fmt: skip
     bad(_name, "ONL-004", "A value of another type or range.", on(H, H, **_values))
-bad("matrix-inner-0", "ONL-004", "`inner` is 0.", on(f"m {O}", O, inner=0))
+bad("matrix-inner-0", "ONL-004", "`inner` is 0.", on(f"m {M}", M, inner=0))
 for _name, _object in (("int", 1), ("null", None), ("bin", b"m")):
-    bad(f"matrix-object-{_name}", "ONL-004", "`object` is no text.", on(f"m {O}", O, object=_object))
+    bad(f"matrix-object-{_name}", "ONL-004", "`object` is no text.", on(f"m {M}", M, object=_object))
 
 
 def other(dtype: str, shape: list[int], size: int) -> Patch:
@@ -79,18 +79,18 @@ for _name, _values in (
     ("inner-wide", {"inner": 1 << 62}),
 ):  # fmt: skip
     bad(f"divide-{_name}", "ONL-006", f"{_values} and 12 columns.", on(H, H, **_values))
-bad("matrix-divide", "ONL-006", "A matrix of order 4 with step 2 and 12 columns.", on(f"m {O}", O, inner=2))
-bad("object-missing", "ONL-007", "An object that is not there.", on(f"m {O}", O, object="n"))
-bad("object-none", "ONL-007", "No object at all.", on(O, O))
-bad("object-later", "ONL-007", "The object stands behind the tensor.", on(f"{O} m", O))
-bad("object-tensor", "ONL-007", "The name of a tensor.", on(f"m {H} {O}", O, object=H))
+bad("matrix-divide", "ONL-006", "A matrix of order 4 with step 2 and 12 columns.", on(f"m {M}", M, inner=2))
+bad("object-missing", "ONL-007", "An object that is not there.", on(f"m {M}", M, object="n"))
+bad("object-none", "ONL-007", "No object at all.", on(M, M))
+bad("object-later", "ONL-007", "The object stands behind the tensor.", on(f"{M} m", M))
+bad("object-tensor", "ONL-007", "The name of a tensor.", on(f"m {H} {M}", M, object=H))
 
 
 def shape_of(rows: int, cols: int) -> Patch:
     """Another object."""
 
     def patch(_: Archive) -> Archive:
-        return archive(plain("m", rows, cols, [0] * (rows * cols)).record, online_base()[O])
+        return archive(plain("m", rows, cols, [0] * (rows * cols)).record, online_base()[M])
 
     return patch
 

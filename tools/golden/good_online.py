@@ -29,7 +29,11 @@ def _() -> Archive:
     return archive(tensor("t", "F32", [2, 4], words, more=hadamard(4, 1)))
 
 
-@good("online-orders", "Orders of every construction, and without one; the largest base; 4096 columns; an order of 1.", "ONL-009")
+@good(
+    "online-orders",
+    "Orders of every construction, and without one; the largest base; 4096 columns; an order of 1.",
+    "ONL-009",
+)
 def _() -> Archive:
     sizes = (1, 2, 3, 8, 12, 14, 20, 24, 28, 36, 40, 43, 60, 64, 86, 100, 148, 172, 344, 420, 504, 576, 4096)
     return archive(

@@ -1,4 +1,4 @@
-"""Maps of a layer's input: applied while it runs, absorbed by its weight, folded into it (format_spec/stages/online.md).
+"""Maps of a layer's input: applied as it runs, absorbed by its weight, folded into it (format_spec/stages/online.md).
 
 A layer that computes W x is the same as one that computes W' (T x) with W' = W T^-1. Weights (out, n) and inputs
 (..., n) both have their columns last, so that all of this works along the last axis, of numpy arrays or torch tensors.
@@ -68,3 +68,35 @@ class Transform:
         if o.id == "matrix/1":
             return f"matrix {o.object!r} of order {o.size}{where}"
         return hadamard.order(o.size).describe() + where + ("" if o.seed is None else f", signs of seed {o.seed}")
+
+
+class Before:
+    """A forward pre-hook of a linear layer of torch: T x in the place of x."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform = transform
+
+    def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As torch calls it."""
+        if args:
+            return (self.transform.apply(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"input": self.transform.apply(kwargs["input"])}
+
+
+def hook(layer: Any, transform: Transform) -> None:
+    """Let a layer of torch apply a map to its input; its weight is left alone."""
+    layer.register_forward_pre_hook(Before(transform), with_kwargs=True)
+
+
+def hooked(layer: Any) -> Transform | None:
+    """The map that `hook` gave a layer."""
+    found = [h.transform for h in layer._forward_pre_hooks.values() if isinstance(h, Before)]
+    return found[0] if found else None
+
+
+def unhook(layer: Any) -> None:
+    """Take it away."""
+    for key, held in list(layer._forward_pre_hooks.items()):
+        if isinstance(held, Before):
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)

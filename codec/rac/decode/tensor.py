@@ -57,6 +57,11 @@ class Tensor:
     """What the layer does to its input before this weight; the dense tensor does not depend on it."""
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the objects that decoding or running the layer needs, each once."""
+        return tuple(dict.fromkeys((*self.uses, *([self.online.object] if self.online and self.online.object else []))))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the dense tensor."""
         return self.grid.rows * self.grid.cols * self.word
