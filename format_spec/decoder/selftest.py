@@ -235,5 +235,5 @@ def example_online() -> None:
     for seed, digest in SEEDS.items():
         assert xxhash.xxh3_128_hexdigest(np.array(online.signs(seed, 100), np.int8).tobytes()) == digest
     for order in (6, 9, 43):
-        made = online.matrix(order)
-        assert abs(made @ made.T - np.eye(order)).max() < 1e-12
+        m = online.matrix(order)
+        assert abs(m @ m.T - np.eye(order)).max() < 1e-12

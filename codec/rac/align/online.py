@@ -62,12 +62,18 @@ class Transform:
 
     def describe(self) -> str:
         """For people."""
-        o = self.online
-        blocks = self.width // (o.size * o.inner)
-        where = f", {blocks} blocks" * (blocks > 1) + f", every {o.inner}th element" * (o.inner > 1)
-        if o.id == "matrix/1":
-            return f"matrix {o.object!r} of order {o.size}{where}"
-        return hadamard.order(o.size).describe() + where + ("" if o.seed is None else f", signs of seed {o.seed}")
+        return describe(self.online, self.width) + (
+            "" if self.online.seed is None else f", signs of seed {self.online.seed}"
+        )
+
+
+def describe(online: Online, width: int) -> str:
+    """What a map of `width` inputs is, for people; its seed is left out."""
+    blocks = width // (online.size * online.inner)
+    where = f", {blocks} blocks" * (blocks > 1) + f", every {online.inner}th element" * (online.inner > 1)
+    if online.id == "matrix/1":
+        return f"matrix {online.object!r} of order {online.size}{where}"
+    return hadamard.order(online.size).describe() + where
 
 
 class Before:

@@ -232,6 +232,8 @@ def pack_source(
         provenance |= settings
     if recipe is not None:
         provenance |= {"bits_scale": repr(recipe.scale), **recipe.about}
+    if mapped := sum(t.online is not None for t in source.tensors):
+        provenance["online"] = mapped  # `rac info` looks for them only then
     if source.kind == "gguf" and any(g.aliases for g in groups):
         provenance["gguf_order"] = [t.name for t in source.tensors]  # a GGUF file has no names for places
     resumed = 0

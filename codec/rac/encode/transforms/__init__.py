@@ -4,7 +4,7 @@
     before = transforms.logits(model, tokens)
     transforms.quarot(p, seed=0)                     # or fuse_norms, rotate_residual, rotate_values, ... one by one
     transforms.require_same(before, model, tokens)
-    pack_source(transforms.source(p, folder), "m.rac")
+    pack_source(transforms.source(p, folder), "m.rac", settings=p.about)
 
 torch and transformers are met through the model, and imported only where a function needs them.
 """

@@ -20,7 +20,7 @@ def untie(p: Parts) -> None:
     if hasattr(p.model, "all_tied_weights_keys"):
         p.model.all_tied_weights_keys = {}
     n = p.head.weight.numel()
-    p.notes.append(f"untied: the output layer has {n:,} weights of its own (tie_word_embeddings = false)")
+    p.did("untie", f"untied: the output layer has {n:,} weights of its own (tie_word_embeddings = false)")
 
 
 def fuse_norms(p: Parts) -> None:
@@ -37,7 +37,7 @@ def fuse_norms(p: Parts) -> None:
         for reader in readers:
             reader.weight.data.copy_(reader.weight.data.double() * gain)
         p.set_gain(norm, gain.new_ones(len(gain)))
-    p.notes.append(f"fused: the gains of {len(groups)} norms")
+    p.did("fuse_norms", f"fused: the gains of {len(groups)} norms")
 
 
 def fused(p: Parts) -> bool:

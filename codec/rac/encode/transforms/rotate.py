@@ -96,7 +96,7 @@ def rotate_residual(p: Parts, r1: Transform) -> None:
         for writer in (layer.attention_out, layer.mlp_out):
             _outputs(r1, writer.weight.data, None if writer.bias is None else writer.bias.data)
     _last(r1, p.head.weight.data, inverse=True)
-    p.notes.append(f"R1, the residual stream: {r1.describe()}")
+    p.did("rotate_residual", f"R1, the residual stream: {r1.describe()}")
 
 
 def rotate_values(p: Parts, layer: Layer, r2: Transform) -> None:
@@ -113,6 +113,7 @@ def rotate_values(p: Parts, layer: Layer, r2: Transform) -> None:
     _orthogonal(r2)
     _outputs(r2, layer.value.weight, layer.value.bias)
     _last(r2, layer.attention_out.weight.data, inverse=True)
+    p.did(f"rotate_values {layer.name}")
 
 
 def online(p: Parts, layer: Any, name: str, t: Transform) -> None:
@@ -130,6 +131,7 @@ def online(p: Parts, layer: Any, name: str, t: Transform) -> None:
     except np.linalg.LinAlgError as e:
         raise TransformError(f"{name}: the online transform has no inverse") from e
     hook(layer, t)
+    p.did(f"online {name}")
     p.online[f"{name}.weight"] = t
 
 
@@ -151,6 +153,7 @@ def quarot(p: Parts, seed: int = 0) -> None:
     signs of `seed`; layer i those of seed + 3 i + 1 (R2), + 2 (heads) and + 3 (MLP).
     """
     _no_gains_behind(p)  # before anything is changed
+    done = list(p.about.get("transforms", ()))
     fuse_norms(p)
     rotate_residual(p, hadamard(p.width, seed))
     for i, layer in enumerate(p.layers):
@@ -160,4 +163,4 @@ def quarot(p: Parts, seed: int = 0) -> None:
     p.notes.append(f"R2, the values of each head: {hadamard(p.head_dim, None).describe()}")
     p.notes.append(f"online, across the heads: {hadamard(p.heads, None).describe()}")
     p.notes.append(f"R4, online, in front of {p.rules.mlp_out}: {hadamard(p.inner, None).describe()}")
-    p.about |= {"transform": "quarot", "seed": seed}
+    p.about["transforms"] = [*done, f"quarot {seed}"]

@@ -106,7 +106,14 @@ class Parts:
     notes: list[str] = field(default_factory=list)
     """What was done, for people."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What was done, for the provenance of a file: text, integers, lists and maps of these."""
+    """What was done, for the provenance of a file (`settings` of `pack_source`): "transforms", names of functions with
+    what they were given, and whatever a recipe adds."""
+
+    def did(self, what: str, note: str = "") -> None:
+        """Take down that something was done, and for people what."""
+        self.about.setdefault("transforms", []).append(what)
+        if note:
+            self.notes.append(note)
 
     @property
     def width(self) -> int:

@@ -79,8 +79,7 @@ def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = 
             if (layer.name, place) not in found:
                 raise TransformError(f"{layer.name}: the largest inputs of {place!r} are not known")
             _smooth(p, layer, place, found[layer.name, place], alpha)
-    p.notes.append(f"smoothed with alpha {alpha:g}: {', '.join(places)}")
-    p.about |= {"smooth": f"{alpha:g}", "smooth_places": list(places)}
+    p.did(f"smooth {alpha:g} {' '.join(places)}", f"smoothed with alpha {alpha:g}: {', '.join(places)}")
 
 
 def _smooth(p: Parts, layer: Layer, place: str, most: NDArray[np.float64], alpha: float) -> None:
