@@ -3,7 +3,7 @@
     p = transforms.parts(model)                      # in float32; everything works on it in place, in float64
     before = transforms.logits(model, tokens)
     transforms.quarot(p, seed=0)                     # or fuse_norms, rotate_residual, rotate_values, ... one by one
-    transforms.require_same(before, model, tokens)
+    transforms.require_same(before, p, tokens)       # TransformError; without it there is no source
     pack_source(transforms.source(p, folder), "m.rac", settings=p.about)
 
 torch and transformers are met through the model, and imported only where a function needs them.

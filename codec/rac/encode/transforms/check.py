@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rac.encode.transforms.rules import Parts
 from rac.errors import TransformError
 
 MOST = 1e-3
@@ -37,10 +38,16 @@ def deviation(model: Any, transformed: Any, tokens: Any) -> float:
     return found if found == found else float("inf")
 
 
-def require_same(model: Any, transformed: Any, tokens: Any, most: float = MOST) -> float:
-    """The deviation; TransformError where it is above `most`: such a model is not packed."""
-    found = deviation(model, transformed, tokens)
-    if not found <= most:
+def require_same(model: Any, p: Parts, tokens: Any, most: float = MOST) -> float:
+    """The deviation of a transformed model from what it was (`deviation`); only one that passes here can be packed.
+
+    Raises:
+        TransformError: It is above `most`.
+    """
+    found = deviation(model, p.model, tokens)
+    if found <= most:
+        p.deviation = found
+    else:
         raise TransformError(
             f"the transform has changed what the model computes: logits differ by {found:.2e} of the largest, "
             f"{most:g} is allowed; it is not packed"

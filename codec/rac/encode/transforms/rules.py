@@ -109,8 +109,12 @@ class Parts:
     """What was done, for the provenance of a file (`settings` of `pack_source`): "transforms", names of functions with
     what they were given, and whatever a recipe adds."""
 
+    deviation: float | None = None
+    """Of the model from what it was (`require_same`); None: not measured since the last transform."""
+
     def did(self, what: str, note: str = "") -> None:
         """Take down that something was done, and for people what."""
+        self.deviation = None
         self.about.setdefault("transforms", []).append(what)
         if note:
             self.notes.append(note)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rac.encode.sources import Attachment, Source, from_arrays, open_source
 from rac.encode.transforms.rules import Parts
-from rac.errors import SourceError
+from rac.errors import SourceError, TransformError
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -24,8 +24,11 @@ def source(p: Parts, folder: str | os.PathLike[str], dtype: str = "F32") -> Sour
         dtype: Of the tensors: "F32", "BF16" or "F16". Half precision rounds the transformed weights once.
 
     Raises:
+        TransformError: Nobody has found that the model still computes the same (`require_same`).
         SourceError: The folder cannot be read.
     """
+    if p.deviation is None:
+        raise TransformError("a transformed model is not packed before require_same has compared it with the original")
     import torch
 
     kind = getattr(torch, _DTYPES[dtype])
