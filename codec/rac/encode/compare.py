@@ -46,15 +46,15 @@ class Row:
     snr: float | None
     """Energy of the matrices of the original to that of their error, over all."""
     weighted_snr: float | None = None
-    """The same of the outputs of the linear layers: sum tr(W S W') / sum tr(E S E'), S second moments on the text.
-
-    Neither is measured of a file whose weights were transformed."""
+    """The same of the outputs of the linear layers: sum tr(W S W') / sum tr(E S E'), S second moments on the text."""
     kl: float | None = None
     """KL(original || file) per token, nats, mean over all positions."""
     top1: float | None = None
     """Share of positions where both predict the same token."""
     perplexity: float | None = None
     """Over all positions but the last of each window."""
+    turned: bool = False
+    """Whether the weights are those of a transformed model, which are in other coordinates: no SNR is measured."""
 
 
 @dataclass(slots=True)
@@ -65,8 +65,6 @@ class _File:
     kind: str
     floats: dict[str, Callable[[], Floats]]
     matrices: list[str]
-    turned: bool = False
-    """Whether the weights are those of a transformed model, which computes the same in other coordinates."""
     tied: bool | None = None
     """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
 
@@ -105,7 +103,7 @@ def compare(
             with _opened(name) as theirs:
                 if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
                     theirs.floats = translated(name)
-                row = theirs.row if theirs.turned else replace(theirs.row, snr=_snr(ours, theirs))
+                row = theirs.row if theirs.row.turned else replace(theirs.row, snr=_snr(ours, theirs))
                 yield _row(row, measure, theirs)
 
 
@@ -117,7 +115,7 @@ def _row(row: Row, measure: Measure | None, file: _File | None) -> Row:
     if file is not None:
         model = measure.load({name: read() for name, read in file.floats.items()}, row.file, file.tied)
     found = measure.figures(model, row.file)
-    weighted = measure.weighted_snr(model) if file is not None and not file.turned else None
+    weighted = measure.weighted_snr(model) if file is not None and not row.turned else None
     return replace(row, weighted_snr=weighted, kl=found.kl, top1=found.top1, perplexity=found.perplexity)
 
 
@@ -162,7 +160,8 @@ def _of_archive(f: RacFile, path: str) -> _File:
                 found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name))
     out = found.file(path, sum(archive.access.size for archive in f.archives))
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
-    out.turned = bool(f.archives[0].header.get("provenance", {}).get("transforms"))
+    turned = bool(f.archives[0].header.get("provenance", {}).get("transforms"))
+    out.row = replace(out.row, turned=turned)
     with contextlib.suppress(ValueError):
         stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
         out.tied = stated.get("tie_word_embeddings")

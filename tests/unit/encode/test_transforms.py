@@ -280,3 +280,39 @@ def test_smollm2(tmp_path):
     assert tf.require_same(before, p, ids) < 1e-4
     pack_source(tf.source(p, SMOLLM2), tmp_path / "m.rac", level="fast", settings=p.about)
     assert tf.deviation(before, rac.load_model(tmp_path / "m.rac"), ids) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compare_folds_online_maps(tmp_path, capsys):
+    """A lossless file of a transformed model predicts what the original does; its weights are not compared."""
+    import json
+
+    from rac.cli import main
+
+    models.write("llama", tmp_path / "hf", torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    before = tf.logits(model, models.inputs(model)["input_ids"])
+    p = tf.parts(model)
+    tf.quarot(p, 3)
+    tf.require_same(before, p, models.inputs(model)["input_ids"])
+    pack_source(tf.source(p, tmp_path / "hf"), tmp_path / "m.rac", settings=p.about)
+    (tmp_path / "t.txt").write_text(models.TEXT)
+    line = [
+        "compare",
+        tmp_path / "hf",
+        tmp_path / "m.rac",
+        "--text",
+        tmp_path / "t.txt",
+        "--tokens",
+        128,
+        "--context",
+        64,
+    ]
+    assert main([*map(str, line), "--json"]) == 0
+    own, theirs = json.loads(capsys.readouterr().out)
+    assert theirs["snr"] is None and theirs["kl"] < 1e-5 and theirs["top1"] == 1
+    assert theirs["perplexity"] == pytest.approx(own["perplexity"], rel=1e-5)
+    assert main([*map(str, line)]) == 0
+    assert "exact" not in capsys.readouterr().out
+    with pytest.raises(TransformError):  # and what is packed anew needs a check anew
+        tf.smooth(p, tf.maxima(p, [models.inputs(model)["input_ids"]]), 0.5, ["down"])
