@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +163,7 @@ def matrix(m: int) -> NDArray[np.float64]:
 
 
 @functools.lru_cache(64)
-def _factors(m: int) -> tuple[NDArray[np.float64], ...]:
+def factors(m: int) -> tuple[NDArray[np.float64], ...]:
     """Orthonormal matrices whose Kronecker product is `matrix(m)`, none of them large."""
     o, out = order(m), []
     left = o.power
@@ -180,7 +181,8 @@ def like(a: NDArray[Any], x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return a.astype(x.dtype)
     torch: Any = sys.modules["torch"]
-    return torch.from_numpy(np.ascontiguousarray(a)).to(x.device, x.dtype)
+    with torch.inference_mode(False):  # it may be kept, and then serve where there are gradients
+        return torch.from_numpy(np.array(a)).to(x.device, x.dtype)
 
 
 def transform(x: Any, m: int, inner: int = 1, transposed: bool = False) -> Any:
@@ -200,28 +202,35 @@ def transform(x: Any, m: int, inner: int = 1, transposed: bool = False) -> Any:
     """
     if x.shape[-1] % (m * inner):
         raise ValueError(f"{m} x {inner} does not divide an axis of {x.shape[-1]}")
-    return kronecker(x, _factors(m), inner, transposed)
+    y = widen(x)
+    return cast(kronecker(y, [like(f, y) for f in factors(m)], inner, transposed), x.dtype)
 
 
-def kronecker(x: Any, factors: tuple[NDArray[np.float64], ...], inner: int, transposed: bool) -> Any:
-    """`transform` for the Kronecker product of square matrices."""
-    shape, kind = tuple(x.shape), x.dtype
-    y = _widen(x)
+def kronecker(y: Any, by: Sequence[Any], inner: int, transposed: bool = False) -> Any:
+    """Multiply the last axis by I_a (x) F_1 (x) F_2 ... (x) I_inner, or by its transpose.
+
+    Args:
+        y: (..., n) float32 or float64, a numpy array or torch tensor.
+        by: Square matrices F_1, F_2, ... of the library, data type and device of `y`.
+        inner: As of `transform`.
+        transposed: As of `transform`.
+    """
+    shape = tuple(y.shape)
     after = inner
-    for f in reversed(factors):
-        f_ = like(f.T if transposed else f, y)
-        n = len(f)
-        if after == 1:
-            y = y.reshape(-1, n) @ f_.T
-        else:
-            y = f_ @ y.reshape(-1, n, after)
+    for f in reversed(by):
+        f_, n = f.T if transposed else f, len(f)
+        y = y.reshape(-1, n) @ f_.T if after == 1 else f_ @ y.reshape(-1, n, after)
         after *= n
-    y = y.reshape(shape)
-    return y.astype(kind) if isinstance(y, np.ndarray) else y.to(kind)
+    return y.reshape(shape)
 
 
-def _widen(x: Any) -> Any:
+def widen(x: Any) -> Any:
     """float32 in the place of narrower floats."""
     if isinstance(x, np.ndarray):
         return x if x.dtype.itemsize >= 4 else x.astype(np.float32)
     return x if x.dtype.itemsize >= 4 else x.float()
+
+
+def cast(y: Any, kind: Any) -> Any:
+    """In another data type of the same library."""
+    return y.astype(kind) if isinstance(y, np.ndarray) else y.to(kind)

@@ -35,30 +35,47 @@ class Transform:
         ):
             raise ValueError(f"{online.id} of order {online.size} has no such matrix")
         self.online, self.width, self.matrix = online, width, matrix
+        self._kept: dict[Any, tuple[list[Any], Any]] = {}
+        """Factors and signs, by what they are multiplied with."""
 
     def apply(self, x: Any) -> Any:
         """T x of each vector along the last axis: (..., n), data type and device kept."""
-        return self._multiply(x, self.matrix, False)
+        return self._multiply(x, False)
 
     def fold(self, w: Any) -> Any:
         """W' T of a weight (..., n): what a layer without the map has in its place."""
-        return self._multiply(w, self.matrix, True)
+        return self._multiply(w, True)
 
     def absorb(self, w: Any) -> Any:
         """W T^-1 of a weight (..., n): what stands behind the map. LinAlgError where M has no inverse."""
-        inverse = None if self.matrix is None else np.linalg.inv(self.matrix.astype(np.float64)).T
-        return self._multiply(w, inverse, False)
+        if self.matrix is None:
+            return self._multiply(w, False)
+        self._fits(w)
+        wide = hadamard.widen(w)
+        inverse = hadamard.like(np.linalg.inv(self.matrix.astype(np.float64)).T, wide)
+        return hadamard.cast(hadamard.kronecker(wide, [inverse], self.online.inner), w.dtype)
 
-    def _multiply(self, x: Any, m: NDArray[Any] | None, transposed: bool) -> Any:
-        o = self.online
+    def _fits(self, x: Any) -> None:
         if x.shape[-1] != self.width:
             raise ValueError(f"an input of {x.shape[-1]}, the transform is one of {self.width}")
-        if m is not None:
-            return hadamard.kronecker(x, (m.astype(np.float64),), o.inner, transposed)
-        signs = hadamard.like(hadamard.signs(o.seed, self.width), x)
-        if transposed:
-            return hadamard.transform(x, o.size, o.inner, transposed=True) * signs
-        return hadamard.transform(x * signs, o.size, o.inner)
+
+    def _multiply(self, x: Any, transposed: bool) -> Any:
+        self._fits(x)
+        y = hadamard.widen(x)
+        by, signs = self._of(y)
+        if signs is not None and not transposed:
+            y = y * signs
+        y = hadamard.kronecker(y, by, self.online.inner, transposed)
+        return hadamard.cast(y * signs if signs is not None and transposed else y, x.dtype)
+
+    def _of(self, y: Any) -> tuple[list[Any], Any]:
+        """Factors and signs (None: all are 1) of the library, data type and device of `y`."""
+        o, key = self.online, (type(y) is np.ndarray, y.dtype, str(getattr(y, "device", "")))
+        if key not in self._kept:
+            by = hadamard.factors(o.size) if self.matrix is None else (self.matrix,)
+            signs = None if o.seed is None else hadamard.like(hadamard.signs(o.seed, self.width), y)
+            self._kept[key] = [hadamard.like(f, y) for f in by], signs
+        return self._kept[key]
 
     def describe(self) -> str:
         """For people."""
