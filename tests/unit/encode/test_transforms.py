@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -260,6 +261,18 @@ def test_a_model_whose_function_changed_is_not_packed(tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(TransformError, match="inf"):
         tf.require_same(before, p, ids)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_page(tmp_path, monkeypatch):
+    """The code of docs/transforms.md runs, and its table has every architecture."""
+    page = (Path(__file__).parents[3] / "docs" / "transforms.md").read_text()
+    models.write("llama", tmp_path / "smollm2", torch.float32)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    assert tf.deviation(names["before"], names["model"], names["tokens"]) < 0.1
+    assert all(kind in page for kind in tf.RULES) and all(f"`{f}`" in page for f in tf.__all__ if "rotate" in f)
 
 
 SMOLLM2 = os.environ.get("RAC_SMOLLM2", str(Path(__file__).parents[3] / "demo" / "smollm2-hf"))
