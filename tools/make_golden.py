@@ -14,13 +14,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from golden import bad_container, bad_heads, bad_products, bad_stages, bad_trellis, good_products, good_trellis
+from golden import (
+    bad_container,
+    bad_heads,
+    bad_online,
+    bad_products,
+    bad_stages,
+    bad_trellis,
+    good_online,
+    good_products,
+    good_trellis,
+)
 from golden.cases import BAD, UNSUPPORTED
 from golden.good import GOOD
 from golden.model import ATTACHMENT, TENSOR, Archive
 
 FOLDER = Path(__file__).parent.parent / "format_spec" / "golden"
-MODULES = (bad_container, bad_heads, bad_products, bad_stages, bad_trellis, good_products, good_trellis)
+MODULES = (
+    bad_container, bad_heads, bad_online, bad_products, bad_stages, bad_trellis, good_online, good_products,
+    good_trellis,
+)  # fmt: skip
 """Imported for their entries in BAD and GOOD."""
 
 
@@ -30,6 +43,8 @@ def describe(archive: Archive) -> dict[str, Any]:
     for r in archive.records:
         if r.type == TENSOR:
             stated = {"dtype": r.head["dtype"], "shape": r.head["shape"], "xxh3_128": r.head["digest"].hex()}
+            if "online" in r.head:
+                stated["online"] = r.head["online"]
             for name, tied in ((r.head["name"], None), *r.head.get("aliases", [])):
                 tensors[name] = stated if tied is None else stated | {"alias_of": r.head["name"], "tied": tied}
         elif r.type == ATTACHMENT:

@@ -9,6 +9,7 @@ RacError
  +-- LimitError             more memory or structure than the reader allows
  +-- SourceError            the input of a pack is missing or is not a model
  +-- OutputError            the output exists, or cannot be written
+ +-- TransformError         a transform does not fit a model, or would change what it computes
  +-- BudgetError            no file of the wanted size or quality can be made
  +-- NameNotFoundError      no such tensor or attachment (also a KeyError)
  +-- MismatchError          `verify --against` found a difference
@@ -72,6 +73,10 @@ class SourceError(RacError):
 
 class OutputError(RacError):
     """The output already exists or cannot be written."""
+
+
+class TransformError(RacError):
+    """A transform of a model does not fit its architecture, or has changed what the model computes."""
 
 
 class BudgetError(RacError):

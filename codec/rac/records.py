@@ -56,6 +56,28 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class Online:
+    """A map of a layer's input that the layer applies before its weight (format_spec/stages/online.md).
+
+    With n the width of the weight (out, n) it is I_a (x) M (x) I_inner, M of order `size` and a = n / (size * inner);
+    of "hadamard/1" M is the orthonormal matrix of that order, behind the signs of `seed`.
+    """
+
+    id: str
+    size: int
+    inner: int = 1
+    seed: int | None = None
+    object: str = ""
+    """Name of the object that M is, of "matrix/1"."""
+
+    def to_head(self) -> dict[str, Any]:
+        """As the record states it."""
+        if self.id == "matrix/1":
+            return {"id": self.id, "inner": self.inner, "object": self.object}
+        return {"id": self.id, "inner": self.inner, "seed": self.seed, "size": self.size}
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One record as the index states it. `dtype` to `parts` are for tensors and objects, `aliases` for tensors."""
 

@@ -51,3 +51,5 @@ LOSSY = ("trellis/1",)
 """Stages behind a coder: words to numbers that are near those which were packed."""
 AFTER = {"lowrank/1": 2, "basis/1": 1}
 """Stages behind these, which compute with objects of the same file, and the number of objects."""
+ONLINE = {"hadamard/1": {"id", "inner", "seed", "size"}, "matrix/1": {"id", "inner", "object"}}
+"""Maps that a layer applies to its input, and the keys that state them."""

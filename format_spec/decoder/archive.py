@@ -7,6 +7,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from . import online as transforms
 from .container import (
     ATTACHMENT,
     INDEX,
@@ -43,8 +44,13 @@ def content_digest(entries: dict[str, tuple[str, tuple[int, ...], bytes]]) -> by
 # One record of type 1 or 2: its content and its row in the index.
 
 
-def tensor_record(source: Input, record: Record, limits: Limits, objects: Objects) -> tuple[bytes, bytes, Map]:
-    """Dense bytes, digest, and the row that the index must have. `objects` are those in front of the record."""
+def tensor_record(
+    source: Input, record: Record, limits: Limits, objects: Objects
+) -> tuple[bytes, transforms.Online | None, bytes, Map]:
+    """Dense bytes, online transform, digest, and the row that the index must have.
+
+    `objects` are those in front of the record.
+    """
     head = tensor_head(record.head, record.payload, limits, objects)
     dense, parts = read_tensor(source, head, objects)
     source.zeros(-record.payload % 64)
@@ -52,7 +58,7 @@ def tensor_record(source: Input, record: Record, limits: Limits, objects: Object
         **record.row(), "name": head.name, "method": head.method, "dtype": head.dtype,
         "shape": [*head.shape], "aliases": [[name, tied] for name, tied in head.aliases], "parts": [*parts],
     }  # fmt: skip
-    return dense, head.digest, row
+    return dense, head.online, head.digest, row
 
 
 def object_record(source: Input, record: Record, limits: Limits, held: int) -> tuple[NDArray[np.float32], Map]:
@@ -89,6 +95,15 @@ class Archive:
     digest: bytes
     header: Header
     index: Index
+    online: dict[str, transforms.Online]
+    """Of the tensors that have one, under each of their names."""
+    objects: dict[str, NDArray[np.float32]]
+
+    def folded(self, name: str) -> NDArray[np.float64]:
+        """What a layer without online transform has for a weight: stages/online.md section 5."""
+        dtype, shape, dense = self.tensors[name]
+        w = transforms.numbers(dense, dtype, shape)
+        return w @ transforms.transform(self.online[name], self.objects) if name in self.online else w
 
 
 def decode(source: Source, limits: Limits | None = None) -> Archive:
@@ -107,17 +122,20 @@ def _decode(stream: Input, limits: Limits) -> Archive:
     attachments: dict[str, bytes] = {}
     digests: dict[str, tuple[str, tuple[int, ...], bytes]] = {}
     objects: dict[str, NDArray[np.float32]] = {}
+    online: dict[str, transforms.Online] = {}
     summary: list[Map] = []
     while (record := read_record(stream, limits)).type != INDEX:  # steps 2 and 3
         row = record.row()
         if record.type == TENSOR:  # step 4
-            dense, digest, row = tensor_record(stream, record, limits, objects)
+            dense, transform, digest, row = tensor_record(stream, record, limits, objects)
             dtype, shape = as_text(row["dtype"], ""), tuple(as_counts(row["shape"], ""))
             for name in row_names(row):
                 if name in tensors:
                     raise FormatError(f"RAC-IDX-010: name {name!r} is there twice")
                 tensors[name] = (dtype, shape, dense)
                 digests[name] = (dtype, shape, digest)
+                if transform:
+                    online[name] = transform
         elif record.type == ATTACHMENT:
             content, row = attachment_record(stream, record, limits)
             if row_names(row)[0] in attachments:
@@ -143,7 +161,7 @@ def _decode(stream: Input, limits: Limits) -> Archive:
         compare_row(row, seen)
     if content_digest(digests) != index.digest:
         raise ChecksumError("RAC-DIG-002: content digest")
-    return Archive(tensors, attachments, header.metadata, index.digest, header, index)
+    return Archive(tensors, attachments, header.metadata, index.digest, header, index, online, objects)
 
 
 # Section 16.
@@ -203,16 +221,18 @@ class RandomAccess:
             payload = self.source.at
             objects = {n: self._object(n) for n in dict.fromkeys(self._used(record))}
             self.source.seek(payload)
-            dense, _, expected = tensor_record(self.source, record, self.limits, objects)
+            dense, _, _, expected = tensor_record(self.source, record, self.limits, objects)
             compare_row(row, expected)
             return as_text(row["dtype"], ""), tuple(as_counts(row["shape"], "")), dense
 
     def _used(self, record: Record) -> list[str]:
         """Names of objects that are there and in front of the record; tensor_head says which are missing."""
-        uses = record.head.get("uses", [])
+        uses, online = record.head.get("uses", []), record.head.get("online")
         there = [row for row in self.index.rows if row["type"] == OBJECT and as_count(row["at"], "") < record.at]
         names = {as_text(row["name"], "") for row in there}
-        return [n for n in uses if isinstance(n, str) and n in names] if isinstance(uses, list) else []
+        wanted = [*uses] if isinstance(uses, list) else []
+        wanted += [online.get("object")] if isinstance(online, dict) else []
+        return [n for n in wanted if isinstance(n, str) and n in names]
 
     def _object(self, name: str) -> NDArray[np.float32]:
         row, record = self._find(OBJECT, name)

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import xxhash
 
-from . import lanes, products, trellis
+from . import lanes, online, products, trellis
 from .archive import RandomAccess, decode
 from .errors import ChecksumError
 from .structure import Map
@@ -69,6 +69,8 @@ def self_test() -> None:
     example_trellis()
     # stages/lowrank.md and stages/basis.md section 6
     example_products()
+    # stages/online.md sections 7 and 8
+    example_online()
     # constriction against plain integers
     generator = random.Random(1)
     for _ in range(50):
@@ -199,3 +201,39 @@ def random_lane(generator: random.Random) -> None:
         if words[0]:
             with contextlib.suppress(ChecksumError):
                 both(words, todo, tables)
+
+
+# stages/online.md section 8: order or seed -> XXH3-128
+ORDERS = {
+    8: "a8b39e8db43a80c8acc62dfa5534ba4a",
+    12: "7275ab9f810730d48f6772c722933acc",
+    20: "8dbe55d29e224fedcfcb8549e212a904",
+    28: "b791d118842b84d3aefcbdb50b072130",
+    36: "9e837f22e8d08fabe0a652e97cfe8ca8",
+    60: "d3e1fe7775f0e7e394df7c3f4e9dfb22",
+    148: "9f3ed9f86f47afe61493d26db62d9f40",
+    172: "a9ac9ddfbee098800b697a5aeae4ecef",
+    576: "a9723c8e0a55aaffc55a96cc4dcb189f",
+    1536: "6dc4c35c1c9e939c0dbd6a2f7d533049",
+}
+SEEDS = {
+    0: "26effe88c97911f49b5c86437877ef1f",
+    1: "cceb54fe09aea5fd59bc8b7550483972",
+    1 << 62: "b568e9a358bca0ff0d128f60e015448a",
+}
+
+
+def example_online() -> None:
+    """Sections 7 and 8."""
+    t = online.transform(online.Online(4, 4, 1, 1, None), {})
+    w = np.array([[1.0, 2, 3, 4], [0, 4, 0, 0]])
+    assert (w @ t).tolist() == [[-5, -1, -2, 0], [-2, -2, 2, -2]]
+    for order, digest in ORDERS.items():
+        made = online.integers(order)
+        assert (made @ made.T == order * np.eye(order)).all()
+        assert xxhash.xxh3_128_hexdigest(made.astype(np.int8).tobytes()) == digest
+    for seed, digest in SEEDS.items():
+        assert xxhash.xxh3_128_hexdigest(np.array(online.signs(seed, 100), np.int8).tobytes()) == digest
+    for order in (6, 9, 43):
+        m = online.matrix(order)
+        assert abs(m @ m.T - np.eye(order)).max() < 1e-12

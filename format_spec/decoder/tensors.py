@@ -10,6 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from . import lanes, products, trellis
+from . import online as transforms
 from .errors import MAX_PRODUCT, ChecksumError, FormatError, LimitError, Limits, UnsupportedError
 from .frames import decompress
 from .structure import (
@@ -93,6 +94,7 @@ class TensorHead:
     units: list[Unit]
     digest: bytes
     aliases: list[tuple[str, bool]]
+    online: transforms.Online | None
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Section 9, "Tiles", in order."""
@@ -116,7 +118,7 @@ def check_shape(shape: list[int], limits: Limits) -> None:
 def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None) -> TensorHead:
     """Check the head of a tensor record, given the objects in front of it; of an object record with None."""
     required = {"name", "dtype", "shape", "axis", "tile", "stages", "units", "digest"}
-    optional = {"aliases", "extra", "needs", "uses"} if objects is not None else set()
+    optional = {"aliases", "extra", "needs", "online", "uses"} if objects is not None else set()
     check_keys(head, required, optional, ("RAC-TEN-001", "RAC-TEN-002, RAC-OBJ-001"))
     if head.get("needs", []) != []:
         raise UnsupportedError("RAC-TEN-003: needs")
@@ -165,6 +167,7 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
                 raise FormatError(f"RAC-TEN-018: no object {name_of_object!r} in front of the tensor")
         products.check(third, [objects[n].shape for n in uses], rows, cols)
         second = replace(second, dtype="F32") if second else None  # trellis.md section 1
+    online = transforms.check(head["online"], dtype, shape, objects or {}) if "online" in head else None
     coded_word = 1 if second else word
     parameters = None
     if first == "lanes/1":
@@ -189,6 +192,7 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
     return TensorHead(
         name, dtype, tuple(shape), rows, cols, word, coded_word, tile_rows, tile_cols, first,
         as_text((third or stages[-1])["id"], ""), parameters, second, third, uses, units, digest, aliases,
+        online,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ REFUSED = sorted((kind, name) for kind in ("bad", "unsupported") for name in MAN
 ELSEWHERE = {
     "RAC-DIG-001": "conformance/test_golden.py::test_writer_makes_the_example",
     "RAC-FWD-001": "corruption/test_corruption.py::test_every_bit",
+    "RAC-ONL-010": "unit/runtime/test_online.py::test_the_model_that_was_packed",
     "RAC-RAR-001": "corruption/test_corruption.py::test_every_bit",
     "RAC-RAR-003": "corruption/test_corruption.py::test_reads_stay_inside",
     "RAC-SEC-002": "conformance/test_golden.py::test_in_another_process",
@@ -77,6 +78,30 @@ def test_in_another_process(native: bool) -> None:
     done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.startswith("kernel: C") == native
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD if "online" in n])
+def test_online_transforms(name: str) -> None:
+    """Both programs fold the same weights, which T has turned; the map is the one that the archive states."""
+    from rac.container.access import BytesAccess
+
+    data = (readers.GOLDEN / "good" / name).read_bytes()
+    second, seen = readers.decoder.decode(data), 0
+    with rac.RacFile(BytesAccess(data)) as f:
+        for tensor, stated in MANIFEST["good"][name]["tensors"].items():
+            found = f.online(tensor)
+            assert (found is not None) == ("online" in stated) == (tensor in second.online)
+            if found is None:
+                continue
+            seen += 1
+            assert found.online.to_head() == stated["online"]
+            w = f.get_tensor(tensor).astype(np.float64)
+            folded, theirs = found.fold(w), second.folded(tensor)
+            assert np.abs(folded - theirs).max() <= 1e-12 * max(1.0, np.abs(theirs).max())
+            assert np.abs(found.absorb(folded) - w).max() <= 1e-5 * max(1.0, np.abs(w).max())
+            x = np.random.default_rng(1).standard_normal((3, w.shape[1]))
+            assert np.allclose(found.apply(x) @ w.T, x @ theirs.T, rtol=0, atol=1e-9 * max(1.0, np.abs(theirs).max()))
+    assert seen
 
 
 def test_regenerates() -> None:

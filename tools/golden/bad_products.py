@@ -41,7 +41,7 @@ def bad(name: str, clause: str, why: str, patch: Patch, error: str = FORMAT, **m
 
 for _key in ("axis", "digest", "dtype", "name", "shape", "stages", "tile", "units"):
     bad(f"object-no-{_key}", "TEN-001", f"An object without `{_key}`.", on(BASIS, head(U, **{_key: DROP})))
-for _key, _value in (("aliases", []), ("extra", {}), ("needs", []), ("uses", []), ("rank", 2)):
+for _key, _value in (("aliases", []), ("extra", {}), ("needs", []), ("online", {}), ("uses", []), ("rank", 2)):
     bad(
         f"object-{_key}",
         "OBJ-001",

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         line = f"{_name(row.file):<{width}}"
         for key, head, form, _ in columns:
             v = values[key]
-            exact = key.endswith("snr") and len(rows) > 1  # no error is not unknown
+            exact = key.endswith("snr") and len(rows) > 1 and not row.turned  # no error is not unknown
             cell = ("exact" if exact else "-") if v is None else format(v, form)
             line += f"  {cell:>{max(len(head), 8)}}"
         print(line, flush=True)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 HELP = """\
 Show what an archive holds and where its bytes went; the lines add up to the size of the file.
 
-Reads header, index and the record heads of quantised tensors, whatever the size. "-" reads standard input to its
+Reads header, index and the record heads of quantised tensors, whatever the size; of all tensors where layers of the
+model need online transforms. "-" reads standard input to its
 end."""
 
 STREAMS = (
@@ -59,6 +61,8 @@ class _Head:
     """Bytes of an outlier."""
     align: str | None
     """`x-align`: a note of the encoder, since decoding needs to know nothing of an alignment."""
+    online: str | None
+    """What the layer does to its input."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,23 @@ class _File:
 
 
 def _head(t: Tensor) -> _Head:
+    from rac.align.online import describe
     from rac.quantize.trellis import DTYPES
 
     align = t.record.head.get("x-align")
     front = tuple(u.size for u in t.units[: t.first])
     outlier = 8 + DTYPES[t.numbers].itemsize if t.trellis else 0
-    return _Head(t.lanes, t.trellis, t.after, t.uses, front, outlier, align if isinstance(align, str) else None)
+    online = describe(t.online, t.shape[1]) if t.online else None
+    note = align if isinstance(align, str) else None
+    return _Head(t.lanes, t.trellis, t.after, t.uses, front, outlier, note, online)
 
 
-def _lossy(method: str) -> bool:
-    from rac.registry import AFTER, LOSSY
+def _wanted(header: Mapping[str, Any], kind: int, method: str) -> bool:
+    """Whether the head of a record says more than its row: quantised, or of a model with online maps."""
+    from rac.registry import AFTER, LOSSY, RECORD_OBJECT, RECORD_TENSOR
 
-    return method in (*LOSSY, *AFTER)
+    mapped = kind == RECORD_TENSOR and bool(header.get("provenance", {}).get("online"))
+    return kind in (RECORD_TENSOR, RECORD_OBJECT) and (mapped or method in (*LOSSY, *AFTER))
 
 
 def _files(src: str) -> list[_File]:
@@ -98,10 +107,10 @@ def _files(src: str) -> list[_File]:
     try:
         for a in archives:
             heads = {}
-            lossy = [e for e in a.index.entries if _lossy(e.method)]
+            wanted = [e for e in a.index.entries if _wanted(a.header, e.type, e.method)]
             with ThreadPoolExecutor(a.access.parallel) as pool:
-                records = list(pool.map(a.record, lossy))
-            for e, record in zip(lossy, records, strict=True):
+                records = list(pool.map(a.record, wanted))
+            for e, record in zip(wanted, records, strict=True):
                 with InFile(a.access.name, repr(e.name)):
                     heads[e.at] = _head(parse(a, record))
             out.append(_File(a.access.name, a.header, a.index, a.access.size, heads))
@@ -116,18 +125,18 @@ def _stream(src: str) -> _File:
     from rac.container.forward import Forward
     from rac.container.index import method_of
     from rac.decode.stream import Objects
-    from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+    from rac.registry import RECORD_OBJECT
 
     heads = {}
     with sys.stdin.buffer if src == "-" else open(src, "rb") as f:
         forward = Forward(f, "<stdin>" if src == "-" else src)
         objects = Objects(forward.limits)
         for record in forward.records():
-            lossy = record.type in (RECORD_TENSOR, RECORD_OBJECT) and _lossy(method_of(record))
-            if lossy or record.type == RECORD_OBJECT:
+            wanted = _wanted(forward.header, record.type, method_of(record))
+            if wanted or record.type == RECORD_OBJECT:
                 with InFile(str(forward.name), repr(record.head.get("name"))):
                     t = objects.parse(record)
-                if lossy:
+                if wanted:
                     heads[record.at] = _head(t)
                 if record.type == RECORD_OBJECT:
                     objects.keep(t, None)
@@ -186,7 +195,11 @@ def report(src: str) -> dict[str, Any]:
         where["trailer"] += 32
         shapes = {e.name: e.shape for e in f.index.entries if e.type == RECORD_OBJECT}
         for e in f.index.entries:
-            detail = {"quantised": _details(e, f.heads[e.at], shapes, f.name)} if e.at in f.heads else {}
+            detail: dict[str, Any] = {}
+            if (h := f.heads.get(e.at)) and h.trellis:
+                detail["quantised"] = _details(e, h, shapes, f.name)
+            if h and h.online:
+                detail["online"] = h.online
             if e.type == RECORD_TENSOR:
                 where["record heads"] += 32 + e.head_size
                 for kind, n in zip(PARTS, e.parts, strict=True):
@@ -325,6 +338,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  LOSSY        {n} tensors quantised at {r['quantised_bits']:.4f} bits per weight, all counted")
     print(f"  content      {', '.join(r['content'])}")
     print(f"  tensors      {r['tensor_names']:,} names, {len(r['tensors']):,} stored, {r['weights']:,} weights")
+    for about, n in Counter(t["online"] for t in r["tensors"] if "online" in t).items():
+        print(f"  online       {n:,} tensors: {about}")
     for a in r["attachments"]:
         print(f"  attachment   {a['name']} ({a['bytes']:,} bytes)")
     by: dict[str, list[int]] = {}

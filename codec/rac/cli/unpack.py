@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 HELP = """\
 Unpack an archive: every tensor bit for bit, every attachment byte for byte.
 
-OUT is a folder, or a single file that ends in .safetensors or .gguf."""
+OUT is a folder, or a single file that ends in .safetensors or .gguf. A weight whose layer needs an online transform is
+written as it is stored, and named: what is written runs only where something applies the transform. `rac.load_model`
+does, and `rac.runtime.fold` puts it into the weights."""
 
 
 def add(commands: Any) -> None:
@@ -37,7 +40,13 @@ def run(args: argparse.Namespace) -> int:
     for archive in archives:
         archive.close()
     with Progress("unpacking", total) as progress:
-        paths = unpack(args.src, args.output, force=args.force, threads=args.jobs, progress=progress)
+        online: dict[str, list[str]] = {}
+        paths = unpack(
+            args.src, args.output, force=args.force, threads=args.jobs, progress=progress,
+            online=lambda name, about: online.setdefault(about, []).append(name),
+        )  # fmt: skip
     for path in paths:
         print(path)
+    for about, names in online.items():
+        print(f"needs an online transform ({about}): {', '.join(names)}", file=sys.stderr)
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rac.align.online import Transform
 from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
@@ -166,12 +167,28 @@ class RacFile:
 
     def get_tensor(self, name: str) -> Any:
         """A whole tensor; NameNotFoundError where it is not there, FormatError where it is damaged."""
+        return self.read(name)[1]
+
+    def read(self, name: str) -> tuple[tn.Tensor, Any]:
+        """What the record of a tensor states, and the whole tensor."""
         archive, entry = self._find(self._tensors, name, "tensor")
         out: dict[str, Any] = {}
-        for t, value in ld.load(archive, [entry], self._engines["raise"]):
-            fw.put(replace(t, aliases=()), value, self._framework, self._device, out)
+        ((stated, value),) = ld.load(archive, [entry], self._engines["raise"])
+        fw.put(replace(stated, aliases=()), value, self._framework, self._device, out)
         (found,) = out.values()
-        return found
+        return stated, found
+
+    def online(self, name: str) -> Transform | None:
+        """What the layer of a weight does to its input before it (format_spec/stages/online.md); None: nothing.
+
+        With `t = f.online(name)` the layer computes `f.get_tensor(name) @ t.apply(x)`; `t.fold` gives the weight of a
+        layer without it. Reads the head of the record, and an object where there is one.
+        """
+        archive, entry = self._find(self._tensors, name, "tensor")
+        record = archive.record(entry)
+        with InFile(archive.access.name, repr(name)):
+            t = ld.parse(archive, record)
+        return ld.transform(archive, t)
 
     def get_slice(self, name: str) -> Slice:
         """A lazy view: `f.get_slice(n)[10:20, :]` reads and decodes only the tiles that it needs."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align.online import Transform
 from rac.container.access import InFile
 from rac.container.feed import Feed, RangeRing
 from rac.container.forward import Walk
@@ -79,11 +80,22 @@ def parse(archive: Archive, record: Record) -> tn.Tensor:
 
 def objects(archive: Archive, t: tn.Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
     """The matrices that a tensor uses, decoded once for an archive and kept (limits.objects bounds them all)."""
-    for name in t.uses:
-        if name not in archive.kept:
-            for _ in load(archive, [archive.objects[name]], 1, reference=reference):
-                pass
-    return [archive.kept[name] for name in t.uses]
+    return [_object(archive, name, reference) for name in t.uses]
+
+
+def _object(archive: Archive, name: str, reference: bool = False) -> NDArray[np.float32]:
+    if name not in archive.kept:
+        for _ in load(archive, [archive.objects[name]], 1, reference=reference):
+            pass
+    found: NDArray[np.float32] = archive.kept[name]
+    return found
+
+
+def transform(archive: Archive, t: tn.Tensor) -> Transform | None:
+    """What the layer of a tensor does to its input, ready to be applied; None: nothing."""
+    if t.online is None:
+        return None
+    return Transform(t.online, t.shape[1], _object(archive, t.online.object) if t.online.object else None)
 
 
 def decoder(archive: Archive, t: tn.Tensor, first: Sequence[Array], reference: bool = False) -> tn.Decoder:

@@ -13,6 +13,7 @@ from rac.container.reader import Archive
 from rac.decode import frameworks as fw
 from rac.decode import load as ld
 from rac.decode import tensor as tn
+from rac.records import Online
 
 Array = NDArray[Any]
 
@@ -31,6 +32,11 @@ class Slice:
     def get_dtype(self) -> str:
         """Name of the data type."""
         return self._tensor.dtype
+
+    @property
+    def online(self) -> Online | None:
+        """What the layer does to its input before this weight."""
+        return self._tensor.online
 
     def __getitem__(self, key: Any) -> Any:
         """The part that `key` selects.

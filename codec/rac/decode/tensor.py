@@ -15,19 +15,20 @@ from rac.align import basis
 from rac.container import index as ix
 from rac.container import wire
 from rac.container.zstd import Digest, xxh3
+from rac.decode import online as on
 from rac.decode import tile
 from rac.decode.tile import Box, Shared
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 from rac.quantize.trellis import Trellis
-from rac.records import Limits, Record, Unit
+from rac.records import Limits, Online, Record, Unit
 from rac.registry import AFTER, DTYPES, LOSSY, METHODS, RECORD_OBJECT
 from rac.split import lowrank
 
 Array = NDArray[Any]
 _NEEDED = {"axis", "digest", "dtype", "name", "shape", "stages", "tile", "units"}
-_OPTIONAL = {"aliases", "extra", "needs", "uses"}
+_OPTIONAL = {"aliases", "extra", "needs", "online", "uses"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,13 @@ class Tensor:
     aliases: tuple[tuple[str, bool], ...]
     extra: dict[str, Any]
     record: Record
+    online: Online | None = None
+    """What the layer does to its input before this weight; the dense tensor does not depend on it."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the objects that decoding or running the layer needs, each once."""
+        return tuple(dict.fromkeys((*self.uses, *([self.online.object] if self.online and self.online.object else []))))
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +139,7 @@ def parse(
     if (lanes is None and stages[0].keys() != {"id"}) or (after and stages[2].keys() != {"id"}):
         raise UnsupportedError("unknown stage parameters", offset=record.at)
     uses = _uses(head.get("uses", []), after, rows, cols, shape_of, record.at)
+    online = on.parse(head["online"], dtype, shape, shape_of, record.at) if "online" in head else None
     units = wire.parse_units(head["units"], record.payload_size)
     if len(units) != grid.down * grid.across + (lanes is not None) + (trellis is not None):
         raise FormatError("number of units does not match the grid of tiles", offset=record.at)
@@ -143,7 +152,7 @@ def parse(
         raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)
     out = Tensor(
         name, dtype, shape, head["axis"], grid, method, lanes, trellis, after, uses, word, units, head["digest"],
-        ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record,
+        ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, online,
     )  # fmt: skip
     for i, unit in enumerate(units):
         if unit.size > out.most(i):

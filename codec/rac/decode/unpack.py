@@ -6,10 +6,12 @@ import errno
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from rac.align.online import describe
 from rac.container.reader import Archive
 from rac.decode import load as ld
 from rac.decode.archive import RacFile
@@ -47,12 +49,14 @@ class _Output:
 
 def unpack(
     src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, online: Callable[[str, str], None] | None = None,
 ) -> list[str]:  # fmt: skip
     """Unpack to a folder, or to the one file that `out` names (.safetensors or .gguf); returns the paths written.
 
     Tensors come back bit for bit, attachments byte for byte. A sharded Hugging Face model gets its shards again, a
-    GGUF model its GGUF file.
+    GGUF model its GGUF file. What is written is the content of the file: where the layer of a weight needs an online
+    transform (format_spec/stages/online.md), which these files cannot state, `online` is called with the name of the
+    tensor and what the transform is; without `online` there is one warning for all of them.
 
     Raises:
         RacError: The archive is damaged, or the output exists or cannot be written.
@@ -69,7 +73,7 @@ def unpack(
                 raise OutputError("exists already; give --force to replace it", file=path)
         made = not os.path.exists(target)
         try:
-            _write(f, outputs, threads_of(threads), progress)
+            needed = _write(f, outputs, threads_of(threads), progress)
             for name, path in zip(files, paths[len(outputs) :], strict=True):
                 os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
                 with open(path + ".part", "wb") as g:
@@ -86,6 +90,12 @@ def unpack(
                 for folder, _, _ in os.walk(target, topdown=False):
                     if not os.listdir(folder):  # made for a file that did not come
                         os.rmdir(folder)
+    for name, about in needed.items():
+        if online is None:
+            what = f"rac: {len(needed)} tensors are unpacked whose layers need an online transform, {name!r} for one: "
+            warnings.warn(what + about, stacklevel=2)
+            break
+        online(name, about)
     return paths
 
 
@@ -143,7 +153,7 @@ def quantised(entries: Iterable[Entry]) -> tuple[int, float]:
     """
     mine = [e for e in entries if e.type == RECORD_OBJECT or e.method in (*LOSSY, *AFTER)]
     tensors = sum(e.type == RECORD_TENSOR for e in mine)
-    return tensors, 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine)))
+    return tensors, 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine))) if tensors else 0.0
 
 
 def _size(e: Entry) -> int:
@@ -195,7 +205,9 @@ def _plan_gguf(f: RacFile, path: str) -> _Output:
     return out
 
 
-def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress | None) -> None:
+def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress | None) -> dict[str, str]:
+    """Write all tensors; returns those whose layers need an online transform, and what that is."""
+    online: dict[str, str] = {}
     where = {name: o for o in outputs for name in o.items}
     try:
         for o in outputs:
@@ -213,6 +225,8 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
                         raise FormatError("the record is not the one that the index names", unit=repr(name))
                     o.file.seek(item.offset)
                     o.file.write(words.data.cast("B") if words.size else b"")
+                    if t.online:
+                        online[name] = describe(t.online, t.shape[1])
                 if progress:
                     progress(t.name, t.nbytes)
         for o in outputs:
@@ -221,6 +235,7 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
                 os.fsync(o.file.fileno())
                 o.file.close()
                 os.replace(o.path + ".part", o.path)
+        return online
     finally:
         for o in outputs:
             if o.file is not None:

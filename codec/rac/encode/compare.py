@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,8 @@ class Row:
     """Share of positions where both predict the same token."""
     perplexity: float | None = None
     """Over all positions but the last of each window."""
+    turned: bool = False
+    """Whether the weights are those of a transformed model, which are in other coordinates: no SNR is measured."""
 
 
 @dataclass(slots=True)
@@ -62,6 +65,8 @@ class _File:
     kind: str
     floats: dict[str, Callable[[], Floats]]
     matrices: list[str]
+    tied: bool | None = None
+    """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
 
 
 def compare(
@@ -98,19 +103,19 @@ def compare(
             with _opened(name) as theirs:
                 if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
                     theirs.floats = translated(name)
-                row = replace(theirs.row, snr=_snr(ours, theirs))
-                yield _row(row, measure, theirs.floats if measure else None)
+                row = theirs.row if theirs.row.turned else replace(theirs.row, snr=_snr(ours, theirs))
+                yield _row(row, measure, theirs)
 
 
-def _row(row: Row, measure: Measure | None, floats: Mapping[str, Callable[[], Floats]] | None) -> Row:
-    """The row with what `measure` finds for the tensors, or for the original."""
+def _row(row: Row, measure: Measure | None, file: _File | None) -> Row:
+    """The row with what `measure` finds for a file, or for the original."""
     if measure is None:
         return row
     model = None
-    if floats is not None:
-        model = measure.load({name: read() for name, read in floats.items()}, row.file)
+    if file is not None:
+        model = measure.load({name: read() for name, read in file.floats.items()}, row.file, file.tied)
     found = measure.figures(model, row.file)
-    weighted = measure.weighted_snr(model) if model is not None else None
+    weighted = measure.weighted_snr(model) if file is not None and not row.turned else None
     return replace(row, weighted_snr=weighted, kl=found.kl, top1=found.top1, perplexity=found.perplexity)
 
 
@@ -152,10 +157,23 @@ def _of_archive(f: RacFile, path: str) -> _File:
             extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
             for name in (e.name, *(a for a, _ in e.aliases)):
                 size = e.size if name == e.name else 0
-                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(f.get_tensor, name))
+                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name))
     out = found.file(path, sum(archive.access.size for archive in f.archives))
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
+    turned = bool(f.archives[0].header.get("provenance", {}).get("transforms"))
+    out.row = replace(out.row, turned=turned)
+    with contextlib.suppress(ValueError):
+        stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
+        out.tied = stated.get("tie_word_embeddings")
     return replace(out, row=replace(out.row, quantised_bits=bits)) if count else out
+
+
+def _unmapped(f: RacFile, name: str) -> NDArray[Any]:
+    """A tensor, the online transform of its layer folded into it."""
+    found: NDArray[Any]
+    stated, found = f.read(name)
+    online = f.online(name) if stated.online else None
+    return online.fold(found.astype(np.float32)) if online else found  # type: ignore[no-any-return]
 
 
 def _of_source(path: str) -> _File:

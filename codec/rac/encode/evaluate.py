@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import math
 import os
@@ -115,14 +116,20 @@ class Measure:
         """Tokens that are measured on."""
         return len(self._windows) * self._context
 
-    def load(self, state: Mapping[str, Any], name: str) -> Any:
-        """The model with other weights, arrays or tensors by name; MismatchError where they are not of this model."""
+    def load(self, state: Mapping[str, Any], name: str, tied: bool | None = None) -> Any:
+        """The model with other weights, arrays or tensors by name; MismatchError where they are not of this model.
+
+        `tied` says whether its output layer is tied to the embedding, where that may differ from the original.
+        """
         torch, transformers = self.torch, self._transformers
+        config = copy.deepcopy(self._config)
+        if tied is not None:
+            config.tie_word_embeddings = tied
         tensors = {n: torch.as_tensor(v) for n, v in state.items()}
         try:
             with quiet(transformers):
                 model, found = type(self.model).from_pretrained(
-                    None, config=self._config, state_dict=tensors, dtype=torch.float32, output_loading_info=True,
+                    None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True,
                     ignore_mismatched_sizes=True,
                 )  # fmt: skip
         except _ERRORS as e:

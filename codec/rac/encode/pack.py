@@ -34,7 +34,6 @@ from rac.encode.calibrate import Note
 from rac.encode.evaluate import Divergence
 from rac.encode.recipe import Recipe
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
-from rac.encode.split import Object
 from rac.encode.tile import TileEncoder
 from rac.errors import OutputError, RacError, SourceError
 from rac.quantize import lossless as ll
@@ -241,6 +240,8 @@ def pack_source(
         provenance |= settings
     if recipe is not None:
         provenance |= {"bits_scale": repr(recipe.scale), **recipe.about}
+    if mapped := sum(t.online is not None for t in source.tensors):
+        provenance["online"] = mapped  # `rac info` looks for them only then
     if source.kind == "gguf" and any(g.aliases for g in groups):
         provenance["gguf_order"] = [t.name for t in source.tensors]  # a GGUF file has no names for places
     resumed = 0
@@ -360,7 +361,7 @@ class _Item:
     behind: rec.Behind | None = None
     """Of a quantised tensor, which is done in one piece."""
     fidelity: Fidelity | None = None
-    objects: tuple[Object, ...] = ()
+    objects: tuple[rec.Object, ...] = ()
     bands: list[list[rec.Bytes]] = field(default_factory=list)
 
 
@@ -436,7 +437,7 @@ def _tensors(
             job.cancel()
 
 
-Started = tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[Object, ...]]
+Started = tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[rec.Object, ...]]
 
 
 def _start(t: SourceTensor, level: Level) -> Started:
@@ -446,7 +447,7 @@ def _start(t: SourceTensor, level: Level) -> Started:
     units: list[rec.Bytes] = [plan.shared] if plan.lanes else []
     if plan.grid.down == 1:
         units += rec.band(t, encoder, 0)
-    return encoder, units, None, None, ()
+    return encoder, units, None, None, rec.matrix_of(t, level)
 
 
 def _quantise(t: SourceTensor, recipe: Recipe) -> Started:
@@ -461,4 +462,4 @@ def _quantise(t: SourceTensor, recipe: Recipe) -> Started:
     behind = coded.behind(zstd.digest(dense.reshape(-1).view(np.uint8).data), ties.digest(t))
     done = replace(coded.encoder.plan, words=None, base=None, coded=())  # a process sends back what will be written
     units: list[rec.Bytes] = [bytes(unit) for unit in coded.units]
-    return TileEncoder(done), units, behind, fidelity, coded.objects
+    return TileEncoder(done), units, behind, fidelity, (*coded.objects, *rec.matrix_of(t, LEVELS["default"]))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import wire, zstd
@@ -14,6 +15,7 @@ from rac.encode import ties
 from rac.encode.analyse import Level, Plan, analyse, axis_of
 from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.tile import TileEncoder
+from rac.errors import SourceError
 from rac.quantize import lossless as ll
 from rac.quantize.trellis import Trellis
 from rac.records import record_size
@@ -87,6 +89,8 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
         out["aliases"] = [list(a) for a in group.aliases]
     if group.extra:
         out["extra"] = group.extra
+    if t.online:
+        out["online"] = t.online.to_head()
     return out
 
 
@@ -127,6 +131,37 @@ def object_fields(plan: Plan, units: Sequence[Bytes], trellis: Trellis | None = 
     """What the index row of an object adds to its record."""
     method = "trellis/1" if trellis else plan.method
     return _row(method, "F32", (plan.grid.rows, plan.grid.cols), plan, units, trellis is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """A matrix that tensors or their layers use, as a record holds it."""
+
+    name: str
+    head: dict[str, Any]
+    fields: dict[str, Any]
+    units: list[Bytes]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the record."""
+        return size(self.head, self.units)
+
+
+def matrix_of(t: SourceTensor, level: Level) -> tuple[Object, ...]:
+    """The object that the online transform of a tensor names, bit for bit; none where it names none."""
+    if t.online is None or not t.online.object:
+        return ()
+    if t.matrix is None or t.matrix.shape != (t.online.size, t.online.size):
+        raise SourceError(f"tensor {t.name!r} comes without the matrix of its online transform")
+    data = np.ascontiguousarray(t.matrix, "<f4").reshape(-1).view(np.uint8)
+    source = SourceTensor(t.online.object, "F32", t.matrix.shape, data)
+    encoder = lossless(source, level)
+    plan = encoder.plan
+    units: list[Bytes] = [plan.shared] if plan.lanes else []
+    for row in range(plan.grid.down):
+        units += band(source, encoder, row)
+    return (Object(source.name, object_head(source.name, plan), object_fields(plan, units), units),)
 
 
 def size(head_: dict[str, Any], units: Sequence[Bytes]) -> int:

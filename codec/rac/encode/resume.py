@@ -37,7 +37,8 @@ def scan(part: str, header: dict[str, Any], files: Sequence[Attachment], groups:
     """Records of `part` that are whole and equal to the first of the source; None where nothing can be kept.
 
     Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Objects follow
-    from the tensors and from what the header says of the making, so that any whole one is kept.
+    from the tensors and from what the header says of the making, or have names that follow from their content, so that
+    any whole one is kept.
     """
     if not os.path.exists(part) or os.path.getsize(part) == 0:
         return None
@@ -129,8 +130,8 @@ def _tensor(
     if record.type != RECORD_TENSOR:
         return None, b""
     found = objects.parse(record)
-    same = (found.name, found.dtype, found.shape, found.aliases, found.extra) == (
-        t.name, t.dtype, t.shape, group.aliases, group.extra,
+    same = (found.name, found.dtype, found.shape, found.aliases, found.extra, found.online) == (
+        t.name, t.dtype, t.shape, group.aliases, group.extra, t.online,
     )  # fmt: skip
     if not same:
         return None, b""

@@ -51,24 +51,15 @@ HARM = 4.5
 
 
 @dataclass(frozen=True, slots=True)
-class Object:
-    """A matrix that tensors use, as a record holds it."""
+class Object(rec.Object):
+    """A matrix that tensors compute with, quantised."""
 
-    name: str
     quantised: lossy.Quantised
-    head: dict[str, Any]
-    fields: dict[str, Any]
-    units: list[rec.Bytes]
 
     @property
     def values(self) -> NDArray[np.float32]:
         """(R, C), what a decoder has. Decoded anew each time."""
         return np.asarray(self.quantised.dense).view(F32)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the record."""
-        return rec.size(self.head, self.units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +99,7 @@ def _object(
     q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lane, states, 1, recursion)
     encoder, units = coded(q)
     head = rec.object_head(name, encoder.plan, q.trellis, q.digest)
-    return Object(name, q, head, rec.object_fields(encoder.plan, units, q.trellis), units)
+    return Object(name, head, rec.object_fields(encoder.plan, units, q.trellis), units, q)
 
 
 def _exponents(x: Array) -> NDArray[np.int8]:

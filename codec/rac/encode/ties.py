@@ -9,6 +9,8 @@ from typing import Any
 
 from rac.container import zstd
 from rac.encode.sources import SourceTensor
+from rac.errors import SourceError
+from rac.records import Online
 
 PIECE = 1 << 22
 SAMPLE = 4096
@@ -43,16 +45,18 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
     owner: dict[int, int] = {}
     tied: dict[int, bool] = {}
     by_tie: dict[int, int] = {}
-    same: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    same: dict[tuple[str, tuple[int, ...], Online | None], list[int]] = {}
     uses: Counter[int | None] = Counter(t.tie for t in tensors if t.tie is not None)
     for i, t in enumerate(tensors):
         if t.tie is not None and t.tie in by_tie:
+            if t.online != tensors[by_tie[t.tie]].online:
+                raise SourceError(f"tensor {t.name!r} and one that is tied to it have different online transforms")
             owner[i], tied[i] = by_tie[t.tie], True
             continue
         if t.tie is not None:
             by_tie[t.tie] = i
         if t.nbytes:
-            same.setdefault((t.dtype, t.shape), []).append(i)
+            same.setdefault((t.dtype, t.shape, t.online), []).append(i)
     for _, members in same.items():
         if len(members) == 1:
             continue

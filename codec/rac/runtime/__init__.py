@@ -16,10 +16,11 @@ from rac.errors import MissingDependencyError
 if TYPE_CHECKING:
     from rac.runtime.layers import RacEmbedding, RacLinear
     from rac.runtime.model import load_model, load_tokenizer
+    from rac.runtime.online import fold
     from rac.runtime.quantizer import RacConfig
     from rac.runtime.workspace import Workspace
 
-__all__ = ["RacConfig", "RacEmbedding", "RacLinear", "Workspace", "load_model", "load_tokenizer"]
+__all__ = ["RacConfig", "RacEmbedding", "RacLinear", "Workspace", "fold", "load_model", "load_tokenizer"]
 
 try:
     import safetensors  # noqa: F401
@@ -37,5 +38,6 @@ except ImportError as _why:  # rac.runtime.dcp does without
 else:
     from rac.runtime.layers import RacEmbedding, RacLinear
     from rac.runtime.model import load_model, load_tokenizer
+    from rac.runtime.online import fold
     from rac.runtime.quantizer import RacConfig
     from rac.runtime.workspace import Workspace

@@ -112,6 +112,9 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress |
             total += state.lazy[name].nbytes
             if progress:
                 progress(name, state.lazy[name].nbytes)
+        if online := sorted(state.online().keys() & set(names)):
+            what = "has an online transform and cannot stay compressed; a folder cannot state it"
+            raise UnsupportedError(what, file=file, unit=repr(online[0]))
         save_file(content, os.path.join(folder, weights), metadata={"format": "pt"})
         del content
     if len(files) > 1:

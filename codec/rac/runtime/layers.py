@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rac.align.online import Transform
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
 from rac.errors import MismatchError
@@ -49,6 +50,7 @@ class Compressed(nn.Module):
         self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
         self._stored: rc.Stored | None = None
         self._resident = device.Resident()
+        self._online: tuple[tuple[int, int], Transform | None] | None = None
         self._is_hf_initialized = True  # a record is never filled with random numbers
         self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8, device=at), requires_grad=False)
         self.register_buffer("_as", torch.empty(0, dtype=dtype, device=at), persistent=False)
@@ -70,6 +72,13 @@ class Compressed(nn.Module):
                 )
             self._stored = found
         return self._stored, data
+
+    def online(self) -> Transform | None:
+        """What the layer does to its input, as the record states it; read once for the bytes that are there."""
+        key = self.weight.data_ptr(), self.weight._version
+        if self._online is None or self._online[0] != key:
+            self._online = key, rc.transform(*self.stored())
+        return self._online[1]
 
     def version(self) -> tuple[int, int] | None:
         """Changes when the bytes do; None where they are not on the host."""
@@ -95,7 +104,7 @@ class Compressed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was parsed is parsed again."""
-        return self.__dict__ | {"_stored": None, "_resident": device.Resident()}
+        return self.__dict__ | {"_stored": None, "_resident": device.Resident(), "_online": None}
 
 
 class _Product(torch.autograd.Function):
@@ -119,7 +128,9 @@ class _Product(torch.autograd.Function):
 
 
 class RacLinear(Compressed, nn.Linear):
-    """A linear layer, or with `transposed` the Conv1D of GPT-2, whose weight (in, out) is the other way round.
+    """A linear layer, with the online transform that its record states.
+
+    With `transposed` it is the Conv1D of GPT-2, whose weight (in, out) is the other way round.
 
     Args:
         in_features: Of the input (..., in).
@@ -150,6 +161,8 @@ class RacLinear(Compressed, nn.Linear):
         """(..., in) to (..., out), the data type of x kept. RacError where the record is damaged."""
         if not x.is_floating_point():
             raise TypeError(f"the input is {x.dtype}; a model that casts to the data type of `weight` needs it dense")
+        if (online := self.online()) is not None:
+            x = online.apply(x)
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return _Product.apply(x, self.bias, self)  # type: ignore[no-any-return]
         return self.product(x, self.bias)
@@ -193,6 +206,8 @@ class RacEmbedding(Compressed, nn.Embedding):
     @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Indices (...) to rows (..., columns). IndexError where there is no such row."""
+        if self.online() is not None:
+            raise MismatchError("the record states an online transform, and an embedding has no input to apply it to")
         found, inverse = torch.unique(ids, return_inverse=True)
         if len(found) and not (int(found[0]) >= 0 and int(found[-1]) < self.num_embeddings):
             raise IndexError(f"index out of range: {int(found[0])} to {int(found[-1])} of {self.num_embeddings} rows")

@@ -16,15 +16,18 @@ import torch
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from rac.align.online import Transform
 from rac.container.reader import Archive
 from rac.decode import frameworks as fw
+from rac.decode import load as ld
 from rac.decode.archive import RacFile
 from rac.decode.engine import threads_of
 from rac.decode.unpack import GGUF_HEADER, safe_name
 from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
 from rac.predictions import quiet
 from rac.records import Entry
-from rac.registry import AFTER, DTYPES, RECORD_TENSOR
+from rac.registry import DTYPES, RECORD_TENSOR
+from rac.runtime import online as on
 from rac.runtime import record as rc
 from rac.runtime import replace as rp
 from rac.runtime.layers import Head
@@ -43,7 +46,8 @@ def load_model(
     """A transformers model from an archive that was made of a Hugging Face folder.
 
     Class, configuration and generation configuration are those of the attachments. Every tensor is decoded straight
-    to where the model keeps it; tied weights stay tied.
+    to where the model keeps it; tied weights stay tied. Layers whose weight states an online transform apply it to
+    their input (rac.runtime.online).
 
     Args:
         path: The .rac file, one shard of a set, or a folder that holds one.
@@ -99,6 +103,7 @@ def load_model(
                 f"transformers {transformers.__version__} cannot load it: {said(e)}", file=name
             ) from e
         _complete(info, cls.__name__, name)
+        state.attach(model, name)
     model.config.name_or_path = model.name_or_path = name
     return model
 
@@ -275,6 +280,8 @@ class _Shared:
         self._file, self.archive, self.entry = f, archive, entry
         self.head: Head | None = None
         """Of the record, where that is what is given."""
+        self.online: Transform | None = None
+        """What the layer does to its input, once the dense tensor was read."""
         self._lock, self._kept = threading.Lock(), None
 
     def tensor(self) -> Any:
@@ -284,7 +291,8 @@ class _Shared:
             if self.head:
                 found = torch.from_numpy(rc.collect(self.archive, self.entry))
             else:
-                found = self._file.get_tensor(self.entry.name)
+                stated, found = self._file.read(self.entry.name)
+                self.online = ld.transform(self.archive, stated)
             if self.entry.aliases:
                 self._kept = found
             return found
@@ -304,6 +312,19 @@ class State:
                 self._shared[name] = source
                 self.lazy[name] = Lazy(self, source, not tied)
 
+    def online(self) -> dict[str, Transform]:
+        """What layers do to their inputs, of the dense tensors that were read."""
+        return {name: source.online for name, source in self._shared.items() if source.online}
+
+    def attach(self, model: Any, file: str) -> None:
+        """Let the layers of a model do it; UnsupportedError where there is no plain linear layer for one."""
+        found = self.online()
+        where = rp.places(model, found) if found else {}
+        if homeless := sorted(found.keys() - where.keys()):
+            what = f"has an online transform, and no layer of {type(model).__name__} that could run it"
+            raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
+        on.attach(model, {where[name]: transform for name, transform in found.items()}, file)
+
     def worth(self) -> list[str]:
         """Names whose records can be held as they are."""
         return [name for name, source in self._shared.items() if rp.worth(source.entry)]
@@ -314,8 +335,8 @@ class State:
         for name in names:
             source = self._shared[name]
             e, archive = source.entry, source.archive
-            uses = archive.record(e).head.get("uses", []) if e.method in AFTER else []
-            size = e.size + sum(archive.objects[n].size for n in uses if n in archive.objects) + rc.TAIL
+            needs = ld.parse(archive, archive.record(e)).needs if archive.objects else ()
+            size = e.size + sum(archive.objects[n].size for n in needs) + rc.TAIL
             out[name] = source.head = Head(size, e.dtype, e.shape)
         return out
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align.online import Transform
 from rac.container import wire
 from rac.container.index import check_type
 from rac.container.reader import Archive
@@ -54,9 +55,9 @@ class Stored:
 
 
 def collect(archive: Archive, entry: Entry) -> Bytes:
-    """The bytes of a tensor and of the objects that it uses."""
+    """The bytes of a tensor and of the objects that it, or its layer, needs."""
     t = ld.parse(archive, archive.record(entry))
-    entries = [*(archive.objects[name] for name in t.uses), entry]
+    entries = [*(archive.objects[name] for name in t.needs), entry]
     out = np.empty(sum(e.size for e in entries) + TAIL, np.uint8)
     out[-TAIL:] = 0
     at = 0
@@ -98,8 +99,8 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
         if record.type != RECORD_OBJECT or t.name in objects:
             raise FormatError("no tensor and no object that it uses", offset=record.at)
         objects[t.name] = t
-    if len(data) - at != TAIL or data[at:].any() or tuple(objects) != t.uses:
-        raise FormatError(f"{len(data) - at} bytes behind the tensor, or objects that it does not use", offset=at)
+    if len(data) - at != TAIL or data[at:].any() or tuple(objects) != t.needs:
+        raise FormatError(f"{len(data) - at} bytes behind the tensor, or objects that it does not need", offset=at)
     return Stored(t, tuple(objects.values()), len(data), tuple(heads))
 
 
@@ -111,12 +112,23 @@ def unit(data: Bytes, t: tn.Tensor, i: int) -> Bytes:
 
 def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
     """The objects that the tensor uses, decoded."""
-    out = []
-    for o in s.objects:
-        words = tn.empty(o)
-        decode(Stored(o, (), s.size, ()), data, words)
-        out.append(words.view(np.float32))
-    return out
+    found = {o.name: _matrix(s, o, data) for o in s.objects if o.name in s.tensor.uses}
+    return [found[name] for name in s.tensor.uses]
+
+
+def _matrix(s: Stored, o: tn.Tensor, data: Bytes) -> NDArray[np.float32]:
+    words = tn.empty(o)
+    decode(Stored(o, (), s.size, ()), data, words)
+    return words.view(np.float32)
+
+
+def transform(s: Stored, data: Bytes) -> Transform | None:
+    """What the layer does to its input before this weight; None: nothing."""
+    online = s.tensor.online
+    if online is None:
+        return None
+    m = [_matrix(s, o, data) for o in s.objects if o.name == online.object and online.object]
+    return Transform(online, s.tensor.shape[1], m[0] if m else None)
 
 
 def decode(

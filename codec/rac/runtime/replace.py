@@ -12,9 +12,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from rac.align.online import hook
 from rac.errors import MismatchError
 from rac.records import Entry
 from rac.registry import AFTER, LOSSY
+from rac.runtime import online as on
 from rac.runtime.layers import Compressed, Head, RacEmbedding, RacLinear
 from rac.runtime.workspace import Workspace
 
@@ -124,6 +126,9 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
                         layer = Conv1D(child.out_features, child.in_features)
                     else:
                         layer = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                if isinstance(child, RacLinear) and (transform := child.online()) is not None:
+                    hook(layer, transform)
+                    on.guard(model)
                 layer.weight = weights[key]
                 if hasattr(layer, "bias"):
                     layer.bias = child.bias

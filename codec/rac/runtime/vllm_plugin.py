@@ -12,17 +12,24 @@ from collections.abc import Iterator
 from typing import Any
 
 from rac.decode.archive import RacFile
-from rac.errors import SourceError
+from rac.errors import SourceError, UnsupportedError
 from rac.runtime.lazy import LazyTensor
 
 FORMAT = "rac"
 
 
 def weights(path: str | os.PathLike[str]) -> Iterator[tuple[str, LazyTensor]]:
-    """(name, tensor) of an archive, ties included; a tensor can be read as long as the iterator is not exhausted."""
+    """(name, tensor) of an archive, ties included; a tensor can be read as long as the iterator is not exhausted.
+
+    UnsupportedError at a tensor that needs an online transform.
+    """
     with RacFile(path, framework="pt") as f:
         for name in f.keys():  # noqa: SIM118 - no mapping
-            yield name, LazyTensor(f.get_slice(name))
+            part = f.get_slice(name)
+            if part.online is not None:
+                what = "has an online transform, which this loader cannot make vLLM run"
+                raise UnsupportedError(what, file=os.fspath(path), unit=repr(name))
+            yield name, LazyTensor(part)
 
 
 def archive_of(model: str, extra: dict[str, Any]) -> str:

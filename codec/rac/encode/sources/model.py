@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import SourceError
+from rac.records import Online
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 REFUSE_PICKLE = "pickled weights are refused because loading them runs code; convert them to .safetensors first"
@@ -51,6 +52,10 @@ class SourceTensor:
     extra: dict[str, Any] | None = None
     tie: int | None = None
     """Shared by the tensors of a memory source that are one memory; None for a tensor on its own."""
+    online: Online | None = None
+    """What the layer does to its input before this weight (rac.align.online)."""
+    matrix: NDArray[np.float32] | None = None
+    """(h, h) the object that `online` names; tensors that name one object have one matrix."""
 
     @property
     def nbytes(self) -> int:
