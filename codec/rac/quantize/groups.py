@@ -1,4 +1,4 @@
-"""Uniform codes with a scale and a zero for each group of columns (format_spec/stages/groups.md): RTN and GPTQ grids."""
+"""Codes with a scale and a zero for each group of columns (format_spec/stages/groups.md): the grids of RTN and GPTQ."""
 
 from __future__ import annotations
 
