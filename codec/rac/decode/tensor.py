@@ -165,8 +165,8 @@ def parse(
     if dense > limits.free_alloc + limits.expansion * record.payload_size:
         raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)
     out = Tensor(
-        name, dtype, shape, head["axis"], grid, method, lanes, bits, trellis, groups, after, uses, word, units, head["digest"],
-        ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, online,
+        name, dtype, shape, head["axis"], grid, method, lanes, bits, trellis, groups, after, uses, word,
+        units, head["digest"], ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, online,
     )  # fmt: skip
     for i, unit in enumerate(units):
         if unit.size > out.most(i):
