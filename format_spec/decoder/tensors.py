@@ -35,8 +35,7 @@ DTYPES = {
     "I64": (64, 8), "I32": (32, 4), "I16": (16, 2), "I8": (8, 1),
     "U64": (64, 8), "U32": (32, 4), "U16": (16, 2), "U8": (8, 1), "BOOL": (8, 1),
 }  # fmt: skip
-STAGES = ("raw/1", "zstd/1", "lanes/1", "bits/1")  # first of the stages; the second, if any, is one of
-LOSSY = ("trellis/1", "groups/1")
+STAGES = ("raw/1", "zstd/1", "lanes/1", "bits/1")  # first of the stages; the second, if any, is trellis/1 or groups/1
 USES = {"lowrank/1": 2, "basis/1": 1}  # third of the stages, if any, behind trellis/1 -> number of objects
 Objects = Mapping[str, NDArray[np.float32]]  # those in front of a record
 
@@ -143,7 +142,7 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
     if not stages:
         raise FormatError("RAC-TEN-008: no stage")
     first, *more = [stage.get("id") for stage in stages]
-    chains: list[list[Value]] = [[], *([second] for second in LOSSY)]
+    chains: list[list[Value]] = [[], ["trellis/1"], ["groups/1"]]
     if objects is not None:
         chains += [["trellis/1", third] for third in USES]
     if not isinstance(first, str) or first not in STAGES or more not in chains:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from golden.good import archive, good, tensor
-from golden.groups import Groups, codes, grouped, in_bits, scales
+from golden.groups import Front, Groups, codes, grouped, in_bits, scales
 from golden.lanes import Lanes
-from golden.model import OBJECT, Archive
+from golden.model import OBJECT, Archive, Record
 from golden.products import Matrix, product
 from golden.trellis import Trellis, integers, lossy
 from rac.container import zstd
@@ -66,7 +66,8 @@ def _() -> Archive:
         coded = Lanes(8, 2, runs=[0, 1 << bits], escapes=[0], row_class=classes)
         if bits == 8:
             coded = Lanes(8, 3, shift=4, sign=1, runs=[0, 8], row_class=classes)
-        for i, front in enumerate(("raw/1", "zstd/1", coded, bits)):
+        fronts: list[Front] = ["raw/1", "zstd/1", coded, bits]
+        for i, front in enumerate(fronts):
             group = (1, 3, 7, 8, 22, 23)[(bits + i) % 6]
             n = 10 * -(-23 // group)
             zeros = 1 << bits - 1 if i % 2 else codes(410 + bits, n, 8 if i else bits)
@@ -78,7 +79,7 @@ def _() -> Archive:
 
 @good("groups-lists", "Lists of scales and zeros empty, plain and framed; zeros of every value.")
 def _() -> Archive:
-    records = []
+    records: list[Record] = []
     for i, framed in enumerate(("", "upper", "lower", "zeros", "upper lower zeros", "none")):
         n = 40 * 6
         words = codes(450 + i, 40 * 32, 4)

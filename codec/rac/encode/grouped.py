@@ -59,7 +59,8 @@ def pack_grouped(
         layer: Called after every quantised tensor.
 
     Raises:
-        SourceError: A name is not in the source, or its tensor and matrix do not fit each other.
+        SourceError: A name is not in the source, its tensor and matrix do not fit each other, or what the matrix stands
+            for is too large for the data type.
         OutputError: The output exists, or cannot be written.
         ValueError: A matrix is not as `Grouped` says.
     """
@@ -124,9 +125,12 @@ def _coded(t: SourceTensor, matrices: Mapping[str, Grouped], name: str, coder: L
     p, unit = gr.build_unit(g)
     plan, tiles = coded(g, coder, entropy)
     words = tr.to_words(gr.values(g), t.dtype)
+    numbers = tr.from_words(words, t.dtype)
+    if not np.isfinite(numbers).all():
+        raise SourceError(f"tensor {t.name!r}: what its codes stand for is too large for {t.dtype}")
     behind = rec.Behind(p, zstd.digest(words.reshape(-1).view(np.uint8).data), ties.digest(t))
     fidelity = Fidelity(
-        t.name, t.shape, "identity", 0, 1, _snr(matrix_of(t), tr.from_words(words, t.dtype)), 0, 0,
+        t.name, t.shape, "identity", 0, 1, _snr(matrix_of(t), numbers), 0, 0,
         time.perf_counter() - start,
     )  # fmt: skip
     units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), unit, *tiles]
