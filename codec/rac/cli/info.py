@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rac.decode.tensor import Tensor
-    from rac.quantize.lossless import Lanes
     from rac.quantize.groups import Groups
+    from rac.quantize.lossless import Lanes
     from rac.quantize.trellis import Trellis
     from rac.records import Entry, Index
 
@@ -182,8 +182,8 @@ def _details(e: Entry, h: _Head, objects: Mapping[str, tuple[int, ...]], file: s
         "basis": h.uses[0] if h.after == "basis/1" else None,
         "rank": objects[h.uses[0]][1] if h.after == "lowrank/1" else 0,
         "states": h.trellis.states,
-        "outliers": sections[3] // h.outlier,
-        "corrections": sections[0],
+        "outliers": h.trellis.sizes[3] // h.outlier,
+        "corrections": h.trellis.sizes[0],
     } | common
 
 

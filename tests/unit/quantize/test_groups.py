@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -134,10 +135,8 @@ def test_planes(bits):
         for i in range(8 * len(unit)):
             changed = unit.copy()
             changed[i // 8] ^= 1 << i % 8
-            try:
+            with contextlib.suppress(FormatError):
                 assert (bt.unpack(changed, n, bits) != words).any()
-            except FormatError:
-                pass
         for wrong in (unit[:-1], np.append(unit, np.uint8(0)), unit[:0]):
             with pytest.raises(FormatError):
                 bt.unpack(wrong, n, bits)
