@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 12
+ABI = 13
 
 
 @functools.cache

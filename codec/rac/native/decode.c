@@ -1,7 +1,7 @@
 /* Decoding: frequency tables, lanes, and tiles to dense words (stages/lanes.md). */
 #include "lanes.h"
 
-int rac_abi(void) { return 12; }
+int rac_abi(void) { return 13; }
 int rac_features(void) { return has512(); }
 
 /* Exponential-Golomb frequency tables (stages/lanes.md, "Tables"). 0 ok, 1 bits run out or are left, 2 bad table */

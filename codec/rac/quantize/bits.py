@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rac import native
 from rac.errors import FormatError, UnsupportedError
+from rac.native import groups as native_groups
 from rac.quantize.lossless import is_int, up16
 
 KEYS = {"id", "bits"}
@@ -44,23 +45,25 @@ def pack(words: NDArray[np.uint8], bits: int) -> bytes:
     return native.planes(flat, 0, False, bits, *planes(len(flat), bits)).tobytes()
 
 
-def unpack(unit: NDArray[np.uint8], n: int, bits: int) -> NDArray[np.uint8]:
+def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) -> NDArray[np.uint8]:
     """Words (n,) out of the unit (bytes,) of a tile; FormatError unless all of it fits."""
     cuts, size = planes(n, bits)
     if len(unit) != size:
         raise FormatError("bits unit does not have the size of its planes")
-    out = np.zeros(n, np.uint8)
-    for b, low, at in cuts:
+    for b, _, at in cuts:
         whole = -(-n * b // 8)
-        data = unit[at : at + whole]
         if unit[at + whole : at + up16(whole)].any():
             raise FormatError("padding is not zero")
-        per = 8 // b
-        each = np.empty((whole, per), np.uint8)
-        for k in range(per):
-            np.bitwise_and(data >> np.uint8(k * b), np.uint8((1 << b) - 1), out=each[:, k])
-        flat = each.reshape(-1)
-        if flat[n:].any():
+        if n * b % 8 and unit[at + whole - 1] >> np.uint8(n * b % 8):
             raise FormatError("plane ends in non-zero bits")
-        out |= flat[:n] << np.uint8(low)
+    found = None if reference else native_groups.words(np.ascontiguousarray(unit), n, bits)
+    if found is not None:
+        return found
+    out = np.zeros(n, np.uint8)
+    for b, low, at in cuts:
+        data = unit[at : at - (-n * b // 8)]
+        each = np.empty((len(data), 8 // b), np.uint8)
+        for k in range(8 // b):
+            np.bitwise_and(data >> np.uint8(k * b), np.uint8((1 << b) - 1), out=each[:, k])
+        out |= each.reshape(-1)[:n] << np.uint8(low)
     return out

@@ -1,0 +1,59 @@
+/* Codes of groups to numbers (stages/groups.md), and words out of bit planes (stages/bits.md). Twins: rac/quantize/groups.py,
+ * rac/quantize/bits.py. All products are exact. */
+#include "kernels.h"
+
+/* Codes (h, w) to words of F32 (kind 4) or BF16 (kind 2), `stride` from row to row; column 0 is column `first` of its group.
+ * scales, zeros: (h, ...) rows of the groups, `across` and `step` from row to row; zeros: null, or one for each group.
+ * Returns the bits that occur in any code. */
+CLONES int rac_ungroup(const uint8_t *codes, int64_t h, int64_t w, const float *scales, int64_t across, const uint8_t *zeros,
+                       int64_t step, int zero, int64_t group, int64_t first, void *dst, int kind, int64_t stride) {
+    uint8_t seen = 0;
+    for (int64_t y = 0; y < h; y++) {
+        const uint8_t *u = codes + y * w;
+        int64_t end = group - first;
+        for (int64_t x = 0, g = 0; x < w; x = end, end += group, g++) {
+            const int64_t last = end < w ? end : w;
+            const float scale = scales[y * across + g];
+            const int32_t z = zeros ? zeros[y * step + g] : zero;
+            if (kind == 4) {
+                float *to = (float *)dst + y * stride;
+                for (int64_t j = x; j < last; j++) to[j] = (float)((int32_t)u[j] - z) * scale;
+            } else {
+                uint16_t *to = (uint16_t *)dst + y * stride;
+                for (int64_t j = x; j < last; j++) {
+                    union { float f; uint32_t i; } v;
+                    v.f = (float)((int32_t)u[j] - z) * scale;
+                    to[j] = (uint16_t)((v.i + 0x7fff + (v.i >> 16 & 1)) >> 16);
+                }
+            }
+        }
+        for (int64_t j = 0; j < w; j++) seen |= u[j];
+    }
+    return seen;
+}
+
+/* n words of `bits` bits out of their planes, each of which begins at a multiple of 16 */
+CLONES void rac_unbits(const uint8_t *unit, int64_t n, int bits, uint8_t *words) {
+    int low = 0;
+    for (int p = 8; p; p /= 2) {
+        if (!(bits & p)) continue;
+        const int per = 8 / p, mask = (1 << p) - 1;
+        const int64_t whole = n / per;
+        if (!low) memset(words, 0, (size_t)n);
+        if (p == 8) memcpy(words, unit, (size_t)n);
+        else if (p == 4)
+            for (int64_t i = 0; i < whole; i++) {
+                words[2 * i] = unit[i] & 15;
+                words[2 * i + 1] = unit[i] >> 4;
+            }
+        else if (p == 2)
+            for (int64_t i = 0; i < whole; i++)
+                for (int k = 0; k < 4; k++) words[4 * i + k] |= (uint8_t)((unit[i] >> 2 * k & 3) << low);
+        else
+            for (int64_t i = 0; i < whole; i++)
+                for (int k = 0; k < 8; k++) words[8 * i + k] |= (uint8_t)((unit[i] >> k & 1) << low);
+        for (int64_t i = whole * per; i < n; i++) words[i] |= (uint8_t)((unit[i / per] >> i % per * p & mask) << low);
+        unit += (n * p + 127) / 128 * 16;
+        low += p;
+    }
+}
