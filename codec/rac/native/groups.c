@@ -47,11 +47,21 @@ CLONES void rac_unbits(const uint8_t *unit, int64_t n, int bits, uint8_t *words)
                 words[2 * i + 1] = unit[i] >> 4;
             }
         else if (p == 2)
-            for (int64_t i = 0; i < whole; i++)
-                for (int k = 0; k < 4; k++) words[4 * i + k] |= (uint8_t)((unit[i] >> 2 * k & 3) << low);
+            for (int64_t i = 0; i < whole; i++) { /* a byte into four */
+                const uint32_t u = unit[i];
+                uint32_t v;
+                memcpy(&v, words + 4 * i, 4);
+                v |= ((u | u << 6 | u << 12 | u << 18) & 0x03030303) << low;
+                memcpy(words + 4 * i, &v, 4);
+            }
         else
-            for (int64_t i = 0; i < whole; i++)
-                for (int k = 0; k < 8; k++) words[8 * i + k] |= (uint8_t)((unit[i] >> k & 1) << low);
+            for (int64_t i = 0; i < whole; i++) { /* a byte into eight: bit k stays in byte k, then moves to its end */
+                const uint64_t u = unit[i] * 0x0101010101010101u & 0x8040201008040201u;
+                uint64_t v;
+                memcpy(&v, words + 8 * i, 8);
+                v |= ((u + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u) << low;
+                memcpy(words + 8 * i, &v, 8);
+            }
         for (int64_t i = whole * per; i < n; i++) words[i] |= (uint8_t)((unit[i / per] >> i % per * p & mask) << low);
         unit += (n * p + 127) / 128 * 16;
         low += p;
