@@ -18,9 +18,11 @@ import models
 import rac
 from rac.cli import main
 from rac.decode import device
+from rac.encode import transforms as tf
 from rac.encode.grouped import pack_grouped
 from rac.encode.recipe import matrix_of, quantisable
 from rac.encode.sources import open_source
+from rac.quantize.groups import values
 from rac.runtime import RacEmbedding, RacLinear
 from rac.runtime import device as rd
 from rac.runtime import record as rc
@@ -65,3 +67,24 @@ def test_resident_on_a_device_without_kernels(path, monkeypatch):
     with pytest.warns(UserWarning, match="tensors of groups/1 are decoded on the CPU") as told:
         found = [resident.dense(layer.weight, lambda: (rc.parse(data), data)) for _ in range(3)]
     assert all(torch.equal(w, expected) for w in found) and len(told) == 1
+
+
+def test_a_rotated_model(tmp_path):
+    """QuaRot's transforms, 8 bits: online maps travel with the codes, and the model computes what it does with them."""
+    models.write("llama", tmp_path / "hf", torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = models.inputs(model)["input_ids"]
+    before = tf.logits(model, ids)
+    p = tf.parts(model)
+    tf.quarot(p, 3)
+    tf.require_same(before, p, ids)
+    source = tf.source(p, tmp_path / "hf")
+    given = {t.name: grids.nearest(matrix_of(t), 8, 32) for t in source.tensors if quantisable(t)}
+    pack_grouped(source, given, tmp_path / "m.rac", True, {"recipe": "rtn", **p.about})
+    with torch.no_grad():  # the same codes without a file
+        for name, g in given.items():
+            p.model.get_parameter(name).copy_(torch.from_numpy(values(g)))
+    rounded = tf.logits(p.model, ids)
+    for options in ({}, {"resident": "compressed"}):
+        found = rac.load_model(tmp_path / "m.rac", **options)
+        assert tf.deviation(rounded, found, ids) < 1e-5 < tf.deviation(before, found, ids) < 0.1
