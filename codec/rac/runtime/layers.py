@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
-from rac.errors import MismatchError
+from rac.errors import MismatchError, SourceError
 from rac.runtime import device
 from rac.runtime import record as rc
 from rac.runtime.workspace import Workspace
@@ -76,7 +76,12 @@ class Compressed(nn.Module):
         return (self.weight.data_ptr(), self.weight._version) if self.weight.device.type == "cpu" else None
 
     def dense(self) -> torch.Tensor:
-        """The weight as the file has it, in memory of its own, on the device of the layer."""
+        """The weight as the file has it, in memory of its own, on the device of the layer.
+
+        RacError where the record is damaged, or its bytes are not in memory: an offloader has them.
+        """
+        if self.weight.device.type == "meta":
+            raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
         if self.weight.device.type != "cpu":
             return self._resident.dense(self.weight.detach(), self.stored)
         s, data = self.stored()

@@ -103,30 +103,3 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
             if id(child) in new:
                 parent._modules[name] = new[id(child)]
     return list(heads)
-
-
-def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Put dense layers back in the place of compressed ones, in `dtype` or that of each layer."""
-    new: dict[int, nn.Module] = {}
-    weights: dict[int, nn.Parameter] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if not isinstance(child, Compressed):
-                continue
-            if id(child) not in new:
-                key = id(child.weight)
-                if key not in weights:
-                    weights[key] = nn.Parameter(child.dense().to(dtype or child.compute_dtype), requires_grad=False)
-                with torch.device("meta"):
-                    if isinstance(child, RacEmbedding):
-                        layer: Any = nn.Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx)
-                    elif isinstance(child, RacLinear) and child.transposed:
-                        layer = Conv1D(child.out_features, child.in_features)
-                    else:
-                        layer = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                layer.weight = weights[key]
-                if hasattr(layer, "bias"):
-                    layer.bias = child.bias
-                new[id(child)] = layer.train(child.training)
-            parent._modules[name] = new[id(child)]
-    return model

@@ -93,6 +93,16 @@ class Workspace:
         with self._lock:
             self._largest = max(self._largest, size)
 
+    def forget(self, layer: Layer) -> None:
+        """The layer will not run any more."""
+        with self._lock:
+            self._drop()
+            self._next.pop(layer, None)
+            for before in [k for k, then in self._next.items() if then() is layer]:
+                del self._next[before]
+            if self._last and self._last() is layer:
+                self._last = None
+
     def executor(self) -> ThreadPoolExecutor | None:
         """The threads; None where there is one only. They end when the workspace goes."""
         with self._lock:
