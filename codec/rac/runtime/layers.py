@@ -89,11 +89,20 @@ class Compressed(nn.Module):
         rc.decode(s, data, words, pool=self.workspace.executor())
         return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
 
+    def resident(self) -> tuple[int, int] | None:
+        """Changes when the record on a device does; None where `decode_into` cannot be used, or not yet."""
+        return self._resident.ready(self.weight.detach())
+
+    def decode_into(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The weight in the first bytes of a buffer of the same device, by launches alone."""
+        return self._resident.into(self.weight.detach(), buffer)
+
     @contextlib.contextmanager
     def opened(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The weight in a data type, on the device of the layer; only valid inside."""
         if self.weight.device.type != "cpu":
-            yield self.dense().to(dtype)
+            with self.workspace.on_device(self) as found:
+                yield found.to(dtype)
             return
         with self.workspace.weight(self) as words:
             yield fw.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)

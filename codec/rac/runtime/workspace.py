@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from rac.decode.engine import threads_of
 from rac.errors import RacError
+from rac.runtime import ahead
 from rac.runtime import record as rc
 
 Array = NDArray[Any]
@@ -80,16 +81,20 @@ class Workspace:
         """The running layer, and then those that are decoded ahead."""
         self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[Any] | None = None
+        self._ahead: dict[Any, ahead.Ahead] = {}
+        """Of each device."""
+        self._on_device = 0
+        """Dense bytes of the largest layer that is decoded ahead there."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the settings, and room for the same layers. Its buffer and threads are its own."""
-        return {"threads": self._threads, "largest": self._largest}
+        return {"threads": self._threads, "largest": self._largest, "on_device": self._on_device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As `__getstate__` gives it."""
         self._threads = state["threads"]
         self._clear()
-        self._largest = state["largest"]
+        self._largest, self._on_device = state["largest"], state["on_device"]
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +105,8 @@ class Workspace:
         """A layer of `size` dense bytes will use this."""
         with self._lock:
             self._largest = max(self._largest, size)
+            if size <= ahead.MOST:
+                self._on_device = max(self._on_device, size)
 
     def forget(self, layer: Layer) -> None:
         """The layer will not run any more."""
@@ -124,22 +131,46 @@ class Workspace:
             self._drop()
             if self._pool:
                 self._pool.shutdown(cancel_futures=True)
-            self._pool, self._last, self._buffer = None, None, np.empty(0, np.uint8)
+            self._pool, self._last, self._buffer, self._ahead = None, None, np.empty(0, np.uint8), {}
 
     @contextlib.contextmanager
     def weight(self, layer: Layer) -> Iterator[Array]:
         """The words (R, C) of the weight of a layer, valid inside; RacError where it is damaged."""
-        with self._lock:
-            if self._busy:
-                raise RuntimeError("a layer that runs inside another one cannot decode into the same workspace")
-            self._busy = True
+        with self._running():
             try:
                 yield self._take(layer)
             except BaseException:
                 self._drop()
                 raise
+
+    @contextlib.contextmanager
+    def on_device(self, layer: Any) -> Iterator[Any]:
+        """The weight of a layer whose record is on a device, valid inside for launches on the current stream."""
+        with self._running():
+            self._learn(layer)
+            found, device = self._next.get(layer), layer.weight.device
+            if device not in self._ahead:
+                self._ahead[device] = ahead.Ahead(device)
+            then = found() if found else None
+            with self._ahead[device].weight(layer, then, self._on_device) as weight:
+                yield weight
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._lock:
+            if self._busy:
+                raise RuntimeError("a layer that runs inside another one cannot decode into the same workspace")
+            self._busy = True
+            try:
+                yield
             finally:
                 self._busy = False
+
+    def _learn(self, layer: Layer) -> None:
+        """This layer comes after the one that ran before."""
+        if self._last and (last := self._last()) is not None:
+            self._next[last] = weakref.ref(layer)
+        self._last = weakref.ref(layer)
 
     def _drop(self, count: int | None = None) -> None:
         """Forget the first `count` slots, by default all."""
@@ -161,9 +192,7 @@ class Workspace:
         self._drop(found[0] if found else None)
         if not found:
             self._slots.append(self._slot(layer, version, s, data, 0))
-        if self._last and (last := self._last()) is not None:
-            self._next[last] = weakref.ref(layer)
-        self._last = weakref.ref(layer)
+        self._learn(layer)
         self._look_ahead()
         self._finish(self._slots[0])
         return self._words(s, self._slots[0].start)
