@@ -30,7 +30,7 @@ Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stored:
     """What the bytes of a tensor state, checked."""
 
@@ -40,6 +40,8 @@ class Stored:
     """Of all the bytes."""
     heads: tuple[bytes, ...]
     """The fixed head of each record, whose checksum covers the rest of the head, and so the checksums of all units."""
+    parsed: tn.Decoder | None = None
+    """What the units in front of the tiles state, once the tensor was decoded; not kept where objects are used."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -131,6 +133,16 @@ def transform(s: Stored, data: Bytes) -> Transform | None:
     return Transform(online, s.tensor.shape[1], m[0] if m else None)
 
 
+def _decoder(s: Stored, data: Bytes) -> tn.Decoder:
+    if s.parsed is not None:
+        return s.parsed.ready()
+    t = s.tensor
+    dec = tn.Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
+    if not s.objects:
+        s.parsed = dec.bare()
+    return dec
+
+
 def decode(
     s: Stored, data: Bytes, out: Array, first: int = 0, last: int | None = None, pool: Executor | None = None
 ) -> None:
@@ -142,13 +154,13 @@ def decode(
         out: (rows, C) words of the tensor, contiguous; row 0 is the first one of the tiles `first`.
         first: Row of the grid of tiles.
         last: Row of the grid of tiles behind the last one.
-        pool: Threads that decode; None: the caller's alone.
+        pool: Threads that help the caller's.
 
     Raises:
         RacError: A unit is damaged; `out` may then be partly written.
     """
     t, grid = s.tensor, s.tensor.grid
-    dec = tn.Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
+    dec = _decoder(s, data)
     top, works = first * grid.tr, []
     for a in range(first, grid.down if last is None else last):
         work = tn.Work()
@@ -164,9 +176,17 @@ def decode(
         works.append(work)
     if pool:
         jobs = [pool.submit(work.run) for work in works]
-        wait(jobs)  # all of them, so that nobody writes to `out` any more when one has failed
+        try:
+            for job, work in zip(jobs, works, strict=True):
+                if job.cancel():  # nobody has begun with it
+                    work.run()
+        finally:
+            for job in jobs:
+                job.cancel()
+            wait(jobs)  # nobody writes to `out` any more when one has failed
         for job in jobs:
-            job.result()
+            if not job.cancelled():
+                job.result()
         return
     for work in works:
         work.run()
