@@ -23,15 +23,16 @@ RATCHET = Path(__file__).parents[1] / "tests" / "unit" / "decode" / "sass.json"
 _TYPES = {"jobs": "*i64", "status": "*i32", "n": "i32"}
 _BF16 = {"WORD": 2, "SHIFT": 7, "SIGN": 1, "ZERO": 0, "RAW": 8, "CODED": True, "ROWS": 64, "COLS": 256}
 FORMS: dict[str, tuple[str, dict[str, Any], str, int]] = {
-    "lanes, pairs, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 2, "BLOCK": 32}, "STG", 1),
-    "lanes, single, 16": ("lanes", {"LANES": 16, "SPAN": 16, "PER": 1, "BLOCK": 32}, "STG", 1),
-    "lanes, single, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 1, "BLOCK": 32}, "STG", 1),
-    "lanes, pairs, 128": ("lanes", {"LANES": 128, "SPAN": 128, "PER": 2, "BLOCK": 128}, "STG", 1),
+    "lanes, pairs, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 2, "BLOCK": 32, "ENTRIES": 256}, "STG.E.U8", 1),
+    "lanes, single, 16": ("lanes", {"LANES": 16, "SPAN": 16, "PER": 1, "BLOCK": 32, "ENTRIES": 64}, "STG.E.U8", 1),
+    "lanes, single, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 1, "BLOCK": 32, "ENTRIES": 64}, "STG.E.U8", 1),
+    "lanes, pairs, 128": ("lanes", {"LANES": 128, "SPAN": 128, "PER": 2, "BLOCK": 128, "ENTRIES": 256}, "STG.E.U8", 1),
+    "lanes, single, 8": ("lanes", {"LANES": 8, "SPAN": 8, "PER": 1, "BLOCK": 32, "ENTRIES": 64}, "STG.E.U8", 1),
     "place BF16": ("place", _BF16, "STG", 1),
     "place F32": ("place", _BF16 | {"WORD": 4, "SHIFT": 23, "RAW": 24}, "STG", 1),
     "place raw": ("place", _BF16 | {"SHIFT": 0, "SIGN": 0, "RAW": 16, "CODED": False}, "STG", 1),
-    "escapes": ("added", {"WORD": 2, "PLACED": True, "BLOCK": 128}, "REDUX.MAX", 16),
-    "escapes, lossy": ("found", {"WORD": 1, "PLACED": False, "BLOCK": 128}, "REDUX.MAX", 16),
+    "escapes": ("added", {"WORD": 2, "PLACED": True, "BLOCK": 64}, "STG.E.U16", 1),
+    "escapes, lossy": ("found", {"WORD": 1, "PLACED": False, "BLOCK": 64}, "STG.E.U8", 1),
     "trellis": ("trellis", {"TO": "BF16", "COLS": cuda_jobs.TRELLIS_COLS}, "STG", 1),
     "product": ("product", {"WORD": 2, "HALF": False, "ADDED": True, "ROWS": 16, "COLS": 32}, "FMUL", 1),
     "tables": ("tables", {"BLOCK": 2048}, "STG", 1),

@@ -226,8 +226,7 @@ class DeviceDecoder:
         status = torch.zeros(max(1, len(batch.status)), dtype=torch.int32, device=self.device)
         host = slot.host[: batch.aux] if batch.aux <= len(slot.host) else torch.from_numpy(batch.buffer[: batch.aux])
         if self._work is None or len(self._work) < batch.work:
-            whole = torch.empty(max(batch.work, self._room) + jb.TABLE, dtype=torch.uint8, device=self.device)
-            self._work = whole[-whole.data_ptr() % jb.TABLE :]
+            self._work = torch.empty(max(batch.work, self._room), dtype=torch.uint8, device=self.device)
         if self._copies is None or slot.copied is None or slot.done is None:
             slot.aux = host.clone()
             self._run(launches, slot, status)

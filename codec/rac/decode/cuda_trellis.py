@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rac.decode.cuda_lanes import INTERPRETED
+from rac.decode.cuda_shared import INTERPRETED
 
 
 @triton.jit

@@ -194,8 +194,7 @@ def _(packed: torch.Tensor, handle: int) -> torch.Tensor:
 def _kernels(p: Packed, packed: torch.Tensor) -> torch.Tensor:
     on = p.on(packed)
     out = torch.empty(p.shape, dtype=p.dtype, device=packed.device)
-    whole = torch.empty(on.work + jb.TABLE, dtype=torch.uint8, device=packed.device)
-    work = whole[-whole.data_ptr() % jb.TABLE :]
+    work = torch.empty(on.work, dtype=torch.uint8, device=packed.device)
     if out.numel():
         cuda.launch(on.launches, packed, on.aux, work, out.reshape(-1).view(torch.uint8), on.objects, on.status)
     return out
