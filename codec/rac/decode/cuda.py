@@ -26,7 +26,7 @@ Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
 """Compute capability from which on kernels are compiled and tested."""
-_WARPS = {"tables": 8, "lanes": 1, "found": 1, "place": 4, "added": 1, "trellis": 1, "product": 4, "outliers": 4}
+_WARPS = {"tables": 8, "found": 1, "place": 4, "added": 1, "product": 4, "outliers": 4}
 
 
 def interpreted() -> bool:
@@ -78,7 +78,8 @@ def options(call: jb.Call) -> dict[str, Any]:
 
 def settings(call: jb.Call) -> dict[str, Any]:
     """How the kernel of a call is compiled. The format asks for products and sums that are rounded one by one."""
-    warps = max(1, dict(call.options)["BLOCK"] // 32) if call.step == "lanes" else _WARPS[call.step]
+    o = dict(call.options)
+    warps = o["BLOCK"] // 32 if call.step == "lanes" else o["COLS"] // 64 if call.step == "trellis" else _WARPS[call.step]
     return {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": 40}
 
 

@@ -144,7 +144,8 @@ class Batch(Layout):
         h, w = r1 - r0, c1 - c0
         assert dec.tables is not None  # noqa: S101
         size = 4 if t.numbers == "F32" else 2
-        options = {"TO": t.numbers, "COLS": _across(TRELLIS_COLS, w)}
+        pairs = size == 2 and not (w % 2 or stride % 2 or out_at % 4)
+        options = {"TO": t.numbers, "COLS": _across(TRELLIS_COLS, w), "PAIRS": pairs}
         by_col = self.put(_padded(dec.tables.cols[c0:c1], _across(TRELLIS_COLS, w)))
         by_row = self.put(_padded(dec.tables.rows[r0:r1], DEEP))
         self.jobs[Call("trellis", tuple(options.items()), source, "work" if t.after else "out")].append(
@@ -215,9 +216,8 @@ class _Shared:
             words = np.arange(256) if word_of is None else word_of.astype(np.int64)
             bits = tables.rec[words].view(np.uint32)
             odd = (words - t.trellis.zero) & 1
-            self._entries = self._batch.put(
-                bits | (odd * (_top(tr.CODES[t.trellis.states][1]) >> 24)).astype(np.uint32)
-            )
+            turns = odd.astype(np.uint32) * np.uint32(_top(tr.CODES[t.trellis.states][1]))
+            self._entries = self._batch.put(np.stack([bits, turns], axis=1))
         return self._entries
 
 
