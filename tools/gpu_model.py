@@ -57,8 +57,11 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file holds: weights per symbol, bits per symbol and per weight as stored, lanes and words of a tile,
-    share of weights that escape, entries of a table."""
+    """What a file holds.
+
+    Weights per symbol, bits per symbol and per weight as stored, lanes and words of a tile, share of weights that
+    escape, entries of a table, classes of columns.
+    """
 
     name: str
     per: int
@@ -83,8 +86,9 @@ CHAIN_ALU = 12
 """Dependent arithmetic of a row of lanes, between its three loads and its vote (read off the SASS)."""
 ROUND = 8
 """Rows that the lanes decode before they look for escapes."""
-NOTE = (85, 25)
-"""Instructions of a warp for a round in which a symbol escapes: once, and per row and symbol (read off the SASS)."""
+NOTE = {1: 85 + 8 * 25, 2: 85 + 8 * 35}
+"""Instructions of a warp for a round in which a symbol escapes, by weights of a symbol: once, and per row (read off the
+SASS)."""
 RESERVED = 1024
 """Bytes of shared memory that the driver takes per program."""
 
@@ -95,8 +99,10 @@ def lines(total: int, lanes: int = 32) -> float:
 
 
 def wavefronts(words: np.ndarray, banks: int, together: int) -> float:
-    """Mean number of cycles that shared memory takes for rows of `words` (n, 32): the largest number of different words
-    of a bank, for each `together` lanes."""
+    """Mean number of cycles that shared memory takes for rows of `words` (n, 32).
+
+    That is the largest number of different words of a bank, for each `together` lanes.
+    """
     total = 0
     for part in np.split(words, 32 // together, axis=1):
         load = np.zeros((len(part), banks), int)
@@ -114,7 +120,7 @@ def conflicts(per: int, bits: float) -> tuple[float, float]:
     slot = wavefronts(rng.integers(0, 4096, (4000, 32)) // 4, 32, 32)
     deviation = 2 ** (bits / per) / np.sqrt(2 * np.pi * np.e)
     a, b = (np.rint(rng.normal(8 if per == 2 else 32, deviation, (4000, 32))).astype(int) for _ in range(2))
-    code = a if per == 1 else a.clip(0, 15) | b.clip(0, 15) << 4
+    code = a if per == 1 else a.clip(0, 15) ^ b.clip(0, 15) | b.clip(0, 15) << 4
     return slot, wavefronts(code, 16, 16)
 
 
@@ -154,6 +160,11 @@ def work(sass: Counts, arch: str, name: str, more: float = 0.0) -> tuple[float, 
     return (whole + more) / 128, max((alu + more / 2) / 64, slow / 16)
 
 
+def noting(k: Kind) -> float:
+    """Instructions per weight for the rounds in which a symbol escapes."""
+    return NOTE[k.per] * (1 - (1 - k.escapes) ** (ROUND * 32 * k.per)) / (ROUND * k.per)
+
+
 def costs(d: Device, k: Kind, weights: float, per_cycle: float, sass: Counts) -> list[Cost]:
     """Each kernel for so many weights in one batch."""
     byte = d.sms * d.clock / d.bandwidth  # cycles of an SM per byte, all SMs reading
@@ -167,7 +178,7 @@ def costs(d: Device, k: Kind, weights: float, per_cycle: float, sass: Counts) ->
     name = name if name in sass[d.arch] else "lanes, single, 32"
     row = 32 * k.per
     new_lines = 32 * k.symbol_bits / 1024
-    note = (NOTE[0] + NOTE[1] * ROUND * k.per) * (1 - (1 - k.escapes) ** (ROUND * row)) / (ROUND * k.per)
+    note = noting(k)
     issue, pipes = work(sass, d.arch, name, note)
     if held:
         look = sum(conflicts(k.per, k.symbol_bits))
@@ -205,14 +216,14 @@ def costs(d: Device, k: Kind, weights: float, per_cycle: float, sass: Counts) ->
         rows = (2 * max(4, k.classes) + 4 + 4) / per_cycle / 8
         codes = k.classes / per_cycle
         warps = min(d.programs, d.shared_kb * 1024 // (2048 + RESERVED), max(1.0, weights / (1 << 10) / 64 / d.sms))
-        wait = (d.l1 + d.dram / 2 + d.shared + 30 * d.alu) / (4 * 64)  # four rows of 64 columns are under way at once
+        under = (d.l1 + d.dram / 2 + d.shared + 30 * d.alu) / (4 * 64)  # four rows of 64 columns are under way at once
         found.append(
             Cost(
                 "trellis",
                 issue,
                 pipes,
                 (rows + codes + conflicts(1, k.symbol_bits)[1]) / 32,
-                wait / warps,
+                under / warps,
                 byte * 3,
             )
         )
@@ -234,8 +245,10 @@ def cases(k: Kind) -> list[tuple[str, float, Kind]]:
 def check(per_cycle: float, sass: Counts) -> None:
     """The published microbenchmark: exponents in Huffman code, one dependent look-up per symbol."""
     print("\n## Against published figures\n")
-    print("Huffman decoding of BF16 exponents, third party (design notes, field.md 3(b)): a look-up per symbol in tables")
-    print("in shared memory, each symbol decoded twice. The model of the lanes, one symbol each, all of a big batch:\n")
+    print(
+        "Huffman decoding of BF16 exponents, third party (design notes, field.md 3(b)): dependent look-ups in tables in"
+    )
+    print("shared memory, each symbol decoded twice. The model of the lanes, one symbol each, all of a big batch:\n")
     print("| device | published Gsym/s | model | model / published | at worst |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for d, published in ((DEVICES[0], 145), (DEVICES[2], 320)):
@@ -272,12 +285,11 @@ def main() -> None:
     for k in KINDS:
         print(f"- {k}")
     print(f"- cache lines per cycle and L1: {per_cycle}; dependent arithmetic of a row: {CHAIN_ALU}")
-    print(f"- instructions of a round of {ROUND} rows with an escape: {NOTE[0]} + {NOTE[1]} per row and symbol")
+    print(f"- instructions of a round of {ROUND} rows with an escape, by weights of a symbol: {NOTE}")
     for k in KINDS:
         slot, entry = conflicts(k.per, k.symbol_bits)
         print(f"- wavefronts of the two look-ups in shared memory, {k.name}: {slot:.2f} and {entry:.2f} (simulated)")
-        rate = 1 - (1 - k.escapes) ** (ROUND * 32 * k.per)
-        note = (NOTE[0] + NOTE[1] * ROUND * k.per) * rate / (ROUND * k.per)
+        note = noting(k)
         name = "lanes, pairs, 32" if k.per == 2 else "lanes, single, 32"
         rest = "place BF16" if k.per == 2 else "trellis"
         parts = [table["sm_90"][name], note, table["sm_90"][rest]]
@@ -293,10 +305,10 @@ def main() -> None:
         for kind in KINDS:
             for what, weights, k in cases(kind):
                 of = costs(d, k, weights, per_cycle, table)
-                parts = ", ".join(f"{c.kernel} {c.worst[1]:.2f} ({c.worst[0]})" for c in of)
+                why = ", ".join(f"{c.kernel} {c.worst[1]:.2f} ({c.worst[0]})" for c in of)
                 v = speed(d, k, weights, per_cycle, table)
                 low = speed(d, k, weights, per_cycle, table, True)
-                print(f"| {d.name} | {k.name}, {what} | {weights:.3g} | {v:.0f} | {low:.0f} | {parts} |")
+                print(f"| {d.name} | {k.name}, {what} | {weights:.3g} | {v:.0f} | {low:.0f} | {why} |")
     check(per_cycle, table)
     print("\n## Lanes of a tile\n\nThe fewest that reach nine tenths of the best speed, and what they cost in bytes:\n")
     print("| device | what | lanes | GB/s | bytes |")

@@ -132,7 +132,9 @@ def measure(name: str, cap: int) -> dict[str, Any]:
     spilled = numbers["STACK"] + numbers["LOCAL"] + sum(t.startswith(("LDL", "STL")) for _, t in code)
     alu, slow = pipes(body)
     return {
-        "alu": round(alu / weights, 2), "slow": round(slow / weights, 2), "registers": numbers["REG"], "spilled": spilled, "shared": numbers["SHARED"], "per_weight": round(len(body) / weights, 2), "text": "\n".join(t for _, t in code), "loop": body,
+        "alu": round(alu / weights, 2), "slow": round(slow / weights, 2),
+        "registers": numbers["REG"], "spilled": spilled, "shared": numbers["SHARED"],
+        "per_weight": round(len(body) / weights, 2), "text": "\n".join(t for _, t in code), "loop": body,
     }  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def options(call: jb.Call) -> dict[str, Any]:
 def settings(call: jb.Call) -> dict[str, Any]:
     """How the kernel of a call is compiled. The format asks for products and sums that are rounded one by one."""
     o = dict(call.options)
-    warps = o["BLOCK"] // 32 if call.step == "lanes" else o["COLS"] // 64 if call.step == "trellis" else _WARPS[call.step]
+    warps = {"lanes": o.get("BLOCK", 0) // 32, "trellis": o.get("COLS", 0) // 64}.get(call.step) or _WARPS[call.step]
     return {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": 40}
 
 

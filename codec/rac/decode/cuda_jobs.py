@@ -189,8 +189,9 @@ class _Shared:
         starts = np.full((len(s.freq), 257), 4096, np.uint32)
         starts[:, 0] = 0
         np.cumsum(s.freq, axis=1, out=starts[:, 1 : s.freq.shape[1] + 1])
-        codes = batch.put(np.append(s.code, np.zeros(256 - len(s.code), np.uint8)))
-        self.codes = power_of_two(max(16, int(s.code.max()) + 1))
+        code = s.code ^ s.code >> 4 if p.per == 2 else s.code
+        codes = batch.put(np.append(code, np.zeros(256 - len(code), np.uint8)))
+        self.codes = power_of_two(max(16, int(code.max()) + 1))
         self.tables = batch.room(len(starts) * TABLE)
         at = batch.put(starts)
         call = Call("tables", (("BLOCK", 2048),))
@@ -329,9 +330,7 @@ class _Tile:
         out.append((FOREVER, 0, 0, out[-1][3]))
         return np.array(out, np.int32)
 
-    def _escapes(
-        self, symbols: int, status: int, data: int, places: int, placed: tuple[int, int, str] | None
-    ) -> None:
+    def _escapes(self, symbols: int, status: int, data: int, places: int, placed: tuple[int, int, str] | None) -> None:
         batch, p, s, t = self.batch, self.lanes, self.shared, self.dec.tensor
         assert self.dec.shared is not None  # noqa: S101
         start = (symbols, p.first_escape, s.bases, data, len(self.tile.escapes), self.dec.shared.limit, status)

@@ -59,7 +59,8 @@ def _row(
         tl.store(symbols, code.to(tl.uint8), mask=None if WHOLE else on)
         top = tl.maximum(top, code)
     else:
-        one, two = code & 15, code >> 4
+        two = code >> 4
+        one = (code ^ two) & 15
         tl.store(symbols, one.to(tl.uint8), mask=None if WHOLE else on)
         tl.store(symbols + 1, two.to(tl.uint8), mask=None if WHOLE else on & second)
         top = tl.maximum(tl.maximum(top, one), two)
@@ -67,9 +68,7 @@ def _row(
 
 
 @triton.jit
-def _note(
-    job, work, piece, symbols, found, n, first, lane, below, mine, bit, PER: tl.constexpr, BLOCK: tl.constexpr
-):
+def _note(job, work, piece, symbols, found, n, first, lane, below, mine, bit, PER: tl.constexpr, BLOCK: tl.constexpr):
     """Note the escapes among the `n` rows in front of `symbols`; the new number of those found."""
     on, step = lane < tl.load(piece + 1), tl.load(piece + 2)
     second = on & (lane * PER + 1 < step)
@@ -124,7 +123,7 @@ def lanes(
             status; rows of the tile; the first symbol that escapes; offset of the places; escapes.
         LANES: Lanes of a tile.
         SPAN: `LANES` rounded up to a power of two.
-        PER: Elements in a symbol; the code of a pair is a | b << 4.
+        PER: Elements in a symbol; the code of a pair is a ^ b | b << 4, for which fewer threads meet in a bank.
         BLOCK: Lanes of the program: 32, or SPAN where that is more.
         ENTRIES: Codes are below; a power of two, at least 16.
     """
@@ -207,9 +206,7 @@ def lanes(
                 last = n
                 rows = tl.where(rows < END, rows - n, rows)
             if hit != 0:
-                found = _note(
-                    job, work, piece, symbols, found, last, escape, lane, below, mine, bit, PER, BLOCK
-                )
+                found = _note(job, work, piece, symbols, found, last, escape, lane, below, mine, bit, PER, BLOCK)
     mark = status + tl.load(job + 5)
     tl.store(mark, 4, mask=exists & ((hi | lo | left.to(tl.uint32)) != 0))
     tl.debug_barrier()

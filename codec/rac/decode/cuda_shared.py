@@ -35,7 +35,7 @@ def ballot(flags, bit):
 
 @triton.jit
 def low24(v):
-    """v % 2^24. Assembly, since the compiler would compute a part of it twice."""
+    """The lowest 24 bits. Assembly, since the compiler would compute a part of them twice."""
     return tl.inline_asm_elementwise("and.b32 $0, $1, 0xffffff;", "=r,r", [v], dtype=tl.uint32, is_pure=True, pack=1)
 
 
@@ -50,7 +50,7 @@ def multiply_add(a, b, low, high):
 
 @triton.jit
 def less_if_zero(n, v):
-    """n - 1 where v is 0."""
+    """One less than `n` where `v` is 0."""
     return tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.eq.u32 p, $2, 0; mov.b32 $0, $1; @p add.s32 $0, $0, -1; }", "=r,r,r",
         [n, v], dtype=tl.int32, is_pure=True, pack=1,
