@@ -260,6 +260,43 @@ def check(per_cycle: float, sass: Counts) -> None:
     print(f"\ndietgpu on an A100, published: 250 to 600 GB/s, whole floats. The model, lossless: {low:.0f} to {v:.0f}.")
 
 
+def look_ups(d: Device, k: Kind, sass: Counts) -> None:
+    """Other ways from a slot to its symbol: estimates, but for the one that is there."""
+    print(f"\n## Look-ups, {d.name}, {k.name}\n")
+    print("Instructions more than the kernel has, integer ones among them (estimated by hand); wavefronts of a warp;")
+    print("cycles of dependent loads and shuffles; bytes of shared memory; the bounds of the lanes in a big batch.\n")
+    rng = np.random.default_rng(0)
+    slot = rng.integers(0, 4096, (4000, 32))
+    two = sum(conflicts(k.per, k.symbol_bits))
+    bucket = wavefronts(slot >> 6, 16, 16)
+    again = 1 - (1 - 2.5 / 64) ** 32  # of 64 buckets, 2.5 have more than two symbols (SmolLM2 at 3 bits)
+    shuffle = d.shared - 6
+    kernel = 4096 + 8 * k.entries
+    rows: list[tuple[str, float, float, float, float, int]] = [
+        ("4096 entries of 4 bytes in L1", 2, 2, lines(128), d.l1, 0),
+        ("the same in shared memory", 0, 0, wavefronts(slot, 32, 32), d.shared, 16384),
+        ("slot to code to entry in shared memory (the kernel)", 0, 0, two, 2 * d.shared, kernel),
+        ("search among 32 symbols, 5 + 2 shuffles, no table", 13, 8, 7, 7 * shuffle + 10 * d.alu, 0),
+        (
+            "64 buckets of 8 bytes; else the kernel's",
+            8,
+            7,
+            bucket + again * 2,
+            (1 + 2 * again) * d.shared,
+            kernel + 512,
+        ),
+    ]
+    print("| look-up | instructions | integer | wavefronts | dependent | shared | issue | pipes | look-up | latency |")
+    print("| --- |" + " ---: |" * 9)
+    for name, more, alu, waves, wait, held in rows:
+        whole, ours = (sass[d.arch + suffix]["lanes, single, 32"] for suffix in ("", " alu"))
+        warps = min(d.programs, d.warps, d.shared_kb * 1024 // (held + RESERVED))
+        chain = wait + d.l1 + CHAIN_ALU * d.alu + d.vote + k.symbol_bits / 32 * d.dram
+        bounds = (whole + more) / 128, (ours + alu) / 64, (waves + 2) / 32, chain / 32 / warps
+        cells = " | ".join(f"{b:.2f}" for b in bounds)
+        print(f"| {name} | {more:+.0f} | {alu:+.0f} | {waves:.1f} | {wait:.0f} | {held} | {cells} |")
+
+
 def lanes_of(d: Device, k: Kind, weights: float, per_cycle: float, sass: Counts) -> tuple[int, float, float]:
     """(Lanes per tile, GB/s, extra bytes in percent) that are as fast as nine tenths of the best."""
     choices = []
@@ -310,6 +347,7 @@ def main() -> None:
                 low = speed(d, k, weights, per_cycle, table, True)
                 print(f"| {d.name} | {k.name}, {what} | {weights:.3g} | {v:.0f} | {low:.0f} | {why} |")
     check(per_cycle, table)
+    look_ups(DEVICES[1], KINDS[1], table)
     print("\n## Lanes of a tile\n\nThe fewest that reach nine tenths of the best speed, and what they cost in bytes:\n")
     print("| device | what | lanes | GB/s | bytes |")
     print("| --- | --- | ---: | ---: | ---: |")
