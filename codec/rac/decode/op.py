@@ -201,7 +201,6 @@ def _(packed: torch.Tensor, handle: int) -> torch.Tensor:
 
 def _kernels(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
     on = p.on(packed)
-    whole = torch.empty(on.work + jb.TABLE, dtype=torch.uint8, device=packed.device)
-    work = whole[-whole.data_ptr() % jb.TABLE :]
+    work = torch.empty(on.work, dtype=torch.uint8, device=packed.device)
     if out.numel():
         cuda.launch(on.launches, packed, on.aux, work, out.reshape(-1).view(torch.uint8), on.objects, on.status)
