@@ -26,6 +26,8 @@ from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
 TAIL = 128
 """Bytes behind the records."""
+SHARE = 1 << 18
+"""Dense bytes of tiles that a thread decodes in one go: small ones are decoded side by side."""
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
 
@@ -106,10 +108,10 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
     return Stored(t, tuple(objects.values()), len(data), tuple(heads))
 
 
-def unit(data: Bytes, t: tn.Tensor, i: int) -> Bytes:
-    """Bytes of unit `i` of a tensor."""
-    at = t.record.payload + t.units[i].offset
-    return data[at : at + t.units[i].size]
+def unit(data: Bytes, t: tn.Tensor, i: int, n: int = 1) -> Bytes:
+    """Bytes of unit `i` of a tensor, or of the n from there on with the padding between them."""
+    last = t.units[i + n - 1]
+    return data[t.record.payload + t.units[i].offset : t.record.payload + last.offset + last.size]
 
 
 def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
@@ -161,19 +163,24 @@ def decode(
     """
     t, grid = s.tensor, s.tensor.grid
     dec = _decoder(s, data)
-    top, works = first * grid.tr, []
+    top, works, work, size = first * grid.tr, [], tn.Work(), 0
+    tile = grid.tr * grid.tc * t.word
+    step = max(1, min(grid.across, SHARE // tile))
     for a in range(first, grid.down if last is None else last):
-        work = tn.Work()
-        r0, r1 = a * grid.tr, min(grid.rows, (a + 1) * grid.tr)
+        r0, r1, end = a * grid.tr, min(grid.rows, (a + 1) * grid.tr), (a + 1) * grid.across
         found = tn.values(t, r1 - r0, grid.cols) if t.after else out
-        for i in range(a * grid.across, (a + 1) * grid.across):
-            work.add(dec, i, unit(data, t, i + t.first), found, r0 if t.after else top)
-            if pool and not t.after:
+        for i in range(a * grid.across, end, step):
+            n = min(step, end - i)
+            work.add(dec, i, unit(data, t, i + t.first, n), found, r0 if t.after else top, n=n)
+            size += n * tile
+            if pool and not t.after and size >= SHARE:
                 works.append(work)
-                work = tn.Work()
+                work, size = tn.Work(), 0
         if t.after:
             work.then(dec, found, out[r0 - top : r1 - top], (r0, r1, 0, grid.cols))
-        works.append(work)
+            works.append(work)
+            work, size = tn.Work(), 0
+    works.append(work)
     if pool:
         jobs = [pool.submit(work.run) for work in works]
         try:
