@@ -125,9 +125,7 @@ def grids(
     return np.stack([s for s, _ in found], 1), np.stack([z for _, z in found], 1)
 
 
-def _grid(
-    w: Floats, bits: int, symmetric: bool, search: bool
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _grid(w: Floats, bits: int, symmetric: bool, search: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Scale and zero of each row of (R, n)."""
     low, high = np.minimum(w.min(1), 0.0), np.maximum(w.max(1), 0.0)
     if symmetric:
@@ -145,9 +143,7 @@ def _grid(
     return scale, zero
 
 
-def _range(
-    low: Floats, high: Floats, bits: int, symmetric: bool
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _range(low: Floats, high: Floats, bits: int, symmetric: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The grid from `low` to `high`, as it is stored: the zero fits the rounded scale."""
     top = 2**bits - 1
     exact = (high - low) / top

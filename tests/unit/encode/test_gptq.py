@@ -33,7 +33,7 @@ def plain_round(x, scale, zero, bits):
 
 
 def plain_gptq(w, hessian, bits, group, symmetric=False, order=None, static=True):
-    """Equations (2) and (3) of the paper, element by element: remove a column from the inverse by Gaussian elimination."""
+    """Equations (2) and (3) of the paper, element by element: columns leave the inverse by Gaussian elimination."""
     w, (rows, cols) = w.astype(float).copy(), w.shape
     order = list(range(cols)) if order is None else list(order)
     inverse = np.linalg.inv(hessian + 0.01 * np.diag(hessian).mean() * np.eye(cols))
