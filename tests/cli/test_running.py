@@ -162,11 +162,7 @@ def test_simulation_is_refused_in_one_line(rotated, capsys):
         (["perplexity", plain, *text, "--kv", "0"], 2, "1 to 16"),
         (["perplexity", plain, *text, "--kv", "4", "--clip", "2"], 2, "clip"),
         (["compare", str(rotated / "hf"), plain, "--activations", "4"], 2, "--text"),
-        (
-            ["perplexity", str(rotated / "quarot.rac"), *text, "--activations", "4", "--resident", "compressed"],
-            1,
-            "dense",
-        ),
+        (["perplexity", turned, *text, "--activations", "4", "--resident", "compressed"], 1, "dense"),
     ]
     for args, code, word in cases:
         assert main(args) == code, args

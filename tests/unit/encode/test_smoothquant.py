@@ -83,7 +83,7 @@ def test_outliers_go_into_the_weights():
     best, errors = choose(p, found, [IDS])
     assert best >= 0.4 and errors[best] < 0.3 * errors[0.0]
     only, errors = choose(p, found, [IDS], [0.0, 0.5, 0.9], bits=4, activations=None)
-    assert only < best and errors[0.9] > errors[only]
+    assert only <= best and errors[0.9] > errors[only]
 
 
 def test_all_places():
