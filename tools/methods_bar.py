@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from rac.encode import calibration_text, evaluate, layerwise, transforms
+from rac.encode import evaluate, layerwise, transforms
 from rac.encode.smoothquant import choose
 from rac.runtime.simulate import simulated
 
@@ -37,10 +37,8 @@ class Bar:
         self.args = args
         evaluate.HOLD = 1 << 32  # the original runs once
         self.measure = evaluate.Measure(args.folder, args.test.read_text(encoding="utf-8"), args.tokens, args.context)
-        ids, _ = calibration_text.text_ids(
-            os.fspath(args.folder), args.calibration.read_text(encoding="utf-8"), args.calibrate
-        )
-        self.ids = calibration_text.sequences(ids, args.calibrate, 1024)
+        text = args.calibration.read_text(encoding="utf-8")
+        self.ids = layerwise.calibration_ids(os.fspath(args.folder), text, args.calibrate)
         self.own = {name: w.clone() for name, w in self.measure.model.state_dict().items()}
 
     def row(self, method: str) -> str:

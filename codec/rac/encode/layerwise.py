@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.encode import calibration_text
 from rac.encode import gptq as by
 from rac.encode.calibration_blocks import Chain, UnfitError
 from rac.encode.calibration_moments import Collector
@@ -25,6 +26,16 @@ from rac.quantize.groups import Grouped, values
 Note = Callable[[str, int, int], None]
 ROWS = 2048
 """Tokens that a block takes at once."""
+
+
+def calibration_ids(path: str, text: str, tokens: int = 40960, context: int = 1024) -> NDArray[np.int64]:
+    """Token ids (n, context) of the beginning of a text, by the tokenizer in folder `path`.
+
+    Raises:
+        SourceError: There is no tokenizer, or the text is too short.
+    """
+    ids, most = calibration_text.text_ids(path, text, tokens)
+    return calibration_text.sequences(ids, tokens, min(context, most))
 
 
 def quantise_gptq(
@@ -37,7 +48,7 @@ def quantise_gptq(
 
     Args:
         model: Of transformers, in float32 on the CPU. Its blocks must be a chain.
-        ids: Token ids (n, context) of the calibration text (`calibration_text`).
+        ids: Token ids (n, context) of the calibration text (`calibration_ids`).
         bits: As of `gptq`.
         group: As of `gptq`.
         sequential: Layers whose inputs other layers of the block make see them quantised: one more pass of the block

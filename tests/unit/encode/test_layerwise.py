@@ -16,7 +16,7 @@ import models
 
 from rac.encode import transforms as tf
 from rac.encode.gptq import gptq, rtn
-from rac.encode.layerwise import quantise_gptq, quantise_rtn
+from rac.encode.layerwise import calibration_ids, quantise_gptq, quantise_rtn
 from rac.errors import SourceError, UnsupportedError
 from rac.quantize.groups import values
 from rac.runtime.simulate import blocks_linears, simulated
@@ -152,3 +152,12 @@ def test_what_is_refused():
             do()
     with pytest.raises(UnsupportedError, match="block by block"):
         quantise_gptq(make(num_hidden_layers=1), IDS, 4)
+
+
+def test_ids_of_a_text(tmp_path):
+    models.write("llama", tmp_path / "hf")
+    ids = calibration_ids(str(tmp_path / "hf"), models.TEXT, 300, 64)
+    assert ids.shape == (4, 64) and ids.dtype == np.int64
+    assert ids.reshape(-1).tolist() == models.tokenizer()(models.TEXT).input_ids[:256]
+    with pytest.raises(SourceError, match="tokens"):
+        calibration_ids(str(tmp_path / "hf"), "short")
