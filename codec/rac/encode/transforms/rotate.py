@@ -150,7 +150,8 @@ def quarot(p: Parts, seed: int = 0) -> None:
     """All of QuaRot but the cache: norms fused, R1, R2, and online maps of the heads and in front of the second half.
 
     Together R2 and the map across the heads are a Hadamard matrix of all inputs of the output projection. R1 has the
-    signs of `seed`; layer i those of seed + 3 i + 1 (R2), + 2 (heads) and + 3 (MLP).
+    signs of `seed`; layer i those of seed + 3 i + 1 (R2), + 2 (heads) and + 3 (MLP). `about` says "keys", the seed of
+    R3, which a quantised cache is to have.
     """
     _no_gains_behind(p)  # before anything is changed
     done = list(p.about.get("transforms", ()))
@@ -163,4 +164,4 @@ def quarot(p: Parts, seed: int = 0) -> None:
     p.notes.append(f"R2, the values of each head: {hadamard(p.head_dim, None).describe()}")
     p.notes.append(f"online, across the heads: {hadamard(p.heads, None).describe()}")
     p.notes.append(f"R4, online, in front of {p.rules.mlp_out}: {hadamard(p.inner, None).describe()}")
-    p.about["transforms"] = [*done, f"quarot {seed}"]
+    p.about |= {"transforms": [*done, f"quarot {seed}"], "keys": seed}
