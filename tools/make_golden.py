@@ -16,11 +16,13 @@ from typing import Any
 
 from golden import (
     bad_container,
+    bad_groups,
     bad_heads,
     bad_online,
     bad_products,
     bad_stages,
     bad_trellis,
+    good_groups,
     good_online,
     good_products,
     good_trellis,
@@ -31,8 +33,8 @@ from golden.model import ATTACHMENT, TENSOR, Archive
 
 FOLDER = Path(__file__).parent.parent / "format_spec" / "golden"
 MODULES = (
-    bad_container, bad_heads, bad_online, bad_products, bad_stages, bad_trellis, good_online, good_products,
-    good_trellis,
+    bad_container, bad_groups, bad_heads, bad_online, bad_products, bad_stages, bad_trellis, good_groups, good_online,
+    good_products, good_trellis,
 )  # fmt: skip
 """Imported for their entries in BAD and GOOD."""
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import xxhash
 
-from . import lanes, online, products, trellis
+from . import bits, groups, lanes, online, products, trellis
 from .archive import RandomAccess, decode
 from .errors import ChecksumError
 from .structure import Map
@@ -67,6 +67,8 @@ def self_test() -> None:
     example_tile()
     # stages/trellis.md section 8
     example_trellis()
+    # stages/bits.md section 5, stages/groups.md section 6
+    example_groups()
     # stages/lowrank.md and stages/basis.md section 6
     example_products()
     # stages/online.md sections 7 and 8
@@ -155,6 +157,18 @@ def example_trellis() -> None:
     words = np.array([[10, 10], [11, 10], [9, 10], [10, 10]], np.uint8)
     tile = trellis.decode_tile(words, p, unit, slice(0, 4), slice(0, 2))
     assert tile.astype("<u2").tobytes().hex() == "a03e0000983f0000c03f0000803f0000"
+
+
+def example_groups() -> None:
+    """stages/bits.md section 5 and stages/groups.md section 6."""
+    words = bits.decode_tile(bytes.fromhex("392d09" + "00" * 13 + "b202" + "00" * 14), bits.Parameters(3), 2, 5)
+    assert words.tolist() == [[1, 6, 3, 0, 5], [7, 2, 4, 1, 6]]
+    stage: Map = {"id": "groups/1", "bits": 3, "group": 3, "zero": 0, "exponent": -1, "sizes": [4, 4, 4]}
+    p = groups.parameters(stage, "BF16", 5)
+    unit = groups.groups_unit(bytes.fromhex("3840343e 00000001 04030400"), p, 2, 5)
+    assert unit.scales.tolist() == [[0.25, 1], [0.125, 0.75048828125]]
+    tile = groups.decode_tile(words, p, unit, slice(0, 2), slice(0, 5))
+    assert tile.astype("<u2").tobytes().hex() == "40bf003f80be40c00040c03e80be0000403f9040"
 
 
 def example_products() -> None:

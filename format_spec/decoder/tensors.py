@@ -9,7 +9,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from . import lanes, products, trellis
+from . import bits as planes
+from . import groups, lanes, products, trellis
 from . import online as transforms
 from .errors import MAX_PRODUCT, ChecksumError, FormatError, LimitError, Limits, UnsupportedError
 from .frames import decompress
@@ -34,8 +35,8 @@ DTYPES = {
     "I64": (64, 8), "I32": (32, 4), "I16": (16, 2), "I8": (8, 1),
     "U64": (64, 8), "U32": (32, 4), "U16": (16, 2), "U8": (8, 1), "BOOL": (8, 1),
 }  # fmt: skip
-STAGES = ("raw/1", "zstd/1", "lanes/1")  # first of the stages; the second, if any, is trellis/1
-USES = {"lowrank/1": 2, "basis/1": 1}  # third of the stages, if any -> number of objects
+STAGES = ("raw/1", "zstd/1", "lanes/1", "bits/1")  # first of the stages; the second, if any, is trellis/1 or groups/1
+USES = {"lowrank/1": 2, "basis/1": 1}  # third of the stages, if any, behind trellis/1 -> number of objects
 Objects = Mapping[str, NDArray[np.float32]]  # those in front of a record
 
 
@@ -88,7 +89,8 @@ class TensorHead:
     first: str
     method: str
     parameters: lanes.Parameters | None
-    trellis: trellis.Parameters | None
+    planes: planes.Parameters | None  # of bits/1
+    second: trellis.Parameters | groups.Parameters | None
     third: Map | None
     uses: list[str]
     units: list[Unit]
@@ -140,7 +142,7 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
     if not stages:
         raise FormatError("RAC-TEN-008: no stage")
     first, *more = [stage.get("id") for stage in stages]
-    chains: list[list[Value]] = [[], ["trellis/1"]]
+    chains: list[list[Value]] = [[], ["trellis/1"], ["groups/1"]]
     if objects is not None:
         chains += [["trellis/1", third] for third in USES]
     if not isinstance(first, str) or first not in STAGES or more not in chains:
@@ -157,7 +159,10 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
         raise FormatError("RAC-TEN-012: tile")
     if tile_rows * tile_cols * word > limits.tile:
         raise LimitError("RAC-TEN-013: tile")
-    second = trellis.parameters(stages[1], dtype) if more else None
+    second: trellis.Parameters | groups.Parameters | None = None
+    if more:
+        is_trellis = more[0] == "trellis/1"
+        second = trellis.parameters(stages[1], dtype) if is_trellis else groups.parameters(stages[1], dtype, cols)
     third = stages[2] if len(more) > 1 else None
     if len(uses) != (USES[as_text(third["id"], "")] if third else 0):
         raise FormatError("RAC-TEN-017: number of names in uses")
@@ -169,15 +174,17 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
         second = replace(second, dtype="F32") if second else None  # trellis.md section 1
     online = transforms.check(head["online"], dtype, shape, objects or {}) if "online" in head else None
     coded_word = 1 if second else word
-    parameters = None
-    if first == "lanes/1":
+    parameters = coded_bits = None
+    if first == "bits/1":
+        coded_bits = planes.parameters(stages[0], coded_word)
+    elif first == "lanes/1":
         parameters = lanes.parameters(stages[0], coded_word)
         if rows * cols == 0:
             raise FormatError("RAC-LAN-006: no elements")
     elif len(stages[0]) != 1:
         raise UnsupportedError("RAC-RAW-001, RAC-ZTD-001: keys in the stage map")
     if second and rows * cols == 0:
-        raise FormatError("RAC-TCQ-010: no elements")
+        raise FormatError("RAC-TCQ-010, RAC-GRP-006: no elements")
     special = [p.shared_size for p in (parameters,) if p] + [p.unit_size for p in (second,) if p]
     grid = -(-rows // tile_rows) * -(-cols // tile_cols) if rows * cols else 0
     if len(units) != len(special) + grid:
@@ -188,11 +195,11 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
     if any(size > largest for size, _ in units[len(special) :]):
         raise FormatError("RAC-TEN-016: unit is too large for its tile")
     if [size for size, _ in units[: len(special)]] != special:
-        raise FormatError("RAC-TEN-016, RAC-LAN-010, RAC-TCQ-007: size of the shared or the trellis unit")
+        raise FormatError("RAC-TEN-016, RAC-LAN-010, RAC-TCQ-007, RAC-GRP-007: size of a unit in front of the tiles")
     return TensorHead(
         name, dtype, tuple(shape), rows, cols, word, coded_word, tile_rows, tile_cols, first,
-        as_text((third or stages[-1])["id"], ""), parameters, second, third, uses, units, digest, aliases,
-        online,
+        as_text((third or stages[-1])["id"], ""), parameters, coded_bits, second, third, uses, units, digest,
+        aliases, online,
     )  # fmt: skip
 
 
@@ -200,14 +207,19 @@ def read_tensor(reader: Reader, tensor: TensorHead, objects: Objects) -> tuple[b
     """Decode a payload; return the dense bytes and `parts` (section 11)."""
     parts = [0] * 6
     p, shared = tensor.parameters, None
-    q, scales = tensor.trellis, None
+    q, scales = tensor.second, None
+    grid: groups.Unit | None = None
     units = iter(tensor.units)
     if p:
         shared = lanes.shared_unit(read_unit(reader, next(units)), p, tensor.rows, tensor.cols)
         parts[0] += p.shared_size
         parts[5] += -p.shared_size % 16
     if q:
-        scales = trellis.trellis_unit(read_unit(reader, next(units)), q, tensor.rows, tensor.cols)
+        data = read_unit(reader, next(units))
+        if isinstance(q, trellis.Parameters):
+            scales = trellis.trellis_unit(data, q, tensor.rows, tensor.cols)
+        else:
+            grid = groups.groups_unit(data, q, tensor.rows, tensor.cols)
         parts[0] += q.unit_size
         parts[5] += -q.unit_size % 16
     dense = b""
@@ -228,12 +240,16 @@ def read_tensor(reader: Reader, tensor: TensorHead, objects: Objects) -> tuple[b
             else:
                 if tensor.first == "zstd/1":
                     tile = unsort(decompress(data, h * w * word), h, w)  # RAC-ZTD-002
+                elif tensor.planes:
+                    tile = planes.decode_tile(data, tensor.planes, h, w)
                 else:
                     tile = np.frombuffer(data, f"<u{word}").reshape(h, w)
                 parts[4] += len(data)
             parts[5] += -len(data) % 16
-            if q and scales:
+            if isinstance(q, trellis.Parameters) and scales:
                 tile = trellis.decode_tile(tile, q, scales, ys, xs)
+            elif isinstance(q, groups.Parameters) and grid:
+                tile = groups.decode_tile(tile, q, grid, ys, xs)
             matrix[ys, xs] = tile
         if tensor.third:
             used = [objects[name] for name in tensor.uses]

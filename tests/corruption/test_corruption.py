@@ -22,6 +22,8 @@ DATA = (GOLDEN / "good" / "base.rac").read_bytes()
 ENTRY = readers.manifest()["good"]["base.rac"]
 OBJECTS = (GOLDEN / "good" / "products-base.rac").read_bytes()
 WITH_OBJECTS = readers.manifest()["good"]["products-base.rac"]
+GROUPS = (GOLDEN / "good" / "groups-base.rac").read_bytes()
+WITH_GROUPS = readers.manifest()["good"]["groups-base.rac"]
 PARTS = 8
 
 
@@ -54,15 +56,16 @@ def test_every_bit(part: int) -> None:
     assert unseen == []
 
 
-def test_bits_with_objects() -> None:
-    """Tensors of three stages, and what they use."""
-    bits = range(2, 8 * len(OBJECTS), 11)
+@pytest.mark.parametrize(("whole", "entry"), [(OBJECTS, WITH_OBJECTS), (GROUPS, WITH_GROUPS)], ids=["three", "groups"])
+def test_bits_of_lossy_stages(whole: bytes, entry: dict) -> None:
+    """Tensors of three stages, and what they use; tensors in groups."""
+    bits = range(2, 8 * len(whole), 11)
     for reader in ("rac_random", "rac_forward"):
-        assert [b for b in bits if not refused(reader, flipped(b, OBJECTS), WITH_OBJECTS)] == []
+        assert [b for b in bits if not refused(reader, flipped(b, whole), entry)] == []
     for reader in ("rac_verify", "second_forward", "second_random"):
-        assert [b for b in bits[::5] if not refused(reader, flipped(b, OBJECTS), WITH_OBJECTS)] == []
+        assert [b for b in bits[::5] if not refused(reader, flipped(b, whole), entry)] == []
     for reader in ("rac_random", "rac_forward", "second_forward", "second_random"):
-        assert {readers.outcome(reader, OBJECTS[:n])[0] for n in range(0, len(OBJECTS), 13)} == {"TruncatedError"}
+        assert {readers.outcome(reader, whole[:n])[0] for n in range(0, len(whole), 13)} == {"TruncatedError"}
 
 
 def test_every_seventh_bit_in_the_second_decoder() -> None:

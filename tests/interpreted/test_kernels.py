@@ -31,7 +31,7 @@ from rac.container.access import BytesAccess  # noqa: E402
 from rac.decode import archive as ar  # noqa: E402
 from rac.decode import cuda, cuda_jobs  # noqa: E402
 from rac.decode import load as ld  # noqa: E402
-from rac.decode.device import Gpu  # noqa: E402
+from rac.decode.device import Gpu, lacks  # noqa: E402
 from rac.encode import analyse  # noqa: E402
 from rac.encode.pack import pack_source  # noqa: E402
 from rac.encode.sources import from_arrays  # noqa: E402
@@ -58,7 +58,7 @@ def decoded(archives, wanted, ring=1 << 28):
             if e.type == RECORD_ATTACHMENT or e.dtype == "" or 0 in e.shape:
                 continue
             t = ld.parse(a, a.record(e))
-            if not wanted(t):
+            if not wanted(t) or lacks(t):
                 continue
             (units,) = ld.read_units(a, t, [(0, len(t.units))])
             out = decoder.add(t, [u.data for u in units[: t.first]], units[t.first :], ld.objects(a, t))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rac.decode.tensor import Tensor
+    from rac.quantize.groups import Groups
     from rac.quantize.lossless import Lanes
     from rac.quantize.trellis import Trellis
     from rac.records import Entry, Index
@@ -26,11 +27,9 @@ Reads header, index and the record heads of quantised tensors, whatever the size
 model need online transforms. "-" reads standard input to its
 end."""
 
-STREAMS = (
-    "head", "tables", "corrections", "rows", "columns", "outliers", "directories", "words", "escapes", "raw", "padding",
-)  # fmt: skip
-"""What the record of a quantised matrix consists of: its head, the shared unit of lanes/1, the sections of the unit of
-trellis/1, the streams of the tiles, and all padding."""
+SECTIONS = {"trellis/1": ("corrections", "rows", "columns", "outliers"), "groups/1": ("scales", "zeros")}
+"""What the unit of a lossy stage consists of. The record of a quantised matrix is its head, the shared unit of lanes/1,
+these, the streams of the tiles, and all padding."""
 
 
 def add(commands: Any) -> None:
@@ -51,8 +50,10 @@ def add(commands: Any) -> None:
 class _Head:
     """What the record head of a quantised tensor or object says."""
 
+    coder: str
     lanes: Lanes | None
     trellis: Trellis | None
+    groups: Groups | None
     after: str
     uses: tuple[str, ...]
     front: tuple[int, ...]
@@ -84,7 +85,7 @@ def _head(t: Tensor) -> _Head:
     outlier = 8 + DTYPES[t.numbers].itemsize if t.trellis else 0
     online = describe(t.online, t.shape[1]) if t.online else None
     note = align if isinstance(align, str) else None
-    return _Head(t.lanes, t.trellis, t.after, t.uses, front, outlier, note, online)
+    return _Head(t.method, t.lanes, t.trellis, t.groups, t.after, t.uses, front, outlier, note, online)
 
 
 def _wanted(header: Mapping[str, Any], kind: int, method: str) -> bool:
@@ -151,27 +152,39 @@ def _details(e: Entry, h: _Head, objects: Mapping[str, tuple[int, ...]], file: s
     """
     from rac.errors import FormatError
 
-    assert h.trellis is not None  # noqa: S101
-    sections = h.trellis.sizes
+    sections: tuple[int, ...]
+    if h.groups:
+        upper, lower, zeros = h.groups.sizes
+        stage, sections = "groups/1", (upper + lower, zeros)
+    else:
+        assert h.trellis is not None  # noqa: S101
+        stage, sections = "trellis/1", h.trellis.sizes
     if sum(h.front) != e.parts[0] or h.front[-1] != sum(sections):
         raise FormatError(
             "units do not have the sizes that head and index state", file=file, unit=repr(e.name), offset=e.at
         )
     head, streams = 32 + e.head_size, e.parts[1:5]
     sizes = (head, e.parts[0] - sum(sections), *sections, *streams, e.size - head - sum(e.parts[:5]))
+    names = ("head", "tables", *SECTIONS[stage], "directories", "words", "escapes", "raw", "padding")
+    common = {
+        "row_classes": h.lanes.rows if h.lanes else 0,
+        "column_classes": h.lanes.cols if h.lanes else 0,
+        "tables": h.lanes.tables if h.lanes else 0,
+        "escapes": e.parts[3],
+        "streams": dict(zip(names, sizes, strict=True)),
+    }
+    if h.groups:
+        zero = None if h.groups.sizes[2] else h.groups.zero
+        return {"coder": h.coder, "bits": h.groups.bits, "group": h.groups.group, "zero": zero, "outliers": 0} | common
+    assert h.trellis is not None  # noqa: S101
     return {
         "align": h.align,
         "basis": h.uses[0] if h.after == "basis/1" else None,
         "rank": objects[h.uses[0]][1] if h.after == "lowrank/1" else 0,
         "states": h.trellis.states,
-        "row_classes": h.lanes.rows if h.lanes else 0,
-        "column_classes": h.lanes.cols if h.lanes else 0,
-        "tables": h.lanes.tables if h.lanes else 0,
-        "outliers": sections[3] // h.outlier,
-        "corrections": sections[0],
-        "escapes": e.parts[3],
-        "streams": dict(zip(STREAMS, sizes, strict=True)),
-    }
+        "outliers": h.trellis.sizes[3] // h.outlier,
+        "corrections": h.trellis.sizes[0],
+    } | common
 
 
 def report(src: str) -> dict[str, Any]:
@@ -196,7 +209,7 @@ def report(src: str) -> dict[str, Any]:
         shapes = {e.name: e.shape for e in f.index.entries if e.type == RECORD_OBJECT}
         for e in f.index.entries:
             detail: dict[str, Any] = {}
-            if (h := f.heads.get(e.at)) and h.trellis:
+            if (h := f.heads.get(e.at)) and (h.trellis or h.groups):
                 detail["quantised"] = _details(e, h, shapes, f.name)
             if h and h.online:
                 detail["online"] = h.online
@@ -290,22 +303,47 @@ def _tensors(r: Mapping[str, Any]) -> None:
             print(f"  {'=' if a['tied'] else '~'} {a['name']} ({'tied' if a['tied'] else 'equal'}, stored once)")
     print()
     lossy = [t for t in every if "quantised" in t]
+    _grouped([t for t in lossy if "group" in t["quantised"]])
+    lossy = [t for t in lossy if "states" in t["quantised"]]
     if not lossy:
         return
     kinds = [["quantised", "align", "basis", "rank", "states", "classes", "tables", "outliers", "corrections",
               "escapes"]]  # fmt: skip
-    sizes = [["bits per weight", "sum", *STREAMS]]
     for t in lossy:
-        q, n = t["quantised"], math.prod(t["shape"])
+        q = t["quantised"]
         classes = f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
         counts = [f"{q[k]:,}" for k in ("outliers", "corrections", "escapes")]
         kinds.append(
             [t["name"], q["align"] or "-", q["basis"] or "-", str(q["rank"] or "-"), str(q["states"]), classes,
              str(q["tables"] or "-"), *counts]
         )  # fmt: skip
-        sizes.append([t["name"], f"{t['bits_per_weight']:.4f}", *(f"{8 * v / n:.4f}" for v in q["streams"].values())])
-    for table, left in ((kinds, 3), (sizes, 1)):
-        _table(table, left)
+    _streams(kinds, 3, lossy)
+
+
+def _grouped(lossy: Sequence[Mapping[str, Any]]) -> None:
+    """Two tables of what groups/1 quantises."""
+    if not lossy:
+        return
+    rows = [["quantised", "coder", "bits", "group", "zero", "classes", "tables", "escapes"]]
+    for t in lossy:
+        q = t["quantised"]
+        zero = "listed" if q["zero"] is None else str(q["zero"])
+        classes = f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
+        rows.append(
+            [t["name"], q["coder"], str(q["bits"]), str(q["group"]), zero, classes, str(q["tables"] or "-"),
+             f"{q['escapes']:,}"]
+        )  # fmt: skip
+    _streams(rows, 2, lossy)
+
+
+def _streams(kinds: Sequence[Sequence[str]], left: int, lossy: Sequence[Mapping[str, Any]]) -> None:
+    """A table, and one of the bits per weight of each stream of the same tensors."""
+    sizes = [["bits per weight", "sum", *lossy[0]["quantised"]["streams"]]]
+    for t in lossy:
+        n, streams = math.prod(t["shape"]), t["quantised"]["streams"]
+        sizes.append([t["name"], f"{t['bits_per_weight']:.4f}", *(f"{8 * v / n:.4f}" for v in streams.values())])
+    for table, flush in ((kinds, left), (sizes, 1)):
+        _table(table, flush)
         print()
 
 

@@ -306,7 +306,7 @@ class Cpu:
             job.size += len(view)
             elements = sum((b - a) * (d - c) for a, b, c, d in ll.boxes(t.grid)[i : i + n])
             job.dense += elements * t.word
-            job.scratch += elements if t.trellis else 0
+            job.scratch += elements if t.lossy else 0
             whole = not t.after or c1 == t.grid.cols
             if t.after and whole:
                 job.todo.append(partial(_then, dec, found, p.out[r0:r1], (r0, r1, 0, c1)))

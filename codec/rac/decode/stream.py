@@ -254,7 +254,7 @@ def forward_tensors(
         mine = heads.pop(t.record.at)
         with InFile(str(forward.name), repr(t.name)):
             sizes = [u.size for u in t.units]
-            parts = tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, partial(_of, mine))
+            parts = tn.parts(t.grid, t.lanes, t.lossy is not None, sizes, partial(_of, mine))
         if t.record.type == RECORD_TENSOR:
             yield t, words, parts
         elif of_object:

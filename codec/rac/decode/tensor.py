@@ -20,6 +20,8 @@ from rac.decode import online as on
 from rac.decode import tile
 from rac.decode.tile import Box, Shared
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
+from rac.quantize import bits as bt
+from rac.quantize import groups as gr
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 from rac.quantize.trellis import Trellis
@@ -43,7 +45,10 @@ class Tensor:
     grid: ll.Grid
     method: str
     lanes: ll.Lanes | None
+    bits: int
+    """Of a word, where bits/1 is the coder; else 0."""
     trellis: tr.Trellis | None
+    groups: gr.Groups | None
     after: str
     """The stage behind the trellis, which computes with the objects `uses`; empty where there is none."""
     uses: tuple[str, ...]
@@ -68,14 +73,19 @@ class Tensor:
         return self.grid.rows * self.grid.cols * self.word
 
     @property
+    def lossy(self) -> tr.Trellis | gr.Groups | None:
+        """The stage behind the coder, which makes numbers of its words."""
+        return self.trellis or self.groups
+
+    @property
     def numbers(self) -> str:
         """Data type of what the trellis yields."""
         return "F32" if self.after else self.dtype
 
     @property
     def first(self) -> int:
-        """Units in front of the tiles: the shared unit of lanes/1, the unit of trellis/1."""
-        return int(self.lanes is not None) + int(self.trellis is not None)
+        """Units in front of the tiles: the shared unit of lanes/1, the unit of trellis/1 or groups/1."""
+        return int(self.lanes is not None) + int(self.lossy is not None)
 
     @property
     def tiles(self) -> int:
@@ -87,8 +97,8 @@ class Tensor:
         if i == 0 and self.lanes is not None:
             return sum(self.lanes.sizes) + self.lanes.rows * self.lanes.cols
         if i < self.first:
-            assert self.trellis is not None  # noqa: S101
-            return sum(self.trellis.sizes)
+            assert self.lossy is not None  # noqa: S101
+            return sum(self.lossy.sizes)
         return 2 * self.grid.tr * self.grid.tc * self.grid.word + 65536
 
 
@@ -119,7 +129,8 @@ def parse(
         raise FormatError("stages are malformed", offset=record.at)
     ids = [s.get("id") for s in stages]
     known = (METHODS, LOSSY) if is_object else (METHODS, LOSSY, tuple(AFTER))
-    if len(ids) > len(known) or not all(i in of for i, of in zip(ids, known, strict=False)):
+    chain = len(ids) <= len(known) and all(i in of for i, of in zip(ids, known, strict=False))
+    if not chain or (len(ids) > 2 and ids[1] != "trellis/1"):
         raise UnsupportedError(f"stages {', '.join(map(str, ids))!r} are not known to this version", offset=record.at)
     method, after = ids[0], ids[2] if len(ids) > 2 else ""
     if is_object and (dtype != "F32" or len(shape) != 2 or 0 in shape or head["axis"] != 1):
@@ -134,26 +145,29 @@ def parse(
         raise FormatError("tile is larger than the tensor", offset=record.at)
     if tr * tc * word > limits.tile:
         raise LimitError(f"tile of {tr * tc * word} bytes exceeds the limit of {limits.tile}", offset=record.at)
-    trellis = Trellis.from_head(stages[1], dtype) if len(stages) > 1 else None
-    grid = ll.Grid(rows, cols, 1 if trellis else word, tr, tc)
+    lossy = ids[1] if len(ids) > 1 else ""
+    trellis = Trellis.from_head(stages[1], dtype) if lossy == "trellis/1" else None
+    groups = gr.Groups.from_head(stages[1], dtype, cols) if lossy == "groups/1" else None
+    grid = ll.Grid(rows, cols, 1 if lossy else word, tr, tc)
     lanes = ll.Lanes.from_head(stages[0], grid.word) if method == "lanes/1" else None
-    if (lanes is None and stages[0].keys() != {"id"}) or (after and stages[2].keys() != {"id"}):
+    bits = bt.from_head(stages[0], grid.word) if method == "bits/1" else 0
+    if (lanes is None and not bits and stages[0].keys() != {"id"}) or (after and stages[2].keys() != {"id"}):
         raise UnsupportedError("unknown stage parameters", offset=record.at)
     uses = _uses(head.get("uses", []), after, rows, cols, shape_of, record.at)
     online = on.parse(head["online"], dtype, shape, shape_of, record.at) if "online" in head else None
     units = wire.parse_units(head["units"], record.payload_size)
-    if len(units) != grid.down * grid.across + (lanes is not None) + (trellis is not None):
+    if len(units) != grid.down * grid.across + (lanes is not None) + bool(lossy):
         raise FormatError("number of units does not match the grid of tiles", offset=record.at)
     if lanes is not None and not rows * cols:
         raise FormatError("an empty tensor has no lanes", offset=record.at)
-    if trellis is not None and not rows * cols:
-        raise FormatError("an empty tensor has no trellis", offset=record.at)
+    if lossy and not rows * cols:
+        raise FormatError("an empty tensor has neither trellis nor groups", offset=record.at)
     dense = rows * cols * word
     if dense > limits.free_alloc + limits.expansion * record.payload_size:
         raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)
     out = Tensor(
-        name, dtype, shape, head["axis"], grid, method, lanes, trellis, after, uses, word, units, head["digest"],
-        ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, online,
+        name, dtype, shape, head["axis"], grid, method, lanes, bits, trellis, groups, after, uses, word,
+        units, head["digest"], ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, online,
     )  # fmt: skip
     for i, unit in enumerate(units):
         if unit.size > out.most(i):
@@ -248,6 +262,7 @@ class Decoder:
         self.tensor, self._reference, self._objects = t, reference, objects
         self.shared: Shared | None = None
         self.tables: tr.Tables | None = None
+        self.scales: gr.Tables | None = None
         for i, unit in enumerate(first):
             self.check(i, unit)
         if t.lanes is not None:
@@ -256,6 +271,9 @@ class Decoder:
         if t.trellis is not None:
             with self.at(t.first - 1):
                 self.tables = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
+        if t.groups is not None:
+            with self.at(t.first - 1):
+                self.scales = gr.parse_unit(bytes(first[-1]), t.groups, t.grid.rows, t.grid.cols)
 
     def bare(self) -> Decoder:
         """A copy to keep: what was parsed and checked, without the large tables that `ready` makes again."""
@@ -301,14 +319,19 @@ class Decoder:
         t = self.tensor
         with self.at(i + t.first):
             if t.lanes is None:
-                tile.decode_plain(data, "raw/1" if plain else t.method, box, dst)
+                tile.decode_plain(data, "raw/1" if plain and not t.bits else t.method, box, dst, t.bits)
             else:
                 assert self.shared is not None  # noqa: S101
                 tile.decode_lanes(data, t.lanes, self.shared, box, dst, self._reference)
 
-    def finish(self, words: Array, dst: Array, box: Box) -> None:
-        """Words of a tile, decoded before, to the numbers that they stand for."""
+    def finish(self, i: int, words: Array, dst: Array, box: Box) -> None:
+        """Words of tile `i`, decoded before, to the numbers that they stand for."""
         t = self.tensor
+        if t.groups is not None:
+            assert self.scales is not None  # noqa: S101
+            with self.at(i + t.first):
+                gr.decode(words, t.groups, self.scales, box, dst, t.dtype, self._reference)
+            return
         assert t.trellis is not None  # noqa: S101
         assert self.tables is not None  # noqa: S101
         tr.decode(words, t.trellis, self.tables, box, dst, t.numbers, self._reference)
@@ -367,7 +390,7 @@ class Work:
         self._of: list[tuple[Decoder, int]] = []
         self._alive: list[Array] = []
         self._others: list[tuple[Decoder, int, Array, Array, Box, bool]] = []
-        self._after: list[tuple[Decoder, Array, Array, Box]] = []
+        self._after: list[tuple[Decoder, int, Array, Array, Box]] = []
         self._last: list[tuple[Decoder, Array, Array, Box]] = []
         self._held: list[Array] = []
 
@@ -398,14 +421,14 @@ class Work:
             if not plain:
                 dec.check(first + k, raw[start : start + length])
             box = r0, r1, c0, c1 = boxes[k]
-            if t.trellis:
+            if t.lossy:
                 words = self._words(r1 - r0, c1 - c0)
-                self._after.append((dec, words, out[r0 - row : r1 - row, c0 - col : c1 - col], box))
+                self._after.append((dec, k, words, out[r0 - row : r1 - row, c0 - col : c1 - col], box))
                 place, step = native.address(words), c1 - c0
             else:
                 place, step = to + r0 * stride + c0 * size, stride // size
             if kernel is None:
-                dst = words if t.trellis else out[r0 - row : r1 - row, c0 - col : c1 - col]
+                dst = words if t.lossy else out[r0 - row : r1 - row, c0 - col : c1 - col]
                 self._others.append((dec, k, data[start : start + length], dst, box, plain))
                 continue
             where = at + start
@@ -436,8 +459,8 @@ class Work:
                 raise error(text)
         for dec, i, data, dst, box, plain in self._others:
             dec.decode(i, data, dst, box, plain)
-        for dec, words, dst, box in self._after:
-            dec.finish(words, dst, box)
+        for dec, i, words, dst, box in self._after:
+            dec.finish(i, words, dst, box)
         for dec, found, dst, box in self._last:
             dec.join(found, dst, box)
         held, self._held, self._after = self._held, [], []

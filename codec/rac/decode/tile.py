@@ -12,6 +12,7 @@ from rac import native
 from rac.container import zstd
 from rac.entropy import tables
 from rac.errors import FormatError
+from rac.quantize import bits as bt
 from rac.quantize import lossless as ll
 
 Array = NDArray[Any]
@@ -152,13 +153,16 @@ def _elements(sym: Array, p: ll.Lanes, order: ll.Order) -> Array:
     return np.concatenate(base)
 
 
-def decode_plain(unit: Array, method: str, box: Box, dst: Array) -> None:
-    """raw/1 and zstd/1 tiles into `dst`, a (h, w) view of words."""
+def decode_plain(unit: Array, method: str, box: Box, dst: Array, bits: int = 0) -> None:
+    """Tiles of raw/1, zstd/1 and bits/1, then of `bits`, into `dst`, a (h, w) view of words."""
     h, w, word = box[1] - box[0], box[3] - box[2], dst.dtype.itemsize
     size = h * w * word
     if method == "zstd/1":
         data = np.frombuffer(zstd.decompress(unit.data, size), np.uint8).reshape(word, h * w)
         dst[...] = np.ascontiguousarray(data.T).view(dst.dtype).reshape(h, w)
+        return
+    if method == "bits/1":
+        dst[...] = bt.unpack(unit, h * w, bits).reshape(h, w)
         return
     if len(unit) != size:
         raise FormatError("raw unit does not have the size of its tile")
@@ -168,9 +172,11 @@ def decode_plain(unit: Array, method: str, box: Box, dst: Array) -> None:
 def plain(unit: Array, method: str, p: ll.Lanes | None, box: Box, word: int) -> Array:
     """A tile unit (bytes,) uint8 without Zstandard frames: the words of zstd/1, lanes/1 with plain planes.
 
-    Raises FormatError. What comes back is again a unit, of raw/1 or of the same lanes/1.
+    Raises FormatError. What comes back is again a unit, of raw/1 or of the same lanes/1 or bits/1.
     """
     n = (box[1] - box[0]) * (box[3] - box[2])
+    if method == "bits/1":
+        return unit
     if p is None:
         words = np.empty((box[1] - box[0], box[3] - box[2]), f"<u{word}")
         decode_plain(unit, method, box, words)

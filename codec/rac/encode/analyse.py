@@ -117,6 +117,15 @@ class Plan:
     """Order and coded symbols of every tile, where the analysis has counted pairs."""
     rare: NDArray[np.bool_] | None = None
     """(T, symbols) pairs that are stored as two escapes, since a frequency of their own would cost more."""
+    bits: int = 0
+    """Of a word, of bits/1 only."""
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """The stage map of the coder."""
+        if self.lanes:
+            return self.lanes.to_head()
+        return {"bits": self.bits, "id": self.method} if self.bits else {"id": self.method}
 
 
 def axis_of(shape: tuple[int, ...]) -> int:

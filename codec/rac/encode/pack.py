@@ -10,11 +10,11 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -202,11 +202,15 @@ def pack_source(
     lanes: int | None = None, shard_size: int | None = None, resume: bool = False, force: bool = False,
     progress: Progress | None = None, settings: dict[str, Any] | None = None, recipe: Recipe | None = None,
     layer: Callable[[Fidelity], None] | None = None, pool: Executor | None = None, slices: str | None = None,
+    quantiser: Quantiser | None = None,
 ) -> Summary:  # fmt: skip
     """`pack` for a source that is open already; with a `recipe` its tensors are quantised, the others lossless.
 
-    `layer` is called after each quantised tensor; `pool` quantises (workers.start), or else threads.
+    `layer` is called after each quantised tensor; `pool` quantises (workers.start), or else threads. A `quantiser`
+    takes the place of a recipe.
     """
+    if recipe is not None:
+        quantiser = ByTrellis(recipe)
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     if lanes is not None and not 1 <= lanes <= ll.MAX_LANES:
@@ -228,7 +232,7 @@ def pack_source(
         paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
     provenance: dict[str, Any] = {
         "level": level,
-        "lossless": recipe is None,
+        "lossless": quantiser is None,
         "source": source.kind,
         "tool": f"rac-codec {VERSION}",
     }
@@ -238,8 +242,8 @@ def pack_source(
         provenance["slices"] = slices
     if settings and any(settings.values()):
         provenance |= settings
-    if recipe is not None:
-        provenance |= {"bits_scale": repr(recipe.scale), **recipe.about}
+    if quantiser is not None:
+        provenance |= quantiser.about
     if mapped := sum(t.online is not None for t in source.tensors):
         provenance["online"] = mapped  # `rac info` looks for them only then
     if source.kind == "gguf" and any(g.aliases for g in groups):
@@ -266,14 +270,14 @@ def pack_source(
                         progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
                 continue
         resumed += _write(
-            name, header, files, shard, effort, recipe, threads_of(jobs), resume, force, progress, quantised_one,
+            name, header, files, shard, effort, quantiser, threads_of(jobs), resume, force, progress, quantised_one,
             pool,
         )  # fmt: skip
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)
     weights = sum(weights_of(t) for t in source.tensors)
     lossy, bits = 0, 0.0
-    if recipe is not None:
+    if quantiser is not None:
         archives = [Archive(FileAccess(p)) for p in paths]
         lossy, bits = quantised(e for a in archives for e in a.index.entries)
         for archive in archives:
@@ -304,7 +308,7 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
 
 def _write(
     path: str, header: dict[str, Any], files: Sequence[Attachment], groups: list[ties.Group], level: Level,
-    recipe: Recipe | None, jobs: int, resume: bool, force: bool, progress: Progress | None,
+    quantiser: Quantiser | None, jobs: int, resume: bool, force: bool, progress: Progress | None,
     fidelity: Callable[[Fidelity], None], pool: Executor | None,
 ) -> int:  # fmt: skip
     """Write one archive; returns how many tensors were there already."""
@@ -333,7 +337,7 @@ def _write(
         start = len(found.digests) if found else 0
         with ThreadPoolExecutor(jobs) as threads, workers.named():
             _tensors(
-                writer, groups[start:], level, recipe, threads, pool or threads, jobs, note,
+                writer, groups[start:], level, quantiser, threads, pool or threads, jobs, note,
                 set(found.objects if found else ()),
             )  # fmt: skip
         writer.finish(ix.content_digest(content))
@@ -366,19 +370,18 @@ class _Item:
 
 
 def _tensors(
-    writer: Writer, groups: list[ties.Group], level: Level, recipe: Recipe | None, pool: Executor, quantisers: Executor,
-    jobs: int, note: Callable[[ties.Group, bytes, Fidelity | None], None], there: set[str],
+    writer: Writer, groups: list[ties.Group], level: Level, quantiser: Quantiser | None, pool: Executor,
+    quantisers: Executor, jobs: int, note: Callable[[ties.Group, bytes, Fidelity | None], None], there: set[str],
 ) -> None:  # fmt: skip
     """Plan and encode ahead of the writer, in bounded memory; write in order. What is written next goes first.
 
     `there` has the names of the objects that the archive has already, and gets those that are written.
     """
-    lossy = {} if recipe is None else recipe.aligned
     size = {
-        g.tensor.name: workers.need(g.tensor, recipe) if recipe and g.tensor.name in lossy else g.tensor.nbytes
+        g.tensor.name: quantiser.need(g.tensor) if quantiser and g.tensor.name in quantiser.names else g.tensor.nbytes
         for g in groups
     }
-    limit = max([WINDOW if recipe is None else workers.room(), *size.values()])
+    limit = max([WINDOW if quantiser is None else workers.room(), *size.values()])
     waiting: deque[_Item] = deque()
     coming = deque(groups)
     ready: list[tuple[int, int]] = []
@@ -395,8 +398,9 @@ def _tensors(
                 number, row = heappop(ready)
                 item = waiting[number - written]
                 t = item.group.tensor
-                if row < 0 and recipe and t.name in lossy:
-                    running[quantisers.submit(_quantise, t, workers.only(recipe, t.name))] = (item, row)
+                if row < 0 and quantiser and t.name in quantiser.names:
+                    work, given = quantiser.job(t)
+                    running[quantisers.submit(work, *given)] = (item, row)
                 elif row < 0:
                     running[pool.submit(_start, t, level)] = (item, row)
                 else:
@@ -438,6 +442,49 @@ def _tensors(
 
 
 Started = tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[rec.Object, ...]]
+
+
+class Quantiser(Protocol):
+    """What makes some tensors lossy."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """For the provenance."""
+
+    @property
+    def names(self) -> Container[str]:
+        """The tensors that it quantises."""
+
+    def need(self, t: SourceTensor) -> int:
+        """About the bytes of memory that the work on one takes."""
+
+    def job(self, t: SourceTensor) -> tuple[Callable[..., Started], tuple[Any, ...]]:
+        """A function and its arguments, for a thread or, where they pickle, a process."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByTrellis:
+    """By trellis/1, as a recipe says."""
+
+    recipe: Recipe
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """As the protocol says."""
+        return {"bits_scale": repr(self.recipe.scale), **self.recipe.about}
+
+    @property
+    def names(self) -> Container[str]:
+        """As the protocol says."""
+        return self.recipe.aligned
+
+    def need(self, t: SourceTensor) -> int:
+        """As the protocol says."""
+        return workers.need(t, self.recipe)
+
+    def job(self, t: SourceTensor) -> tuple[Callable[..., Started], tuple[Any, ...]]:
+        """As the protocol says."""
+        return _quantise, (t, workers.only(self.recipe, t.name))
 
 
 def _start(t: SourceTensor, level: Level) -> Started:

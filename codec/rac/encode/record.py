@@ -17,6 +17,7 @@ from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.tile import TileEncoder
 from rac.errors import SourceError
 from rac.quantize import lossless as ll
+from rac.quantize.groups import Groups
 from rac.quantize.trellis import Trellis
 from rac.records import record_size
 from rac.registry import RECORD_TENSOR
@@ -28,7 +29,7 @@ Bytes = bytes | memoryview
 class Behind:
     """What stands behind the coder in the record of a quantised tensor."""
 
-    trellis: Trellis
+    lossy: Trellis | Groups
     digest: bytes
     """Of what a decoder restores."""
     source: bytes
@@ -75,10 +76,10 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
     t = group.tensor
     out: dict[str, Any] = {
         "axis": axis_of(t.shape), "digest": plan.digest, "dtype": t.dtype, "name": t.name, "shape": list(t.shape),
-        "stages": [plan.lanes.to_head() if plan.lanes else {"id": plan.method}], "tile": [plan.grid.tr, plan.grid.tc],
+        "stages": [plan.stage], "tile": [plan.grid.tr, plan.grid.tc],
     }  # fmt: skip
     if behind:
-        out["stages"].append(behind.trellis.to_head())
+        out["stages"].append(behind.lossy.to_head())
         out |= {"digest": behind.digest, "x-source": behind.source}
         if behind.alignment:
             out["x-align"] = behind.alignment
@@ -96,7 +97,7 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
 
 def fields(group: ties.Group, plan: Plan, units: Sequence[Bytes], behind: Behind | None = None) -> dict[str, Any]:
     """What the index row of a tensor adds to its record."""
-    method = (behind.after or "trellis/1") if behind else plan.method
+    method = (behind.after or behind.lossy.id) if behind else plan.method
     t = group.tensor
     return _row(method, t.dtype, t.shape, plan, units, behind is not None) | {"aliases": group.aliases}
 
@@ -118,11 +119,10 @@ def object_head(name: str, plan: Plan, trellis: Trellis | None = None, digest: b
         trellis: Of a quantised matrix.
         digest: Of the dense F32 bytes of a quantised matrix; that of another one is the plan's.
     """
-    coder = plan.lanes.to_head() if plan.lanes else {"id": plan.method}
     grid = plan.grid
     return {
         "axis": 1, "digest": plan.digest if digest is None else digest, "dtype": "F32", "name": name,
-        "shape": [grid.rows, grid.cols], "stages": [coder, trellis.to_head()] if trellis else [coder],
+        "shape": [grid.rows, grid.cols], "stages": [plan.stage, trellis.to_head()] if trellis else [plan.stage],
         "tile": [grid.tr, grid.tc],
     }  # fmt: skip
 

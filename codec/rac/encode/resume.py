@@ -120,7 +120,7 @@ def _parts(forward: Forward, t: tn.Tensor) -> tuple[int, ...]:
     """Payload bytes by kind of the record that the stream stands at, whose units are read and checked."""
     heads = [forward.unit(unit, t.record, t.most(i), t.name)[:4096] for i, unit in enumerate(t.units)]
     sizes = [u.size for u in t.units]
-    return tn.parts(t.grid, t.lanes, t.trellis is not None, sizes, lambda i, size: heads[i][:size])
+    return tn.parts(t.grid, t.lanes, t.lossy is not None, sizes, lambda i, size: heads[i][:size])
 
 
 def _tensor(
@@ -136,7 +136,7 @@ def _tensor(
     if not same:
         return None, b""
     parts = _parts(forward, found)
-    if ties.digest(t) != (found.record.head.get("x-source") if found.trellis else found.digest):
+    if ties.digest(t) != (found.record.head.get("x-source") if found.lossy else found.digest):
         return None, b""
     entry = _entry(
         record, method=ix.method_of(record), dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases

@@ -12,6 +12,7 @@ from rac.container import zstd
 from rac.encode.analyse import LEVELS, Plan, gather, sequence, shuffle
 from rac.entropy.ans import Models
 from rac.entropy.interleave import merge
+from rac.quantize import bits as bt
 from rac.quantize import lossless as ll
 
 Array = NDArray[Any]
@@ -39,6 +40,8 @@ class TileEncoder:
         plan = self.plan
         if plan.method == "raw/1":
             return np.ascontiguousarray(words).tobytes()
+        if plan.method == "bits/1":
+            return bt.pack(words, plan.bits)
         if plan.method == "zstd/1":
             return zstd.compress(shuffle(words), LEVELS[plan.level].zstd)
         return self._lanes(words, i)

@@ -133,9 +133,9 @@ def _records(
             seen.extra[n] = tn.extra_of(t.extra, n)
             content.append([n, t.dtype, list(t.shape), t.digest])
             seen.dense += t.nbytes
-            if t.trellis is not None:
+            if t.lossy is not None:
                 seen.lossy.add(n)
-        if t.trellis is not None and (original := seen.theirs.get(t.name)) and original.nbytes == t.nbytes:
+        if t.lossy is not None and (original := seen.theirs.get(t.name)) and original.nbytes == t.nbytes:
             a = tr.from_words(original.read(0, original.nbytes).view(words.dtype), t.dtype).astype(np.float64)
             b = tr.from_words(words.reshape(-1), t.dtype).astype(np.float64)
             seen.energy += float(a @ a)

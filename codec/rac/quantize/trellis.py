@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,11 +47,12 @@ class Trellis:
     low: int
     scale: int
     sizes: tuple[int, int, int, int]
+    id: ClassVar = "trellis/1"
 
     def to_head(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": "trellis/1", "states": self.states, "zero": self.zero, "low": self.low, "scale": self.scale,
+            "id": self.id, "states": self.states, "zero": self.zero, "low": self.low, "scale": self.scale,
             "sizes": list(self.sizes),
         }  # fmt: skip
 

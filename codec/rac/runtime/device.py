@@ -11,7 +11,7 @@ import torch
 
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
-from rac.decode.device import why_not
+from rac.decode.device import lacks, on_host, why_not
 from rac.runtime import record as rc
 
 
@@ -26,6 +26,14 @@ def _why_not(device: str) -> str | None:
 
 def _version(weight: torch.Tensor) -> tuple[int, int]:
     return weight.data_ptr(), weight._version
+
+
+def _copied(device: str, s: rc.Stored, host: rc.Bytes) -> torch.Tensor:
+    """The weight, decoded on the host."""
+    words = tn.empty(s.tensor)
+    rc.decode(s, host, words)
+    out: torch.Tensor = fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", device)
+    return out
 
 
 class Resident:
@@ -50,16 +58,18 @@ class Resident:
         Raises:
             RacError: The record is damaged. What only decoding shows is looked for the first time.
         """
-        if _why_not(str(weight.device)) is not None:
-            s, host = stored()
-            words = tn.empty(s.tensor)
-            rc.decode(s, host, words)
-            return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", str(weight.device))  # type: ignore[no-any-return]
+        device = str(weight.device)
+        if _why_not(device) is not None:
+            return _copied(device, *stored())
         key = _version(weight)
         new = key != self._key
         if new:
             self._key = None
-            self._pack(weight, *stored())
+            s, host = stored()
+            if stage := lacks(s.tensor):
+                on_host(stage, device)
+                return _copied(device, s, host)
+            self._pack(weight, s, host)
         data = weight if self._data is None else self._data
         out: torch.Tensor = torch.ops.rac.decode(data, self._packed.handle)
         if new:
