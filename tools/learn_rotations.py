@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--test", type=Path, help="measure on that text, too")
-    parser.add_argument("--tokens", type=int, default=65536, help="of --text, at most")
+    parser.add_argument("--tokens", type=int, default=16384, help="of --text, at most")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, help="sequences (spinquant, 2), vectors (kurtail, 2048)")
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--activations", type=int, default=4, help="bits")
     parser.add_argument("--cache", type=int, default=4, help="bits of keys and values")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test-tokens", type=int, default=8192)
+    parser.add_argument("--test-tokens", type=int, default=4096)
     args = parser.parse_args()
     given = {k: v for k, v in (("batch", args.batch), ("lr", args.lr)) if v is not None}
     began = time.perf_counter()

@@ -22,6 +22,7 @@ from rac.encode import rotations as ro
 from rac.encode import transforms as tf
 from rac.encode.pack import pack_source
 from rac.encode.rotations import cayley as ca
+from rac.encode.rotations import learned as la
 from rac.encode.rotations.kurtail import gather
 from rac.encode.rotations.spinquant import start
 from rac.errors import DivergedError, SourceError, TransformError
@@ -374,3 +375,85 @@ def test_from_learning_to_a_loaded_file(tmp_path):
         (tmp_path / "kept").write_bytes(f.attachment("rotations/learned.bin"))
     kept = ro.load(tmp_path / "kept")
     assert np.abs(kept.r2 - found.r2).max() < 1e-6 and kept.about["method"] == "kurtail"
+
+
+# learned axes
+
+
+def test_codes_with_feedback_have_the_error_that_is_stated():
+    rng = np.random.default_rng(0)
+    w, a = rng.standard_normal((40, 24)), rng.standard_normal((24, 24))
+    s, step = a @ a.T, 0.05
+    t = la.triangular(s, 0)
+    codes, error = la.quantise(w, t, step)
+    widths = step / t.by_column
+    assert np.allclose(codes * widths, w + error)
+    inner = error[:, t.order] @ np.linalg.cholesky(s[np.ix_(t.order, t.order)])
+    assert np.abs(inner).max() <= step / 2 + 1e-6
+    assert ((error @ s) * error).sum() == pytest.approx(w.size * step**2 / 12, rel=0.1)
+
+
+def test_bits_of_codes_of_known_entropy():
+    rng = np.random.default_rng(0)
+    flat = rng.integers(-4, 4, (400, 500)).astype(np.int32)
+    assert la.coded_bits(flat) / flat.size == pytest.approx(3, abs=0.05)
+    scales = np.repeat([1, 8], 250)
+    mixed = np.rint(rng.standard_normal((400, 500)) * scales).astype(np.int32)
+    expected = np.mean([0.5 * np.log2(2 * np.pi * np.e * (v + 1 / 12)) for v in (1, 64)])
+    assert la.coded_bits(mixed) / mixed.size == pytest.approx(expected, abs=0.06)
+
+
+def test_the_differentiable_rate_is_near_that_of_codes():
+    z = torch.from_numpy(np.random.default_rng(0).logistic(size=(500, 64)) * 3)
+    law = torch.tensor([[0.0], [np.log(1 / np.sqrt(np.pi**2 / 3))]], dtype=torch.float64)
+    bits = float(la.rate(z, law, torch.Generator().manual_seed(0))) - 0.5 / np.log(2)
+    assert bits == pytest.approx(2 / np.log(2) + np.log2(3), abs=0.1)
+
+
+def sparse(rows=1500, n=32, seed=0):
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal((rows, n)) * (rng.random((rows, n)) < 0.15) + 0.03 * rng.standard_normal((rows, n))
+    return z, np.linalg.qr(rng.standard_normal((n, n)))[0]
+
+
+def test_an_axis_along_which_weights_are_sparse_is_found():
+    z, q = sparse()
+    a = np.random.default_rng(1).standard_normal((32, 32))
+    s = a @ a.T / 32 + np.eye(32)
+    found = ro.learn_axis(z @ q, s, bits=2.5, rows=1500)
+    assert np.abs(found.u @ found.u.T - np.eye(32)).max() < 1e-10
+    best = ro.compare_axes(z @ q, s, q, bits=2.5)
+    assert found.bits_saved / z.size > 0.8 * (best["triangular"] - best["learned"]) > 0.3
+    bits = ro.compare_axes(z @ q, s, found.u, bits=2.5)
+    assert bits["triangular"] == pytest.approx(2.5, abs=0.02)
+    assert (bits["triangular"] - bits["learned"]) * z.size == pytest.approx(found.bits_saved)
+    assert found.cost_bits == 32 * 32 * 16
+    again = ro.learn_axis(z @ q, s, bits=2.5, rows=1500)
+    assert np.array_equal(again.u, found.u)
+
+
+def test_gaussian_weights_have_no_such_axis():
+    w = np.random.default_rng(0).standard_normal((1000, 32))
+    found = ro.learn_axis(w, np.eye(32), steps=60, block=16)
+    assert abs(found.bits_saved) / w.size < 0.02 and found.cost_bits == 32 * 16 * 16
+    assert not found.u[:16, 16:].any() and not found.u[16:, :16].any()
+    bits = ro.compare_axes(w, np.eye(32))
+    assert bits.keys() == {"original", "triangular", "hadamard", "pca"}
+    assert max(bits.values()) - min(bits.values()) < 0.03
+
+
+def test_feedback_and_principal_axes_do_the_same_for_gaussian_weights():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((32, 32)) * np.geomspace(1, 4, 32)
+    bits = ro.compare_axes(rng.standard_normal((1000, 32)), a @ a.T, bits=4)
+    assert bits["pca"] == pytest.approx(bits["triangular"], abs=0.1) and bits["original"] > bits["triangular"] + 0.3
+
+
+def test_axes_that_do_not_fit():
+    w = np.ones((4, 6))
+    with pytest.raises(ValueError, match="do not divide"):
+        ro.learn_axis(w, np.eye(6), block=4)
+    with pytest.raises(ValueError, match="do not fit"):
+        ro.compare_axes(w, np.eye(5))
+    with pytest.raises(ValueError, match="zeros"):
+        ro.compare_axes(0 * w, np.eye(6))

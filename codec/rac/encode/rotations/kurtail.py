@@ -74,7 +74,7 @@ def gather(p: Parts, ids: NDArray[np.int64], most: int, seed: int = 0) -> tuple[
             inside = chosen[(chosen >= at * ids.shape[1]) & (chosen < (at + 1) * ids.shape[1])] - at * ids.shape[1]
             wanted = torch.from_numpy(inside)
             if len(inside):
-                p.model(torch.from_numpy(sequence)[None].to(p.embedding.weight.device), use_cache=False)
+                p.model.model(torch.from_numpy(sequence)[None].to(p.embedding.weight.device), use_cache=False)
     x = torch.cat([part for parts in read for part in parts])
     v = torch.stack([torch.cat(parts).unflatten(-1, (-1, p.head_dim)).flatten(0, 1) for parts in values])
     if not torch.isfinite(x).all() or not torch.isfinite(v).all():
