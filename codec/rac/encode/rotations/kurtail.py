@@ -83,7 +83,7 @@ def gather(p: Parts, ids: NDArray[np.int64], most: int, seed: int = 0) -> tuple[
 
 
 def kurtail(
-    p: Parts, ids: NDArray[np.int64], *, steps: int = 100, batch: int = 2048, lr: float = 0.05, most: int = 1024,
+    p: Parts, ids: NDArray[np.int64], *, steps: int = 100, batch: int = 2048, lr: float = 1.0, most: int = 1024,
     seed: int = 0, note: Note | None = None,
 ) -> Rotations:  # fmt: skip
     """Learn R1 and R2 of a model whose norms are fused; its weights are left alone.

@@ -198,7 +198,7 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
 
     columns = w.shape[1]
     blocks = torch.eye(block, dtype=torch.float64).repeat(columns // block, 1, 1).requires_grad_()
-    weights, moment = torch.from_numpy(w), torch.from_numpy(s)
+    weights, moment = torch.from_numpy(w).float(), torch.from_numpy(s)
     law = torch.zeros(2, _COMPONENTS, dtype=torch.float64)
     law[1] = torch.linspace(-2, 0, _COMPONENTS)
     law.requires_grad_()
@@ -208,7 +208,7 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
         chosen = torch.from_numpy(order.choice(len(w), min(rows, len(w)), replace=False))
         u = torch.block_diag(*blocks)
         weight = torch.linalg.cholesky(u @ moment @ u.mT).diagonal()
-        loss = rate(weights[chosen] @ u.mT * (weight / step), law, noise)
+        loss = rate(weights[chosen] @ (u * (weight / step)[:, None]).float().mT, law.float(), noise)
         if not bool(torch.isfinite(loss)):
             raise DivergedError(f"learning an axis diverged at step {k + 1}: the rate is {float(loss)} (lr {lr:g})")
         loss.backward()
@@ -234,7 +234,7 @@ def rate(z: Any, law: Any, noise: Any = None) -> Any:
     scale = (energy.mean(1, keepdim=True) * energy.mean(0, keepdim=True) / mean).clamp(min=1e-8)
     x = (z if noise is None else z + torch.rand(z.shape, generator=noise, dtype=z.dtype) - 0.5).abs()[..., None]
     spread = scale.sqrt()[..., None] * law[1].exp() + 0.05
-    inside = torch.sigmoid((x + 0.5) / spread) - torch.sigmoid((x - 0.5) / spread)
+    inside = torch.sigmoid((0.5 - x) / spread) - torch.sigmoid((-0.5 - x) / spread)
     bits = -((inside * torch.softmax(law[0], 0)).sum(-1).clamp(min=1e-9)).log2().mean()
     error = (scale / (12 * scale + 1)).mean()  # of a step's square: 1/12, less where all is rounded to 0
     return bits + 12 * error / (2 * math.log(2))
