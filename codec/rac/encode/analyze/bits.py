@@ -1,7 +1,7 @@
 """Bits that a matrix takes in each basis at one error of the outputs, by the coder that packs it.
 
-Every basis is quantised and coded as `rac pack` does it, by a trellis of STATES states, entropy coding and the tables of
-classes counted, but records and lists of scales left out. The step is looked for until the error is the reference's.
+Every basis is quantised and coded as `rac pack` does it, by a trellis of STATES states; tables and lists of scales are
+counted, heads of records and a basis' own matrix are not. The step is looked for until the error is the reference's.
 What is left of a difference, at most NEAR decibels, counts as half a log2 of it, which is what it takes at high rate.
 """
 

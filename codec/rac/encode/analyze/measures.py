@@ -52,14 +52,14 @@ def outlier_ratio(x: Array) -> float:
 
 
 def singular_values(w: Array) -> NDArray[np.float64]:
-    """(min(R, C),) descending, from the eigenvalues of the smaller Gram matrix: those below 1e-8 of the first are noise."""
+    """(min(R, C),) descending, from the smaller Gram matrix: those below 1e-8 of the first are noise."""
     a = w.astype(np.float64)
     gram = a @ a.T if len(a) <= a.shape[1] else a.T @ a
     return np.asarray(np.sqrt(np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)))
 
 
 def effective_rank(values: Array) -> float:
-    """exp of the entropy of singular values that sum to 1 (Roy & Vetterli, "The effective rank", EUSIPCO 2007)."""
+    """E to the entropy of singular values that sum to 1 (Roy & Vetterli, "The effective rank", EUSIPCO 2007)."""
     total = float(values.sum())
     p = values[values > 0] / total if total else values[:0]
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
@@ -73,7 +73,7 @@ def stable_rank(values: Array) -> float:
 
 def energies(w: Array) -> NDArray[np.float64]:
     """(C,) of the columns: sums of squares."""
-    return np.einsum("ij,ij->j", w, w, dtype=np.float64)
+    return np.asarray(np.einsum("ij,ij->j", w, w, dtype=np.float64))
 
 
 def curve(energy: Array) -> NDArray[np.float64]:
@@ -126,5 +126,6 @@ def entropy(x: Array) -> NDArray[np.float64]:
 
 def histogram(x: Array) -> NDArray[np.int64]:
     """(len(EDGES) - 1,) numbers of elements in units of the root mean square; what is beyond counts at the ends."""
-    scaled = np.clip(x / max(rms(x), 1e-300), EDGES[0], EDGES[-1])
-    return np.histogram(scaled, EDGES)[0]
+    steps = (len(EDGES) - 1) / float(EDGES[-1] - EDGES[0])
+    at = np.clip((x.ravel() / max(rms(x), 1e-30) - EDGES[0]) * steps, 0, len(EDGES) - 2).astype(np.uint8)
+    return np.bincount(at, minlength=len(EDGES) - 1)
