@@ -65,7 +65,8 @@ def lines(
     for t in (t for t in ticks(x0, x1, 6) if not whole or t == int(t)):
         x = at(t, 10**y0 if log else y0)[0]
         label = f"{t * 100:g} %" if percent else f"{t:g}"
-        out.append(f'<text x="{x:.1f}" y="{height - _BOTTOM + 13}" text-anchor="middle">{label}</text>')
+        anchor = "end" if x > WIDTH - _RIGHT - 12 else "middle"
+        out.append(f'<text x="{x:.1f}" y="{height - _BOTTOM + 13}" text-anchor="{anchor}">{label}</text>')
     out.append(f'<path class="axis" d="M{_LEFT} {height - _BOTTOM}H{WIDTH - _RIGHT}"/>')
     out.append(
         f'<text class="label" x="{WIDTH - _RIGHT}" y="{height - 3}" text-anchor="end">{html.escape(x_label)}</text>'
