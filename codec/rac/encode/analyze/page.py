@@ -52,7 +52,7 @@ svg{width:100%;height:auto;display:block}svg text{font-size:10px;fill:var(--soft
 background:var(--page);border-bottom:1px solid var(--rule);font-size:.87rem}
 .legend span{display:inline-flex;align-items:center;gap:6px}.legend svg{width:26px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.87rem;font-variant-numeric:tabular-nums}
-th,td{padding:4px 9px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th,td{padding:4px 6px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 tr:first-child th{color:var(--soft);font-weight:500;vertical-align:bottom;white-space:normal}
 th:first-child{text-align:left;font-weight:500;position:sticky;left:0;background:var(--page)}
 td.wide{text-align:left;white-space:normal;min-width:260px}
