@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
-_NOT = {
+_NOT: dict[str, Any] = {
     "file_bits": None, "size": None, "snr": None, "kl": None, "rank": None, "align": "auto", "embeddings": False,
     "effort": "default", "keep": [], "include": [], "exclude": [], "lanes": None, "slices": None, "shard_size": None,
     "resume": False, "report": None,
@@ -88,4 +89,3 @@ def run(args: argparse.Namespace) -> int:
 
         measure(args.src, args.output, args.measure)
     return 0
-

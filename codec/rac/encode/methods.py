@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from rac.encode.budget import read_text
 from rac.encode.evaluate import load_original
 from rac.encode.grouped import pack_grouped
-from rac.encode.lossy import Fidelity
-from rac.encode.pack import Progress, Summary
+from rac.encode.pack import Fidelity, Progress, Summary
 from rac.encode.sources import Source, open_source
 from rac.errors import OutputError, SourceError
+from rac.predictions import quiet
 from rac.quantize.groups import Grouped
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Note = Callable[[str, int, int], None]
 CONTEXT = 1024
+LEARNED = 512
+"""Tokens of a sequence that rotations are learned on."""
 CHECKED = 256
 """Tokens on which a transformed model must compute what the original does."""
 
@@ -105,8 +107,11 @@ def pack_method(
         raise SourceError(f"{method.name} calibrates on a text: give --calibrate FILE", file=path)
     tell = note or (lambda *_: None)
     tell("loading", 0, 1)
-    _, model, tokenizer = load_original(path)
-    run = _Run(method, model, _ids(tokenizer, method, path), tell)
+    import transformers
+
+    with quiet(transformers):
+        _, model, tokenizer = load_original(path)
+    run = _Run(method, model, _ids(tokenizer, model.get_input_embeddings().num_embeddings, method, path), tell)
     about = {"recipe": method.name, "bits": method.bits, "group": method.group or "row", "symmetric": method.symmetric}
     found = RECIPES[method.name](run)
     source = open_source(path)
@@ -124,12 +129,12 @@ def pack_method(
     )
 
 
-def _ids(tokenizer: Any, method: Method, path: str) -> NDArray[np.int64]:
+def _ids(tokenizer: Any, words: int, method: Method, path: str) -> NDArray[np.int64]:
     """(count, context) token ids of the text; without one, some tokens to compare the transformed model on."""
     from rac.encode.calibration_text import sequences, text_ids
 
     if method.text is None:
-        return np.random.default_rng(0).integers(0, len(tokenizer), (1, CHECKED))
+        return np.random.default_rng(0).integers(0, words, (1, CHECKED))
     ids, longest = text_ids(path, read_text(method.text), method.tokens)
     return sequences(ids, method.tokens, min(CONTEXT, longest))
 
@@ -141,8 +146,8 @@ def _transformed(run: _Run, change: Callable[[Parts], None]) -> None:
     from rac.encode import transforms
 
     tokens = torch.from_numpy(run.ids[0, :CHECKED])
-    before = transforms.logits(run.model, tokens)
     run.parts = p = transforms.parts(run.model)
+    before = transforms.logits(run.model, tokens)
     change(p)
     run.note("comparing with the original", 0, 1)
     transforms.require_same(before, p, tokens)
@@ -189,6 +194,12 @@ def _quarot(run: _Run) -> dict[str, Grouped]:
     return _rtn(run) if run.method.text is None else _gptq(run)
 
 
+def _short(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The text in shorter sequences, some of which what learns holds out."""
+    context = min(LEARNED, max(2, ids.size // 8))
+    return ids.reshape(-1)[: ids.size // context * context].reshape(-1, context)
+
+
 def _learned(run: _Run, learn: Callable[[Parts], Any]) -> dict[str, Grouped]:
     """Rotations that are learned, R4 as in QuaRot, then GPTQ; the rotations travel in the file."""
     from rac.encode import transforms
@@ -206,12 +217,13 @@ def _learned(run: _Run, learn: Callable[[Parts], Any]) -> dict[str, Grouped]:
 
 def _spinquant(run: _Run) -> dict[str, Grouped]:
     """2405.16406."""
-    from rac.encode.rotations.spinquant import Simulated, spinquant
+    from rac.encode.rotations.simulate import Simulated
+    from rac.encode.rotations.spinquant import spinquant
 
     m = run.method
     how = replace(Simulated(), activations=m.activations, cache=m.activations)
     return _learned(
-        run, lambda p: spinquant(p, run.ids, steps=m.steps, how=how, seed=m.seed, note=run.note)
+        run, lambda p: spinquant(p, _short(run.ids), steps=m.steps, how=how, seed=m.seed, note=run.note)
     )  # fmt: skip
 
 
@@ -220,7 +232,7 @@ def _kurtail(run: _Run) -> dict[str, Grouped]:
     from rac.encode.rotations.kurtail import kurtail
 
     m = run.method
-    return _learned(run, lambda p: kurtail(p, run.ids, steps=m.steps, seed=m.seed, note=run.note))
+    return _learned(run, lambda p: kurtail(p, _short(run.ids), steps=m.steps, seed=m.seed, note=run.note))
 
 
 RECIPES: dict[str, Callable[[_Run], dict[str, Grouped]]] = {
