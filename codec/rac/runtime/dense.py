@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
-from rac.align.online import hook
+from rac.align.online import hook, hooked
 from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
-from rac.runtime.online import guard
+from rac.runtime.online import fold_layer, guard
 
 _OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "transposed")
 
@@ -83,7 +83,8 @@ def _resize(model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: i
 
 def _wrapped(module: nn.Module, name: str, layer: nn.Module | None) -> None:
     """Called for each module that becomes part of another. Adapters of peft call what they adapt `base_layer`."""
-    if name == "base_layer" and isinstance(layer, Compressed) and hasattr(type(module), "merge"):
+    adapted = layer is not None and (isinstance(layer, Compressed) or hooked(layer) is not None)
+    if name == "base_layer" and adapted and hasattr(type(module), "merge"):
         module.merge = functools.partial(_merge, module)  # type: ignore[assignment]
 
 
@@ -91,6 +92,7 @@ def _merge(module: Any, *args: Any, **kwargs: Any) -> Any:
     """`merge` of an adapter's layer: adds to a dense weight."""
     layer = module.get_base_layer()
     densify(layer, folded=True)  # adapters add to what the input had before it was mapped
+    fold_layer(layer)
     if isinstance(layer, Conv1D):  # peft took it for nn.Linear, whose weight is the other way round
         module.fan_in_fan_out = True
     return type(module).merge(module, *args, **kwargs)
