@@ -78,3 +78,25 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         err = capsys.readouterr().err
         assert said in err.splitlines()[-1], (more, err)
         assert not (tmp_path / "x.rac").exists()
+
+
+def test_the_benchmark_of_all_recipes(folder, tmp_path, capsys):
+    import json
+    from xml.etree import ElementTree
+
+    text = str(folder / "text.txt")
+    args = ["compare", str(folder / "hf"), "--recipes", "rtn,gptq,aligned", "--bits", "3,6", "--calibrate", text,
+            "--calibration-tokens", "300", "--text", text, "--tokens", "200", "--context", "100", "--group", "16",
+            "--effort", "fast", "--out", str(tmp_path / "files"), "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
+    assert main([*args, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["recipe"], r.get("bits")) for r in rows[1:]] == [
+        (n, b) for b in (3, 6) for n in ("rtn", "gptq", "aligned")
+    ]
+    kl = {(r["recipe"], r["bits"]): r["kl"] for r in rows[1:]}
+    assert all(kl[name, 6] < kl[name, 3] for name in ("rtn", "gptq", "aligned"))
+    assert all((r["fixed"] is None) == (r["recipe"] == "aligned") and r["seconds"] > 0 for r in rows[1:])
+    assert len(ElementTree.parse(tmp_path / "plot.svg").findall(".//{*}path[@class]")) > 5
+    assert sorted(p.name for p in (tmp_path / "files").glob("*.rac"))[:2] == ["aligned-3.rac", "aligned-6.rac"]
+    assert main(args[:1] + [str(folder / "hf")]) == 2
+    assert "nothing to compare" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from typing import Any
 
+from rac.cli import benchmark
 from rac.cli.running import add_simulated, simulation
 
 HELP = """\
@@ -28,12 +29,13 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("original", metavar="ORIGINAL", help="what they were made of")
-    p.add_argument("files", metavar="FILE", nargs="+", help="what to compare with it")
+    p.add_argument("files", metavar="FILE", nargs="*", help="what to compare with it")
     p.add_argument("--text", metavar="FILE", help="measure KL, top-1 agreement and perplexity on this text")
     p.add_argument("--tokens", type=int, default=8192, metavar="N", help="of that text (default: 8192)")
     p.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of one window (default: 1024)")
     p.add_argument("--snr", action="store_true", help="the SNR of the layers' outputs on the text too: one more pass")
     add_simulated(p)
+    benchmark.add(p)
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=run)
 
@@ -44,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from rac.encode.budget import read_text
     from rac.encode.compare import compare
 
+    if args.recipes:
+        return benchmark.run(args)
+    if not args.files:
+        raise ValueError("nothing to compare with: give a FILE, or --recipes")
     if args.snr and not args.text:
         raise ValueError("--snr measures on a text: give --text too")
     quantised = args.activations is not None or args.kv is not None

@@ -30,7 +30,7 @@ def add(p: argparse.ArgumentParser) -> None:
         "spinquant, kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE",
     )  # fmt: skip
     named.add_argument(
-        "--group", type=_group, default=128, metavar="N|row", help="columns that share a scale (default: 128)"
+        "--group", type=group_of, default=128, metavar="N|row", help="columns that share a scale (default: 128)"
     )
     named.add_argument(
         "--fixed-rate", action="store_true", help="store the integers at their fixed rate, not entropy-coded"
@@ -44,7 +44,8 @@ def add(p: argparse.ArgumentParser) -> None:
     named.add_argument("--seed", type=int, default=0, metavar="N", help="of rotations (default: 0)")
 
 
-def _group(given: str) -> int | None:
+def group_of(given: str) -> int | None:
+    """Columns of a group; None: a row."""
     if given == "row":
         return None
     if not given.isdecimal() or not int(given):

@@ -73,25 +73,25 @@ class _Run:
     attach: Callable[[Source], Source] | None = None
 
 
-def pack_method(
-    src: str | os.PathLike[str], out: str | os.PathLike[str], method: Method, *, level: str = "default",
-    jobs: int | None = None, force: bool = False, note: Note | None = None, progress: Progress | None = None,
-    layer: Callable[[Fidelity], None] | None = None,
-) -> Summary:  # fmt: skip
-    """Pack the Hugging Face folder of a causal language model by a named method.
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a method has made of a model."""
 
-    Embeddings and output layer, norms and biases stay lossless, as in the papers.
+    source: Source
+    matrices: dict[str, Grouped]
+    about: dict[str, Any]
+    """For the provenance."""
+
+
+def make(src: str | os.PathLike[str], method: Method, note: Note | None = None) -> Made:
+    """Transform and round the model of a Hugging Face folder by a named method.
+
+    Embeddings and output layer, norms and biases stay as they are, as in the papers.
 
     Args:
-        src: The folder, with weights and tokenizer.
-        out: The .rac file.
+        src: The folder of a causal language model, with weights and tokenizer.
         method: What is asked for.
-        level: Of what stays lossless.
-        jobs: Threads that pack.
-        force: Replace a file that exists.
         note: Called with (what, done, of) as it goes.
-        progress: Called after every tensor that was written.
-        layer: Called after each quantised tensor.
 
     Raises:
         SourceError: No such model, no text where one is needed, or a text that is too short.
@@ -101,8 +101,6 @@ def pack_method(
     path = os.fspath(src)
     if method.name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {method.name!r}")
-    if os.path.isfile(out) and not force:  # said before the long work, not after it
-        raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
     if method.text is None and method.name not in WITHOUT_TEXT:
         raise SourceError(f"{method.name} calibrates on a text: give --calibrate FILE", file=path)
     tell = note or (lambda *_: None)
@@ -111,7 +109,8 @@ def pack_method(
 
     with quiet(transformers):
         _, model, tokenizer = load_original(path)
-    run = _Run(method, model, _ids(tokenizer, model.get_input_embeddings().num_embeddings, method, path), tell)
+    words = model.get_input_embeddings().num_embeddings
+    run = _Run(method, model, _ids(tokenizer, words, method, path), tell)
     about = {"recipe": method.name, "bits": method.bits, "group": method.group or "row", "symmetric": method.symmetric}
     found = RECIPES[method.name](run)
     source = open_source(path)
@@ -122,11 +121,39 @@ def pack_method(
         about |= run.parts.about
     if run.attach:
         source = run.attach(source)
-    if method.text is not None and method.name not in WITHOUT_TEXT:
+    if method.text is not None and method.name != "rtn":
         about |= {"tokens": int(run.ids.size), "seed": method.seed}
+    return Made(source, found, about)
+
+
+def pack_method(
+    src: str | os.PathLike[str], out: str | os.PathLike[str], method: Method, *, level: str = "default",
+    jobs: int | None = None, force: bool = False, note: Note | None = None, progress: Progress | None = None,
+    layer: Callable[[Fidelity], None] | None = None,
+) -> Summary:  # fmt: skip
+    """`make`, and a .rac file of it.
+
+    Args:
+        src: The folder.
+        out: The .rac file.
+        method: What is asked for.
+        level: Of what stays lossless.
+        jobs: Threads that pack.
+        force: Replace a file that exists.
+        note: Called with (what, done, of) as it goes.
+        progress: Called after every tensor that was written.
+        layer: Called after each quantised tensor.
+
+    Raises:
+        RacError: As `make`; OutputError where the file exists or cannot be written.
+    """
+    if os.path.isfile(out) and not force:  # said before the long work, not after it
+        raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
+    m = make(src, method, note)
     return pack_grouped(
-        source, found, out, method.entropy, about, level=level, jobs=jobs, force=force, progress=progress, layer=layer
-    )
+        m.source, m.matrices, out, method.entropy, m.about, level=level, jobs=jobs, force=force, progress=progress,
+        layer=layer,
+    )  # fmt: skip
 
 
 def _ids(tokenizer: Any, words: int, method: Method, path: str) -> NDArray[np.int64]:
