@@ -16,7 +16,7 @@ from rac.container import zstd
 from rac.container.index import content_digest
 from rac.container.writer import Writer
 from rac.encode import record as rec
-from rac.encode.analyse import LEVELS, analyse
+from rac.encode.analyse import LEVELS, Level, analyse
 from rac.encode.sources import SourceTensor
 from rac.encode.ties import Group
 from rac.encode.tile import TileEncoder
@@ -48,11 +48,13 @@ def exact(values: NDArray[np.float32]) -> Coded:
     return Coded(encoder, units, None, values)
 
 
-def quantised(words: NDArray[np.uint8], seed: int, outliers: int = 0, states: int = 16) -> Coded:
+def quantised(
+    words: NDArray[np.uint8], seed: int, outliers: int = 0, states: int = 16, level: Level = LEVELS["default"]
+) -> Coded:
     """Behind a coder and trellis/1: random scales, and outliers of random bits at random places."""
     rng = np.random.default_rng(seed)
     r, c = words.shape
-    plan = replace(analyse(lambda _, a, b: words[a:b], "U8", words.shape, LEVELS["default"]), words=words)
+    plan = replace(analyse(lambda _, a, b: words[a:b], "U8", words.shape, level), words=words)
     rows, cols = (rng.integers(-9, 10, n).astype(np.int8) for n in (r, c))
     flat = np.sort(rng.choice(r * c, min(outliers, r * c), replace=False))
     places = np.stack([flat // c, flat % c], axis=1)
@@ -72,6 +74,8 @@ def quantised(words: NDArray[np.uint8], seed: int, outliers: int = 0, states: in
 
 def joined(v: NDArray[np.float32], dtype: str, objects: Sequence[NDArray[np.float32]]) -> Array:
     """Words of the data type, by numpy."""
+    if not objects:
+        return tr.to_words(v, dtype)
     out = lowrank.join(v.copy(), *objects, reference=True) if len(objects) == 2 else basis.join(v, objects[0], True)
     return tr.to_words(out, dtype)
 
@@ -95,11 +99,11 @@ class Maker:
         self._writer.add(RECORD_OBJECT, 0, head, m.units, **rec.object_fields(m.encoder.plan, m.units, m.trellis))
 
     def tensor(self, name: str, dtype: str, m: Coded, uses: Sequence[str], source: bytes = bytes(16)) -> None:
-        """Add a tensor that uses two objects (lowrank/1) or one (basis/1)."""
+        """Add a tensor that uses two objects (lowrank/1), one (basis/1) or none."""
         assert m.trellis is not None
         words = joined(m.values, dtype, [self._objects[n] for n in uses])
         digest = zstd.digest(words.tobytes())
-        after = "lowrank/1" if len(uses) == 2 else "basis/1"
+        after = ("", "basis/1", "lowrank/1")[len(uses)]
         behind = rec.Behind(m.trellis, digest, source, after, tuple(uses))
         group = Group(SourceTensor(name, dtype, words.shape, words.view(np.uint8).reshape(-1)), (), {})
         plan = m.encoder.plan

@@ -20,25 +20,37 @@ from rac.decode import cuda, cuda_jobs
 
 ARCHITECTURES = (80, 90, 100)
 RATCHET = Path(__file__).parents[1] / "tests" / "unit" / "decode" / "sass.json"
+KEYS = {"per_weight": "", "alu": " alu", "slow": " slow"}
+"""What the ratchet holds of a form, and what stands behind the architecture there."""
 _TYPES = {"jobs": "*i64", "status": "*i32", "n": "i32"}
 _BF16 = {"WORD": 2, "SHIFT": 7, "SIGN": 1, "ZERO": 0, "RAW": 8, "CODED": True, "ROWS": 64, "COLS": 256}
 FORMS: dict[str, tuple[str, dict[str, Any], str, int]] = {
-    "lanes, pairs, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 2, "BLOCK": 32}, "STG", 1),
-    "lanes, single, 16": ("lanes", {"LANES": 16, "SPAN": 16, "PER": 1, "BLOCK": 32}, "STG", 1),
-    "lanes, single, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 1, "BLOCK": 32}, "STG", 1),
-    "lanes, pairs, 128": ("lanes", {"LANES": 128, "SPAN": 128, "PER": 2, "BLOCK": 128}, "STG", 1),
+    "lanes, pairs, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 2, "BLOCK": 32, "ENTRIES": 256}, "STG.E.U8", 1),
+    "lanes, single, 16": ("lanes", {"LANES": 16, "SPAN": 16, "PER": 1, "BLOCK": 32, "ENTRIES": 64}, "STG.E.U8", 1),
+    "lanes, single, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 1, "BLOCK": 32, "ENTRIES": 64}, "STG.E.U8", 1),
+    "lanes, pairs, 128": ("lanes", {"LANES": 128, "SPAN": 128, "PER": 2, "BLOCK": 128, "ENTRIES": 256}, "STG.E.U8", 1),
+    "lanes, single, 8": ("lanes", {"LANES": 8, "SPAN": 8, "PER": 1, "BLOCK": 32, "ENTRIES": 64}, "STG.E.U8", 1),
     "place BF16": ("place", _BF16, "STG", 1),
     "place F32": ("place", _BF16 | {"WORD": 4, "SHIFT": 23, "RAW": 24}, "STG", 1),
     "place raw": ("place", _BF16 | {"SHIFT": 0, "SIGN": 0, "RAW": 16, "CODED": False}, "STG", 1),
-    "escapes": ("added", {"WORD": 2, "PLACED": True, "BLOCK": 128}, "REDUX.MAX", 16),
-    "escapes, lossy": ("found", {"WORD": 1, "PLACED": False, "BLOCK": 128}, "REDUX.MAX", 16),
-    "trellis": ("trellis", {"TO": "BF16", "COLS": cuda_jobs.TRELLIS_COLS}, "STG", 1),
+    "escapes": ("added", {"WORD": 2, "PLACED": True, "BLOCK": 64}, "STG.E.U16", 1),
+    "escapes, lossy": ("found", {"WORD": 1, "PLACED": False, "BLOCK": 64}, "STG.E.U8", 1),
+    "trellis": ("trellis", {"TO": "BF16", "COLS": cuda_jobs.TRELLIS_COLS, "PAIRS": True}, "STG", 2),
     "product": ("product", {"WORD": 2, "HALF": False, "ADDED": True, "ROWS": 16, "COLS": 32}, "FMUL", 1),
     "tables": ("tables", {"BLOCK": 2048}, "STG", 1),
     "outliers": ("outliers", {"WORD": 2, "BLOCK": 128}, "STG", 1),
 }
 """Kernel, what it is compiled for, and the instruction that its inner loop is counted by, with the weights of each: a
-store of a weight, a look through 16 symbols, a term of a product."""
+store of a weight, an escape, a term of a product."""
+
+ALU = (
+    "LOP3", "SHF", "LEA", "IADD3", "IADD", "VIADD", "ISETP", "SEL", "VIMNMX", "VIMNMX3", "IMNMX", "PRMT", "P2R", "R2P",
+    "PLOP3", "SGXT", "F2FP", "FSETP", "FSEL", "FMNMX", "MOV", "VOTE", "BMSK",
+)  # fmt: skip
+"""Instructions of the pipe that takes half a warp per cycle and scheduler; moves and sums that are written as IMAD are
+those of another."""
+SLOW = ("POPC", "F2F", "F2I", "I2F", "MUFU", "FLO", "BREV")
+"""Of the one that takes an eighth of a warp per cycle and scheduler."""
 
 
 @functools.cache
@@ -105,6 +117,12 @@ def inner(name: str, code: list[tuple[int, str]]) -> tuple[list[str], int]:
     return [code[i][1] for i in best if not code[i][1].startswith("NOP")], weights(best)
 
 
+def pipes(body: list[str]) -> tuple[int, int]:
+    """How many instructions are among `ALU`, and how many among `SLOW`."""
+    kinds = [t.split()[1 if t.startswith("@") else 0].split(".")[0] for t in body]
+    return sum(k in ALU for k in kinds), sum(k in SLOW for k in kinds)
+
+
 def measure(name: str, cap: int) -> dict[str, Any]:
     """What a form needs, and the instructions of its inner loop per weight."""
     sass, usage = compiled(name, cap)
@@ -112,7 +130,9 @@ def measure(name: str, cap: int) -> dict[str, Any]:
     body, weights = inner(name, code)
     numbers = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     spilled = numbers["STACK"] + numbers["LOCAL"] + sum(t.startswith(("LDL", "STL")) for _, t in code)
+    alu, slow = pipes(body)
     return {
+        "alu": round(alu / weights, 2), "slow": round(slow / weights, 2),
         "registers": numbers["REG"], "spilled": spilled, "shared": numbers["SHARED"],
         "per_weight": round(len(body) / weights, 2), "text": "\n".join(t for _, t in code), "loop": body,
     }  # fmt: skip
@@ -127,7 +147,8 @@ def main() -> None:
     found = {f"sm_{cap}": {name: measure(name, cap) for name in FORMS} for cap in ARCHITECTURES}
     if "--write" in sys.argv:
         rows: dict[str, Any] = {"triton": version()}
-        rows |= {arch: {name: m["per_weight"] for name, m in of.items()} for arch, of in found.items()}
+        for key, suffix in KEYS.items():
+            rows |= {arch + suffix: {name: m[key] for name, m in of.items()} for arch, of in found.items()}
         RATCHET.write_text(json.dumps(rows, indent=2) + "\n")
     print("| kernel | " + " | ".join(f"{arch}: per weight, registers" for arch in found) + " | spilled | shared |")
     print("| --- |" + " ---: |" * (len(found) + 2))

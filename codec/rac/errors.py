@@ -10,6 +10,7 @@ RacError
  +-- SourceError            the input of a pack is missing or is not a model
  +-- OutputError            the output exists, or cannot be written
  +-- TransformError         a transform does not fit a model, or would change what it computes
+ +-- DivergedError          what was to be learned diverged
  +-- BudgetError            no file of the wanted size or quality can be made
  +-- NameNotFoundError      no such tensor or attachment (also a KeyError)
  +-- MismatchError          `verify --against` found a difference
@@ -77,6 +78,10 @@ class OutputError(RacError):
 
 class TransformError(RacError):
     """A transform of a model does not fit its architecture, or has changed what the model computes."""
+
+
+class DivergedError(RacError):
+    """Learning a transform diverged: the loss is no number, or stays above that of the start."""
 
 
 class BudgetError(RacError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,10 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import models
 
+import rac
 import rac.runtime  # noqa: F401 - the quantizer
 from rac.cli import main
+from rac.encode import transforms
 from rac.encode.evaluate import Measure
-from rac.encode.pack import pack
+from rac.encode.pack import pack, pack_source
+from rac.runtime.simulate import simulated
+from rac.runtime.text import perplexity
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +111,60 @@ def test_help_teaches(capsys):
             main([command, "--help"])
         out = capsys.readouterr().out
         assert all(w in out for w in words)
+
+
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory):
+    """An untied model, the same rotated by QuaRot, and their files."""
+    root = tmp_path_factory.mktemp("rotated")
+    models.write("llama-untied", root / "hf", torch.float32)
+    pack(root / "hf", root / "plain.rac")
+    model = transformers.AutoModelForCausalLM.from_pretrained(root / "hf")
+    ids = models.inputs(model)["input_ids"]
+    before = transforms.logits(model, ids)
+    p = transforms.parts(model)
+    transforms.quarot(p, 3)
+    transforms.require_same(before, p, ids)
+    pack_source(transforms.source(p, root / "hf"), root / "quarot.rac", settings=p.about)
+    (root / "text.txt").write_text(models.TEXT)
+    return root
+
+
+TEXT = ["--tokens", "200", "--context", "100"]
+
+
+def test_simulated_activations(rotated, capsys):
+    """Perplexity and compare measure the same, behind the maps of the file and with the keys that it names."""
+    text = ["--text", str(rotated / "text.txt"), *TEXT]
+    files = [str(rotated / f"{name}.rac") for name in ("plain", "quarot")]
+    bits = ["--activations", "4", "--kv", "3"]
+    assert main(["compare", str(rotated / "hf"), *files, *text, *bits, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0]["kl"] == 0 and min(row["kl"] for row in rows[1:]) > 0.01
+    for file, row in zip(files, rows[1:], strict=True):
+        model, tokenizer = rac.load_model(file), rac.load_tokenizer(file)
+        keys = {"rotate_keys": True, "seed": 3} if "quarot" in file else {}
+        with simulated(model, 4, 3, **keys):
+            want, _, _ = perplexity(model, tokenizer, models.TEXT, 200, 100)
+        assert row["perplexity"] == pytest.approx(want, rel=1e-4)
+        assert main(["perplexity", file, *text, *bits]) == 0
+        out = capsys.readouterr().out
+        assert f"perplexity {want:.3f} on 200 tokens" in out and "4-bit activations, 3-bit cache" in out
+    assert main(["compare", str(rotated / "hf"), *files, *text, "--activations", "16", "--clip", "1", "--json"]) == 0
+    assert max(row["kl"] for row in json.loads(capsys.readouterr().out)) < 1e-3
+
+
+def test_simulation_is_refused_in_one_line(rotated, capsys):
+    plain, turned = str(rotated / "plain.rac"), str(rotated / "quarot.rac")
+    text = ["--text", str(rotated / "text.txt"), *TEXT]
+    cases = [
+        (["perplexity", plain, *text, "--activations", "1"], 2, "2 to 16"),
+        (["perplexity", plain, *text, "--kv", "0"], 2, "1 to 16"),
+        (["perplexity", plain, *text, "--kv", "4", "--clip", "2"], 2, "clip"),
+        (["compare", str(rotated / "hf"), plain, "--activations", "4"], 2, "--text"),
+        (["perplexity", turned, *text, "--activations", "4", "--resident", "compressed"], 1, "dense"),
+    ]
+    for args, code, word in cases:
+        assert main(args) == code, args
+        err = capsys.readouterr().err.splitlines()
+        assert err[-1].startswith("rac: ") and word in err[-1], (args, err)

@@ -119,3 +119,66 @@ def test_operator_in_a_graph(model):
     torch.cuda.synchronize()
     p.check()
     assert dense(out) == arrays["w0"].tobytes()
+
+
+@pytest.fixture(scope="module")
+def linears(model):
+    """Two sets of compressed layers on the device, each with its workspace, and their dense weights."""
+    pytest.importorskip("transformers")
+    from rac.container.reader import Archive
+    from rac.runtime import RacLinear, Workspace
+    from rac.runtime import record as rc
+    from rac.runtime.layers import Head
+
+    path, arrays = model
+    archive = Archive(BytesAccess(path.read_bytes()))
+    found = []
+    for _ in range(2):
+        workspace, layers = Workspace(), {}
+        for e in archive.index.entries:
+            data = rc.collect(archive, e)
+            layer = RacLinear(1024, 1024, Head(len(data), e.dtype, e.shape), workspace, dtype=torch.float32)
+            layer.weight.data.copy_(torch.from_numpy(data))
+            layers[e.name] = layer.cuda()
+        found.append((workspace, layers))
+    return found, {n: torch.from_numpy(a).cuda() for n, a in arrays.items()}
+
+
+def test_the_next_layer_is_decoded_beside_the_running_one(linears):
+    ((workspace, layers), _), weights = linears
+    x = torch.randn(4, 1024, device="cuda")
+    with torch.no_grad():
+        for _ in range(2):  # tables are laid out, then layers are decoded ahead
+            for name, layer in layers.items():
+                assert torch.equal(layer(x), torch.nn.functional.linear(x, weights[name]))
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = []
+        torch.cuda.set_sync_debug_mode("error")  # the host waits for nothing
+        try:
+            for _ in range(20):
+                out += [(name, layer(x)) for name, layer in layers.items()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    for name, y in out:
+        assert torch.equal(y, torch.nn.functional.linear(x, weights[name]))
+    kept = sum(y.nbytes for _, y in out)
+    assert torch.cuda.max_memory_allocated() - before < kept + 2 * 1024 * 1024 * 4  # no weight for every launch
+    places = next(iter(workspace._ahead.values()))._places
+    assert len(places) == 2 and all(p.layer() in layers.values() for p in places)
+
+
+def test_layers_on_several_streams(linears):
+    (_, (_, layers)), weights = linears
+    x = torch.randn(4, 1024, device="cuda")
+    torch.cuda.synchronize()
+    streams, out = [torch.cuda.Stream() for _ in range(3)], []
+    with torch.no_grad():
+        for turn in range(30):
+            with torch.cuda.stream(streams[turn % 3]):
+                out += [(name, layer(x)) for name, layer in layers.items()]
+    torch.cuda.synchronize()
+    for name, y in out:
+        assert torch.equal(y, torch.nn.functional.linear(x, weights[name]))

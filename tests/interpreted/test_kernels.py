@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import products  # noqa: E402
 
 from rac.container.access import BytesAccess  # noqa: E402
 from rac.decode import archive as ar  # noqa: E402
-from rac.decode import cuda  # noqa: E402
+from rac.decode import cuda, cuda_jobs  # noqa: E402
 from rac.decode import load as ld  # noqa: E402
 from rac.decode.device import Gpu, lacks  # noqa: E402
 from rac.encode import analyse  # noqa: E402
@@ -155,6 +156,62 @@ def test_stages_behind_the_trellis(tmp_path):
     maker.finish()
     with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
         assert wrong(f.archives) == (9, [])
+
+
+def codes(kind, rows, cols, seed):
+    """Words of a trellis: a normal law; three of them; or rows of other widths, and some words that are rare."""
+    rng = np.random.default_rng(seed)
+    v = rng.normal(0, 1.7, (rows, cols))
+    if kind == "three":
+        return (128 + np.sign(v) * (np.abs(v) > 1)).astype(np.uint8)
+    if kind == "classes":
+        v *= np.exp2(rng.integers(-1, 3, (rows, 1)))
+    words = (128 + np.rint(v)).clip(0, 255)
+    rare = rng.choice(words.size, words.size // 150, replace=False)
+    words.flat[rare] = rng.integers(0, 256, len(rare))
+    return words.astype(np.uint8)
+
+
+def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
+    """Tables in shared memory (32 lanes and more, two of 16) and not (fewer); few and many codes; escapes in quick
+    rounds and in rows that are checked; numbers stored one by one and in pairs; programs of one and of many warps."""
+    monkeypatch.setattr(analyse, "_zstd_estimate", lambda *_: 1 << 40)
+    maker, noted = products.Maker(tmp_path / "m.rac"), 0
+    lanes = {2: 2, 3: 4, 8: 8, 11: 16, 16: 16, 32: 32, 40: 64}
+    kinds = (("normal", "BF16", 64), ("three", "F16", 75), ("classes", "F32", 66))
+    cases = [(n, 40, *kind) for n in lanes for kind in kinds[: 1 if n < 8 else 3]]
+    cases += [(n, 300, *kinds[0]) for n in (8, 16, 32)]  # quick rounds need lanes of which eight words are left
+    for i, (n, deep, kind, dtype, cols) in enumerate(cases):
+        most = max(1200, deep * n)
+        monkeypatch.setattr(analyse, "CUTS", (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
+        level = replace(analyse.LEVELS["default"], lanes=n, fixed=True)
+        words = codes(kind, max(4600, deep * n) // cols - i % 2, cols, i)
+        m = products.quantised(words, i, states=256, level=level)
+        assert m.encoder.plan.lanes
+        noted += len(m.encoder.plan.lanes.escapes)
+        maker.tensor(f"{i}", dtype, m, [])
+    maker.finish()
+    assert noted
+    seen, launch = set(), cuda.launch
+
+    def seeing(launches, *memory):
+        for each in launches:
+            o = dict(each.call.options)
+            if each.call.step == "lanes":
+                seen.add((each.call.step, o["LANES"], o["SPAN"]))
+                seen.add(("codes", o["ENTRIES"]))
+            elif each.call.step == "trellis":
+                seen.add((each.call.step, o["COLS"], o["PAIRS"]))
+        launch(launches, *memory)
+
+    monkeypatch.setattr(cuda, "launch", seeing)
+    with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
+        assert wrong(f.archives) == (len(cases), [])
+        monkeypatch.setattr(cuda_jobs, "WIDE", 64)
+        assert wrong(f.archives, lambda t: t.lanes.lanes == 40) == (3, [])
+    assert {("lanes", n, span) for n, span in lanes.items()} < seen
+    assert {("trellis", 64, True), ("trellis", 64, False), ("trellis", 1024, False)} < seen
+    assert {("codes", n) for n in (16, 256)} <= seen
 
 
 def one(tmp_path, **options):

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rac.cli import compare, generate, info, load, pack, perplexity, shard, unpack, verify
+from rac.cli import analyze, compare, generate, info, load, pack, perplexity, shard, unpack, verify
 from rac.errors import RacError
 from rac.registry import VERSION
 
@@ -19,6 +19,7 @@ RAC, the rate-aligned container: model weights in one small, checked, streamable
   rac verify model.rac --against model/
   rac unpack model.rac -o restored/   every bit back
   rac compare model/ a.rac b.gguf --text test.txt   size and error, in one table
+  rac analyze model/ --text text.txt --html report.html   what rotation and alignment do to it
   rac load model.rac --bench          how fast it loads; also from a URL
   rac shard model.rac -o shards/ --size 2GB         and rac merge shards/ -o model.rac
   rac generate model.rac "Once upon a time"         the model itself, straight from the file
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--version", action="version", version=f"rac-codec {VERSION}")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (pack, unpack, info, verify, compare, load, shard, generate, perplexity):
+    for module in (pack, unpack, info, verify, compare, analyze, load, shard, generate, perplexity):
         module.add(commands)
     return out
 

@@ -7,14 +7,19 @@ import dataclasses
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
+
+from rac.cli import benchmark
+from rac.cli.running import add_simulated, simulation
 
 HELP = """\
 Compare packed or quantised files of one model with their original: size, error, and with --text what they predict.
 
 ORIGINAL is whatever can be packed; with --text the Hugging Face folder of a causal language model. FILE is a .rac,
 .gguf or .safetensors file, or a folder. The SNR is that of the weights of all large matrices, embeddings and output
-layer not counted; --snr adds that of the outputs of the linear layers on the text."""
+layer not counted; --snr adds that of the outputs of the linear layers on the text. With --activations and --kv every
+FILE predicts with quantised activations; the original keeps its own."""
 
 
 def add(commands: Any) -> None:
@@ -24,11 +29,13 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     p.add_argument("original", metavar="ORIGINAL", help="what they were made of")
-    p.add_argument("files", metavar="FILE", nargs="+", help="what to compare with it")
+    p.add_argument("files", metavar="FILE", nargs="*", help="what to compare with it")
     p.add_argument("--text", metavar="FILE", help="measure KL, top-1 agreement and perplexity on this text")
     p.add_argument("--tokens", type=int, default=8192, metavar="N", help="of that text (default: 8192)")
     p.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of one window (default: 1024)")
     p.add_argument("--snr", action="store_true", help="the SNR of the layers' outputs on the text too: one more pass")
+    add_simulated(p)
+    benchmark.add(p)
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=run)
 
@@ -39,8 +46,15 @@ def run(args: argparse.Namespace) -> int:
     from rac.encode.budget import read_text
     from rac.encode.compare import compare
 
+    if args.recipes:
+        return benchmark.run(args)
+    if not args.files:
+        raise ValueError("nothing to compare with: give a FILE, or --recipes")
     if args.snr and not args.text:
         raise ValueError("--snr measures on a text: give --text too")
+    quantised = args.activations is not None or args.kv is not None
+    if quantised and not args.text:
+        raise ValueError("--activations and --kv are of predictions on a text: give --text too")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is read from disk
     text = None if args.text is None else read_text(args.text)
     columns = [c for c in _COLUMNS if text is not None or not c[3]]
@@ -52,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     for row in compare(
         args.original, args.files, text, tokens=args.tokens, context=args.context, snr=args.snr,
         note=lambda what, done, of: lines[-1](what, done, of),
+        within=partial(simulation, args) if quantised else None,
     ):  # fmt: skip
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")

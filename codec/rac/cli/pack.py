@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rac.cli import recipe
 from rac.errors import OutputError
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def add(commands: Any) -> None:
     lossy.add_argument("--measure", metavar="FILE", help="when done, KL and perplexity on this text, not the one above")
     lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
     lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
+    recipe.add(p)
     p.add_argument(
         "--format", choices=("rac", "hf"), default="rac",
         help="what OUT is: one file (default), or a folder for from_pretrained of transformers",
@@ -139,6 +141,8 @@ def _folder(args: argparse.Namespace) -> int:
 
 def _file(args: argparse.Namespace) -> int:
     """Pack to a file or to shards."""
+    if args.recipe != recipe.NAMES[0]:
+        return recipe.run(args)
     from rac.cli.fidelity import ALARM, by_role, write_report
     from rac.cli.progress import Progress, Steps, parse_size, size
     from rac.decode.engine import threads_of
@@ -176,12 +180,12 @@ def _file(args: argparse.Namespace) -> int:
     def layer(f: Fidelity) -> None:
         progress.line(f"{f.bits:7.3f} bits {f.snr:7.2f} dB {f.seconds:6.1f} s  {f.name}")
 
-    recipe = None
+    found = None
     jobs = threads_of(args.jobs, most=None if request else workers.THREADS)
     with workers.start(jobs, jobs > workers.THREADS) if request else contextlib.nullcontext() as pool:
         if request:
             with Steps() as note:
-                recipe = recipe_of(
+                found = recipe_of(
                     source, args.src, args.output, request, level=args.level, jobs=jobs, force=args.force,
                     resume=args.resume, note=note, pool=pool,
                 )  # fmt: skip
@@ -189,7 +193,7 @@ def _file(args: argparse.Namespace) -> int:
             done = pack_source(
                 source, args.output, level=args.level, jobs=jobs, lanes=args.lanes, shard_size=shard_size,
                 resume=args.resume, force=args.force, progress=progress,
-                settings={"include": args.include, "exclude": args.exclude}, recipe=recipe, layer=layer, pool=pool,
+                settings={"include": args.include, "exclude": args.exclude}, recipe=found, layer=layer, pool=pool,
                 slices=args.slices,
             )  # fmt: skip
     seconds = time.monotonic() - start
@@ -204,11 +208,11 @@ def _file(args: argparse.Namespace) -> int:
         f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
         f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
     )
-    if recipe:
-        if recipe.unreached and texts:
+    if found:
+        if found.unreached and texts:
             print(
-                f"rac: calibration did not reach {len(recipe.unreached)} tensors, which are quantised from the weights "
-                f"alone: {_some(recipe.unreached)}",
+                f"rac: calibration did not reach {len(found.unreached)} tensors, which are quantised from the weights "
+                f"alone: {_some(found.unreached)}",
                 file=sys.stderr,
             )
         print(by_role(done.fidelity))
@@ -216,9 +220,9 @@ def _file(args: argparse.Namespace) -> int:
         if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
             print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
         if args.report:
-            write_report(args.report, done, recipe)
+            write_report(args.report, done, found)
         if args.measure:
-            _measure(args.src, done.paths[0], args.measure)
+            measure(args.src, done.paths[0], args.measure)
     return 0
 
 
@@ -230,7 +234,8 @@ def _rank(given: str) -> int | None:
     return int(given)
 
 
-def _measure(src: str, path: str, text: str) -> None:
+def measure(src: str, path: str, text: str) -> None:
+    """Print what the packed model predicts on a text, beside the original."""
     from rac.cli.progress import Steps
     from rac.encode.budget import read_text
     from rac.encode.compare import compare

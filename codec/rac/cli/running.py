@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 RESIDENT = "keep the weights decoded (dense, the default: fast) or as the file has them (compressed: small)"
@@ -37,3 +39,31 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
         held = model.get_memory_footprint() / 1e6
         print(f"{args.src}: {held:.1f} MB of weights, loaded in {time.monotonic() - start:.1f} s", file=sys.stderr)
     return model, tokenizer
+
+
+def add_simulated(p: argparse.ArgumentParser) -> None:
+    """The arguments that say which activations are quantised."""
+    p.add_argument(
+        "--activations", type=int, metavar="B",
+        help="quantise the inputs of the linear layers of all blocks to B bits, a scale for each token (simulated)",
+    )  # fmt: skip
+    p.add_argument(
+        "--kv", type=int, metavar="B",
+        help="quantise keys and values to B bits, a range for each token and head; keys are rotated before where the "
+        "file says so (simulated)",
+    )  # fmt: skip
+    p.add_argument(
+        "--clip", type=float, metavar="R",
+        help="share of the largest activation that the grid goes to (default: 0.9 below 8 bits, else 1)",
+    )  # fmt: skip
+
+
+def simulation(args: argparse.Namespace, model: Any, about: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """What to enter; `about` is the provenance of the model's file, whose "keys" is the seed of rotated keys."""
+    from rac.errors import FormatError
+    from rac.runtime.simulate import simulated
+
+    seed = about.get("keys")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 64):
+        raise FormatError("the seed of rotated keys is malformed", file=args.src if "src" in args else None)
+    return simulated(model, args.activations, args.kv, clip=args.clip, rotate_keys="keys" in about, seed=seed)

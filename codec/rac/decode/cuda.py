@@ -26,7 +26,7 @@ Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
 """Compute capability from which on kernels are compiled and tested."""
-_WARPS = {"tables": 8, "lanes": 1, "found": 1, "place": 4, "added": 1, "trellis": 1, "product": 4, "outliers": 4}
+_WARPS = {"tables": 8, "found": 1, "place": 4, "added": 1, "product": 4, "outliers": 4}
 
 
 def interpreted() -> bool:
@@ -78,7 +78,8 @@ def options(call: jb.Call) -> dict[str, Any]:
 
 def settings(call: jb.Call) -> dict[str, Any]:
     """How the kernel of a call is compiled. The format asks for products and sums that are rounded one by one."""
-    warps = max(1, dict(call.options)["BLOCK"] // 32) if call.step == "lanes" else _WARPS[call.step]
+    o = dict(call.options)
+    warps = {"lanes": o.get("BLOCK", 0) // 32, "trellis": o.get("COLS", 0) // 64}.get(call.step) or _WARPS[call.step]
     return {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": 40}
 
 
@@ -226,8 +227,7 @@ class DeviceDecoder:
         status = torch.zeros(max(1, len(batch.status)), dtype=torch.int32, device=self.device)
         host = slot.host[: batch.aux] if batch.aux <= len(slot.host) else torch.from_numpy(batch.buffer[: batch.aux])
         if self._work is None or len(self._work) < batch.work:
-            whole = torch.empty(max(batch.work, self._room) + jb.TABLE, dtype=torch.uint8, device=self.device)
-            self._work = whole[-whole.data_ptr() % jb.TABLE :]
+            self._work = torch.empty(max(batch.work, self._room), dtype=torch.uint8, device=self.device)
         if self._copies is None or slot.copied is None or slot.done is None:
             slot.aux = host.clone()
             self._run(launches, slot, status)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from rac.errors import LimitError
 
 Array = NDArray[Any]
+FOREVER = 1 << 30
+"""Rows of the piece behind the last one of a tile, which no lane decodes."""
 GRID = 65535
 """Programs along the second axis of a grid."""
 STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "outliers", "product")
@@ -107,10 +109,11 @@ class Layout:
 
     def _whole(self, rows: Array, options: dict[str, Any]) -> Array:
         """Jobs of lanes, the longest first, so that the tiles of a warp are alike; empty ones fill the last warp."""
-        rows = rows[np.argsort(-rows[:, 7], kind="stable")]
+        rows = rows[np.argsort(-rows[:, 6], kind="stable")]
         short = -len(rows) % (options["BLOCK"] // options["SPAN"])
         if not short:
             return rows
         nothing = rows[-1].copy()
-        nothing[0], nothing[5] = self.put(np.zeros((options["LANES"], 3), np.uint32)), 0
+        nothing[0], nothing[9] = self.put(np.zeros((options["LANES"], 3), np.uint32)), 0
+        nothing[4] = self.put(np.array([(0, 0, 0, 0), (FOREVER, 0, 0, 0)], np.int32))
         return np.concatenate([rows, np.tile(nothing, (short, 1))])

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from rac.decode import tensor as tn
 from rac.decode import tile as tl
-from rac.decode.cuda_batch import GRID, Call, Launch, Layout, power_of_two, up
+from rac.decode.cuda_batch import FOREVER, GRID, Call, Launch, Layout, power_of_two, up
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 
 Array = NDArray[Any]
-TABLE = 16384
-"""Bytes of a look-up table, and what its address is a multiple of."""
+TABLE = 4096 + 8 * 256
+"""Bytes of a look-up table."""
 WARP = 32
 PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 16, 32
 WIDE_COLS = 1024
@@ -144,7 +144,8 @@ class Batch(Layout):
         h, w = r1 - r0, c1 - c0
         assert dec.tables is not None  # noqa: S101
         size = 4 if t.numbers == "F32" else 2
-        options = {"TO": t.numbers, "COLS": _across(TRELLIS_COLS, w)}
+        pairs = size == 2 and not (w % 2 or stride % 2 or out_at % 4)
+        options = {"TO": t.numbers, "COLS": _across(TRELLIS_COLS, w), "PAIRS": pairs}
         by_col = self.put(_padded(dec.tables.cols[c0:c1], _across(TRELLIS_COLS, w)))
         by_row = self.put(_padded(dec.tables.rows[r0:r1], DEEP))
         self.jobs[Call("trellis", tuple(options.items()), source, "work" if t.after else "out")].append(
@@ -188,8 +189,10 @@ class _Shared:
         starts = np.full((len(s.freq), 257), 4096, np.uint32)
         starts[:, 0] = 0
         np.cumsum(s.freq, axis=1, out=starts[:, 1 : s.freq.shape[1] + 1])
-        codes = batch.put(np.append(s.code, np.zeros(256 - len(s.code), np.uint8)))
-        self.tables = batch.room(len(starts) * TABLE, TABLE)
+        code = s.code ^ s.code >> 4 if p.per == 2 else s.code
+        codes = batch.put(np.append(code, np.zeros(256 - len(code), np.uint8)))
+        self.codes = power_of_two(max(16, int(code.max()) + 1))
+        self.tables = batch.room(len(starts) * TABLE)
         at = batch.put(starts)
         call = Call("tables", (("BLOCK", 2048),))
         batch.jobs[call] += [(at + 1028 * k, codes, self.tables + TABLE * k) for k in range(len(starts))]
@@ -214,9 +217,8 @@ class _Shared:
             words = np.arange(256) if word_of is None else word_of.astype(np.int64)
             bits = tables.rec[words].view(np.uint32)
             odd = (words - t.trellis.zero) & 1
-            self._entries = self._batch.put(
-                bits | (odd * (_top(tr.CODES[t.trellis.states][1]) >> 24)).astype(np.uint32)
-            )
+            turns = odd.astype(np.uint32) * np.uint32(_top(tr.CODES[t.trellis.states][1]))
+            self._entries = self._batch.put(np.stack([bits, turns], axis=1))
         return self._entries
 
 
@@ -257,10 +259,11 @@ class _Tile:
         status = len(batch.status) - 1
         symbols = batch.room(up(n + 4, 16))
         span = power_of_two(p.lanes)
-        options = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span)}
+        options = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span), "ENTRIES": s.codes}
         words = self.at + ll.up16(p.directory)
         states, taken = self._states()
         pieces = self._pieces()
+        places = batch.room(4 * len(self.tile.escapes))
         batch.jobs[Call("lanes", tuple(options.items()))].append(
             (
                 batch.put(states),
@@ -268,9 +271,11 @@ class _Tile:
                 s.tables,
                 symbols,
                 batch.put(pieces),
-                len(pieces),
                 status,
-                int(pieces[:, 0].sum()),
+                int(pieces[:-1, 0].sum()),
+                p.first_escape,
+                places,
+                len(self.tile.escapes),
             )
         )
         rows = np.zeros((len(self.nc), up(self.h, DEEP)), np.uint32)
@@ -281,7 +286,7 @@ class _Tile:
         planes = [self.at + a for a in self.tile.planes]
         if s.direct:
             if p.base > p.first_escape:
-                self._escapes(symbols, status, escapes, None)
+                self._escapes(symbols, status, escapes, places, None)
             batch._numbers(self.dec, self.box, "work", symbols, rows_at, cols_at, self.out_at, self.stride, s.word_of)
             return
         to, out_at, stride = "out", self.out_at, self.stride
@@ -292,7 +297,7 @@ class _Tile:
             stride, self.h, self.w, planes, to,
         )  # fmt: skip
         if p.base > p.first_escape:
-            self._escapes(symbols, status, escapes, (out_at, stride, to))
+            self._escapes(symbols, status, escapes, places, (out_at, stride, to))
         if t.trellis is not None:
             rows_at, cols_at = batch.plain_map(self.h, self.w)
             batch._numbers(self.dec, self.box, "work", out_at, rows_at, cols_at, self.out_at, self.stride)
@@ -311,26 +316,26 @@ class _Tile:
         return out, int(head.sum())
 
     def _pieces(self) -> Array:
-        """(n, 4) rows, lanes that decode, elements in a row, table: whole rows of a segment, then the rest."""
-        lanes, per, out = self.lanes.lanes, self.lanes.per, []
+        """(n, 4) rows, lanes that decode, elements in a row, table: whole rows of a segment, then the rest.
+
+        In front is one without rows and table, and behind the last one that never ends.
+        """
+        lanes, per, out = self.lanes.lanes, self.lanes.per, [(0, 0, 0, -1)]
         for table, m in self.segments:
             rows, rest = divmod(m, lanes * per)
             if rows:
                 out.append((rows, lanes, lanes * per, table))
             if rest:
                 out.append((1, -(-rest // per), rest, table))
+        out.append((FOREVER, 0, 0, out[-1][3]))
         return np.array(out, np.int32)
 
-    def _escapes(self, symbols: int, status: int, data: int, placed: tuple[int, int, str] | None) -> None:
+    def _escapes(self, symbols: int, status: int, data: int, places: int, placed: tuple[int, int, str] | None) -> None:
         batch, p, s, t = self.batch, self.lanes, self.shared, self.dec.tensor
         assert self.dec.shared is not None  # noqa: S101
-        start = (
-            symbols, self.h * self.w, p.first_escape, s.bases, data, len(self.tile.escapes), self.dec.shared.limit,
-            status,
-        )  # fmt: skip
-        places = batch.room(4 * len(self.tile.escapes))
+        start = (symbols, p.first_escape, s.bases, data, len(self.tile.escapes), self.dec.shared.limit, status)
         if placed is None:
-            call = Call("found", (("WORD", 1), ("PLACED", False), ("BLOCK", 128)))
+            call = Call("found", (("WORD", 1), ("PLACED", False), ("BLOCK", 64)))
             batch.jobs[call].append((*start, s.code_of or 0, 0, 0, 0, 0, 0, 0, places))
             return
         out_at, stride, to = placed
@@ -340,7 +345,7 @@ class _Tile:
             axis=1,
         )[self.sizes > 0].astype(np.int32)  # fmt: skip
         lists = batch.put(self.row_list.astype(np.int32)), batch.put(self.col_list.astype(np.int32))
-        call = Call("added", (("WORD", t.grid.word), ("PLACED", True), ("BLOCK", 128)), to=to)
+        call = Call("added", (("WORD", t.grid.word), ("PLACED", True), ("BLOCK", 64)), to=to)
         batch.jobs[call].append(
             (*start, batch.put(blocks), len(blocks), *lists, out_at, stride, p.shift + p.zero, places)
         )

@@ -12,20 +12,24 @@ def tables(aux, work, jobs, BLOCK: tl.constexpr):
 
     Args:
         aux: u8, holds per job (257,) u32 starts, 4096 behind the last symbol, and (256,) u8 codes.
-        work: u8, takes 4096 u32: frequency | slot - start << 12 | code << 24.
+        work: u8, takes the code of each of 4096 slots, u8, and for each code that has a frequency (256, 2) u32:
+            frequency << 12, -start << 12.
         jobs: (n, 3) int64: offsets of starts, codes, table.
         BLOCK: Slots at once.
     """
     job = jobs + tl.program_id(0) * 3
     starts = (aux + tl.load(job)).to(tl.pointer_type(tl.uint32))
     codes = aux + tl.load(job + 1)
-    table = (work + tl.load(job + 2)).to(tl.pointer_type(tl.uint32))
+    table = work + tl.load(job + 2)
     for base in range(0, 4096, BLOCK):
         slot = (base + tl.arange(0, BLOCK)).to(tl.uint32)
         symbol = tl.zeros((BLOCK,), tl.int32)
         for k in tl.static_range(8):  # the last symbol whose start is not above the slot
             next_ = symbol + (128 >> k)
             symbol = tl.where(tl.load(starts + next_) <= slot, next_, symbol)
-        start = tl.load(starts + symbol)
-        code = tl.load(codes + symbol).to(tl.uint32)
-        tl.store(table + slot, (tl.load(starts + symbol + 1) - start) | (slot - start) << 12 | code << 24)
+        tl.store(table + slot, tl.load(codes + symbol))
+    symbol = tl.arange(0, 256)
+    start, end = tl.load(starts + symbol), tl.load(starts + symbol + 1)
+    entry = (table + 4096).to(tl.pointer_type(tl.uint32)) + tl.load(codes + symbol).to(tl.int32) * 2
+    tl.store(entry, end - start << 12, mask=end > start)
+    tl.store(entry + 1, 0 - (start << 12), mask=end > start)

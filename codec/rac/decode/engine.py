@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +24,7 @@ from rac import native
 from rac.container.access import InFile
 from rac.container.feed import Held, Trace
 from rac.decode import tensor as tn
+from rac.decode.tile import Box
 from rac.errors import RacError, SourceError, TruncatedError
 from rac.quantize import lossless as ll
 from rac.registry import RECORD_OBJECT
@@ -104,11 +107,35 @@ class Engine(Protocol):
         """
 
 
+class _Later:
+    """A tensor's decoder, which the thread makes that needs it first: tables and lists take a tenth of all the work."""
+
+    def __init__(self, make: Callable[[], tn.Decoder]) -> None:
+        self._make: Callable[[], tn.Decoder] | None = make
+        self._made: tn.Decoder | None = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self) -> tn.Decoder:
+        """The decoder; the error that making it ended in, every time."""
+        with self._lock:
+            if self._make is not None:
+                try:
+                    self._made = self._make()
+                except RacError as e:
+                    self._error = e
+                self._make = None
+        if self._error is not None:
+            raise self._error
+        assert self._made is not None  # noqa: S101
+        return self._made
+
+
 class _Job:
-    """Tiles that one thread decodes in one go."""
+    """Tiles that one thread checks and decodes in one go."""
 
     def __init__(self, file: str, trace: Trace | None) -> None:
-        self.work, self.held = tn.Work(), list[Held]()
+        self.todo, self.held = list[Callable[[tn.Work], None]](), list[Held]()
         self.size = self.scratch = self.dense = 0
         self.done: Future[None] | None = None
         self.file, self._trace = file, trace
@@ -118,7 +145,10 @@ class _Job:
         start = time.monotonic()
         try:
             with InFile(self.file):
-                self.work.run()
+                work = tn.Work()
+                for add in self.todo:
+                    add(work)
+                work.run()
         finally:
             self.give()
         if self._trace:
@@ -135,7 +165,7 @@ class _Job:
 
     def give(self) -> None:
         """Let go of everything."""
-        self.work = tn.Work()
+        self.todo.clear()
         held, self.held = self.held, []
         for h in held:
             h.give()
@@ -159,6 +189,14 @@ class _Pending:
         assert self.out is not None  # noqa: S101
         out, self.out = self.out, None
         return self.item.t, out
+
+
+def _add(dec: _Later, i: int, data: Array, out: Array, row: int, n: int, work: tn.Work) -> None:
+    work.add(dec(), i, data, out, row, n=n)
+
+
+def _then(dec: _Later, found: Array, dst: Array, box: Box, work: tn.Work) -> None:
+    work.then(dec(), found, dst, box)
 
 
 class Cpu:
@@ -245,7 +283,7 @@ class Cpu:
 
     def _tiles(self, p: _Pending, item: Item) -> None:
         t = item.t
-        dec = tn.Decoder(t, first_units(item), self.reference, item.objects())
+        dec = _Later(partial(tn.Decoder, t, first_units(item), self.reference, item.objects()))
         p.out = found = self._room.empty(t)
         row, i = 0, 0
         while i < t.tiles:
@@ -264,14 +302,14 @@ class Cpu:
             job.file = item.file
             if held:
                 job.held.append(held)
-            job.work.add(dec, i, np.frombuffer(view, np.uint8), found, row, n=n)
+            job.todo.append(partial(_add, dec, i, np.frombuffer(view, np.uint8), found, row, n))
             job.size += len(view)
             elements = sum((b - a) * (d - c) for a, b, c, d in ll.boxes(t.grid)[i : i + n])
             job.dense += elements * t.word
             job.scratch += elements if t.lossy else 0
             whole = not t.after or c1 == t.grid.cols
             if t.after and whole:
-                job.work.then(dec, found, p.out[r0:r1], (r0, r1, 0, c1))
+                job.todo.append(partial(_then, dec, found, p.out[r0:r1], (r0, r1, 0, c1)))
             if not p.jobs or p.jobs[-1] is not job:
                 p.jobs.append(job)
             if whole and (job.size >= GROUP or job.scratch >= SCRATCH):

@@ -45,9 +45,9 @@ def parse(
         found = shape_of(name)
         if found is None:
             raise FormatError(f"object {name!r}, which the tensor's input needs, does not stand before it", offset=at)
-        size = found[0]
-        if found != (size, size):
+        if len(found) != 2 or found[0] != found[1]:  # the index may claim any shape
             raise FormatError(f"object {list(found)} is no square matrix", offset=at)
+        size = found[0]
     if inner < 1 or size < 1 or shape[1] % (size * inner):
         raise FormatError(f"online transform of {size} x {inner} does not divide {shape[1]} columns", offset=at)
     if kind == "hadamard/1":

@@ -164,14 +164,29 @@ def _of(handle: int) -> Packed:
     return _packed[handle]
 
 
-@torch.library.custom_op("rac::decode", mutates_args=(), device_types="cpu")  # type: ignore[untyped-decorator]
+@torch.library.custom_op("rac::decode", mutates_args=(), device_types=("cpu", "cuda"))  # type: ignore[untyped-decorator]
 def decode(packed: torch.Tensor, handle: int) -> torch.Tensor:
     """The dense tensor of `Packed.data` and `Packed.handle`, on the device of the data."""
     p = _of(handle)
-    if cuda.interpreted() and not lacks(p.tensor):
-        return _kernels(p, packed)
+    out = torch.empty(p.shape, dtype=p.dtype, device=packed.device)
+    into(packed, handle, out)
+    return out
+
+
+def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
+    """The same into `out`, contiguous, of the shape and data type of the tensor, on the device of the data."""
+    p = _of(handle)
+    if packed.device.type == "cuda":
+        with torch.cuda.device(packed.device):
+            _kernels(p, packed, out)
+    elif cuda.interpreted() and not lacks(p.tensor):
+        _kernels(p, packed, out)
+    else:
+        _host(p, packed, out)
+
+
+def _host(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
     t, data = p.tensor, packed.numpy()
-    out = torch.empty(p.shape, dtype=p.dtype)
     words = out.reshape(-1).view(torch.uint8).numpy().view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
     work, found = tn.Work(), tn.values(t, *words.shape) if t.after else words
     for i, (a, b) in enumerate(p.at):
@@ -179,13 +194,6 @@ def decode(packed: torch.Tensor, handle: int) -> torch.Tensor:
     if t.after:
         work.then(p.decoder, found, words, (0, t.grid.rows, 0, t.grid.cols))
     work.run()
-    return out
-
-
-@decode.register_kernel("cuda")  # type: ignore[untyped-decorator]
-def _(packed: torch.Tensor, handle: int) -> torch.Tensor:
-    with torch.cuda.device(packed.device):
-        return _kernels(_of(handle), packed)
 
 
 @decode.register_fake  # type: ignore[untyped-decorator]
@@ -194,11 +202,8 @@ def _(packed: torch.Tensor, handle: int) -> torch.Tensor:
     return packed.new_empty(p.shape, dtype=p.dtype)
 
 
-def _kernels(p: Packed, packed: torch.Tensor) -> torch.Tensor:
+def _kernels(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
     on = p.on(packed)
-    out = torch.empty(p.shape, dtype=p.dtype, device=packed.device)
-    whole = torch.empty(on.work + jb.TABLE, dtype=torch.uint8, device=packed.device)
-    work = whole[-whole.data_ptr() % jb.TABLE :]
+    work = torch.empty(on.work, dtype=torch.uint8, device=packed.device)
     if out.numel():
         cuda.launch(on.launches, packed, on.aux, work, out.reshape(-1).view(torch.uint8), on.objects, on.status)
-    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -273,6 +274,20 @@ class Decoder:
         if t.groups is not None:
             with self.at(t.first - 1):
                 self.scales = gr.parse_unit(bytes(first[-1]), t.groups, t.grid.rows, t.grid.cols)
+
+    def bare(self) -> Decoder:
+        """A copy to keep: what was parsed and checked, without the large tables that `ready` makes again."""
+        out = copy.copy(self)
+        out.shared = self.shared and tile.bare(self.shared)
+        return out
+
+    def ready(self) -> Decoder:
+        """A copy that decodes, of one that `bare` has made."""
+        out = copy.copy(self)
+        if self.shared:
+            assert self.tensor.lanes is not None  # noqa: S101
+            out.shared = tile.ready(self.shared, self.tensor.lanes, self.tensor.grid)
+        return out
 
     def at(self, i: int) -> wire.At:
         """Context that names unit `i` in the errors that pass."""

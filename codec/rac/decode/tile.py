@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ class Shared:
     """Unit 0 of a lanes/1 record: frequency tables, class of every row and column, class pair to table."""
 
     freq: NDArray[np.uint16]
-    lut: NDArray[np.uint32]
+    lut: NDArray[np.uint32] | None
+    """None: not now, see `bare`."""
     rows: NDArray[np.uint8] | None
     cols: NDArray[np.uint8] | None
     table: NDArray[np.uint8]
@@ -35,7 +36,7 @@ class Shared:
     limit: int
     """Tops are below."""
     tail: bytes
-    """The part of the kernel's job that all tiles share; empty where there is no kernel."""
+    """The part of the kernel's job that all tiles share; empty where there is no kernel, and without `lut`."""
     at: tuple[int, int]
     """Addresses of the classes of rows and columns, 0 where there is one."""
 
@@ -51,17 +52,25 @@ def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
     table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
     if (table >= p.tables).any():
         raise FormatError("class map names a table that is not there")
-    code, bases = p.codes(), p.bases()
-    lut, values = tables.lookup(freq, code), p.values()
     limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
-    tail = b""
+    at = (native.address(rows), native.address(cols))
+    return ready(Shared(freq, None, rows, cols, table, p.values(), p.bases(), p.codes(), limit, b"", at), p, grid)
+
+
+def bare(s: Shared) -> Shared:
+    """Without the look-up tables, 16 KiB each, which are larger than all else."""
+    return replace(s, lut=None, tail=b"")
+
+
+def ready(s: Shared, p: ll.Lanes, grid: ll.Grid) -> Shared:
+    """With the look-up tables again."""
+    lut, tail = tables.lookup(s.freq, s.code), b""
     if native.library() is not None:
         tail = native.job_tail(
-            lut, values, bases, table, p.rows, p.cols, p.skip, p.lanes, p.per, grid.word, p.zero, p.sign, p.shift,
-            p.raw, p.base, p.first_escape, limit,
+            lut, s.values, s.bases, s.table, p.rows, p.cols, p.skip, p.lanes, p.per, grid.word, p.zero, p.sign,
+            p.shift, p.raw, p.base, p.first_escape, s.limit,
         )  # fmt: skip
-    at = (native.address(rows), native.address(cols))
-    return Shared(freq, lut, rows, cols, table, values, bases, code, limit, tail, at)
+    return replace(s, lut=lut, tail=tail)
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
@@ -111,6 +120,7 @@ def decode_lanes(unit: Array, p: ll.Lanes, s: Shared, box: Box, dst: Array, refe
 
         sym = s.code[lanes(tile, s.freq, order.segments, coded)]
     else:
+        assert s.lut is not None  # noqa: S101
         sym = native.ans_decode(s.lut, tile.words, tile.counts, order.segments, coded)
     base = _elements(sym, p, order)
     tops = s.values[base].astype(np.uint64)

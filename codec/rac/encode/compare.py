@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align.online import Transform, hook
 from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile
 from rac.decode.frameworks import to_framework
@@ -30,6 +31,8 @@ from rac.registry import RECORD_TENSOR
 
 _NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
 Floats = NDArray[np.float32]
+Within = Callable[[Any, Mapping[str, Any]], contextlib.AbstractContextManager[Any]]
+"""Called with a file's model and what is known of the file's making; entered while the model predicts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +70,15 @@ class _File:
     matrices: list[str]
     tied: bool | None = None
     """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """The provenance of an archive."""
+    maps: dict[str, Transform] | None = None
+    """Online transforms of the tensors that were read, by their names; None: they are folded."""
 
 
 def compare(
     original: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], text: str | None = None, *,
-    tokens: int = 8192, context: int = 1024, snr: bool = False, note: Note | None = None,
+    tokens: int = 8192, context: int = 1024, snr: bool = False, note: Note | None = None, within: Within | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """Rows for the original and for each file, as they are found.
 
@@ -83,6 +90,8 @@ def compare(
         context: Tokens of one window; what is left behind the last whole window is not measured.
         snr: Measure the weighted SNR too, which takes one more pass of the original.
         note: Called with a model's name, windows done, and all of them.
+        within: Called with the model of each file, not of the original: simulated activations, for example. Layers
+            then apply their online transforms, which are folded into the weights otherwise.
 
     Raises:
         MismatchError: A file lacks a tensor of the original, or has it in another shape.
@@ -100,21 +109,27 @@ def compare(
                 measure.moments()
         yield _row(ours.row, measure, None)
         for name in names:
-            with _opened(name) as theirs:
+            with _opened(name, within is not None) as theirs:
                 if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
                     theirs.floats = translated(name)
                 row = theirs.row if theirs.row.turned else replace(theirs.row, snr=_snr(ours, theirs))
-                yield _row(row, measure, theirs)
+                yield _row(row, measure, theirs, within)
 
 
-def _row(row: Row, measure: Measure | None, file: _File | None) -> Row:
+def _row(row: Row, measure: Measure | None, file: _File | None, within: Within | None = None) -> Row:
     """The row with what `measure` finds for a file, or for the original."""
     if measure is None:
         return row
     model = None
     if file is not None:
         model = measure.load({name: read() for name, read in file.floats.items()}, row.file, file.tied)
-    found = measure.figures(model, row.file)
+    around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if file is not None and model is not None and within is not None:
+        for name, online in (file.maps or {}).items():
+            hook(model.get_submodule(name.removesuffix(".weight")), online)
+        around = within(model, file.about)
+    with around:
+        found = measure.figures(model, row.file)
     weighted = measure.weighted_snr(model) if file is not None and not row.turned else None
     return replace(row, weighted_snr=weighted, kl=found.kl, top1=found.top1, perplexity=found.perplexity)
 
@@ -135,7 +150,7 @@ def _snr(ours: _File, theirs: _File) -> float | None:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[_File]:
+def _opened(path: str, mapped: bool = False) -> Iterator[_File]:
     """The content of a .rac file (all shards of it), or of anything that can be packed."""
     magic = b""
     if os.path.isfile(path):
@@ -143,12 +158,12 @@ def _opened(path: str) -> Iterator[_File]:
             magic = f.read(len(MAGIC))
     if magic == MAGIC:
         with RacFile(path) as archive:
-            yield _of_archive(archive, path)
+            yield _of_archive(archive, path, {} if mapped else None)
     else:
         yield _of_source(path)
 
 
-def _of_archive(f: RacFile, path: str) -> _File:
+def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _File:
     found = _Content("rac")
     for archive in f.archives:
         for e in archive.index.entries:
@@ -157,23 +172,28 @@ def _of_archive(f: RacFile, path: str) -> _File:
             extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
             for name in (e.name, *(a for a, _ in e.aliases)):
                 size = e.size if name == e.name else 0
-                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name))
+                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name, maps))
     out = found.file(path, sum(archive.access.size for archive in f.archives))
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
-    turned = bool(f.archives[0].header.get("provenance", {}).get("transforms"))
-    out.row = replace(out.row, turned=turned)
+    out.about, out.maps = f.archives[0].header.get("provenance", {}), maps
+    out.row = replace(out.row, turned=bool(out.about.get("transforms")))
     with contextlib.suppress(ValueError):
         stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
         out.tied = stated.get("tie_word_embeddings")
     return replace(out, row=replace(out.row, quantised_bits=bits)) if count else out
 
 
-def _unmapped(f: RacFile, name: str) -> NDArray[Any]:
-    """A tensor, the online transform of its layer folded into it."""
+def _unmapped(f: RacFile, name: str, maps: dict[str, Transform] | None) -> NDArray[Any]:
+    """A tensor, the online transform of its layer folded into it, or put apart."""
     found: NDArray[Any]
     stated, found = f.read(name)
     online = f.online(name) if stated.online else None
-    return online.fold(found.astype(np.float32)) if online else found  # type: ignore[no-any-return]
+    if online is None:
+        return found
+    if maps is not None:
+        maps[name] = online
+        return found
+    return online.fold(found.astype(np.float32))  # type: ignore[no-any-return]
 
 
 def _of_source(path: str) -> _File:

@@ -58,6 +58,28 @@ def _modules() -> tuple[Any, Any]:
     return torch, transformers
 
 
+def load_original(path: str) -> tuple[Any, Any, Any]:
+    """Configuration, model in float32 and tokenizer of the folder of a causal language model.
+
+    SourceError where they are not there.
+    """
+    torch, auto = _modules()
+    if not os.path.isdir(path):
+        raise SourceError("a text needs the Hugging Face folder of the original", file=path)
+    try:
+        config: Any = auto.AutoConfig.from_pretrained(path, local_files_only=True)
+        kinds = config.architectures or ()
+        if not any("CausalLM" in a or "LMHead" in a for a in kinds):
+            raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=path)
+        model: Any = auto.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    except _ERRORS as e:
+        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    try:
+        return config, model, auto.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except _ERRORS as e:
+        raise SourceError(f"no tokenizer that transformers can load: {e}", file=path) from e
+
+
 class Measure:
     """A causal language model and a text, to compare other weights of this model with it.
 
@@ -92,23 +114,7 @@ class Measure:
 
     def _load_original(self) -> Callable[[str], Sequence[int]]:
         """Load configuration and model; returns what makes ids of a text."""
-        if not os.path.isdir(self._path):
-            raise SourceError("a text needs the Hugging Face folder of the original", file=self._path)
-        auto = self._transformers
-        try:
-            self._config = auto.AutoConfig.from_pretrained(self._path, local_files_only=True)
-            kinds = self._config.architectures or ()
-            if not any("CausalLM" in a or "LMHead" in a for a in kinds):
-                raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=self._path)
-            self.model = auto.AutoModelForCausalLM.from_pretrained(
-                self._path, dtype=self.torch.float32, local_files_only=True
-            ).eval()
-        except _ERRORS as e:
-            raise SourceError(f"no model that transformers can load: {e}", file=self._path) from e
-        try:
-            tokenizer = auto.AutoTokenizer.from_pretrained(self._path, local_files_only=True)
-        except _ERRORS as e:
-            raise SourceError(f"no tokenizer that transformers can load: {e}", file=self._path) from e
+        self._config, self.model, tokenizer = load_original(self._path)
         return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
     @property

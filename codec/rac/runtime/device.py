@@ -24,6 +24,10 @@ def _why_not(device: str) -> str | None:
     return why
 
 
+def _version(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.data_ptr(), weight._version
+
+
 def _copied(device: str, s: rc.Stored, host: rc.Bytes) -> torch.Tensor:
     """The weight, decoded on the host."""
     words = tn.empty(s.tensor)
@@ -57,7 +61,7 @@ class Resident:
         device = str(weight.device)
         if _why_not(device) is not None:
             return _copied(device, *stored())
-        key = weight.data_ptr(), weight._version
+        key = _version(weight)
         new = key != self._key
         if new:
             self._key = None
@@ -71,6 +75,20 @@ class Resident:
         if new:
             self._packed.check()
             self._key = key
+        return out
+
+    def ready(self, weight: torch.Tensor) -> tuple[int, int] | None:
+        """Changes when the record does; None before `dense` has decoded it by kernels."""
+        key = _version(weight)
+        return key if key == self._key else None
+
+    def into(self, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """The weight in the first bytes of a buffer of the same device, by launches alone; only where it is `ready`."""
+        from rac.decode import op
+
+        p = self._packed
+        out = buffer[: p.tensor.nbytes].view(p.dtype).view(p.shape)
+        op.into(weight if self._data is None else self._data, p.handle, out)
         return out
 
     def _pack(self, weight: torch.Tensor, s: rc.Stored, host: rc.Bytes) -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from rac.align.online import Transform
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
-from rac.errors import MismatchError
+from rac.errors import MismatchError, SourceError
 from rac.runtime import device
 from rac.runtime import record as rc
 from rac.runtime.workspace import Workspace
@@ -85,7 +85,12 @@ class Compressed(nn.Module):
         return (self.weight.data_ptr(), self.weight._version) if self.weight.device.type == "cpu" else None
 
     def dense(self) -> torch.Tensor:
-        """The weight as the file has it, in memory of its own, on the device of the layer."""
+        """The weight as the file has it, in memory of its own, on the device of the layer.
+
+        RacError where the record is damaged, or its bytes are not in memory: an offloader has them.
+        """
+        if self.weight.device.type == "meta":
+            raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
         if self.weight.device.type != "cpu":
             return self._resident.dense(self.weight.detach(), self.stored)
         s, data = self.stored()
@@ -93,11 +98,20 @@ class Compressed(nn.Module):
         rc.decode(s, data, words, pool=self.workspace.executor())
         return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
 
+    def resident(self) -> tuple[int, int] | None:
+        """Changes when the record on a device does; None where `decode_into` cannot be used, or not yet."""
+        return self._resident.ready(self.weight.detach())
+
+    def decode_into(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The weight in the first bytes of a buffer of the same device, by launches alone."""
+        return self._resident.into(self.weight.detach(), buffer)
+
     @contextlib.contextmanager
     def opened(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The weight in a data type, on the device of the layer; only valid inside."""
         if self.weight.device.type != "cpu":
-            yield self.dense().to(dtype)
+            with self.workspace.on_device(self) as found:
+                yield found.to(dtype)
             return
         with self.workspace.weight(self) as words:
             yield fw.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)

@@ -55,10 +55,16 @@ def _refuse(model: Any, *_: Any, **__: Any) -> None:
 def fold(model: Any) -> Any:
     """Put the maps into the weights, rounded to their data type, and take the hooks away; returns the model."""
     for layer in model.modules():
-        if (transform := hooked(layer)) is not None:
-            w = layer.weight
-            wide = w if w.dtype == torch.float64 else w.float()
-            layer.weight = nn.Parameter(transform.fold(wide).to(w.dtype), requires_grad=w.requires_grad)
-            unhook(layer)
+        fold_layer(layer)
     model.__dict__.pop("save_pretrained", None)
     return model
+
+
+@torch.no_grad()
+def fold_layer(layer: Any) -> None:
+    """The same for one layer, where a hook maps its input."""
+    if (transform := hooked(layer)) is not None:
+        w = layer.weight
+        wide = w if w.dtype == torch.float64 else w.float()
+        layer.weight = nn.Parameter(transform.fold(wide).to(w.dtype), requires_grad=w.requires_grad)
+        unhook(layer)

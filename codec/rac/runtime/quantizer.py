@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rac.container.wire import MAJOR, MINOR
 from rac.decode.engine import threads_of
 from rac.errors import MismatchError, UnsupportedError
+from rac.runtime import dense as dn
 from rac.runtime import record as rc
 from rac.runtime import replace as rp
 from rac.runtime.layers import Head, RacLinear
@@ -75,10 +76,11 @@ class RacHfQuantizer(HfQuantizer):
         for layer in model.modules():
             if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
                 layer.bias.data = layer.bias.data[: layer.out_features]
+        dn.resizable(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return rp.dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return dn.dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the records again."""

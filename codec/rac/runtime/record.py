@@ -26,11 +26,13 @@ from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
 TAIL = 128
 """Bytes behind the records."""
+SHARE = 1 << 18
+"""Dense bytes of tiles that a thread decodes in one go: small ones are decoded side by side."""
 Array = NDArray[Any]
 Bytes = NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Stored:
     """What the bytes of a tensor state, checked."""
 
@@ -40,6 +42,8 @@ class Stored:
     """Of all the bytes."""
     heads: tuple[bytes, ...]
     """The fixed head of each record, whose checksum covers the rest of the head, and so the checksums of all units."""
+    parsed: tn.Decoder | None = None
+    """What the units in front of the tiles state, once the tensor was decoded; not kept where objects are used."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,10 +108,10 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
     return Stored(t, tuple(objects.values()), len(data), tuple(heads))
 
 
-def unit(data: Bytes, t: tn.Tensor, i: int) -> Bytes:
-    """Bytes of unit `i` of a tensor."""
-    at = t.record.payload + t.units[i].offset
-    return data[at : at + t.units[i].size]
+def unit(data: Bytes, t: tn.Tensor, i: int, n: int = 1) -> Bytes:
+    """Bytes of unit `i` of a tensor, or of the n from there on with the padding between them."""
+    last = t.units[i + n - 1]
+    return data[t.record.payload + t.units[i].offset : t.record.payload + last.offset + last.size]
 
 
 def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
@@ -131,6 +135,16 @@ def transform(s: Stored, data: Bytes) -> Transform | None:
     return Transform(online, s.tensor.shape[1], m[0] if m else None)
 
 
+def _decoder(s: Stored, data: Bytes) -> tn.Decoder:
+    if s.parsed is not None:
+        return s.parsed.ready()
+    t = s.tensor
+    dec = tn.Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
+    if not s.objects:
+        s.parsed = dec.bare()
+    return dec
+
+
 def decode(
     s: Stored, data: Bytes, out: Array, first: int = 0, last: int | None = None, pool: Executor | None = None
 ) -> None:
@@ -142,31 +156,44 @@ def decode(
         out: (rows, C) words of the tensor, contiguous; row 0 is the first one of the tiles `first`.
         first: Row of the grid of tiles.
         last: Row of the grid of tiles behind the last one.
-        pool: Threads that decode; None: the caller's alone.
+        pool: Threads that help the caller's.
 
     Raises:
         RacError: A unit is damaged; `out` may then be partly written.
     """
     t, grid = s.tensor, s.tensor.grid
-    dec = tn.Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
-    top, works = first * grid.tr, []
+    dec = _decoder(s, data)
+    top, works, work, size = first * grid.tr, [], tn.Work(), 0
+    tile = grid.tr * grid.tc * t.word
+    step = max(1, min(grid.across, SHARE // tile))
     for a in range(first, grid.down if last is None else last):
-        work = tn.Work()
-        r0, r1 = a * grid.tr, min(grid.rows, (a + 1) * grid.tr)
+        r0, r1, end = a * grid.tr, min(grid.rows, (a + 1) * grid.tr), (a + 1) * grid.across
         found = tn.values(t, r1 - r0, grid.cols) if t.after else out
-        for i in range(a * grid.across, (a + 1) * grid.across):
-            work.add(dec, i, unit(data, t, i + t.first), found, r0 if t.after else top)
-            if pool and not t.after:
+        for i in range(a * grid.across, end, step):
+            n = min(step, end - i)
+            work.add(dec, i, unit(data, t, i + t.first, n), found, r0 if t.after else top, n=n)
+            size += n * tile
+            if pool and not t.after and size >= SHARE:
                 works.append(work)
-                work = tn.Work()
+                work, size = tn.Work(), 0
         if t.after:
             work.then(dec, found, out[r0 - top : r1 - top], (r0, r1, 0, grid.cols))
-        works.append(work)
+            works.append(work)
+            work, size = tn.Work(), 0
+    works.append(work)
     if pool:
         jobs = [pool.submit(work.run) for work in works]
-        wait(jobs)  # all of them, so that nobody writes to `out` any more when one has failed
+        try:
+            for job, work in zip(jobs, works, strict=True):
+                if job.cancel():  # nobody has begun with it
+                    work.run()
+        finally:
+            for job in jobs:
+                job.cancel()
+            wait(jobs)  # nobody writes to `out` any more when one has failed
         for job in jobs:
-            job.result()
+            if not job.cancelled():
+                job.result()
         return
     for work in works:
         work.run()

@@ -12,11 +12,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from rac.align.online import hook
 from rac.errors import MismatchError
 from rac.records import Entry
 from rac.registry import AFTER, LOSSY
-from rac.runtime import online as on
 from rac.runtime.layers import Compressed, Head, RacEmbedding, RacLinear
 from rac.runtime.workspace import Workspace
 
@@ -105,33 +103,3 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
             if id(child) in new:
                 parent._modules[name] = new[id(child)]
     return list(heads)
-
-
-def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Put dense layers back in the place of compressed ones, in `dtype` or that of each layer."""
-    new: dict[int, nn.Module] = {}
-    weights: dict[int, nn.Parameter] = {}
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if not isinstance(child, Compressed):
-                continue
-            if id(child) not in new:
-                key = id(child.weight)
-                if key not in weights:
-                    weights[key] = nn.Parameter(child.dense().to(dtype or child.compute_dtype), requires_grad=False)
-                with torch.device("meta"):
-                    if isinstance(child, RacEmbedding):
-                        layer: Any = nn.Embedding(child.num_embeddings, child.embedding_dim, child.padding_idx)
-                    elif isinstance(child, RacLinear) and child.transposed:
-                        layer = Conv1D(child.out_features, child.in_features)
-                    else:
-                        layer = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                if isinstance(child, RacLinear) and (transform := child.online()) is not None:
-                    hook(layer, transform)
-                    on.guard(model)
-                layer.weight = weights[key]
-                if hasattr(layer, "bias"):
-                    layer.bias = child.bias
-                new[id(child)] = layer.train(child.training)
-            parent._modules[name] = new[id(child)]
-    return model

@@ -2,16 +2,19 @@
 
 One buffer serves all layers: the weight of a layer is in it while the layer runs. What the running layer leaves free
 holds the weights of the layers that came next the last time, which threads decode meanwhile; the order is learned
-anew with every layer that runs. A guess that was wrong costs the work and nothing else.
+anew with every layer that runs. A guess that was wrong costs the work and nothing else. The thread that runs the
+layers is one of those that decode: where it would wait, it takes what no other has begun.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,11 +24,14 @@ from numpy.typing import NDArray
 
 from rac.decode.engine import threads_of
 from rac.errors import RacError
+from rac.runtime import ahead
 from rac.runtime import record as rc
 
 Array = NDArray[Any]
 AHEAD = 32 << 20
 """The buffer has room for two of the largest layers, up to so many bytes, and at least for one."""
+PIECE = 4 << 20
+"""Dense bytes from which on a layer is decoded in pieces, its rows of tiles, by several threads."""
 _ALIGN = 64
 
 
@@ -47,16 +53,19 @@ class _Slot:
 
     layer: weakref.ref[Any]
     version: tuple[int, int] | None
+    """None: decoding has failed."""
     start: int
     stop: int
-    done: Future[None] | None
+    pieces: list[tuple[Future[None], Callable[[], None]]]
+    """What threads were asked to do. Who cancels one does it itself."""
 
 
 class Workspace:
     """Shared by the layers of one model. One layer at a time runs, whatever the number of threads that call.
 
     Args:
-        threads: Threads that decode; one per core up to 8 by default. None are there before the first layer runs.
+        threads: Threads that decode, with the one that runs the layers; one per core up to 8 by default. None are
+            started before the first layer runs.
     """
 
     def __init__(self, threads: int | None = None) -> None:
@@ -72,16 +81,20 @@ class Workspace:
         """The running layer, and then those that are decoded ahead."""
         self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[Any] | None = None
+        self._ahead: dict[Any, ahead.Ahead] = {}
+        """Of each device."""
+        self._on_device = 0
+        """Dense bytes of the largest layer that is decoded ahead there."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the settings, and room for the same layers. Its buffer and threads are its own."""
-        return {"threads": self._threads, "largest": self._largest}
+        return {"threads": self._threads, "largest": self._largest, "on_device": self._on_device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As `__getstate__` gives it."""
         self._threads = state["threads"]
         self._clear()
-        self._largest = state["largest"]
+        self._largest, self._on_device = state["largest"], state["on_device"]
 
     @property
     def nbytes(self) -> int:
@@ -92,12 +105,24 @@ class Workspace:
         """A layer of `size` dense bytes will use this."""
         with self._lock:
             self._largest = max(self._largest, size)
+            if size <= ahead.MOST:
+                self._on_device = max(self._on_device, size)
+
+    def forget(self, layer: Layer) -> None:
+        """The layer will not run any more."""
+        with self._lock:
+            self._drop()
+            self._next.pop(layer, None)
+            for before in [k for k, then in self._next.items() if then() is layer]:
+                del self._next[before]
+            if self._last and self._last() is layer:
+                self._last = None
 
     def executor(self) -> ThreadPoolExecutor | None:
-        """The threads; None where there is one only. They end when the workspace goes."""
+        """The threads besides the caller's; None where there are none. They end when the workspace goes."""
         with self._lock:
             if self._threads > 1 and self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads, "rac-decode")
+                self._pool = ThreadPoolExecutor(self._threads - 1, "rac-decode")
             return self._pool
 
     def close(self) -> None:
@@ -106,29 +131,53 @@ class Workspace:
             self._drop()
             if self._pool:
                 self._pool.shutdown(cancel_futures=True)
-            self._pool, self._last, self._buffer = None, None, np.empty(0, np.uint8)
+            self._pool, self._last, self._buffer, self._ahead = None, None, np.empty(0, np.uint8), {}
 
     @contextlib.contextmanager
     def weight(self, layer: Layer) -> Iterator[Array]:
         """The words (R, C) of the weight of a layer, valid inside; RacError where it is damaged."""
-        with self._lock:
-            if self._busy:
-                raise RuntimeError("a layer that runs inside another one cannot decode into the same workspace")
-            self._busy = True
+        with self._running():
             try:
                 yield self._take(layer)
             except BaseException:
                 self._drop()
                 raise
+
+    @contextlib.contextmanager
+    def on_device(self, layer: Any) -> Iterator[Any]:
+        """The weight of a layer whose record is on a device, valid inside for launches on the current stream."""
+        with self._running():
+            self._learn(layer)
+            found, device = self._next.get(layer), layer.weight.device
+            if device not in self._ahead:
+                self._ahead[device] = ahead.Ahead(device)
+            then = found() if found else None
+            with self._ahead[device].weight(layer, then, self._on_device) as weight:
+                yield weight
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._lock:
+            if self._busy:
+                raise RuntimeError("a layer that runs inside another one cannot decode into the same workspace")
+            self._busy = True
+            try:
+                yield
             finally:
                 self._busy = False
+
+    def _learn(self, layer: Layer) -> None:
+        """This layer comes after the one that ran before."""
+        if self._last and (last := self._last()) is not None:
+            self._next[last] = weakref.ref(layer)
+        self._last = weakref.ref(layer)
 
     def _drop(self, count: int | None = None) -> None:
         """Forget the first `count` slots, by default all."""
         for _ in range(len(self._slots) if count is None else count):
-            done = self._slots.popleft().done
-            if done and not done.cancel():
-                done.exception()  # wait until nobody writes to the buffer
+            for done, _run in self._slots.popleft().pieces:
+                if not done.cancel():
+                    done.exception()  # wait until nobody writes to the buffer
 
     def _take(self, layer: Layer) -> Array:
         s, data = layer.stored()
@@ -138,32 +187,61 @@ class Workspace:
             self.expect(size)
             self._buffer = np.empty(self.nbytes, np.uint8)
         self._drop(min(1, len(self._slots)))  # the layer that ran before
-        found = [i for i, slot in enumerate(self._slots) if slot.layer() is layer and slot.version == layer.version()]
+        version = layer.version()
+        found = [i for i, slot in enumerate(self._slots) if slot.layer() is layer and slot.version == version]
         self._drop(found[0] if found else None)
-        ahead = self._slots[0] if found else None
-        if ahead and ahead.done:
-            ahead.done.result()
-        else:
-            ahead = _Slot(weakref.ref(layer), None, 0, size, None)
-            self._slots.append(ahead)
-            rc.decode(s, data, self._words(s, 0), pool=self.executor())
-        if self._last and (last := self._last()) is not None:
-            self._next[last] = weakref.ref(layer)
-        self._last = weakref.ref(layer)
+        if not found:
+            self._slots.append(self._slot(layer, version, s, data, 0))
+        self._learn(layer)
         self._look_ahead()
-        return self._words(s, ahead.start)
+        self._finish(self._slots[0])
+        return self._words(s, self._slots[0].start)
+
+    def _slot(self, layer: Layer, version: tuple[int, int] | None, s: rc.Stored, data: rc.Bytes, start: int) -> _Slot:
+        """Ask threads for the weight of a layer."""
+        grid, words, pool = s.tensor.grid, self._words(s, start), self.executor()
+        runs: list[Callable[[], None]] = [functools.partial(rc.decode, s, data, words)]
+        if pool and s.tensor.nbytes >= PIECE:
+            runs = [
+                functools.partial(rc.decode, s, data, words[i * grid.tr : (i + 1) * grid.tr], i, i + 1)
+                for i in range(grid.down)
+            ]
+        pieces = [(pool.submit(run) if pool else Future[None](), run) for run in runs]
+        return _Slot(weakref.ref(layer), version, start, start + s.tensor.nbytes, pieces)
+
+    def _finish(self, slot: _Slot) -> None:
+        """Decode what is left of the weight. RacError where it is damaged."""
+        for done, run in slot.pieces:
+            if done.cancel():
+                run()
+        for done, _ in slot.pieces:
+            while not done.done() and self._help():
+                pass
+            if not done.cancelled():
+                done.result()
+        slot.pieces = []
+
+    def _help(self) -> bool:
+        """Do a piece of the layers to come that nobody has begun; False where there is none."""
+        for slot in itertools.islice(self._slots, 1, None):
+            for i, (done, run) in enumerate(slot.pieces):
+                if done.cancel():
+                    del slot.pieces[i]
+                    try:
+                        run()
+                    except RacError:  # the layer will say so when it runs
+                        slot.version = None
+                    return True
+        return False
 
     def _words(self, s: rc.Stored, start: int) -> Array:
         return self._buffer[start : start + s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape)
 
     def _look_ahead(self) -> None:
-        """Let threads decode the next layers, as far as there is room; never more of them than threads."""
-        pool = self.executor()
+        """Ask for the next layers, as far as there is room; not for many, since each will be in a cache for a while."""
         known = {id(slot.layer()) for slot in self._slots}
-        if pool is None or len(self._slots) > self._threads:
-            return
         tail = self._slots[-1].layer()
-        while len(self._slots) <= self._threads and tail is not None:
+        while self._threads > 1 and len(self._slots) <= 2 * self._threads and tail is not None:
             found = self._next.get(tail)
             tail = found() if found else None
             if tail is None or id(tail) in known or (version := tail.version()) is None:
@@ -175,14 +253,12 @@ class Workspace:
             start = self._free(s.tensor.nbytes)
             if start is None:
                 return
-            done = pool.submit(rc.decode, s, data, self._words(s, start))
-            self._slots.append(_Slot(weakref.ref(tail), version, start, start + s.tensor.nbytes, done))
+            self._slots.append(self._slot(tail, version, s, data, start))
             known.add(id(tail))
 
     def _free(self, size: int) -> int | None:
-        """Where `size` bytes are free behind the last slot, or in front of the first; None: nowhere."""
-        behind = -(-self._slots[-1].stop // _ALIGN) * _ALIGN
-        for start in (behind, 0):
+        """The lowest place where `size` bytes are free, which caches may still hold; None: there is none."""
+        for start in sorted((0, *(-(-slot.stop // _ALIGN) * _ALIGN for slot in self._slots))):
             stop = start + size
             if stop <= len(self._buffer) and all(stop <= x.start or start >= x.stop for x in self._slots):
                 return start

@@ -103,3 +103,15 @@ def test_info_shows_them(tmp_path, capsys):
     assert "online       2 tensors: Hadamard of order 24: Sylvester 2 x Paley I of 11" in capsys.readouterr().out
     assert main(["info", "--tensors", "--json", str(path)]) == 0
     assert capsys.readouterr().out.count('"online": "Hadamard') == 2
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3), (4, 4, 4)])
+def test_an_object_of_any_other_shape(shape):
+    """The index says the shapes of objects, and may say anything."""
+    from rac.decode.online import parse
+    from rac.errors import FormatError
+
+    stated = {"id": "matrix/1", "inner": 3, "object": "m"}
+    with pytest.raises(FormatError, match="no square matrix"):
+        parse(stated, "F32", (8, 24), lambda _: shape, 0)
+    assert parse(stated, "F32", (8, 24), lambda _: (4, 4), 0).size == 4

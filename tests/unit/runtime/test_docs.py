@@ -31,7 +31,7 @@ def test_every_block(tmp_path, monkeypatch, capsys):
     (tmp_path / "test.txt").write_text(models.TEXT * 4)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(python|console)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-    assert [kind for kind, _ in blocks] == ["python"] * 4 + ["console", "python", "console"]
+    assert [kind for kind, _ in blocks] == ["python"] * 5 + ["console", "python", "console"]
     names: dict[str, object] = {}
     printed = []
     for kind, text in blocks:
@@ -41,5 +41,5 @@ def test_every_block(tmp_path, monkeypatch, capsys):
             for line in re.findall(r"^\$ rac (.*)$", text, re.MULTILINE):
                 assert main(shlex.split(line)) == 0, line
         printed.append(capsys.readouterr().out)
-    assert [word in printed[i] for i, word in ((1, "True"), (2, "True"), (5, "True"))] == [True] * 3
-    assert printed[6].count("perplexity") == 2
+    assert [word in printed[i] for i, word in ((1, "True"), (2, "True"), (4, "True"), (6, "True"))] == [True] * 4
+    assert printed[7].count("perplexity") == 2

@@ -181,3 +181,19 @@ def test_a_layer_alone(made):
     assert torch.equal(layers[0](x), layers[1](x))
     dense = dict(rac.load_model(made[2]).named_modules())["model.layers.0.mlp.down_proj"]
     assert torch.equal(dense(input=x), first)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft
+@pytest.mark.parametrize("resident", ["dense", "compressed"])
+def test_adapters_merge_into_what_is_folded(made, resident):
+    peft = pytest.importorskip("peft")
+    model = rac.load_model(made[2], resident=resident)
+    plain = models.logits(model)
+    config = peft.LoraConfig(target_modules=["up_proj", "down_proj", "o_proj"], r=2, init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    before = models.logits(adapted)
+    assert (before - plain).abs().max() > 1e-2 * plain.abs().max()
+    merged = adapted.merge_and_unload()
+    assert (models.logits(merged) - before).abs().max() < 1e-4 * before.abs().max()
+    assert not any(hooked(layer) is not None for layer in merged.modules())

@@ -18,8 +18,8 @@ import models
 import rac
 from rac.encode.pack import pack
 from rac.runtime import RacEmbedding, RacLinear
+from rac.runtime.dense import dequantize
 from rac.runtime.record import TAIL
-from rac.runtime.replace import dequantize
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,13 @@ the cache are then without outliers. What a file may state is the seed, among wh
 from __future__ import annotations
 
 import contextlib
-import itertools
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rac.activations import Attention, attention
 from rac.encode.transforms.rotate import hadamard
 from rac.encode.transforms.rules import Parts
-from rac.errors import TransformError
-
-_count = itertools.count()
+from rac.errors import TransformError, UnsupportedError
 
 
 @contextlib.contextmanager
@@ -35,26 +32,20 @@ def rotated_keys(
     Raises:
         TransformError: The model's attention is no function that transformers lets one replace.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    import transformers
 
-    config = p.model.config
-    base = config._attn_implementation
-    plain = getattr(sys.modules[type(p.model).__module__], "eager_attention_forward", None)
-    attention = plain if base == "eager" else ALL_ATTENTION_FUNCTIONS.get(base)
-    if attention is None or base not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise TransformError(f"keys cannot be rotated: attention {base!r} is not one that can be replaced")
     r3 = hadamard(p.head_dim, seed)
 
-    def rotated(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-        q, k = r3.apply(q), r3.apply(k)
-        return attention(module, q, keys(k) if keys else k, values(v) if values else v, *args, **kwargs)
+    def around(own: Attention) -> Attention:
+        def rotated(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+            q, k = r3.apply(q), r3.apply(k)
+            return own(module, q, keys(k) if keys else k, values(v) if values else v, *args, **kwargs)
 
-    name = f"rac-keys-{next(_count)}"
-    ALL_ATTENTION_FUNCTIONS.register(name, rotated)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    config._attn_implementation = name
-    try:
+        return rotated
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(attention(p.model, transformers, around))
+        except UnsupportedError as e:
+            raise TransformError(f"keys cannot be rotated: {e.message}") from e
         yield
-    finally:
-        config._attn_implementation = base

@@ -66,8 +66,8 @@ def _outputs(r: Transform, weight: Any, bias: Any) -> None:
         _last(r, bias, inverse=False)
 
 
-def _no_gains_behind(p: Parts) -> None:
-    """TransformError where gains stand in the coordinates of the residual stream."""
+def require_rotatable(p: Parts) -> None:
+    """TransformError where gains stand in the coordinates of the residual stream, which R1 would change."""
     if p.rules.behind:
         raise TransformError(
             f"{p.model.config.model_type!r} has norms with gains behind its projections ({p.rules.behind[0]}), which "
@@ -83,7 +83,7 @@ def rotate_residual(p: Parts, r1: Transform) -> None:
         TransformError: The norms are not fused, the architecture has gains in the coordinates of the stream, or `r1` is
             not orthogonal or of another width.
     """
-    _no_gains_behind(p)
+    require_rotatable(p)
     if not fused(p):
         raise TransformError("the gains of the norms are not fused; call fuse_norms first")
     if r1.width != p.width:
@@ -150,9 +150,10 @@ def quarot(p: Parts, seed: int = 0) -> None:
     """All of QuaRot but the cache: norms fused, R1, R2, and online maps of the heads and in front of the second half.
 
     Together R2 and the map across the heads are a Hadamard matrix of all inputs of the output projection. R1 has the
-    signs of `seed`; layer i those of seed + 3 i + 1 (R2), + 2 (heads) and + 3 (MLP).
+    signs of `seed`; layer i those of seed + 3 i + 1 (R2), + 2 (heads) and + 3 (MLP). `about` says "keys", the seed of
+    R3, which a quantised cache is to have.
     """
-    _no_gains_behind(p)  # before anything is changed
+    require_rotatable(p)  # before anything is changed
     done = list(p.about.get("transforms", ()))
     fuse_norms(p)
     rotate_residual(p, hadamard(p.width, seed))
@@ -163,4 +164,4 @@ def quarot(p: Parts, seed: int = 0) -> None:
     p.notes.append(f"R2, the values of each head: {hadamard(p.head_dim, None).describe()}")
     p.notes.append(f"online, across the heads: {hadamard(p.heads, None).describe()}")
     p.notes.append(f"R4, online, in front of {p.rules.mlp_out}: {hadamard(p.inner, None).describe()}")
-    p.about["transforms"] = [*done, f"quarot {seed}"]
+    p.about |= {"transforms": [*done, f"quarot {seed}"], "keys": seed}

@@ -76,35 +76,46 @@ def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = 
         raise ValueError(f"alpha is 0 to 1, places are {', '.join(PLACES)}, not {alpha}, {places}")
     for layer in p.layers:
         for place in places:
-            if (layer.name, place) not in found:
-                raise TransformError(f"{layer.name}: the largest inputs of {place!r} are not known")
-            _smooth(p, layer, place, found[layer.name, place], alpha)
+            _smooth(p, layer, place, scales(p, layer, place, found, alpha))
     p.did(f"smooth {alpha:g} {' '.join(places)}", f"smoothed with alpha {alpha:g}: {', '.join(places)}")
 
 
-def _smooth(p: Parts, layer: Layer, place: str, most: NDArray[np.float64], alpha: float) -> None:
-    readers = {"attention": layer.attention_in, "mlp": layer.mlp_in, "heads": (layer.attention_out,),
-               "down": (layer.mlp_out,)}[place]  # fmt: skip
-    if any(hooked(reader) for reader in readers):
+def readers(layer: Layer, place: str) -> tuple[Any, ...]:
+    """The linear layers whose inputs are made smooth at a place."""
+    return {
+        "attention": layer.attention_in, "mlp": layer.mlp_in, "heads": (layer.attention_out,), "down": (layer.mlp_out,),
+    }[place]  # fmt: skip
+
+
+def scales(p: Parts, layer: Layer, place: str, found: Maxima, alpha: float) -> NDArray[np.float64]:
+    """(n,) what the inputs of a place are divided by; errors are those of `smooth`."""
+    if (layer.name, place) not in found:
+        raise TransformError(f"{layer.name}: the largest inputs of {place!r} are not known")
+    most = found[layer.name, place]
+    if any(hooked(reader) for reader in readers(layer, place)):
         raise TransformError(f"{layer.name}: smooth the inputs of {place!r} before they are mapped online")
     if not np.isfinite(most).all():
         raise TransformError(f"{layer.name}: inputs of {place!r} hold NaN or infinity")
-    by_weight = np.max([r.weight.data.double().abs().amax(0).cpu().numpy() for r in readers], axis=0)
+    by_weight = np.max([r.weight.data.double().abs().amax(0).cpu().numpy() for r in readers(layer, place)], axis=0)
+    shape = (p.kv_heads, p.heads // p.kv_heads, p.head_dim)
     if place == "heads":  # query heads of one group read the same values
-        shape = (p.kv_heads, p.heads // p.kv_heads, p.head_dim)
-        most, by_weight = (v.reshape(shape).max(1).reshape(-1) for v in (most, by_weight))
+        most, by_weight = (v.reshape(shape).max(1, keepdims=True) for v in (most, by_weight))
     used = (most > LEAST) & (by_weight > LEAST)
-    scale = np.where(used, np.maximum(most, LEAST) ** alpha / np.maximum(by_weight, LEAST) ** (1 - alpha), 1.0)
-    s = readers[0].weight.data.new_tensor(scale).double()
+    s = np.where(used, np.maximum(most, LEAST) ** alpha / np.maximum(by_weight, LEAST) ** (1 - alpha), 1.0)
+    return np.broadcast_to(s, shape).reshape(-1) if place == "heads" else s
+
+
+def _smooth(p: Parts, layer: Layer, place: str, by: NDArray[np.float64]) -> None:
+    s = readers(layer, place)[0].weight.data.new_tensor(by).double()
+    for reader in readers(layer, place):
+        reader.weight.data.copy_(reader.weight.data.double() * s)
     if place in ("attention", "mlp"):
         norm = layer.attention_norm if place == "attention" else layer.mlp_norm
         p.set_gain(norm, p.gain(norm) / s)
+    elif place == "heads":
+        _divide(layer.value, s.reshape(p.kv_heads, -1, p.head_dim)[:, 0].reshape(-1))
     else:
-        _divide(layer.value if place == "heads" else layer.up, s)
-    if place == "heads":
-        s = s.reshape(p.kv_heads, 1, p.head_dim).expand(shape).reshape(-1)
-    for reader in readers:
-        reader.weight.data.copy_(reader.weight.data.double() * s)
+        _divide(layer.up, s)
 
 
 def _divide(rows: Rows, s: Any) -> None:

@@ -1,0 +1,102 @@
+"""Activations as if they were quantised: rounded to few bits and back, in the floating-point numbers of the model.
+
+Tensors of torch are met through their methods, torch and transformers are handed in or never seen. Rounding has no
+gradient here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rac.errors import UnsupportedError
+
+_count = itertools.count()
+Attention = Callable[..., Any]
+
+
+def per_token(x: Any, bits: int, clip: float = 1.0, most: Any = None) -> Any:
+    """Each vector along the last axis on a symmetric grid of 2**bits - 1 or 2**bits numbers, `x` of any shape.
+
+    As of QuaRot (arXiv 2404.00456, section 5) with clip 0.9, of SmoothQuant (2211.10438) with 1.
+
+    Args:
+        x: Floating-point numbers; the data type is kept.
+        bits: 2 to 16.
+        clip: Share of the largest magnitude up to which the grid goes.
+        most: The largest magnitude, where it is known beforehand (a static scale); None: that of each vector.
+    """
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    half = 2 ** (bits - 1)
+    top = wide.abs().amax(-1, keepdim=True) if most is None else wide.new_tensor(most)
+    scale = (top * (clip / (half - 1))).clamp(min=_LEAST)
+    return ((wide / scale).round().clamp(-half, half - 1) * scale).to(x.dtype)
+
+
+def per_group(x: Any, bits: int, group: int | None = None, clip: float = 1.0) -> Any:
+    """Groups of each vector along the last axis on a grid between their least and largest number, and 0.
+
+    As QuaRot's keys and values, with clip 0.95 and one group for each head.
+
+    Args:
+        x: Floating-point numbers; the data type is kept.
+        bits: 1 to 16.
+        group: Numbers of a group, which divide the vectors; None: all.
+        clip: Share of both that the grid goes to.
+
+    Raises:
+        ValueError: `group` does not divide the vectors.
+    """
+    n = x.shape[-1]
+    group = group or n
+    if n % group:
+        raise ValueError(f"groups of {group} do not divide vectors of {n}")
+    wide = (x.float() if x.dtype.itemsize < 4 else x).reshape(*x.shape[:-1], n // group, group)
+    top = 2**bits - 1
+    low = wide.amin(-1, keepdim=True).clamp(max=0) * clip
+    high = wide.amax(-1, keepdim=True).clamp(min=0) * clip
+    scale = ((high - low) / top).clamp(min=_LEAST)
+    zero = (-low / scale).round()
+    found = (((wide / scale).round() + zero).clamp(0, top) - zero) * scale
+    return found.reshape(x.shape).to(x.dtype)
+
+
+@contextlib.contextmanager
+def attention(model: Any, transformers: Any, around: Callable[[Attention], Attention]) -> Iterator[None]:
+    """Replace the attention of all layers of a model inside the `with` block.
+
+    It is called with (module, queries, keys, values, mask, ...), keys and values (batch, key heads, n, head_dim), those
+    of the cache among them, behind the position embedding.
+
+    Args:
+        model: Of transformers.
+        transformers: The package.
+        around: Called with the attention that the model has; returns what takes its place.
+
+    Raises:
+        UnsupportedError: The model's attention is no function that transformers lets one replace.
+    """
+    masks = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    config = model.config.get_text_config()
+    base = config._attn_implementation
+    plain = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+    own = plain if base == "eager" else functions.get(base)
+    if own is None or base not in masks:
+        raise UnsupportedError(f"attention {base!r} of {type(model).__name__} is not one that can be replaced")
+    name = f"rac-attention-{next(_count)}"
+    functions[name] = around(own)
+    masks.register(name, masks[base])  # masks are only made for names of all instances, which cannot be taken back
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = base
+        del functions[name]
+
+
+_LEAST = 1e-30
+"""Scale of a vector of zeros."""

@@ -1,0 +1,120 @@
+"""Gradient descent on orthogonal matrices by the Cayley transform.
+
+Li, Fuxin and Todorovic: Efficient Riemannian Optimization on the Stiefel Manifold via the Cayley Transform, ICLR 2020,
+arXiv 2002.01113: algorithms 1 (SGD with momentum) and 2 (Adam), for square matrices. SpinQuant learns its rotations by
+the former.
+
+With a direction M at the orthogonal X, W = A - A^T, A = M X^T - X (X^T M X^T) / 2, is skew-symmetric, and
+
+    Y(a) = (I - a W / 2)^-1 (I + a W / 2) X
+
+is a curve of orthogonal matrices through X with Y'(0) = W X. The paper approximates it by two fixed-point iterations,
+for matrices whose inverse is too dear. Here the system is solved: for the sizes of rotations it costs less than what
+finds the gradient, and matrices stay orthogonal to machine precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Q = 0.5
+"""The paper's q: a step is at most 2 q / |W|."""
+_TINY = 1e-8
+
+
+def skew(m: Any, x: Any) -> Any:
+    """(..., n, n) W of a direction m (..., n, n) at the orthogonal matrix x (..., n, n)."""
+    mx = m @ x.mT
+    a = mx - x @ (x.mT @ mx) / 2
+    return a - a.mT
+
+
+def cayley(x: Any, w: Any, step: Any) -> Any:
+    """The point at `step` (a number, or (..., 1, 1)) of the curve through x (..., n, n) with skew-symmetric w."""
+    import torch
+
+    half = w * (step / 2)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.linalg.solve(eye - half, x + half @ x)
+
+
+def iterated(x: Any, w: Any, step: Any, iterations: int = 2) -> Any:
+    """What `cayley` gives, by the paper's fixed-point iterations; orthogonal as far as they have converged."""
+    y = x + step * (w @ x)
+    for _ in range(iterations):
+        y = x + step / 2 * (w @ (x + y))
+    return y
+
+
+def _length(w: Any, lr: float) -> Any:
+    """(..., 1, 1) min(lr, 2 q / |W|), the norm being the largest sum of magnitudes of a column."""
+    return (2 * Q / (w.abs().sum(-2, keepdim=True).amax(-1, keepdim=True) + _TINY)).clamp(max=lr)
+
+
+class CayleySGD:
+    """Algorithm 1: SGD with momentum. Each matrix of a batch (..., n, n) has a step length of its own.
+
+    Args:
+        params: Orthogonal matrices (..., n, n), leaves that gradients are taken of; float64 keeps them orthogonal best.
+        lr: Longest step.
+        momentum: Share of the last direction that is kept.
+    """
+
+    def __init__(self, params: Sequence[Any], lr: float, momentum: float = 0.0) -> None:
+        if lr <= 0 or not 0 <= momentum < 1:
+            raise ValueError("lr must be above 0, momentum from 0 to below 1")
+        self.params, self.lr, self.momentum = list(params), lr, momentum
+        self._directions: list[Any] = [None] * len(self.params)
+
+    def step(self) -> None:
+        """Move every matrix along its gradient, and forget the gradient."""
+        import torch
+
+        with torch.no_grad():
+            for i, x in enumerate(self.params):
+                m = -x.grad
+                if self.momentum and self._directions[i] is not None:
+                    m += self.momentum * self._directions[i]
+                w = skew(m, x)
+                self._directions[i] = w @ x
+                x.copy_(cayley(x, w, _length(w, self.lr)))
+                x.grad = None
+
+
+class CayleyAdam:
+    """Algorithm 2: the direction is divided by the root of the mean squared length of gradients.
+
+    Args:
+        params: As of CayleySGD.
+        lr: Longest step.
+        betas: Of the mean of gradients, and of that of their squared lengths.
+    """
+
+    def __init__(self, params: Sequence[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        if lr <= 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError("lr must be above 0, betas from 0 to below 1")
+        self.params, self.lr, self.betas = list(params), lr, betas
+        self._directions: list[Any] = [None] * len(self.params)
+        self._squares: list[Any] = [0.0] * len(self.params)
+        self._steps = 0
+
+    def step(self) -> None:
+        """Move every matrix along its gradient, and forget the gradient."""
+        import torch
+
+        first, second = self.betas
+        self._steps += 1
+        with torch.no_grad():
+            for i, x in enumerate(self.params):
+                m = (first - 1) * x.grad
+                if self._directions[i] is not None:
+                    m += first * self._directions[i]
+                square = x.grad.square().sum((-2, -1), keepdim=True)
+                self._squares[i] = second * self._squares[i] + (1 - second) * square
+                mean = self._squares[i] / (1 - second**self._steps)
+                r = (1 - first**self._steps) * (mean + _TINY**2).sqrt()
+                w = skew(m, x) / r
+                self._directions[i] = r * (w @ x)
+                x.copy_(cayley(x, w, _length(w, self.lr)))
+                x.grad = None

@@ -1,0 +1,164 @@
+"""SpinQuant: rotations of the residual stream and of the values, learned on the model's loss (arXiv 2405.16406).
+
+Section 3.2 and appendix: R1 and every R2 start as randomised Hadamard matrices and follow, by Cayley SGD, the
+cross-entropy of the next token, activations and cache quantised, the rounding passed through by the straight-through
+estimator; 100 steps, the step length falling linearly from 1.5 to 0. Weights are not quantised while rotations are
+learned: the paper's setting for weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run online.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.encode.rotations.cayley import CayleySGD
+from rac.encode.rotations.result import Rotations, nearest
+from rac.encode.rotations.simulate import Simulated, simulated
+from rac.encode.transforms import Parts, hadamard
+from rac.encode.transforms.rotate import require_rotatable
+from rac.errors import DivergedError, SourceError
+
+Note = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and how much there is."""
+
+PATIENCE = 20
+"""Steps over which a loss above that of the start is noise, and beyond which it is divergence."""
+
+
+def spinquant(
+    p: Parts, ids: NDArray[np.int64], *, steps: int = 100, batch: int = 2, lr: float = 1.5, momentum: float = 0.0,
+    how: Simulated | None = None, seed: int = 0, note: Note | None = None,
+) -> Rotations:  # fmt: skip
+    """Learn R1 and R2 of a model whose norms are fused; its weights are left alone.
+
+    Args:
+        p: The model (`transforms.parts`), norms fused, no online maps.
+        ids: Token ids (count, context) of a calibration text. The last `batch` sequences are held out: on them the loss
+            is found before and after.
+        steps: Steps of SGD.
+        batch: Sequences of one step.
+        lr: Longest step at the start; it falls linearly to 0.
+        momentum: Of Cayley SGD.
+        how: What is quantised while learning; 4 bits for activations and cache if None.
+        seed: Of the Hadamard matrices that are the start, and of the order of sequences.
+        note: Progress.
+
+    Returns:
+        `about` has the loss of the held-out sequences: "plain" (nothing quantised), "start", "end", nats per token.
+
+    Raises:
+        DivergedError: A loss is not finite, or stays above that of the start.
+        SourceError: Too few sequences.
+        TransformError: The model does not fit.
+    """
+    import torch
+
+    require_rotatable(p)
+    if len(ids) < 2 * batch or ids.shape[1] < 2:
+        raise SourceError(f"{len(ids)} sequences of {ids.shape[1]} tokens, at least {2 * batch} are needed")
+    how, began = how or Simulated(), time.perf_counter()
+    data = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(p.embedding.weight.device)
+    held, data = data[-batch:], data[:-batch]
+    r1, r2 = start(p, seed)
+    optimiser = CayleySGD([r1, r2], lr, momentum)
+    order = np.random.default_rng(seed)
+    frozen = [w for w in p.model.parameters() if w.requires_grad]
+    training, losses = p.model.training, []
+    p.model.eval()
+    for w in frozen:
+        w.requires_grad_(False)
+    try:
+        plain = _mean_loss(p.model, held)
+        first = last = _held(p, how, r1, r2, held)
+        for k in range(steps):
+            at = order.choice(len(data), batch, replace=len(data) < batch)
+            with simulated(p, how, r1, r2):
+                loss = next_token_loss(p.model, data[torch.from_numpy(at)])
+                loss.backward()
+            losses.append(float(loss.detach()))
+            _diverged(losses, first, lr)
+            optimiser.lr = lr * (1 - k / steps)
+            optimiser.step()
+            if note:
+                note(f"spinquant, loss {losses[-1]:.4f}", k + 1, steps)
+        last = _held(p, how, r1, r2, held)
+        _diverged([last], first, lr)
+    finally:
+        for w in frozen:
+            w.requires_grad_(True)
+        p.model.train(training)
+    about = {
+        "method": "spinquant", "steps": steps, "batch": batch, "context": ids.shape[1], "lr": lr, "momentum": momentum,
+        "activations": how.activations, "cache": how.cache, "seed": seed, "plain": plain, "start": first, "end": last,
+        "seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    return Rotations(nearest(r1.detach().cpu().numpy()), nearest(r2.detach().cpu().numpy()), about, tuple(losses))
+
+
+def start(p: Parts, seed: int) -> tuple[Any, Any]:
+    """R1 (width, width) and R2 (layers, head_dim, head_dim), randomised Hadamard matrices, float64, for gradients.
+
+    R1 has the signs of `seed`, R2 of layer i those of seed + 3 i + 1, as `transforms.quarot` has.
+    """
+    import torch
+
+    def dense(n: int, s: int) -> Any:
+        return hadamard(n, s).apply(torch.eye(n, dtype=torch.float64)).T.contiguous()
+
+    device = p.embedding.weight.device
+    r1 = dense(p.width, seed).to(device).requires_grad_()
+    r2 = torch.stack([dense(p.head_dim, seed + 3 * i + 1) for i in range(len(p.layers))])
+    return r1, r2.to(device).requires_grad_()
+
+
+def next_token_loss(model: Any, ids: Any) -> Any:
+    """Mean cross-entropy of tokens 1, 2, ... of sequences (batch, n), nats."""
+    import torch
+
+    logits = model(ids, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, **online: bool) -> float:
+    """Mean loss, nats per token, of sequences (count, n) with activations and cache quantised.
+
+    Args:
+        p: A model whose norms are fused.
+        ids: Token ids, one sequence after the other is run.
+        how: What is quantised.
+        found: Rotations; None: the coordinates are those of the model.
+        online: `r3` and `r4` of `simulated`.
+    """
+    import torch
+
+    r1, r2 = (None, None) if found is None else (torch.from_numpy(found.r1), torch.from_numpy(found.r2))
+    with simulated(p, how, r1, r2, **online):
+        return _mean_loss(p.model, torch.as_tensor(ids))
+
+
+def _held(p: Parts, how: Simulated, r1: Any, r2: Any, ids: Any) -> float:
+    with simulated(p, how, r1.detach(), r2.detach()):
+        return _mean_loss(p.model, ids)
+
+
+def _mean_loss(model: Any, ids: Any) -> float:
+    import torch
+
+    with torch.no_grad():
+        return float(np.mean([float(next_token_loss(model, one[None])) for one in ids]))
+
+
+def _diverged(losses: list[float], first: float, lr: float) -> None:
+    """DivergedError where losses say so."""
+    recent = float(np.mean(losses[-PATIENCE:]))
+    much = 1.1 if len(losses) >= PATIENCE else 2.0
+    if not math.isfinite(losses[-1]) or recent > much * first:
+        raise DivergedError(
+            f"learning rotations diverged at step {len(losses)}: loss {losses[-1]:.4g}, {first:.4g} at the start; "
+            f"try a smaller learning rate than {lr:g}"
+        )

@@ -1,0 +1,101 @@
+"""Compressed layers that become dense where they are: for all of a model, for its embeddings, for a merged adapter.
+
+A layer changes its class and its weight, and stays the object that it is. So whatever holds it, the layer of an
+adapter or the hook of an offloader, holds the dense one from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.pytorch_utils import Conv1D
+
+from rac.align.online import hook, hooked
+from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
+from rac.runtime.online import fold_layer, guard
+
+_OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "transposed")
+
+
+def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False) -> bool:
+    """Make these layers dense in their places; those that share a record share the weight. Others stay as they are.
+
+    Returns True where layers map their inputs still, by a hook now (rac.align.online).
+
+    Args:
+        layers: Modules; those that are not compressed are left alone.
+        dtype: Of the weights; that of the numbers that come out of each layer by default.
+        folded: Fold such maps into the weights, which are rounded once more for it.
+
+    Raises:
+        RacError: A record is damaged, or its bytes are not in memory.
+    """
+    hooks = False
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # of the record, which keeps it and so its id alive
+    for layer in layers:
+        if not isinstance(layer, Compressed):
+            continue
+        record, online = layer.weight, layer.online() if isinstance(layer, RacLinear) else None
+        if id(record) not in made:
+            dense = layer.dense().to(dtype or layer.compute_dtype)
+            if folded and online is not None:
+                dense = online.fold(dense.float()).to(dense.dtype)
+            made[id(record)] = record, nn.Parameter(dense, requires_grad=False)
+        layer.workspace.forget(layer)
+        kind: type[nn.Module] = nn.Embedding if isinstance(layer, RacEmbedding) else nn.Linear
+        if isinstance(layer, RacLinear) and layer.transposed:
+            kind = Conv1D
+            layer.nx, layer.nf = layer.in_features, layer.out_features
+            del layer.in_features, layer.out_features
+        layer.weight = made[id(record)][1]
+        for name in _OWN:
+            layer.__dict__.pop(name, None)
+        del layer._as
+        layer.__class__ = kind  # type: ignore[assignment]
+        if online is not None and not folded:
+            hook(layer, online)
+            hooks = True
+    return hooks
+
+
+def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Make all compressed layers of a model dense, in `dtype` or that of each layer; returns the model."""
+    if densify(*model.modules(), dtype=dtype):
+        guard(model)
+    return model
+
+
+def resizable(model: Any) -> None:
+    """Let `resize_token_embeddings` of a model make the embeddings, and an output layer, dense first."""
+    model.resize_token_embeddings = functools.partial(_resize, model)
+
+
+def _resize(model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
+            **kwargs: Any) -> Any:  # fmt: skip
+    if new_num_tokens is not None or pad_to_multiple_of is not None:
+        densify(model.get_input_embeddings(), model.get_output_embeddings())
+    return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+
+def _wrapped(module: nn.Module, name: str, layer: nn.Module | None) -> None:
+    """Called for each module that becomes part of another. Adapters of peft call what they adapt `base_layer`."""
+    adapted = layer is not None and (isinstance(layer, Compressed) or hooked(layer) is not None)
+    if name == "base_layer" and adapted and hasattr(type(module), "merge"):
+        module.merge = functools.partial(_merge, module)  # type: ignore[assignment]
+
+
+def _merge(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """`merge` of an adapter's layer: adds to a dense weight."""
+    layer = module.get_base_layer()
+    densify(layer, folded=True)  # adapters add to what the input had before it was mapped
+    fold_layer(layer)
+    if isinstance(layer, Conv1D):  # peft took it for nn.Linear, whose weight is the other way round
+        module.fan_in_fan_out = True
+    return type(module).merge(module, *args, **kwargs)
+
+
+register_module_module_registration_hook(_wrapped)

@@ -1,0 +1,197 @@
+"""W4A4 and the like: a model whose layers and attention see quantised activations, simulated in its own data type.
+
+    with simulated(model, activations=4, kv=4) as found:
+        ...                        # found.linears layers, found.heads attentions are quantised
+
+Inputs of the linear layers of the decoder blocks are rounded behind the online transform of the layer, where it has
+one; keys behind their position embedding, rotated first if `rotate_keys` says so. The output layer sees all bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from rac.activations import Attention, attention, per_group, per_token
+from rac.align.online import Transform
+from rac.errors import UnsupportedError
+from rac.records import Online
+from rac.runtime.layers import RacLinear
+
+CLIP, KV_CLIP = 0.9, 0.95
+"""QuaRot's clip ratios (arXiv 2404.00456): of activations below 8 bits, of keys and values below 8 bits."""
+Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass
+class Simulation:
+    """What is quantised."""
+
+    linears: int = 0
+    """Layers whose inputs are."""
+    heads: int = 0
+    """Attentions whose keys and values were, so far: those that have run."""
+    _seen: set[int] = field(default_factory=set, repr=False)
+
+
+def blocks_linears(model: Any) -> dict[str, Any]:
+    """Names to the linear layers inside the decoder blocks of a model (children of its lists of modules)."""
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    found = {}
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if linear and any(name.startswith(f"{at}.") for at in lists):
+            found[name] = module
+    return found
+
+
+@contextlib.contextmanager
+def simulated(
+    model: Any, activations: int | None = None, kv: int | None = None, *, clip: float | None = None,
+    kv_clip: float | None = None, kv_group: int | None = None, rotate_keys: bool = False, seed: int | None = None,
+    static: Mapping[str, float] | None = None,
+) -> Iterator[Simulation]:  # fmt: skip
+    """Quantise activations, keys and values of a model inside the `with` block.
+
+    Activations: a symmetric grid for each token, per_token of rac.activations. Keys and values: a grid from least to
+    largest for each token and head, or groups of it, per_group.
+
+    Args:
+        model: A causal language model of transformers; its weights are left alone.
+        activations: Bits, 2 to 16; None: as they are.
+        kv: Bits of keys and values, 1 to 16; None: as they are.
+        clip: Share of the range of an activation grid; None: CLIP below 8 bits, otherwise 1.
+        kv_clip: The same of keys and values; None: KV_CLIP below 8 bits, otherwise 1.
+        kv_group: Numbers of a group; None: all of a head.
+        rotate_keys: Rotate queries and keys by a Hadamard matrix of the head before (QuaRot; SpinQuant's R3).
+        seed: Of its signs; None: none.
+        static: Largest magnitude of the inputs of each layer (`largest`): one grid for all tokens.
+
+    Raises:
+        UnsupportedError: There is nothing to quantise in such a model, it runs past what is replaced, or it is
+            compressed with layers that map their input themselves.
+        ValueError: Nothing is asked for, or numbers are out of range.
+    """
+    _check(activations, kv, clip, kv_clip)
+    found = Simulation()
+    with contextlib.ExitStack() as stack:
+        if activations is not None:
+            share = clip or (CLIP if activations < 8 else 1.0)
+            last = _Last(activations, share)
+            for name, layer in _quantisable(model).items():
+                if static is not None and name not in static:
+                    raise ValueError(f"no static scale for {name!r}")
+                hook = _before(last, static[name] if static is not None else None)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                found.linears += 1
+            if not found.linears:
+                raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
+        if kv is not None:
+            around = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate_keys, seed)
+            stack.enter_context(attention(model, transformers, around))
+            stack.callback(model.register_forward_hook(lambda *_: _has_run(model, found)).remove)
+        yield found
+
+
+def largest(model: Any, sequences: Iterable[Any]) -> dict[str, float]:
+    """Run a model over sequences of token ids, (batch, n) each; the largest input of each layer, for `static`."""
+    found: dict[str, float] = {}
+
+    def watch(name: str) -> Hook:
+        def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            found[name] = max(found.get(name, 0.0), float(x.detach().abs().max()))
+
+        return see
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, layer in _quantisable(model).items():
+            stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+        for ids in sequences:
+            model(ids, use_cache=False)
+    return found
+
+
+def _check(activations: int | None, kv: int | None, clip: float | None, kv_clip: float | None) -> None:
+    if activations is None and kv is None:
+        raise ValueError("say what to quantise: activations, keys and values, or both")
+    if activations is not None and not 2 <= activations <= 16:
+        raise ValueError(f"activations have 2 to 16 bits, not {activations}")
+    if kv is not None and not 1 <= kv <= 16:
+        raise ValueError(f"keys and values have 1 to 16 bits, not {kv}")
+    for share in (clip, kv_clip):
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(f"a clip ratio is above 0, at most 1, not {share}")
+
+
+def _quantisable(model: Any) -> dict[str, Any]:
+    """The layers; UnsupportedError where one would map its input after the hook."""
+    layers = blocks_linears(model)
+    for name, layer in layers.items():
+        if isinstance(layer, RacLinear) and layer.online() is not None:
+            what = "maps its input by itself; load the model dense to quantise what the map gives"
+            raise UnsupportedError(what, unit=repr(name))
+    return layers
+
+
+class _Last:
+    """Quantises inputs, once for layers that follow each other with the same."""
+
+    def __init__(self, bits: int, clip: float) -> None:
+        self.bits, self.clip = bits, clip
+        self._given: tuple[Any, int, float | None] = None, 0, None
+        self._made: Any = None
+
+    def __call__(self, x: Any, most: float | None) -> Any:
+        if torch.is_grad_enabled() or x.is_inference():  # of the latter no version says whether they have changed
+            return per_token(x, self.bits, self.clip, most)
+        before, version, scale = self._given
+        if before is not x or (version, scale) != (x._version, most):
+            self._made = per_token(x, self.bits, self.clip, most)
+            self._given = x, x._version, most
+        return self._made
+
+
+def _before(last: _Last, most: float | None) -> Hook:
+    """A pre-hook of a linear layer: the quantised input in its place."""
+
+    def quantise(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (last(args[0], most), *args[1:]), kwargs
+        return args, kwargs | {"input": last(kwargs["input"], most)}
+
+    return quantise
+
+
+def _cache(
+    found: Simulation, bits: int, clip: float, group: int | None, rotate: bool, seed: int | None
+) -> Callable[[Attention], Attention]:  # fmt: skip
+    """Attention with quantised keys and values, both rotated before."""
+    maps: dict[int, Transform] = {}
+
+    def around(own: Attention) -> Attention:
+        def quantised(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+            found._seen.add(id(module))
+            found.heads = len(found._seen)
+            if rotate:
+                width = q.shape[-1]
+                if width not in maps:
+                    maps[width] = Transform(Online("hadamard/1", width, 1, seed), width)
+                q, k = maps[width].apply(q), maps[width].apply(k)
+            return own(module, q, *(per_group(x, bits, group, clip) for x in (k, v)), *args, **kwargs)
+
+        return quantised
+
+    return around
+
+
+def _has_run(model: Any, found: Simulation) -> None:
+    """A hook behind the model."""
+    if not found.heads:
+        raise UnsupportedError(f"the attention of {type(model).__name__} ran past what quantises keys and values")

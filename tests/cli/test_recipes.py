@@ -1,0 +1,102 @@
+"""`rac pack --recipe`: every named method to a file, which is loaded and run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import models
+
+import rac
+from rac.cli import main
+from rac.encode.methods import RECIPES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    models.write("llama", root / "hf")
+    (root / "text.txt").write_text(models.TEXT)
+    return root
+
+
+def pack(folder, out, *more):
+    return main(["pack", str(folder / "hf"), "-o", str(out), *more])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_packed_loaded_and_run(folder, tmp_path, capsys, name):
+    text = ["--calibrate", str(folder / "text.txt"), "--tokens", "400"]
+    path = tmp_path / f"{name}.rac"
+    assert pack(folder, path, "--recipe", name, "--bits", "8", "--group", "16", "--steps", "3", *text) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"{name}, \d+ tensors quantised at [\d.]+ bits per weight", out)
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
+    wanted = models.logits(original)
+    for resident in ("dense", "compressed"):
+        got = models.logits(rac.load_model(path, resident=resident, dtype="float32"))
+        assert float((got - wanted).abs().max() / wanted.abs().max()) < 0.2  # 8 bits, and BF16
+    with rac.open(path) as f:
+        about = f.archives[0].header["provenance"]
+    assert about["recipe"] == name and about["bits"] == 8 and about["group"] == 16
+    measure = ["perplexity", str(path), "--text", str(folder / "text.txt"), "--tokens", "200", "--context", "100"]
+    assert main([*measure, "--activations", "4", "--kv", "4"]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert main(["verify", str(path)]) == 0
+    assert main(["info", str(path)]) == 0
+
+
+def test_fixed_rate_and_entropy_coded_are_the_same_numbers(folder, tmp_path, capsys):
+    assert pack(folder, tmp_path / "a.rac", "--recipe", "rtn", "--bits", "4", "--group", "row") == 0
+    assert pack(folder, tmp_path / "b.rac", "--recipe", "rtn", "--bits", "4", "--group", "row", "--fixed-rate") == 0
+    bits = [float(b) for b in re.findall(r"quantised at ([\d.]+) bits", capsys.readouterr().out)]
+    assert bits[0] < bits[1]
+    a, b = rac.load_file(tmp_path / "a.rac"), rac.load_file(tmp_path / "b.rac")
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_errors_are_one_line(folder, tmp_path, capsys):
+    models.write("gpt2", tmp_path / "gpt2")
+    text = ["--calibrate", str(folder / "text.txt")]
+    cases = [
+        (folder / "hf", ["--recipe", "gptq"], "calibrates on a text"),
+        (folder / "hf", ["--recipe", "gptq", "--kl", "0.1", *text], "does not take --kl"),
+        (folder / "hf", ["--recipe", "gptq", "--bits", "3.5", *text], "whole --bits"),
+        (folder / "hf", ["--recipe", "kurtail", "--calibrate", "self"], "one text file"),
+        (folder / "hf", ["--recipe", "gptq", "--calibrate", str(tmp_path / "none.txt")], "cannot be read"),
+        (tmp_path / "gpt2", ["--recipe", "quarot"], "gpt2"),
+    ]
+    for src, more, said in cases:
+        assert main(["pack", str(src), "-o", str(tmp_path / "x.rac"), *more]) == 2, more
+        err = capsys.readouterr().err
+        assert said in err.splitlines()[-1], (more, err)
+        assert not (tmp_path / "x.rac").exists()
+
+
+def test_the_benchmark_of_all_recipes(folder, tmp_path, capsys):
+    import json
+    from xml.etree import ElementTree
+
+    text = str(folder / "text.txt")
+    args = ["compare", str(folder / "hf"), "--recipes", "rtn,gptq,aligned", "--bits", "3,6", "--calibrate", text,
+            "--calibration-tokens", "300", "--text", text, "--tokens", "200", "--context", "100", "--group", "16",
+            "--effort", "fast", "--out", str(tmp_path / "files"), "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
+    assert main([*args, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["recipe"], r.get("bits")) for r in rows[1:]] == [
+        (n, b) for b in (3, 6) for n in ("rtn", "gptq", "aligned")
+    ]
+    kl = {(r["recipe"], r["bits"]): r["kl"] for r in rows[1:]}
+    assert all(kl[name, 6] < kl[name, 3] for name in ("rtn", "gptq", "aligned"))
+    assert all((r["fixed"] is None) == (r["recipe"] == "aligned") and r["seconds"] > 0 for r in rows[1:])
+    assert len(ElementTree.parse(tmp_path / "plot.svg").findall(".//{*}path[@class]")) > 5
+    assert sorted(p.name for p in (tmp_path / "files").glob("*.rac"))[:2] == ["aligned-3.rac", "aligned-6.rac"]
+    assert main(args[:1] + [str(folder / "hf")]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
