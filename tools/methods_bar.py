@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--clip", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibrate", type=int, default=40960, help="tokens")
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--context", type=int, default=1024)
     args = parser.parse_args()
     bar = Bar(args)

@@ -1,4 +1,4 @@
-"""SmoothQuant's alpha (arXiv 2211.10438, section 4): the one of a grid with the least error of the layers' outputs.
+"""SmoothQuant (arXiv 2211.10438) with its alpha searched: the one of a grid with the least error of layers' outputs.
 
 The paper searches one migration strength for a model on a part of its calibration text. Here the error of an alpha is
 that of the outputs of every layer behind the places that are smoothed, weights and inputs quantised, over the energy of
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rac.activations import per_token
 from rac.encode.gptq import rtn
 from rac.encode.transforms.rules import Layer, Parts
-from rac.encode.transforms.smooth import PLACES, Maxima, readers, scales
+from rac.encode.transforms.smooth import PLACES, Maxima, maxima, readers, scales, smooth
 from rac.errors import TransformError
 from rac.quantize.groups import values
 
@@ -25,6 +25,22 @@ ALPHAS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 """0.5 is the paper's for OPT and BLOOM, 0.75 for GLM-130B; 0.85 the authors' for Llama."""
 TOKENS = 256
 """Of each sequence, evenly spread, that errors are measured on."""
+
+
+def smoothquant(
+    p: Parts, sequences: Iterable[Any], alpha: float | None = None, *, bits: int = 8, activations: int | None = 8,
+    group: int | None = None, places: Sequence[str] = ("attention", "mlp"),
+) -> float:  # fmt: skip
+    """Smooth a model, in place; returns the alpha that was given or found. Nothing is rounded.
+
+    Arguments and errors are those of `choose` and `smooth`. `p.about` says the alpha.
+    """
+    sequences = list(sequences)
+    found = maxima(p, sequences)
+    if alpha is None:
+        alpha, _ = choose(p, found, sequences, bits=bits, activations=activations, group=group, places=places)
+    smooth(p, found, alpha, places)
+    return alpha
 
 
 def choose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -161,3 +162,20 @@ def test_ids_of_a_text(tmp_path):
     assert ids.reshape(-1).tolist() == models.tokenizer()(models.TEXT).input_ids[:256]
     with pytest.raises(SourceError, match="tokens"):
         calibration_ids(str(tmp_path / "hf"), "short")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_pages(tmp_path, monkeypatch):
+    """The code of docs/methods/gptq.md and smoothquant.md runs."""
+    docs = Path(__file__).parents[3] / "docs" / "methods"
+    models.write("llama", tmp_path / "smollm2", torch.float32)
+    (tmp_path / "valid.txt").write_text(models.TEXT)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for page, count in (("gptq", 1), ("smoothquant", 2)):
+        blocks = re.findall(r"```python\n(.*?)```", (docs / f"{page}.md").read_text(), re.DOTALL)
+        assert len(blocks) == count
+        for block in blocks:
+            exec(block, names)
+        names |= {"sequences": [torch.from_numpy(IDS)]}
+    assert names["found"].linears == 14 and 0 <= names["alpha"] <= 1

@@ -18,7 +18,7 @@ import models
 from rac.activations import per_token
 from rac.encode import transforms as tf
 from rac.encode.gptq import rtn
-from rac.encode.smoothquant import choose
+from rac.encode.smoothquant import choose, smoothquant
 from rac.encode.transforms.smooth import PLACES
 from rac.errors import TransformError
 from rac.quantize.groups import values
@@ -90,6 +90,16 @@ def test_all_places():
     p = tf.parts(make(20))
     _, errors = choose(p, tf.maxima(p, [IDS]), [IDS], [0.5], places=PLACES)
     assert 0 < errors[0.5] < 0.1
+
+
+def test_the_whole_method():
+    """What is found is what is done, and the model computes what it did."""
+    want, _ = choose(tf.parts(make(50)), tf.maxima(tf.parts(make(50)), [IDS]), [IDS])
+    model = make(50)
+    before, p = tf.logits(model, IDS), tf.parts(model)
+    assert smoothquant(p, iter([IDS])) == want
+    assert p.about["transforms"] == [f"smooth {want:g} attention mlp"] and tf.require_same(before, p, IDS) < 1e-5
+    assert smoothquant(tf.parts(make()), [IDS], 0.25) == 0.25
 
 
 def test_what_is_refused():
