@@ -40,8 +40,8 @@ def losses(p: transforms.Parts, found: rotations.Rotations, ids: Any, how: rotat
     plain = rotations.loss_of(p, ids, rotations.Simulated(16, 16))
     rows = {
         "nothing quantised": plain,
-        "no rotation": rotations.loss_of(p, ids, how, r3=False, r4=False),
-        "Hadamard": rotations.loss_of(p, ids, how, rotations.Rotations(r1, r2, {})),
+        "no rotation": rotations.loss_of(p, ids, how, r3=False),
+        "Hadamard": rotations.loss_of(p, ids, how, rotations.Rotations(r1, r2, seed)),
         found.about["method"]: rotations.loss_of(p, ids, how, found),
     }
     print(f"| {ids.size} tokens, A{how.activations} KV{how.cache} | loss, nats | above | perplexity |")
@@ -91,7 +91,7 @@ def main() -> int:
             losses(p, found, ids_of(args.model, args.test, args.test_tokens, args.context), how, args.seed)
         head = torch.from_numpy(ids[:1])
         before = transforms.logits(model, head)
-        rotations.fuse(p, found, args.seed)
+        rotations.fuse(p, found)
         print(f"logits differ by {transforms.require_same(before, p, head):.1e} of the largest")
     except (RacError, OSError) as e:
         print(f"\n{e}", file=sys.stderr)

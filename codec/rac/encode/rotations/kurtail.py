@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align.online import hooked
 from rac.encode.rotations.cayley import CayleyAdam
 from rac.encode.rotations.result import Rotations, nearest
 from rac.encode.rotations.spinquant import Note, start
@@ -95,7 +96,7 @@ def kurtail(
         batch: Vectors of one step, drawn from all layers for R1, and of each layer for R2.
         lr: Longest step of Cayley Adam at the start; it falls linearly to 0.
         most: Tokens whose activations are kept: most x (2 x layers x width + ...) numbers of 4 bytes.
-        seed: Of the Hadamard matrices that are the start, and of all choices.
+        seed: Of the Hadamard matrices that are the start, of R4, and of all choices.
         note: Progress.
 
     Returns:
@@ -110,8 +111,8 @@ def kurtail(
     require_rotatable(p)
     if not fused(p):
         raise TransformError("the gains of the norms are not fused; call fuse_norms first")
-    if p.online:
-        raise TransformError(f"{next(iter(p.online))} has an online transform; learn rotations before it is there")
+    if named := [layer.name for layer in p.layers if hooked(layer.attention_out) or hooked(layer.mlp_out)]:
+        raise TransformError(f"{named[0]} has an online transform; learn rotations before it is there")
     if not ids.size:
         raise SourceError("no tokens to learn rotations on")
     began = time.perf_counter()
@@ -127,11 +128,12 @@ def kurtail(
         about[name] = {"before": _state(None, data), "start": _state(r, data)}
         history += _learn(name, r, data, steps, batch, lr, seed, note)
         about[name]["end"] = _state(r, data)
-        first, last = about[name]["start"]["loss"], about[name]["end"]["loss"]
-        if not last <= first:
-            raise DivergedError(f"learning {name} diverged: |kurtosis - 1.8| {first:.4g}, then {last:.4g} (lr {lr:g})")
+        old, new = about[name]["start"]["loss"], about[name]["end"]["loss"]
+        if not new <= old:
+            raise DivergedError(f"learning {name} diverged: |kurtosis - 1.8| {old:.4g}, then {new:.4g} (lr {lr:g})")
     about["seconds"] = round(time.perf_counter() - began, 1)
-    return Rotations(nearest(r1.detach().numpy()), nearest(r2.detach().numpy()), about, tuple(history))
+    first, second = (nearest(r.detach().numpy()) for r in (r1, r2))
+    return Rotations(first, second, seed, about, tuple(history))
 
 
 def _learn(

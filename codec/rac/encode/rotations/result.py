@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,22 @@ class Rotations:
     """(width, width), orthogonal: the residual stream x becomes R1 x."""
     r2: NDArray[np.float64]
     """(layers, head_dim, head_dim), each orthogonal: a value v becomes R2 v."""
-    about: dict[str, Any]
+    seed: int = 0
+    """Of R4: layer i has the signs of seed + i."""
+    about: dict[str, Any] = field(default_factory=dict)
     """How they were made, for the provenance: method, settings, what was minimised before and after."""
     history: tuple[float, ...] = ()
     """What was minimised, at every step."""
 
 
-def fuse(p: Parts, found: Rotations, seed: int = 0, *, down: bool = True) -> None:
+def fuse(p: Parts, found: Rotations, *, down: bool = True) -> None:
     """Put rotations into a model whose norms are fused: R1 and R2 into weights, R4 online in front of the second half.
 
-    R4 of layer i has the signs of seed + i. R3 changes no weight: `transforms.rotated_keys` runs it.
+    R3 changes no weight: `transforms.rotated_keys` runs it.
 
     Args:
         p: The model; `require_same` finds whether it computes what it did.
         found: Learned on this model.
-        seed: Of R4.
         down: Whether there is an R4.
 
     Raises:
@@ -53,7 +54,7 @@ def fuse(p: Parts, found: Rotations, seed: int = 0, *, down: bool = True) -> Non
     for i, layer in enumerate(p.layers):
         rotate_values(p, layer, matrix(found.r2[i]))
         if down:
-            online_down(p, layer, seed + i)
+            online_down(p, layer, found.seed + i)
     p.notes.append(f"R2, the values of each head: {len(found.r2)} learned matrices of order {p.head_dim}")
     if down:
         p.notes.append(f"R4, online, in front of {p.rules.mlp_out}: {hadamard(p.inner, None).describe()}")
@@ -64,7 +65,8 @@ def to_bytes(found: Rotations) -> bytes:
     """A safetensors file of R1 and R2 in float32, `about` in its metadata."""
     numpy = _safetensors()
     kept = {"r1": found.r1.astype(np.float32), "r2": found.r2.astype(np.float32)}
-    return bytes(numpy.save(kept, {"about": json.dumps(found.about), "history": json.dumps(found.history)}))
+    stated = {"about": json.dumps(found.about), "history": json.dumps(found.history), "seed": str(found.seed)}
+    return bytes(numpy.save(kept, stated))
 
 
 def save(found: Rotations, path: str | os.PathLike[str]) -> None:
@@ -86,7 +88,7 @@ def load(path: str | os.PathLike[str]) -> Rotations:
         with safe_open(os.fspath(path), "numpy") as f:
             about = f.metadata() or {}
             r1, r2 = (np.asarray(f.get_tensor(n), np.float64) for n in ("r1", "r2"))
-        stated, history = json.loads(about["about"]), tuple(json.loads(about["history"]))
+        stated, history, seed = json.loads(about["about"]), tuple(json.loads(about["history"])), int(about["seed"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
         raise SourceError(f"no file of learned rotations: {e}", file=os.fspath(path)) from e
     square = r1.ndim == 2 and r1.shape[0] == r1.shape[1] and r2.ndim == 3 and r2.shape[1] == r2.shape[2]
@@ -95,7 +97,7 @@ def load(path: str | os.PathLike[str]) -> Rotations:
     for r in (r1, *r2):
         if np.abs(r @ r.T - np.eye(len(r))).max() > 1e-4:
             raise SourceError("a matrix is not orthogonal", file=os.fspath(path))
-    return Rotations(nearest(r1), nearest(r2), stated, history)
+    return Rotations(nearest(r1), nearest(r2), seed, stated, history)
 
 
 def attached(source: Source, found: Rotations) -> Source:

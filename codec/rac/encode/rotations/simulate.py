@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rac.align.online import Transform
+from rac.align.online import Transform, hooked
 from rac.encode.transforms import hadamard, rotated_keys
 from rac.encode.transforms.fuse import fused
 from rac.encode.transforms.rules import Parts
@@ -20,10 +20,6 @@ from rac.errors import TransformError
 
 PLAIN = 16
 """Bits from which nothing is quantised."""
-
-
-R4_SEED = 0
-"""Of the signs of R4, in all layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,33 +55,39 @@ def quantised(x: Any, bits: int) -> Any:
 
 @contextlib.contextmanager
 def simulated(
-    p: Parts, how: Simulated, r1: Any = None, r2: Any = None, *, r3: bool = True, r4: bool = True
+    p: Parts, how: Simulated, r1: Any = None, r2: Any = None, *, r3: bool = True, r4: int | None = None
 ) -> Iterator[None]:
     """Quantise activations and cache inside the `with` block, in rotated coordinates.
 
+    Where layers have online maps, what is quantised is what comes out of them: a model that has been transformed needs
+    no `r1`, `r2` and `r4`.
+
     Args:
-        p: A model whose norms are fused, without online maps; its weights are left alone.
+        p: A model; its weights are left alone.
         how: What is quantised.
         r1: (width, width) of the residual stream, a torch tensor of any float type; None: not rotated.
         r2: (layers, head_dim, head_dim) of the values; None: not rotated.
         r3: Keys are rotated by a Hadamard matrix.
-        r4: Inputs of the second half of the MLP are rotated by a Hadamard matrix.
+        r4: Inputs of the second half of the MLP are rotated, in layer i by the Hadamard matrix of seed r4 + i; None:
+            they are not.
 
     Raises:
-        TransformError: The norms are not fused, layers have online maps, or the attention cannot be replaced.
+        TransformError: There is an `r1` and the norms are not fused, an `r2` or `r4` and layers have online maps, or
+            the attention cannot be replaced.
     """
-    if not fused(p):
+    if r1 is not None and not fused(p):
         raise TransformError("the gains of the norms are not fused; call fuse_norms first")
-    if p.online:
-        raise TransformError(f"{next(iter(p.online))} has an online transform; simulate before it is there")
+    for layer in p.layers:
+        if (r2 is not None and hooked(layer.attention_out)) or (r4 is not None and hooked(layer.mlp_out)):
+            raise TransformError(f"{layer.name} has an online transform; rotate before it is there")
     like = p.layers[0].mlp_out.weight
     r1 = None if r1 is None else r1.to(like)
     r2 = None if r2 is None else r2.to(like)
     norm = _Behind(r1, how.activations)
-    down = _Inner(hadamard(p.inner, R4_SEED) if r4 else None, how.activations)
     with contextlib.ExitStack() as stack:
         for i, layer in enumerate(p.layers):
             r = None if r2 is None else r2[i]
+            down = _Inner(None if r4 is None else hadamard(p.inner, r4 + i), how.activations)
             heads = _Heads(r, p.head_dim, how.activations)
             values = _Values(r, p.head_dim, how.cache, layer.value.start)
             for handle in (

@@ -45,7 +45,7 @@ def spinquant(
         lr: Longest step at the start; it falls linearly to 0.
         momentum: Of Cayley SGD.
         how: What is quantised while learning; 4 bits for activations and cache if None.
-        seed: Of the Hadamard matrices that are the start, and of the order of sequences.
+        seed: Of the Hadamard matrices that are the start, of R4, and of the order of sequences.
         note: Progress.
 
     Returns:
@@ -74,10 +74,10 @@ def spinquant(
         w.requires_grad_(False)
     try:
         plain = _mean_loss(p.model, held)
-        first = last = _held(p, how, r1, r2, held)
+        first = last = _held(p, how, r1, r2, held, seed)
         for k in range(steps):
             at = order.choice(len(data), batch, replace=len(data) < batch)
-            with simulated(p, how, r1, r2):
+            with simulated(p, how, r1, r2, r4=seed):
                 loss = next_token_loss(p.model, data[torch.from_numpy(at)])
                 loss.backward()
             losses.append(float(loss.detach()))
@@ -86,7 +86,7 @@ def spinquant(
             optimiser.step()
             if note:
                 note(f"spinquant, loss {losses[-1]:.4f}", k + 1, steps)
-        last = _held(p, how, r1, r2, held)
+        last = _held(p, how, r1, r2, held, seed)
         _diverged([last], first, lr)
     finally:
         for w in frozen:
@@ -97,7 +97,8 @@ def spinquant(
         "activations": how.activations, "cache": how.cache, "seed": seed, "plain": plain, "start": first, "end": last,
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
-    return Rotations(nearest(r1.detach().cpu().numpy()), nearest(r2.detach().cpu().numpy()), about, tuple(losses))
+    one, each = (nearest(r.detach().cpu().numpy()) for r in (r1, r2))
+    return Rotations(one, each, seed, about, tuple(losses))
 
 
 def start(p: Parts, seed: int) -> tuple[Any, Any]:
@@ -124,25 +125,28 @@ def next_token_loss(model: Any, ids: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, **online: bool) -> float:
+def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, *, r3: bool = True) -> float:
     """Mean loss, nats per token, of sequences (count, n) with activations and cache quantised.
 
     Args:
-        p: A model whose norms are fused.
-        ids: Token ids, one sequence after the other is run.
+        p: A model; its norms are fused where there are rotations.
+        ids: Token ids; one sequence after the other is run.
         how: What is quantised.
-        found: Rotations; None: the coordinates are those of the model.
-        online: `r3` and `r4` of `simulated`.
+        found: R1 and R2, and with them R4; None: none of them.
+        r3: Keys are rotated.
     """
     import torch
 
-    r1, r2 = (None, None) if found is None else (torch.from_numpy(found.r1), torch.from_numpy(found.r2))
-    with simulated(p, how, r1, r2, **online):
+    if found is None:
+        with simulated(p, how, r3=r3):
+            return _mean_loss(p.model, torch.as_tensor(ids))
+    r1, r2 = torch.from_numpy(found.r1), torch.from_numpy(found.r2)
+    with simulated(p, how, r1, r2, r3=r3, r4=found.seed):
         return _mean_loss(p.model, torch.as_tensor(ids))
 
 
-def _held(p: Parts, how: Simulated, r1: Any, r2: Any, ids: Any) -> float:
-    with simulated(p, how, r1.detach(), r2.detach()):
+def _held(p: Parts, how: Simulated, r1: Any, r2: Any, ids: Any, seed: int) -> float:
+    with simulated(p, how, r1.detach(), r2.detach(), r4=seed):
         return _mean_loss(p.model, ids)
 
 
