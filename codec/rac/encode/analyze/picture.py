@@ -51,6 +51,8 @@ def png(report: Mapping[str, Any]) -> bytes:
             spread.semilogy(middles, [c or float("nan") for c in counts], **how)
     bits.set(title="bits per weight at equal output error", xlabel="layer")
     bits.legend(fontsize=8)
+    for axis in (bits.xaxis, heat.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     energy.set(title="energy in the largest columns", xlabel="share of columns", xlim=(0, 1), ylim=(0, 1))
     spread.set(title=f"distribution: {shown}", xlabel="weight / root mean square")
     others = [b for b in report["bases"] if b["id"] != "original"]
