@@ -141,7 +141,7 @@ def analyze(
             tell("measuring weights", done, total)
     finally:
         pool.shutdown(cancel_futures=True)
-    order = {t.name: i for i, t in enumerate(wanted)}
+    order = {t.name: (int(places[t.name].block or -1), i) for i, t in enumerate(wanted)}  # files sort 10 before 2
     found.sort(key=lambda one: order[one["name"]])
     about: dict[str, Any] = {
         "version": VERSION, "model": os.path.basename(os.path.normpath(os.fspath(path))), "matrices": len(found),

@@ -155,7 +155,7 @@ def _legend(report: Report) -> str:
 def _by_block(report: Report) -> str:
     series = [
         (_class(report, b["id"]),
-         [(float(x), block["bases"][b["id"]]["bits"]) for x, block in enumerate(report["blocks"])])
+         [(float(x["block"]), x["bases"][b["id"]]["bits"]) for x in report["blocks"] if x["block"]])
         for b in report["bases"]
     ]  # fmt: skip
     return svg.lines(series, "layer", "bits per weight", height=280, whole=True)
