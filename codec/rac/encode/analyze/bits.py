@@ -19,7 +19,7 @@ from rac.encode.analyze.measures import GAUSSIAN, rms
 STATES = 8
 NEAR = 0.25
 """Decibels that the error may be off the reference's."""
-TRIES = 4
+TRIES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,15 @@ def equal(b: Basis, ref: Point, first: Basis) -> Found:
     if b is first:
         return Found(ref.bits, ref.bits, 0.0, ref.scale)
     scale = ref.scale + 0.5 * math.log2(max(first.cost, 1e-300) / max(b.cost, 1e-300))
+    seen: list[tuple[float, float]] = []
     for _ in range(TRIES):
         p = at(b, scale)
         off = math.log2(p.error / ref.error) if p.error > 0 and ref.error > 0 else 0.0
         if abs(off) <= NEAR / (10 * math.log10(2)):
             break
-        scale -= off / 2
+        seen.append((scale, off))
+        slope = 2.0  # of log2 of the error, at high rate
+        if len(seen) > 1 and (more := scale - seen[-2][0]):
+            slope = min(4.0, max(0.5, (off - seen[-2][1]) / more))
+        scale -= off / slope
     return Found(p.bits + off / 2, p.bits, off * 10 * math.log10(2), p.scale)
