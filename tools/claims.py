@@ -75,7 +75,8 @@ def show(report: dict[str, Any]) -> None:
                 if key in t["bases"]
             ]
             if len(pairs) > 2:
-                r = float(np.corrcoef(np.argsort(np.argsort(np.array(pairs), 0), 0).T)[0, 1])
+                one, two = np.argsort(np.argsort(np.array(pairs), 0), 0).T.tolist()
+                r = statistics.correlation(one, two)
                 print(f"rank correlation over matrices, {key} against original: change of {a}, of {b}: {r:.2f}")
     error = [abs(t["bases"][k]["estimate"] - t["bases"][k]["bits"]) for t in tensors for k in t["bases"]]
     print(f"estimate against bits: mean distance {statistics.mean(error):.3f}, largest {max(error):.3f}")

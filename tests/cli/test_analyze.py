@@ -141,6 +141,35 @@ def test_without_a_text(folder, capsys, tmp_path):
     assert Page((tmp_path / "r.html").read_text()).open == []
 
 
+def test_layers_are_in_the_order_of_their_numbers(tmp_path):
+    w = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    names = [f"layers.{i}.w" for i in (0, 1, 2, 10, 11)]
+    st.save_file({"other": w, **dict.fromkeys(names, w)}, tmp_path / "m.safetensors")
+    found = md.analyze(tmp_path / "m.safetensors")
+    assert [b["block"] for b in found["blocks"]] == ["", "0", "1", "2", "10", "11"]
+    assert [t["name"] for t in found["tensors"]] == ["other", *names]
+
+
+def test_processes_find_what_threads_find(folder, monkeypatch):
+    def bits():
+        found = md.analyze(folder / "hf", models.TEXT * 8, tokens=512, layers="*.mlp.*", jobs=2)
+        return [b["bits"] for t in found["tensors"] for b in t["bases"].values()]
+
+    threads = bits()
+    monkeypatch.setattr(md, "LARGE", 0)
+    assert bits() == pytest.approx(threads, rel=1e-3)
+
+
+def test_seen_text(folder, capsys, monkeypatch):
+    """One calibration on all tokens serves both: the output of an error is measured by what the bases came from."""
+    read, calibrate = [], md.calibrate
+    monkeypatch.setattr(md, "calibrate", lambda *a, **k: read.append((a[1], k["tokens"])) or calibrate(*a, **k))
+    args = ["analyze", str(folder / "hf"), "--text", str(folder / "text.txt"), "--tokens", "512", "--cache", "none"]
+    assert main([*args, "--layers", "*.0.mlp.down*", "--seen"]) == 0
+    assert "outputs on 512 tokens, seen" in capsys.readouterr().out
+    assert read == [(models.TEXT * 8, 512)]
+
+
 def test_picture(folder, tmp_path, report):
     pytest.importorskip("matplotlib")
     from rac.encode.analyze import picture

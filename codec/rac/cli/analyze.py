@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
     p.add_argument("src", metavar="MODEL", help="what to measure")
     p.add_argument("--text", metavar="FILE", help="a text for the inputs of the layers")
     p.add_argument("--tokens", type=int, default=16384, metavar="N", help="of that text (default: 16384)")
+    p.add_argument("--seen", action="store_true", help="judge errors by the text that the bases come from, all of it")
     p.add_argument("--html", metavar="FILE", help="write a report for people: one page, nothing else needed")
     p.add_argument("--json", metavar="FILE", help="write it for programs (docs/analyze.md)")
     p.add_argument("--png", metavar="FILE", help="write a picture; needs rac-codec[plot]")
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     with Steps() as note:
         report = analyze(
             args.src, text, tokens=args.tokens, layers=args.layers, rotations=rotations, rate=args.bits,
-            cache=_cache(args.cache), jobs=args.jobs, note=note,
+            seen=args.seen, cache=_cache(args.cache), jobs=args.jobs, note=note,
         )  # fmt: skip
     if args.json:
         _put(args.json, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
@@ -141,7 +142,11 @@ def _table(report: Mapping[str, Any]) -> str:
             f"{names[c['aligned']]} below {names[c['rotated']]}: {c['fewer']} of {c['matrices']} matrices, "
             f"{c['blocks_fewer']} of {c['blocks']} layers"
         )
-    error = f"outputs on {about['tokens']:,} tokens" if about["tokens"] else "weights (no text: no aligned bases)"
+    error = (
+        f"outputs on {about['tokens']:,} tokens{', seen' * about['seen']}"
+        if about["tokens"]
+        else "weights (no text: no aligned bases)"
+    )
     some = "" if about["matrices"] == about["of"] else f" of {about['of']}"
     lines.append(
         f"{about['matrices']}{some} matrices, {about['weights']:,} weights; bits at equal error of the {error}; "

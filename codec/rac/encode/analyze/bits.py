@@ -2,7 +2,8 @@
 
 Every basis is quantised and coded as `rac pack` does it, by a trellis of STATES states; tables and lists of scales are
 counted, heads of records and a basis' own matrix are not. The step is looked for until the error is the reference's.
-What is left of a difference, at most NEAR decibels, counts as half a log2 of it, which is what it takes at high rate.
+What is left of a difference, at most NEAR decibels where the search succeeds, counts as half a log2 of it, which is
+what it takes at high rate; below LOW bits nothing is corrected.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from rac.encode.analyze.measures import GAUSSIAN, rms
 STATES = 8
 NEAR = 0.25
 """Decibels that the error may be off the reference's."""
-TRIES = 4
+LOW = 1.0
+TRIES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,15 @@ def equal(b: Basis, ref: Point, first: Basis) -> Found:
     if b is first:
         return Found(ref.bits, ref.bits, 0.0, ref.scale)
     scale = ref.scale + 0.5 * math.log2(max(first.cost, 1e-300) / max(b.cost, 1e-300))
+    seen: list[tuple[float, float]] = []
     for _ in range(TRIES):
         p = at(b, scale)
         off = math.log2(p.error / ref.error) if p.error > 0 and ref.error > 0 else 0.0
         if abs(off) <= NEAR / (10 * math.log10(2)):
             break
-        scale -= off / 2
-    return Found(p.bits + off / 2, p.bits, off * 10 * math.log10(2), p.scale)
+        seen.append((scale, off))
+        slope = 2.0  # of log2 of the error, at high rate
+        if len(seen) > 1 and (more := scale - seen[-2][0]):
+            slope = min(4.0, max(0.5, (off - seen[-2][1]) / more))
+        scale -= off / slope
+    return Found(p.bits + off / 2 if p.bits >= LOW else p.bits, p.bits, off * 10 * math.log10(2), p.scale)

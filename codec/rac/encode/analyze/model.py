@@ -31,6 +31,8 @@ VERSION = 1
 """Of the report's keys."""
 RATE = 4.0
 TOKENS = 16384
+LARGE = 1 << 22
+"""Weights from which on matrices are measured in processes of their own."""
 LEARNED = "Columns behind learned rotations, of inputs that the file has none for behind Hadamard; one step for all."
 SAME = {"hadamard-feedback": "hadamard"}
 """Bases whose matrix is that of another."""
@@ -68,8 +70,8 @@ class _Job:
 
 def analyze(
     path: str | os.PathLike[str], text: str | None = None, *, tokens: int = TOKENS, layers: str = "*",
-    rotations: Sequence[Rotations] = (), rate: float = RATE, cache: str | None = None, jobs: int | None = None,
-    note: Note | None = None,
+    rotations: Sequence[Rotations] = (), rate: float = RATE, seen: bool = False, cache: str | None = None,
+    jobs: int | None = None, note: Note | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure every large matrix of a model in every basis.
 
@@ -82,6 +84,7 @@ def analyze(
         layers: Pattern (fnmatch) of the names of matrices.
         rotations: Learned ones.
         rate: Bits per weight of the original basis, about, whose error is that of all.
+        seen: Find the bases on all tokens, and judge by the same: what is learned by heart counts then.
         cache: Where calibrations are kept; None: nowhere.
         jobs: Matrices at a time; None: one for each core, at most 8.
         note: Progress.
@@ -106,10 +109,14 @@ def analyze(
     judge: Mapping[str, Layer] = {}
     read = 0
     if text is not None:
-        middle = len(text) // 2
-        each: dict[str, Any] = {"tokens": tokens // 2, "fisher": False, "cache": cache, "note": tell}
-        fit, judge = calibrate(path, text[:middle], **each), calibrate(path, text[middle:], **each)
-        read = fit.tokens + judge.tokens
+        each: dict[str, Any] = {"fisher": False, "cache": cache, "note": tell}
+        if seen:
+            fit = judge = all_of = calibrate(path, text, tokens=tokens, **each)
+            read = all_of.tokens
+        else:
+            middle = len(text) // 2
+            one, two = (calibrate(path, t, tokens=tokens // 2, **each) for t in (text[:middle], text[middle:]))
+            fit, judge, read = one, two, one.tokens + two.tokens
     calibrated = time.monotonic()
     rules, places = _rules(source), {t.name: _place(t.name, _rules(source)) for t in wanted}
     by_name = {t.name: t for t in source.tensors}
@@ -124,7 +131,9 @@ def analyze(
     work = [(_need(jobs_), (jobs_, tuple(rotations), rate)) for jobs_ in groups.values()]
     total, done, found = sum(math.prod(t.shape) for t in wanted), 0, []
     tell("measuring weights", 0, total)
-    pool = workers.start(max(1, jobs or min(os.cpu_count() or 1, workers.THREADS)))
+    jobs = max(1, jobs or min(os.cpu_count() or 1, workers.THREADS))
+    # Processes have one BLAS thread each; those of one process wait for each other in loops, which took 4 times as long
+    pool = workers.start(jobs, jobs > 1 and total >= LARGE)
     try:
         for some in workers.run(pool, _group, work, workers.room()):
             found += some
@@ -132,13 +141,13 @@ def analyze(
             tell("measuring weights", done, total)
     finally:
         pool.shutdown(cancel_futures=True)
-    order = {t.name: i for i, t in enumerate(wanted)}
+    order = {t.name: (int(places[t.name].block or -1), i) for i, t in enumerate(wanted)}  # files sort 10 before 2
     found.sort(key=lambda one: order[one["name"]])
     about: dict[str, Any] = {
         "version": VERSION, "model": os.path.basename(os.path.normpath(os.fspath(path))), "matrices": len(found),
         "of": len(every), "layers": layers, "weights": total, "tokens": read,
         "second_moment": "text" if text is not None else "identity", "unreached": _unreached(found) if read else [],
-        "damp": DAMP, "rate": rate, "states": bt.STATES, "seed": SEED, "fused": rules is not None,
+        "seen": seen, "damp": DAMP, "rate": rate, "states": bt.STATES, "seed": SEED, "fused": rules is not None,
         "seconds": {"calibration": round(calibrated - start, 1), "all": 0.0},
     }  # fmt: skip
     report = summary(about, found, [r.name for r in rotations])

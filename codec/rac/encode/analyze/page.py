@@ -45,8 +45,9 @@ h1{font-size:1.6rem;margin:.4em 0;overflow-wrap:anywhere}
 h2{font-size:1.05rem;margin:1.6em 0 .5em;overflow-wrap:anywhere}
 .lead{max-width:75ch}.note{color:var(--soft);font-size:.87rem;max-width:75ch;margin:.4em 0}
 section{min-width:0}.two{display:grid;grid-template-columns:1fr 1fr;gap:0 36px}
-svg{width:100%;height:auto;display:block}svg text{font-size:10px;fill:var(--soft)}svg text.on{fill:var(--on)}
-.heat{max-width:720px}.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line{fill:none;stroke-width:1.7;stroke-linejoin:round}
+svg{width:100%;height:auto;display:block}svg text{font-size:10px;fill:var(--soft)}
+svg text.cell{fill:var(--ink)}svg text.on{fill:var(--on)}
+.heat{max-width:560px}.grid{stroke:var(--rule)}.axis{stroke:var(--soft)}.line{fill:none;stroke-width:1.7;stroke-linejoin:round;stroke-linecap:round}
 .even{stroke:var(--soft);stroke-dasharray:1 3;stroke-width:1.2}
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;margin:1.2em 0 0;padding:6px 0;position:sticky;top:0;
 background:var(--page);border-bottom:1px solid var(--rule);font-size:.87rem}

@@ -38,12 +38,13 @@ def png(report: Mapping[str, Any]) -> bytes:
     every = (*_KNOWN, *learned)
     colour = {key: COLOURS[f"b{min(i, 8)}"][0] for i, key in enumerate(every)}
     blocks = report["blocks"]
+    layers = [x for x in blocks if x["block"]]
     shown = report["histograms"][-1] if report["histograms"] else None
     one = next((t for t in report["tensors"] if t["name"] == shown), None)
     middles = [(a + b) / 2 for a, b in itertools.pairwise(report["edges"])]
     for b in report["bases"]:
         key, how = b["id"], {"color": colour[b["id"]], "label": b["name"], "lw": 1.4}
-        bits.plot(range(len(blocks)), [_number(x["bases"][key]["bits"]) for x in blocks], **how)
+        bits.plot([int(x["block"]) for x in layers], [_number(x["bases"][key]["bits"]) for x in layers], **how)
         if report["model"][key]["curve"] is not None:
             energy.plot([i / CURVE for i in range(CURVE + 1)], report["model"][key]["curve"], **how)
         counts = one["bases"].get(key, {}).get("histogram") if one else None
@@ -51,6 +52,8 @@ def png(report: Mapping[str, Any]) -> bytes:
             spread.semilogy(middles, [c or float("nan") for c in counts], **how)
     bits.set(title="bits per weight at equal output error", xlabel="layer")
     bits.legend(fontsize=8)
+    for axis in (bits.xaxis, heat.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     energy.set(title="energy in the largest columns", xlabel="share of columns", xlim=(0, 1), ylim=(0, 1))
     spread.set(title=f"distribution: {shown}", xlabel="weight / root mean square")
     others = [b for b in report["bases"] if b["id"] != "original"]

@@ -63,7 +63,12 @@ def _lead(about: Report) -> str:
     if about["second_moment"] == "text":
         error = (
             "Error is that of the layers' outputs, tr(E S E<sup>T</sup>): S, the second moment of a layer's inputs, "
-            f"is found on {about['tokens']:,} tokens, half of them to make the bases, the other half to judge them."
+            f"is found on {about['tokens']:,} tokens, "
+            + (
+                "which both make the bases and judge them."
+                if about["seen"]
+                else "half of them to make the bases, the other half to judge them."
+            )
         )
     else:
         error = "No text was given: error is that of the weights, and there are no bases that follow the inputs."
@@ -150,7 +155,7 @@ def _legend(report: Report) -> str:
 def _by_block(report: Report) -> str:
     series = [
         (_class(report, b["id"]),
-         [(float(x), block["bases"][b["id"]]["bits"]) for x, block in enumerate(report["blocks"])])
+         [(float(x["block"]), x["bases"][b["id"]]["bits"]) for x in report["blocks"] if x["block"]])
         for b in report["bases"]
     ]  # fmt: skip
     return svg.lines(series, "layer", "bits per weight", height=280, whole=True)

@@ -80,6 +80,8 @@ def lines(
             x, y = at(px, py)
             path.append(f"{pen}{x:.1f} {min(max(y, 0), height):.1f}")
             pen = "L"
+        if len(path) == 1:
+            path.append("h.01")  # a dot
         out.append(f'<path class="line {kind}" d="{"".join(path)}"/>')
     return "".join(out) + "</svg>"
 
@@ -117,10 +119,8 @@ def cells(
                 f'<rect x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{high - 1}" '
                 f'style="fill:color-mix(in oklab,var(--{side}) {share}%,var(--none))"/>'
             )
-            strong = ' class="on"' if share > 55 else ""
-            out.append(
-                f'<text{strong} x="{x + wide / 2:.1f}" y="{y + 11}" text-anchor="middle">{format(v, form)}</text>'
-            )
+            at = f'class="{"on" if share > 60 else "cell"}" x="{x + wide / 2:.1f}" y="{y + 11}"'
+            out.append(f'<text {at} text-anchor="middle">{format(v, form)}</text>')
     return "".join(out) + "</svg>"
 
 
