@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("--method", choices=("spinquant", "kurtail"), required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--load", action="store_true", help="take what --out holds, learn nothing")
     parser.add_argument("--test", type=Path, help="measure on that text, too")
     parser.add_argument("--tokens", type=int, default=16384, help="of --text, at most")
     parser.add_argument("--context", type=int, default=512)
@@ -80,12 +81,15 @@ def main() -> int:
         p = transforms.parts(model)
         transforms.fuse_norms(p)
         how = rotations.Simulated(args.activations, args.cache)
-        if args.method == "spinquant":
+        if args.load:
+            found = rotations.load(args.out)
+        elif args.method == "spinquant":
             found = rotations.spinquant(p, ids, steps=args.steps, how=how, seed=args.seed, note=note, **given)
         else:
             found = rotations.kurtail(p, ids, steps=args.steps, seed=args.seed, note=note, **given)
         print(file=sys.stderr)
-        rotations.save(found, args.out)
+        if not args.load:
+            rotations.save(found, args.out)
         print(json.dumps(found.about, indent=1))
         if args.test:
             losses(p, found, ids_of(args.model, args.test, args.test_tokens, args.context), how, args.seed)

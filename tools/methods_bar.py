@@ -43,19 +43,26 @@ class Bar:
 
     def row(self, method: str) -> str:
         """A line of the table."""
+        a = self.args
+        if method == "original" and not a.activations and not a.kv:
+            return self.line("original", self.measure.figures(), 0.0)
         start = time.monotonic()
         model = self.measure.load({name: w.clone() for name, w in self.own.items()}, method)
         note = self.made(model, method)
         took = time.monotonic() - start
         around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        a = self.args
         if a.activations or a.kv:
             around = simulated(
                 model, a.activations, a.kv, clip=a.clip, rotate_keys=method.startswith("quarot"), seed=a.seed
             )
         with around:
             found = self.measure.figures(model, method)
-        return f"| {method}{note} | {found.perplexity:.3f} | {found.kl:.4f} | {found.top1:.2%} | {took:.0f} |"
+        return self.line(f"{method}{note}", found, took)
+
+    @staticmethod
+    def line(name: str, found: evaluate.Figures, took: float) -> str:
+        """Of the table."""
+        return f"| {name} | {found.perplexity:.3f} | {found.kl:.4f} | {found.top1:.2%} | {took:.0f} |"
 
     def made(self, model: Any, method: str) -> str:
         """Do what a method does; returns what is to be said of it."""

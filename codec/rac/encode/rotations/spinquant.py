@@ -1,9 +1,9 @@
 """SpinQuant: rotations of the residual stream and of the values, learned on the model's loss (arXiv 2405.16406).
 
-Section 3.2 and appendix: R1 and every R2 start as randomised Hadamard matrices and follow, by Cayley SGD, the
-cross-entropy of the next token, activations and cache quantised, the rounding passed through by the straight-through
-estimator; 100 steps, the step length falling linearly from 1.5 to 0. Weights are not quantised while rotations are
-learned: the paper's setting for weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run online.
+R1 and every R2 start as randomised Hadamard matrices and follow, by Cayley SGD, the cross-entropy of the next token,
+activations and cache quantised, the rounding passed through by the straight-through estimator; 100 steps, the step
+length falling linearly from 1.5 to 0. Weights are not quantised while rotations are learned: the paper's setting for
+weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run online.
 """
 
 from __future__ import annotations
