@@ -217,24 +217,28 @@ class Room:
     """Memory for many tensors: those of middling size are neighbours in larger pieces.
 
     Pieces of some MB are of large pages (numpy asks for them); to fetch memory 4 KB by 4 KB took a third of the time of
-    loading. A piece lives as long as one of its tensors.
+    loading. A piece lives as long as one of its tensors, so that two may be there beyond what the tensors need.
     """
 
     PIECE = 16 << 20
     LEAST, MOST = 1 << 16, 1 << 22
     """Bytes of a tensor that shares a piece; from MOST on it has large pages by itself."""
 
-    def __init__(self) -> None:
-        self._rest = np.empty(0, np.uint8)
+    def __init__(self, most: int) -> None:
+        """`most` bytes in a piece; where that is below MOST there are none. The first begins behind as many bytes, so
+        that a small file takes little memory, whatever it claims."""
+        self.piece = 0 if most < self.MOST else min(self.PIECE, most)
+        self._rest, self._given = np.empty(0, np.uint8), 0
 
     def empty(self, t: Tensor) -> Array:
         """As the function."""
         size = t.nbytes
-        if not self.LEAST <= size < self.MOST:
+        self._given += size
+        if self._given <= self.piece or not self.piece or not self.LEAST <= size < self.MOST:
             return empty(t)
         if len(self._rest) < size:
             try:
-                piece = np.empty(self.PIECE, np.uint8)
+                piece = np.empty(self.piece, np.uint8)
             except MemoryError:
                 return empty(t)
             self._rest = piece[-native.address(piece) % 64 :]

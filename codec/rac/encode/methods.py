@@ -235,7 +235,7 @@ def _learned(run: _Run, learn: Callable[[Parts], Any]) -> dict[str, Grouped]:
     def change(p: Parts) -> None:
         transforms.fuse_norms(p)
         found = learn(p)
-        fuse(p, found, run.method.seed)
+        fuse(p, found)
         run.attach = lambda source: attached(source, found)
 
     _transformed(run, change)
