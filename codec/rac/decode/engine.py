@@ -215,16 +215,14 @@ class Cpu:
         self.name = f"CPU ({kernel}, {threads} thread{'s' * (threads > 1)})"
         self.ring, self.reference, self.trace = ring, reference, trace
         self._threads, self._damaged = threads, damaged
+        self._window, self._apart, self._most = ring // 2, ring // 8, max(ring // 8, SCRATCH)
         self._reset()
-        self._window = ring // 2 - 2 * self._room.piece
-        self._apart, self._most = ring // 8, max(ring // 8, SCRATCH)
 
     def _reset(self) -> None:
         self._job = _Job("", self.trace)
         self._busy = deque[_Job]()
         self._waiting = deque[_Pending]()
         self._held = 0
-        self._room = tn.Room(self.ring // 8)
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
@@ -285,7 +283,7 @@ class Cpu:
     def _tiles(self, p: _Pending, item: Item) -> None:
         t = item.t
         dec = _Later(partial(tn.Decoder, t, first_units(item), self.reference, item.objects()))
-        p.out = found = self._room.empty(t)
+        p.out = found = tn.empty(t)
         row, i = 0, 0
         while i < t.tiles:
             n = self._run(t, i)

@@ -213,40 +213,6 @@ def empty(t: Tensor) -> Array:
         raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
 
 
-class Room:
-    """Memory for many tensors: those of middling size are neighbours in larger pieces.
-
-    Pieces of some MB are of large pages (numpy asks for them); to fetch memory 4 KB by 4 KB took a third of the time of
-    loading. A piece lives as long as one of its tensors, so that two may be there beyond what the tensors need.
-    """
-
-    PIECE = 16 << 20
-    LEAST, MOST = 1 << 16, 1 << 22
-    """Bytes of a tensor that shares a piece; from MOST on it has large pages by itself."""
-
-    def __init__(self, most: int) -> None:
-        """`most` bytes in a piece; where that is below MOST there are none. The first begins behind as many bytes, so
-        that a small file takes little memory, whatever it claims."""
-        self.piece = 0 if most < self.MOST else min(self.PIECE, most)
-        self._rest, self._given = np.empty(0, np.uint8), 0
-
-    def empty(self, t: Tensor) -> Array:
-        """As the function."""
-        size = t.nbytes
-        self._given += size
-        if self._given <= self.piece or not self.piece or not self.LEAST <= size < self.MOST:
-            return empty(t)
-        if len(self._rest) < size:
-            try:
-                piece = np.empty(self.piece, np.uint8)
-            except MemoryError:
-                return empty(t)
-            self._rest = piece[-native.address(piece) % 64 :]
-        out = self._rest[:size].view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
-        self._rest = self._rest[-(-size // 64) * 64 :]
-        return out
-
-
 def values(t: Tensor, rows: int, cols: int) -> Array:
     """Words of binary32 (rows, cols) for what the trellis yields in front of another stage, not yet filled."""
     try:
