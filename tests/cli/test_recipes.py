@@ -46,6 +46,7 @@ def test_every_recipe_is_packed_loaded_and_run(folder, tmp_path, capsys, name):
     with rac.open(path) as f:
         about = f.archives[0].header["provenance"]
     assert about["recipe"] == name and about["bits"] == 8 and about["group"] == 16
+    assert ("keys" in about) == (name in ("quarot", "spinquant", "kurtail"))
     measure = ["perplexity", str(path), "--text", str(folder / "text.txt"), "--tokens", "200", "--context", "100"]
     assert main([*measure, "--activations", "4", "--kv", "4"]) == 0
     assert "perplexity" in capsys.readouterr().out
