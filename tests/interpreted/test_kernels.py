@@ -35,7 +35,7 @@ from rac.decode.device import Gpu, lacks  # noqa: E402
 from rac.encode import analyse  # noqa: E402
 from rac.encode.pack import pack_source  # noqa: E402
 from rac.encode.sources import from_arrays  # noqa: E402
-from rac.errors import ChecksumError, FormatError  # noqa: E402
+from rac.errors import ChecksumError, FormatError, UnsupportedError  # noqa: E402
 from rac.quantize import lossless as ll  # noqa: E402
 from rac.registry import RECORD_ATTACHMENT  # noqa: E402
 
@@ -86,6 +86,14 @@ def test_golden_files():
     n, bad = wrong(golden(), is_short)
     assert n > 380
     assert not bad
+
+
+def test_stages_without_kernels_are_refused():
+    a = ar.RacFile(BytesAccess((GOLDEN / "example-groups.rac").read_bytes(), "g"), threads=1).archives[0]
+    t = ld.parse(a, a.record(a.index.entries[0]))
+    assert lacks(t) == "groups/1"
+    with pytest.raises(UnsupportedError, match="no kernel decodes groups/1"):
+        cuda.DeviceDecoder("cpu").add(t, [], [])
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from rac.container.zstd import xxh3
 from rac.decode import cuda_jobs as jb
 from rac.decode import tensor as tn
 from rac.decode import tile
+from rac.decode.device import lacks
 from rac.decode.frameworks import torch_dtype, torch_module
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 
@@ -160,7 +161,10 @@ class DeviceDecoder:
         Raises:
             FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
             LimitError: The memory of the device is too small for the tensor.
+            UnsupportedError: A stage of the tensor has no kernel.
         """
+        if stage := lacks(t):
+            raise UnsupportedError(f"no kernel decodes {stage}", unit=repr(t.name))
         dec = tn.Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
