@@ -20,8 +20,8 @@ def add(p: argparse.ArgumentParser) -> None:
     """The arguments of named methods."""
     named = p.add_argument_group(
         "named methods",
-        "Quantisation after papers, on grids of groups: docs/methods/. SRC is the folder of a causal language model; "
-        "embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run them, with quantised "
+        "Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;\n"
+        "embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run the file, with quantised\n"
         "activations too (--activations, --kv).",
     )
     named.add_argument(
