@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from rac.encode.transforms import Parts
 
 Note = Callable[[str, int, int], None]
-CONTEXT = 1024
 LEARNED = 512
 """Tokens of a sequence that rotations are learned on."""
 CHECKED = 256
@@ -46,7 +45,7 @@ class Method:
     entropy: bool = True
     """Entropy-code the integers; False: at their fixed rate."""
     text: str | None = None
-    """File to calibrate on; "rtn" and "quarot-rtn" need none."""
+    """File to calibrate on; "rtn" and "quarot", which rounds to nearest then, need none."""
     tokens: int = 40960
     """Of it."""
     activations: int = 4
@@ -108,9 +107,9 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None) 
     import transformers
 
     with quiet(transformers):
-        _, model, tokenizer = load_original(path)
+        _, model, _ = load_original(path)
     words = model.get_input_embeddings().num_embeddings
-    run = _Run(method, model, _ids(tokenizer, words, method, path), tell)
+    run = _Run(method, model, _ids(words, method, path), tell)
     about = {"recipe": method.name, "bits": method.bits, "group": method.group or "row", "symmetric": method.symmetric}
     found = RECIPES[method.name](run)
     source = open_source(path)
@@ -156,14 +155,13 @@ def pack_method(
     )  # fmt: skip
 
 
-def _ids(tokenizer: Any, words: int, method: Method, path: str) -> NDArray[np.int64]:
+def _ids(words: int, method: Method, path: str) -> NDArray[np.int64]:
     """(count, context) token ids of the text; without one, some tokens to compare the transformed model on."""
-    from rac.encode.calibration_text import sequences, text_ids
+    from rac.encode.layerwise import calibration_ids
 
     if method.text is None:
         return np.random.default_rng(0).integers(0, words, (1, CHECKED))
-    ids, longest = text_ids(path, read_text(method.text), method.tokens)
-    return sequences(ids, method.tokens, min(CONTEXT, longest))
+    return calibration_ids(path, read_text(method.text), method.tokens)
 
 
 def _transformed(run: _Run, change: Callable[[Parts], None]) -> None:
@@ -198,16 +196,13 @@ def _smoothquant(run: _Run) -> dict[str, Grouped]:
     """2211.10438: migration by the best alpha, then rounding to nearest."""
     import torch
 
-    from rac.encode import transforms
-    from rac.encode.smoothquant import choose
+    from rac.encode.smoothquant import smoothquant
 
     some = torch.from_numpy(run.ids[:4]).split(1)
 
     def change(p: Parts) -> None:
         run.note("looking for alpha", 0, 1)
-        found = transforms.maxima(p, some)
-        alpha, _ = choose(p, found, some, bits=run.method.bits, group=run.method.group)
-        transforms.smooth(p, found, alpha)
+        smoothquant(p, some, bits=run.method.bits, group=run.method.group)
 
     _transformed(run, change)
     return _rtn(run)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rac.activations import per_group
 from rac.align.online import Transform, hooked
 from rac.encode.transforms import hadamard, rotated_keys
 from rac.encode.transforms.fuse import fused
@@ -41,16 +42,7 @@ def quantised(x: Any, bits: int) -> Any:
 
     The gradient is that of the identity (straight-through estimator, arXiv 1308.3432).
     """
-    import torch
-
-    if bits >= PLAIN:
-        return x
-    with torch.no_grad():
-        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(x.dtype).tiny)
-        zero = torch.round(low / scale)
-        rounded = (torch.round(x / scale).clamp(zero, zero + 2**bits - 1)) * scale
-    return x + (rounded - x).detach()
+    return x if bits >= PLAIN else x + (per_group(x.detach(), bits) - x).detach()
 
 
 @contextlib.contextmanager
