@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import math
 import os
 import time
@@ -66,10 +68,17 @@ def pack_grouped(
     """
     found = _firsts(source, matrices)
     quantiser = _ByGroups(matrices, found, tuned(CODER, lanes, slices), entropy, dict(settings or {}))
-    return pack_source(
-        source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, force=force, progress=progress,
-        layer=layer, slices=slices, quantiser=quantiser,
-    )  # fmt: skip
+    try:
+        return pack_source(
+            source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, force=force, progress=progress,
+            layer=layer, slices=slices, quantiser=quantiser,
+        )  # fmt: skip
+    except KeyboardInterrupt:  # codes are not made twice alike for sure, so that nobody can go on with a part
+        stem = glob.escape(os.fspath(out).removesuffix(".rac"))
+        for part in (f"{os.fspath(out)}.part", *glob.glob(f"{stem}-*-of-*.rac.part")):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+        raise
 
 
 def _firsts(source: Source, matrices: Mapping[str, Grouped]) -> dict[str, str]:
