@@ -99,5 +99,42 @@ def test_the_benchmark_of_all_recipes(folder, tmp_path, capsys):
     assert all((r["fixed"] is None) == (r["recipe"] == "aligned") and r["seconds"] > 0 for r in rows[1:])
     assert len(ElementTree.parse(tmp_path / "plot.svg").findall(".//{*}path[@class]")) > 5
     assert sorted(p.name for p in (tmp_path / "files").glob("*.rac"))[:2] == ["aligned-3.rac", "aligned-6.rac"]
+
+    made = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "files").glob("*.rac")}
+    assert main([*args, "--reuse", "--activations", "4", "--kv", "4", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [{k: v for k, v in r.items() if "quantised" not in k} for r in again[1:]] == rows[1:]
+    assert all(r["kl_quantised"] > 1.5 * r["kl"] for r in again[1:] if r["bits"] == 6)
+    assert made == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "files").glob("*.rac")}
+    assert main([*args, "--reuse", "--recipes", "rtn", "--group", "32"]) == 0  # another setting: made again
+    assert made["rtn-3.rac"] != (tmp_path / "files" / "rtn-3.rac").stat().st_mtime_ns
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].count("|") == table[-1].count("|") == 10
     assert main(args[:1] + [str(folder / "hf")]) == 2
     assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_what_is_learned_serves_all_bits_and_each_seed_has_its_own(folder, tmp_path, capsys):
+    import json
+
+    text = str(folder / "text.txt")
+    args = ["compare", str(folder / "hf"), "--recipes", "quarot,kurtail,rtn", "--bits", "4,3", "--seeds", "5,7",
+            "--calibrate", text, "--calibration-tokens", "300", "--text", text, "--tokens", "200", "--context", "100",
+            "--group", "16", "--steps", "3", "--out", str(tmp_path)]  # fmt: skip
+    assert main([*args, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)[1:]
+    assert [(r["recipe"], r["bits"], r["seed"]) for r in rows] == [
+        (n, b, s) for b in (4, 3) for n, s in (("quarot", 5), ("quarot", 7), ("kurtail", 5), ("kurtail", 7), ("rtn", 5))
+    ]
+    learned = []
+    for name in ("kurtail-4", "kurtail-3", "kurtail-4-7", "kurtail-3-7"):
+        with rac.open(tmp_path / f"{name}.rac") as f:
+            learned.append(f.attachment("rotations/learned.bin"))
+    assert learned[0] == learned[1] != learned[2] == learned[3]
+    alone = tmp_path / "alone.rac"
+    assert main(["pack", str(folder / "hf"), "-o", str(alone), "--recipe", "kurtail", "--bits", "3", "--seed", "7",
+                 "--calibrate", text, "--tokens", "300", "--group", "16", "--steps", "3"]) == 0  # fmt: skip
+    a, b = rac.load_file(alone), rac.load_file(tmp_path / "kurtail-3-7.rac")
+    assert all((a[name] == b[name]).all() for name in a)
+    assert main([*args[:6], "--seeds", "1,1", *args[8:]]) == 2
+    assert "different whole numbers" in capsys.readouterr().err

@@ -14,7 +14,6 @@ from rac.cli.recipe import group_of
 from rac.cli.running import simulation
 from rac.errors import OutputError
 
-_HEAD = ("recipe", "bits", "coded", "fixed rate", "file, bytes", "KL, nats", "perplexity", "seconds")
 _COLOURS = ("#888888", "#1b6ca8", "#2a9d8f", "#e9a23b", "#c8553d", "#7b4fa6", "#111111")
 
 
@@ -30,9 +29,14 @@ def add(p: argparse.ArgumentParser) -> None:
     b.add_argument("--group", type=group_of, default=128, metavar="N|row", help="columns that share a scale")
     b.add_argument("--symmetric", action="store_true", help="grids about zero")
     b.add_argument("--steps", type=int, default=100, metavar="N", help="of what learns (default: 100)")
-    b.add_argument("--seed", type=int, default=0, metavar="N", help="of rotations (default: 0)")
+    b.add_argument(
+        "--seeds", default="0", metavar="A,B", help="of rotations: recipes that draw come once for each (default: 0)"
+    )
     b.add_argument("--effort", choices=("fast", "default", "max"), default="default", help="of the aligned recipe")
-    b.add_argument("--out", metavar="DIR", help="where the files go (with --recipes)")
+    b.add_argument("--out", metavar="DIR", help="where the files go, and points.json, the list of them")
+    b.add_argument(
+        "--reuse", action="store_true", help="take files that DIR has from an earlier run with the same settings"
+    )
     b.add_argument("--plot", metavar="FILE.svg", help="bits of a quantised weight against KL")
 
 
@@ -41,65 +45,82 @@ def run(args: argparse.Namespace) -> int:
     from rac.cli.progress import Steps
     from rac.encode.benchmark import ALL, points
     from rac.encode.budget import read_text
-    from rac.encode.compare import compare
+    from rac.encode.compare import Within, compare
     from rac.encode.methods import Method
 
     if args.files or not args.text or not args.out:
         raise ValueError("--recipes takes --text and --out, and no FILE")
     recipes = list(ALL) if args.recipes == "all" else args.recipes.split(",")
-    bits = [int(b) for b in args.bits.split(",") if b.isdecimal() and 2 <= int(b) <= 8]
-    if len(bits) != len(args.bits.split(",")):
-        raise ValueError(f"--bits are whole numbers from 2 to 8, not {args.bits!r}")
+    bits, seeds = _whole("--bits", args.bits, 2, 8), _whole("--seeds", args.seeds, 0, 2**32 - 1)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is read from disk
     text = read_text(args.text)
     method = Method(
-        "rtn", 4, args.group, True, args.calibrate, args.calibration_tokens, args.activations or 4, args.seed,
+        "rtn", 4, args.group, True, args.calibrate, args.calibration_tokens, args.activations or 4, seeds[0],
         args.symmetric, args.steps,
     )  # fmt: skip
     quantised = args.activations is not None or args.kv is not None
-    within = partial(simulation, args) if quantised else None
+    within: list[Within | None] = [None, *([partial(simulation, args)] if quantised else [])]
     rows: list[dict[str, Any]] = []
-    if not args.json:
-        print("| " + " | ".join(_HEAD) + " |\n|" + " --- |" * 2 + " ---: |" * (len(_HEAD) - 2))
-    made = points(args.original, args.out, recipes, bits, method, _note(), args.effort, cache=args.out)
+    made = points(
+        args.original, args.out, recipes, bits, method, Steps(), seeds=seeds, effort=args.effort, reuse=args.reuse
+    )  # fmt: skip
     for point in made:
-        with Steps() as note:
-            found = compare(
-                args.original, [point.path], text, tokens=args.tokens, context=args.context, note=note, within=within
-            )  # fmt: skip
-            row = list(found)
+        row = dataclasses.asdict(point)
+        for how in within:
+            with Steps() as note:
+                original, found = compare(
+                    args.original, [point.path], text, tokens=args.tokens, context=args.context, note=note, within=how
+                )  # fmt: skip
+            of = "_quantised" if how else ""
+            row |= {f"kl{of}": found.kl, f"perplexity{of}": found.perplexity}
         if not rows:
-            rows.append({"recipe": "original", **dataclasses.asdict(row[0])})
+            rows.append({"recipe": "original", **dataclasses.asdict(original)})
             if not args.json:
-                print(f"| original | | | | {row[0].size:,} | | {row[0].perplexity:.3f} | |", flush=True)
-        rows.append(dataclasses.asdict(point) | {"kl": row[1].kl, "perplexity": row[1].perplexity})
-        fixed = "" if point.fixed is None else f"{point.fixed:.3f}"
+                _print_head(args, rows[0])
+        rows.append(row)
         if not args.json:
-            print(
-                f"| {point.recipe} | {point.bits} | {point.coded:.3f} | {fixed} | {point.size:,} | {row[1].kl:.4f} "
-                f"| {row[1].perplexity:.3f} | {point.seconds:.0f} |",
-                flush=True,
-            )
+            _print(row)
     if args.json:
         print(json.dumps(rows, indent=1))
     if args.plot:
-        _plot(args.plot, rows[1:])
+        _plot(args.plot, rows[1:], "kl_quantised" if quantised else "kl")
     return 0
 
 
-def _note() -> Any:
-    from rac.cli.progress import Steps
+def _whole(option: str, given: str, low: int, high: int) -> list[int]:
+    """Different whole numbers between commas."""
+    found = [int(n) for n in given.split(",") if n.isdecimal() and low <= int(n) <= high]
+    if len(set(found)) != len(given.split(",")):
+        raise ValueError(f"{option} are different whole numbers from {low} to {high}, not {given!r}")
+    return found
 
-    return Steps()
+
+def _print_head(args: argparse.Namespace, original: dict[str, Any]) -> None:
+    names = ["recipe", "bits", "seed", "coded", "fixed rate", "file, bytes", "seconds", "KL, nats", "perplexity"]
+    if args.activations is not None or args.kv is not None:
+        of = f"A{args.activations or 16}KV{args.kv or 16}"
+        names += [f"KL, {of}", f"perplexity, {of}"]
+    print("| " + " | ".join(names) + " |\n| --- |" + " ---: |" * (len(names) - 1))
+    row = ["original", "", "", "", "", f"{original['size']:,}", "", "", f"{original['perplexity']:.3f}"]
+    print("| " + " | ".join(row + [""] * (len(names) - len(row))) + " |", flush=True)
 
 
-def _plot(path: str, rows: list[dict[str, Any]]) -> None:
+def _print(row: dict[str, Any]) -> None:
+    fixed = "" if row["fixed"] is None else f"{row['fixed']:.3f}"
+    out = [row["recipe"], str(row["bits"]), str(row["seed"]), f"{row['coded']:.3f}", fixed, f"{row['size']:,}",
+           f"{row['seconds']:.0f}", f"{row['kl']:.4f}", f"{row['perplexity']:.3f}"]  # fmt: skip
+    if "kl_quantised" in row:
+        out += [f"{row['kl_quantised']:.4f}", f"{row['perplexity_quantised']:.3f}"]
+    print("| " + " | ".join(out) + " |", flush=True)
+
+
+def _plot(path: str, rows: list[dict[str, Any]], kl: str) -> None:
     from rac.encode.analyze.svg import lines
 
     series = []
     names = list(dict.fromkeys(row["recipe"] for row in rows))
     for name in names:
-        series.append((f"s{names.index(name)}", sorted((r["coded"], r["kl"]) for r in rows if r["recipe"] == name)))
+        series.append((f"s{names.index(name)}", sorted((r["coded"], r[kl]) for r in rows if r["recipe"] == name)))
     drawn = lines(series, "bits of a quantised weight, all counted", "KL, nats", log=True, height=300)
     style = "text{font:10px sans-serif}.grid{stroke:#ddd}.axis{stroke:#777}.line{fill:none;stroke-width:1.7}"
     style += "".join(f".s{i}{{stroke:{_COLOURS[i % len(_COLOURS)]}}}" for i in range(len(names)))

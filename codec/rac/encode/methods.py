@@ -7,6 +7,7 @@ nearest on grids of groups (encode/layerwise). Ours, which has its own budget, i
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,12 @@ from rac.predictions import quiet
 from rac.quantize.groups import Grouped
 
 if TYPE_CHECKING:
+    from rac.encode.rotations.result import Rotations
     from rac.encode.transforms import Parts
 
 Note = Callable[[str, int, int], None]
+Known = dict[str, "tuple[Rotations, float]"]
+"""Rotations that were learned before, by recipe, and the seconds it took: they do not depend on the bits of weights."""
 LEARNED = 512
 """Tokens of a sequence that rotations are learned on."""
 CHECKED = 256
@@ -68,8 +72,10 @@ class _Run:
     model: Any
     ids: NDArray[np.int64]
     note: Note
+    known: Known
     parts: Parts | None = None
     attach: Callable[[Source], Source] | None = None
+    spared: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +86,11 @@ class Made:
     matrices: dict[str, Grouped]
     about: dict[str, Any]
     """For the provenance."""
+    spared: float = 0
+    """Seconds that learning took an earlier time, and none now."""
 
 
-def make(src: str | os.PathLike[str], method: Method, note: Note | None = None) -> Made:
+def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, known: Known | None = None) -> Made:
     """Transform and round the model of a Hugging Face folder by a named method.
 
     Embeddings and output layer, norms and biases stay as they are, as in the papers.
@@ -91,6 +99,7 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None) 
         src: The folder of a causal language model, with weights and tokenizer.
         method: What is asked for.
         note: Called with (what, done, of) as it goes.
+        known: What was learned on this model with all of `method` but its bits; takes in what is learned now.
 
     Raises:
         SourceError: No such model, no text where one is needed, or a text that is too short.
@@ -109,7 +118,7 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None) 
     with quiet(transformers):
         _, model, _ = load_original(path)
     words = model.get_input_embeddings().num_embeddings
-    run = _Run(method, model, _ids(words, method, path), tell)
+    run = _Run(method, model, _ids(words, method, path), tell, {} if known is None else known)
     about = {"recipe": method.name, "bits": method.bits, "group": method.group or "row", "symmetric": method.symmetric}
     found = RECIPES[method.name](run)
     source = open_source(path)
@@ -122,7 +131,7 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None) 
         source = run.attach(source)
     if method.text is not None and method.name != "rtn":
         about |= {"tokens": int(run.ids.size), "seed": method.seed}
-    return Made(source, found, about)
+    return Made(source, found, about, run.spared)
 
 
 def pack_method(
@@ -222,14 +231,19 @@ def _short(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return ids.reshape(-1)[: ids.size // context * context].reshape(-1, context)
 
 
-def _learned(run: _Run, learn: Callable[[Parts], Any]) -> dict[str, Grouped]:
+def _learned(run: _Run, learn: Callable[[Parts], Rotations]) -> dict[str, Grouped]:
     """Rotations that are learned, R4 as in QuaRot, then GPTQ; the rotations travel in the file."""
     from rac.encode import transforms
     from rac.encode.rotations.result import attached, fuse
 
     def change(p: Parts) -> None:
         transforms.fuse_norms(p)
-        found = learn(p)
+        name, start = run.method.name, time.monotonic()
+        if name in run.known:
+            found, run.spared = run.known[name]
+        else:
+            found = learn(p)
+            run.known[name] = found, time.monotonic() - start
         fuse(p, found)
         p.about["keys"] = run.method.seed  # of R3, which changes no weight: a simulated cache rotates its keys by it
         run.attach = lambda source: attached(source, found)

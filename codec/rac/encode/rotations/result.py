@@ -62,11 +62,11 @@ def fuse(p: Parts, found: Rotations, *, down: bool = True) -> None:
 
 
 def to_bytes(found: Rotations) -> bytes:
-    """A safetensors file of R1 and R2 in float32, `about` in its metadata."""
+    """A safetensors file of R1 and R2 in float32, the rest in its metadata, always the same bytes."""
     numpy = _safetensors()
     kept = {"r1": found.r1.astype(np.float32), "r2": found.r2.astype(np.float32)}
-    stated = {"about": json.dumps(found.about), "history": json.dumps(found.history), "seed": str(found.seed)}
-    return bytes(numpy.save(kept, stated))
+    stated = {"about": found.about, "history": found.history, "seed": found.seed}
+    return bytes(numpy.save(kept, {"rotations": json.dumps(stated)}))  # one key: several come in no fixed order
 
 
 def save(found: Rotations, path: str | os.PathLike[str]) -> None:
@@ -86,9 +86,9 @@ def load(path: str | os.PathLike[str]) -> Rotations:
 
     try:
         with safe_open(os.fspath(path), "numpy") as f:
-            about = f.metadata() or {}
+            meta = json.loads((f.metadata() or {})["rotations"])
             r1, r2 = (np.asarray(f.get_tensor(n), np.float64) for n in ("r1", "r2"))
-        stated, history, seed = json.loads(about["about"]), tuple(json.loads(about["history"])), int(about["seed"])
+        stated, history, seed = meta["about"], tuple(meta["history"]), int(meta["seed"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
         raise SourceError(f"no file of learned rotations: {e}", file=os.fspath(path)) from e
     square = r1.ndim == 2 and r1.shape[0] == r1.shape[1] and r2.ndim == 3 and r2.shape[1] == r2.shape[2]
