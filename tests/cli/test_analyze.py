@@ -20,6 +20,7 @@ import models
 
 from rac.cli import analyze as command
 from rac.cli import main
+from rac.encode import rotations
 from rac.encode.analyze import model as md
 
 EVERY = ["original", "hadamard", "hadamard2", "hadamard-feedback", "pca", "triangular"]
@@ -56,8 +57,9 @@ def folder(tmp_path_factory):
     (root / "text.txt").write_text(models.TEXT * 8)
     (root / "short.txt").write_text("s")
     rng = np.random.default_rng(0)
-    r1 = np.linalg.qr(rng.standard_normal((models.WIDTH, models.WIDTH)))[0].astype(np.float32)
-    st.save_file({"R1": r1}, root / "spin.safetensors")
+    r1 = np.linalg.qr(rng.standard_normal((models.WIDTH, models.WIDTH)))[0]
+    r2 = np.stack([np.linalg.qr(rng.standard_normal((64, 64)))[0] for _ in range(2)])
+    rotations.save(rotations.Rotations(r1, r2), root / "spin.safetensors")
     return root
 
 
@@ -196,7 +198,7 @@ def test_wrong_use_is_one_line(folder, tmp_path, capsys):
         ("Hugging Face model folder", str(folder / "spin.safetensors"), "--text", text),
         ("none of its 10 matrices matches", hf, "--layers", "nothing"),
         ("no such folder", hf, "--html", str(tmp_path / "no" / "r.html")),
-        ("no tensor 'R1'", hf, "--rotation", f"x={tmp_path / 'tiny.safetensors'}"),
+        ("no file of learned rotations", hf, "--rotation", f"x={tmp_path / 'tiny.safetensors'}"),
         ("name of another basis", hf, "--rotation", f"pca={folder / 'spin.safetensors'}"),
         ("--jobs", hf, "--jobs", "0"),
         ("tokens must be", hf, "--text", text, "--tokens", "1"),

@@ -22,7 +22,7 @@ half to judge them. Without --text error is that of the weights, and there are n
 
   rac analyze model/ --text text.txt --html report.html
   rac analyze model/ --text text.txt --json report.json --png report.png --layers "*.mlp.*"
-  rac analyze model/ --text text.txt --rotation spinquant=rotations.safetensors"""
+  rac analyze model/ --text text.txt --rotation spinquant=m.rac"""
 
 
 def add(commands: Any) -> None:
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     p.add_argument("--layers", default="*", metavar="PATTERN", help="only matrices whose names match (default: all)")
     p.add_argument(
         "--rotation", action="append", default=[], metavar="NAME=FILE",
-        help='learned rotations, a safetensors file of "R1" and "R2.<layer>"; may be given more than once',
+        help='learned rotations: a file of rac pack --recipe spinquant or kurtail; may be given more than once',
     )  # fmt: skip
     p.add_argument(
         "--bits", type=float, default=4.0, metavar="B",

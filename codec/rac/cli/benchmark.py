@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -59,27 +60,29 @@ def run(args: argparse.Namespace) -> int:
         args.symmetric, args.steps,
     )  # fmt: skip
     quantised = args.activations is not None or args.kv is not None
+    made = []
+    with Steps() as note:
+        for point in points(
+            args.original, args.out, recipes, bits, method, note, seeds=seeds, effort=args.effort, reuse=args.reuse
+        ):
+            made.append(point)
+            note(f"{point.path}: {point.coded:.3f} bits per quantised weight, {point.seconds:.0f} s", 0, 0)
     within: list[Within | None] = [None, *([partial(simulation, args)] if quantised else [])]
     rows: list[dict[str, Any]] = []
-    made = points(
-        args.original, args.out, recipes, bits, method, Steps(), seeds=seeds, effort=args.effort, reuse=args.reuse
-    )  # fmt: skip
-    for point in made:
-        row = dataclasses.asdict(point)
-        for how in within:
-            with Steps() as note:
-                original, found = compare(
-                    args.original, [point.path], text, tokens=args.tokens, context=args.context, note=note, within=how
-                )  # fmt: skip
-            of = "_quantised" if how else ""
-            row |= {f"kl{of}": found.kl, f"perplexity{of}": found.perplexity}
-        if not rows:
-            rows.append({"recipe": "original", **dataclasses.asdict(original)})
-            if not args.json:
-                _print_head(args, rows[0])
-        rows.append(row)
+    with Steps() as note:
+        found = compare(
+            args.original, [point.path for point in made], text, tokens=args.tokens, context=args.context, note=note,
+            within=within,
+        )  # fmt: skip
+        rows.append({"recipe": "original", **dataclasses.asdict(next(found))})
         if not args.json:
-            _print(row)
+            _print_head(args, rows[0])
+        for point in made:
+            rows.append(dataclasses.asdict(point))
+            for of, row in zip(("", "_quantised"), itertools.islice(found, len(within)), strict=False):
+                rows[-1] |= {f"kl{of}": row.kl, f"perplexity{of}": row.perplexity}
+            if not args.json:
+                _print(rows[-1])
     if args.json:
         print(json.dumps(rows, indent=1))
     if args.plot:

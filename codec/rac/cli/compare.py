@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     for row in compare(
         args.original, args.files, text, tokens=args.tokens, context=args.context, snr=args.snr,
         note=lambda what, done, of: lines[-1](what, done, of),
-        within=partial(simulation, args) if quantised else None,
+        within=[partial(simulation, args) if quantised else None],
     ):  # fmt: skip
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")

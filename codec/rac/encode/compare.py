@@ -78,7 +78,8 @@ class _File:
 
 def compare(
     original: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], text: str | None = None, *,
-    tokens: int = 8192, context: int = 1024, snr: bool = False, note: Note | None = None, within: Within | None = None,
+    tokens: int = 8192, context: int = 1024, snr: bool = False, note: Note | None = None,
+    within: Sequence[Within | None] = (None,),
 ) -> Iterator[Row]:  # fmt: skip
     """Rows for the original and for each file, as they are found.
 
@@ -90,8 +91,9 @@ def compare(
         context: Tokens of one window; what is left behind the last whole window is not measured.
         snr: Measure the weighted SNR too, which takes one more pass of the original.
         note: Called with a model's name, windows done, and all of them.
-        within: Called with the model of each file, not of the original: simulated activations, for example. Layers
-            then apply their online transforms, which are folded into the weights otherwise.
+        within: Ways in which the model of each file predicts, not that of the original; a row for each. None: as it is.
+            Others are called with the model: simulated activations, for example; layers then apply their online
+            transforms, which are folded into the weights otherwise.
 
     Raises:
         MismatchError: A file lacks a tensor of the original, or has it in another shape.
@@ -109,11 +111,14 @@ def compare(
                 measure.moments()
         yield _row(ours.row, measure, None)
         for name in names:
-            with _opened(name, within is not None) as theirs:
-                if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
-                    theirs.floats = translated(name)
-                row = theirs.row if theirs.row.turned else replace(theirs.row, snr=_snr(ours, theirs))
-                yield _row(row, measure, theirs, within)
+            ratio: float | None = None
+            for i, way in enumerate(within):
+                with _opened(name, way is not None) as theirs:
+                    if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
+                        theirs.floats = translated(name)
+                    if not i and not theirs.row.turned:
+                        ratio = _snr(ours, theirs)
+                    yield _row(replace(theirs.row, snr=ratio), measure, theirs, way)
 
 
 def _row(row: Row, measure: Measure | None, file: _File | None, within: Within | None = None) -> Row:

@@ -16,15 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.encode.calibrate import Layer, Note, calibrate
+from rac.encode.workers import room
 from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.predictions import check, log_probabilities, loss, perplexity, quiet, windows
 
-HOLD = 1 << 30
-"""Bytes of log-probabilities of the original that are held: 8,192 tokens of a vocabulary of 49,152 take 805 MB.
-
-Beyond that the original runs again beside every file, which nearly doubles the time: of SmolLM2-135M and 2,048 tokens a
-pass takes 20 s of processor time (two threads, AMD EPYC), the comparison of what it gives 1.4 s.
-"""
 _ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
 """What transformers raises for a folder or a GGUF file that it cannot make a model of."""
 
@@ -39,6 +34,16 @@ class Figures:
     """Share of positions where both predict the same token."""
     perplexity: float
     """Over all positions but the last of each window."""
+
+
+def hold() -> int:
+    """Bytes of log-probabilities of the original that are held: half of what matrices at work may take.
+
+    8,192 tokens of a vocabulary of 49,152 are 805 MB. Beyond that the original runs again beside every file, which
+    nearly doubles the time: of SmolLM2-135M and 2,048 tokens a pass takes 20 s of processor time (two threads, AMD
+    EPYC), the comparison of what it gives 1.4 s.
+    """
+    return room() // 2
 
 
 def decibels(energy: float, error: float) -> float | None:
@@ -164,7 +169,7 @@ class Measure:
     def figures(self, model: Any = None, name: str = "original") -> Figures:
         """What a model of `load` predicts, or the original."""
         size = 2 * self.tokens * int(self._config.get_text_config().vocab_size)
-        if self._held is None and size <= HOLD:
+        if self._held is None and size <= hold():
             self._held = list(self._predictions(self.model, "original"))
         ours = self._held or self._predictions(self.model, name if model is None else None)
         pairs = ((p, p) for p in ours) if model is None else zip(ours, self._predictions(model, name), strict=True)

@@ -371,10 +371,11 @@ def test_from_learning_to_a_loaded_file(tmp_path):
     tf.require_same(before, p, ids)
     pack_source(ro.attached(tf.source(p, tmp_path / "hf"), found), tmp_path / "m.rac", level="fast", settings=p.about)
     assert tf.deviation(before, rac.load_model(tmp_path / "m.rac"), ids) < CLOSE
-    with rac.open(tmp_path / "m.rac") as f:
-        (tmp_path / "kept").write_bytes(f.attachment("rotations/learned.bin"))
-    kept = ro.load(tmp_path / "kept")
+    kept = ro.load(tmp_path / "m.rac")
     assert np.abs(kept.r2 - found.r2).max() < 1e-6 and kept.about["method"] == "kurtail"
+    pack_source(tf.source(p, tmp_path / "hf"), tmp_path / "n.rac", level="fast", settings=p.about)
+    with pytest.raises(SourceError, match="was not packed by a method that learns"):
+        ro.load(tmp_path / "n.rac")
 
 
 # learned axes

@@ -103,27 +103,15 @@ class Rotations:
 
 
 def read_rotations(path: str, name: str) -> Rotations:
-    """A safetensors file with "R1" and, where wanted, "R2.<layer>".
+    """Rotations that `rac.encode.rotations` has learned: a .rac file that carries them, or a file of theirs alone.
 
     Raises:
-        SourceError: It cannot be read, lacks R1, or holds a matrix that is not orthogonal.
+        RacError: As `rac.encode.rotations.load`.
     """
-    from rac.decode.frameworks import to_framework
-    from rac.encode.sources import open_source
+    from rac.encode.rotations import load
 
-    found: dict[str, Array] = {}
-    for t in open_source(path).tensors:
-        if t.name != "R1" and not t.name.startswith("R2."):
-            continue
-        r = np.asarray(to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")).astype(F32)
-        if r.ndim != 2 or r.shape[0] != r.shape[1] or not np.isfinite(r).all():
-            raise SourceError(f"{t.name!r} is no square matrix of numbers", file=path)
-        if (off := float(np.abs(r.T @ r - np.eye(len(r))).max())) > ORTHOGONAL:
-            raise SourceError(f"{t.name!r} is no rotation: R^T R differs from 1 by {off:.1e}", file=path)
-        found[t.name] = r
-    if "R1" not in found:
-        raise SourceError("holds no tensor 'R1'", file=path)
-    return Rotations(name, found["R1"], {n[3:]: r for n, r in found.items() if n != "R1"})
+    found = load(path)
+    return Rotations(name, found.r1.astype(F32), {str(i): r.astype(F32) for i, r in enumerate(found.r2)})
 
 
 def turned(x: Array, seed: int) -> Array:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.container.wire import MAGIC
+from rac.decode.archive import RacFile
 from rac.encode.sources import Attachment, Source
 from rac.encode.transforms import Parts, hadamard, matrix, online_down, rotate_residual, rotate_values
 from rac.errors import MissingDependencyError, SourceError
@@ -75,29 +77,49 @@ def save(found: Rotations, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Rotations:
-    """What `save` wrote, orthogonal in float64 again.
+    """What `save` wrote, or what a .rac file of a learned method carries, orthogonal in float64 again.
 
     Raises:
         SourceError: It is not there, or no such file.
+        FormatError: The archive is damaged.
         MissingDependencyError: safetensors is not installed.
     """
-    _safetensors()
-    from safetensors import SafetensorError, safe_open
+    name = os.fspath(path)
+    try:
+        with open(name, "rb") as f:
+            data = f.read(len(MAGIC))
+            if data != MAGIC:
+                data += f.read()
+    except OSError as e:
+        raise SourceError(f"no file of learned rotations: {e}", file=name) from e
+    if data == MAGIC:
+        with RacFile(name) as archive:
+            if ATTACHMENT not in archive.attachments():
+                raise SourceError("was not packed by a method that learns rotations", file=name)
+            data = archive.attachment(ATTACHMENT)
+    return _parse(data, name)
+
+
+def _parse(data: bytes, file: str) -> Rotations:
+    numpy = _safetensors()
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(os.fspath(path), "numpy") as f:
-            meta = json.loads((f.metadata() or {})["rotations"])
-            r1, r2 = (np.asarray(f.get_tensor(n), np.float64) for n in ("r1", "r2"))
-        stated, history, seed = meta["about"], tuple(meta["history"]), int(meta["seed"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
-        raise SourceError(f"no file of learned rotations: {e}", file=os.fspath(path)) from e
+        kept = numpy.load(data)
+        stated = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        meta = json.loads(stated["rotations"])
+        r1, r2 = (np.asarray(kept[n], np.float64) for n in ("r1", "r2"))
+        about, history, seed = meta["about"], tuple(meta["history"]), int(meta["seed"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as e:
+        what = f"it lacks {e}" if isinstance(e, KeyError) else str(e)
+        raise SourceError(f"no file of learned rotations: {what}", file=file) from e
     square = r1.ndim == 2 and r1.shape[0] == r1.shape[1] and r2.ndim == 3 and r2.shape[1] == r2.shape[2]
-    if not square or not np.isfinite(r1).all() or not np.isfinite(r2).all() or not isinstance(stated, dict):
-        raise SourceError(f"no rotations: r1 is {r1.shape}, r2 is {r2.shape}", file=os.fspath(path))
+    if not square or not np.isfinite(r1).all() or not np.isfinite(r2).all() or not isinstance(about, dict):
+        raise SourceError(f"no rotations: r1 is {r1.shape}, r2 is {r2.shape}", file=file)
     for r in (r1, *r2):
         if np.abs(r @ r.T - np.eye(len(r))).max() > 1e-4:
-            raise SourceError("a matrix is not orthogonal", file=os.fspath(path))
-    return Rotations(nearest(r1), nearest(r2), seed, stated, history)
+            raise SourceError("a matrix is not orthogonal", file=file)
+    return Rotations(nearest(r1), nearest(r2), seed, about, history)
 
 
 def attached(source: Source, found: Rotations) -> Source:
