@@ -27,7 +27,7 @@ Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is."""
 
 PATIENCE = 20
-"""Steps over which a loss above that of the start is noise, and beyond which it is divergence."""
+"""Steps after which the held-out sequences are looked at: the losses of steps are those of other sequences each."""
 
 
 def spinquant(
@@ -81,13 +81,14 @@ def spinquant(
                 loss = next_token_loss(p.model, data[torch.from_numpy(at)])
                 loss.backward()
             losses.append(float(loss.detach()))
-            _diverged(losses, first, lr)
+            _diverged(losses[-1], first, k + 1, lr, 2)
             optimiser.lr = lr * (1 - k / steps)
             optimiser.step()
+            if (k + 1) % PATIENCE == 0 or k + 1 == steps:
+                last = _held(p, how, r1, r2, held, seed)
+                _diverged(last, first, k + 1, lr, 1.1)
             if note:
                 note(f"spinquant, loss {losses[-1]:.4f}", k + 1, steps)
-        last = _held(p, how, r1, r2, held, seed)
-        _diverged([last], first, lr)
     finally:
         for w in frozen:
             w.requires_grad_(True)
@@ -157,12 +158,10 @@ def _mean_loss(model: Any, ids: Any) -> float:
         return float(np.mean([float(next_token_loss(model, one[None])) for one in ids]))
 
 
-def _diverged(losses: list[float], first: float, lr: float) -> None:
-    """DivergedError where losses say so."""
-    recent = float(np.mean(losses[-PATIENCE:]))
-    much = 1.1 if len(losses) >= PATIENCE else 2.0
-    if not math.isfinite(losses[-1]) or recent > much * first:
+def _diverged(loss: float, first: float, step: int, lr: float, much: float) -> None:
+    """DivergedError where a loss is not finite, or more than `much` times that of the start."""
+    if not math.isfinite(loss) or loss > much * first:
         raise DivergedError(
-            f"learning rotations diverged at step {len(losses)}: loss {losses[-1]:.4g}, {first:.4g} at the start; "
+            f"learning rotations diverged at step {step}: loss {loss:.4g}, {first:.4g} at the start; "
             f"try a smaller learning rate than {lr:g}"
         )
