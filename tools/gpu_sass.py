@@ -37,6 +37,9 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "escapes, lossy": ("found", {"WORD": 1, "PLACED": False, "BLOCK": 64}, "STG.E.U8", 1),
     "trellis": ("trellis", {"TO": "BF16", "COLS": cuda_jobs.TRELLIS_COLS, "PAIRS": True}, "STG", 2),
     "product": ("product", {"WORD": 2, "HALF": False, "ADDED": True, "ROWS": 16, "COLS": 32}, "FMUL", 1),
+    "groups": ("groups", {"TO": "BF16", "PAIRS": True, "SAME": True, "ROWS": 32, "COLS": 256}, "STG", 2),
+    "groups, apart": ("groups", {"TO": "BF16", "PAIRS": False, "SAME": False, "ROWS": 32, "COLS": 256}, "STG", 1),
+    "place bits": ("place", _BF16 | {"WORD": 1, "SHIFT": 0, "SIGN": 0, "RAW": 4, "CODED": False}, "STG.E.U8", 1),
     "tables": ("tables", {"BLOCK": 2048}, "STG", 1),
     "outliers": ("outliers", {"WORD": 2, "BLOCK": 128}, "STG", 1),
 }

@@ -25,18 +25,21 @@ from hypothesis import strategies as st  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import grids  # noqa: E402
 import products  # noqa: E402
 
 from rac.container.access import BytesAccess  # noqa: E402
 from rac.decode import archive as ar  # noqa: E402
 from rac.decode import cuda, cuda_jobs  # noqa: E402
 from rac.decode import load as ld  # noqa: E402
-from rac.decode.device import Gpu, lacks  # noqa: E402
+from rac.decode.device import Gpu  # noqa: E402
 from rac.encode import analyse  # noqa: E402
+from rac.encode.grouped import pack_grouped  # noqa: E402
 from rac.encode.pack import pack_source  # noqa: E402
 from rac.encode.sources import from_arrays  # noqa: E402
-from rac.errors import ChecksumError, FormatError, UnsupportedError  # noqa: E402
+from rac.errors import ChecksumError, FormatError  # noqa: E402
 from rac.quantize import lossless as ll  # noqa: E402
+from rac.quantize.groups import values  # noqa: E402
 from rac.registry import RECORD_ATTACHMENT  # noqa: E402
 
 GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
@@ -58,7 +61,7 @@ def decoded(archives, wanted, ring=1 << 28):
             if e.type == RECORD_ATTACHMENT or e.dtype == "" or 0 in e.shape:
                 continue
             t = ld.parse(a, a.record(e))
-            if not wanted(t) or lacks(t):
+            if not wanted(t):
                 continue
             (units,) = ld.read_units(a, t, [(0, len(t.units))])
             out = decoder.add(t, [u.data for u in units[: t.first]], units[t.first :], ld.objects(a, t))
@@ -88,12 +91,57 @@ def test_golden_files():
     assert not bad
 
 
-def test_stages_without_kernels_are_refused():
-    a = ar.RacFile(BytesAccess((GOLDEN / "example-groups.rac").read_bytes(), "g"), threads=1).archives[0]
-    t = ld.parse(a, a.record(a.index.entries[0]))
-    assert lacks(t) == "groups/1"
-    with pytest.raises(UnsupportedError, match="no kernel decodes groups/1"):
-        cuda.DeviceDecoder("cpu").add(t, [], [])
+def grouped(i, bits, group, dtype, rows, cols, zeros):
+    """A matrix on a grid of groups, of a data type."""
+    rng = np.random.default_rng(i)
+    given = grids.nearest(rng.standard_normal((rows, cols)).astype(np.float32), bits, group)
+    if not zeros:
+        given = replace(given, zeros=np.full_like(given.zeros, 1 << bits - 1))
+    return given, torch.from_numpy(values(given)).to(dtype)
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_groups(tmp_path, monkeypatch, entropy):
+    """Groups that end within tiles, rows and programs; tiles that begin within a group; a zero for all, or for each."""
+    types = (torch.bfloat16, torch.float16, torch.float32)
+    cases = [
+        (bits, group, types[i % 3], rows, cols, not i % 2)
+        for i, (bits, group, rows, cols) in enumerate(
+            [(4, 128, 9, 384), (3, 7, 13, 50), (8, 9, 6, 160), (2, 300, 10, 300), (5, 64, 66, 64), (1, 32, 6, 64),
+             (6, 5, 7, 64)]
+        )
+    ]  # fmt: skip
+    made = {f"{i}": grouped(i, *case) for i, case in enumerate(cases)}
+    dense = {name: w for name, (_, w) in made.items()}
+    given = {name: g for name, (g, _) in made.items()}
+    for cuts in ("CUTS", "COARSE"):
+        monkeypatch.setattr(analyse, cuts, ((1, 500), (2, 1500), (3, 1 << 62)))
+    pack_grouped(from_arrays(dense, {}), given, tmp_path / "m.rac", entropy)
+    seen, launch = set(), cuda.launch
+
+    def seeing(launches, *memory):
+        seen.update((o["PAIRS"], o["SAME"]) for each in launches if "SAME" in (o := dict(each.call.options)))
+        launch(launches, *memory)
+
+    monkeypatch.setattr(cuda, "launch", seeing)
+    with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
+        assert {f.archives[0].record(e).head["stages"][1]["id"] for e in f.archives[0].index.entries} == {"groups/1"}
+        grid = [ld.parse(f.archives[0], f.archives[0].record(e)).grid for e in f.archives[0].index.entries]
+        assert any(g.across > 1 for g in grid)
+        assert wrong(f.archives) == (len(cases), [])
+    assert seen == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+@pytest.mark.parametrize("coder", ["bits", "lanes", "raw", "zstd"])
+def test_codes_that_are_too_large(coder):
+    a = ar.RacFile(BytesAccess((GOLDEN.parent / "bad" / f"groups-code-{coder}.rac").read_bytes(), "g")).archives[0]
+    decoder = cuda.DeviceDecoder("cpu")
+    for e in a.index.entries:
+        t = ld.parse(a, a.record(e))
+        (units,) = ld.read_units(a, t, [(0, len(t.units))])
+        decoder.add(t, [u.data for u in units[: t.first]], units[t.first :])
+    with pytest.raises(FormatError, match="larger than groups/1 allows"):
+        decoder.flush()
 
 
 @pytest.mark.slow

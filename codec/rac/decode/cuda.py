@@ -19,7 +19,6 @@ from rac.container.zstd import xxh3
 from rac.decode import cuda_jobs as jb
 from rac.decode import tensor as tn
 from rac.decode import tile
-from rac.decode.device import lacks
 from rac.decode.frameworks import torch_dtype, torch_module
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 
@@ -27,7 +26,7 @@ Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
 """Compute capability from which on kernels are compiled and tested."""
-_WARPS = {"tables": 8, "found": 1, "place": 4, "added": 1, "product": 4, "outliers": 4}
+_WARPS = {"tables": 8, "found": 1, "place": 4, "added": 1, "groups": 4, "product": 4, "outliers": 4}
 
 
 def interpreted() -> bool:
@@ -58,19 +57,20 @@ def why_not(device: Any) -> str | None:
 @functools.cache
 def kernel(step: str) -> Any:
     """The kernel of a step."""
-    from rac.decode import cuda_escapes, cuda_lanes, cuda_outliers, cuda_place, cuda_product, cuda_tables, cuda_trellis
+    from rac.decode import cuda_escapes, cuda_groups, cuda_lanes, cuda_outliers, cuda_place, cuda_product, cuda_tables
+    from rac.decode.cuda_trellis import trellis
 
     return {
         "tables": cuda_tables.tables, "lanes": cuda_lanes.lanes, "found": cuda_escapes.escapes,
-        "place": cuda_place.place, "added": cuda_escapes.escapes, "trellis": cuda_trellis.trellis,
-        "product": cuda_product.product, "outliers": cuda_outliers.outliers,
+        "place": cuda_place.place, "added": cuda_escapes.escapes, "trellis": trellis,
+        "product": cuda_product.product, "outliers": cuda_outliers.outliers, "groups": cuda_groups.groups,
     }[step]  # fmt: skip
 
 
 def options(call: jb.Call) -> dict[str, Any]:
     """Constants that the kernel of a call is compiled with."""
     out = dict(call.options)
-    if call.step == "trellis":
+    if "TO" in out:
         import triton.language as tl
 
         out["TO"] = {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}[out["TO"]]
@@ -95,6 +95,7 @@ def launch(launches: Iterable[jb.Launch], units: Any, aux: Any, work: Any, out: 
             "found": (units, aux, work, to, status, jobs), "place": (units, aux, work, to, jobs),
             "added": (units, aux, work, to, status, jobs), "trellis": (source, aux, to, jobs),
             "product": (work, objects, to, jobs), "outliers": (aux, to, jobs, each.n),
+            "groups": (source, aux, to, status, jobs),
         }[step]  # fmt: skip
         kernel(step)[each.grid](*args, **options(each.call), **settings(each.call))
 
@@ -161,10 +162,7 @@ class DeviceDecoder:
         Raises:
             FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
             LimitError: The memory of the device is too small for the tensor.
-            UnsupportedError: A stage of the tensor has no kernel.
         """
-        if stage := lacks(t):
-            raise UnsupportedError(f"no kernel decodes {stage}", unit=repr(t.name))
         dec = tn.Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0

@@ -16,7 +16,7 @@ FOREVER = 1 << 30
 """Rows of the piece behind the last one of a tile, which no lane decodes."""
 GRID = 65535
 """Programs along the second axis of a grid."""
-STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "outliers", "product")
+STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "outliers", "groups", "product")
 """Kernels in the order in which they run; `found` and `added` are both escapes."""
 
 
@@ -49,7 +49,7 @@ def _grid(call: Call, rows: Array) -> tuple[int, int]:
         return len(rows), int((-(-rows[:, 6] // o["ROWS"]) * -(-rows[:, 7] // o["COLS"])).max())
     if call.step == "trellis":
         return len(rows), int((-(-rows[:, 9] // o["COLS"])).max())
-    if call.step == "product":
+    if call.step in ("product", "groups"):
         return len(rows), int((-(-rows[:, 9] // o["ROWS"]) * -(-rows[:, 10] // o["COLS"])).max())
     return (-(-len(rows) // o["BLOCK"]) if call.step == "outliers" else len(rows)), 1
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rac.decode import tensor as tn
 from rac.decode import tile as tl
 from rac.decode.cuda_batch import FOREVER, GRID, Call, Launch, Layout, power_of_two, up
+from rac.quantize import bits as bt
 from rac.quantize import lossless as ll
 from rac.quantize import trellis as tr
 
@@ -22,6 +23,7 @@ TABLE = 4096 + 8 * 256
 """Bytes of a look-up table."""
 WARP = 32
 PLACE_COLS, PLACE_ROWS, TRELLIS_COLS, PRODUCT_ROWS, PRODUCT_COLS = 256, 64, 64, 16, 32
+GROUPS_ROWS, GROUPS_COLS = 32, 256
 WIDE_COLS = 1024
 """Columns of a program in tiles of more than WIDE columns, since a grid has at most 65535 programs that way."""
 WIDE = 1 << 21
@@ -76,22 +78,42 @@ class Batch(Layout):
         h, w = r1 - r0, c1 - c0
         with dec.at(i + t.first):
             at = self.put(unit) if units_at is None else units_at
-            if t.lanes is None:
-                rows, cols = self.plain_map(h, w)
-                if t.trellis is None:
-                    self._raw(t.grid.word, h, w, at, out_at, stride)
-                else:
-                    self._numbers(dec, box, "units", at, rows, cols, out_at, stride)
+            if t.lanes is not None:
+                _Tile(self, dec, i, unit, at, out_at, stride).lay()
                 return
-            assert dec.shared is not None  # noqa: S101
-            _Tile(self, dec, i, unit, at, out_at, stride).lay()
+            source, planes = "units", [at]
+            if t.bits:
+                bt.check(unit, h * w, t.bits)
+                planes = [at + start for _, _, start in bt.planes(h * w, t.bits)[0]]
+            if t.lossy is None:
+                self._plain(t.grid.word, t.bits, planes, h, w, out_at, stride, "out")
+                return
+            if t.bits:
+                source, at = "work", self.room(up(h * w, 16))
+                self._plain(1, t.bits, planes, h, w, at, w, "work")
+            status = len(self.status)
+            self.status.append((dec, i))
+            self.finish(dec, box, source, at, status, out_at, stride)
 
-    def _raw(self, word: int, h: int, w: int, at: int, out_at: int, stride: int) -> None:
-        """Words as they are."""
+    def finish(
+        self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, status: int, out_at: int, stride: int
+    ) -> None:
+        """The numbers of a tile whose words lie in row-major order."""
+        h, w = box[1] - box[0], box[3] - box[2]
+        if dec.tensor.groups is not None:
+            self._groups(dec, box, source, codes, status, out_at, stride)
+        else:
+            self._numbers(dec, box, source, codes, *self.plain_map(h, w), out_at, stride)
+
+    def _plain(
+        self, word: int, bits: int, planes: list[int], h: int, w: int, out_at: int, stride: int, to: str
+    ) -> None:
+        """Words as they are, or in planes of `bits` bits."""
         many = max(1, word // 4)  # there is no plane of 64 bits
         rows, cols = self.plain_map(h, w * many)
         self._place(
-            word // many, 0, 0, 0, 8 * word // many, False, rows, cols, 0, 0, out_at, stride * many, h, w * many, [at]
+            word // many, 0, 0, 0, bits or 8 * word // many, False, rows, cols, 0, 0, out_at, stride * many, h,
+            w * many, planes, to,
         )  # fmt: skip
 
     def _place(
@@ -160,6 +182,30 @@ class Batch(Layout):
             call = Call("outliers", (("WORD", size), ("BLOCK", 128)), to="work" if t.after else "out")
             self.jobs[call] += list(zip(at.tolist(), words.tolist(), strict=True))
 
+    def _groups(
+        self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, status: int, out_at: int, stride: int
+    ) -> None:
+        """The groups of a tile."""
+        t, (r0, r1, c0, c1) = dec.tensor, box
+        h, w = r1 - r0, c1 - c0
+        assert t.groups is not None and dec.scales is not None  # noqa: S101, PT018
+        entries, lists = self.shared(dec).groups, dec.scales.scales.shape[1]
+        first, left = divmod(c0, t.groups.group)
+        size = 4 if t.numbers == "F32" else 2
+        pairs = size == 2 and not (w % 2 or codes % 2 or stride % 2 or out_at % 4)
+        options = {
+            "TO": t.numbers, "PAIRS": pairs, "SAME": not (t.groups.group % 2 or left % 2), "ROWS": GROUPS_ROWS,
+            "COLS": GROUPS_COLS,
+        }  # fmt: skip
+        step = max(1, GRID // -(-w // GROUPS_COLS)) * GROUPS_ROWS  # rows of one job
+        for y in range(0, h, step):
+            self.jobs[Call("groups", tuple(options.items()), source, "work" if t.after else "out")].append(
+                (
+                    codes + y * w, w, entries + 8 * ((r0 + y) * lists + first), lists, t.groups.group, left,
+                    out_at + y * stride * t.word, stride, min(step, h - y), w, t.groups.bits | status << 8,
+                )
+            )  # fmt: skip
+
 
 def _padded(a: Array, many: int) -> Array:
     return np.append(a, np.zeros(-len(a) % many, a.dtype))
@@ -179,8 +225,12 @@ class _Shared:
     def __init__(self, batch: Batch, dec: tn.Decoder) -> None:
         self._batch, self._dec = batch, dec
         self._entries: int | None = None
+        self.groups = 0
         self.step = 0
         t, s = dec.tensor, dec.shared
+        if dec.scales is not None:
+            biased = dec.scales.zeros.astype(np.float32) + np.float32(2**23)
+            self.groups = batch.put(np.stack(np.broadcast_arrays(dec.scales.scales, biased), axis=-1))
         if t.trellis is not None:
             self.step = _top(tr.CODES[t.trellis.states][0])
         if t.lanes is None or s is None:
@@ -290,7 +340,7 @@ class _Tile:
             batch._numbers(self.dec, self.box, "work", symbols, rows_at, cols_at, self.out_at, self.stride, s.word_of)
             return
         to, out_at, stride = "out", self.out_at, self.stride
-        if t.trellis is not None:
+        if t.lossy is not None:
             to, out_at, stride = "work", batch.room(up(n, 16)), self.w
         batch._place(
             t.grid.word, p.shift, int(p.sign), p.zero, p.raw, True, rows_at, cols_at, s.tops, symbols, out_at,
@@ -298,9 +348,8 @@ class _Tile:
         )  # fmt: skip
         if p.base > p.first_escape:
             self._escapes(symbols, status, escapes, places, (out_at, stride, to))
-        if t.trellis is not None:
-            rows_at, cols_at = batch.plain_map(self.h, self.w)
-            batch._numbers(self.dec, self.box, "work", out_at, rows_at, cols_at, self.out_at, self.stride)
+        if t.lossy is not None:
+            batch.finish(self.dec, self.box, "work", out_at, status, self.out_at, self.stride)
 
     def _states(self) -> tuple[Array, int]:
         """(L, 3) state and words left of each lane after its start, and words that were taken."""

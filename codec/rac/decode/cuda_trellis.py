@@ -57,7 +57,7 @@ def _number(code, state, lut, col, row, step):
 
 
 @triton.jit
-def _put(dst, v0, v1, inside0, inside1, TO: tl.constexpr, PAIRS: tl.constexpr):
+def put(dst, v0, v1, inside0, inside1, TO: tl.constexpr, PAIRS: tl.constexpr):
     """Store the numbers of two neighbours in a row."""
     if PAIRS:
         tl.store(dst.to(tl.pointer_type(tl.uint32)), packed(v0, v1, TO), mask=inside0)
@@ -120,19 +120,19 @@ def trellis(source, aux, out, jobs, TO: tl.constexpr, COLS: tl.constexpr, PAIRS:
             s0, s1, s2, s3, scales = cs.next4(scales)
             v0, state0 = _number(a0, state0, lut, col0, s0, step)
             v1, state1 = _number(b0, state1, lut, col1, s0, step)
-            _put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
             dst += stride
             v0, state0 = _number(a1, state0, lut, col0, s1, step)
             v1, state1 = _number(b1, state1, lut, col1, s1, step)
-            _put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
             dst += stride
             v0, state0 = _number(a2, state0, lut, col0, s2, step)
             v1, state1 = _number(b2, state1, lut, col1, s2, step)
-            _put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
             dst += stride
             v0, state0 = _number(a3, state0, lut, col0, s3, step)
             v1, state1 = _number(b3, state1, lut, col1, s3, step)
-            _put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
             dst += stride
         one0, one1 = rows0.to(tl.pointer_type(tl.uint32)), rows1.to(tl.pointer_type(tl.uint32))
         last = scales.to(tl.pointer_type(tl.uint32))
@@ -142,5 +142,5 @@ def trellis(source, aux, out, jobs, TO: tl.constexpr, COLS: tl.constexpr, PAIRS:
             row = tl.load(last + y)
             v0, state0 = _number(a0, state0, lut, col0, row, step)
             v1, state1 = _number(b0, state1, lut, col1, row, step)
-            _put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
             dst += stride

@@ -26,7 +26,7 @@ from rac.container.access import InFile
 from rac.container.feed import Trace
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
-from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, first_units, threads_of
+from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, first_units
 from rac.errors import LimitError, RacError, SourceError, TruncatedError
 from rac.registry import RECORD_OBJECT
 
@@ -63,18 +63,6 @@ def engine_for(
     return cpu
 
 
-def lacks(t: tn.Tensor) -> str | None:
-    """The stage of a tensor that no kernel of a device decodes; None where there are kernels for all of them."""
-    return "groups/1" if t.groups else "bits/1" if t.bits else None
-
-
-def on_host(stage: str, device: str) -> None:
-    """Say once that tensors of a stage are decoded by the CPU and copied."""
-    if stage not in _warned:
-        _warned.add(stage)
-        warnings.warn(f"rac: tensors of {stage} are decoded on the CPU for {device}: no kernel is there", stacklevel=3)
-
-
 class Gpu:
     """Hands units to a device as they come, and tensors out in the order of the file."""
 
@@ -95,11 +83,6 @@ class Gpu:
                 continue
             if item.t.record.type == RECORD_OBJECT:  # small, few, and used as matrices: the CPU decodes them
                 yield from Cpu(1, self.ring, self._damaged).run(iter([item]))
-                continue
-            if stage := lacks(item.t):
-                on_host(stage, self._device)
-                yield from batch.flush()  # what comes out is in the order of the file
-                yield from Cpu(threads_of(None), self.ring, self._damaged).run(iter([item]))
                 continue
             ready: list[tuple[tn.Tensor, Any]] = []
             with InFile(item.file, repr(item.t.name)):

@@ -23,7 +23,6 @@ from rac.container.zstd import xxh3
 from rac.decode import cuda, frameworks, tile
 from rac.decode import cuda_jobs as jb
 from rac.decode import tensor as tn
-from rac.decode.device import lacks
 from rac.errors import ChecksumError, UnsupportedError
 
 Array = NDArray[Any]
@@ -102,8 +101,6 @@ class Packed:
     def _prepare(self, data: torch.Tensor) -> _OnDevice:
         if reason := cuda.why_not(data.device):
             raise UnsupportedError(f"cannot decode on {data.device}: {reason}", unit=repr(self.tensor.name))
-        if stage := lacks(self.tensor):
-            raise UnsupportedError(f"no kernel decodes {stage} on {data.device}", unit=repr(self.tensor.name))
         t, g, batch, host = self.tensor, self.tensor.grid, jb.Batch(), data.cpu().numpy()
         places, end = [], 0
         for o in self.objects:
@@ -179,7 +176,7 @@ def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
     if packed.device.type == "cuda":
         with torch.cuda.device(packed.device):
             _kernels(p, packed, out)
-    elif cuda.interpreted() and not lacks(p.tensor):
+    elif cuda.interpreted():
         _kernels(p, packed, out)
     else:
         _host(p, packed, out)

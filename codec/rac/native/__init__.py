@@ -146,7 +146,10 @@ TILE_ERRORS = (
     "escape counts do not match the symbols",
     "escaped value leaves the range of tops",
     "plane ends in non-zero bits",
+    "not enough memory",
+    "a word is larger than groups/1 allows",
 )
+"""What a kernel has found, by its number; the last two are never those of a tile that the CPU decodes."""
 
 
 def decode_tiles(jobs: list[bytes]) -> tuple[int, type[FormatError | ChecksumError], str] | None:

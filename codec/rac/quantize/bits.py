@@ -45,8 +45,8 @@ def pack(words: NDArray[np.uint8], bits: int) -> bytes:
     return native.planes(flat, 0, False, bits, *planes(len(flat), bits)).tobytes()
 
 
-def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) -> NDArray[np.uint8]:
-    """Words (n,) out of the unit (bytes,) of a tile; FormatError unless all of it fits."""
+def check(unit: NDArray[np.uint8], n: int, bits: int) -> None:
+    """FormatError unless the unit (bytes,) of a tile is that of `n` words."""
     cuts, size = planes(n, bits)
     if len(unit) != size:
         raise FormatError("bits unit does not have the size of its planes")
@@ -56,11 +56,16 @@ def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) 
             raise FormatError("padding is not zero")
         if n * b % 8 and unit[at + whole - 1] >> np.uint8(n * b % 8):
             raise FormatError("plane ends in non-zero bits")
+
+
+def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) -> NDArray[np.uint8]:
+    """Words (n,) out of the unit (bytes,) of a tile; FormatError unless all of it fits."""
+    check(unit, n, bits)
     found = None if reference else native_groups.words(np.ascontiguousarray(unit), n, bits)
     if found is not None:
         return found
     out = np.zeros(n, np.uint8)
-    for b, low, at in cuts:
+    for b, low, at in planes(n, bits)[0]:
         data = unit[at : at - (-n * b // 8)]
         each = np.empty((len(data), 8 // b), np.uint8)
         for k in range(8 // b):

@@ -11,7 +11,7 @@ import torch
 
 from rac.decode import frameworks as fw
 from rac.decode import tensor as tn
-from rac.decode.device import lacks, on_host, why_not
+from rac.decode.device import why_not
 from rac.runtime import record as rc
 
 
@@ -66,9 +66,6 @@ class Resident:
         if new:
             self._key = None
             s, host = stored()
-            if stage := lacks(s.tensor):
-                on_host(stage, device)
-                return _copied(device, s, host)
             self._pack(weight, s, host)
         data = weight if self._data is None else self._data
         out: torch.Tensor = torch.ops.rac.decode(data, self._packed.handle)

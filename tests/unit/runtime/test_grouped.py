@@ -17,15 +17,12 @@ import models
 
 import rac
 from rac.cli import main
-from rac.decode import device
 from rac.encode import transforms as tf
 from rac.encode.grouped import pack_grouped
 from rac.encode.recipe import matrix_of, quantisable
 from rac.encode.sources import open_source
 from rac.quantize.groups import values
 from rac.runtime import RacEmbedding, RacLinear
-from rac.runtime import device as rd
-from rac.runtime import record as rc
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["entropy", "fixed"])
@@ -55,18 +52,6 @@ def test_command_line(path, tmp_path, capsys):
     assert main(["unpack", str(path), "-o", str(tmp_path / "hf")]) == 0
     other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert torch.equal(models.logits(rac.load_model(path)), models.logits(other))
-
-
-def test_resident_on_a_device_without_kernels(path, monkeypatch):
-    """The record is fetched, decoded and copied; it is said once."""
-    layer = rac.load_model(path, resident="compressed").model.layers[0].mlp.up_proj
-    expected = rac.load_model(path).model.layers[0].mlp.up_proj.weight
-    monkeypatch.setattr(rd, "_why_not", lambda device: None)
-    monkeypatch.setattr(device, "_warned", set())
-    resident, data = rd.Resident(), layer.weight.numpy()
-    with pytest.warns(UserWarning, match="tensors of groups/1 are decoded on the CPU") as told:
-        found = [resident.dense(layer.weight, lambda: (rc.parse(data), data)) for _ in range(3)]
-    assert all(torch.equal(w, expected) for w in found) and len(told) == 1
 
 
 def test_a_rotated_model(tmp_path):
