@@ -54,7 +54,11 @@ def add_simulated(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument(
         "--clip", type=float, metavar="R",
-        help="share of the largest activation that the grid goes to (default: 0.9 below 8 bits, else 1)",
+        help="share of the largest activation that the grid goes to (default: 0.9 below 8 bits if symmetric, else 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--activation-grid", choices=("symmetric", "asymmetric"), default="symmetric",
+        help="about zero (the default, as in QuaRot), or from the least to the largest of a token (SpinQuant)",
     )  # fmt: skip
 
 
@@ -66,4 +70,7 @@ def simulation(args: argparse.Namespace, model: Any, about: Mapping[str, Any]) -
     seed = about.get("keys")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 64):
         raise FormatError("the seed of rotated keys is malformed", file=args.src if "src" in args else None)
-    return simulated(model, args.activations, args.kv, clip=args.clip, rotate_keys="keys" in about, seed=seed)
+    return simulated(
+        model, args.activations, args.kv, clip=args.clip, rotate_keys="keys" in about, seed=seed,
+        asymmetric=args.activation_grid == "asymmetric",
+    )  # fmt: skip

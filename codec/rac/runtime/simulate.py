@@ -55,23 +55,25 @@ def blocks_linears(model: Any) -> dict[str, Any]:
 def simulated(
     model: Any, activations: int | None = None, kv: int | None = None, *, clip: float | None = None,
     kv_clip: float | None = None, kv_group: int | None = None, rotate_keys: bool = False, seed: int | None = None,
-    static: Mapping[str, float] | None = None,
+    static: Mapping[str, float] | None = None, asymmetric: bool = False,
 ) -> Iterator[Simulation]:  # fmt: skip
     """Quantise activations, keys and values of a model inside the `with` block.
 
-    Activations: a symmetric grid for each token, per_token of rac.activations. Keys and values: a grid from least to
-    largest for each token and head, or groups of it, per_group.
+    Activations: a grid for each token, per_token of rac.activations or, asymmetric, per_group. Keys and values: a grid
+    from least to largest for each token and head, or groups of it, per_group.
 
     Args:
         model: A causal language model of transformers; its weights are left alone.
         activations: Bits, 2 to 16; None: as they are.
         kv: Bits of keys and values, 1 to 16; None: as they are.
-        clip: Share of the range of an activation grid; None: CLIP below 8 bits, otherwise 1.
+        clip: Share of the range of an activation grid; None: CLIP if it is symmetric and below 8 bits, otherwise 1.
         kv_clip: The same of keys and values; None: KV_CLIP below 8 bits, otherwise 1.
         kv_group: Numbers of a group; None: all of a head.
         rotate_keys: Rotate queries and keys by a Hadamard matrix of the head before (QuaRot; SpinQuant's R3).
         seed: Of its signs; None: none.
-        static: Largest magnitude of the inputs of each layer (`largest`): one grid for all tokens.
+        static: Largest magnitude of the inputs of each layer (`largest`): one symmetric grid for all tokens.
+        asymmetric: Grids of activations go from the least to the largest number of a token (SpinQuant), not about zero
+            (QuaRot, SmoothQuant).
 
     Raises:
         UnsupportedError: There is nothing to quantise in such a model, it runs past what is replaced, or it is
@@ -79,11 +81,13 @@ def simulated(
         ValueError: Nothing is asked for, or numbers are out of range.
     """
     _check(activations, kv, clip, kv_clip)
+    if static is not None and asymmetric:
+        raise ValueError("static scales are of symmetric grids")
     found = Simulation()
     with contextlib.ExitStack() as stack:
         if activations is not None:
-            share = clip or (CLIP if activations < 8 else 1.0)
-            last = _Last(activations, share)
+            share = clip or (CLIP if activations < 8 and not asymmetric else 1.0)
+            last = _Last(activations, share, asymmetric)
             for name, layer in _quantisable(model).items():
                 if static is not None and name not in static:
                     raise ValueError(f"no static scale for {name!r}")
@@ -143,19 +147,24 @@ def _quantisable(model: Any) -> dict[str, Any]:
 class _Last:
     """Quantises inputs, once for layers that follow each other with the same."""
 
-    def __init__(self, bits: int, clip: float) -> None:
-        self.bits, self.clip = bits, clip
+    def __init__(self, bits: int, clip: float, asymmetric: bool) -> None:
+        self.bits, self.clip, self.asymmetric = bits, clip, asymmetric
         self._given: tuple[Any, int, float | None] = None, 0, None
         self._made: Any = None
 
     def __call__(self, x: Any, most: float | None) -> Any:
         if torch.is_grad_enabled() or x.is_inference():  # of the latter no version says whether they have changed
-            return per_token(x, self.bits, self.clip, most)
+            return self._round(x, most)
         before, version, scale = self._given
         if before is not x or (version, scale) != (x._version, most):
-            self._made = per_token(x, self.bits, self.clip, most)
+            self._made = self._round(x, most)
             self._given = x, x._version, most
         return self._made
+
+    def _round(self, x: Any, most: float | None) -> Any:
+        if self.asymmetric:
+            return per_group(x, self.bits, clip=self.clip)
+        return per_token(x, self.bits, self.clip, most)
 
 
 def _before(last: _Last, most: float | None) -> Hook:

@@ -79,6 +79,26 @@ def test_every_layer_of_the_blocks_sees_its_grid_and_no_other(model):
     assert torch.equal(models.logits(model), before)  # and it is over behind the block
 
 
+def test_an_asymmetric_grid(model):
+    """From the least to the largest of a token, all of it: layers see what per_group gives."""
+    seen = []
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    logits = []
+    for how in (
+        {"activations": None, "kv": 16, "kv_clip": 1},
+        {"activations": 3, "asymmetric": True},
+        {"activations": 3},
+    ):
+        with simulated(model, **how):
+            logits.append(models.logits(model))
+    assert torch.allclose(per_group(seen[1], 3), seen[1], atol=1e-5)
+    assert not torch.allclose(per_group(seen[2], 3), seen[2], atol=1e-5)
+    assert not torch.equal(logits[1], logits[2])
+    with pytest.raises(ValueError, match="symmetric"), simulated(model, 8, static={}, asymmetric=True):
+        pass
+
+
 def test_more_bits_are_closer(model):
     before = models.logits(model)
     off = []
