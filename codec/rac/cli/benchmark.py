@@ -131,6 +131,7 @@ def _plot(path: str, rows: list[dict[str, Any]], kl: str) -> None:
         f'<text x="320" y="{24 + 13 * i}" fill="{_COLOURS[i % len(_COLOURS)]}">{name}</text>'
         for i, name in enumerate(names)
     )
+    key += '<text x="42" y="20">KL, nats</text>'
     body = drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="800" ', 1)
     body = body.replace("</svg>", f"<style>{style}</style>{key}</svg>")
     try:
