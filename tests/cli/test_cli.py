@@ -288,7 +288,7 @@ def test_interrupt_before_anything_is_written(tmp_path):
     ) as process:  # fmt: skip
         while len(os.listdir(f"/proc/{process.pid}/task")) < 2:  # numpy is there: Python has long been at our code
             time.sleep(0.001)
-        time.sleep(0.2)
+        time.sleep(1)  # on a busy machine too
         process.send_signal(signal.SIGINT)
         printed, error = process.communicate()
     assert (process.returncode, printed, error) == (130, "", "rac: interrupted\n")

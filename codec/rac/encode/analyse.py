@@ -147,7 +147,8 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> ll.G
     parts = next(n for n, most in (COARSE if level.coarse else CUTS) if stored <= most)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
     tc = -(-tc // -(-tc // level.tile))
-    tr = max(1, min(-(-rows // parts), level.tile // tc))
+    tr = max(1, -(-rows // parts))
+    tr = -(-tr // -(-tr // max(1, level.tile // tc)))  # equal pieces: a slice ends where tiles do
     return ll.Grid(rows, cols, d.word, tr, tc)
 
 
