@@ -65,7 +65,7 @@ def points(
     if unknown := [r for r in recipes if r not in ALL]:
         raise ValueError(f"recipes are {', '.join(ALL)}, not {unknown[0]!r}")
     os.makedirs(folder, exist_ok=True)
-    there = _read(folder) if reuse else {}
+    there = _read(folder)  # of other files the list is kept
     known: dict[int, Known] = {seed: {} for seed in seeds}
     for b in bits:
         budget = float(b)
@@ -76,7 +76,7 @@ def points(
             asked = {"model": os.path.realpath(src), "effort": effort, "budget": budget, **asdict(own)}
             if name != "aligned":
                 asked |= {"effort": None, "budget": None}
-            point = _same(there.get(os.path.basename(path)), asked, path)
+            point = _same(there.get(os.path.basename(path)), asked, path) if reuse else None
             if point is None:
                 if name == "aligned":
                     point = _aligned(src, path, own, budget, effort, folder, note)
