@@ -511,12 +511,14 @@ static int decode(rac_work *w) {
     const int64_t per = job->per, lanes = job->lanes, whole = SYMBOLS_AT_ONCE / lanes * lanes;
     const int64_t *b = w->blocks, *here = b;
     int64_t element = 0, place = 0;
+    rac_lanes t = {.st = st, .left = left, .words = w->words, .end = w->end};
     while (b < w->blocks + 5 * w->nblocks) {
-        const uint32_t *lut = job->luts + 4096 * b[0];
+        t.lut = job->luts + 4096 * b[0];
         const int64_t total = segment(w, &b), coded = (total + per - 1) / per;
         for (int64_t s = 0, got; s < coded; s += got) {
             got = coded - s < whole ? coded - s : whole;
-            w->words = rows(lut, w->words, w->end, left, st, sym, got, lanes);
+            t.out = sym;
+            rows(&t, got, lanes);
             const int64_t rest = total - s * per;
             if ((bad = emit(w, sym, got * per < rest ? got * per : rest, &here, &element, &place))) return bad;
         }
@@ -653,6 +655,8 @@ static int tile(const rac_job *job) {
 /* A tile of few lanes among others */
 typedef struct {
     rac_lanes lanes;
+    uint64_t st[FEW];
+    uint32_t left[FEW];
     rac_work w;
     uint8_t *sym;              /* all coded symbols of the tile */
     const int64_t *block;      /* of the next segment */
@@ -676,7 +680,9 @@ static int enter(rac_slot *s, const rac_job *job, int64_t number) {
     const int64_t n = job->rows * job->cols / job->per + s->w.nblocks; /* each segment may end in half a pair */
     if (!(s->lanes.out = s->sym = malloc((size_t)n + 1024))) return 8;
     s->block = s->w.blocks;
-    if ((bad = begin(&s->w, s->lanes.st, s->lanes.left))) return bad;
+    s->lanes.st = s->st;
+    s->lanes.left = s->left;
+    if ((bad = begin(&s->w, s->st, s->left))) return bad;
     s->lanes.words = s->w.words;
     s->lanes.end = s->w.end;
     next(s);
@@ -694,7 +700,7 @@ static int leave(rac_slot *s) {
         if (bad) return bad;
         sym += (total + per - 1) / per;
     }
-    const int bad = ended(w, s->lanes.st, s->lanes.left);
+    const int bad = ended(w, s->st, s->left);
     return bad ? bad : unsort(w);
 }
 
