@@ -160,3 +160,17 @@ def test_several_threads_read_one_file(tmp_path):
         found = list(pool.map(f.get_tensor, [*arrays] * 3))
     for name, got in zip([*arrays] * 3, found, strict=True):
         assert got.tobytes() == arrays[name].tobytes()
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16, 32, 40])
+@pytest.mark.parametrize("cols", [512, 523])
+def test_small_tiles_whose_lanes_are_stepped_side_by_side(tmp_path, lanes, cols):
+    """Classes of rows and columns, so that tables end at other places in each tile; the last tiles are smaller."""
+    rng = np.random.default_rng(lanes)
+    scale = np.exp2(rng.integers(0, 6, (600, 1)) + rng.integers(0, 6, cols))
+    words = (rng.standard_normal((600, cols)) * scale).astype(np.float32).view(np.uint32) >> 16
+    a = (words << 16).view(np.float32)
+    pack_source(from_arrays({"a": a}), tmp_path / "m.rac", lanes=lanes, slices="fine")
+    with rac.open(tmp_path / "m.rac") as f:
+        assert (f.get_tensor("a") == a).all()
+        assert (f.get_slice("a")[37:411, 100:-3] == a[37:411, 100:-3]).all()

@@ -229,7 +229,7 @@ def test_spinquant_learns_and_keeps_the_function():
     before = tf.logits(p.model, tokens)
     weights = {n: w.clone() for n, w in p.model.state_dict().items()}
     how = ro.Simulated(3, 4)
-    found = ro.spinquant(p, ids, steps=60, batch=4, how=how, seed=2)
+    found = ro.spinquant(p, ids, steps=60, batch=4, lr=1.5, how=how, seed=2)
     assert all(torch.equal(w, weights[n]) for n, w in p.model.state_dict().items())
     assert all(w.requires_grad for w in p.model.parameters())
     about = found.about
@@ -238,7 +238,7 @@ def test_spinquant_learns_and_keeps_the_function():
     assert np.abs(found.r1 @ found.r1.T - np.eye(96)).max() < 1e-12
     assert np.abs(found.r2 @ found.r2.transpose(0, 2, 1) - np.eye(16)).max() < 1e-12
     assert ro.loss_of(p, ids[-4:], how, found) == pytest.approx(about["end"], rel=1e-6)
-    again = ro.spinquant(p, ids, steps=60, batch=4, how=how, seed=2)
+    again = ro.spinquant(p, ids, steps=60, batch=4, lr=1.5, how=how, seed=2)
     assert np.array_equal(again.r1, found.r1) and np.array_equal(again.r2, found.r2)
     other = ro.spinquant(p, ids, steps=1, batch=4, how=how, seed=3)
     assert not np.allclose(other.r1, found.r1)
@@ -263,7 +263,15 @@ def test_a_loss_that_rises_for_long_diverges(monkeypatch):
     monkeypatch.setattr(module, "next_token_loss", lambda m, i, f=module.next_token_loss: f(m, i) * next(grows))
     grows = iter(1.0 if k < 8 else 1.15 for k in range(1000))
     with pytest.raises(DivergedError, match=r"step 2\d: .* smaller learning rate than 1.5"):
-        ro.spinquant(p, ids, steps=60)
+        ro.spinquant(p, ids, steps=60, lr=1.5)
+
+
+def test_the_step_grows_with_the_root_of_the_tokens():
+    module = sys.modules["rac.encode.rotations.spinquant"]
+    assert module.rate(8 * 2048) == 1.5 and module.rate(2 * 512) == 0.375
+    p = learnt()
+    ids = own_text(p)
+    assert ro.spinquant(p, ids, steps=1, batch=2).about["lr"] == module.rate(2 * ids.shape[1])
 
 
 # KurTail

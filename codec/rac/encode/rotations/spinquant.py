@@ -2,7 +2,7 @@
 
 R1 and every R2 start as randomised Hadamard matrices and follow, by Cayley SGD, the cross-entropy of the next token,
 activations and cache quantised, the rounding passed through by the straight-through estimator; 100 steps, the step
-length falling linearly from 1.5 to 0. Weights are not quantised while rotations are learned: the paper's setting for
+length falling linearly from `rate` to 0. Weights are not quantised while rotations are learned: the paper's setting for
 weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run online.
 """
 
@@ -26,13 +26,15 @@ from rac.errors import DivergedError, SourceError
 Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is."""
 
+RATE, TOKENS = 1.5, 16384
+"""Longest step of the authors' scripts, and tokens of one of their steps: 8 sequences of 2,048."""
 PATIENCE = 20
 """Steps after which the held-out sequences are looked at: the losses of steps are those of other sequences each."""
 
 
 def spinquant(
-    p: Parts, ids: NDArray[np.int64], *, steps: int = 100, batch: int = 2, lr: float = 1.5, momentum: float = 0.0,
-    how: Simulated | None = None, seed: int = 0, note: Note | None = None,
+    p: Parts, ids: NDArray[np.int64], *, steps: int = 100, batch: int = 2, lr: float | None = None,
+    momentum: float = 0.0, how: Simulated | None = None, seed: int = 0, note: Note | None = None,
 ) -> Rotations:  # fmt: skip
     """Learn R1 and R2 of a model whose norms are fused; its weights are left alone.
 
@@ -42,7 +44,7 @@ def spinquant(
             is found before and after.
         steps: Steps of SGD.
         batch: Sequences of one step.
-        lr: Longest step at the start; it falls linearly to 0.
+        lr: Longest step at the start; it falls linearly to 0. None: `rate` of the tokens of a step.
         momentum: Of Cayley SGD.
         how: What is quantised while learning; 4 bits for activations and cache if None.
         seed: Of the Hadamard matrices that are the start, of R4, and of the order of sequences.
@@ -62,6 +64,7 @@ def spinquant(
     if len(ids) < 2 * batch or ids.shape[1] < 2:
         raise SourceError(f"{len(ids)} sequences of {ids.shape[1]} tokens, at least {2 * batch} are needed")
     how, began = how or Simulated(), time.perf_counter()
+    lr = rate(batch * ids.shape[1]) if lr is None else lr
     data = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(p.embedding.weight.device)
     held, data = data[-batch:], data[:-batch]
     r1, r2 = start(p, seed)
@@ -100,6 +103,15 @@ def spinquant(
     }  # fmt: skip
     one, each = (nearest(r.detach().cpu().numpy()) for r in (r1, r2))
     return Rotations(one, each, seed, about, tuple(losses))
+
+
+def rate(tokens: int) -> float:
+    """Longest step for so many tokens of a step: the authors' at theirs, with the root of the number at others.
+
+    A gradient is a mean, and the noise of it falls with that root; at RATE, steps of few tokens follow the noise
+    (docs/methods/spinquant.md).
+    """
+    return RATE * math.sqrt(tokens / TOKENS)
 
 
 def start(p: Parts, seed: int) -> tuple[Any, Any]:
