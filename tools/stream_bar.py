@@ -58,14 +58,13 @@ print(json.dumps({"seconds": time.monotonic() - start, "tensors": len(model), "l
 """
 
 
-def throttled(path: Path, out: Any, rate: float) -> None:
+def throttled(file: Any, out: Any, rate: float) -> None:
     """Write a file at `rate` bytes a second, a hundredth of a second's worth at a time."""
     step, start, sent = max(1, int(rate / 100)), time.monotonic(), 0
-    with open(path, "rb") as f:
-        while data := f.read(step):
-            out.write(data)
-            sent += len(data)
-            time.sleep(max(0.0, start + sent / rate - time.monotonic()))
+    while data := file.read(step):
+        out.write(data)
+        sent += len(data)
+        time.sleep(max(0.0, start + sent / rate - time.monotonic()))
     out.close()
 
 
@@ -74,11 +73,11 @@ def run(path: Path, rate: float, ring: int, keep: bool = True) -> dict[str, Any]
     kind = "rac" if path.suffix == ".rac" else "safetensors"
     args = [sys.executable, "-c", _CHILD, kind, str(ring), "keep" if keep else "drop"]
     env = os.environ | {"PYTHONPATH": str(ROOT / "codec")}
-    with subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as p:
+    with open(path, "rb") as file, subprocess.Popen(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as p:
         if p.stdin is None or p.stdout is None:
             raise SystemExit("no pipes")
         p.stdout.readline()
-        thread = threading.Thread(target=throttled, args=(path, p.stdin, rate))
+        thread = threading.Thread(target=throttled, args=(file, p.stdin, rate))
         thread.start()
         thread.join()
         out: dict[str, Any] = json.loads(p.stdout.read())
