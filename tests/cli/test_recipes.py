@@ -126,6 +126,13 @@ def test_what_is_learned_serves_all_bits_and_each_seed_has_its_own(folder, tmp_p
     assert [(r["recipe"], r["bits"], r["seed"]) for r in rows] == [
         (n, b, s) for b in (4, 3) for n, s in (("quarot", 5), ("quarot", 7), ("kurtail", 5), ("kurtail", 7), ("rtn", 5))
     ]
+    assert main([*args, "--reuse"]) == 0
+    table = [[c.strip() for c in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    means = [row for row in table if row[2] == "mean of 2"]
+    assert [row[:2] for row in means] == [["kurtail", "4"], ["kurtail", "3"], ["quarot", "4"], ["quarot", "3"]]
+    a, b = (r["kl"] for r in rows if (r["recipe"], r["bits"]) == ("quarot", 3))
+    assert means[3][7] == f"{(a + b) / 2:.4f} ({min(a, b):.4f} to {max(a, b):.4f})"
+    assert all(len(row) == len(table[0]) for row in table)
     learned = []
     for name in ("kurtail-4", "kurtail-3", "kurtail-4-7", "kurtail-3-7"):
         with rac.open(tmp_path / f"{name}.rac") as f:

@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
                 rows[-1] |= {f"kl{of}": row.kl, f"perplexity{of}": row.perplexity}
             if not args.json:
                 _print(rows[-1])
+    if not args.json:
+        _print_spread(rows[1:])
     if args.json:
         print(json.dumps(rows, indent=1))
     if args.plot:
@@ -115,6 +117,24 @@ def _print(row: dict[str, Any]) -> None:
     if "kl_quantised" in row:
         out += [f"{row['kl_quantised']:.4f}", f"{row['perplexity_quantised']:.3f}"]
     print("| " + " | ".join(out) + " |", flush=True)
+
+
+def _print_spread(rows: list[dict[str, Any]]) -> None:
+    """The mean of several seeds, and from where to where they go."""
+    for _, group in itertools.groupby(sorted(rows, key=_kind), _kind):
+        seeds = list(group)
+        if len(seeds) == 1:
+            continue
+        out = [seeds[0]["recipe"], str(seeds[0]["bits"]), f"mean of {len(seeds)}", *[""] * 4]
+        for name, digits in (("kl", 4), ("perplexity", 3), ("kl_quantised", 4), ("perplexity_quantised", 3)):
+            if found := [row[name] for row in seeds if name in row]:
+                mean = sum(found) / len(found)
+                out.append(f"{mean:.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})")
+        print("| " + " | ".join(out) + " |", flush=True)
+
+
+def _kind(row: dict[str, Any]) -> tuple[str, int]:
+    return row["recipe"], -row["bits"]
 
 
 def _plot(path: str, rows: list[dict[str, Any]], kl: str) -> None:
