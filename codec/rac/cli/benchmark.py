@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> int:
                 rows[-1] |= {f"kl{of}": row.kl, f"perplexity{of}": row.perplexity}
             if not args.json:
                 _print(rows[-1])
-    if not args.json:
-        _print_spread(rows[1:])
     if args.json:
         print(json.dumps(rows, indent=1))
+    else:
+        _print_spread(rows[1:])
     if args.plot:
         _plot(args.plot, rows[1:], "kl_quantised" if quantised else "kl")
     return 0

@@ -6,12 +6,10 @@ then is the buffer filled again: nothing is copied but what lies across two buff
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import select
 import socket
-import stat
 import threading
 import time
 from collections import deque
@@ -20,11 +18,6 @@ from typing import Any, Protocol
 
 from rac.container.access import Access
 from rac.errors import SourceError, TruncatedError
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
 
 PIECE = 1 << 20
 """Bytes that a claim of a length is worth before they arrive."""
@@ -307,7 +300,6 @@ class StreamRing(_Ring):
         self._read = _reader(stream, name)
         self._stream = stream
         self._file = _waitable(stream)
-        _widen(self._file)
         self._wakers = os.pipe() if self._file is not None else None
         # the first read is made here: it empties the buffer of a buffered reader, of which select knows nothing
         self._first = self._more(0, time.monotonic())
@@ -370,14 +362,6 @@ def _waitable(stream: Any) -> int | None:
     if isinstance(raw, io.FileIO | socket.socket):
         return raw.fileno()
     return None
-
-
-def _widen(file: int | None) -> None:
-    """Let a pipe hold PIECE bytes, where the system can: each time that it is full or empty costs two switches."""
-    size = getattr(fcntl, "F_SETPIPE_SZ", None)
-    if file is not None and size is not None and stat.S_ISFIFO(os.fstat(file).st_mode):
-        with contextlib.suppress(OSError):  # more than this user may have
-            fcntl.fcntl(file, size, max(PIECE, fcntl.fcntl(file, fcntl.F_GETPIPE_SZ)))
 
 
 def _reader(stream: Any, name: str) -> Callable[[memoryview], int]:

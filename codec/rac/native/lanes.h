@@ -165,23 +165,24 @@ ROWS512(rows512_1x32, 1, 32, words_of_8)
 
 typedef void (*rac_side)(rac_lanes **, int64_t);
 
+/* The most tiles at once come first */
+typedef struct { int64_t lanes; int tiles; rac_side side; } rac_way;
+static const rac_way ways[] = {{1, 4, rows_4x1}, {2, 4, rows_4x2}, {4, 4, rows_4x4}, {1, 2, rows_2x1}, {2, 2, rows_2x2}, {4, 2, rows_2x4}, {0}};
+#ifdef HAVE_X86
+static const rac_way ways512[] = {{2, 8, rows512_8x2}, {4, 4, rows512_4x4}, {8, 4, rows512_4x8}, {8, 2, rows512_2x8}, {8, 1, rows512_1x8},
+                                  {16, 2, rows512_2x16}, {16, 1, rows512_1x16}, {32, 1, rows512_1x32}, {0}};
+#endif
+
 /* What steps as many of n tiles at once as it can, *take; null: one, a lane at a time */
 static rac_side side_of(int n, int64_t lanes, int *take) {
+    const rac_way *w = ways;
 #ifdef HAVE_X86
-    if (has512() && (lanes < 8 ? lanes > 1 && n * lanes >= 16 : lanes == 8 || lanes == 16 || lanes == 32)) {
-        *take = lanes < 8 ? (int)(16 / lanes) : n >= 4 && lanes == 8 ? 4 : n >= 2 && lanes <= 16 ? 2 : 1;
-        switch (*take * lanes) {
-            case 8: return rows512_1x8;
-            case 16: return lanes == 2 ? rows512_8x2 : lanes == 4 ? rows512_4x4 : lanes == 8 ? rows512_2x8 : rows512_1x16;
-            default: return lanes == 8 ? rows512_4x8 : lanes == 16 ? rows512_2x16 : rows512_1x32;
-        }
-    }
+    if (has512()) for (w = ways512; w->side && (w->lanes != lanes || w->tiles > n);) w++;
+    if (!w->side) w = ways;
 #endif
-    *take = n >= 4 ? 4 : n >= 2 ? 2 : 1;
-    if (lanes > 4) *take = 1;
-    if (*take == 1) return 0;
-    if (*take == 2) return lanes == 1 ? rows_2x1 : lanes == 2 ? rows_2x2 : rows_2x4;
-    return lanes == 1 ? rows_4x1 : lanes == 2 ? rows_4x2 : rows_4x4;
+    while (w->side && (w->lanes != lanes || w->tiles > n)) w++;
+    *take = w->side ? w->tiles : 1;
+    return w->side;
 }
 
 /* `n` symbols of one tile */
