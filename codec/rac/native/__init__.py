@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 13
+ABI = 14
 
 
 @functools.cache
@@ -105,9 +105,10 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
     return out
 
 
-_JOB = struct.Struct("PqPPPqqq")
+_JOB = struct.Struct("PqPPPqqqPP")
 _SAME = struct.Struct("PPPP12iI4x")
-"""Together rac_job in decode.c: what differs from tile to tile, and what does not."""
+_WORDS = bytes(24)
+"""Together rac_job in decode.c: what differs from tile to tile, what does not, and where words are all there is."""
 
 
 def job_tail(luts: Array, values: Array, bases: Array, table: Array, *numbers: int) -> bytes:
@@ -119,7 +120,8 @@ def job_tail(luts: Array, values: Array, bases: Array, table: Array, *numbers: i
 
 
 def job(
-    unit: int, size: int, row_class: int, col_class: int, dst: int, rows: int, cols: int, stride: int, tail: bytes
+    unit: int, size: int, row_class: int, col_class: int, dst: int, rows: int, cols: int, stride: int, tail: bytes,
+    row: int = 0, col: int = 0, dequant: bytes = b"",
 ) -> bytes:  # fmt: skip
     """One tile to be decoded.
 
@@ -128,13 +130,16 @@ def job(
         size: Number of these.
         row_class: Address of the classes of its rows, 0 where there is one.
         col_class: Of its columns.
-        dst: Address of its first word in the dense tensor.
+        dst: Address of its first element in the dense tensor.
         rows: Of the tile.
         cols: Of the tile.
-        stride: Words from row to row of the dense tensor.
+        stride: Elements from row to row of the dense tensor.
         tail: Of `job_tail`.
+        row: Address of the scales of its rows, under `dequant`.
+        col: Of its columns.
+        dequant: Of `trellis.dequant`, what the words stand for; empty: they are the elements.
     """
-    return _JOB.pack(unit, size, row_class, col_class, dst, rows, cols, stride) + tail
+    return _JOB.pack(unit, size, row_class, col_class, dst, rows, cols, stride, row, col) + tail + (dequant or _WORDS)
 
 
 TILE_ERRORS = (

@@ -1,7 +1,8 @@
 /* Decoding: frequency tables, lanes, and tiles to dense words (stages/lanes.md). */
 #include "lanes.h"
+#include "trellis.h"
 
-int rac_abi(void) { return 13; }
+int rac_abi(void) { return 14; }
 int rac_features(void) { return has512(); }
 
 /* Exponential-Golomb frequency tables (stages/lanes.md, "Tables"). 0 ok, 1 bits run out or are left, 2 bad table */
@@ -78,6 +79,7 @@ typedef struct {
     const uint8_t *row_class, *col_class; /* of the tile's rows and columns; null: one class */
     void *dst;                /* origin of the tile in the dense tensor */
     int64_t rows, cols, stride; /* words from row to row */
+    const float *row, *col;   /* scales of the tile's rows and columns, where there are `numbers` */
     /* the rest is the same for all tiles of a tensor */
     const uint32_t *luts;     /* 4096 entries per table; the symbols of pairs are a | b << 4 */
     const uint16_t *values;   /* top of each base symbol (256) */
@@ -85,10 +87,13 @@ typedef struct {
     const uint8_t *table;     /* of each pair of classes */
     int32_t row_classes, col_classes, skip, lanes, per, word, zero, sign, shift, raw, base, first;
     uint32_t limit;           /* tops are below this */
+    rac_dequant numbers;      /* what the words, bytes, stand for; without a table they are the tile */
 } rac_job;
 
 typedef struct {
     const rac_job *job;
+    rac_job inner;            /* under `numbers`: the job of the words alone, */
+    uint8_t *coded;           /* which go here */
     const uint8_t *planes, *escape;
     const uint32_t *words, *end; /* the next word of the lanes, and as far as memory may be read */
     int64_t start[6];
@@ -578,10 +583,16 @@ static int prepare(rac_work *w, const rac_job *job) {
     const int kr = job->row_classes, kc = job->col_classes;
     const int64_t h = job->rows, c = job->cols;
     w->job = job;
-    w->seq = 0;
+    w->seq = w->coded = 0;
+    if (job->numbers.rec) {
+        w->inner = *job;
+        w->inner.dst = w->coded = malloc((size_t)(h * c) + 64 + 2 * (size_t)(c + 31));
+        w->inner.stride = c;
+        w->job = &w->inner;
+    }
     char *scratch = malloc((size_t)(h + c) * 4 + (size_t)kr * kc * 40 + 64);
     w->blocks = (int64_t *)scratch;
-    if (!scratch) return 8;
+    if (!scratch || (job->numbers.rec && !w->coded)) return 8;
     w->row = (int32_t *)(scratch + (size_t)kr * kc * 40);
     w->col = w->row + h;
     w->row_end[0] = w->col_end[0] = 0;
@@ -638,7 +649,15 @@ static int unsort(rac_work *w) {
     return 0;
 }
 
+/* What the words of a tile stand for, to its place */
+static void numbers(const rac_work *w, const rac_job *job) {
+    const int64_t states = (job->rows * job->cols + 63) & ~(int64_t)63;
+    if (w->coded)
+        rac_untrellis(w->coded, job->rows, job->cols, &job->numbers, job->col, job->row, job->dst, job->stride, (uint16_t *)(w->coded + states));
+}
+
 static void drop(rac_work *w) {
+    free(w->coded);
     free(w->seq);
     free(w->blocks);
 }
@@ -648,6 +667,7 @@ static int tile(const rac_job *job) {
     int bad = prepare(&w, job);
     if (!bad) bad = decode(&w);
     if (!bad) bad = unsort(&w);
+    if (!bad) numbers(&w, job);
     drop(&w);
     return bad;
 }
@@ -689,7 +709,7 @@ static int enter(rac_slot *s, const rac_job *job, int64_t number) {
     return 0;
 }
 
-static int leave(rac_slot *s) {
+static int leave(rac_slot *s, const rac_job *job) {
     rac_work *w = &s->w;
     const int64_t per = w->job->per, *b = w->blocks, *here = b;
     int64_t element = 0, place = 0;
@@ -700,8 +720,10 @@ static int leave(rac_slot *s) {
         if (bad) return bad;
         sym += (total + per - 1) / per;
     }
-    const int bad = ended(w, s->st, s->left);
-    return bad ? bad : unsort(w);
+    int bad = ended(w, s->st, s->left);
+    if (!bad) bad = unsort(w);
+    if (!bad) numbers(w, job);
+    return bad;
 }
 
 /* The tiles *from.. below n that have as few lanes as the first of them, side by side: one alone leaves the processor waiting
@@ -724,7 +746,7 @@ static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at) {
             rac_slot *s = (rac_slot *)all[k];
             if (s->lanes.rest || next(s)) { k++; continue; }
             *at = s->number;
-            bad = leave(s);
+            bad = leave(s, job + s->number);
             drop(&s->w);
             free(s->sym);
             all[k] = all[--active];

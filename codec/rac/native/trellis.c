@@ -221,10 +221,9 @@ int rac_trellis_block(int states, int h0, int h1, const float *plain, float *tar
 typedef struct {
     const uint8_t *words; /* (h, w) */
     int64_t h, w;
-    int h0, h1, odd;      /* odd: parity of the word that stands for 0 */
-    const float *rec, *col, *row;
-    void *dst;            /* float32 (kind 4) or BF16 (kind 2), `stride` elements from row to row */
-    int kind;
+    const rac_dequant *q;
+    const float *col, *row;
+    void *dst;            /* `stride` elements from row to row */
     int64_t stride;
 } rac_numbers;
 
@@ -240,10 +239,10 @@ static void numbers_plain(const rac_numbers *n) {
         unsigned s = 0;
         for (int64_t i = 0; i < n->h; i++) {
             const uint8_t u = n->words[i * n->w + j];
-            const float r = s & 1 ? -n->rec[u] : n->rec[u], v = r * n->col[j] * n->row[i];
-            if (n->kind == 4) ((float *)n->dst)[i * n->stride + j] = v;
+            const float r = s & 1 ? -n->q->rec[u] : n->q->rec[u], v = r * n->col[j] * n->row[i];
+            if (n->q->size == 4) ((float *)n->dst)[i * n->stride + j] = v;
             else ((uint16_t *)n->dst)[i * n->stride + j] = bf16(v);
-            s = (s >> 1) ^ (s & 1 ? (unsigned)n->h0 : 0) ^ ((u ^ n->odd) & 1 ? (unsigned)n->h1 : 0);
+            s = (s >> 1) ^ (s & 1 ? (unsigned)n->q->h0 : 0) ^ ((u ^ n->q->zero) & 1 ? (unsigned)n->q->h1 : 0);
         }
     }
 }
@@ -266,11 +265,11 @@ AVX static void numbers512(const rac_numbers *n, uint16_t *states) {
     }
     const int near = high - low < 32;
     float table[32] = {0};
-    for (int k = low; near && k <= high; k++) table[k & 31] = n->rec[k]; /* a permutation looks at five bits only */
+    for (int k = low; near && k <= high; k++) table[k & 31] = n->q->rec[k]; /* a permutation looks at five bits only */
     const __m512 t0 = _mm512_loadu_ps(table), t1 = _mm512_loadu_ps(table + 16);
     const __m512i one = _mm512_set1_epi16(1), sign = _mm512_set1_epi32(INT32_MIN);
-    const __m512i h0 = _mm512_set1_epi16((short)n->h0), h1 = _mm512_set1_epi16((short)n->h1);
-    const __mmask32 flip = n->odd ? ~0u : 0;
+    const __m512i h0 = _mm512_set1_epi16((short)n->q->h0), h1 = _mm512_set1_epi16((short)n->q->h1);
+    const __mmask32 flip = n->q->zero & 1 ? ~0u : 0;
     uint16_t uppers[32];
     for (int k = 0; k < 32; k++) uppers[k] = (uint16_t)(2 * k + 1);
     const __m512i upper = _mm512_loadu_si512(uppers);
@@ -291,11 +290,11 @@ AVX static void numbers512(const rac_numbers *n, uint16_t *states) {
                 for (int g = 0; g < 2; g++) {
                     const __m512i u = _mm512_cvtepu8_epi32(g ? _mm256_extracti128_si256(words, 1) : _mm256_castsi256_si128(words));
                     const __mmask16 minus = (__mmask16)(negative >> 16 * g);
-                    v[g] = near ? _mm512_permutex2var_ps(t0, u, t1) : _mm512_i32gather_ps(u, n->rec, 4);
+                    v[g] = near ? _mm512_permutex2var_ps(t0, u, t1) : _mm512_i32gather_ps(u, n->q->rec, 4);
                     v[g] = _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(v[g]), minus, _mm512_castps_si512(v[g]), sign));
                     v[g] = _mm512_mul_ps(_mm512_mul_ps(v[g], col[g]), row);
                 }
-                if (n->kind == 4) {
+                if (n->q->size == 4) {
                     float *d = (float *)n->dst + i * n->stride + j;
                     _mm512_mask_storeu_ps(d, half[0], v[0]);
                     _mm512_mask_storeu_ps(d + 16, half[1], v[1]);
@@ -311,15 +310,67 @@ AVX static void numbers512(const rac_numbers *n, uint16_t *states) {
 }
 #endif
 
+#ifdef HAVE_X86
+/* Whether each magnitude is (a word + b) / 2, never 0: a small, b odd, as without corrections */
+static int is_linear(const float *rec, int *a, int *b) {
+    *a = (int)(2 * (rec[1] - rec[0]));
+    *b = (int)(2 * rec[0]);
+    int same = *a > 0 && *a <= 8 && !(*a & 1) && (*b & 1) && abs(*b) < 4096;
+    for (int k = 0; k < 256; k++) same &= rec[k] == 0.5f * (float)(*a * k + *b);
+    return same;
+}
+
+/* To BF16, where magnitudes are linear: numbers512 without its table, and even and odd columns apart instead of halves */
+AVX static void linear512(const rac_numbers *n, int a, int b, uint16_t *states) {
+    enum { STRIP = 16 };
+    const __m512i one = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
+    const __m512i h0 = _mm512_set1_epi16((short)n->q->h0), h1 = _mm512_set1_epi16((short)n->q->h1);
+    const __m512i slope = _mm512_set1_epi16((short)a), first = _mm512_set1_epi16((short)b);
+    const __m512 half = _mm512_set1_ps(0.5f);
+    const __mmask32 flip = n->q->zero & 1 ? ~0u : 0;
+    int32_t even[16];
+    for (int k = 0; k < 16; k++) even[k] = 2 * k;
+    const __m512i evens = _mm512_loadu_si512(even), odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+    for (int64_t top = 0; top < n->h; top += STRIP)
+        for (int64_t j = 0; j < n->w; j += 32) {
+            const __mmask32 some = n->w - j < 32 ? (1u << (n->w - j)) - 1 : ~0u;
+            const __m512 c0 = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)some, n->col + j), half);
+            const __m512 c1 = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), n->col + j + 16), half);
+            const __m512 left = _mm512_permutex2var_ps(c0, evens, c1), right = _mm512_permutex2var_ps(c0, odds, c1);
+            __m512i s = _mm512_loadu_si512(states + j);
+            for (int64_t i = top; i < n->h && i < top + STRIP; i++) {
+                const __m512 row = _mm512_set1_ps(n->row[i]);
+                const __m512i u = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(some, n->words + i * n->w + j));
+                const __mmask32 negative = _mm512_test_epi16_mask(s, one), next = _mm512_test_epi16_mask(u, one) ^ flip;
+                s = _mm512_xor_si512(_mm512_srli_epi16(s, 1), _mm512_maskz_mov_epi16(negative, h0));
+                s = _mm512_xor_si512(s, _mm512_maskz_mov_epi16(next, h1));
+                __m512i t = _mm512_add_epi16(_mm512_mullo_epi16(u, slope), first);
+                t = _mm512_mask_sub_epi16(t, negative, zero, t);
+                const __m512 x = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(t, 16), 16));
+                const __m512 y = _mm512_cvtepi32_ps(_mm512_srai_epi32(t, 16));
+                const __m512i e = rounded(_mm512_mul_ps(_mm512_mul_ps(x, left), row));
+                const __m512i o = rounded(_mm512_mul_ps(_mm512_mul_ps(y, right), row));
+                const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e, 16), o);
+                uint16_t *d = (uint16_t *)n->dst + i * n->stride + j;
+                if (some == ~0u) _mm512_storeu_si512(d, both);
+                else _mm512_mask_storeu_epi16(d, some, both);
+            }
+            _mm512_storeu_si512(states + j, s);
+        }
+}
+#endif
+
 /* A tile of words (h, w) to numbers (stages/trellis.md): sign rec[word] col[j] row[i], the state of each column beginning
  * at 0. `states`: room for w + 31 of them. */
-void rac_untrellis(const uint8_t *words, int64_t h, int64_t w, int h0, int h1, int odd, const float *rec, const float *col,
-                   const float *row, void *dst, int kind, int64_t stride, uint16_t *states) {
-    const rac_numbers n = {words, h, w, h0, h1, odd, rec, col, row, dst, kind, stride};
+void rac_untrellis(const uint8_t *words, int64_t h, int64_t w, const rac_dequant *q, const float *col, const float *row, void *dst,
+                   int64_t stride, uint16_t *states) {
+    const rac_numbers n = {words, h, w, q, col, row, dst, stride};
 #ifdef HAVE_X86
     if (has512()) {
+        int a, b;
         memset(states, 0, 2 * (size_t)w);
-        numbers512(&n, states);
+        if (q->size == 2 && is_linear(q->rec, &a, &b)) linear512(&n, a, b, states);
+        else numbers512(&n, states);
         return;
     }
 #endif

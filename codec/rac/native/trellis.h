@@ -18,6 +18,15 @@ typedef struct {
     int64_t lag; /* 1..7 blocks of 16 rows */
 } rac_shape;
 
+/* What the words of a tensor stand for (stages/trellis.md): the same for all of its tiles */
+typedef struct {
+    const float *rec;     /* magnitude of each word, 256 */
+    int32_t h0, h1, zero; /* the word that stands for 0 */
+    int32_t size;         /* of an element of the tile: 4 float32, 2 BF16 */
+} rac_dequant;
+
+void rac_untrellis(const uint8_t *words, int64_t h, int64_t w, const rac_dequant *q, const float *col, const float *row, void *dst,
+                   int64_t stride, uint16_t *states);
 int rac_shaped(const rac_code *t, int no512, const rac_shape *shape, const float *x, int64_t lane, const float *rate, const uint8_t *row, int most, float far,
                int16_t *out, float *value);
 #endif

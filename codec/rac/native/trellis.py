@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,34 @@ _i = ctypes.c_int
 _p = native._p
 
 
+_DEQUANT = struct.Struct("P4i")
+"""rac_dequant in trellis.h."""
+_SIZES = {"F32": 4, "BF16": 2}
+
+
+def dequant(rec: NDArray[np.float32], code: tuple[int, int], zero: int, dtype: str) -> bytes:
+    """What the words of a tensor stand for, for `decode` and `native.job_tail`; empty without a kernel for the type.
+
+    The caller keeps `rec` (256,), the magnitude of each word, alive.
+    """
+    if native.library() is None or dtype not in _SIZES:
+        return b""
+    return _DEQUANT.pack(native.address(rec), *code, zero, _SIZES[dtype])
+
+
 def decode(
     words: NDArray[np.uint8], code: tuple[int, int], zero: int, rec: NDArray[np.float32], cols: NDArray[np.float32],
     rows: NDArray[np.float32], dst: Array, dtype: str,
 ) -> bool:  # fmt: skip
     """Words (h, w) to `dst` (h, w), unit column stride; False where no kernel is there for the type."""
-    lib = native.library()
-    if lib is None or dtype not in ("F32", "BF16"):
+    lib, numbers = native.library(), dequant(rec, code, zero, dtype)
+    if lib is None or not numbers:
         return False
     h, w = words.shape
     states = np.empty(w + 31, np.uint16)
     lib.rac_untrellis(
-        _p(words), _n(h), _n(w), _i(code[0]), _i(code[1]), _i(zero & 1), _p(rec), _p(cols), _p(rows), _p(dst),
-        _i(dst.itemsize), _n(dst.strides[0] // dst.itemsize), _p(states),
-    )  # fmt: skip
+        _p(words), _n(h), _n(w), numbers, _p(cols), _p(rows), _p(dst), _n(dst.strides[0] // dst.itemsize), _p(states)
+    )
     return True
 
 

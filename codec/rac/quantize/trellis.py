@@ -194,6 +194,17 @@ def decode(words: NDArray[np.uint8], p: Trellis, t: Tables, box: tuple[int, int,
             state = (
                 (state >> 1) ^ np.where(state & 1, np.uint8(h0), np.uint8(0)) ^ np.where(odd, np.uint8(h1), np.uint8(0))
             )
+    outliers(t, box, dst)
+
+
+def dequant(rec: NDArray[np.float32], p: Trellis, dtype: str) -> bytes:
+    """What words stand for, as the kernel of a tile wants it (`native.trellis.dequant`)."""
+    return native.dequant(rec, CODES[p.states], p.zero, dtype)
+
+
+def outliers(t: Tables, box: tuple[int, int, int, int], dst: Array) -> None:
+    """The outliers of one tile to their places in `dst` (h, w), words of the data type."""
+    r0, r1, c0, c1 = box
     a, b = np.searchsorted(t.places[:, 0], (r0, r1))
     for (y, x), value in zip(t.places[a:b].tolist(), t.values[a:b], strict=True):
         if c0 <= x < c1:

@@ -41,14 +41,17 @@ def test_powers():
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
 @pytest.mark.parametrize("states", [1, 4, 8, 16, 32, 64, 128, 256])
-def test_kernel_and_numpy_agree(states, dtype):
+@pytest.mark.parametrize("corrected", [0, 1, 100])
+@pytest.mark.parametrize(("zero", "scale"), [(128, 0x3C23D70A), (0, 0x21800000), (255, 0x5D800000), (101, 0x3F7FFFFF)])
+def test_kernel_and_numpy_agree(states, dtype, corrected, zero, scale):
     rng = np.random.default_rng(states)
-    r, c = 53, 37
-    lists = [rng.integers(-20, 21, n).astype(np.int8) for n in (r, c)]
+    r, c = 53, 101
+    most = 20 if zero == 128 else tr.MOST
+    lists = [rng.integers(-most, most + 1, n).astype(np.int8) for n in (r, c)]
     lists[1][3] = tr.DEAD
-    corrections = rng.integers(-48, 49, 100).astype(np.int8)
+    corrections = rng.integers(-48, 49, corrected).astype(np.int8)
     unit = corrections.tobytes() + lists[0].tobytes() + lists[1].tobytes()
-    p = tr.Trellis(states, 128, 78, 0x3C23D70A, (100, r, c, 0))
+    p = tr.Trellis(states, zero, 78, scale, (corrected, r, c, 0))
     tables = tr.parse_unit(unit, p, dtype, r, c)
     words = rng.integers(0, 256, (r, c)).astype(np.uint8)
     assert (decoded(words, p, tables, dtype, False) == decoded(words, p, tables, dtype, True)).all()
