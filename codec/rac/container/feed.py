@@ -6,10 +6,12 @@ then is the buffer filled again: nothing is copied but what lies across two buff
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import select
 import socket
+import stat
 import threading
 import time
 from collections import deque
@@ -18,6 +20,11 @@ from typing import Any, Protocol
 
 from rac.container.access import Access
 from rac.errors import SourceError, TruncatedError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
 
 PIECE = 1 << 20
 """Bytes that a claim of a length is worth before they arrive."""
@@ -53,8 +60,8 @@ class Feed(Protocol):
     def take(self, size: int) -> tuple[memoryview, Held | None]:
         """The next `size` bytes, fewer only at the end, and what to give back when they are done with."""
 
-    def idle(self) -> bool:
-        """True where `take` would have to wait."""
+    def idle(self, size: int = 1) -> bool:
+        """True where `take(size)` would have to wait."""
 
     def close(self) -> None:
         """End the threads, let go of the buffers."""
@@ -72,7 +79,7 @@ class Memory:
         self._at += len(out)
         return out, None
 
-    def idle(self) -> bool:
+    def idle(self, size: int = 1) -> bool:
         """It is not known, or never so."""
         return False
 
@@ -100,7 +107,7 @@ class Plain:
         self._at += len(out)
         return memoryview(out), None
 
-    def idle(self) -> bool:
+    def idle(self, size: int = 1) -> bool:
         """It is not known, or never so."""
         return False
 
@@ -142,12 +149,18 @@ class _Ring:
         self._change = threading.Condition()
         self._threads: list[threading.Thread] = []
 
-    def idle(self) -> bool:
-        """True where nothing has arrived that was not taken."""
+    def idle(self, size: int = 1) -> bool:
+        """True where less than `size` bytes have arrived that were not taken; half of what the buffers hold is enough."""
         with self._change:
-            if self._error or (self._ended and not self._queue):
-                return False
-            return not self._queue or (not self._queue[0].done and self._queue[0].filled == self._at)
+            here = -self._at
+            for slot in self._queue:
+                here += slot.filled
+                if not slot.done:
+                    break
+            else:
+                if self._ended:
+                    return False
+            return not self._error and here < min(size, self._most * self._slot // 2)
 
     def _start(self, threads: int) -> None:
         for _ in range(threads):
@@ -300,6 +313,7 @@ class StreamRing(_Ring):
         self._read = _reader(stream, name)
         self._stream = stream
         self._file = _waitable(stream)
+        _widen(self._file)
         self._wakers = os.pipe() if self._file is not None else None
         # the first read is made here: it empties the buffer of a buffered reader, of which select knows nothing
         self._first = self._more(0, time.monotonic())
@@ -362,6 +376,14 @@ def _waitable(stream: Any) -> int | None:
     if isinstance(raw, io.FileIO | socket.socket):
         return raw.fileno()
     return None
+
+
+def _widen(file: int | None) -> None:
+    """Let a pipe hold PIECE bytes, where the system can: each time that it is full or empty costs two switches."""
+    size = getattr(fcntl, "F_SETPIPE_SZ", None)
+    if file is not None and size is not None and stat.S_ISFIFO(os.fstat(file).st_mode):
+        with contextlib.suppress(OSError):  # more than this user may have
+            fcntl.fcntl(file, size, max(PIECE, fcntl.fcntl(file, fcntl.F_GETPIPE_SZ)))
 
 
 def _reader(stream: Any, name: str) -> Callable[[memoryview], int]:

@@ -51,6 +51,10 @@ def threads_of(threads: int | None, most: int | None = 8) -> int:
     return threads or min(most or cores, cores)
 
 
+def _always() -> bool:
+    return True
+
+
 class Take(Protocol):
     """How an item gives its bytes."""
 
@@ -71,6 +75,8 @@ class Item:
     """The matrices that it uses."""
     keep: Callable[[Array | None], None]
     """Called with the words of an object, None where it is damaged."""
+    late: Callable[[], bool] = lambda: False
+    """True where taking it would have to wait for bytes to arrive."""
 
 
 def first_units(item: Item) -> list[bytes]:
@@ -232,25 +238,28 @@ class Cpu:
         return own._go(items)
 
     def _go(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
-        waiting, failed = self._waiting, None
+        failed = None
         try:
-            while failed is None:
+            while True:
                 try:
                     item = next(items)
-                    if full := item is None:
+                    late = _always if item is None else item.late
+                    if late():
                         self._submit(last=True)
-                    else:
-                        self._add(item)
                 except StopIteration:
                     break
                 except RacError as e:  # behind those that are in work
-                    failed, full = e, True
-                while waiting and (full or waiting[0].finished() or (self._held > self._window and len(waiting) > 1)):
-                    if (p := self._pop()) is not None:
-                        yield p.release()
-            while waiting:
-                if (p := self._pop()) is not None:
-                    yield p.release()
+                    failed = e
+                    break
+                yield from self._hand_out(late)
+                try:
+                    if item is not None:
+                        self._add(item)
+                except RacError as e:
+                    failed = e
+                    break
+                yield from self._hand_out(self._due)
+            yield from self._hand_out(_always)
             if failed is not None:
                 raise failed
         finally:
@@ -259,6 +268,16 @@ class Cpu:
                 self._pool.shutdown(wait=True, cancel_futures=True)
             for job in (self._job, *self._busy):
                 job.give()
+
+    def _hand_out(self, more: Callable[[], bool]) -> Iterator[Loaded]:
+        """The tensors in work, in order, as long as there are `more`; each is waited for."""
+        while self._waiting and more():
+            if (p := self._pop()) is not None:
+                yield p.release()
+
+    def _due(self) -> bool:
+        """Whether the first tensor in work is done, or those that wait behind it hold too much memory."""
+        return self._waiting[0].finished() or (self._held > self._window and len(self._waiting) > 1)
 
     def _add(self, item: Item) -> None:
         """Take in a tensor; its jobs are given out as they become large enough."""

@@ -27,6 +27,8 @@ from rac.records import Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
 Array = NDArray[Any]
+HEAD = 1 << 16
+"""Bytes that the head of a record is rarely larger than."""
 
 
 class Stream(Iterator[tuple[str, Any]]):
@@ -215,9 +217,10 @@ def forward_items(forward: Forward, other: Callable[[Record], None] | None = Non
             return forward.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
 
         held.keep(t, None)
-        yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t))
+        late = partial(forward.feed.idle, record.payload_size)
+        yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t), late)
         forward.skip(record)
-        if forward.feed.idle():
+        if forward.feed.idle(HEAD):
             yield None
 
 

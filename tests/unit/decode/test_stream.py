@@ -141,18 +141,43 @@ def test_what_was_read_of_a_buffered_reader_before_is_not_lost(data):
             list(s)
 
 
-def test_tensors_come_while_the_stream_is_still_open(data):
-    """A pipe that waits for an answer before it goes on must not wait for ever."""
-    ends = [e.at + e.size for e in Archive(BytesAccess(data)).index.entries if e.type == 1]
+@pytest.mark.parametrize("more", [0, 100, 300_000])
+def test_tensors_come_while_the_stream_is_still_open(data, more):
+    """A pipe that waits for an answer before it goes on must not wait for ever, in the middle of a record neither."""
+    end = next(e.at + e.size for e in Archive(BytesAccess(data)).index.entries if e.type == 1) + more
     read, write = os.pipe()
+    late = threading.Timer(20, os.close, (write,))  # a stream that is cut then, and not a test that hangs
+    late.start()
     with open(read, "rb", buffering=0) as f:
         s = rac.stream(f)
-        done = fed(lambda d: os.write(write, d[: ends[0]]), data)
+        done = fed(lambda d: os.write(write, d[:end]), data)
         assert next(s)[0] == "layer 0"
+        late.cancel()
         done.join()
-        rest = fed(lambda d: (os.write(write, d[ends[0] :]) and None, os.close(write)), data)
+        rest = fed(lambda d: (os.write(write, d[end:]) and None, os.close(write)), data)
         s.close()
     rest.join(5)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_pipe_is_widened_where_the_system_allows(data, monkeypatch, allowed):
+    fcntl = pytest.importorskip("fcntl")
+    real, size = fcntl.fcntl, getattr(fcntl, "F_SETPIPE_SZ", 0)
+    if not size:
+        pytest.skip("Linux only")
+
+    def control(file, command, *more):
+        if command == size and not allowed:
+            raise PermissionError("no larger pipe")
+        return real(file, command, *more)
+
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    read, write = os.pipe()
+    before = real(read, fcntl.F_GETPIPE_SZ)
+    with open(read, "rb") as f, open(write, "wb") as g:
+        fed(lambda d: (g.write(d), g.close()), data)
+        assert equal(dict(rac.stream(f)))
+        assert real(read, fcntl.F_GETPIPE_SZ) == (1 << 20 if allowed else before)
 
 
 @pytest.mark.parametrize("when", ["early close", "with", "garbage"])
