@@ -150,7 +150,7 @@ class _Ring:
         self._threads: list[threading.Thread] = []
 
     def idle(self, size: int = 1) -> bool:
-        """True where less than `size` bytes have arrived that were not taken; half of what the buffers hold is enough."""
+        """True where fewer than `size` bytes that were not taken are here; half of what the buffers hold is enough."""
         with self._change:
             here = -self._at
             for slot in self._queue:
