@@ -153,7 +153,9 @@ AVX512 static inline __m256i words_of_2(const uint32_t **at, __mmask8 need) {
             tile[k]->out += steps * L;                                                                         \
         }                                                                                                      \
     }
+ROWS512(rows512_16x2, 16, 2, words_of_2)
 ROWS512(rows512_8x2, 8, 2, words_of_2)
+ROWS512(rows512_8x4, 8, 4, words_of_4)
 ROWS512(rows512_4x4, 4, 4, words_of_4)
 ROWS512(rows512_1x8, 1, 8, words_of_8)
 ROWS512(rows512_2x8, 2, 8, words_of_8)
@@ -169,7 +171,7 @@ typedef void (*rac_side)(rac_lanes **, int64_t);
 typedef struct { int64_t lanes; int tiles; rac_side side; } rac_way;
 static const rac_way ways[] = {{1, 4, rows_4x1}, {2, 4, rows_4x2}, {4, 4, rows_4x4}, {1, 2, rows_2x1}, {2, 2, rows_2x2}, {4, 2, rows_2x4}, {0}};
 #ifdef HAVE_X86
-static const rac_way ways512[] = {{2, 8, rows512_8x2}, {4, 4, rows512_4x4}, {8, 4, rows512_4x8}, {8, 2, rows512_2x8}, {8, 1, rows512_1x8},
+static const rac_way ways512[] = {{2, 16, rows512_16x2}, {2, 8, rows512_8x2}, {4, 8, rows512_8x4}, {4, 4, rows512_4x4}, {8, 4, rows512_4x8}, {8, 2, rows512_2x8}, {8, 1, rows512_1x8},
                                   {16, 2, rows512_2x16}, {16, 1, rows512_1x16}, {32, 1, rows512_1x32}, {0}};
 #endif
 
@@ -200,7 +202,7 @@ static void rows(rac_lanes *t, int64_t n, int64_t lanes) {
 }
 
 /* Lanes of a tile that has few of them */
-enum { FEW = 16, SIDE_BY_SIDE = 8 };
+enum { FEW = 16, SIDE_BY_SIDE = 16 };
 static int is_few(int64_t lanes) { return lanes == 1 || lanes == 2 || lanes == 4 || ((lanes == 8 || lanes == 16) && has512()); }
 
 /* Step n tiles until one is at the end of its table, or all but one row */
