@@ -156,10 +156,6 @@ CLONES static void counted(const uint8_t *sym, int64_t n, uint16_t base, uint16_
     for (int64_t q = 0; q < n; q++) val[q] = (uint16_t)(base + sym[q]);
 }
 
-CLONES static void plus(const uint8_t *sym, int64_t n, uint8_t base, uint8_t *out) {
-    for (int64_t q = 0; q < n; q++) out[q] = (uint8_t)(base + sym[q]);
-}
-
 /* Tops of `n` elements out of their coded symbols */
 static int tops(rac_work *w, const uint8_t *sym, int64_t n, uint16_t *val) {
     const rac_job *j = w->job;
@@ -351,17 +347,36 @@ static int join(rac_work *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t
 }
 #endif
 
+#ifdef HAVE_X86
+/* Those of 64 symbols at `sym`, n of them there, that are not below `first`; the symbols and `base` to `out` */
+__attribute__((target("avx512f,avx512bw"))) static uint64_t bytes512(const uint8_t *sym, int64_t n, int first, int base, uint8_t *out) {
+    const uint64_t some = first_bits(n);
+    const __m512i s = _mm512_maskz_loadu_epi8(some, sym);
+    _mm512_mask_storeu_epi8(out, some, _mm512_add_epi8(s, _mm512_set1_epi8((char)base)));
+    return _mm512_mask_cmpge_epu8_mask(some, s, _mm512_set1_epi8((char)first));
+}
+#endif
+
+/* The same anywhere */
+static uint64_t bytes64(const uint8_t *sym, int64_t n, int first, int base, uint8_t *out) {
+    uint64_t found = 0;
+#ifdef HAVE_X86
+    if (has512()) return bytes512(sym, n, first, base, out);
+#endif
+    for (int64_t k = 0; k < n; k++) {
+        out[k] = (uint8_t)(sym[k] + base);
+        found |= (uint64_t)(sym[k] >= first) << k;
+    }
+    return found;
+}
+
 /* Bytes out of single symbols whose tops count up */
 static int bytes(rac_work *w, const uint8_t *sym, int64_t n, uint8_t *out) {
     const rac_job *j = w->job;
-    plus(sym, n, (uint8_t)j->values[0], out);
-    for (int64_t i = 0; j->first < j->base && i < n; i += 64) {
-        const int64_t m = n - i < 64 ? n - i : 64;
-        uint8_t top;
-        highest(sym + i, m, 1, &top);
-        if (top < j->first) continue;
-        for (int64_t k = i; k < i + m; k++) {
-            if (sym[k] < j->first) continue;
+    for (int64_t i = 0; i < n; i += 64) {
+        uint64_t escaped = bytes64(sym + i, n - i < 64 ? n - i : 64, j->first, j->values[0], out + i);
+        for (; j->first < j->base && escaped; escaped &= escaped - 1) {
+            const int64_t k = i + __builtin_ctzll(escaped);
             if (w->used >= w->escapes) return 5;
             const uint32_t value = j->bases[sym[k] - j->first] + w->escape[w->used++];
             if (value >= j->limit) return 6;
