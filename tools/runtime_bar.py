@@ -119,7 +119,7 @@ def kept(layer: Any) -> int:
 
 
 def decode(model: Any) -> dict[str, Any]:
-    """Seconds in which all linear layers are decoded, one after the other into one buffer, by one thread."""
+    """Seconds in which all linear layers are decoded, one after the other into one buffer, by one thread; best of six."""
     import numpy as np
 
     from rac.runtime import record as rc
@@ -127,12 +127,14 @@ def decode(model: Any) -> dict[str, Any]:
 
     layers = [m for m in model.modules() if isinstance(m, RacLinear)]
     buffer = np.empty(max(m.dense_bytes for m in layers), np.uint8)
-    total, start = 0, time.perf_counter()
-    for m in layers:
-        s, data = m.stored()
-        rc.decode(s, data, buffer[: s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape))
-        total += s.tensor.nbytes
-    return {"decoded": total, "seconds": time.perf_counter() - start}
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for m in layers:
+            s, data = m.stored()
+            rc.decode(s, data, buffer[: s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape))
+        times.append(time.perf_counter() - start)
+    return {"decoded": sum(m.dense_bytes for m in layers), "seconds": min(times)}
 
 
 def run(job: str, path: str, resident: str, tokens: int, folder: str) -> dict[str, Any]:
