@@ -78,8 +78,9 @@ class Gpu:
         """(tensor, torch tensor) of each item, and objects as arrays."""
         batch = _Batch(self._cuda.DeviceDecoder(self._device, self.ring // 2), self._device, self.trace)
         for item in items:
-            if item is None:
+            if item is None or item.late():
                 yield from batch.flush()
+            if item is None:
                 continue
             if item.t.record.type == RECORD_OBJECT:  # small, few, and used as matrices: the CPU decodes them
                 yield from Cpu(1, self.ring, self._damaged).run(iter([item]))
