@@ -119,7 +119,7 @@ def kept(layer: Any) -> int:
 
 
 def decode(model: Any) -> dict[str, Any]:
-    """Seconds in which all linear layers are decoded, one after the other into one buffer, by one thread; the best of 6."""
+    """Seconds, the best of six, in which one thread decodes all linear layers one after the other into one buffer."""
     import numpy as np
 
     from rac.runtime import record as rc
