@@ -24,7 +24,7 @@ _SIZES = {"F32": 4, "BF16": 2}
 
 
 def dequant(rec: NDArray[np.float32], code: tuple[int, int], zero: int, dtype: str) -> bytes:
-    """What the words of a tensor stand for, for `decode` and `native.job_tail`; empty without a kernel for the type.
+    """What the words of a tensor stand for, for `decode` and `native.job`; empty without a kernel for the type.
 
     The caller keeps `rec` (256,), the magnitude of each word, alive.
     """
