@@ -240,25 +240,17 @@ class Cpu:
     def _go(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
         failed = None
         try:
-            while True:
-                try:
-                    item = next(items)
+            try:
+                for item in items:
                     late = _always if item is None else item.late
                     if late():
                         self._submit(last=True)
-                except StopIteration:
-                    break
-                except RacError as e:  # behind those that are in work
-                    failed = e
-                    break
-                yield from self._hand_out(late)
-                try:
+                        yield from self._hand_out(late)
                     if item is not None:
                         self._add(item)
-                except RacError as e:
-                    failed = e
-                    break
-                yield from self._hand_out(self._due)
+                        yield from self._hand_out(self._due)
+            except RacError as e:  # behind those that are in work
+                failed = e
             yield from self._hand_out(_always)
             if failed is not None:
                 raise failed
@@ -270,7 +262,7 @@ class Cpu:
                 job.give()
 
     def _hand_out(self, more: Callable[[], bool]) -> Iterator[Loaded]:
-        """The tensors in work, in order, as long as there are `more`; each is waited for."""
+        """The tensors in work, in order, while `more()`; each is waited for."""
         while self._waiting and more():
             if (p := self._pop()) is not None:
                 yield p.release()

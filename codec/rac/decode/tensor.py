@@ -233,7 +233,7 @@ class Decoder:
         self.shared: Shared | None = None
         self.tables: tr.Tables | None = None
         self.scales: gr.Tables | None = None
-        self.numbers: tuple[int, int, bytes] = (0, 0, b"")
+        self.dequant: tuple[int, int, bytes] = (0, 0, b"")
         """For the kernel, see `tile.lanes_job`; it leaves outliers out."""
         for i, unit in enumerate(first):
             self.check(i, unit)
@@ -243,7 +243,7 @@ class Decoder:
         if t.trellis is not None:
             with self.at(t.first - 1):
                 self.tables = v = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
-            self.numbers = (native.address(v.rows), native.address(v.cols), tr.dequant(v.rec, t.trellis, t.numbers))
+            self.dequant = (native.address(v.rows), native.address(v.cols), tr.dequant(v, t.trellis, t.numbers))
         if t.groups is not None:
             with self.at(t.first - 1):
                 self.scales = gr.parse_unit(bytes(first[-1]), t.groups, t.grid.rows, t.grid.cols)
@@ -297,13 +297,9 @@ class Decoder:
                 assert self.shared is not None  # noqa: S101
                 tile.decode_lanes(data, t.lanes, self.shared, box, dst, self._reference)
 
-    def finish(self, i: int, words: Array | None, dst: Array, box: Box) -> None:
-        """Words of tile `i`, decoded before, to the numbers that they stand for; None: only outliers are missing."""
+    def finish(self, i: int, words: Array, dst: Array, box: Box) -> None:
+        """Words of tile `i`, decoded before, to the numbers that they stand for."""
         t = self.tensor
-        if words is None:
-            assert self.tables is not None  # noqa: S101
-            tr.outliers(self.tables, box, dst)
-            return
         if t.groups is not None:
             assert self.scales is not None  # noqa: S101
             with self.at(i + t.first):
@@ -367,7 +363,8 @@ class Work:
         self._of: list[tuple[Decoder, int]] = []
         self._alive: list[Array] = []
         self._others: list[tuple[Decoder, int, Array, Array, Box, bool]] = []
-        self._after: list[tuple[Decoder, int, Array | None, Array, Box]] = []
+        self._after: list[tuple[Decoder, int, Array, Array, Box]] = []
+        self._outliers: list[tuple[tr.Tables, Box, Array]] = []
         self._last: list[tuple[Decoder, Array, Array, Box]] = []
         self._held: list[Array] = []
 
@@ -391,8 +388,7 @@ class Work:
         base, size, stride = t.units[first + i].offset, out.itemsize, out.strides[0]
         at, to = native.address(data), native.address(out) - row * stride - col * size
         self._alive += (data, out)
-        whole = not t.lossy or (kernel is not None and dec.numbers[2] != b"")  # the kernel goes all the way
-        outliers = dec.tables is not None and len(dec.tables.places) > 0
+        whole = not t.lossy or (kernel is not None and dec.dequant[2] != b"")  # the kernel goes all the way
         for k in range(i, i + n):
             unit = t.units[first + k]
             start = unit.offset - base
@@ -402,8 +398,8 @@ class Work:
             box = r0, r1, c0, c1 = boxes[k]
             if whole:
                 place, step = to + r0 * stride + c0 * size, stride // size
-                if outliers:
-                    self._after.append((dec, k, None, out[r0 - row : r1 - row, c0 - col : c1 - col], box))
+                if dec.tables and len(dec.tables.places):
+                    self._outliers.append((dec.tables, box, out[r0 - row : r1 - row, c0 - col : c1 - col]))
             else:
                 words = self._words(r1 - r0, c1 - c0)
                 self._after.append((dec, k, words, out[r0 - row : r1 - row, c0 - col : c1 - col], box))
@@ -418,7 +414,7 @@ class Work:
                     plane = tile.expanded(data[start : start + length], t.lanes, box)
                 self._alive.append(plane)
                 where, length = native.address(plane), len(plane)
-            self._jobs.append(tile.lanes_job(where, length, kernel, box, place, step, dec.numbers))
+            self._jobs.append(tile.lanes_job(where, length, kernel, box, place, step, dec.dequant))
             self._of.append((dec, k))
 
     def _words(self, rows: int, cols: int) -> Array:
@@ -442,6 +438,8 @@ class Work:
             dec.decode(i, data, dst, box, plain)
         for dec, i, words, dst, box in self._after:
             dec.finish(i, words, dst, box)
+        for tables, box, dst in self._outliers:
+            tr.outliers(tables, box, dst)
         for dec, found, dst, box in self._last:
             dec.join(found, dst, box)
         held, self._held, self._after = self._held, [], []

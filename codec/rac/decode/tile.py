@@ -86,18 +86,18 @@ def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
 
 
 def lanes_job(
-    unit: int, size: int, s: Shared, box: Box, dst: int, stride: int, numbers: tuple[int, int, bytes] = (0, 0, b"")
+    unit: int, size: int, s: Shared, box: Box, dst: int, stride: int, dequant: tuple[int, int, bytes] = (0, 0, b"")
 ) -> bytes:
     """Job of the kernel for one tile unit, only where `s.tail` is there; addresses and numbers as in `native.job`.
 
-    Planes that are packed are expanded before (`expanded`). `numbers`: addresses of the float32 scales of the rows and
+    Planes that are packed are expanded before (`expanded`). `dequant`: addresses of the float32 scales of the rows and
     columns of the tensor, and what the words stand for.
     """
     r0, r1, c0, c1 = box
     rows, cols = s.at[0] and s.at[0] + r0, s.at[1] and s.at[1] + c0
-    row, col, dequant = numbers
+    row, col, numbers = dequant
     return native.job(
-        unit, size, rows, cols, dst, r1 - r0, c1 - c0, stride, s.tail, row + 4 * r0, col + 4 * c0, dequant
+        unit, size, rows, cols, dst, r1 - r0, c1 - c0, stride, s.tail, row + 4 * r0, col + 4 * c0, numbers
     )
 
 

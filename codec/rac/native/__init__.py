@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 14
+ABI = 15
 
 
 @functools.cache
@@ -107,8 +107,9 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
 
 _JOB = struct.Struct("PqPPPqqqPP")
 _SAME = struct.Struct("PPPP12iI4x")
-_WORDS = bytes(24)
-"""Together rac_job in decode.c: what differs from tile to tile, what does not, and where words are all there is."""
+DEQUANT = struct.Struct("P5i4x")
+"""Together rac_job in decode.c: what differs from tile to tile, what does not, and what words stand for."""
+_WORDS = bytes(DEQUANT.size)
 
 
 def job_tail(luts: Array, values: Array, bases: Array, table: Array, *numbers: int) -> bytes:

@@ -2,7 +2,7 @@
 #include "lanes.h"
 #include "trellis.h"
 
-int rac_abi(void) { return 14; }
+int rac_abi(void) { return 15; }
 int rac_features(void) { return has512(); }
 
 /* Exponential-Golomb frequency tables (stages/lanes.md, "Tables"). 0 ok, 1 bits run out or are left, 2 bad table */
@@ -92,8 +92,9 @@ typedef struct {
 
 typedef struct {
     const rac_job *job;
-    rac_job inner;            /* under `numbers`: the job of the words alone, */
-    uint8_t *coded;           /* which go here */
+    void *dst;                /* where words go, `stride` from row to row: the dense tensor, or, */
+    int64_t stride;
+    uint8_t *coded;           /* where they stand for numbers, here */
     const uint8_t *planes, *escape;
     const uint32_t *words, *end; /* the next word of the lanes, and as far as memory may be read */
     int64_t start[6];
@@ -207,8 +208,8 @@ static inline void copy(void *to, const void *from, int64_t n) {
         const T low = (T)(((T)1 << shift) - 1);                                                               \
         const int64_t cols = b[4] - b[3];                                                                     \
         const int32_t *col = w->col ? w->col + b[3] : 0;                                                      \
-        T *const origin = (T *)job->dst;                                                                      \
-        const int64_t stride = job->stride;                                                                   \
+        T *const origin = (T *)w->dst;                                                                        \
+        const int64_t stride = w->stride;                                                                     \
         int64_t i = b[1] + e / cols, c = e % cols;                                                            \
         for (int64_t f = 0; f < n; f += CHUNK, val += CHUNK) {                                                \
             int64_t m = n - f < CHUNK ? n - f : CHUNK;                                                        \
@@ -412,7 +413,7 @@ static int emit(rac_work *w, const uint8_t *sym, int64_t n, const int64_t **b, i
             for (int64_t q = 0; q < m;) {
                 const int64_t *o = *b, cols = o[4] - o[3], i = o[1] + *e / cols, c = *e % cols;
                 const int64_t r = cols - c < m - q ? cols - c : m - q;
-                copy((uint16_t *)j->dst + (w->row ? w->row[i] : i) * j->stride + o[3] + c, val + q, 2 * r);
+                copy((uint16_t *)w->dst + (w->row ? w->row[i] : i) * w->stride + o[3] + c, val + q, 2 * r);
                 q += r; *e += r; *at += r;
                 if (c + r == cols && i + 1 == o[2]) { *b += 5; *e = 0; }
             }
@@ -570,12 +571,12 @@ typedef struct { uint64_t mask; int32_t class, offset; } rac_piece;
             }                                                                                                  \
         for (int64_t r = 0; r < j->rows; r++) {                                                                \
             const T **p = run + (w->row ? j->row_class[r] : 0) * kc;                                           \
-            T *d = (T *)j->dst + r * j->stride;                                                                \
+            T *d = (T *)w->dst + r * w->stride;                                                                \
             const rac_piece *q = piece;                                                                        \
             for (int64_t c = 0; c < cols; c += N) {                                                            \
                 const uint64_t all = first_bits(cols - c < N ? cols - c : N);                                  \
                 __m512i v = _mm512_setzero_si512();                                                            \
-                __builtin_prefetch(d + AHEAD * j->stride + c, 1);                                              \
+                __builtin_prefetch(d + AHEAD * w->stride + c, 1);                                              \
                 for (uint64_t have = 0; have != all; have |= q++->mask)                                        \
                     v = _mm512_or_si512(v, EXPAND((MASK)q->mask, _mm512_loadu_si512(p[q->class] + q->offset)));  \
                 if (cols - c >= N) _mm512_storeu_si512(d + c, v);                                              \
@@ -598,12 +599,12 @@ static int prepare(rac_work *w, const rac_job *job) {
     const int kr = job->row_classes, kc = job->col_classes;
     const int64_t h = job->rows, c = job->cols;
     w->job = job;
+    w->dst = job->dst;
+    w->stride = job->stride;
     w->seq = w->coded = 0;
     if (job->numbers.rec) {
-        w->inner = *job;
-        w->inner.dst = w->coded = malloc((size_t)(h * c) + 64 + 2 * (size_t)(c + 31));
-        w->inner.stride = c;
-        w->job = &w->inner;
+        w->dst = w->coded = malloc((size_t)(h * c) + 64 + 2 * (size_t)(c + 31)); /* and the states of the trellis */
+        w->stride = c;
     }
     char *scratch = malloc((size_t)(h + c) * 4 + (size_t)kr * kc * 40 + 64);
     w->blocks = (int64_t *)scratch;
@@ -665,10 +666,11 @@ static int unsort(rac_work *w) {
 }
 
 /* What the words of a tile stand for, to its place */
-static void numbers(const rac_work *w, const rac_job *job) {
-    const int64_t states = (job->rows * job->cols + 63) & ~(int64_t)63;
+static void numbers(const rac_work *w) {
+    const rac_job *j = w->job;
+    const int64_t states = (j->rows * j->cols + 63) & ~(int64_t)63;
     if (w->coded)
-        rac_untrellis(w->coded, job->rows, job->cols, &job->numbers, job->col, job->row, job->dst, job->stride, (uint16_t *)(w->coded + states));
+        rac_untrellis(w->coded, j->rows, j->cols, &j->numbers, j->col, j->row, j->dst, j->stride, (uint16_t *)(w->coded + states));
 }
 
 static void drop(rac_work *w) {
@@ -682,7 +684,7 @@ static int tile(const rac_job *job) {
     int bad = prepare(&w, job);
     if (!bad) bad = decode(&w);
     if (!bad) bad = unsort(&w);
-    if (!bad) numbers(&w, job);
+    if (!bad) numbers(&w);
     drop(&w);
     return bad;
 }
@@ -724,7 +726,7 @@ static int enter(rac_slot *s, const rac_job *job, int64_t number) {
     return 0;
 }
 
-static int leave(rac_slot *s, const rac_job *job) {
+static int leave(rac_slot *s) {
     rac_work *w = &s->w;
     const int64_t per = w->job->per, *b = w->blocks, *here = b;
     int64_t element = 0, place = 0;
@@ -737,7 +739,7 @@ static int leave(rac_slot *s, const rac_job *job) {
     }
     int bad = ended(w, s->st, s->left);
     if (!bad) bad = unsort(w);
-    if (!bad) numbers(w, job);
+    if (!bad) numbers(w);
     return bad;
 }
 
@@ -761,7 +763,7 @@ static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at) {
             rac_slot *s = (rac_slot *)all[k];
             if (s->lanes.rest || next(s)) { k++; continue; }
             *at = s->number;
-            bad = leave(s, job + s->number);
+            bad = leave(s);
             drop(&s->w);
             free(s->sym);
             all[k] = all[--active];

@@ -254,18 +254,22 @@ AVX static inline __m512i rounded(__m512 v) {
     return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16)), up, _mm512_set1_epi32(1));
 }
 
-/* 32 columns side by side, their states in one register; words of a range of 32 by a permutation of two registers. `strip` rows
- * of all columns, then the next: whole columns would touch as many pages as there are rows. */
+/* 32 columns side by side, their states in one register. Even magnitudes are computed, exactly; others of words of a range of 32
+ * are a permutation of two registers. STRIP rows of all columns, then the next: whole columns would touch as many pages as there
+ * are rows. */
 AVX static void numbers512(const rac_numbers *n, uint16_t *states) {
     enum { STRIP = 16 };
+    const float *rec = n->q->rec;
+    const int even = n->q->even;
+    const __m512 slope = _mm512_set1_ps(rec[1] - rec[0]), first = _mm512_set1_ps(rec[0]);
     uint8_t low = 255, high = 0;
-    for (int64_t i = 0; i < n->h * n->w; i++) {
+    for (int64_t i = 0; !even && i < n->h * n->w; i++) {
         low = n->words[i] < low ? n->words[i] : low;
         high = n->words[i] > high ? n->words[i] : high;
     }
-    const int near = high - low < 32;
+    const int near = !even && high - low < 32;
     float table[32] = {0};
-    for (int k = low; near && k <= high; k++) table[k & 31] = n->q->rec[k]; /* a permutation looks at five bits only */
+    for (int k = low; near && k <= high; k++) table[k & 31] = rec[k]; /* a permutation looks at five bits only */
     const __m512 t0 = _mm512_loadu_ps(table), t1 = _mm512_loadu_ps(table + 16);
     const __m512i one = _mm512_set1_epi16(1), sign = _mm512_set1_epi32(INT32_MIN);
     const __m512i h0 = _mm512_set1_epi16((short)n->q->h0), h1 = _mm512_set1_epi16((short)n->q->h1);
@@ -290,7 +294,8 @@ AVX static void numbers512(const rac_numbers *n, uint16_t *states) {
                 for (int g = 0; g < 2; g++) {
                     const __m512i u = _mm512_cvtepu8_epi32(g ? _mm256_extracti128_si256(words, 1) : _mm256_castsi256_si128(words));
                     const __mmask16 minus = (__mmask16)(negative >> 16 * g);
-                    v[g] = near ? _mm512_permutex2var_ps(t0, u, t1) : _mm512_i32gather_ps(u, n->q->rec, 4);
+                    v[g] = even ? _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(u), slope), first)
+                         : near ? _mm512_permutex2var_ps(t0, u, t1) : _mm512_i32gather_ps(u, rec, 4);
                     v[g] = _mm512_castsi512_ps(_mm512_mask_xor_epi32(_mm512_castps_si512(v[g]), minus, _mm512_castps_si512(v[g]), sign));
                     v[g] = _mm512_mul_ps(_mm512_mul_ps(v[g], col[g]), row);
                 }
@@ -310,56 +315,6 @@ AVX static void numbers512(const rac_numbers *n, uint16_t *states) {
 }
 #endif
 
-#ifdef HAVE_X86
-/* Whether each magnitude is (a word + b) / 2, never 0: a small, b odd, as without corrections */
-static int is_linear(const float *rec, int *a, int *b) {
-    *a = (int)(2 * (rec[1] - rec[0]));
-    *b = (int)(2 * rec[0]);
-    int same = *a > 0 && *a <= 8 && !(*a & 1) && (*b & 1) && abs(*b) < 4096;
-    for (int k = 0; k < 256; k++) same &= rec[k] == 0.5f * (float)(*a * k + *b);
-    return same;
-}
-
-/* To BF16, where magnitudes are linear: numbers512 without its table, and even and odd columns apart instead of halves */
-AVX static void linear512(const rac_numbers *n, int a, int b, uint16_t *states) {
-    enum { STRIP = 16 };
-    const __m512i one = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
-    const __m512i h0 = _mm512_set1_epi16((short)n->q->h0), h1 = _mm512_set1_epi16((short)n->q->h1);
-    const __m512i slope = _mm512_set1_epi16((short)a), first = _mm512_set1_epi16((short)b);
-    const __m512 half = _mm512_set1_ps(0.5f);
-    const __mmask32 flip = n->q->zero & 1 ? ~0u : 0;
-    int32_t even[16];
-    for (int k = 0; k < 16; k++) even[k] = 2 * k;
-    const __m512i evens = _mm512_loadu_si512(even), odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-    for (int64_t top = 0; top < n->h; top += STRIP)
-        for (int64_t j = 0; j < n->w; j += 32) {
-            const __mmask32 some = n->w - j < 32 ? (1u << (n->w - j)) - 1 : ~0u;
-            const __m512 c0 = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)some, n->col + j), half);
-            const __m512 c1 = _mm512_mul_ps(_mm512_maskz_loadu_ps((__mmask16)(some >> 16), n->col + j + 16), half);
-            const __m512 left = _mm512_permutex2var_ps(c0, evens, c1), right = _mm512_permutex2var_ps(c0, odds, c1);
-            __m512i s = _mm512_loadu_si512(states + j);
-            for (int64_t i = top; i < n->h && i < top + STRIP; i++) {
-                const __m512 row = _mm512_set1_ps(n->row[i]);
-                const __m512i u = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(some, n->words + i * n->w + j));
-                const __mmask32 negative = _mm512_test_epi16_mask(s, one), next = _mm512_test_epi16_mask(u, one) ^ flip;
-                s = _mm512_xor_si512(_mm512_srli_epi16(s, 1), _mm512_maskz_mov_epi16(negative, h0));
-                s = _mm512_xor_si512(s, _mm512_maskz_mov_epi16(next, h1));
-                __m512i t = _mm512_add_epi16(_mm512_mullo_epi16(u, slope), first);
-                t = _mm512_mask_sub_epi16(t, negative, zero, t);
-                const __m512 x = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(t, 16), 16));
-                const __m512 y = _mm512_cvtepi32_ps(_mm512_srai_epi32(t, 16));
-                const __m512i e = rounded(_mm512_mul_ps(_mm512_mul_ps(x, left), row));
-                const __m512i o = rounded(_mm512_mul_ps(_mm512_mul_ps(y, right), row));
-                const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(e, 16), o);
-                uint16_t *d = (uint16_t *)n->dst + i * n->stride + j;
-                if (some == ~0u) _mm512_storeu_si512(d, both);
-                else _mm512_mask_storeu_epi16(d, some, both);
-            }
-            _mm512_storeu_si512(states + j, s);
-        }
-}
-#endif
-
 /* A tile of words (h, w) to numbers (stages/trellis.md): sign rec[word] col[j] row[i], the state of each column beginning
  * at 0. `states`: room for w + 31 of them. */
 void rac_untrellis(const uint8_t *words, int64_t h, int64_t w, const rac_dequant *q, const float *col, const float *row, void *dst,
@@ -367,10 +322,8 @@ void rac_untrellis(const uint8_t *words, int64_t h, int64_t w, const rac_dequant
     const rac_numbers n = {words, h, w, q, col, row, dst, stride};
 #ifdef HAVE_X86
     if (has512()) {
-        int a, b;
         memset(states, 0, 2 * (size_t)w);
-        if (q->size == 2 && is_linear(q->rec, &a, &b)) linear512(&n, a, b, states);
-        else numbers512(&n, states);
+        numbers512(&n, states);
         return;
     }
 #endif

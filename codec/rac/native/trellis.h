@@ -22,6 +22,7 @@ typedef struct {
 typedef struct {
     const float *rec;     /* magnitude of each word, 256 */
     int32_t h0, h1, zero; /* the word that stands for 0 */
+    int32_t even;         /* whether rec goes in equal steps, without corrections */
     int32_t size;         /* of an element of the tile: 4 float32, 2 BF16 */
 } rac_dequant;
 

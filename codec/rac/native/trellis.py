@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from typing import Any
 
 import numpy as np
@@ -18,35 +17,35 @@ _i = ctypes.c_int
 _p = native._p
 
 
-_DEQUANT = struct.Struct("P4i")
-"""rac_dequant in trellis.h."""
 _SIZES = {"F32": 4, "BF16": 2}
 
 
-def dequant(rec: NDArray[np.float32], code: tuple[int, int], zero: int, dtype: str) -> bytes:
-    """What the words of a tensor stand for, for `decode` and `native.job`; empty without a kernel for the type.
+def dequant(rec: NDArray[np.float32], even: bool, code: tuple[int, int], zero: int, dtype: str) -> bytes:
+    """What the words of a tensor stand for, for `decode` and `native.job`; empty where no kernel is for the type.
 
-    The caller keeps `rec` (256,), the magnitude of each word, alive.
+    Args:
+        rec: (256,) magnitude of each word; the caller keeps it alive.
+        even: Whether it goes in equal steps.
+        code: (H0, H1).
+        zero: The word that stands for 0.
+        dtype: Of the elements.
     """
     if native.library() is None or dtype not in _SIZES:
         return b""
-    return _DEQUANT.pack(native.address(rec), *code, zero, _SIZES[dtype])
+    return native.DEQUANT.pack(native.address(rec), *code, zero, even, _SIZES[dtype])
 
 
 def decode(
-    words: NDArray[np.uint8], code: tuple[int, int], zero: int, rec: NDArray[np.float32], cols: NDArray[np.float32],
-    rows: NDArray[np.float32], dst: Array, dtype: str,
-) -> bool:  # fmt: skip
-    """Words (h, w) to `dst` (h, w), unit column stride; False where no kernel is there for the type."""
-    lib, numbers = native.library(), dequant(rec, code, zero, dtype)
-    if lib is None or not numbers:
-        return False
+    words: NDArray[np.uint8], numbers: bytes, cols: NDArray[np.float32], rows: NDArray[np.float32], dst: Array
+) -> None:
+    """Words (h, w), which stand for `numbers` (`dequant`, not empty), to `dst` (h, w), unit column stride."""
+    lib = native.library()
+    assert lib is not None  # noqa: S101 - the caller asked
     h, w = words.shape
     states = np.empty(w + 31, np.uint16)
     lib.rac_untrellis(
         _p(words), _n(h), _n(w), numbers, _p(cols), _p(rows), _p(dst), _n(dst.strides[0] // dst.itemsize), _p(states)
     )
-    return True
 
 
 def block(

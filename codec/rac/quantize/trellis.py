@@ -183,7 +183,9 @@ def decode(words: NDArray[np.uint8], p: Trellis, t: Tables, box: tuple[int, int,
     """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type."""
     r0, r1, c0, c1 = box
     rows, cols = t.rows[r0:r1], t.cols[c0:c1]
-    if reference or not native.decode(words, CODES[p.states], p.zero, t.rec, cols, rows, dst, dtype):
+    if not reference and (numbers := dequant(t, p, dtype)):
+        native.decode(words, numbers, cols, rows, dst)
+    else:
         h0, h1 = CODES[p.states]
         state: Array = np.zeros(c1 - c0, np.uint8)
         for y in range(r1 - r0):
@@ -197,9 +199,9 @@ def decode(words: NDArray[np.uint8], p: Trellis, t: Tables, box: tuple[int, int,
     outliers(t, box, dst)
 
 
-def dequant(rec: NDArray[np.float32], p: Trellis, dtype: str) -> bytes:
-    """What words stand for, as the kernel of a tile wants it (`native.trellis.dequant`)."""
-    return native.dequant(rec, CODES[p.states], p.zero, dtype)
+def dequant(t: Tables, p: Trellis, dtype: str) -> bytes:
+    """What words stand for, as the kernel of a tile wants it (`native.trellis.dequant`); `t` is to stay."""
+    return native.dequant(t.rec, not p.sizes[0], CODES[p.states], p.zero, dtype)
 
 
 def outliers(t: Tables, box: tuple[int, int, int, int], dst: Array) -> None:
