@@ -15,44 +15,79 @@ TEXT = "".join(chr(97 + i * i % 26) + " " * (i % 5 == 0) for i in range(400))
 
 def llama(**other: Any) -> Any:
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128,
-        "tie_word_embeddings": True, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | other))
 
 
 def gpt2(**other: Any) -> Any:
     settings = {
-        "vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 128,
-        "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "n_embd": WIDTH,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings | other))
 
 
 def bert(**other: Any) -> Any:
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
     return transformers.BertForMaskedLM(transformers.BertConfig(**settings | other))
 
 
 def t5(**other: Any) -> Any:
     settings = {
-        "vocab_size": VOCABULARY, "d_model": WIDTH, "d_ff": INNER, "d_kv": 64, "num_layers": 2, "num_heads": 2,
-        "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "d_model": WIDTH,
+        "d_ff": INNER,
+        "d_kv": 64,
+        "num_layers": 2,
+        "num_heads": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": 1,
+    }
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**settings | other))
 
 
 def gemma(**other: Any) -> Any:
     """Its embedding is a class of its own, and tied to a plain output layer."""
     settings = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "max_position_embeddings": 128,
-        "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**settings | other))
 
 

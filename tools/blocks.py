@@ -70,8 +70,10 @@ def main() -> None:
             for bits in args.bits:
                 ratio = loss(w, each, False, bits, turned) / loss(w, each, True, bits, turned)
                 stored = "in, out" if turned else "out, in"
-                print(f"| {role} x {len(names)} | {stored} | {bits:g} | {ratio:.3f} | {-0.5 * math.log2(ratio):.3f} |",
-                      flush=True)  # fmt: skip
+                print(
+                    f"| {role} x {len(names)} | {stored} | {bits:g} | {ratio:.3f} | {-0.5 * math.log2(ratio):.3f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,21 @@ from typing import Any
 
 import numpy as np
 
-FIGURES = ("bits", "kurtosis", "kurtosis_rows", "outlier", "effective_rank", "stable_rank", "top10", "gini",
-           "output_top10", "output_gini", "entropy", "entropy_columns", "estimate")  # fmt: skip
+FIGURES = (
+    "bits",
+    "kurtosis",
+    "kurtosis_rows",
+    "outlier",
+    "effective_rank",
+    "stable_rank",
+    "top10",
+    "gini",
+    "output_top10",
+    "output_gini",
+    "entropy",
+    "entropy_columns",
+    "estimate",
+)
 
 
 def main() -> None:

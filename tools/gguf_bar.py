@@ -47,9 +47,26 @@ from rac.encode.recipe import calibrated, matrix_of, quantisable
 from rac.encode.sources import open_source
 
 TYPES = (
-    "Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S",
-    "IQ2_XS", "IQ2_XXS", "TQ2_0", "IQ1_M", "TQ1_0", "IQ1_S",
-)  # fmt: skip
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q5_0",
+    "Q4_K",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q3_K",
+    "IQ3_S",
+    "IQ3_XXS",
+    "Q2_K",
+    "IQ2_S",
+    "IQ2_XS",
+    "IQ2_XXS",
+    "TQ2_0",
+    "IQ1_M",
+    "TQ1_0",
+    "IQ1_S",
+)
 HEAD = (
     "| type | bits per weight | KL | top-1 | perplexity | seconds | smaller, and of lower KL, than |\n"
     "| --- | ---: | ---: | ---: | ---: | ---: | --- |"
@@ -100,9 +117,14 @@ class Ggml:
         self._quantise = lib.ggml_quantize_chunk
         self._quantise.restype = ctypes.c_size_t
         self._quantise.argtypes = (
-            ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
+            ctypes.c_int,
             ctypes.c_void_p,
-        )  # fmt: skip
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+        )
         self._traits = lib.ggml_get_type_traits
         self._traits.restype = ctypes.POINTER(_Traits)
         self._traits.argtypes = (ctypes.c_int,)

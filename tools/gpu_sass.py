@@ -47,9 +47,30 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, int]] = {
 store of a weight, an escape, a term of a product."""
 
 ALU = (
-    "LOP3", "SHF", "LEA", "IADD3", "IADD", "VIADD", "ISETP", "SEL", "VIMNMX", "VIMNMX3", "IMNMX", "PRMT", "P2R", "R2P",
-    "PLOP3", "SGXT", "F2FP", "FSETP", "FSEL", "FMNMX", "MOV", "VOTE", "BMSK",
-)  # fmt: skip
+    "LOP3",
+    "SHF",
+    "LEA",
+    "IADD3",
+    "IADD",
+    "VIADD",
+    "ISETP",
+    "SEL",
+    "VIMNMX",
+    "VIMNMX3",
+    "IMNMX",
+    "PRMT",
+    "P2R",
+    "R2P",
+    "PLOP3",
+    "SGXT",
+    "F2FP",
+    "FSETP",
+    "FSEL",
+    "FMNMX",
+    "MOV",
+    "VOTE",
+    "BMSK",
+)
 """Instructions of the pipe that takes half a warp per cycle and scheduler; moves and sums that are written as IMAD are
 those of another."""
 SLOW = ("POPC", "F2F", "F2I", "I2F", "MUFU", "FLO", "BREV")
@@ -74,8 +95,10 @@ def compiled(name: str, cap: int) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        out = [subprocess.run([tool, flag, f.name], capture_output=True, text=True, check=True).stdout
-               for flag in ("-sass", "-res-usage")]  # fmt: skip
+        out = [
+            subprocess.run([tool, flag, f.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        ]
     return out[0], out[1]
 
 
@@ -135,10 +158,15 @@ def measure(name: str, cap: int) -> dict[str, Any]:
     spilled = numbers["STACK"] + numbers["LOCAL"] + sum(t.startswith(("LDL", "STL")) for _, t in code)
     alu, slow = pipes(body)
     return {
-        "alu": round(alu / weights, 2), "slow": round(slow / weights, 2),
-        "registers": numbers["REG"], "spilled": spilled, "shared": numbers["SHARED"],
-        "per_weight": round(len(body) / weights, 2), "text": "\n".join(t for _, t in code), "loop": body,
-    }  # fmt: skip
+        "alu": round(alu / weights, 2),
+        "slow": round(slow / weights, 2),
+        "registers": numbers["REG"],
+        "spilled": spilled,
+        "shared": numbers["SHARED"],
+        "per_weight": round(len(body) / weights, 2),
+        "text": "\n".join(t for _, t in code),
+        "loop": body,
+    }
 
 
 def main() -> None:

@@ -64,9 +64,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, help="sequences (spinquant, 2), vectors (kurtail, 2048)")
     parser.add_argument(
-        "--lr", type=float,
+        "--lr",
+        type=float,
         help="longest step (spinquant, 1.5 at 16,384 tokens of a step, with their root at others; kurtail, 1)",
-    )  # fmt: skip
+    )
     parser.add_argument("--activations", type=int, default=4, help="bits")
     parser.add_argument("--cache", type=int, default=4, help="bits of keys and values")
     parser.add_argument("--seed", type=int, default=0)

@@ -33,9 +33,18 @@ from golden.model import ATTACHMENT, TENSOR, Archive
 
 FOLDER = Path(__file__).parent.parent / "format_spec" / "golden"
 MODULES = (
-    bad_container, bad_groups, bad_heads, bad_online, bad_products, bad_stages, bad_trellis, good_groups, good_online,
-    good_products, good_trellis,
-)  # fmt: skip
+    bad_container,
+    bad_groups,
+    bad_heads,
+    bad_online,
+    bad_products,
+    bad_stages,
+    bad_trellis,
+    good_groups,
+    good_online,
+    good_products,
+    good_trellis,
+)
 """Imported for their entries in BAD and GOOD."""
 
 
@@ -52,9 +61,12 @@ def describe(archive: Archive) -> dict[str, Any]:
         elif r.type == ATTACHMENT:
             files[r.head["name"]] = {"size": r.head["size"], "xxh3_128": r.head["digest"].hex()}
     return {
-        "metadata": archive.header.get("metadata", {}), "shard": archive.header.get("shard", [1, 1]),
-        "digest": archive.content_digest().hex(), "tensors": tensors, "attachments": files,
-    }  # fmt: skip
+        "metadata": archive.header.get("metadata", {}),
+        "shard": archive.header.get("shard", [1, 1]),
+        "digest": archive.content_digest().hex(),
+        "tensors": tensors,
+        "attachments": files,
+    }
 
 
 def make() -> dict[str, bytes]:

@@ -188,13 +188,19 @@ def main() -> int:
         for resident in ("dense", "compressed"):
             made[path, resident] = run("generate", path, resident, count, args.model)
     ids = made[args.lossy, "dense"]["ids"]
-    row(f"3 bits: {args.tokens} tokens, dense and compressed", ids == made[args.lossy, "compressed"]["ids"],
-        f"{len(ids)} ids")  # fmt: skip
+    row(
+        f"3 bits: {args.tokens} tokens, dense and compressed",
+        ids == made[args.lossy, "compressed"]["ids"],
+        f"{len(ids)} ids",
+    )
     m, size = of("memory", args.lossy, "compressed"), file_bytes(args.lossy)
     held = m["linear"] + m["kept"]
-    row("3 bits: buffers of linear layers to their bytes in the file", held <= 1.15 * size,
+    row(
+        "3 bits: buffers of linear layers to their bytes in the file",
+        held <= 1.15 * size,
         f"{m['linear']:,} and {m['kept']:,} of what was parsed, to {size:,} bytes: {held / size:.4f} "
-        f"(dense {m['dense']:,})")  # fmt: skip
+        f"(dense {m['dense']:,})",
+    )
     row("workspace", None, f"{m['workspace']:,} bytes; the largest layer has {m['largest']:,}")
     for path, name in ((args.lossy, "3 bits"), (args.lossless, "lossless")):
         d = of("decode", path, "compressed")
@@ -203,9 +209,12 @@ def main() -> int:
         for resident in ("dense", "compressed"):
             g = made[path, resident]
             rates[resident] = counts[path] / g["seconds"]
-            row(f"{name}, {resident}: greedy generation", None,
+            row(
+                f"{name}, {resident}: greedy generation",
+                None,
                 f"{rates[resident]:.2f} tokens/s, {1e3 * g['cpu'] / counts[path]:.0f} ms of processors per token, "
-                f"loaded in {g['load']:.2f} s, RSS +{g['rss'] / 1e6:.0f} MB")  # fmt: skip
+                f"loaded in {g['load']:.2f} s, RSS +{g['rss'] / 1e6:.0f} MB",
+            )
         row(f"{name}: compressed to dense, tokens/s (aim 0.5)", None, f"{rates['compressed'] / rates['dense']:.3f}")
     return 0 if good else 1
 

@@ -78,13 +78,17 @@ MODELS = (
     llama("8B", 32, 4096, 14336),
     llama("70B", 80, 8192, 28672),
     Model(
-        "1T MoE", 60, WIDTH,
+        "1T MoE",
+        60,
+        WIDTH,
         (
-            Input(WIDTH, (WIDTH, WIDTH, WIDTH)), Input(WIDTH, (WIDTH,)),
-            Input(WIDTH, (INNER, INNER), EXPERTS, ACTIVE / EXPERTS), Input(INNER, (WIDTH,), EXPERTS, ACTIVE / EXPERTS),
+            Input(WIDTH, (WIDTH, WIDTH, WIDTH)),
+            Input(WIDTH, (WIDTH,)),
+            Input(WIDTH, (INNER, INNER), EXPERTS, ACTIVE / EXPERTS),
+            Input(INNER, (WIDTH,), EXPERTS, ACTIVE / EXPERTS),
         ),
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,22 @@ def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None)
     rate = (0.35 * np.abs(np.arange(-lossy.MOST, lossy.MOST + 1.0))).astype(F32).reshape(1, 1, -1)
     back = None if below is None else np.ascontiguousarray(below.T)
     native.block(
-        states, tr.CODES[states], columns, columns.copy(), m, np.zeros((n, n), F32), np.full(n, 0.25, F32), magnitudes,
-        rate, np.zeros(1, np.int8), 0, None, 2.0 * lossy.MOST, below, back,
-    )  # fmt: skip
+        states,
+        tr.CODES[states],
+        columns,
+        columns.copy(),
+        m,
+        np.zeros((n, n), F32),
+        np.full(n, 0.25, F32),
+        magnitudes,
+        rate,
+        np.zeros(1, np.int8),
+        0,
+        None,
+        2.0 * lossy.MOST,
+        below,
+        back,
+    )
 
 
 def code(q: lossy.Quantised) -> int:
@@ -179,9 +196,16 @@ def measure(n: int) -> Rates:
     coding, restore = seconds(lambda: code(q)), seconds(lambda: q.digest)
     ns = 1e9 / n**2
     return Rates(
-        n, forward * ns / TOKENS, moment * ns / TOKENS, cholesky * ns / n, 2 * feedback * ns / n, search * ns,
-        (fed - plain) * 1e9 / columns.size, coding * ns, restore * ns,
-    )  # fmt: skip
+        n,
+        forward * ns / TOKENS,
+        moment * ns / TOKENS,
+        cholesky * ns / n,
+        2 * feedback * ns / n,
+        search * ns,
+        (fed - plain) * 1e9 / columns.size,
+        coding * ns,
+        restore * ns,
+    )
 
 
 def memory(n: int) -> tuple[float, float]:
@@ -264,9 +288,13 @@ def extrapolate(model: Model, rates: list[Rates], held: tuple[float, float]) -> 
     block = 4 * (weights + moments) / b
     largest = max(held[0] * i.n**2 + (8 + held[1]) * i.n * m for i, m in every)
     sizes = (
-        2 * weights, 4 * CALIBRATION * model.width * (b + 1), 4 * moments, block, largest,
+        2 * weights,
+        4 * CALIBRATION * model.width * (b + 1),
+        4 * moments,
+        block,
+        largest,
         4 * max(i.n**2 for i in model.inputs),
-    )  # fmt: skip
+    )
     return time_row, [model.name, *(f"{v / 1e9:,.1f}" for v in sizes)]
 
 
@@ -284,26 +312,41 @@ def main() -> None:
         "n | forward: token, weight | moment: token, n^2 | triangular: n^3 | feedback: multiply-add | "
         "search: weight | row feedback: weight | coding: weight | restore: weight",
         [
-            [str(r.n), *(f"{v:.4f}" for v in (r.forward, r.moment, r.cholesky, r.feedback)),
-             *(f"{v:.1f}" for v in (r.search, r.below, r.coding, r.restore))]
+            [
+                str(r.n),
+                *(f"{v:.4f}" for v in (r.forward, r.moment, r.cholesky, r.feedback)),
+                *(f"{v:.1f}" for v in (r.search, r.below, r.coding, r.restore)),
+            ]
             for r in rates
         ],
-    )  # fmt: skip
+    )
     print("\nThe same as ns for each weight of a square matrix, in one pass.")
     table(
         "n | triangular | feedback | search | coding | sum | row feedback | calibration, 40,960 tokens",
         [
-            [str(r.n), *(f"{v:,.0f}" for v in (
-                r.cholesky * r.n, r.feedback * r.n / 2, r.search, r.coding,
-                r.cholesky * r.n + r.feedback * r.n / 2 + r.search + r.coding, r.below,
-                CALIBRATION * (3 * r.forward + r.moment),
-            ))]
+            [
+                str(r.n),
+                *(
+                    f"{v:,.0f}"
+                    for v in (
+                        r.cholesky * r.n,
+                        r.feedback * r.n / 2,
+                        r.search,
+                        r.coding,
+                        r.cholesky * r.n + r.feedback * r.n / 2 + r.search + r.coding,
+                        r.below,
+                        CALIBRATION * (3 * r.forward + r.moment),
+                    )
+                ),
+            ]
             for r in rates
         ],
-    )  # fmt: skip
+    )
     print(f"\nMemory at most: triangular {held[0]:.0f} bytes for each n^2, quantising {held[1]:.0f} for each weight.")
-    print("Holds the interpreter's lock, one thread, share of its time: "
-          f"{', '.join(f'n = {n}: {lock_share(n):.0%}' for n in args.sizes)}.")  # fmt: skip
+    print(
+        "Holds the interpreter's lock, one thread, share of its time: "
+        f"{', '.join(f'n = {n}: {lock_share(n):.0%}' for n in args.sizes)}."
+    )
     rows = [extrapolate(model, rates, held) for model in MODELS]
     print(f"\nComputed: hours of one core with the rates of n = {rates[-1].n}.")
     table(

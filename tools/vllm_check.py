@@ -16,9 +16,12 @@ from typing import Any
 
 LAYER = "model.layers.0."
 NAMES = {
-    "q": LAYER + "self_attn.o_proj.weight", "down": LAYER + "mlp.down_proj.weight",
-    "gate": LAYER + "mlp.gate_proj.weight", "up": LAYER + "mlp.up_proj.weight", "embed": "model.embed_tokens.weight",
-}  # fmt: skip
+    "q": LAYER + "self_attn.o_proj.weight",
+    "down": LAYER + "mlp.down_proj.weight",
+    "gate": LAYER + "mlp.gate_proj.weight",
+    "up": LAYER + "mlp.up_proj.weight",
+    "embed": "model.embed_tokens.weight",
+}
 
 
 def layers(shapes: dict[str, tuple[int, ...]]) -> Any:
@@ -37,9 +40,12 @@ def layers(shapes: dict[str, tuple[int, ...]]) -> Any:
 
         def load_weights(self, weights: Any) -> set[str]:
             places: dict[str, tuple[str, tuple[int, ...]]] = {
-                NAMES["q"]: ("o", ()), NAMES["down"]: ("down", ()), NAMES["gate"]: ("both", (0,)),
-                NAMES["up"]: ("both", (1,)), NAMES["embed"]: ("embed", ()),
-            }  # fmt: skip
+                NAMES["q"]: ("o", ()),
+                NAMES["down"]: ("down", ()),
+                NAMES["gate"]: ("both", (0,)),
+                NAMES["up"]: ("both", (1,)),
+                NAMES["embed"]: ("embed", ()),
+            }
             done = set()
             for name, tensor in weights:
                 if name in places:

@@ -43,11 +43,36 @@ if TYPE_CHECKING:
     from rac.runtime.model import load_model, load_tokenizer
 
 __all__ = [
-    "ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError",
-    "NameNotFoundError", "OutputError", "RacError", "RacFile", "SourceError", "TruncatedError", "UnsupportedError",
-    "__version__", "align", "entropy", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open",
-    "pack", "quantize", "save_file", "split", "stream", "unpack", "verify",
-]  # fmt: skip
+    "ChecksumError",
+    "DamagedError",
+    "FormatError",
+    "LimitError",
+    "MismatchError",
+    "MissingDependencyError",
+    "NameNotFoundError",
+    "OutputError",
+    "RacError",
+    "RacFile",
+    "SourceError",
+    "TruncatedError",
+    "UnsupportedError",
+    "__version__",
+    "align",
+    "entropy",
+    "iter_tensors",
+    "load",
+    "load_file",
+    "load_model",
+    "load_tokenizer",
+    "open",
+    "pack",
+    "quantize",
+    "save_file",
+    "split",
+    "stream",
+    "unpack",
+    "verify",
+]
 
 _WHERE = {
     "RacFile": "rac.decode.archive:RacFile",

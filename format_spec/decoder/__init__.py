@@ -15,9 +15,17 @@ from .errors import (
     RacError,
     TruncatedError,
     UnsupportedError,
-)  # fmt: skip
+)
 
 __all__ = [
-    "Archive", "ChecksumError", "FormatError", "LimitError", "Limits", "RacError", "RandomAccess",
-    "TruncatedError", "UnsupportedError", "decode",
-]  # fmt: skip
+    "Archive",
+    "ChecksumError",
+    "FormatError",
+    "LimitError",
+    "Limits",
+    "RacError",
+    "RandomAccess",
+    "TruncatedError",
+    "UnsupportedError",
+    "decode",
+]

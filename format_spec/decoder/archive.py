@@ -55,9 +55,14 @@ def tensor_record(
     dense, parts = read_tensor(source, head, objects)
     source.zeros(-record.payload % 64)
     row: Map = {
-        **record.row(), "name": head.name, "method": head.method, "dtype": head.dtype,
-        "shape": [*head.shape], "aliases": [[name, tied] for name, tied in head.aliases], "parts": [*parts],
-    }  # fmt: skip
+        **record.row(),
+        "name": head.name,
+        "method": head.method,
+        "dtype": head.dtype,
+        "shape": [*head.shape],
+        "aliases": [[name, tied] for name, tied in head.aliases],
+        "parts": [*parts],
+    }
     return dense, head.online, head.digest, row
 
 
@@ -69,9 +74,13 @@ def object_record(source: Input, record: Record, limits: Limits, held: int) -> t
     dense, parts = read_tensor(source, head, {})
     source.zeros(-record.payload % 64)
     row: Map = {
-        **record.row(), "name": head.name, "method": head.method, "dtype": head.dtype, "shape": [*head.shape],
+        **record.row(),
+        "name": head.name,
+        "method": head.method,
+        "dtype": head.dtype,
+        "shape": [*head.shape],
         "parts": [*parts],
-    }  # fmt: skip
+    }
     return np.frombuffer(dense, "<f4").reshape(head.rows, head.cols), row
 
 

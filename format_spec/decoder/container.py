@@ -16,7 +16,7 @@ from .errors import (
     Limits,
     TruncatedError,
     UnsupportedError,
-)  # fmt: skip
+)
 from .frames import decompress
 from .structure import (
     Map,
@@ -29,12 +29,12 @@ from .structure import (
     as_text,
     check_keys,
     parse_map,
-)  # fmt: skip
+)
 from .tensors import (
     check_shape,
     read_unit,
     unit_directory,
-)  # fmt: skip
+)
 
 MAGIC = b"\x89RAC\r\n\x1a\n"
 RECORD_MAGIC = b"RREC"
@@ -165,9 +165,13 @@ class Record:
     def row(self) -> Map:
         """The keys of "all" that the index has for this record."""
         return {
-            "type": self.type, "flags": self.flags, "at": self.at, "head": self.head_length,
-            "payload": self.payload, "check": self.check,
-        }  # fmt: skip
+            "type": self.type,
+            "flags": self.flags,
+            "at": self.at,
+            "head": self.head_length,
+            "payload": self.payload,
+            "check": self.check,
+        }
 
 
 def record_size(head_length: int, payload: int) -> int:

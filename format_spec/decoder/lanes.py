@@ -16,9 +16,21 @@ Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint32]
 Values = NDArray[np.uint64]
 KEYS = (
-    "id", "lanes", "packed", "per", "zero", "sign", "shift", "runs", "escapes", "tables", "order", "rows",
-    "cols", "sizes",
-)  # fmt: skip
+    "id",
+    "lanes",
+    "packed",
+    "per",
+    "zero",
+    "sign",
+    "shift",
+    "runs",
+    "escapes",
+    "tables",
+    "order",
+    "rows",
+    "cols",
+    "sizes",
+)
 POWERS = (32, 16, 8, 4, 2, 1)
 
 
@@ -102,9 +114,25 @@ def parameters(stage: Map, word: int) -> Parameters:
     if not 2 <= base <= (256 if per == 1 else 16):
         raise FormatError(f"RAC-LAN-009: alphabet of {base}")
     return Parameters(
-        width, lanes, packed, per, zero, sign, shift, runs, escapes, tables, order, rows, cols, sizes,
-        limit, tops, base, base**per,
-    )  # fmt: skip
+        width,
+        lanes,
+        packed,
+        per,
+        zero,
+        sign,
+        shift,
+        runs,
+        escapes,
+        tables,
+        order,
+        rows,
+        cols,
+        sizes,
+        limit,
+        tops,
+        base,
+        base**per,
+    )
 
 
 def coded_symbols(p: Parameters) -> Ints:

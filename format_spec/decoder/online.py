@@ -112,8 +112,12 @@ def base(kind: str, c: int) -> list[list[int]]:
         return [[two[k[i // 2][j // 2]][i % 2][j % 2] for j in range(c)] for i in range(c)]
     halves = [[1 if sign == "+" else -1 for sign in text] for text in WILLIAMSON]
     x, y, z, v = ([1, *half, *reversed(half)] for half in halves)
-    places = (((1, x), (1, y), (1, z), (1, v)), ((-1, y), (1, x), (-1, v), (1, z)),
-              ((-1, z), (1, v), (1, x), (-1, y)), ((-1, v), (-1, z), (1, y), (1, x)))  # fmt: skip
+    places = (
+        ((1, x), (1, y), (1, z), (1, v)),
+        ((-1, y), (1, x), (-1, v), (1, z)),
+        ((-1, z), (1, v), (1, x), (-1, y)),
+        ((-1, v), (-1, z), (1, y), (1, x)),
+    )
     return [[sign * row[(i - j) % 43] for sign, row in line for j in range(43)] for line in places for i in range(43)]
 
 

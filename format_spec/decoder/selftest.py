@@ -123,19 +123,35 @@ def example_tile() -> None:
     ends = "01000001"
     tail = "02" + "00" * 15 + "399103" + "00" * 13
     cases = [
-        (1, "0010030020400403800500406078081203ff",
-         "01000000 01000100 0000000000000000 000080ac 00006003 0000000000000000"),
-        (2, "0078a3f1f8fc208fc7e3f1f8fc7e3f0821e87a1e803f308a11422847"
-            "08a114228470 8a114228470430430430",
-         "01000000 01000100 0000000000000000 00308570 00f0fb08 0000000000000000"),
-    ]  # fmt: skip
+        (
+            1,
+            "0010030020400403800500406078081203ff",
+            "01000000 01000100 0000000000000000 000080ac 00006003 0000000000000000",
+        ),
+        (
+            2,
+            "0078a3f1f8fc208fc7e3f1f8fc7e3f0821e87a1e803f308a1142284708a114228470 8a114228470430430430",
+            "01000000 01000100 0000000000000000 00308570 00f0fb08 0000000000000000",
+        ),
+    ]
     for per, tables, start in cases:
         section = bytes.fromhex(tables)
         stage: Map = {
-            "id": "lanes/1", "lanes": 2, "packed": 0, "per": per, "zero": 0, "sign": 0, "shift": 2,
-            "runs": [0, 3], "escapes": [10], "tables": 2, "order": -2, "rows": 2, "cols": 1,
+            "id": "lanes/1",
+            "lanes": 2,
+            "packed": 0,
+            "per": per,
+            "zero": 0,
+            "sign": 0,
+            "shift": 2,
+            "runs": [0, 3],
+            "escapes": [10],
+            "tables": 2,
+            "order": -2,
+            "rows": 2,
+            "cols": 1,
             "sizes": [len(section), 2, 0],
-        }  # fmt: skip
+        }
         p = lanes.parameters(stage, 1)
         shared = lanes.shared_unit(section + bytes.fromhex(ends), p, 2, 5)
         if per == 1:
@@ -148,8 +164,13 @@ def example_tile() -> None:
 def example_trellis() -> None:
     """stages/trellis.md section 8."""
     stage: Map = {
-        "id": "trellis/1", "states": 4, "zero": 10, "low": 9, "scale": 0x3F000000, "sizes": [3, 4, 2, 10],
-    }  # fmt: skip
+        "id": "trellis/1",
+        "states": 4,
+        "zero": 10,
+        "low": 9,
+        "scale": 0x3F000000,
+        "sizes": [3, 4, 2, 10],
+    }
     p = trellis.parameters(stage, "BF16")
     unit = trellis.trellis_unit(bytes.fromhex("0008f8 00000400 0080 03000000 00000000 803f"), p, 4, 2)
     assert unit.magnitudes[9:12].tolist() == [-1.5, 0.625, 2.375]

@@ -26,15 +26,29 @@ from .structure import (
     as_map,
     as_text,
     check_keys,
-)  # fmt: skip
+)
 
 # registry.md, "Data types": name -> (bits of an element, bytes of a word)
 DTYPES = {
-    "F64": (64, 8), "F32": (32, 4), "F16": (16, 2), "BF16": (16, 2), "C64": (64, 4),
-    "F8_E4M3": (8, 1), "F8_E5M2": (8, 1), "F8_E8M0": (8, 1), "F4": (4, 1),
-    "I64": (64, 8), "I32": (32, 4), "I16": (16, 2), "I8": (8, 1),
-    "U64": (64, 8), "U32": (32, 4), "U16": (16, 2), "U8": (8, 1), "BOOL": (8, 1),
-}  # fmt: skip
+    "F64": (64, 8),
+    "F32": (32, 4),
+    "F16": (16, 2),
+    "BF16": (16, 2),
+    "C64": (64, 4),
+    "F8_E4M3": (8, 1),
+    "F8_E5M2": (8, 1),
+    "F8_E8M0": (8, 1),
+    "F4": (4, 1),
+    "I64": (64, 8),
+    "I32": (32, 4),
+    "I16": (16, 2),
+    "I8": (8, 1),
+    "U64": (64, 8),
+    "U32": (32, 4),
+    "U16": (16, 2),
+    "U8": (8, 1),
+    "BOOL": (8, 1),
+}
 STAGES = ("raw/1", "zstd/1", "lanes/1", "bits/1")  # first of the stages; the second, if any, is trellis/1 or groups/1
 USES = {"lowrank/1": 2, "basis/1": 1}  # third of the stages, if any, behind trellis/1 -> number of objects
 Objects = Mapping[str, NDArray[np.float32]]  # those in front of a record
@@ -197,10 +211,27 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
     if [size for size, _ in units[: len(special)]] != special:
         raise FormatError("RAC-TEN-016, RAC-LAN-010, RAC-TCQ-007, RAC-GRP-007: size of a unit in front of the tiles")
     return TensorHead(
-        name, dtype, tuple(shape), rows, cols, word, coded_word, tile_rows, tile_cols, first,
-        as_text((third or stages[-1])["id"], ""), parameters, coded_bits, second, third, uses, units, digest,
-        aliases, online,
-    )  # fmt: skip
+        name,
+        dtype,
+        tuple(shape),
+        rows,
+        cols,
+        word,
+        coded_word,
+        tile_rows,
+        tile_cols,
+        first,
+        as_text((third or stages[-1])["id"], ""),
+        parameters,
+        coded_bits,
+        second,
+        third,
+        uses,
+        units,
+        digest,
+        aliases,
+        online,
+    )
 
 
 def read_tensor(reader: Reader, tensor: TensorHead, objects: Objects) -> tuple[bytes, list[int]]:

@@ -67,9 +67,12 @@ def lanes_row(per: int, lanes: int, base: NDArray[np.uint8], sym: NDArray[np.uin
     assert native.decode_tiles([job]) is None
     assert ((dst[0] >> 7 & 255) == values[base]).all()
     row(
-        per, lanes, len(words), lambda: native.encode_lanes(sym, lanes, segments, model),
+        per,
+        lanes,
+        len(words),
+        lambda: native.encode_lanes(sym, lanes, segments, model),
         lambda: native.decode_tiles([job]),
-    )  # fmt: skip
+    )
 
 
 def main() -> None:
@@ -87,9 +90,12 @@ def main() -> None:
         places = coder.index[0][sym].astype(np.int32)
         stream = coder.encode(places, [(STEPS, 0)])
         row(
-            per, "constriction", len(stream), partial(coder.encode, places, [(STEPS, 0)]),
+            per,
+            "constriction",
+            len(stream),
+            partial(coder.encode, places, [(STEPS, 0)]),
             partial(coder.decode, stream, [(STEPS, 0)]),
-        )  # fmt: skip
+        )
 
 
 if __name__ == "__main__":

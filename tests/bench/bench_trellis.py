@@ -18,9 +18,7 @@ from rac.quantize import trellis as tr
 COLUMNS, ROWS, MOST = 256, 4096, 60
 
 
-def search(
-    x: NDArray[np.float32], states: int, step: float, slope: float
-) -> tuple[float, float, float]:  # fmt: skip
+def search(x: NDArray[np.float32], states: int, step: float, slope: float) -> tuple[float, float, float]:
     """(bits, squared error, ns per sample) after four rounds of search and counting."""
     rec = tr.magnitudes(states, 128)[128 - MOST : 129 + MOST].copy()
     p = np.exp(-0.5 * (rec.astype(np.float64) * step) ** 2) + 1e-9
@@ -29,9 +27,20 @@ def search(
         rate = (-slope * np.log2(p)).astype(np.float32).reshape(1, 1, -1)
         start = time.perf_counter()
         k, value, *_ = native.block(
-            states, tr.CODES[states], x, x.copy(), ROWS, np.zeros((COLUMNS, COLUMNS), np.float32),
-            np.full(COLUMNS, step, np.float32), rec, rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST,
-        )  # fmt: skip
+            states,
+            tr.CODES[states],
+            x,
+            x.copy(),
+            ROWS,
+            np.zeros((COLUMNS, COLUMNS), np.float32),
+            np.full(COLUMNS, step, np.float32),
+            rec,
+            rate,
+            np.zeros(1, np.int8),
+            0,
+            None,
+            2.0 * MOST,
+        )
         seconds = time.perf_counter() - start
         n = np.bincount((k + MOST).ravel(), minlength=2 * MOST + 1)
         p = (n + 0.02) / (n + 0.02).sum()

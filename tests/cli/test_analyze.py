@@ -74,8 +74,16 @@ def report(folder):
 
 def test_json_has_its_keys(report):
     assert report.keys() == {
-        "about", "bases", "model", "blocks", "gaussian", "counts", "histograms", "edges", "tensors",
-    }  # fmt: skip
+        "about",
+        "bases",
+        "model",
+        "blocks",
+        "gaussian",
+        "counts",
+        "histograms",
+        "edges",
+        "tensors",
+    }
     assert [b["id"] for b in report["bases"]] == [*EVERY, "spin"]
     about = report["about"]
     assert (about["matrices"], about["of"], about["tokens"], about["second_moment"]) == (10, 10, 1024, "text")
@@ -131,8 +139,19 @@ def test_without_a_text(folder, capsys, tmp_path):
     w = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
     w[:, 3] *= 30
     st.save_file({"a.weight": w, "zero.weight": np.zeros((128, 256), np.float32)}, tmp_path / "m.safetensors")
-    assert main(["analyze", str(tmp_path / "m.safetensors"), "--json", str(tmp_path / "r.json"),
-                 "--html", str(tmp_path / "r.html")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "analyze",
+                str(tmp_path / "m.safetensors"),
+                "--json",
+                str(tmp_path / "r.json"),
+                "--html",
+                str(tmp_path / "r.html"),
+            ]
+        )
+        == 0
+    )
     assert "no text: no aligned bases" in capsys.readouterr().out
     found = json.loads((tmp_path / "r.json").read_text())
     assert [b["id"] for b in found["bases"]] == EVERY[:3] and found["counts"] == []

@@ -259,10 +259,12 @@ def test_interrupt(tmp_path):
     out, part = tmp_path / "m.rac", tmp_path / "m.rac.part"
     with subprocess.Popen(
         [*RAC, "pack", large, "-o", out, "--level", "max", "-j1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # a test run in the background of a shell hands down that SIGINT is ignored
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
+    ) as process:
         while not part.exists() or part.stat().st_size < 500_000:
             assert process.poll() is None
             time.sleep(0.001)
@@ -283,9 +285,11 @@ def test_interrupt_before_anything_is_written(tmp_path):
     st.save_file({f"{i:02}": weights(i, 512, 512) for i in range(40)}, large)
     with subprocess.Popen(
         [*RAC, "pack", large, "-o", tmp_path / "m.rac", "--bits", "3", "--effort", "max", "-j1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
+    ) as process:
         while len(os.listdir(f"/proc/{process.pid}/task")) < 2:  # numpy is there: Python has long been at our code
             time.sleep(0.001)
         time.sleep(1)  # on a busy machine too
@@ -331,9 +335,14 @@ def archives(tmp_path, folder):
     """Archives of all kinds: paths, and the size of all their files."""
     rng = np.random.default_rng(0)
     tensors = {
-        "lanes": weights(1, 300, 200), "raw": rng.integers(0, 256, 999, np.uint8), "zstd": np.zeros(5000),
-        "0d": np.array(1.5), "none": np.zeros((3, 0)), "same": weights(1, 300, 200), "tiles": weights(3, 800, 700),
-    }  # fmt: skip
+        "lanes": weights(1, 300, 200),
+        "raw": rng.integers(0, 256, 999, np.uint8),
+        "zstd": np.zeros(5000),
+        "0d": np.array(1.5),
+        "none": np.zeros((3, 0)),
+        "same": weights(1, 300, 200),
+        "tiles": weights(3, 800, 700),
+    }
     for level in ("fast", "default", "max"):
         rac.save_file(tensors, tmp_path / f"{level}.rac", {"a": "b"}, level=level)
         yield tmp_path / f"{level}.rac", (tmp_path / f"{level}.rac").stat().st_size
@@ -394,8 +403,11 @@ def test_info_of_tensors(run, tmp_path, folder):
     rac.pack(folder, tmp_path / "hf.rac", include=["layer*"])
     report = json.loads(run("info", tmp_path / "hf.rac", "--json")[1])
     assert {x["name"] for x in report["attachments"]} == {
-        "config.json", "empty", "model.safetensors.index.json", "onnx/größe.txt",
-    }  # fmt: skip
+        "config.json",
+        "empty",
+        "model.safetensors.index.json",
+        "onnx/größe.txt",
+    }
     assert report["metadata"] == {"format": "pt"}
     assert report["provenance"]["include"] == ["layer*"]
     out = run("info", tmp_path / "hf.rac", "--tensors")[1]

@@ -88,8 +88,9 @@ def table(out, title):
 def test_bytes_of_quantised_tensors(lossy, capsys):
     r = adds_up(lossy)
     assert [(t["role"], t["tensors"], t["weights"]) for t in r["roles"]] == [
-        ("h.*.down.weight", 2, 64000), ("h.*.up.weight", 2, 64000),
-    ]  # fmt: skip
+        ("h.*.down.weight", 2, 64000),
+        ("h.*.up.weight", 2, 64000),
+    ]
     up = next(t for t in r["tensors"] if t["name"] == "h.0.up.weight")
     q = up["quantised"]
     archive = Archive(FileAccess(lossy))

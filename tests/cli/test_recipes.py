@@ -86,9 +86,32 @@ def test_the_benchmark_of_all_recipes(folder, tmp_path, capsys):
     from xml.etree import ElementTree
 
     text = str(folder / "text.txt")
-    args = ["compare", str(folder / "hf"), "--recipes", "rtn,gptq,aligned", "--bits", "3,6", "--calibrate", text,
-            "--calibration-tokens", "300", "--text", text, "--tokens", "200", "--context", "100", "--group", "16",
-            "--effort", "fast", "--out", str(tmp_path / "files"), "--plot", str(tmp_path / "plot.svg")]  # fmt: skip
+    args = [
+        "compare",
+        str(folder / "hf"),
+        "--recipes",
+        "rtn,gptq,aligned",
+        "--bits",
+        "3,6",
+        "--calibrate",
+        text,
+        "--calibration-tokens",
+        "300",
+        "--text",
+        text,
+        "--tokens",
+        "200",
+        "--context",
+        "100",
+        "--group",
+        "16",
+        "--effort",
+        "fast",
+        "--out",
+        str(tmp_path / "files"),
+        "--plot",
+        str(tmp_path / "plot.svg"),
+    ]
     assert main([*args, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(r["recipe"], r.get("bits")) for r in rows[1:]] == [
@@ -118,9 +141,32 @@ def test_what_is_learned_serves_all_bits_and_each_seed_has_its_own(folder, tmp_p
     import json
 
     text = str(folder / "text.txt")
-    args = ["compare", str(folder / "hf"), "--recipes", "quarot,kurtail,rtn", "--bits", "4,3", "--seeds", "5,7",
-            "--calibrate", text, "--calibration-tokens", "300", "--text", text, "--tokens", "200", "--context", "100",
-            "--group", "16", "--steps", "3", "--out", str(tmp_path)]  # fmt: skip
+    args = [
+        "compare",
+        str(folder / "hf"),
+        "--recipes",
+        "quarot,kurtail,rtn",
+        "--bits",
+        "4,3",
+        "--seeds",
+        "5,7",
+        "--calibrate",
+        text,
+        "--calibration-tokens",
+        "300",
+        "--text",
+        text,
+        "--tokens",
+        "200",
+        "--context",
+        "100",
+        "--group",
+        "16",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*args, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)[1:]
     assert [(r["recipe"], r["bits"], r["seed"]) for r in rows] == [
@@ -139,8 +185,31 @@ def test_what_is_learned_serves_all_bits_and_each_seed_has_its_own(folder, tmp_p
             learned.append(f.attachment("rotations/learned.bin"))
     assert learned[0] == learned[1] != learned[2] == learned[3]
     alone = tmp_path / "alone.rac"
-    assert main(["pack", str(folder / "hf"), "-o", str(alone), "--recipe", "kurtail", "--bits", "3", "--seed", "7",
-                 "--calibrate", text, "--tokens", "300", "--group", "16", "--steps", "3"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "pack",
+                str(folder / "hf"),
+                "-o",
+                str(alone),
+                "--recipe",
+                "kurtail",
+                "--bits",
+                "3",
+                "--seed",
+                "7",
+                "--calibrate",
+                text,
+                "--tokens",
+                "300",
+                "--group",
+                "16",
+                "--steps",
+                "3",
+            ]
+        )
+        == 0
+    )
     a, b = rac.load_file(alone), rac.load_file(tmp_path / "kurtail-3-7.rac")
     assert all((a[name] == b[name]).all() for name in a)
     assert main([*args[:6], "--seeds", "1,1", *args[8:]]) == 2

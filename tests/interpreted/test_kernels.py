@@ -107,10 +107,17 @@ def test_groups(tmp_path, monkeypatch, entropy):
     cases = [
         (bits, group, types[i % 3], rows, cols, not i % 2)
         for i, (bits, group, rows, cols) in enumerate(
-            [(4, 128, 9, 384), (3, 7, 13, 50), (8, 9, 6, 160), (2, 300, 10, 300), (5, 64, 66, 64), (1, 32, 6, 64),
-             (6, 5, 7, 64)]
+            [
+                (4, 128, 9, 384),
+                (3, 7, 13, 50),
+                (8, 9, 6, 160),
+                (2, 300, 10, 300),
+                (5, 64, 66, 64),
+                (1, 32, 6, 64),
+                (6, 5, 7, 64),
+            ]
         )
-    ]  # fmt: skip
+    ]
     made = {f"{i}": grouped(i, *case) for i, case in enumerate(cases)}
     dense = {name: w for name, (_, w) in made.items()}
     given = {name: g for name, (g, _) in made.items()}

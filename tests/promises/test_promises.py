@@ -60,9 +60,14 @@ def archive(path, records, header=None):
 def u8(name, data, stage="raw/1", **change):
     """Record of a U8 tensor of one tile, which is stored as it is."""
     head = {
-        "axis": 0, "digest": bytes(16), "dtype": "U8", "name": name, "shape": [len(data)],
-        "stages": [{"id": stage}], "tile": [1, len(data)],
-    } | change  # fmt: skip
+        "axis": 0,
+        "digest": bytes(16),
+        "dtype": "U8",
+        "name": name,
+        "shape": [len(data)],
+        "stages": [{"id": stage}],
+        "tile": [1, len(data)],
+    } | change
     parts = (0, 0, 0, 0, len(data), -len(data) % 16)
     fields = {"method": stage, "dtype": head["dtype"], "shape": tuple(head["shape"]), "parts": parts}
     return 1, 0, head, [data], fields
@@ -301,8 +306,10 @@ def test_06_checked(tmp_path):
     whole = Archive(BytesAccess(data))
     entries = {e.name: e for e in whole.index.entries}
     assert {n: e.method for n, e in entries.items() if n in tensors} == {
-        "lanes": "lanes/1", "zeros": "zstd/1", "noise": "raw/1",
-    }  # fmt: skip
+        "lanes": "lanes/1",
+        "zeros": "zstd/1",
+        "noise": "raw/1",
+    }
 
     def flipped(at, bit=0):
         out = bytearray(data)

@@ -117,11 +117,18 @@ def test_what_quantize_refuses():
 @pytest.mark.parametrize(
     "v",
     [
-        np.zeros(0, np.int8), np.array(7), np.zeros((3, 0), np.int64), np.full(1000, -5), np.arange(256) - 128,
-        np.arange(-32768, -32512), np.array([32767, 32766], np.uint16),
-        np.random.default_rng(0).poisson(3, (50, 60, 7)), np.full(20, 255, np.uint8), np.array([0, 200], np.uint64),
+        np.zeros(0, np.int8),
+        np.array(7),
+        np.zeros((3, 0), np.int64),
+        np.full(1000, -5),
+        np.arange(256) - 128,
+        np.arange(-32768, -32512),
+        np.array([32767, 32766], np.uint16),
+        np.random.default_rng(0).poisson(3, (50, 60, 7)),
+        np.full(20, 255, np.uint8),
+        np.array([0, 200], np.uint64),
     ],
-)  # fmt: skip
+)
 def test_integers_come_back(v):
     data = rac.entropy.encode(v)
     back = rac.entropy.decode(data, v.shape)

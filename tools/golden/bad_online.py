@@ -37,8 +37,14 @@ def whole(value: Any) -> Patch:
 
 for _name, _wrong in (("null", None), ("array", []), ("text", "hadamard/1"), ("int", 12)):
     bad(_name, "TEN-004", "`online` is no map.", whole(_wrong))
-for _name, _id in (("id-none", DROP), ("id-int", 1), ("id-version", "hadamard/2"), ("id-other", "fourier/1"),
-                   ("id-x", "x-mine"), ("id-stage", "basis/1")):  # fmt: skip
+for _name, _id in (
+    ("id-none", DROP),
+    ("id-int", 1),
+    ("id-version", "hadamard/2"),
+    ("id-other", "fourier/1"),
+    ("id-x", "x-mine"),
+    ("id-stage", "basis/1"),
+):
     bad(_name, "ONL-001", "The `id` is missing, or not one that is assigned.", on(H, H, id=_id), UNSUPPORTED)
 bad("empty", "ONL-001", "An empty map.", whole({}), UNSUPPORTED)
 for _key in ("inner", "size", "seed"):
@@ -50,11 +56,19 @@ for _key in ("object", "x-a", "outer"):
 for _key in ("size", "seed", "x-a"):
     bad(f"matrix-key-{_key}", "ONL-003", f"matrix/1 with the key `{_key}`.", on(f"m {M}", M, **{_key: 4}), UNSUPPORTED)
 for _name, _values in (
-    ("inner-0", {"inner": 0}), ("inner-negative", {"inner": -1}), ("inner-bool", {"inner": True}),
-    ("inner-null", {"inner": None}), ("size-0", {"size": 0}), ("size-text", {"size": "12"}),
-    ("size-null", {"size": None}), ("size-bool", {"size": True}), ("seed-negative", {"seed": -1}),
-    ("seed-large", {"seed": (1 << 62) + 1}), ("seed-bool", {"seed": False}), ("seed-text", {"seed": "1"}),
-):  # fmt: skip
+    ("inner-0", {"inner": 0}),
+    ("inner-negative", {"inner": -1}),
+    ("inner-bool", {"inner": True}),
+    ("inner-null", {"inner": None}),
+    ("size-0", {"size": 0}),
+    ("size-text", {"size": "12"}),
+    ("size-null", {"size": None}),
+    ("size-bool", {"size": True}),
+    ("seed-negative", {"seed": -1}),
+    ("seed-large", {"seed": (1 << 62) + 1}),
+    ("seed-bool", {"seed": False}),
+    ("seed-text", {"seed": "1"}),
+):
     bad(_name, "ONL-004", "A value of another type or range.", on(H, H, **_values))
 bad("matrix-inner-0", "ONL-004", "`inner` is 0.", on(f"m {M}", M, inner=0))
 for _name, _object in (("int", 1), ("null", None), ("bin", b"m")):
@@ -75,9 +89,12 @@ for _dtype in ("U8", "I64", "F8_E4M3"):
 for _name, _shape in (("scalar", []), ("flat", [4]), ("cube", [2, 2, 4]), ("no-rows", [0, 4]), ("no-columns", [4, 0])):
     bad(f"shape-{_name}", "ONL-005", f"A tensor of shape {_shape}.", other("F32", _shape, 4))
 for _name, _values in (
-    ("size", {"size": 5}), ("size-rows", {"size": 24}), ("inner", {"size": 4, "inner": 2}), ("wide", {"size": 1 << 62}),
+    ("size", {"size": 5}),
+    ("size-rows", {"size": 24}),
+    ("inner", {"size": 4, "inner": 2}),
+    ("wide", {"size": 1 << 62}),
     ("inner-wide", {"inner": 1 << 62}),
-):  # fmt: skip
+):
     bad(f"divide-{_name}", "ONL-006", f"{_values} and 12 columns.", on(H, H, **_values))
 bad("matrix-divide", "ONL-006", "A matrix of order 4 with step 2 and 12 columns.", on(f"m {M}", M, inner=2))
 bad("object-missing", "ONL-007", "An object that is not there.", on(f"m {M}", M, object="n"))

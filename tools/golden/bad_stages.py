@@ -22,7 +22,7 @@ from golden.cases import (
     set_bytes,
     stage,
     unit,
-)  # fmt: skip
+)
 from golden.good import archive, frame, tensor
 from golden.lanes import Lanes, table_code
 from golden.model import DROP, Archive

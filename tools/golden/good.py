@@ -46,9 +46,16 @@ def frame(data: bytes, blocks: list[tuple[int, bytes]], window: int | None = Non
 
 
 def tensor(
-    name: str, dtype: str, shape: list[int], words: list[int], stage: str | Lanes = "raw/1", *,
-    axis: int | None = None, tile: tuple[int, int] | None = None, more: dict[str, Any] | None = None,
-) -> Record:  # fmt: skip
+    name: str,
+    dtype: str,
+    shape: list[int],
+    words: list[int],
+    stage: str | Lanes = "raw/1",
+    *,
+    axis: int | None = None,
+    tile: tuple[int, int] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Record:
     """A tensor record; `more` are further keys of its head."""
     more = more or {}
     d = DTYPES[dtype]
@@ -59,9 +66,13 @@ def tensor(
         raise ValueError(f"{name}: {len(words)} words for {rows} x {cols}")
     tr, tc = tile or (max(1, rows), max(1, cols))
     head: dict[str, Any] = {
-        "name": name, "dtype": dtype, "shape": shape, "axis": axis, "tile": [tr, tc],
+        "name": name,
+        "dtype": dtype,
+        "shape": shape,
+        "axis": axis,
+        "tile": [tr, tc],
         "digest": zstd.digest(dense(dtype, words)),
-    }  # fmt: skip
+    }
     if isinstance(stage, Lanes):
         coded = encode(stage, words, rows, cols, tr, tc)
         return Record(TENSOR, head | {"stages": [coded.stage]} | more, coded.units, parts=coded.parts)
@@ -115,9 +126,10 @@ def fit(p: Lanes, words: list[int], most: int = 8) -> Lanes:
 @good("example", "The worked example of container.md section 19, byte for byte.")
 def _() -> Archive:
     a = archive(
-        tensor("a", "U8", [3], [0, 1, 2]), metadata={},
+        tensor("a", "U8", [3], [0, 1, 2]),
+        metadata={},
         provenance={"level": "default", "lossless": True, "source": "memory", "tool": "rac-codec 0.1.0"},
-    )  # fmt: skip
+    )
     a.index_unit = lambda body: b"\x28\xb5\x2f\xfd\x20\x90" + (len(body) << 3 | 1).to_bytes(3, "little") + body
     return a
 
@@ -138,10 +150,21 @@ def _() -> Archive:
         ("pairs", 2, second, "00308570 00f0fb08"),
     ):
         stage = {
-            "id": "lanes/1", "lanes": 2, "packed": 0, "per": per, "zero": 0, "sign": 0, "shift": 2, "runs": [0, 3],
-            "escapes": [10], "tables": 2, "order": -2, "rows": 2, "cols": 1,
+            "id": "lanes/1",
+            "lanes": 2,
+            "packed": 0,
+            "per": per,
+            "zero": 0,
+            "sign": 0,
+            "shift": 2,
+            "runs": [0, 3],
+            "escapes": [10],
+            "tables": 2,
+            "order": -2,
+            "rows": 2,
+            "cols": 1,
             "sizes": [len(bytes.fromhex(tables)), 2, 0],
-        }  # fmt: skip
+        }
         r = tensor(name, "U8", [2, 5], words)
         r.head["stages"] = [stage]
         r.units = [bytes.fromhex(tables + "0100 0001"), bytes.fromhex(lead + body + tail)]
@@ -297,9 +320,11 @@ def _() -> Archive:
 def _() -> Archive:
     records = []
     for dtype, width, raws in (
-        ("U8", 8, (0, 1, 2, 3, 4, 5, 6, 7)), ("U16", 16, (8, 9, 12, 15)), ("U32", 32, (16, 20, 21, 28, 31)),
+        ("U8", 8, (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("U16", 16, (8, 9, 12, 15)),
+        ("U32", 32, (16, 20, 21, 28, 31)),
         ("U64", 64, (32, 33, 48, 52, 62, 63)),
-    ):  # fmt: skip
+    ):
         for raw in raws:
             for packed in (0, 1):
                 g = Numbers(1000 * packed + raw)
@@ -321,9 +346,12 @@ def _() -> Archive:
 def _() -> Archive:
     records = []
     for dtype, width, zero, sign, shift in (
-        ("F32", 32, 16, 1, 7), ("F32", 32, 16, 1, 5), ("F64", 64, 29, 1, 23), ("U16", 16, 8, 0, 0),
+        ("F32", 32, 16, 1, 7),
+        ("F32", 32, 16, 1, 5),
+        ("F64", 64, 29, 1, 23),
+        ("U16", 16, 8, 0, 0),
         ("U16", 16, 15, 0, 0),
-    ):  # fmt: skip
+    ):
         words = [w >> zero << zero for w in weights(60 + zero, dtype, 90)]
         if dtype == "U16":
             words = [Numbers(i).small() % (8 if zero == 8 else 2) << zero for i in range(90)]
@@ -403,9 +431,13 @@ def _() -> Archive:
     g = Numbers(95)
     bits = [g.below(2) for _ in range(64 * 64)]
     many = Lanes(
-        8, 2, runs=[0, 2], row_class=[i * 7 % 64 for i in range(64)], col_class=[i * 5 % 64 for i in range(64)],
+        8,
+        2,
+        runs=[0, 2],
+        row_class=[i * 7 % 64 for i in range(64)],
+        col_class=[i * 5 % 64 for i in range(64)],
         class_map=[(i * 31 + i // 64) % 256 for i in range(4096)],
-    )  # fmt: skip
+    )
     records = [tensor("4096", "U8", [64, 64], bits, many)]
     words = [min(15, g.small()) for _ in range(600)]
     for order in range(-8, 9):
@@ -483,28 +515,53 @@ def _() -> Archive:
 def _() -> Archive:
     text = ("{" + ", ".join(f'"key{i}": {i * i}' for i in range(80)) + "}").encode()
     return archive(
-        attachment("config.json", text, "zstd/1"), attachment("config.raw", text), attachment("empty", b""),
-        attachment("empty.zst", b"", "zstd/1"), attachment("sub/\u00e4.bin", bytes(range(256))),
+        attachment("config.json", text, "zstd/1"),
+        attachment("config.raw", text),
+        attachment("empty", b""),
+        attachment("empty.zst", b"", "zstd/1"),
+        attachment("sub/\u00e4.bin", bytes(range(256))),
         attachment("x", b"x", more={"x-note": [1, {"deep": None}]}),
-    )  # fmt: skip
+    )
 
 
 VALUES: dict[str, Any] = {
-    "array16": list(range(16)), "bin": bytes(300), "deep": [[[[[[]]]]]], "false": False,
+    "array16": list(range(16)),
+    "bin": bytes(300),
+    "deep": [[[[[[]]]]]],
+    "false": False,
     "map": {str(i): i for i in range(20)},
-    "n1": -1, "n32": -32, "n33": -33, "n128": -128, "n129": -129, "n32769": -32769, "n2147483649": -2147483649,
-    "nmin": -(1 << 63), "null": None, "p127": 127, "p128": 128, "p256": 256, "p65536": 65536, "p2^32": 1 << 32,
-    "pmax": (1 << 64) - 1, "s31": "s" * 31, "s32": "s" * 32, "s256": "\u00e9" * 128, "true": True,
-}  # fmt: skip
+    "n1": -1,
+    "n32": -32,
+    "n33": -33,
+    "n128": -128,
+    "n129": -129,
+    "n32769": -32769,
+    "n2147483649": -2147483649,
+    "nmin": -(1 << 63),
+    "null": None,
+    "p127": 127,
+    "p128": 128,
+    "p256": 256,
+    "p65536": 65536,
+    "p2^32": 1 << 32,
+    "pmax": (1 << 64) - 1,
+    "s31": "s" * 31,
+    "s32": "s" * 32,
+    "s256": "\u00e9" * 128,
+    "true": True,
+}
 
 
 @good("metadata", "Metadata, provenance of any content, x- keys wherever they may be, `extra`, values of every form.")
 def _() -> Archive:
     t = tensor("t", "U8", [3], [9, 8, 7], more={"extra": VALUES, "x-": 1, "x-private": VALUES})
     return archive(
-        t, attachment("a", b"abc", more={"x-size": "3"}), metadata={"": "", "format": "pt", "\u00fc": "line\nline"},
-        provenance=VALUES, **{"x-header": VALUES, "shard": [1, 1]},
-    )  # fmt: skip
+        t,
+        attachment("a", b"abc", more={"x-size": "3"}),
+        metadata={"": "", "format": "pt", "\u00fc": "line\nline"},
+        provenance=VALUES,
+        **{"x-header": VALUES, "shard": [1, 1]},
+    )
 
 
 @good("defaults", "Optional keys present with their default values.")
@@ -539,9 +596,13 @@ def _() -> Archive:
 @good("order", "Tensors and attachments in any order.")
 def _() -> Archive:
     return archive(
-        attachment("z", b"1"), tensor("b", "U8", [1], [1]), attachment("a", b"2"), tensor("a", "U8", [1], [2]),
-        tensor("B", "U8", [0], []), attachment("b", b"3"),
-    )  # fmt: skip
+        attachment("z", b"1"),
+        tensor("b", "U8", [1], [1]),
+        attachment("a", b"2"),
+        tensor("a", "U8", [1], [2]),
+        tensor("B", "U8", [0], []),
+        attachment("b", b"3"),
+    )
 
 
 def _shard(k: int) -> Make:
@@ -574,8 +635,9 @@ def base() -> Archive:
         attachment("tokens.txt", b"the quick brown fox " * 20, "zstd/1"),
         tensor("lanes", "BF16", [9, 14], words, p, tile=(5, 14), more={"aliases": [["tied", True], ["equal", False]]}),
         tensor("pairs", "F32", [3, 11], low, fit(q, low, 4)),
-        metadata={"format": "pt"}, provenance={"tool": "make_golden"},
-    )  # fmt: skip
+        metadata={"format": "pt"},
+        provenance={"tool": "make_golden"},
+    )
 
 
 good("base", "One of everything; the bad archives are this one with one thing changed.")(base)

@@ -37,9 +37,11 @@ def _() -> Archive:
 def _() -> Archive:
     sizes = (1, 2, 3, 8, 12, 14, 20, 24, 28, 36, 40, 43, 60, 64, 86, 100, 148, 172, 344, 420, 504, 576, 4096)
     return archive(
-        *(tensor(f"{h}", "F32", [1 + h % 2, h], weights(700 + h, "F32", (1 + h % 2) * h), more=hadamard(h, h))
-          for h in sizes)
-    )  # fmt: skip
+        *(
+            tensor(f"{h}", "F32", [1 + h % 2, h], weights(700 + h, "F32", (1 + h % 2) * h), more=hadamard(h, h))
+            for h in sizes
+        )
+    )
 
 
 @good("online-blocks", "Blocks, steps, seeds from none to the largest; every data type; axis 0 and 2; aliases.")
@@ -80,9 +82,10 @@ def online_base() -> Archive:
     m = plain("m", 4, 4, small(770, 16))
     words = weights(771, "F32", 24)
     return archive(
-        m.record, tensor("h", "F32", [2, 12], words, more=hadamard(12, 1)),
+        m.record,
+        tensor("h", "F32", [2, 12], words, more=hadamard(12, 1)),
         tensor("o", "F32", [2, 12], words, more=matrix("m", 3)),
-    )  # fmt: skip
+    )
 
 
 good("online-base", "What the bad archives of online transforms are made of.")(online_base)

@@ -194,9 +194,12 @@ def products_base() -> Archive:
     words = integers(474, 126)
     low = trellis(475, 9, 14, outliers={(1, 2): 0x7FC12345, (4, 0): 0x3F800001, (8, 13): 0x80000000})
     return archive(
-        a.record, b.record, product("low", [9, 14], "BF16", words, low, [a, b], front, tile=(5, 14)), u.record,
+        a.record,
+        b.record,
+        product("low", [9, 14], "BF16", words, low, [a, b], front, tile=(5, 14)),
+        u.record,
         product("turned", [9, 14], "F16", words, trellis(476, 9, 14, outliers={(3, 3): 0xC2280000}), [u], tile=(4, 9)),
-    )  # fmt: skip
+    )
 
 
 good(

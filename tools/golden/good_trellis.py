@@ -45,9 +45,15 @@ def _() -> Archive:
             rows, cols, zero = 70 + i, 5, 128 - i * 5 - j
             front = fronts(i, rows, cols, zero)[(i + j) % 5]
             t = Trellis(
-                dtype, states, zero, zero - 2, 0x3C23D70A + i * 0x123456, [3, -9, 7 * j, 25, -31],
-                exponents(i, rows), exponents(100 + i, cols),
-            )  # fmt: skip
+                dtype,
+                states,
+                zero,
+                zero - 2,
+                0x3C23D70A + i * 0x123456,
+                [3, -9, 7 * j, 25, -31],
+                exponents(i, rows),
+                exponents(100 + i, cols),
+            )
             words = integers(10 * i + j, rows * cols, zero)
             records.append(lossy(f"{states}/{dtype}", [rows, cols], words, t, front, tile=(33, 3)))
     return archive(*records)
@@ -79,11 +85,14 @@ def _() -> Archive:
     for i, rows in enumerate(("", "plain", "rows")):
         for j, cols in enumerate(("", "plain", "cols")):
             t = Trellis(
-                DTYPES[(i + j) % 3], 16, corrections=[1], low=255,
+                DTYPES[(i + j) % 3],
+                16,
+                corrections=[1],
+                low=255,
                 rows=[-5, 7, 1, -1, -60] * 24 + [60] if rows else None,
                 cols=[4, 3, -3, -4, DEAD, -2] * 20 + [0, DEAD] if cols else None,
                 framed=f"{rows} {cols}",
-            )  # fmt: skip
+            )
             records.append(lossy(f"{rows or 'none'}/{cols or 'none'}", [121, 122], words, t, "zstd/1", tile=(50, 122)))
     for dtype in ("F32", "BF16"):
         t = Trellis(dtype, 4, rows=every, cols=[*every, DEAD])
@@ -103,9 +112,12 @@ def _() -> Archive:
         for states in (1, 128):
             all_256 = [(i + 3) * k % 256 - 128 for k in range(256)]
             for name, low, corrections, zero in (
-                ("none", 0, [], 0), ("none-255", 255, [], 255), ("all", 0, all_256, 100), ("first", 0, [-128], 1),
+                ("none", 0, [], 0),
+                ("none-255", 255, [], 255),
+                ("all", 0, all_256, 100),
+                ("first", 0, [-128], 1),
                 ("last", 255, [127], 254),
-            ):  # fmt: skip
+            ):
                 t = Trellis(dtype, states, zero, low, 0x3F99999A, corrections)
                 records.append(lossy(f"{dtype}/{states}/{name}", [18, 17], words, t))
     return archive(*records)
@@ -189,9 +201,14 @@ def trellis_base() -> Archive:
     coded = Lanes(8, 2, runs=[125, 7], escapes=[0], row_class=[i % 2 for i in range(9)], class_map=[1, 0])
     wide = integers(253, 40 * 30)
     framed = Trellis(
-        "F32", 64, 120, rows=[i // 8 for i in range(40)], cols=[-(i // 6) for i in range(30)], framed="rows cols",
+        "F32",
+        64,
+        120,
+        rows=[i // 8 for i in range(40)],
+        cols=[-(i // 6) for i in range(30)],
+        framed="rows cols",
         outliers={(7, 7): 0x7F800001, (30, 2): 5},
-    )  # fmt: skip
+    )
     return archive(
         lossy("lanes", [9, 14], words, t, coded, tile=(5, 14)),
         lossy("raw", [9, 14], words, t, "raw/1", tile=(5, 14)),

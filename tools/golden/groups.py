@@ -54,9 +54,10 @@ class Groups:
     def sections(self) -> list[bytes]:
         """The sections of the groups unit."""
         lists = {
-            "upper": bytes(s >> 8 for s in self.scales), "lower": bytes(s & 255 for s in self.scales),
+            "upper": bytes(s >> 8 for s in self.scales),
+            "lower": bytes(s & 255 for s in self.scales),
             "zeros": b"" if isinstance(self.zeros, int) else bytes(self.zeros),
-        }  # fmt: skip
+        }
         for name in self.framed.split():
             if name == "none":
                 lists = {k: v if any(v) else b"" for k, v in lists.items()}
@@ -70,9 +71,13 @@ class Groups:
     def stage(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": "groups/1", "bits": self.bits, "group": self.group, "exponent": self.exponent,
-            "zero": self.zeros if isinstance(self.zeros, int) else 0, "sizes": [len(s) for s in self.sections()],
-        }  # fmt: skip
+            "id": "groups/1",
+            "bits": self.bits,
+            "group": self.group,
+            "exponent": self.exponent,
+            "zero": self.zeros if isinstance(self.zeros, int) else 0,
+            "sizes": [len(s) for s in self.sections()],
+        }
 
     def elements(self, words: list[int], cols: int) -> list[int]:
         """Words of the data type that the codes stand for."""
@@ -86,9 +91,16 @@ class Groups:
 
 
 def grouped(
-    name: str, shape: list[int], words: list[int], g: Groups, front: Front = "raw/1", *,
-    axis: int | None = None, tile: tuple[int, int] | None = None, more: dict[str, Any] | None = None,
-) -> Record:  # fmt: skip
+    name: str,
+    shape: list[int],
+    words: list[int],
+    g: Groups,
+    front: Front = "raw/1",
+    *,
+    axis: int | None = None,
+    tile: tuple[int, int] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Record:
     """A tensor record of two stages; `words` are the codes that `front` stores."""
     axis = max(0, len(shape) - 1) if axis is None else axis
     rows, cols = prod(shape[:axis]), prod(shape[axis:])
@@ -96,9 +108,12 @@ def grouped(
     if isinstance(front, int):
         r = in_bits(r, front)
     r.head |= {
-        "dtype": g.dtype, "shape": shape, "axis": axis, "stages": [*r.head["stages"], g.stage()],
+        "dtype": g.dtype,
+        "shape": shape,
+        "axis": axis,
+        "stages": [*r.head["stages"], g.stage()],
         "digest": zstd.digest(dense(g.dtype, g.elements(words, cols))),
-    }  # fmt: skip
+    }
     r.head |= more or {}
     parts = list(r.parts or r.plain_parts())
     unit = b"".join(g.sections())

@@ -205,10 +205,21 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
     sections = [table_code(tables, p.order), classes(p.row_class), classes(p.col_class)]
     shared = b"".join(sections) + bytes(class_map)
     stage: dict[str, Any] = {
-        "id": "lanes/1", "lanes": p.lanes, "packed": p.packed, "per": p.per, "zero": p.zero, "sign": p.sign,
-        "shift": p.shift, "runs": p.runs, "escapes": p.escapes, "tables": len(tables), "order": p.order,
-        "rows": kr, "cols": kc, "sizes": [len(s) for s in sections],
-    }  # fmt: skip
+        "id": "lanes/1",
+        "lanes": p.lanes,
+        "packed": p.packed,
+        "per": p.per,
+        "zero": p.zero,
+        "sign": p.sign,
+        "shift": p.shift,
+        "runs": p.runs,
+        "escapes": p.escapes,
+        "tables": len(tables),
+        "order": p.order,
+        "rows": kr,
+        "cols": kc,
+        "sizes": [len(s) for s in sections],
+    }
     units = [shared]
     parts = [len(shared), 0, 0, 0, 0]
     for coded, escape_bytes, raw in tiles:

@@ -64,9 +64,13 @@ class Record:
         pad = bytes(-len(payload) % 64) if self.pad is None else self.pad
         out = fixed + struct.pack("<Q", check) + head + head_pad + payload + pad
         row: Map = {
-            "type": self.type, "flags": self.flags, "at": at, "head": h, "payload": p,
+            "type": self.type,
+            "flags": self.flags,
+            "at": at,
+            "head": h,
+            "payload": p,
             "check": struct.pack("<Q", check),
-        }  # fmt: skip
+        }
         if self.type in (TENSOR, ATTACHMENT, OBJECT):
             map_ = self.head if isinstance(self.head, dict) else {}
             stages = map_.get("stages")

@@ -41,18 +41,30 @@ class Matrix:
 
 
 def plain(
-    name: str, rows: int, cols: int, words: list[int], stage: str | Lanes = "raw/1", *,
-    tile: tuple[int, int] | None = None, more: dict[str, Any] | None = None,
-) -> Matrix:  # fmt: skip
+    name: str,
+    rows: int,
+    cols: int,
+    words: list[int],
+    stage: str | Lanes = "raw/1",
+    *,
+    tile: tuple[int, int] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Matrix:
     """An object as it is."""
     r = tensor(name, "F32", [rows, cols], words, stage, axis=1, tile=tile, more=more)
     return Matrix(replace(r, type=OBJECT), rows, cols, words)
 
 
 def quantised(
-    name: str, rows: int, cols: int, words: list[int], t: Trellis, front: str | Lanes = "raw/1", *,
+    name: str,
+    rows: int,
+    cols: int,
+    words: list[int],
+    t: Trellis,
+    front: str | Lanes = "raw/1",
+    *,
     tile: tuple[int, int] | None = None,
-) -> Matrix:  # fmt: skip
+) -> Matrix:
     """An object under trellis/1; `words` are the bytes that `front` stores."""
     r = lossy(name, [rows, cols], words, t, front, axis=1, tile=tile)
     tr, tc = r.head["tile"]
@@ -89,10 +101,18 @@ def basis(v: list[list[float]], u: list[list[float]]) -> list[list[float]]:
 
 
 def product(
-    name: str, shape: list[int], dtype: str, words: list[int], t: Trellis, uses: list[Matrix],
-    front: str | Lanes = "raw/1", *, axis: int | None = None, tile: tuple[int, int] | None = None,
+    name: str,
+    shape: list[int],
+    dtype: str,
+    words: list[int],
+    t: Trellis,
+    uses: list[Matrix],
+    front: str | Lanes = "raw/1",
+    *,
+    axis: int | None = None,
+    tile: tuple[int, int] | None = None,
     more: dict[str, Any] | None = None,
-) -> Record:  # fmt: skip
+) -> Record:
     """A tensor of three stages: lowrank/1 with two objects, basis/1 with one. The data type of `t` is F32."""
     axis = max(0, len(shape) - 1) if axis is None else axis
     rows, cols = prod(shape[:axis]), prod(shape[axis:])
@@ -102,8 +122,10 @@ def product(
     found = lowrank(v, *(m.numbers() for m in uses)) if len(uses) == 2 else basis(v, uses[0].numbers())
     stage = {"id": "lowrank/1" if len(uses) == 2 else "basis/1"}
     r.head |= {
-        "dtype": dtype, "stages": [*r.head["stages"], stage], "uses": [m.name for m in uses],
+        "dtype": dtype,
+        "stages": [*r.head["stages"], stage],
+        "uses": [m.name for m in uses],
         "digest": zstd.digest(dense(dtype, [word(x, dtype) for row in found for x in row])),
-    }  # fmt: skip
+    }
     r.head |= more or {}
     return r

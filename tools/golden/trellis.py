@@ -59,9 +59,13 @@ class Trellis:
     def stage(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": "trellis/1", "states": self.states, "zero": self.zero, "low": self.low, "scale": self.scale,
+            "id": "trellis/1",
+            "states": self.states,
+            "zero": self.zero,
+            "low": self.low,
+            "scale": self.scale,
             "sizes": [len(s) for s in self.sections()],
-        }  # fmt: skip
+        }
 
     def magnitude(self, u: int) -> float:
         """rec(u)."""
@@ -123,18 +127,28 @@ def element(v: float, dtype: str) -> int:
 
 
 def lossy(
-    name: str, shape: list[int], words: list[int], t: Trellis, front: str | Lanes = "raw/1", *,
-    axis: int | None = None, tile: tuple[int, int] | None = None, more: dict[str, Any] | None = None,
-) -> Record:  # fmt: skip
+    name: str,
+    shape: list[int],
+    words: list[int],
+    t: Trellis,
+    front: str | Lanes = "raw/1",
+    *,
+    axis: int | None = None,
+    tile: tuple[int, int] | None = None,
+    more: dict[str, Any] | None = None,
+) -> Record:
     """A tensor record of two stages; `words` are the bytes that `front` stores."""
     axis = max(0, len(shape) - 1) if axis is None else axis
     rows, cols = prod(shape[:axis]), prod(shape[axis:])
     r = tensor(name, "U8", [rows, cols], words, front, axis=1, tile=tile)
     tr, tc = r.head["tile"]
     r.head |= {
-        "dtype": t.dtype, "shape": shape, "axis": axis, "stages": [*r.head["stages"], t.stage()],
+        "dtype": t.dtype,
+        "shape": shape,
+        "axis": axis,
+        "stages": [*r.head["stages"], t.stage()],
         "digest": zstd.digest(dense(t.dtype, t.elements(words, rows, cols, tr, tc))),
-    }  # fmt: skip
+    }
     r.head |= more or {}
     parts = list(r.parts or r.plain_parts())
     unit = b"".join(t.sections())

@@ -48,9 +48,11 @@ class Order:
     def describe(self) -> str:
         """For people."""
         names = {
-            "paley1": f"Paley I of {self.base - 1}", "paley2": f"Paley II of {self.base // 2 - 1}",
-            "williamson": "Williamson of 43", "dct": "DCT-II",
-        }  # fmt: skip
+            "paley1": f"Paley I of {self.base - 1}",
+            "paley2": f"Paley II of {self.base // 2 - 1}",
+            "williamson": "Williamson of 43",
+            "dct": "DCT-II",
+        }
         parts = [f"Sylvester {1 << self.power}"] if self.power or self.base == 1 else []
         parts += [f"{names[self.kind]} (order {self.base})"] if self.base > 1 else []
         made = " x ".join(parts)

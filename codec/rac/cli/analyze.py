@@ -28,9 +28,11 @@ half to judge them. Without --text error is that of the weights, and there are n
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "analyze", help="what rotation and alignment do to the weights of a model", description=HELP,
+        "analyze",
+        help="what rotation and alignment do to the weights of a model",
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("src", metavar="MODEL", help="what to measure")
     p.add_argument("--text", metavar="FILE", help="a text for the inputs of the layers")
     p.add_argument("--tokens", type=int, default=16384, metavar="N", help="of that text (default: 16384)")
@@ -40,13 +42,19 @@ def add(commands: Any) -> None:
     p.add_argument("--png", metavar="FILE", help="write a picture; needs rac-codec[plot]")
     p.add_argument("--layers", default="*", metavar="PATTERN", help="only matrices whose names match (default: all)")
     p.add_argument(
-        "--rotation", action="append", default=[], metavar="NAME=FILE",
-        help='learned rotations: a file of rac pack --recipe spinquant or kurtail; may be given more than once',
-    )  # fmt: skip
+        "--rotation",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="learned rotations: a file of rac pack --recipe spinquant or kurtail; may be given more than once",
+    )
     p.add_argument(
-        "--bits", type=float, default=4.0, metavar="B",
+        "--bits",
+        type=float,
+        default=4.0,
+        metavar="B",
         help="of the original basis, about: its error is that of all (default: 4)",
-    )  # fmt: skip
+    )
     p.add_argument("--cache", metavar="DIR", help="where calibrations are kept (default: ~/.cache/rac; none: nowhere)")
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="matrices at a time (default: one per core, at most 8)")
     p.set_defaults(run=run)
@@ -76,9 +84,17 @@ def run(args: argparse.Namespace) -> int:
         picture.require()
     with Steps() as note:
         report = analyze(
-            args.src, text, tokens=args.tokens, layers=args.layers, rotations=rotations, rate=args.bits,
-            seen=args.seen, cache=_cache(args.cache), jobs=args.jobs, note=note,
-        )  # fmt: skip
+            args.src,
+            text,
+            tokens=args.tokens,
+            layers=args.layers,
+            rotations=rotations,
+            rate=args.bits,
+            seen=args.seen,
+            cache=_cache(args.cache),
+            jobs=args.jobs,
+            note=note,
+        )
     if args.json:
         _put(args.json, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     if args.html:
@@ -122,10 +138,16 @@ def _put(path: str, data: bytes) -> None:
 
 
 _COLUMNS = (
-    ("bits", "bits", ".3f"), ("kurtosis", "kurtosis", ".2f"), ("kurtosis_rows", "of rows", ".2f"),
-    ("outlier", "max/rms", ".1f"), ("effective_rank", "eff. rank", ".0f"), ("stable_rank", "stable", ".1f"),
-    ("top10", "top 10%", ".1%"), ("gini", "Gini", ".3f"), ("entropy", "entropy", ".3f"),
-)  # fmt: skip
+    ("bits", "bits", ".3f"),
+    ("kurtosis", "kurtosis", ".2f"),
+    ("kurtosis_rows", "of rows", ".2f"),
+    ("outlier", "max/rms", ".1f"),
+    ("effective_rank", "eff. rank", ".0f"),
+    ("stable_rank", "stable", ".1f"),
+    ("top10", "top 10%", ".1%"),
+    ("gini", "Gini", ".3f"),
+    ("entropy", "entropy", ".3f"),
+)
 
 
 def _table(report: Mapping[str, Any]) -> str:

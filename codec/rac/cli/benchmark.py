@@ -56,9 +56,17 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is read from disk
     text = read_text(args.text)
     method = Method(
-        "rtn", 4, args.group, True, args.calibrate, args.calibration_tokens, args.activations or 4, seeds[0],
-        args.symmetric, args.steps,
-    )  # fmt: skip
+        "rtn",
+        4,
+        args.group,
+        True,
+        args.calibrate,
+        args.calibration_tokens,
+        args.activations or 4,
+        seeds[0],
+        args.symmetric,
+        args.steps,
+    )
     quantised = args.activations is not None or args.kv is not None
     made = []
     with Steps() as note:
@@ -71,9 +79,14 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     with Steps() as note:
         found = compare(
-            args.original, [point.path for point in made], text, tokens=args.tokens, context=args.context, note=note,
+            args.original,
+            [point.path for point in made],
+            text,
+            tokens=args.tokens,
+            context=args.context,
+            note=note,
             within=within,
-        )  # fmt: skip
+        )
         rows.append({"recipe": "original", **dataclasses.asdict(next(found))})
         if not args.json:
             _print_head(args, rows[0])
@@ -112,8 +125,17 @@ def _print_head(args: argparse.Namespace, original: dict[str, Any]) -> None:
 
 def _print(row: dict[str, Any]) -> None:
     fixed = "" if row["fixed"] is None else f"{row['fixed']:.3f}"
-    out = [row["recipe"], str(row["bits"]), str(row["seed"]), f"{row['coded']:.3f}", fixed, f"{row['size']:,}",
-           f"{row['seconds']:.0f}", f"{row['kl']:.4f}", f"{row['perplexity']:.3f}"]  # fmt: skip
+    out = [
+        row["recipe"],
+        str(row["bits"]),
+        str(row["seed"]),
+        f"{row['coded']:.3f}",
+        fixed,
+        f"{row['size']:,}",
+        f"{row['seconds']:.0f}",
+        f"{row['kl']:.4f}",
+        f"{row['perplexity']:.3f}",
+    ]
     if "kl_quantised" in row:
         out += [f"{row['kl_quantised']:.4f}", f"{row['perplexity_quantised']:.3f}"]
     print("| " + " | ".join(out) + " |", flush=True)

@@ -25,9 +25,11 @@ FILE predicts with quantised activations; the original keeps its own."""
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "compare", help="compare files with their original", description=HELP,
+        "compare",
+        help="compare files with their original",
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("original", metavar="ORIGINAL", help="what they were made of")
     p.add_argument("files", metavar="FILE", nargs="*", help="what to compare with it")
     p.add_argument("--text", metavar="FILE", help="measure KL, top-1 agreement and perplexity on this text")
@@ -64,10 +66,15 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     lines = [Steps()]
     for row in compare(
-        args.original, args.files, text, tokens=args.tokens, context=args.context, snr=args.snr,
+        args.original,
+        args.files,
+        text,
+        tokens=args.tokens,
+        context=args.context,
+        snr=args.snr,
         note=lambda what, done, of: lines[-1](what, done, of),
         within=[partial(simulation, args) if quantised else None],
-    ):  # fmt: skip
+    ):
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")
         lines.append(Steps())

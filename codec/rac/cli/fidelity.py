@@ -51,12 +51,22 @@ def write_report(path: str, done: Summary, recipe: Recipe) -> None:
         for f in done.fidelity
     ]
     report = {
-        "files": done.paths, "size": done.stored, "dense": done.dense, "weights": done.weights,
-        "file_bits": 8 * done.stored / max(1, done.weights), "quantised": done.quantised,
-        "quantised_bits": done.quantised_bits, "states": recipe.states, "passes": recipe.passes,
-        "scale": recipe.scale, "about": dict(recipe.about), "unreached": recipe.unreached,
-        "resumed": done.resumed, "alarms": [f.name for f in done.fidelity if f.snr < ALARM], "tensors": tensors,
-    }  # fmt: skip
+        "files": done.paths,
+        "size": done.stored,
+        "dense": done.dense,
+        "weights": done.weights,
+        "file_bits": 8 * done.stored / max(1, done.weights),
+        "quantised": done.quantised,
+        "quantised_bits": done.quantised_bits,
+        "states": recipe.states,
+        "passes": recipe.passes,
+        "scale": recipe.scale,
+        "about": dict(recipe.about),
+        "unreached": recipe.unreached,
+        "resumed": done.resumed,
+        "alarms": [f.name for f in done.fidelity if f.snr < ALARM],
+        "tensors": tensors,
+    }
     try:
         with open(path, "w", encoding="utf-8") as f:
             json.dump(report, f, indent=1)

@@ -25,9 +25,11 @@ Needs rac-codec[transformers]."""
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "generate", help="let a packed model write", description=HELP,
+        "generate",
+        help="let a packed model write",
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add_model(p)
     p.add_argument("prompt", metavar="PROMPT", help="what the text begins with")
     p.add_argument("--tokens", type=int, default=64, metavar="N", help="write so many at most (default: 64)")

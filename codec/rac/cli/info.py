@@ -196,11 +196,18 @@ def report(src: str) -> dict[str, Any]:
     files = _files(src)
     where = dict.fromkeys(
         (
-            "header", "record heads", *PARTS[:5], "padding", "attachments", "objects", "other records", "index",
+            "header",
+            "record heads",
+            *PARTS[:5],
+            "padding",
+            "attachments",
+            "objects",
+            "other records",
+            "index",
             "trailer",
         ),
         0,
-    )  # fmt: skip
+    )
     tensors, attachments, objects = [], [], []
     for f in files:
         where["header"] += f.index.header_size
@@ -221,24 +228,36 @@ def report(src: str) -> dict[str, Any]:
                 dense, n = tensor_bytes(e) // (1 + len(e.aliases)), weights(e)
                 tensors.append(
                     {
-                        "name": e.name, "dtype": e.dtype, "shape": list(e.shape), "method": e.method, "bytes": e.size,
-                        "dense": dense, "ratio": e.size / dense if dense else None,
+                        "name": e.name,
+                        "dtype": e.dtype,
+                        "shape": list(e.shape),
+                        "method": e.method,
+                        "bytes": e.size,
+                        "dense": dense,
+                        "ratio": e.size / dense if dense else None,
                         "bits_per_weight": 8 * e.size / n if n else None,
                         "parts": dict(zip(PARTS, e.parts, strict=True)),
-                        "aliases": [{"name": a, "tied": t} for a, t in e.aliases], **detail,
+                        "aliases": [{"name": a, "tied": t} for a, t in e.aliases],
+                        **detail,
                     }
-                )  # fmt: skip
+                )
             elif e.type == RECORD_OBJECT:
                 where["objects"] += e.size
                 n = math.prod(e.shape)
                 objects.append(
                     {
-                        "name": e.name, "dtype": e.dtype, "shape": list(e.shape), "method": e.method, "bytes": e.size,
-                        "dense": 4 * n, "ratio": e.size / (4 * n) if n else None,
+                        "name": e.name,
+                        "dtype": e.dtype,
+                        "shape": list(e.shape),
+                        "method": e.method,
+                        "bytes": e.size,
+                        "dense": 4 * n,
+                        "ratio": e.size / (4 * n) if n else None,
                         "bits_per_weight": 8 * e.size / n if n else None,
-                        "parts": dict(zip(PARTS, e.parts, strict=True)), **detail,
+                        "parts": dict(zip(PARTS, e.parts, strict=True)),
+                        **detail,
                     }
-                )  # fmt: skip
+                )
             elif e.type == RECORD_ATTACHMENT:
                 where["attachments"] += e.size
                 attachments.append({"name": e.name, "method": e.method, "bytes": e.size})
@@ -250,13 +269,24 @@ def report(src: str) -> dict[str, Any]:
     size = sum(f.size for f in files)
     lossy, lossy_bits = quantised(e for f in files for e in f.index.entries)
     return {
-        "files": [f.name for f in files], "size": size, "dense": dense, "weights": total, "tensor_names": names,
-        "bits_per_weight": 8 * size / total if total else None, "ratio": size / dense if dense else None,
-        "quantised": lossy, "quantised_bits": lossy_bits, "roles": _roles(tensors),
-        "bytes": where, "tensors": tensors, "objects": objects, "attachments": attachments,
-        "metadata": files[0].header.get("metadata", {}), "provenance": files[0].header.get("provenance", {}),
+        "files": [f.name for f in files],
+        "size": size,
+        "dense": dense,
+        "weights": total,
+        "tensor_names": names,
+        "bits_per_weight": 8 * size / total if total else None,
+        "ratio": size / dense if dense else None,
+        "quantised": lossy,
+        "quantised_bits": lossy_bits,
+        "roles": _roles(tensors),
+        "bytes": where,
+        "tensors": tensors,
+        "objects": objects,
+        "attachments": attachments,
+        "metadata": files[0].header.get("metadata", {}),
+        "provenance": files[0].header.get("provenance", {}),
         "content": [f.index.digest.hex() for f in files],
-    }  # fmt: skip
+    }
 
 
 def _roles(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -273,10 +303,14 @@ def _roles(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         outliers = sum(t["quantised"]["outliers"] for t in found)
         out.append(
             {
-                "role": name, "tensors": len(found), "weights": n, "bytes": size, "bits_per_weight": 8 * size / n,
+                "role": name,
+                "tensors": len(found),
+                "weights": n,
+                "bytes": size,
+                "bits_per_weight": 8 * size / n,
                 "outliers": outliers,
             }
-        )  # fmt: skip
+        )
     return out
 
 
@@ -307,16 +341,25 @@ def _tensors(r: Mapping[str, Any]) -> None:
     lossy = [t for t in lossy if "states" in t["quantised"]]
     if not lossy:
         return
-    kinds = [["quantised", "align", "basis", "rank", "states", "classes", "tables", "outliers", "corrections",
-              "escapes"]]  # fmt: skip
+    kinds = [
+        ["quantised", "align", "basis", "rank", "states", "classes", "tables", "outliers", "corrections", "escapes"]
+    ]
     for t in lossy:
         q = t["quantised"]
         classes = f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
         counts = [f"{q[k]:,}" for k in ("outliers", "corrections", "escapes")]
         kinds.append(
-            [t["name"], q["align"] or "-", q["basis"] or "-", str(q["rank"] or "-"), str(q["states"]), classes,
-             str(q["tables"] or "-"), *counts]
-        )  # fmt: skip
+            [
+                t["name"],
+                q["align"] or "-",
+                q["basis"] or "-",
+                str(q["rank"] or "-"),
+                str(q["states"]),
+                classes,
+                str(q["tables"] or "-"),
+                *counts,
+            ]
+        )
     _streams(kinds, 3, lossy)
 
 
@@ -330,9 +373,17 @@ def _grouped(lossy: Sequence[Mapping[str, Any]]) -> None:
         zero = "listed" if q["zero"] is None else str(q["zero"])
         classes = f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
         rows.append(
-            [t["name"], q["coder"], str(q["bits"]), str(q["group"]), zero, classes, str(q["tables"] or "-"),
-             f"{q['escapes']:,}"]
-        )  # fmt: skip
+            [
+                t["name"],
+                q["coder"],
+                str(q["bits"]),
+                str(q["group"]),
+                zero,
+                classes,
+                str(q["tables"] or "-"),
+                f"{q['escapes']:,}",
+            ]
+        )
     _streams(rows, 2, lossy)
 
 

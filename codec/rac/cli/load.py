@@ -22,9 +22,11 @@ Event = tuple[str, float, float, int, int]
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "load", help="load all tensors and time it", description=HELP,
+        "load",
+        help="load all tensors and time it",
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("src", metavar="IN.rac", help="the archive, one shard of a set, or a URL")
     p.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument("-j", "--jobs", type=int, metavar="N", help="threads that decode (default: one per core, at most 8)")

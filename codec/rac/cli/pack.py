@@ -43,23 +43,29 @@ def add(commands: Any) -> None:
     p.add_argument("src", metavar="SRC", help="what to pack")
     p.add_argument("-o", "--output", required=True, metavar="OUT.rac", help="the file to write")
     p.add_argument(
-        "--level", choices=("fast", "default", "max"), default="default",
+        "--level",
+        choices=("fast", "default", "max"),
+        default="default",
         help="effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)",
-    )  # fmt: skip
+    )
     p.add_argument(
-        "-j", "--jobs", type=int, metavar="N",
+        "-j",
+        "--jobs",
+        type=int,
+        metavar="N",
         help="threads; more than 8 are processes where matrices are quantised "
         "(default: one per core, at most 8 where all is lossless)",
-    )  # fmt: skip
+    )
     p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="take only these tensors")
     p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
     p.add_argument("--lanes", type=int, metavar="N", help="ANS lanes per tile: more for GPUs, fewer for size")
     p.add_argument(
-        "--slices", choices=("fine", "coarse"),
+        "--slices",
+        choices=("fine", "coarse"),
         help="tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond "
         "1.1 times its share (default: fine; coarse for quantised tensors, which are 0.5 to 1 %% smaller then where "
         "they are small, and with --lanes)",
-    )  # fmt: skip
+    )
     p.add_argument("--shard-size", metavar="SIZE", help="start a new shard after SIZE of dense bytes, e.g. 5GB")
     lossy = p.add_argument_group(
         "lossy packing", "Large float matrices are quantised; embeddings, norms and small tensors stay lossless."
@@ -75,36 +81,47 @@ def add(commands: Any) -> None:
     )
     lossy.add_argument("--kl", type=float, metavar="NATS", help="divergence per token on the calibration text")
     lossy.add_argument(
-        "--calibrate", action="append", metavar="FILE|self|none",
+        "--calibrate",
+        action="append",
+        metavar="FILE|self|none",
         help="a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more "
         "than once: a text unlike what the model will read does better together with self",
-    )  # fmt: skip
+    )
     lossy.add_argument("--tokens", type=int, default=40960, metavar="N", help="of each of these texts (default: 40960)")
     lossy.add_argument(
-        "--cache", metavar="DIR", help="where calibrations are kept, for resuming and for other budgets "
-        "(default: ~/.cache/rac; none: nowhere)",
-    )  # fmt: skip
+        "--cache",
+        metavar="DIR",
+        help="where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)",
+    )
     lossy.add_argument(
-        "--effort", choices=("fast", "default", "max"), default="default",
+        "--effort",
+        choices=("fast", "default", "max"),
+        default="default",
         help="trellis of 32 states, of 256, or of 256 searched twice",
-    )  # fmt: skip
+    )
     lossy.add_argument(
-        "--align", choices=("auto", "triangular", "pca", "identity"), default="auto",
+        "--align",
+        choices=("auto", "triangular", "pca", "identity"),
+        default="auto",
         help="coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)",
-    )  # fmt: skip
+    )
     lossy.add_argument(
-        "--rank", type=_rank, metavar="auto|N",
+        "--rank",
+        type=_rank,
+        metavar="auto|N",
         help="of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)",
-    )  # fmt: skip
+    )
     lossy.add_argument("--embeddings", action="store_true", help="quantise embeddings and output layers too")
     lossy.add_argument("--measure", metavar="FILE", help="when done, KL and perplexity on this text, not the one above")
     lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
     lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
     recipe.add(p)
     p.add_argument(
-        "--format", choices=("rac", "hf"), default="rac",
+        "--format",
+        choices=("rac", "hf"),
+        default="rac",
         help="what OUT is: one file (default), or a folder for from_pretrained of transformers",
-    )  # fmt: skip
+    )
     p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
     p.add_argument("--force", action="store_true", help="replace an existing file")
     p.set_defaults(run=run, interrupted=_interrupted)
@@ -172,10 +189,22 @@ def _file(args: argparse.Namespace) -> int:
     request = None
     if budget:
         request = Request(
-            args.bits, args.file_bits, whole, args.snr, args.kl, texts, args.tokens, args.effort,
-            tuple(args.keep), _cache(args.cache), args.align, args.rank,
-            args.embeddings, args.lanes, args.slices,
-        )  # fmt: skip
+            args.bits,
+            args.file_bits,
+            whole,
+            args.snr,
+            args.kl,
+            texts,
+            args.tokens,
+            args.effort,
+            tuple(args.keep),
+            _cache(args.cache),
+            args.align,
+            args.rank,
+            args.embeddings,
+            args.lanes,
+            args.slices,
+        )
 
     def layer(f: Fidelity) -> None:
         progress.line(f"{f.bits:7.3f} bits {f.snr:7.2f} dB {f.seconds:6.1f} s  {f.name}")
@@ -186,16 +215,34 @@ def _file(args: argparse.Namespace) -> int:
         if request:
             with Steps() as note:
                 found = recipe_of(
-                    source, args.src, args.output, request, level=args.level, jobs=jobs, force=args.force,
-                    resume=args.resume, note=note, pool=pool,
-                )  # fmt: skip
+                    source,
+                    args.src,
+                    args.output,
+                    request,
+                    level=args.level,
+                    jobs=jobs,
+                    force=args.force,
+                    resume=args.resume,
+                    note=note,
+                    pool=pool,
+                )
         with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
             done = pack_source(
-                source, args.output, level=args.level, jobs=jobs, lanes=args.lanes, shard_size=shard_size,
-                resume=args.resume, force=args.force, progress=progress,
-                settings={"include": args.include, "exclude": args.exclude}, recipe=found, layer=layer, pool=pool,
+                source,
+                args.output,
+                level=args.level,
+                jobs=jobs,
+                lanes=args.lanes,
+                shard_size=shard_size,
+                resume=args.resume,
+                force=args.force,
+                progress=progress,
+                settings={"include": args.include, "exclude": args.exclude},
+                recipe=found,
+                layer=layer,
+                pool=pool,
                 slices=args.slices,
-            )  # fmt: skip
+            )
     seconds = time.monotonic() - start
     if done.skipped:
         print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)

@@ -25,9 +25,11 @@ Needs rac-codec[transformers]."""
 def add(commands: Any) -> None:
     """Add the command."""
     p = commands.add_parser(
-        "perplexity", help="how well a packed model predicts a text", description=HELP,
+        "perplexity",
+        help="how well a packed model predicts a text",
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add_model(p)
     p.add_argument("--text", metavar="FILE", required=True, help="the text, UTF-8")
     p.add_argument("--tokens", type=int, default=8192, metavar="N", help="of that text (default: 8192)")

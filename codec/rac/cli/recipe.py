@@ -9,10 +9,23 @@ from typing import Any
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
 _NOT: dict[str, Any] = {
-    "file_bits": None, "size": None, "snr": None, "kl": None, "rank": None, "align": "auto", "embeddings": False,
-    "effort": "default", "keep": [], "include": [], "exclude": [], "lanes": None, "slices": None, "shard_size": None,
-    "resume": False, "report": None,
-}  # fmt: skip
+    "file_bits": None,
+    "size": None,
+    "snr": None,
+    "kl": None,
+    "rank": None,
+    "align": "auto",
+    "embeddings": False,
+    "effort": "default",
+    "keep": [],
+    "include": [],
+    "exclude": [],
+    "lanes": None,
+    "slices": None,
+    "shard_size": None,
+    "resume": False,
+    "report": None,
+}
 """Arguments that a named method does not take, as they are where nobody gave them."""
 
 
@@ -25,10 +38,12 @@ def add(p: argparse.ArgumentParser) -> None:
         "activations too (--activations, --kv).",
     )
     named.add_argument(
-        "--recipe", choices=NAMES, default="aligned",
+        "--recipe",
+        choices=NAMES,
+        default="aligned",
         help="aligned (default: ours, by the budgets above), rtn (round to nearest), gptq, smoothquant, quarot, "
         "spinquant, kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE",
-    )  # fmt: skip
+    )
     named.add_argument(
         "--group", type=group_of, default=128, metavar="N|row", help="columns that share a scale (default: 128)"
     )
@@ -37,9 +52,12 @@ def add(p: argparse.ArgumentParser) -> None:
     )
     named.add_argument("--symmetric", action="store_true", help="grids about zero")
     named.add_argument(
-        "--activations", type=int, default=4, metavar="B",
+        "--activations",
+        type=int,
+        default=4,
+        metavar="B",
         help="bits of activations and cache that spinquant learns for (default: 4)",
-    )  # fmt: skip
+    )
     named.add_argument("--steps", type=int, default=100, metavar="N", help="of what learns (default: 100)")
     named.add_argument("--seed", type=int, default=0, metavar="N", help="of rotations (default: 0)")
 
@@ -70,14 +88,22 @@ def run(args: argparse.Namespace) -> int:
     if len(texts) > 1 or texts == ["self"]:
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
     method = Method(
-        args.recipe, int(bits), args.group, not args.fixed_rate, texts[0] if texts else None, args.tokens,
-        args.activations, args.seed, args.symmetric, args.steps,
-    )  # fmt: skip
+        args.recipe,
+        int(bits),
+        args.group,
+        not args.fixed_rate,
+        texts[0] if texts else None,
+        args.tokens,
+        args.activations,
+        args.seed,
+        args.symmetric,
+        args.steps,
+    )
     start = time.monotonic()
     with Steps() as note:
         done = pack_method(
             args.src, args.output, method, level=args.level, jobs=threads_of(args.jobs), force=args.force, note=note
-        )  # fmt: skip
+        )
     seconds = time.monotonic() - start
     weights = 8 * done.stored / max(1, done.weights)
     print(by_role(done.fidelity))

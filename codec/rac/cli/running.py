@@ -44,22 +44,30 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
 def add_simulated(p: argparse.ArgumentParser) -> None:
     """The arguments that say which activations are quantised."""
     p.add_argument(
-        "--activations", type=int, metavar="B",
+        "--activations",
+        type=int,
+        metavar="B",
         help="quantise the inputs of the linear layers of all blocks to B bits, a scale for each token (simulated)",
-    )  # fmt: skip
+    )
     p.add_argument(
-        "--kv", type=int, metavar="B",
+        "--kv",
+        type=int,
+        metavar="B",
         help="quantise keys and values to B bits, a range for each token and head; keys are rotated before where the "
         "file says so (simulated)",
-    )  # fmt: skip
+    )
     p.add_argument(
-        "--clip", type=float, metavar="R",
+        "--clip",
+        type=float,
+        metavar="R",
         help="share of the largest activation that the grid goes to (default: 0.9 below 8 bits if symmetric, else 1)",
-    )  # fmt: skip
+    )
     p.add_argument(
-        "--activation-grid", choices=("symmetric", "asymmetric"), default="symmetric",
+        "--activation-grid",
+        choices=("symmetric", "asymmetric"),
+        default="symmetric",
         help="about zero (the default, as in QuaRot), or from the least to the largest of a token (SpinQuant)",
-    )  # fmt: skip
+    )
 
 
 def simulation(args: argparse.Namespace, model: Any, about: Mapping[str, Any]) -> AbstractContextManager[Any]:
@@ -71,6 +79,11 @@ def simulation(args: argparse.Namespace, model: Any, about: Mapping[str, Any]) -
     if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 64):
         raise FormatError("the seed of rotated keys is malformed", file=args.src if "src" in args else None)
     return simulated(
-        model, args.activations, args.kv, clip=args.clip, rotate_keys="keys" in about, seed=seed,
+        model,
+        args.activations,
+        args.kv,
+        clip=args.clip,
+        rotate_keys="keys" in about,
+        seed=seed,
         asymmetric=args.activation_grid == "asymmetric",
-    )  # fmt: skip
+    )

@@ -16,9 +16,11 @@ for byte."""
 def add(commands: Any) -> None:
     """Add both commands."""
     p = commands.add_parser(
-        "shard", help="cut an archive into shards", description=SHARD,
+        "shard",
+        help="cut an archive into shards",
+        description=SHARD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     p.add_argument("src", metavar="IN.rac", help="the archive, or one shard of a set that is to be cut anew")
     p.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write to")
     p.add_argument("--size", required=True, metavar="SIZE", help="bytes of a shard, such as 2GB")
@@ -26,7 +28,7 @@ def add(commands: Any) -> None:
     p.set_defaults(run=run_shard)
     p = commands.add_parser(
         "merge", help="join shards", description=MERGE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )  # fmt: skip
+    )
     p.add_argument("src", metavar="DIR", help="folder of the shards, or one of them")
     p.add_argument("-o", "--output", required=True, metavar="OUT.rac", help="archive to write")
     p.add_argument("--force", action="store_true", help="replace an existing file")

@@ -42,9 +42,13 @@ def run(args: argparse.Namespace) -> int:
     with Progress("unpacking", total) as progress:
         online: dict[str, list[str]] = {}
         paths = unpack(
-            args.src, args.output, force=args.force, threads=args.jobs, progress=progress,
+            args.src,
+            args.output,
+            force=args.force,
+            threads=args.jobs,
+            progress=progress,
             online=lambda name, about: online.setdefault(about, []).append(name),
-        )  # fmt: skip
+        )
     for path in paths:
         print(path)
     for about, names in online.items():

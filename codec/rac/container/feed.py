@@ -136,9 +136,14 @@ class _Ring:
     """
 
     def __init__(
-        self, name: str, size: int, slot: int, count: int, allocate: Callable[[int], memoryview] | None,
+        self,
+        name: str,
+        size: int,
+        slot: int,
+        count: int,
+        allocate: Callable[[int], memoryview] | None,
         trace: Trace | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self._slot, self._most = name, slot, min(size // slot, count)
         self._allocate = allocate or (lambda n: memoryview(bytearray(n)))
         self._trace = trace
@@ -266,9 +271,13 @@ class RangeRing(_Ring):
     """Ranges of a file, each (offset, size), in their order; several reads in flight."""
 
     def __init__(
-        self, access: Access, ranges: Sequence[tuple[int, int]], size: int,
-        allocate: Callable[[int], memoryview] | None = None, trace: Trace | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        access: Access,
+        ranges: Sequence[tuple[int, int]],
+        size: int,
+        allocate: Callable[[int], memoryview] | None = None,
+        trace: Trace | None = None,
+    ) -> None:
         total = sum(n for _, n in ranges)
         slot = max(1, min(SLOT, size // 4, total))
         super().__init__(access.name, size, slot, access.parallel + SPARE, allocate, trace)
@@ -306,9 +315,13 @@ class StreamRing(_Ring):
     """A stream, read ahead by one thread: a file object, a pipe, a socket; anything with `read` or `recv`."""
 
     def __init__(
-        self, stream: Any, name: str, size: int, allocate: Callable[[int], memoryview] | None = None,
+        self,
+        stream: Any,
+        name: str,
+        size: int,
+        allocate: Callable[[int], memoryview] | None = None,
         trace: Trace | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(name, size, max(1, min(SLOT, size // 4)), 2 * SPARE, allocate, trace)
         self._read = _reader(stream, name)
         self._stream = stream

@@ -23,9 +23,13 @@ _KEYS = {
 
 def _row(e: Entry) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "at": e.at, "check": e.check.to_bytes(8, "little"), "flags": e.flags, "head": e.head_size,
-        "payload": e.payload_size, "type": e.type,
-    }  # fmt: skip
+        "at": e.at,
+        "check": e.check.to_bytes(8, "little"),
+        "flags": e.flags,
+        "head": e.head_size,
+        "payload": e.payload_size,
+        "type": e.type,
+    }
     if e.type in _KEYS:
         row |= {"method": e.method, "name": e.name}
     if e.type in (RECORD_TENSOR, RECORD_OBJECT):
@@ -100,9 +104,15 @@ def _entry(row: Any, limits: Limits) -> Entry:
     if not all(is_count(n) for n in parts) or sum(parts) != row["payload"]:
         raise FormatError("parts of an index row do not add up to its payload")
     return Entry(
-        kind, row["name"], *place, method=row["method"], dtype=row["dtype"], shape=parse_shape(row["shape"], limits),
-        parts=tuple(parts), aliases=parse_aliases(row.get("aliases", [])),
-    )  # fmt: skip
+        kind,
+        row["name"],
+        *place,
+        method=row["method"],
+        dtype=row["dtype"],
+        shape=parse_shape(row["shape"], limits),
+        parts=tuple(parts),
+        aliases=parse_aliases(row.get("aliases", [])),
+    )
 
 
 def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Index:
@@ -180,8 +190,13 @@ def method_of(record: Record) -> str:
 def match(e: Entry, record: Record) -> None:
     """FormatError unless the record at the place of an index row is the one that the row means."""
     same = (e.type, e.flags, e.at, e.head_size, e.payload_size, e.check) == (
-        record.type, record.flags, record.at, record.head_size, record.payload_size, record.check,
-    )  # fmt: skip
+        record.type,
+        record.flags,
+        record.at,
+        record.head_size,
+        record.payload_size,
+        record.check,
+    )
     if e.type in _KEYS:
         same = same and record.head.get("name") == e.name and method_of(record) == e.method
     if e.type in (RECORD_TENSOR, RECORD_OBJECT):

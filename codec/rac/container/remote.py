@@ -137,8 +137,10 @@ class HttpAccess(_Remote):
         """One request; `got[0]` counts what has come of it."""
         kwargs = dict(self._fs.kwargs)
         kwargs["headers"] = {
-            **kwargs.get("headers", {}), "Range": f"bytes={at}-{at + len(out) - 1}", "Accept-Encoding": "identity",
-        }  # fmt: skip
+            **kwargs.get("headers", {}),
+            "Range": f"bytes={at}-{at + len(out) - 1}",
+            "Accept-Encoding": "identity",
+        }
         session = await self._fs.set_session()
         r = await _timed(session.get(self._url, **kwargs))
         async with r:

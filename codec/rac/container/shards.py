@@ -46,7 +46,7 @@ class _Part:
 
 def shard(
     archives: Sequence[Archive], folder: str, size: int, *, force: bool = False, progress: Progress | None = None
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Archives (one, or a set) to files of at most `size` bytes in `folder`; returns their paths.
 
     A record that is larger has a file of its own. Attachments are in the first; objects are in each that needs them.
@@ -98,9 +98,13 @@ def merge(archives: Sequence[Archive], path: str, *, force: bool = False, progre
 
 
 def copy(
-    chosen: Sequence[Chosen], path: str, header: dict[str, Any], *, force: bool = False,
+    chosen: Sequence[Chosen],
+    path: str,
+    header: dict[str, Any],
+    *,
+    force: bool = False,
     progress: Progress | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """These records, in this order, as an archive of their own; each unit is checked on the way."""
     _write_all([path], [header], [list(chosen)], force, progress)
 
@@ -118,8 +122,10 @@ def _bytes(e: Entry) -> int:
 def _same(a: Chosen | None, b: Chosen) -> bool:
     """True for objects whose heads are equal: they state the digest, and the checksum of every unit."""
     return a is not None and (a[1].check, a[1].head_size, a[1].payload_size) == (
-        b[1].check, b[1].head_size, b[1].payload_size,
-    )  # fmt: skip
+        b[1].check,
+        b[1].head_size,
+        b[1].payload_size,
+    )
 
 
 def _in_order(archives: Sequence[Archive]) -> Iterator[list[Chosen]]:
@@ -143,9 +149,12 @@ def _in_order(archives: Sequence[Archive]) -> Iterator[list[Chosen]]:
 
 
 def _write_all(
-    paths: Sequence[str], headers: Sequence[dict[str, Any]], parts: Sequence[Sequence[Chosen]], force: bool,
+    paths: Sequence[str],
+    headers: Sequence[dict[str, Any]],
+    parts: Sequence[Sequence[Chosen]],
+    force: bool,
     progress: Progress | None,
-) -> None:  # fmt: skip
+) -> None:
     """All files, or none: what is finished is taken back where another fails or the user interrupts."""
     for path in paths:
         if os.path.lexists(path) and not force:
@@ -161,9 +170,7 @@ def _write_all(
         raise
 
 
-def _write(
-    path: str, header: dict[str, Any], chosen: Sequence[Chosen], force: bool, progress: Progress | None
-) -> None:  # fmt: skip
+def _write(path: str, header: dict[str, Any], chosen: Sequence[Chosen], force: bool, progress: Progress | None) -> None:
     writer = Writer(path, force)
     content: list[list[Any]] = []
     try:

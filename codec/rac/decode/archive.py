@@ -92,9 +92,15 @@ class RacFile:
     """
 
     def __init__(
-        self, path: Any, framework: str | None = None, device: str = "cpu", threads: int | None = None,
-        limits: Limits | None = None, ring: int = RING, trace: Trace | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: Any,
+        framework: str | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        limits: Limits | None = None,
+        ring: int = RING,
+        trace: Trace | None = None,
+    ) -> None:
         self._framework, self._device = fw.default(framework, device), device
         fw.check(self._framework, device)
         self._damaged: Damaged = {}
@@ -237,9 +243,13 @@ def _access(source: Any) -> Access:
 
 
 def load_file(
-    path: Any, device: str = "cpu", framework: str | None = None, threads: int | None = None,
-    on_error: str = "raise", ring: int = RING,
-) -> dict[str, Any]:  # fmt: skip
+    path: Any,
+    device: str = "cpu",
+    framework: str | None = None,
+    threads: int | None = None,
+    on_error: str = "raise",
+    ring: int = RING,
+) -> dict[str, Any]:
     """All tensors of an archive (or of a set of shards), from a path or a URL.
 
     numpy arrays by default; torch tensors with framework="pt" or where `device` is not the CPU, "cuda" for example.

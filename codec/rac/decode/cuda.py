@@ -61,10 +61,16 @@ def kernel(step: str) -> Any:
     from rac.decode.cuda_trellis import trellis
 
     return {
-        "tables": cuda_tables.tables, "lanes": cuda_lanes.lanes, "found": cuda_escapes.escapes,
-        "place": cuda_place.place, "added": cuda_escapes.escapes, "trellis": trellis,
-        "product": cuda_product.product, "outliers": cuda_outliers.outliers, "groups": cuda_groups.groups,
-    }[step]  # fmt: skip
+        "tables": cuda_tables.tables,
+        "lanes": cuda_lanes.lanes,
+        "found": cuda_escapes.escapes,
+        "place": cuda_place.place,
+        "added": cuda_escapes.escapes,
+        "trellis": trellis,
+        "product": cuda_product.product,
+        "outliers": cuda_outliers.outliers,
+        "groups": cuda_groups.groups,
+    }[step]
 
 
 def options(call: jb.Call) -> dict[str, Any]:
@@ -91,12 +97,16 @@ def launch(launches: Iterable[jb.Launch], units: Any, aux: Any, work: Any, out: 
         step, to, source = each.call.step, memory[each.call.to], memory.get(each.call.source)
         jobs = aux[each.jobs : each.jobs + each.size].view(torch_module().int64)
         args: tuple[Any, ...] = {
-            "tables": (aux, work, jobs), "lanes": (units, aux, work, status, jobs),
-            "found": (units, aux, work, to, status, jobs), "place": (units, aux, work, to, jobs),
-            "added": (units, aux, work, to, status, jobs), "trellis": (source, aux, to, jobs),
-            "product": (work, objects, to, jobs), "outliers": (aux, to, jobs, each.n),
+            "tables": (aux, work, jobs),
+            "lanes": (units, aux, work, status, jobs),
+            "found": (units, aux, work, to, status, jobs),
+            "place": (units, aux, work, to, jobs),
+            "added": (units, aux, work, to, status, jobs),
+            "trellis": (source, aux, to, jobs),
+            "product": (work, objects, to, jobs),
+            "outliers": (aux, to, jobs, each.n),
             "groups": (source, aux, to, status, jobs),
-        }[step]  # fmt: skip
+        }[step]
         kernel(step)[each.grid](*args, **options(each.call), **settings(each.call))
 
 
@@ -144,9 +154,13 @@ class DeviceDecoder:
         self._states: list[tuple[Any, list[tuple[tn.Decoder, int]]]] = []
 
     def add(
-        self, t: tn.Tensor, first: Sequence[bytes | memoryview], units: Iterable[Any], objects: Sequence[Any] = (),
+        self,
+        t: tn.Tensor,
+        first: Sequence[bytes | memoryview],
+        units: Iterable[Any],
+        objects: Sequence[Any] = (),
         checked: bool = False,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """Take in a whole tensor, and return it; its content is there once the current stream has come so far.
 
         Args:

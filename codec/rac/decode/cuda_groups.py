@@ -31,9 +31,17 @@ def _number(code, entry):
 
 @triton.jit
 def groups(
-    source, aux, out, status, jobs, TO: tl.constexpr, PAIRS: tl.constexpr, SAME: tl.constexpr, ROWS: tl.constexpr,
+    source,
+    aux,
+    out,
+    status,
+    jobs,
+    TO: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SAME: tl.constexpr,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
-):  # fmt: skip
+):
     """ROWS x COLS codes per program.
 
     Args:

@@ -112,18 +112,53 @@ class Batch(Layout):
         many = max(1, word // 4)  # there is no plane of 64 bits
         rows, cols = self.plain_map(h, w * many)
         self._place(
-            word // many, 0, 0, 0, bits or 8 * word // many, False, rows, cols, 0, 0, out_at, stride * many, h,
-            w * many, planes, to,
-        )  # fmt: skip
+            word // many,
+            0,
+            0,
+            0,
+            bits or 8 * word // many,
+            False,
+            rows,
+            cols,
+            0,
+            0,
+            out_at,
+            stride * many,
+            h,
+            w * many,
+            planes,
+            to,
+        )
 
     def _place(
-        self, word: int, shift: int, sign: int, zero: int, raw: int, coded: bool, rows: int, cols: int,
-        tops: int, symbols: int, out_at: int, stride: int, h: int, w: int, planes: list[int], to: str = "out",
-    ) -> None:  # fmt: skip
+        self,
+        word: int,
+        shift: int,
+        sign: int,
+        zero: int,
+        raw: int,
+        coded: bool,
+        rows: int,
+        cols: int,
+        tops: int,
+        symbols: int,
+        out_at: int,
+        stride: int,
+        h: int,
+        w: int,
+        planes: list[int],
+        to: str = "out",
+    ) -> None:
         options = {
-            "WORD": word, "SHIFT": shift, "SIGN": sign, "ZERO": zero, "RAW": raw, "CODED": coded,
-            "ROWS": PLACE_ROWS, "COLS": _across(PLACE_COLS, w),
-        }  # fmt: skip
+            "WORD": word,
+            "SHIFT": shift,
+            "SIGN": sign,
+            "ZERO": zero,
+            "RAW": raw,
+            "CODED": coded,
+            "ROWS": PLACE_ROWS,
+            "COLS": _across(PLACE_COLS, w),
+        }
         planes = planes + [0] * (6 - len(planes))
         self.jobs[Call("place", tuple(options.items()), to=to)].append(
             (rows, cols, tops, symbols, out_at, stride, h, w, *planes)
@@ -148,9 +183,7 @@ class Batch(Layout):
         if added:
             a = (a[0] + 4 * r0 * a[1], a[1])
         terms = a[1] if added else c1 - c0
-        options = {
-            "WORD": t.word, "HALF": t.dtype == "F16", "ADDED": added, "ROWS": PRODUCT_ROWS, "COLS": PRODUCT_COLS
-        }  # fmt: skip
+        options = {"WORD": t.word, "HALF": t.dtype == "F16", "ADDED": added, "ROWS": PRODUCT_ROWS, "COLS": PRODUCT_COLS}
         w = c1 - c0
         step = max(1, GRID // -(-w // PRODUCT_COLS)) * PRODUCT_ROWS  # rows of one job
         for y in range(0, r1 - r0, step):
@@ -158,9 +191,17 @@ class Batch(Layout):
             self.jobs[Call("product", tuple(options.items()))].append((*place, min(step, r1 - r0 - y), w))
 
     def _numbers(
-        self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, rows: int, cols: int,
-        out_at: int, stride: int, word_of: Array | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        dec: tn.Decoder,
+        box: tl.Box,
+        source: str,
+        codes: int,
+        rows: int,
+        cols: int,
+        out_at: int,
+        stride: int,
+        word_of: Array | None = None,
+    ) -> None:
         """The trellis of a tile; `word_of` (256,): words of the codes where they are not the codes themselves."""
         t, s, (r0, r1, c0, c1) = dec.tensor, self.shared(dec), box
         h, w = r1 - r0, c1 - c0
@@ -194,17 +235,29 @@ class Batch(Layout):
         size = 4 if t.numbers == "F32" else 2
         pairs = size == 2 and not (w % 2 or codes % 2 or stride % 2 or out_at % 4)
         options = {
-            "TO": t.numbers, "PAIRS": pairs, "SAME": not (t.groups.group % 2 or left % 2), "ROWS": GROUPS_ROWS,
+            "TO": t.numbers,
+            "PAIRS": pairs,
+            "SAME": not (t.groups.group % 2 or left % 2),
+            "ROWS": GROUPS_ROWS,
             "COLS": GROUPS_COLS,
-        }  # fmt: skip
+        }
         step = max(1, GRID // -(-w // GROUPS_COLS)) * GROUPS_ROWS  # rows of one job
         for y in range(0, h, step):
             self.jobs[Call("groups", tuple(options.items()), source, "work" if t.after else "out")].append(
                 (
-                    codes + y * w, w, entries + 8 * ((r0 + y) * lists + first), lists, t.groups.group, left,
-                    out_at + y * stride * t.word, stride, min(step, h - y), w, t.groups.bits | status << 8,
+                    codes + y * w,
+                    w,
+                    entries + 8 * ((r0 + y) * lists + first),
+                    lists,
+                    t.groups.group,
+                    left,
+                    out_at + y * stride * t.word,
+                    stride,
+                    min(step, h - y),
+                    w,
+                    t.groups.bits | status << 8,
                 )
-            )  # fmt: skip
+            )
 
 
 def _padded(a: Array, many: int) -> Array:
@@ -343,9 +396,23 @@ class _Tile:
         if t.lossy is not None:
             to, out_at, stride = "work", batch.room(up(n, 16)), self.w
         batch._place(
-            t.grid.word, p.shift, int(p.sign), p.zero, p.raw, True, rows_at, cols_at, s.tops, symbols, out_at,
-            stride, self.h, self.w, planes, to,
-        )  # fmt: skip
+            t.grid.word,
+            p.shift,
+            int(p.sign),
+            p.zero,
+            p.raw,
+            True,
+            rows_at,
+            cols_at,
+            s.tops,
+            symbols,
+            out_at,
+            stride,
+            self.h,
+            self.w,
+            planes,
+            to,
+        )
         if p.base > p.first_escape:
             self._escapes(symbols, status, escapes, places, (out_at, stride, to))
         if t.lossy is not None:
@@ -392,7 +459,7 @@ class _Tile:
         blocks = np.stack(
             [self.starts[s.order], (np.cumsum(self.nr) - self.nr)[i], (np.cumsum(self.nc) - self.nc)[j], self.nc[j]],
             axis=1,
-        )[self.sizes > 0].astype(np.int32)  # fmt: skip
+        )[self.sizes > 0].astype(np.int32)
         lists = batch.put(self.row_list.astype(np.int32)), batch.put(self.col_list.astype(np.int32))
         call = Call("added", (("WORD", t.grid.word), ("PLACED", True), ("BLOCK", 64)), to=to)
         batch.jobs[call].append(

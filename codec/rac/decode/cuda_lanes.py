@@ -20,9 +20,24 @@ END = tl.constexpr(1 << 30)
 
 @triton.jit
 def _row(
-    hi, lo, left, words, symbols, top, lut, on, second, below, mine, bit, PER: tl.constexpr,
-    BLOCK: tl.constexpr, ENTRIES: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    hi,
+    lo,
+    left,
+    words,
+    symbols,
+    top,
+    lut,
+    on,
+    second,
+    below,
+    mine,
+    bit,
+    PER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SHARED: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """One row of every tile of the program. WHOLE: all lanes decode, and each has a word left."""
     m = cs.low24(lo)
     if SHARED:
@@ -105,9 +120,17 @@ def _note(job, work, piece, symbols, found, n, first, lane, below, mine, bit, PE
 
 @triton.jit
 def lanes(
-    units, aux, work, status, jobs, LANES: tl.constexpr, SPAN: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
+    units,
+    aux,
+    work,
+    status,
+    jobs,
+    LANES: tl.constexpr,
+    SPAN: tl.constexpr,
+    PER: tl.constexpr,
+    BLOCK: tl.constexpr,
     ENTRIES: tl.constexpr,
-):  # fmt: skip
+):
     """Decode the tiles of BLOCK // SPAN jobs.
 
     Args:
@@ -186,9 +209,24 @@ def lanes(
                     top = tl.zeros((BLOCK,), tl.uint32)
                     for _ in tl.static_range(ROUND):
                         hi, lo, left, words, top = _row(
-                            hi, lo, left, words, symbols, top, lut, on, second, below, mine, bit,
-                            PER, BLOCK, ENTRIES, SHARED, True,
-                        )  # fmt: skip
+                            hi,
+                            lo,
+                            left,
+                            words,
+                            symbols,
+                            top,
+                            lut,
+                            on,
+                            second,
+                            below,
+                            mine,
+                            bit,
+                            PER,
+                            BLOCK,
+                            ENTRIES,
+                            SHARED,
+                            True,
+                        )
                         symbols += LANES * PER
                     whole -= ROUND
                     rows -= ROUND
@@ -198,9 +236,24 @@ def lanes(
                 n = tl.minimum(n, 32)
                 for _ in tl.range(n, loop_unroll_factor=1):
                     hi, lo, left, words, top = _row(
-                        hi, lo, left, words, symbols, top, lut, on, second, below, mine, bit,
-                        PER, BLOCK, ENTRIES, SHARED, False,
-                    )  # fmt: skip
+                        hi,
+                        lo,
+                        left,
+                        words,
+                        symbols,
+                        top,
+                        lut,
+                        on,
+                        second,
+                        below,
+                        mine,
+                        bit,
+                        PER,
+                        BLOCK,
+                        ENTRIES,
+                        SHARED,
+                        False,
+                    )
                     symbols += width
                 hit = tl.max((top >= escape).to(tl.int32), 0)
                 last = n

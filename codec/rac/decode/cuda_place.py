@@ -21,9 +21,18 @@ def _plane(plane, k, RAW: tl.constexpr, BITS: tl.constexpr, raw, TYPE: tl.conste
 
 @triton.jit
 def _word(
-    units, planes, tops, symbols, k, WORD: tl.constexpr, SHIFT: tl.constexpr, SIGN: tl.constexpr, ZERO: tl.constexpr,
-    RAW: tl.constexpr, CODED: tl.constexpr,
-):  # fmt: skip
+    units,
+    planes,
+    tops,
+    symbols,
+    k,
+    WORD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SIGN: tl.constexpr,
+    ZERO: tl.constexpr,
+    RAW: tl.constexpr,
+    CODED: tl.constexpr,
+):
     """Words of elements `k`."""
     TYPE: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32
     raw = (k * 0).to(TYPE)
@@ -44,9 +53,20 @@ def _word(
 
 @triton.jit
 def place(
-    units, aux, work, out, jobs, WORD: tl.constexpr, SHIFT: tl.constexpr, SIGN: tl.constexpr, ZERO: tl.constexpr,
-    RAW: tl.constexpr, CODED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    units,
+    aux,
+    work,
+    out,
+    jobs,
+    WORD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SIGN: tl.constexpr,
+    ZERO: tl.constexpr,
+    RAW: tl.constexpr,
+    CODED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """ROWS x COLS words of a tile per program.
 
     Element (y, x) of a tile stands at place row[class of x, y] + rank of x of its sequence: a tile in row-major order

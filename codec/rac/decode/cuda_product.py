@@ -12,9 +12,16 @@ import triton.language as tl
 
 @triton.jit
 def product(
-    work, objects, out, jobs, WORD: tl.constexpr, HALF: tl.constexpr, ADDED: tl.constexpr, ROWS: tl.constexpr,
+    work,
+    objects,
+    out,
+    jobs,
+    WORD: tl.constexpr,
+    HALF: tl.constexpr,
+    ADDED: tl.constexpr,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
-):  # fmt: skip
+):
     """ROWS x COLS elements per program: t = start; t += a[i, k] * b[k, j] for k = 0, 1, ...; t to the data type.
 
     Args:

@@ -28,9 +28,13 @@ def popcount(v):
 def ballot(flags, bit):
     """One bit per lane of the warp, lane 0 the lowest; `bit` is that of the lane."""
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }", "=r,r",
-        [flags.to(tl.uint32)], dtype=tl.uint32, is_pure=False, pack=1,
-    )  # fmt: skip
+        "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
+        "=r,r",
+        [flags.to(tl.uint32)],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -43,18 +47,26 @@ def low24(v):
 def multiply_add(a, b, low, high):
     """(Low, high half) of a * b + low + high * 2^32, all of 32 bits."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b64 t; mov.b64 t, {$4, $5}; mad.wide.u32 t, $2, $3, t; mov.b64 {$0, $1}, t; }", "=r,=r,r,r,r,r",
-        [a, b, low, high], dtype=(tl.uint32, tl.uint32), is_pure=True, pack=1,
-    )  # fmt: skip
+        "{ .reg .b64 t; mov.b64 t, {$4, $5}; mad.wide.u32 t, $2, $3, t; mov.b64 {$0, $1}, t; }",
+        "=r,=r,r,r,r,r",
+        [a, b, low, high],
+        dtype=(tl.uint32, tl.uint32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
 def less_if_zero(n, v):
     """One less than `n` where `v` is 0."""
     return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.eq.u32 p, $2, 0; mov.b32 $0, $1; @p add.s32 $0, $0, -1; }", "=r,r,r",
-        [n, v], dtype=tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
+        "{ .reg .pred p; setp.eq.u32 p, $2, 0; mov.b32 $0, $1; @p add.s32 $0, $0, -1; }",
+        "=r,r,r",
+        [n, v],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.constexpr_function
@@ -75,8 +87,12 @@ def copy(to, source, flags):
     """Begin to copy 16 bytes of global memory into shared memory, in threads whose flag is set."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.ca.shared.global [$1], [$2], 16; mov.u32 $0, 0; }",
-        "=r,r,l,r", [to, source, flags.to(tl.uint32)], dtype=tl.uint32, is_pure=False, pack=1,
-    )  # fmt: skip
+        "=r,r,l,r",
+        [to, source, flags.to(tl.uint32)],
+        dtype=tl.uint32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -112,9 +128,13 @@ def _pair(offset):
 def next4(address):
     """(Four words of 32 bits at an address that is a multiple of 16, the address behind them). Nobody writes there."""
     return tl.inline_asm_elementwise(
-        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5]; add.u64 $4, $5, 16;", "=r,=r,=r,=r,=l,l", [address],
-        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint64), is_pure=True, pack=1,
-    )  # fmt: skip
+        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5]; add.u64 $4, $5, 16;",
+        "=r,=r,=r,=r,=l,l",
+        [address],
+        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint64),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

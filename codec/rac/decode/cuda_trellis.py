@@ -32,9 +32,13 @@ def _rounded(v, TO: tl.constexpr):
 def packed(low, high, TO: tl.constexpr):
     """Two numbers of 16 bits, rounded as above, as one word."""
     return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;" if tl.bfloat16 == TO else "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f",
-        [low, high], dtype=tl.uint32, is_pure=True, pack=1,
-    )  # fmt: skip
+        "cvt.rn.bf16x2.f32 $0, $2, $1;" if tl.bfloat16 == TO else "cvt.rn.f16x2.f32 $0, $2, $1;",
+        "=r,f,f",
+        [low, high],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def why_not(device: str) -> str | None:
 
 def engine_for(
     device: str, threads: int, ring: int = RING, damaged: Damaged | None = None, trace: Trace | None = None
-) -> Engine:  # fmt: skip
+) -> Engine:
     """What decodes for `device`: its own kernels, or those of the CPU, with one warning where the device has none."""
     cpu = Cpu(threads, ring, damaged, trace=trace)
     kind = str(device).split(":")[0]

@@ -211,9 +211,13 @@ class Cpu:
     allocate: Callable[[int], memoryview] | None = None
 
     def __init__(
-        self, threads: int, ring: int = RING, damaged: Damaged | None = None, reference: bool = False,
+        self,
+        threads: int,
+        ring: int = RING,
+        damaged: Damaged | None = None,
+        reference: bool = False,
         trace: Trace | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`damaged`: takes in the errors of tensors that are damaged, instead of raising the first."""
         if ring < LEAST:
             raise ValueError(f"ring must be at least {LEAST} bytes")

@@ -134,9 +134,12 @@ def ranges(entries: Sequence[Entry]) -> list[tuple[int, int]]:
 
 
 def load(
-    archive: Archive, entries: Sequence[Entry], engine: Engine | int = 1,
-    done: Callable[[tn.Tensor], None] | None = None, reference: bool = False,
-) -> Iterator[tuple[tn.Tensor, Any]]:  # fmt: skip
+    archive: Archive,
+    entries: Sequence[Entry],
+    engine: Engine | int = 1,
+    done: Callable[[tn.Tensor], None] | None = None,
+    reference: bool = False,
+) -> Iterator[tuple[tn.Tensor, Any]]:
     """What `engine` (or a CPU engine of so many threads) makes of each entry, in order; all their bytes are checked."""
     if isinstance(engine, int):
         engine = Cpu(engine, reference=reference)

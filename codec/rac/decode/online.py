@@ -16,7 +16,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")
 
 def parse(
     value: Any, dtype: str, shape: tuple[int, ...], shape_of: Callable[[str], tuple[int, ...] | None], at: int
-) -> Online:  # fmt: skip
+) -> Online:
     """The map under the key `online` of a tensor of `shape`, whose record is at `at`.
 
     `shape_of` gives the shape of an object that stands before the record, None where there is no such object.

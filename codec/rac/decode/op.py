@@ -62,9 +62,13 @@ class Packed:
     """
 
     def __init__(
-        self, t: tn.Tensor, first: Sequence[bytes], units: Sequence[Any], objects: Sequence[Array] = (),
+        self,
+        t: tn.Tensor,
+        first: Sequence[bytes],
+        units: Sequence[Any],
+        objects: Sequence[Array] = (),
         at: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tensor, self.objects = t, [np.ascontiguousarray(o, np.float32) for o in objects]
         self.decoder = tn.Decoder(t, first, objects=self.objects)
         self.at: list[tuple[int, int]] = []
@@ -125,11 +129,13 @@ class Packed:
                 batch.product(self.decoder, (r0, r1, 0, g.cols), found, places, r0 * g.cols * t.word, g.cols)
         launches = batch.seal()
         return _OnDevice(
-            torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device), last,
+            torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device),
+            last,
             torch.from_numpy(objects).view(torch.uint8).to(data.device),
             torch.zeros(max(1, len(batch.status)), dtype=torch.int32, device=data.device),
-            launches, batch.work,
-        )  # fmt: skip
+            launches,
+            batch.work,
+        )
 
     def check(self) -> None:
         """Wait for the devices, and raise what decoding has found; only damage that checksums do not show is left."""

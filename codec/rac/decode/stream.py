@@ -35,9 +35,15 @@ class Stream(Iterator[tuple[str, Any]]):
     """(name, tensor) of an archive that is read from front to back; see `stream`."""
 
     def __init__(
-        self, source: Any, device: str, framework: str, on_error: str, threads: int | None, ring: int,
+        self,
+        source: Any,
+        device: str,
+        framework: str,
+        on_error: str,
+        threads: int | None,
+        ring: int,
         limits: Limits | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         fw.check(framework, device)
         if on_error not in ("raise", "report"):
             raise ValueError(f"on_error must be 'raise' or 'report', not {on_error!r}")
@@ -108,9 +114,14 @@ class Stream(Iterator[tuple[str, Any]]):
 
 
 def stream(
-    source: Any, device: str = "cpu", framework: str | None = None, on_error: str = "raise",
-    threads: int | None = None, ring: int = RING, limits: Limits | None = None,
-) -> Stream:  # fmt: skip
+    source: Any,
+    device: str = "cpu",
+    framework: str | None = None,
+    on_error: str = "raise",
+    threads: int | None = None,
+    ring: int = RING,
+    limits: Limits | None = None,
+) -> Stream:
     """(name, tensor) of an archive, forward only and in bounded memory, while it arrives.
 
     Reading runs ahead of decoding, and the tiles of a tensor are decoded side by side. Each tensor is checked before it
@@ -228,9 +239,12 @@ Found = tuple[tn.Tensor, Array, tuple[int, ...]]
 
 
 def forward_tensors(
-    forward: Forward, other: Callable[[Record], None] | None = None, reference: bool = False,
-    of_object: Callable[[Found], None] | None = None, threads: int = 1,
-) -> Iterator[Found]:  # fmt: skip
+    forward: Forward,
+    other: Callable[[Record], None] | None = None,
+    reference: bool = False,
+    of_object: Callable[[Found], None] | None = None,
+    threads: int = 1,
+) -> Iterator[Found]:
     """(tensor, words, parts) of every tensor record.
 
     `other` is called for attachments, positioned at their payload, `of_object` with every object.

@@ -102,9 +102,7 @@ class Tensor:
         return 2 * self.grid.tr * self.grid.tc * self.grid.word + 65536
 
 
-def parse(
-    record: Record, limits: Limits, shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None
-) -> Tensor:  # fmt: skip
+def parse(record: Record, limits: Limits, shape_of: Callable[[str], tuple[int, ...] | None] = lambda _: None) -> Tensor:
     """Check the head of a tensor or an object; nothing larger than the head is allocated.
 
     `shape_of` gives the shape of an object that stands before the record, None where there is no such object.
@@ -166,9 +164,26 @@ def parse(
     if dense > limits.free_alloc + limits.expansion * record.payload_size:
         raise LimitError(f"tensor of {dense} bytes from {record.payload_size} stored bytes", offset=record.at)
     out = Tensor(
-        name, dtype, shape, head["axis"], grid, method, lanes, bits, trellis, groups, after, uses, word,
-        units, head["digest"], ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, online,
-    )  # fmt: skip
+        name,
+        dtype,
+        shape,
+        head["axis"],
+        grid,
+        method,
+        lanes,
+        bits,
+        trellis,
+        groups,
+        after,
+        uses,
+        word,
+        units,
+        head["digest"],
+        ix.parse_aliases(head.get("aliases", [])),
+        head.get("extra", {}),
+        record,
+        online,
+    )
     for i, unit in enumerate(units):
         if unit.size > out.most(i):
             raise FormatError(f"unit {i} is larger than its tile can need", offset=record.payload + unit.offset)
@@ -225,9 +240,12 @@ class Decoder:
     """Decodes the units of one tensor, in any order and from any thread."""
 
     def __init__(
-        self, t: Tensor, first: Sequence[bytes | memoryview], reference: bool = False,
+        self,
+        t: Tensor,
+        first: Sequence[bytes | memoryview],
+        reference: bool = False,
         objects: Sequence[NDArray[np.float32]] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
         self.tensor, self._reference, self._objects = t, reference, objects
         self.shared: Shared | None = None

@@ -67,9 +67,24 @@ def ready(s: Shared, p: ll.Lanes, grid: ll.Grid) -> Shared:
     lut, tail = tables.lookup(s.freq, s.code), b""
     if native.library() is not None:
         tail = native.job_tail(
-            lut, s.values, s.bases, s.table, p.rows, p.cols, p.skip, p.lanes, p.per, grid.word, p.zero, p.sign,
-            p.shift, p.raw, p.base, p.first_escape, s.limit,
-        )  # fmt: skip
+            lut,
+            s.values,
+            s.bases,
+            s.table,
+            p.rows,
+            p.cols,
+            p.skip,
+            p.lanes,
+            p.per,
+            grid.word,
+            p.zero,
+            p.sign,
+            p.shift,
+            p.raw,
+            p.base,
+            p.first_escape,
+            s.limit,
+        )
     return replace(s, lut=lut, tail=tail)
 
 

@@ -48,9 +48,14 @@ class _Output:
 
 
 def unpack(
-    src: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, threads: int | None = None,
-    progress: Progress | None = None, online: Callable[[str, str], None] | None = None,
-) -> list[str]:  # fmt: skip
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    online: Callable[[str, str], None] | None = None,
+) -> list[str]:
     """Unpack to a folder, or to the one file that `out` names (.safetensors or .gguf); returns the paths written.
 
     Tensors come back bit for bit, attachments byte for byte. A sharded Hugging Face model gets its shards again, a

@@ -39,9 +39,17 @@ class Point:
 
 
 def points(
-    src: str, folder: str, recipes: Sequence[str], bits: Sequence[int], method: Method, note: Note | None = None, *,
-    seeds: Sequence[int] = (0,), effort: str = "default", reuse: bool = False,
-) -> Iterator[Point]:  # fmt: skip
+    src: str,
+    folder: str,
+    recipes: Sequence[str],
+    bits: Sequence[int],
+    method: Method,
+    note: Note | None = None,
+    *,
+    seeds: Sequence[int] = (0,),
+    effort: str = "default",
+    reuse: bool = False,
+) -> Iterator[Point]:
     """Pack a model by each recipe at each number of bits.
 
     What was made is listed in "points.json" beside the files, with the settings that made it.
@@ -90,14 +98,19 @@ def points(
             yield point
 
 
-def _aligned(
-    src: str, path: str, method: Method, budget: float, effort: str, cache: str, note: Note | None
-) -> Point:  # fmt: skip
+def _aligned(src: str, path: str, method: Method, budget: float, effort: str, cache: str, note: Note | None) -> Point:
     start = time.monotonic()
     done = pack(
-        src, path, bits=budget, calibrate=method.text or "none", tokens=method.tokens, effort=effort, cache=cache,
-        force=True, note=note,
-    )  # fmt: skip
+        src,
+        path,
+        bits=budget,
+        calibrate=method.text or "none",
+        tokens=method.tokens,
+        effort=effort,
+        cache=cache,
+        force=True,
+        note=note,
+    )
     took = time.monotonic() - start
     return Point("aligned", method.bits, method.seed, path, took, done.quantised_bits, None, done.stored)
 

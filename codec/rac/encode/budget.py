@@ -65,9 +65,7 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     lane = split.lane_of(w.shape, recipe.coder)
     below = a.below()
     states = recipe.states if below is None else SHAPED
-    q = lossy.quantise(
-        w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below
-    )  # fmt: skip
+    q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below)
     del w, below
     encoder, units = split.coded(q, recipe.coder)
     return Coded(encoder, q, units, t.dtype, a.name, objects)
@@ -172,16 +170,23 @@ class Request:
     def goal(self) -> dict[str, float]:
         """What was asked."""
         every = {
-            "bits": self.bits, "file_bits": self.file_bits, "size": self.size, "snr": self.snr, "kl": self.kl,
-        }  # fmt: skip
+            "bits": self.bits,
+            "file_bits": self.file_bits,
+            "size": self.size,
+            "snr": self.snr,
+            "kl": self.kl,
+        }
         return {k: v for k, v in every.items() if v is not None}
 
     @property
     def shape(self) -> dict[str, Any]:
         """What else was asked for, where it is not what one gets unasked."""
         every = (
-            ("align", self.align), ("rank", self.rank), ("embeddings", self.embeddings), ("keep", sorted(self.keep)),
-        )  # fmt: skip
+            ("align", self.align),
+            ("rank", self.rank),
+            ("embeddings", self.embeddings),
+            ("keep", sorted(self.keep)),
+        )
         return {k: v for k, v in every if v != "auto" and v is not None and v is not False and v != []}
 
     @property
@@ -241,10 +246,16 @@ class Judge(Protocol):
 
 
 def solve(
-    groups: Sequence[ties.Group], recipe: Recipe, request: Request, jobs: int, note: Note | None = None,
-    level: Level = LEVELS["default"], files: Sequence[Attachment] = (), judge: Judge | None = None,
+    groups: Sequence[ties.Group],
+    recipe: Recipe,
+    request: Request,
+    jobs: int,
+    note: Note | None = None,
+    level: Level = LEVELS["default"],
+    files: Sequence[Attachment] = (),
+    judge: Judge | None = None,
     pool: Executor | None = None,
-) -> Recipe:  # fmt: skip
+) -> Recipe:
     """The recipe with the common scale that meets the request: real bytes from below, to half a percent.
 
     `level` codes the tensors that stay lossless, `files` travel along: both count in the size of the file.

@@ -39,9 +39,13 @@ class Layer:
     __slots__ = ("_second", "experts", "finite", "sensitivity", "transposed")
 
     def __init__(
-        self, second: NDArray[np.float32] | Callable[[], NDArray[np.float32]], sensitivity: NDArray[np.float64] | None,
-        transposed: bool = False, finite: bool = True, experts: Sequence[Layer] = (),
-    ) -> None:  # fmt: skip
+        self,
+        second: NDArray[np.float32] | Callable[[], NDArray[np.float32]],
+        sensitivity: NDArray[np.float64] | None,
+        transposed: bool = False,
+        finite: bool = True,
+        experts: Sequence[Layer] = (),
+    ) -> None:
         self._second = second
         self.sensitivity = sensitivity
         """(out,) float64, mean of squared gradients, or None where no backward pass was made."""
@@ -85,9 +89,16 @@ class Layers(Mapping[str, Layer]):
 
 
 def calibrate(
-    path: str | os.PathLike[str], text: str | NDArray[np.int64] | None, *, tokens: int = 40960, context: int = 1024,
-    fisher: bool = True, seed: int = 0, note: Note | None = None, cache: str | os.PathLike[str] | None = None,
-) -> Layers:  # fmt: skip
+    path: str | os.PathLike[str],
+    text: str | NDArray[np.int64] | None,
+    *,
+    tokens: int = 40960,
+    context: int = 1024,
+    fisher: bool = True,
+    seed: int = 0,
+    note: Note | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Layers:
     """Run the model in folder `path` over a text.
 
     A causal language model gets a forward and, for the sensitivities, a backward pass; an encoder a forward pass
@@ -188,9 +199,15 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
 
 
 def _find(
-    path: str, text: str | NDArray[np.int64] | None, tokens: int, context: int, fisher: bool, seed: int,
-    folder: Folder, note: Note,
-) -> None:  # fmt: skip
+    path: str,
+    text: str | NDArray[np.int64] | None,
+    tokens: int,
+    context: int,
+    fisher: bool,
+    seed: int,
+    folder: Folder,
+    note: Note,
+) -> None:
     """Do what is still to do, and write it into the folder."""
     try:
         import transformers

@@ -135,8 +135,9 @@ class Chain:
         def ran(name: str) -> Any:
             return lambda *_: log.append((name, -1))
 
-        hooks = [b.register_forward_hook(after(k, i), with_kwargs=True) for k, bs in lists.items()
-                 for i, b in enumerate(bs)]  # fmt: skip
+        hooks = [
+            b.register_forward_hook(after(k, i), with_kwargs=True) for k, bs in lists.items() for i, b in enumerate(bs)
+        ]
         hooks += [m.register_forward_hook(ran(name)) for name, m in linears(self.model).items()]
         try:
             self._whole(tokens, [b for blocks in lists.values() for b in blocks])
@@ -147,8 +148,10 @@ class Chain:
         if not chains:
             raise UnfitError("no chain of blocks found")
         best = max(chains, key=lambda k: sum(p.numel() for b in lists[k] for p in b.parameters()))
-        self._calls = [(bool(args), args[1:], {k: v for k, v in kwargs.items() if args or k != "hidden_states"})
-                       for _, args, kwargs, _ in calls[best]]  # fmt: skip
+        self._calls = [
+            (bool(args), args[1:], {k: v for k, v in kwargs.items() if args or k != "hidden_states"})
+            for _, args, kwargs, _ in calls[best]
+        ]
         self._rest = [out[1:] if isinstance(out, tuple) else None for _, _, _, out in calls[best]]
         self.width = int(_moved(*calls[best][0][1:3]).shape[-1])
         return best, log
@@ -217,8 +220,9 @@ class Chain:
     def _reference(self, tokens: Any) -> None:
         """What each block and the model itself make of the end of `tokens`, when the model runs as a whole."""
         ends: list[Any] = []
-        hooks = [b.register_forward_hook(lambda _, __, out: ends.append(_first(out)[0, -TAIL:].clone()))
-                 for b in self.blocks]  # fmt: skip
+        hooks = [
+            b.register_forward_hook(lambda _, __, out: ends.append(_first(out)[0, -TAIL:].clone())) for b in self.blocks
+        ]
         try:
             out = self._whole(tokens, self.blocks)
         finally:

@@ -46,8 +46,9 @@ def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextM
     import torch
     from torch.overrides import TorchFunctionMode
 
-    fused = [(f"{name}.{k}", p) for name, m in modules.items() for k, p in m.named_parameters(recurse=False)
-             if _fused(p)]  # fmt: skip
+    fused = [
+        (f"{name}.{k}", p) for name, m in modules.items() for k, p in m.named_parameters(recurse=False) if _fused(p)
+    ]
     linear = torch.nn.functional.linear
     products = {linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
@@ -77,9 +78,12 @@ def _expert(w: Any, fused: Sequence[tuple[str, Any]]) -> tuple[str, int, int, bo
 
 
 def settled(
-    whole: str, rows: Sequence[int], sums: Mapping[str, Array], weights: Mapping[str, float],
+    whole: str,
+    rows: Sequence[int],
+    sums: Mapping[str, Array],
+    weights: Mapping[str, float],
     squares: Mapping[str, Array],
-) -> Iterator[tuple[str, Array, Array | None]]:  # fmt: skip
+) -> Iterator[tuple[str, Array, Array | None]]:
     """Second moments, summed over the rows seen, and sensitivities of the parameter and of each expert's matrix.
 
     An expert sees few tokens: its second moment goes towards the mean of all as if it had seen as many more of these as

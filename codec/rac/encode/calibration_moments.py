@@ -63,8 +63,9 @@ class Collector:
         """Parameter of experts to how many there are."""
         self._turned: dict[str, bool] = {}
         """Parameter of experts to whether it is stored (experts, in, out)."""
-        self._hooks = [m.register_forward_hook(self._hook(name)) for name, m in modules.items()
-                       if name not in self._experts]  # fmt: skip
+        self._hooks = [
+            m.register_forward_hook(self._hook(name)) for name, m in modules.items() if name not in self._experts
+        ]
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Collector:

@@ -14,8 +14,15 @@ from rac.errors import SourceError
 
 LEAST = 128
 """Tokens of the shortest sequence that is made of a text that is shorter than a sequence should be."""
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json",
-               "sentencepiece.bpe.model")  # fmt: skip
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+)
 PIECE = 256
 """Tokens that a model writes in one go: longer texts cost more for each token, and stray further."""
 _CACHE_BYTES = 1 << 31

@@ -77,10 +77,16 @@ class _File:
 
 
 def compare(
-    original: str | os.PathLike[str], files: Sequence[str | os.PathLike[str]], text: str | None = None, *,
-    tokens: int = 8192, context: int = 1024, snr: bool = False, note: Note | None = None,
+    original: str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]],
+    text: str | None = None,
+    *,
+    tokens: int = 8192,
+    context: int = 1024,
+    snr: bool = False,
+    note: Note | None = None,
     within: Sequence[Within | None] = (None,),
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[Row]:
     """Rows for the original and for each file, as they are found.
 
     Args:
@@ -225,9 +231,14 @@ class _Content:
         self._weights = self._bytes = self._of = 0
 
     def add(
-        self, name: str, dtype: str, shape: tuple[int, ...], extra: Mapping[str, Any], size: int,
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        extra: Mapping[str, Any],
+        size: int,
         read: Callable[[], NDArray[Any]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A tensor of `size` stored bytes, 0 for an alias; `extra` says what GGUF blocks the bytes of U8 are."""
         blocks = extra.get("gguf") if dtype == "U8" else None
         if isinstance(blocks, dict):

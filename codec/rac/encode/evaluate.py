@@ -102,9 +102,13 @@ class Measure:
     """
 
     def __init__(
-        self, model: str | os.PathLike[str], text: str, tokens: int = 8192, context: int = 1024,
+        self,
+        model: str | os.PathLike[str],
+        text: str,
+        tokens: int = 8192,
+        context: int = 1024,
         note: Note | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         check(tokens, context)
         self.torch, self._transformers = _modules()
         self._path, self._text, self._note = os.fspath(model), text, note
@@ -140,9 +144,13 @@ class Measure:
         try:
             with quiet(transformers):
                 model, found = type(self.model).from_pretrained(
-                    None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True,
+                    None,
+                    config=config,
+                    state_dict=tensors,
+                    dtype=torch.float32,
+                    output_loading_info=True,
                     ignore_mismatched_sizes=True,
-                )  # fmt: skip
+                )
         except _ERRORS as e:
             raise MismatchError(f"no weights of the original's model: {e}", file=name) from e
         if found["missing_keys"]:

@@ -49,9 +49,18 @@ def rtn(w: Floats, bits: int, group: int | None = None, *, symmetric: bool = Fal
 
 
 def gptq(
-    w: Floats, hessian: Floats, bits: int, group: int | None = None, *, symmetric: bool = False, search: bool = False,
-    act_order: bool = True, static_groups: bool = True, damp: float = DAMP, block: int = BLOCK,
-) -> Grouped:  # fmt: skip
+    w: Floats,
+    hessian: Floats,
+    bits: int,
+    group: int | None = None,
+    *,
+    symmetric: bool = False,
+    search: bool = False,
+    act_order: bool = True,
+    static_groups: bool = True,
+    damp: float = DAMP,
+    block: int = BLOCK,
+) -> Grouped:
     """Round column by column, and let the columns behind make up for the error (arXiv 2210.17323, algorithm 1).
 
     The error tr(E H E^T), E = w - what is stored, is made small. With U upper triangular and H^-1 = U^T U, a column's

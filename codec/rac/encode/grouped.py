@@ -34,11 +34,21 @@ PER_WEIGHT = 24
 
 
 def pack_grouped(
-    source: Source, matrices: Mapping[str, Grouped], out: str | os.PathLike[str], entropy: bool,
-    settings: Mapping[str, Any] | None = None, *, level: str = "default", jobs: int | None = None,
-    lanes: int | None = None, slices: str | None = None, shard_size: int | None = None, force: bool = False,
-    progress: Progress | None = None, layer: Callable[[Fidelity], None] | None = None,
-) -> Summary:  # fmt: skip
+    source: Source,
+    matrices: Mapping[str, Grouped],
+    out: str | os.PathLike[str],
+    entropy: bool,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    level: str = "default",
+    jobs: int | None = None,
+    lanes: int | None = None,
+    slices: str | None = None,
+    shard_size: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    layer: Callable[[Fidelity], None] | None = None,
+) -> Summary:
     """Pack a source; the tensors that `matrices` has as they are there, the others losslessly.
 
     What a reader gets of a quantised tensor are `groups.values`, rounded to its data type once.
@@ -70,9 +80,18 @@ def pack_grouped(
     quantiser = _ByGroups(matrices, found, tuned(CODER, lanes, slices), entropy, dict(settings or {}))
     try:
         return pack_source(
-            source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, force=force, progress=progress,
-            layer=layer, slices=slices, quantiser=quantiser,
-        )  # fmt: skip
+            source,
+            out,
+            level=level,
+            jobs=jobs,
+            lanes=lanes,
+            shard_size=shard_size,
+            force=force,
+            progress=progress,
+            layer=layer,
+            slices=slices,
+            quantiser=quantiser,
+        )
     except KeyboardInterrupt:  # codes are not made twice alike for sure, so that nobody can go on with a part
         stem = glob.escape(os.fspath(out).removesuffix(".rac"))
         for part in (f"{os.fspath(out)}.part", *glob.glob(f"{stem}-*-of-*.rac.part")):
@@ -139,9 +158,16 @@ def _coded(t: SourceTensor, matrices: Mapping[str, Grouped], name: str, coder: L
         raise SourceError(f"tensor {t.name!r}: what its codes stand for is too large for {t.dtype}")
     behind = rec.Behind(p, zstd.digest(words.reshape(-1).view(np.uint8).data), ties.digest(t))
     fidelity = Fidelity(
-        t.name, t.shape, "identity", 0, 1, _snr(matrix_of(t), numbers), 0, 0,
+        t.name,
+        t.shape,
+        "identity",
+        0,
+        1,
+        _snr(matrix_of(t), numbers),
+        0,
+        0,
         time.perf_counter() - start,
-    )  # fmt: skip
+    )
     units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), unit, *tiles]
     done = replace(plan, words=None, base=None, coded=())
     return TileEncoder(done), units, behind, fidelity, rec.matrix_of(t, LEVELS["default"])

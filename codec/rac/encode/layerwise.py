@@ -39,9 +39,15 @@ def calibration_ids(path: str, text: str, tokens: int = 40960, context: int = 10
 
 
 def quantise_gptq(
-    model: Any, ids: NDArray[np.int64], bits: int, group: int | None = 128, *, sequential: bool = True,
-    note: Note | None = None, **how: Any,
-) -> dict[str, Grouped]:  # fmt: skip
+    model: Any,
+    ids: NDArray[np.int64],
+    bits: int,
+    group: int | None = 128,
+    *,
+    sequential: bool = True,
+    note: Note | None = None,
+    **how: Any,
+) -> dict[str, Grouped]:
     """GPTQ of every linear layer of the decoder blocks; the model gets the numbers of the grids, in place.
 
     Embeddings and output layer are left alone. Memory: the hidden states of the text, and Hessians of one block.
@@ -93,7 +99,7 @@ def quantise_gptq(
 
 def quantise_rtn(
     model: Any, bits: int, group: int | None = 128, *, note: Note | None = None, **how: Any
-) -> dict[str, Grouped]:  # fmt: skip
+) -> dict[str, Grouped]:
     """Round every linear layer of the decoder blocks to nearest, in place, without a text.
 
     Arguments, result and errors are those of `quantise_gptq`; `how` goes to `rtn`. The blocks need be no chain.

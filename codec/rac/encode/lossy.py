@@ -120,9 +120,20 @@ class Coders:
             for _ in range(4):
                 rate = (-slope * np.log2(p)).astype(F32).reshape(1, 1, -1)
                 k, value, *_ = native.block(
-                    self._states, tr.CODES[self._states], x, x.copy(), 1024, np.zeros((1, 1), F32), np.ones(1, F32),
-                    rec, rate, np.zeros(1, np.int8), 0, None, _far(self._states),
-                )  # fmt: skip
+                    self._states,
+                    tr.CODES[self._states],
+                    x,
+                    x.copy(),
+                    1024,
+                    np.zeros((1, 1), F32),
+                    np.ones(1, F32),
+                    rec,
+                    rate,
+                    np.zeros(1, np.int8),
+                    0,
+                    None,
+                    _far(self._states),
+                )
                 counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
                 p = (counts + 32 * p) / (self.SAMPLES + 32)
             share = counts / self.SAMPLES
@@ -154,9 +165,16 @@ def _quarters(x: Array) -> NDArray[np.int64]:
 
 
 def quantise(
-    w: NDArray[np.float32], dtype: str, scale: float, scales: Scales, lane: int, states: int, passes: int,
-    recursion: Triangular | None = None, below: NDArray[np.float32] | None = None,
-) -> Quantised:  # fmt: skip
+    w: NDArray[np.float32],
+    dtype: str,
+    scale: float,
+    scales: Scales,
+    lane: int,
+    states: int,
+    passes: int,
+    recursion: Triangular | None = None,
+    below: NDArray[np.float32] | None = None,
+) -> Quantised:
     """Quantise `w` (R, C) float32 for the data type `dtype`.
 
     Args:
@@ -244,10 +262,17 @@ def _finer(fine: NDArray[np.int8]) -> NDArray[np.float32]:
 
 
 def _columns(
-    plain: NDArray[np.float32], step: NDArray[np.float32], lane: int, rec: NDArray[np.float32], states: int,
-    rate: NDArray[np.float32], fine: NDArray[np.int8], row: NDArray[np.uint8], feed: NDArray[np.float32] | None,
+    plain: NDArray[np.float32],
+    step: NDArray[np.float32],
+    lane: int,
+    rec: NDArray[np.float32],
+    states: int,
+    rate: NDArray[np.float32],
+    fine: NDArray[np.int8],
+    row: NDArray[np.uint8],
+    feed: NDArray[np.float32] | None,
     below: NDArray[np.float32] | None,
-) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:  # fmt: skip
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:
     """Integers, values and outliers (C, R), and how fine each column is, block by block from the last to the first."""
     c, r = plain.shape
     k, value, wild = np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8)
@@ -267,17 +292,33 @@ def _columns(
                 target[:, mine] += one[a:b, b:] @ error[b:, mine]
         inner = np.ascontiguousarray(each[:, a:b, a:b])
         k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(
-            states, tr.CODES[states], plain[a:b], target, lane, inner, step[a:b], rec, rate, fine, LOW, row,
-            _far(states), below, back,
-        )  # fmt: skip
+            states,
+            tr.CODES[states],
+            plain[a:b],
+            target,
+            lane,
+            inner,
+            step[a:b],
+            rec,
+            rate,
+            fine,
+            LOW,
+            row,
+            _far(states),
+            below,
+            back,
+        )
         error[a:b] = target
     return k, value, wild, fine_of
 
 
 def _centroids(
-    k: NDArray[np.int16], value: NDArray[np.float32], plain: NDArray[np.float32], step: NDArray[np.float32],
+    k: NDArray[np.int16],
+    value: NDArray[np.float32],
+    plain: NDArray[np.float32],
+    step: NDArray[np.float32],
     rec: NDArray[np.float32],
-) -> tuple[int, NDArray[np.int8]]:  # fmt: skip
+) -> tuple[int, NDArray[np.int8]]:
     """First index and corrections, in 1/64, of the integers that occur often enough."""
     unit = np.where(step > 0, step, 1)[:, None]
     sign = np.sign(value) * np.sign(rec[k + MOST])

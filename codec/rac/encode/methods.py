@@ -135,10 +135,17 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
 
 
 def pack_method(
-    src: str | os.PathLike[str], out: str | os.PathLike[str], method: Method, *, level: str = "default",
-    jobs: int | None = None, force: bool = False, note: Note | None = None, progress: Progress | None = None,
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    method: Method,
+    *,
+    level: str = "default",
+    jobs: int | None = None,
+    force: bool = False,
+    note: Note | None = None,
+    progress: Progress | None = None,
     layer: Callable[[Fidelity], None] | None = None,
-) -> Summary:  # fmt: skip
+) -> Summary:
     """`make`, and a .rac file of it.
 
     Args:
@@ -159,9 +166,17 @@ def pack_method(
         raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
     m = make(src, method, note)
     return pack_grouped(
-        m.source, m.matrices, out, method.entropy, m.about, level=level, jobs=jobs, force=force, progress=progress,
+        m.source,
+        m.matrices,
+        out,
+        method.entropy,
+        m.about,
+        level=level,
+        jobs=jobs,
+        force=force,
+        progress=progress,
         layer=layer,
-    )  # fmt: skip
+    )
 
 
 def _ids(words: int, method: Method, path: str) -> NDArray[np.int64]:
@@ -259,9 +274,7 @@ def _spinquant(run: _Run) -> dict[str, Grouped]:
 
     m = run.method
     how = replace(Simulated(), activations=m.activations, cache=m.activations)
-    return _learned(
-        run, lambda p: spinquant(p, _short(run.ids), steps=m.steps, how=how, seed=m.seed, note=run.note)
-    )  # fmt: skip
+    return _learned(run, lambda p: spinquant(p, _short(run.ids), steps=m.steps, how=how, seed=m.seed, note=run.note))
 
 
 def _kurtail(run: _Run) -> dict[str, Grouped]:
@@ -273,7 +286,11 @@ def _kurtail(run: _Run) -> dict[str, Grouped]:
 
 
 RECIPES: dict[str, Callable[[_Run], dict[str, Grouped]]] = {
-    "rtn": _rtn, "gptq": _gptq, "smoothquant": _smoothquant, "quarot": _quarot, "spinquant": _spinquant,
+    "rtn": _rtn,
+    "gptq": _gptq,
+    "smoothquant": _smoothquant,
+    "quarot": _quarot,
+    "spinquant": _spinquant,
     "kurtail": _kurtail,
-}  # fmt: skip
+}
 WITHOUT_TEXT = ("rtn", "quarot")

@@ -91,15 +91,35 @@ class Summary:
 
 
 def pack(
-    src: str | os.PathLike[str], out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
-    include: Sequence[str] = (), exclude: Sequence[str] = (), lanes: int | None = None,
-    shard_size: int | None = None, resume: bool = False, force: bool = False, progress: Progress | None = None,
-    bits: float | None = None, file_bits: float | None = None, size: int | None = None, snr: float | None = None,
-    kl: float | None = None, calibrate: str | os.PathLike[str] | Sequence[str] = "none", tokens: int = 40960,
-    effort: str = "default", keep: Sequence[str] = (), cache: str | None = None, align: str = "auto",
-    rank: int | None = None, embeddings: bool = False, note: Note | None = None, processes: bool = False,
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    level: str = "default",
+    jobs: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    lanes: int | None = None,
+    shard_size: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    bits: float | None = None,
+    file_bits: float | None = None,
+    size: int | None = None,
+    snr: float | None = None,
+    kl: float | None = None,
+    calibrate: str | os.PathLike[str] | Sequence[str] = "none",
+    tokens: int = 40960,
+    effort: str = "default",
+    keep: Sequence[str] = (),
+    cache: str | None = None,
+    align: str = "auto",
+    rank: int | None = None,
+    embeddings: bool = False,
+    note: Note | None = None,
+    processes: bool = False,
     slices: str | None = None,
-) -> Summary:  # fmt: skip
+) -> Summary:
     """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
 
     Args:
@@ -147,23 +167,55 @@ def pack(
         recipe = None
         if lossy:
             request = Request(
-                bits, file_bits, size, snr, kl, texts_of(calibrate), tokens, effort, tuple(keep), cache, align, rank,
-                embeddings, lanes, slices,
-            )  # fmt: skip
+                bits,
+                file_bits,
+                size,
+                snr,
+                kl,
+                texts_of(calibrate),
+                tokens,
+                effort,
+                tuple(keep),
+                cache,
+                align,
+                rank,
+                embeddings,
+                lanes,
+                slices,
+            )
             recipe = recipe_of(
                 source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note, pool=pool
             )
         return pack_source(
-            source, out, level=level, jobs=jobs, lanes=lanes, shard_size=shard_size, resume=resume, force=force,
-            progress=progress, settings=settings, recipe=recipe, pool=pool, slices=slices,
-        )  # fmt: skip
+            source,
+            out,
+            level=level,
+            jobs=jobs,
+            lanes=lanes,
+            shard_size=shard_size,
+            resume=resume,
+            force=force,
+            progress=progress,
+            settings=settings,
+            recipe=recipe,
+            pool=pool,
+            slices=slices,
+        )
 
 
 def recipe_of(
-    source: Source, src: str | os.PathLike[str], out: str | os.PathLike[str], request: Request, *,
-    level: str = "default", jobs: int | None = None, force: bool = False, resume: bool = False,
-    note: Note | None = None, pool: Executor | None = None,
-) -> Recipe:  # fmt: skip
+    source: Source,
+    src: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    request: Request,
+    *,
+    level: str = "default",
+    jobs: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    note: Note | None = None,
+    pool: Executor | None = None,
+) -> Recipe:
     """How a pack of `source`, opened from `src`, meets the request; OutputError where `out` must not be replaced.
 
     With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
@@ -183,9 +235,13 @@ def recipe_of(
 
 
 def save_file(
-    tensors: Mapping[str, Any], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None, *,
-    level: str = "default", threads: int | None = None,
-) -> None:  # fmt: skip
+    tensors: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    level: str = "default",
+    threads: int | None = None,
+) -> None:
     """Write numpy arrays or torch tensors to a .rac file, losslessly; tensors that share memory are tied.
 
     An existing file is replaced, at once and only by a whole one.
@@ -198,12 +254,23 @@ def save_file(
 
 
 def pack_source(
-    source: Source, out: str | os.PathLike[str], *, level: str = "default", jobs: int | None = None,
-    lanes: int | None = None, shard_size: int | None = None, resume: bool = False, force: bool = False,
-    progress: Progress | None = None, settings: dict[str, Any] | None = None, recipe: Recipe | None = None,
-    layer: Callable[[Fidelity], None] | None = None, pool: Executor | None = None, slices: str | None = None,
+    source: Source,
+    out: str | os.PathLike[str],
+    *,
+    level: str = "default",
+    jobs: int | None = None,
+    lanes: int | None = None,
+    shard_size: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    settings: dict[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    layer: Callable[[Fidelity], None] | None = None,
+    pool: Executor | None = None,
+    slices: str | None = None,
     quantiser: Quantiser | None = None,
-) -> Summary:  # fmt: skip
+) -> Summary:
     """`pack` for a source that is open already; with a `recipe` its tensors are quantised, the others lossless.
 
     `layer` is called after each quantised tensor; `pool` quantises (workers.start), or else threads. A `quantiser`
@@ -270,9 +337,19 @@ def pack_source(
                         progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
                 continue
         resumed += _write(
-            name, header, files, shard, effort, quantiser, threads_of(jobs), resume, force, progress, quantised_one,
+            name,
+            header,
+            files,
+            shard,
+            effort,
+            quantiser,
+            threads_of(jobs),
+            resume,
+            force,
+            progress,
+            quantised_one,
             pool,
-        )  # fmt: skip
+        )
     stored = sum(os.path.getsize(p) for p in paths)
     done = sum(t.nbytes for t in source.tensors)
     weights = sum(weights_of(t) for t in source.tensors)
@@ -307,10 +384,19 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
 
 
 def _write(
-    path: str, header: dict[str, Any], files: Sequence[Attachment], groups: list[ties.Group], level: Level,
-    quantiser: Quantiser | None, jobs: int, resume: bool, force: bool, progress: Progress | None,
-    fidelity: Callable[[Fidelity], None], pool: Executor | None,
-) -> int:  # fmt: skip
+    path: str,
+    header: dict[str, Any],
+    files: Sequence[Attachment],
+    groups: list[ties.Group],
+    level: Level,
+    quantiser: Quantiser | None,
+    jobs: int,
+    resume: bool,
+    force: bool,
+    progress: Progress | None,
+    fidelity: Callable[[Fidelity], None],
+    pool: Executor | None,
+) -> int:
     """Write one archive; returns how many tensors were there already."""
     writer = Writer(path, force)
     content: list[list[Any]] = []
@@ -337,9 +423,16 @@ def _write(
         start = len(found.digests) if found else 0
         with ThreadPoolExecutor(jobs) as threads, workers.named():
             _tensors(
-                writer, groups[start:], level, quantiser, threads, pool or threads, jobs, note,
+                writer,
+                groups[start:],
+                level,
+                quantiser,
+                threads,
+                pool or threads,
+                jobs,
+                note,
                 set(found.objects if found else ()),
-            )  # fmt: skip
+            )
         writer.finish(ix.content_digest(content))
         return start
     except MemoryError as e:
@@ -370,9 +463,16 @@ class _Item:
 
 
 def _tensors(
-    writer: Writer, groups: list[ties.Group], level: Level, quantiser: Quantiser | None, pool: Executor,
-    quantisers: Executor, jobs: int, note: Callable[[ties.Group, bytes, Fidelity | None], None], there: set[str],
-) -> None:  # fmt: skip
+    writer: Writer,
+    groups: list[ties.Group],
+    level: Level,
+    quantiser: Quantiser | None,
+    pool: Executor,
+    quantisers: Executor,
+    jobs: int,
+    note: Callable[[ties.Group, bytes, Fidelity | None], None],
+    there: set[str],
+) -> None:
     """Plan and encode ahead of the writer, in bounded memory; write in order. What is written next goes first.
 
     `there` has the names of the objects that the archive has already, and gets those that are written.
@@ -503,9 +603,16 @@ def _quantise(t: SourceTensor, recipe: Recipe) -> Started:
     coded = code(t, recipe)
     q, dense = coded.quantised, coded.dense
     fidelity = Fidelity(
-        t.name, t.shape, coded.alignment, recipe.aligned[t.name].rank, q.trellis.states,
-        snr(t, dense, recipe), q.outliers, q.dead, time.perf_counter() - start,
-    )  # fmt: skip
+        t.name,
+        t.shape,
+        coded.alignment,
+        recipe.aligned[t.name].rank,
+        q.trellis.states,
+        snr(t, dense, recipe),
+        q.outliers,
+        q.dead,
+        time.perf_counter() - start,
+    )
     behind = coded.behind(zstd.digest(dense.reshape(-1).view(np.uint8).data), ties.digest(t))
     done = replace(coded.encoder.plan, words=None, base=None, coded=())  # a process sends back what will be written
     units: list[rec.Bytes] = [bytes(unit) for unit in coded.units]

@@ -168,9 +168,15 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
 
 
 def calibrated(
-    groups: Sequence[ties.Group], layers: Mapping[str, Layer], keep: Sequence[str], effort: str, damp: float = DAMP,
-    strength: float = STRENGTH, embeddings: bool = False, trust: float = TRUST,
-) -> Recipe:  # fmt: skip
+    groups: Sequence[ties.Group],
+    layers: Mapping[str, Layer],
+    keep: Sequence[str],
+    effort: str,
+    damp: float = DAMP,
+    strength: float = STRENGTH,
+    embeddings: bool = False,
+    trust: float = TRUST,
+) -> Recipe:
     """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
     found: dict[str, Aligned] = {}
     needs: dict[str, tuple[float, int]] = {}

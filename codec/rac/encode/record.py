@@ -75,9 +75,14 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
     """The head of a tensor record, but for its units."""
     t = group.tensor
     out: dict[str, Any] = {
-        "axis": axis_of(t.shape), "digest": plan.digest, "dtype": t.dtype, "name": t.name, "shape": list(t.shape),
-        "stages": [plan.stage], "tile": [plan.grid.tr, plan.grid.tc],
-    }  # fmt: skip
+        "axis": axis_of(t.shape),
+        "digest": plan.digest,
+        "dtype": t.dtype,
+        "name": t.name,
+        "shape": list(t.shape),
+        "stages": [plan.stage],
+        "tile": [plan.grid.tr, plan.grid.tc],
+    }
     if behind:
         out["stages"].append(behind.lossy.to_head())
         out |= {"digest": behind.digest, "x-source": behind.source}
@@ -121,10 +126,14 @@ def object_head(name: str, plan: Plan, trellis: Trellis | None = None, digest: b
     """
     grid = plan.grid
     return {
-        "axis": 1, "digest": plan.digest if digest is None else digest, "dtype": "F32", "name": name,
-        "shape": [grid.rows, grid.cols], "stages": [plan.stage, trellis.to_head()] if trellis else [plan.stage],
+        "axis": 1,
+        "digest": plan.digest if digest is None else digest,
+        "dtype": "F32",
+        "name": name,
+        "shape": [grid.rows, grid.cols],
+        "stages": [plan.stage, trellis.to_head()] if trellis else [plan.stage],
         "tile": [grid.tr, grid.tc],
-    }  # fmt: skip
+    }
 
 
 def object_fields(plan: Plan, units: Sequence[Bytes], trellis: Trellis | None = None) -> dict[str, Any]:

@@ -123,16 +123,19 @@ def _parts(forward: Forward, t: tn.Tensor) -> tuple[int, ...]:
     return tn.parts(t.grid, t.lanes, t.lossy is not None, sizes, lambda i, size: heads[i][:size])
 
 
-def _tensor(
-    forward: Forward, record: Record, group: ties.Group, objects: Objects
-) -> tuple[Entry | None, bytes]:  # fmt: skip
+def _tensor(forward: Forward, record: Record, group: ties.Group, objects: Objects) -> tuple[Entry | None, bytes]:
     t = group.tensor
     if record.type != RECORD_TENSOR:
         return None, b""
     found = objects.parse(record)
     same = (found.name, found.dtype, found.shape, found.aliases, found.extra, found.online) == (
-        t.name, t.dtype, t.shape, group.aliases, group.extra, t.online,
-    )  # fmt: skip
+        t.name,
+        t.dtype,
+        t.shape,
+        group.aliases,
+        group.extra,
+        t.online,
+    )
     if not same:
         return None, b""
     parts = _parts(forward, found)

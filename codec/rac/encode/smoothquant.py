@@ -28,9 +28,15 @@ TOKENS = 256
 
 
 def smoothquant(
-    p: Parts, sequences: Iterable[Any], alpha: float | None = None, *, bits: int = 8, activations: int | None = 8,
-    group: int | None = None, places: Sequence[str] = ("attention", "mlp"),
-) -> float:  # fmt: skip
+    p: Parts,
+    sequences: Iterable[Any],
+    alpha: float | None = None,
+    *,
+    bits: int = 8,
+    activations: int | None = 8,
+    group: int | None = None,
+    places: Sequence[str] = ("attention", "mlp"),
+) -> float:
     """Smooth a model, in place; returns the alpha that was given or found. Nothing is rounded.
 
     Arguments and errors are those of `choose` and `smooth`. `p.about` says the alpha.
@@ -44,9 +50,16 @@ def smoothquant(
 
 
 def choose(
-    p: Parts, found: Maxima, sequences: Iterable[Any], alphas: Sequence[float] = ALPHAS, *, bits: int = 8,
-    activations: int | None = 8, group: int | None = None, places: Sequence[str] = ("attention", "mlp"),
-) -> tuple[float, dict[float, float]]:  # fmt: skip
+    p: Parts,
+    found: Maxima,
+    sequences: Iterable[Any],
+    alphas: Sequence[float] = ALPHAS,
+    *,
+    bits: int = 8,
+    activations: int | None = 8,
+    group: int | None = None,
+    places: Sequence[str] = ("attention", "mlp"),
+) -> tuple[float, dict[float, float]]:
     """The best alpha, and the relative squared error of the outputs for each; the model is left alone.
 
     Args:
@@ -104,7 +117,7 @@ def _inputs(p: Parts, sequences: Iterable[Any], places: Sequence[str]) -> dict[t
 
 def _errors(
     layer: Layer, place: str, x: Any, by: NDArray[np.float64], bits: int, activations: int | None, group: int | None
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Relative squared error of the outputs of each layer behind a place, its inputs divided by `by`."""
     out = []
     given = x / x.new_tensor(by)

@@ -89,7 +89,7 @@ def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[TileEncoder, list[r
 
 def _object(
     name: str, w: Array, scale: float, rows: Array, cols: Array, states: int, recursion: Triangular | None
-) -> Object:  # fmt: skip
+) -> Object:
     """Quantise an object (R, C) with units 2**(scale + rows / 4 + cols / 4) of a trellis, or such as cost the same."""
     states = states if len(w) >= SHORT else 1
     if states == 1:
@@ -204,9 +204,7 @@ def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:
     return best
 
 
-def choose(
-    recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align: str, rate: float
-) -> Recipe:  # fmt: skip
+def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align: str, rate: float) -> Recipe:
     """The recipe with the alignment and the ranks that were asked for, where the inputs are known.
 
     Args:
@@ -275,9 +273,13 @@ def _sharing(aligned: Mapping[str, Aligned]) -> dict[tuple[bytes, float], list[s
 
 
 def _turned(
-    known: Mapping[str, SourceTensor], aligned: Mapping[str, Aligned], names: Sequence[str], states: int, rate: float,
+    known: Mapping[str, SourceTensor],
+    aligned: Mapping[str, Aligned],
+    names: Sequence[str],
+    states: int,
+    rate: float,
     auto: bool,
-) -> dict[str, Aligned]:  # fmt: skip
+) -> dict[str, Aligned]:
     """Tensors of one input in their principal directions; with `auto` only where that pays for the basis."""
     n = len(aligned[names[0]].scales.cols)
     rows = sum(len(aligned[name].scales.rows) for name in names)
@@ -291,12 +293,15 @@ def _turned(
     cols = _exponents(-4 * (np.log2(weight) - _middle(weight)))
     return {
         name: replace(
-            b, base=b.base + _unit(b) - _middle(weight), scales=replace(b.scales, cols=cols), alignment="pca",
+            b,
+            base=b.base + _unit(b) - _middle(weight),
+            scales=replace(b.scales, cols=cols),
+            alignment="pca",
             basis=found,
         )
         for name in names
         if (b := aligned[name])
-    }  # fmt: skip
+    }
 
 
 def basis_of(name: str, a: Aligned, rows: int, states: int) -> Basis:
@@ -322,7 +327,7 @@ def _share(n: int, rows: int) -> float:
 
 def _saved(
     known: Mapping[str, SourceTensor], aligned: Mapping[str, Aligned], names: Sequence[str], rate: float
-) -> float:  # fmt: skip
+) -> float:
     """Bits that PCA saves against triangular alignment at equal error, those of the basis taken off."""
     a = aligned[names[0]]
     assert a.layer is not None  # noqa: S101

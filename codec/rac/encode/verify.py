@@ -104,7 +104,7 @@ def _one(feed: Feed, seen: _Seen, against: str | os.PathLike[str] | None, progre
 
 def _records(
     forward: Forward, name: str, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None
-) -> None:  # fmt: skip
+) -> None:
     if against is not None and seen.source is None:
         origin: dict[str, Any] = forward.header.get("provenance", {})
         seen.source = open_source(against, origin.get("include", ()), origin.get("exclude", ()))

@@ -121,9 +121,19 @@ def job_tail(luts: Array, values: Array, bases: Array, table: Array, *numbers: i
 
 
 def job(
-    unit: int, size: int, row_class: int, col_class: int, dst: int, rows: int, cols: int, stride: int, tail: bytes,
-    row: int = 0, col: int = 0, dequant: bytes = b"",
-) -> bytes:  # fmt: skip
+    unit: int,
+    size: int,
+    row_class: int,
+    col_class: int,
+    dst: int,
+    rows: int,
+    cols: int,
+    stride: int,
+    tail: bytes,
+    row: int = 0,
+    col: int = 0,
+    dequant: bytes = b"",
+) -> bytes:
     """One tile to be decoded.
 
     Args:
@@ -298,9 +308,13 @@ def log2(n: NDArray[np.int64], fraction: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 def join(
-    agg: NDArray[np.int64], size: NDArray[np.int64], alive: NDArray[np.bool_], groups: NDArray[np.int64],
-    fraction: NDArray[np.int64], weight: int,
-) -> bool:  # fmt: skip
+    agg: NDArray[np.int64],
+    size: NDArray[np.int64],
+    alive: NDArray[np.bool_],
+    groups: NDArray[np.int64],
+    fraction: NDArray[np.int64],
+    weight: int,
+) -> bool:
     """Twin of the loop of encode.classes.join, which works on its arguments; False where the C kernel is not there."""
     lib = library()
     if lib is None:
@@ -308,9 +322,19 @@ def join(
     k, g, s = agg.shape
     own, gain, tmp = np.zeros(k, np.int64), np.empty((k, k), np.int64), np.empty((g, s), np.int64)
     lib.rac_join(
-        _p(agg), _p(size), _p(alive), _p(groups), _p(own), _p(gain), _p(tmp), _n(k), _n(g), _n(s), _p(fraction),
+        _p(agg),
+        _p(size),
+        _p(alive),
+        _p(groups),
+        _p(own),
+        _p(gain),
+        _p(tmp),
+        _n(k),
+        _n(g),
+        _n(s),
+        _p(fraction),
         _n(weight),
-    )  # fmt: skip
+    )
     return True
 
 

@@ -17,9 +17,15 @@ _p = native._p
 
 
 def numbers(
-    codes: NDArray[np.uint8], scales: NDArray[np.float32], zeros: NDArray[np.uint8] | None, zero: int, group: int,
-    first: int, dst: Array, dtype: str,
-) -> int | None:  # fmt: skip
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    zeros: NDArray[np.uint8] | None,
+    zero: int,
+    group: int,
+    first: int,
+    dst: Array,
+    dtype: str,
+) -> int | None:
     """Codes (h, w) to words of the data type in `dst` (h, w), unit column stride.
 
     Args:
@@ -41,9 +47,20 @@ def numbers(
     h, w = codes.shape
     step = 0 if zeros is None else zeros.strides[0]
     out: int = lib.rac_ungroup(
-        _p(codes), _n(h), _n(w), _p(scales), _n(scales.strides[0] // 4), _p(zeros), _n(step), _i(zero), _n(group),
-        _n(first), _p(dst), _i(dst.itemsize), _n(dst.strides[0] // dst.itemsize),
-    )  # fmt: skip
+        _p(codes),
+        _n(h),
+        _n(w),
+        _p(scales),
+        _n(scales.strides[0] // 4),
+        _p(zeros),
+        _n(step),
+        _i(zero),
+        _n(group),
+        _n(first),
+        _p(dst),
+        _i(dst.itemsize),
+        _n(dst.strides[0] // dst.itemsize),
+    )
     return out
 
 

@@ -28,9 +28,16 @@ def add(t: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32], 
     if lib is not None:
         (h, w), n = t.shape, len(b)
         lib.rac_product(
-            _p(t), _n(h), _n(w), _n(t.strides[0] // 4), _p(a), _n(a.strides[0] // 4), _p(b), _n(b.strides[0] // 4),
+            _p(t),
+            _n(h),
+            _n(w),
+            _n(t.strides[0] // 4),
+            _p(a),
+            _n(a.strides[0] // 4),
+            _p(b),
+            _n(b.strides[0] // 4),
             _n(n),
-        )  # fmt: skip
+        )
         return
     with np.errstate(all="ignore"):  # an infinity or a NaN is a result like any other
         for k in range(len(b)):

@@ -49,12 +49,24 @@ def decode(
 
 
 def block(
-    states: int, code: tuple[int, int], plain: NDArray[np.float32], target: NDArray[np.float32], lane: int,
+    states: int,
+    code: tuple[int, int],
+    plain: NDArray[np.float32],
+    target: NDArray[np.float32],
+    lane: int,
     feed: NDArray[np.float32],
-    step: NDArray[np.float32], rec: NDArray[np.float32], rate: NDArray[np.float32], fine: NDArray[np.int8], low: int,
-    row: NDArray[np.uint8] | None, far: float, below: NDArray[np.float32] | None = None,
-    back: NDArray[np.float32] | None = None, lag: int = 6, no512: bool = False,
-) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:  # fmt: skip
+    step: NDArray[np.float32],
+    rec: NDArray[np.float32],
+    rate: NDArray[np.float32],
+    fine: NDArray[np.int8],
+    low: int,
+    row: NDArray[np.uint8] | None,
+    far: float,
+    below: NDArray[np.float32] | None = None,
+    back: NDArray[np.float32] | None = None,
+    lag: int = 6,
+    no512: bool = False,
+) -> tuple[NDArray[np.int16], NDArray[np.float32], NDArray[np.uint8], NDArray[np.int8]]:
     """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
 
     Args:
@@ -92,11 +104,35 @@ def block(
     out, recon, wild = np.empty((n, m), np.int16), np.empty((n, m), np.float32), np.empty((n, m), np.uint8)
     fine_of = np.empty(n, np.int8)
     bad = lib.rac_trellis_block(
-        _i(states), _i(code[0]), _i(code[1]), _p(plain), _p(target), _n(n), _n(m), _n(lane), _p(feed), _p(step),
-        _p(rec), _p(rate),
-        _p(fine), _i(low), _i(len(fine)), _p(row), _n(rate.shape[1]), _i(len(rec) // 2), ctypes.c_float(far), _p(out),
-        _p(recon), _p(wild), _p(fine_of), _p(below), _p(back), _n(groups), _i(lag), _i(no512),
-    )  # fmt: skip
+        _i(states),
+        _i(code[0]),
+        _i(code[1]),
+        _p(plain),
+        _p(target),
+        _n(n),
+        _n(m),
+        _n(lane),
+        _p(feed),
+        _p(step),
+        _p(rec),
+        _p(rate),
+        _p(fine),
+        _i(low),
+        _i(len(fine)),
+        _p(row),
+        _n(rate.shape[1]),
+        _i(len(rec) // 2),
+        ctypes.c_float(far),
+        _p(out),
+        _p(recon),
+        _p(wild),
+        _p(fine_of),
+        _p(below),
+        _p(back),
+        _n(groups),
+        _i(lag),
+        _i(no512),
+    )
     if bad:
         raise MemoryError
     return out, recon, wild, fine_of

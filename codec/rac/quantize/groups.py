@@ -80,9 +80,13 @@ class Groups:
     def to_head(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": self.id, "bits": self.bits, "group": self.group, "zero": self.zero, "exponent": self.exponent,
+            "id": self.id,
+            "bits": self.bits,
+            "group": self.group,
+            "zero": self.zero,
+            "exponent": self.exponent,
             "sizes": list(self.sizes),
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_head(cls, head: dict[str, Any], dtype: str, cols: int) -> Groups:
@@ -170,9 +174,14 @@ def _stored(scales: NDArray[np.float32]) -> tuple[NDArray[np.uint16], int]:
 
 
 def decode(
-    words: NDArray[np.uint8], p: Groups, t: Tables, box: tuple[int, int, int, int], dst: Array, dtype: str,
+    words: NDArray[np.uint8],
+    p: Groups,
+    t: Tables,
+    box: tuple[int, int, int, int],
+    dst: Array,
+    dtype: str,
     reference: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type.
 
     rac/native/groups.c does the same, bit for bit.
@@ -185,9 +194,7 @@ def decode(
     of = np.s_[r0:r1, first : -(-c1 // p.group)]
     if not reference:
         zeros = None if t.zeros.size == 1 else t.zeros[of]
-        seen = native.numbers(
-            words, t.scales[of], zeros, int(t.zeros[0, 0]), p.group, c0 - first * p.group, dst, dtype
-        )  # fmt: skip
+        seen = native.numbers(words, t.scales[of], zeros, int(t.zeros[0, 0]), p.group, c0 - first * p.group, dst, dtype)
         if seen is not None:
             if seen >> p.bits:
                 raise FormatError("a word is larger than groups/1 allows")

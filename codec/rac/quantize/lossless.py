@@ -62,9 +62,7 @@ class Grid:
     def box(self, i: int) -> tuple[int, int, int, int]:
         """(first row, last row + 1, first column, last column + 1) of tile `i`, tiles row by row."""
         r, c = divmod(i, self.across)
-        return (
-            r * self.tr, min(self.rows, (r + 1) * self.tr), c * self.tc, min(self.cols, (c + 1) * self.tc)
-        )  # fmt: skip
+        return (r * self.tr, min(self.rows, (r + 1) * self.tr), c * self.tc, min(self.cols, (c + 1) * self.tc))
 
 
 @functools.lru_cache(64)
@@ -218,11 +216,21 @@ class Lanes:
     def to_head(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": "lanes/1", "lanes": self.lanes, "packed": int(self.packed), "per": self.per, "zero": self.zero,
-            "sign": int(self.sign), "shift": self.shift,
-            "runs": list(self.runs), "escapes": list(self.escapes), "tables": self.tables, "order": self.order,
-            "rows": self.rows, "cols": self.cols, "sizes": list(self.sizes),
-        }  # fmt: skip
+            "id": "lanes/1",
+            "lanes": self.lanes,
+            "packed": int(self.packed),
+            "per": self.per,
+            "zero": self.zero,
+            "sign": int(self.sign),
+            "shift": self.shift,
+            "runs": list(self.runs),
+            "escapes": list(self.escapes),
+            "tables": self.tables,
+            "order": self.order,
+            "rows": self.rows,
+            "cols": self.cols,
+            "sizes": list(self.sizes),
+        }
 
     @classmethod
     def from_head(cls, head: dict[str, Any], word: int) -> Lanes:
@@ -232,9 +240,18 @@ class Lanes:
         if head.keys() - KEYS:
             raise UnsupportedError(f"unknown lanes parameters: {', '.join(sorted(head.keys() - KEYS))}")
         bits = 8 * word
-        small = {"lanes": (1, MAX_LANES), "packed": (0, 1), "per": (1, 2), "zero": (0, bits - 1), "sign": (0, 1),
-                 "shift": (0, bits - 1),
-                 "tables": (1, 256), "order": (-8, 8), "rows": (1, 256), "cols": (1, 256)}  # fmt: skip
+        small = {
+            "lanes": (1, MAX_LANES),
+            "packed": (0, 1),
+            "per": (1, 2),
+            "zero": (0, bits - 1),
+            "sign": (0, 1),
+            "shift": (0, bits - 1),
+            "tables": (1, 256),
+            "order": (-8, 8),
+            "rows": (1, 256),
+            "cols": (1, 256),
+        }
         for key, (low, high) in small.items():
             if not is_int(head[key], low, high):
                 raise FormatError(f"lanes parameter {key} is out of range")
@@ -258,9 +275,20 @@ class Lanes:
         if any(not is_int(v, 0, 1 << 40) for v in sizes) or head["rows"] * head["cols"] > 4096:
             raise FormatError("lanes parameters sizes, rows or cols are out of range")
         return cls(
-            head["lanes"], head["per"], head["zero"], bool(head["sign"]), head["shift"], tuple(runs), tuple(escapes),
-            head["tables"], head["order"], head["rows"], head["cols"], tuple(sizes), bool(head["packed"]),
-        )  # fmt: skip
+            head["lanes"],
+            head["per"],
+            head["zero"],
+            bool(head["sign"]),
+            head["shift"],
+            tuple(runs),
+            tuple(escapes),
+            head["tables"],
+            head["order"],
+            head["rows"],
+            head["cols"],
+            tuple(sizes),
+            bool(head["packed"]),
+        )
 
 
 def unpack_planes(planes: list[memoryview], n: int, p: Lanes) -> NDArray[np.uint64]:

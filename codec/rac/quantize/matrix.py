@@ -32,9 +32,14 @@ class Recursion(Protocol):
 
 
 def quantize(
-    w: ArrayLike, unit: float, states: int = 256, rows: ArrayLike | None = None, cols: ArrayLike | None = None,
-    recursion: Recursion | None = None, slope: float = 0.35,
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:  # fmt: skip
+    w: ArrayLike,
+    unit: float,
+    states: int = 256,
+    rows: ArrayLike | None = None,
+    cols: ArrayLike | None = None,
+    recursion: Recursion | None = None,
+    slope: float = 0.35,
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantise a matrix; the integers are those of least squared error plus `slope` times their bits.
 
     The step of element (i, j) is unit * rows[i] * cols[j], the distance of neighbouring values. Bits are those of one
@@ -76,9 +81,20 @@ def quantize(
     rate = (slope * bits).astype(np.float32).reshape(1, 1, -1)
     rec = tr.magnitudes(states, _ZERO)[_ZERO - _MOST : _ZERO + _MOST + 1].copy()
     found, _, far, coded = native.block(
-        states, tr.CODES[states], plain, plain.copy(), len(x), feed, step, rec, rate, np.zeros(1, np.int8), 0, None,
+        states,
+        tr.CODES[states],
+        plain,
+        plain.copy(),
+        len(x),
+        feed,
+        step,
+        rec,
+        rate,
+        np.zeros(1, np.int8),
+        0,
+        None,
         2.0 * _MOST,
-    )  # fmt: skip
+    )
     if far.any():
         raise ValueError(f"a value lies more than {2 * _MOST} steps from 0: choose a larger unit")
     if (zeros := np.flatnonzero(live & (coded < 0))).size:

@@ -21,8 +21,15 @@ from rac.quantize.lossless import is_int
 Array = NDArray[Any]
 KEYS = {"id", "states", "zero", "low", "scale", "sizes"}
 CODES = {
-    1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121),
-}  # fmt: skip
+    1: (0, 0),
+    4: (2, 1),
+    8: (5, 2),
+    16: (9, 2),
+    32: (18, 4),
+    64: (33, 10),
+    128: (78, 43),
+    256: (166, 121),
+}
 """States to (H0, H1)."""
 DEAD, MOST = -128, 60
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
@@ -52,9 +59,13 @@ class Trellis:
     def to_head(self) -> dict[str, Any]:
         """The stage map."""
         return {
-            "id": self.id, "states": self.states, "zero": self.zero, "low": self.low, "scale": self.scale,
+            "id": self.id,
+            "states": self.states,
+            "zero": self.zero,
+            "low": self.low,
+            "scale": self.scale,
             "sizes": list(self.sizes),
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_head(cls, head: dict[str, Any], dtype: str) -> Trellis:
@@ -178,8 +189,15 @@ def put_words(v: NDArray[np.float32], dtype: str, dst: Array, reference: bool = 
         dst[...] = to_words(v, dtype)
 
 
-def decode(words: NDArray[np.uint8], p: Trellis, t: Tables, box: tuple[int, int, int, int], dst: Array, dtype: str,
-           reference: bool = False) -> None:  # fmt: skip
+def decode(
+    words: NDArray[np.uint8],
+    p: Trellis,
+    t: Tables,
+    box: tuple[int, int, int, int],
+    dst: Array,
+    dtype: str,
+    reference: bool = False,
+) -> None:
     """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type."""
     r0, r1, c0, c1 = box
     rows, cols = t.rows[r0:r1], t.cols[c0:c1]

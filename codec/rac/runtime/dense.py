@@ -74,8 +74,9 @@ def resizable(model: Any) -> None:
     model.resize_token_embeddings = functools.partial(_resize, model)
 
 
-def _resize(model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
-            **kwargs: Any) -> Any:  # fmt: skip
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
     if new_num_tokens is not None or pad_to_multiple_of is not None:
         densify(model.get_input_embeddings(), model.get_output_embeddings())
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)

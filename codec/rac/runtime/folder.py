@@ -40,9 +40,14 @@ class Written:
 
 
 def write_folder(
-    path: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, shard: int = SHARD,
-    trust_remote_code: bool = False, progress: Progress | None = None,
-) -> Written:  # fmt: skip
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    shard: int = SHARD,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Written:
     """Write the model of an archive as a folder for `from_pretrained`, which appears when it is whole.
 
     Args:

@@ -158,9 +158,16 @@ class RacLinear(Compressed, nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, head: Head, workspace: Workspace, bias: nn.Parameter | None = None,
-        transposed: bool = False, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        head: Head,
+        workspace: Workspace,
+        bias: nn.Parameter | None = None,
+        transposed: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         shape = (in_features, out_features) if transposed else (out_features, in_features)
         if head.shape != shape:
@@ -207,9 +214,15 @@ class RacEmbedding(Compressed, nn.Embedding):
     """
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, head: Head, workspace: Workspace, padding_idx: int | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        head: Head,
+        workspace: Workspace,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         if head.shape != (num_embeddings, embedding_dim):
             raise MismatchError(f"the file has {list(head.shape)}, the layer needs {[num_embeddings, embedding_dim]}")

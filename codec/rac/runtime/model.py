@@ -39,10 +39,15 @@ ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError
 
 
 def load_model(
-    path: str | os.PathLike[str], resident: str = "dense", device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None, *, threads: int | None = None, trust_remote_code: bool = False,
+    path: str | os.PathLike[str],
+    resident: str = "dense",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
     **kwargs: Any,
-) -> Any:  # fmt: skip
+) -> Any:
     """A transformers model from an archive that was made of a Hugging Face folder.
 
     Class, configuration and generation configuration are those of the attachments. Every tensor is decoded straight
@@ -81,14 +86,21 @@ def load_model(
                 raise UnsupportedError("is quantised by another method already; load it dense", file=name)
             where = rp.places(skeleton(cls, config, name), state.worth())
             config.quantization_config = {
-                "quant_method": METHOD, "threads": threads, "records": state.hold(list(where)),
-            }  # fmt: skip
+                "quant_method": METHOD,
+                "threads": threads,
+                "records": state.hold(list(where)),
+            }
         made = os.path.exists(os.path.join(folder, "generation_config.json"))
         try:
             model, info = cls.from_pretrained(
-                None, config=config, state_dict=state.lazy, dtype=dtype, output_loading_info=True,
-                ignore_mismatched_sizes=True, **kwargs,
-            )  # fmt: skip
+                None,
+                config=config,
+                state_dict=state.lazy,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
             if made and model.can_generate():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         except RacError as e:
@@ -226,8 +238,9 @@ def _complete(info: dict[str, Any], kind: str, file: str) -> None:
         tensor, theirs, ours = min(info["mismatched_keys"], key=lambda row: str(row[0]))
         raise MismatchError(
             f"is {list(theirs)}, the configuration asks for {list(ours)}{_more(info['mismatched_keys'])}",
-            file=file, unit=repr(tensor),
-        )  # fmt: skip
+            file=file,
+            unit=repr(tensor),
+        )
     if missing := sorted(info["missing_keys"]):
         raise MismatchError(f"holds no tensor {missing[0]!r}, which {kind} needs{_more(missing)}", file=file)
     if unused := sorted(info["unexpected_keys"]):

@@ -40,9 +40,12 @@ class RacConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, format_version: str = f"{MAJOR}.{MINOR}", threads: int | None = None,
-        records: dict[str, Head] | None = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        format_version: str = f"{MAJOR}.{MINOR}",
+        threads: int | None = None,
+        records: dict[str, Head] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = METHOD
         if format_version.split(".")[0] != str(MAJOR):
             raise UnsupportedError(f"format version {format_version} is not supported (this reader knows {MAJOR})")

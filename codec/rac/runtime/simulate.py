@@ -53,10 +53,18 @@ def blocks_linears(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def simulated(
-    model: Any, activations: int | None = None, kv: int | None = None, *, clip: float | None = None,
-    kv_clip: float | None = None, kv_group: int | None = None, rotate_keys: bool = False, seed: int | None = None,
-    static: Mapping[str, float] | None = None, asymmetric: bool = False,
-) -> Iterator[Simulation]:  # fmt: skip
+    model: Any,
+    activations: int | None = None,
+    kv: int | None = None,
+    *,
+    clip: float | None = None,
+    kv_clip: float | None = None,
+    kv_group: int | None = None,
+    rotate_keys: bool = False,
+    seed: int | None = None,
+    static: Mapping[str, float] | None = None,
+    asymmetric: bool = False,
+) -> Iterator[Simulation]:
     """Quantise activations, keys and values of a model inside the `with` block.
 
     Activations: a grid for each token, per_token of rac.activations or, asymmetric, per_group. Keys and values: a grid
@@ -180,7 +188,7 @@ def _before(last: _Last, most: float | None) -> Hook:
 
 def _cache(
     found: Simulation, bits: int, clip: float, group: int | None, rotate: bool, seed: int | None
-) -> Callable[[Attention], Attention]:  # fmt: skip
+) -> Callable[[Attention], Attention]:
     """Attention with quantised keys and values, both rotated before."""
     maps: dict[int, Transform] = {}
 

@@ -105,9 +105,13 @@ def test_torch_and_half_precision():
 
 def test_what_does_not_fit():
     for kind, size, inner, m in (
-        ("hadamard/1", 5, 1, None), ("hadamard/1", 4, 2, None), ("hadamard/1", 0, 1, None), ("matrix/1", 4, 1, None),
-        ("matrix/1", 4, 1, np.eye(3)), ("hadamard/1", 4, 1, np.eye(4)),
-    ):  # fmt: skip
+        ("hadamard/1", 5, 1, None),
+        ("hadamard/1", 4, 2, None),
+        ("hadamard/1", 0, 1, None),
+        ("matrix/1", 4, 1, None),
+        ("matrix/1", 4, 1, np.eye(3)),
+        ("hadamard/1", 4, 1, np.eye(4)),
+    ):
         with pytest.raises(ValueError, match=r"divide|matrix"):
             Transform(Online(kind, size, inner), 12, m)
     with pytest.raises(ValueError, match="input of 13"):

@@ -23,9 +23,14 @@ from rac.records import Limits
 
 def tensor(name, data=b"0123456789", **row):
     head = {
-        "axis": 0, "digest": zstd.digest(data), "dtype": "U8", "name": name, "shape": [len(data)],
-        "stages": [{"id": "raw/1"}], "tile": [1, len(data)],
-    }  # fmt: skip
+        "axis": 0,
+        "digest": zstd.digest(data),
+        "dtype": "U8",
+        "name": name,
+        "shape": [len(data)],
+        "stages": [{"id": "raw/1"}],
+        "tile": [1, len(data)],
+    }
     fields = {
         "method": "raw/1",
         "dtype": "U8",

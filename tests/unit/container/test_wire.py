@@ -34,9 +34,9 @@ def sealed(data, at=0, size=None):
 
 def test_header():
     data = wire.header({"features": []})
-    assert data == bytes.fromhex(
-        "89524143 0d0a1a0a 0000 0100 00000000 0b000000 00000000"
-    ) + struct.pack("<Q", xxh3(data[:24], data[32:43])) + b"\x81\xa8features\x90" + bytes(21)  # fmt: skip
+    assert data == bytes.fromhex("89524143 0d0a1a0a 0000 0100 00000000 0b000000 00000000") + struct.pack(
+        "<Q", xxh3(data[:24], data[32:43])
+    ) + b"\x81\xa8features\x90" + bytes(21)
     pre, body, padding = split(data)
     assert wire.parse_prelude(pre, LIMITS) == 11
     assert wire.parse_header(pre, body, padding, LIMITS) == {"features": []}
@@ -119,8 +119,11 @@ def test_units():
     assert len(table) == 64
     found = wire.parse_units(table, 16 + 0 + 16 + 32)
     assert [(u.offset, u.size, u.check) for u in found] == [
-        (0, 3, xxh3(b"aaa")), (16, 0, xxh3(b"")), (16, 16, xxh3(b"b" * 16)), (32, 17, xxh3(b"c" * 17)),
-    ]  # fmt: skip
+        (0, 3, xxh3(b"aaa")),
+        (16, 0, xxh3(b"")),
+        (16, 16, xxh3(b"b" * 16)),
+        (32, 17, xxh3(b"c" * 17)),
+    ]
     assert wire.parse_units(b"", 0) == []
     for bad, payload in ((table, 63), (table, 65), (table[:-1], 64), (table[:-16], 64), ("units", 64), (None, 0)):
         with pytest.raises(FormatError):

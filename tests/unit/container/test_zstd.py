@@ -33,10 +33,11 @@ def test_frames_that_are_refused():
         "skippable in front": (b"\x50\x2a\x4d\x18\x00\x00\x00\x00" + frame, len(data)),
         "no size": (zstandard.ZstdCompressor(write_content_size=False).compress(data), len(data)),
         "dictionary": (
-            zstandard.ZstdCompressor(dict_data=zstandard.ZstdCompressionDict(data[:2000])).compress(data), len(data),
+            zstandard.ZstdCompressor(dict_data=zstandard.ZstdCompressionDict(data[:2000])).compress(data),
+            len(data),
         ),
         "more than it states": (b"\x28\xb5\x2f\xfd\x20\x04\x53\x00\x00a", 4),
-    }  # fmt: skip
+    }
     for what, (frame_, size) in bad.items():
         with pytest.raises(FormatError):
             decompress(frame_, size)

@@ -28,9 +28,15 @@ SMALL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id":
 
 def llama(**more):
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, **SMALL, **more,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        **SMALL,
+        **more,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -42,26 +48,44 @@ def gpt2():
 def opt():
     """Linear layers before and after its blocks."""
     config = transformers.OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16,
-        max_position_embeddings=512, **SMALL,
-    )  # fmt: skip
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=16,
+        max_position_embeddings=512,
+        **SMALL,
+    )
     return transformers.OPTForCausalLM(config)
 
 
 def gemma():
     """Blocks whose arguments differ: a sliding window in some of them."""
     config = transformers.Gemma3TextConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        max_position_embeddings=512, **SMALL,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=512,
+        **SMALL,
+    )
     return transformers.Gemma3ForCausalLM(config)
 
 
 MIXTURE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 512, **SMALL,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    **SMALL,
+}
 
 
 def mixtral():
@@ -84,9 +108,13 @@ def gpt_oss():
 
 def bert():
     config = transformers.BertConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
         vocab_size=97,
-    )  # fmt: skip
+    )
     return transformers.BertModel(config)
 
 
@@ -504,10 +532,16 @@ def test_model_whose_blocks_look_at_each_other_runs_as_a_whole(saved, monkeypatc
 def tokenizer(folder):
     words = {"<unk>": 0, **{w: i + 3 for i, w in enumerate("abcdefghij")}}
     about = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"},
-    }  # fmt: skip
+    }
     (folder / "tokenizer.json").write_text(json.dumps(about))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -32,10 +32,18 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS,
-        num_key_value_heads=HEADS, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.2,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=256,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(root)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
@@ -126,11 +134,19 @@ def test_gguf_under_its_own_names(folder, state, tmp_path):
     w.add_head_count(HEADS), w.add_head_count_kv(HEADS), w.add_layer_norm_rms_eps(1e-6), w.add_vocab_size(256)
     w.add_rope_dimension_count(WIDTH // HEADS), w.add_rope_freq_base(10000.0)
     names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-        "post_attention_layernorm": "ffn_norm", "input_layernorm": "attn_norm", "model.layers.0.": "blk.0.",
-    }  # fmt: skip
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "post_attention_layernorm": "ffn_norm",
+        "input_layernorm": "attn_norm",
+        "model.layers.0.": "blk.0.",
+    }
     for name, t in state.items():
         a = t.numpy()
         if "q_proj" in name or "k_proj" in name:
@@ -207,9 +223,14 @@ def test_several_texts(folder, tmp_path, capsys):
     used = Archive(FileAccess(tmp_path / "m.rac")).header["provenance"]["calibrate"]
     assert [u["tokens"] for u in used] == [256, 256] and used[1]["text"] == "self" and len(used[0]["text"]) == 32
     pack(
-        folder, tmp_path / "n.rac", bits=4.0, effort="fast", tokens=256, cache=str(tmp_path / "cache"),
+        folder,
+        tmp_path / "n.rac",
+        bits=4.0,
+        effort="fast",
+        tokens=256,
+        cache=str(tmp_path / "cache"),
         calibrate=[str(text), "self"],
-    )  # fmt: skip
+    )
     assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "n.rac").read_bytes()
     pack(folder, tmp_path / "o.rac", bits=4.0, effort="fast", tokens=256, cache=str(tmp_path / "cache"), calibrate=text)
     assert (tmp_path / "m.rac").read_bytes() != (tmp_path / "o.rac").read_bytes()

@@ -39,8 +39,11 @@ def plain_gptq(w, hessian, bits, group, symmetric=False, order=None, static=True
     inverse = np.linalg.inv(hessian + 0.01 * np.diag(hessian).mean() * np.eye(cols))
     codes, grid = np.zeros((rows, cols), int), {}
     if static:
-        grid = {(r, g): plain_grid(w[r, g * group : (g + 1) * group], bits, symmetric)
-                for r in range(rows) for g in range(-(-cols // group))}  # fmt: skip
+        grid = {
+            (r, g): plain_grid(w[r, g * group : (g + 1) * group], bits, symmetric)
+            for r in range(rows)
+            for g in range(-(-cols // group))
+        }
     for at, q in enumerate(order):
         for r in range(rows):
             if not static and q % group == 0:
@@ -176,9 +179,14 @@ def test_what_is_refused():
     with pytest.raises(SourceError, match="binary16"):
         rtn(w * 1e6, 4)
     for match, how in (
-        ("bits", {"bits": 9}), ("bits", {"bits": 0}), ("group", {"group": 0}), ("Hessian", {"hessian": h[1:]}),
-        ("static groups", {"group": 8, "static_groups": False}), ("damp", {"damp": -1}), ("block", {"block": 0}),
+        ("bits", {"bits": 9}),
+        ("bits", {"bits": 0}),
+        ("group", {"group": 0}),
+        ("Hessian", {"hessian": h[1:]}),
+        ("static groups", {"group": 8, "static_groups": False}),
+        ("damp", {"damp": -1}),
+        ("block", {"block": 0}),
         ("matrix", {"w": w[0]}),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=match):
             gptq(**{"w": w, "hessian": h, "bits": 4} | how)

@@ -35,9 +35,14 @@ def source(**more):
 def test_pack(tmp_path, entropy):
     seen, layers = [], []
     done = pack_grouped(
-        source(), GIVEN, tmp_path / "m.rac", entropy, SETTINGS, progress=lambda n, _: seen.append(n),
+        source(),
+        GIVEN,
+        tmp_path / "m.rac",
+        entropy,
+        SETTINGS,
+        progress=lambda n, _: seen.append(n),
         layer=layers.append,
-    )  # fmt: skip
+    )
     assert seen == [*W, "bias"] and [f.name for f in layers] == [*W] and done.fidelity == tuple(layers)
     found = rac.load_file(tmp_path / "m.rac")
     assert (found["bias"] == BIAS).all()
@@ -132,8 +137,9 @@ def test_online_transforms_stay(tmp_path):
 
 def test_objects_of_transforms_stay(tmp_path):
     m = np.linalg.qr(np.random.default_rng(1).standard_normal((40, 40)))[0].astype("f4")
-    tensors = [replace(t, online=Online("matrix/1", 40, object="R"), matrix=m) if t.name in W else t
-               for t in source().tensors]  # fmt: skip
+    tensors = [
+        replace(t, online=Online("matrix/1", 40, object="R"), matrix=m) if t.name in W else t for t in source().tensors
+    ]
     pack_grouped(replace(source(), tensors=tuple(tensors)), GIVEN, tmp_path / "m.rac", False)
     with rac.open(tmp_path / "m.rac") as f:
         assert (f.online("layer.2.weight").matrix == m).all()

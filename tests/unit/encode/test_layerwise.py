@@ -35,8 +35,12 @@ def slow(model, sequential, bits, group):
     blocks = model.model.layers
     sets = []
     for i in range(len(blocks)):
-        names = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-                 ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]  # fmt: skip
+        names = [
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            ["self_attn.o_proj"],
+            ["mlp.gate_proj", "mlp.up_proj"],
+            ["mlp.down_proj"],
+        ]
         names = names if sequential else [sum(names, [])]
         sets += [[f"model.layers.{i}.{name}" for name in each] for each in names]
     found = {}

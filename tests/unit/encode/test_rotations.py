@@ -42,10 +42,19 @@ def _one_thread():
 def make(kind="Llama", width=96, **other):
     """Two layers, 6 heads of 16, 3 key heads; two channels of the stream are outliers: there is work to do."""
     settings = {
-        "vocab_size": 300, "hidden_size": width, "intermediate_size": 144, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64, "initializer_range": 0.2,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "head_dim": 16,
-    }  # fmt: skip
+        "vocab_size": 300,
+        "hidden_size": width,
+        "intermediate_size": 144,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "head_dim": 16,
+    }
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**settings | other)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

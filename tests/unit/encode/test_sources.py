@@ -273,8 +273,11 @@ def test_directory_of_one_file(tmp_path):
     assert [t.extra for t in source.tensors] == [None]
     attached = {a.name: a.read() for a in source.attachments}
     assert attached == {
-        "1_Pooling/config.json": b"[1]", "config.json": b"{}", "empty.txt": b"", "tokenizer.json": b"linked",
-    }  # fmt: skip
+        "1_Pooling/config.json": b"[1]",
+        "config.json": b"{}",
+        "empty.txt": b"",
+        "tokenizer.json": b"linked",
+    }
     assert list(attached) == sorted(attached)
     assert source.skipped == ("1_Pooling/tf_model.H5", "model.onnx", "pytorch_model.bin")
 
@@ -561,12 +564,23 @@ def test_ties():
     found = by_name(
         from_arrays(
             {
-                "a": base, "b": base[:], "copy": base.copy(), "shape": base.reshape(2, 3), "dtype": base.view("i4"),
-                "e1": empty, "e2": empty, "t1": weight, "t2": torch.nn.Parameter(weight), "t3": weight.T,
-                "c": complex_, "conj": complex_.conj(), "list1": [1.0], "list2": [1.0],
+                "a": base,
+                "b": base[:],
+                "copy": base.copy(),
+                "shape": base.reshape(2, 3),
+                "dtype": base.view("i4"),
+                "e1": empty,
+                "e2": empty,
+                "t1": weight,
+                "t2": torch.nn.Parameter(weight),
+                "t3": weight.T,
+                "c": complex_,
+                "conj": complex_.conj(),
+                "list1": [1.0],
+                "list2": [1.0],
             }
         )
-    )  # fmt: skip
+    )
     ties = {name: t.tie for name, t in found.items() if t.tie is not None}
     assert ties.keys() == {"a", "b", "t1", "t2"}
     assert ties["a"] == ties["b"] != ties["t1"] == ties["t2"]
@@ -584,11 +598,15 @@ def test_a_mapping_that_makes_its_values_ties_nothing():
 @pytest.mark.parametrize(
     "value",
     [
-        np.array(["a"]), np.array([None]), np.array(["2020-01-01"], "M8[D]"), np.zeros(1, np.complex128),
-        np.zeros(1, ml_dtypes.float4_e2m1fn), [[1], [1, 2]],
+        np.array(["a"]),
+        np.array([None]),
+        np.array(["2020-01-01"], "M8[D]"),
+        np.zeros(1, np.complex128),
+        np.zeros(1, ml_dtypes.float4_e2m1fn),
+        [[1], [1, 2]],
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_arrays_that_are_refused(value):
     with pytest.raises(SourceError, match="tensor 'a' cannot be packed"):
         from_arrays({"a": value})

@@ -23,9 +23,16 @@ from rac.errors import TransformError
 
 CLOSE = 2e-5
 CLASSES = {
-    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3", "gemma": "Gemma",
-    "gemma2": "Gemma2", "gemma3_text": "Gemma3", "phi3": "Phi3",
-}  # fmt: skip
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "phi3": "Phi3",
+}
 BEHIND = ("gemma2", "gemma3_text")
 """Architectures whose residual stream cannot be rotated."""
 IDS = torch.arange(40).reshape(2, 20) * 7 % 300
@@ -34,10 +41,18 @@ IDS = torch.arange(40).reshape(2, 20) * 7 % 300
 def make(kind, **other):
     """Two layers of width 96, 6 heads of 16, 3 key heads, gains and biases random."""
     settings = {
-        "vocab_size": 300, "hidden_size": 96, "intermediate_size": 144, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64, "initializer_range": 0.2,
-        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": 300,
+        "hidden_size": 96,
+        "intermediate_size": 144,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
     if kind in ("qwen3", "gemma", "gemma2", "gemma3_text"):
         settings["head_dim"] = 16
     name = CLASSES[kind]
@@ -86,9 +101,13 @@ def steps(kind):
             tf.online(p, layer.mlp_out, f"{layer.name}.mlp.down_proj", tf.matrix(m, p.inner, 3))
 
     found = {
-        "fuse": tf.fuse_norms, "values": values, "down": down, "heads": heads, "oblique": oblique,
+        "fuse": tf.fuse_norms,
+        "values": values,
+        "down": down,
+        "heads": heads,
+        "oblique": oblique,
         **{f"smooth-{place}": every(place) for place in ("attention", "mlp", "heads", "down")},
-    }  # fmt: skip
+    }
     return found if kind in BEHIND else found | {"residual": residual, "learned": learned, "quarot": tf.quarot}
 
 

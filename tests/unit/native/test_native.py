@@ -255,6 +255,9 @@ def test_which_kernel():
     for setting, expected in (("1", "numba"), ("", native.kernel())):
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", code],
-            capture_output=True, text=True, check=True, env={**os.environ, "RAC_NO_NATIVE": setting},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "RAC_NO_NATIVE": setting},
+        )
         assert (done.stdout.strip(), done.stderr) == (expected, "")

@@ -79,12 +79,19 @@ def test_scales_compress():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"bits": 0}, {"bits": 9}, {"bits": 3}, {"group": 0}, {"group": 51}, {"group": 12},
-        {"scales": np.ones((30, 3), F32)}, {"zeros": np.zeros((30, 5), np.uint8)}, {"zeros": np.zeros((30, 4), int)},
+        {"bits": 0},
+        {"bits": 9},
+        {"bits": 3},
+        {"group": 0},
+        {"group": 51},
+        {"group": 12},
+        {"scales": np.ones((30, 3), F32)},
+        {"zeros": np.zeros((30, 5), np.uint8)},
+        {"zeros": np.zeros((30, 4), int)},
         {"codes": np.zeros((30, 50), int)},
         *({"scales": np.full((30, 4), v, F32)} for v in (0, -1, np.nan, np.inf, 1.0001, 2.0**-80, 2.0**80)),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_stored(wrong):
     g = replace(grids.random(np.random.default_rng(3), 30, 50, 4, 16), **wrong)
     with pytest.raises(ValueError, match=r"codes|scale"):
@@ -145,16 +152,20 @@ def test_planes(bits):
 def test_parameters():
     assert bt.from_head({"id": "bits/1", "bits": 3}, 1) == 3
     for head, word, error in (
-        ({"id": "bits/1"}, 1, FormatError), ({"id": "bits/1", "bits": 9}, 1, FormatError),
-        ({"id": "bits/1", "bits": 3}, 2, FormatError), ({"id": "bits/1", "bits": 3, "a": 1}, 1, UnsupportedError),
-    ):  # fmt: skip
+        ({"id": "bits/1"}, 1, FormatError),
+        ({"id": "bits/1", "bits": 9}, 1, FormatError),
+        ({"id": "bits/1", "bits": 3}, 2, FormatError),
+        ({"id": "bits/1", "bits": 3, "a": 1}, 1, UnsupportedError),
+    ):
         with pytest.raises(error):
             bt.from_head(head, word)
     good = {"id": "groups/1", "bits": 4, "group": 5, "zero": 8, "exponent": 0, "sizes": [9, 9, 0]}
     assert gr.Groups.from_head(good, "F16", 5).to_head() == good
     for wrong, cols, error in (
-        ({}, 4, FormatError), ({"zero": 1, "sizes": [9, 9, 9]}, 5, FormatError), ({"x-a": 1}, 5, UnsupportedError),
+        ({}, 4, FormatError),
+        ({"zero": 1, "sizes": [9, 9, 9]}, 5, FormatError),
+        ({"x-a": 1}, 5, UnsupportedError),
         ({"exponent": 61}, 5, FormatError),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error):
             gr.Groups.from_head(good | wrong, "F16", cols)

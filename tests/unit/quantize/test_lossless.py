@@ -55,9 +55,23 @@ def test_pairs_are_numbered_as_in_the_text():
     p = replace(SPEC, per=2)
     assert (p.first_escape, p.base, p.symbols, p.first_escaping) == (3, 4, 16, 9)
     assert [tuple(ab) for ab in p.pairs().tolist()] == [
-        (0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2),
-        (3, 0), (3, 1), (3, 2), (0, 3), (1, 3), (2, 3), (3, 3),
-    ]  # fmt: skip
+        (0, 0),
+        (1, 0),
+        (2, 0),
+        (0, 1),
+        (1, 1),
+        (2, 1),
+        (0, 2),
+        (1, 2),
+        (2, 2),
+        (3, 0),
+        (3, 1),
+        (3, 2),
+        (0, 3),
+        (1, 3),
+        (2, 3),
+        (3, 3),
+    ]
     assert SPEC.pairs().tolist() == [[0], [1], [2], [3]]
     assert p.steps(np.array([0, 1, 2, 5])).tolist() == [0, 1, 1, 3]
 
@@ -95,16 +109,48 @@ def test_head_round_trip():
     "change",
     [
         *({k: None} for k in ("lanes", "per", "zero", "sign", "shift", "runs", "escapes", "tables", "order", "sizes")),
-        {"lanes": 0}, {"lanes": 1025}, {"lanes": True}, {"per": 0}, {"per": 3}, {"zero": -1}, {"zero": 8}, {"sign": 2},
-        {"shift": 8}, {"shift": 7, "zero": 1}, {"sign": 1, "shift": 7}, {"tables": 0}, {"tables": 257}, {"order": -9},
-        {"order": 9}, {"rows": 0}, {"rows": 257}, {"rows": 256, "cols": 17}, {"packed": 2}, {"packed": True},
-        {"runs": [0]}, {"runs": [0, 0]}, {"runs": [0, 257]}, {"runs": [0, 3, 2, 1]}, {"runs": [5, 1, 0, 1]},
-        {"runs": [62, 3]}, {"runs": [64, 1]}, {"runs": [-1, 3]}, {"runs": [True, 3]}, {"runs": [], "escapes": []},
-        {"runs": [0, 1], "escapes": []}, {"runs": []}, {"escapes": [64]}, {"escapes": [-1]}, {"escapes": [True]},
-        {"per": 2, "runs": [0, 16]}, {"sizes": [1, 2]}, {"sizes": [1, 2, 3, 4]}, {"sizes": [-1, 0, 0]},
+        {"lanes": 0},
+        {"lanes": 1025},
+        {"lanes": True},
+        {"per": 0},
+        {"per": 3},
+        {"zero": -1},
+        {"zero": 8},
+        {"sign": 2},
+        {"shift": 8},
+        {"shift": 7, "zero": 1},
+        {"sign": 1, "shift": 7},
+        {"tables": 0},
+        {"tables": 257},
+        {"order": -9},
+        {"order": 9},
+        {"rows": 0},
+        {"rows": 257},
+        {"rows": 256, "cols": 17},
+        {"packed": 2},
+        {"packed": True},
+        {"runs": [0]},
+        {"runs": [0, 0]},
+        {"runs": [0, 257]},
+        {"runs": [0, 3, 2, 1]},
+        {"runs": [5, 1, 0, 1]},
+        {"runs": [62, 3]},
+        {"runs": [64, 1]},
+        {"runs": [-1, 3]},
+        {"runs": [True, 3]},
+        {"runs": [], "escapes": []},
+        {"runs": [0, 1], "escapes": []},
+        {"runs": []},
+        {"escapes": [64]},
+        {"escapes": [-1]},
+        {"escapes": [True]},
+        {"per": 2, "runs": [0, 16]},
+        {"sizes": [1, 2]},
+        {"sizes": [1, 2, 3, 4]},
+        {"sizes": [-1, 0, 0]},
         {"sizes": [(1 << 40) + 1, 0, 0]},
     ],
-)  # fmt: skip
+)
 def test_heads_that_are_refused(change):
     with pytest.raises(FormatError):
         ll.Lanes.from_head(head(**change), 1)

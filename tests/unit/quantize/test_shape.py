@@ -20,9 +20,24 @@ def search(x, states, below, lane=None, lag=6, no512=False):
     back = None if below is None else np.ascontiguousarray(below.swapaxes(-1, -2))
     groups = () if below is None else below.shape[:-2]
     return native.block(
-        states, tr.CODES[states], x, x.copy(), lane or m, np.zeros((*groups, n, n), np.float32),
-        np.ones(n, np.float32), rec, rate, np.zeros(1, np.int8), 0, None, 2.0 * MOST, below, back, lag, no512,
-    )[:3]  # fmt: skip
+        states,
+        tr.CODES[states],
+        x,
+        x.copy(),
+        lane or m,
+        np.zeros((*groups, n, n), np.float32),
+        np.ones(n, np.float32),
+        rec,
+        rate,
+        np.zeros(1, np.int8),
+        0,
+        None,
+        2.0 * MOST,
+        below,
+        back,
+        lag,
+        no512,
+    )[:3]
 
 
 def gradients(m):

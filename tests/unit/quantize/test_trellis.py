@@ -60,10 +60,20 @@ def test_kernel_and_numpy_agree(states, dtype, corrected, zero, scale):
 def search(states, x, rec, rate, lane=1000):
     most = len(rec) // 2
     done = kernel.block(
-        states, tr.CODES[states], x[None], x[None].copy(), lane, np.zeros((1, 1), np.float32),
-        np.ones(1, np.float32), rec,
-        rate.reshape(1, 1, -1), np.zeros(1, np.int8), 0, None, 2.0 * most,
-    )  # fmt: skip
+        states,
+        tr.CODES[states],
+        x[None],
+        x[None].copy(),
+        lane,
+        np.zeros((1, 1), np.float32),
+        np.ones(1, np.float32),
+        rec,
+        rate.reshape(1, 1, -1),
+        np.zeros(1, np.int8),
+        0,
+        None,
+        2.0 * most,
+    )
     assert done is not None
     return done[0][0], done[1][0]
 
@@ -88,9 +98,20 @@ def test_blocks_of_rows_have_feeds_of_their_own():
 
     def block(x, feed):
         return kernel.block(
-            8, tr.CODES[8], x, x.copy(), own, feed, np.ones(n, np.float32), rec, rate, np.zeros(1, np.int8),
-            0, None, 18.0,
-        )  # fmt: skip
+            8,
+            tr.CODES[8],
+            x,
+            x.copy(),
+            own,
+            feed,
+            np.ones(n, np.float32),
+            rec,
+            rate,
+            np.zeros(1, np.int8),
+            0,
+            None,
+            18.0,
+        )
 
     together = block(x, feed)
     for g in range(groups):

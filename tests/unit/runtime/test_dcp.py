@@ -54,9 +54,12 @@ def test_ranks_read_their_own_parts(tmp_path, world):
     rng = np.random.default_rng(1)
     rows, columns = (rng.standard_normal((1600, 1200)).astype(np.float32) for _ in range(2))
     tensors = {
-        "rows": rows, "columns": columns, "tied": rows, "odd": rng.standard_normal((1001, 3)).astype(np.float32),
+        "rows": rows,
+        "columns": columns,
+        "tied": rows,
+        "odd": rng.standard_normal((1001, 3)).astype(np.float32),
         "whole": rng.standard_normal((50, 60)).astype(np.float32),
-    }  # fmt: skip
+    }
     path = tmp_path / "m.rac"
     rac.save_file(tensors | {"plain": torch.arange(7).to(torch.bfloat16)}, path)
     np.savez(f"{path}.npz", plain=np.arange(7, dtype=np.float32), **tensors)

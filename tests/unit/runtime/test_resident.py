@@ -120,8 +120,14 @@ def test_offloaded_to_the_host(small):
 def test_offloaded_to_disk(small, tmp_path):
     pytest.importorskip("accelerate")
     dense, _, path = small
-    where = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
-             "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    where = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     model = rac.load_model(path, resident="compressed", device_map=where, offload_folder=str(tmp_path))
     assert torch.equal(models.logits(model), models.logits(dense))
 

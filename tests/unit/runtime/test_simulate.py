@@ -214,9 +214,14 @@ def test_other_architectures():
 
 def test_what_is_refused(model):
     for how in (
-        {}, {"activations": 1}, {"activations": 17}, {"kv": 0}, {"kv": 17}, {"activations": 4, "clip": 0},
+        {},
+        {"activations": 1},
+        {"activations": 17},
+        {"kv": 0},
+        {"kv": 17},
+        {"activations": 4, "clip": 0},
         {"kv": 4, "kv_clip": 1.5},
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="bits|clip|quantise"), simulated(model, **how):
             pass
     with pytest.raises(ValueError, match="divide"), simulated(model, kv=4, kv_group=7):

@@ -50,9 +50,11 @@ def registry(monkeypatch):
     above = types.ModuleType("vllm.model_executor")
     above.model_loader = package
     for name, module in (
-        ("vllm", types.ModuleType("vllm")), ("vllm.model_executor", above), (package.__name__, package),
+        ("vllm", types.ModuleType("vllm")),
+        ("vllm.model_executor", above),
+        (package.__name__, package),
         (base.__name__, base),
-    ):  # fmt: skip
+    ):
         monkeypatch.setitem(sys.modules, name, module)
     return known
 

@@ -38,8 +38,22 @@ SAME = {"hadamard-feedback": "hadamard"}
 """Bases whose matrix is that of another."""
 SPECTRUM = {"hadamard2": "hadamard", "hadamard-feedback": "hadamard", "triangular": "pca"}
 """Bases whose singular values are those of another."""
-LEVELS = ("kurtosis", "kurtosis_rows", "outlier", "effective_rank", "stable_rank", "top1", "top10", "gini",
-          "output_top10", "output_gini", "entropy", "entropy_columns", "bits", "estimate")  # fmt: skip
+LEVELS = (
+    "kurtosis",
+    "kurtosis_rows",
+    "outlier",
+    "effective_rank",
+    "stable_rank",
+    "top1",
+    "top10",
+    "gini",
+    "output_top10",
+    "output_gini",
+    "entropy",
+    "entropy_columns",
+    "bits",
+    "estimate",
+)
 """Figures of a basis that have means; `bits` and `estimate` by weights, the others by matrices."""
 FINE = (2.7, 3.3)
 """Kurtosis of what counts as Gaussian: 3 +- 0.3."""
@@ -69,10 +83,18 @@ class _Job:
 
 
 def analyze(
-    path: str | os.PathLike[str], text: str | None = None, *, tokens: int = TOKENS, layers: str = "*",
-    rotations: Sequence[Rotations] = (), rate: float = RATE, seen: bool = False, cache: str | None = None,
-    jobs: int | None = None, note: Note | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    path: str | os.PathLike[str],
+    text: str | None = None,
+    *,
+    tokens: int = TOKENS,
+    layers: str = "*",
+    rotations: Sequence[Rotations] = (),
+    rate: float = RATE,
+    seen: bool = False,
+    cache: str | None = None,
+    jobs: int | None = None,
+    note: Note | None = None,
+) -> dict[str, Any]:
     """Measure every large matrix of a model in every basis.
 
     With a text the model reads `tokens` of it, half of them to find the bases and half to judge their errors by.
@@ -144,12 +166,23 @@ def analyze(
     order = {t.name: (int(places[t.name].block or -1), i) for i, t in enumerate(wanted)}  # files sort 10 before 2
     found.sort(key=lambda one: order[one["name"]])
     about: dict[str, Any] = {
-        "version": VERSION, "model": os.path.basename(os.path.normpath(os.fspath(path))), "matrices": len(found),
-        "of": len(every), "layers": layers, "weights": total, "tokens": read,
-        "second_moment": "text" if text is not None else "identity", "unreached": _unreached(found) if read else [],
-        "seen": seen, "damp": DAMP, "rate": rate, "states": bt.STATES, "seed": SEED, "fused": rules is not None,
+        "version": VERSION,
+        "model": os.path.basename(os.path.normpath(os.fspath(path))),
+        "matrices": len(found),
+        "of": len(every),
+        "layers": layers,
+        "weights": total,
+        "tokens": read,
+        "second_moment": "text" if text is not None else "identity",
+        "unreached": _unreached(found) if read else [],
+        "seen": seen,
+        "damp": DAMP,
+        "rate": rate,
+        "states": bt.STATES,
+        "seed": SEED,
+        "fused": rules is not None,
         "seconds": {"calibration": round(calibrated - start, 1), "all": 0.0},
-    }  # fmt: skip
+    }
     report = summary(about, found, [r.name for r in rotations])
     about["seconds"]["all"] = round(time.monotonic() - start, 1)
     return report
@@ -217,7 +250,7 @@ def _group(jobs: Sequence[_Job], rotations: tuple[Rotations, ...], rate: float) 
 
 def _tensor(
     job: _Job, first: str, w: NDArray[np.float32], inputs: Inputs, rotations: tuple[Rotations, ...], rate: float
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """All of one matrix; `first` of its input names that."""
     place = job.place
     made = bases(Matrix(w, inputs, place.block, place.values, place.reads), rotations) if w.any() else []
@@ -227,15 +260,25 @@ def _tensor(
         assert ref is not None  # noqa: S101
         at, mine = bt.equal(b, ref, made[0]), _measures(b, out)
         mine |= {
-            "bits": at.bits, "measured": at.measured, "off": at.off, "basis_entries": b.entries,
+            "bits": at.bits,
+            "measured": at.measured,
+            "off": at.off,
+            "basis_entries": b.entries,
             "estimate": mine["entropy_columns"] + math.log2(mine["rms"]) - at.scale - 1,
-        }  # fmt: skip
+        }
         out[b.id] = {key: _plain(v) for key, v in mine.items()}
     snr = 10 * math.log10(made[0].output(w) / ref.error) if ref and ref.error > 0 else None
     return {
-        "name": job.tensor.name, "input": first, "block": place.block, "role": place.role, "shape": list(w.shape),
-        "inputs": inputs.fit is not None, "gain": inputs.gain is not None, "snr": _plain(snr), "bases": out,
-    }  # fmt: skip
+        "name": job.tensor.name,
+        "input": first,
+        "block": place.block,
+        "role": place.role,
+        "shape": list(w.shape),
+        "inputs": inputs.fit is not None,
+        "gain": inputs.gain is not None,
+        "snr": _plain(snr),
+        "bases": out,
+    }
 
 
 def _measures(b: Basis, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -245,13 +288,21 @@ def _measures(b: Basis, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     v = b.coded
     energy, shares = ms.energies(v), b.shares()
     out = {
-        "rms": ms.rms(v), "kurtosis": ms.kurtosis(v), "kurtosis_rows": ms.row_kurtosis(v),
-        "outlier": ms.outlier_ratio(v), "top1": ms.top_share(energy, 0.01), "top10": ms.top_share(energy, 0.1),
-        "curve": ms.curve(energy), "gini": ms.gini(energy), "output_top10": ms.top_share(shares, 0.1),
-        "output_curve": ms.curve(shares), "output_gini": ms.gini(shares),
+        "rms": ms.rms(v),
+        "kurtosis": ms.kurtosis(v),
+        "kurtosis_rows": ms.row_kurtosis(v),
+        "outlier": ms.outlier_ratio(v),
+        "top1": ms.top_share(energy, 0.01),
+        "top10": ms.top_share(energy, 0.1),
+        "curve": ms.curve(energy),
+        "gini": ms.gini(energy),
+        "output_top10": ms.top_share(shares, 0.1),
+        "output_curve": ms.curve(shares),
+        "output_gini": ms.gini(shares),
         "entropy": float(ms.entropy(v.reshape(1, -1))[0]),
-        "entropy_columns": float(np.nanmean(ms.entropy(np.ascontiguousarray(v.T)))), "histogram": ms.histogram(v),
-    }  # fmt: skip
+        "entropy_columns": float(np.nanmean(ms.entropy(np.ascontiguousarray(v.T)))),
+        "histogram": ms.histogram(v),
+    }
     if b.id in SPECTRUM:
         same = known[SPECTRUM[b.id]]
         return out | {key: same[key] for key in ("effective_rank", "stable_rank")}
@@ -285,21 +336,21 @@ def summary(about: dict[str, Any], found: list[dict[str, Any]], learned: Sequenc
                 b.pop("histogram", None)
     return {
         "about": about,
-        "bases": [
-            {"id": key, "name": names[key], "text": TEXTS.get(key, LEARNED)}
-            for key in used
-        ],
+        "bases": [{"id": key, "name": names[key], "text": TEXTS.get(key, LEARNED)} for key in used],
         "model": {key: _means(whole, key) for key in used},
         "blocks": [{"block": b, "bases": {key: _means(ones, key) for key in used}} for b, ones in blocks.items()],
         "gaussian": {
-            key: {m: sum(_fine(one["bases"][key][m]) for one in whole if key in one["bases"])
-                  for m in ("kurtosis", "kurtosis_rows")} for key in used
+            key: {
+                m: sum(_fine(one["bases"][key][m]) for one in whole if key in one["bases"])
+                for m in ("kurtosis", "kurtosis_rows")
+            }
+            for key in used
         },
         "counts": [_count(known, blocks, a, r) for a in ALIGNED for r in rotated if known],
         "histograms": shown,
         "edges": ms.EDGES.tolist(),
         "tensors": found,
-    }  # fmt: skip
+    }
 
 
 def _fine(x: float | None) -> bool:
@@ -331,10 +382,14 @@ def _count(
         if (mine := [one for one in ones if one["name"] in more])
     }
     return {
-        "aligned": a, "rotated": r, "fewer": sum(v < 0 for v in more.values()), "matrices": len(more),
-        "blocks_fewer": sum(v < 0 for v in by_block.values()), "blocks": len(by_block),
+        "aligned": a,
+        "rotated": r,
+        "fewer": sum(v < 0 for v in more.values()),
+        "matrices": len(more),
+        "blocks_fewer": sum(v < 0 for v in by_block.values()),
+        "blocks": len(by_block),
         "not": {name: v for name, v in more.items() if v >= 0},
-    }  # fmt: skip
+    }
 
 
 def _shown(ones: Sequence[Mapping[str, Any]]) -> list[str]:

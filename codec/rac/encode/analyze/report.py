@@ -14,12 +14,20 @@ from rac.encode.analyze.page import EXPLAINED, PAGE, STYLE
 
 Report = Mapping[str, Any]
 HEAD = (
-    ("bits", "bits", ".3f"), ("kurtosis", "kurtosis", ".2f"), ("kurtosis_rows", "of rows", ".2f"),
-    ("outlier", "max / rms", ".1f"), ("effective_rank", "effective rank", ".0f"),
-    ("stable_rank", "stable rank", ".1f"), ("top10", "energy, top 10 %", ".1%"), ("gini", "Gini", ".3f"),
-    ("output_top10", "output energy, top 10 %", ".1%"), ("output_gini", "output Gini", ".3f"),
-    ("entropy", "entropy", ".3f"), ("entropy_columns", "of columns", ".3f"), ("estimate", "bits estimated", ".3f"),
-)  # fmt: skip
+    ("bits", "bits", ".3f"),
+    ("kurtosis", "kurtosis", ".2f"),
+    ("kurtosis_rows", "of rows", ".2f"),
+    ("outlier", "max / rms", ".1f"),
+    ("effective_rank", "effective rank", ".0f"),
+    ("stable_rank", "stable rank", ".1f"),
+    ("top10", "energy, top 10 %", ".1%"),
+    ("gini", "Gini", ".3f"),
+    ("output_top10", "output energy, top 10 %", ".1%"),
+    ("output_gini", "output Gini", ".3f"),
+    ("entropy", "entropy", ".3f"),
+    ("entropy_columns", "of columns", ".3f"),
+    ("estimate", "bits estimated", ".3f"),
+)
 """Columns of the table of means: key, head, format."""
 BASIS = 3.0
 """Bits for each number of a basis that a file must hold: about the fewest that `rac pack` takes (docs/lossy.md)."""
@@ -33,28 +41,51 @@ def html(report: Report) -> str:
     spread = "Numbers of weights by size, in units of the root mean square, on a logarithmic axis. Dotted: a Gaussian. "
     plots = [
         ("Bits at equal output error, by layer", _by_block(report), "Mean of the matrices of a layer, by weights."),
-        ("Energy curves", _curves(report, "curve"),
-         "Share of the squared weights, in units of their steps, in the columns that have most; mean of all matrices. "
-         "Dotted: every column has the same."),
-        ("Output energy curves", _curves(report, "output_curve"),
-         "Share of the output's energy that each coordinate of the input would give by itself; mean of all matrices."),
-        *((f"Distribution: {name}", _distribution(report, name),
-           f"{spread}Kurtosis of the original {_kurtosis(report, name)}.") for name in report["histograms"]),
-    ]  # fmt: skip
+        (
+            "Energy curves",
+            _curves(report, "curve"),
+            "Share of the squared weights, in units of their steps, in the columns that have most; mean of all "
+            "matrices. Dotted: every column has the same.",
+        ),
+        (
+            "Output energy curves",
+            _curves(report, "output_curve"),
+            "Share of the output's energy that each coordinate of the input would give by itself; mean of all "
+            "matrices.",
+        ),
+        *(
+            (
+                f"Distribution: {name}",
+                _distribution(report, name),
+                f"{spread}Kurtosis of the original {_kurtosis(report, name)}.",
+            )
+            for name in report["histograms"]
+        ),
+    ]
     parts = [
-        f"<h1>{escape(title)}</h1>", f"<p class=lead>{_lead(about)}</p>", _findings(report),
-        _section("Means over all matrices", _table(report), "Bits are those of the real coder at one output error; "
-                 "the other figures are of the matrix as it is quantised."),
-        _legend(report), '<div class="two">', *(_section(*plot) for plot in plots), "</div>",
-        _section("Bits beyond the original, layers by bases", _heat(report),
-                 "At equal output error; below 0 is better."),
+        f"<h1>{escape(title)}</h1>",
+        f"<p class=lead>{_lead(about)}</p>",
+        _findings(report),
+        _section(
+            "Means over all matrices",
+            _table(report),
+            "Bits are those of the real coder at one output error; "
+            "the other figures are of the matrix as it is quantised.",
+        ),
+        _legend(report),
+        '<div class="two">',
+        *(_section(*plot) for plot in plots),
+        "</div>",
+        _section(
+            "Bits beyond the original, layers by bases", _heat(report), "At equal output error; below 0 is better."
+        ),
         _section("Where aligned takes fewer bits than rotated", _counts(report)),
         _section("Gaussian matrices", _gaussian(report), "Kurtosis within 3 &plusmn; 0.3."),
         _section("Bases", _terms((b["name"], b["text"]) for b in report["bases"])),
         _section("What the figures are", _terms(EXPLAINED)),
         f"<details><summary>All {len(report['tensors'])} matrices: bits at equal output error</summary>",
         f"{_all(report, ids)}</details>",
-    ]  # fmt: skip
+    ]
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(parts))
 
 
@@ -126,9 +157,7 @@ def _table(report: Report) -> str:
 
 def _basis_entries(report: Report) -> dict[str, int]:
     """Numbers of bases that a file must hold, one basis for each input."""
-    found = {
-        (key, one["input"]): b["basis_entries"] for one in report["tensors"] for key, b in one["bases"].items()
-    }  # fmt: skip
+    found = {(key, one["input"]): b["basis_entries"] for one in report["tensors"] for key, b in one["bases"].items()}
     out: dict[str, int] = {}
     for (key, _), n in found.items():
         out[key] = out.get(key, 0) + n
@@ -154,10 +183,12 @@ def _legend(report: Report) -> str:
 
 def _by_block(report: Report) -> str:
     series = [
-        (_class(report, b["id"]),
-         [(float(x["block"]), x["bases"][b["id"]]["bits"]) for x in report["blocks"] if x["block"]])
+        (
+            _class(report, b["id"]),
+            [(float(x["block"]), x["bases"][b["id"]]["bits"]) for x in report["blocks"] if x["block"]],
+        )
         for b in report["bases"]
-    ]  # fmt: skip
+    ]
     return svg.lines(series, "layer", "bits per weight", height=280, whole=True)
 
 
@@ -193,9 +224,9 @@ def _heat(report: Report) -> str:
     values = []
     for block in report["blocks"]:
         own = block["bases"]["original"]["bits"]
-        values.append([
-            None if (v := block["bases"][b["id"]]["bits"]) is None or own is None else v - own for b in others
-        ])  # fmt: skip
+        values.append(
+            [None if (v := block["bases"][b["id"]]["bits"]) is None or own is None else v - own for b in others]
+        )
     names = [block["block"] or "other" for block in report["blocks"]]
     return f"<div class=heat>{svg.cells(names, [b['name'] for b in others], values)}</div>"
 

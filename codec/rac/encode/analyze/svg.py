@@ -26,10 +26,17 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def lines(
-    series: Sequence[tuple[str, Sequence[tuple[float, float | None]]]], x_label: str, y_label: str, *,
-    x_range: tuple[float, float] | None = None, y_range: tuple[float, float] | None = None, log: bool = False,
-    height: int = 240, percent: bool = False, whole: bool = False,
-) -> str:  # fmt: skip
+    series: Sequence[tuple[str, Sequence[tuple[float, float | None]]]],
+    x_label: str,
+    y_label: str,
+    *,
+    x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    log: bool = False,
+    height: int = 240,
+    percent: bool = False,
+    whole: bool = False,
+) -> str:
     """Lines of (class, points); points without y leave a gap.
 
     With `log` the axis of y is one of powers of ten; with `whole` that of x has whole numbers only.
@@ -95,7 +102,7 @@ def _power(n: int) -> str:
 
 def cells(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], form: str = "+.2f"
-) -> str:  # fmt: skip
+) -> str:
     """A map: lowest values deepest in the colour of "less", highest in that of "more", 0 without a colour."""
     left, top, high = 44, 62, 15
     wide = (WIDTH - left - 2) / max(1, len(columns))

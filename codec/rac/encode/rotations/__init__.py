@@ -16,6 +16,19 @@ from rac.encode.rotations.simulate import Simulated, quantised, simulated
 from rac.encode.rotations.spinquant import loss_of, spinquant
 
 __all__ = [
-    "Axis", "Rotations", "Simulated", "attached", "compare_axes", "fuse", "kurtail", "kurtosis", "learn_axis", "load",
-    "loss_of", "quantised", "save", "simulated", "spinquant",
-]  # fmt: skip
+    "Axis",
+    "Rotations",
+    "Simulated",
+    "attached",
+    "compare_axes",
+    "fuse",
+    "kurtail",
+    "kurtosis",
+    "learn_axis",
+    "load",
+    "loss_of",
+    "quantised",
+    "save",
+    "simulated",
+    "spinquant",
+]

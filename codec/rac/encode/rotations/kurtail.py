@@ -84,9 +84,16 @@ def gather(p: Parts, ids: NDArray[np.int64], most: int, seed: int = 0) -> tuple[
 
 
 def kurtail(
-    p: Parts, ids: NDArray[np.int64], *, steps: int = 100, batch: int = 2048, lr: float = 1.0, most: int = 1024,
-    seed: int = 0, note: Note | None = None,
-) -> Rotations:  # fmt: skip
+    p: Parts,
+    ids: NDArray[np.int64],
+    *,
+    steps: int = 100,
+    batch: int = 2048,
+    lr: float = 1.0,
+    most: int = 1024,
+    seed: int = 0,
+    note: Note | None = None,
+) -> Rotations:
     """Learn R1 and R2 of a model whose norms are fused; its weights are left alone.
 
     Args:
@@ -120,9 +127,14 @@ def kurtail(
     gathered = time.perf_counter() - began
     r1, r2 = (r.detach().cpu().requires_grad_() for r in start(p, seed))
     about: dict[str, Any] = {
-        "method": "kurtail", "steps": steps, "batch": batch, "lr": lr, "tokens": min(most, ids.size), "seed": seed,
+        "method": "kurtail",
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "tokens": min(most, ids.size),
+        "seed": seed,
         "gather seconds": round(gathered, 1),
-    }  # fmt: skip
+    }
     history: list[float] = []
     for name, r, data in (("r1", r1, x), ("r2", r2, v)):
         about[name] = {"before": _state(None, data), "start": _state(r, data)}

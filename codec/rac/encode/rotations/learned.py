@@ -49,9 +49,16 @@ class Axis(NamedTuple):
 
 
 def learn_axis(
-    w: NDArray[np.floating[Any]], second: NDArray[np.floating[Any]], *, bits: float = 3.0, block: int | None = None,
-    steps: int = 300, lr: float = 1.0, rows: int = 1024, seed: int = 0,
-) -> Axis:  # fmt: skip
+    w: NDArray[np.floating[Any]],
+    second: NDArray[np.floating[Any]],
+    *,
+    bits: float = 3.0,
+    block: int | None = None,
+    steps: int = 300,
+    lr: float = 1.0,
+    rows: int = 1024,
+    seed: int = 0,
+) -> Axis:
     """Learn U of a weight.
 
     Args:
@@ -80,9 +87,13 @@ def learn_axis(
 
 
 def compare_axes(
-    w: NDArray[np.floating[Any]], second: NDArray[np.floating[Any]], u: Array | None = None, *, bits: float = 3.0,
+    w: NDArray[np.floating[Any]],
+    second: NDArray[np.floating[Any]],
+    u: Array | None = None,
+    *,
+    bits: float = 3.0,
     seed: int = 0,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Bits per weight at one output error, that of `triangular` at `bits`; no transform's own bytes are in it.
 
     Args:
@@ -102,9 +113,11 @@ def compare_axes(
     signs = hadamard.signs(seed, wide.shape[1])
     mixed = hadamard.matrix(wide.shape[1]) * signs
     out = {
-        "original": _at_error(wide, s, None, error, step, feedback=False), "triangular": own,
-        "hadamard": _at_error(wide, s, mixed, error, step), "pca": _at_error(wide, s, pca(s, DAMP).basis, error, step),
-    }  # fmt: skip
+        "original": _at_error(wide, s, None, error, step, feedback=False),
+        "triangular": own,
+        "hadamard": _at_error(wide, s, mixed, error, step),
+        "pca": _at_error(wide, s, pca(s, DAMP).basis, error, step),
+    }
     return out if u is None else out | {"learned": _at_error(wide, s, u, error, step)}
 
 

@@ -33,9 +33,17 @@ PATIENCE = 20
 
 
 def spinquant(
-    p: Parts, ids: NDArray[np.int64], *, steps: int = 100, batch: int = 2, lr: float | None = None,
-    momentum: float = 0.0, how: Simulated | None = None, seed: int = 0, note: Note | None = None,
-) -> Rotations:  # fmt: skip
+    p: Parts,
+    ids: NDArray[np.int64],
+    *,
+    steps: int = 100,
+    batch: int = 2,
+    lr: float | None = None,
+    momentum: float = 0.0,
+    how: Simulated | None = None,
+    seed: int = 0,
+    note: Note | None = None,
+) -> Rotations:
     """Learn R1 and R2 of a model whose norms are fused; its weights are left alone.
 
     Args:
@@ -97,10 +105,20 @@ def spinquant(
             w.requires_grad_(True)
         p.model.train(training)
     about = {
-        "method": "spinquant", "steps": steps, "batch": batch, "context": ids.shape[1], "lr": lr, "momentum": momentum,
-        "activations": how.activations, "cache": how.cache, "seed": seed, "plain": plain, "start": first, "end": last,
+        "method": "spinquant",
+        "steps": steps,
+        "batch": batch,
+        "context": ids.shape[1],
+        "lr": lr,
+        "momentum": momentum,
+        "activations": how.activations,
+        "cache": how.cache,
+        "seed": seed,
+        "plain": plain,
+        "start": first,
+        "end": last,
         "seconds": round(time.perf_counter() - began, 1),
-    }  # fmt: skip
+    }
     one, each = (nearest(r.detach().cpu().numpy()) for r in (r1, r2))
     return Rotations(one, each, seed, about, tuple(losses))
 

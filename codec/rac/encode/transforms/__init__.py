@@ -27,7 +27,24 @@ from rac.encode.transforms.smooth import maxima, smooth
 from rac.encode.transforms.source import source
 
 __all__ = [
-    "RULES", "Parts", "deviation", "fuse_norms", "hadamard", "logits", "matrix", "maxima", "online", "online_down",
-    "online_heads", "parts", "quarot", "require_same", "rotate_residual", "rotate_values", "rotated_keys", "smooth",
-    "source", "untie",
-]  # fmt: skip
+    "RULES",
+    "Parts",
+    "deviation",
+    "fuse_norms",
+    "hadamard",
+    "logits",
+    "matrix",
+    "maxima",
+    "online",
+    "online_down",
+    "online_heads",
+    "parts",
+    "quarot",
+    "require_same",
+    "rotate_residual",
+    "rotate_values",
+    "rotated_keys",
+    "smooth",
+    "source",
+    "untie",
+]

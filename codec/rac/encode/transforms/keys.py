@@ -18,9 +18,11 @@ from rac.errors import TransformError, UnsupportedError
 
 @contextlib.contextmanager
 def rotated_keys(
-    p: Parts, seed: int | None = None, keys: Callable[[Any], Any] | None = None,
+    p: Parts,
+    seed: int | None = None,
+    keys: Callable[[Any], Any] | None = None,
     values: Callable[[Any], Any] | None = None,
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[None]:
     """Rotate queries and keys of all layers inside the `with` block, by one randomised Hadamard matrix per head.
 
     Args:

@@ -47,10 +47,12 @@ RULES = {
     "gemma2": Rules(mlp_norm="pre_feedforward_layernorm", behind=_BEHIND, unit=1.0),
     "gemma3_text": Rules(mlp_norm="pre_feedforward_layernorm", of_heads=_OF_HEADS, behind=_BEHIND, unit=1.0),
     "phi3": Rules(
-        attention_in=("self_attn.qkv_proj",), value="self_attn.qkv_proj", mlp_in=("mlp.gate_up_proj",),
+        attention_in=("self_attn.qkv_proj",),
+        value="self_attn.qkv_proj",
+        mlp_in=("mlp.gate_up_proj",),
         up="mlp.gate_up_proj",
     ),
-}  # fmt: skip
+}
 """By `model_type`. All have `model.embed_tokens`, `model.layers`, `model.norm` and `lm_head`."""
 INSTEAD = "recipes that leave the model as it is (aligned, gptq) work"
 
@@ -163,14 +165,21 @@ def parts(model: Any) -> Parts:
             raise TransformError(f"the rules of {kind!r} do not know {name!r}; {INSTEAD}")
     heads = config.num_attention_heads
     out = Parts(
-        model, rules, found["model.embed_tokens"], layers, found["model.norm"], found["lm_head"], heads,
+        model,
+        rules,
+        found["model.embed_tokens"],
+        layers,
+        found["model.norm"],
+        found["lm_head"],
+        heads,
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )  # fmt: skip
+    )
     for layer in layers:
         if (layer.attention_out.in_features, len(layer.value.weight)) != (
-            out.heads * out.head_dim, out.kv_heads * out.head_dim,
-        ):  # fmt: skip
+            out.heads * out.head_dim,
+            out.kv_heads * out.head_dim,
+        ):
             raise TransformError(f"{layer.name}: values and output projection are not of {heads} heads")
     if not layers:
         raise TransformError("the model has no layers")
@@ -216,6 +225,13 @@ def _layer(model: Any, name: str, rules: Rules, known: dict[str, str]) -> Layer:
     kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     values = kv * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     return Layer(
-        name, norm(rules.attention_norm), into, Rows(value, value.out_features - values), out, norm(rules.mlp_norm),
-        mlp, Rows(up, up.out_features - down.in_features), down,
-    )  # fmt: skip
+        name,
+        norm(rules.attention_norm),
+        into,
+        Rows(value, value.out_features - values),
+        out,
+        norm(rules.mlp_norm),
+        mlp,
+        Rows(up, up.out_features - down.in_features),
+        down,
+    )

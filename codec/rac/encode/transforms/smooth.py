@@ -42,9 +42,11 @@ def maxima(p: Parts, sequences: Iterable[Any]) -> dict[tuple[str, str], NDArray[
     held = []
     for layer in p.layers:
         for place, reader in (
-            ("attention", layer.attention_in[0]), ("mlp", layer.mlp_in[0]), ("heads", layer.attention_out),
+            ("attention", layer.attention_in[0]),
+            ("mlp", layer.mlp_in[0]),
+            ("heads", layer.attention_out),
             ("down", layer.mlp_out),
-        ):  # fmt: skip
+        ):
             held.append(reader.register_forward_pre_hook(watch((layer.name, place))))
     try:
         with torch.no_grad():
@@ -83,8 +85,11 @@ def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = 
 def readers(layer: Layer, place: str) -> tuple[Any, ...]:
     """The linear layers whose inputs are made smooth at a place."""
     return {
-        "attention": layer.attention_in, "mlp": layer.mlp_in, "heads": (layer.attention_out,), "down": (layer.mlp_out,),
-    }[place]  # fmt: skip
+        "attention": layer.attention_in,
+        "mlp": layer.mlp_in,
+        "heads": (layer.attention_out,),
+        "down": (layer.mlp_out,),
+    }[place]
 
 
 def scales(p: Parts, layer: Layer, place: str, found: Maxima, alpha: float) -> NDArray[np.float64]:
