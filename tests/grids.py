@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.quantize.groups import Grouped, spread, storable
+from rac.stages.groups import Grouped, spread, storable
 
 
 def nearest(w: NDArray[np.float32], bits: int, group: int, symmetric: bool = False) -> Grouped:

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align import basis
 from rac.container import zstd
 from rac.container.index import content_digest
 from rac.container.writer import Writer
 from rac.encode import record as rec
-from rac.encode.analyse import LEVELS, Level, analyse
+from rac.encode.code.plan import LEVELS, Level, analyse
+from rac.encode.code.tile import TileEncoder
 from rac.encode.sources import SourceTensor
 from rac.encode.ties import Group
-from rac.encode.tile import TileEncoder
-from rac.quantize import trellis as tr
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
-from rac.split import lowrank
+from rac.stages import basis, lowrank
+from rac.stages import trellis as tr
 
 Array = NDArray[Any]
 HEADER: dict[str, Any] = {"features": []}

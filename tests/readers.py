@@ -26,8 +26,8 @@ from decoder.errors import RacError as DecoderError  # noqa: E402
 
 import rac  # noqa: E402
 from rac.container.access import BytesAccess  # noqa: E402
-from rac.decode import load as ld  # noqa: E402
-from rac.decode.frameworks import numpy_dtype  # noqa: E402
+from rac.decode import random as ld
+from rac.frameworks import numpy_dtype  # noqa: E402
 
 Content = dict[str, Any]
 """Tensors (name to array, or to dtype, shape, bytes), attachments, and whether tied names are one object."""

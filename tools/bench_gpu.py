@@ -17,8 +17,8 @@ import torch
 
 from rac import native
 from rac.decode import archive as ar
-from rac.decode import cuda
-from rac.decode import load as ld
+from rac.decode import random as ld
+from rac.gpu import decoder as cuda
 from rac.registry import RECORD_TENSOR
 
 

@@ -21,9 +21,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.encode import budget, ties
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import Layer, calibrate
+from rac.calibrate.layers import Layer, calibrate
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.sources import from_arrays, open_source
 
 ROLES = ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")

@@ -18,8 +18,9 @@ from dataclasses import replace
 import numpy as np
 
 import rac
-from rac.encode import budget, ties
-from rac.encode import recipe as rcp
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
 

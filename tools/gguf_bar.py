@@ -39,11 +39,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 import rac
-from rac.encode import budget, ties
-from rac.encode.calibrate import calibrate
-from rac.encode.evaluate import Figures, Measure
+from rac.calibrate.evaluate import Figures, Measure
+from rac.calibrate.layers import calibrate
+from rac.encode import ties
+from rac.encode.align.recipe import calibrated, matrix_of, quantisable
+from rac.encode.allocate import budget
 from rac.encode.pack import pack_source
-from rac.encode.recipe import calibrated, matrix_of, quantisable
 from rac.encode.sources import open_source
 
 TYPES = (

@@ -15,9 +15,9 @@ import argparse
 
 import torch
 
-from rac.decode import load as ld
-from rac.decode import op
+from rac.decode import random as ld
 from rac.decode.archive import open_archives
+from rac.gpu import op
 from rac.runtime import record
 from rac.runtime.replace import worth
 

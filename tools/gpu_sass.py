@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rac.decode import cuda, cuda_jobs
+from rac.gpu import decoder as cuda
+from rac.gpu import jobs as cuda_jobs
 
 ARCHITECTURES = (80, 90, 100)
 RATCHET = Path(__file__).parents[1] / "tests" / "unit" / "decode" / "sass.json"

@@ -19,11 +19,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 import rac
-from rac.encode.grouped import pack_grouped
+from rac.encode.align.recipe import matrix_of, quantisable
 from rac.encode.pack import pack_source
-from rac.encode.recipe import matrix_of, quantisable
 from rac.encode.sources import open_source
-from rac.quantize.groups import Grouped, spread, storable
+from rac.methods.grouped import pack_grouped
+from rac.stages.groups import Grouped, spread, storable
 
 
 def nearest(w: NDArray[np.float32], bits: int, group: int) -> Grouped:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from rac.encode.calibrate import calibrate
-from rac.encode.recipe import matrix_of
-from rac.encode.rotations import compare_axes, learn_axis
+from rac.calibrate.layers import calibrate
+from rac.encode.align.recipe import matrix_of
 from rac.encode.sources import open_source
+from rac.methods.rotations import compare_axes, learn_axis
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import transformers
 
-from rac.encode import rotations, transforms
-from rac.encode.calibration_text import sequences, text_ids
-from rac.encode.rotations.spinquant import start
+from rac.calibrate.text import sequences, text_ids
 from rac.errors import RacError
+from rac.methods import rotations, transforms
+from rac.methods.rotations.spinquant import start
 
 
 def ids_of(model: Path, text: Path, tokens: int, context: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -20,9 +20,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from rac.encode import budget, ties
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import calibrate
+from rac.calibrate.layers import calibrate
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.sources import open_source
 
 GROUP = 64

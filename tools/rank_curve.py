@@ -21,12 +21,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from rac.align.triangular import damped
-from rac.encode import budget, split, ties
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import calibrate
-from rac.encode.recipe import Recipe
+from rac.calibrate.layers import calibrate
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.align.recipe import Recipe
+from rac.encode.allocate import budget
 from rac.encode.sources import open_source
+from rac.encode.split import objects as split
+from rac.linalg.triangular import damped
 
 LAYERS = ("0.attention.self.query", "0.intermediate.dense", "5.output.dense")
 SHARING = ("0.attention.self.query", "0.attention.self.key", "0.attention.self.value")

@@ -25,14 +25,16 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-from rac.align.triangular import Triangular, triangular  # noqa: E402
-from rac.encode import budget, lossy, split  # noqa: E402
 from rac.encode import record as rec  # noqa: E402
-from rac.encode.analyse import LEVELS, analyse  # noqa: E402
+from rac.encode.allocate import budget  # noqa: E402
+from rac.encode.code.plan import LEVELS, analyse  # noqa: E402
+from rac.encode.code.tile import TileEncoder  # noqa: E402
+from rac.encode.quantise import trellis as lossy  # noqa: E402
 from rac.encode.sources import SourceTensor  # noqa: E402
-from rac.encode.tile import TileEncoder  # noqa: E402
+from rac.encode.split import objects as split  # noqa: E402
+from rac.linalg.triangular import Triangular, triangular  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
-from rac.quantize import trellis as tr  # noqa: E402
+from rac.stages import trellis as tr  # noqa: E402
 
 F32 = np.float32
 TOKENS = 1024

@@ -21,10 +21,11 @@ import torch
 import transformers
 
 import rac
-from rac.encode import budget, ties
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import calibrate
-from rac.encode.evaluate import Measure
+from rac.calibrate.evaluate import Measure
+from rac.calibrate.layers import calibrate
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.pack import Summary, pack_source
 from rac.encode.sources import open_source
 

@@ -25,10 +25,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 from smollm2_bar import HEAD, row
 
-from rac.encode import budget, ties
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import Layer, calibrate, joined
-from rac.encode.evaluate import Measure
+from rac.calibrate.evaluate import Measure
+from rac.calibrate.layers import Layer, calibrate, joined
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
 

@@ -20,8 +20,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import rac
-from rac.encode.evaluate import Measure
-from rac.encode.recipe import EMBEDDINGS, quantisable
+from rac.calibrate.evaluate import Measure
+from rac.encode.align.recipe import EMBEDDINGS, quantisable
 from rac.encode.sources import Source, open_source
 
 Q6_K = 6.5625

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rac import moved
 from rac.errors import (
     ChecksumError,
     DamagedError,
@@ -90,6 +91,9 @@ _WHERE = {
 }
 _STAGES = ("align", "entropy", "quantize", "split")
 """Packages that can be used without importing them by name."""
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

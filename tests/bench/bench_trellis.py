@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.native import trellis as native
-from rac.quantize import trellis as tr
+from rac.stages import trellis as tr
 
 COLUMNS, ROWS, MOST = 256, 4096, 60
 

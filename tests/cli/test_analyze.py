@@ -20,8 +20,8 @@ import models
 
 from rac.cli import analyze as command
 from rac.cli import main
-from rac.encode import rotations
-from rac.encode.analyze import model as md
+from rac.methods import rotations
+from rac.study.analyze import model as md
 
 EVERY = ["original", "hadamard", "hadamard2", "hadamard-feedback", "pca", "triangular"]
 
@@ -193,7 +193,7 @@ def test_seen_text(folder, capsys, monkeypatch):
 
 def test_picture(folder, tmp_path, report):
     pytest.importorskip("matplotlib")
-    from rac.encode.analyze import picture
+    from rac.study.analyze import picture
 
     data = picture.png(report)
     assert data.startswith(b"\x89PNG") and len(data) > 20_000

@@ -20,9 +20,9 @@ from rac.cli import info, main
 from rac.container import reader
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
-from rac.encode import analyse
 from rac.encode import record as rec
-from rac.quantize import trellis as tr
+from rac.encode.code import plan as analyse
+from rac.stages import trellis as tr
 
 st = pytest.importorskip("safetensors.numpy")
 
@@ -183,7 +183,7 @@ def test_a_head_against_its_row_is_refused(joined, capsys, monkeypatch):
         p = sizes(head, dtype)
         return tr.Trellis(p.states, p.zero, p.low, p.scale, (*p.sizes[:3], p.sizes[3] + 12))
 
-    monkeypatch.setattr("rac.decode.tensor.Trellis.from_head", longer)
+    monkeypatch.setattr("rac.tensor.Trellis.from_head", longer)
     assert main(["info", str(joined)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("rac: ") and "'b'" in err and err.count("\n") == 1

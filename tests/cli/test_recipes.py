@@ -16,7 +16,7 @@ import models
 
 import rac
 from rac.cli import main
-from rac.encode.methods import RECIPES
+from rac.methods.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ import models
 
 import rac
 import rac.runtime  # noqa: F401 - the quantizer
+from rac.calibrate.evaluate import Measure
 from rac.cli import main
-from rac.encode import transforms
-from rac.encode.evaluate import Measure
 from rac.encode.pack import pack, pack_source
+from rac.methods import transforms
 from rac.runtime.simulate import simulated
 from rac.runtime.text import perplexity
 

@@ -9,8 +9,8 @@ import pytest
 
 from rac.container.access import BytesAccess
 from rac.decode import archive as ar
-from rac.decode import cuda
-from rac.decode import load as ld
+from rac.decode import random as ld
+from rac.gpu import decoder as cuda
 from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR
 
 torch = pytest.importorskip("torch")
@@ -98,7 +98,7 @@ def test_no_memory_is_left(model):
 
 
 def test_operator_in_a_graph(model):
-    from rac.decode import op
+    from rac.gpu import op
 
     path, arrays = model
     with ar.RacFile(path) as f:

@@ -30,17 +30,18 @@ import products  # noqa: E402
 
 from rac.container.access import BytesAccess  # noqa: E402
 from rac.decode import archive as ar  # noqa: E402
-from rac.decode import cuda, cuda_jobs  # noqa: E402
-from rac.decode import load as ld  # noqa: E402
-from rac.decode.device import Gpu  # noqa: E402
-from rac.encode import analyse  # noqa: E402
-from rac.encode.grouped import pack_grouped  # noqa: E402
+from rac.decode import random as ld
+from rac.decode.gpu import Gpu  # noqa: E402
+from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source  # noqa: E402
 from rac.encode.sources import from_arrays  # noqa: E402
 from rac.errors import ChecksumError, FormatError  # noqa: E402
-from rac.quantize import lossless as ll  # noqa: E402
-from rac.quantize.groups import values  # noqa: E402
+from rac.gpu import decoder as cuda
+from rac.gpu import jobs as cuda_jobs
+from rac.methods.grouped import pack_grouped  # noqa: E402
 from rac.registry import RECORD_ATTACHMENT  # noqa: E402
+from rac.stages.groups import values  # noqa: E402
+from rac.stages.lanes import layout as ll
 
 GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
 ROWS, TILES = 100, 6
@@ -304,7 +305,7 @@ def test_a_file_is_loaded_with_its_ties(tmp_path, monkeypatch):
 
 
 def test_the_operator_decodes_as_the_kernels_of_the_cpu(tmp_path, monkeypatch):
-    from rac.decode import op
+    from rac.gpu import op
 
     t, units = one(tmp_path, level="max")
     p = op.Packed(t, units[: t.first], units[t.first :])
@@ -321,7 +322,7 @@ def test_the_operator_reads_a_record_in_its_place(tmp_path):
     """Two tiles of BF16; behind the last there is less than a kernel may read, so that it is taken from a copy."""
     import ml_dtypes
 
-    from rac.decode import op
+    from rac.gpu import op
 
     path = str(tmp_path / "m.rac")
     given = array("rows", ml_dtypes.bfloat16, 128, 128, 5)

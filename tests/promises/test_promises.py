@@ -25,10 +25,10 @@ from rac.container.forward import Forward
 from rac.container.reader import Archive
 from rac.container.writer import Writer
 from rac.container.zstd import digest
-from rac.decode.tensor import parse
 from rac.encode.pack import pack_source
 from rac.encode.sources import Attachment, Source, from_arrays
 from rac.records import Limits
+from rac.tensor import parse
 
 ROOT = Path(__file__).parents[2]
 MB = 1_000_000

@@ -20,11 +20,11 @@ import readers
 
 import rac
 from rac.container.access import BytesAccess
-from rac.encode import analyse
-from rac.encode.grouped import pack_grouped
+from rac.encode.code import plan as analyse
 from rac.encode.sources import Source, SourceTensor
-from rac.quantize import groups as gr
-from rac.quantize import trellis as tr
+from rac.methods.grouped import pack_grouped
+from rac.stages import groups as gr
+from rac.stages import trellis as tr
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 

@@ -19,7 +19,7 @@ import readers
 
 import rac
 from rac.container.access import BytesAccess
-from rac.encode import analyse
+from rac.encode.code import plan as analyse
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 

@@ -15,14 +15,14 @@ from hypothesis.extra.numpy import basic_indices
 
 import rac
 from rac import native
+from rac import tensor as tn
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
-from rac.decode import load as ld
-from rac.decode import tensor as tn
-from rac.decode import tile
-from rac.encode import analyse
+from rac.decode import random as ld
+from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
+from rac.stages.lanes import decode as tile
 
 SETTINGS = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write what was asked for, and print the means."""
     from rac.cli.pack import _cache
     from rac.cli.progress import Steps
-    from rac.encode.analyze import analyze, html, read_rotations
-    from rac.encode.budget import read_text
+    from rac.encode.allocate.budget import read_text
+    from rac.study.analyze import analyze, html, read_rotations
 
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if not os.path.isdir(os.path.dirname(os.path.abspath(path))):  # before minutes of work, not after
             raise OutputError("no such folder", file=os.path.dirname(os.path.abspath(path)))
     if args.png:
-        from rac.encode.analyze import picture
+        from rac.study.analyze import picture
 
         picture.require()
     with Steps() as note:
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 def _named(given: str) -> tuple[str, str]:
     name, _, path = given.rpartition("=")
     name = name or os.path.splitext(os.path.basename(path))[0]
-    from rac.encode.analyze.bases import NAMES
+    from rac.study.analyze.bases import NAMES
 
     if name in NAMES:
         raise ValueError(f"--rotation: {name!r} is the name of another basis")

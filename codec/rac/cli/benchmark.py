@@ -44,10 +44,10 @@ def add(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make, measure, print."""
     from rac.cli.progress import Steps
-    from rac.encode.benchmark import ALL, points
-    from rac.encode.budget import read_text
-    from rac.encode.compare import Within, compare
-    from rac.encode.methods import Method
+    from rac.encode.allocate.budget import read_text
+    from rac.methods.recipes import Method
+    from rac.study.benchmark import ALL, points
+    from rac.study.compare import Within, compare
 
     if args.files or not args.text or not args.out:
         raise ValueError("--recipes takes --text and --out, and no FILE")
@@ -160,7 +160,7 @@ def _kind(row: dict[str, Any]) -> tuple[str, int]:
 
 
 def _plot(path: str, rows: list[dict[str, Any]], kl: str) -> None:
-    from rac.encode.analyze.svg import lines
+    from rac.study.analyze.svg import lines
 
     series = []
     names = list(dict.fromkeys(row["recipe"] for row in rows))

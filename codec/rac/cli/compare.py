@@ -45,8 +45,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the rows as they come."""
     from rac.cli.progress import Steps
-    from rac.encode.budget import read_text
-    from rac.encode.compare import compare
+    from rac.encode.allocate.budget import read_text
+    from rac.study.compare import compare
 
     if args.recipes:
         return benchmark.run(args)

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rac.encode.align.recipe import Recipe
     from rac.encode.pack import Fidelity, Summary
-    from rac.encode.recipe import Recipe
 
 ALARM = 10
 """Decibels of output signal to noise below which a layer is named."""

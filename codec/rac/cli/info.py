@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rac.decode.tensor import Tensor
-    from rac.quantize.groups import Groups
-    from rac.quantize.lossless import Lanes
-    from rac.quantize.trellis import Trellis
     from rac.records import Entry, Index
+    from rac.stages.groups import Groups
+    from rac.stages.lanes.layout import Lanes
+    from rac.stages.trellis import Trellis
+    from rac.tensor import Tensor
 
 HELP = """\
 Show what an archive holds and where its bytes went; the lines add up to the size of the file.
@@ -77,8 +77,8 @@ class _File:
 
 
 def _head(t: Tensor) -> _Head:
-    from rac.align.online import describe
-    from rac.quantize.trellis import DTYPES
+    from rac.linalg.transform import describe
+    from rac.stages.trellis import DTYPES
 
     align = t.record.head.get("x-align")
     front = tuple(u.size for u in t.units[: t.first])
@@ -102,7 +102,7 @@ def _files(src: str) -> list[_File]:
         return [_stream(src)]
     from rac.container.access import InFile
     from rac.decode.archive import open_archives
-    from rac.decode.load import parse
+    from rac.decode.random import parse
 
     archives, out = open_archives(src), []
     try:

@@ -162,11 +162,11 @@ def _file(args: argparse.Namespace) -> int:
         return recipe.run(args)
     from rac.cli.fidelity import ALARM, by_role, write_report
     from rac.cli.progress import Progress, Steps, parse_size, size
-    from rac.decode.engine import threads_of
     from rac.encode import workers
-    from rac.encode.budget import Request, texts_of
+    from rac.encode.allocate.budget import Request, texts_of
     from rac.encode.pack import pack_source, recipe_of
     from rac.encode.sources import open_source
+    from rac.machine import threads_of
 
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
@@ -284,8 +284,8 @@ def _rank(given: str) -> int | None:
 def measure(src: str, path: str, text: str) -> None:
     """Print what the packed model predicts on a text, beside the original."""
     from rac.cli.progress import Steps
-    from rac.encode.budget import read_text
-    from rac.encode.compare import compare
+    from rac.encode.allocate.budget import read_text
+    from rac.study.compare import compare
 
     with Steps() as note:
         own, row = compare(src, [path], read_text(text), note=note)

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print one line."""
     from rac.cli.progress import Steps
     from rac.decode.archive import RacFile
-    from rac.encode.budget import read_text
-    from rac.predictions import check
+    from rac.encode.allocate.budget import read_text
+    from rac.models.predictions import check
 
     check(args.tokens, args.context)
     text = read_text(args.text)

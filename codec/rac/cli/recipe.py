@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     """Pack by a named method, and say what came of it."""
     from rac.cli.fidelity import by_role
     from rac.cli.progress import Steps, size
-    from rac.decode.engine import threads_of
-    from rac.encode.methods import Method, pack_method
+    from rac.machine import threads_of
+    from rac.methods.recipes import Method, pack_method
 
     for name, usual in _NOT.items():
         if getattr(args, name) != usual:

@@ -27,7 +27,7 @@ def add_model(p: argparse.ArgumentParser) -> None:
 def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer). ValueError for a data type or device that there is not."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is in the file
-    from rac.decode.frameworks import check_device
+    from rac.frameworks import check_device
     from rac.runtime import load_model, load_tokenizer
 
     check_device(args.device)

@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from rac.align.online import Transform
+from rac import frameworks as fw
+from rac import tensor as tn
 from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
 from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
-from rac.decode import frameworks as fw
-from rac.decode import load as ld
-from rac.decode import tensor as tn
+from rac.decode import random as ld
 from rac.decode.attachments import attachment_bytes, attachment_units
-from rac.decode.device import engine_for
-from rac.decode.engine import RING, Damaged, threads_of
+from rac.decode.engine import RING, Damaged
+from rac.decode.gpu import engine_for
 from rac.decode.slices import Slice
 from rac.errors import DamagedError, FormatError, NameNotFoundError, SourceError
+from rac.linalg.transform import Transform
+from rac.machine import threads_of
 from rac.records import Entry, Limits
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 

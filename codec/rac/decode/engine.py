@@ -7,7 +7,6 @@ ones share a job. Tensors come out in the order of the file.
 from __future__ import annotations
 
 import copy
-import os
 import threading
 import time
 from collections import deque
@@ -21,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
+from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.feed import Held, Trace
-from rac.decode import tensor as tn
-from rac.decode.tile import Box
 from rac.errors import RacError, SourceError, TruncatedError
-from rac.quantize import lossless as ll
 from rac.registry import RECORD_OBJECT
+from rac.stages.lanes import layout as ll
+from rac.stages.lanes.decode import Box
 
 Array = NDArray[Any]
 RING = 256 << 20
@@ -41,14 +40,6 @@ RUN = 1 << 17
 """Stored bytes of small tiles that are taken in one go: each call costs some microseconds."""
 Loaded = tuple[tn.Tensor, Array]
 Damaged = dict[str, RacError]
-
-
-def threads_of(threads: int | None, most: int | None = 8) -> int:
-    """Number of threads: what is asked for, or one per core up to `most`."""
-    if threads is not None and threads < 1:
-        raise ValueError("threads must be at least 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads or min(most or cores, cores)
 
 
 def _always() -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import frameworks as fw
+from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.reader import Archive
-from rac.decode import frameworks as fw
-from rac.decode import load as ld
-from rac.decode import tensor as tn
+from rac.decode import random as ld
 from rac.records import Online
 
 Array = NDArray[Any]

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import frameworks as fw
+from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.feed import Feed, Memory, RangeRing, StreamRing
 from rac.container.forward import Forward
-from rac.decode import frameworks as fw
-from rac.decode import tensor as tn
 from rac.decode.archive import open_access
 from rac.decode.attachments import forward_attachment
-from rac.decode.device import engine_for
-from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, threads_of
+from rac.decode.engine import RING, Cpu, Damaged, Engine, Item
+from rac.decode.gpu import engine_for
 from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError
+from rac.machine import threads_of
 from rac.records import Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from rac.align.online import describe
 from rac.container.reader import Archive
-from rac.decode import load as ld
+from rac.decode import random as ld
 from rac.decode.archive import RacFile
-from rac.decode.engine import threads_of
-from rac.decode.tensor import extra_of
 from rac.errors import FormatError, OutputError
+from rac.linalg.transform import describe
+from rac.machine import threads_of
 from rac.records import Entry
 from rac.registry import AFTER, DTYPES, LOSSY, RECORD_OBJECT, RECORD_TENSOR
+from rac.tensor import extra_of
 
 Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"

@@ -18,27 +18,27 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from rac.calibrate.evaluate import Divergence
+from rac.calibrate.layers import Note
 from rac.container import index as ix
 from rac.container import zstd
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
-from rac.decode.engine import threads_of
 from rac.decode.unpack import quantised
 from rac.encode import record as rec
 from rac.encode import resume as rs
 from rac.encode import ties, workers
-from rac.encode.analyse import LEVELS, SLICES, Level, tuned
-from rac.encode.budget import Request, code, read_text, recipe_for, snr, solve, texts_of
-from rac.encode.calibrate import Note
-from rac.encode.evaluate import Divergence
-from rac.encode.recipe import Recipe
+from rac.encode.align.recipe import Recipe
+from rac.encode.allocate.budget import Request, code, read_text, recipe_for, snr, solve, texts_of
+from rac.encode.code.plan import LEVELS, SLICES, Level, tuned
+from rac.encode.code.tile import TileEncoder
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
-from rac.encode.tile import TileEncoder
 from rac.errors import OutputError, RacError, SourceError
-from rac.quantize import lossless as ll
+from rac.machine import room, threads_of
 from rac.records import Limits
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR, VERSION
+from rac.stages.lanes import layout as ll
 
 WINDOW = 64 << 20
 """Dense bytes in work beyond the largest tensor."""
@@ -481,7 +481,7 @@ def _tensors(
         g.tensor.name: quantiser.need(g.tensor) if quantiser and g.tensor.name in quantiser.names else g.tensor.nbytes
         for g in groups
     }
-    limit = max([WINDOW if quantiser is None else workers.room(), *size.values()])
+    limit = max([WINDOW if quantiser is None else room(), *size.values()])
     waiting: deque[_Item] = deque()
     coming = deque(groups)
     ready: list[tuple[int, int]] = []

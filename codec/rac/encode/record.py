@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import tensor as tn
 from rac.container import wire, zstd
-from rac.decode import tensor as tn
 from rac.encode import ties
-from rac.encode.analyse import Level, Plan, analyse, axis_of
+from rac.encode.code.plan import Level, Plan, analyse, axis_of
+from rac.encode.code.tile import TileEncoder
 from rac.encode.sources import Attachment, SourceTensor
-from rac.encode.tile import TileEncoder
 from rac.errors import SourceError
-from rac.quantize import lossless as ll
-from rac.quantize.groups import Groups
-from rac.quantize.trellis import Trellis
 from rac.records import record_size
 from rac.registry import RECORD_TENSOR
+from rac.stages.groups import Groups
+from rac.stages.lanes import layout as ll
+from rac.stages.trellis import Trellis
 
 Bytes = bytes | memoryview
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rac import tensor as tn
 from rac.container import index as ix
 from rac.container import wire
 from rac.container.forward import Forward
-from rac.decode import tensor as tn
 from rac.decode.attachments import attachment_bytes, attachment_units
 from rac.decode.stream import Objects
 from rac.encode import ties

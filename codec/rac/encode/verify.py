@@ -11,21 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from rac import tensor as tn
 from rac.container import zstd
 from rac.container.feed import Feed, RangeRing, StreamRing
 from rac.container.forward import Forward, entries_by_name
 from rac.container.index import content_digest
-from rac.decode import tensor as tn
 from rac.decode.archive import open_archives
 from rac.decode.attachments import forward_attachment
-from rac.decode.engine import RING, threads_of
+from rac.decode.engine import RING
 from rac.decode.stream import Found, forward_tensors
 from rac.encode import ties
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError
-from rac.quantize import trellis as tr
+from rac.machine import threads_of
 from rac.records import Record
 from rac.registry import RECORD_OBJECT
+from rac.stages import trellis as tr
 
 Progress = Callable[[str, int], None]
 

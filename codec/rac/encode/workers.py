@@ -9,14 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from rac.encode.recipe import Recipe
+from rac.encode.align.recipe import Recipe
 from rac.encode.sources import SourceTensor
 from rac.encode.worker_begin import begin
 from rac.errors import OutputError
@@ -48,14 +47,6 @@ def named() -> Iterator[None]:
 def only(recipe: Recipe, name: str) -> Recipe:
     """What a worker needs to know for one tensor."""
     return replace(recipe, aligned={name: recipe.aligned[name]})
-
-
-def room() -> int:
-    """Bytes that work on matrices may take: a quarter of the machine's memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, OSError, ValueError):
-        return 4 << 30
 
 
 def need(t: SourceTensor, recipe: Recipe) -> int:

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rac.native import trellis as native
-from rac.quantize import trellis as tr
+from rac.stages import trellis as tr
 
 _MOST, _ZERO = 127, 128
 
 
 class Recursion(Protocol):
-    """Columns in the order in which they wait for each other, as `rac.align.triangular` finds them."""
+    """Columns in the order in which they wait for each other, as `rac.linalg.triangular` finds them."""
 
     @property
     def order(self) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rac.decode import frameworks as fw
+from rac import frameworks as fw
 from rac.decode.archive import RacFile
 from rac.errors import MissingDependencyError, SourceError
 from rac.registry import RECORD_TENSOR

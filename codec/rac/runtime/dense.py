@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
-from rac.align.online import hook, hooked
+from rac.linalg.transform import hook, hooked
 from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
 from rac.runtime.online import fold_layer, guard
 
@@ -24,7 +24,7 @@ _OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "
 def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False) -> bool:
     """Make these layers dense in their places; those that share a record share the weight. Others stay as they are.
 
-    Returns True where layers map their inputs still, by a hook now (rac.align.online).
+    Returns True where layers map their inputs still, by a hook now (rac.linalg.transform).
 
     Args:
         layers: Modules; those that are not compressed are left alone.

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rac.decode import frameworks as fw
-from rac.decode import tensor as tn
-from rac.decode.device import why_not
+from rac import frameworks as fw
+from rac import tensor as tn
+from rac.decode.gpu import why_not
 from rac.runtime import record as rc
 
 
@@ -81,7 +81,7 @@ class Resident:
 
     def into(self, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         """The weight in the first bytes of a buffer of the same device, by launches alone; only where it is `ready`."""
-        from rac.decode import op
+        from rac.gpu import op
 
         p = self._packed
         out = buffer[: p.tensor.nbytes].view(p.dtype).view(p.shape)
@@ -89,7 +89,7 @@ class Resident:
         return out
 
     def _pack(self, weight: torch.Tensor, s: rc.Stored, host: rc.Bytes) -> None:
-        from rac.decode import op
+        from rac.gpu import op
 
         t = s.tensor
         units = [rc.unit(host, t, i) for i in range(len(t.units))]

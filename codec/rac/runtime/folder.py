@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from rac.decode.archive import RacFile
 from rac.errors import OutputError, UnsupportedError
-from rac.predictions import quiet
+from rac.models.predictions import quiet
 from rac.runtime import model as md
 from rac.runtime import replace as rp
 from rac.runtime.quantizer import RacConfig

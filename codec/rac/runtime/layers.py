@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rac.align.online import Transform
-from rac.decode import frameworks as fw
-from rac.decode import tensor as tn
+from rac import frameworks as fw
+from rac import tensor as tn
 from rac.errors import MismatchError, SourceError
+from rac.linalg.transform import Transform
 from rac.runtime import device
 from rac.runtime import record as rc
 from rac.runtime.workspace import Workspace

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from rac.decode import frameworks as fw
+from rac import frameworks as fw
 from rac.decode.slices import Slice
 
 

@@ -16,15 +16,15 @@ import torch
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from rac.align.online import Transform
+from rac import frameworks as fw
 from rac.container.reader import Archive
-from rac.decode import frameworks as fw
-from rac.decode import load as ld
+from rac.decode import random as ld
 from rac.decode.archive import RacFile
-from rac.decode.engine import threads_of
 from rac.decode.unpack import GGUF_HEADER, safe_name
 from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
-from rac.predictions import quiet
+from rac.linalg.transform import Transform
+from rac.machine import threads_of
+from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
 from rac.runtime import online as on

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rac.align.online import Transform, hook, hooked, unhook
 from rac.errors import UnsupportedError
+from rac.linalg.transform import Transform, hook, hooked, unhook
 
 
 def attach(model: Any, found: Mapping[str, Transform], file: str | None = None) -> None:

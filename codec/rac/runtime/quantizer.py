@@ -15,8 +15,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rac.container.wire import MAJOR, MINOR
-from rac.decode.engine import threads_of
 from rac.errors import MismatchError, UnsupportedError
+from rac.machine import threads_of
 from rac.runtime import dense as dn
 from rac.runtime import record as rc
 from rac.runtime import replace as rp

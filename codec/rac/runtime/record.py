@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align.online import Transform
+from rac import tensor as tn
 from rac.container import wire
 from rac.container.index import check_type
 from rac.container.reader import Archive
-from rac.decode import load as ld
-from rac.decode import tensor as tn
+from rac.decode import random as ld
 from rac.errors import FormatError
+from rac.linalg.transform import Transform
 from rac.records import Entry, Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 

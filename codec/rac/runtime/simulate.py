@@ -18,9 +18,9 @@ import torch
 import transformers
 from torch import nn
 
-from rac.activations import Attention, attention, per_group, per_token
-from rac.align.online import Transform
 from rac.errors import UnsupportedError
+from rac.linalg.transform import Transform
+from rac.models.activations import Attention, attention, per_group, per_token
 from rac.records import Online
 from rac.runtime.layers import RacLinear
 
@@ -67,8 +67,8 @@ def simulated(
 ) -> Iterator[Simulation]:
     """Quantise activations, keys and values of a model inside the `with` block.
 
-    Activations: a grid for each token, per_token of rac.activations or, asymmetric, per_group. Keys and values: a grid
-    from least to largest for each token and head, or groups of it, per_group.
+    Activations: a grid for each token, per_token of rac.models.activations or, asymmetric, per_group. Keys and values:
+    a grid from least to largest for each token and head, or groups of it, per_group.
 
     Args:
         model: A causal language model of transformers; its weights are left alone.

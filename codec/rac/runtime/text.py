@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from rac.errors import UnsupportedError
-from rac.predictions import check, log_probabilities, loss, quiet, windows
-from rac.predictions import perplexity as of_loss
+from rac.models.predictions import check, log_probabilities, loss, quiet, windows
+from rac.models.predictions import perplexity as of_loss
 
 Note = Callable[[str, int, int], None]
 

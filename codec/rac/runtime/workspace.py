@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.decode.engine import threads_of
 from rac.errors import RacError
+from rac.machine import threads_of
 from rac.runtime import ahead
 from rac.runtime import record as rc
 

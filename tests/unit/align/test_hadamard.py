@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from rac.align import hadamard as hd
-from rac.align.online import Transform
+from rac.linalg import hadamard as hd
+from rac.linalg.transform import Transform
 from rac.records import Online
 
 PAGE = (Path(__file__).parents[3] / "format_spec" / "stages" / "online.md").read_text()
@@ -123,5 +123,5 @@ def test_what_does_not_fit():
 def test_import_without_torch():
     import subprocess
 
-    code = "import sys, rac.align.hadamard, rac.align.online; sys.exit('torch' in sys.modules)"
+    code = "import sys, rac.linalg.hadamard, rac.linalg.transform; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

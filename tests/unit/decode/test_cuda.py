@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rac.decode import cuda
 from rac.errors import UnsupportedError
+from rac.gpu import decoder as cuda
 
 ROOT = Path(__file__).parents[3]
 RATCHET = Path(__file__).with_name("sass.json")
@@ -102,5 +102,5 @@ def test_why_not():
 
 
 def test_nothing_loads_triton_before_it_is_asked_for():
-    code = "import sys, rac.decode.cuda, rac.decode.archive; sys.exit(bool({'triton', 'torch'} & sys.modules.keys()))"
+    code = "import sys, rac.gpu.decoder, rac.decode.archive; sys.exit(bool({'triton', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import rac
-from rac.decode import frameworks as fw
+from rac import frameworks as fw
 from rac.registry import DTYPES
 
 NUMPY = {

@@ -17,10 +17,10 @@ import rac
 from rac.cli import info
 from rac.container.access import BytesAccess
 from rac.decode import engine
-from rac.decode import load as ld
+from rac.decode import random as ld
 from rac.decode.unpack import quantised
-from rac.encode import analyse
 from rac.encode import resume as rs
+from rac.encode.code import plan as analyse
 from rac.encode.ties import digest
 from rac.records import Limits
 

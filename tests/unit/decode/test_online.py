@@ -108,8 +108,8 @@ def test_info_shows_them(tmp_path, capsys):
 @pytest.mark.parametrize("shape", [(), (4,), (4, 3), (4, 4, 4)])
 def test_an_object_of_any_other_shape(shape):
     """The index says the shapes of objects, and may say anything."""
-    from rac.decode.online import parse
     from rac.errors import FormatError
+    from rac.stages.online import parse
 
     stated = {"id": "matrix/1", "inner": 3, "object": "m"}
     with pytest.raises(FormatError, match="no square matrix"):

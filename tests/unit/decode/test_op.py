@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import products  # noqa: E402
 
 from rac.decode import archive as ar  # noqa: E402
-from rac.decode import load as ld  # noqa: E402
-from rac.decode import op  # noqa: E402
+from rac.decode import random as ld
 from rac.errors import ChecksumError  # noqa: E402
+from rac.gpu import op
 from rac.registry import RECORD_TENSOR  # noqa: E402
 
 GOLDEN = Path(__file__).parents[3] / "format_spec" / "golden" / "good"

@@ -22,7 +22,8 @@ import pytest
 import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
-from rac.decode import device, engine
+from rac.decode import engine
+from rac.decode import gpu as device
 from rac.encode.pack import pack_source
 from rac.encode.sources import Attachment, Source, from_arrays
 
@@ -343,7 +344,7 @@ class FakeDecoder:
     def add(self, t, first, units, objects):
         import torch
 
-        from rac.decode import tensor as tn
+        from rac import tensor as tn
 
         dec, words = tn.Decoder(t, first, False, objects), tn.empty(t)
         for i, unit in enumerate(units):
@@ -364,7 +365,7 @@ class FakeDecoder:
 def gpu(monkeypatch):
     pytest.importorskip("torch")
     module = SimpleNamespace(DeviceDecoder=FakeDecoder, why_not=lambda device: None)
-    monkeypatch.setitem(sys.modules, "rac.decode.cuda", module)
+    monkeypatch.setitem(sys.modules, "rac.gpu.decoder", module)
     FakeDecoder.made.clear()
     return module
 

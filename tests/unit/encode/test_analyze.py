@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from rac.align import hadamard
-from rac.encode import rotations
-from rac.encode.analyze import bases as bs
-from rac.encode.analyze import bits as bt
-from rac.encode.analyze import measures as ms
-from rac.encode.analyze import read_rotations, svg
 from rac.errors import SourceError
+from rac.linalg import hadamard
+from rac.methods import rotations
+from rac.study.analyze import bases as bs
+from rac.study.analyze import bits as bt
+from rac.study.analyze import measures as ms
+from rac.study.analyze import read_rotations, svg
 
 pytest.importorskip("safetensors.numpy")
 

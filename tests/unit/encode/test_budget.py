@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 
 import rac
-from rac.align.triangular import triangular
+from rac.calibrate.layers import Layer
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
-from rac.encode import budget, lossy, ties
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import Layer
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.pack import pack, pack_source
+from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import from_arrays
 from rac.encode.verify import verify
 from rac.errors import BudgetError, OutputError, SourceError
-from rac.quantize import trellis as tr
+from rac.linalg.triangular import triangular
+from rac.stages import trellis as tr
 
 
 def model(dtype=np.float32):

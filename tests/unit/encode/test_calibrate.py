@@ -16,10 +16,13 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from rac.encode import calibrate as calibrate_module  # noqa: E402
-from rac.encode import calibration_blocks, calibration_moments, calibration_stream, calibration_text  # noqa: E402
-from rac.encode.calibrate import Layer, calibrate, joined  # noqa: E402
-from rac.encode.calibration_experts import settled  # noqa: E402
+from rac.calibrate import chain as calibration_blocks
+from rac.calibrate import layers as calibrate_module
+from rac.calibrate import moments as calibration_moments
+from rac.calibrate import passes as calibration_stream
+from rac.calibrate import text as calibration_text
+from rac.calibrate.experts import settled  # noqa: E402
+from rac.calibrate.layers import Layer, calibrate, joined  # noqa: E402
 from rac.errors import MissingDependencyError, RacError, SourceError  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, 90, 330)
@@ -379,7 +382,8 @@ def test_interruption_repeats_no_finished_step(saved, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 import numpy as np
-from rac.encode import calibrate, calibration_cache
+from rac.calibrate import layers as calibrate
+from rac.calibrate import folder as calibration_cache
 commit, left = calibration_cache.Folder.commit, [int(sys.argv[3])]
 def killing(self, *args, **more):
     left[0] -= 1

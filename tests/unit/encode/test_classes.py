@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rac import native
-from rac.encode import classes as cl
+from rac.encode.code import classes as cl
 
 
 @pytest.fixture(params=["C", "numpy"], autouse=True)

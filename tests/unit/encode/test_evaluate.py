@@ -9,13 +9,13 @@ import re
 import numpy as np
 import pytest
 
+from rac.calibrate.evaluate import Measure
 from rac.cli import main
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
-from rac.encode.compare import compare
-from rac.encode.evaluate import Measure
 from rac.encode.pack import pack
 from rac.errors import MismatchError, SourceError
+from rac.study.compare import compare
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -98,7 +98,7 @@ def test_figures_are_those_of_the_definition(folder, state):
 
 def test_nothing_held_gives_the_same(folder, packed, monkeypatch):
     held = list(compare(folder, packed[2:], TEXT, tokens=128, context=64))
-    monkeypatch.setattr("rac.encode.evaluate.hold", lambda: 0)
+    monkeypatch.setattr("rac.calibrate.evaluate.hold", lambda: 0)
     assert list(compare(folder, packed[2:], TEXT, tokens=128, context=64)) == held
     assert torch.is_grad_enabled()
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from rac.encode.gptq import gptq, proxy, rtn
 from rac.errors import SourceError
-from rac.quantize.groups import storable, values
+from rac.methods.gptq import gptq, proxy, rtn
+from rac.stages.groups import storable, values
 
 
 def layer(rows=12, cols=70, seed=0, tokens=400):

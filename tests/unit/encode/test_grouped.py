@@ -15,11 +15,11 @@ import grids
 
 import rac
 from rac.cli.info import report
-from rac.encode.grouped import pack_grouped
 from rac.encode.sources import Source, from_arrays, open_source
-from rac.quantize import groups as gr
-from rac.quantize import trellis as tr
+from rac.methods.grouped import pack_grouped
 from rac.records import Online
+from rac.stages import groups as gr
+from rac.stages import trellis as tr
 
 W = {f"layer.{i}.weight": grids.normal(i, 96 + 32 * i, 200) for i in range(3)}
 BIAS = grids.normal(9, 1, 96)[0]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rac.encode.gptq import rtn
-from rac.encode.grouped import pack_grouped
 from rac.encode.sources import from_arrays
+from rac.methods.gptq import rtn
+from rac.methods.grouped import pack_grouped
 
 
 @pytest.mark.parametrize("shard", [None, 1000])

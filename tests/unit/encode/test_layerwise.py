@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import models
 
-from rac.encode import transforms as tf
-from rac.encode.gptq import gptq, rtn
-from rac.encode.layerwise import calibration_ids, quantise_gptq, quantise_rtn
 from rac.errors import SourceError, UnsupportedError
-from rac.quantize.groups import values
+from rac.methods import transforms as tf
+from rac.methods.gptq import gptq, rtn
+from rac.methods.layerwise import calibration_ids, quantise_gptq, quantise_rtn
 from rac.runtime.simulate import blocks_linears, simulated
+from rac.stages.groups import values
 
 IDS = (np.arange(5 * 48).reshape(5, 48) * 37 % 251).astype(np.int64)
 

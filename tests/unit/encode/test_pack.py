@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import rac
+from rac import tensor as tn
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
-from rac.decode import tensor as tn
 
 st = pytest.importorskip("safetensors.numpy")
 A = np.arange(12.0).reshape(3, 4)

@@ -17,15 +17,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import models
 
-from rac.align.online import hooked
-from rac.encode import rotations as ro
-from rac.encode import transforms as tf
 from rac.encode.pack import pack_source
-from rac.encode.rotations import cayley as ca
-from rac.encode.rotations import learned as la
-from rac.encode.rotations.kurtail import gather
-from rac.encode.rotations.spinquant import start
 from rac.errors import DivergedError, SourceError, TransformError
+from rac.linalg.transform import hooked
+from rac.methods import rotations as ro
+from rac.methods import transforms as tf
+from rac.methods.rotations import cayley as ca
+from rac.methods.rotations import learned as la
+from rac.methods.rotations.kurtail import gather
+from rac.methods.rotations.spinquant import start
 
 CLOSE = 2e-5
 
@@ -266,7 +266,7 @@ def test_learning_that_diverges_says_so():
 
 
 def test_a_loss_that_rises_for_long_diverges(monkeypatch):
-    module = sys.modules["rac.encode.rotations.spinquant"]
+    module = sys.modules["rac.methods.rotations.spinquant"]
     p = learnt()
     ids = own_text(p)
     monkeypatch.setattr(module, "next_token_loss", lambda m, i, f=module.next_token_loss: f(m, i) * next(grows))
@@ -276,7 +276,7 @@ def test_a_loss_that_rises_for_long_diverges(monkeypatch):
 
 
 def test_the_step_grows_with_the_root_of_the_tokens():
-    module = sys.modules["rac.encode.rotations.spinquant"]
+    module = sys.modules["rac.methods.rotations.spinquant"]
     assert module.rate(8 * 2048) == 1.5 and module.rate(2 * 512) == 0.375
     p = learnt()
     ids = own_text(p)

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import models
 
-from rac.activations import per_token
-from rac.encode import transforms as tf
-from rac.encode.gptq import rtn
-from rac.encode.smoothquant import choose, smoothquant
-from rac.encode.transforms.smooth import PLACES
 from rac.errors import TransformError
-from rac.quantize.groups import values
+from rac.methods import transforms as tf
+from rac.methods.gptq import rtn
+from rac.methods.smoothquant import choose, smoothquant
+from rac.methods.transforms.smooth import PLACES
+from rac.models.activations import per_token
+from rac.stages.groups import values
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 251
 

@@ -13,16 +13,19 @@ import pytest
 
 import rac
 from rac import cli
-from rac.align.pca import pca
+from rac.calibrate.layers import Layer, Layers
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
 from rac.decode.unpack import quantised
-from rac.encode import budget, lossy, split, ties
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import Layer, Layers
+from rac.encode import ties
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.pack import pack_source
+from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import from_arrays
+from rac.encode.split import objects as split
 from rac.errors import BudgetError
+from rac.linalg.pca import pca
 from rac.native import trellis as native
 from rac.records import Limits
 from rac.registry import AFTER, LOSSY, RECORD_OBJECT

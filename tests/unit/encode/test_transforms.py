@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import models
 
-from rac.align.online import hooked
-from rac.encode import transforms as tf
 from rac.encode.pack import pack_source
 from rac.errors import TransformError
+from rac.linalg.transform import hooked
+from rac.methods import transforms as tf
 
 CLOSE = 2e-5
 CLASSES = {

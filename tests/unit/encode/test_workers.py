@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rac.encode import budget, ties, workers
-from rac.encode import recipe as rcp
-from rac.encode.calibrate import Layer, _Stored, joined
-from rac.encode.calibration_cache import Folder
+from rac.calibrate.folder import Folder
+from rac.calibrate.layers import Layer, _Stored, joined
+from rac.encode import ties, workers
+from rac.encode.align import recipe as rcp
+from rac.encode.allocate import budget
 from rac.encode.pack import pack, pack_source
 from rac.encode.sources import from_arrays
 from rac.errors import OutputError, SourceError
+from rac.machine import room
 
 
 def arrays():
@@ -111,4 +113,4 @@ def test_room_is_known():
     known = rcp.Recipe({t.name: rcp.Aligned(0.0, scales, Layer(np.eye(128, dtype=np.float32), None))}, 32, 1)
     assert workers.need(t, plain) == 16 * 160 * 128
     assert workers.need(t, known) - workers.need(t, plain) >= 25 * 128**2
-    assert workers.room() > 1 << 28
+    assert room() > 1 << 28

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from rac import native
-from rac.encode import classes as cl
-from rac.encode.analyse import gather
+from rac.encode.code import classes as cl
+from rac.encode.code.plan import gather
 from rac.entropy import interleave
 from rac.entropy.ans import Models
-from rac.quantize import lossless as ll
+from rac.stages.lanes import layout as ll
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from rac import native
 from rac.native import product
-from rac.quantize import trellis as tr
+from rac.stages import trellis as tr
 
 
 def any_bits(seed, *shape):

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import grids
 
 from rac.errors import FormatError, UnsupportedError
-from rac.quantize import bits as bt
-from rac.quantize import groups as gr
-from rac.quantize import trellis as tr
+from rac.stages import bits as bt
+from rac.stages import groups as gr
+from rac.stages import trellis as tr
 
 F32 = np.float32
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rac.errors import FormatError, UnsupportedError
-from rac.quantize import lossless as ll
+from rac.stages.lanes import layout as ll
 
 SPEC = ll.Lanes(2, 1, 0, False, 2, (0, 3), (10,), 2, -2, 2, 1, (18, 2, 0))
 """Worked example 13.2 of format_spec/stages/lanes.md."""
@@ -181,7 +181,7 @@ def literal_order(rows, cols, table):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("per", [1, 2])
 def test_order(seed, per):
-    from rac.encode.analyse import gather
+    from rac.encode.code.plan import gather
 
     rng = np.random.default_rng(seed)
     h, w, kr, kc, tables = (int(rng.integers(1, n)) for n in (12, 12, 5, 4, 6))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rac.align.triangular import rows
+from rac.linalg.triangular import rows
 from rac.native import trellis as native
-from rac.quantize import trellis as tr
+from rac.stages import trellis as tr
 
 MOST = 127
 

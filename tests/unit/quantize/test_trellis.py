@@ -10,7 +10,7 @@ import pytest
 from rac import native
 from rac.errors import FormatError, UnsupportedError
 from rac.native import trellis as kernel
-from rac.quantize import trellis as tr
+from rac.stages import trellis as tr
 
 HEAD = {"id": "trellis/1", "states": 4, "zero": 10, "low": 9, "scale": 0x3F000000, "sizes": [3, 4, 2, 10]}
 UNIT = bytes.fromhex("0008f8 00000400 0080 03000000 00000000 803f")

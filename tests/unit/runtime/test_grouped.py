@@ -17,12 +17,12 @@ import models
 
 import rac
 from rac.cli import main
-from rac.encode import transforms as tf
-from rac.encode.grouped import pack_grouped
-from rac.encode.recipe import matrix_of, quantisable
+from rac.encode.align.recipe import matrix_of, quantisable
 from rac.encode.sources import open_source
-from rac.quantize.groups import values
+from rac.methods import transforms as tf
+from rac.methods.grouped import pack_grouped
 from rac.runtime import RacEmbedding, RacLinear
+from rac.stages.groups import values
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["entropy", "fixed"])

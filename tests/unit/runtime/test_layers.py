@@ -19,7 +19,7 @@ import products
 import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
-from rac.encode import analyse
+from rac.encode.code import plan as analyse
 from rac.encode.pack import pack
 from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
 from rac.runtime import RacEmbedding, RacLinear, Workspace, device

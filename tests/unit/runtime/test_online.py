@@ -18,12 +18,12 @@ import models
 
 import rac
 import rac.runtime
-from rac.align.online import hooked
 from rac.encode import ties
-from rac.encode import transforms as tf
+from rac.encode.align.recipe import data_free
 from rac.encode.pack import pack_source
-from rac.encode.recipe import data_free
 from rac.errors import MismatchError, UnsupportedError
+from rac.linalg.transform import hooked
+from rac.methods import transforms as tf
 from rac.records import Online
 from rac.runtime.folder import write_folder
 from rac.runtime.layers import Compressed, RacLinear

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import models
 
 import rac
-from rac.activations import per_group, per_token
-from rac.encode import transforms as tf
 from rac.encode.pack import pack, pack_source
 from rac.errors import UnsupportedError
+from rac.methods import transforms as tf
+from rac.models.activations import per_group, per_token
 from rac.runtime.simulate import blocks_linears, largest, simulated
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rac.align import basis
-from rac.quantize import trellis as tr
-from rac.split import lowrank
+from rac.stages import basis, lowrank
+from rac.stages import trellis as tr
 
 
 def numbers(seed, *shape):

@@ -53,7 +53,7 @@ class SourceTensor:
     tie: int | None = None
     """Shared by the tensors of a memory source that are one memory; None for a tensor on its own."""
     online: Online | None = None
-    """What the layer does to its input before this weight (rac.align.online)."""
+    """What the layer does to its input before this weight (rac.linalg.transform)."""
     matrix: NDArray[np.float32] | None = None
     """(h, h) the object that `online` names; tensors that name one object have one matrix."""
 

@@ -1,0 +1,1 @@
+"""Calibration: second moments of the inputs of layers and sensitivities of their outputs, from text."""

@@ -1,0 +1,262 @@
+"""What a causal language model predicts on a text with other weights, against what it predicts with its own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate.layers import Layer, Note, calibrate
+from rac.errors import MismatchError, MissingDependencyError, SourceError
+from rac.machine import room
+from rac.models.predictions import check, log_probabilities, loss, perplexity, quiet, windows
+
+_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
+"""What transformers raises for a folder or a GGUF file that it cannot make a model of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a model predicts on a text, against the original."""
+
+    kl: float
+    """KL(original || model) per token, nats, mean over all positions."""
+    top1: float
+    """Share of positions where both predict the same token."""
+    perplexity: float
+    """Over all positions but the last of each window."""
+
+
+def hold() -> int:
+    """Bytes of log-probabilities of the original that are held: half of what matrices at work may take.
+
+    8,192 tokens of a vocabulary of 49,152 are 805 MB. Beyond that the original runs again beside every file, which
+    nearly doubles the time: of SmolLM2-135M and 2,048 tokens a pass takes 20 s of processor time (two threads, AMD
+    EPYC), the comparison of what it gives 1.4 s.
+    """
+    return room() // 2
+
+
+def decibels(energy: float, error: float) -> float | None:
+    """10 log10 of the ratio; None where one of the two is 0."""
+    return 10 * math.log10(energy / error) if error and energy else None
+
+
+def _modules() -> tuple[Any, Any]:
+    """(torch, transformers)."""
+    try:
+        import torch
+        import transformers
+    except ImportError as e:
+        raise MissingDependencyError(
+            "measuring on a text needs torch and transformers: pip install rac-codec[calibrate]"
+        ) from e
+    return torch, transformers
+
+
+def load_original(path: str) -> tuple[Any, Any, Any]:
+    """Configuration, model in float32 and tokenizer of the folder of a causal language model.
+
+    SourceError where they are not there.
+    """
+    torch, auto = _modules()
+    if not os.path.isdir(path):
+        raise SourceError("a text needs the Hugging Face folder of the original", file=path)
+    try:
+        config: Any = auto.AutoConfig.from_pretrained(path, local_files_only=True)
+        kinds = config.architectures or ()
+        if not any("CausalLM" in a or "LMHead" in a for a in kinds):
+            raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=path)
+        model: Any = auto.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    except _ERRORS as e:
+        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    try:
+        return config, model, auto.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except _ERRORS as e:
+        raise SourceError(f"no tokenizer that transformers can load: {e}", file=path) from e
+
+
+class Measure:
+    """A causal language model and a text, to compare other weights of this model with it.
+
+    Args:
+        model: Its Hugging Face folder, tokenizer included.
+        text: The text.
+        tokens: Use so many of its tokens at most.
+        context: Tokens of one window.
+        note: Called with a model's name, windows done, and all of them.
+
+    Raises:
+        SourceError: No causal language model or no tokenizer there, or the text is shorter than one window.
+        ValueError: `context` is below 2 or above `tokens`.
+        MissingDependencyError: torch or transformers are not installed.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        text: str,
+        tokens: int = 8192,
+        context: int = 1024,
+        note: Note | None = None,
+    ) -> None:
+        check(tokens, context)
+        self.torch, self._transformers = _modules()
+        self._path, self._text, self._note = os.fspath(model), text, note
+        with quiet(self._transformers):
+            encode = self._load_original()
+            cut = windows(encode, text, tokens, context, self._config, self._path)
+        self._context = len(cut[0])
+        self._windows = [self.torch.tensor(ids) for ids in cut]
+        self._held: list[Any] | None = None
+        self._layers: Mapping[str, Layer] = {}
+        self._energy = 0.0
+
+    def _load_original(self) -> Callable[[str], Sequence[int]]:
+        """Load configuration and model; returns what makes ids of a text."""
+        self._config, self.model, tokenizer = load_original(self._path)
+        return lambda text: tokenizer(text, add_special_tokens=False).input_ids
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are measured on."""
+        return len(self._windows) * self._context
+
+    def load(self, state: Mapping[str, Any], name: str, tied: bool | None = None) -> Any:
+        """The model with other weights, arrays or tensors by name; MismatchError where they are not of this model.
+
+        `tied` says whether its output layer is tied to the embedding, where that may differ from the original.
+        """
+        torch, transformers = self.torch, self._transformers
+        config = copy.deepcopy(self._config)
+        if tied is not None:
+            config.tie_word_embeddings = tied
+        tensors = {n: torch.as_tensor(v) for n, v in state.items()}
+        try:
+            with quiet(transformers):
+                model, found = type(self.model).from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=tensors,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+        except _ERRORS as e:
+            raise MismatchError(f"no weights of the original's model: {e}", file=name) from e
+        if found["missing_keys"]:
+            what = f"holds no tensor {min(found['missing_keys'])!r}, which the original has"
+            raise MismatchError(what, file=name)
+        if found["mismatched_keys"]:
+            tensor, theirs, ours = min(found["mismatched_keys"])
+            raise MismatchError(f"tensor {tensor!r} is {list(theirs)}, the original has {list(ours)}", file=name)
+        if found["unexpected_keys"]:
+            what = f"tensor {min(found['unexpected_keys'])!r} is not in the original"
+            raise MismatchError(what, file=name)
+        model.tie_weights()
+        return model.eval()
+
+    def _predictions(self, model: Any, name: str | None) -> Iterator[Any]:
+        """Log-probabilities (context, vocabulary) of each window, float16."""
+        for i, window in enumerate(self._windows):
+            with self.torch.no_grad():  # not around the yield: what comes next is not of this generator
+                found = log_probabilities(model, window)
+            yield found
+            if self._note and name:
+                self._note(name, i + 1, len(self._windows))
+
+    def figures(self, model: Any = None, name: str = "original") -> Figures:
+        """What a model of `load` predicts, or the original."""
+        size = 2 * self.tokens * int(self._config.get_text_config().vocab_size)
+        if self._held is None and size <= hold():
+            self._held = list(self._predictions(self.model, "original"))
+        ours = self._held or self._predictions(self.model, name if model is None else None)
+        pairs = ((p, p) for p in ours) if model is None else zip(ours, self._predictions(model, name), strict=True)
+        kl = top = total = 0.0
+        for window, pair in zip(self._windows, pairs, strict=True):
+            p, q = (x.float() for x in pair)
+            kl += float((p.exp() * (p - q)).sum())
+            top += float((p.argmax(-1) == q.argmax(-1)).sum())
+            total += loss(q, window)
+        n = self.tokens
+        return Figures(kl / n, top / n, perplexity(total, len(self._windows), self._context))
+
+    def moments(self) -> None:
+        """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
+        with quiet(self._transformers):
+            layers = calibrate(
+                self._path, self._text, tokens=self.tokens, context=self._context, fisher=False, note=self._note
+            )
+        mine = dict(self.model.named_parameters())  # experts have other names in files
+        self._layers = {name: layer for name, layer in layers.items() if name in mine}
+        self._energy = sum(self._trace(name, self.model.get_parameter(name)) for name in self._layers)
+
+    def weighted_snr(self, model: Any) -> float | None:
+        """Output SNR over all linear layers, dB; None where there is no error or `moments` was not called."""
+        error = 0.0
+        for name in self._layers:
+            error += self._trace(name, self.model.get_parameter(name) - model.get_parameter(name))
+        return decibels(self._energy, error)
+
+    def _trace(self, name: str, w: Any) -> float:
+        """tr(w S w') of a layer; w is (out, in)."""
+        with self.torch.no_grad():
+            second = self.torch.tensor(self._layers[name].second)
+            return float(((w @ second) * w).sum(dtype=self.torch.float64))
+
+
+class Divergence:
+    """How far a model's predictions on a text are from its own once tensors were replaced (budget.Judge).
+
+    Both models are held in float32. At most `tokens` tokens of the text are used, and at most TOKENS.
+    """
+
+    TOKENS = 8192
+
+    def __init__(self, model: str | os.PathLike[str], text: str, tokens: int, note: Note | None = None) -> None:
+        tokens = min(tokens, self.TOKENS)
+        self._measure = Measure(model, text, tokens, min(1024, tokens), note)
+        own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
+        self._other = self._measure.load(own, os.fspath(model))
+        self._lock = threading.Lock()
+
+    def put(self, names: Sequence[str], w: NDArray[np.float32]) -> None:
+        """Replace a tensor, which the model has under some of these names."""
+        torch = self._measure.torch
+        state = self._other.state_dict()
+        with self._lock, torch.no_grad():
+            for name in names:
+                if name in state:
+                    state[name].copy_(torch.from_numpy(w).reshape(state[name].shape))
+
+    def kl(self) -> float:
+        """Nats per token."""
+        return self._measure.figures(self._other, "packed").kl
+
+
+def translated(path: str) -> dict[str, Callable[[], NDArray[np.float32]]]:
+    """Tensors of a GGUF file under their Hugging Face names, as transformers reads them."""
+    torch, transformers = _modules()
+    folder, name = os.path.split(os.path.abspath(path))
+    how = {}
+    if hasattr(transformers, "GgufConfig"):
+        how["quantization_config"] = transformers.GgufConfig(gguf_file=name, dequantize=True)
+    try:
+        with quiet(transformers), contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32, local_files_only=True, **how
+            )
+    except ImportError as e:
+        raise MissingDependencyError(f"transformers cannot read GGUF files: {e}", file=path) from e
+    except _ERRORS as e:
+        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    return {name: tensor.float().numpy for name, tensor in model.state_dict().items()}

@@ -1,0 +1,171 @@
+"""Sums over the inputs and the output gradients of linear layers, gathered by hooks.
+
+Where there are gradients, a token counts by the length of its own at the layer's output: errors at tokens on which the
+loss does not depend cost nothing (GuidedQuant, arXiv 2505.07004, weighs by the square; the plain length is less at the
+mercy of few tokens, docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate import experts as calibration_experts
+from rac.calibrate.folder import Folder
+
+_RECENT = 8
+_OWN = 1 << 30
+"""Bytes of second moments of the experts of one parameter, up to which each has its own."""
+
+
+def linears(model: Any) -> dict[str, Any]:
+    """Module names to linear layers, GPT-2's transposed ones and modules of fused experts among them.
+
+    Without the output embedding.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    modules = dict(model.named_modules())
+    found = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not name.endswith("lm_head")
+    }
+    return found | calibration_experts.experts(modules)
+
+
+class Collector:
+    """Hooks on linear layers, for as long as it is open (a context manager).
+
+    With `outputs` it needs a backward pass, and the inputs are taken from there.
+    """
+
+    def __init__(self, modules: Mapping[str, Any], *, outputs: bool) -> None:
+        self.second: dict[str, NDArray[np.float32]] = {}
+        """Name to the sum of x x^T, (in, in): weighted for every layer, or plain for the first one with that input."""
+        self.key: dict[str, str] = {}
+        """Name to that of the first layer with the same input: query, key and value, for example."""
+        self.squares: dict[str, NDArray[np.float64]] = {}
+        """Name to the sum of squared output gradients, (out,)."""
+        self._rows: dict[str, int] = {}
+        self._weight: dict[str, float] = {}
+        self._recent: list[tuple[Any, int, str]] = []
+        self._outputs = outputs
+        self._experts = calibration_experts.experts(modules)
+        self._fused: dict[str, int] = {}
+        """Parameter of experts to how many there are."""
+        self._turned: dict[str, bool] = {}
+        """Parameter of experts to whether it is stored (experts, in, out)."""
+        self._hooks = [
+            m.register_forward_hook(self._hook(name)) for name, m in modules.items() if name not in self._experts
+        ]
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Collector:
+        self._open.enter_context(calibration_experts.watch(self._experts, self._expert))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._recent.clear()
+
+    def _hook(self, name: str) -> Any:
+        return lambda _, args, out: self._ran(name, name, args[0], out)
+
+    def _expert(self, whole: str, number: int, count: int, turned: bool, x: Any, out: Any) -> None:
+        self._fused[whole], self._turned[whole] = count, turned
+        name = f"{whole}[{number}]"
+        self._ran(name, name if count * 4 * x.shape[-1] ** 2 <= _OWN else whole, x, out)
+
+    def _ran(self, name: str, into: str, given: Any, out: Any) -> None:
+        """Layer `name` has made `out` of `given`, whose moments are added to those of `into`."""
+        if isinstance(out, tuple):  # a linear layer that does more than its product: a router
+            return
+        x = given.detach()
+        self.key.setdefault(name, self._first(name, given))
+        if self._outputs and out.requires_grad:
+            out.register_hook(lambda g: self._gradient(name, into, x, g))
+        elif not self._outputs and self.key[name] == name:
+            rows = x.float().reshape(-1, x.shape[-1]).contiguous().numpy()
+            for n in {name, into}:
+                self._rows[n] = self._rows.get(n, 0) + len(rows)
+            self._add(into, rows)
+
+    def _first(self, name: str, x: Any) -> str:
+        """The layer that had this very input first."""
+        key = next((k for y, version, k in self._recent if y is x and version == x._version), name)
+        self._recent = [*self._recent[1 - _RECENT :], (x, x._version, key)]
+        return key
+
+    def _add(self, name: str, rows: NDArray[np.float32]) -> None:
+        with np.errstate(all="ignore"):  # not finite is told by the result
+            product = rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
+            if name in self.second:
+                self.second[name] += product
+            else:
+                self.second[name] = product
+
+    def _gradient(self, name: str, into: str, x: Any, gradient: Any) -> None:
+        g = gradient.detach().float().reshape(-1, gradient.shape[-1])
+        self._rows[name] = self._rows.get(name, 0) + g.shape[0]
+        square = g.square()
+        squares = square.sum(0).double().numpy()
+        self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+        length = square.sum(1).sqrt().numpy()
+        with np.errstate(all="ignore"):  # not finite is told by the result
+            rows = x.float().reshape(-1, x.shape[-1]).numpy() * np.sqrt(length)[:, None]
+        self._weight[into] = self._weight.get(into, 0.0) + float(length.sum(dtype=np.float64))
+        self._add(into, rows)
+
+    def save(self, folder: Folder, tag: str, tokens: int) -> None:
+        """Write means into the folder and name them in its state.
+
+        The second moment is a mean over the tokens of the text, the sensitivity one over the rows that the layer saw:
+        their product is then the same whether a layer sees each token, few of them, or each several times. Weights of
+        tokens have a mean of 1 over the rows that the layer saw.
+        """
+        layers = folder.state.setdefault("layers", {})
+        self._save_experts(folder, tag, tokens)
+        for i, first in enumerate(dict.fromkeys(self.key[name] for name in self.second)):
+            # layers with one input share the mean of what each has: a larger sample, and one recursion for all
+            sharing = [name for name, key in self.key.items() if key == first]
+            having = [name for name in sharing if name in self.second]
+            total = np.zeros_like(self.second[having[0]])
+            for name in having:
+                mean = self._rows[name] / max(self._weight[name], 1e-30) if self._outputs else 1.0
+                total += self.second.pop(name) * np.float32(mean / tokens / len(having))
+            finite = math.isfinite(float(np.abs(total).sum(dtype=np.float64)))
+            written = folder.put(f"second-{tag}-{i:03}.npy", total)
+            for name in sharing if not self._outputs else having:
+                layers[name] = {"second": written, "finite": finite}
+        for i, (name, squares) in enumerate(self.squares.items()):
+            entry = layers.setdefault(name, {"finite": True})
+            entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())
+            entry["sensitivity"] = folder.put(f"sensitivity-{tag}-{i:03}.npy", squares / self._rows[name])
+
+    def _save_experts(self, folder: Folder, tag: str, tokens: int) -> None:
+        """The same of the matrices of experts, which go out of the sums, and of each fused parameter as a whole."""
+        for i, (whole, count) in enumerate(self._fused.items()):
+            every = [f"{whole}[{e}]" for e in range(count)]
+            sums = {name: self.second.pop(name) for name in (whole, *every) if name in self.second}
+            squares = {name: self.squares.pop(name) for name in every if name in self.squares}
+            weights = {name: self._weight[name] if self._outputs else float(self._rows[name]) for name in sums}
+            rows = [self._rows.get(name, 0) for name in every]
+            found = calibration_experts.settled(whole, rows, sums, weights, squares)
+            for j, (name, second, sensitivity) in enumerate(found if sums else ()):
+                finite = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
+                entry: dict[str, Any] = {"finite": finite, "transposed": self._turned[whole]}
+                folder.state["layers"][name] = entry
+                entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second / np.float32(tokens))
+                if sensitivity is not None:
+                    entry["finite"] = finite and bool(np.isfinite(sensitivity).all())
+                    entry["sensitivity"] = folder.put(f"sensitivity-{tag}-x{i:02}-{j:04}.npy", sensitivity)

@@ -1,0 +1,238 @@
+"""The passes of a calibration: block by block with files in between, or the model as a whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate.chain import TAIL, Chain, UnfitError, single
+from rac.calibrate.folder import Folder
+from rac.calibrate.moments import Collector, linears
+from rac.calibrate.text import draw
+
+_ROWS = 2048
+"""Tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are."""
+_CHUNK = 256
+"""Positions whose logits are made at once."""
+
+Note = Callable[[str, int, int], None]
+
+
+def stream(
+    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
+) -> None:
+    """Calibrate block by block; what is found is in the folder's state, one commit for each finished step.
+
+    Hidden states are kept as float32, not bfloat16: a block run again in the backward pass, or after an interruption,
+    then gives the very numbers that the whole model would.
+
+    UnfitError where the model is no chain of blocks.
+    """
+    try:
+        chain = Chain(model, causal, ids[:1])
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+        raise UnfitError(f"its blocks cannot be told apart ({e})") from e
+    _Passes(chain, causal, ids, fisher, seed, folder, note).go()
+
+
+class _Passes:
+    """Numbered steps: what comes before the blocks, the blocks, what comes after them, and back."""
+
+    def __init__(
+        self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
+    ) -> None:
+        import torch
+
+        self.chain, self.causal, self.fisher, self.seed, self.folder = chain, causal, fisher, seed, folder
+        self.ids = torch.from_numpy(ids)
+        self.batch = chain.batch(self.ids[: max(1, _ROWS // ids.shape[1])])
+        self.note = note
+        n = len(chain.blocks)
+        size = sum(p.numel() for p in chain.blocks[0].parameters())
+        head = chain.head_size() if fisher else 0
+        # steps, and what one sequence of them costs: about multiplications for each weight
+        self.steps: list[tuple[Callable[[int], None], int, int]] = [(self._start, 0, 1)]
+        self.steps += [(self._forward, i, 2 if fisher else 3) for i in range(n)]
+        if fisher or chain.after:
+            self.steps.append((self._end, n, 1 + 4 * head // size))
+        if fisher:
+            self.steps += [(self._backward, i, 5) for i in reversed(range(n))]
+            if chain.before:
+                self.steps.append((self._back, 0, 1))
+        self.of = len(ids) * sum(cost for _, _, cost in self.steps)
+        self.done = self.cost = 0
+
+    def go(self) -> None:
+        """Do the steps that are not done yet."""
+        state = self.folder.state
+        if state.setdefault("steps", 0) == 0:
+            state["layers"] = {}
+        for number, (step, i, cost) in enumerate(self.steps):
+            self.cost = cost
+            if number < state["steps"]:
+                self._tell(len(self.ids))
+                continue
+            step(i)
+            state["steps"] = number + 1
+            self.folder.commit(drop=self._unneeded)
+
+    def _tell(self, sequences: int) -> None:
+        self.done += sequences * self.cost
+        self.note("calibrating", self.done, self.of)
+
+    def _unneeded(self, name: str) -> bool:
+        """Hidden states and gradients that no later step reads."""
+        kind, _, rest = name.partition("-")
+        if kind not in ("hidden", "gradient"):
+            return False
+        left = self.steps[self.folder.state["steps"] :]
+        reads = {("hidden", i) for step, i, _ in left if step in (self._forward, self._end, self._backward)}
+        reads |= {("gradient", i + 1) for step, i, _ in left if step == self._backward}
+        reads |= {("gradient", 0) for step, _, _ in left if step == self._back}
+        return (kind, int(rest[:4])) not in reads
+
+    def _read(self, kind: str, i: int, start: int, end: int) -> Any:
+        import torch
+
+        return torch.from_numpy(self.folder.rows(f"{kind}-{i:04}.npy", start, end))
+
+    def _sink(self, kind: str, i: int) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
+        return self.folder.sink(f"{kind}-{i:04}.npy", (*self.ids.shape, self.chain.width))
+
+    def _batches(self) -> list[tuple[int, int]]:
+        return [(a, min(a + self.batch, len(self.ids))) for a in range(0, len(self.ids), self.batch)]
+
+    def _save(self, found: Collector, tag: str) -> None:
+        found.save(self.folder, tag, self.ids.numel())
+
+    def _start(self, _: int) -> None:
+        import torch
+
+        inputs = Collector({} if self.fisher else self.chain.before, outputs=False)
+        with self._sink("hidden", 0) as append, inputs, torch.no_grad():
+            for a, b in self._batches():
+                append(self.chain.start(self.ids[a:b]).numpy())
+                self._tell(b - a)
+        self._save(inputs, "first")
+
+    def _forward(self, i: int) -> None:
+        import torch
+
+        inputs = Collector({} if self.fisher else self.chain.inside[i], outputs=False)
+        with self._sink("hidden", i + 1) as append, inputs, single(self.chain.blocks[i]), torch.no_grad():
+            for a, b in self._batches():
+                try:
+                    out = self.chain.run(i, self._read("hidden", i, a, b))
+                except (RuntimeError, ValueError, TypeError, IndexError) as e:
+                    raise UnfitError(f"{self.chain.names[i]} does not run alone ({e})") from e
+                if a == 0:
+                    self.chain.same(i, out[0, -TAIL:])
+                append(out.numpy())
+                self._tell(b - a)
+        self._save(inputs, f"{i:04}")
+
+    def _end(self, n: int) -> None:
+        """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+        sink = self._sink("gradient", n) if self.fisher else contextlib.nullcontext()
+        context = self.ids.shape[1]
+        # what an encoder has behind its blocks may look at the whole sequence
+        chunk = _CHUNK if self.causal else context
+        found = Collector(self.chain.after, outputs=self.fisher)
+        with sink as append, found, self.chain.head(), torch.set_grad_enabled(self.fisher):
+            for s in range(len(self.ids)):
+                hidden = self._read("hidden", n, s, s + 1)
+                at = torch.rand(context, 1, generator=generator)
+                gradient = torch.empty(1, context, self.chain.width)
+                for a in range(0, context, chunk):
+                    part = hidden[:, a : a + chunk].detach().requires_grad_(self.fisher)
+                    out = self.chain.end(self.ids[s : s + 1], part)
+                    if self.fisher:
+                        backward(out.logits[0], at[a : a + chunk])
+                        gradient[:, a : a + chunk] = part.grad
+                if s == 0 and self.causal:
+                    self.chain.same_logits(out.logits[0, -TAIL:].detach().float())
+                if append is not None:
+                    append(gradient.numpy())
+                self._tell(1)
+        self._save(found, "last")
+
+    def _backward(self, i: int) -> None:
+        outputs = Collector(self.chain.inside[i], outputs=True)
+        with self._sink("gradient", i) as append, outputs, single(self.chain.blocks[i]):
+            for a, b in self._batches():
+                hidden = self._read("hidden", i, a, b).requires_grad_(True)
+                self.chain.run(i, hidden).backward(self._read("gradient", i + 1, a, b))
+                append(hidden.grad.numpy())
+                self._tell(b - a)
+        self._save(outputs, f"{i:04}")
+
+    def _back(self, _: int) -> None:
+        outputs = Collector(self.chain.before, outputs=True)
+        with outputs, leaves(self.chain.model):
+            for a, b in self._batches():
+                self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
+                self._tell(b - a)
+        self._save(outputs, "first")
+
+
+def backward(logits: Any, at: Any) -> None:
+    """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
+    import torch
+
+    with torch.no_grad():
+        gradient = torch.softmax(logits.float(), -1)
+        labels = draw(gradient, at)
+        gradient[torch.arange(len(labels)), labels] -= 1  # the derivative is known: no second softmax
+    logits.backward(gradient.to(logits.dtype))
+
+
+@contextlib.contextmanager
+def leaves(model: Any) -> Any:
+    """Gradients begin at the embeddings: those of the weights are not wanted."""
+    tables = set()
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            with contextlib.suppress(NotImplementedError, AttributeError):  # parts that read no tokens
+                tables.add(module.get_input_embeddings())
+    tables.discard(None)
+    hooks = [t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)) for t in tables]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def whole(
+    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
+) -> None:
+    """Calibrate with one pass of the whole model, in float32, for each sequence; nothing is kept in between."""
+    import torch
+
+    for p in model.parameters():
+        p.requires_grad_(False)
+    tokens = torch.from_numpy(ids)
+    generator = torch.Generator().manual_seed(seed)
+    folder.state.update(layers={}, steps=0)
+    folder.commit(drop=lambda name: name != "ids.npy")
+    given: dict[str, Any] = {"use_cache": False} if causal or model.config.is_encoder_decoder else {}
+    with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
+        if fisher:
+            stack.enter_context(leaves(model))
+        stack.enter_context(torch.set_grad_enabled(fisher))
+        for s in range(len(ids)):
+            if model.config.is_encoder_decoder:
+                given["decoder_input_ids"] = tokens[s : s + 1]
+            out = model(input_ids=tokens[s : s + 1], **given)
+            if fisher:
+                backward(out.logits[0], torch.rand(ids.shape[1], 1, generator=generator))
+            del out
+            note("calibrating", s + 1, len(ids))
+    found.save(folder, "whole", ids.size)

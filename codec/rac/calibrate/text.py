@@ -1,0 +1,117 @@
+"""The tokens to calibrate on: of a text, or written by the model itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate.folder import Folder
+from rac.errors import SourceError
+
+LEAST = 128
+"""Tokens of the shortest sequence that is made of a text that is shorter than a sequence should be."""
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+)
+PIECE = 256
+"""Tokens that a model writes in one go: longer texts cost more for each token, and stray further."""
+_CACHE_BYTES = 1 << 31
+"""Memory for the keys and values of the sequences that are written at once."""
+_KEPT = ("cache", "past_key_values", "cache_params")
+"""What models, and versions of transformers, call the keys and values of the tokens so far."""
+
+
+def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]:
+    """The first `tokens` token ids of the text, and the longest sequence the tokenizer makes.
+
+    SourceError where there is no tokenizer in `path`.
+    """
+    import transformers
+
+    without = "`--calibrate none` works without a tokenizer"
+    if not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZERS):
+        raise SourceError(f"no tokenizer.json there (nor {', '.join(_TOKENIZERS[1:])}); {without}", file=path)
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as e:  # whatever a damaged file makes of it
+        raise SourceError(f"the tokenizer cannot be loaded: {e}; {without}", file=path) from e
+    ids: list[int] = []
+    for part in (text[: 32 * tokens], text):  # no need to read a long text to its end
+        ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids[:tokens]
+        if len(ids) == tokens or len(part) == len(text):
+            break
+    return np.asarray(ids, np.int64), int(min(tokenizer.model_max_length, 1 << 40))
+
+
+def sequences(ids: NDArray[np.int64], tokens: int, context: int) -> NDArray[np.int64]:
+    """Whole sequences (count, context); one shorter one of a short text; SourceError where that is too short."""
+    context = min(context, tokens)
+    least = min(LEAST, context)
+    if len(ids) < least:
+        raise SourceError(f"the calibration text has {len(ids)} tokens, at least {least} are needed")
+    context = min(context, len(ids))
+    count = min(len(ids), tokens) // context
+    return ids[: count * context].reshape(count, context)
+
+
+def self_text_ids(
+    model: Any, tokens: int, context: int, seed: int, folder: Folder, note: Callable[[str, int, int], None]
+) -> NDArray[np.int64]:
+    """Token ids (count, context) that a causal language model has drawn from its own predictions, at temperature 1.
+
+    A sequence is several pieces; each begins with the begin-of-text token, or the end-of-text or padding one where
+    there is none, and an end of text inside it is followed by whatever the model writes next. Finished batches are kept
+    in the folder. Leaving out unlikely tokens makes a text that reads better and a worse calibration: see
+    docs/experiments.md.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    first = next((t for t in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if t is not None), None)
+    first = first[0] if isinstance(first, list) else first
+    if first is None:
+        raise SourceError("the model has no begin-of-text, end-of-text or padding token to begin its own text with")
+    context = min(context, tokens)
+    pieces = -(-context // PIECE)
+    piece = -(-context // pieces)
+    count = tokens // context * pieces
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * piece * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    batch = max(1, min(count, _CACHE_BYTES // each))
+    parts = []
+    for number, start in enumerate(range(0, count, batch)):
+        name, rows = f"own-{number:03}.npy", min(batch, count - start)
+        if name not in folder:
+            generator = torch.Generator().manual_seed(seed + (number << 32))
+            ids = torch.full((rows, piece), first, dtype=torch.int64)
+            kept: dict[str, Any] = {}
+            with torch.no_grad():
+                for i in range(1, piece):
+                    out = model(input_ids=ids[:, i - 1 : i] if kept else ids[:, :i], use_cache=True, **kept)
+                    kept = next(({k: out[k]} for k in _KEPT if k in out), {})
+                    chances = torch.softmax(out.logits[:, -1].float(), -1)
+                    ids[:, i] = draw(chances, torch.rand(rows, 1, generator=generator))
+                    if i % 16 == 0:
+                        note("writing its own text", start * piece + rows * i, count * piece)
+            folder.put(name, ids.numpy())
+            folder.commit()
+        parts.append(folder.array(name))
+        note("writing its own text", (start + rows) * piece, count * piece)
+    return np.concatenate(parts).reshape(-1, pieces * piece)[:, :context]
+
+
+def draw(probabilities: Any, at: Any) -> Any:
+    """One index of each row of probabilities (rows, n), where its distribution function reaches `at` (rows, 1)."""
+    # much faster than torch.multinomial
+    return (probabilities.cumsum(-1) < at).sum(-1).clamp_(max=probabilities.shape[-1] - 1)

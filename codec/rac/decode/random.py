@@ -1,0 +1,154 @@
+"""Chosen records of a random-access archive to dense tensors, and single units for slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac import tensor as tn
+from rac.container.access import InFile
+from rac.container.feed import Feed, RangeRing
+from rac.container.forward import Walk
+from rac.container.index import check_type, match
+from rac.container.reader import Archive
+from rac.decode.engine import Cpu, Engine, Item
+from rac.errors import FormatError
+from rac.linalg.transform import Transform
+from rac.records import Entry, Record
+
+Array = NDArray[Any]
+GAP = 1 << 16
+"""Bytes between two records that are read along: less than the cost of one more request."""
+
+
+def spans(pieces: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
+    """(offset, size) of pieces in ascending order, neighbours with up to `gap` bytes between them as one."""
+    out: list[tuple[int, int]] = []
+    for at, size in pieces:
+        if out and 0 <= at - sum(out[-1]) <= gap:
+            out[-1] = (out[-1][0], at + size - out[-1][0])
+        else:
+            out.append((at, size))
+    return out
+
+
+def read_units(archive: Archive, t: tn.Tensor, ranges: Sequence[tuple[int, int]]) -> list[list[Array]]:
+    """Bytes of the units first..last - 1 of each range; neighbours are read at once, the others side by side."""
+    access = archive.access
+    places = [_span(t, first, last) for first, last in ranges]
+    merged = spans(places, 64)
+    buffers: dict[int, Array] = {}
+    for at, size in merged:
+        if at + size > access.size:
+            raise FormatError("unit lies outside the file", offset=at)
+        buffers[at] = np.empty(size, np.uint8)
+    if len(merged) > 1 and access.parallel > 1:
+        with ThreadPoolExecutor(min(access.parallel, len(merged)), "rac-read") as pool:
+            list(pool.map(lambda at: access.read_into(at, buffers[at].data), buffers))
+    else:
+        for at, buffer in buffers.items():
+            access.read_into(at, buffer.data)
+    out, starts = [], sorted(buffers)
+    for (at, _), (first, last) in zip(places, ranges, strict=True):
+        start = starts[int(np.searchsorted(starts, at, "right")) - 1]
+        base = t.record.payload - start
+        units = t.units[first:last]
+        out.append([buffers[start][base + u.offset : base + u.offset + u.size] for u in units])
+    return out
+
+
+def _span(t: tn.Tensor, first: int, last: int) -> tuple[int, int]:
+    """Place and size of the units first..last - 1."""
+    start = t.units[first].offset
+    return t.record.payload + start, t.units[last - 1].offset + t.units[last - 1].size - start
+
+
+def parse(archive: Archive, record: Record) -> tn.Tensor:
+    """`tensor.parse`, the objects being those of the index."""
+
+    def shape_of(name: str) -> tuple[int, ...] | None:
+        e = archive.objects.get(name)
+        return e.shape if e and e.at < record.at else None
+
+    return tn.parse(record, archive.limits, shape_of)
+
+
+def objects(archive: Archive, t: tn.Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
+    """The matrices that a tensor uses, decoded once for an archive and kept (limits.objects bounds them all)."""
+    return [_object(archive, name, reference) for name in t.uses]
+
+
+def _object(archive: Archive, name: str, reference: bool = False) -> NDArray[np.float32]:
+    if name not in archive.kept:
+        for _ in load(archive, [archive.objects[name]], 1, reference=reference):
+            pass
+    found: NDArray[np.float32] = archive.kept[name]
+    return found
+
+
+def transform(archive: Archive, t: tn.Tensor) -> Transform | None:
+    """What the layer of a tensor does to its input, ready to be applied; None: nothing."""
+    if t.online is None:
+        return None
+    return Transform(t.online, t.shape[1], _object(archive, t.online.object) if t.online.object else None)
+
+
+def decoder(archive: Archive, t: tn.Tensor, first: Sequence[Array], reference: bool = False) -> tn.Decoder:
+    """Decoder of a tensor from its first units; its objects are read."""
+    return tn.Decoder(t, [unit.data for unit in first], reference, objects(archive, t, reference))
+
+
+def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: bool = False) -> Iterator[Item]:
+    """What the records of `entries` hold, in their order; `feed` has the bytes of `ranges`."""
+    walk = Walk(feed, archive.access.name, archive.limits)
+    for e in entries:
+        if walk.at <= e.at <= walk.at + GAP and walk.at:
+            walk.pass_by(e.at - walk.at)
+        walk.at = e.at
+        with InFile(archive.access.name, repr(e.name)):
+            record = walk.head()
+            check_type(record)
+            match(e, record)
+            t = parse(archive, record)
+
+        def take(i: int, n: int = 1, t: tn.Tensor = t) -> Any:
+            return walk.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
+
+        def keep(words: Array | None, name: str = t.name) -> None:
+            if words is not None:
+                archive.kept[name] = words.view(np.float32)
+
+        yield Item(archive.access.name, t, take, partial(objects, archive, t, reference), keep)
+        with InFile(archive.access.name, repr(e.name)):
+            walk.skip(record)
+
+
+def ranges(entries: Sequence[Entry]) -> list[tuple[int, int]]:
+    """What is read for `entries`, in their order."""
+    return spans([(e.at, e.size) for e in entries], GAP)
+
+
+def load(
+    archive: Archive,
+    entries: Sequence[Entry],
+    engine: Engine | int = 1,
+    done: Callable[[tn.Tensor], None] | None = None,
+    reference: bool = False,
+) -> Iterator[tuple[tn.Tensor, Any]]:
+    """What `engine` (or a CPU engine of so many threads) makes of each entry, in order; all their bytes are checked."""
+    if isinstance(engine, int):
+        engine = Cpu(engine, reference=reference)
+    feed = RangeRing(archive.access, ranges(entries), engine.ring // 2, engine.allocate, engine.trace)
+    try:
+        for loaded in engine.run(items(archive, entries, feed, engine.reference)):
+            if done:
+                done(loaded[0])
+            yield loaded
+            del loaded
+    finally:
+        feed.close()

@@ -1,0 +1,259 @@
+"""What is quantised and how: which tensors, their units by row and column, and what their errors cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate.layers import Layer
+from rac.encode import ties
+from rac.encode.code.plan import CODER, Level, axis_of
+from rac.encode.quantise import trellis as lossy
+from rac.encode.sources import SourceTensor
+from rac.errors import SourceError
+from rac.linalg.triangular import Rows, Triangular, blocks, damped, rows, triangular
+from rac.stages import trellis as tr
+from rac.stages.lanes import layout as ll
+
+if TYPE_CHECKING:
+    from rac.encode.split.objects import Basis
+
+EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
+"""States of the trellis, and passes over each matrix."""
+KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
+"""Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
+EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")
+"""Kept lossless unless the user says otherwise."""
+FINER = 1.0
+"""Bits that quantised embeddings get beyond the rest: they are read as they are, and tied ones make the logits too."""
+SMALLEST = 1 << 14
+DAMP = 0.03
+"""Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
+FAR = 16
+"""Medians beyond which a weight counts no more in the energies."""
+LEAST_ENERGY = 0.05
+"""Share of the deviation of a matrix that every column and row is taken to have."""
+LEAST = 1e-4
+"""Share of the mean sensitivity that every output is taken to have."""
+TRUST = 0.8
+"""Exponent of the sensitivities of a tensor's outputs, about their geometric mean: on another text they are others."""
+STRENGTH, SPREAD = 0.5, 1.5
+"""How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/lossy.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """What the alignment found for one matrix: everything about its quantisation but the common scale."""
+
+    base: float
+    """log2 of the unit at common scale 0."""
+    scales: lossy.Scales
+    layer: Layer | None = None
+    """Its inputs; None: not known, and no errors are fed back."""
+    damp: float = DAMP
+    alignment: str = "triangular"
+    """Of a tensor with a layer: "triangular", "pca", or "identity": its columns count alike."""
+    rank: int = 0
+    """Of a low-rank part beside the trellis."""
+    basis: Basis | None = None
+    """Of PCA."""
+
+    @property
+    def name(self) -> str:
+        """Of the alignment that it comes to."""
+        return self.alignment if self.layer else "identity"
+
+    def recursion(self) -> Triangular | None:
+        """The recursion of the columns, of all rows as one."""
+        if self.layer is None or self.layer.transposed or self.alignment != "triangular":
+            return None
+        return triangular(self.layer.second, self.damp)
+
+    def columns(self) -> Triangular | None:
+        """The recursion of the columns, of each expert's rows where there are experts."""
+        r = self.recursion()
+        return r if r is None or not self.layer or not self.layer.experts else _of_experts(self.layer, self.damp)
+
+    def below(self) -> NDArray[np.float32] | None:
+        """(R, R) weights of the errors of rows in the targets of later rows, or (E, in, in) of each expert's."""
+        return None if self.layer is None or not self.layer.transposed else _inputs_are_rows(self.layer, self.damp).feed
+
+
+def _of_experts(layer: Layer, damp: float) -> Triangular:
+    """The recursions of the experts of a weight (experts, out, in)."""
+    return blocks([one.second for one in layer.experts], damp)
+
+
+def _inputs_are_rows(layer: Layer, damp: float) -> Rows:
+    """The recursion of the rows of a weight that is stored (in, out), or (experts, in, out)."""
+    if not layer.experts:
+        return rows(damped(layer.second, damp), 1e-6)
+    each = [rows(damped(one.second, damp), 1e-6) for one in layer.experts]
+    return Rows(np.concatenate([one.weight for one in each]), np.stack([one.feed for one in each]))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the tensors of a model are quantised."""
+
+    aligned: Mapping[str, Aligned]
+    """By name; tensors that are not in it stay lossless."""
+    states: int
+    passes: int
+    scale: float = 0.0
+    """log2 of the common factor of all units."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """For the provenance."""
+    coder: Level = CODER
+    """Of the integers."""
+    unreached: tuple[str, ...] = ()
+    """Tensors that the calibration did not reach: they are quantised from the weights alone."""
+
+
+def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
+    """The tensor as a float32 matrix (R, C); SourceError where it holds NaN or infinity."""
+    w = tr.from_words(t.read(0, t.nbytes).view(f"<u{tr.DTYPES[t.dtype].itemsize}"), t.dtype)
+    if not np.isfinite(w).all():
+        raise SourceError(f"tensor {t.name!r} holds NaN or infinity; keep it lossless with --keep {t.name!r}")
+    return w.reshape(ll.matrix(t.dtype, t.shape, axis_of(t.shape)))
+
+
+def quantisable(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) -> bool:
+    """True for float matrices of some size whose name no pattern keeps, and that are no embeddings."""
+    if t.dtype not in tr.DTYPES or len(t.shape) < 2 or math.prod(t.shape) < SMALLEST:
+        return False
+    rows, cols = ll.matrix(t.dtype, t.shape, axis_of(t.shape))
+    kept = (*KEEP, *keep) if embeddings else (*KEEP, *EMBEDDINGS, *keep)
+    return min(rows, cols) >= 16 and not _matches(t.name, kept)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False) -> Recipe:
+    """A recipe from the weights alone: units by the energies of columns and rows."""
+    wanted = [g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)]
+    found = {t.name: _even(t, matrix_of(t)) for t in wanted}
+    states, passes = EFFORTS[effort]
+    about = {"calibrate": "none", "effort": effort}
+    return Recipe({name: a for name, a in found.items() if a}, states, passes, about=about)
+
+
+def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
+    """Units by the energies of columns and rows; None where all is zeros.
+
+    Training makes columns small whose inputs are large: units that follow the deviation of the column come nearer to
+    equal errors of the output than equal units do. Of rows the same is half true (exponents 1 and 1/2: docs/lossy.md).
+    """
+    square = np.abs(w)
+    if most := FAR * float(np.median(square)):  # single weights far out are no energy of their column
+        np.minimum(square, most, out=square)
+    np.square(square, out=square)
+    rms = math.sqrt(float(square.mean(dtype=np.float64)))
+    if rms == 0:
+        return None
+    by_col = np.maximum(np.sqrt(square.mean(0, dtype=np.float64)), LEAST_ENERGY * rms)
+    by_row = np.sqrt(np.maximum(np.sqrt(square.mean(1, dtype=np.float64)), LEAST_ENERGY * rms))
+    scales = lossy.Scales(_exponents(1 / by_row), _exponents(1 / by_col))
+    square /= np.square(tr.power(scales.rows))[:, None]
+    square /= np.square(tr.power(scales.cols))
+    finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
+    return Aligned(0.5 * math.log2(float(square.mean(dtype=np.float64))) - finer, scales)
+
+
+def calibrated(
+    groups: Sequence[ties.Group],
+    layers: Mapping[str, Layer],
+    keep: Sequence[str],
+    effort: str,
+    damp: float = DAMP,
+    strength: float = STRENGTH,
+    embeddings: bool = False,
+    trust: float = TRUST,
+) -> Recipe:
+    """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
+    found: dict[str, Aligned] = {}
+    needs: dict[str, tuple[float, int]] = {}
+    for t in (g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)):
+        w = matrix_of(t)
+        even, layer = _even(t, w), layers.get(t.name)
+        if even is None:
+            continue
+        found[t.name] = even
+        if layer is None or not _fits(layer, w):
+            continue
+        if not layer.finite:
+            raise SourceError(
+                f"the inputs or gradients of {t.name!r} hold NaN or infinity; keep it lossless with --keep {t.name!r}"
+            )
+        by_row, by_col = _weights(layer, w.shape, damp, trust)
+        scales = lossy.Scales(_exponents(by_row), _exponents(by_col))
+        scaled = w.astype(np.float64) / tr.power(scales.rows)[:, None] / tr.power(scales.cols)
+        deviation = math.log2(_middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30))))
+        # bits, up to a constant, where all count in full
+        needs[t.name] = deviation + math.log2(_middle(by_row)) + math.log2(_middle(by_col)), w.size
+        found[t.name] = Aligned(deviation, scales, layer, damp)
+    total = max(1, sum(n for _, n in needs.values()))
+    mean = sum(need * n for need, n in needs.values()) / total
+    for name, (need, _) in needs.items():
+        more = min(SPREAD, max(-SPREAD, strength * (need - mean)))
+        found[name] = replace(found[name], base=found[name].base - more)
+    states, passes = EFFORTS[effort]
+    unreached = tuple(name for name in found if name not in needs and not _matches(name, EMBEDDINGS))
+    return Recipe(found, states, passes, about={"calibrate": "text", "effort": effort}, unreached=unreached)
+
+
+def _fits(layer: Layer, w: NDArray[np.float32]) -> bool:
+    """Whether a layer is one of the matrix."""
+    inputs, outputs = w.shape if layer.transposed else w.shape[::-1]
+    if layer.transposed:
+        inputs //= max(1, len(layer.experts))
+    known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
+    return len(layer.second) == inputs and known
+
+
+def _weights(
+    layer: Layer, shape: tuple[int, int], damp: float, trust: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(R,) and (C,): the product of an element's two is the square root of what a unit error there costs, about."""
+    if not layer.experts:
+        inputs = _inputs_are_rows(layer, damp).weight if layer.transposed else triangular(layer.second, damp).by_column
+        outputs = _trusted(layer.sensitivity, shape[layer.transposed], trust)
+        return (inputs, outputs) if layer.transposed else (outputs, inputs)
+    n = len(layer.experts)
+    if layer.transposed:  # what an output counts for is the same of all experts, but for a factor
+        each = np.stack([_trusted(one.sensitivity, shape[1], trust) for one in layer.experts])
+        factor = np.exp(np.log(each).mean(1))
+        shared = np.sqrt(np.square(each / factor[:, None]).mean(0))
+        return _inputs_are_rows(layer, damp).weight * np.repeat(factor, shape[0] // n), shared
+    own = _of_experts(layer, damp).by_column
+    factor = np.exp(np.log(own).mean(1))
+    shared = np.sqrt(np.square(own / factor[:, None]).mean(0))
+    every = [_trusted(one.sensitivity, shape[0] // n, trust) * f for one, f in zip(layer.experts, factor, strict=True)]
+    return np.concatenate(every), shared
+
+
+def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float) -> NDArray[np.float64]:
+    """(n,) roots of the sensitivities of outputs; 1 where they are not known."""
+    if sensitivity is None:
+        return np.ones(n)
+    out = np.sqrt(np.maximum(sensitivity, max(sensitivity.mean() * LEAST, 1e-30)))
+    return np.asarray(_middle(out) * (out / _middle(out)) ** trust)
+
+
+def _exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:
+    """Quarter octaves of steps inverse to the weights."""
+    out: NDArray[np.int8] = np.clip(np.rint(-4 * np.log2(weight / _middle(weight))), -tr.MOST, tr.MOST).astype(np.int8)
+    return out
+
+
+def _middle(x: NDArray[Any]) -> float:
+    """Geometric mean."""
+    return float(np.exp(np.log(x).mean()))

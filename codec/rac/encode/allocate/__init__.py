@@ -1,0 +1,1 @@
+"""Allocate: the common scale at which a model meets a budget."""

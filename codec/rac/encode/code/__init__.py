@@ -1,0 +1,1 @@
+"""Entropy-code: a matrix of words to tiles, classes, tables and units."""

@@ -1,0 +1,1 @@
+"""Quantise: a matrix to small integers and scales."""

@@ -1,0 +1,303 @@
+"""Tensors decoded on a CUDA device: checks, job tables and launches. With the kernels beside it triton's only door.
+
+The host verifies checksums and structure, and expands what is a Zstandard frame; stored bytes and small tables cross to
+the device in batches; one launch per kind of tile decodes a batch, straight into the tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac import native
+from rac import tensor as tn
+from rac.container.zstd import xxh3
+from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
+from rac.frameworks import torch_dtype, torch_module
+from rac.gpu import jobs as jb
+from rac.stages.lanes import decode as tile
+
+Array = NDArray[Any]
+RING = 256 << 20
+OLDEST = (8, 0)
+"""Compute capability from which on kernels are compiled and tested."""
+_WARPS = {"tables": 8, "found": 1, "place": 4, "added": 1, "groups": 4, "product": 4, "outliers": 4}
+
+
+def interpreted() -> bool:
+    """Whether triton was told to interpret kernels, for tests without a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(device: Any) -> str | None:
+    """Why the kernels cannot be used on a device; None where they can."""
+    torch = torch_module()
+    kind = torch.device(device).type
+    if kind != "cuda" and not (kind == "cpu" and interpreted()):
+        return f"there are no kernels for {kind}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install rac-codec[cuda])"
+    if kind == "cpu":
+        return None
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        return f"compute capability {found[0]}.{found[1]} is below {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+@functools.cache
+def kernel(step: str) -> Any:
+    """The kernel of a step."""
+    from rac.gpu.kernels import escapes as cuda_escapes
+    from rac.gpu.kernels import groups as cuda_groups
+    from rac.gpu.kernels import lanes as cuda_lanes
+    from rac.gpu.kernels import outliers as cuda_outliers
+    from rac.gpu.kernels import place as cuda_place
+    from rac.gpu.kernels import product as cuda_product
+    from rac.gpu.kernels import tables as cuda_tables
+    from rac.gpu.kernels.trellis import trellis
+
+    return {
+        "tables": cuda_tables.tables,
+        "lanes": cuda_lanes.lanes,
+        "found": cuda_escapes.escapes,
+        "place": cuda_place.place,
+        "added": cuda_escapes.escapes,
+        "trellis": trellis,
+        "product": cuda_product.product,
+        "outliers": cuda_outliers.outliers,
+        "groups": cuda_groups.groups,
+    }[step]
+
+
+def options(call: jb.Call) -> dict[str, Any]:
+    """Constants that the kernel of a call is compiled with."""
+    out = dict(call.options)
+    if "TO" in out:
+        import triton.language as tl
+
+        out["TO"] = {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}[out["TO"]]
+    return out
+
+
+def settings(call: jb.Call) -> dict[str, Any]:
+    """How the kernel of a call is compiled. The format asks for products and sums that are rounded one by one."""
+    o = dict(call.options)
+    warps = {"lanes": o.get("BLOCK", 0) // 32, "trellis": o.get("COLS", 0) // 64}.get(call.step) or _WARPS[call.step]
+    return {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": 40}
+
+
+def launch(launches: Iterable[jb.Launch], units: Any, aux: Any, work: Any, out: Any, objects: Any, status: Any) -> None:
+    """Launch on the current stream of the device of these tensors, uint8 and, `status`, int32."""
+    memory = {"units": units, "work": work, "out": out}
+    for each in launches:
+        step, to, source = each.call.step, memory[each.call.to], memory.get(each.call.source)
+        jobs = aux[each.jobs : each.jobs + each.size].view(torch_module().int64)
+        args: tuple[Any, ...] = {
+            "tables": (aux, work, jobs),
+            "lanes": (units, aux, work, status, jobs),
+            "found": (units, aux, work, to, status, jobs),
+            "place": (units, aux, work, to, jobs),
+            "added": (units, aux, work, to, status, jobs),
+            "trellis": (source, aux, to, jobs),
+            "product": (work, objects, to, jobs),
+            "outliers": (aux, to, jobs, each.n),
+            "groups": (source, aux, to, status, jobs),
+        }[step]
+        kernel(step)[each.grid](*args, **options(each.call), **settings(each.call))
+
+
+class _Slot:
+    """Memory of one batch: where the host lays it out, and where it is on the device."""
+
+    def __init__(self, torch: Any, cuda: bool, size: int) -> None:
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=cuda)
+        self.aux: Any = None
+        self.copied = torch.cuda.Event() if cuda else None
+        self.done = torch.cuda.Event() if cuda else None
+
+
+class DeviceDecoder:
+    """Decodes tensors onto a CUDA device, batch by batch, on the current stream.
+
+    While the device decodes one batch, the next is laid out in pinned memory and copied on a stream of its own. The
+    host waits for the device only where both halves of the ring are taken.
+
+    Args:
+        device: A CUDA device; "cpu" for tests, where TRITON_INTERPRET=1 is set.
+        ring: Bytes of host and device memory, besides the tensors, in all. A tile that is larger than its share, and
+            the rows of tiles of lowrank/1 and basis/1, take what they need.
+
+    Raises:
+        UnsupportedError: `why_not` says why.
+    """
+
+    def __init__(self, device: Any, ring: int = RING) -> None:
+        if reason := why_not(device):
+            raise UnsupportedError(f"cannot decode on {device}: {reason}")
+        self._torch = torch = torch_module()
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stage, self._room = max(1 << 16, ring * 3 // 16), max(1 << 16, ring // 4)
+        self._slots: list[_Slot] = []
+        self._turn = 0
+        self._work: Any = None
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)
+        """Where the offsets of tensors count from."""
+        self._batch: jb.Batch | None = None
+        self._alive: list[Any] = []
+        self._states: list[tuple[Any, list[tuple[tn.Decoder, int]]]] = []
+
+    def add(
+        self,
+        t: tn.Tensor,
+        first: Sequence[bytes | memoryview],
+        units: Iterable[Any],
+        objects: Sequence[Any] = (),
+        checked: bool = False,
+    ) -> Any:
+        """Take in a whole tensor, and return it; its content is there once the current stream has come so far.
+
+        Args:
+            t: Its record, parsed.
+            first: The units in front of the tiles.
+            units: The tiles in order, bytes or uint8 arrays; used before the call returns.
+            objects: The matrices that the tensor uses, float32: arrays, or torch tensors on the device.
+            checked: Whether the checksums of the tiles were compared before.
+
+        Returns:
+            A torch tensor of the shape and data type of the record (F4: pairs) on the device.
+
+        Raises:
+            FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
+            LimitError: The memory of the device is too small for the tensor.
+        """
+        dec = tn.Decoder(t, first)
+        out = self._empty(t)
+        base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
+        matrices = [self._object(o) for o in objects] if t.after else []
+        if t.lanes is not None and t.grid.tr * t.grid.tc > jb.MOST:
+            raise LimitError(f"tiles of more than {jb.MOST} elements are not for the GPU", unit=repr(t.name))
+        try:
+            self._tiles(dec, units, matrices, base, checked)
+        finally:
+            self._alive += [out, *matrices]
+        return out
+
+    def _tiles(self, dec: tn.Decoder, units: Iterable[Any], matrices: list[Any], base: int, checked: bool) -> None:
+        """All tiles of a tensor that lies `base` bytes from the origin."""
+        t, g, n, found = dec.tensor, dec.tensor.grid, 0, 0
+        for i, data in enumerate(units):
+            unit = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+            with dec.at(i + t.first):
+                if len(unit) != t.units[i + t.first].size:
+                    raise FormatError("unit does not have the size that the record states")
+                if not checked and xxh3(unit.data) != t.units[i + t.first].check:
+                    raise ChecksumError("checksum does not match")
+                unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
+            r0, r1, c0, c1 = g.box(i)
+            at = base + (r0 * g.cols + c0) * t.word
+            if not c0 or not t.after:
+                self._make_room(len(unit), 4 * (r1 - r0) * g.cols if t.after else 0)
+            batch, n = self._current(), i + 1
+            if t.after:
+                if not c0:
+                    found = batch.room(4 * (r1 - r0) * g.cols)
+                batch.tile(dec, i, unit, None, found + 4 * c0, g.cols)
+                if c1 == g.cols:
+                    where = [(m.data_ptr() - self._origin.data_ptr(), m.stride(0)) for m in matrices]
+                    batch.product(dec, (r0, r1, 0, g.cols), found, where, at - c0 * t.word, g.cols)
+            else:
+                batch.tile(dec, i, unit, None, at, g.cols)
+        if n != t.tiles:
+            raise FormatError(f"{n} of {t.tiles} tiles", unit=repr(t.name))
+
+    def flush(self) -> None:
+        """Decode what is waiting, wait for the device, and report what it has found.
+
+        Raises:
+            FormatError, ChecksumError: Of the first tile that is wrong. Tensors that hold it are not what was packed.
+        """
+        self.launch()
+        states, self._states = self._states, []
+        for status, of in states:
+            wrong = status.cpu().numpy()
+            for k in np.flatnonzero(wrong)[:1].tolist():
+                dec, i = of[k]
+                with dec.at(i + dec.tensor.first):
+                    code = int(wrong[k])
+                    raise (ChecksumError if code == 4 else FormatError)(native.TILE_ERRORS[code])
+
+    def launch(self) -> None:
+        """Start decoding what is waiting, without waiting for it."""
+        if self._batch is None:
+            return
+        torch, batch, slot = self._torch, self._batch, self._slots[self._turn]
+        self._batch, self._turn = None, 1 - self._turn
+        launches = batch.seal()
+        status = torch.zeros(max(1, len(batch.status)), dtype=torch.int32, device=self.device)
+        host = slot.host[: batch.aux] if batch.aux <= len(slot.host) else torch.from_numpy(batch.buffer[: batch.aux])
+        if self._work is None or len(self._work) < batch.work:
+            self._work = torch.empty(max(batch.work, self._room), dtype=torch.uint8, device=self.device)
+        if self._copies is None or slot.copied is None or slot.done is None:
+            slot.aux = host.clone()
+            self._run(launches, slot, status)
+        else:
+            with torch.cuda.device(self.device):
+                stream = torch.cuda.current_stream()
+                self._copies.wait_event(slot.done)
+                with torch.cuda.stream(self._copies):
+                    if slot.aux is None or len(slot.aux) < batch.aux:
+                        slot.aux = torch.empty(max(batch.aux, self._stage), dtype=torch.uint8, device=self.device)
+                    slot.aux.record_stream(stream)
+                    slot.aux[: batch.aux].copy_(host, non_blocking=True)
+                    slot.copied.record()
+                stream.wait_event(slot.copied)
+                self._run(launches, slot, status)
+                slot.done.record()
+        if batch.status:
+            self._states.append((status, batch.status))
+        self._alive = []
+
+    def _run(self, launches: list[jb.Launch], slot: _Slot, status: Any) -> None:
+        launch(launches, slot.aux, slot.aux, self._work, self._origin, self._origin, status)
+
+    def _make_room(self, aux: int, work: int) -> None:
+        """Launch what is waiting where the next tile, or row of tiles, would not fit any more."""
+        if self._batch is not None and (
+            self._batch.aux + aux > self._stage * 7 // 8 or self._batch.work + work > self._room * 7 // 8
+        ):
+            self.launch()
+
+    def _current(self) -> jb.Batch:
+        if self._batch is None:
+            if self._turn == len(self._slots):
+                self._slots.append(_Slot(self._torch, self.device.type == "cuda", self._stage))
+            slot = self._slots[self._turn]
+            if slot.copied is not None:
+                slot.copied.synchronize()
+            self._batch = jb.Batch(slot.host.numpy())
+        return self._batch
+
+    def _empty(self, t: tn.Tensor) -> Any:
+        shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
+        try:
+            return self._torch.empty(shape, dtype=torch_dtype(t.dtype), device=self.device)
+        except self._torch.OutOfMemoryError as e:
+            raise LimitError(f"{self.device} lacks the memory for {t.nbytes} bytes", unit=repr(t.name)) from e
+
+    def _object(self, o: Any) -> Any:
+        """A float32 matrix on the device, contiguous rows."""
+        m = self._torch.from_numpy(np.ascontiguousarray(o)) if isinstance(o, np.ndarray) else o
+        return m.to(self.device, non_blocking=False).contiguous()

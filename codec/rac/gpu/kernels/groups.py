@@ -1,0 +1,111 @@
+"""Kernel: codes to the numbers of groups/1 (format_spec/stages/groups.md, section 4).
+
+A thread walks down two neighbouring columns. Codes and zeros become floats as the lowest bits of 2^23, which takes no
+conversion, and whose difference is exact.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rac.gpu.kernels.trellis import put
+
+
+@triton.jit
+def _codes(at, inside1, PAIRS: tl.constexpr):
+    """Two neighbours."""
+    if PAIRS:
+        both = tl.load(at.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+        return both & 255, both >> 8
+    return tl.load(at).to(tl.uint32), tl.load(at + 1, mask=inside1, other=0).to(tl.uint32)
+
+
+@triton.jit
+def _number(code, entry):
+    """As a float."""
+    scale = entry.to(tl.uint32).to(tl.float32, bitcast=True)
+    zero = (entry >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
+    return ((code | 0x4B000000).to(tl.float32, bitcast=True) - zero) * scale
+
+
+@triton.jit
+def groups(
+    source,
+    aux,
+    out,
+    status,
+    jobs,
+    TO: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SAME: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """ROWS x COLS codes per program.
+
+    Args:
+        source: u8, holds the codes in row-major order.
+        aux: u8, holds the groups of the matrix (R, G, 2) f32: scale, 2^23 + zero.
+        out: u8, takes the numbers.
+        status: i32, 9 where a code is too large.
+        jobs: (n, 11) int64: offset of codes; codes from row to row; offset of the group in which the tile begins; G;
+            columns of a group; columns of the first group that are left of the tile; offset of numbers; numbers from
+            row to row; h; w; bits of a code | place in status << 8.
+        TO: Type of the numbers.
+        PAIRS: Whether two codes and two numbers lie at multiples of their bytes, so that each are moved as one word.
+        SAME: Whether columns 2 k and 2 k + 1 have one group.
+        ROWS: Rows of the program, a multiple of 4.
+        COLS: Columns of the program.
+    """
+    job = jobs + tl.program_id(0).to(tl.int64) * 11
+    h, w = tl.load(job + 8).to(tl.int32), tl.load(job + 9).to(tl.int32)
+    across = tl.cdiv(w, COLS)
+    first = tl.program_id(1) // across * ROWS
+    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS // 2) * 2
+    if first < h:
+        inside0, inside1 = x < w, x + 1 < w
+        from_, step, stride = tl.load(job + 1), tl.load(job + 3), tl.load(job + 7)
+        near = tl.minimum(x, (w - 1) // 2 * 2)  # what lies outside is computed from what lies inside, and not stored
+        codes = source + tl.load(job) + first * from_ + near
+        left, group = tl.load(job + 5).to(tl.int32), tl.load(job + 4).to(tl.int32)
+        entries = (aux + tl.load(job + 2)).to(tl.pointer_type(tl.uint64)) + first * step
+        entries += (near + left) // group
+        next_ = (tl.minimum(x + 1, w - 1) + left) // group - (near + left) // group  # from one column's to the other's
+        dst = (out + tl.load(job + 6)).to(tl.pointer_type(TO)) + first * stride + x
+        seen = tl.zeros((COLS // 2,), tl.uint32)
+        rest = tl.minimum(h - first, ROWS)
+        fours = rest // 4 if SAME else 0  # registers are too few for four rows of groups that are apart
+        for _ in range(fours):
+            # all loads of four rows are under way before the first store
+            a0, b0 = _codes(codes, inside1, PAIRS)
+            a1, b1 = _codes(codes + from_, inside1, PAIRS)
+            codes += 2 * from_
+            a2, b2 = _codes(codes, inside1, PAIRS)
+            a3, b3 = _codes(codes + from_, inside1, PAIRS)
+            codes += 2 * from_
+            p0, p1 = tl.load(entries), tl.load(entries + step)
+            entries += 2 * step
+            p2, p3 = tl.load(entries), tl.load(entries + step)
+            entries += 2 * step
+            seen |= a0 | a1 | a2 | a3 | b0 | b1 | b2 | b3
+            put(dst, _number(a0, p0), _number(b0, p0), inside0, inside1, TO, PAIRS)
+            dst += stride
+            put(dst, _number(a1, p1), _number(b1, p1), inside0, inside1, TO, PAIRS)
+            dst += stride
+            put(dst, _number(a2, p2), _number(b2, p2), inside0, inside1, TO, PAIRS)
+            dst += stride
+            put(dst, _number(a3, p3), _number(b3, p3), inside0, inside1, TO, PAIRS)
+            dst += stride
+        for _ in range(fours * 4, rest):
+            a0, b0 = _codes(codes, inside1, PAIRS)
+            p0 = tl.load(entries)
+            q0 = p0 if SAME else tl.load(entries + next_)
+            seen |= a0 | b0
+            put(dst, _number(a0, p0), _number(b0, q0), inside0, inside1, TO, PAIRS)
+            codes += from_
+            entries += step
+            dst += stride
+        last = tl.load(job + 10)
+        mark = status + (last >> 8) + tl.zeros((COLS // 2,), tl.int32)
+        tl.store(mark, 9, mask=seen >> (last & 255).to(tl.uint32) != 0)

@@ -1,0 +1,129 @@
+"""Kernel: symbols and raw planes to words in their places (format_spec/stages/lanes.md, sections 8, 9 and 11)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _plane(plane, k, RAW: tl.constexpr, BITS: tl.constexpr, raw, TYPE: tl.constexpr):
+    """`raw` with the bits of elements `k` out of the plane of BITS bits; the larger planes hold the lower bits."""
+    LOW: tl.constexpr = RAW & (63 & ~(2 * BITS - 1))
+    if BITS >= 8:
+        KIND: tl.constexpr = tl.uint32 if BITS == 32 else tl.uint16 if BITS == 16 else tl.uint8
+        piece = tl.load(plane.to(tl.pointer_type(KIND)) + k).to(TYPE)
+    else:
+        PER: tl.constexpr = 8 // BITS
+        piece = (tl.load(plane + k // PER).to(tl.uint32) >> (k % PER * BITS).to(tl.uint32) & ((1 << BITS) - 1)).to(TYPE)
+    return raw | piece << LOW
+
+
+@triton.jit
+def _word(
+    units,
+    planes,
+    tops,
+    symbols,
+    k,
+    WORD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SIGN: tl.constexpr,
+    ZERO: tl.constexpr,
+    RAW: tl.constexpr,
+    CODED: tl.constexpr,
+):
+    """Words of elements `k`."""
+    TYPE: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32
+    raw = (k * 0).to(TYPE)
+    at = 0
+    for b in tl.static_range(6):
+        if RAW & (32 >> b):
+            raw = _plane(units + tl.load(planes + at), k, RAW, 32 >> b, raw, TYPE)
+            at += 1
+    if not CODED:
+        return raw
+    word = tl.load(tops + tl.load(symbols + k)).to(TYPE) << SHIFT
+    if SHIFT > 0:
+        word = word | (raw & ((1 << SHIFT) - 1))
+    if SIGN:
+        word = word | raw >> SHIFT << (8 * WORD - ZERO - 1)
+    return word << ZERO
+
+
+@triton.jit
+def place(
+    units,
+    aux,
+    work,
+    out,
+    jobs,
+    WORD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SIGN: tl.constexpr,
+    ZERO: tl.constexpr,
+    RAW: tl.constexpr,
+    CODED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """ROWS x COLS words of a tile per program.
+
+    Element (y, x) of a tile stands at place row[class of x, y] + rank of x of its sequence: a tile in row-major order
+    is one of one class.
+
+    Args:
+        units: u8, holds the raw planes.
+        aux: u8, holds the rows of places (classes, h rounded up to 4) u32, the columns (w rounded up to COLS,) u32:
+            rank | class << 24, and the tops of the symbols (256,) u16, 0 for escapes.
+        work: u8, holds the symbols, u8.
+        out: u8, takes the words.
+        jobs: (n, 14) int64: offsets of rows, columns, tops, symbols, words; words from row to row; h, w; offsets of
+            the planes, largest first.
+        WORD: Bytes of a word.
+        SHIFT: Raw bits below the top; SIGN, ZERO, RAW as in the stage map.
+        CODED: False where there are no symbols, and the one plane holds whole words.
+        ROWS: Rows of the program, a multiple of 4.
+        COLS: Columns of the program.
+    """
+    job = jobs + tl.program_id(0).to(tl.int64) * 14
+    h, w = tl.load(job + 6).to(tl.int32), tl.load(job + 7).to(tl.int32)
+    across = tl.cdiv(w, COLS)
+    first = tl.program_id(1) // across * ROWS
+    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS)
+    TO: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32 if WORD == 4 else tl.uint16 if WORD == 2 else tl.uint8
+    if first < h:
+        column = tl.load((aux + tl.load(job + 1)).to(tl.pointer_type(tl.uint32)) + x)
+        rank = column & 0xFFFFFF
+        rows = (aux + tl.load(job)).to(tl.pointer_type(tl.uint64)) + first // 2
+        rows += (column >> 24).to(tl.int32) * ((h + 3) // 4 * 2)
+        tops = (aux + tl.load(job + 2)).to(tl.pointer_type(tl.uint16))
+        symbols = work + tl.load(job + 3)
+        stride = tl.load(job + 5)
+        dst = (out + tl.load(job + 4)).to(tl.pointer_type(TO)) + first * stride + x
+        inside = x < w
+        rest = tl.minimum(h - first, ROWS)
+        for _ in range(rest // 4):
+            k, more = tl.load(rows), tl.load(rows + 1)
+            # all loads of four rows are under way before the first store
+            a = _word(units, job + 8, tops, symbols, k.to(tl.uint32) + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            k = (k >> 32).to(tl.uint32)
+            b = _word(units, job + 8, tops, symbols, k + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            c = _word(units, job + 8, tops, symbols, more.to(tl.uint32) + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            k = (more >> 32).to(tl.uint32)
+            d = _word(units, job + 8, tops, symbols, k + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            tl.store(dst, a.to(TO), mask=inside)
+            dst += stride
+            tl.store(dst, b.to(TO), mask=inside)
+            dst += stride
+            tl.store(dst, c.to(TO), mask=inside)
+            dst += stride
+            tl.store(dst, d.to(TO), mask=inside)
+            dst += stride
+            rows += 2
+        one = rows.to(tl.pointer_type(tl.uint32))
+        for y in range(rest % 4):
+            k = tl.load(one + y) + rank
+            word = _word(units, job + 8, tops, symbols, k, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            tl.store(dst, word.to(TO), mask=inside)
+            dst += stride

@@ -1,0 +1,214 @@
+"""`torch.ops.rac.decode`: a packed tensor to the dense one, as an operator that torch.compile and CUDA graphs know.
+
+    packed = op.Packed(t, first, units)     # once
+    torch.ops.rac.decode(packed.data.to(device), packed.handle)
+
+The bytes are those of the record's tiles, or the whole record as it lies in a file, the same on every device. What else
+a device needs is made once for it, and kept with the handle. On the CPU the C kernel decodes, on a CUDA device the
+kernels beside `rac.gpu.decoder`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rac import frameworks
+from rac import tensor as tn
+from rac.container.zstd import xxh3
+from rac.errors import ChecksumError, UnsupportedError
+from rac.gpu import decoder as cuda
+from rac.gpu import jobs as jb
+from rac.stages.lanes import decode as tile
+
+Array = NDArray[Any]
+SLACK = 128
+"""Bytes behind a tile that a kernel may read: a word for each lane of a warp."""
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    """What a device needs besides the bytes of the tiles."""
+
+    aux: torch.Tensor
+    last: torch.Tensor
+    """The last tile once more, where less than SLACK is behind it."""
+    objects: torch.Tensor
+    status: torch.Tensor
+    launches: list[jb.Launch]
+    work: int
+
+
+class Packed:
+    """A tensor that stays compressed.
+
+    `data` (bytes,) uint8 are its tiles, checked, planes that were Zstandard frames expanded; move them to where they
+    are to be decoded, and hand them to the operator with `handle`. The handle is good as long as this object lives.
+
+    Args:
+        t: The record, parsed.
+        first: The units in front of the tiles.
+        units: The tiles in order.
+        objects: The matrices that the tensor uses, float32.
+        at: Where each tile begins in bytes that the caller has, multiples of 16. These bytes are then what the operator
+            is to be given, and `data` is empty. Only of tiles without Zstandard frames (`frames`).
+
+    Raises:
+        ChecksumError, FormatError: A unit breaks the format.
+    """
+
+    def __init__(
+        self,
+        t: tn.Tensor,
+        first: Sequence[bytes],
+        units: Sequence[Any],
+        objects: Sequence[Array] = (),
+        at: Sequence[int] | None = None,
+    ) -> None:
+        self.tensor, self.objects = t, [np.ascontiguousarray(o, np.float32) for o in objects]
+        self.decoder = tn.Decoder(t, first, objects=self.objects)
+        self.at: list[tuple[int, int]] = []
+        pieces, end = [], 0
+        for i, data in enumerate(units):
+            unit = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+            with self.decoder.at(i + t.first):
+                if xxh3(unit.data) != t.units[i + t.first].check:
+                    raise ChecksumError("checksum does not match")
+                if at is None:
+                    unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
+            if at is not None:
+                self.at.append((at[i], at[i] + len(unit)))
+                continue
+            self.at.append((end, end + len(unit)))
+            pieces += [unit, np.zeros(-len(unit) % 16, np.uint8)]
+            end += len(unit) + -len(unit) % 16
+        if at is not None and (frames(t) or any(a % 16 for a in at)):
+            raise ValueError("tiles that are read in their place have no frames and begin at multiples of 16")
+        self.data = torch.from_numpy(np.concatenate([*pieces, np.zeros(SLACK, np.uint8)]))
+        self.shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
+        self.dtype = frameworks.torch_dtype(t.dtype)
+        self.in_place = at is not None
+        self._on: dict[tuple[torch.device, int], _OnDevice] = {}
+        self.handle = _register(self)
+
+    def on(self, data: torch.Tensor) -> _OnDevice:
+        """Tables and jobs on the device of `data`, made where they are not there yet."""
+        key = data.device, data.data_ptr() if self.in_place else 0
+        if key not in self._on:
+            self._on[key] = self._prepare(data)
+        return self._on[key]
+
+    def _prepare(self, data: torch.Tensor) -> _OnDevice:
+        if reason := cuda.why_not(data.device):
+            raise UnsupportedError(f"cannot decode on {data.device}: {reason}", unit=repr(self.tensor.name))
+        t, g, batch, host = self.tensor, self.tensor.grid, jb.Batch(), data.cpu().numpy()
+        places, end = [], 0
+        for o in self.objects:
+            places.append((end, o.shape[1]))
+            end += o.nbytes
+        objects = np.concatenate([o.reshape(-1) for o in self.objects] or [np.zeros(1, np.float32)])
+        ends = [b for _, b in self.at]
+        last = torch.zeros(0, dtype=torch.uint8, device=data.device)
+        if self.at and max(ends) + SLACK > len(host):
+            a, b = self.at[(late := int(np.argmax(ends)))]
+            last = torch.zeros(b - a + SLACK, dtype=torch.uint8, device=data.device)
+            last[: b - a] = data[a:b]
+        found = 0
+        for i, (a, b) in enumerate(self.at):
+            place = last.data_ptr() - data.data_ptr() if len(last) and i == late else a
+            r0, r1, c0, c1 = g.box(i)
+            at = (r0 * g.cols + c0) * t.word
+            if t.after and not c0:
+                found = batch.room(4 * (r1 - r0) * g.cols)
+            batch.tile(self.decoder, i, host[a:b], place, found + 4 * c0 if t.after else at, g.cols)
+            if t.after and c1 == g.cols:
+                batch.product(self.decoder, (r0, r1, 0, g.cols), found, places, r0 * g.cols * t.word, g.cols)
+        launches = batch.seal()
+        return _OnDevice(
+            torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device),
+            last,
+            torch.from_numpy(objects).view(torch.uint8).to(data.device),
+            torch.zeros(max(1, len(batch.status)), dtype=torch.int32, device=data.device),
+            launches,
+            batch.work,
+        )
+
+    def check(self) -> None:
+        """Wait for the devices, and raise what decoding has found; only damage that checksums do not show is left."""
+        for device in self._on.values():
+            for k in np.flatnonzero(device.status.cpu().numpy()).tolist():
+                with self.decoder.at(k + self.tensor.first):
+                    raise ChecksumError("the tile does not decode")
+
+
+def frames(t: tn.Tensor) -> bool:
+    """Whether parts of the tiles are Zstandard frames, which no kernel expands."""
+    return t.method == "zstd/1" or (t.lanes is not None and t.lanes.packed)
+
+
+_packed: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
+_count = 0
+
+
+def _register(p: Packed) -> int:
+    global _count
+    _count += 1
+    _packed[_count] = p
+    return _count
+
+
+def _of(handle: int) -> Packed:
+    if handle not in _packed:
+        raise ValueError(f"no packed tensor has the handle {handle}")
+    return _packed[handle]
+
+
+@torch.library.custom_op("rac::decode", mutates_args=(), device_types=("cpu", "cuda"))  # type: ignore[untyped-decorator]
+def decode(packed: torch.Tensor, handle: int) -> torch.Tensor:
+    """The dense tensor of `Packed.data` and `Packed.handle`, on the device of the data."""
+    p = _of(handle)
+    out = torch.empty(p.shape, dtype=p.dtype, device=packed.device)
+    into(packed, handle, out)
+    return out
+
+
+def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
+    """The same into `out`, contiguous, of the shape and data type of the tensor, on the device of the data."""
+    p = _of(handle)
+    if packed.device.type == "cuda":
+        with torch.cuda.device(packed.device):
+            _kernels(p, packed, out)
+    elif cuda.interpreted():
+        _kernels(p, packed, out)
+    else:
+        _host(p, packed, out)
+
+
+def _host(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
+    t, data = p.tensor, packed.numpy()
+    words = out.reshape(-1).view(torch.uint8).numpy().view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
+    work, found = tn.Work(), tn.values(t, *words.shape) if t.after else words
+    for i, (a, b) in enumerate(p.at):
+        work.add(p.decoder, i, data[a:b], found, plain=True)
+    if t.after:
+        work.then(p.decoder, found, words, (0, t.grid.rows, 0, t.grid.cols))
+    work.run()
+
+
+@decode.register_fake  # type: ignore[untyped-decorator]
+def _(packed: torch.Tensor, handle: int) -> torch.Tensor:
+    p = _of(handle)
+    return packed.new_empty(p.shape, dtype=p.dtype)
+
+
+def _kernels(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
+    on = p.on(packed)
+    work = torch.empty(on.work, dtype=torch.uint8, device=packed.device)
+    if out.numel():
+        cuda.launch(on.launches, packed, on.aux, work, out.reshape(-1).view(torch.uint8), on.objects, on.status)

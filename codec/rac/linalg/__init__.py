@@ -1,0 +1,1 @@
+"""Matrix decompositions that alignments and splits use: triangular, principal, low-rank, Hadamard."""

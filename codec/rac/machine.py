@@ -1,0 +1,21 @@
+"""What this machine offers to work with: cores and memory."""
+
+from __future__ import annotations
+
+import os
+
+
+def threads_of(threads: int | None, most: int | None = 8) -> int:
+    """Number of threads: what is asked for, or one per core up to `most`; ValueError below 1."""
+    if threads is not None and threads < 1:
+        raise ValueError("threads must be at least 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads or min(most or cores, cores)
+
+
+def room() -> int:
+    """Bytes that work on matrices may take: a quarter of the machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, OSError, ValueError):
+        return 4 << 30

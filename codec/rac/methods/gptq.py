@@ -1,0 +1,219 @@
+"""Weights to codes on a grid: round to nearest, and GPTQ (Frantar et al., arXiv 2210.17323).
+
+The grid of a group of columns is found from its numbers: a scale and a zero from minimum and maximum, or from the
+shrunk range with the least squared error. Where the columns go in another order (act-order), groups keep the columns
+they have in the file, and their grids are those of the weights that were given (static groups).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.errors import SourceError
+from rac.stages.groups import MOST, Grouped, storable
+
+DAMP = 0.01
+"""Share of the mean diagonal that is added to the Hessian: the paper's."""
+BLOCK = 128
+"""Columns between updates of all the columns behind them: the paper's."""
+SHRINKS = np.linspace(1, 0.3, 36)
+"""Shares of the range that `search` tries, the whole of it first."""
+Floats = NDArray[np.floating[Any]]
+
+
+def rtn(w: Floats, bits: int, group: int | None = None, *, symmetric: bool = False, search: bool = False) -> Grouped:
+    """Round each weight to the nearest number of its group's grid.
+
+    Args:
+        w: (R, C).
+        bits: Of a code, 1 to 8.
+        group: Columns that share a scale; None: all of them.
+        symmetric: The grid's zero is its middle, code 2**(bits - 1), and the range is that of the largest magnitude;
+            otherwise from the least to the largest weight, and 0.
+        search: Take the range with the least squared error, of SHRINKS of it.
+
+    Raises:
+        SourceError: NaN or infinity among the weights, or some are too large for binary16 scales.
+        ValueError: `bits` or `group` is out of range, or `w` is no matrix.
+    """
+    w, group = _checked(w, bits, group)
+    scales, zeros = grids(w, bits, group, symmetric, search)
+    codes = np.empty(w.shape, np.uint8)
+    for g in range(scales.shape[1]):
+        at = slice(g * group, (g + 1) * group)
+        codes[:, at] = _codes(w[:, at], scales[:, g, None], zeros[:, g, None], bits)
+    return Grouped(codes, scales, zeros, group, bits)
+
+
+def gptq(
+    w: Floats,
+    hessian: Floats,
+    bits: int,
+    group: int | None = None,
+    *,
+    symmetric: bool = False,
+    search: bool = False,
+    act_order: bool = True,
+    static_groups: bool = True,
+    damp: float = DAMP,
+    block: int = BLOCK,
+) -> Grouped:
+    """Round column by column, and let the columns behind make up for the error (arXiv 2210.17323, algorithm 1).
+
+    The error tr(E H E^T), E = w - what is stored, is made small. With U upper triangular and H^-1 = U^T U, a column's
+    error over U[j, j] times row j of U is taken from the columns that follow. Columns whose inputs were always 0 are
+    made 0.
+
+    Args:
+        w: (R, C).
+        hessian: (C, C) second moment of the inputs, in any unit.
+        bits: Of a code, 1 to 8.
+        group: Columns that share a scale; None: all of them.
+        symmetric: As of `rtn`.
+        search: As of `rtn`.
+        act_order: Columns with large inputs first (descending diagonal).
+        static_groups: Grids of the weights as they were given; otherwise of a group as it is when its first column is
+            reached, which columns in another order do not allow.
+        damp: Share of the mean diagonal that is added to it.
+        block: Columns between updates of all the columns behind them: a matter of speed alone.
+
+    Raises:
+        SourceError: NaN or infinity among weights or inputs, or some weights are too large for binary16 scales.
+        ValueError: An argument is out of range, or the shapes do not fit.
+    """
+    w, group = _checked(w, bits, group)
+    rows, cols = w.shape
+    if hessian.shape != (cols, cols):
+        raise ValueError(f"a Hessian of {hessian.shape} for {cols} columns")
+    if act_order and not static_groups and group < cols:
+        raise ValueError("act-order needs static groups")
+    if block < 1 or not damp >= 0:
+        raise ValueError("block is at least 1, damp at least 0")
+    live = np.diag(hessian) > 0
+    rest = np.where(live, w, 0).T.copy()  # (C, R): what is left to store, a column in a row
+    scales, zeros = grids(rest.T, bits, group, symmetric, search)
+    order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(cols)
+    u = _factor(hessian, live, order, damp)
+    rest = rest[order]
+    codes = np.empty((cols, rows), np.uint8)
+    for start in range(0, cols, block):
+        end = min(start + block, cols)
+        errors = np.empty((end - start, rows))
+        for i in range(start, end):
+            column = rest[i] - u[start:i, i] @ errors[: i - start]
+            j = int(order[i])
+            g = j // group
+            if not static_groups and j % group == 0:
+                now = rest[i : i + group] - _pending(u, errors, start, i, min(i + group, cols))
+                scales[:, g : g + 1], zeros[:, g : g + 1] = grids(now.T, bits, group, symmetric, search)
+            codes[j] = _codes(column, scales[:, g], zeros[:, g], bits)
+            stored = (codes[j].astype(np.float64) - zeros[:, g]) * scales[:, g]
+            errors[i - start] = (column - stored) / u[i, i]
+        rest[end:] -= u[start:end, end:].T @ errors
+    return Grouped(np.ascontiguousarray(codes.T), scales, zeros, group, bits)
+
+
+def proxy(w: Floats, stored: Floats, hessian: Floats) -> float:
+    """tr(E H E^T) of E = w - stored (R, C): what GPTQ makes small, the squared error of the outputs."""
+    e = w.astype(np.float64) - stored
+    return float(np.vdot(e @ hessian, e))
+
+
+def grids(
+    w: Floats, bits: int, group: int, symmetric: bool, search: bool
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scales and zeros (R, G) of groups of columns of finite weights (R, C); the ranges contain 0.
+
+    Raises:
+        SourceError: A scale is too large for binary16.
+    """
+    found = [_grid(w[:, at : at + group], bits, symmetric, search) for at in range(0, w.shape[1], group)]
+    return np.stack([s for s, _ in found], 1), np.stack([z for _, z in found], 1)
+
+
+def _grid(w: Floats, bits: int, symmetric: bool, search: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Scale and zero of each row of (R, n)."""
+    low, high = np.minimum(w.min(1), 0.0), np.maximum(w.max(1), 0.0)
+    if symmetric:
+        high = np.maximum(-low, high)
+        low = -high
+    scale, zero = _range(low, high, bits, symmetric)
+    if search:
+        least = _error(w, scale, zero, bits)
+        for shrink in SHRINKS[1:]:
+            s, z = _range(shrink * low, shrink * high, bits, symmetric)
+            error = _error(w, s, z, bits)
+            better = error < least
+            least = np.where(better, error, least)
+            scale, zero = np.where(better, s, scale), np.where(better, z, zero)
+    return scale, zero
+
+
+def _range(low: Floats, high: Floats, bits: int, symmetric: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """The grid from `low` to `high`, as it is stored: the zero fits the rounded scale."""
+    top = 2**bits - 1
+    exact = (high - low) / top
+    if exact.size and float(exact.max()) > MOST:
+        raise SourceError(f"weights up to {float(np.maximum(-low, high).max()):.3g} need scales beyond binary16")
+    scale = storable(exact)
+    if symmetric:
+        return scale, np.full(scale.shape, 2 ** (bits - 1), np.uint8)
+    return scale, np.clip(np.rint(-low / scale), 0, top).astype(np.uint8)
+
+
+def _codes(w: Floats, scale: NDArray[np.float32], zero: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    found: NDArray[np.uint8] = np.clip(np.rint(w / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
+    return found
+
+
+def _error(w: Floats, scale: NDArray[np.float32], zero: NDArray[np.uint8], bits: int) -> Floats:
+    """Squared error of each row."""
+    stored = (_codes(w, scale[:, None], zero[:, None], bits).astype(np.float64) - zero[:, None]) * scale[:, None]
+    error: Floats = np.square(w - stored).sum(1)
+    return error
+
+
+def _factor(hessian: Floats, live: NDArray[np.bool_], order: NDArray[np.int64], damp: float) -> NDArray[np.float64]:
+    """U, upper triangular, with (H + damping)^-1 = U^T U, columns in `order`.
+
+    Of H = R R^T with R upper triangular (a Cholesky factor taken from the last column on), U is R^-1: no inverse of H
+    is made.
+    """
+    h = hessian.astype(np.float64)
+    if not np.isfinite(h).all():
+        raise SourceError("the inputs of the layer hold NaN or infinity")
+    dead = np.flatnonzero(~live)
+    h[dead, :] = h[:, dead] = 0
+    h[dead, dead] = 1
+    h = h[np.ix_(order, order)]
+    h[np.diag_indices_from(h)] += damp * np.diag(h).mean()
+    try:
+        r = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    except np.linalg.LinAlgError as e:
+        raise ValueError(f"the Hessian is not positive definite with a damping of {damp:g}") from e
+    u: NDArray[np.float64] = np.triu(np.linalg.inv(r))
+    return u
+
+
+def _pending(u: Floats, errors: Floats, start: int, i: int, end: int) -> Floats:
+    """What the errors of columns `start` to `i` take from columns `i` to `end`."""
+    taken: Floats = u[start:i, i:end].T @ errors[: i - start]
+    return taken
+
+
+def _checked(w: Floats, bits: int, group: int | None) -> tuple[Floats, int]:
+    """The weights in float64, and the columns of a group."""
+    if w.ndim != 2 or not w.size:
+        raise ValueError(f"weights of shape {w.shape} are no matrix")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"codes have 1 to 8 bits, not {bits}")
+    group = w.shape[1] if group is None else min(group, w.shape[1])
+    if group < 1:
+        raise ValueError(f"a group has at least one column, not {group}")
+    w = w.astype(np.float64)
+    if not np.isfinite(w).all():
+        raise SourceError("the weights hold NaN or infinity")
+    return w, group

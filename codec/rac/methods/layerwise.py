@@ -1,0 +1,210 @@
+"""A causal language model quantised block by block: GPTQ (arXiv 2210.17323, section 4) and round to nearest.
+
+The inputs of a block come from the blocks before it as they are once quantised. Within a block all layers are
+calibrated together, or one set of layers with the same input after the other (`sequential`). Layers may map their
+input (rac.linalg.transform), and hooks may quantise it (rac.runtime.simulate, entered around the call): the Hessians
+are of what reaches the weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate import text as calibration_text
+from rac.calibrate.chain import Chain, UnfitError
+from rac.calibrate.moments import Collector
+from rac.errors import RacError, UnsupportedError
+from rac.methods import gptq as by
+from rac.stages.groups import Grouped, values
+
+Note = Callable[[str, int, int], None]
+ROWS = 2048
+"""Tokens that a block takes at once."""
+
+
+def calibration_ids(path: str, text: str, tokens: int = 40960, context: int = 1024) -> NDArray[np.int64]:
+    """Token ids (n, context) of the beginning of a text, by the tokenizer in folder `path`.
+
+    Raises:
+        SourceError: There is no tokenizer, or the text is too short.
+    """
+    ids, most = calibration_text.text_ids(path, text, tokens)
+    return calibration_text.sequences(ids, tokens, min(context, most))
+
+
+def quantise_gptq(
+    model: Any,
+    ids: NDArray[np.int64],
+    bits: int,
+    group: int | None = 128,
+    *,
+    sequential: bool = True,
+    note: Note | None = None,
+    **how: Any,
+) -> dict[str, Grouped]:
+    """GPTQ of every linear layer of the decoder blocks; the model gets the numbers of the grids, in place.
+
+    Embeddings and output layer are left alone. Memory: the hidden states of the text, and Hessians of one block.
+
+    Args:
+        model: Of transformers, in float32 on the CPU. Its blocks must be a chain.
+        ids: Token ids (n, context) of the calibration text (`calibration_ids`).
+        bits: As of `gptq`.
+        group: As of `gptq`.
+        sequential: Layers whose inputs other layers of the block make see them quantised: one more pass of the block
+            for each set of layers with the same input.
+        note: Called with "gptq", blocks done, and all of them.
+        how: More for `gptq`.
+
+    Returns:
+        Names of weights to what is stored, in the order of the model.
+
+    Raises:
+        UnsupportedError: The model is no chain of blocks, or a block has other weights than those of linear layers
+            (out, in).
+        SourceError: Of `gptq`; the layer is named.
+    """
+    import torch
+
+    tell = note or (lambda *_: None)
+    every = list(_linears(model))
+    found: dict[str, Grouped] = {}
+    with _chain(model, ids) as chain, torch.no_grad():
+        if outside := set(every) - {name for layers in chain.inside for name in layers}:
+            raise UnsupportedError("lies outside the chain of blocks", unit=repr(min(outside)))
+        tokens = torch.from_numpy(ids)
+        batch = chain.batch(tokens[: max(1, ROWS // ids.shape[1])])
+        hidden = torch.cat([chain.start(part) for part in tokens.split(batch)])
+        for i, layers in enumerate(chain.inside):
+            for names in _sets(chain, i, layers, hidden[:1], sequential):
+                with Collector({name: layers[name] for name in names}, outputs=False) as seen, _ends(layers[names[-1]]):
+                    for part in hidden.split(batch):
+                        with contextlib.suppress(_End):
+                            chain.run(i, part)
+                for name in names:
+                    hessian = seen.second[seen.key[name]]
+                    rounded = partial(by.gptq, hessian=hessian, bits=bits, group=group, **how)
+                    found[f"{name}.weight"] = _put(name, layers[name], rounded)
+            for part in hidden.split(batch):
+                part.copy_(chain.run(i, part))
+            tell("gptq", i + 1, len(chain.blocks))
+    return {f"{name}.weight": found[f"{name}.weight"] for name in every}
+
+
+def quantise_rtn(
+    model: Any, bits: int, group: int | None = 128, *, note: Note | None = None, **how: Any
+) -> dict[str, Grouped]:
+    """Round every linear layer of the decoder blocks to nearest, in place, without a text.
+
+    Arguments, result and errors are those of `quantise_gptq`; `how` goes to `rtn`. The blocks need be no chain.
+    """
+    tell = note or (lambda *_: None)
+    layers = _linears(model)
+    found = {}
+    for i, (name, layer) in enumerate(layers.items(), 1):
+        found[f"{name}.weight"] = _put(name, layer, partial(by.rtn, bits=bits, group=group, **how))
+        tell("rounding to nearest", i, len(layers))
+    return found
+
+
+def _linears(model: Any) -> dict[str, Any]:
+    """Names to the linear layers of the blocks; UnsupportedError where they are not all that has matrices there."""
+    from torch import nn
+
+    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    inside = [n for n in lists if not any(n.startswith(f"{outer}.") for outer in lists)]
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if not any(name.startswith(f"{at}.") for at in inside):
+            continue
+        if type(module) is nn.Linear:
+            found[name] = module
+        elif wide := [p for p in module.parameters(recurse=False) if p.ndim > 1]:
+            raise UnsupportedError(
+                f"weights {list(wide[0].shape)} of a {type(module).__name__} are not (out, in); "
+                "the aligned recipe takes them",
+                unit=repr(name),
+            )
+    if not found:
+        raise UnsupportedError(f"{type(model).__name__} has no blocks of linear layers")
+    if any(str(layer.weight.dtype) != "torch.float32" for layer in found.values()):
+        raise UnsupportedError("a model in float32 is needed")
+    return found
+
+
+def _put(name: str, layer: Any, rounded: Callable[[NDArray[np.float32]], Grouped]) -> Grouped:
+    """Quantise a layer, and give it the numbers."""
+    import torch
+
+    try:
+        found = rounded(layer.weight.detach().numpy())
+    except RacError as e:
+        e.unit = e.unit or repr(name)
+        raise
+    layer.weight.data.copy_(torch.from_numpy(values(found)))
+    return found
+
+
+@contextlib.contextmanager
+def _chain(model: Any, ids: NDArray[np.int64]) -> Iterator[Chain]:
+    """The model as a chain of blocks, in evaluation mode; what that changes of it is changed back."""
+    training = model.training
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    hooks = [(m._forward_hooks, set(m._forward_hooks)) for m in model.modules()]
+    try:
+        try:
+            chain = Chain(model.eval(), True, ids[:1])
+        except (UnfitError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+            raise UnsupportedError(f"{type(model).__name__} cannot be run block by block: {e}") from e
+        yield chain
+    finally:
+        for held, before in hooks:
+            for key in set(held) - before:
+                del held[key]
+        for p, grad in wanted:
+            p.requires_grad_(grad)
+        model.train(training)
+
+
+class _End(Exception):
+    """Nothing more of a block needs to run."""
+
+
+@contextlib.contextmanager
+def _ends(layer: Any) -> Iterator[None]:
+    """The block ends, with `_End`, behind this layer."""
+
+    def end(*_: Any) -> None:
+        raise _End
+
+    hook = layer.register_forward_hook(end)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _sets(chain: Chain, i: int, layers: Mapping[str, Any], hidden: Any, sequential: bool) -> list[list[str]]:
+    """Names of the layers of block `i` in sets that are calibrated together, both in the order in which they run."""
+    order: list[str] = []
+    hooks = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in layers.items()]
+    try:
+        with Collector(layers, outputs=False) as seen:
+            chain.run(i, hidden)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if missing := layers.keys() - set(order):
+        raise UnsupportedError("does not run on the calibration text", unit=repr(min(missing)))
+    if not sequential:
+        return [list(dict.fromkeys(order))]
+    sets: dict[str, list[str]] = {}
+    for name in dict.fromkeys(order):
+        sets.setdefault(seen.key[name], []).append(name)
+    return list(sets.values())

@@ -1,0 +1,237 @@
+"""Where the parts of an architecture are that a transform must know: one literal table, and a model's own parts.
+
+What is not in the table is not transformed. A model of the table must consist of exactly the parts that its rules name:
+a transform that misses one would change what the model computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rac.errors import TransformError
+from rac.linalg.transform import Transform
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Paths of modules in a layer of an architecture, a decoder that adds attention and MLP to a residual stream."""
+
+    attention_norm: str = "input_layernorm"
+    attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    value: str = "self_attn.v_proj"
+    """The last rows are the values: all of them, or those behind queries and keys."""
+    attention_out: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    up: str = "mlp.up_proj"
+    """The last rows are what the gate multiplies."""
+    mlp_out: str = "mlp.down_proj"
+    of_heads: tuple[str, ...] = ()
+    """Norms of queries and keys, which no transform touches."""
+    behind: tuple[str, ...] = ()
+    """Norms between an output projection and the residual stream: their gains stand in its coordinates."""
+    unit: float = 0.0
+    """The gain of a norm is this and its weight."""
+
+
+_OF_HEADS = ("self_attn.q_norm", "self_attn.k_norm")
+_BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
+RULES = {
+    "llama": Rules(),
+    "mistral": Rules(),
+    "qwen2": Rules(),
+    "qwen3": Rules(of_heads=_OF_HEADS),
+    "smollm3": Rules(),
+    "gemma": Rules(unit=1.0),
+    "gemma2": Rules(mlp_norm="pre_feedforward_layernorm", behind=_BEHIND, unit=1.0),
+    "gemma3_text": Rules(mlp_norm="pre_feedforward_layernorm", of_heads=_OF_HEADS, behind=_BEHIND, unit=1.0),
+    "phi3": Rules(
+        attention_in=("self_attn.qkv_proj",),
+        value="self_attn.qkv_proj",
+        mlp_in=("mlp.gate_up_proj",),
+        up="mlp.gate_up_proj",
+    ),
+}
+"""By `model_type`. All have `model.embed_tokens`, `model.layers`, `model.norm` and `lm_head`."""
+INSTEAD = "recipes that leave the model as it is (aligned, gptq) work"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a linear layer."""
+
+    layer: Any
+    start: int
+
+    @property
+    def weight(self) -> Any:
+        """A view (rows, in)."""
+        return self.layer.weight.data[self.start :]
+
+    @property
+    def bias(self) -> Any:
+        """A view (rows,), or None."""
+        return None if self.layer.bias is None else self.layer.bias.data[self.start :]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The parts of one layer; of a norm and of a linear layer the modules."""
+
+    name: str
+    attention_norm: Any
+    attention_in: tuple[Any, ...]
+    value: Rows
+    attention_out: Any
+    mlp_norm: Any
+    mlp_in: tuple[Any, ...]
+    up: Rows
+    mlp_out: Any
+
+
+@dataclass(slots=True)
+class Parts:
+    """A model that is being transformed, in place, and what has been done to it."""
+
+    model: Any
+    rules: Rules
+    embedding: Any
+    layers: list[Layer]
+    norm: Any
+    head: Any
+    heads: int
+    kv_heads: int
+    head_dim: int
+    online: dict[str, Transform] = field(default_factory=dict)
+    """What layers do to their inputs, by the names of their weights; the model does it, too."""
+    notes: list[str] = field(default_factory=list)
+    """What was done, for people."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What was done, for the provenance of a file (`settings` of `pack_source`): "transforms", names of functions with
+    what they were given, and whatever a recipe adds."""
+
+    deviation: float | None = None
+    """Of the model from what it was (`require_same`); None: not measured since the last transform."""
+
+    def did(self, what: str, note: str = "") -> None:
+        """Take down that something was done, and for people what."""
+        self.deviation = None
+        self.about.setdefault("transforms", []).append(what)
+        if note:
+            self.notes.append(note)
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return int(self.embedding.weight.shape[1])
+
+    @property
+    def inner(self) -> int:
+        """Inputs of the second half of an MLP."""
+        return int(self.layers[0].mlp_out.in_features)
+
+    def gain(self, norm: Any) -> Any:
+        """(n,) float64, what a norm multiplies by."""
+        return norm.weight.data.double() + self.rules.unit
+
+    def set_gain(self, norm: Any, gain: Any) -> None:
+        """Let a norm multiply by `gain` (n,)."""
+        norm.weight.data.copy_(gain - self.rules.unit)
+
+
+def parts(model: Any) -> Parts:
+    """The parts of a causal language model of transformers, in float32 or float64.
+
+    Raises:
+        TransformError: There are no rules for its architecture, or it is not what they say; the message says what is
+            lacking and what works instead.
+    """
+    config = model.config
+    kind = getattr(config, "model_type", type(model).__name__)
+    rules = RULES.get(kind)
+    if rules is None or not hasattr(model, "lm_head"):
+        raise TransformError(f"no rules for the architecture {kind!r}: {_lacking(model)}; {INSTEAD}")
+    if narrow := [n for n, p in model.named_parameters() if str(p.dtype) not in ("torch.float32", "torch.float64")]:
+        raise TransformError(f"transforms need a model in float32; {narrow[0]!r} is not")
+    known = {"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"}
+    try:
+        found = {name: model.get_submodule(name) for name in known}
+        layers = [_layer(model, f"model.layers.{i}", rules, known) for i in range(len(model.model.layers))]
+    except AttributeError as e:
+        raise TransformError(f"{kind!r} is not what its rules say: {e}; {INSTEAD}") from e
+    for name, _ in model.named_parameters():
+        if name.rpartition(".")[0] not in known:
+            raise TransformError(f"the rules of {kind!r} do not know {name!r}; {INSTEAD}")
+    heads = config.num_attention_heads
+    out = Parts(
+        model,
+        rules,
+        found["model.embed_tokens"],
+        layers,
+        found["model.norm"],
+        found["lm_head"],
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+    for layer in layers:
+        if (layer.attention_out.in_features, len(layer.value.weight)) != (
+            out.heads * out.head_dim,
+            out.kv_heads * out.head_dim,
+        ):
+            raise TransformError(f"{layer.name}: values and output projection are not of {heads} heads")
+    if not layers:
+        raise TransformError("the model has no layers")
+    return out
+
+
+def _lacking(model: Any) -> str:
+    """Why rules could not be as simple as those of the table."""
+    kinds = {type(m).__name__ for m in model.modules()}
+    why = []
+    if any(k.endswith("LayerNorm") for k in kinds):
+        why.append("LayerNorm subtracts a mean and adds a bias, which a rotation does not keep")
+    if "Conv1D" in kinds:
+        why.append("weights of Conv1D are stored (in, out)")
+    if any("Experts" in k or "SparseMoe" in k for k in kinds):
+        why.append("experts share their norm")
+    return "; ".join(why) or "nobody has said where its norms and projections are"
+
+
+def _layer(model: Any, name: str, rules: Rules, known: dict[str, str]) -> Layer:
+    """One layer; its modules are added to `known`."""
+
+    def linear(path: str) -> Any:
+        module = model.get_submodule(f"{name}.{path}")
+        if type(module).__name__ != "Linear":
+            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no linear layer; {INSTEAD}")
+        known[f"{name}.{path}"] = path
+        return module
+
+    def norm(path: str) -> Any:
+        module = model.get_submodule(f"{name}.{path}")
+        if not type(module).__name__.endswith("RMSNorm") or getattr(module, "bias", None) is not None:
+            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no RMSNorm without a bias; {INSTEAD}")
+        known[f"{name}.{path}"] = path
+        return module
+
+    for path in (*rules.of_heads, *rules.behind):
+        norm(path)
+    into, mlp = tuple(map(linear, rules.attention_in)), tuple(map(linear, rules.mlp_in))
+    out, down = linear(rules.attention_out), linear(rules.mlp_out)
+    value, up = linear(rules.value), linear(rules.up)
+    config = model.config
+    kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    values = kv * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return Layer(
+        name,
+        norm(rules.attention_norm),
+        into,
+        Rows(value, value.out_features - values),
+        out,
+        norm(rules.mlp_norm),
+        mlp,
+        Rows(up, up.out_features - down.in_features),
+        down,
+    )

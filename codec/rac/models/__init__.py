@@ -1,0 +1,1 @@
+"""What calibration, evaluation and the runtime share about transformers models."""

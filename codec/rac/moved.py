@@ -1,0 +1,50 @@
+"""Import paths that documentation named before the modules moved: they go on working, as the same module objects."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "rac.decode.cuda": "rac.gpu.decoder",
+    "rac.decode.op": "rac.gpu.op",
+    "rac.encode.gptq": "rac.methods.gptq",
+    "rac.encode.grouped": "rac.methods.grouped",
+    "rac.encode.layerwise": "rac.methods.layerwise",
+    "rac.encode.rotations": "rac.methods.rotations",
+    "rac.encode.smoothquant": "rac.methods.smoothquant",
+    "rac.encode.transforms": "rac.methods.transforms",
+    "rac.quantize.groups": "rac.stages.groups",
+}
+"""Old module to new one; what lies below a package moved with it."""
+
+
+class _Finder:
+    """Loads a moved module under its old name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec for the old name of a moved module; None for every other name."""
+        for old, new in MOVED.items():
+            if fullname == old or fullname.startswith(old + "."):
+                return ModuleSpec(fullname, self, origin=new + fullname[len(old) :])  # type: ignore[arg-type]
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """The module at its new place."""
+        module = importlib.import_module(str(spec.origin))
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run: the module was imported at its new place, whose spec it keeps."""
+        module.__spec__ = self._spec
+
+
+def install() -> None:
+    """Make the old names importable."""
+    sys.meta_path.insert(0, _Finder())  # before the path of a package that moved is searched

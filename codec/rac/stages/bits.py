@@ -1,0 +1,74 @@
+"""Words of a few bits in bit planes (format_spec/stages/bits.md): a coder of fixed rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac import native
+from rac.errors import FormatError, UnsupportedError
+from rac.native import groups as native_groups
+from rac.stages.lanes.layout import is_int, up16
+
+KEYS = {"id", "bits"}
+
+
+def from_head(head: dict[str, Any], word: int) -> int:
+    """Bits of a word out of the stage map; `word` is the bytes of one (stages/bits.md, section 1)."""
+    if KEYS - head.keys():
+        raise FormatError("bits/1 lacks its parameter bits")
+    if head.keys() - KEYS:
+        raise UnsupportedError(f"unknown parameters of bits/1: {', '.join(sorted(head.keys() - KEYS))}")
+    if not is_int(head["bits"], 1, 8):
+        raise FormatError("parameter bits is out of range")
+    if word != 1:
+        raise FormatError("bits/1 is for words of one byte")
+    bits: int = head["bits"]
+    return bits
+
+
+def planes(n: int, bits: int) -> tuple[list[tuple[int, int, int]], int]:
+    """(bits, lowest bit, start) of the planes of `n` words, and the bytes of all."""
+    out, low, at = [], 0, 0
+    for b in (8, 4, 2, 1):
+        if bits & b:
+            out.append((b, low, at))
+            low, at = low + b, at + up16(-(-n * b // 8))
+    return out, at
+
+
+def pack(words: NDArray[np.uint8], bits: int) -> bytes:
+    """The unit of a tile of words, all below 2**bits."""
+    flat = np.ascontiguousarray(words).reshape(-1)
+    return native.planes(flat, 0, False, bits, *planes(len(flat), bits)).tobytes()
+
+
+def check(unit: NDArray[np.uint8], n: int, bits: int) -> None:
+    """FormatError unless the unit (bytes,) of a tile is that of `n` words."""
+    cuts, size = planes(n, bits)
+    if len(unit) != size:
+        raise FormatError("bits unit does not have the size of its planes")
+    for b, _, at in cuts:
+        whole = -(-n * b // 8)
+        if unit[at + whole : at + up16(whole)].any():
+            raise FormatError("padding is not zero")
+        if n * b % 8 and unit[at + whole - 1] >> np.uint8(n * b % 8):
+            raise FormatError("plane ends in non-zero bits")
+
+
+def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) -> NDArray[np.uint8]:
+    """Words (n,) out of the unit (bytes,) of a tile; FormatError unless all of it fits."""
+    check(unit, n, bits)
+    found = None if reference else native_groups.words(np.ascontiguousarray(unit), n, bits)
+    if found is not None:
+        return found
+    out = np.zeros(n, np.uint8)
+    for b, low, at in planes(n, bits)[0]:
+        data = unit[at : at - (-n * b // 8)]
+        each = np.empty((len(data), 8 // b), np.uint8)
+        for k in range(8 // b):
+            np.bitwise_and(data >> np.uint8(k * b), np.uint8((1 << b) - 1), out=each[:, k])
+        out |= each.reshape(-1)[:n] << np.uint8(low)
+    return out

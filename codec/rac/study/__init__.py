@@ -1,0 +1,1 @@
+"""Studies: files against their original, methods against each other, bases of a model."""

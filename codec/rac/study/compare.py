@@ -1,0 +1,276 @@
+"""Packed or quantised files of a model against their original, one row for each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate.evaluate import Measure, decibels, translated
+from rac.calibrate.layers import Note
+from rac.container.wire import MAGIC
+from rac.decode.archive import RacFile
+from rac.decode.unpack import quantised
+from rac.encode.align.recipe import EMBEDDINGS, KEEP, SMALLEST
+from rac.encode.sources import Extent, SourceTensor, open_source
+from rac.errors import FormatError, MismatchError, MissingDependencyError
+from rac.frameworks import to_framework
+from rac.linalg.transform import Transform, hook
+from rac.registry import RECORD_TENSOR
+from rac.stages import trellis as tr
+from rac.tensor import extra_of
+
+_NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
+Floats = NDArray[np.float32]
+Within = Callable[[Any, Mapping[str, Any]], contextlib.AbstractContextManager[Any]]
+"""Called with a file's model and what is known of the file's making; entered while the model predicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One file of a comparison. Ratios are in dB; None is no error at all, or, of the last four, not measured."""
+
+    file: str
+    size: int
+    """Bytes on disk: all shards, and the files that travel along."""
+    bits: float
+    """These * 8 / all weights."""
+    quantised_bits: float | None
+    """Bytes of the quantised matrices * 8 / their weights; None where there are none."""
+    snr: float | None
+    """Energy of the matrices of the original to that of their error, over all."""
+    weighted_snr: float | None = None
+    """The same of the outputs of the linear layers: sum tr(W S W') / sum tr(E S E'), S second moments on the text."""
+    kl: float | None = None
+    """KL(original || file) per token, nats, mean over all positions."""
+    top1: float | None = None
+    """Share of positions where both predict the same token."""
+    perplexity: float | None = None
+    """Over all positions but the last of each window."""
+    turned: bool = False
+    """Whether the weights are those of a transformed model, which are in other coordinates: no SNR is measured."""
+
+
+@dataclass(slots=True)
+class _File:
+    """The content of a file: its floating-point tensors under all their names, read when called."""
+
+    row: Row
+    kind: str
+    floats: dict[str, Callable[[], Floats]]
+    matrices: list[str]
+    tied: bool | None = None
+    """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """The provenance of an archive."""
+    maps: dict[str, Transform] | None = None
+    """Online transforms of the tensors that were read, by their names; None: they are folded."""
+
+
+def compare(
+    original: str | os.PathLike[str],
+    files: Sequence[str | os.PathLike[str]],
+    text: str | None = None,
+    *,
+    tokens: int = 8192,
+    context: int = 1024,
+    snr: bool = False,
+    note: Note | None = None,
+    within: Sequence[Within | None] = (None,),
+) -> Iterator[Row]:
+    """Rows for the original and for each file, as they are found.
+
+    Args:
+        original: Whatever can be packed; with `text` the Hugging Face folder of a causal language model.
+        files: .rac and .gguf files, .safetensors files, Hugging Face folders.
+        text: Measure predictions on this text.
+        tokens: On so many of its tokens at most.
+        context: Tokens of one window; what is left behind the last whole window is not measured.
+        snr: Measure the weighted SNR too, which takes one more pass of the original.
+        note: Called with a model's name, windows done, and all of them.
+        within: Ways in which the model of each file predicts, not that of the original; a row for each. None: as it is.
+            Others are called with the model: simulated activations, for example; layers then apply their online
+            transforms, which are folded into the weights otherwise.
+
+    Raises:
+        MismatchError: A file lacks a tensor of the original, or has it in another shape.
+        SourceError: A file is missing or no model, the tokenizer is missing, or the text is too short.
+        FormatError: An archive is damaged.
+        MissingDependencyError: torch, transformers, accelerate or gguf are needed and not installed.
+    """
+    names = [os.fspath(f) for f in files]
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(_opened(os.fspath(original)))
+        measure = None
+        if text is not None:
+            measure = Measure(original, text, tokens, context, note)
+            if snr:
+                measure.moments()
+        yield _row(ours.row, measure, None)
+        for name in names:
+            ratio: float | None = None
+            for i, way in enumerate(within):
+                with _opened(name, way is not None) as theirs:
+                    if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
+                        theirs.floats = translated(name)
+                    if not i and not theirs.row.turned:
+                        ratio = _snr(ours, theirs)
+                    yield _row(replace(theirs.row, snr=ratio), measure, theirs, way)
+
+
+def _row(row: Row, measure: Measure | None, file: _File | None, within: Within | None = None) -> Row:
+    """The row with what `measure` finds for a file, or for the original."""
+    if measure is None:
+        return row
+    model = None
+    if file is not None:
+        model = measure.load({name: read() for name, read in file.floats.items()}, row.file, file.tied)
+    around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if file is not None and model is not None and within is not None:
+        for name, online in (file.maps or {}).items():
+            hook(model.get_submodule(name.removesuffix(".weight")), online)
+        around = within(model, file.about)
+    with around:
+        found = measure.figures(model, row.file)
+    weighted = measure.weighted_snr(model) if file is not None and not row.turned else None
+    return replace(row, weighted_snr=weighted, kl=found.kl, top1=found.top1, perplexity=found.perplexity)
+
+
+def _snr(ours: _File, theirs: _File) -> float | None:
+    """Signal to noise over all matrices of the original, in dB; None where there is no error."""
+    energy = error = 0.0
+    for name in ours.matrices:
+        if name not in theirs.floats:
+            raise MismatchError(f"holds no tensor {name!r} of numbers, which the original has", file=theirs.row.file)
+        a, b = ours.floats[name](), theirs.floats[name]()
+        if a.shape != b.shape:
+            what = f"tensor {name!r} is {list(b.shape)}, the original has {list(a.shape)}"
+            raise MismatchError(what, file=theirs.row.file)
+        energy += float(np.square(a, dtype=np.float64).sum())
+        error += float(np.square(a - b, dtype=np.float64).sum())
+    return decibels(energy, error)
+
+
+@contextlib.contextmanager
+def _opened(path: str, mapped: bool = False) -> Iterator[_File]:
+    """The content of a .rac file (all shards of it), or of anything that can be packed."""
+    magic = b""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as f:  # reported below
+            magic = f.read(len(MAGIC))
+    if magic == MAGIC:
+        with RacFile(path) as archive:
+            yield _of_archive(archive, path, {} if mapped else None)
+    else:
+        yield _of_source(path)
+
+
+def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _File:
+    found = _Content("rac")
+    for archive in f.archives:
+        for e in archive.index.entries:
+            if e.type != RECORD_TENSOR:
+                continue
+            extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
+            for name in (e.name, *(a for a, _ in e.aliases)):
+                size = e.size if name == e.name else 0
+                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name, maps))
+    out = found.file(path, sum(archive.access.size for archive in f.archives))
+    count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
+    out.about, out.maps = f.archives[0].header.get("provenance", {}), maps
+    out.row = replace(out.row, turned=bool(out.about.get("transforms")))
+    with contextlib.suppress(ValueError):
+        stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
+        out.tied = stated.get("tie_word_embeddings")
+    return replace(out, row=replace(out.row, quantised_bits=bits)) if count else out
+
+
+def _unmapped(f: RacFile, name: str, maps: dict[str, Transform] | None) -> NDArray[Any]:
+    """A tensor, the online transform of its layer folded into it, or put apart."""
+    found: NDArray[Any]
+    stated, found = f.read(name)
+    online = f.online(name) if stated.online else None
+    if online is None:
+        return found
+    if maps is not None:
+        maps[name] = online
+        return found
+    return online.fold(found.astype(np.float32))  # type: ignore[no-any-return]
+
+
+def _of_source(path: str) -> _File:
+    source = open_source(path)
+    found = _Content(source.kind)
+    for t in source.tensors:
+        found.add(t.name, t.dtype, t.shape, t.extra or {}, t.nbytes, partial(_dense, t))
+    parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
+    paths = {part.path for part in parts if isinstance(part, Extent)}
+    return found.file(path, sum(map(os.path.getsize, paths)))
+
+
+def _dense(t: SourceTensor) -> NDArray[Any]:
+    return to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")  # type: ignore[no-any-return]
+
+
+class _Content:
+    """Collects the tensors of a file."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._floats: dict[str, Callable[[], Floats]] = {}
+        self._matrices: list[str] = []
+        self._weights = self._bytes = self._of = 0
+
+    def add(
+        self,
+        name: str,
+        dtype: str,
+        shape: tuple[int, ...],
+        extra: Mapping[str, Any],
+        size: int,
+        read: Callable[[], NDArray[Any]],
+    ) -> None:
+        """A tensor of `size` stored bytes, 0 for an alias; `extra` says what GGUF blocks the bytes of U8 are."""
+        blocks = extra.get("gguf") if dtype == "U8" else None
+        if isinstance(blocks, dict):
+            shape = tuple(int(n) for n in blocks.get("shape", shape))
+            self._floats[name] = partial(_blocks, read, str(blocks.get("type")), shape)
+        elif dtype in tr.DTYPES or dtype == "F64":
+            self._floats[name] = partial(_numbers, read)
+        linear = len(shape) >= 2 and math.prod(shape) >= SMALLEST and not any(fnmatchcase(name, p) for p in _NOT_LINEAR)
+        if linear and name in self._floats:
+            self._matrices.append(name)
+        self._weights += math.prod(shape)
+        if size and blocks and linear:
+            self._bytes, self._of = self._bytes + size, self._of + math.prod(shape)
+
+    def file(self, path: str, size: int) -> _File:
+        """All of it, in a file of `size` bytes."""
+        row = Row(path, size, 8 * size / max(1, self._weights), 8 * self._bytes / self._of if self._of else None, None)
+        return _File(row, self._kind, self._floats, self._matrices)
+
+
+def _numbers(read: Callable[[], NDArray[Any]]) -> Floats:
+    return read().astype(np.float32)
+
+
+def _blocks(read: Callable[[], NDArray[Any]], kind: str, shape: tuple[int, ...]) -> Floats:
+    """Numbers of GGUF blocks."""
+    try:
+        import gguf
+    except ImportError as e:
+        raise MissingDependencyError("GGUF tensors need `pip install rac-codec[gguf]`") from e
+    try:
+        out: Floats = gguf.quants.dequantize(read(), gguf.GGMLQuantizationType[kind]).reshape(shape)
+    except (KeyError, ValueError, NotImplementedError) as e:
+        raise FormatError(f"GGUF blocks of type {kind!r} cannot be read: {e}") from e
+    return out
