@@ -28,7 +28,8 @@ def cholesky(a: NDArray[np.float64], reference: bool = False) -> NDArray[np.floa
     out, n, bad = np.array(a, np.float64, order="C"), len(a), 0
     lib = None if reference else native.library()
     if lib is not None:
-        bad = lib.rac_factor(native._p(out), ctypes.c_int64(n), native._p(np.empty((_BLOCK, n))))
+        scratch = np.empty((_BLOCK, n))
+        bad = lib.rac_factor(native._p(out), ctypes.c_int64(n), native._p(scratch))
     else:
         for k in range(n):
             if not out[k, k] > 0:
