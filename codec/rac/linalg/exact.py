@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -56,7 +55,7 @@ def middle(x: ArrayLike) -> float:
 
 
 def erf(x: ArrayLike) -> Floats:
-    """The error function of each of an array (n,), float64, to 1e-15: below 2 by its series, then by a continued fraction."""
+    """The error function, float64, to 1e-15: below 2 by its series, from there by a continued fraction."""
     x = np.asarray(x, np.float64)
     z = np.minimum(np.abs(x), 6.0)  # where it is 1
     two, root = 2 * z * z, math.sqrt(math.pi)

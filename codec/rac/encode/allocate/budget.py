@@ -23,6 +23,7 @@ from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.split import objects as split
 from rac.errors import BudgetError, SourceError
+from rac.linalg import exact
 from rac.machine import room
 from rac.native import product
 from rac.stages import trellis as tr
@@ -33,8 +34,8 @@ CLOSE = 0.1
 """Decibels that a file may have beyond the --snr that was asked for."""
 SHAPED = 32
 """States of the trellis where errors of rows are fed back: every state carries its own."""
-DECIBELS = 20 * math.log10(2)
-"""Of one bit."""
+DECIBELS = 6.020599913279624
+"""Of one bit: 20 log10 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
             if layer.transposed:
                 a, b = a.T, b.T
             energy, error = energy + _through(a, second), error + _through(b, second)
-    return 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
+    return DECIBELS / 2 * float(exact.log2(energy / error)) if error > 0 and energy > 0 else math.inf
 
 
 def _energy(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:

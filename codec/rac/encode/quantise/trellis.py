@@ -115,7 +115,7 @@ class Coders:
             if (q, fine) in self._found:
                 return self._found[q, fine]
             finer = float(exact.exp2(fine / 2))  # squares of the unit by which it is finer
-            x = (self._samples * tr.power(np.int8(q + fine)))[None]
+            x = (self._samples * tr.power(np.array(q + fine)))[None]
             rec = _magnitudes(self._states)
             p = _cells(q + fine, 1, self._states)
             slope = worth(self._states) * finer
@@ -149,7 +149,7 @@ class Coders:
 
 @functools.cache
 def _cells(quarters: int, times: int, states: int) -> NDArray[np.float64]:
-    """Probability of each integer's cell under a Gaussian of deviation `times` 2**(quarters / 4). Not to be written to."""
+    """Probability of each integer's cell under a Gaussian of deviation `times` 2**(quarters / 4). Read only."""
     edges = np.arange(-MOST - 0.5, MOST + 1) if states == 1 else np.arange(-2 * MOST - 0.5, 2 * MOST + 2, 2.0)
     edges /= times * float(exact.exp2(quarters / 4)) * math.sqrt(2)
     out = np.diff(exact.erf(edges)) + 1e-7
