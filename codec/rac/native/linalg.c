@@ -32,11 +32,11 @@ void rac_product(float *t, int64_t h, int64_t w, int64_t t_stride, const float *
     EXACT(product_float(t, h, w, t_stride, a, a_stride, 1, b, b_stride, n));
 }
 
-/* Row i of a (n, n), columns from..from + wide - 1, once those before `from` are taken off. `of`: [k][c], c > k, of the block */
-CLONES static void row_of(double *row, int64_t m, int64_t wide, const double *diagonal, const double *of) {
-    for (int64_t k = 0; k < m; k++) {
+/* The first n numbers of a row, in a block of columns whose own rows of L are `diagonal` and, turned, `of` */
+CLONES static void row_of(double *row, int64_t n, const double *diagonal, const double *of) {
+    for (int64_t k = 0; k < n; k++) {
         const double x = row[k] /= diagonal[k];
-        for (int64_t c = k + 1; c < wide; c++) row[c] -= x * of[k * BLOCK + c];
+        for (int64_t c = k + 1; c < n; c++) row[c] -= x * of[k * BLOCK + c];
     }
 }
 
@@ -46,17 +46,17 @@ static int64_t factor(double *a, int64_t n, double *turned) {
         const int64_t wide = n - from < BLOCK ? n - from : BLOCK, to = from + wide, rest = n - to;
         for (int64_t i = 0; i < wide; i++) {
             double *row = a + (from + i) * n + from;
+            row_of(row, i, diagonal, of);
             for (int64_t k = 0; k < i; k++) {
-                const double x = row[k] /= diagonal[k];
-                of[k * BLOCK + i] = x;
-                for (int64_t c = k + 1; c <= i; c++) row[c] -= x * of[k * BLOCK + c];
+                of[k * BLOCK + i] = row[k];
+                row[i] -= row[k] * row[k];
             }
             if (!(row[i] > 0)) return from + i + 1;
             row[i] = diagonal[i] = sqrt(row[i]);
         }
         for (int64_t i = 0; i < rest; i++) {
             double *row = a + (to + i) * n + from;
-            row_of(row, wide, wide, diagonal, of);
+            row_of(row, wide, diagonal, of);
             for (int64_t k = 0; k < wide; k++) turned[k * rest + i] = row[k];
         }
         for (int64_t i = 0; i < rest; i += TALL) {
