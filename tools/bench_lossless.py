@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ROWS = ["rac-fast", "rac-default", "rac-max", "zipnn", "openzl", "openzl-fast", "pcodec-8", "pcodec-12"]
+ROWS = ["rac-fast", "rac-fast-coarse", "rac-default", "rac-default-coarse", "rac-max"]
+ROWS += ["zipnn", "openzl", "openzl-fast", "pcodec-8", "pcodec-12"]
 ROWS += [f"blosc2-{shuffle}-{level}" for shuffle in ("shuffle", "bitshuffle") for level in (5, 9)]
 ROWS += ["zstd-3", "zstd-19"]
 LABELS = {
@@ -50,6 +51,8 @@ Each unpack is compared with the safetensors file bit for bit. The exit status i
 
   python tools/bench_lossless.py model.safetensors --threads 1 2
   python tools/bench_lossless.py a.safetensors b.safetensors --only rac-max,blosc2     (all blosc2-... rows)
+
+rac-fast and rac-default cut fine tiles, rac-...-coarse those of --slices coarse, as rac-max does.
 
 rows: {" ".join(ROWS)}
 """
@@ -193,7 +196,8 @@ def measure(path: Path, row: str, threads: int, args: argparse.Namespace, archiv
         tensors = [] if name == "rac" else list(read_tensors(path))
         start = time.perf_counter()
         if name == "rac":
-            rac.pack(path, archive, level=options[0], jobs=threads, force=True)
+            slices = options[1] if options[1:] else None
+            rac.pack(path, archive, level=options[0], slices=slices, jobs=threads, force=True)
         for tensor, dtype, array in tensors:
             packed[tensor] = dtype, pack_one(dtype, array)
         return time.perf_counter() - start
