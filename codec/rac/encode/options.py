@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
 """States of the trellis, and passes over each matrix."""
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
-DECIBELS = 20 * math.log10(2)
-"""Signal to noise that one bit is worth."""
+DECIBELS = 6.020599913279624
+"""Signal to noise that one bit is worth: 20 log10 2."""
 Progress = Callable[[str, int], None]
 """Called with the name of a finished tensor and its dense bytes."""
 
