@@ -153,8 +153,8 @@ def pack(
         processes: Quantise in processes, started anew, instead of threads: for machines of many cores. A script that
             asks for it has its own work under `if __name__ == "__main__":`.
         slices: "fine": an eighth of the rows or columns of any tensor costs a reader at most 1.1 times its share of the
-            stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse for quantised tensors, which are 0.5 to
-            1 % smaller so where they are small, and where `lanes` are given.
+            stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse at level "max", where `lanes` are given,
+            and for quantised tensors, which are 0.5 to 1 % smaller so where they are small.
 
     Raises:
         SourceError: The source is missing, damaged or no model.
