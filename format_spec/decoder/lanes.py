@@ -155,6 +155,8 @@ class Shared:
     col_classes: Ints  # C
     class_map: Ints  # Kr x Kc
     models: dict[int, Any] = field(default_factory=dict)  # constriction's form of a table
+    slots: dict[int, tuple[Values, Values, Ints]] = field(default_factory=dict)
+    """Frequencies, starts, and the symbol of each slot, of the tables that were used: made once, not for each tile."""
 
 
 def shared_unit(unit: bytes, p: Parameters, rows: int, cols: int) -> Shared:
@@ -279,14 +281,12 @@ def decode_tile(
     if at != len(unit):
         raise FormatError("RAC-LAN-020: unit is too long")
 
-    # Section 8: rank of each block; blocks of a table follow each other.
-    block_tables = shared.class_map.reshape(-1)
-    ranks = np.empty(len(block_tables), np.uint16)
-    ranks[np.argsort(block_tables, kind="stable")] = np.arange(len(block_tables))
+    # Section 8, but for classes that do not occur in the tile: elements sorted by table, class of row, class of column.
     blocks = (row_classes[:, None] * p.cols + col_classes[None, :]).reshape(-1)
-    sequence = np.argsort(ranks[blocks], kind="stable")  # place in the tile of each element
-    elements = np.bincount(block_tables[blocks], minlength=p.tables)
-    segments = [(table, int(m)) for table, m in enumerate(elements) if m]
+    block_tables = shared.class_map.reshape(-1)[blocks]
+    sequence = np.lexsort((blocks, block_tables))  # stable: place in the tile of each element
+    elements = np.bincount(block_tables, minlength=p.tables)
+    segments = [(int(table), int(elements[table])) for table in np.flatnonzero(elements)]
 
     # Section 10: the lanes.
     counts = [-(-m // p.per) for _, m in segments]
@@ -349,9 +349,11 @@ def words_of_lanes(words: Words, counts: Ints, segments: list[tuple[int, int]], 
             at += 1
             left[lane] -= 1
     for table, count in segments:
-        frequencies = shared.tables[table].astype(np.uint64)
-        starts = np.cumsum(frequencies) - frequencies
-        owner = np.repeat(np.arange(len(frequencies)), shared.tables[table])
+        if table not in shared.slots:
+            frequencies = shared.tables[table].astype(np.uint64)
+            owner = np.repeat(np.arange(len(frequencies)), shared.tables[table])
+            shared.slots[table] = frequencies, np.cumsum(frequencies) - frequencies, owner
+        frequencies, starts, owner = shared.slots[table]
         for first in range(0, count, lanes):
             state = x[: count - first]
             q = state & np.uint64(0xFFFFFF)
