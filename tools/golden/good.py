@@ -460,7 +460,11 @@ def _() -> Archive:
     )
 
 
-@good("lanes-sparse", "1000 tiles of one word and 4096 class pairs: a reader that visits all pairs for each is slow.")
+@good(
+    "lanes-sparse",
+    "1000 tiles of one word and 4096 class pairs: a reader that visits all pairs for each is slow.",
+    "SEC-010",
+)
 def _() -> Archive:
     n = 1000
     p = Lanes(8, 1, runs=[0, 2], row_class=[i * 37 % 64 for i in range(n)], col_class=[63], cols=64)
