@@ -284,7 +284,7 @@ def cut(unit: bytes, p: Parameters, n: int) -> Cut:
         low += power
     if at != len(unit):
         raise FormatError("RAC-LAN-020: unit is too long")
-    return Cut(words, counts, escapes, raw, Parts(*parts[:3], sum(parts[3:]), len(unit) - sum(parts)))
+    return Cut(words, counts, escapes, raw, Parts(parts[0], parts[1], parts[2], sum(parts[3:]), len(unit) - sum(parts)))
 
 
 def order(p: Parameters, shared: Shared, row_classes: Ints, col_classes: Ints) -> tuple[Ints, list[tuple[int, int]]]:
