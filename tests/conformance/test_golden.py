@@ -166,20 +166,19 @@ def test_shards_in_the_second_decoder(tmp_path: Path) -> None:
     assert [*first.tensors, *second.tensors] == ["first", "second", "third"]
 
 
-@pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("name", sorted(MANIFEST["sets"]))
-def test_bad_set(name: str, start: int) -> None:
-    """Each archive is whole; together they are refused, whichever a reader is given."""
+def test_bad_set(name: str) -> None:
+    """Each archive is whole; together, opened by the first, they are refused."""
     entry, folder = MANIFEST["sets"][name], readers.GOLDEN / "sets" / name
     paths = [folder / n for n in entry["sha256"]]
     for path in paths:
         readers.decoder.decode(path)
     for read in (rac.load_file, rac.verify):
         with pytest.raises(rac.RacError) as caught:
-            read(paths[start])
+            read(paths[0])
         assert type(caught.value).__name__ == entry["error"]
     with pytest.raises(readers.DecoderError) as refused:
-        readers.decoder.decode_set(paths[start])
+        readers.decoder.decode_set(paths[0])
     assert type(refused.value).__name__ == entry["error"]
 
 
