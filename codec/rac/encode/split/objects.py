@@ -14,11 +14,13 @@ from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
-from rac.encode.code.plan import CODER, Level, analyse, grid_of
+from rac.encode.code.plan import CODER, Level, Plan, analyse, grid_of
 from rac.encode.code.tile import TileEncoder
+from rac.encode.encoded import Bytes, Encoded
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import BudgetError
+from rac.linalg import exact
 from rac.linalg.pca import pca
 from rac.linalg.triangular import Triangular, damped, triangular
 from rac.records import Limits
@@ -28,7 +30,6 @@ from rac.stages import trellis as tr
 
 Array = NDArray[Any]
 F32 = np.float32
-ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 RANKS = (1, 2, 4, 8, 16, 32)
 """Those that `choose_rank` thinks about, beside 0."""
 SHORT = 64
@@ -52,9 +53,10 @@ HARM = 4.5
 
 
 @dataclass(frozen=True, slots=True)
-class Object(rec.Object):
+class Object:
     """A matrix that tensors compute with, quantised."""
 
+    encoded: Encoded
     quantised: lossy.Quantised
 
     @property
@@ -77,15 +79,15 @@ def lane_of(shape: tuple[int, ...], coder: Level = CODER) -> int:
     return grid_of("U8", shape, 1, coder).tr
 
 
-def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[TileEncoder, list[rec.Bytes]]:
-    """A quantised matrix as the units of a record."""
+def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[Plan, list[Bytes]]:
+    """How the words of a quantised matrix are stored, and the units of its record."""
     plan = replace(analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, coder), words=q.words)
     encoder = TileEncoder(plan)
-    units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
+    units: list[Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
     whole = SourceTensor("", "U8", q.words.shape, q.words.reshape(-1))
     for row in range(plan.grid.down):
         units += rec.band(whole, encoder, row)
-    return encoder, units
+    return plan, units
 
 
 def _object(
@@ -98,9 +100,9 @@ def _object(
     scales = lossy.Scales(_exponents(rows), _exponents(cols))
     lane = lane_of(w.shape)
     q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lane, states, 1, recursion)
-    encoder, units = coded(q)
-    head = rec.object_head(name, encoder.plan, q.trellis, q.digest)
-    return Object(name, head, rec.object_fields(encoder.plan, units, q.trellis), units, q)
+    plan, units = coded(q)
+    head = rec.object_head(name, plan, q.trellis, q.digest)
+    return Object(Encoded(head, units, rec.object_fields(plan, units, q.trellis)), q)
 
 
 def _exponents(x: Array) -> NDArray[np.int8]:
@@ -110,7 +112,7 @@ def _exponents(x: Array) -> NDArray[np.int8]:
 
 def _middle(x: Array) -> float:
     """log2 of the geometric mean."""
-    return float(np.log2(x).mean())
+    return float(exact.log2(x).mean())
 
 
 def before(t: SourceTensor, recipe: Recipe) -> tuple[NDArray[np.float32], str, tuple[Object, ...]]:
@@ -253,7 +255,7 @@ def _plain(a: Aligned) -> Aligned:
     """Without steps of columns and feedback; its errors cost on average what they did."""
     assert a.layer is not None  # noqa: S101
     s = np.asarray(damped(a.layer.second, a.damp))
-    base = a.base + _unit(a) - 0.5 * math.log2(float(np.diag(s).mean()))
+    base = a.base + _unit(a) - 0.5 * float(exact.log2(np.diag(s).mean()))
     return replace(a, base=base, scales=replace(a.scales, cols=np.zeros_like(a.scales.cols)), alignment="identity")
 
 
