@@ -59,8 +59,8 @@ def trellis_cases() -> list[Case]:
     """No trellis and two, scales, corrections, a dead column, outliers, a second row of tiles."""
     out = []
     for i, (dtype, states) in enumerate((("F32", 1), ("BF16", 4), ("F16", 256))):
-        lists = {"rows": [i - 4, 0, 3, 60, -60], "cols": [0, 5, DEAD, -7]}
-        t = Trellis(dtype, states, low=126, corrections=[9, -9, 64], outliers={(4, 1): 0x7C01}, **lists)
+        t = Trellis(dtype, states, low=126, corrections=[9, -9, 64], outliers={(4, 1): 0x7C01})
+        t.rows, t.cols = [i - 4, 0, 3, 60, -60], [0, 5, DEAD, -7]
         words = integers(820 + i, 20)
         stated = {"stage": t.stage(), "dtype": dtype, "matrix": [5, 4], "tile": [3, 4], "unit": b"".join(t.sections())}
         elements = dense(dtype, t.elements(words, 5, 4, 3, 4))
@@ -71,7 +71,12 @@ def trellis_cases() -> list[Case]:
 def groups_cases() -> list[Case]:
     """A zero for all and a list of them, a group that ends early, an exponent."""
     out = []
-    for i, (dtype, zeros) in enumerate((("F32", 8), ("BF16", [3, 200, 0, 7, 8, 9]), ("F16", [0, 15, 1, 2, 3, 4]))):
+    kinds: list[tuple[str, list[int] | int]] = [
+        ("F32", 8),
+        ("BF16", [3, 200, 0, 7, 8, 9]),
+        ("F16", [0, 15, 1, 2, 3, 4]),
+    ]
+    for i, (dtype, zeros) in enumerate(kinds):
         g = Groups(dtype, 4, 3, scales(830 + i, 6), zeros, exponent=4 * i - 4)
         words = codes(835 + i, 15, 4)
         stated = {"stage": g.stage(), "dtype": dtype, "matrix": [3, 5], "tile": [2, 5], "unit": b"".join(g.sections())}
