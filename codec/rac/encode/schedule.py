@@ -101,9 +101,10 @@ class _Item:
         self.encoder = rec.lossless(self.group.tensor, level)
         self.objects = rec.matrix_of(self.group.tensor, level)
         plan = self.encoder.plan
-        left = 0 if plan.grid.down == 1 else plan.grid.down
+        down = plan.grid.down  # 0 where there are no weights
         front: list[Bytes] = [plan.shared] if plan.lanes else []
-        self.bands = [front + (self.band(0) if not left else []), *([] for _ in range(left))]
+        left = down if down > 1 else 0
+        self.bands = [front + (self.band(0) if down == 1 else []), *([] for _ in range(left))]
         return left
 
     def band(self, row: int) -> list[Bytes]:

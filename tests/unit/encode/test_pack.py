@@ -42,6 +42,14 @@ def test_a_shape_that_no_reader_takes(tmp_path):
     assert rac.load_file(tmp_path / "m.rac")["a"].shape == array.shape
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+def test_tensors_without_weights(tmp_path, shape):
+    rac.save_file({"a": np.zeros(shape, np.float32), "b": A}, tmp_path / "m.rac")
+    back = rac.load_file(tmp_path / "m.rac")
+    assert (back["a"].shape, back["a"].dtype) == (shape, np.float32)
+    assert (back["b"] == A).all()
+
+
 def test_arguments_that_are_refused(tmp_path):
     st.save_file({"a": A}, tmp_path / "m.safetensors")
     for kwargs in ({"level": "extreme"}, {"lanes": 0}, {"lanes": 1025}, {"shard_size": 0}, {"jobs": 0}):
