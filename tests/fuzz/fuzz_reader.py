@@ -1,6 +1,6 @@
 """Mutates golden archives and reads them with both programs: nothing but their own errors may leave.
 
-    python tests/fuzz/fuzz_reader.py --seconds 300 --seed 1
+    PYTHONPATH=tests:tools:format_spec python -m fuzz.fuzz_reader --seconds 300 --seed 1
 
 Two thirds of the cases change fields and are built anew, with all lengths, checksums, digests and index rows made right
 again, so that what is behind them is reached. The rest changes bytes anywhere. Both programs must read a case to
@@ -11,25 +11,19 @@ the working directory, and the exit status is 1.
 import argparse
 import copy
 import io
+import math
 import random
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import readers  # noqa: E402
-
-sys.path.insert(0, str(readers.ROOT / "tools"))
-
-from golden.model import OBJECT, TENSOR, Archive, parse  # noqa: E402
-
-from rac.container import msg, wire, zstd  # noqa: E402
-from rac.container.forward import Forward  # noqa: E402
-from rac.decode.stream import Found, forward_tensors  # noqa: E402
-from rac.registry import DTYPES  # noqa: E402
+from golden.model import OBJECT, TENSOR, Archive, parse
+from rac.container import msg, wire, zstd
+from rac.container.forward import Forward
+from rac.decode.stream import Found, forward_tensors
+from rac.registry import DTYPES
+from support import readers
 
 INTS = [
     0,
@@ -244,13 +238,13 @@ def compare(data: bytes) -> tuple[str, str]:
     return tuple(v if k == "refused" else k for k, v in (got["rac_verify"], theirs))  # type: ignore[return-value]
 
 
-def run(seconds: float, seed: int, classes: Counter[tuple[str, str]] | None = None) -> int:
-    """Number of archives tried; raises with the case saved where one fails."""
+def run(seed: int, most: float, seconds: float, classes: Counter[tuple[str, str]] | None = None) -> int:
+    """Number of archives tried, at most `most`; raises with the case saved where one fails."""
     good = sorted((readers.GOLDEN / "good").glob("*.rac"))
     corpus = [p.read_bytes() for p in good if p.stat().st_size < 20_000]
     models = [parse(data) for data in corpus]
     rng, tried, stop = random.Random(seed), 0, time.monotonic() + seconds
-    while time.monotonic() < stop:
+    while tried < most and time.monotonic() < stop:
         if rng.random() < 0.67:
             a = copy.deepcopy(rng.choice(models))
             some = rng.sample(a.records, min(len(a.records), rng.choice((1, 1, 2, 4))))
@@ -280,6 +274,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     seen: Counter[tuple[str, str]] = Counter()
-    print(run(args.seconds, args.seed, seen), "archives, nothing found; rac and the second decoder said:")
+    print(run(args.seed, math.inf, args.seconds, seen), "archives, nothing found; rac and the second decoder said:")
     for (ours, theirs), count in sorted(seen.items()):
         print(f"{count:7d} {ours} {'' if ours == theirs else theirs}")
