@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-VERSION = 16
+VERSION = 17
 """Changes with any function or structure."""
 
 
@@ -142,6 +142,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_ungroup": (c_int, Matrix, Matrix, Matrix, Matrix, c_int64, c_int64, c_int),
     "rac_unbits": (None, Flat, c_int64, c_int, Flat),
     "rac_product": (None, Matrix, Matrix, Matrix),
+    "rac_factor": (c_int64, Flat, c_int64, Flat),
     "rac_round": (None, Flat, c_int64, Flat, c_int),
     "rac_hist": (None, Flat, c_int64, c_int64, Flat, Flat, c_int64, Flat),
     "rac_count": (None, Flat, Flat, c_int64, c_int64, Flat),

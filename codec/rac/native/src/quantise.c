@@ -15,13 +15,29 @@ static void feed(const rac_columns *b, int64_t j, float *g) {
     }
 }
 
+/* The whole number nearest to 4 log2 x of x > 0, without libm, whose last bit differs between machines; linalg/exact.py */
+static int quarters(double x) {
+    static const double eighths[4] = {0.5452538663326288, 0.6484197773255049, 0.7711054127039705, 0.9170040432046713};
+    int e;
+    const double m = frexp(x, &e);
+    int q = 4 * e - 4;
+    for (int i = 0; i < 4; i++) q += m >= eighths[i];
+    return q;
+}
+
+/* 2**(e / 4), the binary32 numbers of stages/trellis.md, section 3 */
+static float power(int e) {
+    static const float within[4] = {1.0f, 0x1.306fe0p0f, 0x1.6a09e6p0f, 0x1.ae89fap0f};
+    return ldexpf(within[e & 3], e >> 2);
+}
+
 /* Which of the levels the deviation of targets in steps falls to; -1 where there is none */
 static int level_of(const rac_search *s, const float *g, int64_t rows, float step) {
     double square = 0;
     for (int64_t r = 0; r < rows; r++) square += (double)g[r] * g[r];
     const double ratio = step > 0 ? sqrt(square / (double)rows) / step : 0;
     if (!(step > 0 && ratio > 0)) return -1;
-    const int q = (int)lrint(4 * log2(ratio)) - s->low;
+    const int q = quarters(ratio) - s->low;
     return q < 0 ? 0 : q < s->levels ? q : s->levels - 1;
 }
 
@@ -44,7 +60,7 @@ int rac_quantise(const rac_search *s, const rac_columns *b) {
             memcpy(g, b->plain + j * m, (size_t)m * 4);
             continue;
         }
-        const float unit = b->step[j] * exp2f(-0.25f * (float)b->fine_of[j]), inverse = 1.0f / unit;
+        const float unit = b->step[j] * power(-b->fine_of[j]), inverse = 1.0f / unit;
         for (int64_t r = 0; r < m; r++) x[r] = g[r] * inverse;
         const float *rate = s->rate + (int64_t)q * s->tables * wide + s->most;
         const rac_column c = {m, m / b->groups, x, rate, b->out + j * m, v};
