@@ -21,21 +21,28 @@ static void by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int
     for (int64_t i = 0; i < n; i++) order[next[class[i]]++] = (int32_t)i;
 }
 
+/* The classes of k that occur; returns how many: a tile is not charged for others */
+static int occurring(const int64_t *ends, int k, int *classes) {
+    int n = 0;
+    for (int i = 0; i < k; i++)
+        if (ends[i] < ends[i + 1]) classes[n++] = i;
+    return n;
+}
+
 /* The blocks of a tile whose rows and columns are sorted, by table */
 static void cut_blocks(rac_tile *w) {
     const rac_shared *s = w->shared;
-    const int kr = s->row_classes, kc = s->col_classes;
+    int rows[256], cols[256];
+    const int kc = s->col_classes, nr = occurring(w->row_end, s->row_classes, rows), nc = occurring(w->col_end, kc, cols);
     const int64_t *re = w->row_end, *ce = w->col_end;
     int64_t first[257] = {0};
-    for (int i = 0; i < kr * kc; i++) first[s->table[i] + 1] += re[i / kc] < re[i / kc + 1] && ce[i % kc] < ce[i % kc + 1];
+    for (int n = 0; n < nr * nc; n++) first[s->table[rows[n / nc] * kc + cols[n % nc]] + 1]++;
     for (int i = 0; i < 256; i++) first[i + 1] += first[i];
     w->last = w->blocks + first[256];
-    for (int i = 0; i < kr; i++)
-        for (int k = 0; k < kc; k++) {
-            if (re[i] == re[i + 1] || ce[k] == ce[k + 1]) continue;
-            const int64_t table = s->table[i * kc + k];
-            w->blocks[first[table]++] = (rac_block){table, re[i], re[i + 1], ce[k], ce[k + 1]};
-        }
+    for (int n = 0; n < nr * nc; n++) {
+        const int i = rows[n / nc], k = cols[n % nc], table = s->table[i * kc + k];
+        w->blocks[first[table]++] = (rac_block){table, re[i], re[i + 1], ce[k], ce[k + 1]};
+    }
 }
 
 /* A tile before it is decoded: its rows and columns by class, its blocks */
@@ -51,10 +58,11 @@ static int prepare(rac_tile *w, const rac_job *job) {
         w->dst = w->coded = malloc((size_t)(h * c) + 64 + 2 * (size_t)(c + 31)); /* and the states of the trellis */
         w->stride = c;
     }
-    char *scratch = malloc((size_t)(h + c) * 4 + (size_t)kr * (size_t)kc * sizeof(rac_block) + 64);
+    const size_t blocks = (size_t)least(kr * kc, h * c) * sizeof(rac_block); /* at most */
+    char *scratch = malloc((size_t)(h + c) * 4 + blocks + 64);
     w->blocks = (rac_block *)scratch;
     if (!scratch || (job->numbers && !w->coded)) return NO_MEMORY;
-    w->row = (int32_t *)(scratch + (size_t)kr * (size_t)kc * sizeof(rac_block));
+    w->row = (int32_t *)(scratch + blocks);
     w->col = w->row + h;
     w->row_end[0] = w->col_end[0] = 0;
     w->row_end[1] = h;
