@@ -35,7 +35,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/bench_lossless.py demo/minilm-bf16.safetensors demo/minilm-f32.safetensors --threads 1 2
 
 fuzz: $(STAMP)
-	$(BIN)/python tests/fuzz/fuzz_reader.py --seconds 300
+	PYTHONPATH=tests:tools:format_spec $(BIN)/python -m fuzz.fuzz_reader --seconds 300
 
 golden: $(STAMP)
 	$(BIN)/python tools/make_golden.py

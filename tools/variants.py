@@ -23,7 +23,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
-from smollm2_bar import HEAD, row
 
 from rac.calibrate.evaluate import Measure
 from rac.calibrate.layers import Layer, calibrate, joined
@@ -32,6 +31,7 @@ from rac.encode.align import recipe as rcp
 from rac.encode.allocate import budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
+from smollm2_bar import HEAD, row
 
 
 def shrunk(layers: Mapping[str, Layer], share: float) -> dict[str, Layer]:

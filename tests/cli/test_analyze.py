@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 st = pytest.importorskip("safetensors.numpy")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import models
 
 from rac.cli import analyze as command
 from rac.cli import main
 from rac.methods import rotations
 from rac.study.analyze import model as md
+from support import models
 
 EVERY = ["original", "hadamard", "hadamard2", "hadamard-feedback", "pca", "triangular"]
 

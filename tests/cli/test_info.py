@@ -6,14 +6,9 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import products
 
 import rac
 from rac.cli import info, main
@@ -23,6 +18,7 @@ from rac.container.reader import Archive
 from rac.encode import record as rec
 from rac.encode.code import plan as analyse
 from rac.stages import trellis as tr
+from support import products
 
 st = pytest.importorskip("safetensors.numpy")
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,7 @@ import pytest
 import rac
 from rac.cli import main
 from rac.cli.load import busy_time
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from servers import Server  # noqa: E402
+from support.servers import Server
 
 TENSORS = {f"t{i}": np.random.default_rng(i).standard_normal((300, 500)).astype(np.float32) for i in range(6)}
 

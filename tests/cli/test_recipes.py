@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import models
 
 import rac
 from rac.cli import main
 from rac.methods.recipes import RECIPES
+from support import models
 
 
 @pytest.fixture(scope="module")

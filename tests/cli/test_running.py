@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import models
 
 import rac
 import rac.runtime  # noqa: F401 - the quantizer
@@ -23,6 +18,7 @@ from rac.encode.pack import pack, pack_source
 from rac.methods import transforms
 from rac.runtime.simulate import simulated
 from rac.runtime.text import perplexity
+from support import models
 
 
 @pytest.fixture(scope="module")

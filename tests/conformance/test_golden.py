@@ -1,7 +1,6 @@
 """The golden files through every reader, and the clauses of the specification against the golden files."""
 
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -11,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import readers
-
 import rac
+from golden.good import archive, attachment, tensor
+from support import environment, readers
 
 MANIFEST = readers.manifest()
 GOOD = sorted(MANIFEST["good"])
@@ -25,6 +22,9 @@ ELSEWHERE = {
     "RAC-DIG-001": "conformance/test_golden.py::test_writer_makes_the_example",
     "RAC-FWD-001": "corruption/test_corruption.py::test_every_bit",
     "RAC-ONL-010": "unit/runtime/test_online.py::test_the_model_that_was_packed",
+    "RAC-PRV-001": "unit/test_provenance.py::test_reading_does_not_depend_on_it",
+    "RAC-PRV-002": "unit/test_provenance.py::test_malformed",
+    "RAC-PRV-003": "unit/test_provenance.py::test_other_keys_decide_nothing",
     "RAC-RAR-001": "corruption/test_corruption.py::test_every_bit",
     "RAC-RAR-003": "corruption/test_corruption.py::test_reads_stay_inside",
     "RAC-SEC-002": "conformance/test_golden.py::test_in_another_process",
@@ -73,8 +73,8 @@ def test_refused(kind: str, name: str) -> None:
 @pytest.mark.parametrize("native", [True, False])
 def test_in_another_process(native: bool) -> None:
     """With the C kernel under a limit of memory; and in numba and numpy."""
-    env = {k: v for k, v in os.environ.items() if k != "RAC_NO_NATIVE"} | ({} if native else {"RAC_NO_NATIVE": "1"})
-    args = [sys.executable, readers.__file__, *(["--limit"] if native else [])]
+    env = {k: v for k, v in environment().items() if k != "RAC_NO_NATIVE"} | ({} if native else {"RAC_NO_NATIVE": "1"})
+    args = [sys.executable, "-m", "support.readers", *(["--limit"] if native else [])]
     done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.startswith("kernel: C") == native
@@ -177,9 +177,6 @@ def test_shard_missing(tmp_path: Path) -> None:
 
 def test_name_in_two_shards(tmp_path: Path) -> None:
     path = _set(tmp_path)
-    sys.path.insert(0, str(readers.ROOT / "tools"))
-    from golden.good import archive, attachment, tensor
-
     other = tmp_path / "m-00002-of-00002.rac"
     other.write_bytes(archive(tensor("x", "U8", [1], [1], more={"aliases": [["first", True]]}), shard=[2, 2]).build())
     with pytest.raises(rac.FormatError):

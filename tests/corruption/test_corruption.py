@@ -1,7 +1,6 @@
 """Damage at every place of a small archive; no damage may go unseen, none may lead to a wrong tensor."""
 
 import io
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -9,13 +8,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import readers
-
 import rac
 from rac.container.access import BytesAccess
 from rac.container.forward import Forward
+from support import environment, readers
 
 GOLDEN = readers.GOLDEN
 DATA = (GOLDEN / "good" / "base.rac").read_bytes()
@@ -228,12 +224,11 @@ BOMBS = ["attachment-window", "index-window", "index-zeros", "expansion", "expan
 BOMBS += ["msg-depth-40000", "msg-array32", "msg-map32-huge", "frame-size-huge", "frame-window-max", "index-count"]
 CHILD = """
 import resource, sys
-sys.path.insert(0, sys.argv[1])
-import readers
+from support import readers
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
 resource.setrlimit(resource.RLIMIT_CPU, (5, 5))
-data = open(sys.argv[2], "rb").read()
+data = open(sys.argv[1], "rb").read()
 for reader in ("rac_random", "rac_forward", "rac_verify", "second_forward", "second_random"):
     print(reader, readers.outcome(reader, data)[0])
 """
@@ -244,8 +239,6 @@ def test_bombs(name: str) -> None:
     """5 seconds and 100 MiB are enough for all readers together to refuse each."""
     entry = readers.manifest()["bad"][f"{name}.rac"]
     path = GOLDEN / "bad" / f"{name}.rac"
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, os.path.dirname(readers.__file__), str(path)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", CHILD, str(path)], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {line.split(" ")[1] for line in done.stdout.splitlines()} == {entry["error"]}

@@ -1,6 +1,6 @@
 """Mutates golden archives and reads them with both programs: nothing but their own errors may leave.
 
-    python tests/fuzz/fuzz_reader.py --seconds 300 --seed 1
+    PYTHONPATH=tests:tools:format_spec python -m fuzz.fuzz_reader --seconds 300 --seed 1
 
 Two thirds of the cases change fields and are built anew, with all lengths, checksums, digests and index rows made right
 again, so that what is behind them is reached. The rest changes bytes anywhere. Both programs must read a case to
@@ -12,24 +12,17 @@ import argparse
 import copy
 import io
 import random
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import readers  # noqa: E402
-
-sys.path.insert(0, str(readers.ROOT / "tools"))
-
-from golden.model import OBJECT, TENSOR, Archive, parse  # noqa: E402
-
-from rac.container import msg, wire, zstd  # noqa: E402
-from rac.container.forward import Forward  # noqa: E402
-from rac.decode.stream import Found, forward_tensors  # noqa: E402
-from rac.registry import DTYPES  # noqa: E402
+from golden.model import OBJECT, TENSOR, Archive, parse
+from rac.container import msg, wire, zstd
+from rac.container.forward import Forward
+from rac.decode.stream import Found, forward_tensors
+from rac.registry import DTYPES
+from support import readers
 
 INTS = [
     0,

@@ -7,7 +7,6 @@ imported. Many tensors go through one decoder, as the interpreter takes the same
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,28 +19,24 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import grids  # noqa: E402
-import products  # noqa: E402
-
-from rac.container.access import BytesAccess  # noqa: E402
-from rac.decode import archive as ar  # noqa: E402
+from rac.container.access import BytesAccess
+from rac.decode import archive as ar
 from rac.decode import random as ld
-from rac.decode.gpu import Gpu  # noqa: E402
+from rac.decode.gpu import Gpu
 from rac.encode.code import plan as analyse
-from rac.encode.pack import pack_source  # noqa: E402
-from rac.encode.sources import from_arrays  # noqa: E402
-from rac.errors import ChecksumError, FormatError  # noqa: E402
+from rac.encode.pack import pack_source
+from rac.encode.sources import from_arrays
+from rac.errors import ChecksumError, FormatError
 from rac.gpu import decoder as cuda
 from rac.gpu import jobs as cuda_jobs
-from rac.methods.grouped import pack_grouped  # noqa: E402
-from rac.registry import RECORD_ATTACHMENT  # noqa: E402
-from rac.stages.groups import values  # noqa: E402
+from rac.methods.grouped import pack_grouped
+from rac.registry import RECORD_ATTACHMENT
+from rac.stages.groups import values
 from rac.stages.lanes import layout as ll
+from support import grids, products
 
 GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
 ROWS, TILES = 100, 6

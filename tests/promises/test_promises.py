@@ -535,7 +535,6 @@ def test_10_independently_readable(tmp_path):
     code = """if True:
         import sys
         sys.modules["rac"] = None  # to import it is an error
-        sys.path.insert(0, sys.argv.pop(1))
         from decoder.cli import main
         sys.exit(main())
     """
@@ -543,7 +542,7 @@ def test_10_independently_readable(tmp_path):
         path = tmp_path / f"{level}.rac"
         rac.save_file(tensors, path, {"k": "v"}, level=level)
         done = subprocess.run(
-            [sys.executable, "-c", code, folder.parent, path, "--json"], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, path, "--json"], cwd=folder.parent, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stderr) == (0, ""), level
         report = json.loads(done.stdout)

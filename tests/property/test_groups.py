@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,11 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import basic_indices
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import grids
-import readers
-
 import rac
 from rac.container.access import BytesAccess
 from rac.encode.code import plan as analyse
@@ -25,6 +19,7 @@ from rac.encode.sources import Source, SourceTensor
 from rac.methods.grouped import pack_grouped
 from rac.stages import groups as gr
 from rac.stages import trellis as tr
+from support import grids, readers
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,14 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import basic_indices
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import products
-import readers
-
 import rac
 from rac.container.access import BytesAccess
 from rac.encode.code import plan as analyse
+from support import products, readers
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 

@@ -50,13 +50,12 @@ class _File:
     """What the record heads state, by the offset of the record."""
 
 
-def _wanted(header: Mapping[str, Any], kind: int, method: str) -> bool:
-    """Whether the head of a record says more than its row: quantised, or of a model with online maps."""
+def _wanted(mapped: bool, kind: int, method: str) -> bool:
+    """Whether the head of a record says more than its row: quantised, or of a model with online maps (`mapped`)."""
     from rac.registry import RECORD_OBJECT, RECORD_TENSOR
     from rac.stages.table import is_quantised
 
-    mapped = kind == RECORD_TENSOR and bool(header.get("provenance", {}).get("online"))
-    return kind in (RECORD_TENSOR, RECORD_OBJECT) and (mapped or is_quantised(method))
+    return (mapped and kind == RECORD_TENSOR) or (kind in (RECORD_TENSOR, RECORD_OBJECT) and is_quantised(method))
 
 
 def _files(src: str) -> list[_File]:
@@ -66,12 +65,14 @@ def _files(src: str) -> list[_File]:
     from rac.container.access import InFile
     from rac.decode.archive import open_archives
     from rac.decode.random import parse
+    from rac.provenance import Provenance
 
     archives, out = open_archives(src), []
     try:
         for a in archives:
             heads = {}
-            wanted = [e for e in a.index.entries if _wanted(a.header, e.type, e.method)]
+            mapped = Provenance.of(a.header, a.access.name).online > 0
+            wanted = [e for e in a.index.entries if _wanted(mapped, e.type, e.method)]
             with ThreadPoolExecutor(a.access.parallel) as pool:
                 records = list(pool.map(a.record, wanted))
             for e, record in zip(wanted, records, strict=True):
@@ -89,14 +90,15 @@ def _stream(src: str) -> _File:
     from rac.container.forward import Forward
     from rac.container.index import method_of
     from rac.decode.stream import Objects
+    from rac.provenance import Provenance
     from rac.registry import RECORD_OBJECT
 
     heads = {}
     with sys.stdin.buffer if src == "-" else open(src, "rb") as f:
         forward = Forward(f, "<stdin>" if src == "-" else src)
-        objects = Objects(forward.limits)
+        objects, mapped = Objects(forward.limits), Provenance.of(forward.header, forward.name).online > 0
         for record in forward.records():
-            wanted = _wanted(forward.header, record.type, method_of(record))
+            wanted = _wanted(mapped, record.type, method_of(record))
             if wanted or record.type == RECORD_OBJECT:
                 with InFile(str(forward.name), repr(record.head.get("name"))):
                     t = objects.parse(record)
@@ -146,6 +148,7 @@ def report(src: str) -> dict[str, Any]:
     """Everything that `rac info` knows, as plain data. "bytes" adds up to "size" exactly."""
     from rac.decode.unpack import quantised, tensor_bytes, weights
     from rac.linalg.transform import describe
+    from rac.provenance import Provenance
     from rac.records import PARTS
     from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 
@@ -239,7 +242,7 @@ def report(src: str) -> dict[str, Any]:
         "objects": objects,
         "attachments": attachments,
         "metadata": files[0].header.get("metadata", {}),
-        "provenance": files[0].header.get("provenance", {}),
+        "provenance": Provenance.of(files[0].header).stated,
         "content": [f.index.digest.hex() for f in files],
     }
 

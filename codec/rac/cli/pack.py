@@ -63,8 +63,8 @@ def add(commands: Any) -> None:
         "--slices",
         choices=("fine", "coarse"),
         help="tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond "
-        "1.1 times its share (default: fine; coarse for quantised tensors, which are 0.5 to 1 %% smaller then where "
-        "they are small, and with --lanes)",
+        "1.1 times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are "
+        "0.5 to 1 %% smaller then where they are small)",
     )
     p.add_argument("--shard-size", metavar="SIZE", help="start a new shard after SIZE of dense bytes, e.g. 5GB")
     lossy = p.add_argument_group(

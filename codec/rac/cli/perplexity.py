@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from rac.decode.archive import RacFile
     from rac.encode.allocate.budget import read_text
     from rac.models.predictions import check
+    from rac.provenance import Provenance
 
     check(args.tokens, args.context)
     text = read_text(args.text)
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     around: AbstractContextManager[Any] = nullcontext()
     if args.activations is not None or args.kv is not None:
         with RacFile(args.src) as f:
-            around = simulation(args, model, f.archives[0].header.get("provenance", {}))
+            around = simulation(args, model, Provenance.of(f.archives[0].header, args.src))
     start = time.monotonic()
     with Steps() as note, around:
         found, cut, context = perplexity(model, tokenizer, text, args.tokens, args.context, note)

@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rac.provenance import Provenance
 
 RESIDENT = "keep the weights decoded (dense, the default: fast) or as the file has them (compressed: small)"
 
@@ -70,20 +72,16 @@ def add_simulated(p: argparse.ArgumentParser) -> None:
     )
 
 
-def simulation(args: argparse.Namespace, model: Any, about: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """What to enter; `about` is the provenance of the model's file, whose "keys" is the seed of rotated keys."""
-    from rac.errors import FormatError
+def simulation(args: argparse.Namespace, model: Any, about: Provenance) -> AbstractContextManager[Any]:
+    """What to enter so that a model computes with quantised activations; `about` is the provenance of its file."""
     from rac.runtime.simulate import simulated
 
-    seed = about.get("keys")
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 1 << 64):
-        raise FormatError("the seed of rotated keys is malformed", file=args.src if "src" in args else None)
     return simulated(
         model,
         args.activations,
         args.kv,
         clip=args.clip,
-        rotate_keys="keys" in about,
-        seed=seed,
+        rotate_keys=about.keys is not None,
+        seed=about.keys,
         asymmetric=args.activation_grid == "asymmetric",
     )

@@ -17,6 +17,7 @@ from rac.decode.archive import RacFile
 from rac.errors import FormatError, OutputError
 from rac.linalg.transform import describe
 from rac.machine import threads_of
+from rac.provenance import Provenance
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.table import is_quantised
@@ -124,14 +125,14 @@ def _tensors(f: RacFile) -> list[tuple[Archive, Entry]]:
 
 def _plan(f: RacFile, target: str) -> list[_Output]:
     """Files to write, and the place of every tensor in them."""
-    origin = f.archives[0].header.get("provenance", {})
-    whole = not origin.get("include") and not origin.get("exclude")
-    if target.endswith(".gguf") or (GGUF_HEADER in f.attachments() and whole and not target.endswith(".safetensors")):
-        if GGUF_HEADER not in f.attachments() or not whole:
+    origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
+    gguf = GGUF_HEADER in f.attachments()
+    if target.endswith(".gguf") or (gguf and not target.endswith(".safetensors") and origin.whole):
+        if not gguf or not origin.whole:
             raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
         return [_plan_gguf(f, target if target.endswith(".gguf") else os.path.join(target, "model.gguf"))]
     rows: dict[str, list[tuple[str, Entry]]] = {}
-    sharded = not target.endswith(".safetensors") and origin.get("source") == "hf"
+    sharded = not target.endswith(".safetensors") and origin.source == "hf"
     for archive, e in _tensors(f):
         extra = archive.record(e).head.get("extra", {}) if sharded else {}
         for name in (e.name, *(a for a, _ in e.aliases)):
@@ -198,11 +199,8 @@ def _plan_gguf(f: RacFile, path: str) -> _Output:
     for _, e in _tensors(f):
         order += [(len(order), name, e) for name in (e.name, *(a for a, _ in e.aliases))]
     where = {name: e for _, name, e in order}
-    names = f.archives[0].header.get("provenance", {}).get("gguf_order", list(where))
-    if not isinstance(names, list) or sorted(map(str, names)) != sorted(where):
-        raise FormatError("the order of the GGUF tensors is malformed", file=f.archives[0].access.name, unit="header")
     at = len(out.head)
-    for name in names:
+    for name in Provenance.of(f.archives[0].header, f.archives[0].access.name).gguf_order(where):
         e = where[name]
         out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
         at += _size(e)

@@ -35,8 +35,9 @@ from rac.encode.code.plan import LEVELS, SLICES, Bytes, Encoder, Level, Plan, tu
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import room, threads_of
+from rac.provenance import state
 from rac.records import Limits
-from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR, VERSION
+from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.lanes.parameters import MAX_LANES
 
 WINDOW = 64 << 20
@@ -151,8 +152,8 @@ def pack(
         processes: Quantise in processes, started anew, instead of threads: for machines of many cores. A script that
             asks for it has its own work under `if __name__ == "__main__":`.
         slices: "fine": an eighth of the rows or columns of any tensor costs a reader at most 1.1 times its share of the
-            stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse for quantised tensors, which are 0.5 to
-            1 % smaller so where they are small, and where `lanes` are given.
+            stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse at level "max", where `lanes` are given,
+            and for quantised tensors, which are 0.5 to 1 % smaller so where they are small.
 
     Raises:
         SourceError: The source is missing, damaged or no model.
@@ -223,10 +224,9 @@ def recipe_of(
         raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
     groups = ties.find(source.tensors)
     recipe = recipe_for(groups, os.fspath(src), request, note)
-    if resume and (before := rs.provenance(f"{os.fspath(out)}.part")):
-        about = dict(recipe.about)
-        if {k: before.get(k) for k in about} == about and before.get("level") == level:
-            return replace(recipe, scale=float(before["bits_scale"]))
+    found = rs.provenance(f"{os.fspath(out)}.part").scale(recipe.about, level) if resume else None
+    if found is not None:
+        return replace(recipe, scale=found)
     judge = None
     if request.kl is not None:
         judge = Divergence(src, read_text(request.calibrate[0]), request.tokens, note)
@@ -296,24 +296,16 @@ def pack_source(
     if shard_size is not None:
         stem = path.removesuffix(".rac")
         paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
-    provenance: dict[str, Any] = {
-        "level": level,
-        "lossless": quantiser is None,
-        "source": source.kind,
-        "tool": f"rac-codec {VERSION}",
-    }
-    if lanes is not None:
-        provenance["lanes"] = lanes
-    if slices is not None:
-        provenance["slices"] = slices
-    if settings and any(settings.values()):
-        provenance |= settings
-    if quantiser is not None:
-        provenance |= quantiser.about
-    if mapped := sum(t.online is not None for t in source.tensors):
-        provenance["online"] = mapped  # `rac info` looks for them only then
-    if source.kind == "gguf" and any(g.aliases for g in groups):
-        provenance["gguf_order"] = [t.name for t in source.tensors]  # a GGUF file has no names for places
+    provenance = state(
+        source.kind,
+        level,
+        cut=(lanes, slices),
+        settings=settings,
+        about=None if quantiser is None else quantiser.about,
+        online=sum(t.online is not None for t in source.tensors),
+        # a GGUF file has no names for places
+        gguf_order=[t.name for t in source.tensors] if source.kind == "gguf" and any(g.aliases for g in groups) else (),
+    )
     resumed = 0
     fidelity: list[Fidelity] = []
 

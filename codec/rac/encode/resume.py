@@ -15,6 +15,7 @@ from rac.decode.stream import Objects
 from rac.encode import ties
 from rac.encode.sources import Attachment
 from rac.errors import RacError
+from rac.provenance import Provenance
 from rac.records import Entry, Record
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import Tensor, parts
@@ -79,14 +80,13 @@ def scan(part: str, header: dict[str, Any], files: Sequence[Attachment], groups:
     return Found(entries, at, done, digests, names)
 
 
-def provenance(part: str) -> dict[str, Any]:
-    """What the header of a part states of its making; empty where there is no readable part."""
+def provenance(part: str) -> Provenance:
+    """What the header of a part states of its making; nothing where there is no readable part."""
     try:
         with open(part, "rb") as f:
-            found: dict[str, Any] = Forward(f, part).header.get("provenance", {})
-            return found
+            return Provenance.of(Forward(f, part).header, part)
     except (OSError, RacError):
-        return {}
+        return Provenance()
 
 
 def _entry(record: Record, **fields: Any) -> Entry:

@@ -23,6 +23,7 @@ from rac.encode import ties
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError
 from rac.machine import threads_of
+from rac.provenance import Provenance
 from rac.records import Record
 from rac.registry import RECORD_OBJECT
 from rac.stages.words import from_words
@@ -107,8 +108,8 @@ def _records(
     forward: Forward, name: str, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None
 ) -> None:
     if against is not None and seen.source is None:
-        origin: dict[str, Any] = forward.header.get("provenance", {})
-        seen.source = open_source(against, origin.get("include", ()), origin.get("exclude", ()))
+        origin = Provenance.of(forward.header, name)
+        seen.source = open_source(against, origin.include, origin.exclude)
         seen.theirs = {t.name: t for t in seen.source.tensors}
     content: list[list[Any]] = []
     parts: dict[str, tuple[int, ...]] = {}

@@ -25,13 +25,14 @@ from rac.encode.sources import Extent, SourceTensor, open_source
 from rac.errors import FormatError, MismatchError, MissingDependencyError
 from rac.frameworks import to_framework
 from rac.linalg.transform import Transform, hook
+from rac.provenance import Provenance
 from rac.registry import RECORD_TENSOR
 from rac.stages.words import DTYPES
 from rac.tensor import extra_of
 
 _NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
 Floats = NDArray[np.float32]
-Within = Callable[[Any, Mapping[str, Any]], contextlib.AbstractContextManager[Any]]
+Within = Callable[[Any, Provenance], contextlib.AbstractContextManager[Any]]
 """Called with a file's model and what is known of the file's making; entered while the model predicts."""
 
 
@@ -70,7 +71,7 @@ class _File:
     matrices: list[str]
     tied: bool | None = None
     """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Provenance = field(default_factory=Provenance)
     """The provenance of an archive."""
     maps: dict[str, Transform] | None = None
     """Online transforms of the tensors that were read, by their names; None: they are folded."""
@@ -186,8 +187,8 @@ def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _Fi
                 found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name, maps))
     out = found.file(path, sum(archive.access.size for archive in f.archives))
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
-    out.about, out.maps = f.archives[0].header.get("provenance", {}), maps
-    out.row = replace(out.row, turned=bool(out.about.get("transforms")))
+    out.about, out.maps = Provenance.of(f.archives[0].header, path), maps
+    out.row = replace(out.row, turned=out.about.transformed)
     with contextlib.suppress(ValueError):
         stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
         out.tied = stated.get("tie_word_embeddings")

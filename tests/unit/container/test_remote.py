@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +13,8 @@ from rac.container.remote import open_url
 
 pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from servers import Server  # noqa: E402
+from support.servers import Server
 
 rng = np.random.default_rng(5)
 TENSORS = {f"layer {i}": rng.standard_normal((300, 700)).astype(np.float32) for i in range(12)}

@@ -19,8 +19,7 @@ RATCHET = Path(__file__).with_name("sass.json")
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
-sys.path.insert(0, str(ROOT / "tools"))
-import gpu_sass  # noqa: E402
+import gpu_sass
 
 
 def test_kernels_are_right_under_the_interpreter():

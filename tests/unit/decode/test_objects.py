@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import products
 
 import rac
 from rac.cli import info
@@ -23,6 +18,7 @@ from rac.encode import resume as rs
 from rac.encode.code import plan as analyse
 from rac.encode.ties import digest
 from rac.records import Limits
+from support import products
 
 DTYPES = ("F32", "F16", "BF16")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import products  # noqa: E402
-
-from rac.decode import archive as ar  # noqa: E402
+from rac.decode import archive as ar
 from rac.decode import random as ld
-from rac.errors import ChecksumError  # noqa: E402
+from rac.errors import ChecksumError
 from rac.gpu import op
-from rac.registry import RECORD_TENSOR  # noqa: E402
+from rac.registry import RECORD_TENSOR
+from support import products
 
 GOLDEN = Path(__file__).parents[3] / "format_spec" / "golden" / "good"
 

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import grids
 
 import rac
 from rac.cli.info import report
@@ -20,6 +14,7 @@ from rac.methods.grouped import pack_grouped
 from rac.records import Online
 from rac.stages import groups as gr
 from rac.stages import trellis as tr
+from support import grids
 
 W = {f"layer.{i}.weight": grids.normal(i, 96 + 32 * i, 200) for i in range(3)}
 BIAS = grids.normal(9, 1, 96)[0]

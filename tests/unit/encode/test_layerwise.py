@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 from rac.errors import SourceError, UnsupportedError
 from rac.methods import transforms as tf
@@ -21,6 +17,7 @@ from rac.methods.gptq import gptq, rtn
 from rac.methods.layerwise import calibration_ids, quantise_gptq, quantise_rtn
 from rac.runtime.simulate import blocks_linears, simulated
 from rac.stages.groups import values
+from support import models
 
 IDS = (np.arange(5 * 48).reshape(5, 48) * 37 % 251).astype(np.int64)
 

@@ -70,6 +70,29 @@ def test_lanes_are_a_parameter_of_the_file(tmp_path):
         assert rac.load_file(tmp_path / "m.rac")["a"].tobytes() == a.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("options", "tile"),
+    [
+        ({}, [50, 75]),
+        ({"level": "fast"}, [50, 75]),
+        ({"level": "max"}, [400, 600]),
+        ({"level": "max", "slices": "fine"}, [50, 75]),
+        ({"slices": "coarse"}, [400, 600]),
+        ({"lanes": 8}, [400, 600]),
+        ({"lanes": 8, "slices": "fine"}, [50, 75]),
+        ({"lanes": 8, "slices": "coarse"}, [400, 600]),
+    ],
+)
+def test_tiles_are_fine_but_at_max_and_with_lanes(tmp_path, options, tile):
+    """What is asked for holds, and cuts as finely with a number of lanes as without."""
+    a = np.random.default_rng(0).standard_normal((400, 600)).astype(np.float32)
+    st.save_file({"a": a}, tmp_path / "m.safetensors")
+    rac.pack(tmp_path / "m.safetensors", tmp_path / "m.rac", **options)
+    archive = Archive(FileAccess(tmp_path / "m.rac"))
+    assert archive.record(archive.index.entries[0]).head["tile"] == tile
+    assert rac.load_file(tmp_path / "m.rac")["a"].tobytes() == a.tobytes()
+
+
 def test_summary(tmp_path):
     st.save_file({"a": A, "b": A, "c": A + 1}, tmp_path / "m.safetensors")
     seen = []

@@ -6,16 +6,12 @@ import copy
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 from rac.encode.pack import pack_source
 from rac.errors import DivergedError, SourceError, TransformError
@@ -26,6 +22,7 @@ from rac.methods.rotations import cayley as ca
 from rac.methods.rotations import learned as la
 from rac.methods.rotations.kurtail import gather
 from rac.methods.rotations.spinquant import start
+from support import models
 
 CLOSE = 2e-5
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 from rac.errors import TransformError
 from rac.methods import transforms as tf
@@ -22,6 +17,7 @@ from rac.methods.smoothquant import choose, smoothquant
 from rac.methods.transforms.smooth import PLACES
 from rac.models.activations import per_token
 from rac.stages.groups import values
+from support import models
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 251
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 from rac.encode.pack import pack_source
 from rac.errors import TransformError
 from rac.linalg.transform import hooked
 from rac.methods import transforms as tf
+from support import models
 
 CLOSE = 2e-5
 CLASSES = {

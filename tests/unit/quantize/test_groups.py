@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import grids
 
 from rac.errors import FormatError, UnsupportedError
 from rac.stages import bits as bt
 from rac.stages import groups as gr
 from rac.stages import trellis as tr
+from support import grids
 
 F32 = np.float32
 

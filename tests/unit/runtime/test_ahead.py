@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import test_layers as tl
 
 from rac.runtime import Workspace, ahead, device
 from rac.runtime.ahead import Ahead
 from rac.runtime.layers import Compressed
+from support.layers import archive_of, linear
 
 HOST = torch.device("cpu")
 
@@ -211,12 +207,12 @@ class Immediate(Device):
 def test_real_layers_through_their_workspace(tmp_path, monkeypatch):
     torch.manual_seed(1)
     weights = {f"w{i}": torch.randn(96 + 32 * i, 64) for i in range(4)}
-    archive = tl.archive_of(tmp_path, weights)
+    archive = archive_of(tmp_path, weights)
     monkeypatch.setattr(device, "_why_not", lambda name: None)
     monkeypatch.setattr(ahead, "Cuda", Immediate)
     monkeypatch.setattr(Compressed, "dense", lambda self: self._resident.dense(self.weight.detach(), self.stored))
     workspace = Workspace()
-    layers = [tl.linear(archive, n, workspace) for n in weights]
+    layers = [linear(archive, n, workspace) for n in weights]
     for turn in range(3):
         if turn == 2:  # the bytes of one are others now: what was decoded ahead of them is not taken
             with torch.no_grad():

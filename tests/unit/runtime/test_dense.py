@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 import rac
 from rac.encode.pack import pack
 from rac.errors import SourceError
 from rac.runtime import RacEmbedding, RacLinear
 from rac.runtime.layers import Compressed
+from support import models
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:fan_in_fan_out")
 

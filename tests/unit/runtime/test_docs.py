@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 from rac.cli import main
 from rac.encode.pack import pack
+from support import models
 
 PAGE = Path(__file__).parents[3] / "docs" / "loading.md"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 import rac
 import rac.runtime
@@ -22,6 +18,7 @@ from rac.errors import ChecksumError, MismatchError, OutputError, UnsupportedErr
 from rac.runtime.folder import write_folder
 from rac.runtime.layers import Compressed
 from rac.runtime.record import TAIL
+from support import models
 
 
 @pytest.fixture(scope="module")

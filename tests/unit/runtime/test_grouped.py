@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import grids
-import models
 
 import rac
 from rac.cli import main
@@ -23,6 +16,7 @@ from rac.methods import transforms as tf
 from rac.methods.grouped import pack_grouped
 from rac.runtime import RacEmbedding, RacLinear
 from rac.stages.groups import values
+from support import grids, models
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["entropy", "fixed"])

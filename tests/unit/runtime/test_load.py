@@ -7,21 +7,18 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 import rac
 from rac.encode.pack import pack
 from rac.errors import ChecksumError, MismatchError, SourceError, UnsupportedError
 from rac.runtime import RacEmbedding, RacLinear
 from rac.runtime.layers import Compressed
+from support import models
 
 
 @pytest.fixture(scope="module")

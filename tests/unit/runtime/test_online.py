@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 import rac
 import rac.runtime
@@ -27,6 +22,7 @@ from rac.methods import transforms as tf
 from rac.records import Online
 from rac.runtime.folder import write_folder
 from rac.runtime.layers import Compressed, RacLinear
+from support import models
 
 
 @pytest.fixture(scope="module")

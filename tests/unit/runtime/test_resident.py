@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 import rac
 from rac.encode.pack import pack
 from rac.runtime import RacEmbedding, RacLinear
 from rac.runtime.dense import dequantize
 from rac.runtime.record import TAIL
+from support import models
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import models
 
 import rac
 from rac.encode.pack import pack, pack_source
@@ -20,6 +14,7 @@ from rac.errors import UnsupportedError
 from rac.methods import transforms as tf
 from rac.models.activations import per_group, per_token
 from rac.runtime.simulate import blocks_linears, largest, simulated
+from support import models
 
 
 @pytest.fixture

@@ -53,8 +53,10 @@ class Level:
     """Words of a tile at most."""
     coarse: bool = False
     """Cut into tiles by COARSE."""
+    sliced: float = 0.0
+    """Stored bytes of a word, about, where tiles were asked for; 0: as its type has them."""
     density: float = 0.0
-    """Stored bytes of a word, about; 0: as its type has them."""
+    """The same, of the tiles that are cut."""
 
 
 LEVELS = {
@@ -62,12 +64,12 @@ LEVELS = {
     for level in (
         Level("fast", 32, 2, 1, 1, 0, False, 0, 3, 1),
         Level("default", 32, 2, 8, 6, 2, False, 0, 9, 1),
-        Level("max", 16, 1, 16, 8, 5, True, 2, 19, 9),
+        Level("max", 16, 1, 16, 8, 5, True, 2, 19, 9, coarse=True),
     )
 }
+"""Of which `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for."""
 
-
-CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18, coarse=True)
+CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18, coarse=True, sliced=0.5)
 """How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
 each of them, not for two, and needs as many lanes at once as it can get (docs/gpu.md). But coarse: a trellis begins
 anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/streaming.md)."""
@@ -81,7 +83,7 @@ def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
     if lanes is not None:
         level = replace(level, lanes=lanes, fixed=True, coarse=True)
     if slices is not None:
-        level = replace(level, coarse=slices == "coarse", density=0.5 if level.coarse else 0.0)
+        level = replace(level, coarse=slices == "coarse", density=level.sliced)
     return level
 
 

@@ -1,6 +1,6 @@
 """Every way to read an archive, for the tests of conformance, corruption and fuzzing.
 
-`python tests/readers.py` reads all golden files in one process under a memory limit and says what is wrong; the tests
+`python -m support.readers` reads all golden files in one process under a memory limit and says what is wrong; the tests
 run it, with and without the C kernel.
 """
 
@@ -17,18 +17,15 @@ from typing import Any
 
 import xxhash
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT / "format_spec" / "golden"
-sys.path.insert(0, str(ROOT / "format_spec"))
-
-import decoder  # noqa: E402
-from decoder.errors import RacError as DecoderError  # noqa: E402
-
-import rac  # noqa: E402
-from rac.container.access import BytesAccess  # noqa: E402
+import decoder
+import rac
+from decoder.errors import RacError as DecoderError
+from rac.container.access import BytesAccess
 from rac.decode import random as ld
-from rac.frameworks import numpy_dtype  # noqa: E402
+from rac.frameworks import numpy_dtype
+from support import ROOT
 
+GOLDEN = ROOT / "format_spec" / "golden"
 Content = dict[str, Any]
 """Tensors (name to array, or to dtype, shape, bytes), attachments, and whether tied names are one object."""
 MOST = 100 << 20

@@ -1,0 +1,137 @@
+"""What a header says of the making of its archive: the keys that decide anything, typed, and the writer of them all.
+
+Which program may act on which key, and what it does where one is malformed: format_spec/container.md, "Provenance".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rac.errors import FormatError
+from rac.registry import VERSION
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """The provenance of one archive. A property raises FormatError where the key that it acts on is malformed."""
+
+    stated: Mapping[str, Any] = field(default_factory=dict)
+    """All keys as the header has them; what no property here reads decides nothing."""
+    file: str | None = None
+    """The file, for messages."""
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], file: Any = None) -> Provenance:
+        """The provenance that a checked header states."""
+        return cls(header.get("provenance", {}), None if file is None else str(file))
+
+    def _typed(self, key: str, good: Callable[[Any], bool], usual: Any) -> Any:
+        value = self.stated.get(key, usual)
+        if key in self.stated and not good(value):
+            raise FormatError(f"provenance: {key!r} is malformed", file=self.file, unit="header")
+        return value
+
+    @property
+    def source(self) -> str:
+        """Kind of what was packed: "hf", "gguf", "safetensors", "memory" or another; empty where it is not stated."""
+        return str(self._typed("source", _text, ""))
+
+    @property
+    def include(self) -> tuple[str, ...]:
+        """Patterns of the tensors that were taken; none: all."""
+        return tuple(self._typed("include", _texts, ()))
+
+    @property
+    def exclude(self) -> tuple[str, ...]:
+        """Patterns of the tensors that were left out."""
+        return tuple(self._typed("exclude", _texts, ()))
+
+    @property
+    def whole(self) -> bool:
+        """Whether no pattern has left out tensors of the source."""
+        return not self.include and not self.exclude
+
+    def gguf_order(self, names: Collection[str]) -> list[str]:
+        """The tensors `names` in the order of the GGUF file that was packed; as they are where none is stated."""
+
+        def good(value: Any) -> bool:
+            return _texts(value) and sorted(value) == sorted(names)
+
+        return list(self._typed("gguf_order", good, names))
+
+    @property
+    def keys(self) -> int | None:
+        """Seed of the rotation of queries and keys that a quantised cache is to have; None: there is none."""
+        found: int | None = self._typed("keys", _count, None)
+        return found
+
+    @property
+    def transformed(self) -> bool:
+        """Whether the weights are those of a transformed model, and so in other coordinates than the original's."""
+        return bool(self._typed("transforms", _texts, ()))
+
+    @property
+    def online(self) -> int:
+        """Number of tensors whose layers need an online transform."""
+        return int(self._typed("online", _count, 0))
+
+    def scale(self, about: Mapping[str, Any], level: str) -> float | None:
+        """The common scale that an interrupted lossy pack has found; None where it was asked for anything else.
+
+        Args:
+            about: What the request states of itself.
+            level: The level of the tensors that stay lossless.
+        """
+        if {k: self.stated.get(k) for k in about} != dict(about) or self.stated.get("level") != level:
+            return None
+
+        def good(value: Any) -> bool:
+            try:
+                return _text(value) and abs(float(value)) < 1000
+            except ValueError:
+                return False
+
+        found = self._typed("bits_scale", good, None)
+        return None if found is None else float(found)
+
+
+def state(
+    source: str,
+    level: str,
+    *,
+    cut: tuple[int | None, str | None] = (None, None),
+    settings: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    online: int = 0,
+    gguf_order: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The provenance that a pack writes.
+
+    Args:
+        source: Kind of the source.
+        level: Level of the tensors that stay lossless.
+        cut: Lanes of a tile and kind of slices, where they were asked for.
+        settings: What else the caller states: patterns, transforms, and so on; left out where all of it is empty.
+        about: What a quantiser states of itself; None: all is lossless.
+        online: Number of tensors with online transforms.
+        gguf_order: Names of all tensors, where the order of the records is not that of the GGUF file.
+    """
+    lanes, slices = cut
+    known = {"lanes": lanes, "slices": slices, "online": online or None, "gguf_order": list(gguf_order) or None}
+    out = {"level": level, "lossless": about is None, "source": source, "tool": f"rac-codec {VERSION}"}
+    more = settings if settings and any(settings.values()) else {}
+    return {**out, **more, **(about or {}), **{k: v for k, v in known.items() if v is not None}}
