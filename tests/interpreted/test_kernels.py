@@ -47,7 +47,9 @@ ROWS, TILES = 100, 6
 
 def is_short(t):
     """Whether the interpreter is done with a tensor in a second or two."""
-    steps = t.grid.tr * t.grid.tc // (t.chain.coder.lanes * t.chain.coder.per) if isinstance(t.chain.coder, Lanes) else 0
+    steps = (
+        t.grid.tr * t.grid.tc // (t.chain.coder.lanes * t.chain.coder.per) if isinstance(t.chain.coder, Lanes) else 0
+    )
     return steps <= ROWS and t.tiles <= TILES
 
 
