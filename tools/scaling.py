@@ -26,15 +26,14 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from rac.encode import record as rec  # noqa: E402
-from rac.encode.code.plan import LEVELS, analyse  # noqa: E402
-from rac.encode.code.tile import TileEncoder  # noqa: E402
+from rac.encode.code.plan import LEVELS  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
 from rac.encode.quantise.tensor import SHAPED  # noqa: E402
-from rac.encode.sources import SourceTensor  # noqa: E402
 from rac.encode.split import objects as split  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
 from rac.stages import trellis as tr  # noqa: E402
+from rac.stages.words import from_words, to_words  # noqa: E402
 
 F32 = np.float32
 TOKENS = 1024
@@ -132,7 +131,7 @@ def inputs(n: int) -> NDArray[np.float32]:
 
 def bf16(n: int) -> NDArray[np.float32]:
     """(n, n) Gaussian numbers of BF16."""
-    return tr.from_words(tr.to_words(np.random.default_rng(0).standard_normal((n, n), F32), "BF16"), "BF16")
+    return from_words(to_words(np.random.default_rng(0).standard_normal((n, n), F32), "BF16"), "BF16")
 
 
 def quantise(w: NDArray[np.float32], recursion: Triangular | None = None) -> lossy.Quantised:
@@ -153,31 +152,13 @@ def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None)
     states = STATES if below is None else SHAPED
     magnitudes = tr.magnitudes(states, lossy.ZERO)[lossy.ZERO - lossy.MOST : lossy.ZERO + lossy.MOST + 1].copy()
     rate = (0.35 * np.abs(np.arange(-lossy.MOST, lossy.MOST + 1.0))).astype(F32).reshape(1, 1, -1)
-    back = None if below is None else np.ascontiguousarray(below.T)
-    native.block(
-        states,
-        tr.CODES[states],
-        columns,
-        columns.copy(),
-        m,
-        np.zeros((n, n), F32),
-        np.full(n, 0.25, F32),
-        magnitudes,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        None,
-        2.0 * lossy.MOST,
-        below,
-        back,
-    )
+    how = native.Search(states, tr.CODES[states], m, magnitudes, rate, 2.0 * lossy.MOST, below=below)
+    native.block(how, columns, columns.copy(), np.zeros((n, n), F32), np.full(n, 0.25, F32))
 
 
 def code(q: lossy.Quantised) -> int:
     """Bytes of the tiles."""
-    plan = analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, LEVELS["default"])
-    t, encoder = SourceTensor("", "U8", q.words.shape, q.words.reshape(-1)), TileEncoder(plan)
-    return sum(len(unit) for row in range(plan.grid.down) for unit in rec.band(t, encoder, row))
+    return sum(map(len, rec.coded(q.words, LEVELS["default"])[1]))
 
 
 def measure(n: int) -> Rates:

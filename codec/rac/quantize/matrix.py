@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rac.grid import Box
 from rac.native import trellis as native
 from rac.stages import trellis as tr
 
@@ -80,21 +81,8 @@ def quantize(
     bits = (2 * k / max(deviation, 0.5)) ** 2 / (2 * math.log(2))  # of a Gaussian, but for a constant
     rate = (slope * bits).astype(np.float32).reshape(1, 1, -1)
     rec = tr.magnitudes(states, _ZERO)[_ZERO - _MOST : _ZERO + _MOST + 1].copy()
-    found, _, far, coded = native.block(
-        states,
-        tr.CODES[states],
-        plain,
-        plain.copy(),
-        len(x),
-        feed,
-        step,
-        rec,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        None,
-        2.0 * _MOST,
-    )
+    search = native.Search(states, tr.CODES[states], len(x), rec, rate, 2.0 * _MOST)
+    found, _, far, coded = native.block(search, plain, plain.copy(), feed, step)
     if far.any():
         raise ValueError(f"a value lies more than {2 * _MOST} steps from 0: choose a larger unit")
     if (zeros := np.flatnonzero(live & (coded < 0))).size:
@@ -118,10 +106,11 @@ def dequantize(
         raise ValueError(f"integers must be -{_MOST} to {_MOST}")
     out = np.empty(k.shape, "<u4")
     none = np.zeros((0, 2), np.int64)
-    tables = tr.Tables(tr.magnitudes(states, _ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
+    lists = tr.Lists(tr.magnitudes(states, _ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
     words = np.ascontiguousarray((k.astype(np.int16) + _ZERO).astype(np.uint8))
     if k.size:
-        tr.decode(words, tr.Trellis(states, _ZERO, 0, 0, (0, 0, 0, 0)), tables, (0, len(k), 0, k.shape[1]), out, "F32")
+        numbers = tr.OpenTrellis(tr.Trellis(states, _ZERO, 0, 0, (0, 0, 0, 0)), "F32", lists)
+        numbers.decode(words, Box(0, len(k), 0, k.shape[1]), out)
     return out.view(np.float32)
 
 
