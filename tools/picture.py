@@ -52,10 +52,10 @@ def draw(found: list[Point]) -> str:
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 430" font-family="sans-serif" font-size="12">',
         '<rect width="720" height="430" fill="white"/>',
     ]
-    for bits in range(2, 10):
-        x, _ = place(bits, 1)
+    for tick in range(2, 10):
+        x, _ = place(tick, 1)
         out.append(f'<path d="M{x} {TOP}V{BOTTOM}" stroke="#ddd"/>')
-        out.append(text(x, BOTTOM + 18, str(bits), 'text-anchor="middle"'))
+        out.append(text(x, BOTTOM + 18, str(tick), 'text-anchor="middle"'))
     for power in range(-3, 1):
         _, y = place(BITS[0], 10.0**power)
         out.append(f'<path d="M{LEFT} {y}H{RIGHT}" stroke="#ddd"/>')

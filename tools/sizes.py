@@ -79,7 +79,8 @@ def made() -> dict[str, NDArray[Any]]:
         z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         uniform = (z ^ z >> np.uint64(31)).view(np.uint16).reshape(height, width, 8).astype(np.int32)
         scale = np.arange(height)[:, None] * 7 % 5 + np.arange(width) * 11 % 3
-        return np.ldexp((uniform.sum(-1) - 4 * 65535).astype(np.float32), scale - 26)
+        out: NDArray[np.float32] = np.ldexp((uniform.sum(-1) - 4 * 65535).astype(np.float32), scale - 26)
+        return out
 
     return {
         "embed.weight": matrix(1, 600, 192).astype(ml_dtypes.bfloat16),
