@@ -18,6 +18,12 @@ _memory = np.zeros(1 << 15 if INTERPRETED else 0, np.uint8)
 _address = -(-_memory.ctypes.data // 16) * 16
 
 
+@triton.constexpr_function
+def number(dtype):
+    """The type of numbers of a data type of the format."""
+    return {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}[dtype]
+
+
 @triton.jit
 def popcount(v):
     """Bits that are set."""

@@ -7,19 +7,16 @@ import triton.language as tl
 
 
 @triton.jit
-def outliers(aux, out, jobs, n, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def outliers(out, jobs, JOB: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
     """BLOCK outliers per program, of any tensors.
 
     Args:
-        aux: u8, unused.
         out: u8, takes words.
-        jobs: (n, 2) int64: offset, word.
-        n: Outliers.
+        jobs: A multiple of BLOCK; `place` of a `word`.
         WORD: Bytes of a word.
         BLOCK: Outliers of a program.
     """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    job = jobs + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) * JOB.size
     TYPE: tl.constexpr = tl.uint32 if WORD == 4 else tl.uint16
-    offset = tl.load(jobs + 2 * i, mask=i < n, other=0)
-    value = tl.load(jobs + 2 * i + 1, mask=i < n, other=0)
-    tl.store((out + offset).to(tl.pointer_type(TYPE)), value.to(TYPE), mask=i < n)
+    word = tl.load(job + JOB.word).to(TYPE)
+    tl.store((out + tl.load(job + JOB.place)).to(tl.pointer_type(TYPE)), word)

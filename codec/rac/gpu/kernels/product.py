@@ -16,6 +16,7 @@ def product(
     objects,
     out,
     jobs,
+    JOB: tl.constexpr,
     WORD: tl.constexpr,
     HALF: tl.constexpr,
     ADDED: tl.constexpr,
@@ -28,16 +29,16 @@ def product(
         work: u8, holds the numbers of the trellis, f32; they are the start (ADDED) or a.
         objects: u8, holds the objects, f32: a (ADDED) and b.
         out: u8, takes words.
-        jobs: (n, 11) int64: offset of the numbers; numbers from row to row; offset of a (ADDED), numbers from row
-            to row; offset of b, numbers from row to row; terms; offset of words, words from row to row; h, w.
+        jobs: `numbers`, `a` (ADDED) and `b`, each with numbers from row to row; `terms`; `words` and `stride` of them
+            from row to row; `h`; `w`.
         WORD: Bytes of a word.
         HALF: Two bytes are F16 and not BF16.
         ADDED: Whether t starts as numbers (lowrank/1) or as 0 (basis/1).
         ROWS: Rows of the program.
         COLS: Columns of the program.
     """
-    job = jobs + tl.program_id(0).to(tl.int64) * 11
-    h, w = tl.load(job + 9).to(tl.int32), tl.load(job + 10).to(tl.int32)
+    job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
+    h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
     across = tl.cdiv(w, COLS)
     y = tl.program_id(1) // across * ROWS + tl.arange(0, ROWS)
     x = tl.program_id(1) % across * COLS + tl.arange(0, COLS)
@@ -45,15 +46,19 @@ def product(
         # what lies outside is computed from what lies inside, and not stored
         row, col = tl.minimum(y, h - 1).to(tl.int64), tl.minimum(x, w - 1)
         if ADDED:
-            a = (objects + tl.load(job + 2)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + 3)
-            start = (work + tl.load(job)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + 1)
+            a = (objects + tl.load(job + JOB.a)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + JOB.a_stride)
+            start = (work + tl.load(job + JOB.numbers)).to(tl.pointer_type(tl.float32)) + row * tl.load(
+                job + JOB.number_stride
+            )
             t = tl.load(start[:, None] + col[None, :])
         else:
-            a = (work + tl.load(job)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + 1)
+            a = (work + tl.load(job + JOB.numbers)).to(tl.pointer_type(tl.float32)) + row * tl.load(
+                job + JOB.number_stride
+            )
             t = tl.zeros((ROWS, COLS), tl.float32)
-        b = (objects + tl.load(job + 4)).to(tl.pointer_type(tl.float32)) + col
-        stride = tl.load(job + 5)
-        for _ in tl.range(tl.load(job + 6).to(tl.int32), loop_unroll_factor=1):
+        b = (objects + tl.load(job + JOB.b)).to(tl.pointer_type(tl.float32)) + col
+        stride = tl.load(job + JOB.b_stride)
+        for _ in tl.range(tl.load(job + JOB.terms).to(tl.int32), loop_unroll_factor=1):
             t += tl.load(a)[:, None] * tl.load(b)[None, :]
             a += 1
             b += stride
@@ -66,5 +71,5 @@ def product(
             word = tl.where(nan, 0x7E00, t.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32))
         else:
             word = tl.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)
-        dst = (out + tl.load(job + 7)).to(tl.pointer_type(TO)) + y.to(tl.int64) * tl.load(job + 8)
+        dst = (out + tl.load(job + JOB.words)).to(tl.pointer_type(TO)) + y.to(tl.int64) * tl.load(job + JOB.stride)
         tl.store(dst[:, None] + x[None, :], word.to(TO), mask=(y < h)[:, None] & (x < w)[None, :])

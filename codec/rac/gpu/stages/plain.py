@@ -1,0 +1,55 @@
+"""raw/1, zstd/1 and bits/1 for a GPU: words as they are, or in bit planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rac.gpu.layout import Place
+from rac.gpu.stages.base import Codes, Tile, by_row, place
+from rac.stages import bits
+
+
+def _words(tile: Tile, word: int, raw: int, planes: Sequence[int], to: Place) -> None:
+    """Words of `word` bytes and `raw` bits out of the planes at these offsets."""
+    h, w = tile.shape
+    many = max(1, word // 4)  # there is no plane of 64 bits
+    rows, columns = tile.batch.plain_map(h, w * many)
+    form = {"WORD": word // many, "SHIFT": 0, "SIGN": 0, "ZERO": 0, "RAW": raw // many, "CODED": False}
+    place(
+        tile.batch,
+        Place(to.memory, to.at, to.stride * many),
+        form,
+        (h, w * many),
+        rows=rows,
+        columns=columns,
+        tops=0,
+        symbols=0,
+        planes=planes,
+    )
+
+
+class Plain:
+    """raw/1, and zstd/1, whose frames the host expands."""
+
+    def words(self, tile: Tile, to: Place) -> None:
+        """Words in their places."""
+        word = tile.dec.tensor.grid.word
+        _words(tile, word, 8 * word, [tile.at], to)
+
+    def codes(self, tile: Tile, anywhere: bool) -> Codes:
+        """The unit itself."""
+        return Codes("units", tile.at)
+
+
+class Bits:
+    """bits/1."""
+
+    def words(self, tile: Tile, to: Place) -> None:
+        """Words in their places; FormatError unless the unit is that of so many words."""
+        p, (h, w) = tile.dec.tensor.chain.coder, tile.shape
+        bits.check(tile.unit, h * w, p.bits)
+        _words(tile, 1, p.bits, [tile.at + start for _, _, start in bits.planes(h * w, p.bits)[0]], to)
+
+    def codes(self, tile: Tile, anywhere: bool) -> Codes:
+        """Words row by row."""
+        return by_row(self, tile)
