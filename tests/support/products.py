@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rac.encode.code.tile import TileEncoder
 
 from rac.container import zstd
 from rac.container.index import content_digest
 from rac.container.writer import Writer
 from rac.encode import record as rec
 from rac.encode.code.plan import LEVELS, Level, analyse
-from rac.encode.code.tile import TileEncoder
 from rac.encode.sources import SourceTensor
 from rac.encode.ties import Group
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR

@@ -31,15 +31,14 @@ from rac.encode import resume as rs
 from rac.encode import ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Request, code, read_text, recipe_for, snr, solve, texts_of
-from rac.encode.code.plan import LEVELS, SLICES, Level, tuned
-from rac.encode.code.tile import TileEncoder
+from rac.encode.code.plan import LEVELS, SLICES, Bytes, Encoder, Level, Plan, tuned
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import room, threads_of
 from rac.provenance import state
 from rac.records import Limits
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
-from rac.stages.lanes import layout as ll
+from rac.stages.lanes.parameters import MAX_LANES
 
 WINDOW = 64 << 20
 """Dense bytes in work beyond the largest tensor."""
@@ -280,8 +279,8 @@ def pack_source(
         quantiser = ByTrellis(recipe)
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
-    if lanes is not None and not 1 <= lanes <= ll.MAX_LANES:
-        raise ValueError(f"lanes must be 1..{ll.MAX_LANES}")
+    if lanes is not None and not 1 <= lanes <= MAX_LANES:
+        raise ValueError(f"lanes must be 1..{MAX_LANES}")
     if slices not in (None, *SLICES):
         raise ValueError(f"slices must be one of {', '.join(SLICES)}, not {slices!r}")
     effort = tuned(LEVELS[level], lanes, slices)
@@ -446,12 +445,14 @@ class _Item:
     group: ties.Group
     number: int
     left: int = -1
-    encoder: TileEncoder | None = None
+    plan: Plan | None = None
+    encoder: Encoder | None = None
+    """None for a quantised tensor."""
     behind: rec.Behind | None = None
     """Of a quantised tensor, which is done in one piece."""
     fidelity: Fidelity | None = None
     objects: tuple[rec.Object, ...] = ()
-    bands: list[list[rec.Bytes]] = field(default_factory=list)
+    bands: list[list[Bytes]] = field(default_factory=list)
 
 
 def _tensors(
@@ -501,8 +502,8 @@ def _tensors(
             if waiting[0].left == 0:
                 item = waiting.popleft()
                 written += 1
-                assert item.encoder is not None  # noqa: S101
-                group, plan = item.group, item.encoder.plan
+                assert item.plan is not None  # noqa: S101
+                group, plan = item.group, item.plan
                 units = [unit for band in item.bands for unit in band]
                 own = 0
                 for o in (o for o in item.objects if o.name not in there):
@@ -519,8 +520,8 @@ def _tensors(
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 item, row = running.pop(job)
                 if row < 0:
-                    item.encoder, units, item.behind, item.fidelity, item.objects = job.result()
-                    down = item.encoder.plan.grid.down
+                    item.plan, item.encoder, units, item.behind, item.fidelity, item.objects = job.result()
+                    down = item.plan.grid.down
                     item.left = down if down > 1 and not item.behind else 0
                     item.bands = [units, *([] for _ in range(item.left))]
                     for r in range(item.left):
@@ -533,7 +534,7 @@ def _tensors(
             job.cancel()
 
 
-Started = tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[rec.Object, ...]]
+Started = tuple[Plan, Encoder | None, list[Bytes], rec.Behind | None, Fidelity | None, tuple[rec.Object, ...]]
 
 
 class Quantiser(Protocol):
@@ -583,10 +584,10 @@ def _start(t: SourceTensor, level: Level) -> Started:
     """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
     encoder = rec.lossless(t, level)
     plan = encoder.plan
-    units: list[rec.Bytes] = [plan.shared] if plan.lanes else []
+    units = plan.fronts
     if plan.grid.down == 1:
         units += rec.band(t, encoder, 0)
-    return encoder, units, None, None, rec.matrix_of(t, level)
+    return plan, encoder, units, None, None, rec.matrix_of(t, level)
 
 
 def _quantise(t: SourceTensor, recipe: Recipe) -> Started:
@@ -606,6 +607,5 @@ def _quantise(t: SourceTensor, recipe: Recipe) -> Started:
         time.perf_counter() - start,
     )
     behind = coded.behind(zstd.digest(dense.reshape(-1).view(np.uint8).data), ties.digest(t))
-    done = replace(coded.encoder.plan, words=None, base=None, coded=())  # a process sends back what will be written
-    units: list[rec.Bytes] = [bytes(unit) for unit in coded.units]
-    return TileEncoder(done), units, behind, fidelity, (*coded.objects, *rec.matrix_of(t, LEVELS["default"]))
+    units: list[Bytes] = [bytes(unit) for unit in coded.units]
+    return coded.plan, None, units, behind, fidelity, (*coded.objects, *rec.matrix_of(t, LEVELS["default"]))

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.container.zstd import xxh3
+from rac.cpu.work import Place, Work, target
 from rac.decoder import Decoder
 from rac.errors import ChecksumError, UnsupportedError
 from rac.gpu import decoder
@@ -195,11 +196,14 @@ def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
 def _host(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
     t, data = p.tensor, packed.numpy()
     words = out.reshape(-1).view(torch.uint8).numpy().view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
-    work, found = tn.Work(), tn.values(t, *words.shape) if t.after else words
-    for i, (a, b) in enumerate(p.at):
-        work.add(p.decoder, i, data[a:b], found, plain=True)
-    if t.after:
-        work.then(p.decoder, found, words, (0, t.grid.rows, 0, t.grid.cols))
+    work = Work()
+    for band in t.bands():
+        to = target(t, band, Place(words))
+        for i in band.tiles:
+            a, b = p.at[i]
+            work.add(p.decoder, range(i, i + 1), data[a:b], to, plain=True)
+        if t.chain.product is not None:
+            work.join(p.decoder, to.words, words[band.box.r0 : band.box.r1], band.box)
     work.run()
 
 

@@ -139,9 +139,9 @@ KERNELS = {
 @functools.cache
 def fields(name: str) -> Any:
     """Place of each field among the numbers of a job, by its name, and their `size`: the constant JOB of a kernel."""
-    job = KERNELS[name].job
-    places = {n: job.fields[n][1] // 8 for n in job.names} if job.names and job.fields else {}
-    return namedtuple(name, (*places, "size"))(**places, size=job.itemsize // 8)  # type: ignore[misc]
+    places = {n: offset // 8 for n, (_, offset, *_) in (KERNELS[name].job.fields or {}).items()}
+    places["size"] = KERNELS[name].job.itemsize // 8
+    return namedtuple(name, places)(**places)  # type: ignore[call-arg, misc]
 
 
 @functools.cache

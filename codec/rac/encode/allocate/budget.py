@@ -17,14 +17,13 @@ from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties, workers
 from rac.encode.align.recipe import EFFORTS, Recipe, calibrated, data_free, matrix_of
-from rac.encode.code.plan import CODER, LEVELS, Level, tuned
-from rac.encode.code.tile import TileEncoder
+from rac.encode.code.plan import CODER, LEVELS, Bytes, Level, Plan, tuned
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.split import objects as split
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
-from rac.stages import trellis as tr
+from rac.stages.words import from_words
 
 T = TypeVar("T")
 TOLERANCE = 0.005
@@ -40,10 +39,10 @@ DECIBELS = 20 * math.log10(2)
 class Coded:
     """A quantised tensor and its units."""
 
-    encoder: TileEncoder
+    plan: Plan
     quantised: lossy.Quantised
     """By trellis/1: the tensor, or what the objects leave to it."""
-    units: list[rec.Bytes]
+    units: list[Bytes]
     dtype: str
     alignment: str
     objects: tuple[split.Object, ...] = ()
@@ -57,8 +56,8 @@ class Coded:
     def behind(self, digest: bytes, source: bytes) -> rec.Behind:
         """What stands behind the coder, given the digests of the dense bytes and of the source."""
         uses = tuple(o.name for o in self.objects)
-        after = ("", "basis/1", "lowrank/1")[len(uses)]
-        return rec.Behind(self.quantised.trellis, digest, source, after, uses, self.alignment)
+        product = split.product_of(self.objects)
+        return rec.Behind(self.quantised.trellis, digest, source, product, uses, self.alignment)
 
 
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
@@ -70,8 +69,8 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     states = recipe.states if below is None else SHAPED
     q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below)
     del w, below
-    encoder, units = split.coded(q, recipe.coder)
-    return Coded(encoder, q, units, t.dtype, a.name, objects)
+    plan, units = split.coded(q, recipe.coder)
+    return Coded(plan, q, units, t.dtype, a.name, objects)
 
 
 def stored(group: ties.Group, recipe: Recipe) -> int:
@@ -96,7 +95,7 @@ def words(group: ties.Group, recipe: Recipe) -> tuple[str, NDArray[Any]]:
 
 def _record(group: ties.Group, coded: Coded) -> int:
     behind = coded.behind(bytes(16), bytes(16))  # digests have one size
-    return rec.size(rec.head(group, coded.encoder.plan, behind), coded.units)
+    return rec.size(rec.head(group, coded.plan, behind), coded.units)
 
 
 def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
@@ -105,7 +104,7 @@ def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
     `dense` (R, C) has the words that a decoder restores.
     """
     w = matrix_of(t)
-    e = tr.from_words(dense, t.dtype) - w
+    e = from_words(dense, t.dtype) - w
     layer = recipe.aligned[t.name].layer
     if layer is None:
         energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
@@ -301,7 +300,7 @@ def solve(
         def loss(scale: float) -> float:
             for name, found in found_at(scale, words, f"{nats:g} nats"):
                 group = by_name[name]
-                j.put((name, *(a for a, _ in group.aliases)), tr.from_words(found, group.tensor.dtype))
+                j.put((name, *(a for a, _ in group.aliases)), from_words(found, group.tensor.dtype))
             return -math.log2(max(j.kl(), 1e-9))
 
         found = _meet(loss, -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE)), -2.0, 0.5)
@@ -357,7 +356,7 @@ def _lossless(groups: Sequence[ties.Group], level: Level, jobs: int) -> int:
     def one(g: ties.Group) -> int:
         encoder = rec.lossless(g.tensor, level)
         units = [unit for row in range(encoder.plan.grid.down) for unit in rec.band(g.tensor, encoder, row)]
-        return len(encoder.plan.shared) + sum(map(len, units)) + 512
+        return len(encoder.plan.front) + sum(map(len, units)) + 512
 
     with ThreadPoolExecutor(jobs) as pool:
         return sum(pool.map(one, groups))

@@ -59,10 +59,10 @@ class BandLayout:
             tile, coder = Tile(batch, dec, box, unit, at, len(batch.status)), CODERS[chain.coder.id]
             batch.status.append((dec, i))
             if chain.numbers is None:
-                coder.words(tile, to)
+                coder.words(dec.coder, tile, to)
                 return
             numbers = NUMBERS[chain.numbers.id]
-            numbers.lay(tile, coder.codes(tile, numbers.anywhere), to)
+            numbers.lay(dec.numbers, tile, coder.codes(dec.coder, tile, numbers.anywhere), to)
 
     def finish(self, batch: Batch, objects: Sequence[tuple[int, int]]) -> None:
         """The product behind all tiles, if there is one; `objects`: see `ProductLayout.lay`."""

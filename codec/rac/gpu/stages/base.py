@@ -50,22 +50,22 @@ class Codes:
 
 
 class CoderLayout(Protocol):
-    """Lays out the jobs that restore the words of a tile."""
+    """Lays out the jobs that restore the words of a tile; `opened` is the coder of its tensor, `Decoder.coder`."""
 
-    def words(self, tile: Tile, to: Place) -> None:
+    def words(self, opened: Any, tile: Tile, to: Place) -> None:
         """Words of the bytes that the record states, in their places; FormatError where the unit breaks the format."""
 
-    def codes(self, tile: Tile, anywhere: bool) -> Codes:
+    def codes(self, opened: Any, tile: Tile, anywhere: bool) -> Codes:
         """Words of one byte for numbers; `anywhere`: as codes, in whichever order the coder has them."""
 
 
 class NumbersLayout(Protocol):
-    """Lays out the jobs that make numbers of words."""
+    """Lays out the jobs that make numbers of words; `opened` is `Decoder.numbers`."""
 
     anywhere: bool
     """Whether it takes codes that are not words, and not in the order of rows."""
 
-    def lay(self, tile: Tile, codes: Codes, to: Place) -> None:
+    def lay(self, opened: Any, tile: Tile, codes: Codes, to: Place) -> None:
         """Numbers of the data type that the stage was opened with, in their places."""
 
 
@@ -87,11 +87,11 @@ class Product:
     """Their offset in `work`, float32."""
 
 
-def by_row(coder: CoderLayout, tile: Tile) -> Codes:
+def by_row(coder: CoderLayout, opened: Any, tile: Tile) -> Codes:
     """The words of a tile in `work`, row by row."""
     h, w = tile.shape
     at = tile.batch.room(up(h * w, 16))
-    coder.words(tile, Place("work", at, w))
+    coder.words(opened, tile, Place("work", at, w))
     return Codes("work", at)
 
 

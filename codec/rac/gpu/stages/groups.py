@@ -18,15 +18,14 @@ class Groups:
 
     anywhere = False
 
-    def lay(self, tile: Tile, codes: Codes, to: Place) -> None:
+    def lay(self, opened: OpenGroups, tile: Tile, codes: Codes, to: Place) -> None:
         """The numbers of a tile, in jobs of as many rows as a grid takes."""
         batch, (h, w), (r0, _, c0, _) = tile.batch, tile.shape, tile.box
-        s: OpenGroups = tile.dec.numbers
-        entries = batch.once((id(tile.dec), "groups"), lambda: _entries(tile, s))
-        lists, group, size = s.scales.shape[1], s.p.group, DTYPES[s.dtype].itemsize
+        entries = batch.once((id(tile.dec), "groups"), lambda: _entries(tile, opened))
+        lists, group, size = opened.scales.shape[1], opened.p.group, DTYPES[opened.dtype].itemsize
         first, left = divmod(c0, group)
         pairs = size == 2 and not (w % 2 or codes.at % 2 or to.stride % 2 or to.at % 4)
-        options = {"TO": s.dtype, "PAIRS": pairs, "SAME": not (group % 2 or left % 2), "ROWS": ROWS, "COLS": COLS}
+        options = {"TO": opened.dtype, "PAIRS": pairs, "SAME": not (group % 2 or left % 2), "ROWS": ROWS, "COLS": COLS}
         call = Call("groups", tuple(options.items()), codes.source, to.memory)
         for y, deep in steps(h, w, ROWS, COLS):
             batch.add(
@@ -41,7 +40,7 @@ class Groups:
                 stride=to.stride,
                 h=deep,
                 w=w,
-                bits_status=s.p.bits | tile.status << 8,
+                bits_status=opened.p.bits | tile.status << 8,
             )
 
 

@@ -28,9 +28,9 @@ MOST = 1 << 24
 class Lanes:
     """lanes/1."""
 
-    def words(self, tile: Tile, to: Place) -> None:
+    def words(self, opened: OpenLanes, tile: Tile, to: Place) -> None:
         """Words in their places, the tops of those that escape added behind."""
-        coded, p = _Coded(tile), tile.dec.coder.p
+        coded, p = _Coded(opened, tile), opened.p
         form = {
             "WORD": tile.dec.tensor.grid.word,
             "SHIFT": p.shift,
@@ -52,12 +52,12 @@ class Lanes:
         )
         coded.add_escapes(to)
 
-    def codes(self, tile: Tile, anywhere: bool) -> Codes:
+    def codes(self, opened: OpenLanes, tile: Tile, anywhere: bool) -> Codes:
         """The symbols where they are all of a word, else words row by row."""
-        p = tile.dec.coder.p
+        p = opened.p
         if p.raw or p.zero or not anywhere:
-            return by_row(self, tile)
-        coded = _Coded(tile)
+            return by_row(self, opened, tile)
+        coded = _Coded(opened, tile)
         words = p.values()[: p.first_escape].astype(np.uint8)
         words = np.concatenate([words, np.setdiff1d(np.arange(256, dtype=np.uint8), words)])
         coded.find_escapes(words)
@@ -126,9 +126,9 @@ class _Sequence:
 class _Coded:
     """A tile whose lanes are laid out: its symbols will stand in `work`."""
 
-    def __init__(self, tile: Tile) -> None:
-        self.tile = tile
-        batch, s, (h, w) = tile.batch, tile.dec.coder, tile.shape
+    def __init__(self, s: OpenLanes, tile: Tile) -> None:
+        self.tile, self.opened = tile, s
+        batch, (h, w) = tile.batch, tile.shape
         if h * w > MOST:
             raise LimitError(f"tiles of more than {MOST} elements are not for the GPU")
         p = s.p
@@ -145,7 +145,7 @@ class _Coded:
 
     def _lanes(self, words: int) -> None:
         """The job of the lanes, whose words are at this offset."""
-        tile, batch, p = self.tile, self.tile.batch, self.tile.dec.coder.p
+        tile, batch, p = self.tile, self.tile.batch, self.opened.p
         span = power_of_two(p.lanes)
         options = {
             "LANES": p.lanes,
@@ -181,7 +181,7 @@ class _Coded:
 
     def add_escapes(self, to: Place) -> None:
         """Add the tops of the symbols that escape to words that stand in their places."""
-        batch, sequence, p = self.tile.batch, self.sequence, self.tile.dec.coder.p
+        batch, sequence, p = self.tile.batch, self.sequence, self.opened.p
         if p.base > p.first_escape:
             self._add(
                 to.memory,
@@ -198,7 +198,7 @@ class _Coded:
 
     def _add(self, memory: str, options: dict[str, int], **fields: int) -> None:
         """A job of the escapes, if there can be any."""
-        p = self.tile.dec.coder.p
+        p = self.opened.p
         if p.base > p.first_escape:
             self.tile.batch.add(
                 Call("escapes", (*options.items(), ("BLOCK", 64)), out=memory),
@@ -207,7 +207,7 @@ class _Coded:
                 bases=self.tables.bases,
                 bytes=self._escapes,
                 count=len(self.parsed.escapes),
-                limit=self.tile.dec.coder.limit,
+                limit=self.opened.limit,
                 status=self.tile.status,
                 places=self.escaped,
                 **fields,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rac.gpu.layout import Place
 from rac.gpu.stages.base import Codes, Tile, by_row, place
 from rac.stages import bits
+from rac.stages.plain import Raw, Zstd
 
 
 def _words(tile: Tile, word: int, raw: int, planes: Sequence[int], to: Place) -> None:
@@ -31,12 +32,12 @@ def _words(tile: Tile, word: int, raw: int, planes: Sequence[int], to: Place) ->
 class Plain:
     """raw/1, and zstd/1, whose frames the host expands."""
 
-    def words(self, tile: Tile, to: Place) -> None:
+    def words(self, opened: Raw | Zstd, tile: Tile, to: Place) -> None:
         """Words in their places."""
         word = tile.dec.tensor.grid.word
         _words(tile, word, 8 * word, [tile.at], to)
 
-    def codes(self, tile: Tile, anywhere: bool) -> Codes:
+    def codes(self, opened: Raw | Zstd, tile: Tile, anywhere: bool) -> Codes:
         """The unit itself."""
         return Codes("units", tile.at)
 
@@ -44,12 +45,12 @@ class Plain:
 class Bits:
     """bits/1."""
 
-    def words(self, tile: Tile, to: Place) -> None:
+    def words(self, opened: bits.Bits, tile: Tile, to: Place) -> None:
         """Words in their places; FormatError unless the unit is that of so many words."""
-        p, (h, w) = tile.dec.tensor.chain.coder, tile.shape
-        bits.check(tile.unit, h * w, p.bits)
-        _words(tile, 1, p.bits, [tile.at + start for _, _, start in bits.planes(h * w, p.bits)[0]], to)
+        h, w = tile.shape
+        bits.check(tile.unit, h * w, opened.bits)
+        _words(tile, 1, opened.bits, [tile.at + start for _, _, start in bits.planes(h * w, opened.bits)[0]], to)
 
-    def codes(self, tile: Tile, anywhere: bool) -> Codes:
+    def codes(self, opened: bits.Bits, tile: Tile, anywhere: bool) -> Codes:
         """Words row by row."""
-        return by_row(self, tile)
+        return by_row(self, opened, tile)

@@ -23,23 +23,22 @@ class Trellis:
 
     anywhere = True
 
-    def lay(self, tile: Tile, codes: Codes, to: Place) -> None:
+    def lay(self, opened: OpenTrellis, tile: Tile, codes: Codes, to: Place) -> None:
         """The walk of a tile, and its outliers behind it."""
         batch, (h, w), (r0, r1, c0, c1) = tile.batch, tile.shape, tile.box
-        s: OpenTrellis = tile.dec.numbers
-        step, turn = (_top(response) for response in CODES[s.p.states])
-        entries = batch.once((id(tile.dec), "entries"), lambda: batch.put(_entries(s, codes, turn)))
+        step, turn = (_top(response) for response in CODES[opened.p.states])
+        entries = batch.once((id(tile.dec), "entries"), lambda: batch.put(_entries(opened, codes, turn)))
         rows, columns = codes.places or batch.plain_map(h, w)
         cols = across(COLS, w)
-        pairs = DTYPES[s.dtype].itemsize == 2 and not (w % 2 or to.stride % 2 or to.at % 4)
-        options = {"TO": s.dtype, "COLS": cols, "PAIRS": pairs}
+        pairs = DTYPES[opened.dtype].itemsize == 2 and not (w % 2 or to.stride % 2 or to.at % 4)
+        options = {"TO": opened.dtype, "COLS": cols, "PAIRS": pairs}
         batch.add(
             Call("trellis", tuple(options.items()), codes.source, to.memory),
             rows=rows,
             columns=columns,
             entries=entries,
-            column_scales=batch.put(padded(s.cols[c0:c1], cols)),
-            row_scales=batch.put(padded(s.rows[r0:r1], DEEP)),
+            column_scales=batch.put(padded(opened.cols[c0:c1], cols)),
+            row_scales=batch.put(padded(opened.rows[r0:r1], DEEP)),
             codes=codes.at,
             numbers=to.at,
             stride=to.stride,
@@ -47,7 +46,7 @@ class Trellis:
             w=w,
             step=step,
         )
-        _outliers(tile, s, to)
+        _outliers(tile, opened, to)
 
 
 def _outliers(tile: Tile, s: OpenTrellis, to: Place) -> None:
