@@ -30,8 +30,9 @@ from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
 from rac.errors import ChecksumError, FormatError
-from rac.gpu import decoder as cuda
-from rac.gpu import jobs as cuda_jobs
+from rac.gpu import decoder as gpu
+from rac.gpu import layout
+from rac.grid import up16
 from rac.methods.grouped import pack_grouped
 from rac.registry import RECORD_ATTACHMENT
 from rac.stages.groups import values
@@ -45,13 +46,14 @@ ROWS, TILES = 100, 6
 
 def is_short(t):
     """Whether the interpreter is done with a tensor in a second or two."""
-    steps = t.grid.tr * t.grid.tc // (t.lanes.lanes * t.lanes.per) if t.lanes else 0
+    p = t.chain.coder
+    steps = t.grid.tr * t.grid.tc // (p.lanes * p.per) if p.id == "lanes/1" else 0
     return steps <= ROWS and t.tiles <= TILES
 
 
 def decoded(archives, wanted, ring=1 << 28):
     """(name, words of the GPU decoder, words of the CPU's) of tensors and objects; one decoder for all."""
-    decoder, found = cuda.DeviceDecoder("cpu", ring), []
+    decoder, found = gpu.DeviceDecoder("cpu", ring), []
     for a in archives:
         for e in a.index.entries:
             if e.type == RECORD_ATTACHMENT or e.dtype == "" or 0 in e.shape:
@@ -120,13 +122,13 @@ def test_groups(tmp_path, monkeypatch, entropy):
     for cuts in ("CUTS", "COARSE"):
         monkeypatch.setattr(analyse, cuts, ((1, 500), (2, 1500), (3, 1 << 62)))
     pack_grouped(from_arrays(dense, {}), given, tmp_path / "m.rac", entropy)
-    seen, launch = set(), cuda.launch
+    seen, launch = set(), gpu.launch
 
-    def seeing(launches, *memory):
+    def seeing(launches, memories):
         seen.update((o["PAIRS"], o["SAME"]) for each in launches if "SAME" in (o := dict(each.call.options)))
-        launch(launches, *memory)
+        launch(launches, memories)
 
-    monkeypatch.setattr(cuda, "launch", seeing)
+    monkeypatch.setattr(gpu, "launch", seeing)
     with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
         assert {f.archives[0].record(e).head["stages"][1]["id"] for e in f.archives[0].index.entries} == {"groups/1"}
         grid = [ld.parse(f.archives[0], f.archives[0].record(e)).grid for e in f.archives[0].index.entries]
@@ -138,7 +140,7 @@ def test_groups(tmp_path, monkeypatch, entropy):
 @pytest.mark.parametrize("coder", ["bits", "lanes", "raw", "zstd"])
 def test_codes_that_are_too_large(coder):
     a = ar.RacFile(BytesAccess((GOLDEN.parent / "bad" / f"groups-code-{coder}.rac").read_bytes(), "g")).archives[0]
-    decoder = cuda.DeviceDecoder("cpu")
+    decoder = gpu.DeviceDecoder("cpu")
     for e in a.index.entries:
         t = ld.parse(a, a.record(e))
         (units,) = ld.read_units(a, t, [(0, len(t.units))])
@@ -251,23 +253,23 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
         maker.tensor(f"{i}", dtype, m, [])
     maker.finish()
     assert noted
-    seen, launch = set(), cuda.launch
+    seen, launch = set(), gpu.launch
 
-    def seeing(launches, *memory):
+    def seeing(launches, memories):
         for each in launches:
             o = dict(each.call.options)
-            if each.call.step == "lanes":
-                seen.add((each.call.step, o["LANES"], o["SPAN"]))
+            if each.call.kernel == "lanes":
+                seen.add((each.call.kernel, o["LANES"], o["SPAN"]))
                 seen.add(("codes", o["ENTRIES"]))
-            elif each.call.step == "trellis":
-                seen.add((each.call.step, o["COLS"], o["PAIRS"]))
-        launch(launches, *memory)
+            elif each.call.kernel == "trellis":
+                seen.add((each.call.kernel, o["COLS"], o["PAIRS"]))
+        launch(launches, memories)
 
-    monkeypatch.setattr(cuda, "launch", seeing)
+    monkeypatch.setattr(gpu, "launch", seeing)
     with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
         assert wrong(f.archives) == (len(cases), [])
-        monkeypatch.setattr(cuda_jobs, "WIDE", 64)
-        assert wrong(f.archives, lambda t: t.lanes.lanes == 40) == (3, [])
+        monkeypatch.setattr(layout, "WIDE", 64)
+        assert wrong(f.archives, lambda t: t.chain.coder.lanes == 40) == (3, [])
     assert {("lanes", n, span) for n, span in lanes.items()} < seen
     assert {("trellis", 64, True), ("trellis", 64, False), ("trellis", 1024, False)} < seen
     assert {("codes", n) for n in (16, 256)} <= seen
@@ -280,7 +282,7 @@ def one(tmp_path, **options):
     with ar.RacFile(path, threads=1) as f:
         a = f.archives[0]
         t = ld.parse(a, a.record(a.index.entries[0]))
-        assert t.lanes
+        assert t.chain.coder.id == "lanes/1"
         return t, [bytes(u) for u in ld.read_units(a, t, [(0, len(t.units))])[0]]
 
 
@@ -289,7 +291,7 @@ def test_a_file_is_loaded_with_its_ties(tmp_path, monkeypatch):
     tensors = {"a": a, "tied": a, "equal": a.clone(), "small": torch.arange(5), "none": torch.empty(0, 3)}
     path = str(tmp_path / "m.rac")
     pack_source(from_arrays(tensors, {}), path, lanes=32)
-    monkeypatch.setattr(ar, "engine_for", lambda device, threads, *more: Gpu(cuda, "cpu", *more))
+    monkeypatch.setattr(ar, "engine_for", lambda device, threads, *more: Gpu(gpu, "cpu", *more))
     with ar.RacFile(path, framework="pt") as f:
         got, one = f.load(), f.get_tensor("small")
     assert list(got) == list(tensors)
@@ -348,12 +350,12 @@ def test_the_operator_reads_a_record_in_its_place(tmp_path):
 def test_damage_is_found_where_checksums_match(tmp_path):
     """A word of a lane changed: its state does not end at 0. An escape more or less: the counts differ."""
     t, units = one(tmp_path, level="max")
-    unit, p = bytearray(units[t.first]), t.lanes
+    unit, p = bytearray(units[t.first]), t.chain.coder
     parsed = ll.parse_tile(np.frombuffer(bytes(unit), np.uint8), t.grid.rows * t.grid.cols, p)
     assert len(parsed.escapes)
-    at = ll.up16(p.directory) + 4 * (len(parsed.words) // 2)
+    at = up16(p.directory) + 4 * (len(parsed.words) // 2)
     unit[at] ^= 1
-    decoder = cuda.DeviceDecoder("cpu")
+    decoder = gpu.DeviceDecoder("cpu")
     decoder.add(t, units[: t.first], [bytes(unit)], checked=True)
     with pytest.raises((ChecksumError, FormatError), match="'w'"):
         decoder.flush()
@@ -365,24 +367,21 @@ def test_damage_is_found_where_checksums_match(tmp_path):
 def test_tiles_that_are_missing(tmp_path):
     t, units = one(tmp_path, level="max")
     with pytest.raises(FormatError, match="0 of 1 tiles"):
-        cuda.DeviceDecoder("cpu").add(t, units[: t.first], [])
+        gpu.DeviceDecoder("cpu").add(t, units[: t.first], [])
     with pytest.raises(FormatError, match="size"):
-        cuda.DeviceDecoder("cpu").add(t, units[: t.first], [units[t.first] + bytes(16)])
+        gpu.DeviceDecoder("cpu").add(t, units[: t.first], [units[t.first] + bytes(16)])
 
 
 def test_an_escape_too_few(tmp_path):
     t, units = one(tmp_path, level="max")
-    unit, p = bytearray(units[t.first]), t.lanes
+    unit, p = bytearray(units[t.first]), t.chain.coder
     count = int.from_bytes(unit[:4], "little")
     assert count % 16 not in (0, 1)  # one byte less and its padding have the same size
     at = (
-        ll.up16(p.directory)
-        + ll.up16(4 * int(np.frombuffer(bytes(unit[4 + p.skip : p.directory]), "<u2").sum()))
-        + count
-        - 1
+        up16(p.directory) + up16(4 * int(np.frombuffer(bytes(unit[4 + p.skip : p.directory]), "<u2").sum())) + count - 1
     )
     unit[:4], unit[at] = (count - 1).to_bytes(4, "little"), 0
-    decoder = cuda.DeviceDecoder("cpu")
+    decoder = gpu.DeviceDecoder("cpu")
     decoder.add(t, units[: t.first], [bytes(unit)], checked=True)
     with pytest.raises(FormatError, match="escape counts"):
         decoder.flush()
