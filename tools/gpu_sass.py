@@ -85,7 +85,7 @@ def compiled(name: str, cap: int) -> tuple[str, str]:
     from triton.compiler import ASTSource
 
     of, options, *_ = FORMS[name]
-    fn, constants = specs.kernel(of), {"JOB": specs.fields(of), **options}
+    fn, constants = specs.kernel(of), specs.constants(of, tuple(options.items()))
     signature = {a: "constexpr" if a in constants else _TYPES.get(a, "*u8") for a in fn.arg_names}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants)
     settings = specs.KERNELS[of].settings(options)

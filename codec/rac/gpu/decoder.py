@@ -19,7 +19,7 @@ from rac.decoder import Decoder
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.frameworks import torch_dtype, torch_module
 from rac.gpu.layout import Batch, Launch
-from rac.gpu.specs import KERNELS, fields, kernel
+from rac.gpu.specs import KERNELS, constants, kernel
 from rac.gpu.stages import BandLayout
 from rac.tensor import Tensor
 
@@ -57,11 +57,12 @@ def why_not(device: Any) -> str | None:
 def launch(launches: Iterable[Launch], memories: Mapping[str, Any]) -> None:
     """Launch on the current stream of the device of the memories (`specs.MEMORIES` but for `source`), tensors."""
     for each in launches:
-        spec, call, constants = KERNELS[each.call.kernel], each.call, dict(each.call.options)
+        call, spec = each.call, KERNELS[each.call.kernel]
         roles = {"out": memories[call.out], "source": memories.get(call.source)}
         jobs = memories["aux"][each.jobs : each.jobs + each.size].view(torch_module().int64)
         args = [{**memories, **roles}[name] for name in spec.memories]
-        kernel(spec.name)[each.grid](*args, jobs, JOB=fields(spec.name), **constants, **spec.settings(constants))
+        compiled, settings = kernel(spec.name), spec.settings(dict(call.options))
+        compiled[each.grid](*args, jobs, **constants(spec.name, call.options), **settings)
 
 
 class _Slot:

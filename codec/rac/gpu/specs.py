@@ -1,7 +1,7 @@
 """The GPU kernels, one row each: the job of a program, the memories it works on, how it is launched.
 
 A new kernel is a row in `KERNELS` and a file of its name in `rac.gpu.kernels`, with the function of that name. It takes
-the memories of its row, then `jobs`, then constants: `JOB`, by which it finds the fields of a job, and its options.
+the memories of its row, `jobs`, and two constants: `JOB`, the places of the fields, and `FORM`, its options.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class KernelSpec:
     """A kernel, as the host knows it."""
 
     name: str
+    options: str
+    """Names of what it is compiled for, apart by spaces."""
     job: np.dtype[np.void]
     """Fields of a job, each int64 or several of them; offsets are in bytes from the memory that the kernel states."""
     memories: tuple[str, ...]
@@ -83,9 +85,9 @@ def _job(names: str, **several: int) -> np.dtype[np.void]:
 KERNELS = {
     spec.name: spec
     for spec in (
-        KernelSpec("tables", _job("starts codes table"), ("aux", "work"), _one, lambda o: 8),
+        KernelSpec(*("tables", "BLOCK"), _job("starts codes table"), ("aux", "work"), _one, lambda o: 8),
         KernelSpec(
-            "lanes",
+            *("lanes", "LANES SPAN PER BLOCK ENTRIES"),
             _job("states words tables symbols pieces status rows first places escapes"),
             ("units", "aux", "work", "status"),
             _warps,
@@ -94,42 +96,42 @@ KERNELS = {
             "rows",
         ),
         KernelSpec(
-            "place",
+            *("place", "WORD SHIFT SIGN ZERO RAW CODED ROWS COLS"),
             _job("rows columns tops symbols words stride h w", planes=6),
             ("units", "aux", "work", "out"),
-            _parts,
-            lambda o: 4,
+            *(_parts, lambda o: 4),
         ),
         KernelSpec(
-            "escapes",
+            *("escapes", "WORD PLACED BLOCK"),
             _job("symbols first bases bytes count limit status codes blocks n rows columns words stride shift places"),
             ("units", "aux", "work", "out", "status"),
-            _one,
-            lambda o: 1,
+            *(_one, lambda o: 1),
         ),
         KernelSpec(
-            "trellis",
+            *("trellis", "TO COLS PAIRS"),
             _job("rows columns entries column_scales row_scales codes numbers stride h w step"),
             ("source", "aux", "out"),
-            _columns,
-            lambda o: o["COLS"] // (2 * WARP),
+            *(_columns, lambda o: o["COLS"] // (2 * WARP)),
         ),
         KernelSpec(
-            "outliers", _job("place word"), ("out",), _blocks, lambda o: o["BLOCK"] // WARP, lambda o: o["BLOCK"]
+            *("outliers", "WORD BLOCK"),
+            _job("place word"),
+            ("out",),
+            _blocks,
+            lambda o: o["BLOCK"] // WARP,
+            lambda o: o["BLOCK"],
         ),
         KernelSpec(
-            "groups",
+            *("groups", "TO PAIRS SAME ROWS COLS"),
             _job("codes code_stride entries lists group left numbers stride h w bits_status"),
             ("source", "aux", "out", "status"),
-            _parts,
-            lambda o: 4,
+            *(_parts, lambda o: 4),
         ),
         KernelSpec(
-            "product",
+            *("product", "WORD HALF ADDED ROWS COLS"),
             _job("numbers number_stride a a_stride b b_stride terms words stride h w"),
             ("work", "objects", "out"),
-            _parts,
-            lambda o: 4,
+            *(_parts, lambda o: 4),
         ),
     )
 }
@@ -137,11 +139,13 @@ KERNELS = {
 
 
 @functools.cache
-def fields(name: str) -> Any:
-    """Place of each field among the numbers of a job, by its name, and their `size`: the constant JOB of a kernel."""
-    places = {n: offset // 8 for n, (_, offset, *_) in (KERNELS[name].job.fields or {}).items()}
-    places["size"] = KERNELS[name].job.itemsize // 8
-    return namedtuple(name, places)(**places)  # type: ignore[call-arg, misc]
+def constants(name: str, options: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """The constants of a kernel: `JOB`, the place of each field among the numbers of a job and their `size`; `FORM`."""
+    spec = KERNELS[name]
+    places = {n: offset // 8 for n, (_, offset, *_) in (spec.job.fields or {}).items()}
+    places["size"] = spec.job.itemsize // 8
+    job, form = namedtuple("JOB", places), namedtuple("FORM", spec.options)  # type: ignore[misc]
+    return {"JOB": job(**places), "FORM": form(**dict(options))}
 
 
 @functools.cache

@@ -24,6 +24,12 @@ def number(dtype):
     return {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}[dtype]
 
 
+@triton.constexpr_function
+def word(size):
+    """The type of words of so many bytes."""
+    return {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[size]
+
+
 @triton.jit
 def popcount(v):
     """Bits that are set."""

@@ -9,20 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rac.gpu.kernels import common
+
 
 @triton.jit
-def escapes(
-    units,
-    aux,
-    work,
-    out,
-    status,
-    jobs,
-    JOB: tl.constexpr,
-    WORD: tl.constexpr,
-    PLACED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """One tile per program.
 
     Args:
@@ -51,26 +42,26 @@ def escapes(
     )
     places = (work + tl.load(job + JOB.places)).to(tl.pointer_type(tl.int32))
     if tl.load(mark) == 0:  # else there may be too few places
-        for base in range(0, count, BLOCK):
-            index = base + tl.arange(0, BLOCK)
+        for base in range(0, count, FORM.BLOCK):
+            index = base + tl.arange(0, FORM.BLOCK)
             some = index < count
             k = tl.load(places + index, mask=some, other=0)
             symbol = tl.load(symbols + k).to(tl.uint32)
             top = tl.load(bases + (symbol - first), mask=some, other=0)
             top += tl.load(data + index, mask=some, other=0).to(tl.uint32)
-            tl.store(mark + tl.zeros((BLOCK,), tl.int32), 6, mask=top >= limit)
+            tl.store(mark + tl.zeros((FORM.BLOCK,), tl.int32), 6, mask=top >= limit)
             some = some & (top < limit)
-            if PLACED:
-                _add(aux, out, job, k, top, some, JOB, WORD)
+            if FORM.PLACED:
+                _add(aux, out, job, k, top, some, JOB, FORM)
             else:
                 code = tl.load(aux + tl.load(job + JOB.codes) + top.to(tl.int32), mask=some, other=0)
                 tl.store(symbols + k, code, mask=some)
 
 
 @triton.jit
-def _add(aux, out, job, k, top, some, JOB: tl.constexpr, WORD: tl.constexpr):
+def _add(aux, out, job, k, top, some, JOB: tl.constexpr, FORM: tl.constexpr):
     """Put `top` into the words of elements `k`."""
-    TYPE: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32 if WORD == 4 else tl.uint16 if WORD == 2 else tl.uint8
+    TYPE: tl.constexpr = common.word(FORM.WORD)
     blocks = (aux + tl.load(job + JOB.blocks)).to(tl.pointer_type(tl.int32))
     n = tl.load(job + JOB.n).to(tl.int32)
     low = tl.zeros_like(k)

@@ -31,19 +31,7 @@ def _number(code, entry):
 
 
 @triton.jit
-def groups(
-    source,
-    aux,
-    out,
-    status,
-    jobs,
-    JOB: tl.constexpr,
-    TO: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SAME: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """ROWS x COLS codes per program.
 
     Args:
@@ -60,12 +48,12 @@ def groups(
         ROWS: Rows of the program, a multiple of 4.
         COLS: Columns of the program.
     """
-    NUMBER: tl.constexpr = common.number(TO)
+    NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
-    across = tl.cdiv(w, COLS)
-    first = tl.program_id(1) // across * ROWS
-    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS // 2) * 2
+    across = tl.cdiv(w, FORM.COLS)
+    first = tl.program_id(1) // across * FORM.ROWS
+    x = tl.program_id(1) % across * FORM.COLS + tl.arange(0, FORM.COLS // 2) * 2
     if first < h:
         inside0, inside1 = x < w, x + 1 < w
         from_, step, stride = tl.load(job + JOB.code_stride), tl.load(job + JOB.lists), tl.load(job + JOB.stride)
@@ -76,39 +64,39 @@ def groups(
         entries += (near + left) // group
         next_ = (tl.minimum(x + 1, w - 1) + left) // group - (near + left) // group  # from one column's to the other's
         dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + first * stride + x
-        seen = tl.zeros((COLS // 2,), tl.uint32)
-        rest = tl.minimum(h - first, ROWS)
-        fours = rest // 4 if SAME else 0  # registers are too few for four rows of groups that are apart
+        seen = tl.zeros((FORM.COLS // 2,), tl.uint32)
+        rest = tl.minimum(h - first, FORM.ROWS)
+        fours = rest // 4 if FORM.SAME else 0  # registers are too few for four rows of groups that are apart
         for _ in range(fours):
             # all loads of four rows are under way before the first store
-            a0, b0 = _codes(codes, inside1, PAIRS)
-            a1, b1 = _codes(codes + from_, inside1, PAIRS)
+            a0, b0 = _codes(codes, inside1, FORM.PAIRS)
+            a1, b1 = _codes(codes + from_, inside1, FORM.PAIRS)
             codes += 2 * from_
-            a2, b2 = _codes(codes, inside1, PAIRS)
-            a3, b3 = _codes(codes + from_, inside1, PAIRS)
+            a2, b2 = _codes(codes, inside1, FORM.PAIRS)
+            a3, b3 = _codes(codes + from_, inside1, FORM.PAIRS)
             codes += 2 * from_
             p0, p1 = tl.load(entries), tl.load(entries + step)
             entries += 2 * step
             p2, p3 = tl.load(entries), tl.load(entries + step)
             entries += 2 * step
             seen |= a0 | a1 | a2 | a3 | b0 | b1 | b2 | b3
-            put(dst, _number(a0, p0), _number(b0, p0), inside0, inside1, NUMBER, PAIRS)
+            put(dst, _number(a0, p0), _number(b0, p0), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
-            put(dst, _number(a1, p1), _number(b1, p1), inside0, inside1, NUMBER, PAIRS)
+            put(dst, _number(a1, p1), _number(b1, p1), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
-            put(dst, _number(a2, p2), _number(b2, p2), inside0, inside1, NUMBER, PAIRS)
+            put(dst, _number(a2, p2), _number(b2, p2), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
-            put(dst, _number(a3, p3), _number(b3, p3), inside0, inside1, NUMBER, PAIRS)
+            put(dst, _number(a3, p3), _number(b3, p3), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
         for _ in range(fours * 4, rest):
-            a0, b0 = _codes(codes, inside1, PAIRS)
+            a0, b0 = _codes(codes, inside1, FORM.PAIRS)
             p0 = tl.load(entries)
-            q0 = p0 if SAME else tl.load(entries + next_)
+            q0 = p0 if FORM.SAME else tl.load(entries + next_)
             seen |= a0 | b0
-            put(dst, _number(a0, p0), _number(b0, q0), inside0, inside1, NUMBER, PAIRS)
+            put(dst, _number(a0, p0), _number(b0, q0), inside0, inside1, NUMBER, FORM.PAIRS)
             codes += from_
             entries += step
             dst += stride
         last = tl.load(job + JOB.bits_status)
-        mark = status + (last >> 8) + tl.zeros((COLS // 2,), tl.int32)
+        mark = status + (last >> 8) + tl.zeros((FORM.COLS // 2,), tl.int32)
         tl.store(mark, 9, mask=seen >> (last & 255).to(tl.uint32) != 0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rac.gpu.kernels import common
+
 
 @triton.jit
-def outliers(out, jobs, JOB: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr):
+def outliers(out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """BLOCK outliers per program, of any tensors.
 
     Args:
@@ -16,7 +18,7 @@ def outliers(out, jobs, JOB: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constex
         WORD: Bytes of a word.
         BLOCK: Outliers of a program.
     """
-    job = jobs + (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)) * JOB.size
-    TYPE: tl.constexpr = tl.uint32 if WORD == 4 else tl.uint16
+    job = jobs + (tl.program_id(0) * FORM.BLOCK + tl.arange(0, FORM.BLOCK)) * JOB.size
+    TYPE: tl.constexpr = common.word(FORM.WORD)
     word = tl.load(job + JOB.word).to(TYPE)
     tl.store((out + tl.load(job + JOB.place)).to(tl.pointer_type(TYPE)), word)

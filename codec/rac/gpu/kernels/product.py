@@ -9,20 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rac.gpu.kernels import common
+
 
 @triton.jit
-def product(
-    work,
-    objects,
-    out,
-    jobs,
-    JOB: tl.constexpr,
-    WORD: tl.constexpr,
-    HALF: tl.constexpr,
-    ADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def product(work, objects, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """ROWS x COLS elements per program: t = start; t += a[i, k] * b[k, j] for k = 0, 1, ...; t to the data type.
 
     Args:
@@ -39,13 +30,13 @@ def product(
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
-    across = tl.cdiv(w, COLS)
-    y = tl.program_id(1) // across * ROWS + tl.arange(0, ROWS)
-    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS)
-    if tl.program_id(1) // across * ROWS < h:
+    across = tl.cdiv(w, FORM.COLS)
+    y = tl.program_id(1) // across * FORM.ROWS + tl.arange(0, FORM.ROWS)
+    x = tl.program_id(1) % across * FORM.COLS + tl.arange(0, FORM.COLS)
+    if tl.program_id(1) // across * FORM.ROWS < h:
         # what lies outside is computed from what lies inside, and not stored
         row, col = tl.minimum(y, h - 1).to(tl.int64), tl.minimum(x, w - 1)
-        if ADDED:
+        if FORM.ADDED:
             a = (objects + tl.load(job + JOB.a)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + JOB.a_stride)
             start = (work + tl.load(job + JOB.numbers)).to(tl.pointer_type(tl.float32)) + row * tl.load(
                 job + JOB.number_stride
@@ -55,7 +46,7 @@ def product(
             a = (work + tl.load(job + JOB.numbers)).to(tl.pointer_type(tl.float32)) + row * tl.load(
                 job + JOB.number_stride
             )
-            t = tl.zeros((ROWS, COLS), tl.float32)
+            t = tl.zeros((FORM.ROWS, FORM.COLS), tl.float32)
         b = (objects + tl.load(job + JOB.b)).to(tl.pointer_type(tl.float32)) + col
         stride = tl.load(job + JOB.b_stride)
         for _ in tl.range(tl.load(job + JOB.terms).to(tl.int32), loop_unroll_factor=1):
@@ -64,10 +55,10 @@ def product(
             b += stride
         bits = t.to(tl.uint32, bitcast=True)
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        TO: tl.constexpr = tl.uint32 if WORD == 4 else tl.uint16
-        if WORD == 4:
+        TO: tl.constexpr = common.word(FORM.WORD)
+        if FORM.WORD == 4:
             word = tl.where(nan, 0x7FC00000, bits)
-        elif HALF:
+        elif FORM.HALF:
             word = tl.where(nan, 0x7E00, t.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32))
         else:
             word = tl.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def tables(aux, work, jobs, JOB: tl.constexpr, BLOCK: tl.constexpr):
+def tables(aux, work, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """One table per program.
 
     Args:
@@ -21,9 +21,9 @@ def tables(aux, work, jobs, JOB: tl.constexpr, BLOCK: tl.constexpr):
     starts = (aux + tl.load(job + JOB.starts)).to(tl.pointer_type(tl.uint32))
     codes = aux + tl.load(job + JOB.codes)
     table = work + tl.load(job + JOB.table)
-    for base in range(0, 4096, BLOCK):
-        slot = (base + tl.arange(0, BLOCK)).to(tl.uint32)
-        symbol = tl.zeros((BLOCK,), tl.int32)
+    for base in range(0, 4096, FORM.BLOCK):
+        slot = (base + tl.arange(0, FORM.BLOCK)).to(tl.uint32)
+        symbol = tl.zeros((FORM.BLOCK,), tl.int32)
         for k in tl.static_range(8):  # the last symbol whose start is not above the slot
             next_ = symbol + (128 >> k)
             symbol = tl.where(tl.load(starts + next_) <= slot, next_, symbol)

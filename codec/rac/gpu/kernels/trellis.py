@@ -71,7 +71,7 @@ def put(dst, v0, v1, inside0, inside1, TO: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def trellis(source, aux, out, jobs, JOB: tl.constexpr, TO: tl.constexpr, COLS: tl.constexpr, PAIRS: tl.constexpr):
+def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """COLS columns of a tile per program.
 
     Args:
@@ -86,19 +86,19 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, TO: tl.constexpr, COLS: t
         COLS: Columns of the program, 64 per warp, since a thread reserves shared memory once per column pair.
         PAIRS: Whether two numbers have 32 bits and lie at multiples of that, so that they are stored as one word.
     """
-    NUMBER: tl.constexpr = common.number(TO)
+    NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     h, w, step = (
         tl.load(job + JOB.h).to(tl.int32),
         tl.load(job + JOB.w).to(tl.int32),
         tl.load(job + JOB.step).to(tl.uint32),
     )
-    index = tl.arange(0, COLS // 2)
-    x = tl.program_id(1) * COLS + index * 2
-    if tl.program_id(1) * COLS < w:
-        lut = common.reserve(COLS // 2, 2048)
+    index = tl.arange(0, FORM.COLS // 2)
+    x = tl.program_id(1) * FORM.COLS + index * 2
+    if tl.program_id(1) * FORM.COLS < w:
+        lut = common.reserve(FORM.COLS // 2, 2048)
         entries = (aux + tl.load(job + JOB.entries)).to(tl.uint64)
-        for k in tl.range(0, 2048, COLS * 8, loop_unroll_factor=1):
+        for k in tl.range(0, 2048, FORM.COLS * 8, loop_unroll_factor=1):
             at = index * 16 + k
             common.copy(lut + at.to(tl.uint32), entries + at.to(tl.uint64), at < 2048)
         common.arrived(index)
@@ -116,7 +116,7 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, TO: tl.constexpr, COLS: t
         stride = tl.load(job + JOB.stride)
         dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + x
         inside0, inside1 = x < w, x + 1 < w
-        state0 = tl.zeros((COLS // 2,), tl.uint32)
+        state0 = tl.zeros((FORM.COLS // 2,), tl.uint32)
         state1 = state0
         for _ in range(h // 4):
             k0, k1, k2, k3, rows0 = common.next4(rows0)
@@ -129,19 +129,19 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, TO: tl.constexpr, COLS: t
             s0, s1, s2, s3, scales = common.next4(scales)
             v0, state0 = _number(a0, state0, lut, col0, s0, step)
             v1, state1 = _number(b0, state1, lut, col1, s0, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
             v0, state0 = _number(a1, state0, lut, col0, s1, step)
             v1, state1 = _number(b1, state1, lut, col1, s1, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
             v0, state0 = _number(a2, state0, lut, col0, s2, step)
             v1, state1 = _number(b2, state1, lut, col1, s2, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
             v0, state0 = _number(a3, state0, lut, col0, s3, step)
             v1, state1 = _number(b3, state1, lut, col1, s3, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
         one0, one1 = rows0.to(tl.pointer_type(tl.uint32)), rows1.to(tl.pointer_type(tl.uint32))
         last = scales.to(tl.pointer_type(tl.uint32))
@@ -151,5 +151,5 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, TO: tl.constexpr, COLS: t
             row = tl.load(last + y)
             v0, state0 = _number(a0, state0, lut, col0, row, step)
             v1, state1 = _number(b0, state1, lut, col1, row, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
