@@ -37,6 +37,7 @@ from rac.methods.grouped import pack_grouped
 from rac.registry import RECORD_ATTACHMENT
 from rac.stages.groups import values
 from rac.stages.lanes import layout as ll
+from rac.stages.lanes.parameters import Lanes
 from support import grids, products
 
 GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
@@ -46,8 +47,9 @@ ROWS, TILES = 100, 6
 
 def is_short(t):
     """Whether the interpreter is done with a tensor in a second or two."""
-    p = t.chain.coder
-    steps = t.grid.tr * t.grid.tc // (p.lanes * p.per) if p.id == "lanes/1" else 0
+    steps = (
+        t.grid.tr * t.grid.tc // (t.chain.coder.lanes * t.chain.coder.per) if isinstance(t.chain.coder, Lanes) else 0
+    )
     return steps <= ROWS and t.tiles <= TILES
 
 
@@ -248,8 +250,8 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
         level = replace(analyse.LEVELS["default"], lanes=n, fixed=True)
         words = codes(kind, max(4600, deep * n) // cols - i % 2, cols, i)
         m = products.quantised(words, i, states=256, level=level)
-        assert m.encoder.plan.lanes
-        noted += len(m.encoder.plan.lanes.escapes)
+        assert isinstance(m.plan.coder, Lanes)
+        noted += len(m.plan.coder.escapes)
         maker.tensor(f"{i}", dtype, m, [])
     maker.finish()
     assert noted
@@ -282,7 +284,7 @@ def one(tmp_path, **options):
     with ar.RacFile(path, threads=1) as f:
         a = f.archives[0]
         t = ld.parse(a, a.record(a.index.entries[0]))
-        assert t.chain.coder.id == "lanes/1"
+        assert isinstance(t.chain.coder, Lanes)
         return t, [bytes(u) for u in ld.read_units(a, t, [(0, len(t.units))])[0]]
 
 
