@@ -27,7 +27,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest --cov=rac --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov=rac --cov-report=term:skip-covered
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install -q -e ".[bench]"

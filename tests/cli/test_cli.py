@@ -280,6 +280,12 @@ def test_interrupt(tmp_path):
     rac.verify(out, large)
 
 
+def seconds_of(process):
+    """Seconds of a processor that a process took: waiting for them is as long as the machine is busy."""
+    user, system = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def test_interrupt_before_anything_is_written(tmp_path):
     large = tmp_path / "large.safetensors"
     st.save_file({f"{i:02}": weights(i, 512, 512) for i in range(40)}, large)
@@ -290,9 +296,12 @@ def test_interrupt_before_anything_is_written(tmp_path):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        while len(os.listdir(f"/proc/{process.pid}/task")) < 2:  # numpy is there: Python has long been at our code
-            time.sleep(0.001)
-        time.sleep(1)  # on a busy machine too
+        opened = None  # seconds of a processor; the first byte is written after more than ten
+        while opened is None or seconds_of(process) < opened + 1:  # all is imported: importing may swallow a signal
+            assert process.poll() is None
+            time.sleep(0.01)
+            if opened is None and any(p.resolve() == large for p in Path(f"/proc/{process.pid}/fd").iterdir()):
+                opened = seconds_of(process)
         process.send_signal(signal.SIGINT)
         printed, error = process.communicate()
     assert (process.returncode, printed, error) == (130, "", "rac: interrupted\n")
@@ -639,9 +648,9 @@ def test_pack_reports(run, tmp_path, model, folder):
 def test_import_is_light():
     code = """if True:
         import sys, time
-        start = time.perf_counter()
+        start = time.process_time()
         import rac
-        took = time.perf_counter() - start
+        took = time.process_time() - start
         heavy = {"numpy", "torch", "triton", "numba", "constriction", "msgpack", "zstandard", "xxhash", "ml_dtypes"}
         print(took, *sorted(heavy & sys.modules.keys()))
     """

@@ -11,6 +11,7 @@ the working directory, and the exit status is 1.
 import argparse
 import copy
 import io
+import math
 import random
 import time
 from collections import Counter
@@ -237,13 +238,13 @@ def compare(data: bytes) -> tuple[str, str]:
     return tuple(v if k == "refused" else k for k, v in (got["rac_verify"], theirs))  # type: ignore[return-value]
 
 
-def run(seconds: float, seed: int, classes: Counter[tuple[str, str]] | None = None) -> int:
-    """Number of archives tried; raises with the case saved where one fails."""
+def run(seed: int, most: float, seconds: float, classes: Counter[tuple[str, str]] | None = None) -> int:
+    """Number of archives tried, at most `most`; raises with the case saved where one fails."""
     good = sorted((readers.GOLDEN / "good").glob("*.rac"))
     corpus = [p.read_bytes() for p in good if p.stat().st_size < 20_000]
     models = [parse(data) for data in corpus]
     rng, tried, stop = random.Random(seed), 0, time.monotonic() + seconds
-    while time.monotonic() < stop:
+    while tried < most and time.monotonic() < stop:
         if rng.random() < 0.67:
             a = copy.deepcopy(rng.choice(models))
             some = rng.sample(a.records, min(len(a.records), rng.choice((1, 1, 2, 4))))
@@ -273,6 +274,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     seen: Counter[tuple[str, str]] = Counter()
-    print(run(args.seconds, args.seed, seen), "archives, nothing found; rac and the second decoder said:")
+    print(run(args.seed, math.inf, args.seconds, seen), "archives, nothing found; rac and the second decoder said:")
     for (ours, theirs), count in sorted(seen.items()):
         print(f"{count:7d} {ours} {'' if ours == theirs else theirs}")

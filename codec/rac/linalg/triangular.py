@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.native.linalg import cholesky
+
 
 @dataclass(frozen=True, slots=True)
 class Triangular:
@@ -71,7 +73,7 @@ def _factor(
     second: NDArray[np.floating], damp: float, order: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """L_jj and the feeds of the columns in their order."""
-    lower = np.linalg.cholesky(damped(second, damp)[np.ix_(order, order)])
+    lower = cholesky(damped(second, damp)[np.ix_(order, order)])
     weight = np.diag(lower).copy()
     return weight, np.triu((lower / weight).T, 1).astype(np.float32)
 
@@ -102,6 +104,6 @@ def rows(second: NDArray[np.floating], shrink: float) -> Rows:
     own = np.maximum(np.diag(g), max(np.diag(g).mean() * LEAST, 1e-30))
     g = (1 - shrink) * g
     g[np.diag_indices_from(g)] = own
-    upper = np.linalg.cholesky(g[::-1, ::-1])[::-1, ::-1]
+    upper = cholesky(g[::-1, ::-1])[::-1, ::-1]
     weight = np.diag(upper).copy()
     return Rows(weight, np.tril((upper / weight).T, -1).astype(np.float32))

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-ABI = 15
+ABI = 16
 
 
 @functools.cache
@@ -33,6 +33,7 @@ def library() -> ctypes.CDLL | None:
             lib = ctypes.CDLL(str(path))
             if lib.rac_abi() == ABI:
                 lib.rac_golomb.restype = lib.rac_find.restype = lib.rac_encode.restype = ctypes.c_int64
+                lib.rac_factor.restype = ctypes.c_int64
                 return lib
         except (OSError, AttributeError):  # of another machine, or left over from another version
             continue

@@ -2,7 +2,7 @@
 #include "lanes.h"
 #include "trellis.h"
 
-int rac_abi(void) { return 15; }
+int rac_abi(void) { return 16; }
 int rac_features(void) { return has512(); }
 
 /* Exponential-Golomb frequency tables (stages/lanes.md, "Tables"). 0 ok, 1 bits run out or are left, 2 bad table */

@@ -159,6 +159,22 @@ static void viterbi(const rac_code *t, int no512, const float *x, int64_t n, int
     }
 }
 
+/* The whole number nearest to 4 log2 x of x > 0, without libm, whose last bit differs between machines; linalg/exact.py */
+static int quarters(double x) {
+    static const double eighths[4] = {0.5452538663326288, 0.6484197773255049, 0.7711054127039705, 0.9170040432046713};
+    int e;
+    const double m = frexp(x, &e);
+    int q = 4 * e - 4;
+    for (int i = 0; i < 4; i++) q += m >= eighths[i];
+    return q;
+}
+
+/* 2**(e / 4), the binary32 numbers of stages/trellis.md, section 3 */
+static float power(int e) {
+    static const float within[4] = {1.0f, 0x1.306fe0p0f, 0x1.6a09e6p0f, 0x1.ae89fap0f};
+    return ldexpf(within[e & 3], e >> 2);
+}
+
 /* The columns of a block from the last to the first, each after the errors of the ones behind it are fed back
  * (align/triangular.py). All arrays are column-major. plain, target (cols, m): the columns, and the
  * same with the errors of what is behind the block fed back; target is overwritten by the errors plain - value. feed (groups, cols, cols): [j, i]
@@ -192,7 +208,7 @@ int rac_trellis_block(int states, int h0, int h1, const float *plain, float *tar
         double square = 0;
         for (int64_t r = 0; r < m; r++) square += (double)g[r] * g[r];
         const double ratio = step[j] > 0 ? sqrt(square / (double)m) / step[j] : 0;
-        int q = ratio > 0 ? (int)lrint(4 * log2(ratio)) - low : 0;
+        int q = ratio > 0 ? quarters(ratio) - low : 0;
         q = q < 0 ? 0 : q < levels ? q : levels - 1;
         fine_of[j] = step[j] > 0 && ratio > 0 ? fine[q] : -1;
         memset(wild + j * m, 0, (size_t)m);
@@ -202,7 +218,7 @@ int rac_trellis_block(int states, int h0, int h1, const float *plain, float *tar
             memcpy(g, plain + j * m, (size_t)m * 4);
             continue;
         }
-        const float unit = step[j] * exp2f(-0.25f * (float)fine_of[j]), inverse = 1.0f / unit;
+        const float unit = step[j] * power(-fine_of[j]), inverse = 1.0f / unit;
         for (int64_t r = 0; r < m; r++) x[r] = g[r] * inverse;
         const float *costs = rate + (int64_t)q * tables * wide;
         if (below) bad = rac_shaped(&t, no512, &shape, x, lane, costs + most, row, most, far, out + j * m, v);

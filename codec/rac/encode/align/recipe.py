@@ -18,6 +18,7 @@ from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import SourceError
 from rac.grid import matrix
+from rac.linalg import exact
 from rac.linalg.triangular import Rows, Triangular, blocks, damped, rows, triangular
 from rac.stages import trellis as tr
 from rac.stages.words import DTYPES, from_words
@@ -166,7 +167,7 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     square /= np.square(tr.power(scales.rows))[:, None]
     square /= np.square(tr.power(scales.cols))
     finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
-    return Aligned(0.5 * math.log2(float(square.mean(dtype=np.float64))) - finer, scales)
+    return Aligned(0.5 * float(exact.log2(square.mean(dtype=np.float64))) - finer, scales)
 
 
 def calibrated(
@@ -197,9 +198,9 @@ def calibrated(
         by_row, by_col = _weights(layer, w.shape, damp, trust)
         scales = lossy.Scales(_exponents(by_row), _exponents(by_col))
         scaled = w.astype(np.float64) / tr.power(scales.rows)[:, None] / tr.power(scales.cols)
-        deviation = math.log2(_middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30))))
+        deviation = exact.middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30)))
         # bits, up to a constant, where all count in full
-        needs[t.name] = deviation + math.log2(_middle(by_row)) + math.log2(_middle(by_col)), w.size
+        needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), w.size
         found[t.name] = Aligned(deviation, scales, layer, damp)
     total = max(1, sum(n for _, n in needs.values()))
     mean = sum(need * n for need, n in needs.values()) / total
@@ -231,11 +232,11 @@ def _weights(
     n = len(layer.experts)
     if layer.transposed:  # what an output counts for is the same of all experts, but for a factor
         each = np.stack([_trusted(one.sensitivity, shape[1], trust) for one in layer.experts])
-        factor = np.exp(np.log(each).mean(1))
+        factor = exact.exp2(exact.log2(each).mean(1))
         shared = np.sqrt(np.square(each / factor[:, None]).mean(0))
         return _inputs_are_rows(layer, damp).weight * np.repeat(factor, shape[0] // n), shared
     own = _of_experts(layer, damp).by_column
-    factor = np.exp(np.log(own).mean(1))
+    factor = exact.exp2(exact.log2(own).mean(1))
     shared = np.sqrt(np.square(own / factor[:, None]).mean(0))
     every = [_trusted(one.sensitivity, shape[0] // n, trust) * f for one, f in zip(layer.experts, factor, strict=True)]
     return np.concatenate(every), shared
@@ -246,15 +247,10 @@ def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float) -> N
     if sensitivity is None:
         return np.ones(n)
     out = np.sqrt(np.maximum(sensitivity, max(sensitivity.mean() * LEAST, 1e-30)))
-    return np.asarray(_middle(out) * (out / _middle(out)) ** trust)
+    middle = exact.middle(out)
+    return exact.exp2(middle + trust * (exact.log2(out) - middle))
 
 
 def _exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:
     """Quarter octaves of steps inverse to the weights."""
-    out: NDArray[np.int8] = np.clip(np.rint(-4 * np.log2(weight / _middle(weight))), -tr.MOST, tr.MOST).astype(np.int8)
-    return out
-
-
-def _middle(x: NDArray[Any]) -> float:
-    """Geometric mean."""
-    return float(np.exp(np.log(x).mean()))
+    return np.clip(-exact.quarters(weight / exact.exp2(exact.middle(weight))), -tr.MOST, tr.MOST).astype(np.int8)

@@ -22,7 +22,9 @@ from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import Attachment, SourceTensor
 from rac.encode.split import objects as split
 from rac.errors import BudgetError, SourceError
+from rac.linalg import exact
 from rac.machine import room
+from rac.native import product
 from rac.stages.words import from_words
 
 T = TypeVar("T")
@@ -31,8 +33,8 @@ CLOSE = 0.1
 """Decibels that a file may have beyond the --snr that was asked for."""
 SHAPED = 32
 """States of the trellis where errors of rows are fed back: every state carries its own."""
-DECIBELS = 20 * math.log10(2)
-"""Of one bit."""
+DECIBELS = 6.020599913279624
+"""Of one bit: 20 log10 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
     e = from_words(dense, t.dtype) - w
     layer = recipe.aligned[t.name].layer
     if layer is None:
-        energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
+        energy, error = _energy(w, w), _energy(e, e)
     else:
         energy = error = 0.0
         each = layer.experts or (layer,)
@@ -115,8 +117,20 @@ def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
             second = np.asarray(one.second, np.float32)
             if layer.transposed:
                 a, b = a.T, b.T
-            energy, error = energy + float(np.vdot(a @ second, a)), error + float(np.vdot(b @ second, b))
-    return 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
+            energy, error = energy + _through(a, second), error + _through(b, second)
+    return DECIBELS / 2 * float(exact.log2(energy / error)) if error > 0 and energy > 0 else math.inf
+
+
+def _energy(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Sum of the products of the elements of two matrices, in numpy's order of additions."""
+    return float((a * b).sum(dtype=np.float64))
+
+
+def _through(a: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """tr(A S A^T)."""
+    a = np.ascontiguousarray(a)
+    product.add(out := np.zeros_like(a), a, np.ascontiguousarray(second))
+    return _energy(out, a)
 
 
 @dataclass(frozen=True, slots=True)

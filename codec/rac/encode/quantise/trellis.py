@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.grid import Box
+from rac.linalg import exact
 from rac.linalg.triangular import Triangular
+from rac.native import product
 from rac.native import trellis as native
 from rac.stages import trellis as tr
 from rac.stages.base import Context
@@ -106,7 +108,7 @@ class Coders:
         if q >= 8:
             return 0
         if q not in self._fine:
-            costs = {-1: 2.0 ** (q / 2)} | {a: self._run(q, a)[1] for a in range(0, 9, 2)}
+            costs = {-1: float(exact.exp2(q / 2))} | {a: self._run(q, a)[1] for a in range(0, 9, 2)}
             self._fine[q] = min(costs, key=lambda a: costs[a])
         return self._fine[q]
 
@@ -115,13 +117,13 @@ class Coders:
         with self._lock:
             if (q, fine) in self._found:
                 return self._found[q, fine]
-            unit = 2.0 ** (-fine / 4)
-            x = (self._samples * F32(2 ** (q / 4) / unit))[None]
+            finer = float(exact.exp2(fine / 2))  # squares of the unit by which it is finer
+            x = (self._samples * tr.power(np.array(q + fine)))[None]
             rec = _magnitudes(self._states)
-            p = _cells(2 ** (q / 4) / unit, self._states)
-            slope = worth(self._states) / unit**2
+            p = _cells(q + fine, 1, self._states)
+            slope = worth(self._states) * finer
             for _ in range(4):
-                rate = (-slope * np.log2(p)).astype(F32).reshape(1, 1, -1)
+                rate = (-slope * exact.log2(p)).astype(F32).reshape(1, 1, -1)
                 k, value, *_ = native.block(
                     self._states,
                     tr.CODES[self._states],
@@ -141,18 +143,19 @@ class Coders:
                 p = (counts + 32 * p) / (self.SAMPLES + 32)
             share = counts / self.SAMPLES
             used = share > 0
-            bits = -float((share[used] * np.log2(share[used])).sum())
-            error = float(((x - value) ** 2).mean()) * unit**2
-            p = 0.98 * p + 0.02 * _cells(3 * 2 ** (q / 4) / unit, self._states)
+            bits = -float((share[used] * exact.log2(share[used])).sum())
+            error = float(((x - value) ** 2).mean()) / finer
+            p = 0.98 * p + 0.02 * _cells(q + fine, 3, self._states)
             self._found[q, fine] = p, error + worth(self._states) * bits
             return self._found[q, fine]
 
 
-def _cells(deviation: float, states: int) -> NDArray[np.float64]:
-    """Probability of each integer's cell under a Gaussian."""
+@functools.cache
+def _cells(quarters: int, times: int, states: int) -> NDArray[np.float64]:
+    """Probability of each integer's cell under a Gaussian of deviation `times` 2**(quarters / 4). Read only."""
     edges = np.arange(-MOST - 0.5, MOST + 1) if states == 1 else np.arange(-2 * MOST - 0.5, 2 * MOST + 2, 2.0)
-    edges /= deviation * math.sqrt(2)
-    out = np.diff([math.erf(e) for e in edges]) + 1e-7
+    edges /= times * float(exact.exp2(quarters / 4)) * math.sqrt(2)
+    out = np.diff(exact.erf(edges)) + 1e-7
     return np.asarray(out / out.sum())
 
 
@@ -163,8 +166,7 @@ def coders(states: int) -> Coders:
 
 
 def _quarters(x: Array) -> NDArray[np.int64]:
-    out: NDArray[np.int64] = np.rint(4 * np.log2(np.maximum(x, 1e-30))).astype(np.int64)
-    return out
+    return exact.quarters(np.maximum(x, 1e-30))
 
 
 def quantise(
@@ -196,7 +198,7 @@ def quantise(
         RacError: The C kernel is not there.
     """
     r, c = w.shape
-    bits = np.array(min(max(2.0**scale, 2.0**-60), 2.0**60), F32)
+    bits = exact.exp2(min(max(scale, -60), 60)).astype(F32)
     step = bits * tr.power(scales.cols)
     step[scales.cols == tr.DEAD] = 0
     # The smallest magnitude is half a unit: a row must not lie far below it.
@@ -224,8 +226,8 @@ def quantise(
             for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
         ]
     )
-    slope = worth(states) * 2.0 ** (np.maximum(fine, 0) / 2)[:, None, None]
-    costs = (states, (-slope * np.log2(share)).astype(F32), fine, row.astype(np.uint8))
+    slope = worth(states) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
+    costs = (states, (-slope * exact.log2(share)).astype(F32), fine, row.astype(np.uint8))
     rec, low, corrections = _magnitudes(states), 0, np.zeros(0, np.int8)
     k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed, below)
     if passes > 1 and feed is None:
@@ -237,8 +239,8 @@ def quantise(
     cols = np.where(fine_of < 0, tr.DEAD, np.maximum(scales.cols.astype(np.int64) - fine_of, -tr.MOST)).astype(np.int8)
     words = np.ascontiguousarray((k[back].T + ZERO).astype(np.uint8))
     places = np.argwhere(wild.T)
-    exact = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
-    sizes, unit = tr.build_unit(corrections, row_list, cols, places, to_words(exact, dtype))
+    apart = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
+    sizes, unit = tr.build_unit(corrections, row_list, cols, places, to_words(apart, dtype))
     p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
     return Quantised(words, p, unit, dtype, lane, len(places), int((cols == tr.DEAD).sum()))
 
@@ -260,7 +262,7 @@ def _magnitudes(states: int) -> NDArray[np.float32]:
 
 def _finer(fine: NDArray[np.int8]) -> NDArray[np.float32]:
     """Factor of the step of each column; 0 where it is not coded."""
-    out: NDArray[np.float32] = np.where(fine < 0, 0, 2.0 ** (-fine.astype(np.float64) / 4)).astype(F32)
+    out: NDArray[np.float32] = np.where(fine < 0, F32(0), tr.power(-fine))
     return out
 
 
@@ -292,7 +294,7 @@ def _columns(
         if feed is not None and b < c:
             for g, one in enumerate(each):
                 mine = slice(g * own, (g + 1) * own)
-                target[:, mine] += one[a:b, b:] @ error[b:, mine]
+                product.add(target[:, mine], one[a:b, b:], error[b:, mine])
         inner = np.ascontiguousarray(each[:, a:b, a:b])
         k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(
             states,

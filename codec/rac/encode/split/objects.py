@@ -19,6 +19,7 @@ from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import BudgetError
 from rac.grid import Box
+from rac.linalg import exact
 from rac.linalg.pca import pca
 from rac.linalg.triangular import Triangular, damped, triangular
 from rac.records import Limits
@@ -107,7 +108,7 @@ def _exponents(x: Array) -> NDArray[np.int8]:
 
 def _middle(x: Array) -> float:
     """log2 of the geometric mean."""
-    return float(np.log2(x).mean())
+    return float(exact.log2(x).mean())
 
 
 def before(t: SourceTensor, recipe: Recipe) -> tuple[NDArray[np.float32], str, tuple[Object, ...]]:
@@ -259,7 +260,7 @@ def _plain(a: Aligned) -> Aligned:
     """Without steps of columns and feedback; its errors cost on average what they did."""
     assert a.layer is not None  # noqa: S101
     s = np.asarray(damped(a.layer.second, a.damp))
-    base = a.base + _unit(a) - 0.5 * math.log2(float(np.diag(s).mean()))
+    base = a.base + _unit(a) - 0.5 * float(exact.log2(np.diag(s).mean()))
     return replace(a, base=base, scales=replace(a.scales, cols=np.zeros_like(a.scales.cols)), alignment="identity")
 
 
