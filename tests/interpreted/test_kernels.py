@@ -29,12 +29,14 @@ from rac.decode.gpu import Gpu
 from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
+from rac.entropy import tables
 from rac.errors import ChecksumError, FormatError
 from rac.gpu import decoder as gpu
 from rac.gpu import layout
 from rac.grid import up16
 from rac.methods.grouped import pack_grouped
 from rac.registry import RECORD_ATTACHMENT
+from rac.stages import trellis
 from rac.stages.groups import values
 from rac.stages.lanes import layout as ll
 from rac.stages.lanes.parameters import Lanes
@@ -364,6 +366,28 @@ def test_damage_is_found_where_checksums_match(tmp_path):
     decoder.flush()  # is told once
     with pytest.raises(ChecksumError, match="checksum"):
         decoder.add(t, units[: t.first], [bytes(unit)])
+
+
+def test_no_tables_of_the_cpu_are_made(tmp_path, monkeypatch):
+    """Look-up tables of lanes/1 and what words of trellis/1 stand for are made when the CPU first asks."""
+    maker = products.Maker(tmp_path / "m.rac")
+    words = products.words(1, 24, 37)
+    maker.tensor("w", "BF16", products.quantised(words, 1, 4), [])
+    maker.finish()
+    made = []
+    monkeypatch.setattr(tables, "lookup", lambda *_: made.append("look-up"))
+    monkeypatch.setattr(trellis.native, "dequant", lambda *_: made.append("dequant"))
+    with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
+        a = f.archives[0]
+        t = ld.parse(a, a.record(a.index.entries[0]))
+        (units,) = ld.read_units(a, t, [(0, len(t.units))])
+        decoder = gpu.DeviceDecoder("cpu")
+        decoder.add(t, [u.data for u in units[: t.first]], units[t.first :])
+        decoder.flush()
+        assert not made
+        with pytest.raises((TypeError, ValueError, AttributeError)):
+            list(ld.load(a, [a.index.entries[0]], 1))
+    assert made
 
 
 def test_tiles_that_are_missing(tmp_path):

@@ -182,7 +182,7 @@ def decode(packed: torch.Tensor, handle: int) -> torch.Tensor:
 
 
 def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
-    """The same into `out`, contiguous, of the shape and data type of the tensor, on the device of the data."""
+    """Decode into `out`, contiguous, of the shape and data type of the tensor, on the device of the data."""
     p = _of(handle)
     if packed.device.type == "cuda":
         with torch.cuda.device(packed.device):

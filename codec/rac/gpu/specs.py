@@ -62,7 +62,7 @@ class KernelSpec:
     job: np.dtype[np.void]
     """Fields of a job, each int64 or several of them; offsets are in bytes from the memory that the kernel states."""
     memories: tuple[str, ...]
-    """Of `MEMORIES`, in the order of the kernel's parameters."""
+    """Some of `MEMORIES`, in the order of the kernel's parameters."""
     grid: Callable[[Jobs, Options], tuple[int, int]]
     """Programs along both axes."""
     warps: Callable[[Options], int]

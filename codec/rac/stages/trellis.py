@@ -142,9 +142,13 @@ class OpenTrellis:
     def __init__(self, p: Trellis, dtype: str, lists: Lists, reference: bool = False) -> None:
         self.p, self.dtype, self._reference = p, dtype, reference
         self.rec, self.rows, self.cols, self.places, self.values = lists
-        what = native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, dtype)
-        self.fused = (address(self.rows), address(self.cols), what) if what and not reference else None
-        """Addresses of the scales of rows and columns, and what the words stand for, for the CPU kernel."""
+
+    @functools.cached_property
+    def fused(self) -> tuple[int, int, bytes] | None:
+        """Addresses of the scales of rows and columns, and what the words stand for, for the CPU kernel alone."""
+        p = self.p
+        what = b"" if self._reference else native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, self.dtype)
+        return (address(self.rows), address(self.cols), what) if what else None
 
     @property
     def patches(self) -> bool:

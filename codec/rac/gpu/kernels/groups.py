@@ -15,7 +15,7 @@ from rac.gpu.kernels.trellis import put
 
 @triton.jit
 def _codes(at, inside1, PAIRS: tl.constexpr):
-    """Two neighbours."""
+    """The codes of two neighbours."""
     if PAIRS:
         both = tl.load(at.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
         return both & 255, both >> 8
@@ -24,7 +24,7 @@ def _codes(at, inside1, PAIRS: tl.constexpr):
 
 @triton.jit
 def _number(code, entry):
-    """As a float."""
+    """The number of a code, a float; `entry`: scale and 2^23 + zero."""
     scale = entry.to(tl.uint32).to(tl.float32, bitcast=True)
     zero = (entry >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     return ((code | 0x4B000000).to(tl.float32, bitcast=True) - zero) * scale

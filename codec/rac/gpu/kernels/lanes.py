@@ -115,7 +115,7 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
         status: i32, 4 is written to where a lane does not end empty in state 0, 5 where the number of escapes is
             another than that of their bytes.
         jobs: A multiple of BLOCK // SPAN: `states`, `words`, `tables`, `symbols`, `pieces`; place in `status`; `rows`
-            of the tile; the `first` symbol that escapes; `places` of `escapes` elements.
+            of the tile, for the host to sort by; the `first` symbol that escapes; `places` of `escapes` elements.
         LANES: Lanes of a tile.
         SPAN: `LANES` rounded up to a power of two.
         PER: Elements in a symbol; the code of a pair is a ^ b | b << 4, for which fewer threads meet in a bank.

@@ -21,7 +21,7 @@ def rounded(v, TO: tl.constexpr):
 
 @triton.jit
 def _rounded(v, TO: tl.constexpr):
-    """The same for the interpreter, which cuts BF16 off."""
+    """`rounded` for the interpreter, which cuts BF16 off."""
     if tl.bfloat16 == TO:
         bits = v.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
