@@ -299,18 +299,26 @@ def _tensors(r: Mapping[str, Any]) -> None:
         if "quantised" in t:  # a table of those that have the same parameters
             kinds.setdefault(tuple(t["quantised"]), []).append(t)
     for keys, lossy in kinds.items():
-        shown = [k for k in keys if k not in ("streams", "row_classes", "column_classes")]
-        rows = [["quantised", *("classes, tables" if k == "tables" else k for k in shown)]]
+        at = keys.index("outliers")
+        shown = [*keys[:at], "classes", "tables", *(k for k in keys[at:] if k not in _CLASSES)]
+        rows = [["quantised", *shown]]
         rows += [[t["name"], *(_text(k, t["quantised"]) for k in shown)] for t in lossy]
         _streams(rows, 3, lossy)
 
 
+_CLASSES = ("row_classes", "column_classes", "tables", "streams")
+
+
 def _text(key: str, q: Mapping[str, Any]) -> str:
     """One parameter of a quantised tensor."""
-    if key == "tables":
-        return f"{q['row_classes']}x{q['column_classes']}, {q[key]}" if q[key] else "-"
-    value = q[key]
-    return "-" if value is None else value if isinstance(value, str) else f"{value:,}"
+    from rac.stages.table import PRODUCTS
+
+    if key == "classes":
+        return f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
+    value = q[key] or None if key == "tables" else q[key]
+    if value is None or any((key, value) == p.column for p in PRODUCTS.values()):  # nothing to say
+        return "-"
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _streams(kinds: Sequence[Sequence[str]], left: int, lossy: Sequence[Mapping[str, Any]]) -> None:

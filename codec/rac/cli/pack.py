@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rac.cli import recipe
-from rac.errors import OutputError
 
 if TYPE_CHECKING:
     from rac.encode.pack import Fidelity
@@ -124,7 +123,7 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
     p.add_argument("--force", action="store_true", help="replace an existing file")
-    p.set_defaults(run=run, interrupted=_interrupted)
+    p.set_defaults(run=run, left=_left)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,14 +136,15 @@ def run(args: argparse.Namespace) -> int:
 def _folder(args: argparse.Namespace) -> int:
     """Pack to a file beside the folder, and write that as a folder; of an archive only the latter."""
     from rac.cli.progress import Progress, parse_size, size
-    from rac.runtime.folder import SHARD, write_folder
+    from rac.encode.sources import open_source
+    from rac.runtime.folder import SHARD, replaceable, write_folder
 
-    if os.path.lexists(args.output) and not args.force:
-        raise OutputError("exists already; give --force to replace it", file=args.output)
     shard = SHARD if args.shard_size is None else parse_size(args.shard_size)
     made = None
     if not args.src.endswith(".rac"):
-        made = args.output.rstrip(os.sep) + ".packing.rac"
+        source = open_source(args.src, args.include, args.exclude)
+        replaceable(os.path.realpath(args.output), args.force, [a.name for a in source.attachments])
+        made = _beside(args.output)
         _file(argparse.Namespace(**vars(args) | {"output": made, "shard_size": None}))
     try:
         with Progress("writing", os.path.getsize(made or args.src)) as progress:
@@ -301,11 +301,17 @@ def _cache(given: str | None) -> str | None:
     return given or os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "rac")
 
 
-def _interrupted(args: argparse.Namespace) -> str:
+def _left(args: argparse.Namespace) -> str:
     """What an interrupted pack has left; nothing where it had not begun to write."""
-    shards = glob.escape(args.output.removesuffix(".rac")) + "-*-of-*.rac.part"
-    left = os.path.exists(f"{args.output}.part") or glob.glob(shards)
+    out = _beside(args.output) if args.format == "hf" else os.path.realpath(args.output)
+    shards = glob.escape(out.removesuffix(".rac")) + "-*-of-*.rac.part"
+    left = os.path.exists(f"{out}.part") or glob.glob(shards)
     return "; the finished part is kept, run again with --resume" if left else ""
+
+
+def _beside(folder: str) -> str:
+    """The file that is packed first where a folder is to be made."""
+    return folder.rstrip(os.sep) + ".packing.rac"
 
 
 def _some(names: Sequence[str]) -> str:

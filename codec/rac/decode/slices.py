@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rac import frameworks as fw
 from rac.container.access import InFile
+from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
 from rac.cpu.work import Place, Work
 from rac.decode import random as ld
@@ -26,6 +27,10 @@ class Slice:
     def __init__(self, archive: Archive, t: Tensor, framework: str, device: str) -> None:
         self._archive, self._tensor, self._framework, self._device = archive, t, framework, device
         self._shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles open the file again."""
+        return _again, (self._archive, self._tensor.name, self._framework, self._device)
 
     def get_shape(self) -> list[int]:
         """Shape, in bytes of two values along the last dimension for F4."""
@@ -131,6 +136,12 @@ class Slice:
             out = np.empty((r1 - r0, c1 - c0), f"<u{t.word}")
             dec.join(place.part(Box(r0, r1, left, g.cols) if product.whole_rows else box), out, box)
             return out
+
+
+def _again(archive: Archive, name: str, framework: str, device: str) -> Slice:
+    """A slice of an archive that was opened again."""
+    entry = entries_by_name(archive.index)[name]
+    return Slice(archive, ld.parse(archive, archive.record(entry)), framework, device)
 
 
 def _text(k: slice) -> str:

@@ -12,7 +12,7 @@ from rac.stages.trellis import Trellis
 
 CODERS: dict[str, type[Coder]] = {"raw/1": Raw, "zstd/1": Zstd, "lanes/1": Lanes, "bits/1": Bits}
 NUMBERS: dict[str, type[Numbers]] = {"trellis/1": Trellis, "groups/1": Groups}
-PRODUCTS: dict[str, type[Product]] = {"lowrank/1": LowRank, "basis/1": Basis}
+PRODUCTS: dict[str, type[Product]] = {"basis/1": Basis, "lowrank/1": LowRank}
 
 
 def is_quantised(method: str) -> bool:
