@@ -28,20 +28,10 @@ class Groups:
         options = {"TO": opened.dtype, "PAIRS": pairs, "SAME": not (group % 2 or left % 2), "ROWS": ROWS, "COLS": COLS}
         call = Call("groups", tuple(options.items()), codes.source, to.memory)
         for y, deep in steps(h, w, ROWS, COLS):
-            batch.add(
-                call,
-                codes=codes.at + y * w,
-                code_stride=w,
-                entries=entries + 8 * ((r0 + y) * lists + first),
-                lists=lists,
-                group=group,
-                left=left,
-                numbers=to.at + y * to.stride * size,
-                stride=to.stride,
-                h=deep,
-                w=w,
-                bits_status=opened.p.bits | tile.status << 8,
-            )
+            fields = {"codes": codes.at + y * w, "code_stride": w, "bits_status": opened.p.bits | tile.status << 8}
+            of_row = entries + 8 * ((r0 + y) * lists + first)
+            fields |= {"entries": of_row, "lists": lists, "group": group, "left": left}
+            batch.add(call, **fields, numbers=to.at + y * to.stride * size, stride=to.stride, h=deep, w=w)
 
 
 def _entries(tile: Tile, s: OpenGroups) -> int:

@@ -31,25 +31,11 @@ class Lanes:
     def words(self, opened: OpenLanes, tile: Tile, to: Place) -> None:
         """Words in their places, the tops of those that escape added behind."""
         coded, p = _Coded(opened, tile), opened.p
-        form = {
-            "WORD": tile.dec.tensor.grid.word,
-            "SHIFT": p.shift,
-            "SIGN": int(p.sign),
-            "ZERO": p.zero,
-            "RAW": p.raw,
-            "CODED": True,
-        }
-        place(
-            tile.batch,
-            to,
-            form,
-            tile.shape,
-            rows=coded.places[0],
-            columns=coded.places[1],
-            tops=coded.tables.tops,
-            symbols=coded.symbols,
-            planes=[tile.at + start for start in coded.parsed.planes],
-        )
+        form = {"WORD": tile.dec.tensor.grid.word, "SHIFT": p.shift, "SIGN": int(p.sign), "ZERO": p.zero}
+        form |= {"RAW": p.raw, "CODED": True}
+        fields = {"rows": coded.places[0], "columns": coded.places[1], "tops": coded.tables.tops}
+        planes = [tile.at + start for start in coded.parsed.planes]
+        place(tile.batch, to, form, tile.shape, **fields, symbols=coded.symbols, planes=planes)
         coded.add_escapes(to)
 
     def codes(self, opened: OpenLanes, tile: Tile, anywhere: bool) -> Codes:
@@ -147,28 +133,19 @@ class _Coded:
         """The job of the lanes, whose words are at this offset."""
         tile, batch, p = self.tile, self.tile.batch, self.opened.p
         span = power_of_two(p.lanes)
-        options = {
-            "LANES": p.lanes,
-            "SPAN": span,
-            "PER": p.per,
-            "BLOCK": max(WARP, span),
-            "ENTRIES": self.tables.entries,
-        }
+        options = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span)}
+        options["ENTRIES"] = self.tables.entries
         states, taken = _states(self.parsed)
         pieces = _pieces(self.sequence.segments, p.lanes, p.per)
-        batch.add(
-            Call("lanes", tuple(options.items())),
-            states=batch.put(states),
-            words=words + 4 * taken,
-            tables=self.tables.luts,
-            symbols=self.symbols,
-            pieces=batch.put(pieces),
-            status=tile.status,
-            rows=int(pieces[:-1, 0].sum()),
-            first=p.first_escape,
-            places=self.escaped,
-            escapes=len(self.parsed.escapes),
-        )
+        fields = {
+            "words": words + 4 * taken,
+            "tables": self.tables.luts,
+            "symbols": self.symbols,
+            "status": tile.status,
+        }
+        fields |= {"states": batch.put(states), "pieces": batch.put(pieces), "rows": int(pieces[:-1, 0].sum())}
+        escapes = {"first": p.first_escape, "places": self.escaped, "escapes": len(self.parsed.escapes)}
+        batch.add(Call("lanes", tuple(options.items())), **fields, **escapes)
 
     def find_escapes(self, words: NDArray[np.uint8]) -> None:
         """Give the symbols that escape the codes of their tops; `words` (256,): the word of each code."""
@@ -183,35 +160,20 @@ class _Coded:
         """Add the tops of the symbols that escape to words that stand in their places."""
         batch, sequence, p = self.tile.batch, self.sequence, self.opened.p
         if p.base > p.first_escape:
-            self._add(
-                to.memory,
-                {"WORD": self.tile.dec.tensor.grid.word, "PLACED": True},
-                codes=0,
-                blocks=batch.put(sequence.blocks),
-                n=len(sequence.blocks),
-                rows=batch.put(sequence.row_list.astype(np.int32)),
-                columns=batch.put(sequence.col_list.astype(np.int32)),
-                words=to.at,
-                stride=to.stride,
-                shift=p.shift + p.zero,
-            )
+            fields = {"blocks": batch.put(sequence.blocks), "n": len(sequence.blocks), "shift": p.shift + p.zero}
+            fields["rows"] = batch.put(sequence.row_list.astype(np.int32))
+            fields["columns"] = batch.put(sequence.col_list.astype(np.int32))
+            options = {"WORD": self.tile.dec.tensor.grid.word, "PLACED": True}
+            self._add(to.memory, options, codes=0, **fields, words=to.at, stride=to.stride)
 
     def _add(self, memory: str, options: dict[str, int], **fields: int) -> None:
         """A job of the escapes, if there can be any."""
         p = self.opened.p
         if p.base > p.first_escape:
-            self.tile.batch.add(
-                Call("escapes", (*options.items(), ("BLOCK", 64)), out=memory),
-                symbols=self.symbols,
-                first=p.first_escape,
-                bases=self.tables.bases,
-                bytes=self._escapes,
-                count=len(self.parsed.escapes),
-                limit=self.opened.limit,
-                status=self.tile.status,
-                places=self.escaped,
-                **fields,
-            )
+            fields |= {"symbols": self.symbols, "places": self.escaped, "status": self.tile.status}
+            fields |= {"first": p.first_escape, "bases": self.tables.bases, "limit": self.opened.limit}
+            fields |= {"bytes": self._escapes, "count": len(self.parsed.escapes)}
+            self.tile.batch.add(Call("escapes", (*options.items(), ("BLOCK", 64)), out=memory), **fields)
 
 
 def _states(parsed: layout.Tile) -> tuple[NDArray[np.uint32], int]:

@@ -16,17 +16,8 @@ def _words(tile: Tile, word: int, raw: int, planes: Sequence[int], to: Place) ->
     many = max(1, word // 4)  # there is no plane of 64 bits
     rows, columns = tile.batch.plain_map(h, w * many)
     form = {"WORD": word // many, "SHIFT": 0, "SIGN": 0, "ZERO": 0, "RAW": raw // many, "CODED": False}
-    place(
-        tile.batch,
-        Place(to.memory, to.at, to.stride * many),
-        form,
-        (h, w * many),
-        rows=rows,
-        columns=columns,
-        tops=0,
-        symbols=0,
-        planes=planes,
-    )
+    fields = {"rows": rows, "columns": columns, "tops": 0, "symbols": 0, "planes": planes}
+    place(tile.batch, Place(to.memory, to.at, to.stride * many), form, (h, w * many), **fields)
 
 
 class Plain:

@@ -17,20 +17,10 @@ def _lay(band: Product, to: Place, added: bool, a: tuple[int, int, int], b: tupl
     w, (at, stride, terms) = c1 - c0, a
     options = {"WORD": t.word, "HALF": t.dtype == "F16", "ADDED": added, "ROWS": ROWS, "COLS": COLS}
     for y, deep in steps(r1 - r0, w, ROWS, COLS):
-        batch.add(
-            Call("product", tuple(options.items()), out=to.memory),
-            numbers=band.numbers + 4 * y * w,
-            number_stride=w,
-            a=at + 4 * y * stride,
-            a_stride=stride,
-            b=b[0],
-            b_stride=b[1],
-            terms=terms,
-            words=to.at + y * to.stride * t.word,
-            stride=to.stride,
-            h=deep,
-            w=w,
-        )
+        fields = {"numbers": band.numbers + 4 * y * w, "number_stride": w, "terms": terms}
+        fields |= {"a": at + 4 * y * stride, "a_stride": stride, "b": b[0], "b_stride": b[1]}
+        call = Call("product", tuple(options.items()), out=to.memory)
+        batch.add(call, **fields, words=to.at + y * to.stride * t.word, stride=to.stride, h=deep, w=w)
 
 
 class LowRank:

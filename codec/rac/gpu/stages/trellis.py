@@ -32,20 +32,11 @@ class Trellis:
         cols = across(COLS, w)
         pairs = DTYPES[opened.dtype].itemsize == 2 and not (w % 2 or to.stride % 2 or to.at % 4)
         options = {"TO": opened.dtype, "COLS": cols, "PAIRS": pairs}
-        batch.add(
-            Call("trellis", tuple(options.items()), codes.source, to.memory),
-            rows=rows,
-            columns=columns,
-            entries=entries,
-            column_scales=batch.put(padded(opened.cols[c0:c1], cols)),
-            row_scales=batch.put(padded(opened.rows[r0:r1], DEEP)),
-            codes=codes.at,
-            numbers=to.at,
-            stride=to.stride,
-            h=h,
-            w=w,
-            step=step,
-        )
+        fields = {"rows": rows, "columns": columns, "codes": codes.at, "entries": entries, "step": step}
+        fields["column_scales"] = batch.put(padded(opened.cols[c0:c1], cols))
+        fields["row_scales"] = batch.put(padded(opened.rows[r0:r1], DEEP))
+        call = Call("trellis", tuple(options.items()), codes.source, to.memory)
+        batch.add(call, **fields, numbers=to.at, stride=to.stride, h=h, w=w)
         _outliers(tile, opened, to)
 
 
