@@ -173,9 +173,9 @@ class OpenGroups:
         same = self.zeros.size == 1
         seen = None
         if not self._reference:
-            zeros = None if same else self.zeros[of]
+            zeros = self.zeros if same else self.zeros[of]
             left = c0 - first * p.group
-            seen = native.numbers(words, self.scales[of], zeros, int(self.zeros[0, 0]), p.group, left, dst, self.dtype)
+            seen = native.numbers(words, self.scales[of], zeros, p.group, left, dst, self.dtype)
         if (words >> np.uint8(p.bits)).any() if seen is None else seen >> p.bits:
             raise FormatError("a word is larger than groups/1 allows")
         if seen is not None:

@@ -5,6 +5,7 @@ The numpy functions here are the reference; rac/native/trellis.c is held to them
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,13 +143,23 @@ class OpenTrellis:
     def __init__(self, p: Trellis, dtype: str, lists: Lists, reference: bool = False) -> None:
         self.p, self.dtype, self._reference = p, dtype, reference
         self.rec, self.rows, self.cols, self.places, self.values = lists
+        self._alive: list[Any] = []  # each that two threads made at once, since jobs have its address
 
     @functools.cached_property
-    def fused(self) -> tuple[int, int, bytes] | None:
-        """Addresses of the scales of rows and columns, and what the words stand for, for the CPU kernel alone."""
+    def _words(self) -> Any:
+        """What the words stand for, for the CPU kernel alone: made when it first asks."""
         p = self.p
-        what = b"" if self._reference else native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, self.dtype)
-        return (address(self.rows), address(self.cols), what) if what else None
+        words = (
+            None if self._reference else native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, self.dtype)
+        )
+        self._alive.append(words)
+        return words
+
+    @functools.cached_property
+    def fused(self) -> Any:
+        """Addresses of the scales of rows and columns, and of what the words stand for, for the CPU kernel."""
+        words = self._words
+        return words and (address(self.rows), address(self.cols), ctypes.addressof(words))
 
     @property
     def patches(self) -> bool:
@@ -159,8 +170,8 @@ class OpenTrellis:
         """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type."""
         r0, r1, c0, c1 = box
         rows, cols = self.rows[r0:r1], self.cols[c0:c1]
-        if self.fused:
-            native.decode(words, self.fused[2], cols, rows, dst)
+        if self._words:
+            native.decode(words, self._words, cols, rows, dst)
         else:
             self._decode(words, cols, rows, dst)
         self.patch(box, dst)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from rac import native
 from rac.container import zstd
 from rac.encode.code import classes as clusters
-from rac.encode.code.plan import MANTISSA, Bytes, Level, Plan, View, chunks
+from rac.encode.code.plan import MANTISSA, Level, Plan, View, chunks
+from rac.encode.encoded import Bytes
 from rac.entropy import tables
 from rac.entropy.ans import Models
 from rac.entropy.interleave import merge

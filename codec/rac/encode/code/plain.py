@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
-from rac.encode.code.plan import Bytes, Plan, View
+from rac.encode.code.plan import Plan, View
+from rac.encode.encoded import Bytes
 from rac.stages import bits
 from rac.stages.bits import Bits
 from rac.stages.plain import Raw, Zstd

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from rac import native
 from rac.container import zstd
+from rac.encode.encoded import Bytes
 from rac.grid import Grid, matrix
 from rac.registry import DTYPES
 from rac.stages.base import Coder
 
 Array = NDArray[Any]
-Bytes = bytes | memoryview
 Source = Callable[[Grid, int, int], Array]
 """Words (h, C) of the rows [start, stop) of the matrix."""
 

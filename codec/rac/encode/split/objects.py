@@ -14,7 +14,8 @@ from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
-from rac.encode.code.plan import CODER, Bytes, Level, Plan, grid_of
+from rac.encode.code.plan import CODER, Level, Plan, grid_of
+from rac.encode.encoded import Bytes, Encoded
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import BudgetError
@@ -31,7 +32,6 @@ from rac.stages.words import to_words
 
 Array = NDArray[Any]
 F32 = np.float32
-ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 RANKS = (1, 2, 4, 8, 16, 32)
 """Those that `choose_rank` thinks about, beside 0."""
 SHORT = 64
@@ -55,9 +55,10 @@ HARM = 4.5
 
 
 @dataclass(frozen=True, slots=True)
-class Object(rec.Object):
+class Object:
     """A matrix that tensors compute with, quantised."""
 
+    encoded: Encoded
     quantised: lossy.Quantised
 
     @property
@@ -81,7 +82,7 @@ def lane_of(shape: tuple[int, ...], coder: Level = CODER) -> int:
 
 
 def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[Plan, list[Bytes]]:
-    """How a quantised matrix is stored, and the units of its record."""
+    """How the words of a quantised matrix are stored, and the units of its record."""
     plan, tiles = rec.coded(q.words, coder)
     return plan, [*plan.fronts, q.unit, *tiles]
 
@@ -98,7 +99,7 @@ def _object(
     q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lane, states, 1, recursion)
     plan, units = coded(q)
     head = rec.object_head(name, plan, q.trellis, q.digest)
-    return Object(name, head, rec.object_fields(plan, units, q.trellis), units, q)
+    return Object(Encoded(head, units, rec.object_fields(plan, units, q.trellis)), q)
 
 
 def _exponents(x: Array) -> NDArray[np.int8]:
@@ -133,11 +134,10 @@ def product_of(objects: Sequence[Object]) -> Product | None:
 
 def after(v: Array, dtype: str, objects: Sequence[Object]) -> Array:
     """Words (R, C) of the data type that a decoder makes of the trellis' words `v` and the objects."""
-    if not objects:
+    product = product_of(objects)
+    if product is None:
         return v
     found = np.asarray(v).view(F32)
-    product = product_of(objects)
-    assert product is not None  # noqa: S101 - there are objects
     whole = Box(0, len(found), 0, found.shape[1])
     return to_words(product.join(found, [o.values for o in objects], whole, False), dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import threading
 from typing import Any, Self
 
@@ -76,7 +77,7 @@ class OpenLanes:
 
     def kernel(self) -> LanesKernel | None:
         """What makes jobs of the C kernel; None where it was not built, or the reference was asked for."""
-        if self._reference or native.library() is None:
+        if self._reference or not native.available():
             return None
         with self._lock:  # a second set of tables would be freed while jobs have its address
             if self._kernel is None:
@@ -143,19 +144,23 @@ class LanesKernel:
         p = of.p
         self._kept = (of.lut(), of.values, of.bases, of.table, of.rows, of.cols)
         self._rows, self._cols = native.address(of.rows), native.address(of.cols)
-        self._tail = native.job_tail(
-            *self._kept[:4],
+        self._shared = native.TileShared(
+            *(native.address(a) for a in self._kept[:4]),
             *(p.rows, p.cols, p.skip, p.lanes, p.per, word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape),
             of.limit,
         )
+        self._at = ctypes.addressof(self._shared)
 
-    def job(self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: Any) -> bytes:
+    def job(
+        self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: tuple[int, int, int] | None
+    ) -> native.TileJob:
         """The job of one tile, see `rac.stages.base.Kernel`."""
         r0, r1, c0, c1 = box
         rows, cols = self._rows and self._rows + r0, self._cols and self._cols + c0
-        row, col, what = numbers or (0, 0, b"")
-        return native.job(
-            *unit, rows, cols, place[0], r1 - r0, c1 - c0, place[1], self._tail, row + 4 * r0, col + 4 * c0, what
+        row, col, what = numbers or (0, 0, 0)
+        to, stride = place
+        return native.TileJob(
+            *unit, rows, cols, to, r1 - r0, c1 - c0, stride, self._at, what, row + 4 * r0, col + 4 * c0
         )
 
 
