@@ -19,10 +19,10 @@ from rac import tensor as tn
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
 from rac.decode import random as ld
-from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
 from rac.stages.lanes import decode as tile
+from support import tiles
 
 SETTINGS = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -208,8 +208,7 @@ def test_structured_arrays_in_many_tiles(data):
     level, lanes = data.draw(LEVELS), data.draw(LANES)
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed(arrays, {}, level=level, lanes=lanes)
     check(archive, arrays, {}, indices_from(data, 3))
 
@@ -377,8 +376,7 @@ def test_kernels_agree(data):
     assert native.library() is not None
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed({"a": array}, level=level, lanes=lanes)
         fast = _decoded(archive)
         patch.setattr(native, "library", lambda: None)
