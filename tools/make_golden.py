@@ -22,6 +22,7 @@ from golden import (
     bad_products,
     bad_stages,
     bad_trellis,
+    frames,
     good_groups,
     good_online,
     good_products,
@@ -30,6 +31,7 @@ from golden import (
 from golden.cases import BAD, UNSUPPORTED
 from golden.good import GOOD
 from golden.model import ATTACHMENT, TENSOR, Archive
+from golden.sets import NAMES, SETS
 
 FOLDER = Path(__file__).parent.parent / "format_spec" / "golden"
 MODULES = (
@@ -40,6 +42,7 @@ MODULES = (
     bad_products,
     bad_stages,
     bad_trellis,
+    frames,
     good_groups,
     good_online,
     good_products,
@@ -87,6 +90,12 @@ def make() -> dict[str, bytes]:
         if case.random:
             entry["random_access"] = case.random
         manifest[kind][name] = entry
+    manifest["sets"] = {}
+    for name, pair in sorted(SETS.items()):
+        made = dict(zip(NAMES, (a.build() for a in pair.make()), strict=True))
+        files |= {f"sets/{name}/{n}": data for n, data in made.items()}
+        hashes = {n: hashlib.sha256(data).hexdigest() for n, data in made.items()}
+        manifest["sets"][name] = {"sha256": hashes, "about": pair.why, "clause": pair.clause, "error": pair.error}
     files["manifest.json"] = (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode()
     return files
 

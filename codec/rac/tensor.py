@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -347,6 +348,11 @@ class _Scratch:
     MOST = 16 << 20
 
     def __init__(self) -> None:
+        self._begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._begin)  # whoever held the lock has stayed with the parent
+
+    def _begin(self) -> None:
         self._free: list[Array] = []
         self._size = 0
         self._lock = threading.Lock()

@@ -4,6 +4,7 @@ Slow and plain on purpose. Clause ids in the code are those of the text.
 
     decode(source)        -> Archive, everything read forward and verified
     RandomAccess(source)  -> index first, then single tensors
+    decode_set(path)      -> [Archive, ...], all shards of a set
 """
 
 from .archive import Archive, RandomAccess, decode
@@ -16,6 +17,7 @@ from .errors import (
     TruncatedError,
     UnsupportedError,
 )
+from .shards import decode_set
 
 __all__ = [
     "Archive",
@@ -28,4 +30,5 @@ __all__ = [
     "TruncatedError",
     "UnsupportedError",
     "decode",
+    "decode_set",
 ]

@@ -277,6 +277,8 @@ def check_row(row: Map, limits: Limits) -> None:
         as_count(row[key], "RAC-IDX-005")
     as_binary(row["check"], "RAC-IDX-005", 8)
     kind, flags = as_count(row["type"], "RAC-IDX-005"), as_count(row["flags"], "RAC-IDX-005")
+    if max(kind, flags) > 0xFFFF:
+        raise FormatError("RAC-IDX-005: type or flags above 65535")
     if kind == INDEX:
         raise FormatError("RAC-IDX-006: row of type 4")
     check_type(kind, flags)
@@ -287,7 +289,10 @@ def check_row(row: Map, limits: Limits) -> None:
         as_text(row["method"], "RAC-IDX-005")
     if kind in (TENSOR, OBJECT):
         as_text(row["dtype"], "RAC-IDX-005")
-        check_shape(as_counts(row["shape"], "RAC-IDX-005"), limits)  # RAC-IDX-008
+        shape = as_counts(row["shape"], "RAC-IDX-005")
+        check_shape(shape, limits)  # RAC-IDX-008
+        if kind == OBJECT and (len(shape) != 2 or 0 in shape):
+            raise FormatError("RAC-IDX-008: shape of an object is not that of a matrix")
         as_aliases(row.get("aliases", []), "RAC-IDX-005")
         if sum(as_counts(row["parts"], "RAC-IDX-005", 6)) != row["payload"]:
             raise FormatError("RAC-IDX-007: parts")

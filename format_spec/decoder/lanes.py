@@ -155,6 +155,8 @@ class Shared:
     col_classes: Ints  # C
     class_map: Ints  # Kr x Kc
     models: dict[int, Any] = field(default_factory=dict)  # constriction's form of a table
+    slots: dict[int, tuple[Values, Values, Ints]] = field(default_factory=dict)
+    """Frequencies, starts, and the symbol of each slot, of the tables that were used: made once, not for each tile."""
 
 
 def shared_unit(unit: bytes, p: Parameters, rows: int, cols: int) -> Shared:
@@ -234,14 +236,19 @@ class Parts:
     padding: int
 
 
-def decode_tile(
-    unit: bytes, p: Parameters, shared: Shared, row_classes: Ints, col_classes: Ints
-) -> tuple[Values, Parts]:
-    """Sections 8 to 11: the h x w words of one tile."""
-    h, w = len(row_classes), len(col_classes)
-    n = h * w
+@dataclass(frozen=True)
+class Cut:
+    """Section 9: a tile unit in its parts."""
 
-    # Section 9: cut the unit.
+    words: Words
+    counts: Ints  # words of each lane
+    escapes: Ints
+    raw: Values  # of each element, in sequence order
+    parts: Parts
+
+
+def cut(unit: bytes, p: Parameters, n: int) -> Cut:
+    """Cut the unit of a tile of n words."""
     at = 0
     parts: list[int] = []
 
@@ -261,11 +268,10 @@ def decode_tile(
     plain = [-(-n * power // 8) for power in powers]
     sized = 4 * len(powers) if p.packed else 0
     directory = take(4 + sized + 2 * p.lanes)
-    escape_count = int.from_bytes(directory[:4], "little")
     stored = np.frombuffer(directory[4 : 4 + sized], "<u4").tolist() if p.packed else plain
-    word_counts = np.frombuffer(directory, "<u2", offset=4 + sized).astype(np.int64)
-    words = np.frombuffer(take(4 * int(word_counts.sum())), "<u4").astype(np.uint32)
-    escape_bytes = np.frombuffer(take(escape_count), np.uint8).astype(np.int64)
+    counts = np.frombuffer(directory, "<u2", offset=4 + sized).astype(np.int64)
+    words = np.frombuffer(take(4 * int(counts.sum())), "<u4").astype(np.uint32)
+    escapes = np.frombuffer(take(int.from_bytes(directory[:4], "little")), np.uint8).astype(np.int64)
     raw = np.zeros(n, np.uint64)
     low = 0
     for power, plain_size, size in zip(powers, plain, stored, strict=True):
@@ -278,24 +284,39 @@ def decode_tile(
         low += power
     if at != len(unit):
         raise FormatError("RAC-LAN-020: unit is too long")
+    return Cut(words, counts, escapes, raw, Parts(parts[0], parts[1], parts[2], sum(parts[3:]), len(unit) - sum(parts)))
 
-    # Section 8: rank of each block; blocks of a table follow each other.
-    block_tables = shared.class_map.reshape(-1)
-    ranks = np.empty(len(block_tables), np.uint16)
-    ranks[np.argsort(block_tables, kind="stable")] = np.arange(len(block_tables))
+
+def order(p: Parameters, shared: Shared, row_classes: Ints, col_classes: Ints) -> tuple[Ints, list[tuple[int, int]]]:
+    """Section 8: the place in the tile of each element, in sequence order, and (table, elements) of each segment.
+
+    Elements are sorted by table, class of row, class of column: no class counts that does not occur in the tile.
+    """
     blocks = (row_classes[:, None] * p.cols + col_classes[None, :]).reshape(-1)
-    sequence = np.argsort(ranks[blocks], kind="stable")  # place in the tile of each element
-    elements = np.bincount(block_tables[blocks], minlength=p.tables)
-    segments = [(table, int(m)) for table, m in enumerate(elements) if m]
+    block_tables = shared.class_map.reshape(-1)[blocks]
+    elements = np.bincount(block_tables, minlength=p.tables)
+    return np.lexsort((blocks, block_tables)), [(int(t), int(elements[t])) for t in np.flatnonzero(elements)]
 
-    # Section 10: the lanes.
-    counts = [-(-m // p.per) for _, m in segments]
-    coded = [np.zeros(count, np.int64) for count in counts]
-    rows = [(table, count) for (table, _), count in zip(segments, counts, strict=True)]
-    for lane, own in enumerate(words_of_lanes(words, word_counts, rows, shared)):
+
+def coded_symbols_of(unit: Cut, p: Parameters, shared: Shared, segments: list[tuple[int, int]]) -> list[Ints]:
+    """Section 10: the coded symbols of each segment."""
+    rows = [(table, -(-m // p.per)) for table, m in segments]
+    coded = [np.zeros(count, np.int64) for _, count in rows]
+    for lane, own in enumerate(words_of_lanes(unit.words, unit.counts, rows, shared)):
         todo = [(table, max(0, -(-(count - lane) // p.lanes))) for table, count in rows]
         for segment, symbols in enumerate(decode_lane(own, todo, shared)):
             coded[segment][lane :: p.lanes] = symbols
+    return coded
+
+
+def decode_tile(
+    unit: bytes, p: Parameters, shared: Shared, row_classes: Ints, col_classes: Ints
+) -> tuple[Values, Parts]:
+    """Sections 8 to 11: the h x w words of one tile."""
+    n = len(row_classes) * len(col_classes)
+    parts = cut(unit, p, n)
+    sequence, segments = order(p, shared, row_classes, col_classes)
+    coded = coded_symbols_of(parts, p, shared, segments)
 
     # Section 4: coded symbols to base symbols; RAC-LAN-019: fillers go.
     pairs = coded_symbols(p)
@@ -303,20 +324,20 @@ def decode_tile(
 
     # Section 11.
     escaping = symbols >= len(p.tops)
-    if int(escaping.sum()) != escape_count:
+    if int(escaping.sum()) != len(parts.escapes):
         raise FormatError("RAC-LAN-027: number of escapes")
     tops = np.array(p.tops + p.escapes, np.int64)[symbols]
-    tops[escaping] += escape_bytes
+    tops[escaping] += parts.escapes
     if tops.max() >= p.limit:
         raise FormatError("RAC-LAN-026: escaped top out of range")
     value = tops.astype(np.uint64) << np.uint64(p.shift)
-    value |= raw & np.uint64((1 << p.shift) - 1)
+    value |= parts.raw & np.uint64((1 << p.shift) - 1)
     if p.sign:
-        value |= (raw >> np.uint64(p.shift)) << np.uint64(p.width - p.zero - 1)
+        value |= (parts.raw >> np.uint64(p.shift)) << np.uint64(p.width - p.zero - 1)
     value <<= np.uint64(p.zero)
     tile = np.empty(n, np.uint64)
     tile[sequence] = value
-    return tile.reshape(h, w), Parts(parts[0], parts[1], parts[2], sum(parts[3:]), len(unit) - sum(parts))
+    return tile.reshape(len(row_classes), len(col_classes)), parts.parts
 
 
 def plane(data: bytes, power: int, n: int) -> Values:
@@ -349,9 +370,11 @@ def words_of_lanes(words: Words, counts: Ints, segments: list[tuple[int, int]], 
             at += 1
             left[lane] -= 1
     for table, count in segments:
-        frequencies = shared.tables[table].astype(np.uint64)
-        starts = np.cumsum(frequencies) - frequencies
-        owner = np.repeat(np.arange(len(frequencies)), shared.tables[table])
+        if table not in shared.slots:
+            frequencies = shared.tables[table].astype(np.uint64)
+            owner = np.repeat(np.arange(len(frequencies)), shared.tables[table])
+            shared.slots[table] = frequencies, np.cumsum(frequencies) - frequencies, owner
+        frequencies, starts, owner = shared.slots[table]
         for first in range(0, count, lanes):
             state = x[: count - first]
             q = state & np.uint64(0xFFFFFF)

@@ -32,10 +32,10 @@ def check(value: Value, dtype: str, shape: list[int], objects: Mapping[str, NDAr
     kind = table.get("id")
     if not isinstance(kind, str) or kind not in KEYS:
         raise UnsupportedError(f"RAC-ONL-001: {kind!r}")
-    if table.keys() - KEYS[kind]:
-        raise UnsupportedError("RAC-ONL-003: keys")
-    if table.keys() != KEYS[kind]:
+    if KEYS[kind] - table.keys():
         raise FormatError("RAC-ONL-002: keys")
+    if table.keys() != KEYS[kind]:
+        raise UnsupportedError("RAC-ONL-003: keys")
     if dtype not in ("F64", "F32", "F16", "BF16") or len(shape) != 2 or 0 in shape:
         raise FormatError("RAC-ONL-005: data type or shape")
     inner, seed, name = as_count(table["inner"], "RAC-ONL-004"), None, None

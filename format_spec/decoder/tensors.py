@@ -132,7 +132,10 @@ def check_shape(shape: list[int], limits: Limits) -> None:
 
 
 def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None) -> TensorHead:
-    """Check the head of a tensor record, given the objects in front of it; of an object record with None."""
+    """Check the head of a tensor record, given the objects in front of it; of an object record with None.
+
+    The order is that of section 9.
+    """
     required = {"name", "dtype", "shape", "axis", "tile", "stages", "units", "digest"}
     optional = {"aliases", "extra", "needs", "online", "uses"} if objects is not None else set()
     check_keys(head, required, optional, ("RAC-TEN-001", "RAC-TEN-002, RAC-OBJ-001"))
@@ -148,7 +151,8 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
     digest = as_binary(head["digest"], "RAC-TEN-004", 16)
     aliases = as_aliases(head.get("aliases", []), "RAC-TEN-004")
     as_map(head.get("extra", {}), "RAC-TEN-004")
-    units = unit_directory(as_binary(head["units"], "RAC-UNI-001"), payload)
+    as_map(head.get("online", {}), "RAC-TEN-004")
+    directory = as_binary(head["units"], "RAC-UNI-001")
     if dtype not in DTYPES:
         raise UnsupportedError(f"RAC-TEN-005: data type {dtype!r}")
     bits, word = DTYPES[dtype]
@@ -177,7 +181,17 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
     if more:
         is_trellis = more[0] == "trellis/1"
         second = trellis.parameters(stages[1], dtype) if is_trellis else groups.parameters(stages[1], dtype, cols)
+    coded_word = 1 if second else word
+    parameters = coded_bits = None
+    if first == "bits/1":
+        coded_bits = planes.parameters(stages[0], coded_word)
+    elif first == "lanes/1":
+        parameters = lanes.parameters(stages[0], coded_word)
+    elif len(stages[0]) != 1:
+        raise UnsupportedError("RAC-RAW-001, RAC-ZTD-001: keys in the stage map")
     third = stages[2] if len(more) > 1 else None
+    if third and len(third) != 1:
+        raise UnsupportedError("RAC-LOW-001, RAC-BAS-001: keys in the stage map")
     if len(uses) != (USES[as_text(third["id"], "")] if third else 0):
         raise FormatError("RAC-TEN-017: number of names in uses")
     if third and objects is not None:
@@ -187,22 +201,13 @@ def tensor_head(head: Map, payload: int, limits: Limits, objects: Objects | None
         products.check(third, [objects[n].shape for n in uses], rows, cols)
         second = replace(second, dtype="F32") if second else None  # trellis.md section 1
     online = transforms.check(head["online"], dtype, shape, objects or {}) if "online" in head else None
-    coded_word = 1 if second else word
-    parameters = coded_bits = None
-    if first == "bits/1":
-        coded_bits = planes.parameters(stages[0], coded_word)
-    elif first == "lanes/1":
-        parameters = lanes.parameters(stages[0], coded_word)
-        if rows * cols == 0:
-            raise FormatError("RAC-LAN-006: no elements")
-    elif len(stages[0]) != 1:
-        raise UnsupportedError("RAC-RAW-001, RAC-ZTD-001: keys in the stage map")
-    if second and rows * cols == 0:
-        raise FormatError("RAC-TCQ-010, RAC-GRP-006: no elements")
+    units = unit_directory(directory, payload)
     special = [p.shared_size for p in (parameters,) if p] + [p.unit_size for p in (second,) if p]
     grid = -(-rows // tile_rows) * -(-cols // tile_cols) if rows * cols else 0
     if len(units) != len(special) + grid:
         raise FormatError("RAC-TEN-014: number of units")
+    if special and rows * cols == 0:
+        raise FormatError("RAC-LAN-006, RAC-TCQ-010, RAC-GRP-006: no elements")
     if rows * cols * word > limits.free_alloc + limits.expansion * payload:
         raise LimitError("RAC-TEN-015: tensor is too large for its payload")
     largest = 2 * tile_rows * tile_cols * coded_word + 65536

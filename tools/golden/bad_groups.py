@@ -196,7 +196,7 @@ for _name, _clause, _why, _patch in (
     ("unit-less", "TEN-016", "The last section lacks a byte.", on(LANES, unit(LANES, 1, lambda u: u[:-1]))),
     ("unit-none", "TEN-016", "The groups unit is empty.", on(RAW, unit(RAW, 0, lambda u: b""))),
     ("unit-sizes", "GRP-007", "`sizes` sum to a byte less.", on(BITS, keys(BITS, 1, sizes=[36, 36, 35]))),
-    ("unit-sizes-40", "GRP-007", "A section of 2^40 bytes.", on(RAW, keys(RAW, 1, sizes=[9, 9, 1 << 40]))),
+    ("unit-sizes-40", "GRP-007", "A section of 2^40 bytes.", on(RAW, keys(RAW, 1, zero=0, sizes=[9, 9, 1 << 40]))),
     ("raw-wide", "RAW-002", "A tile has words of two bytes.", on(RAW, unit(RAW, 1, lambda u: u * 2))),
 ):
     bad(_name, _clause, _why, _patch)

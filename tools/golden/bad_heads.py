@@ -183,8 +183,8 @@ case(
     "units-huge",
     FORMAT,
     "TEN-014",
-    "2^59 tiles and two units.",
-    head(RAW, dtype="U8", shape=[1 << 29, 1 << 30], tile=[1, 1]),
+    "2^26 tiles and two units; the dense bytes are within the limit.",
+    head(RAW, dtype="U8", shape=[1 << 13, 1 << 13], tile=[1, 1]),
 )
 case("expansion", LIMIT, "TEN-015", "128 MiB from units of size 0.", large(8, 16 << 20, [1, 16 << 20], [b""] * 8))
 case(
@@ -299,6 +299,13 @@ case(
     "The unit of the index has another checksum.",
     fields(patch_record=lambda r: r.head.update(units=flip(8)(wire.directory(r.units)))),
 )
+case(
+    "index-outside",
+    TRUNCATED,
+    "RAR-003",
+    "The head of the index record would reach behind the end of the archive.",
+    index_record(head_size=1 << 20),
+)
 case("index-plain", FORMAT, "IDX-003", "The index is not a frame.", fields(index_unit=lambda b: b))
 case("index-size", FORMAT, "IDX-003", "The frame holds another size than `size`.", index_record(head={"size": 1000}))
 case(
@@ -382,6 +389,7 @@ for _name, _i, _wrong in (
     ("row-parts-negative", RAW, {"parts": [-16, 16, 0, 0, 24, 8]}),
     ("row-aliases-int", RAW, {"aliases": [["a", 1]]}),
     ("row-type-text", RAW, {"type": "1"}),
+    ("row-flags-65536", RAW, {"flags": 65536}),
 ):
     case(
         _name,
@@ -393,6 +401,13 @@ for _name, _i, _wrong in (
 case("row-text", FORMAT, "IDX-005", "A row is a text.", index(lambda m: m["records"].insert(1, "row")))
 case("row-skipped-key", FORMAT, "IDX-005", "The row of a record to skip has another key.", skipped(row={"x-a": 1}))
 case("row-skipped-name", FORMAT, "IDX-005", "The row of a record to skip has a name.", skipped(row={"name": "a"}))
+case(
+    "row-type-65536",
+    FORMAT,
+    "IDX-005",
+    "The type of a row to skip needs 17 bits.",
+    skipped(row={"type": 65536 + 40000}),
+)
 case(
     "row-type-5",
     UNSUPPORTED,

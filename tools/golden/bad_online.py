@@ -103,6 +103,13 @@ bad("object-later", "ONL-007", "The object stands behind the tensor.", on(f"{M} 
 bad("object-tensor", "ONL-007", "The name of a tensor.", on(f"m {H} {M}", M, object=H))
 
 
+def scalar(_: Archive) -> Archive:
+    """The record of the object is whole."""
+    a = archive(online_base()["m"], online_base()[M])
+    a["m"].row = {"shape": []}
+    return a
+
+
 def shape_of(rows: int, cols: int) -> Patch:
     """Another object."""
 
@@ -112,6 +119,7 @@ def shape_of(rows: int, cols: int) -> Patch:
     return patch
 
 
+bad("object-row", "IDX-008", "The row of the object has no dimensions; its record, which decoding skips, has.", scalar)
 bad("object-wide", "ONL-008", "An object of 4 x 12.", shape_of(4, 12))
 bad("object-tall", "ONL-008", "An object of 4 x 1.", shape_of(4, 1))
 bad("order", "ONL-009", "An order of 4099, without a matrix.", other("F32", [1, 4099], 4099))

@@ -9,7 +9,7 @@ from golden.good import archive, attachment, dense, tensor
 from golden.good_products import INTEGERS, products_base, small, trellis
 from golden.model import DROP, OBJECT, Archive, Record
 from golden.products import Matrix, lowrank, plain, product, quantised, word
-from golden.trellis import integers, number
+from golden.trellis import Trellis, integers, lossy, number
 from rac.container import zstd
 
 A, B, LOW, U, TURNED = "a", "b", "low", "u", "turned"
@@ -123,7 +123,7 @@ bad(
     "object-padding",
     "RAR-002",
     "The padding behind an object is not zero.",
-    on(BASIS, record(U, pad=bytes(47) + b"\1")),
+    on(BASIS, record(U, pad=bytes(31) + b"\1")),
 )
 bad("object-unit", "RAW-002", "A tile of an object lacks a word.", on(BASIS, unit(U, 1, lambda u: u[:-4])))
 
@@ -148,19 +148,21 @@ bad("objects-limit", "OBJ-005", "An object of 1 GiB and 64 KiB.", on(BASIS, larg
 bad("objects-limit-two", "OBJ-005", "Objects of 4 bytes and of 1 GiB.", on(BASIS, two), LIMIT)
 
 
-def expanding(a: Archive) -> None:
-    """An object whose units have no bytes."""
-    stated = {"name": "l", "dtype": "F32", "shape": [5, 1 << 22], "axis": 1, "tile": [1, 1 << 22], "digest": bytes(16)}
-    a.records[0] = Record(OBJECT, stated | {"stages": [{"id": "zstd/1"}]}, [b""] * 5)
+def expanding(_: Archive) -> Archive:
+    """An object whose units have no bytes, and a tensor that it fits."""
+    n = 4097  # 4 n^2 is 32 KiB above `free_alloc`
+    stated = {"name": "l", "dtype": "F32", "shape": [n, n], "axis": 1, "tile": [1024, n], "digest": bytes(16)}
+    user = lossy("t", [1, n], [128] * n, Trellis("F32"))
+    user.head |= {"stages": [*user.head["stages"], {"id": "basis/1"}], "uses": ["l"], "digest": bytes(16)}
+    return archive(Record(OBJECT, stated | {"stages": [{"id": "zstd/1"}]}, [b""] * 5), user)
 
 
 bad(
     "object-expansion",
     "TEN-015",
-    "An object of 80 MiB from units of size 0.",
-    on(BASIS, expanding, head(TURNED, uses=["l"])),
+    "An object of 64 MiB and 32 KiB from units of size 0, which a tensor uses.",
+    expanding,
     LIMIT,
-    seen="forward",
 )
 
 # `uses`
@@ -338,6 +340,8 @@ bad(
 )
 bad("row-object-rank", "IDX-008", "The row of an object with 65 dimensions.", on(BASIS, row(U, shape=[1] * 65)), LIMIT)
 bad("row-object-product", "IDX-008", "The row of an object with a shape of 2^60.", on(BASIS, row(U, shape=[1 << 60])))
+for _name, _shape in (("scalar", []), ("flat", [196]), ("cube", [1, 14, 14]), ("no-rows", [0, 14])):
+    bad(f"row-object-{_name}", "IDX-008", f"The row of an object of shape {_shape}.", on(BASIS, row(U, shape=_shape)))
 bad(
     "row-object-limit",
     "IDX-008",
@@ -377,7 +381,7 @@ bad(
     "parts-object",
     "IDX-012",
     "`parts` of an object are not its own.",
-    on(BASIS, row(U, parts=[784, 0, 0, 0, 0, 0])),
+    on(BASIS, row(U, parts=[784, 0, 0, 0, 0, 16])),
     seen="verify",
 )
 

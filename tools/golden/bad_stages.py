@@ -169,6 +169,19 @@ for _name, _runs in (
     case(
         f"lanes-runs-{_name}", FORMAT, "LAN-007", f"`runs` are {_runs} below a limit of 256.", stage(LANES, runs=_runs)
     )
+
+
+def wide(a: Archive) -> None:
+    """Words of 32 bits without raw bits, in the place of the base."""
+    a.records = [tensor("wide", "U32", [3], [1, 2, 3], Lanes(32, 1, runs=[0, 4], escapes=[9]))]
+
+
+for _name, _clause, _why, _changed in (
+    ("runs-65536", "LAN-007", "A top has 32 bits, and a run ends behind 65535.", {"runs": [0, 4, 65535, 2]}),
+    ("runs-start-65536", "LAN-007", "A top has 32 bits, and a run starts at 65536.", {"runs": [0, 4, 65536, 1]}),
+    ("escape-65536", "LAN-008", "A top has 32 bits, and an escape is 65536.", {"escapes": [65536]}),
+):
+    case(f"lanes-{_name}", FORMAT, _clause, _why, both(wide, stage("wide", **_changed)))
 case("lanes-escape-limit", FORMAT, "LAN-008", "An escape at the limit.", stage(LANES, escapes=[256]))
 case("lanes-escape-negative", FORMAT, "LAN-008", "An escape of -1.", stage(LANES, escapes=[-1]))
 case("lanes-base-0", FORMAT, "LAN-009", "No base symbols.", stage(LANES, runs=[], escapes=[]))

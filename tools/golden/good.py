@@ -449,6 +449,29 @@ def _() -> Archive:
     return archive(*records)
 
 
+@good("lanes-limit", "Tops of more than 16 bits: a run and an escape that end at 65535, the largest top.")
+def _() -> Archive:
+    run = [v for i in range(45) for v in ((0, 65535, i % 5)[i % 3],)]
+    escaped = [65535 - i * 7 % 256 if i % 2 else i % 4 for i in range(45)]
+    return archive(
+        tensor("run", "U32", [9, 5], run, Lanes(32, 2, runs=[0, 5, 65535, 1])),
+        tensor("escape", "U32", [9, 5], escaped, Lanes(32, 2, runs=[0, 4], escapes=[65280])),
+        tensor("top-17", "U32", [9, 5], [v << 15 for v in run], Lanes(32, 1, shift=15, runs=[0, 5], escapes=[65535])),
+    )
+
+
+@good(
+    "lanes-sparse",
+    "1000 tiles of one word and 4096 class pairs: a reader that visits all pairs for each is slow.",
+    "SEC-010",
+)
+def _() -> Archive:
+    n = 1000
+    p = Lanes(8, 1, runs=[0, 2], row_class=[i * 37 % 64 for i in range(n)], col_class=[63], cols=64)
+    p.rows, p.class_map, p.small_classes = 64, [(i * 31 + i // 64) % 256 for i in range(4096)], False
+    return archive(tensor("t", "U8", [n, 1], [i % 2 for i in range(n)], p, axis=1, tile=(1, 1)))
+
+
 @good("lanes-large", "Some 100 KB in tiles of several segments each.")
 def _() -> Archive:
     g = Numbers(99)
@@ -508,6 +531,19 @@ def _() -> Archive:
         tensor(
             "tied", "BF16", [4], [1, 2, 3, 4], more={"aliases": [["tied.1", True], ["tied.2", True], ["equal", False]]}
         ),
+    )
+
+
+@good("names-bom", "Names that begin with U+FEFF, which is a character like any other, beside the same without it.")
+def _() -> Archive:
+    more = {"aliases": [["\ufeff\ufeff", True], ["alias", False]], "x-\ufeff": "\ufeff"}
+    return archive(
+        tensor("t", "U8", [2], [1, 2]),
+        tensor("\ufefft", "U8", [2], [2, 2], more=more),
+        tensor("\ufeff", "U8", [2], [3, 2]),
+        attachment("\ufeffconfig.json", b"\xef\xbb\xbf{}"),
+        attachment("config.json", b"{}"),
+        metadata={"\ufeffformat": "\ufeffpt", "format": "pt"},
     )
 
 

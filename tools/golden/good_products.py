@@ -132,6 +132,17 @@ def _() -> Archive:
 
 
 @good(
+    "basis-zeros", "V of zeros and a basis of infinities and NaNs: 0 times infinity is a NaN that no reader may skip."
+)
+def _() -> Archive:
+    inf, ninf, nan, one = 0x7F800000, 0xFF800000, 0x7FC00001, 0x3F800000
+    u = plain("u", 4, 4, [inf, one, one, 0, one, one, one, 0, one, ninf, one, 0, one, one, nan, 0])
+    zeros = Trellis("F32", 1, 10, cols=[DEAD, 0, DEAD, 0])
+    records = [product(d, [3, 4], d, [10, 10, 11, 10, 10, 11, 10, 9, 12, 10, 10, 10], zeros, [u]) for d in DTYPES]
+    return archive(u.record, *records)
+
+
+@good(
     "products-rounding",
     "Terms that are lost one by one, ties, numbers that become subnormal, 0 or infinite; the order.",
 )

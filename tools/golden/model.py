@@ -62,6 +62,8 @@ class Record:
         check = zstd.xxh3(fixed, head) if self.check is None else self.check
         head_pad = bytes(-(32 + len(head)) % 64) if self.head_pad is None else self.head_pad
         pad = bytes(-len(payload) % 64) if self.pad is None else self.pad
+        if (len(payload) + len(pad)) % 64:  # or another fault would hide the one that is meant
+            raise ValueError(f"{len(pad)} bytes of padding behind a payload of {len(payload)}")
         out = fixed + struct.pack("<Q", check) + head + head_pad + payload + pad
         row: Map = {
             "type": self.type,

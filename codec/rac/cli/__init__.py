@@ -8,8 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from rac.cli import analyze, compare, generate, info, load, pack, perplexity, shard, unpack, verify
-from rac.errors import RacError
+from rac.errors import FormatError, MismatchError, OutputError, RacError, UnsupportedError
 from rac.registry import VERSION
+
+DAMAGED = (FormatError, MismatchError, UnsupportedError)
+"""Errors of the exit code 1."""
 
 DESCRIPTION = """\
 RAC, the rate-aligned container: model weights in one small, checked, streamable file.
@@ -25,7 +28,13 @@ RAC, the rate-aligned container: model weights in one small, checked, streamable
   rac generate model.rac "Once upon a time"         the model itself, straight from the file
   rac perplexity model.rac --text test.txt
 """
-EPILOG = "Exit codes: 0 done, 1 damaged or different, 2 wrong use (missing, existing, unusable files), 130 interrupted."
+EPILOG = """\
+exit codes:
+  0    done
+  1    damaged, different from what it should be, or not understood by this version
+  2    wrong use (missing, existing or unusable files and values), or not enough space, memory or packages
+  130  interrupted
+"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,27 +46,47 @@ def parser() -> argparse.ArgumentParser:
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (pack, unpack, info, verify, compare, analyze, load, shard, generate, perplexity):
         module.add(commands)
+    for command in commands.choices.values():
+        command.epilog = EPILOG
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one line on standard error."""
-    from rac.errors import FormatError, MismatchError, UnsupportedError
-
     args = parser().parse_args(argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
-    except KeyboardInterrupt:
-        print("rac: interrupted" + (args.interrupted(args) if "interrupted" in args else ""), file=sys.stderr)
-        return 130
-    except RacError as e:
-        print(f"rac: {e}", file=sys.stderr)
-        return 1 if isinstance(e, FormatError | MismatchError | UnsupportedError) else 2
-    except ValueError as e:
-        print(f"rac: {e}", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as e:
+        said = _said(e)
+        if said is None:
+            raise
+        stopped = isinstance(e, KeyboardInterrupt) or (isinstance(e, OutputError) and e.offset is not None)
+        if stopped and "left" in args:  # while it wrote, or before
+            said += args.left(args)
+        print(f"rac: {said}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
+        return 130 if isinstance(e, KeyboardInterrupt) else 1 if isinstance(e, DAMAGED) else 2
+
+
+def _said(e: BaseException) -> str | None:
+    """What there is to say of an error, on one line; None for what is a defect of this program."""
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(e, MemoryError):
+        return "not enough memory"
+    if isinstance(e, OSError) and not isinstance(e, RacError):
+        return (e.strerror or str(e)) + (f" [{e.filename}]" if e.filename else "")
+    return " ".join(str(e).split()) if isinstance(e, RacError | ValueError | ImportError) else None
+
+
+def _drop_output() -> None:
+    """Send what standard output still holds nowhere: it takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

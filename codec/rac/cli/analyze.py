@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from rac.container.output import write_whole
 from rac.errors import OutputError
 
 HELP = """\
@@ -96,11 +95,11 @@ def run(args: argparse.Namespace) -> int:
             note=note,
         )
     if args.json:
-        _put(args.json, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        write_whole(args.json, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     if args.html:
-        _put(args.html, html(report).encode())
+        write_whole(args.html, html(report))
     if args.png:
-        _put(args.png, picture.png(report))
+        write_whole(args.png, picture.png(report))
     print(_table(report))
     return 0
 
@@ -113,28 +112,6 @@ def _named(given: str) -> tuple[str, str]:
     if name in NAMES:
         raise ValueError(f"--rotation: {name!r} is the name of another basis")
     return name, path
-
-
-def _put(path: str, data: bytes) -> None:
-    """Write a file that has its name only when it is whole."""
-    part = None
-    try:
-        handle, part = tempfile.mkstemp(
-            prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(os.path.abspath(path))
-        )
-        with open(handle, "wb") as f:
-            f.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)
-        os.replace(part, path)
-        part = None
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=path) from e
-    finally:
-        if part is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
 
 
 _COLUMNS = (

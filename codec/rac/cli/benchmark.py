@@ -13,7 +13,7 @@ from typing import Any
 
 from rac.cli.recipe import group_of
 from rac.cli.running import simulation
-from rac.errors import OutputError
+from rac.container.output import write_whole
 
 _COLOURS = ("#888888", "#1b6ca8", "#2a9d8f", "#e9a23b", "#c8553d", "#7b4fa6", "#111111")
 
@@ -176,9 +176,5 @@ def _plot(path: str, rows: list[dict[str, Any]], kl: str) -> None:
     key += '<text x="42" y="20">KL, nats</text>'
     body = drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="800" ', 1)
     body = body.replace("</svg>", f"<style>{style}</style>{key}</svg>")
-    try:
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(body)
-    except OSError as e:
-        raise OutputError(f"cannot be written: {e.strerror}", file=path) from e
+    write_whole(path, body)
     print(f"plot {path}", file=sys.stderr)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rac.encode.align.recipe import Recipe
-    from rac.encode.pack import Fidelity, Summary
+    from rac.encode.encoded import Fidelity
+    from rac.encode.pack import Summary
 
 ALARM = 10
 """Decibels of output signal to noise below which a layer is named."""
@@ -44,7 +45,7 @@ def by_role(layers: Sequence[Fidelity]) -> str:
 
 def write_report(path: str, done: Summary, recipe: Recipe) -> None:
     """The same for every tensor, as JSON; infinite ratios are null. OutputError where it cannot be written."""
-    from rac.errors import OutputError
+    from rac.container.output import write_whole
 
     tensors = [
         asdict(f) | {"bits": f.bits, "role": role(f.name), "snr": f.snr if math.isfinite(f.snr) else None}
@@ -67,9 +68,4 @@ def write_report(path: str, done: Summary, recipe: Recipe) -> None:
         "alarms": [f.name for f in done.fidelity if f.snr < ALARM],
         "tensors": tensors,
     }
-    try:
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump(report, f, indent=1)
-            f.write("\n")
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=path) from e
+    write_whole(path, json.dumps(report, indent=1) + "\n")

@@ -135,7 +135,7 @@ def _draw(path: str, events: list[Event], seconds: float, title: str) -> None:
     """A bar for each event, a line for each thread of a stage; OutputError where it cannot be written."""
     from html import escape
 
-    from rac.errors import OutputError
+    from rac.container.output import write_whole
 
     rows: dict[tuple[str, int], int] = {}
     for stage in STAGES:
@@ -158,8 +158,4 @@ def _draw(path: str, events: list[Event], seconds: float, title: str) -> None:
     for i in range(6):
         x = left + (width - left - 20) * i / 5
         out.append(f'<text x="{x:.0f}" y="{height - 8}" text-anchor="middle">{seconds * i / 5 * 1000:.0f} ms</text>')
-    try:
-        with open(path, "w", encoding="utf-8") as f:
-            f.write("\n".join([*out, "</svg>\n"]))
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=path) from e
+    write_whole(path, "\n".join([*out, "</svg>\n"]))

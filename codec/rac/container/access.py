@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -37,24 +38,27 @@ def read(access: Access, at: int, size: int) -> bytes:
 
 
 class FileAccess:
-    """A regular file, read with pread."""
+    """A regular file, read with pread. It is closed when nobody refers to it; copies and pickles open it again."""
 
     parallel = 4
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.name = os.fspath(path)
+    def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        self.name, self._path = name or os.fspath(path), os.path.abspath(path)
         try:
-            self._fd = os.open(self.name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            self.size = os.fstat(self._fd).st_size
-            if not os.path.isfile(self.name):
-                os.close(self._fd)
+            if os.path.exists(self._path) and not os.path.isfile(self._path):  # opening a pipe would wait
                 raise SourceError("not a regular file", file=self.name)
+            self._fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._close = weakref.finalize(self, os.close, self._fd)
+            self._close.atexit = False
+            self.size = os.fstat(self._fd).st_size
         except OSError as e:
             raise SourceError(e.strerror or str(e), file=self.name) from e
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
         done = 0
+        if not self._close.alive:  # its number may be that of another file by now
+            raise SourceError("was closed before it was read", file=self.name)
         try:
             while done < len(out):
                 got = os.preadv(self._fd, [out[done:]], at + done)
@@ -66,9 +70,13 @@ class FileAccess:
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The path; whoever opens it again must see that it is the same file."""
+        if not self._close.alive:
+            raise SourceError("was closed before it was copied", file=self.name)
+        return FileAccess, (self._path, self.name)
 
 
 class BytesAccess:
@@ -89,6 +97,10 @@ class BytesAccess:
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The bytes."""
+        return BytesAccess, (bytes(self._data), self.name)
 
 
 class ObjectAccess:
@@ -125,6 +137,10 @@ class ObjectAccess:
 
     def close(self) -> None:
         """The file object belongs to the caller."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A file object has no name that another process could open."""
+        raise SourceError("was opened from a file object, of which there are no copies; open its path", file=self.name)
 
 
 class InFile:

@@ -83,7 +83,8 @@ def _entry(row: Any, limits: Limits) -> Entry:
     if not isinstance(row, dict) or _ROW - row.keys():
         raise FormatError("index row is malformed")
     kind, check = row["type"], row["check"]
-    if not all(is_count(row[k]) for k in ("at", "flags", "head", "payload", "type")):
+    most = {"flags": 0xFFFF, "type": 0xFFFF}
+    if not all(is_count(row[k], most.get(k, 1 << 62)) for k in _ROW - {"check"}):
         raise FormatError("index row is malformed")
     if not isinstance(check, bytes) or len(check) != 8:
         raise FormatError("index row is malformed")
@@ -103,13 +104,16 @@ def _entry(row: Any, limits: Limits) -> Entry:
         raise FormatError("index row is malformed")
     if not all(is_count(n) for n in parts) or sum(parts) != row["payload"]:
         raise FormatError("parts of an index row do not add up to its payload")
+    shape = parse_shape(row["shape"], limits)
+    if kind == RECORD_OBJECT and (len(shape) != 2 or 0 in shape):
+        raise FormatError("the index row of an object has no shape of a matrix")
     return Entry(
         kind,
         row["name"],
         *place,
         method=row["method"],
         dtype=row["dtype"],
-        shape=parse_shape(row["shape"], limits),
+        shape=shape,
         parts=tuple(parts),
         aliases=parse_aliases(row.get("aliases", [])),
     )

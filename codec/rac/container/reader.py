@@ -7,7 +7,7 @@ from typing import Any
 from rac.container import index as ix
 from rac.container import wire
 from rac.container.access import Access, InFile, read
-from rac.errors import FormatError, LimitError, TruncatedError, UnsupportedError
+from rac.errors import FormatError, LimitError, SourceError, TruncatedError, UnsupportedError
 from rac.records import Entry, Index, Limits, Record
 from rac.registry import RECORD_OBJECT
 
@@ -112,7 +112,20 @@ class Archive:
             ix.check_type(record)
             return record
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles open the file again, and see that its content is the same."""
+        return _again, (self.access, self.limits, self.index.digest)
+
     def close(self) -> None:
         """Close what is below."""
         self.kept.clear()
         self.access.close()
+
+
+def _again(access: Access, limits: Limits, digest: bytes) -> Archive:
+    """An archive that was copied or pickled; SourceError where the file has other content now."""
+    out = Archive(access, limits)
+    if out.index.digest != digest:
+        out.close()
+        raise SourceError("has changed since it was opened", file=access.name)
+    return out

@@ -6,6 +6,7 @@ The only door to fsspec (`pip install rac-codec[remote]`).
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import threading
@@ -29,16 +30,22 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 
 def open_url(url: str) -> Access:
     """What the URL names; SourceError where it is not there, or its server has no ranges."""
+    fs, path = _system(url)
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return HttpAccess(fs, path) if "http" in protocols else ObjectStoreAccess(fs, path, url)
+
+
+def _system(url: str) -> tuple[Any, str]:
+    """The file system that knows a URL, and the path of the file in it."""
     try:
         import fsspec
 
-        fs, path = fsspec.core.url_to_fs(url)
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return found
     except ImportError as e:
         raise MissingDependencyError(f"reading {url} needs `pip install rac-codec[remote]` ({e})") from e
     except ValueError as e:  # no such protocol
         raise SourceError(str(e), file=url) from e
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    return HttpAccess(fs, path) if "http" in protocols else ObjectStoreAccess(fs, path, url)
 
 
 class _Retry(Exception):
@@ -49,16 +56,26 @@ class _Remote:
     """Reading again what did not come."""
 
     parallel = 8
+    _fs: Any
+    """The file system."""
 
     def __init__(self, name: str) -> None:
         self.name, self.size = name, 0
-        self._closed = threading.Event()
+        self._closed, self._pid = threading.Event(), os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The URL; whoever opens it again must see that it is the same file."""
+        if self._closed.is_set():
+            raise SourceError("was closed before it was copied", file=self.name)
+        return open_url, (self.name,)
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`; SourceError where that cannot be had."""
         done = failed = 0
         while done < len(out):
             before, why = done, "the connection broke"
+            if self._pid != os.getpid():  # forked: the thread that serves the connections stays with the parent
+                self._fs, self._pid = _system(self.name)[0], os.getpid()
             try:
                 done += self._some(at + done, out[done:])
             except SourceError:

@@ -13,6 +13,7 @@ from rac.container import wire
 from rac.container.access import InFile
 from rac.container.feed import PIECE, RangeRing
 from rac.container.forward import Walk
+from rac.container.output import destination
 from rac.container.reader import Archive
 from rac.container.writer import Writer
 from rac.container.zstd import xxh3
@@ -69,7 +70,10 @@ def shard(
     if len(parts) > MOST:
         raise OutputError(f"{len(parts)} shards are more than the {MOST} that their names can count", file=folder)
     made = not os.path.isdir(folder)
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        raise OutputError(e.strerror or str(e), file=folder) from e
     paths = [f"{stem}-{k:05d}-of-{len(parts):05d}.rac" for k in range(1, len(parts) + 1)]
     if len(parts) == 1:
         paths = [f"{stem}.rac"]
@@ -155,47 +159,39 @@ def _write_all(
     force: bool,
     progress: Progress | None,
 ) -> None:
-    """All files, or none: what is finished is taken back where another fails or the user interrupts."""
+    """All files, or none: they get their names, and replace others, when the last of them is whole."""
     for path in paths:
-        if os.path.lexists(path) and not force:
-            raise OutputError("exists already; give --force to replace it", file=path)
-    done: list[str] = []
+        destination(path, force)
+    writers: list[Writer] = []
     try:
         for path, header, chosen in zip(paths, headers, parts, strict=True):
-            _write(path, header, chosen, force, progress)
-            done.append(path)
-    except BaseException:
-        for path in done:
-            os.unlink(path)
-        raise
-
-
-def _write(path: str, header: dict[str, Any], chosen: Sequence[Chosen], force: bool, progress: Progress | None) -> None:
-    writer = Writer(path, force)
-    content: list[list[Any]] = []
-    try:
-        writer.start(header)
-        start = 0
-        while start < len(chosen):  # records of one archive that lie side by side are read in one go
-            end = start + 1
-            while (
-                end < len(chosen) and chosen[end][0] is chosen[start][0] and chosen[end][1].at >= chosen[end - 1][1].at
-            ):
-                end += 1
-            archive, entries = chosen[start][0], [e for _, e in chosen[start:end]]
-            for e, record in _copy(writer, archive, entries):
-                if e.type == RECORD_TENSOR:
-                    for name in (e.name, *(a for a, _ in e.aliases)):
-                        content.append([name, e.dtype, list(e.shape), record.head.get("digest")])
-                if progress:
-                    progress(e.name, e.size)
-            start = end
-        writer.finish(ix.content_digest(content))
-    except BaseException:
-        writer.entries.clear()  # so that `close` takes the part away: there is no going on with it
-        raise
+            writers.append(Writer(path, force))
+            _write(writers[-1], header, chosen, progress)
+        for writer in writers:
+            writer.publish()
     finally:
-        writer.close()
+        for writer in writers:
+            writer.discard()
+
+
+def _write(writer: Writer, header: dict[str, Any], chosen: Sequence[Chosen], progress: Progress | None) -> None:
+    """Copy the records of one file, and seal it."""
+    content: list[list[Any]] = []
+    writer.start(header)
+    start = 0
+    while start < len(chosen):  # records of one archive that lie side by side are read in one go
+        end = start + 1
+        while end < len(chosen) and chosen[end][0] is chosen[start][0] and chosen[end][1].at >= chosen[end - 1][1].at:
+            end += 1
+        archive, entries = chosen[start][0], [e for _, e in chosen[start:end]]
+        for e, record in _copy(writer, archive, entries):
+            if e.type == RECORD_TENSOR:
+                for name in (e.name, *(a for a, _ in e.aliases)):
+                    content.append([name, e.dtype, list(e.shape), record.head.get("digest")])
+            if progress:
+                progress(e.name, e.size)
+        start = end
+    writer.seal(ix.content_digest(content))
 
 
 def _copy(writer: Writer, archive: Archive, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Record]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Sequence
@@ -11,10 +11,9 @@ from typing import Any, BinaryIO
 
 from rac.container import index as ix
 from rac.container import wire
+from rac.container.output import PART, destination, part, sync_folder
 from rac.errors import OutputError
 from rac.records import Entry, record_size
-
-PART = ".part"
 
 
 class Writer:
@@ -24,18 +23,11 @@ class Writer:
     """
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
-        self.path = os.fspath(path)
+        self.path = destination(path, force)
         self.part = self.path + PART
-        if os.path.isdir(self.path):
-            raise OutputError("is a directory; name a file", file=self.path)
-        if not force and os.path.lexists(self.path):
-            raise OutputError("exists already; give --force to replace it", file=self.path)
         self.entries: list[Entry] = []
-        self.at = 0
-        try:
-            self._file: BinaryIO = open(self.part, "r+b" if os.path.exists(self.part) else "w+b")  # noqa: SIM115
-        except OSError as e:
-            raise OutputError(e.strerror or str(e), file=self.part) from e
+        self.at, self._named = 0, False
+        self._file: BinaryIO = part(self.path)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -56,10 +48,7 @@ class Writer:
         try:
             what()
         except OSError as e:
-            why = e.strerror or str(e)
-            if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                why += "; the finished part is kept, --resume goes on with it"
-            raise OutputError(why, file=self.part, offset=self.at) from e
+            raise OutputError(e.strerror or str(e), file=self.part, offset=self.at) from e
 
     def _write(self, *pieces: bytes | memoryview) -> None:
         def write() -> None:
@@ -100,6 +89,11 @@ class Writer:
 
     def finish(self, digest: bytes) -> None:
         """Write index and trailer, bring everything to disk, give the file its name."""
+        self.seal(digest)
+        self.publish()
+
+    def seal(self, digest: bytes) -> None:
+        """Write index and trailer, and bring everything to disk; the whole file has the name of the part still."""
         at = self.at
         head, unit = ix.build(self.entries, digest)
         fixed, _, head_size = wire.record_head(4, 0, head, len(unit) + wire.pad(len(unit), wire.STREAM_ALIGN))
@@ -110,26 +104,31 @@ class Writer:
         def close() -> None:
             self._file.flush()
             os.fsync(self._file.fileno())
-            os.replace(self.part, self.path)
             self._file.close()
-            sync_folder(self.path)
 
         self._guard(close)
+
+    def publish(self) -> None:
+        """Give the file that was sealed its name."""
+
+        def rename() -> None:
+            os.replace(self.part, self.path)
+            self._named = True
+            sync_folder(self.path)
+
+        self._guard(rename)
 
     def close(self) -> None:
         """Stop without finishing; the part stays for `go_on`, unless nothing but a header is in it."""
         if not self._file.closed:
-            try:
+            with contextlib.suppress(OSError):  # what cannot be written was said before
                 self._file.close()
-            finally:
-                if not self.entries and os.path.exists(self.part):
-                    os.unlink(self.part)
+            if not self.entries and os.path.exists(self.part):
+                os.unlink(self.part)
 
-
-def sync_folder(path: str) -> None:
-    """Bring a rename to disk."""
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    def discard(self) -> None:
+        """Stop without finishing and take the part away, even where it was sealed; a file that has its name stays."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if not self._named and os.path.exists(self.part):
+            os.unlink(self.part)

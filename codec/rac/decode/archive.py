@@ -80,7 +80,7 @@ class RacFile:
 
     Args:
         path: A .rac file, one shard of a set (the others are found beside it), or a folder that holds one; a URL;
-            bytes, or a file object that can seek.
+            bytes, or a file object that can seek. Copies and pickles of the open file open it again by its path.
         framework: "np" for numpy arrays, "pt" for torch tensors; numpy by default, torch for a device.
         device: Where torch tensors go; "cuda" decodes whole tensors there where its kernels can be used.
         threads: Threads that decode; one per core up to 8 by default.
@@ -110,7 +110,10 @@ class RacFile:
             on_error: engine_for(device, threads_of(threads), ring, damaged, trace)
             for on_error, damaged in (("raise", None), ("report", self._damaged))
         }
-        if isinstance(path, str | os.PathLike):
+        self._settings = framework, device, threads, limits, ring, trace
+        if isinstance(path, list):  # of archives: what `__reduce__` gives
+            self.archives: list[Archive] = path
+        elif isinstance(path, str | os.PathLike):
             self.archives = open_archives(path, limits)
         else:
             self.archives = [Archive(_access(path), limits)]
@@ -138,6 +141,10 @@ class RacFile:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         """Close."""
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles open the files again."""
+        return RacFile, (self.archives, *self._settings)
 
     def close(self) -> None:
         """Close the files."""

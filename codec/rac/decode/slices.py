@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rac import frameworks as fw
 from rac import tensor as tn
 from rac.container.access import InFile
+from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
 from rac.decode import random as ld
 from rac.records import Online
@@ -24,6 +25,10 @@ class Slice:
     def __init__(self, archive: Archive, t: tn.Tensor, framework: str, device: str) -> None:
         self._archive, self._tensor, self._framework, self._device = archive, t, framework, device
         self._shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles open the file again."""
+        return _again, (self._archive, self._tensor.name, self._framework, self._device)
 
     def get_shape(self) -> list[int]:
         """Shape, in bytes of two values along the last dimension for F4."""
@@ -129,6 +134,12 @@ class Slice:
                 dec.join(part, out, (r0, r1, c0, c1))
                 return out
         return np.ascontiguousarray(out[r0 - top : r1 - top, c0 - left : c1 - left])
+
+
+def _again(archive: Archive, name: str, framework: str, device: str) -> Slice:
+    """A slice of an archive that was opened again."""
+    entry = entries_by_name(archive.index)[name]
+    return Slice(archive, ld.parse(archive, archive.record(entry)), framework, device)
 
 
 def _text(k: slice) -> str:

@@ -48,10 +48,9 @@ class Stream(Iterator[tuple[str, Any]]):
         fw.check(framework, device)
         if on_error not in ("raise", "report"):
             raise ValueError(f"on_error must be 'raise' or 'report', not {on_error!r}")
-        self._source, self._framework, self._device, self._limits = source, framework, device, limits
-        self._damaged: Damaged | None = {} if on_error == "report" else None
-        self._engine = engine_for(device, threads_of(threads), ring, self._damaged)
-        self._run = self._tensors()
+        damaged: Damaged | None = {} if on_error == "report" else None
+        self._engine = engine_for(device, threads_of(threads), ring, damaged)
+        self._run = _tensors(source, self._engine, framework, device, damaged, limits)
 
     @property
     def decoder(self) -> str:
@@ -78,40 +77,44 @@ class Stream(Iterator[tuple[str, Any]]):
         """End the threads; what has not been yielded is not read. The source stays open where the caller opened it."""
         self._run.close()
 
-    def _tensors(self) -> Generator[tuple[str, Any]]:
-        feed, close = open_feed(self._source, self._engine)
-        try:
-            forward = Forward(feed, feed.name, self._limits)
-            found = self._engine.run(forward_items(forward, partial(self._attachment, forward)))
-            for t, value in found:
-                if t.record.type == RECORD_OBJECT:
-                    continue
-                out: dict[str, Any] = {}
-                fw.put(t, value, self._framework, self._device, out)
-                del value
-                while out:
-                    name = next(iter(out))
-                    yield name, out.pop(name)
-        except RacError as e:
-            if not self._damaged:
-                raise
-            raise DamagedError(self._damaged, file=feed.name, more=f", and then: {e.message}") from e
-        finally:
-            try:
-                feed.close()
-            finally:
-                close()
-        if self._damaged:
-            raise DamagedError(self._damaged, file=feed.name)
 
-    def _attachment(self, forward: Forward, record: Record) -> None:
-        """Check an attachment."""
+def _tensors(
+    source: Any, engine: Engine, framework: str, device: str, damaged: Damaged | None, limits: Limits | None
+) -> Generator[tuple[str, Any]]:
+    """What a `Stream` yields; it does not refer to the stream, so that both end when nobody refers to that."""
+    feed, close = open_feed(source, engine)
+    try:
+        forward = Forward(feed, feed.name, limits)
+        for t, value in engine.run(forward_items(forward, partial(_attachment, forward, damaged))):
+            if t.record.type == RECORD_OBJECT:
+                continue
+            out: dict[str, Any] = {}
+            fw.put(t, value, framework, device, out)
+            del value
+            while out:
+                name = next(iter(out))
+                yield name, out.pop(name)
+    except RacError as e:
+        if not damaged:
+            raise
+        raise DamagedError(damaged, file=feed.name, more=f", and then: {e.message}") from e
+    finally:
         try:
-            forward_attachment(forward, record)
-        except FormatError as e:
-            if self._damaged is None or forward.at > record.payload + record.payload_size:
-                raise
-            self._damaged[str(record.head.get("name"))] = e
+            feed.close()
+        finally:
+            close()
+    if damaged:
+        raise DamagedError(damaged, file=feed.name)
+
+
+def _attachment(forward: Forward, damaged: Damaged | None, record: Record) -> None:
+    """Check an attachment."""
+    try:
+        forward_attachment(forward, record)
+    except FormatError as e:
+        if damaged is None or forward.at > record.payload + record.payload_size:
+            raise
+        damaged[str(record.head.get("name"))] = e
 
 
 def stream(

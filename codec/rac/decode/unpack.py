@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+from rac.container.output import PART, destination, part, write_whole
 from rac.container.reader import Archive
 from rac.decode import random as ld
 from rac.decode.archive import RacFile
@@ -74,23 +75,21 @@ def unpack(
         paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
         if len(set(paths)) != len(paths):
             raise FormatError("an attachment has the name of a weight file", file=f.archives[0].access.name)
-        for path in paths:
-            if os.path.lexists(path) and not force:
-                raise OutputError("exists already; give --force to replace it", file=path)
+        places = [destination(path, force) for path in paths]
+        for o, place in zip(outputs, places, strict=False):
+            o.path = place
         made = not os.path.exists(target)
         try:
             needed = _write(f, outputs, threads_of(threads), progress)
-            for name, path in zip(files, paths[len(outputs) :], strict=True):
-                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-                with open(path + ".part", "wb") as g:
-                    g.write(f.attachment(name))
-                os.replace(path + ".part", path)
+            for name, place in zip(files, places[len(outputs) :], strict=True):
+                os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
+                write_whole(place, f.attachment(name))
         except OSError as e:
             why = "no space left" if e.errno == errno.ENOSPC else e.strerror or str(e)
             raise OutputError(why, file=e.filename or target) from e
         finally:
-            for leftover in (p + ".part" for p in paths):
-                if os.path.exists(leftover):
+            for leftover in (p + PART for p in places):
+                if os.path.lexists(leftover):
                     os.unlink(leftover)
             if made:
                 for folder, _, _ in os.walk(target, topdown=False):
@@ -215,7 +214,8 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
     try:
         for o in outputs:
             os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
-            o.file = open(o.path + ".part", "wb")  # noqa: SIM115
+            o.file = part(o.path)
+            o.file.truncate(0)
             o.file.write(o.head)
             o.file.truncate(o.end)
         for archive in f.archives:
@@ -237,7 +237,7 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
                 o.file.flush()
                 os.fsync(o.file.fileno())
                 o.file.close()
-                os.replace(o.path + ".part", o.path)
+                os.replace(o.path + PART, o.path)
         return online
     finally:
         for o in outputs:

@@ -606,10 +606,11 @@ static int prepare(rac_work *w, const rac_job *job) {
         w->dst = w->coded = malloc((size_t)(h * c) + 64 + 2 * (size_t)(c + 31)); /* and the states of the trellis */
         w->stride = c;
     }
-    char *scratch = malloc((size_t)(h + c) * 4 + (size_t)kr * kc * 40 + 64);
+    const size_t most = (size_t)(kr * kc < h * c ? kr * kc : h * c); /* blocks */
+    char *scratch = malloc((size_t)(h + c) * 4 + most * 40 + 64);
     w->blocks = (int64_t *)scratch;
     if (!scratch || (job->numbers.rec && !w->coded)) return 8;
-    w->row = (int32_t *)(scratch + (size_t)kr * kc * 40);
+    w->row = (int32_t *)(scratch + most * 40);
     w->col = w->row + h;
     w->row_end[0] = w->col_end[0] = 0;
     w->row_end[1] = h;
@@ -617,16 +618,18 @@ static int prepare(rac_work *w, const rac_job *job) {
     const int64_t *re = w->row_end, *ce = w->col_end;
     if (kr > 1) by_class(job->row_class, h, kr, w->row, w->row_end); else w->row = 0;
     if (kc > 1) by_class(job->col_class, c, kc, w->col, w->col_end); else w->col = 0;
+    int rows[256], cols[256], nr = 0, nc = 0; /* the classes that occur: a tile is not charged for others */
+    for (int i = 0; i < kr; i++) if (re[i] < re[i + 1]) rows[nr++] = i;
+    for (int k = 0; k < kc; k++) if (ce[k] < ce[k + 1]) cols[nc++] = k;
     int64_t first[257] = {0};
-    for (int i = 0; i < kr * kc; i++) first[job->table[i] + 1] += re[i / kc] < re[i / kc + 1] && ce[i % kc] < ce[i % kc + 1];
+    for (int n = 0; n < nr * nc; n++) first[job->table[rows[n / nc] * kc + cols[n % nc]] + 1]++;
     for (int i = 0; i < 256; i++) first[i + 1] += first[i];
     w->nblocks = first[256];
-    for (int i = 0; i < kr; i++)
-        for (int k = 0; k < kc; k++) {
-            if (re[i] == re[i + 1] || ce[k] == ce[k + 1]) continue;
-            int64_t *b = w->blocks + 5 * first[job->table[i * kc + k]]++;
-            b[0] = job->table[i * kc + k]; b[1] = re[i]; b[2] = re[i + 1]; b[3] = ce[k]; b[4] = ce[k + 1];
-        }
+    for (int n = 0; n < nr * nc; n++) {
+        const int i = rows[n / nc], k = cols[n % nc], table = job->table[i * kc + k];
+        int64_t *b = w->blocks + 5 * first[table]++;
+        b[0] = table; b[1] = re[i]; b[2] = re[i + 1]; b[3] = ce[k]; b[4] = ce[k + 1];
+    }
 #ifdef HAVE_X86
     if (w->col && job->word <= 2 && has_expand() && !(w->seq = malloc((size_t)(h * c + 64) * (size_t)job->word))) return 8;
 #endif

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rac.decode.archive import RacFile
@@ -21,11 +23,12 @@ from rac.errors import OutputError, UnsupportedError
 from rac.models.predictions import quiet
 from rac.runtime import model as md
 from rac.runtime import replace as rp
-from rac.runtime.quantizer import RacConfig
+from rac.runtime.quantizer import METHOD, RacConfig
 
 Progress = Callable[[str, int], None]
 SHARD = 5 * 10**9
 """Bytes of a safetensors file, as of `save_pretrained`; so much is in memory at once."""
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,18 @@ def write_folder(
     Args:
         path: A .rac file that was made of a Hugging Face folder, or one shard of a set.
         out: The folder.
-        force: Replace it where it exists.
+        force: Replace it where it exists, this program wrote it, and nothing else is in it.
         shard: Bytes after which another safetensors file begins.
         trust_remote_code: As of `load_model`.
         progress: Called with the name of a tensor and the bytes written for it.
 
     Raises:
         RacError: The archive is damaged or no model that transformers knows; the folder exists or cannot be written.
+            What was there before is still there then.
     """
-    target = os.path.abspath(os.fspath(out))
-    if os.path.lexists(target) and not force:
-        raise OutputError("exists already; give --force to replace it", file=target)
+    target = os.path.realpath(os.fspath(out))  # a link stays, and what it names is replaced
     with RacFile(path, framework="pt") as f, quiet(transformers):
+        replaceable(target, force, f.attachments())
         try:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             part = tempfile.mkdtemp(prefix=os.path.basename(target) + ".", suffix=".part", dir=os.path.dirname(target))
@@ -74,14 +77,64 @@ def write_folder(
             records, count = _fill(f, part, shard, trust_remote_code, progress)
             size = sum(os.path.getsize(os.path.join(d, n)) for d, _, names in os.walk(part) for n in names)
             os.chmod(part, 0o777 & ~_umask())
-            if os.path.lexists(target):
-                shutil.rmtree(target) if os.path.isdir(target) and not os.path.islink(target) else os.unlink(target)
-            os.rename(part, target)
+            _swap(part, target, lambda there: replaceable(there, force, f.attachments()))
         except OSError as e:
             raise OutputError(e.strerror or str(e), file=target) from e
+        except SafetensorError as e:  # which has no error number
+            raise OutputError(str(e), file=target) from e
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return Written(records, count, size)
+
+
+def replaceable(folder: str, force: bool, names: Iterable[str]) -> None:
+    """OutputError unless a folder may be written: nothing is there, or with `force` what `write_folder` wrote alone.
+
+    That are the files of weights, config.json, and attachments with these `names`.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not force:
+        raise OutputError("exists already; give --force to replace it", file=folder)
+    if not os.path.isdir(folder):
+        raise OutputError("is no folder", file=folder)
+    found: list[str] = []
+    for at, folders, files in os.walk(folder):
+        inside = (os.path.join(at, name) for name in (*files, *folders))
+        found += [os.path.relpath(p, folder) for p in inside if os.path.islink(p) or not os.path.isdir(p)]
+    if found and not _written(folder):
+        raise OutputError("is a folder that rac did not write, and is not replaced; name another one", file=folder)
+    own = {*names, "config.json"}
+    if others := sorted(n for n in found if n not in own and not _WEIGHTS.fullmatch(n)):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        what = f"holds {others[0]!r}{more}, which rac did not write; move that away, or name another folder"
+        raise OutputError(what, file=folder)
+
+
+def _written(folder: str) -> bool:
+    """Whether the configuration in a folder is one that `write_folder` wrote."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            return bool(json.load(f)["quantization_config"]["quant_method"] == METHOD)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _swap(new: str, target: str, check: Callable[[str], None]) -> None:
+    """Give a folder its name; the one that has it goes when the new one is in its place, and stays where that fails."""
+    if not os.path.lexists(target):
+        os.rename(new, target)
+        return
+    old = new.removesuffix(".part") + ".old"
+    os.rename(target, old)
+    try:
+        check(old)  # once more: nobody puts anything into it any more
+        os.rename(new, target)
+    finally:
+        if os.path.lexists(target):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, target)
 
 
 def _umask() -> int:

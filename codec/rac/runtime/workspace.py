@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import threading
 import weakref
 from collections import deque
@@ -71,6 +72,7 @@ class Workspace:
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads_of(threads)
         self._clear()
+        _alive.add(self)
 
     def _clear(self) -> None:
         self._lock, self._busy = threading.RLock(), False
@@ -94,6 +96,7 @@ class Workspace:
         """As `__getstate__` gives it."""
         self._threads = state["threads"]
         self._clear()
+        _alive.add(self)
         self._largest, self._on_device = state["largest"], state["on_device"]
 
     @property
@@ -263,3 +266,16 @@ class Workspace:
             if stop <= len(self._buffer) and all(stop <= x.start or start >= x.stop for x in self._slots):
                 return start
         return None
+
+
+_alive: weakref.WeakSet[Workspace] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """Begin anew in a forked process: the threads, and whoever held a lock, have stayed with the parent."""
+    for workspace in list(_alive):
+        workspace.__setstate__(workspace.__getstate__())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -93,14 +94,80 @@ def test_dense_model_saves_as_any(packed, tmp_path):
     assert torch.equal(models.logits(load(tmp_path / "dense")), models.logits(model))
 
 
-def test_existing_folder(packed, tmp_path):
-    path, _ = packed["llama"]
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "old").write_text("x")
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_existing_folder_is_replaced_only_if_it_is_ours(packed, tmp_path):
+    path, folder = packed["llama"][0], tmp_path / "folder"
+    folder.mkdir()
+    write_folder(path, folder, force=True)  # an empty one
+    made = content(folder)
     with pytest.raises(OutputError, match="exists"):
-        write_folder(path, tmp_path / "folder")
-    write_folder(path, tmp_path / "folder", force=True)
-    assert not (tmp_path / "folder" / "old").exists()
+        write_folder(path, folder)
+    write_folder(packed["gpt2"][0], folder, force=True)
+    assert content(folder)["config.json"] != made["config.json"]
+    write_folder(path, folder, force=True)
+    assert content(folder) == made
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "sub/notes.txt"])
+def test_what_others_put_into_a_folder_stays(packed, tmp_path, name):
+    path, folder = packed["llama"][0], tmp_path / "folder"
+    write_folder(path, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    before = content(folder)
+    with pytest.raises(OutputError, match=f"holds '{name}', which rac did not write"):
+        write_folder(path, folder, force=True)
+    (folder / name).unlink()
+    (folder / "link").symlink_to("/")
+    with pytest.raises(OutputError, match="holds 'link'"):
+        write_folder(path, folder, force=True)
+    assert {**before, **content(folder)} == before and [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_folders_of_others_and_files_stay(packed, tmp_path):
+    path, folder = packed["llama"][0], tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis").write_text("mine")
+    with pytest.raises(OutputError, match="did not write"):
+        write_folder(path, folder, force=True)
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(OutputError, match="did not write"):
+        write_folder(path, folder, force=True)
+    with pytest.raises(OutputError, match="no folder"):
+        write_folder(path, folder / "thesis", force=True)
+    assert (folder / "thesis").read_text() == "mine"
+
+
+def test_a_link_stays_and_its_folder_is_replaced(packed, tmp_path):
+    path, folder, link = packed["llama"][0], tmp_path / "folder", tmp_path / "link"
+    link.symlink_to(folder)
+    write_folder(path, link, force=True)
+    write_folder(path, link, force=True)
+    assert link.is_symlink() and (folder / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_interrupted_exchange_leaves_the_old_folder(packed, tmp_path, monkeypatch, call):
+    """Ctrl-C between the two renames, and before the first."""
+    path, folder = packed["llama"][0], tmp_path / "folder"
+    write_folder(path, folder)
+    before, real, calls = content(folder), os.rename, []
+
+    def rename(a, b):
+        calls.append(a)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        real(a, b)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(packed["gpt2"][0], folder, force=True)
+    assert content(folder) == before and [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
 def test_nothing_is_left_of_a_folder_that_failed(packed, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 
 import numpy as np
@@ -367,3 +369,26 @@ def test_threads_end(archive):
         b(torch.randn(1, 64))
     del workspace, a, b, layer
     assert ended() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("locked", [False, True])
+def test_a_forked_process_runs_the_layers(archive, weights, locked):
+    """Of a model that ran before: the threads of its workspace, and locks that they hold, are not in the child."""
+    workspace = Workspace(2)
+    layers = [linear(archive, n, workspace) for n in weights]
+    x = torch.randn(3, 64)
+    for _ in range(2):
+        expected = [layer(x) for layer in layers]
+    held = threading.Thread(target=lambda: (workspace._lock.acquire(), taken.set(), done.wait()))
+    taken, done = threading.Event(), threading.Event()
+    if locked:
+        held.start()
+        taken.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # ends a child that hangs
+        os._exit(0 if all(torch.equal(layer(x), y) for layer, y in zip(layers, expected, strict=True)) else 1)
+    done.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

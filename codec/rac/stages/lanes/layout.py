@@ -445,11 +445,12 @@ def order(
     """Order of a tile of h x w; classes of its rows and columns (None: all 0), `table` (Kr, Kc) uint8."""
     rows, re = _sorted(row_class, h, table.shape[0])
     cols, ce = _sorted(col_class, w, table.shape[1])
-    kc = table.shape[1]
-    i, j = np.divmod(np.argsort(table, axis=None, kind="stable"), kc)
-    blocks = np.stack([table[i, j].astype(np.int64), re[i], re[i + 1], ce[j], ce[j + 1]], axis=1)
+    i, j = np.flatnonzero(np.diff(re)), np.flatnonzero(np.diff(ce))  # no tile is charged for classes that it lacks
+    tables = table[np.ix_(i, j)]
+    at = np.unravel_index(np.argsort(tables, axis=None, kind="stable"), tables.shape)
+    i, j = i[at[0]], j[at[1]]
+    blocks = np.stack([tables[at].astype(np.int64), re[i], re[i + 1], ce[j], ce[j + 1]], axis=1)
     n = (blocks[:, 2] - blocks[:, 1]) * (blocks[:, 4] - blocks[:, 3])
-    blocks, n = np.ascontiguousarray(blocks[n > 0]), n[n > 0]
     sizes = np.bincount(blocks[:, 0], n, p.tables).astype(np.int64)  # exact: counts below 2**53
     used = np.flatnonzero(sizes)
     return Order(rows, cols, blocks, sizes[used], np.stack([p.steps(sizes[used]), used], axis=1))
