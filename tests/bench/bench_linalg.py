@@ -10,30 +10,34 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rac.encode.align.recipe import _exponents
 from rac.encode.quantise import trellis as lossy
 from rac.linalg import triangular as tri
-from rac.native import product
+from rac.native import linalg, product
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
-OURS = product.add, tri.cholesky
+Kernels = tuple[Callable[..., None], Callable[..., Any]]
+OURS: Kernels = product.add, linalg.cholesky
 
 
-def by_blas(t, a, b, reference=False):
+def by_blas(t: NDArray[Any], a: NDArray[Any], b: NDArray[Any]) -> None:
     t += a @ b
 
 
-def work(cols, seed):
+def moment(cols: int, seed: int) -> NDArray[np.float32]:
     x = np.random.default_rng(seed).standard_normal((2 * cols, cols)) * np.geomspace(1, 30, cols)
-    return (x.T @ x / len(x)).astype(np.float32)
+    return np.asarray(x.T @ x / len(x), np.float32)
 
 
-def seconds(kernels, w, second, states):
+def seconds(kernels: Kernels, w: NDArray[np.float32], second: NDArray[np.float32], states: int) -> NDArray[np.float64]:
     """(of the factor, of everything)"""
-    product.add, tri.cholesky = kernels
+    vars(product)["add"], vars(tri)["cholesky"] = kernels
     start = time.process_time()
     t = tri.triangular(second, 0.03)
     factor = time.process_time() - start
@@ -42,15 +46,15 @@ def seconds(kernels, w, second, states):
     return np.array([factor, time.process_time() - start])
 
 
-def main(states=32, rounds=5):
+def main(states: int = 32, rounds: int = 5) -> None:
     print(f"{states} states; factor and whole pass, seconds of the processor: ours, BLAS and LAPACK, ratio")
     for rows, cols in SHAPES:
         w = np.random.default_rng(0).standard_normal((rows, cols)).astype(np.float32)
-        second = work(cols, 1)
+        second = moment(cols, 1)
         seconds(OURS, w, second, states)  # the tables of rates are made once
         found = []
         for i in range(rounds):
-            turn = (OURS, (by_blas, np.linalg.cholesky))
+            turn: tuple[Kernels, ...] = (OURS, (by_blas, np.linalg.cholesky))
             both = [seconds(k, w, second, states) for k in turn[:: 1 if i % 2 else -1]]
             found.append(both if i % 2 else both[::-1])
         ours, blas = np.median(found, 0)
