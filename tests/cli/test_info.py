@@ -175,11 +175,11 @@ def test_only_heads_are_read(lossy, monkeypatch):
 def test_a_head_against_its_row_is_refused(joined, capsys, monkeypatch):
     sizes = tr.Trellis.from_head
 
-    def longer(head, dtype):
-        p = sizes(head, dtype)
+    def longer(head, context):
+        p = sizes(head, context)
         return tr.Trellis(p.states, p.zero, p.low, p.scale, (*p.sizes[:3], p.sizes[3] + 12))
 
-    monkeypatch.setattr("rac.tensor.Trellis.from_head", longer)
+    monkeypatch.setattr(tr.Trellis, "from_head", longer)
     assert main(["info", str(joined)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("rac: ") and "'b'" in err and err.count("\n") == 1

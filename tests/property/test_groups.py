@@ -18,7 +18,7 @@ from rac.encode.code import plan as analyse
 from rac.encode.sources import Source, SourceTensor
 from rac.methods.grouped import pack_grouped
 from rac.stages import groups as gr
-from rac.stages import trellis as tr
+from rac.stages.words import from_words, to_words
 from support import grids, readers
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -45,13 +45,13 @@ def test_round_trip(data):
         tensors, given, dense = [], {}, {}
         for i in range(data.draw(st.integers(1, 4))):
             g, dtype = data.draw(matrices()), data.draw(st.sampled_from(["F32", "F16", "BF16"]))
-            words = tr.to_words(gr.values(g), dtype)
+            words = to_words(gr.values(g), dtype)
             original = np.random.default_rng(i).integers(0, 1 << 14, g.codes.shape).astype(words.dtype)
             name = f"{i}"
             tensors.append(SourceTensor(name, dtype, g.codes.shape, original.view(np.uint8).reshape(-1)))
             given[name], dense[name] = g, words
         path = Path(folder) / "m.rac"
-        if not all(np.isfinite(tr.from_words(w, t.dtype)).all() for t, w in zip(tensors, dense.values(), strict=True)):
+        if not all(np.isfinite(from_words(w, t.dtype)).all() for t, w in zip(tensors, dense.values(), strict=True)):
             with pytest.raises(rac.SourceError, match="too large for F16"):
                 pack_grouped(Source("memory", tuple(tensors), (), {}), given, path, True)
             return
