@@ -39,7 +39,7 @@ from rac.stages import trellis
 from rac.stages.groups import values
 from rac.stages.lanes import layout as ll
 from rac.stages.lanes.parameters import Lanes
-from support import grids, products
+from support import grids, products, tiles
 
 GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
 ROWS, TILES = 100, 6
@@ -135,8 +135,7 @@ def test_groups(tmp_path, monkeypatch, entropy):
     made = {f"{i}": grouped(i, *case) for i, case in enumerate(cases)}
     dense = {name: w for name, (_, w) in made.items()}
     given = {name: g for name, (g, _) in made.items()}
-    for cuts in ("CUTS", "COARSE"):
-        monkeypatch.setattr(analyse, cuts, ((1, 500), (2, 1500), (3, 1 << 62)))
+    tiles.cut(monkeypatch, ((1, 500), (2, 1500), (3, 1 << 62)))
     pack_grouped(from_arrays(dense, {}), given, tmp_path / "m.rac", entropy)
     seen, launch = set(), gpu.launch
 
@@ -211,8 +210,7 @@ def test_tiles_of_any_shape(data):
     lanes = data.draw(st.sampled_from([5, 16, 32, 33, 64]))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 11, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (2, 2 * most), (3, 1 << 62)))
+        tiles.cut(patch, ((1, most), (2, 2 * most), (3, 1 << 62)))
         path = os.path.join(folder, "m.rac")
         pack_source(from_arrays(arrays, {}), path, level=data.draw(st.sampled_from(["default", "max"])), lanes=lanes)
         with ar.RacFile(path, threads=1) as f:
@@ -260,7 +258,7 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
     cases += [(n, 300, *kinds[0]) for n in (8, 16, 32)]  # quick rounds need lanes of which eight words are left
     for i, (n, deep, kind, dtype, cols) in enumerate(cases):
         most = max(1200, deep * n)
-        monkeypatch.setattr(analyse, "CUTS", (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
+        tiles.cut(monkeypatch, (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
         level = replace(analyse.LEVELS["default"], lanes=n, fixed=True)
         words = codes(kind, max(4600, deep * n) // cols - i % 2, cols, i)
         m = products.quantised(words, i, states=256, level=level)
@@ -340,8 +338,7 @@ def test_the_operator_reads_a_record_in_its_place(tmp_path):
     path = str(tmp_path / "m.rac")
     given = array("rows", ml_dtypes.bfloat16, 128, 128, 5)
     with pytest.MonkeyPatch.context() as patch:
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((2, 1 << 62),))
+        tiles.cut(patch, ((2, 1 << 62),))
         pack_source(from_arrays({"w": given}, {}), path, lanes=32)
     with ar.RacFile(path, threads=1) as f:
         a = f.archives[0]
