@@ -20,7 +20,7 @@ from rac.machine import threads_of
 from rac.runtime import dense as dn
 from rac.runtime import record as rc
 from rac.runtime import replace as rp
-from rac.runtime.layers import Head, RacLinear
+from rac.runtime.layers import Compressed, Head, RacLinear
 from rac.runtime.workspace import Workspace
 
 METHOD = "rac"
@@ -77,6 +77,8 @@ class RacHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for layer in model.modules():
+            if isinstance(layer, Compressed):
+                layer.settle()
             if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
                 layer.bias.data = layer.bias.data[: layer.out_features]
         dn.resizable(model)
