@@ -32,8 +32,10 @@ from golden.cases import BAD, UNSUPPORTED
 from golden.good import GOOD
 from golden.model import ATTACHMENT, TENSOR, Archive
 from golden.sets import NAMES, SETS
+from golden.vectors import vectors
 
-FOLDER = Path(__file__).parent.parent / "format_spec" / "golden"
+FOLDER = Path(__file__).parent.parent / "format_spec"
+"""Its folders golden and vectors hold what this script makes and nothing else."""
 MODULES = (
     bad_container,
     bad_groups,
@@ -97,7 +99,7 @@ def make() -> dict[str, bytes]:
         hashes = {n: hashlib.sha256(data).hexdigest() for n, data in made.items()}
         manifest["sets"][name] = {"sha256": hashes, "about": pair.why, "clause": pair.clause, "error": pair.error}
     files["manifest.json"] = (json.dumps(manifest, indent=1, ensure_ascii=True) + "\n").encode()
-    return files
+    return {f"golden/{n}": d for n, d in files.items()} | {f"vectors/{n}": d for n, d in vectors().items()}
 
 
 def main() -> int:
@@ -105,7 +107,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     check = parser.parse_args().check
     files = make()
-    there = {str(p.relative_to(FOLDER)): p for p in FOLDER.rglob("*") if p.is_file()}
+    folders = (FOLDER / "golden", FOLDER / "vectors")
+    there = {str(p.relative_to(FOLDER)): p for folder in folders for p in folder.rglob("*") if p.is_file()}
     for name in sorted(there.keys() - files.keys()):
         print(f"{name}: not made by this script")
     wrong = len(there.keys() - files.keys())

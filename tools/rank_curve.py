@@ -26,6 +26,8 @@ from rac.encode import ties
 from rac.encode.align import recipe as rcp
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate import budget
+from rac.encode.options import ALIGNMENTS, Budget
+from rac.encode.quantise.tensor import encode_with_words
 from rac.encode.sources import open_source
 from rac.encode.split import objects as split
 from rac.linalg.triangular import damped
@@ -40,12 +42,12 @@ def measure(groups: Sequence[ties.Group], recipe: Recipe) -> tuple[int, float, i
     for g in groups:
         a = recipe.aligned[g.tensor.name]
         assert a.layer is not None  # noqa: S101
-        coded = budget.code(g.tensor, recipe)
-        e = coded.dense.view(np.float32).astype(np.float64) - rcp.matrix_of(g.tensor)
+        coded, words = encode_with_words(g, recipe)
+        e = words.view(np.float32).astype(np.float64) - rcp.matrix_of(g.tensor)
         error += float(np.vdot(e @ damped(a.layer.second, a.damp), e))
-        size += budget.size_of(g, coded, recipe)
+        size += budget.size_of(coded, recipe)
         if a.basis is not None and a.basis.first == g.tensor.name:
-            bases += a.basis.object.size
+            bases += a.basis.object.encoded.size
     return size, error, bases
 
 
@@ -80,7 +82,7 @@ def main() -> None:
         t = mine[0].tensor
         plain = rcp.calibrated(mine, layers, (), args.effort)
         for bits in args.bits:
-            start = budget.solve(mine, plain, budget.Request(bits=bits), 1)
+            start = budget.solve(mine, plain, Budget(bits=bits), 1)
             goal = measure(mine, start)[1]
             chosen = split.choose(start, mine, None, "triangular", bits).aligned[t.name].rank
             found = []
@@ -95,9 +97,9 @@ def main() -> None:
     weights = sum(math.prod(g.tensor.shape) for g in mine)
     plain = rcp.calibrated(mine, layers, (), args.effort)
     for bits in args.bits:
-        start = budget.solve(mine, plain, budget.Request(bits=bits), 1)
+        start = budget.solve(mine, plain, Budget(bits=bits), 1)
         goal = measure(mine, start)[1]
-        sizes = {a: at_error(mine, split.choose(start, mine, 0, a, bits), goal) for a in split.ALIGNMENTS[1:]}
+        sizes = {a: at_error(mine, split.choose(start, mine, 0, a, bits), goal) for a in ALIGNMENTS[1:]}
         rate = {a: 8 * size / weights for a, (size, _) in sizes.items()}
         bare = rate["pca"] - 8 * sizes["pca"][1] / weights
         print(

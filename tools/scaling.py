@@ -26,10 +26,10 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from rac.encode import record as rec  # noqa: E402
-from rac.encode.allocate import budget  # noqa: E402
 from rac.encode.code.plan import LEVELS, analyse  # noqa: E402
 from rac.encode.code.tile import TileEncoder  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
+from rac.encode.quantise.tensor import SHAPED  # noqa: E402
 from rac.encode.sources import SourceTensor  # noqa: E402
 from rac.encode.split import objects as split  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
@@ -150,27 +150,11 @@ def feed_back(feed: NDArray[np.float32], error: NDArray[np.float32]) -> None:
 def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None) -> None:
     """The search of some columns, with the errors of rows fed to later rows."""
     n, m = columns.shape
-    states = STATES if below is None else budget.SHAPED
+    states = STATES if below is None else SHAPED
     magnitudes = tr.magnitudes(states, lossy.ZERO)[lossy.ZERO - lossy.MOST : lossy.ZERO + lossy.MOST + 1].copy()
     rate = (0.35 * np.abs(np.arange(-lossy.MOST, lossy.MOST + 1.0))).astype(F32).reshape(1, 1, -1)
-    back = None if below is None else np.ascontiguousarray(below.T)
-    native.block(
-        states,
-        tr.CODES[states],
-        columns,
-        columns.copy(),
-        m,
-        np.zeros((n, n), F32),
-        np.full(n, 0.25, F32),
-        magnitudes,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        None,
-        2.0 * lossy.MOST,
-        below,
-        back,
-    )
+    how = native.Search(states, tr.CODES[states], m, magnitudes, rate, 2.0 * lossy.MOST, below=below)
+    native.block(how, columns, columns.copy(), np.zeros((n, n), F32), np.full(n, 0.25, F32))
 
 
 def code(q: lossy.Quantised) -> int:

@@ -29,6 +29,7 @@ from rac.calibrate.layers import Layer, calibrate, joined
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
 from rac.encode.allocate import budget
+from rac.encode.options import Budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
 from smollm2_bar import HEAD, row
@@ -83,7 +84,7 @@ def main() -> None:
         if options:
             parser.error(f"unknown: {', '.join(options)}")
         recipe = rcp.calibrated(groups, found, (), args.effort, damp, strength, trust=trust)
-        recipe = budget.solve(groups, recipe, budget.Request(bits=args.bits), 2)
+        recipe = budget.solve(groups, recipe, Budget(bits=args.bits), 2)
         with tempfile.TemporaryDirectory() as temporary:
             done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
             print(row(measure, variant, done), flush=True)

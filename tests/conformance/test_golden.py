@@ -211,3 +211,17 @@ def test_limits(limit: str) -> None:
         list(rac.iter_tensors(io.BytesIO(data), limits=Limits(**{limit: 1})))
     with pytest.raises(readers.decoder.LimitError):
         readers.decoder.decode(data, readers.decoder.Limits(**{limit: 1}))
+
+
+def test_walkthrough() -> None:
+    """The dump of walkthrough.md is that of the file; what it leaves out is zero."""
+    data = bytearray((readers.GOLDEN / "good" / "example-walk.rac").read_bytes())
+    page = (readers.GOLDEN.parent / "walkthrough.md").read_text()
+    lines = re.findall(r"^    ([0-9a-f]{4})  ((?:(?:[0-9a-f]{2}|  )(?: |$)){1,16})", page, re.MULTILINE)
+    for at, text in lines:
+        for i in range(0, len(text), 3):
+            if value := text[i : i + 3].strip():
+                assert data[int(at, 16) + i // 3] == int(value, 16), at
+                data[int(at, 16) + i // 3] = 0
+    assert len(lines) > 80
+    assert not any(data)

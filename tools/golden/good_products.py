@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from golden.good import archive, attachment, fit, good, tensor
+from golden.good import archive, attachment, fit, frame, good, tensor
 from golden.good_trellis import DTYPES, exponents, fronts
 from golden.lanes import Lanes
 from golden.model import Archive
@@ -40,6 +40,16 @@ def _() -> Archive:
     r.units = [b"", bytes.fromhex("0b0a090c")]
     r.head["digest"] = zstd.digest(bytes.fromhex("0000803f 0000e033 000060c0 000018c0"))
     return archive(a.record, b.record, r)
+
+
+@good("example-walk", "The archive of walkthrough.md: lanes/1 in two tiles, an alias, an object and its user.")
+def _() -> Archive:
+    p = Lanes(8, 2, shift=2, runs=[0, 3], escapes=[10], row_class=[1, 0], class_map=[0, 1])
+    coded = tensor("l", "U8", [2, 5], [0, 1, 6, 3, 8, 9, 6, 11, 48, 1], p, tile=(1, 5), more={"aliases": [["k", True]]})
+    u = plain("u", 2, 2, bits("3f400000", "3f000000", "3f000000", "3a000000"))
+    out = archive(coded, u.record, product("t", [2, 2], "BF16", [11, 8, 13, 10], INTEGERS, [u]))
+    out.index_unit = lambda body: frame(body, [(0, body)])
+    return out
 
 
 @good("example-basis", "The tensor of stages/basis.md section 6, units and elements byte for byte.")

@@ -149,6 +149,8 @@ class Coded:
     stage: dict[str, Any]
     units: list[bytes]
     parts: tuple[int, ...]
+    steps: list[tuple[list[tuple[int, int]], list[list[Any]]]]
+    """Of each tile: the places of its elements in sequence order, and (table, coded symbols) of its segments."""
 
 
 def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -> Coded:
@@ -163,7 +165,7 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
     pairs = p.pairs()
     number = {pair: s for s, pair in enumerate(pairs)}
     counts = [[0] * len(pairs) for _ in range(count)]
-    tiles = []
+    tiles, steps = [], []
     for r0 in range(0, rows, tr):
         for c0 in range(0, cols, tc):
             segments: dict[int, list[tuple[int, int]]] = {}
@@ -192,6 +194,9 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
                 for s in coded[t]:
                     counts[t][s] += 1
             tiles.append((coded, bytes(escapes), raw))
+            steps.append(
+                ([place for found in segments.values() for place in found], [[t, s] for t, s in coded.items()])
+            )
     tables = p.tables or [normalise(c) for c in counts]
 
     def classes(values: list[int] | None) -> bytes:
@@ -241,4 +246,4 @@ def encode(p: Lanes, words: list[int], rows: int, cols: int, tr: int, tc: int) -
         units.append(b"".join(up16(d) for d in (directory, flat, escape_bytes, *planes)))
         for k, n in enumerate((len(directory), len(flat), len(escape_bytes), sum(map(len, planes))), 1):
             parts[k] += n
-    return Coded(stage, units, (*parts, sum(len(up16(u)) for u in units) - sum(parts)))
+    return Coded(stage, units, (*parts, sum(len(up16(u)) for u in units) - sum(parts)), steps)

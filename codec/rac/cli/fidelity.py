@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rac.encode.align.recipe import Recipe
-    from rac.encode.pack import Fidelity, Summary
+    from rac.encode.encoded import Fidelity
+    from rac.encode.pack import Summary
 
 ALARM = 10
 """Decibels of output signal to noise below which a layer is named."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import glob
 import os
 import sys
@@ -14,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rac.cli import recipe
 
 if TYPE_CHECKING:
-    from rac.encode.pack import Fidelity
+    from rac.encode.align.recipe import Recipe
+    from rac.encode.encoded import Fidelity
+    from rac.encode.options import Lossy, PackOptions
+    from rac.encode.pack import Summary
 
 HELP = """\
 Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --size to a budget in real bytes, or with
@@ -160,12 +162,35 @@ def _file(args: argparse.Namespace) -> int:
     """Pack to a file or to shards."""
     if args.recipe != recipe.NAMES[0]:
         return recipe.run(args)
-    from rac.cli.fidelity import ALARM, by_role, write_report
-    from rac.cli.progress import Progress, Steps, parse_size, size
-    from rac.encode import workers
-    from rac.encode.allocate.budget import Request, texts_of
-    from rac.encode.pack import pack_source, recipe_of
+    from rac.cli.progress import Progress, Steps
+    from rac.encode.options import Hooks
+    from rac.encode.pack import ByTrellis, Packer
     from rac.encode.sources import open_source
+
+    options, request = _asked(args)
+    source = open_source(args.src, args.include, args.exclude)
+    start = time.monotonic()
+
+    def layer(f: Fidelity) -> None:
+        progress.line(f"{f.bits:7.3f} bits {f.snr:7.2f} dB {f.seconds:6.1f} s  {f.name}")
+
+    hooks = Hooks(lambda *what: progress(*what), lambda *what: steps(*what), layer)
+    with Packer(source, args.output, options, hooks) as packer:
+        with Steps() as steps:
+            found = packer.allocate(args.src, request) if request else None
+        with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
+            done = packer.write(ByTrellis(found, packer.kept) if found else None)
+    _say(args, done, time.monotonic() - start)
+    if found and request:
+        _say_lossy(args, done, found, bool(request.calibration.texts))
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
+    """What the arguments ask for; None: a lossless pack."""
+    from rac.cli.progress import parse_size
+    from rac.encode import workers
+    from rac.encode.options import Budget, Calibration, Lossy, PackOptions
     from rac.machine import threads_of
 
     if args.jobs is not None and args.jobs < 1:
@@ -176,74 +201,32 @@ def _file(args: argparse.Namespace) -> int:
     except argparse.ArgumentTypeError as e:
         raise ValueError(str(e)) from None
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
-    budget = any(v is not None for v in goals.values())
-    texts = texts_of(args.calibrate or "none")
+    lossy = any(v is not None for v in goals.values())
+    texts = Calibration.texts_of(args.calibrate or "none")
     shaped = args.align != "auto" or args.rank is not None or args.embeddings
-    if not budget and (texts or args.keep or args.report or args.measure or shaped):
+    if not lossy and (texts or args.keep or args.report or args.measure or shaped):
         raise ValueError(
             "--calibrate, --align, --rank, --embeddings, --keep, --measure and --report are for lossy packing: "
             f"give one of {', '.join(goals)} too"
         )
-    source = open_source(args.src, args.include, args.exclude)
-    start = time.monotonic()
-    request = None
-    if budget:
-        request = Request(
-            args.bits,
-            args.file_bits,
-            whole,
-            args.snr,
-            args.kl,
-            texts,
-            args.tokens,
-            args.effort,
-            tuple(args.keep),
-            _cache(args.cache),
-            args.align,
-            args.rank,
-            args.embeddings,
-            args.lanes,
-            args.slices,
-        )
+    jobs = threads_of(args.jobs, most=None if lossy else workers.THREADS)
+    settings = {"include": args.include, "exclude": args.exclude}
+    many = lossy and jobs > workers.THREADS
+    options = PackOptions(
+        args.level, jobs, args.lanes, args.slices, shard_size, args.resume, args.force, many, settings
+    )
+    if not lossy:
+        return options, None
+    budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
+    calibration = Calibration(texts, args.tokens, _cache(args.cache))
+    keep = tuple(args.keep)
+    return options, Lossy(budget, calibration, args.effort, keep, args.align, args.rank, args.embeddings)
 
-    def layer(f: Fidelity) -> None:
-        progress.line(f"{f.bits:7.3f} bits {f.snr:7.2f} dB {f.seconds:6.1f} s  {f.name}")
 
-    found = None
-    jobs = threads_of(args.jobs, most=None if request else workers.THREADS)
-    with workers.start(jobs, jobs > workers.THREADS) if request else contextlib.nullcontext() as pool:
-        if request:
-            with Steps() as note:
-                found = recipe_of(
-                    source,
-                    args.src,
-                    args.output,
-                    request,
-                    level=args.level,
-                    jobs=jobs,
-                    force=args.force,
-                    resume=args.resume,
-                    note=note,
-                    pool=pool,
-                )
-        with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
-            done = pack_source(
-                source,
-                args.output,
-                level=args.level,
-                jobs=jobs,
-                lanes=args.lanes,
-                shard_size=shard_size,
-                resume=args.resume,
-                force=args.force,
-                progress=progress,
-                settings={"include": args.include, "exclude": args.exclude},
-                recipe=found,
-                layer=layer,
-                pool=pool,
-                slices=args.slices,
-            )
-    seconds = time.monotonic() - start
+def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
+    """Print what any pack came to."""
+    from rac.cli.progress import size
+
     if done.skipped:
         print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)
     if args.resume:
@@ -255,22 +238,26 @@ def _file(args: argparse.Namespace) -> int:
         f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
         f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
     )
-    if found:
-        if found.unreached and texts:
-            print(
-                f"rac: calibration did not reach {len(found.unreached)} tensors, which are quantised from the weights "
-                f"alone: {_some(found.unreached)}",
-                file=sys.stderr,
-            )
-        print(by_role(done.fidelity))
-        print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
-        if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
-            print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
-        if args.report:
-            write_report(args.report, done, found)
-        if args.measure:
-            measure(args.src, done.paths[0], args.measure)
-    return 0
+
+
+def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, texts: bool) -> None:
+    """Print what a lossy pack came to, and write and measure what was asked for."""
+    from rac.cli.fidelity import ALARM, by_role, write_report
+
+    if found.unreached and texts:
+        print(
+            f"rac: calibration did not reach {len(found.unreached)} tensors, which are quantised from the weights "
+            f"alone: {_some(found.unreached)}",
+            file=sys.stderr,
+        )
+    print(by_role(done.fidelity))
+    print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
+    if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
+        print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
+    if args.report:
+        write_report(args.report, done, found)
+    if args.measure:
+        measure(args.src, done.paths[0], args.measure)
 
 
 def _rank(given: str) -> int | None:

@@ -6,22 +6,17 @@ interpreter's lock. Matrices may be quantised in processes (workers.py).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
-from typing import Any, Protocol
-
-import numpy as np
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rac.calibrate.evaluate import Divergence
 from rac.calibrate.layers import Note
 from rac.container import index as ix
-from rac.container import zstd
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
@@ -30,47 +25,19 @@ from rac.encode import record as rec
 from rac.encode import resume as rs
 from rac.encode import ties, workers
 from rac.encode.align.recipe import Recipe
-from rac.encode.allocate.budget import Request, code, read_text, recipe_for, snr, solve, texts_of
-from rac.encode.code.plan import LEVELS, SLICES, Level, tuned
-from rac.encode.code.tile import TileEncoder
+from rac.encode.allocate.budget import Search, read_text, recipe_for
+from rac.encode.encoded import Encoded, Fidelity, Kept
+from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions, Progress, silent
+from rac.encode.quantise.tensor import encode
+from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule, whole
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
-from rac.machine import room, threads_of
-from rac.provenance import state
+from rac.machine import threads_of
+from rac.provenance import Provenance, state
 from rac.records import Limits
-from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
-from rac.stages.lanes import layout as ll
+from rac.registry import RECORD_ATTACHMENT
 
-WINDOW = 64 << 20
-"""Dense bytes in work beyond the largest tensor."""
-Progress = Callable[[str, int], None]
-"""Called with the name of a finished tensor and its dense bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """What quantising one tensor came to."""
-
-    name: str
-    shape: tuple[int, ...]
-    alignment: str
-    """"triangular", "pca", or "identity": all inputs count alike, or nothing is known of them."""
-    rank: int
-    """Of its low-rank part."""
-    states: int
-    snr: float
-    """Of its output (of its weights, where nothing is known of its inputs), in dB."""
-    outliers: int
-    dead: int
-    """Columns that got no bits."""
-    seconds: float
-    size: int = 0
-    """Bytes of its record, and of the objects in front of it."""
-
-    @property
-    def bits(self) -> float:
-        """Bytes * 8 / weights."""
-        return 8 * self.size / math.prod(self.shape)
+__all__ = ["Fidelity", "Packer", "Progress", "Summary", "pack", "pack_source", "save_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,74 +131,15 @@ def pack(
     source = open_source(src, include, exclude)
     settings = {"exclude": list(exclude), "include": list(include)}
     lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
-    with workers.start(threads_of(jobs), processes and lossy) as pool:
-        recipe = None
-        if lossy:
-            request = Request(
-                bits,
-                file_bits,
-                size,
-                snr,
-                kl,
-                texts_of(calibrate),
-                tokens,
-                effort,
-                tuple(keep),
-                cache,
-                align,
-                rank,
-                embeddings,
-                lanes,
-                slices,
-            )
-            recipe = recipe_of(
-                source, src, out, request, level=level, jobs=jobs, force=force, resume=resume, note=note, pool=pool
-            )
-        return pack_source(
-            source,
-            out,
-            level=level,
-            jobs=jobs,
-            lanes=lanes,
-            shard_size=shard_size,
-            resume=resume,
-            force=force,
-            progress=progress,
-            settings=settings,
-            recipe=recipe,
-            pool=pool,
-            slices=slices,
-        )
-
-
-def recipe_of(
-    source: Source,
-    src: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    request: Request,
-    *,
-    level: str = "default",
-    jobs: int | None = None,
-    force: bool = False,
-    resume: bool = False,
-    note: Note | None = None,
-    pool: Executor | None = None,
-) -> Recipe:
-    """How a pack of `source`, opened from `src`, meets the request; OutputError where `out` must not be replaced.
-
-    With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
-    """
-    if os.path.isfile(out) and not force:  # said before the long work, not after it
-        raise OutputError("exists already; give --force to replace it", file=os.fspath(out))
-    groups = ties.find(source.tensors)
-    recipe = recipe_for(groups, os.fspath(src), request, note)
-    found = rs.provenance(f"{os.fspath(out)}.part").scale(recipe.about, level) if resume else None
-    if found is not None:
-        return replace(recipe, scale=found)
-    judge = None
-    if request.kl is not None:
-        judge = Divergence(src, read_text(request.calibrate[0]), request.tokens, note)
-    return solve(groups, recipe, request, threads_of(jobs), note, LEVELS[level], source.attachments, judge, pool)
+    options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, processes and lossy, settings)
+    request = None
+    if lossy:
+        budget = Budget(bits, file_bits, size, snr, kl)
+        calibration = Calibration(Calibration.texts_of(calibrate), tokens, cache)
+        request = Lossy(budget, calibration, effort, tuple(keep), align, rank, embeddings)
+    with Packer(source, out, options, Hooks(progress or silent, note or silent)) as packer:
+        quantiser = ByTrellis(packer.allocate(src, request), packer.kept) if request else None
+        return packer.write(quantiser)
 
 
 def save_file(
@@ -250,7 +158,8 @@ def save_file(
         SourceError: A value cannot be stored.
         OutputError: The file cannot be written.
     """
-    pack_source(from_arrays(tensors, metadata), path, level=level, jobs=threads, force=True)
+    with Packer(from_arrays(tensors, metadata), path, PackOptions(level, threads, force=True), Hooks()) as packer:
+        packer.write(None)
 
 
 def pack_source(
@@ -264,106 +173,217 @@ def pack_source(
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    settings: dict[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     recipe: Recipe | None = None,
     layer: Callable[[Fidelity], None] | None = None,
     pool: Executor | None = None,
     slices: str | None = None,
     quantiser: Quantiser | None = None,
 ) -> Summary:
-    """`pack` for a source that is open already; with a `recipe` its tensors are quantised, the others lossless.
+    """Pack a source that is open already, as `pack` does; with a `recipe` its tensors are quantised, else lossless.
 
-    `layer` is called after each quantised tensor; `pool` quantises (workers.start), or else threads. A `quantiser`
-    takes the place of a recipe.
+    `settings` are stated in the provenance, `layer` is called after each quantised tensor; `pool` quantises
+    (workers.start), or else threads. A `quantiser` takes the place of a recipe.
     """
-    if recipe is not None:
-        quantiser = ByTrellis(recipe)
-    if level not in LEVELS:
-        raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
-    if lanes is not None and not 1 <= lanes <= ll.MAX_LANES:
-        raise ValueError(f"lanes must be 1..{ll.MAX_LANES}")
-    if slices not in (None, *SLICES):
-        raise ValueError(f"slices must be one of {', '.join(SLICES)}, not {slices!r}")
-    effort = tuned(LEVELS[level], lanes, slices)
-    for t in source.tensors:
-        try:
-            ix.parse_shape(list(t.shape), Limits())
-        except RacError as e:
-            raise SourceError(f"tensor {t.name!r} has a shape that no reader takes") from e
-    groups = ties.find(source.tensors)
-    shards = _shards(groups, shard_size)
-    path = os.fspath(out)
-    paths = [path]
-    if shard_size is not None:
-        stem = path.removesuffix(".rac")
-        paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
-    provenance = state(
-        source.kind,
-        level,
-        cut=(lanes, slices),
-        settings=settings,
-        about=None if quantiser is None else quantiser.about,
-        online=sum(t.online is not None for t in source.tensors),
-        # a GGUF file has no names for places
-        gguf_order=[t.name for t in source.tensors] if source.kind == "gguf" and any(g.aliases for g in groups) else (),
-    )
-    resumed = 0
-    fidelity: list[Fidelity] = []
+    options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, settings=settings or {})
+    hooks = Hooks(progress or silent, layer=layer or silent)
+    with Packer(source, out, options, hooks, pool) as packer:
+        return packer.write(quantiser if recipe is None else ByTrellis(recipe))
 
-    def quantised_one(of: Fidelity) -> None:
-        fidelity.append(of)
-        if layer:
-            layer(of)
 
-    for i, (shard, name) in enumerate(zip(shards, paths, strict=True)):
-        header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
-        if len(shards) > 1:
-            header["shard"] = [i + 1, len(shards)]
-        files = source.attachments if i == 0 else ()
-        if resume and len(shards) > 1 and os.path.exists(name):
-            found = rs.scan(name, header, files, shard)
-            if found and (found.files, len(found.digests)) == (len(files), len(shard)):
+class Packer:
+    """One pack of an open source: what its workers made stays at hand between the search for a scale and the writing.
+
+    Leave it by `with`, which ends the workers and drops what was kept.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        out: str | os.PathLike[str],
+        options: PackOptions,
+        hooks: Hooks,
+        pool: Executor | None = None,
+    ) -> None:
+        """A `pool` that is given quantises, and goes on when the packer is left."""
+        for t in source.tensors:
+            try:
+                ix.parse_shape(list(t.shape), Limits())
+            except RacError as e:
+                raise SourceError(f"tensor {t.name!r} has a shape that no reader takes") from e
+        self._source, self._out, self._options, self._hooks = source, os.fspath(out), options, hooks
+        self._jobs = threads_of(options.jobs)
+        self._groups = ties.find(source.tensors)
+        self._lossless, self._lossy = Kept(self._out), Kept(self._out)
+        self._stack = contextlib.ExitStack()
+        self._threads = self._stack.enter_context(ThreadPoolExecutor(self._jobs))
+        if pool is None and options.processes:
+            pool = self._stack.enter_context(workers.start(self._jobs, processes=True))
+        self._pool = pool or self._threads
+
+    def __enter__(self) -> Packer:
+        """The packer itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End the workers; drop what was kept."""
+        self._lossless.close()
+        self._lossy.close()
+        self._stack.close()
+
+    def allocate(self, src: str | os.PathLike[str], request: Lossy) -> Recipe:
+        """How a pack of the source, opened from `src`, meets a request.
+
+        With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
+
+        Raises:
+            OutputError: The output exists and must not be replaced.
+            BudgetError: The budget cannot be met.
+        """
+        options, note = self._options, self._hooks.note
+        if os.path.isfile(self._out) and not options.force:  # said before the long work, not after it
+            raise OutputError("exists already; give --force to replace it", file=self._out)
+        recipe = replace(recipe_for(self._groups, os.fspath(src), request, note), coder=options.coder)
+        before = rs.provenance(f"{self._out}.part") if options.resume else Provenance()
+        if (scale := before.scale(recipe.about, options.level)) is not None:
+            return replace(recipe, scale=scale)
+
+        def judge() -> Divergence:
+            c = request.calibration
+            return Divergence(src, read_text(c.texts[0]), c.tokens, note)
+
+        search = Search(self._groups, recipe, self._pool, note, self._lossy)
+        return search.meet(request.budget, lambda: self._rest(recipe), judge)
+
+    def kept(self, name: str) -> Encoded | None:
+        """A quantised tensor as the search for the scale has left it, once."""
+        return self._lossy.take(name)
+
+    def _rest(self, recipe: Recipe) -> int:
+        """About the bytes of all that is not quantised, with heads and index rows. It is kept, and not coded again."""
+        groups = [g for g in self._groups if g.tensor.name not in recipe.aligned]
+        jobs = ((g.tensor.nbytes, (g, self._options.lossless)) for g in groups)
+        size = 0
+        for e in workers.run(self._threads, whole, jobs, WINDOW):
+            size += sum(map(len, e.units)) + 512
+            self._lossless.put(e.name, e)
+        for file in self._source.attachments:
+            e = rec.attachment(file)
+            size += len(e.units[0]) + 512
+            self._lossless.put(f"file {e.name}", e)
+        return size
+
+    def write(self, quantiser: Quantiser | None) -> Summary:
+        """Write the archive, or the shards."""
+        source, options = self._source, self._options
+        shards, path = _shards(self._groups, options.shard_size), self._out
+        paths = [path]
+        if options.shard_size is not None:
+            stem = path.removesuffix(".rac")
+            paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
+        provenance = self._provenance(quantiser)
+        resumed = 0
+        fidelity: list[Fidelity] = []
+        for i, (shard, name) in enumerate(zip(shards, paths, strict=True)):
+            header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
+            if len(shards) > 1:
+                header["shard"] = [i + 1, len(shards)]
+            contents = _Contents(name, header, source.attachments if i == 0 else (), shard)
+            if options.resume and len(shards) > 1 and contents.complete():
                 resumed += len(shard)
-                if progress:
-                    for group in shard:
-                        progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
+                for group in shard:
+                    self._hooks.progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
                 continue
-        resumed += _write(
-            name,
-            header,
-            files,
-            shard,
-            effort,
-            quantiser,
-            threads_of(jobs),
-            resume,
-            force,
-            progress,
-            quantised_one,
-            pool,
+            resumed += self._write(contents, quantiser, fidelity)
+        tensors = source.tensors
+        lossy, bits = (0, 0.0) if quantiser is None else _quantised(paths)
+        return Summary(
+            paths=tuple(paths),
+            dense=sum(t.nbytes for t in tensors),
+            stored=sum(os.path.getsize(p) for p in paths),
+            weights=sum(math.prod(t.shape) for t in tensors),
+            tensors=len(tensors),
+            resumed=resumed,
+            skipped=source.skipped,
+            quantised=lossy,
+            quantised_bits=bits,
+            fidelity=tuple(fidelity),
         )
-    stored = sum(os.path.getsize(p) for p in paths)
-    done = sum(t.nbytes for t in source.tensors)
-    weights = sum(weights_of(t) for t in source.tensors)
-    lossy, bits = 0, 0.0
-    if quantiser is not None:
-        archives = [Archive(FileAccess(p)) for p in paths]
-        lossy, bits = quantised(e for a in archives for e in a.index.entries)
-        for archive in archives:
-            archive.close()
-    return Summary(
-        tuple(paths), done, stored, weights, len(source.tensors), resumed, source.skipped, lossy, bits, tuple(fidelity)
-    )
+
+    def _provenance(self, quantiser: Quantiser | None) -> dict[str, Any]:
+        tensors, options = self._source.tensors, self._options
+        unordered = self._source.kind == "gguf" and any(g.aliases for g in self._groups)
+        return state(
+            self._source.kind,
+            options.level,
+            cut=(options.lanes, options.slices),
+            settings=options.settings,
+            about=None if quantiser is None else quantiser.about,
+            online=sum(t.online is not None for t in tensors),
+            gguf_order=[t.name for t in tensors] if unordered else (),  # a GGUF file has no names for places
+        )
+
+    def _write(self, contents: _Contents, quantiser: Quantiser | None, fidelity: list[Fidelity]) -> int:
+        """Write one archive; returns how many tensors were there already. `fidelity` gets what was quantised."""
+        writer = Writer(contents.path, self._options.force)
+        content: list[list[Any]] = []
+
+        def done(group: ties.Group, digest: bytes) -> None:
+            t = group.tensor
+            for name in (t.name, *(a for a, _ in group.aliases)):
+                content.append([name, t.dtype, list(t.shape), digest])
+            self._hooks.progress(t.name, t.nbytes * (1 + len(group.aliases)))
+
+        try:
+            found = contents.scan(writer.part) if self._options.resume else None
+            if found:
+                writer.go_on(found.entries, found.at)
+                for group, digest in zip(contents.groups, found.digests, strict=False):
+                    done(group, digest)
+            else:
+                writer.start(contents.header)
+            for file in contents.files[found.files if found else 0 :]:
+                e = self._lossless.take(f"file {file.name}") or rec.attachment(file)
+                writer.add(RECORD_ATTACHMENT, 0, e.head, e.units, **e.row)
+                writer.flush()
+            start, there = (len(found.digests), set(found.objects)) if found else (0, set[str]())
+            schedule = Schedule(
+                self._options.lossless, self._threads, self._jobs, quantiser, self._pool, self._lossless.take
+            )
+            with workers.named(), contextlib.closing(schedule.run(contents.groups[start:])) as results:
+                for group, e in results:
+                    if of := e.write(writer, there):
+                        fidelity.append(of)
+                        self._hooks.layer(of)
+                    done(group, e.head["digest"])
+            writer.finish(ix.content_digest(content))
+            return start
+        except MemoryError as e:
+            raise OutputError("not enough memory", file=contents.path) from e
+        finally:
+            writer.close()
 
 
-def weights_of(t: SourceTensor) -> int:
-    """Elements of a tensor."""
-    return math.prod(t.shape)
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What one archive is to hold."""
+
+    path: str
+    header: dict[str, Any]
+    files: Sequence[Attachment]
+    groups: Sequence[ties.Group]
+
+    def scan(self, path: str) -> rs.Found | None:
+        """What of it `path` has already."""
+        return rs.scan(path, self.header, self.files, self.groups)
+
+    def complete(self) -> bool:
+        """Whether the archive is there, finished."""
+        found = self.scan(self.path) if os.path.exists(self.path) else None
+        return found is not None and (found.files, len(found.digests)) == (len(self.files), len(self.groups))
 
 
 def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]]:
-    if size is not None and size < 1:
-        raise ValueError("shard size must be positive")
     out: list[list[ties.Group]] = [[]]
     held = 0
     for g in groups:
@@ -375,237 +395,38 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
     return out
 
 
-def _write(
-    path: str,
-    header: dict[str, Any],
-    files: Sequence[Attachment],
-    groups: list[ties.Group],
-    level: Level,
-    quantiser: Quantiser | None,
-    jobs: int,
-    resume: bool,
-    force: bool,
-    progress: Progress | None,
-    fidelity: Callable[[Fidelity], None],
-    pool: Executor | None,
-) -> int:
-    """Write one archive; returns how many tensors were there already."""
-    writer = Writer(path, force)
-    content: list[list[Any]] = []
-
-    def note(group: ties.Group, digest: bytes, of: Fidelity | None = None) -> None:
-        t = group.tensor
-        if of is not None:
-            fidelity(of)
-        for name in (t.name, *(a for a, _ in group.aliases)):
-            content.append([name, t.dtype, list(t.shape), digest])
-        if progress:
-            progress(t.name, t.nbytes * (1 + len(group.aliases)))
-
-    try:
-        found = rs.scan(writer.part, header, files, groups) if resume else None
-        if found:
-            writer.go_on(found.entries, found.at)
-            for group, digest in zip(groups, found.digests, strict=False):
-                note(group, digest)
-        else:
-            writer.start(header)
-        for file in files[found.files if found else 0 :]:
-            _attach(writer, file)
-        start = len(found.digests) if found else 0
-        with ThreadPoolExecutor(jobs) as threads, workers.named():
-            _tensors(
-                writer,
-                groups[start:],
-                level,
-                quantiser,
-                threads,
-                pool or threads,
-                jobs,
-                note,
-                set(found.objects if found else ()),
-            )
-        writer.finish(ix.content_digest(content))
-        return start
-    except MemoryError as e:
-        raise OutputError("not enough memory", file=path) from e
-    finally:
-        writer.close()
-
-
-def _attach(writer: Writer, file: Attachment) -> None:
-    head, unit = rec.attachment(file)
-    writer.add(RECORD_ATTACHMENT, 0, head, [unit], method=head["stages"][0]["id"])
-    writer.flush()
-
-
-@dataclass
-class _Item:
-    """A tensor on its way: what is known of it, and how many rows of its tiles are still to come (-1: not analysed)."""
-
-    group: ties.Group
-    number: int
-    left: int = -1
-    encoder: TileEncoder | None = None
-    behind: rec.Behind | None = None
-    """Of a quantised tensor, which is done in one piece."""
-    fidelity: Fidelity | None = None
-    objects: tuple[rec.Object, ...] = ()
-    bands: list[list[rec.Bytes]] = field(default_factory=list)
-
-
-def _tensors(
-    writer: Writer,
-    groups: list[ties.Group],
-    level: Level,
-    quantiser: Quantiser | None,
-    pool: Executor,
-    quantisers: Executor,
-    jobs: int,
-    note: Callable[[ties.Group, bytes, Fidelity | None], None],
-    there: set[str],
-) -> None:
-    """Plan and encode ahead of the writer, in bounded memory; write in order. What is written next goes first.
-
-    `there` has the names of the objects that the archive has already, and gets those that are written.
-    """
-    size = {
-        g.tensor.name: quantiser.need(g.tensor) if quantiser and g.tensor.name in quantiser.names else g.tensor.nbytes
-        for g in groups
-    }
-    limit = max([WINDOW if quantiser is None else room(), *size.values()])
-    waiting: deque[_Item] = deque()
-    coming = deque(groups)
-    ready: list[tuple[int, int]] = []
-    """(number of the tensor, row of tiles; -1: analyse it)"""
-    running: dict[Future[Any], tuple[_Item, int]] = {}
-    held = written = 0
-    try:
-        while coming or waiting:
-            while coming and (not waiting or held + size[coming[0].tensor.name] <= limit):
-                waiting.append(_Item(coming.popleft(), written + len(waiting)))
-                heappush(ready, (waiting[-1].number, -1))
-                held += size[waiting[-1].group.tensor.name]
-            while ready and len(running) < 2 * jobs:
-                number, row = heappop(ready)
-                item = waiting[number - written]
-                t = item.group.tensor
-                if row < 0 and quantiser and t.name in quantiser.names:
-                    work, given = quantiser.job(t)
-                    running[quantisers.submit(work, *given)] = (item, row)
-                elif row < 0:
-                    running[pool.submit(_start, t, level)] = (item, row)
-                else:
-                    assert item.encoder is not None  # noqa: S101
-                    running[pool.submit(rec.band, t, item.encoder, row)] = (item, row)
-            if waiting[0].left == 0:
-                item = waiting.popleft()
-                written += 1
-                assert item.encoder is not None  # noqa: S101
-                group, plan = item.group, item.encoder.plan
-                units = [unit for band in item.bands for unit in band]
-                own = 0
-                for o in (o for o in item.objects if o.name not in there):
-                    writer.add(RECORD_OBJECT, 0, o.head, o.units, **o.fields)
-                    there.add(o.name)
-                    own += o.size
-                head = rec.head(group, plan, item.behind)
-                writer.add(RECORD_TENSOR, 0, head, units, **rec.fields(group, plan, units, item.behind))
-                writer.flush()
-                of = item.fidelity and replace(item.fidelity, size=own + rec.size(head, units))
-                note(group, head["digest"], of)
-                held -= size[group.tensor.name]
-                continue
-            for job in wait(running, return_when=FIRST_COMPLETED).done:
-                item, row = running.pop(job)
-                if row < 0:
-                    item.encoder, units, item.behind, item.fidelity, item.objects = job.result()
-                    down = item.encoder.plan.grid.down
-                    item.left = down if down > 1 and not item.behind else 0
-                    item.bands = [units, *([] for _ in range(item.left))]
-                    for r in range(item.left):
-                        heappush(ready, (item.number, r))
-                else:
-                    item.bands[row + 1] = job.result()
-                    item.left -= 1
-    finally:
-        for job in running:
-            job.cancel()
-
-
-Started = tuple[TileEncoder, list[rec.Bytes], rec.Behind | None, Fidelity | None, tuple[rec.Object, ...]]
-
-
-class Quantiser(Protocol):
-    """What makes some tensors lossy."""
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        """For the provenance."""
-
-    @property
-    def names(self) -> Container[str]:
-        """The tensors that it quantises."""
-
-    def need(self, t: SourceTensor) -> int:
-        """About the bytes of memory that the work on one takes."""
-
-    def job(self, t: SourceTensor) -> tuple[Callable[..., Started], tuple[Any, ...]]:
-        """A function and its arguments, for a thread or, where they pickle, a process."""
+def _quantised(paths: Sequence[str]) -> tuple[int, float]:
+    """Number of quantised tensors in archives, and bits of each of their weights."""
+    archives = [Archive(FileAccess(p)) for p in paths]
+    found = quantised(e for a in archives for e in a.index.entries)
+    for archive in archives:
+        archive.close()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
 class ByTrellis:
-    """By trellis/1, as a recipe says."""
+    """Quantises by trellis/1, as a recipe says."""
 
     recipe: Recipe
+    done: Callable[[str], Encoded | None] = lambda _: None
+    """Gives a tensor that is encoded already at the scale of the recipe, by its name."""
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """As the protocol says."""
+        """The scale, and what the request states."""
         return {"bits_scale": repr(self.recipe.scale), **self.recipe.about}
 
     @property
     def names(self) -> Container[str]:
-        """As the protocol says."""
+        """The tensors of the recipe."""
         return self.recipe.aligned
 
     def need(self, t: SourceTensor) -> int:
-        """As the protocol says."""
+        """Bytes of memory that quantising a tensor takes, about."""
         return workers.need(t, self.recipe)
 
-    def job(self, t: SourceTensor) -> tuple[Callable[..., Started], tuple[Any, ...]]:
-        """As the protocol says."""
-        return _quantise, (t, workers.only(self.recipe, t.name))
-
-
-def _start(t: SourceTensor, level: Level) -> Started:
-    """Analyse a tensor; encode it too where it has but one row of tiles, which no other thread could share."""
-    encoder = rec.lossless(t, level)
-    plan = encoder.plan
-    units: list[rec.Bytes] = [plan.shared] if plan.lanes else []
-    if plan.grid.down == 1:
-        units += rec.band(t, encoder, 0)
-    return encoder, units, None, None, rec.matrix_of(t, level)
-
-
-def _quantise(t: SourceTensor, recipe: Recipe) -> Started:
-    """All of a tensor of the recipe."""
-    start = time.perf_counter()
-    coded = code(t, recipe)
-    q, dense = coded.quantised, coded.dense
-    fidelity = Fidelity(
-        t.name,
-        t.shape,
-        coded.alignment,
-        recipe.aligned[t.name].rank,
-        q.trellis.states,
-        snr(t, dense, recipe),
-        q.outliers,
-        q.dead,
-        time.perf_counter() - start,
-    )
-    behind = coded.behind(zstd.digest(dense.reshape(-1).view(np.uint8).data), ties.digest(t))
-    done = replace(coded.encoder.plan, words=None, base=None, coded=())  # a process sends back what will be written
-    units: list[rec.Bytes] = [bytes(unit) for unit in coded.units]
-    return TileEncoder(done), units, behind, fidelity, (*coded.objects, *rec.matrix_of(t, LEVELS["default"]))
+    def job(self, group: ties.Group) -> Job | Encoded:
+        """What the search has kept, or the work."""
+        name = group.tensor.name
+        return self.done(name) or (encode, (group, workers.only(self.recipe, name)))

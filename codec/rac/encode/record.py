@@ -10,19 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import tensor as tn
-from rac.container import wire, zstd
+from rac.container import zstd
 from rac.encode import ties
 from rac.encode.code.plan import Level, Plan, analyse, axis_of
 from rac.encode.code.tile import TileEncoder
+from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import Attachment, SourceTensor
 from rac.errors import SourceError
-from rac.records import record_size
-from rac.registry import RECORD_TENSOR
 from rac.stages.groups import Groups
 from rac.stages.lanes import layout as ll
 from rac.stages.trellis import Trellis
-
-Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +60,13 @@ def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
     return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
 
 
-def attachment(file: Attachment) -> tuple[dict[str, Any], bytes]:
-    """(head, but for its units; unit) of the record of a file that travels along."""
+def attachment(file: Attachment) -> Encoded:
+    """The record of a file that travels along."""
     data = file.read()
     unit = zstd.shorter(data, 19 if len(data) < 1 << 22 else 9)
     method = "raw/1" if unit is data else "zstd/1"
-    return {"digest": zstd.digest(data), "name": file.name, "size": len(data), "stages": [{"id": method}]}, unit
+    head = {"digest": zstd.digest(data), "name": file.name, "size": len(data), "stages": [{"id": method}]}
+    return Encoded(head, [unit], {"method": method})
 
 
 def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[str, Any]:
@@ -142,22 +140,7 @@ def object_fields(plan: Plan, units: Sequence[Bytes], trellis: Trellis | None = 
     return _row(method, "F32", (plan.grid.rows, plan.grid.cols), plan, units, trellis is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class Object:
-    """A matrix that tensors or their layers use, as a record holds it."""
-
-    name: str
-    head: dict[str, Any]
-    fields: dict[str, Any]
-    units: list[Bytes]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the record."""
-        return size(self.head, self.units)
-
-
-def matrix_of(t: SourceTensor, level: Level) -> tuple[Object, ...]:
+def matrix_of(t: SourceTensor, level: Level) -> tuple[Encoded, ...]:
     """The object that the online transform of a tensor names, bit for bit; none where it names none."""
     if t.online is None or not t.online.object:
         return ()
@@ -170,11 +153,4 @@ def matrix_of(t: SourceTensor, level: Level) -> tuple[Object, ...]:
     units: list[Bytes] = [plan.shared] if plan.lanes else []
     for row in range(plan.grid.down):
         units += band(source, encoder, row)
-    return (Object(source.name, object_head(source.name, plan), object_fields(plan, units), units),)
-
-
-def size(head_: dict[str, Any], units: Sequence[Bytes]) -> int:
-    """Bytes of a tensor or object record, all counted."""
-    payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)
-    full = head_ | {"units": wire.directory(units)}
-    return record_size(wire.record_head(RECORD_TENSOR, 0, full, payload)[2], payload)
+    return (Encoded(object_head(source.name, plan), units, object_fields(plan, units)),)

@@ -20,7 +20,10 @@ from rac.encode import ties
 from rac.encode.align.recipe import matrix_of
 from rac.encode.code.plan import CODER, LEVELS, Level, Plan, analyse, axis_of, tuned
 from rac.encode.code.tile import TileEncoder
-from rac.encode.pack import Fidelity, Progress, Started, Summary, pack_source
+from rac.encode.encoded import Bytes, Encoded, Fidelity
+from rac.encode.options import Progress
+from rac.encode.pack import Summary, pack_source
+from rac.encode.schedule import Job
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import SourceError
 from rac.stages import bits as bt
@@ -116,7 +119,7 @@ def _firsts(source: Source, matrices: Mapping[str, Grouped]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _ByGroups:
-    """The quantiser of a pack."""
+    """Quantises by groups/1: gives the tensors that are on a grid already."""
 
     matrices: Mapping[str, Grouped]
     found: Mapping[str, str]
@@ -126,27 +129,31 @@ class _ByGroups:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """For the provenance."""
+        """What the provenance states: how the codes are stored, and what the caller says."""
         return {"entropy": self.entropy, **self.settings}
 
     @property
     def names(self) -> Container[str]:
-        """Of the records."""
+        """The names of the records that are quantised."""
         return self.found
 
     def need(self, t: SourceTensor) -> int:
-        """About the bytes of memory that the work on a tensor takes."""
+        """Bytes of memory that the work on a tensor takes, about."""
         return PER_WEIGHT * math.prod(t.shape)
 
-    def job(self, t: SourceTensor) -> tuple[Callable[..., Started], tuple[Any, ...]]:
-        """A function and its arguments."""
-        return _coded, (t, self.matrices, self.found[t.name], self.coder, self.entropy)
+    def job(self, group: ties.Group) -> Job:
+        """The work on a tensor."""
+        return self.encode, (group,)
+
+    def encode(self, group: ties.Group) -> Encoded:
+        """A tensor with the codes of its matrix."""
+        t = group.tensor
+        return encode(group, self.matrices[self.found[t.name]], self.coder, self.entropy)
 
 
-def _coded(t: SourceTensor, matrices: Mapping[str, Grouped], name: str, coder: Level, entropy: bool) -> Started:
-    """All of one tensor."""
-    start = time.perf_counter()
-    g = matrices[name]
+def encode(group: ties.Group, g: Grouped, coder: Level, entropy: bool) -> Encoded:
+    """A tensor whose numbers are those that `g` stands for. SourceError where they do not fit it."""
+    start, t = time.perf_counter(), group.tensor
     shape = ll.matrix(t.dtype, t.shape, axis_of(t.shape))
     if g.codes.shape != shape:
         raise SourceError(f"tensor {t.name!r} is a matrix of {shape}, its codes are of {g.codes.shape}")
@@ -168,18 +175,18 @@ def _coded(t: SourceTensor, matrices: Mapping[str, Grouped], name: str, coder: L
         0,
         time.perf_counter() - start,
     )
-    units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), unit, *tiles]
-    done = replace(plan, words=None, base=None, coded=())
-    return TileEncoder(done), units, behind, fidelity, rec.matrix_of(t, LEVELS["default"])
+    units: list[Bytes] = [*([plan.shared] if plan.lanes else []), unit, *tiles]
+    objects = rec.matrix_of(t, LEVELS["default"])
+    return Encoded(rec.head(group, plan, behind), units, rec.fields(group, plan, units, behind), objects, fidelity)
 
 
-def coded(g: Grouped, coder: Level, entropy: bool) -> tuple[Plan, list[rec.Bytes]]:
+def coded(g: Grouped, coder: Level, entropy: bool) -> tuple[Plan, list[Bytes]]:
     """How the codes are stored, and the units of their tiles: with `entropy` in the smaller way."""
     codes = np.ascontiguousarray(g.codes)
     plan = replace(analyse(lambda _, a, b: codes[a:b], "U8", codes.shape, coder), words=codes)
     flat = Plan("bits/1", plan.grid, plan.axis, plan.digest, plan.level, words=codes, bits=g.bits)
     fixed = sum(bt.planes((b - a) * (d - c), g.bits)[1] for a, b, c, d in ll.boxes(plan.grid))
-    best: tuple[Plan, list[rec.Bytes]] | None = None
+    best: tuple[Plan, list[Bytes]] | None = None
     if entropy:
         tiles = _units(plan, codes)
         if sum(map(len, tiles)) + len(plan.shared) < fixed:
@@ -187,7 +194,7 @@ def coded(g: Grouped, coder: Level, entropy: bool) -> tuple[Plan, list[rec.Bytes
     return best or (flat, _units(flat, codes))
 
 
-def _units(plan: Plan, codes: NDArray[np.uint8]) -> list[rec.Bytes]:
+def _units(plan: Plan, codes: NDArray[np.uint8]) -> list[Bytes]:
     encoder, whole = TileEncoder(plan), SourceTensor("", "U8", codes.shape, codes.reshape(-1))
     return [unit for row in range(plan.grid.down) for unit in rec.band(whole, encoder, row)]
 

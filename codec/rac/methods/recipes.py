@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from rac.calibrate.evaluate import load_original
 from rac.encode.allocate.budget import read_text
-from rac.encode.pack import Fidelity, Progress, Summary
+from rac.encode.encoded import Fidelity
+from rac.encode.options import Progress
+from rac.encode.pack import Summary
 from rac.encode.sources import Source, open_source
 from rac.errors import OutputError, SourceError
 from rac.methods.grouped import pack_grouped

@@ -20,8 +20,10 @@ from rac.decode.unpack import quantised
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
 from rac.encode.allocate import budget
+from rac.encode.options import Budget, Calibration, Lossy
 from rac.encode.pack import pack_source
 from rac.encode.quantise import trellis as lossy
+from rac.encode.quantise.tensor import code, encode, encode_with_words
 from rac.encode.sources import from_arrays
 from rac.encode.split import objects as split
 from rac.errors import BudgetError
@@ -101,21 +103,8 @@ def test_scalar_kernel_and_numpy_agree():
     x[0, :4] = 0.5, -0.5, 1.5, 40
     rate = rng.random((1, 2, 2 * most + 1)).astype(np.float32)
     row = rng.integers(0, 2, 3000).astype(np.uint8)
-    k, value, wild, _ = native.block(
-        1,
-        (0, 0),
-        x,
-        x.copy(),
-        70,
-        np.zeros((1, 1), np.float32),
-        np.ones(1, np.float32),
-        rec,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        row,
-        most + 0.5,
-    )
+    search = native.Search(1, (0, 0), 70, rec, rate, most + 0.5, row=row)
+    k, value, wild, _ = native.block(search, x, x.copy(), np.zeros((1, 1), np.float32), np.ones(1, np.float32))
     expected = np.where(row, scalar(x[0], rec, rate[0, 1]), scalar(x[0], rec, rate[0, 0]))
     assert k[0].tolist() == expected.tolist()
     assert (value[0] == np.where(wild[0], x[0], rec[expected + most])).all()
@@ -156,8 +145,8 @@ def one(w, s, rate, rank=0, align="triangular"):
     groups = ties.find(from_arrays({"w": w}).tensors)
     recipe = split.choose(rcp.calibrated(groups, {"w": Layer(s, None)}, (), "fast"), groups, rank, align, rate)
     recipe = replace(recipe, scale=1.03 - rate)
-    coded = budget.code(groups[0].tensor, recipe)
-    return budget.stored(groups[0], recipe), cost(coded.dense.view(np.float32).astype(np.float64) - w, s)
+    encoded, words = encode_with_words(groups[0], recipe)
+    return budget.size_of(encoded, recipe), cost(words.view(np.float32).astype(np.float64) - w, s)
 
 
 def test_all_alignments_and_ranks_leave_the_same_error():
@@ -241,7 +230,7 @@ def made(request, tmp_path):
 def test_files_have_what_was_coded(made, tmp_path):
     source, groups, recipe, path = made
     data = path.read_bytes()
-    coded = {g.tensor.name: budget.code(g.tensor, recipe) for g in groups if g.tensor.name in recipe.aligned}
+    coded = {g.tensor.name: code(g.tensor, recipe) for g in groups if g.tensor.name in recipe.aligned}
     assert len(coded) == 6
     for back in (rac.load_file(path), dict(rac.iter_tensors(io.BytesIO(data))), rac.load(data)):
         for name, c in coded.items():
@@ -257,7 +246,7 @@ def test_every_byte_counts_once(made):
     _, groups, recipe, path = made
     entries = Archive(BytesAccess(path.read_bytes())).index.entries
     mine = [g for g in groups if g.tensor.name in recipe.aligned]
-    size = sum(budget.stored(g, recipe) for g in mine)
+    size = sum(budget.size_of(encode(g, recipe), recipe) for g in mine)
     assert quantised(entries) == (6, 8 * size / sum(g.tensor.shape[0] * g.tensor.shape[1] for g in mine))
     objects = [e.name for e in entries if e.type == RECORD_OBJECT]
     if any(a.rank for a in recipe.aligned.values()):
@@ -317,7 +306,7 @@ def test_shards(made, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_bits_are_met_with_objects(tmp_path, way):
     source, groups, recipe = recipe_of(way)
-    recipe = budget.solve(groups, recipe, budget.Request(bits=4.5), 2)
+    recipe = budget.solve(groups, recipe, Budget(bits=4.5), 2)
     done = pack_source(source, tmp_path / "m.rac", recipe=recipe)
     assert 4.5 * 0.995 <= done.quantised_bits <= 4.5
 
@@ -355,12 +344,13 @@ def test_asked_for_at_the_command_line(tmp_path, monkeypatch, capsys):
 def test_what_is_refused(monkeypatch):
     for wrong in ({"rank": -1}, {"align": "some"}, {"rank": 2, "align": "pca"}, {"rank": 2, "align": "identity"}):
         with pytest.raises(ValueError, match="rank|alignment"):
-            budget.Request(bits=3, calibrate=("text",), **wrong)
+            Lossy(Budget(bits=3), Calibration(("text",)), **wrong)
     for wrong in ({"rank": 2}, {"align": "pca"}, {"align": "triangular"}):
         with pytest.raises(ValueError, match="--calibrate"):
-            budget.Request(bits=3, **wrong)
-    assert budget.Request(bits=3, calibrate=("text",), rank=0, align="pca").shape == {"align": "pca", "rank": 0}
-    assert budget.Request(bits=3).shape == {}
+            Lossy(Budget(bits=3), **wrong)
+    about = Lossy(Budget(bits=3), Calibration(("text",)), rank=0, align="pca").about
+    assert about == {"align": "pca", "rank": 0, "goal": {"bits": "3"}}
+    assert Lossy(Budget(bits=3)).about.keys() == {"goal"}
     monkeypatch.setattr(split, "Limits", lambda: Limits(objects=1000))
     with pytest.raises(BudgetError, match="readers"):
         recipe_of("pca")

@@ -19,7 +19,9 @@ from rac.calibrate.layers import Layer, _Stored, joined
 from rac.encode import ties, workers
 from rac.encode.align import recipe as rcp
 from rac.encode.allocate import budget
+from rac.encode.options import Budget
 from rac.encode.pack import pack, pack_source
+from rac.encode.quantise.tensor import encode
 from rac.encode.sources import from_arrays
 from rac.errors import OutputError, SourceError
 from rac.machine import room
@@ -47,9 +49,9 @@ def test_the_same_bytes(tmp_path):
     groups = ties.find(source.tensors)
     recipe = rcp.calibrated(groups, layers(folder), (), "fast")
     with workers.start(2, processes=True) as pool:
-        ours = budget.solve(groups, recipe, budget.Request(bits=3), 2, pool=pool)
+        ours = budget.solve(groups, recipe, Budget(bits=3), 2, pool=pool)
         done = pack_source(source, tmp_path / "p.rac", recipe=ours, jobs=2, pool=pool)
-    theirs = budget.solve(groups, recipe, budget.Request(bits=3), 2)
+    theirs = budget.solve(groups, recipe, Budget(bits=3), 2)
     again = pack_source(source, tmp_path / "t.rac", recipe=theirs, jobs=3)
     assert ours.scale == theirs.scale
     assert (tmp_path / "p.rac").read_bytes() == (tmp_path / "t.rac").read_bytes()
@@ -70,7 +72,7 @@ def test_what_a_worker_says_is_said(tmp_path):
     scales = rcp.lossy.Scales(np.zeros(160, np.int8), np.zeros(128, np.int8))
     recipe = rcp.Recipe({"a.weight": rcp.Aligned(0.0, scales)}, 32, 1)
     with workers.start(1, processes=True) as pool, pytest.raises(SourceError, match=r"'a\.weight' holds NaN"):
-        list(workers.run(pool, budget.stored, [(1, (group, recipe))], 1))
+        list(workers.run(pool, encode, [(1, (group, recipe))], 1))
 
 
 def test_a_killed_worker_is_named():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rac.calibrate.layers import Layer
 from rac.encode import ties
 from rac.encode.code.plan import CODER, Level, axis_of
+from rac.encode.options import EFFORTS
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import SourceError
@@ -25,8 +26,6 @@ from rac.stages.lanes import layout as ll
 if TYPE_CHECKING:
     from rac.encode.split.objects import Basis
 
-EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
-"""States of the trellis, and passes over each matrix."""
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
 EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")

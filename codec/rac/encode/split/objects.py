@@ -14,8 +14,9 @@ from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
-from rac.encode.code.plan import CODER, Level, analyse, grid_of
+from rac.encode.code.plan import CODER, Level, Plan, analyse, grid_of
 from rac.encode.code.tile import TileEncoder
+from rac.encode.encoded import Bytes, Encoded
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import BudgetError
@@ -29,7 +30,6 @@ from rac.stages import trellis as tr
 
 Array = NDArray[Any]
 F32 = np.float32
-ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 RANKS = (1, 2, 4, 8, 16, 32)
 """Those that `choose_rank` thinks about, beside 0."""
 SHORT = 64
@@ -53,9 +53,10 @@ HARM = 4.5
 
 
 @dataclass(frozen=True, slots=True)
-class Object(rec.Object):
+class Object:
     """A matrix that tensors compute with, quantised."""
 
+    encoded: Encoded
     quantised: lossy.Quantised
 
     @property
@@ -78,15 +79,15 @@ def lane_of(shape: tuple[int, ...], coder: Level = CODER) -> int:
     return grid_of("U8", shape, 1, coder).tr
 
 
-def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[TileEncoder, list[rec.Bytes]]:
-    """A quantised matrix as the units of a record."""
+def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[Plan, list[Bytes]]:
+    """How the words of a quantised matrix are stored, and the units of its record."""
     plan = replace(analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, coder), words=q.words)
     encoder = TileEncoder(plan)
-    units: list[rec.Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
+    units: list[Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
     whole = SourceTensor("", "U8", q.words.shape, q.words.reshape(-1))
     for row in range(plan.grid.down):
         units += rec.band(whole, encoder, row)
-    return encoder, units
+    return plan, units
 
 
 def _object(
@@ -99,9 +100,9 @@ def _object(
     scales = lossy.Scales(_exponents(rows), _exponents(cols))
     lane = lane_of(w.shape)
     q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lane, states, 1, recursion)
-    encoder, units = coded(q)
-    head = rec.object_head(name, encoder.plan, q.trellis, q.digest)
-    return Object(name, head, rec.object_fields(encoder.plan, units, q.trellis), units, q)
+    plan, units = coded(q)
+    head = rec.object_head(name, plan, q.trellis, q.digest)
+    return Object(Encoded(head, units, rec.object_fields(plan, units, q.trellis)), q)
 
 
 def _exponents(x: Array) -> NDArray[np.int8]:

@@ -1,0 +1,137 @@
+"""A tensor as its record will hold it, and keeping many between the search for a scale and the writing."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rac.container import wire
+from rac.container.writer import Writer
+from rac.errors import OutputError
+from rac.records import record_size
+from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+
+Bytes = bytes | memoryview
+SPOOL = 1 << 24
+"""Bytes of units that are kept in memory; more go to a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """What quantising one tensor came to."""
+
+    name: str
+    shape: tuple[int, ...]
+    alignment: str
+    """"triangular", "pca", or "identity": all inputs count alike, or nothing is known of them."""
+    rank: int
+    """Rank of the low-rank part."""
+    states: int
+    snr: float
+    """Signal to noise of the output (of the weights, where nothing is known of the inputs), in dB."""
+    outliers: int
+    dead: int
+    """Columns that got no bits."""
+    seconds: float
+    size: int = 0
+    """Bytes of the record, and of the objects that are written in front of it."""
+
+    @property
+    def bits(self) -> float:
+        """Bytes * 8 / weights."""
+        return 8 * self.size / math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tensor or an object that is ready to be written: what a worker returns."""
+
+    head: dict[str, Any]
+    """The head of the record, but for its units."""
+    units: list[Bytes]
+    row: dict[str, Any]
+    """What the index row adds to the record."""
+    objects: tuple[Encoded, ...] = ()
+    """Objects that the tensor or its layer uses; their records come first."""
+    fidelity: Fidelity | None = None
+    """None: the tensor is lossless."""
+
+    @property
+    def name(self) -> str:
+        """Name of the tensor or object."""
+        return str(self.head["name"])
+
+    @property
+    def size(self) -> int:
+        """Bytes of the record, without those of its objects."""
+        payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in self.units)
+        full = self.head | {"units": wire.directory(self.units)}
+        return record_size(wire.record_head(RECORD_TENSOR, 0, full, payload)[2], payload)
+
+    def write(self, writer: Writer, there: set[str]) -> Fidelity | None:
+        """Write the record behind the objects that are not there yet; returns the fidelity with the bytes written.
+
+        Args:
+            writer: The archive.
+            there: Names of its objects; those that are written are added.
+        """
+        size = self.size if self.fidelity else 0
+        for o in self.objects:
+            if o.name not in there:
+                writer.add(RECORD_OBJECT, 0, o.head, o.units, **o.row)
+                there.add(o.name)
+                size += o.size
+        writer.add(RECORD_TENSOR, 0, self.head, self.units, **self.row)
+        writer.flush()
+        return self.fidelity and replace(self.fidelity, size=size)
+
+
+@dataclass(slots=True)
+class Kept:
+    """Encoded tensors by name, their units in memory while they are few, else in a file without a name."""
+
+    beside: str
+    """A path in whose folder that file is."""
+    _file: Any = None
+    _end: int = 0
+    _found: dict[str, tuple[int, Encoded, list[list[int]]]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._end = 0
+        self._found.clear()
+
+    def put(self, name: str, e: Encoded) -> None:
+        """Keep a tensor. OutputError where the disk is full."""
+        records = (e, *e.objects)
+        try:
+            if self._file is None:
+                folder = os.path.dirname(os.path.abspath(self.beside))
+                self._file = tempfile.SpooledTemporaryFile(SPOOL, dir=folder)  # noqa: SIM115 - `close` closes it
+            self._file.seek(self._end)
+            for unit in (u for r in records for u in r.units):
+                self._file.write(unit)
+            bare = replace(e, units=[], objects=tuple(replace(o, units=[]) for o in e.objects))
+            self._found[name] = self._end, bare, [[len(u) for u in r.units] for r in records]
+            self._end = self._file.tell()
+        except OSError as error:
+            raise OutputError(error.strerror or str(error), file=self.beside) from error
+
+    def take(self, name: str) -> Encoded | None:
+        """A tensor, which is forgotten; None where it is not kept."""
+        if name not in self._found:
+            return None
+        at, bare, sizes = self._found.pop(name)
+        self._file.seek(at)
+        own, *others = [[self._file.read(n) for n in of_record] for of_record in sizes]
+        objects = tuple(replace(o, units=units) for o, units in zip(bare.objects, others, strict=True))
+        return replace(bare, units=own, objects=objects)
+
+    def close(self) -> None:
+        """Give the memory and the file back."""
+        self.clear()
+        if self._file is not None:
+            self._file.close()

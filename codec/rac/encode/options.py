@@ -1,0 +1,177 @@
+"""What a pack is asked for: options of any pack, a budget and a calibration of a lossy one, and who is told of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rac.calibrate.layers import Note
+from rac.encode.code.plan import CODER, LEVELS, SLICES, Level, tuned
+from rac.stages.lanes.layout import MAX_LANES
+
+if TYPE_CHECKING:
+    from rac.encode.encoded import Fidelity
+
+EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
+"""States of the trellis, and passes over each matrix."""
+ALIGNMENTS = ("auto", "triangular", "pca", "identity")
+DECIBELS = 6.020599913279624
+"""Signal to noise that one bit is worth: 20 log10 2."""
+Progress = Callable[[str, int], None]
+"""Called with the name of a finished tensor and its dense bytes."""
+
+
+def silent(*_: object) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """Functions that are called while a pack goes on."""
+
+    progress: Progress = silent
+    """Called after every tensor that is written."""
+    note: Note = silent
+    """Called with (what, done, of) while a lossy pack calibrates and looks for its scale."""
+    layer: Callable[[Fidelity], None] = silent
+    """Called after every quantised tensor that is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackOptions:
+    """How a source is packed, whatever its tensors become. ValueError for what cannot be."""
+
+    level: str = "default"
+    """One of LEVELS, for the tensors that stay lossless."""
+    jobs: int | None = None
+    """Workers; None: one per core, up to 8."""
+    lanes: int | None = None
+    """ANS lanes of a tile; None: as the level has them."""
+    slices: str | None = None
+    """One of SLICES; None: as the level has them."""
+    shard_size: int | None = None
+    """Dense bytes after which a new shard begins; None: one file."""
+    resume: bool = False
+    """Go on with the part that an interrupted pack left."""
+    force: bool = False
+    """Replace a file that exists."""
+    processes: bool = False
+    """Quantise in processes, not in threads."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else the provenance states: patterns of tensors, transforms, and so on."""
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {self.level!r}")
+        if self.lanes is not None and not 1 <= self.lanes <= MAX_LANES:
+            raise ValueError(f"lanes must be 1..{MAX_LANES}")
+        if self.slices not in (None, *SLICES):
+            raise ValueError(f"slices must be one of {', '.join(SLICES)}, not {self.slices!r}")
+        if self.shard_size is not None and self.shard_size < 1:
+            raise ValueError("shard size must be positive")
+
+    @property
+    def lossless(self) -> Level:
+        """How tensors that stay lossless are coded."""
+        return tuned(LEVELS[self.level], self.lanes, self.slices)
+
+    @property
+    def coder(self) -> Level:
+        """How the integers of quantised tensors are coded."""
+        return tuned(CODER, self.lanes, self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a lossy pack may cost, or how good it is to be: exactly one of the five, above 0. ValueError otherwise."""
+
+    bits: float | None = None
+    """Bytes of the quantised tensors * 8 / their weights, everything counted."""
+    file_bits: float | None = None
+    """Bytes of the file * 8 / all weights."""
+    size: int | None = None
+    """Bytes of the file."""
+    snr: float | None = None
+    """Output signal to noise, mean over the quantised tensors, in dB."""
+    kl: float | None = None
+    """Divergence per token from the original on the calibration text, in nats."""
+
+    def __post_init__(self) -> None:
+        given = list(self.goal.values())
+        if len(given) != 1 or not 0 < given[0] < math.inf:
+            raise ValueError("give one of bits, file_bits, size, snr and kl, above 0")
+
+    @property
+    def goal(self) -> dict[str, float]:
+        """The one that is given, by its name."""
+        names = ("bits", "file_bits", "size", "snr", "kl")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def expected(self) -> float:
+        """Bits per weight to expect, about: what ranks and bases are judged by."""
+        return self.bits or self.file_bits or (self.snr / DECIBELS if self.snr else 3.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the inputs of layers are learned from."""
+
+    texts: tuple[str, ...] = ()
+    """Text files, and "self" for text that the model writes: each counts alike. Empty: nothing is learned."""
+    tokens: int = 40960
+    """Tokens of each of these texts."""
+    cache: str | None = None
+    """Folder where calibrations are kept; None: not kept."""
+
+    def __post_init__(self) -> None:
+        if "none" in self.texts:
+            raise ValueError("none is no text: it cannot be among those to calibrate on")
+
+    @staticmethod
+    def texts_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
+        """The texts that a caller names: one or several; "none" alone is no text."""
+        several = (given,) if isinstance(given, str | os.PathLike) else given
+        names = tuple(os.fspath(name) for name in several)
+        return () if names == ("none",) else names
+
+
+@dataclass(frozen=True, slots=True)
+class Lossy:
+    """What a user asks of a lossy pack. ValueError for what does not go together."""
+
+    budget: Budget
+    calibration: Calibration = field(default_factory=Calibration)
+    effort: str = "default"
+    """One of EFFORTS."""
+    keep: tuple[str, ...] = ()
+    """Patterns of tensors that stay lossless, beside norms, small tensors and embeddings."""
+    align: str = "auto"
+    """One of ALIGNMENTS, for tensors whose inputs are known."""
+    rank: int | None = None
+    """Rank of the low-rank part of these; None: at effort "max" what pays, else 0."""
+    embeddings: bool = False
+    """Quantise embeddings and output layers too."""
+
+    def __post_init__(self) -> None:
+        texts = self.calibration.texts
+        if self.effort not in EFFORTS:
+            raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}")
+        if self.align not in ALIGNMENTS:
+            raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, not {self.align!r}")
+        if self.rank is not None and (self.rank < 0 or (self.rank and self.align in ("pca", "identity"))):
+            raise ValueError("a rank is 0 or more, and above 0 only with triangular alignment")
+        if not texts and (self.rank or self.align in ("triangular", "pca")):
+            raise ValueError("ranks and alignments follow from the inputs of layers: give --calibrate too")
+        if self.budget.kl is not None and texts[:1] in ((), ("self",)):
+            raise ValueError("a divergence is measured on the first calibration text: give a text file to calibrate on")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The request for the provenance: what is not as one gets it unasked, and the budget; numbers are text."""
+        every = {"align": self.align, "rank": self.rank, "embeddings": self.embeddings, "keep": sorted(self.keep)}
+        asked = {k: v for k, v in every.items() if v not in ("auto", None, []) and v is not False}
+        return {**asked, "goal": {k: repr(v) for k, v in self.budget.goal.items()}}

@@ -1,0 +1,121 @@
+"""One tensor of a recipe quantised and coded: what a worker does."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container import zstd
+from rac.encode import record as rec
+from rac.encode import ties
+from rac.encode.align.recipe import Recipe, matrix_of
+from rac.encode.code.plan import LEVELS, Plan
+from rac.encode.encoded import Bytes, Encoded, Fidelity
+from rac.encode.options import DECIBELS
+from rac.encode.quantise import trellis as lossy
+from rac.encode.sources import SourceTensor
+from rac.encode.split import objects as split
+from rac.linalg import exact
+from rac.native import product
+from rac.stages import trellis as tr
+
+SHAPED = 32
+"""States of the trellis where errors of rows are fed back: every state carries its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A quantised tensor and its units."""
+
+    plan: Plan
+    quantised: lossy.Quantised
+    """By trellis/1: the tensor, or what the objects leave to it."""
+    units: list[Bytes]
+    dtype: str
+    objects: tuple[split.Object, ...] = ()
+    """What a third stage computes with."""
+
+    @property
+    def dense(self) -> NDArray[Any]:
+        """(R, C) words of the data type: what a decoder restores. Decoded anew each time."""
+        return split.after(self.quantised.dense, self.dtype, self.objects)
+
+
+def code(t: SourceTensor, recipe: Recipe) -> Coded:
+    """Quantise and code a tensor of the recipe."""
+    a = recipe.aligned[t.name]
+    w, dtype, objects = split.before(t, recipe)
+    lane = split.lane_of(w.shape, recipe.coder)
+    below = a.below()
+    states = recipe.states if below is None else SHAPED
+    q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below)
+    del w, below
+    plan, units = split.coded(q, recipe.coder)
+    return Coded(plan, q, units, t.dtype, objects)
+
+
+def encode(group: ties.Group, recipe: Recipe) -> Encoded:
+    """Quantise a tensor of the recipe; the result is all that is written of it."""
+    return encode_with_words(group, recipe)[0]
+
+
+def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArray[Any]]:
+    """The same, and the words (R, C) that a decoder restores."""
+    start, t = time.perf_counter(), group.tensor
+    a, coded = recipe.aligned[t.name], code(t, recipe)
+    dense, q = coded.dense, coded.quantised
+    uses = tuple(o.encoded.name for o in coded.objects)
+    behind = rec.Behind(
+        q.trellis,
+        zstd.digest(dense.reshape(-1).view(np.uint8).data),
+        ties.digest(t),
+        ("", "basis/1", "lowrank/1")[len(uses)],
+        uses,
+        a.name,
+    )
+    units: list[Bytes] = [bytes(unit) for unit in coded.units]
+    objects = (*(o.encoded for o in coded.objects), *rec.matrix_of(t, LEVELS["default"]))
+    ratio = snr(t, dense, recipe)
+    fidelity = Fidelity(
+        t.name, t.shape, a.name, a.rank, q.trellis.states, ratio, q.outliers, q.dead, time.perf_counter() - start
+    )
+    head, row = rec.head(group, coded.plan, behind), rec.fields(group, coded.plan, units, behind)
+    return Encoded(head, units, row, objects, fidelity), dense
+
+
+def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
+    """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known.
+
+    `dense` (R, C) has the words that a decoder restores.
+    """
+    w = matrix_of(t)
+    e = tr.from_words(dense, t.dtype) - w
+    layer = recipe.aligned[t.name].layer
+    if layer is None:
+        energy, error = _energy(w, w), _energy(e, e)
+    else:
+        energy = error = 0.0
+        each = layer.experts or (layer,)
+        for one, a, b in zip(each, np.split(w, len(each)), np.split(e, len(each)), strict=True):
+            second = np.asarray(one.second, np.float32)
+            if layer.transposed:
+                a, b = a.T, b.T
+            energy, error = energy + _through(a, second), error + _through(b, second)
+    return DECIBELS / 2 * float(exact.log2(energy / error)) if error > 0 and energy > 0 else math.inf
+
+
+def _energy(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Sum of the products of the elements of two matrices, in numpy's order of additions."""
+    return float((a * b).sum(dtype=np.float64))
+
+
+def _through(a: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """tr(A S A^T)."""
+    a = np.ascontiguousarray(a)
+    product.add(out := np.zeros_like(a), a, np.ascontiguousarray(second))
+    return _energy(out, a)
