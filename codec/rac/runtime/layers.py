@@ -61,7 +61,7 @@ class Compressed(nn.Module):
         """Make the record a buffer, once it is loaded; what an offloader has is still offloaded."""
         if (record := self._parameters.pop("weight", None)) is not None:
             self.register_buffer("weight", record)
-        own = getattr(self, "_hf_hook", None)  # of accelerate
+        own: Any = getattr(self, "_hf_hook", None)  # of accelerate
         for hook in getattr(own, "hooks", (own,)):
             if hasattr(hook, "offload_buffers"):
                 hook.offload_buffers = True
