@@ -11,7 +11,6 @@ row that must hold does not.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import subprocess
@@ -107,8 +106,8 @@ def memory(model: Any) -> dict[str, Any]:
 def kept(layer: Any) -> int:
     """Bytes that a layer keeps of what it has parsed: heads, frequencies, classes, scales, outliers."""
     s = layer._stored
-    parts = [s.parsed.shared, s.parsed.tables] if s and s.parsed else []
-    arrays = [a for p in parts if p for f in dataclasses.fields(p) if hasattr(a := getattr(p, f.name), "nbytes")]
+    opened = [s.parsed.coder, s.parsed.numbers] if s and s.parsed else []
+    arrays = [a for one in opened for a in getattr(one, "__dict__", {}).values() if hasattr(a, "nbytes")]
     memory = {}
     for a in arrays:
         owner = a

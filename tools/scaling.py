@@ -26,15 +26,14 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from rac.encode import record as rec  # noqa: E402
-from rac.encode.code.plan import LEVELS, analyse  # noqa: E402
-from rac.encode.code.tile import TileEncoder  # noqa: E402
+from rac.encode.code.plan import LEVELS  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
 from rac.encode.quantise.tensor import SHAPED  # noqa: E402
-from rac.encode.sources import SourceTensor  # noqa: E402
 from rac.encode.split import objects as split  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
 from rac.stages import trellis as tr  # noqa: E402
+from rac.stages.words import from_words, to_words  # noqa: E402
 
 F32 = np.float32
 TOKENS = 1024
@@ -132,7 +131,7 @@ def inputs(n: int) -> NDArray[np.float32]:
 
 def bf16(n: int) -> NDArray[np.float32]:
     """(n, n) Gaussian numbers of BF16."""
-    return tr.from_words(tr.to_words(np.random.default_rng(0).standard_normal((n, n), F32), "BF16"), "BF16")
+    return from_words(to_words(np.random.default_rng(0).standard_normal((n, n), F32), "BF16"), "BF16")
 
 
 def quantise(w: NDArray[np.float32], recursion: Triangular | None = None) -> lossy.Quantised:
@@ -159,9 +158,7 @@ def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None)
 
 def code(q: lossy.Quantised) -> int:
     """Bytes of the tiles."""
-    plan = analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, LEVELS["default"])
-    t, encoder = SourceTensor("", "U8", q.words.shape, q.words.reshape(-1)), TileEncoder(plan)
-    return sum(len(unit) for row in range(plan.grid.down) for unit in rec.band(t, encoder, row))
+    return sum(map(len, rec.coded(q.words, LEVELS["default"])[1]))
 
 
 def measure(n: int) -> Rates:

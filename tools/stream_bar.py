@@ -92,10 +92,11 @@ def linear_only(path: Path, folder: Path) -> tuple[Path, Path] | None:
     from rac.container import shards
     from rac.container.reader import Archive
     from rac.decode.archive import open_access
-    from rac.registry import AFTER, LOSSY, RECORD_OBJECT
+    from rac.registry import RECORD_OBJECT
+    from rac.stages.table import is_quantised
 
     archive = Archive(open_access(str(path)))
-    chosen = [e for e in archive.index.entries if e.type == RECORD_OBJECT or e.method in (*LOSSY, *AFTER)]
+    chosen = [e for e in archive.index.entries if e.type == RECORD_OBJECT or is_quantised(e.method)]
     names = {n for e in chosen if e.type != RECORD_OBJECT for n in (e.name, *(a for a, _ in e.aliases))}
     if not names:
         archive.close()

@@ -72,7 +72,7 @@ class Online:
 
     def to_head(self) -> dict[str, Any]:
         """As the record states it."""
-        if self.id == "matrix/1":
+        if self.seed is None:
             return {"id": self.id, "inner": self.inner, "object": self.object}
         return {"id": self.id, "inner": self.inner, "seed": self.seed, "size": self.size}
 

@@ -45,11 +45,5 @@ DTYPES = {
 RECORD_TENSOR, RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_INDEX = 1, 2, 3, 4
 FLAG_ANCILLARY = 1
 
-METHODS = ("raw/1", "zstd/1", "lanes/1", "bits/1")
-"""Coders: the first stage of a tensor record, which restores words."""
-LOSSY = ("trellis/1", "groups/1")
-"""Stages behind a coder: words to numbers that are near those which were packed."""
-AFTER = {"lowrank/1": 2, "basis/1": 1}
-"""Stages behind trellis/1, which compute with objects of the same file, and the number of objects."""
 ONLINE = {"hadamard/1": {"id", "inner", "seed", "size"}, "matrix/1": {"id", "inner", "object"}}
 """Maps that a layer applies to its input, and the keys that state them."""

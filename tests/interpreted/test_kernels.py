@@ -30,11 +30,13 @@ from rac.encode.sources import from_arrays
 from rac.errors import ChecksumError, FormatError
 from rac.gpu import decoder as cuda
 from rac.gpu import jobs as cuda_jobs
+from rac.grid import up16
 from rac.methods.grouped import pack_grouped
 from rac.registry import RECORD_ATTACHMENT
 from rac.stages.groups import values
 from rac.stages.lanes import layout as ll
-from support import grids, products
+from rac.stages.lanes.parameters import Lanes
+from support import grids, products, tiles
 
 GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
 ROWS, TILES = 100, 6
@@ -43,7 +45,9 @@ ROWS, TILES = 100, 6
 
 def is_short(t):
     """Whether the interpreter is done with a tensor in a second or two."""
-    steps = t.grid.tr * t.grid.tc // (t.lanes.lanes * t.lanes.per) if t.lanes else 0
+    steps = (
+        t.grid.tr * t.grid.tc // (t.chain.coder.lanes * t.chain.coder.per) if isinstance(t.chain.coder, Lanes) else 0
+    )
     return steps <= ROWS and t.tiles <= TILES
 
 
@@ -128,8 +132,7 @@ def test_groups(tmp_path, monkeypatch, entropy):
     made = {f"{i}": grouped(i, *case) for i, case in enumerate(cases)}
     dense = {name: w for name, (_, w) in made.items()}
     given = {name: g for name, (g, _) in made.items()}
-    for cuts in ("CUTS", "COARSE"):
-        monkeypatch.setattr(analyse, cuts, ((1, 500), (2, 1500), (3, 1 << 62)))
+    tiles.cut(monkeypatch, ((1, 500), (2, 1500), (3, 1 << 62)))
     pack_grouped(from_arrays(dense, {}), given, tmp_path / "m.rac", entropy)
     seen, launch = set(), cuda.launch
 
@@ -204,8 +207,7 @@ def test_tiles_of_any_shape(data):
     lanes = data.draw(st.sampled_from([5, 16, 32, 33, 64]))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 11, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (2, 2 * most), (3, 1 << 62)))
+        tiles.cut(patch, ((1, most), (2, 2 * most), (3, 1 << 62)))
         path = os.path.join(folder, "m.rac")
         pack_source(from_arrays(arrays, {}), path, level=data.draw(st.sampled_from(["default", "max"])), lanes=lanes)
         with ar.RacFile(path, threads=1) as f:
@@ -253,12 +255,12 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
     cases += [(n, 300, *kinds[0]) for n in (8, 16, 32)]  # quick rounds need lanes of which eight words are left
     for i, (n, deep, kind, dtype, cols) in enumerate(cases):
         most = max(1200, deep * n)
-        monkeypatch.setattr(analyse, "CUTS", (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
+        tiles.cut(monkeypatch, (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
         level = replace(analyse.LEVELS["default"], lanes=n, fixed=True)
         words = codes(kind, max(4600, deep * n) // cols - i % 2, cols, i)
         m = products.quantised(words, i, states=256, level=level)
-        assert m.encoder.plan.lanes
-        noted += len(m.encoder.plan.lanes.escapes)
+        assert isinstance(m.plan.coder, Lanes)
+        noted += len(m.plan.coder.escapes)
         maker.tensor(f"{i}", dtype, m, [])
     maker.finish()
     assert noted
@@ -278,7 +280,7 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
     with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
         assert wrong(f.archives) == (len(cases), [])
         monkeypatch.setattr(cuda_jobs, "WIDE", 64)
-        assert wrong(f.archives, lambda t: t.lanes.lanes == 40) == (3, [])
+        assert wrong(f.archives, lambda t: t.chain.coder.lanes == 40) == (3, [])
     assert {("lanes", n, span) for n, span in lanes.items()} < seen
     assert {("trellis", 64, True), ("trellis", 64, False), ("trellis", 1024, False)} < seen
     assert {("codes", n) for n in (16, 256)} <= seen
@@ -291,7 +293,7 @@ def one(tmp_path, **options):
     with ar.RacFile(path, threads=1) as f:
         a = f.archives[0]
         t = ld.parse(a, a.record(a.index.entries[0]))
-        assert t.lanes
+        assert isinstance(t.chain.coder, Lanes)
         return t, [bytes(u) for u in ld.read_units(a, t, [(0, len(t.units))])[0]]
 
 
@@ -333,8 +335,7 @@ def test_the_operator_reads_a_record_in_its_place(tmp_path):
     path = str(tmp_path / "m.rac")
     given = array("rows", ml_dtypes.bfloat16, 128, 128, 5)
     with pytest.MonkeyPatch.context() as patch:
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((2, 1 << 62),))
+        tiles.cut(patch, ((2, 1 << 62),))
         pack_source(from_arrays({"w": given}, {}), path, lanes=32)
     with ar.RacFile(path, threads=1) as f:
         a = f.archives[0]
@@ -359,10 +360,10 @@ def test_the_operator_reads_a_record_in_its_place(tmp_path):
 def test_damage_is_found_where_checksums_match(tmp_path):
     """A word of a lane changed: its state does not end at 0. An escape more or less: the counts differ."""
     t, units = one(tmp_path, level="max")
-    unit, p = bytearray(units[t.first]), t.lanes
+    unit, p = bytearray(units[t.first]), t.chain.coder
     parsed = ll.parse_tile(np.frombuffer(bytes(unit), np.uint8), t.grid.rows * t.grid.cols, p)
     assert len(parsed.escapes)
-    at = ll.up16(p.directory) + 4 * (len(parsed.words) // 2)
+    at = up16(p.directory) + 4 * (len(parsed.words) // 2)
     unit[at] ^= 1
     decoder = cuda.DeviceDecoder("cpu")
     decoder.add(t, units[: t.first], [bytes(unit)], checked=True)
@@ -383,14 +384,11 @@ def test_tiles_that_are_missing(tmp_path):
 
 def test_an_escape_too_few(tmp_path):
     t, units = one(tmp_path, level="max")
-    unit, p = bytearray(units[t.first]), t.lanes
+    unit, p = bytearray(units[t.first]), t.chain.coder
     count = int.from_bytes(unit[:4], "little")
     assert count % 16 not in (0, 1)  # one byte less and its padding have the same size
     at = (
-        ll.up16(p.directory)
-        + ll.up16(4 * int(np.frombuffer(bytes(unit[4 + p.skip : p.directory]), "<u2").sum()))
-        + count
-        - 1
+        up16(p.directory) + up16(4 * int(np.frombuffer(bytes(unit[4 + p.skip : p.directory]), "<u2").sum())) + count - 1
     )
     unit[:4], unit[at] = (count - 1).to_bytes(4, "little"), 0
     decoder = cuda.DeviceDecoder("cpu")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -20,10 +19,9 @@ from rac import tensor as tn
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
 from rac.decode import random as ld
-from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
-from rac.stages.lanes import decode as tile
+from support import tiles
 
 SETTINGS = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -209,8 +207,7 @@ def test_structured_arrays_in_many_tiles(data):
     level, lanes = data.draw(LEVELS), data.draw(LANES)
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed(arrays, {}, level=level, lanes=lanes)
     check(archive, arrays, {}, indices_from(data, 3))
 
@@ -378,8 +375,7 @@ def test_kernels_agree(data):
     assert native.available()
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed({"a": array}, level=level, lanes=lanes)
         fast = _decoded(archive)
         for cpu in (data.draw(st.sampled_from(native.cpus())), None):
@@ -390,15 +386,16 @@ def test_kernels_agree(data):
     assert fast == exact == [array.tobytes()]
 
 
-def _outcome(unit, t, shared, box, reference=False):
+def _outcome(unit, t, front, box, reference=False):
+    shared = t.chain.coder.open(front, t.grid, False)
     out = np.zeros((box[1] - box[0], box[3] - box[2]), f"<u{t.grid.word}")
     try:
-        if shared.job and not reference:
-            unit = tile.expanded(unit, t.lanes, box)
-            at, to = native.address(unit), native.address(out)
-            job = tile.lanes_job(at, len(unit), shared, box, to, out.shape[1])
+        if native.available() and not reference:
+            unit = shared.plain(unit, box)
+            place = native.address(out), out.shape[1]
+            job = shared.kernel().job((native.address(unit), len(unit)), box, place, None)
             return "refused" if native.decode_tiles([job]) else out.tobytes()
-        tile.decode_lanes(unit, t.lanes, shared, box, out, reference)
+        (t.chain.coder.open(front, t.grid, True) if reference else shared).decode(unit, box, out)
     except rac.RacError:
         return "refused"
     return out.tobytes()
@@ -416,19 +413,19 @@ def test_kernels_agree_on_damage(data):
     array.flat[7] = np.inf
     archive = Archive(BytesAccess(packed({"a": array}, level=data.draw(LEVELS), lanes=data.draw(st.integers(1, 40)))))
     t = tn.parse(archive.record(archive.index.entries[0]), archive.limits)
-    assert t.method == "lanes/1"
+    assert t.chain.method == "lanes/1"
     ((shared_unit, unit, *_),) = ld.read_units(archive, t, [(0, len(t.units))])
-    shared = tile.shared(shared_unit.tobytes(), t.lanes, t.grid)
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
     for _ in range(20):
         bad = unit.copy()
-        end = len(unit) if rng.random() < 0.7 else 2 * t.lanes.directory
+        end = len(unit) if rng.random() < 0.7 else 2 * t.chain.coder.directory
         bad[rng.integers(0, end, rng.integers(1, 3))] ^= np.uint8(1 << rng.integers(0, 8))
         bad = bad[: len(bad) - rng.choice([0, 0, 0, 0, 0, 1, 16, 64])].copy()
-        args = bad, t, shared, t.grid.box(0)
+        args = bad, t, shared_unit.tobytes(), t.grid.box(0)
         fast, exact = _outcome(*args), _outcome(*args, reference=True)
         assert fast == exact
         for cpu in native.cpus():
             with native.using(cpu):
                 assert _outcome(*args) == exact
-        assert _outcome(bad, t, replace(shared, job=None), t.grid.box(0)) == exact
+        with native.using(None):
+            assert _outcome(*args) == exact

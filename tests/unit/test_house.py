@@ -9,11 +9,12 @@ from functools import cache
 
 import pytest
 
-from rac.registry import AFTER, LOSSY, METHODS, ONLINE
+from rac.registry import ONLINE
+from rac.stages.table import CODERS, NUMBERS, PRODUCTS
 from support import ROOT
 
 CODEC = ROOT / "codec" / "rac"
-STAGES = {*METHODS, *LOSSY, *AFTER, *ONLINE}
+STAGES = {*CODERS, *NUMBERS, *PRODUCTS, *ONLINE}
 MOST_PARAMETERS, MOST_LINES, MOST_IN_ALL = 7, 60, 26_165
 
 WIDE = {

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rac.records import Entry, Index
-    from rac.stages.groups import Groups
-    from rac.stages.lanes.layout import Lanes
-    from rac.stages.trellis import Trellis
+    from rac.stages.base import Numbers
     from rac.tensor import Tensor
 
 HELP = """\
@@ -26,10 +24,6 @@ Show what an archive holds and where its bytes went; the lines add up to the siz
 Reads header, index and the record heads of quantised tensors, whatever the size; of all tensors where layers of the
 model need online transforms. "-" reads standard input to its
 end."""
-
-SECTIONS = {"trellis/1": ("corrections", "rows", "columns", "outliers"), "groups/1": ("scales", "zeros")}
-"""What the unit of a lossy stage consists of. The record of a quantised matrix is its head, the shared unit of lanes/1,
-these, the streams of the tiles, and all padding."""
 
 
 def add(commands: Any) -> None:
@@ -47,52 +41,21 @@ def add(commands: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Head:
-    """What the record head of a quantised tensor or object says."""
-
-    coder: str
-    lanes: Lanes | None
-    trellis: Trellis | None
-    groups: Groups | None
-    after: str
-    uses: tuple[str, ...]
-    front: tuple[int, ...]
-    """Bytes of the units in front of the tiles."""
-    outlier: int
-    """Bytes of an outlier."""
-    align: str | None
-    """`x-align`: a note of the encoder, since decoding needs to know nothing of an alignment."""
-    online: str | None
-    """What the layer does to its input."""
-
-
-@dataclass(frozen=True)
 class _File:
     name: str
     header: dict[str, Any]
     index: Index
     size: int
-    heads: Mapping[int, _Head]
-    """By the offset of the record."""
-
-
-def _head(t: Tensor) -> _Head:
-    from rac.linalg.transform import describe
-    from rac.stages.trellis import DTYPES
-
-    align = t.record.head.get("x-align")
-    front = tuple(u.size for u in t.units[: t.first])
-    outlier = 8 + DTYPES[t.numbers].itemsize if t.trellis else 0
-    online = describe(t.online, t.shape[1]) if t.online else None
-    note = align if isinstance(align, str) else None
-    return _Head(t.method, t.lanes, t.trellis, t.groups, t.after, t.uses, front, outlier, note, online)
+    heads: Mapping[int, Tensor]
+    """What the record heads state, by the offset of the record."""
 
 
 def _wanted(mapped: bool, kind: int, method: str) -> bool:
     """Whether the head of a record says more than its row: quantised, or of a model with online maps (`mapped`)."""
-    from rac.registry import AFTER, LOSSY, RECORD_OBJECT, RECORD_TENSOR
+    from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+    from rac.stages.table import is_quantised
 
-    return (mapped and kind == RECORD_TENSOR) or (kind in (RECORD_TENSOR, RECORD_OBJECT) and method in (*LOSSY, *AFTER))
+    return (mapped and kind == RECORD_TENSOR) or (kind in (RECORD_TENSOR, RECORD_OBJECT) and is_quantised(method))
 
 
 def _files(src: str) -> list[_File]:
@@ -114,7 +77,7 @@ def _files(src: str) -> list[_File]:
                 records = list(pool.map(a.record, wanted))
             for e, record in zip(wanted, records, strict=True):
                 with InFile(a.access.name, repr(e.name)):
-                    heads[e.at] = _head(parse(a, record))
+                    heads[e.at] = parse(a, record)
             out.append(_File(a.access.name, a.header, a.index, a.access.size, heads))
     finally:
         for a in archives:
@@ -140,58 +103,51 @@ def _stream(src: str) -> _File:
                 with InFile(str(forward.name), repr(record.head.get("name"))):
                     t = objects.parse(record)
                 if wanted:
-                    heads[record.at] = _head(t)
+                    heads[record.at] = t
                 if record.type == RECORD_OBJECT:
                     objects.keep(t, None)
     assert forward.index is not None  # noqa: S101
     return _File(str(forward.name), forward.header, forward.index, forward.at, heads)
 
 
-def _details(e: Entry, h: _Head, objects: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any]:
+def _details(e: Entry, t: Tensor, numbers: Numbers, file: _File) -> dict[str, Any]:
     """What a quantised tensor or object consists of; FormatError where its head and its index row disagree.
 
-    "streams" are bytes, and add up to the record.
+    "streams" are bytes, and add up to the record: its head, the front unit of the coder, the sections of the unit of
+    its numbers, the streams of the tiles, and all padding.
     """
     from rac.errors import FormatError
+    from rac.registry import RECORD_OBJECT
+    from rac.stages.table import PRODUCTS
 
-    sections: tuple[int, ...]
-    if h.groups:
-        upper, lower, zeros = h.groups.sizes
-        stage, sections = "groups/1", (upper + lower, zeros)
-    else:
-        assert h.trellis is not None  # noqa: S101
-        stage, sections = "trellis/1", h.trellis.sizes
-    if sum(h.front) != e.parts[0] or h.front[-1] != sum(sections):
+    front = [u.size for u in t.units[: t.first]]
+    if sum(front) != e.parts[0] or front[-1] != numbers.front:
         raise FormatError(
-            "units do not have the sizes that head and index state", file=file, unit=repr(e.name), offset=e.at
+            "units do not have the sizes that head and index state", file=file.name, unit=repr(e.name), offset=e.at
         )
-    head, streams = 32 + e.head_size, e.parts[1:5]
-    sizes = (head, e.parts[0] - sum(sections), *sections, *streams, e.size - head - sum(e.parts[:5]))
-    names = ("head", "tables", *SECTIONS[stage], "directories", "words", "escapes", "raw", "padding")
-    common = {
-        "row_classes": h.lanes.rows if h.lanes else 0,
-        "column_classes": h.lanes.cols if h.lanes else 0,
-        "tables": h.lanes.tables if h.lanes else 0,
+    head, sections = 32 + e.head_size, numbers.section_sizes
+    sizes = (head, e.parts[0] - sum(sections), *sections, *e.parts[1:5], e.size - head - sum(e.parts[:5]))
+    names = ("head", "tables", *numbers.sections, "directories", "words", "escapes", "raw", "padding")
+    out: dict[str, Any] = {"coder": t.chain.coder.id}
+    if absent := dict(p.column for p in PRODUCTS.values() if numbers.id in p.behind):
+        align = t.record.head.get("x-align")  # a note of the encoder: decoding needs to know nothing of an alignment
+        out = {"align": align if isinstance(align, str) else None} | absent
+    if t.chain.product is not None:
+        shapes = {o.name: o.shape for o in file.index.entries if o.type == RECORD_OBJECT}
+        out[t.chain.product.column[0]] = t.chain.product.detail(t.uses, [shapes[n] for n in t.uses])
+    return {
+        **out,
+        **numbers.details(t.context.dtype),
+        **t.chain.coder.details(),
         "escapes": e.parts[3],
         "streams": dict(zip(names, sizes, strict=True)),
     }
-    if h.groups:
-        zero = None if h.groups.sizes[2] else h.groups.zero
-        return {"coder": h.coder, "bits": h.groups.bits, "group": h.groups.group, "zero": zero, "outliers": 0} | common
-    assert h.trellis is not None  # noqa: S101
-    return {
-        "align": h.align,
-        "basis": h.uses[0] if h.after == "basis/1" else None,
-        "rank": objects[h.uses[0]][1] if h.after == "lowrank/1" else 0,
-        "states": h.trellis.states,
-        "outliers": h.trellis.sizes[3] // h.outlier,
-        "corrections": h.trellis.sizes[0],
-    } | common
 
 
 def report(src: str) -> dict[str, Any]:
     """Everything that `rac info` knows, as plain data. "bytes" adds up to "size" exactly."""
     from rac.decode.unpack import quantised, tensor_bytes, weights
+    from rac.linalg.transform import describe
     from rac.provenance import Provenance
     from rac.records import PARTS
     from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
@@ -216,13 +172,12 @@ def report(src: str) -> dict[str, Any]:
         where["header"] += f.index.header_size
         where["index"] += f.index.size
         where["trailer"] += 32
-        shapes = {e.name: e.shape for e in f.index.entries if e.type == RECORD_OBJECT}
         for e in f.index.entries:
             detail: dict[str, Any] = {}
-            if (h := f.heads.get(e.at)) and (h.trellis or h.groups):
-                detail["quantised"] = _details(e, h, shapes, f.name)
-            if h and h.online:
-                detail["online"] = h.online
+            if (t := f.heads.get(e.at)) and t.chain.numbers is not None:
+                detail["quantised"] = _details(e, t, t.chain.numbers, f)
+            if t and t.online:
+                detail["online"] = describe(t.online, t.shape[1])
             if e.type == RECORD_TENSOR:
                 where["record heads"] += 32 + e.head_size
                 for kind, n in zip(PARTS, e.parts, strict=True):
@@ -339,55 +294,31 @@ def _tensors(r: Mapping[str, Any]) -> None:
         for a in t.get("aliases", ()):
             print(f"  {'=' if a['tied'] else '~'} {a['name']} ({'tied' if a['tied'] else 'equal'}, stored once)")
     print()
-    lossy = [t for t in every if "quantised" in t]
-    _grouped([t for t in lossy if "group" in t["quantised"]])
-    lossy = [t for t in lossy if "states" in t["quantised"]]
-    if not lossy:
-        return
-    kinds = [
-        ["quantised", "align", "basis", "rank", "states", "classes", "tables", "outliers", "corrections", "escapes"]
-    ]
-    for t in lossy:
-        q = t["quantised"]
-        classes = f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
-        counts = [f"{q[k]:,}" for k in ("outliers", "corrections", "escapes")]
-        kinds.append(
-            [
-                t["name"],
-                q["align"] or "-",
-                q["basis"] or "-",
-                str(q["rank"] or "-"),
-                str(q["states"]),
-                classes,
-                str(q["tables"] or "-"),
-                *counts,
-            ]
-        )
-    _streams(kinds, 3, lossy)
+    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for t in every:
+        if "quantised" in t:  # a table of those that have the same parameters
+            kinds.setdefault(tuple(t["quantised"]), []).append(t)
+    for keys, lossy in kinds.items():
+        at = keys.index("outliers")
+        shown = [*keys[:at], "classes", "tables", *(k for k in keys[at:] if k not in _CLASSES)]
+        rows = [["quantised", *shown]]
+        rows += [[t["name"], *(_text(k, t["quantised"]) for k in shown)] for t in lossy]
+        _streams(rows, 3, lossy)
 
 
-def _grouped(lossy: Sequence[Mapping[str, Any]]) -> None:
-    """Two tables of what groups/1 quantises."""
-    if not lossy:
-        return
-    rows = [["quantised", "coder", "bits", "group", "zero", "classes", "tables", "escapes"]]
-    for t in lossy:
-        q = t["quantised"]
-        zero = "listed" if q["zero"] is None else str(q["zero"])
-        classes = f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
-        rows.append(
-            [
-                t["name"],
-                q["coder"],
-                str(q["bits"]),
-                str(q["group"]),
-                zero,
-                classes,
-                str(q["tables"] or "-"),
-                f"{q['escapes']:,}",
-            ]
-        )
-    _streams(rows, 2, lossy)
+_CLASSES = ("row_classes", "column_classes", "tables", "streams")
+
+
+def _text(key: str, q: Mapping[str, Any]) -> str:
+    """One parameter of a quantised tensor."""
+    from rac.stages.table import PRODUCTS
+
+    if key == "classes":
+        return f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
+    value = q[key] or None if key == "tables" else q[key]
+    if value is None or any((key, value) == p.column for p in PRODUCTS.values()):  # nothing to say
+        return "-"
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _streams(kinds: Sequence[Sequence[str]], left: int, lossy: Sequence[Mapping[str, Any]]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from rac import frameworks as fw
-from rac import tensor as tn
 from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
@@ -29,6 +28,7 @@ from rac.linalg.transform import Transform
 from rac.machine import threads_of
 from rac.records import Entry, Limits
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
+from rac.tensor import Tensor
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.rac$")
 
@@ -183,7 +183,7 @@ class RacFile:
         """A whole tensor; NameNotFoundError where it is not there, FormatError where it is damaged."""
         return self.read(name)[1]
 
-    def read(self, name: str) -> tuple[tn.Tensor, Any]:
+    def read(self, name: str) -> tuple[Tensor, Any]:
         """What the record of a tensor states, and the whole tensor."""
         archive, entry = self._find(self._tensors, name, "tensor")
         out: dict[str, Any] = {}
@@ -217,7 +217,7 @@ class RacFile:
         """What decodes whole tensors; slices are decoded on the CPU."""
         return self._engines["raise"].name
 
-    def load(self, done: Callable[[tn.Tensor], None] | None = None, on_error: str = "raise") -> dict[str, Any]:
+    def load(self, done: Callable[[Tensor], None] | None = None, on_error: str = "raise") -> dict[str, Any]:
         """All tensors by name. Tied tensors are one object, equal ones are copies.
 
         `on_error="report"` looks at all of them before it raises DamagedError, which names those that are damaged.

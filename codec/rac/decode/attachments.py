@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rac.container import index as ix
 from rac.container import wire, zstd
 from rac.container.access import InFile
 from rac.container.forward import Walk
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.records import Limits, Record, Unit
+
+CONTENT: dict[str, Callable[[bytes, int], bytes]] = {"raw/1": lambda data, _: data, "zstd/1": zstd.decompress}
+"""What a unit of each method holds, given the size that the head states."""
 
 
 def attachment_units(record: Record, limits: Limits) -> list[Unit]:
@@ -23,7 +28,7 @@ def attachment_units(record: Record, limits: Limits) -> list[Unit]:
         raise FormatError("attachment digest is malformed", offset=record.at)
     if not isinstance(head["name"], str) or len(units) != 1 or not ix.is_count(head["size"]):
         raise FormatError("attachment head is malformed", offset=record.at)
-    if stages not in ([{"id": "raw/1"}], [{"id": "zstd/1"}]):
+    if stages not in [[{"id": method}] for method in CONTENT]:
         raise UnsupportedError(f"attachment stages {stages!r} are not known to this version", offset=record.at)
     if max(head["size"], units[0].size) > limits.attachment:
         raise LimitError(f"attachment of {head['size']} bytes exceeds the limit", offset=record.at)
@@ -37,9 +42,8 @@ def attachment_bytes(record: Record, data: bytes) -> bytes:
     head = record.head
     if zstd.xxh3(data) != int.from_bytes(head["units"][8:16], "little"):
         raise ChecksumError("checksum does not match", offset=record.payload)
-    if head["stages"][0]["id"] == "zstd/1":
-        data = zstd.decompress(data, head["size"])
-    elif len(data) != head["size"]:
+    data = CONTENT[head["stages"][0]["id"]](data, head["size"])
+    if len(data) != head["size"]:
         raise FormatError("attachment does not have the size that its head states", offset=record.payload)
     if zstd.digest(data) != head["digest"]:
         raise ChecksumError("the attachment is not the one that was packed", offset=record.payload)

@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
-from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.feed import Held, Trace
+from rac.cpu.work import Place, Work, target
+from rac.decoder import Decoder
 from rac.errors import RacError, SourceError, TruncatedError
+from rac.grid import Band, Box, boxes
 from rac.registry import RECORD_OBJECT
-from rac.stages.lanes import layout as ll
-from rac.stages.lanes.decode import Box
+from rac.tensor import Tensor, empty
 
 Array = NDArray[Any]
 RING = 256 << 20
@@ -38,7 +39,7 @@ SCRATCH = 1 << 20
 """Bytes of intermediate words of a job."""
 RUN = 1 << 17
 """Stored bytes of small tiles that are taken in one go: each call costs some microseconds."""
-Loaded = tuple[tn.Tensor, Array]
+Loaded = tuple[Tensor, Array]
 Damaged = dict[str, RacError]
 
 
@@ -58,7 +59,7 @@ class Item:
     """A tensor or an object that goes by."""
 
     file: str
-    t: tn.Tensor
+    t: Tensor
     take: Take
     """The bytes of unit i, each once and in their order, unchecked; and what to give back. With n, those of the units
     i..i + n - 1 and the padding between them."""
@@ -95,7 +96,7 @@ class Engine(Protocol):
     def allocate(self) -> Callable[[int], memoryview] | None:
         """Makes the buffers to read into; None: any memory does."""
 
-    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[tn.Tensor, Any]]:
+    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[Tensor, Any]]:
         """(tensor, its words (R, C) as an array, or the finished torch tensor) of each item, in order.
 
         Between items, None says that nothing more has arrived: time to hand out what is there.
@@ -107,13 +108,13 @@ class Engine(Protocol):
 class _Later:
     """A tensor's decoder, which the thread makes that needs it first: tables and lists take a tenth of all the work."""
 
-    def __init__(self, make: Callable[[], tn.Decoder]) -> None:
-        self._make: Callable[[], tn.Decoder] | None = make
-        self._made: tn.Decoder | None = None
+    def __init__(self, make: Callable[[], Decoder]) -> None:
+        self._make: Callable[[], Decoder] | None = make
+        self._made: Decoder | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
 
-    def __call__(self) -> tn.Decoder:
+    def __call__(self) -> Decoder:
         """The decoder; the error that making it ended in, every time."""
         with self._lock:
             if self._make is not None:
@@ -132,7 +133,7 @@ class _Job:
     """Tiles that one thread checks and decodes in one go."""
 
     def __init__(self, file: str, trace: Trace | None) -> None:
-        self.todo, self.held = list[Callable[[tn.Work], None]](), list[Held]()
+        self.todo, self.held = list[Callable[[Work], None]](), list[Held]()
         self.size = self.scratch = self.dense = 0
         self.done: Future[None] | None = None
         self.file, self._trace = file, trace
@@ -142,7 +143,7 @@ class _Job:
         start = time.monotonic()
         try:
             with InFile(self.file):
-                work = tn.Work()
+                work = Work()
                 for add in self.todo:
                     add(work)
                 work.run()
@@ -188,12 +189,21 @@ class _Pending:
         return self.item.t, out
 
 
-def _add(dec: _Later, i: int, data: Array, out: Array, row: int, n: int, work: tn.Work) -> None:
-    work.add(dec(), i, data, out, row, n=n)
+def _add(dec: _Later, tiles: range, data: Array, place: Place, work: Work) -> None:
+    work.add(dec(), tiles, data, place)
 
 
-def _then(dec: _Later, found: Array, dst: Array, box: Box, work: tn.Work) -> None:
-    work.then(dec(), found, dst, box)
+def _join(dec: _Later, found: Array, dst: Array, box: Box, work: Work) -> None:
+    work.join(dec(), found, dst, box)
+
+
+def _run(t: Tensor, i: int, end: int) -> int:
+    """Number of tiles from `i` on, in front of `end`, that are taken in one go: small ones."""
+    units, first = t.units, t.first + i
+    last, n = units[first].offset + RUN, 1
+    while i + n < end and units[first + n].offset + units[first + n].size <= last:
+        n += 1
+    return n
 
 
 class Cpu:
@@ -287,17 +297,20 @@ class Cpu:
             item.keep(p.out if p.error is None else None)
 
     def _tiles(self, p: _Pending, item: Item) -> None:
-        t = item.t
-        dec = _Later(partial(tn.Decoder, t, first_units(item), self.reference, item.objects()))
-        p.out = found = tn.empty(t)
-        row, i = 0, 0
-        while i < t.tiles:
-            n = self._run(t, i)
-            r0, _, c0, _ = t.grid.box(i)
-            _, r1, _, c1 = t.grid.box(i + n - 1)
-            if t.after and not c0:  # one row of tiles after the other
-                found, row = tn.values(t, r1 - r0, t.grid.cols), r0
-                self._job.scratch += found.nbytes
+        dec = _Later(partial(Decoder, item.t, first_units(item), self.reference, item.objects()))
+        p.out = empty(item.t)
+        for band in item.t.bands():
+            self._band(p, dec, band, p.out)
+
+    def _band(self, p: _Pending, dec: _Later, band: Band, out: Array) -> None:
+        """Take in the tiles of a band, and the product behind them."""
+        item, t = p.item, p.item.t
+        place, whole = target(t, band, Place(out)), t.chain.product is None
+        if not whole:
+            self._job.scratch += place.words.nbytes
+        i, end = band.tiles.start, band.tiles.stop
+        while i < end:
+            n = _run(t, i, end)
             view, held = item.take(i + t.first, n)
             if held and self._job.size > self._apart:  # a job must not hold all buffers: then none could be filled
                 copy = bytes(view)
@@ -307,29 +320,19 @@ class Cpu:
             job.file = item.file
             if held:
                 job.held.append(held)
-            job.todo.append(partial(_add, dec, i, np.frombuffer(view, np.uint8), found, row, n))
+            job.todo.append(partial(_add, dec, range(i, i + n), np.frombuffer(view, np.uint8), place))
             job.size += len(view)
-            elements = sum((b - a) * (d - c) for a, b, c, d in ll.boxes(t.grid)[i : i + n])
+            elements = sum((b.r1 - b.r0) * (b.c1 - b.c0) for b in boxes(t.grid)[i : i + n])
             job.dense += elements * t.word
-            job.scratch += elements if t.lossy else 0
-            whole = not t.after or c1 == t.grid.cols
-            if t.after and whole:
-                job.todo.append(partial(_then, dec, found, p.out[r0:r1], (r0, r1, 0, c1)))
+            job.scratch += elements if t.quantised else 0
+            i += n
+            if t.chain.product is not None and i == end:
+                whole = True
+                job.todo.append(partial(_join, dec, place.words, out[band.box.r0 : band.box.r1], band.box))
             if not p.jobs or p.jobs[-1] is not job:
                 p.jobs.append(job)
             if whole and (job.size >= GROUP or job.scratch >= SCRATCH):
                 self._submit()
-            i += n
-
-    @staticmethod
-    def _run(t: tn.Tensor, i: int) -> int:
-        """Number of tiles from `i` on that are taken in one go: small ones, of one row of tiles under another stage."""
-        units, first = t.units, t.first + i
-        most = t.grid.across - i % t.grid.across if t.after else t.tiles - i
-        end, n = units[first].offset + RUN, 1
-        while n < most and units[first + n].offset + units[first + n].size <= end:
-            n += 1
-        return n
 
     def _submit(self, last: bool = False) -> None:
         """Give the job out; do it here where it is the only one."""

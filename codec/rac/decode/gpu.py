@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import frameworks as fw
-from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.feed import Trace
 from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, first_units
 from rac.errors import LimitError, RacError, SourceError, TruncatedError
 from rac.registry import RECORD_OBJECT
+from rac.tensor import Tensor
 
 _warned = set[str]()
 
@@ -74,7 +74,7 @@ class Gpu:
         self.ring, self.trace = ring, trace
         self._cuda, self._device, self._damaged = cuda, device, damaged
 
-    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[tn.Tensor, Any]]:
+    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[Tensor, Any]]:
         """(tensor, torch tensor) of each item, and objects as arrays."""
         batch = _Batch(self._cuda.DeviceDecoder(self._device, self.ring // 2), self._device, self.trace)
         for item in items:
@@ -85,7 +85,7 @@ class Gpu:
             if item.t.record.type == RECORD_OBJECT:  # small, few, and used as matrices: the CPU decodes them
                 yield from Cpu(1, self.ring, self._damaged).run(iter([item]))
                 continue
-            ready: list[tuple[tn.Tensor, Any]] = []
+            ready: list[tuple[Tensor, Any]] = []
             with InFile(item.file, repr(item.t.name)):
                 try:
                     batch.add(item)
@@ -109,7 +109,7 @@ class _Batch:
 
     def __init__(self, decoder: Any, device: str, trace: Trace | None) -> None:
         self._decoder, self._device, self._trace = decoder, device, trace
-        self._tensors: list[tuple[tn.Tensor, Any]] = []
+        self._tensors: list[tuple[Tensor, Any]] = []
         self._start = 0.0
         self.size = 0
         """Dense bytes of them."""
@@ -125,7 +125,7 @@ class _Batch:
         self._tensors.append((t, out))
         self.size += t.nbytes
 
-    def flush(self) -> list[tuple[tn.Tensor, Any]]:
+    def flush(self) -> list[tuple[Tensor, Any]]:
         """Wait for all of it; what came of it."""
         if self._tensors:
             self._decoder.flush()

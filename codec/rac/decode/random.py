@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.feed import Feed, RangeRing
 from rac.container.forward import Walk
 from rac.container.index import check_type, match
 from rac.container.reader import Archive
 from rac.decode.engine import Cpu, Engine, Item
+from rac.decoder import Decoder
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
 from rac.records import Entry, Record
+from rac.tensor import Tensor
+from rac.tensor import parse as parse_tensor
 
 Array = NDArray[Any]
 GAP = 1 << 16
@@ -37,7 +39,7 @@ def spans(pieces: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
     return out
 
 
-def read_units(archive: Archive, t: tn.Tensor, ranges: Sequence[tuple[int, int]]) -> list[list[Array]]:
+def read_units(archive: Archive, t: Tensor, ranges: Sequence[tuple[int, int]]) -> list[list[Array]]:
     """Bytes of the units first..last - 1 of each range; neighbours are read at once, the others side by side."""
     access = archive.access
     places = [_span(t, first, last) for first, last in ranges]
@@ -62,23 +64,23 @@ def read_units(archive: Archive, t: tn.Tensor, ranges: Sequence[tuple[int, int]]
     return out
 
 
-def _span(t: tn.Tensor, first: int, last: int) -> tuple[int, int]:
+def _span(t: Tensor, first: int, last: int) -> tuple[int, int]:
     """Place and size of the units first..last - 1."""
     start = t.units[first].offset
     return t.record.payload + start, t.units[last - 1].offset + t.units[last - 1].size - start
 
 
-def parse(archive: Archive, record: Record) -> tn.Tensor:
+def parse(archive: Archive, record: Record) -> Tensor:
     """`tensor.parse`, the objects being those of the index."""
 
     def shape_of(name: str) -> tuple[int, ...] | None:
         e = archive.objects.get(name)
         return e.shape if e and e.at < record.at else None
 
-    return tn.parse(record, archive.limits, shape_of)
+    return parse_tensor(record, archive.limits, shape_of)
 
 
-def objects(archive: Archive, t: tn.Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
+def objects(archive: Archive, t: Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
     """The matrices that a tensor uses, decoded once for an archive and kept (limits.objects bounds them all)."""
     return [_object(archive, name, reference) for name in t.uses]
 
@@ -91,16 +93,16 @@ def _object(archive: Archive, name: str, reference: bool = False) -> NDArray[np.
     return found
 
 
-def transform(archive: Archive, t: tn.Tensor) -> Transform | None:
+def transform(archive: Archive, t: Tensor) -> Transform | None:
     """What the layer of a tensor does to its input, ready to be applied; None: nothing."""
     if t.online is None:
         return None
     return Transform(t.online, t.shape[1], _object(archive, t.online.object) if t.online.object else None)
 
 
-def decoder(archive: Archive, t: tn.Tensor, first: Sequence[Array], reference: bool = False) -> tn.Decoder:
+def decoder(archive: Archive, t: Tensor, first: Sequence[Array], reference: bool = False) -> Decoder:
     """Decoder of a tensor from its first units; its objects are read."""
-    return tn.Decoder(t, [unit.data for unit in first], reference, objects(archive, t, reference))
+    return Decoder(t, [unit.data for unit in first], reference, objects(archive, t, reference))
 
 
 def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: bool = False) -> Iterator[Item]:
@@ -116,7 +118,7 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: boo
             match(e, record)
             t = parse(archive, record)
 
-        def take(i: int, n: int = 1, t: tn.Tensor = t) -> Any:
+        def take(i: int, n: int = 1, t: Tensor = t) -> Any:
             return walk.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
 
         def keep(words: Array | None, name: str = t.name) -> None:
@@ -137,9 +139,9 @@ def load(
     archive: Archive,
     entries: Sequence[Entry],
     engine: Engine | int = 1,
-    done: Callable[[tn.Tensor], None] | None = None,
+    done: Callable[[Tensor], None] | None = None,
     reference: bool = False,
-) -> Iterator[tuple[tn.Tensor, Any]]:
+) -> Iterator[tuple[Tensor, Any]]:
     """What `engine` (or a CPU engine of so many threads) makes of each entry, in order; all their bytes are checked."""
     if isinstance(engine, int):
         engine = Cpu(engine, reference=reference)

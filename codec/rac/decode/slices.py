@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import frameworks as fw
-from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
+from rac.cpu.work import Place, Work
 from rac.decode import random as ld
+from rac.grid import Box
 from rac.records import Online
+from rac.tensor import Tensor, numbers
 
 Array = NDArray[Any]
 
@@ -22,7 +24,7 @@ Array = NDArray[Any]
 class Slice:
     """A tensor that is read where it is indexed: integers, slices and one ellipsis, as in numpy."""
 
-    def __init__(self, archive: Archive, t: tn.Tensor, framework: str, device: str) -> None:
+    def __init__(self, archive: Archive, t: Tensor, framework: str, device: str) -> None:
         self._archive, self._tensor, self._framework, self._device = archive, t, framework, device
         self._shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
 
@@ -113,27 +115,27 @@ class Slice:
         if r0 >= r1 or c0 >= c1:
             return np.empty((max(0, r1 - r0), max(0, c1 - c0)), f"<u{t.word}")
         a0, a1, b0, b1 = r0 // g.tr, -(-r1 // g.tr), c0 // g.tc, -(-c1 // g.tc)
-        if t.after == "basis/1":  # every column comes from all of them
+        product = t.chain.product
+        if product is not None and product.whole_rows:  # every column comes from all of them
             b0, b1 = 0, g.across
         top, left = a0 * g.tr, b0 * g.tc
         with InFile(self._archive.access.name, repr(t.name)):
-            shape = (min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left)
-            out = tn.values(t, *shape) if t.after else np.empty(shape, f"<u{t.word}")
+            place = Place(numbers(t, min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left), top, left)
             rows = [t.first + a * g.across for a in range(a0, a1)]
             spans = [(0, t.first)] * (t.first > 0) + [(r + b0, r + b1) for r in rows]
             found = ld.read_units(self._archive, t, spans)
             dec = ld.decoder(self._archive, t, found.pop(0) if t.first else [])
-            work = tn.Work()
+            work = Work()
             for (first, _), units in zip(spans[t.first > 0 :], found, strict=True):
                 for i, unit in enumerate(units, first - t.first):
-                    work.add(dec, i, unit, out, top, left)
+                    work.add(dec, range(i, i + 1), unit, place)
             work.run()
-            if t.after:
-                part = out[r0 - top : r1 - top, slice(None) if t.after == "basis/1" else slice(c0 - left, c1 - left)]
-                out = np.empty((r1 - r0, c1 - c0), f"<u{t.word}")
-                dec.join(part, out, (r0, r1, c0, c1))
-                return out
-        return np.ascontiguousarray(out[r0 - top : r1 - top, c0 - left : c1 - left])
+            box = Box(r0, r1, c0, c1)
+            if product is None:
+                return np.ascontiguousarray(place.part(box))
+            out = np.empty((r1 - r0, c1 - c0), f"<u{t.word}")
+            dec.join(place.part(Box(r0, r1, left, g.cols) if product.whole_rows else box), out, box)
+            return out
 
 
 def _again(archive: Archive, name: str, framework: str, device: str) -> Slice:

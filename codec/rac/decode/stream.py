@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import frameworks as fw
-from rac import tensor as tn
 from rac.container.access import InFile
 from rac.container.feed import Feed, Memory, RangeRing, StreamRing
 from rac.container.forward import Forward
@@ -26,6 +25,9 @@ from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, Rac
 from rac.machine import threads_of
 from rac.records import Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+from rac.tensor import Tensor
+from rac.tensor import parse as parse_tensor
+from rac.tensor import parts as tensor_parts
 
 Array = NDArray[Any]
 HEAD = 1 << 16
@@ -185,11 +187,11 @@ class Objects:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._held = 0
-        self._found: dict[str, tuple[tn.Tensor, Array | None]] = {}
+        self._found: dict[str, tuple[Tensor, Array | None]] = {}
 
-    def parse(self, record: Record) -> tn.Tensor:
+    def parse(self, record: Record) -> Tensor:
         """The head of a tensor or an object, checked."""
-        t = tn.parse(record, self._limits, lambda n: self._found[n][0].shape if n in self._found else None)
+        t = parse_tensor(record, self._limits, lambda n: self._found[n][0].shape if n in self._found else None)
         if record.type == RECORD_OBJECT:
             if t.name in self._found:
                 raise FormatError(f"object {t.name!r} is there twice", offset=record.at)
@@ -198,12 +200,12 @@ class Objects:
                 raise LimitError(f"objects of more than {self._limits.objects} bytes", offset=record.at)
         return t
 
-    def keep(self, t: tn.Tensor, words: Array | None) -> None:
+    def keep(self, t: Tensor, words: Array | None) -> None:
         """Take in an object; without `words` only to check what others say of it."""
         if t.record.type == RECORD_OBJECT:
             self._found[t.name] = (t, words)
 
-    def of(self, t: tn.Tensor) -> list[NDArray[np.float32]]:
+    def of(self, t: Tensor) -> list[NDArray[np.float32]]:
         """The matrices that a tensor uses."""
         out = []
         for name in t.uses:
@@ -228,7 +230,7 @@ def forward_items(forward: Forward, other: Callable[[Record], None] | None = Non
         with InFile(str(forward.name), repr(record.head.get("name"))):
             t = held.parse(record)
 
-        def take(i: int, n: int = 1, t: tn.Tensor = t) -> Any:
+        def take(i: int, n: int = 1, t: Tensor = t) -> Any:
             return forward.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
 
         held.keep(t, None)
@@ -239,7 +241,7 @@ def forward_items(forward: Forward, other: Callable[[Record], None] | None = Non
             yield None
 
 
-Found = tuple[tn.Tensor, Array, tuple[int, ...]]
+Found = tuple[Tensor, Array, tuple[int, ...]]
 
 
 def forward_tensors(
@@ -259,11 +261,10 @@ def forward_tensors(
         """The item, whose tiles leave their directories behind."""
         if item is None:
             return None
-        lanes, mine = item.t.lanes, heads.setdefault(item.t.record.at, [])
+        mine, size = heads.setdefault(item.t.record.at, []), item.t.chain.coder.directory
 
         def take(i: int, n: int = 1) -> Any:
             view, held = item.take(i, n)
-            size = lanes.directory if lanes else 0
             for unit in item.t.units[i : i + n]:
                 at = unit.offset - item.t.units[i].offset
                 mine.append(bytes(view[at : at + size]))
@@ -275,7 +276,7 @@ def forward_tensors(
         mine = heads.pop(t.record.at)
         with InFile(str(forward.name), repr(t.name)):
             sizes = [u.size for u in t.units]
-            parts = tn.parts(t.grid, t.lanes, t.lossy is not None, sizes, partial(_of, mine))
+            parts = tensor_parts(t.grid, t.chain, sizes, partial(_of, mine))
         if t.record.type == RECORD_TENSOR:
             yield t, words, parts
         elif of_object:

@@ -20,7 +20,8 @@ from rac.linalg.transform import describe
 from rac.machine import threads_of
 from rac.provenance import Provenance
 from rac.records import Entry
-from rac.registry import AFTER, DTYPES, LOSSY, RECORD_OBJECT, RECORD_TENSOR
+from rac.registry import DTYPES, RECORD_OBJECT, RECORD_TENSOR
+from rac.stages.table import is_quantised
 from rac.tensor import extra_of
 
 Progress = Callable[[str, int], None]
@@ -156,7 +157,7 @@ def quantised(entries: Iterable[Entry]) -> tuple[int, float]:
 
     Objects are there for quantised tensors, and count with them.
     """
-    mine = [e for e in entries if e.type == RECORD_OBJECT or e.method in (*LOSSY, *AFTER)]
+    mine = [e for e in entries if e.type == RECORD_OBJECT or is_quantised(e.method)]
     tensors = sum(e.type == RECORD_TENSOR for e in mine)
     return tensors, 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine))) if tensors else 0.0
 

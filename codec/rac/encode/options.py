@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rac.calibrate.layers import Note
 from rac.encode.code.plan import CODER, LEVELS, SLICES, Level, tuned
-from rac.stages.lanes.layout import MAX_LANES
+from rac.stages.lanes.parameters import MAX_LANES
 
 if TYPE_CHECKING:
     from rac.encode.encoded import Fidelity

@@ -9,53 +9,62 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import tensor as tn
 from rac.container import zstd
 from rac.encode import ties
-from rac.encode.code.plan import Level, Plan, analyse, axis_of
-from rac.encode.code.tile import TileEncoder
+from rac.encode.code.plan import Encoder, Level, Plan, axis_of
+from rac.encode.code.table import analyse
 from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import Attachment, SourceTensor
 from rac.errors import SourceError
-from rac.stages.groups import Groups
-from rac.stages.lanes import layout as ll
-from rac.stages.trellis import Trellis
+from rac.grid import Grid, boxes
+from rac.stages.base import Chain, Numbers, Product
+from rac.tensor import parts
 
 
 @dataclass(frozen=True, slots=True)
 class Behind:
     """What stands behind the coder in the record of a quantised tensor."""
 
-    lossy: Trellis | Groups
+    numbers: Numbers
     digest: bytes
     """Of what a decoder restores."""
     source: bytes
     """Of what was packed."""
-    after: str = ""
-    """`id` of a stage behind the trellis: "lowrank/1" or "basis/1"."""
+    product: Product | None = None
     uses: tuple[str, ...] = ()
-    """Names of the objects that it computes with; their records come first."""
+    """Names of the objects that the product computes with; their records come first."""
     alignment: str = ""
     """A note for people: decoding needs to know nothing of it."""
 
 
-def lossless(t: SourceTensor, level: Level) -> TileEncoder:
-    """Analyse a tensor."""
-    return TileEncoder(analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level))
+def lossless(t: SourceTensor, level: Level) -> Encoder:
+    """What encodes a tensor losslessly."""
+    return analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
 
 
-def band(t: SourceTensor, encoder: TileEncoder, a: int) -> list[Bytes]:
+def band(t: SourceTensor, encoder: Encoder, a: int) -> list[Bytes]:
     """Units of row `a` of the grid of tiles."""
     grid = encoder.plan.grid
     r0, r1, _, _ = grid.box(a * grid.across)
-    words = encoder.plan.words
+    words = encoder.words
     words = _words(t, grid, r0, r1) if words is None else words[r0:r1]
     return [
         encoder.encode(words[:, (b := grid.box(i))[2] : b[3]], i) for i in range(a * grid.across, (a + 1) * grid.across)
     ]
 
 
-def _words(t: SourceTensor, grid: ll.Grid, a: int, b: int) -> NDArray[Any]:
+def coded(words: NDArray[np.uint8], level: Level) -> tuple[Plan, list[Bytes]]:
+    """How a matrix (R, C) of integers is stored, and the units of its tiles."""
+    encoder = analyse(lambda _, a, b: words[a:b], "U8", words.shape, level)
+    return encoder.plan, tiles(encoder, words)
+
+
+def tiles(encoder: Encoder, words: NDArray[Any]) -> list[Bytes]:
+    """Units of all tiles of a matrix (R, C) of words."""
+    return [encoder.encode(words[b.r0 : b.r1, b.c0 : b.c1], i) for i, b in enumerate(boxes(encoder.plan.grid))]
+
+
+def _words(t: SourceTensor, grid: Grid, a: int, b: int) -> NDArray[Any]:
     row = grid.cols * grid.word
     return t.read(a * row, b * row).view(f"<u{grid.word}").reshape(b - a, grid.cols)
 
@@ -78,16 +87,14 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
         "dtype": t.dtype,
         "name": t.name,
         "shape": list(t.shape),
-        "stages": [plan.stage],
+        "stages": _chain(plan, behind).to_head(),
         "tile": [plan.grid.tr, plan.grid.tc],
     }
     if behind:
-        out["stages"].append(behind.lossy.to_head())
         out |= {"digest": behind.digest, "x-source": behind.source}
         if behind.alignment:
             out["x-align"] = behind.alignment
-        if behind.after:
-            out["stages"].append({"id": behind.after})
+        if behind.product is not None:
             out["uses"] = list(behind.uses)
     if group.aliases:
         out["aliases"] = [list(a) for a in group.aliases]
@@ -98,28 +105,28 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
     return out
 
 
+def _chain(plan: Plan, behind: Behind | None) -> Chain:
+    return Chain(plan.coder, behind.numbers, behind.product) if behind else Chain(plan.coder)
+
+
 def fields(group: ties.Group, plan: Plan, units: Sequence[Bytes], behind: Behind | None = None) -> dict[str, Any]:
     """What the index row of a tensor adds to its record."""
-    method = (behind.after or behind.lossy.id) if behind else plan.method
     t = group.tensor
-    return _row(method, t.dtype, t.shape, plan, units, behind is not None) | {"aliases": group.aliases}
+    return _row(_chain(plan, behind), t.dtype, t.shape, plan, units) | {"aliases": group.aliases}
 
 
-def _row(
-    method: str, dtype: str, shape: tuple[int, ...], plan: Plan, units: Sequence[Bytes], lossy: bool
-) -> dict[str, Any]:
-    sizes = [len(u) for u in units]
-    parts = tn.parts(plan.grid, plan.lanes, lossy, sizes, lambda i, size: bytes(units[i][:size]))
-    return {"method": method, "dtype": dtype, "shape": shape, "parts": parts}
+def _row(chain: Chain, dtype: str, shape: tuple[int, ...], plan: Plan, units: Sequence[Bytes]) -> dict[str, Any]:
+    of_kind = parts(plan.grid, chain, [len(u) for u in units], lambda i, size: bytes(units[i][:size]))
+    return {"method": chain.method, "dtype": dtype, "shape": shape, "parts": of_kind}
 
 
-def object_head(name: str, plan: Plan, trellis: Trellis | None = None, digest: bytes | None = None) -> dict[str, Any]:
+def object_head(name: str, plan: Plan, numbers: Numbers | None = None, digest: bytes | None = None) -> dict[str, Any]:
     """The head of an object record, but for its units.
 
     Args:
         name: Of the object; no other object of the file has it.
         plan: How the coder stores the matrix (R, C): its F32 words, or the words of one byte of a quantised one.
-        trellis: Of a quantised matrix.
+        numbers: The stage behind the coder of a quantised matrix.
         digest: Of the dense F32 bytes of a quantised matrix; that of another one is the plan's.
     """
     grid = plan.grid
@@ -129,15 +136,14 @@ def object_head(name: str, plan: Plan, trellis: Trellis | None = None, digest: b
         "dtype": "F32",
         "name": name,
         "shape": [grid.rows, grid.cols],
-        "stages": [plan.stage, trellis.to_head()] if trellis else [plan.stage],
+        "stages": Chain(plan.coder, numbers).to_head(),
         "tile": [grid.tr, grid.tc],
     }
 
 
-def object_fields(plan: Plan, units: Sequence[Bytes], trellis: Trellis | None = None) -> dict[str, Any]:
+def object_fields(plan: Plan, units: Sequence[Bytes], numbers: Numbers | None = None) -> dict[str, Any]:
     """What the index row of an object adds to its record."""
-    method = "trellis/1" if trellis else plan.method
-    return _row(method, "F32", (plan.grid.rows, plan.grid.cols), plan, units, trellis is not None)
+    return _row(Chain(plan.coder, numbers), "F32", (plan.grid.rows, plan.grid.cols), plan, units)
 
 
 def matrix_of(t: SourceTensor, level: Level) -> tuple[Encoded, ...]:
@@ -150,7 +156,5 @@ def matrix_of(t: SourceTensor, level: Level) -> tuple[Encoded, ...]:
     source = SourceTensor(t.online.object, "F32", t.matrix.shape, data)
     encoder = lossless(source, level)
     plan = encoder.plan
-    units: list[Bytes] = [plan.shared] if plan.lanes else []
-    for row in range(plan.grid.down):
-        units += band(source, encoder, row)
+    units = [*plan.fronts, *tiles(encoder, np.ascontiguousarray(t.matrix, "<f4").view("<u4"))]
     return (Encoded(object_head(source.name, plan), units, object_fields(plan, units)),)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rac import tensor as tn
 from rac.container import index as ix
 from rac.container import wire
 from rac.container.forward import Forward
@@ -19,6 +18,7 @@ from rac.errors import RacError
 from rac.provenance import Provenance
 from rac.records import Entry, Record
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
+from rac.tensor import Tensor, parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,11 @@ def _object(forward: Forward, record: Record, objects: Objects) -> Entry:
     return entry
 
 
-def _parts(forward: Forward, t: tn.Tensor) -> tuple[int, ...]:
+def _parts(forward: Forward, t: Tensor) -> tuple[int, ...]:
     """Payload bytes by kind of the record that the stream stands at, whose units are read and checked."""
     heads = [forward.unit(unit, t.record, t.most(i), t.name)[:4096] for i, unit in enumerate(t.units)]
     sizes = [u.size for u in t.units]
-    return tn.parts(t.grid, t.lanes, t.lossy is not None, sizes, lambda i, size: heads[i][:size])
+    return parts(t.grid, t.chain, sizes, lambda i, size: heads[i][:size])
 
 
 def _tensor(forward: Forward, record: Record, group: ties.Group, objects: Objects) -> tuple[Entry | None, bytes]:
@@ -139,7 +139,7 @@ def _tensor(forward: Forward, record: Record, group: ties.Group, objects: Object
     if not same:
         return None, b""
     parts = _parts(forward, found)
-    if ties.digest(t) != (found.record.head.get("x-source") if found.lossy else found.digest):
+    if ties.digest(t) != (found.record.head.get("x-source") if found.quantised else found.digest):
         return None, b""
     entry = _entry(
         record, method=ix.method_of(record), dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 
 from rac.encode import record as rec
 from rac.encode import ties
-from rac.encode.code.plan import Level
-from rac.encode.code.tile import TileEncoder
+from rac.encode.code.plan import Encoder, Level
 from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import SourceTensor
 from rac.machine import room
@@ -86,7 +85,7 @@ class _Item:
     number: int
     left: int = -1
     """Rows of tiles that are still to come; -1: nothing is known of it."""
-    encoder: TileEncoder | None = None
+    encoder: Encoder | None = None
     """What codes a lossless tensor."""
     bands: list[list[Bytes]] = field(default_factory=list)
     """Units in front of the tiles, then those of each row of tiles."""
@@ -102,8 +101,7 @@ class _Item:
         self.objects = rec.matrix_of(self.group.tensor, level)
         plan = self.encoder.plan
         left = 0 if plan.grid.down == 1 else plan.grid.down
-        front: list[Bytes] = [plan.shared] if plan.lanes else []
-        self.bands = [front + (self.band(0) if not left else []), *([] for _ in range(left))]
+        self.bands = [plan.fronts + (self.band(0) if not left else []), *([] for _ in range(left))]
         return left
 
     def band(self, row: int) -> list[Bytes]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from rac import tensor as tn
 from rac.container import zstd
 from rac.container.feed import Feed, RangeRing, StreamRing
 from rac.container.forward import Forward, entries_by_name
@@ -27,7 +26,8 @@ from rac.machine import threads_of
 from rac.provenance import Provenance
 from rac.records import Record
 from rac.registry import RECORD_OBJECT
-from rac.stages import trellis as tr
+from rac.stages.words import from_words
+from rac.tensor import check_digest, extra_of
 
 Progress = Callable[[str, int], None]
 
@@ -122,24 +122,24 @@ def _records(
         seen.files[record.head["name"]] = zstd.digest(data)
 
     def of_object(found: Found) -> None:
-        tn.check_digest(*found[:2])
+        check_digest(*found[:2])
         object_parts[found[0].name] = found[2]
 
     for t, words, of_kind in forward_tensors(forward, attachment, of_object=of_object, threads=threads_of(None)):
-        tn.check_digest(t, words)
+        check_digest(t, words)
         parts[t.name] = of_kind
         for n in (t.name, *(a for a, _ in t.aliases)):
             if n in seen.tensors:
                 raise FormatError("tensor is there twice", file=name, unit=repr(n), offset=t.record.at)
             seen.tensors[n] = (t.dtype, t.shape, t.digest)
-            seen.extra[n] = tn.extra_of(t.extra, n)
+            seen.extra[n] = extra_of(t.extra, n)
             content.append([n, t.dtype, list(t.shape), t.digest])
             seen.dense += t.nbytes
-            if t.lossy is not None:
+            if t.quantised:
                 seen.lossy.add(n)
-        if t.lossy is not None and (original := seen.theirs.get(t.name)) and original.nbytes == t.nbytes:
-            a = tr.from_words(original.read(0, original.nbytes).view(words.dtype), t.dtype).astype(np.float64)
-            b = tr.from_words(words.reshape(-1), t.dtype).astype(np.float64)
+        if t.quantised and (original := seen.theirs.get(t.name)) and original.nbytes == t.nbytes:
+            a = from_words(original.read(0, original.nbytes).view(words.dtype), t.dtype).astype(np.float64)
+            b = from_words(words.reshape(-1), t.dtype).astype(np.float64)
             seen.energy += float(a @ a)
             seen.error += float((a - b) @ (a - b))
         if progress:

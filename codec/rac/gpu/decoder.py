@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
-from rac import tensor as tn
 from rac.container.zstd import xxh3
+from rac.decoder import Decoder
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.frameworks import torch_dtype, torch_module
 from rac.gpu import jobs as jb
-from rac.stages.lanes import decode as tile
+from rac.grid import Box
+from rac.tensor import Tensor
 
 Array = NDArray[Any]
 RING = 256 << 20
@@ -157,11 +158,11 @@ class DeviceDecoder:
         """Where the offsets of tensors count from."""
         self._batch: jb.Batch | None = None
         self._alive: list[Any] = []
-        self._states: list[tuple[Any, list[tuple[tn.Decoder, int]]]] = []
+        self._states: list[tuple[Any, list[tuple[Decoder, int]]]] = []
 
     def add(
         self,
-        t: tn.Tensor,
+        t: Tensor,
         first: Sequence[bytes | memoryview],
         units: Iterable[Any],
         objects: Sequence[Any] = (),
@@ -183,11 +184,11 @@ class DeviceDecoder:
             FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
             LimitError: The memory of the device is too small for the tensor.
         """
-        dec = tn.Decoder(t, first)
+        dec = Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
-        matrices = [self._object(o) for o in objects] if t.after else []
-        if t.lanes is not None and t.grid.tr * t.grid.tc > jb.MOST:
+        matrices = [self._object(o) for o in objects] if t.chain.product else []
+        if t.chain.coder.front is not None and t.grid.tr * t.grid.tc > jb.MOST:
             raise LimitError(f"tiles of more than {jb.MOST} elements are not for the GPU", unit=repr(t.name))
         try:
             self._tiles(dec, units, matrices, base, checked)
@@ -195,7 +196,7 @@ class DeviceDecoder:
             self._alive += [out, *matrices]
         return out
 
-    def _tiles(self, dec: tn.Decoder, units: Iterable[Any], matrices: list[Any], base: int, checked: bool) -> None:
+    def _tiles(self, dec: Decoder, units: Iterable[Any], matrices: list[Any], base: int, checked: bool) -> None:
         """All tiles of a tensor that lies `base` bytes from the origin."""
         t, g, n, found = dec.tensor, dec.tensor.grid, 0, 0
         for i, data in enumerate(units):
@@ -205,19 +206,19 @@ class DeviceDecoder:
                     raise FormatError("unit does not have the size that the record states")
                 if not checked and xxh3(unit.data) != t.units[i + t.first].check:
                     raise ChecksumError("checksum does not match")
-                unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
+                unit = dec.coder.plain(unit, t.grid.box(i))
             r0, r1, c0, c1 = g.box(i)
             at = base + (r0 * g.cols + c0) * t.word
-            if not c0 or not t.after:
-                self._make_room(len(unit), 4 * (r1 - r0) * g.cols if t.after else 0)
+            if not c0 or not t.chain.product:
+                self._make_room(len(unit), 4 * (r1 - r0) * g.cols if t.chain.product else 0)
             batch, n = self._current(), i + 1
-            if t.after:
+            if t.chain.product:
                 if not c0:
                     found = batch.room(4 * (r1 - r0) * g.cols)
                 batch.tile(dec, i, unit, None, found + 4 * c0, g.cols)
                 if c1 == g.cols:
                     where = [(m.data_ptr() - self._origin.data_ptr(), m.stride(0)) for m in matrices]
-                    batch.product(dec, (r0, r1, 0, g.cols), found, where, at - c0 * t.word, g.cols)
+                    batch.product(dec, Box(r0, r1, 0, g.cols), found, where, at - c0 * t.word, g.cols)
             else:
                 batch.tile(dec, i, unit, None, at, g.cols)
         if n != t.tiles:
@@ -290,7 +291,7 @@ class DeviceDecoder:
             self._batch = jb.Batch(slot.host.numpy())
         return self._batch
 
-    def _empty(self, t: tn.Tensor) -> Any:
+    def _empty(self, t: Tensor) -> Any:
         shape = (*t.shape[:-1], t.shape[-1] // 2) if t.dtype == "F4" else t.shape
         try:
             return self._torch.empty(shape, dtype=torch_dtype(t.dtype), device=self.device)

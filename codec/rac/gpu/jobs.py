@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import tensor as tn
+from rac.decoder import Decoder
 from rac.gpu.layout import FOREVER, GRID, Call, Launch, Layout, power_of_two, up
+from rac.grid import Box, up16
 from rac.stages import bits as bt
 from rac.stages import trellis as tr
-from rac.stages.lanes import decode as tl
+from rac.stages.bits import Bits
+from rac.stages.groups import OpenGroups
 from rac.stages.lanes import layout as ll
+from rac.stages.lanes.opened import OpenLanes
+from rac.stages.trellis import OpenTrellis
 
 Array = NDArray[Any]
 TABLE = 4096 + 8 * 256
@@ -40,7 +44,7 @@ class Batch(Layout):
     def __init__(self, buffer: Array | None = None) -> None:
         """`buffer` (bytes,) uint8 takes `aux` as long as it is large enough."""
         super().__init__(buffer)
-        self.status: list[tuple[tn.Decoder, int]] = []
+        self.status: list[tuple[Decoder, int]] = []
         """Tensor and tile of each place in the status array."""
         self._maps: dict[tuple[int, int], tuple[int, int]] = {}
         self._of: dict[int, _Shared] = {}
@@ -53,13 +57,13 @@ class Batch(Layout):
             self._maps[h, w] = self.put(rows), self.put(_columns(np.arange(w, dtype=np.uint32)))
         return self._maps[h, w]
 
-    def shared(self, dec: tn.Decoder) -> _Shared:
+    def shared(self, dec: Decoder) -> _Shared:
         """What all tiles of a tensor have in common, laid out once per batch."""
         if id(dec) not in self._of:
             self._of[id(dec)] = _Shared(self, dec)
         return self._of[id(dec)]
 
-    def tile(self, dec: tn.Decoder, i: int, unit: Array, units_at: int | None, out_at: int, stride: int) -> None:
+    def tile(self, dec: Decoder, i: int, unit: Array, units_at: int | None, out_at: int, stride: int) -> None:
         """Take in tile `i`, whose unit (bytes,) uint8 has been checked against its checksum.
 
         Args:
@@ -78,29 +82,27 @@ class Batch(Layout):
         h, w = r1 - r0, c1 - c0
         with dec.at(i + t.first):
             at = self.put(unit) if units_at is None else units_at
-            if t.lanes is not None:
+            if isinstance(dec.coder, OpenLanes):
                 _Tile(self, dec, i, unit, at, out_at, stride).lay()
                 return
-            source, planes = "units", [at]
-            if t.bits:
-                bt.check(unit, h * w, t.bits)
-                planes = [at + start for _, _, start in bt.planes(h * w, t.bits)[0]]
-            if t.lossy is None:
-                self._plain(t.grid.word, t.bits, planes, h, w, out_at, stride, "out")
+            source, planes, bits = "units", [at], dec.coder.bits if isinstance(dec.coder, Bits) else 0
+            if bits:
+                bt.check(unit, h * w, bits)
+                planes = [at + start for _, _, start in bt.planes(h * w, bits)[0]]
+            if not t.quantised:
+                self._plain(t.grid.word, bits, planes, h, w, out_at, stride, "out")
                 return
-            if t.bits:
+            if bits:
                 source, at = "work", self.room(up(h * w, 16))
-                self._plain(1, t.bits, planes, h, w, at, w, "work")
+                self._plain(1, bits, planes, h, w, at, w, "work")
             status = len(self.status)
             self.status.append((dec, i))
             self.finish(dec, box, source, at, status, out_at, stride)
 
-    def finish(
-        self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, status: int, out_at: int, stride: int
-    ) -> None:
+    def finish(self, dec: Decoder, box: Box, source: str, codes: int, status: int, out_at: int, stride: int) -> None:
         """The numbers of a tile whose words lie in row-major order."""
         h, w = box[1] - box[0], box[3] - box[2]
-        if dec.tensor.groups is not None:
+        if isinstance(dec.numbers, OpenGroups):
             self._groups(dec, box, source, codes, status, out_at, stride)
         else:
             self._numbers(dec, box, source, codes, *self.plain_map(h, w), out_at, stride)
@@ -165,7 +167,7 @@ class Batch(Layout):
         )
 
     def product(
-        self, dec: tn.Decoder, box: tl.Box, found: int, objects: list[tuple[int, int]], out_at: int, stride: int
+        self, dec: Decoder, box: Box, found: int, objects: list[tuple[int, int]], out_at: int, stride: int
     ) -> None:
         """The stage behind the trellis for whole rows of the matrix.
 
@@ -178,7 +180,7 @@ class Batch(Layout):
             stride: Words from row to row there.
         """
         t, (r0, r1, c0, c1) = dec.tensor, box
-        added = t.after == "lowrank/1"
+        added = len(objects) == 2
         a, b = (objects[0], objects[1]) if added else ((0, 0), objects[0])
         if added:
             a = (a[0] + 4 * r0 * a[1], a[1])
@@ -192,8 +194,8 @@ class Batch(Layout):
 
     def _numbers(
         self,
-        dec: tn.Decoder,
-        box: tl.Box,
+        dec: Decoder,
+        box: Box,
         source: str,
         codes: int,
         rows: int,
@@ -205,57 +207,57 @@ class Batch(Layout):
         """The trellis of a tile; `word_of` (256,): words of the codes where they are not the codes themselves."""
         t, s, (r0, r1, c0, c1) = dec.tensor, self.shared(dec), box
         h, w = r1 - r0, c1 - c0
-        assert dec.tables is not None  # noqa: S101
-        size = 4 if t.numbers == "F32" else 2
+        tables = dec.numbers
+        assert isinstance(tables, OpenTrellis)  # noqa: S101
+        size = 4 if tables.dtype == "F32" else 2
         pairs = size == 2 and not (w % 2 or stride % 2 or out_at % 4)
-        options = {"TO": t.numbers, "COLS": _across(TRELLIS_COLS, w), "PAIRS": pairs}
-        by_col = self.put(_padded(dec.tables.cols[c0:c1], _across(TRELLIS_COLS, w)))
-        by_row = self.put(_padded(dec.tables.rows[r0:r1], DEEP))
-        self.jobs[Call("trellis", tuple(options.items()), source, "work" if t.after else "out")].append(
+        options = {"TO": tables.dtype, "COLS": _across(TRELLIS_COLS, w), "PAIRS": pairs}
+        by_col = self.put(_padded(tables.cols[c0:c1], _across(TRELLIS_COLS, w)))
+        by_row = self.put(_padded(tables.rows[r0:r1], DEEP))
+        self.jobs[Call("trellis", tuple(options.items()), source, "work" if t.chain.product else "out")].append(
             (rows, cols, s.entries(word_of), by_col, by_row, codes, out_at, stride, h, w, s.step)
         )
-        a, b = np.searchsorted(dec.tables.places[:, 0], (r0, r1))
-        places, values = dec.tables.places[a:b], dec.tables.values[a:b]
+        a, b = np.searchsorted(tables.places[:, 0], (r0, r1))
+        places, values = tables.places[a:b], tables.values[a:b]
         mine = (places[:, 1] >= c0) & (places[:, 1] < c1)
         if mine.any():
             at = out_at + ((places[mine, 0] - r0) * stride + places[mine, 1] - c0) * size
             words = values[mine].view(f"<u{size}").astype(np.int64)
-            call = Call("outliers", (("WORD", size), ("BLOCK", 128)), to="work" if t.after else "out")
+            call = Call("outliers", (("WORD", size), ("BLOCK", 128)), to="work" if t.chain.product else "out")
             self.jobs[call] += list(zip(at.tolist(), words.tolist(), strict=True))
 
-    def _groups(
-        self, dec: tn.Decoder, box: tl.Box, source: str, codes: int, status: int, out_at: int, stride: int
-    ) -> None:
+    def _groups(self, dec: Decoder, box: Box, source: str, codes: int, status: int, out_at: int, stride: int) -> None:
         """The groups of a tile."""
         t, (r0, r1, c0, c1) = dec.tensor, box
         h, w = r1 - r0, c1 - c0
-        assert t.groups is not None and dec.scales is not None  # noqa: S101, PT018
-        entries, lists = self.shared(dec).groups, dec.scales.scales.shape[1]
-        first, left = divmod(c0, t.groups.group)
-        size = 4 if t.numbers == "F32" else 2
+        numbers = dec.numbers
+        assert isinstance(numbers, OpenGroups)  # noqa: S101
+        entries, lists = self.shared(dec).groups, numbers.scales.shape[1]
+        first, left = divmod(c0, numbers.p.group)
+        size = 4 if numbers.dtype == "F32" else 2
         pairs = size == 2 and not (w % 2 or codes % 2 or stride % 2 or out_at % 4)
         options = {
-            "TO": t.numbers,
+            "TO": numbers.dtype,
             "PAIRS": pairs,
-            "SAME": not (t.groups.group % 2 or left % 2),
+            "SAME": not (numbers.p.group % 2 or left % 2),
             "ROWS": GROUPS_ROWS,
             "COLS": GROUPS_COLS,
         }
         step = max(1, GRID // -(-w // GROUPS_COLS)) * GROUPS_ROWS  # rows of one job
         for y in range(0, h, step):
-            self.jobs[Call("groups", tuple(options.items()), source, "work" if t.after else "out")].append(
+            self.jobs[Call("groups", tuple(options.items()), source, "work" if t.chain.product else "out")].append(
                 (
                     codes + y * w,
                     w,
                     entries + 8 * ((r0 + y) * lists + first),
                     lists,
-                    t.groups.group,
+                    numbers.p.group,
                     left,
                     out_at + y * stride * t.word,
                     stride,
                     min(step, h - y),
                     w,
-                    t.groups.bits | status << 8,
+                    numbers.p.bits | status << 8,
                 )
             )
 
@@ -275,20 +277,20 @@ def _columns(v: Array) -> Array:
 class _Shared:
     """Tables of a tensor in `aux` and `work`."""
 
-    def __init__(self, batch: Batch, dec: tn.Decoder) -> None:
+    def __init__(self, batch: Batch, dec: Decoder) -> None:
         self._batch, self._dec = batch, dec
         self._entries: int | None = None
         self.groups = 0
         self.step = 0
-        t, s = dec.tensor, dec.shared
-        if dec.scales is not None:
-            biased = dec.scales.zeros.astype(np.float32) + np.float32(2**23)
-            self.groups = batch.put(np.stack(np.broadcast_arrays(dec.scales.scales, biased), axis=-1))
-        if t.trellis is not None:
-            self.step = _top(tr.CODES[t.trellis.states][0])
-        if t.lanes is None or s is None:
+        s, n = dec.coder, dec.numbers
+        if isinstance(n, OpenGroups):
+            biased = n.zeros.astype(np.float32) + np.float32(2**23)
+            self.groups = batch.put(np.stack(np.broadcast_arrays(n.scales, biased), axis=-1))
+        if isinstance(n, OpenTrellis):
+            self.step = _top(tr.CODES[n.p.states][0])
+        if not isinstance(s, OpenLanes):
             return
-        p = t.lanes
+        p = s.p
         starts = np.full((len(s.freq), 257), 4096, np.uint32)
         starts[:, 0] = 0
         np.cumsum(s.freq, axis=1, out=starts[:, 1 : s.freq.shape[1] + 1])
@@ -302,7 +304,7 @@ class _Shared:
         self.tops = batch.put(s.values)
         self.bases = batch.put(s.bases)
         self.order = np.argsort(s.table, axis=None, kind="stable")
-        self.direct = t.trellis is not None and not p.raw and not p.zero
+        self.direct = isinstance(n, OpenTrellis) and not p.raw and not p.zero
         """Symbols are codes of words that the trellis takes as they are."""
         self.word_of = self.code_of = None
         if self.direct:
@@ -314,13 +316,13 @@ class _Shared:
 
     def entries(self, word_of: Array | None) -> int:
         """Look-up entries of the trellis."""
-        t, tables = self._dec.tensor, self._dec.tables
-        assert t.trellis is not None and tables is not None  # noqa: S101, PT018
+        tables = self._dec.numbers
+        assert isinstance(tables, OpenTrellis)  # noqa: S101
         if self._entries is None:
             words = np.arange(256) if word_of is None else word_of.astype(np.int64)
             bits = tables.rec[words].view(np.uint32)
-            odd = (words - t.trellis.zero) & 1
-            turns = odd.astype(np.uint32) * np.uint32(_top(tr.CODES[t.trellis.states][1]))
+            odd = (words - tables.p.zero) & 1
+            turns = odd.astype(np.uint32) * np.uint32(_top(tr.CODES[tables.p.states][1]))
             self._entries = self._batch.put(np.stack([bits, turns], axis=1))
         return self._entries
 
@@ -333,11 +335,12 @@ def _top(response: int) -> int:
 class _Tile:
     """One tile of lanes/1."""
 
-    def __init__(self, batch: Batch, dec: tn.Decoder, i: int, unit: Array, at: int, out_at: int, stride: int) -> None:
+    def __init__(self, batch: Batch, dec: Decoder, i: int, unit: Array, at: int, out_at: int, stride: int) -> None:
         self.batch, self.dec, self.unit, self.at, self.out_at, self.stride = batch, dec, unit, at, out_at, stride
-        t, s = dec.tensor, dec.shared
-        assert t.lanes is not None and s is not None  # noqa: S101, PT018
-        self.lanes, self.shared, self.box = t.lanes, batch.shared(dec), t.grid.box(i)
+        t, s = dec.tensor, dec.coder
+        assert isinstance(s, OpenLanes)  # noqa: S101
+        self.limit = s.limit
+        self.lanes, self.shared, self.box = s.p, batch.shared(dec), t.grid.box(i)
         r0, r1, c0, c1 = self.box
         self.h, self.w, kr, kc = r1 - r0, c1 - c0, *s.table.shape
         row_class = np.zeros(self.h, np.int64) if s.rows is None else s.rows[r0:r1].astype(np.int64)
@@ -352,7 +355,7 @@ class _Tile:
         self.col_class = col_class
         of = s.table.reshape(-1)[self.shared.order]
         self.segments = [(int(k), int(m)) for k, m in enumerate(np.bincount(of, n).astype(np.int64)) if m]
-        self.tile = ll.parse_tile(unit, self.h * self.w, t.lanes)
+        self.tile = ll.parse_tile(unit, self.h * self.w, s.p)
         batch.status.append((dec, i))
 
     def lay(self) -> None:
@@ -363,7 +366,7 @@ class _Tile:
         symbols = batch.room(up(n + 4, 16))
         span = power_of_two(p.lanes)
         options = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span), "ENTRIES": s.codes}
-        words = self.at + ll.up16(p.directory)
+        words = self.at + up16(p.directory)
         states, taken = self._states()
         pieces = self._pieces()
         places = batch.room(4 * len(self.tile.escapes))
@@ -385,7 +388,7 @@ class _Tile:
         rows[:, : self.h] = self.place.T
         rows_at = batch.put(rows)
         cols_at = batch.put(_columns(self.col_rank | self.col_class << 24))
-        escapes = words + ll.up16(4 * len(self.tile.words))
+        escapes = words + up16(4 * len(self.tile.words))
         planes = [self.at + a for a in self.tile.planes]
         if s.direct:
             if p.base > p.first_escape:
@@ -393,7 +396,7 @@ class _Tile:
             batch._numbers(self.dec, self.box, "work", symbols, rows_at, cols_at, self.out_at, self.stride, s.word_of)
             return
         to, out_at, stride = "out", self.out_at, self.stride
-        if t.lossy is not None:
+        if t.quantised:
             to, out_at, stride = "work", batch.room(up(n, 16)), self.w
         batch._place(
             t.grid.word,
@@ -415,7 +418,7 @@ class _Tile:
         )
         if p.base > p.first_escape:
             self._escapes(symbols, status, escapes, places, (out_at, stride, to))
-        if t.lossy is not None:
+        if t.quantised:
             batch.finish(self.dec, self.box, "work", out_at, status, self.out_at, self.stride)
 
     def _states(self) -> tuple[Array, int]:
@@ -448,8 +451,7 @@ class _Tile:
 
     def _escapes(self, symbols: int, status: int, data: int, places: int, placed: tuple[int, int, str] | None) -> None:
         batch, p, s, t = self.batch, self.lanes, self.shared, self.dec.tensor
-        assert self.dec.shared is not None  # noqa: S101
-        start = (symbols, p.first_escape, s.bases, data, len(self.tile.escapes), self.dec.shared.limit, status)
+        start = (symbols, p.first_escape, s.bases, data, len(self.tile.escapes), self.limit, status)
         if placed is None:
             call = Call("found", (("WORD", 1), ("PLACED", False), ("BLOCK", 64)))
             batch.jobs[call].append((*start, s.code_of or 0, 0, 0, 0, 0, 0, 0, places))

@@ -20,12 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from rac import frameworks
-from rac import tensor as tn
 from rac.container.zstd import xxh3
+from rac.cpu.work import Place, Work
+from rac.decoder import Decoder
 from rac.errors import ChecksumError, UnsupportedError
 from rac.gpu import decoder as cuda
 from rac.gpu import jobs as jb
-from rac.stages.lanes import decode as tile
+from rac.grid import Box
+from rac.tensor import Tensor, numbers
 
 Array = NDArray[Any]
 SLACK = 128
@@ -65,14 +67,14 @@ class Packed:
 
     def __init__(
         self,
-        t: tn.Tensor,
+        t: Tensor,
         first: Sequence[bytes],
         units: Sequence[Any],
         objects: Sequence[Array] = (),
         at: Sequence[int] | None = None,
     ) -> None:
         self.tensor, self.objects = t, [np.ascontiguousarray(o, np.float32) for o in objects]
-        self.decoder = tn.Decoder(t, first, objects=self.objects)
+        self.decoder = Decoder(t, first, objects=self.objects)
         self.at: list[tuple[int, int]] = []
         pieces, end = [], 0
         for i, data in enumerate(units):
@@ -81,7 +83,7 @@ class Packed:
                 if xxh3(unit.data) != t.units[i + t.first].check:
                     raise ChecksumError("checksum does not match")
                 if at is None:
-                    unit = tile.plain(unit, t.method, t.lanes, t.grid.box(i), t.grid.word)
+                    unit = self.decoder.coder.plain(unit, t.grid.box(i))
             if at is not None:
                 self.at.append((at[i], at[i] + len(unit)))
                 continue
@@ -124,11 +126,11 @@ class Packed:
             place = last.data_ptr() - data.data_ptr() if len(last) and i == late else a
             r0, r1, c0, c1 = g.box(i)
             at = (r0 * g.cols + c0) * t.word
-            if t.after and not c0:
+            if t.chain.product and not c0:
                 found = batch.room(4 * (r1 - r0) * g.cols)
-            batch.tile(self.decoder, i, host[a:b], place, found + 4 * c0 if t.after else at, g.cols)
-            if t.after and c1 == g.cols:
-                batch.product(self.decoder, (r0, r1, 0, g.cols), found, places, r0 * g.cols * t.word, g.cols)
+            batch.tile(self.decoder, i, host[a:b], place, found + 4 * c0 if t.chain.product else at, g.cols)
+            if t.chain.product and c1 == g.cols:
+                batch.product(self.decoder, Box(r0, r1, 0, g.cols), found, places, r0 * g.cols * t.word, g.cols)
         launches = batch.seal()
         return _OnDevice(
             torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device),
@@ -147,9 +149,9 @@ class Packed:
                     raise ChecksumError("the tile does not decode")
 
 
-def frames(t: tn.Tensor) -> bool:
+def frames(t: Tensor) -> bool:
     """Whether parts of the tiles are Zstandard frames, which no kernel expands."""
-    return t.method == "zstd/1" or (t.lanes is not None and t.lanes.packed)
+    return t.chain.coder.framed
 
 
 _packed: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
@@ -193,11 +195,11 @@ def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
 def _host(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
     t, data = p.tensor, packed.numpy()
     words = out.reshape(-1).view(torch.uint8).numpy().view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
-    work, found = tn.Work(), tn.values(t, *words.shape) if t.after else words
+    work, found = Work(), numbers(t, *words.shape) if t.chain.product else words
     for i, (a, b) in enumerate(p.at):
-        work.add(p.decoder, i, data[a:b], found, plain=True)
-    if t.after:
-        work.then(p.decoder, found, words, (0, t.grid.rows, 0, t.grid.cols))
+        work.add(p.decoder, range(i, i + 1), data[a:b], Place(found), plain=True)
+    if found is not words:
+        work.join(p.decoder, found, words, Box(0, t.grid.rows, 0, t.grid.cols))
     work.run()
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,19 @@ from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import matrix_of
-from rac.encode.code.plan import CODER, LEVELS, Level, Plan, analyse, axis_of, tuned
-from rac.encode.code.tile import TileEncoder
+from rac.encode.code.plain import BitsEncoder
+from rac.encode.code.plan import CODER, LEVELS, Level, Plan, axis_of, tuned
+from rac.encode.code.table import analyse
 from rac.encode.encoded import Bytes, Encoded, Fidelity
 from rac.encode.options import Progress
 from rac.encode.pack import Summary, pack_source
 from rac.encode.schedule import Job
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import SourceError
-from rac.stages import bits as bt
+from rac.grid import matrix
 from rac.stages import groups as gr
-from rac.stages import trellis as tr
 from rac.stages.groups import Grouped
-from rac.stages.lanes import layout as ll
+from rac.stages.words import DTYPES, from_words, to_words
 
 PER_WEIGHT = 24
 """Bytes that the work takes for each weight of a matrix."""
@@ -110,7 +110,7 @@ def _firsts(source: Source, matrices: Mapping[str, Grouped]) -> dict[str, str]:
     out = {}
     for group in ties.find(source.tensors):
         names = [n for n in (group.tensor.name, *(a for a, _ in group.aliases)) if n in matrices]
-        if names and group.tensor.dtype not in tr.DTYPES:
+        if names and group.tensor.dtype not in DTYPES:
             raise SourceError(f"tensor {names[0]!r} is {group.tensor.dtype} and cannot be quantised in groups")
         if names:
             out[group.tensor.name] = names[0]
@@ -154,13 +154,13 @@ class _ByGroups:
 def encode(group: ties.Group, g: Grouped, coder: Level, entropy: bool) -> Encoded:
     """A tensor whose numbers are those that `g` stands for. SourceError where they do not fit it."""
     start, t = time.perf_counter(), group.tensor
-    shape = ll.matrix(t.dtype, t.shape, axis_of(t.shape))
+    shape = matrix(t.dtype, t.shape, axis_of(t.shape))
     if g.codes.shape != shape:
         raise SourceError(f"tensor {t.name!r} is a matrix of {shape}, its codes are of {g.codes.shape}")
     p, unit = gr.build_unit(g)
     plan, tiles = coded(g, coder, entropy)
-    words = tr.to_words(gr.values(g), t.dtype)
-    numbers = tr.from_words(words, t.dtype)
+    words = to_words(gr.values(g), t.dtype)
+    numbers = from_words(words, t.dtype)
     if not np.isfinite(numbers).all():
         raise SourceError(f"tensor {t.name!r}: what its codes stand for is too large for {t.dtype}")
     behind = rec.Behind(p, zstd.digest(words.reshape(-1).view(np.uint8).data), ties.digest(t))
@@ -175,7 +175,7 @@ def encode(group: ties.Group, g: Grouped, coder: Level, entropy: bool) -> Encode
         0,
         time.perf_counter() - start,
     )
-    units: list[Bytes] = [*([plan.shared] if plan.lanes else []), unit, *tiles]
+    units: list[Bytes] = [*plan.fronts, unit, *tiles]
     objects = rec.matrix_of(t, LEVELS["default"])
     return Encoded(rec.head(group, plan, behind), units, rec.fields(group, plan, units, behind), objects, fidelity)
 
@@ -183,20 +183,14 @@ def encode(group: ties.Group, g: Grouped, coder: Level, entropy: bool) -> Encode
 def coded(g: Grouped, coder: Level, entropy: bool) -> tuple[Plan, list[Bytes]]:
     """How the codes are stored, and the units of their tiles: with `entropy` in the smaller way."""
     codes = np.ascontiguousarray(g.codes)
-    plan = replace(analyse(lambda _, a, b: codes[a:b], "U8", codes.shape, coder), words=codes)
-    flat = Plan("bits/1", plan.grid, plan.axis, plan.digest, plan.level, words=codes, bits=g.bits)
-    fixed = sum(bt.planes((b - a) * (d - c), g.bits)[1] for a, b, c, d in ll.boxes(plan.grid))
-    best: tuple[Plan, list[Bytes]] | None = None
+    encoder = analyse(lambda _, a, b: codes[a:b], "U8", codes.shape, coder)
+    flat = BitsEncoder.of(encoder.plan, codes, g.bits)
+    fixed = rec.tiles(flat, codes)
     if entropy:
-        tiles = _units(plan, codes)
-        if sum(map(len, tiles)) + len(plan.shared) < fixed:
-            best = plan, tiles
-    return best or (flat, _units(flat, codes))
-
-
-def _units(plan: Plan, codes: NDArray[np.uint8]) -> list[Bytes]:
-    encoder, whole = TileEncoder(plan), SourceTensor("", "U8", codes.shape, codes.reshape(-1))
-    return [unit for row in range(plan.grid.down) for unit in rec.band(whole, encoder, row)]
+        tiles = rec.tiles(encoder, codes)
+        if sum(map(len, tiles)) + len(encoder.plan.front) < sum(map(len, fixed)):
+            return encoder.plan, tiles
+    return flat.plan, fixed
 
 
 def _snr(w: NDArray[np.float32], found: NDArray[np.float32]) -> float:

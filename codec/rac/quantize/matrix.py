@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from rac.grid import Box
 from rac.native import trellis as native
 from rac.stages import trellis as tr
 
@@ -105,10 +106,11 @@ def dequantize(
         raise ValueError(f"integers must be -{_MOST} to {_MOST}")
     out = np.empty(k.shape, "<u4")
     none = np.zeros((0, 2), np.int64)
-    tables = tr.Tables(tr.magnitudes(states, _ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
+    lists = tr.Lists(tr.magnitudes(states, _ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
     words = np.ascontiguousarray((k.astype(np.int16) + _ZERO).astype(np.uint8))
     if k.size:
-        tr.decode(words, tr.Trellis(states, _ZERO, 0, 0, (0, 0, 0, 0)), tables, (0, len(k), 0, k.shape[1]), out, "F32")
+        numbers = tr.OpenTrellis(tr.Trellis(states, _ZERO, 0, 0, (0, 0, 0, 0)), "F32", lists)
+        numbers.decode(words, Box(0, len(k), 0, k.shape[1]), out)
     return out.view(np.float32)
 
 

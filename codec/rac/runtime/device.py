@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from rac import frameworks as fw
-from rac import tensor as tn
 from rac.decode.gpu import why_not
 from rac.runtime import record as rc
+from rac.tensor import empty
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def _version(weight: torch.Tensor) -> tuple[int, int]:
 
 def _copied(device: str, s: rc.Stored, host: rc.Bytes) -> torch.Tensor:
     """The weight, decoded on the host."""
-    words = tn.empty(s.tensor)
+    words = empty(s.tensor)
     rc.decode(s, host, words)
     out: torch.Tensor = fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", device)
     return out

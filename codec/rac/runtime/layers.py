@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn import functional
 
 from rac import frameworks as fw
-from rac import tensor as tn
 from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
 from rac.runtime import device
 from rac.runtime import record as rc
 from rac.runtime.workspace import Workspace
+from rac.tensor import empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Compressed(nn.Module):
         if self.weight.device.type != "cpu":
             return self._resident.dense(self.weight.detach(), self.stored)
         s, data = self.stored()
-        words = tn.empty(s.tensor)
+        words = empty(s.tensor)
         rc.decode(s, data, words, pool=self.workspace.executor())
         return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
 

@@ -14,15 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import tensor as tn
 from rac.container import wire
 from rac.container.index import check_type
 from rac.container.reader import Archive
+from rac.cpu.work import Place, Work, target
 from rac.decode import random as ld
+from rac.decoder import Decoder
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
 from rac.records import Entry, Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+from rac.tensor import Tensor, empty
+from rac.tensor import parse as parse_tensor
 
 TAIL = 128
 """Bytes behind the records."""
@@ -36,13 +39,13 @@ Bytes = NDArray[np.uint8]
 class Stored:
     """What the bytes of a tensor state, checked."""
 
-    tensor: tn.Tensor
-    objects: tuple[tn.Tensor, ...]
+    tensor: Tensor
+    objects: tuple[Tensor, ...]
     size: int
     """Of all the bytes."""
     heads: tuple[bytes, ...]
     """The fixed head of each record, whose checksum covers the rest of the head, and so the checksums of all units."""
-    parsed: tn.Decoder | None = None
+    parsed: Decoder | None = None
     """What the units in front of the tiles state, once the tensor was decoded; not kept where objects are used."""
 
     @property
@@ -91,11 +94,11 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
         RacError: They are damaged or cut off, or hold anything but objects and then one tensor.
     """
     limits, at = limits or Limits(), 0
-    objects: dict[str, tn.Tensor] = {}
+    objects: dict[str, Tensor] = {}
     heads: list[bytes] = []
     while True:
         record = _record(data, at, limits)
-        t = tn.parse(record, limits, lambda name: objects[name].shape if name in objects else None)
+        t = parse_tensor(record, limits, lambda name: objects[name].shape if name in objects else None)
         heads.append(data[at : at + wire.RECORD_HEAD].tobytes())
         at = record.end
         if record.type == RECORD_TENSOR:
@@ -108,7 +111,7 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
     return Stored(t, tuple(objects.values()), len(data), tuple(heads))
 
 
-def unit(data: Bytes, t: tn.Tensor, i: int, n: int = 1) -> Bytes:
+def unit(data: Bytes, t: Tensor, i: int, n: int = 1) -> Bytes:
     """Bytes of unit `i` of a tensor, or of the n from there on with the padding between them."""
     last = t.units[i + n - 1]
     return data[t.record.payload + t.units[i].offset : t.record.payload + last.offset + last.size]
@@ -120,8 +123,8 @@ def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
     return [found[name] for name in s.tensor.uses]
 
 
-def _matrix(s: Stored, o: tn.Tensor, data: Bytes) -> NDArray[np.float32]:
-    words = tn.empty(o)
+def _matrix(s: Stored, o: Tensor, data: Bytes) -> NDArray[np.float32]:
+    words = empty(o)
     decode(Stored(o, (), s.size, ()), data, words)
     return words.view(np.float32)
 
@@ -135,11 +138,11 @@ def transform(s: Stored, data: Bytes) -> Transform | None:
     return Transform(online, s.tensor.shape[1], m[0] if m else None)
 
 
-def _decoder(s: Stored, data: Bytes) -> tn.Decoder:
+def _decoder(s: Stored, data: Bytes) -> Decoder:
     if s.parsed is not None:
-        return s.parsed.ready()
+        return s.parsed.bare()
     t = s.tensor
-    dec = tn.Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
+    dec = Decoder(t, [unit(data, t, i).data for i in range(t.first)], objects=matrices(s, data))
     if not s.objects:
         s.parsed = dec.bare()
     return dec
@@ -161,25 +164,23 @@ def decode(
     Raises:
         RacError: A unit is damaged; `out` may then be partly written.
     """
-    t, grid = s.tensor, s.tensor.grid
-    dec = _decoder(s, data)
-    top, works, work, size = first * grid.tr, [], tn.Work(), 0
-    tile = grid.tr * grid.tc * t.word
-    step = max(1, min(grid.across, SHARE // tile))
-    for a in range(first, grid.down if last is None else last):
-        r0, r1, end = a * grid.tr, min(grid.rows, (a + 1) * grid.tr), (a + 1) * grid.across
-        found = tn.values(t, r1 - r0, grid.cols) if t.after else out
-        for i in range(a * grid.across, end, step):
-            n = min(step, end - i)
-            work.add(dec, i, unit(data, t, i + t.first, n), found, r0 if t.after else top, n=n)
-            size += n * tile
-            if pool and not t.after and size >= SHARE:
+    t, dec = s.tensor, _decoder(s, data)
+    works, work, size = [], Work(), 0
+    tile, top = t.grid.tr * t.grid.tc * t.word, first * t.grid.tr
+    step = max(1, min(t.grid.across, SHARE // tile))
+    for band in t.bands(first, last):
+        place = target(t, band, Place(out, top))
+        for k in range(0, len(band.tiles), step):
+            tiles = band.tiles[k : k + step]
+            work.add(dec, tiles, unit(data, t, tiles.start + t.first, len(tiles)), place)
+            size += len(tiles) * tile
+            if pool and place.words is out and size >= SHARE:
                 works.append(work)
-                work, size = tn.Work(), 0
-        if t.after:
-            work.then(dec, found, out[r0 - top : r1 - top], (r0, r1, 0, grid.cols))
+                work, size = Work(), 0
+        if place.words is not out:
+            work.join(dec, place.words, out[band.box.r0 - top : band.box.r1 - top], band.box)
             works.append(work)
-            work, size = tn.Work(), 0
+            work, size = Work(), 0
     works.append(work)
     if pool:
         jobs = [pool.submit(work.run) for work in works]

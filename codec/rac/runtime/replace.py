@@ -14,16 +14,16 @@ from transformers.pytorch_utils import Conv1D
 
 from rac.errors import MismatchError
 from rac.records import Entry
-from rac.registry import AFTER, LOSSY
 from rac.runtime.layers import Compressed, Head, RacEmbedding, RacLinear
 from rac.runtime.workspace import Workspace
+from rac.stages.table import is_resident
 
 FLOATS = ("F32", "F16", "BF16")
 
 
 def worth(e: Entry) -> bool:
     """Whether the record of an index row is a matrix of floats that the coder made smaller."""
-    return e.dtype in FLOATS and len(e.shape) == 2 and e.method in ("lanes/1", *LOSSY, *AFTER)
+    return e.dtype in FLOATS and len(e.shape) == 2 and is_resident(e.method)
 
 
 def places(model: Any, names: Iterable[str]) -> dict[str, str]:

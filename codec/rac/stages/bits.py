@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
 from rac.errors import FormatError, UnsupportedError
+from rac.grid import Box, is_int, up16
 from rac.native import groups as native_groups
-from rac.stages.lanes.layout import is_int, up16
+from rac.stages.base import Context, Head
+from rac.stages.plain import Plain
 
+Array = NDArray[Any]
 KEYS = {"id", "bits"}
 
 
-def from_head(head: dict[str, Any], word: int) -> int:
-    """Bits of a word out of the stage map; `word` is the bytes of one (stages/bits.md, section 1)."""
-    if KEYS - head.keys():
-        raise FormatError("bits/1 lacks its parameter bits")
-    if head.keys() - KEYS:
-        raise UnsupportedError(f"unknown parameters of bits/1: {', '.join(sorted(head.keys() - KEYS))}")
-    if not is_int(head["bits"], 1, 8):
-        raise FormatError("parameter bits is out of range")
-    if word != 1:
-        raise FormatError("bits/1 is for words of one byte")
-    bits: int = head["bits"]
-    return bits
+@dataclass(frozen=True, slots=True)
+class Bits(Plain):
+    """bits/1: words of one byte, all below 2**bits, in planes of 8, 4, 2 and 1 bits."""
+
+    id: ClassVar[str] = "bits/1"
+    bits: int
+
+    @classmethod
+    def from_head(cls, head: Head, context: Context) -> Self:
+        """The coder of a stage map (stages/bits.md, section 1); FormatError or UnsupportedError."""
+        if KEYS - head.keys():
+            raise FormatError("bits/1 lacks its parameter bits")
+        if head.keys() - KEYS:
+            raise UnsupportedError(f"unknown parameters of bits/1: {', '.join(sorted(head.keys() - KEYS))}")
+        if not is_int(head["bits"], 1, 8):
+            raise FormatError("parameter bits is out of range")
+        if context.word != 1:
+            raise FormatError("bits/1 is for words of one byte")
+        return cls(head["bits"])
+
+    def to_head(self) -> Head:
+        """The stage map."""
+        return {"bits": self.bits, "id": self.id}
+
+    def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
+        """The unit (bytes,) uint8 of a tile into `dst` (h, w) uint8; FormatError unless it is that of so many words."""
+        dst[...] = unpack(unit, dst.size, self.bits).reshape(dst.shape)
 
 
 def planes(n: int, bits: int) -> tuple[list[tuple[int, int, int]], int]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rac.container import zstd
 from rac.errors import FormatError, UnsupportedError
+from rac.grid import Box, is_int
 from rac.native import groups as native
-from rac.stages.lanes.layout import is_int
-from rac.stages.trellis import DTYPES, to_words
+from rac.stages.base import Context, Head
+from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
 LEAST, MOST = 2.0**-14, 65504.0
@@ -65,8 +67,10 @@ def storable(scales: ArrayLike) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Parameters of groups/1 as they stand in the stage map of a record head."""
+    """groups/1: words to numbers by a scale and a zero for each group of columns of a row."""
 
+    id: ClassVar[str] = "groups/1"
+    sections: ClassVar[tuple[str, ...]] = ("scales", "zeros")
     bits: int
     group: int
     zero: int
@@ -75,9 +79,18 @@ class Groups:
     """log2 of a factor of all scales."""
     sizes: tuple[int, int, int]
     """Bytes of the upper bytes of the scales, of the lower ones, of the zeros."""
-    id: ClassVar = "groups/1"
 
-    def to_head(self) -> dict[str, Any]:
+    @property
+    def front(self) -> int:
+        """Bytes of the unit."""
+        return sum(self.sizes)
+
+    @property
+    def section_sizes(self) -> tuple[int, ...]:
+        """Bytes of the scales and of the zeros."""
+        return self.sizes[0] + self.sizes[1], self.sizes[2]
+
+    def to_head(self) -> Head:
         """The stage map."""
         return {
             "id": self.id,
@@ -89,13 +102,13 @@ class Groups:
         }
 
     @classmethod
-    def from_head(cls, head: dict[str, Any], dtype: str, cols: int) -> Groups:
-        """Check every field (stages/groups.md, section 1); `cols` is the width of the matrix."""
+    def from_head(cls, head: Head, context: Context) -> Self:
+        """The stage of a stage map (stages/groups.md, section 1); FormatError or UnsupportedError."""
         if KEYS - head.keys():
             raise FormatError("groups parameters are incomplete")
         if head.keys() - KEYS:
             raise UnsupportedError(f"unknown groups parameters: {', '.join(sorted(head.keys() - KEYS))}")
-        ranges = {"bits": (1, 8), "group": (1, max(1, cols)), "zero": (0, 255), "exponent": (-FAR, FAR)}
+        ranges = {"bits": (1, 8), "group": (1, max(1, context.cols)), "zero": (0, 255), "exponent": (-FAR, FAR)}
         for key, (low, high) in ranges.items():
             if not is_int(head[key], low, high):
                 raise FormatError(f"groups parameter {key} is out of range")
@@ -104,33 +117,73 @@ class Groups:
             raise FormatError("groups parameter sizes is malformed")
         if head["zero"] and sizes[2]:
             raise FormatError("groups have one zero and a list of zeros")
-        if dtype not in DTYPES:
-            raise FormatError(f"groups cannot be of {dtype}")
+        if context.dtype not in DTYPES:
+            raise FormatError(f"groups cannot be of {context.dtype}")
         return cls(head["bits"], head["group"], head["zero"], head["exponent"], tuple(sizes))
 
+    def open(self, unit: bytes, context: Context, reference: bool = False) -> OpenGroups:
+        """Parse the unit (stages/groups.md, section 2); FormatError where it breaks the format."""
+        return OpenGroups(unit, self, context, reference)
 
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """What the unit of groups/1 holds, ready for use."""
-
-    scales: NDArray[np.float32]
-    """(R, G)"""
-    zeros: NDArray[np.uint8]
-    """(R, G), or (1, 1) where all are the same."""
+    def details(self, dtype: str) -> Mapping[str, Any]:
+        """Bits of a code, columns of a group, the zero of all groups (None: each has its own)."""
+        return {"bits": self.bits, "group": self.group, "zero": None if self.sizes[2] else self.zero, "outliers": 0}
 
 
-def parse_unit(unit: bytes, p: Groups, rows: int, cols: int) -> Tables:
-    """The unit of a tensor of rows x cols elements (stages/groups.md, section 2); FormatError where it breaks it."""
-    if len(unit) != sum(p.sizes):
-        raise FormatError("groups unit does not have the size of its sections")
-    shape = rows, -(-cols // p.group)
-    a, b = p.sizes[0], p.sizes[0] + p.sizes[1]
-    high, low = _list(unit[:a], shape), _list(unit[a:b], shape)
-    bits = high.astype(np.uint16) << np.uint16(8) | low
-    if bits.min() < _FIRST or bits.max() > _LAST:
-        raise FormatError("a scale is no normal number above 0")
-    scales = np.ldexp(bits.view(np.float16).astype(np.float32), p.exponent)
-    return Tables(scales, _list(unit[b:], shape) if p.sizes[2] else np.array([[p.zero]], np.uint8))
+class OpenGroups:
+    """The unit of a tensor under groups/1, ready for use.
+
+    Attributes:
+        p: The parameters.
+        dtype: Data type of the numbers.
+        scales: (R, G) float32.
+        zeros: (R, G) uint8, or (1, 1) where all are the same.
+    """
+
+    fused: None = None
+    patches = False
+
+    def __init__(self, unit: bytes, p: Groups, context: Context, reference: bool) -> None:
+        self.p, self.dtype, self._reference = p, context.dtype, reference
+        if len(unit) != p.front:
+            raise FormatError("groups unit does not have the size of its sections")
+        shape = context.rows, -(-context.cols // p.group)
+        a, b = p.sizes[0], p.sizes[0] + p.sizes[1]
+        high, low = _list(unit[:a], shape), _list(unit[a:b], shape)
+        bits = high.astype(np.uint16) << np.uint16(8) | low
+        if bits.min() < _FIRST or bits.max() > _LAST:
+            raise FormatError("a scale is no normal number above 0")
+        self.scales = np.ldexp(bits.view(np.float16).astype(np.float32), p.exponent)
+        self.zeros = _list(unit[b:], shape) if p.sizes[2] else np.array([[p.zero]], np.uint8)
+
+    def patch(self, box: Box, dst: Array) -> None:
+        """Nothing: no kernel leaves anything out."""
+
+    def decode(self, words: NDArray[np.uint8], box: Box, dst: Array) -> None:
+        """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type.
+
+        The C kernel does the same, bit for bit.
+
+        Raises:
+            FormatError: A word has more than `bits` bits.
+        """
+        p, (r0, r1, c0, c1) = self.p, box
+        first = c0 // p.group
+        of = np.s_[r0:r1, first : -(-c1 // p.group)]
+        same = self.zeros.size == 1
+        seen = None
+        if not self._reference:
+            zeros = self.zeros if same else self.zeros[of]
+            left = c0 - first * p.group
+            seen = native.numbers(words, self.scales[of], zeros, p.group, left, dst, self.dtype)
+        if (words >> np.uint8(p.bits)).any() if seen is None else seen >> p.bits:
+            raise FormatError("a word is larger than groups/1 allows")
+        if seen is not None:
+            return
+        cut = np.s_[:, c0 - first * p.group : c1 - first * p.group]
+        scale = np.repeat(self.scales[of], p.group, axis=1)[cut]
+        zero = self.zeros if same else np.repeat(self.zeros[of], p.group, axis=1)[cut]
+        dst[...] = to_words((words.astype(np.float32) - zero.astype(np.float32)) * scale, self.dtype)
 
 
 def _list(data: bytes, shape: tuple[int, int]) -> NDArray[np.uint8]:
@@ -171,37 +224,3 @@ def _stored(scales: NDArray[np.float32]) -> tuple[NDArray[np.uint16], int]:
             if x.min() >= LEAST and x.max() <= MOST and (x.astype(np.float16) == x).all():
                 return x.astype(np.float16).view(np.uint16), exponent
     raise ValueError("a scale is no normal number of binary16 above 0: see storable")
-
-
-def decode(
-    words: NDArray[np.uint8],
-    p: Groups,
-    t: Tables,
-    box: tuple[int, int, int, int],
-    dst: Array,
-    dtype: str,
-    reference: bool = False,
-) -> None:
-    """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type.
-
-    rac/native/groups.c does the same, bit for bit.
-
-    Raises:
-        FormatError: A word has more than `bits` bits.
-    """
-    r0, r1, c0, c1 = box
-    first = c0 // p.group
-    of = np.s_[r0:r1, first : -(-c1 // p.group)]
-    if not reference:
-        zeros = t.zeros if t.zeros.size == 1 else t.zeros[of]
-        seen = native.numbers(words, t.scales[of], zeros, p.group, c0 - first * p.group, dst, dtype)
-        if seen is not None:
-            if seen >> p.bits:
-                raise FormatError("a word is larger than groups/1 allows")
-            return
-    if (words >> np.uint8(p.bits)).any():
-        raise FormatError("a word is larger than groups/1 allows")
-    cut = np.s_[:, c0 - first * p.group : c1 - first * p.group]
-    scale = np.repeat(t.scales[of], p.group, axis=1)[cut]
-    zero = t.zeros if t.zeros.size == 1 else np.repeat(t.zeros[of], p.group, axis=1)[cut]
-    dst[...] = to_words((words.astype(np.float32) - zero.astype(np.float32)) * scale, dtype)

@@ -5,18 +5,22 @@ The numpy functions here are the reference; rac/native/trellis.c is held to them
 
 from __future__ import annotations
 
+import ctypes
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.errors import FormatError, UnsupportedError
-from rac.native import Dequant, product
+from rac.grid import Box, is_int
+from rac.native import address
 from rac.native import trellis as native
-from rac.stages.lanes.layout import is_int
+from rac.stages.base import Context, Head
+from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
 KEYS = {"id", "states", "zero", "low", "scale", "sizes"}
@@ -32,9 +36,6 @@ CODES = {
 }
 """States to (H0, H1)."""
 DEAD, MOST = -128, 60
-DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-QUIET = {"F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}
-"""The NaN that a computed one becomes."""
 _QUARTERS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)
 
 
@@ -47,16 +48,31 @@ def power(e: Array) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Trellis:
-    """Parameters of trellis/1 as they stand in the stage map of a record head."""
+    """trellis/1: words to numbers by a trellis of `states` states, scales of rows and columns, and outliers."""
 
+    id: ClassVar[str] = "trellis/1"
+    sections: ClassVar[tuple[str, ...]] = ("corrections", "rows", "columns", "outliers")
     states: int
     zero: int
+    """The word that stands for 0."""
     low: int
+    """First of the words that have corrections."""
     scale: int
+    """Bits of the binary32 unit of all columns."""
     sizes: tuple[int, int, int, int]
-    id: ClassVar = "trellis/1"
+    """Bytes of each section of the unit."""
 
-    def to_head(self) -> dict[str, Any]:
+    @property
+    def front(self) -> int:
+        """Bytes of the unit."""
+        return sum(self.sizes)
+
+    @property
+    def section_sizes(self) -> tuple[int, ...]:
+        """Bytes of each section."""
+        return self.sizes
+
+    def to_head(self) -> Head:
         """The stage map."""
         return {
             "id": self.id,
@@ -68,8 +84,8 @@ class Trellis:
         }
 
     @classmethod
-    def from_head(cls, head: dict[str, Any], dtype: str) -> Trellis:
-        """Check every field (stages/trellis.md, section 1)."""
+    def from_head(cls, head: Head, context: Context) -> Self:
+        """The stage of a stage map (stages/trellis.md, section 1); FormatError or UnsupportedError."""
         if KEYS - head.keys():
             raise FormatError("trellis parameters are incomplete")
         if head.keys() - KEYS:
@@ -83,27 +99,20 @@ class Trellis:
         sizes = head["sizes"]
         if not isinstance(sizes, list) or len(sizes) != 4 or any(not is_int(v, 0, 1 << 40) for v in sizes):
             raise FormatError("trellis parameter sizes is malformed")
-        if dtype not in DTYPES:
-            raise FormatError(f"trellis numbers cannot be {dtype}")
+        if context.dtype not in DTYPES:
+            raise FormatError(f"trellis numbers cannot be {context.dtype}")
         if head["low"] + sizes[0] > 256:
             raise FormatError("trellis corrections leave the range of words")
         return cls(head["states"], head["zero"], head["low"], head["scale"], tuple(sizes))
 
+    def open(self, unit: bytes, context: Context, reference: bool = False) -> OpenTrellis:
+        """Parse the unit (stages/trellis.md, section 2); FormatError where it breaks the format."""
+        return OpenTrellis(self, context.dtype, _lists(unit, self, context), reference)
 
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """What the unit of trellis/1 holds, ready for use."""
-
-    rec: NDArray[np.float32]
-    """(256,) magnitude of each word."""
-    rows: NDArray[np.float32]
-    """(R,) B(y)."""
-    cols: NDArray[np.float32]
-    """(C,) A(x)."""
-    places: NDArray[np.int64]
-    """(N, 2) row and column of each outlier, ascending."""
-    values: Array
-    """(N,) words of the data type."""
+    def details(self, dtype: str) -> Mapping[str, Any]:
+        """Number of states, of outliers and of corrections."""
+        outliers = self.sizes[3] // (8 + DTYPES[dtype].itemsize)
+        return {"states": self.states, "outliers": outliers, "corrections": self.sizes[0]}
 
 
 @functools.lru_cache(16)
@@ -113,9 +122,71 @@ def magnitudes(states: int, zero: int) -> NDArray[np.float32]:
     return 2 * k + np.float32(0.5) if states > 1 else k
 
 
-def parse_unit(unit: bytes, p: Trellis, dtype: str, rows: int, cols: int) -> Tables:
-    """The unit of a tensor of rows x cols elements (stages/trellis.md, section 2); FormatError where it breaks it."""
-    if len(unit) != sum(p.sizes):
+class Lists(NamedTuple):
+    """What the unit of trellis/1 holds."""
+
+    rec: NDArray[np.float32]
+    """(256,) magnitude of each word."""
+    rows: NDArray[np.float32]
+    """(R,) scale of each row, B(y)."""
+    cols: NDArray[np.float32]
+    """(C,) scale of each column, A(x)."""
+    places: NDArray[np.int64]
+    """(N, 2) row and column of each outlier, ascending."""
+    values: Array
+    """(N,) words of the data type: the outliers."""
+
+
+class OpenTrellis:
+    """The unit of a tensor under trellis/1, ready for use: the parameters `p`, the data type, and `Lists`."""
+
+    def __init__(self, p: Trellis, dtype: str, lists: Lists, reference: bool = False) -> None:
+        self.p, self.dtype, self._reference = p, dtype, reference
+        self.rec, self.rows, self.cols, self.places, self.values = lists
+        self._words = None if reference else native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, dtype)
+        self.fused = self._words and (address(self.rows), address(self.cols), ctypes.addressof(self._words))
+        """Addresses of the scales of rows and columns, and of what the words stand for, for the CPU kernel."""
+
+    @property
+    def patches(self) -> bool:
+        """Whether there are outliers."""
+        return len(self.places) > 0
+
+    def decode(self, words: NDArray[np.uint8], box: Box, dst: Array) -> None:
+        """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type."""
+        r0, r1, c0, c1 = box
+        rows, cols = self.rows[r0:r1], self.cols[c0:c1]
+        if self._words:
+            native.decode(words, self._words, cols, rows, dst)
+        else:
+            self._decode(words, cols, rows, dst)
+        self.patch(box, dst)
+
+    def _decode(
+        self, words: NDArray[np.uint8], cols: NDArray[np.float32], rows: NDArray[np.float32], dst: Array
+    ) -> None:
+        """The reference (stages/trellis.md, section 4), all columns of a row at once."""
+        h0, h1 = (np.uint8(h) for h in CODES[self.p.states])
+        state: Array = np.zeros(len(cols), np.uint8)
+        for y, scale in enumerate(rows):
+            v = self.rec[words[y]]
+            dst[y] = to_words(np.where(state & 1, -v, v) * cols * scale, self.dtype)
+            odd = (words[y] ^ np.uint8(self.p.zero & 1)) & 1
+            state = (state >> 1) ^ np.where(state & 1, h0, np.uint8(0)) ^ np.where(odd, h1, np.uint8(0))
+
+    def patch(self, box: Box, dst: Array) -> None:
+        """The outliers of one tile to their places in `dst` (h, w), words of the data type."""
+        r0, r1, c0, c1 = box
+        a, b = np.searchsorted(self.places[:, 0], (r0, r1))
+        for (y, x), value in zip(self.places[a:b].tolist(), self.values[a:b], strict=True):
+            if c0 <= x < c1:
+                dst[y - r0, x - c0] = value
+
+
+def _lists(unit: bytes, p: Trellis, context: Context) -> Lists:
+    """What the unit of a tensor holds; FormatError where it breaks the format."""
+    rows, cols = context.rows, context.cols
+    if len(unit) != p.front:
         raise FormatError("trellis unit does not have the size of its sections")
     a, b, c, _ = np.cumsum(p.sizes).tolist()
     rec = magnitudes(p.states, p.zero).copy()
@@ -127,7 +198,7 @@ def parse_unit(unit: bytes, p: Trellis, dtype: str, rows: int, cols: int) -> Tab
         raise FormatError("trellis scale is out of range")
     col = np.array(p.scale, np.uint32).view(np.float32) * power(by_col)
     col[by_col == DEAD] = 0
-    kind = _outliers(DTYPES[dtype].itemsize)
+    kind = _outliers(DTYPES[context.dtype].itemsize)
     if p.sizes[3] % kind.itemsize:
         raise FormatError("trellis outliers are malformed")
     found = np.frombuffer(unit[c:], kind)
@@ -135,7 +206,7 @@ def parse_unit(unit: bytes, p: Trellis, dtype: str, rows: int, cols: int) -> Tab
     flat = places[:, 0] * cols + places[:, 1]
     if (places >= (rows, cols)).any() or (np.diff(flat) <= 0).any():
         raise FormatError("trellis outliers are not in order or outside the tensor")
-    return Tables(rec, power(by_row), col, places, found["value"].copy())
+    return Lists(rec, power(by_row), col, places, found["value"].copy())
 
 
 def _list(data: bytes, n: int) -> NDArray[np.int8]:
@@ -162,70 +233,3 @@ def build_unit(
 
 def _outliers(word: int) -> np.dtype[Any]:
     return np.dtype([("row", "<u4"), ("col", "<u4"), ("value", f"<u{word}")])
-
-
-def from_words(words: Array, dtype: str) -> NDArray[np.float32]:
-    """Words of F32, F16 or BF16, shape kept, as the binary32 numbers that they are."""
-    if dtype == "BF16":
-        return (words.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return words.view("<f4" if dtype == "F32" else "<f2").astype(np.float32)
-
-
-def to_words(v: NDArray[np.float32], dtype: str) -> Array:
-    """Binary32 to words of the data type, to nearest, ties to even; any NaN to the quiet one."""
-    bits: Array = v.view(np.uint32)
-    if dtype == "F16":
-        with np.errstate(over="ignore", invalid="ignore"):
-            bits = v.astype(np.float16).view(np.uint16)
-    elif dtype == "BF16":
-        bits = ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    nan = np.isnan(v)
-    return np.where(nan, bits.dtype.type(QUIET[dtype]), bits) if nan.any() else bits
-
-
-def put_words(v: NDArray[np.float32], dtype: str, dst: Array, reference: bool = False) -> None:
-    """`to_words` of contiguous numbers into `dst`, contiguous words of their shape."""
-    if reference or not product.rounded(v, dtype, dst):
-        dst[...] = to_words(v, dtype)
-
-
-def decode(
-    words: NDArray[np.uint8],
-    p: Trellis,
-    t: Tables,
-    box: tuple[int, int, int, int],
-    dst: Array,
-    dtype: str,
-    reference: bool = False,
-) -> None:
-    """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type."""
-    r0, r1, c0, c1 = box
-    rows, cols = t.rows[r0:r1], t.cols[c0:c1]
-    if not reference and (numbers := dequant(t, p, dtype)):
-        native.decode(words, numbers, cols, rows, dst)
-    else:
-        h0, h1 = CODES[p.states]
-        state: Array = np.zeros(c1 - c0, np.uint8)
-        for y in range(r1 - r0):
-            v = t.rec[words[y]]
-            v = np.where(state & 1, -v, v) * cols * rows[y]
-            dst[y] = to_words(v, dtype)
-            odd = (words[y] ^ np.uint8(p.zero & 1)) & 1
-            state = (
-                (state >> 1) ^ np.where(state & 1, np.uint8(h0), np.uint8(0)) ^ np.where(odd, np.uint8(h1), np.uint8(0))
-            )
-    outliers(t, box, dst)
-
-
-def dequant(t: Tables, p: Trellis, dtype: str) -> Dequant | None:
-    """What words stand for, as the kernel of a tile wants it (`native.trellis.dequant`); `t` is to stay."""
-    return native.dequant(t.rec, not p.sizes[0], CODES[p.states], p.zero, dtype)
-
-
-def outliers(t: Tables, box: tuple[int, int, int, int], dst: Array) -> None:
-    """The outliers of one tile to their places in `dst` (h, w), words of the data type."""
-    r0, r1, c0, c1 = box
-    a, b = np.searchsorted(t.places[:, 0], (r0, r1))
-    for (y, x), value in zip(t.places[a:b].tolist(), t.values[a:b], strict=True):
-        if c0 <= x < c1:
-            dst[y - r0, x - c0] = value

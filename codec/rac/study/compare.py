@@ -27,7 +27,7 @@ from rac.frameworks import to_framework
 from rac.linalg.transform import Transform, hook
 from rac.provenance import Provenance
 from rac.registry import RECORD_TENSOR
-from rac.stages import trellis as tr
+from rac.stages.words import DTYPES
 from rac.tensor import extra_of
 
 _NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
@@ -245,7 +245,7 @@ class _Content:
         if isinstance(blocks, dict):
             shape = tuple(int(n) for n in blocks.get("shape", shape))
             self._floats[name] = partial(_blocks, read, str(blocks.get("type")), shape)
-        elif dtype in tr.DTYPES or dtype == "F64":
+        elif dtype in DTYPES or dtype == "F64":
             self._floats[name] = partial(_numbers, read)
         linear = len(shape) >= 2 and math.prod(shape) >= SMALLEST and not any(fnmatchcase(name, p) for p in _NOT_LINEAR)
         if linear and name in self._floats:

@@ -22,10 +22,13 @@ import pytest
 import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
+from rac.cpu.work import Place, Work
 from rac.decode import engine
 from rac.decode import gpu as device
+from rac.decoder import Decoder
 from rac.encode.pack import pack_source
 from rac.encode.sources import Attachment, Source, from_arrays
+from rac.tensor import empty
 
 rng = np.random.default_rng(3)
 TENSORS = {f"layer {i}": (rng.standard_normal((200 + 90 * i, 700)) * 0.02).astype(np.float32) for i in range(12)}
@@ -344,11 +347,10 @@ class FakeDecoder:
     def add(self, t, first, units, objects):
         import torch
 
-        from rac import tensor as tn
-
-        dec, words = tn.Decoder(t, first, False, objects), tn.empty(t)
+        dec, words, work = Decoder(t, first, False, objects), empty(t), Work()
         for i, unit in enumerate(units):
-            dec.tile(i, unit, words)
+            work.add(dec, range(i, i + 1), unit.copy(), Place(words))
+        work.run()
         out = torch.zeros(t.shape, dtype=torch.float32)
         self.waiting.append((words, out))
         self.most = max(self.most, sum(w.nbytes for w, _ in self.waiting))

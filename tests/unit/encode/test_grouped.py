@@ -13,7 +13,7 @@ from rac.encode.sources import Source, from_arrays, open_source
 from rac.methods.grouped import pack_grouped
 from rac.records import Online
 from rac.stages import groups as gr
-from rac.stages import trellis as tr
+from rac.stages.words import to_words
 from support import grids
 
 W = {f"layer.{i}.weight": grids.normal(i, 96 + 32 * i, 200) for i in range(3)}
@@ -94,13 +94,13 @@ def source_of(folder):
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_half_precision(tmp_path, dtype):
-    words = tr.to_words(W["layer.0.weight"], dtype)
+    words = to_words(W["layer.0.weight"], dtype)
     t = replace(source().tensors[0], dtype=dtype, data=words.reshape(-1).view(np.uint8))
     g = replace(GIVEN["layer.0.weight"], scales=GIVEN["layer.0.weight"].scales * np.float32(2.0**-9))
     pack_grouped(Source("memory", (t,), (), {}), {t.name: g}, tmp_path / "m.rac", False)
     with rac.open(tmp_path / "m.rac") as f:
         found = f.get_slice(t.name)[3:90, 60:131]
-    expected = tr.to_words(gr.values(g), dtype)[3:90, 60:131]
+    expected = to_words(gr.values(g), dtype)[3:90, 60:131]
     assert np.array_equal(np.asarray(found).view("<u2"), expected)
 
 

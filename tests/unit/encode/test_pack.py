@@ -66,7 +66,7 @@ def test_lanes_are_a_parameter_of_the_file(tmp_path):
     for lanes in (1, 7, 1024):
         rac.pack(tmp_path / "m.safetensors", tmp_path / "m.rac", lanes=lanes, force=True)
         archive = Archive(FileAccess(tmp_path / "m.rac"))
-        assert tn.parse(archive.record(archive.index.entries[0]), archive.limits).lanes.lanes == lanes
+        assert tn.parse(archive.record(archive.index.entries[0]), archive.limits).chain.coder.lanes == lanes
         assert rac.load_file(tmp_path / "m.rac")["a"].tobytes() == a.tobytes()
 
 
@@ -125,6 +125,6 @@ def test_float32_that_holds_bfloat16(tmp_path):
     for level in ("fast", "default", "max"):
         rac.save_file({"w": w}, tmp_path / "m.rac", level=level)
         archive = Archive(FileAccess(tmp_path / "m.rac"))
-        assert tn.parse(archive.record(archive.index.entries[0]), archive.limits).lanes.zero == 16
+        assert tn.parse(archive.record(archive.index.entries[0]), archive.limits).chain.coder.zero == 16
         assert os.path.getsize(tmp_path / "m.rac") < 0.4 * w.nbytes
         assert rac.load_file(tmp_path / "m.rac")["w"].tobytes() == w.tobytes()

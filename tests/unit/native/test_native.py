@@ -15,14 +15,16 @@ import pytest
 import rac
 from rac import native
 from rac.encode.code import classes as cl
-from rac.encode.code.plan import gather
+from rac.encode.code.lanes import gather
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
 from rac.entropy import interleave
 from rac.entropy.ans import Models
+from rac.grid import up16
 from rac.native import library, prototypes
 from rac.native.library import CPUS
 from rac.stages.lanes import layout as ll
+from rac.stages.lanes.parameters import Lanes
 
 
 @pytest.fixture
@@ -207,14 +209,14 @@ def test_planes(both, word, n):
         (0, True, 0),
         (3, False, 1),
     ):
-        p = ll.Lanes(1, 1, zero, sign, shift, (0, 2), (), 1, 0, 1, 1, (0, 0, 0))
+        p = Lanes(1, 1, zero, sign, shift, (0, 2), (), 1, 0, 1, 1, (0, 0, 0))
         sizes, total = [], 0
-        for (b, low), size in zip(p.planes(), ll.plane_sizes(n, p), strict=True):
+        for (b, low), size in zip(p.planes(), p.plane_sizes(n), strict=True):
             sizes.append((b, low, total))
-            total += ll.up16(size)
+            total += up16(size)
         fast, slow = both(lambda args=(data, zero, sign, shift, sizes, total): native.planes(*args))
         assert fast.tobytes() == slow.tobytes()
-        views = [memoryview(fast.tobytes())[a : a + k] for (*_, a), k in zip(sizes, ll.plane_sizes(n, p), strict=True)]
+        views = [memoryview(fast.tobytes())[a : a + k] for (*_, a), k in zip(sizes, p.plane_sizes(n), strict=True)]
         v = data.astype(np.uint64) >> np.uint64(zero)
         expected = v & np.uint64((1 << shift) - 1)
         if sign:
@@ -230,7 +232,7 @@ def test_gather(both, word):
     tile = words(6, word, 30, 80)[:, 10:60]
     for r, c in ((rows, cols), (None, cols), (rows, None), (None, None)):
         t = table[: 1 if r is None else 4, : 1 if c is None else 3]
-        p = ll.Lanes(1, 1, 0, False, 0, (0, 2), (), 5, 0, *t.shape, (0, 0, 0))
+        p = Lanes(1, 1, 0, False, 0, (0, 2), (), 5, 0, *t.shape, (0, 0, 0))
         order = ll.order(p, r, c, 30, 50, t)
         fast, slow = both(lambda order=order: gather(order, tile))
         assert fast.dtype == slow.dtype == tile.dtype

@@ -7,7 +7,7 @@ import pytest
 
 from rac import native
 from rac.native import product
-from rac.stages import trellis as tr
+from rac.stages.words import DTYPES, put_words
 
 
 def any_bits(seed, *shape):
@@ -81,9 +81,9 @@ def test_words(dtype):
     v = np.concatenate([any_bits(7, 1, 5000), numbers(8, 1, 5000)], 1)
     ties = (np.arange(1 << 16, dtype=np.uint32) << 16 | 0x8000).view(np.float32)[None]
     for x in (v, ties):
-        fast, slow = (np.empty(x.shape, f"<u{tr.DTYPES[dtype].itemsize}") for _ in range(2))
-        tr.put_words(x, dtype, fast)
-        tr.put_words(x, dtype, slow, reference=True)
+        fast, slow = (np.empty(x.shape, f"<u{DTYPES[dtype].itemsize}") for _ in range(2))
+        put_words(x, dtype, fast)
+        put_words(x, dtype, slow, reference=True)
         assert (fast == slow).all()
         nan = np.isnan(x)
         assert (fast[nan] == {"F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}[dtype]).all()

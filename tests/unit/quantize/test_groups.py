@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from rac.errors import FormatError, UnsupportedError
+from rac.grid import Box
 from rac.stages import bits as bt
 from rac.stages import groups as gr
-from rac.stages import trellis as tr
+from rac.stages.base import Context
+from rac.stages.bits import Bits
+from rac.stages.words import to_words
 from support import grids
 
 F32 = np.float32
@@ -53,13 +56,13 @@ def test_unit(exponent):
     g = grids.random(np.random.default_rng(3), 30, 50, 4, 16)
     g = replace(g, scales=g.scales * F32(2.0**exponent))
     p, unit = gr.build_unit(g)
-    t = gr.parse_unit(unit, p, 30, 50)
+    t = p.open(unit, Context("F32", 30, 50, 1))
     assert (t.scales == g.scales).all() and (t.zeros == g.zeros).all()
-    assert gr.Groups.from_head(p.to_head(), "BF16", 50) == p
+    assert gr.Groups.from_head(p.to_head(), Context("BF16", 30, 50, 1)) == p
     one = replace(g, zeros=np.full_like(g.zeros, 8))
     p, unit = gr.build_unit(one)
     assert (p.zero, p.sizes[2]) == (8, 0)
-    assert gr.parse_unit(unit, p, 30, 50).zeros.tolist() == [[8]]
+    assert p.open(unit, Context("F32", 30, 50, 1)).zeros.tolist() == [[8]]
 
 
 def test_scales_compress():
@@ -106,7 +109,7 @@ def test_a_code_that_is_too_large():
     p, unit = gr.build_unit(g)
     out = np.empty((2, 50), "<u4")
     with pytest.raises(FormatError, match="larger"):
-        gr.decode(g.codes | np.uint8(16), p, gr.parse_unit(unit, p, 2, 50), (0, 2, 0, 50), out, "F32")
+        p.open(unit, Context("F32", 2, 50, 1)).decode(g.codes | np.uint8(16), Box(0, 2, 0, 50), out)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
@@ -117,12 +120,12 @@ def test_tiles(dtype, reference):
         for group, one in ((1, True), (3, False), (16, True), (17, False), (50, True)):
             g = grids.random(rng, 30, 50, bits, group, one)
             p, unit = gr.build_unit(g)
-            t, whole = gr.parse_unit(unit, p, 30, 50), tr.to_words(gr.values(g), dtype)
+            t, whole = p.open(unit, Context(dtype, 30, 50, 1), reference), to_words(gr.values(g), dtype)
             found = np.zeros_like(whole)
             for box in ((0, 7, 0, 33), (7, 30, 0, 33), (0, 7, 33, 50), (7, 30, 33, 50)):
                 a, b, c, d = box
                 codes = np.ascontiguousarray(g.codes[a:b, c:d])
-                gr.decode(codes, p, t, box, found[a:b, c:d], dtype, reference)
+                t.decode(codes, Box(*box), found[a:b, c:d])
             assert (found == whole).all()
 
 
@@ -145,7 +148,7 @@ def test_planes(bits):
 
 
 def test_parameters():
-    assert bt.from_head({"id": "bits/1", "bits": 3}, 1) == 3
+    assert Bits.from_head({"id": "bits/1", "bits": 3}, Context("U8", 1, 1, 1)) == Bits(3)
     for head, word, error in (
         ({"id": "bits/1"}, 1, FormatError),
         ({"id": "bits/1", "bits": 9}, 1, FormatError),
@@ -153,9 +156,9 @@ def test_parameters():
         ({"id": "bits/1", "bits": 3, "a": 1}, 1, UnsupportedError),
     ):
         with pytest.raises(error):
-            bt.from_head(head, word)
+            Bits.from_head(head, Context("U8", 1, 1, word))
     good = {"id": "groups/1", "bits": 4, "group": 5, "zero": 8, "exponent": 0, "sizes": [9, 9, 0]}
-    assert gr.Groups.from_head(good, "F16", 5).to_head() == good
+    assert gr.Groups.from_head(good, Context("F16", 1, 5, 1)).to_head() == good
     for wrong, cols, error in (
         ({}, 4, FormatError),
         ({"zero": 1, "sizes": [9, 9, 9]}, 5, FormatError),
@@ -163,4 +166,4 @@ def test_parameters():
         ({"exponent": 61}, 5, FormatError),
     ):
         with pytest.raises(error):
-            gr.Groups.from_head(good | wrong, "F16", cols)
+            gr.Groups.from_head(good | wrong, Context("F16", 1, cols, 1))

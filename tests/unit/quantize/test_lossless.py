@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from rac.errors import FormatError, UnsupportedError
+from rac.grid import Grid, dense_size
+from rac.grid import matrix as words_matrix
+from rac.stages.base import Context
 from rac.stages.lanes import layout as ll
+from rac.stages.lanes.parameters import KEYS, Lanes
 
-SPEC = ll.Lanes(2, 1, 0, False, 2, (0, 3), (10,), 2, -2, 2, 1, (18, 2, 0))
+SPEC = Lanes(2, 1, 0, False, 2, (0, 3), (10,), 2, -2, 2, 1, (18, 2, 0))
 """Worked example 13.2 of format_spec/stages/lanes.md."""
 UNIT = bytes.fromhex(
     "01000000 01000100 00000000 00000000 000080ac 00006003 00000000 00000000"
@@ -19,10 +23,10 @@ UNIT = bytes.fromhex(
 
 
 def test_grid():
-    grid = ll.Grid(5, 7, 2, 2, 3)
+    grid = Grid(5, 7, 2, 2, 3)
     assert (grid.down, grid.across) == (3, 3)
     assert [grid.box(i) for i in (0, 2, 4, 8)] == [(0, 2, 0, 3), (0, 2, 6, 7), (2, 4, 3, 6), (4, 5, 6, 7)]
-    assert (ll.Grid(0, 7, 2, 1, 3).down, ll.Grid(0, 7, 2, 1, 3).across) == (0, 0)
+    assert (Grid(0, 7, 2, 1, 3).down, Grid(0, 7, 2, 1, 3).across) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -39,16 +43,16 @@ def test_grid():
     ],
 )
 def test_matrix(dtype, shape, axis, matrix, size):
-    assert ll.matrix(dtype, shape, axis) == matrix
-    assert ll.dense_size(dtype, shape) == size
+    assert words_matrix(dtype, shape, axis) == matrix
+    assert dense_size(dtype, shape) == size
 
 
 def test_f4_is_never_cut():
     for shape in ((), (3,), (2, 5)):
         with pytest.raises(FormatError):
-            ll.dense_size("F4", shape)
+            dense_size("F4", shape)
     with pytest.raises(FormatError):
-        ll.matrix("F4", (3, 4), 2)
+        words_matrix("F4", (3, 4), 2)
 
 
 def test_pairs_are_numbered_as_in_the_text():
@@ -101,8 +105,8 @@ def head(**change):
 
 
 def test_head_round_trip():
-    assert ll.Lanes.from_head(head(), 1) == SPEC
-    assert ll.Lanes.from_head(head(packed=1), 1) == replace(SPEC, packed=True)
+    assert Lanes.from_head(head(), Context("U8", 1, 1, 1)) == SPEC
+    assert Lanes.from_head(head(packed=1), Context("U8", 1, 1, 1)) == replace(SPEC, packed=True)
 
 
 @pytest.mark.parametrize(
@@ -153,18 +157,18 @@ def test_head_round_trip():
 )
 def test_heads_that_are_refused(change):
     with pytest.raises(FormatError):
-        ll.Lanes.from_head(head(**change), 1)
+        Lanes.from_head(head(**change), Context("U8", 1, 1, 1))
 
 
 def test_keys_of_the_head():
-    for key in ll.KEYS - {"id"}:
+    for key in KEYS - {"id"}:
         with pytest.raises(FormatError, match="incomplete"):
-            ll.Lanes.from_head({k: v for k, v in head().items() if k != key}, 1)
+            Lanes.from_head({k: v for k, v in head().items() if k != key}, Context("U8", 1, 1, 1))
     for key in ("later", "x-note"):
         with pytest.raises(UnsupportedError, match="unknown"):
-            ll.Lanes.from_head(head(**{key: 1}), 1)
-    assert ll.Lanes.from_head(head(runs=[0, 1, 1, 1], escapes=[63, 63, 0]), 1).base == 5
-    assert ll.Lanes.from_head(head(runs=[], escapes=[0, 1]), 1).base == 2
+            Lanes.from_head(head(**{key: 1}), Context("U8", 1, 1, 1))
+    assert Lanes.from_head(head(runs=[0, 1, 1, 1], escapes=[63, 63, 0]), Context("U8", 1, 1, 1)).base == 5
+    assert Lanes.from_head(head(runs=[], escapes=[0, 1]), Context("U8", 1, 1, 1)).base == 2
 
 
 def literal_order(rows, cols, table):
@@ -181,7 +185,7 @@ def literal_order(rows, cols, table):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("per", [1, 2])
 def test_order(seed, per):
-    from rac.encode.code.plan import gather
+    from rac.encode.code.lanes import gather
 
     rng = np.random.default_rng(seed)
     h, w, kr, kc, tables = (int(rng.integers(1, n)) for n in (12, 12, 5, 4, 6))
@@ -221,7 +225,7 @@ def test_tile_of_the_text():
     assert raw.tolist() == [1, 2, 3, 0, 1, 0, 1, 2, 3, 0]
     assert ll.join(np.array([2, 1, 2, 12, 0, 0, 0, 1, 0, 2]), raw, SPEC, 1).tolist() == [9, 6, 11, 48, 1, 0, 1, 6, 3, 8]
     assert ll.build_tile(tile.words, tile.counts, b"\2", [bytes(plane)], SPEC) == UNIT
-    assert ll.tile_parts(UNIT, 10, SPEC) == (8, 8, 1, 3)
+    assert SPEC.parts(UNIT, len(UNIT), 10) == (8, 8, 1, 3)
 
 
 def test_tiles_that_are_refused():
@@ -255,13 +259,13 @@ def test_packed_planes():
     planes = [bytes(2000), np.random.default_rng(0).bytes(1000)]
     stored = [zstd.compress(planes[0]), planes[1]]
     unit = np.frombuffer(ll.build_tile(np.zeros(0, np.uint32), np.zeros(2), b"", stored, p), np.uint8)
-    assert ll.plane_sizes(1000, p) == [2000, 1000]
+    assert p.plane_sizes(1000) == [2000, 1000]
     plain = ll.plain_tile(unit, 1000, p, zstd.decompress)
     tile = ll.parse_tile(plain, 1000, p)
     assert [plain[a : a + n].tobytes() for a, n in zip(tile.planes, (2000, 1000), strict=True)] == planes
     as_it_is = np.frombuffer(ll.build_tile(np.zeros(0, np.uint32), np.zeros(2), b"", planes, p), np.uint8)
     assert ll.plain_tile(as_it_is, 1000, p, zstd.decompress) is as_it_is
-    assert ll.tile_parts(unit, 1000, p) == (16, 0, 0, len(stored[0]) + 1000)
+    assert p.parts(unit, len(unit), 1000) == (16, 0, 0, len(stored[0]) + 1000)
     for at, value, match in (
         (4, 255, "fill the unit"),
         (6, 1, "larger than the plane"),

@@ -9,28 +9,32 @@ import pytest
 
 from rac import native
 from rac.errors import FormatError, UnsupportedError
+from rac.grid import Box
 from rac.native import trellis as kernel
 from rac.stages import trellis as tr
+from rac.stages.base import Context
+from rac.stages.words import DTYPES
 
 HEAD = {"id": "trellis/1", "states": 4, "zero": 10, "low": 9, "scale": 0x3F000000, "sizes": [3, 4, 2, 10]}
+BF16 = Context("BF16", 4, 2, 1)
 UNIT = bytes.fromhex("0008f8 00000400 0080 03000000 00000000 803f")
 WORDS = np.array([[10, 10], [11, 10], [9, 10], [10, 10]], np.uint8)
 DENSE = bytes.fromhex("a03e0000 983f0000 c03f0000 803f0000")
 """Worked example of format_spec/stages/trellis.md, section 8."""
 
 
-def decoded(words, p, tables, dtype, reference):
-    dst = np.zeros(words.shape, f"<u{tr.DTYPES[dtype].itemsize}")
-    tr.decode(words, p, tables, (0, words.shape[0], 0, words.shape[1]), dst, dtype, reference)
+def decoded(words, p, unit, dtype, reference):
+    dst = np.zeros(words.shape, f"<u{DTYPES[dtype].itemsize}")
+    numbers = p.open(unit, Context(dtype, *words.shape, 1), reference)
+    numbers.decode(words, Box(0, words.shape[0], 0, words.shape[1]), dst)
     return dst
 
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_the_example_of_the_text(reference):
-    p = tr.Trellis.from_head(HEAD, "BF16")
+    p = tr.Trellis.from_head(HEAD, BF16)
     assert p.to_head() == HEAD
-    tables = tr.parse_unit(UNIT, p, "BF16", 4, 2)
-    assert decoded(WORDS, p, tables, "BF16", reference).tobytes() == DENSE
+    assert decoded(WORDS, p, UNIT, "BF16", reference).tobytes() == DENSE
 
 
 def test_powers():
@@ -52,13 +56,12 @@ def test_kernel_and_numpy_agree(states, dtype, corrected, zero, scale):
     corrections = rng.integers(-48, 49, corrected).astype(np.int8)
     unit = corrections.tobytes() + lists[0].tobytes() + lists[1].tobytes()
     p = tr.Trellis(states, zero, 78, scale, (corrected, r, c, 0))
-    tables = tr.parse_unit(unit, p, dtype, r, c)
     for span in (256, 31):  # of words, few of them in registers
         words = rng.integers(0, span, (r, c)).astype(np.uint8)
-        expected = decoded(words, p, tables, dtype, True)
+        expected = decoded(words, p, unit, dtype, True)
         for cpu in native.cpus():
             with native.using(cpu):
-                assert (decoded(words, p, tables, dtype, False) == expected).all()
+                assert (decoded(words, p, unit, dtype, False) == expected).all()
 
 
 def search(states, x, rec, rate, lane=1000):
@@ -135,11 +138,11 @@ def test_lanes_begin_anew(states):
 def test_what_is_refused():
     def bad(match, error=FormatError, dtype="BF16", **change):
         with pytest.raises(error, match=match):
-            tr.Trellis.from_head(HEAD | change, dtype)
+            tr.Trellis.from_head(HEAD | change, Context(dtype, 4, 2, 1))
 
     for key in ("states", "zero", "low", "scale", "sizes"):
         with pytest.raises(FormatError, match="incomplete"):
-            tr.Trellis.from_head({k: v for k, v in HEAD.items() if k != key}, "BF16")
+            tr.Trellis.from_head({k: v for k, v in HEAD.items() if k != key}, BF16)
     bad("unknown", UnsupportedError, more=1)
     for states in (0, 2, 3, 512, True, "4"):
         bad("states", states=states)
@@ -153,7 +156,7 @@ def test_what_is_refused():
 
     def unit(match, data, rows=4, cols=2):
         with pytest.raises(FormatError, match=match):
-            tr.parse_unit(data, tr.Trellis.from_head(HEAD, "BF16"), "BF16", rows, cols)
+            tr.Trellis.from_head(HEAD, BF16).open(data, Context("BF16", rows, cols, 1))
 
     unit("size of its sections", UNIT[:-1])
     unit("size of its sections", UNIT + b"\0")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rac.stages import basis, lowrank
-from rac.stages import trellis as tr
+from rac.grid import Box
+from rac.stages.products import Basis, LowRank
+from rac.stages.words import to_words
 
 
 def numbers(seed, *shape):
@@ -17,28 +18,31 @@ def numbers(seed, *shape):
 def test_the_examples_of_the_text(reference):
     """stages/lowrank.md and stages/basis.md, section 6."""
     a, b = np.array([[2**-24, 2**-24], [0.5, -3]], np.float32), np.array([[1, 0.25], [1, 1.5]], np.float32)
-    out = lowrank.join(np.array([[1, 0], [-1, 2]], np.float32), a, b, reference)
+    whole = Box(0, 2, 0, 2)
+    out = LowRank().join(np.array([[1, 0], [-1, 2]], np.float32), [a, b], whole, reference)
     assert out.tolist() == [[1, 7 * 2**-26], [-3.5, -2.375]]
     u = np.array([[0.75, 0.5], [0.5, 2**-11]], np.float32)
-    out = basis.join(np.array([[1, -2], [3, 0]], np.float32), u, reference)
-    assert tr.to_words(out, "BF16").tolist() == [[0xBE80, 0x3F00], [0x4010, 0x3FC0]]
+    out = Basis().join(np.array([[1, -2], [3, 0]], np.float32), [u], whole, reference)
+    assert to_words(out, "BF16").tolist() == [[0xBE80, 0x3F00], [0x4010, 0x3FC0]]
 
 
 def test_parts_are_those_of_the_whole():
     v, a, b, u = numbers(1, 40, 150), numbers(2, 40, 9), numbers(3, 9, 150), numbers(4, 150, 150)
-    low, turned = lowrank.join(v.copy(), a, b), basis.join(v, u)
+    whole = Box(0, 40, 0, 150)
+    low, turned = LowRank().join(v.copy(), [a, b], whole), Basis().join(v, [u], whole)
     for r0, r1, c0, c1 in ((0, 40, 0, 150), (3, 4, 70, 71), (11, 40, 63, 130), (0, 5, 0, 64)):
-        assert (lowrank.join(v[r0:r1, c0:c1].copy(), a[r0:r1], b[:, c0:c1]) == low[r0:r1, c0:c1]).all()
-        assert (basis.join(v[r0:r1], u[:, c0:c1]) == turned[r0:r1, c0:c1]).all()
+        box = Box(r0, r1, c0, c1)
+        assert (LowRank().join(v[r0:r1, c0:c1].copy(), [a, b], box) == low[r0:r1, c0:c1]).all()
+        assert (Basis().join(v[r0:r1], [u], box) == turned[r0:r1, c0:c1]).all()
 
 
 def test_v_is_left_alone_by_a_basis():
     v, u = numbers(5, 3, 4), numbers(6, 4, 4)
     kept = v.copy()
-    basis.join(v, u)
+    Basis().join(v, [u], Box(0, 3, 0, 4))
     assert (v == kept).all()
 
 
 def test_close_to_exact():
     v, u = numbers(7, 30, 200), numbers(8, 200, 200)
-    assert np.allclose(basis.join(v, u), v.astype(np.float64) @ u, atol=1e-3)
+    assert np.allclose(Basis().join(v, [u], Box(0, 30, 0, 200)), v.astype(np.float64) @ u, atol=1e-3)

@@ -18,10 +18,11 @@ from rac.encode.options import EFFORTS
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import SourceError
+from rac.grid import matrix
 from rac.linalg import exact
 from rac.linalg.triangular import Rows, Triangular, blocks, damped, rows, triangular
 from rac.stages import trellis as tr
-from rac.stages.lanes import layout as ll
+from rac.stages.words import DTYPES, from_words
 
 if TYPE_CHECKING:
     from rac.encode.split.objects import Basis
@@ -118,17 +119,17 @@ class Recipe:
 
 def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
     """The tensor as a float32 matrix (R, C); SourceError where it holds NaN or infinity."""
-    w = tr.from_words(t.read(0, t.nbytes).view(f"<u{tr.DTYPES[t.dtype].itemsize}"), t.dtype)
+    w = from_words(t.read(0, t.nbytes).view(f"<u{DTYPES[t.dtype].itemsize}"), t.dtype)
     if not np.isfinite(w).all():
         raise SourceError(f"tensor {t.name!r} holds NaN or infinity; keep it lossless with --keep {t.name!r}")
-    return w.reshape(ll.matrix(t.dtype, t.shape, axis_of(t.shape)))
+    return w.reshape(matrix(t.dtype, t.shape, axis_of(t.shape)))
 
 
 def quantisable(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) -> bool:
     """True for float matrices of some size whose name no pattern keeps, and that are no embeddings."""
-    if t.dtype not in tr.DTYPES or len(t.shape) < 2 or math.prod(t.shape) < SMALLEST:
+    if t.dtype not in DTYPES or len(t.shape) < 2 or math.prod(t.shape) < SMALLEST:
         return False
-    rows, cols = ll.matrix(t.dtype, t.shape, axis_of(t.shape))
+    rows, cols = matrix(t.dtype, t.shape, axis_of(t.shape))
     kept = (*KEEP, *keep) if embeddings else (*KEEP, *EMBEDDINGS, *keep)
     return min(rows, cols) >= 16 and not _matches(t.name, kept)
 

@@ -21,7 +21,7 @@ from rac.encode.quantise.tensor import encode, encode_with_words
 from rac.encode.split import objects as split
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
-from rac.stages import trellis as tr
+from rac.stages.words import from_words
 
 T = TypeVar("T")
 TOLERANCE = 0.005
@@ -170,7 +170,7 @@ class Search:
         def loss(scale: float) -> float:
             for e, words in self._at(scale, encode_with_words, f"{nats:g} nats"):
                 group = by_name[self._keep(e).name]
-                judge.put((e.name, *(a for a, _ in group.aliases)), tr.from_words(words, group.tensor.dtype))
+                judge.put((e.name, *(a for a, _ in group.aliases)), from_words(words, group.tensor.dtype))
             return -math.log2(max(judge.kl(), 1e-9))
 
         least, most = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))

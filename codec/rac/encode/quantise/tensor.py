@@ -22,7 +22,7 @@ from rac.encode.sources import SourceTensor
 from rac.encode.split import objects as split
 from rac.linalg import exact
 from rac.native import product
-from rac.stages import trellis as tr
+from rac.stages.words import from_words
 
 SHAPED = 32
 """States of the trellis where errors of rows are fed back: every state carries its own."""
@@ -74,7 +74,7 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
         q.trellis,
         zstd.digest(dense.reshape(-1).view(np.uint8).data),
         ties.digest(t),
-        ("", "basis/1", "lowrank/1")[len(uses)],
+        split.product_of(coded.objects),
         uses,
         a.name,
     )
@@ -94,7 +94,7 @@ def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
     `dense` (R, C) has the words that a decoder restores.
     """
     w = matrix_of(t)
-    e = tr.from_words(dense, t.dtype) - w
+    e = from_words(dense, t.dtype) - w
     layer = recipe.aligned[t.name].layer
     if layer is None:
         energy, error = _energy(w, w), _energy(e, e)

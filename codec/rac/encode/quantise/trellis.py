@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
+from rac.grid import Box
 from rac.linalg import exact
 from rac.linalg.triangular import Triangular
 from rac.native import product
 from rac.native import trellis as native
 from rac.stages import trellis as tr
+from rac.stages.base import Context
+from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
 F32 = np.float32
@@ -66,11 +69,11 @@ class Quantised:
     def dense(self) -> Array:
         """(R, C) words of the data type: what a decoder restores. Decoded anew each time."""
         r, c = self.words.shape
-        tables = tr.parse_unit(self.unit, self.trellis, self.dtype, r, c)
-        out = np.empty((r, c), f"<u{tr.DTYPES[self.dtype].itemsize}")
+        numbers = self.trellis.open(self.unit, Context(self.dtype, r, c, 1))
+        out = np.empty((r, c), f"<u{DTYPES[self.dtype].itemsize}")
         for a in range(0, r, self.lane):
             b = min(r, a + self.lane)
-            tr.decode(self.words[a:b], self.trellis, tables, (a, b, 0, c), out[a:b], self.dtype)
+            numbers.decode(self.words[a:b], Box(a, b, 0, c), out[a:b])
         return out
 
     @property
@@ -224,7 +227,7 @@ def quantise(
     words = np.ascontiguousarray((k[back].T + ZERO).astype(np.uint8))
     places = np.argwhere(wild.T)
     apart = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
-    sizes, unit = tr.build_unit(corrections, row_list, cols, places, tr.to_words(apart, dtype))
+    sizes, unit = tr.build_unit(corrections, row_list, cols, places, to_words(apart, dtype))
     p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
     return Quantised(words, p, unit, dtype, lane, len(places), int((cols == tr.DEAD).sum()))
 

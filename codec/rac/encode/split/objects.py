@@ -14,19 +14,21 @@ from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
-from rac.encode.code.plan import CODER, Level, Plan, analyse, grid_of
-from rac.encode.code.tile import TileEncoder
+from rac.encode.code.plan import CODER, Level, Plan, grid_of
 from rac.encode.encoded import Bytes, Encoded
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.errors import BudgetError
+from rac.grid import Box
 from rac.linalg import exact
 from rac.linalg.pca import pca
 from rac.linalg.triangular import Triangular, damped, triangular
 from rac.records import Limits
 from rac.split import low_rank
-from rac.stages import basis, lowrank
+from rac.stages import products
 from rac.stages import trellis as tr
+from rac.stages.base import Product
+from rac.stages.words import to_words
 
 Array = NDArray[Any]
 F32 = np.float32
@@ -81,13 +83,8 @@ def lane_of(shape: tuple[int, ...], coder: Level = CODER) -> int:
 
 def coded(q: lossy.Quantised, coder: Level = CODER) -> tuple[Plan, list[Bytes]]:
     """How the words of a quantised matrix are stored, and the units of its record."""
-    plan = replace(analyse(lambda _, a, b: q.words[a:b], "U8", q.words.shape, coder), words=q.words)
-    encoder = TileEncoder(plan)
-    units: list[Bytes] = [*([plan.shared] if plan.lanes else []), q.unit]
-    whole = SourceTensor("", "U8", q.words.shape, q.words.reshape(-1))
-    for row in range(plan.grid.down):
-        units += rec.band(whole, encoder, row)
-    return plan, units
+    plan, tiles = rec.coded(q.words, coder)
+    return plan, [*plan.fronts, q.unit, *tiles]
 
 
 def _object(
@@ -128,13 +125,21 @@ def before(t: SourceTensor, recipe: Recipe) -> tuple[NDArray[np.float32], str, t
     return w, t.dtype, ()
 
 
+def product_of(objects: Sequence[Object]) -> Product | None:
+    """The stage that computes with the objects of a tensor: two are a product of low rank, one is a basis."""
+    if not objects:
+        return None
+    return products.LowRank() if len(objects) == 2 else products.Basis()
+
+
 def after(v: Array, dtype: str, objects: Sequence[Object]) -> Array:
     """Words (R, C) of the data type that a decoder makes of the trellis' words `v` and the objects."""
-    if not objects:
+    product = product_of(objects)
+    if product is None:
         return v
-    found, first = np.asarray(v).view(F32), objects[0].values
-    out = lowrank.join(found, first, objects[1].values) if len(objects) == 2 else basis.join(found, first)
-    return tr.to_words(out, dtype)
+    found = np.asarray(v).view(F32)
+    whole = Box(0, len(found), 0, found.shape[1])
+    return to_words(product.join(found, [o.values for o in objects], whole, False), dtype)
 
 
 def factors(name: str, w: NDArray[np.float32], a: Aligned, recipe: Recipe) -> tuple[Object, Object]:

@@ -7,17 +7,17 @@ from numpy.typing import NDArray
 
 from rac.entropy.ans import Models, Segment
 from rac.entropy.interleave import split
-from rac.stages.lanes import layout as ll
+from rac.stages.lanes import layout
 
 
-def lanes(tile: ll.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], n: int) -> NDArray[np.uint8]:
+def lanes(tile: layout.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], n: int) -> NDArray[np.uint8]:
     """Symbols (n,) in sequence order of one tile; FormatError or ChecksumError on damage."""
     models = Models(freq)
     out = np.empty(n, np.uint8)
     count = len(tile.counts)
     for lane, words in enumerate(split(tile.words, tile.counts, freq, segments)):
         mine: list[Segment] = list(
-            zip(ll.lane_steps(segments, lane, count).tolist(), segments[:, 1].tolist(), strict=True)
+            zip(layout.lane_steps(segments, lane, count).tolist(), segments[:, 1].tolist(), strict=True)
         )
         symbols = models.decode(words, mine)
         done = start = 0

@@ -1,0 +1,1 @@
+"""Decoding on the CPU: tiles to words, by the C kernels or in Python."""

@@ -1,0 +1,406 @@
+"""The encoder of lanes/1: classes of rows and columns, an alphabet of tops, tables, and tiles to units."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac import native
+from rac.container import zstd
+from rac.encode.code import classes as clusters
+from rac.encode.code.plan import MANTISSA, Level, Plan, View, chunks
+from rac.encode.encoded import Bytes
+from rac.entropy import tables
+from rac.entropy.ans import Models
+from rac.entropy.interleave import merge
+from rac.grid import Grid, up16
+from rac.registry import DTYPES
+from rac.stages.lanes import layout
+from rac.stages.lanes.parameters import MAX_BASE, Lanes
+
+Array = NDArray[Any]
+PAIR_RARE = 45000
+"""A pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits."""
+RARE = {1: 65536, 2: 4096}
+"""Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
+_CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}
+"""Bits of a mantissa in the top, at most."""
+_BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
+_LEAST = 2048
+"""Words below which tables would cost more than they gain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Symbols:
+    """What the analysis of a tensor has found, and the encoding of its tiles needs."""
+
+    base: NDArray[np.uint8]
+    """(R, C) base symbols."""
+    rows: NDArray[np.uint8] | None
+    """(R,) classes of rows; None: one."""
+    cols: NDArray[np.uint8] | None
+    """(C,) classes of columns; None: one."""
+    table: NDArray[np.uint8]
+    """(Kr, Kc) table of each pair of classes."""
+
+    def sequence(self, p: Lanes, grid: Grid, i: int) -> tuple[layout.Order, NDArray[np.uint8]]:
+        """(order, coded symbols in sequence order) of tile `i`."""
+        r0, r1, c0, c1 = grid.box(i)
+        rows = None if self.rows is None else self.rows[r0:r1]
+        cols = None if self.cols is None else self.cols[c0:c1]
+        order = layout.order(p, rows, cols, r1 - r0, c1 - c0, self.table)
+        base = gather(order, self.base[r0:r1, c0:c1])
+        return order, native.pair(base, order.sizes, _pair_map(p)) if p.per == 2 else base
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Frequencies that tiles are coded with."""
+
+    freq: NDArray[np.uint16]
+    """(T, symbols), each of sum 4096."""
+    rare: NDArray[np.bool_] | None = None
+    """(T, symbols) pairs that are stored as two escapes, since a frequency of their own would cost more."""
+
+
+class LanesEncoder:
+    """Codes the tiles of one tensor by lanes/1."""
+
+    def __init__(self, plan: Plan, p: Lanes, symbols: Symbols, freq: Tables, view: View) -> None:
+        self.plan, self.words, self._p = plan, view.words, p
+        self._symbols, self._tables, self._level = symbols, freq, view.level.planes
+        self._coded: list[tuple[layout.Order, NDArray[np.uint8]]] = []
+        self._same = np.tile(np.arange(256, dtype=np.uint8), (p.tables, 1))
+        self._escaping = np.zeros((p.tables, 256), np.bool_)
+        self._escaping[:, p.first_escaping : p.symbols] = True
+        if freq.rare is not None:  # rare pairs are coded as two first escapes
+            self._escaping[:, : p.symbols] |= freq.rare
+            self._same[:, : p.symbols][freq.rare] = _both(p)
+        self._model = native.symbol_model(freq.freq, self._same)
+
+    @classmethod
+    def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
+        """The best of the alphabets that the level tries; None where none takes less than `best`."""
+        if (view.dtype not in MANTISSA and view.dtype not in _BYTES) or view.total < _LEAST:
+            return None
+        out = None
+        for per, coded in _candidates(view.dtype, view.level):
+            if per == 1:  # pairs do not serve: count the mantissa too
+                view.count_all()
+            found = cls._try(view, per, coded)
+            if found and found[1] < best:
+                out, best = found, found[1]
+            if found and per == 2:
+                break
+        return out
+
+    @classmethod
+    def _try(cls, view: View, per: int, coded: int) -> tuple[Self, int] | None:
+        """An encoder for tops of `coded` bits of the mantissa, and its size; None where no alphabet holds them."""
+        grid, level = view.grid, view.level
+        signed = DTYPES[view.dtype].signed_float
+        zero = (view.union & -view.union).bit_length() - 1 if view.union & view.mask else 0
+        down = max(MANTISSA.get(view.dtype, 0) - coded if signed else 0, view.base, zero)
+        tops = _tops(view, down)
+        found = _alphabet(tops, 1 + view.total // RARE[per], 256 if per == 1 else MAX_BASE)
+        if found is None:
+            return None
+        runs, escapes = found
+        symbols, cells = _symbols(view, (zero, signed, down - zero), found, per)
+        n, (kr, kc) = cells.shape[2], cells.shape[:2]
+        group = symbols.table.reshape(-1)
+        p = Lanes(
+            lanes=_lane_count(level, min(view.total, grid.tr * grid.tc)),
+            per=per,
+            zero=zero,
+            sign=signed,
+            shift=down - zero,
+            runs=tuple(runs),
+            escapes=tuple(escapes),
+            tables=int(group.max()) + 1,
+            order=0,
+            rows=kr,
+            cols=kc,
+            sizes=(0, 0, 0),
+            packed=grid.word >= 4,
+        )
+        held, rare = [], None
+        if per == 2:
+            held = [symbols.sequence(p, grid, i) for i in range(grid.tiles)]
+            counts, rare = _rare_pairs(_pair_counts(held, p), p)
+        else:
+            counts = clusters.sum_groups(cells.reshape(kr * kc, n), group, p.tables)
+        freq = np.stack([tables.normalise(c) for c in counts])
+        order, packed = min(((o, tables.to_bytes(freq, o)) for o in range(-2, 2)), key=lambda v: len(v[1]))
+        row_list, col_list = _class_list(symbols.rows), _class_list(symbols.cols)
+        p = replace(p, order=order, sizes=(len(packed), len(row_list), len(col_list)))
+        front = packed + row_list + col_list + group.tobytes()
+        out = cls(view.plan(p, front), p, symbols, Tables(freq, rare), view)
+        out._coded = held
+        escaped = int(tops.sum()) - int(sum(tops[a : a + k].sum() for a, k in zip(runs[::2], runs[1::2], strict=True)))
+        return out, _bits(counts, freq) // 8 + escaped + _around(view, p)
+
+    def encode(self, words: Array, i: int) -> Bytes:
+        """The unit of tile `i`, whose words (h, w) are given."""
+        p = self._p
+        order, sym = self._coded[i] if self._coded else self._symbols.sequence(p, self.plan.grid, i)
+        flat = gather(order, words)
+        coded, counts = native.encode_lanes(sym, p.lanes, order.segments, self._model) or self._reference(sym, order)
+        escapes = self._escapes(order, sym, flat) if p.escapes else b""
+        sizes, total = [], 0
+        for (bits, low), size in zip(p.planes(), p.plane_sizes(len(flat)), strict=True):
+            sizes.append((bits, low, total))
+            total += up16(size)
+        raw = native.planes(flat, p.zero, p.sign, p.shift, sizes, total)
+        planes: list[Bytes] = [
+            raw[at : at + size].data for (*_, at), size in zip(sizes, p.plane_sizes(len(flat)), strict=True)
+        ]
+        if p.packed:
+            planes = [self._smaller(plane) for plane in planes]
+        return layout.build_tile(coded, counts, escapes, planes, p)
+
+    def _reference(self, sym: Array, order: layout.Order) -> tuple[Array, Array]:
+        """`native.encode_lanes` through constriction, lane by lane; slow."""
+        p, freq = self._p, self._tables.freq
+        table = order.segments[:, 1]
+        models, starts = Models(freq), np.cumsum(order.segments[:, 0]) - order.segments[:, 0]
+        places = np.empty(len(sym), np.int32)
+        for start, (n, t) in zip(starts, order.segments, strict=True):
+            places[start : start + n] = models.index[t][self._same[t][sym[start : start + n]]]
+        streams = []
+        for lane, steps in enumerate(layout.lane_steps_all(order.segments, p.lanes)):
+            mine = [places[s + lane : s + n : p.lanes] for s, n in zip(starts, order.segments[:, 0], strict=True)]
+            todo = list(zip(steps.tolist(), table.tolist(), strict=True))
+            streams.append(models.encode(np.ascontiguousarray(np.concatenate(mine)), todo))
+        return merge(streams, freq, order.segments), np.array([len(s) for s in streams])
+
+    def _smaller(self, plane: Bytes) -> Bytes:
+        """The plane compressed where that pays for its time: low bits of float32 are often zero in whole rows."""
+        packed = zstd.compress(plane, self._level)
+        return packed if len(packed) < len(plane) - len(plane) // 128 else plane
+
+    def _escapes(self, order: layout.Order, sym: Array, flat: Array) -> bytes:
+        """Escape bytes in sequence order; few symbols have any."""
+        p, rare = self._p, self._tables.rare
+        at = native.find(sym, order.segments, self._escaping)
+        ends = np.cumsum(order.segments[:, 0])
+        k = np.searchsorted(ends, at, side="right")
+        first = np.cumsum(order.sizes) - order.sizes
+        element = (first[k] + (at - (ends - order.segments[:, 0])[k]) * p.per)[:, None] + np.arange(p.per)
+        base = p.pairs()[sym[at]].astype(np.int64)
+        if rare is not None:
+            base[rare[order.segments[k, 1], sym[at]]] = p.first_escape
+        use = (base >= p.first_escape) & (element < (first + order.sizes)[k][:, None])
+        top = native.tops(flat[element[use]], p.zero, p.sign, p.shift).astype(np.int64)
+        out: bytes = (top - np.array(p.escapes, np.int64)[base[use] - p.first_escape]).astype(np.uint8).tobytes()
+        return out
+
+
+def _candidates(dtype: str, level: Level) -> list[tuple[int, int]]:
+    """(elements per symbol, mantissa bits in the top) to try; where pairs serve, the rest is not tried."""
+    start = _CODED.get(dtype, 0)
+    out = [(1, coded) for coded in range(start, max(-1, start - 1 - level.fewer_bits), -1)]
+    return [(2, 0), *out] if level.per == 2 and dtype in MANTISSA else out
+
+
+def _tops(view: View, down: int) -> Array:
+    """How often each top occurs, the bits of a word from `down` on, without its sign."""
+    size = min(65536, 1 << (view.mask.bit_length() - down))
+    step = 1 << (down - view.base)
+    return np.add.reduceat(view.hist, np.arange(0, min(len(view.hist), size * step), step))
+
+
+def _symbols(
+    view: View, cut: tuple[int, bool, int], alphabet: tuple[list[int], list[int]], per: int
+) -> tuple[Symbols, clusters.Counts]:
+    """Base symbols and their classes; the counts (Kr, Kc, n) of each pair of classes.
+
+    `cut` is (zero bits, signed, shift) of a word.
+    """
+    (zero, signed, shift), grid, level = cut, view.grid, view.level
+    n = sum(alphabet[0][1::2]) + len(alphabet[1])
+    lut = _lut(*alphabet)
+    base = np.empty((grid.rows, grid.cols), np.uint8)
+    for a, b in chunks(grid):
+        base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
+    weight = n if per == 2 else 1  # a table of pairs costs about that much more than one of base symbols
+    # Column classes slow a decoder down where it cannot permute a row of a tile in registers.
+    wide = not level.again and view.dtype in MANTISSA and (grid.word != 2 or grid.tc > 64)
+    rows, cols, cells = _classes(base, n, weight, replace(level, col_classes=1) if wide else level)
+    kr, kc = cells.shape[:2]
+    group = clusters.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
+    return Symbols(base, rows, cols, group.reshape(kr, kc)), cells
+
+
+def _bits(counts: clusters.Counts, freq: NDArray[np.uint16]) -> int:
+    """Bits of the symbols (T, symbols) under tables of these frequencies."""
+    each = clusters.log2(np.full(1, 4096)) - clusters.log2(freq.astype(np.int64))
+    return int((counts * each).sum()) // clusters.UNIT
+
+
+def _around(view: View, p: Lanes) -> int:
+    """Bytes beside words and escapes: shared unit, directories, raw planes, compressed where that pays."""
+    sample, n, size = view.sample, view.sample.size, 0
+    for (bits, low), plain in zip(p.planes(), p.plane_sizes(n), strict=True):
+        if p.packed and bits >= 8:
+            plane = (sample.reshape(-1) >> sample.dtype.type(p.zero + low)).astype(f"<u{bits // 8}")
+            plain = min(plain, len(zstd.compress(plane.tobytes(), view.level.planes)))
+        size += plain
+    return p.front + 200 + view.grid.tiles * (16 + 12 * p.lanes) + view.scaled(size)
+
+
+def _both(p: Lanes) -> int:
+    """The pair of two first escapes."""
+    return int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
+
+
+def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int]] | None:
+    """Symbol runs and escape bases for the tops counted in `hist`: a rare top costs less as an escape.
+
+    None where `most` base symbols cannot hold them without many escapes.
+    """
+    used = np.flatnonzero(hist)
+    keep = np.flatnonzero(hist > entries)
+    if not len(keep):
+        keep = used[np.argsort(-hist[used], kind="stable")[:2]]
+    zero = int(keep[0] == 0 and len(keep) > 1 and keep[1] > 8)
+    low, high = int(keep[zero]), int(keep[-1]) + 1
+
+    def bases(low: int, high: int) -> list[int]:
+        out = used[(used < low) | (used >= high)]
+        out = out[out > 0] if zero else out
+        found: list[int] = []
+        while len(out):
+            found.append(min(int(out[0]), max(0, len(hist) - 256)))
+            out = out[out >= found[-1] + 256]
+        return found
+
+    while True:
+        escapes = bases(low, high)
+        if high - low + max(len(escapes), most < 256) + zero <= most:  # rare pairs need an escape
+            break
+        if len(escapes) > most // 2 or high - low < 2:
+            return None
+        if hist[low] <= hist[high - 1]:
+            low += 1
+        else:
+            high -= 1
+    if most < 256:
+        escaped = int(hist.sum()) - int(hist[low:high].sum()) - (int(hist[0]) if zero else 0)
+        if escaped * 64 > int(hist.sum()):
+            return None
+        escapes = escapes or [low]
+    if high - low + zero + len(escapes) < 2:
+        high, low = (high + 1, low) if high < len(hist) else (high, low - 1)
+    return ([0, 1] if zero else []) + [low, high - low], escapes
+
+
+@functools.lru_cache(64)
+def _pair_map(p: Lanes) -> NDArray[np.uint8]:
+    out = np.zeros(256, np.uint8)
+    pairs = p.pairs().astype(np.int64)
+    out[pairs[:, 0] | pairs[:, 1] << 4] = np.arange(len(pairs), dtype=np.uint8)
+    return out
+
+
+def _pair_counts(held: list[tuple[layout.Order, NDArray[np.uint8]]], p: Lanes) -> clusters.Counts:
+    """(T, symbols) how often each pair occurs under each table, in the order in which tiles code them."""
+    counts = np.zeros((p.tables, p.symbols), np.uint32)
+    for order, sym in held:
+        native.count_segments(sym, order.segments, counts)
+    return counts.astype(np.int64)
+
+
+def _rare_pairs(counts: clusters.Counts, p: Lanes) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
+    """Counts without the rarest pairs, which become two escapes; and which these are, (T, symbols)."""
+    if not p.escapes or max(p.runs) >= p.escapes[0] + 256:
+        return counts, None
+    rare = (counts > 0) & (counts * PAIR_RARE < counts.sum(1, keepdims=True))
+    rare[:, p.first_escaping :] = False
+    moved = np.where(rare, counts, 0).sum(1)
+    counts = np.where(rare, 0, counts)
+    counts[:, _both(p)] += moved
+    return counts, rare if rare.any() else None
+
+
+def gather(order: layout.Order, tile: Array) -> Array:
+    """Elements of `tile` (h, w) in sequence order."""
+    done = native.gather(tile, order.rows, order.cols, order.blocks)
+    if done is not None:
+        return done
+    if order.rows is not None:
+        tile = tile[order.rows]
+    if order.cols is not None:
+        tile = tile[:, order.cols]
+    return np.concatenate([tile[a:b, c:d].reshape(-1) for _, a, b, c, d in order.blocks.tolist()])
+
+
+def _lane_count(level: Level, elements: int) -> int:
+    """Lanes of at least 4500 elements each, as a power of two; never more than 2**17 elements in one.
+
+    A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
+    """
+    lanes = level.lanes if level.fixed else 1
+    while (lanes < level.lanes and elements >= 9000 * lanes) or elements > lanes << 17:
+        lanes *= 2
+    return lanes
+
+
+def _lut(runs: list[int], escapes: list[int]) -> NDArray[np.uint8]:
+    """(65536,) base symbol of each top."""
+    lut = np.zeros(65536, np.uint8)
+    first = sum(runs[1::2])
+    for j in reversed(range(len(escapes))):
+        lut[escapes[j] : escapes[j] + 256] = first + j
+    at = 0
+    for start, n in zip(runs[::2], runs[1::2], strict=True):
+        lut[start : start + n] = np.arange(at, at + n)
+        at += n
+    return lut
+
+
+def _class_list(classes: NDArray[np.uint8] | None) -> bytes:
+    return b"" if classes is None else zstd.shorter(classes.tobytes())
+
+
+def _classes(
+    symbols: NDArray[np.uint8], n: int, weight: int, level: Level
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, clusters.Counts]:
+    """Row classes, column classes (None: one class), and the symbol counts (Kr, Kc, n) of each pair.
+
+    `weight` is the length of a table against one of n symbols.
+    """
+    r, c = symbols.shape
+
+    def key(classes: NDArray[np.uint8] | None, scale: int) -> Array | None:
+        return None if classes is None else classes.astype(np.int32) * np.int32(scale)
+
+    def cluster(vectors: clusters.Vectors, of: int, groups: int, most: int) -> tuple[NDArray[np.uint8] | None, int]:
+        found, agg = clusters.cluster(vectors, of, groups * n, most, level.rounds, weight)
+        return (found, len(agg)) if len(agg) > 1 else (None, 1)
+
+    def of_rows(a: int, b: int) -> Array:
+        by_row = np.arange(b - a, dtype=np.int32) * np.int32(kc)
+        return native.histogram(symbols[a:b], by_row, key(cols, 1), (b - a) * kc, n).reshape(b - a, kc, n)
+
+    def of_cols(a: int, b: int) -> Array:
+        strip, by_col = np.ascontiguousarray(symbols[:, a:b]), np.arange(b - a, dtype=np.int32)
+        hist = native.histogram(strip, key(rows, b - a), by_col, kr * (b - a), n)
+        return np.ascontiguousarray(hist.reshape(kr, b - a, n).transpose(1, 0, 2))
+
+    rows = cols = None
+    kr = kc = 1
+    enough = min(r, c) >= 16 and symbols.size >= 8192
+    can_rows = level.row_classes > 1 and enough
+    if can_rows:
+        rows, kr = cluster(of_rows, r, 1, level.row_classes)
+    if level.col_classes > 1 and enough:
+        cols, kc = cluster(of_cols, c, kr, level.col_classes)
+        if level.again and kc > 1 and can_rows:
+            rows, kr = cluster(of_rows, r, kc, level.row_classes)
+    cells = native.histogram(symbols, key(rows, kc), key(cols, 1), kr * kc, n)
+    return rows, cols, cells.astype(np.int64).reshape(kr, kc, n)

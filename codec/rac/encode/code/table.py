@@ -1,0 +1,31 @@
+"""What encodes each coder of the format: one row each, in the order in which they are asked for proposals."""
+
+from __future__ import annotations
+
+from rac.encode.code.lanes import LanesEncoder
+from rac.encode.code.plain import BitsEncoder, RawEncoder, ZstdEncoder
+from rac.encode.code.plan import Encoder, Level, Source, View
+
+ENCODERS: dict[str, type[Encoder]] = {
+    "raw/1": RawEncoder,
+    "lanes/1": LanesEncoder,
+    "zstd/1": ZstdEncoder,
+    "bits/1": BitsEncoder,
+}
+
+
+def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> Encoder:
+    """Choose the coder of a tensor and its parameters; reads it once or a few times, some MiB at a time.
+
+    Each coder sees the size of the best proposal so far. An empty tensor is stored by the first.
+    """
+    view = View(source, dtype, shape, level)
+    best: Encoder | None = None
+    size = 0
+    for kind in ENCODERS.values():
+        if best is not None and not view.total:
+            break
+        if found := kind.propose(view, size):
+            best, size = found
+    assert best is not None  # noqa: S101 - the first always proposes
+    return best

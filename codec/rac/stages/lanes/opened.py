@@ -1,0 +1,188 @@
+"""lanes/1: the shared unit, and tiles to words: jobs of the C kernel, numba, or the reference (constriction)."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import threading
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac import native
+from rac.container import zstd
+from rac.entropy import tables
+from rac.errors import FormatError
+from rac.grid import Box, Grid
+from rac.stages.lanes import layout
+from rac.stages.lanes.parameters import Lanes
+
+Array = NDArray[Any]
+
+
+class OpenLanes:
+    """The shared unit of a record: frequency tables, class of every row and column, class pair to table.
+
+    Attributes:
+        p: The parameters.
+        freq: (T, symbols) uint16 frequency tables, each of sum 4096.
+        rows: (R,) uint8 class of every row; None where there is one class.
+        cols: (C,) uint8 class of every column; None where there is one class.
+        table: (Kr, Kc) uint8 table of each pair of classes.
+        values: (256,) uint16 top of each base symbol.
+        bases: (256,) uint32 base of each escape.
+        code: (symbols,) uint8 a coded symbol as its base symbol, or as a | b << 4 for a pair.
+        limit: Tops are below it.
+    """
+
+    def __init__(self, p: Lanes, word: int, freq: NDArray[np.uint16], table: NDArray[np.uint8]) -> None:
+        self.p, self.freq, self.table = p, freq, table
+        self.rows: NDArray[np.uint8] | None = None
+        self.cols: NDArray[np.uint8] | None = None
+        self.values, self.bases, self.code = p.values(), p.bases(), p.codes()
+        self.limit = 1 << min(16, 8 * word - p.zero - p.sign - p.shift)
+        self._word, self._reference = word, False
+        self._lut: NDArray[np.uint32] | None = None
+        self._kernel: LanesKernel | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def parse(cls, unit: bytes, p: Lanes, grid: Grid, reference: bool = False) -> Self:
+        """The shared unit of a tensor (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
+        t, r, c = p.sizes
+        if len(unit) != p.front:
+            raise FormatError("shared unit does not have the size of its sections")
+        freq = tables.from_bytes(unit[:t], p.tables, p.symbols, p.order)
+        rows = _classes(unit[t : t + r], grid.rows, p.rows)
+        cols = _classes(unit[t + r : t + r + c], grid.cols, p.cols)
+        table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
+        if (table >= p.tables).any():
+            raise FormatError("class map names a table that is not there")
+        out = cls(p, grid.word, freq, table)
+        out.rows, out.cols, out._reference = rows, cols, reference
+        return out
+
+    def bare(self) -> Self:
+        """A copy without look-up tables, 16 KiB each, which are larger than all else."""
+        out = copy.copy(self)
+        out._lut, out._kernel, out._lock = None, None, threading.Lock()
+        return out
+
+    def lut(self) -> NDArray[np.uint32]:
+        """(T, 4096) look-up tables, made when they are first asked for."""
+        if self._lut is None:
+            self._lut = tables.lookup(self.freq, self.code)
+        return self._lut
+
+    def kernel(self) -> LanesKernel | None:
+        """What makes jobs of the C kernel; None where it was not built, or the reference was asked for."""
+        if self._reference or not native.available():
+            return None
+        with self._lock:  # a second set of tables would be freed while jobs have its address
+            if self._kernel is None:
+                self._kernel = LanesKernel(self, self._word)
+            return self._kernel
+
+    def plain(self, unit: Array, box: Box) -> Array:
+        """The unit (bytes,) uint8 of a tile with plain planes; FormatError where a frame is damaged."""
+        p, n = self.p, (box.r1 - box.r0) * (box.c1 - box.c0)
+        if not p.packed or not p.raw:
+            return unit
+        out = layout.plain_tile(unit, n, p, zstd.decompress)
+        if out is not unit:
+            out[4 : 4 + p.skip] = np.array(p.plane_sizes(n), "<u4").view(np.uint8)
+        return out
+
+    def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
+        """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words, without the C kernel.
+
+        Raises FormatError or ChecksumError; `dst` may then be partly written.
+        """
+        p, (r0, r1, c0, c1) = self.p, box
+        h, w = r1 - r0, c1 - c0
+        unit = self.plain(unit, box)
+        row_class = None if self.rows is None else self.rows[r0:r1]
+        col_class = None if self.cols is None else self.cols[c0:c1]
+        order = layout.order(p, row_class, col_class, h, w, self.table)
+        tile = layout.parse_tile(unit, h * w, p)
+        tops = self._tops(_elements(self._symbols(tile, order), p, order), tile)
+        planes = [unit.data[a : a + n] for a, n in zip(tile.planes, p.plane_sizes(h * w), strict=True)]
+        flat = layout.join(tops, layout.unpack_planes(planes, h * w, p), p, dst.dtype.itemsize)
+        rows = np.arange(h) if order.rows is None else order.rows
+        cols = np.arange(w) if order.cols is None else order.cols
+        start = 0
+        for _, a, b, c, d in order.blocks.tolist():
+            dst[np.ix_(rows[a:b], cols[c:d])] = flat[start : start + (b - a) * (d - c)].reshape(b - a, d - c)
+            start += (b - a) * (d - c)
+
+    def _symbols(self, tile: layout.Tile, order: layout.Order) -> Array:
+        """`code` of every coded symbol, in sequence order."""
+        coded = int(order.segments[:, 0].sum())
+        if self._reference:
+            from rac.stages.lanes.reference import lanes
+
+            return self.code[lanes(tile, self.freq, order.segments, coded)]
+        return native.ans_decode(self.lut(), tile.words, tile.counts, order.segments, coded)
+
+    def _tops(self, base: Array, tile: layout.Tile) -> NDArray[np.uint64]:
+        """Tops (n,) of base symbols (n,) in sequence order."""
+        tops = self.values[base].astype(np.uint64)
+        at = np.flatnonzero(base >= self.p.first_escape)
+        if len(at) != len(tile.escapes):
+            raise FormatError(native.TILE_ERRORS[5])
+        tops[at] = self.bases[base[at].astype(np.int64) - self.p.first_escape].astype(np.uint64) + tile.escapes
+        if len(at) and int(tops[at].max()) >= self.limit:
+            raise FormatError(native.TILE_ERRORS[6])
+        return tops
+
+
+class LanesKernel:
+    """Makes jobs of the C kernel for the tiles of one tensor; keeps alive what their addresses point to."""
+
+    def __init__(self, of: OpenLanes, word: int) -> None:
+        p = of.p
+        self._kept = (of.lut(), of.values, of.bases, of.table, of.rows, of.cols)
+        self._rows, self._cols = native.address(of.rows), native.address(of.cols)
+        self._shared = native.TileShared(
+            *(native.address(a) for a in self._kept[:4]),
+            *(p.rows, p.cols, p.skip, p.lanes, p.per, word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape),
+            of.limit,
+        )
+        self._at = ctypes.addressof(self._shared)
+
+    def job(
+        self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: tuple[int, int, int] | None
+    ) -> native.TileJob:
+        """The job of one tile, see `rac.stages.base.Kernel`."""
+        r0, r1, c0, c1 = box
+        rows, cols = self._rows and self._rows + r0, self._cols and self._cols + c0
+        row, col, what = numbers or (0, 0, 0)
+        to, stride = place
+        return native.TileJob(
+            *unit, rows, cols, to, r1 - r0, c1 - c0, stride, self._at, what, row + 4 * r0, col + 4 * c0
+        )
+
+
+def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
+    """Classes of `n` rows or columns: nothing where k is 1, plain bytes of size n, or else a zstd frame."""
+    if k == 1:
+        if data:
+            raise FormatError("classes are given where there is one class")
+        return None
+    out = np.frombuffer(zstd.expand(data, n), np.uint8)
+    if (out >= k).any():
+        raise FormatError("class is out of range")
+    return out
+
+
+def _elements(sym: Array, p: Lanes, order: layout.Order) -> Array:
+    """Base symbol of every element, out of `code` symbols."""
+    if p.per == 1:
+        return sym
+    base, at = [], 0
+    for n, steps in zip(order.sizes.tolist(), order.segments[:, 0].tolist(), strict=True):
+        pair = sym[at : at + steps]
+        base.append(np.stack([pair & 15, pair >> 4], axis=1).reshape(-1)[:n])
+        at += steps
+    return np.concatenate(base)

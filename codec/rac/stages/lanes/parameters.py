@@ -1,0 +1,242 @@
+"""lanes/1: the parameters that a record head states (format_spec/stages/lanes.md, whose names these are)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.errors import FormatError, UnsupportedError
+from rac.grid import Grid, is_int
+from rac.stages.base import Context, Head, OpenCoder
+
+Array = NDArray[Any]
+MAX_LANES = 1024
+_NAMES = "cols escapes id lanes order packed per rows runs shift sign sizes tables zero"
+KEYS = frozenset(_NAMES.split())
+MAX_BASE = 16
+"""Base symbols that pairs may be made of."""
+
+
+@functools.cache
+def _pairs(base: int, first_escape: int) -> NDArray[np.uint8]:
+    both = [(a, b) for b in range(base) for a in range(base)]
+    both.sort(key=lambda ab: max(ab) >= first_escape)  # stable
+    return np.array(both, np.uint8)
+
+
+@functools.cache
+def _singles(base: int) -> NDArray[np.uint8]:
+    return np.arange(base, dtype=np.uint8)[:, None]
+
+
+@functools.lru_cache(64)
+def _values(runs: tuple[int, ...]) -> NDArray[np.uint16]:
+    out = np.zeros(256, np.uint16)
+    at = 0
+    for start, n in zip(runs[::2], runs[1::2], strict=True):
+        out[at : at + n] = np.arange(start, start + n)
+        at += n
+    return out
+
+
+@functools.lru_cache(64)
+def _bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+    out = np.zeros(256, np.uint32)
+    out[: len(escapes)] = escapes
+    return out
+
+
+@functools.lru_cache(64)
+def _codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+    if per == 1:
+        return np.arange(base, dtype=np.uint8)
+    both = _pairs(base, first_escape)
+    return np.ascontiguousarray(both[:, 0] | both[:, 1] << np.uint8(4))
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """lanes/1: a coded top of each word in interleaved ANS lanes, its other bits in raw planes."""
+
+    id: ClassVar[str] = "lanes/1"
+    resident: ClassVar[bool] = True
+    lanes: int
+    per: int
+    zero: int
+    sign: bool
+    shift: int
+    runs: tuple[int, ...]
+    escapes: tuple[int, ...]
+    tables: int
+    order: int
+    rows: int
+    cols: int
+    sizes: tuple[int, ...]
+    packed: bool = False
+
+    @property
+    def front(self) -> int:
+        """Bytes of the shared unit."""
+        return sum(self.sizes) + self.rows * self.cols
+
+    @property
+    def framed(self) -> bool:
+        """Whether raw planes may be Zstandard frames."""
+        return self.packed
+
+    @property
+    def directory(self) -> int:
+        """Bytes of a tile's directory, without padding."""
+        return 4 + self.skip + 2 * self.lanes
+
+    @property
+    def skip(self) -> int:
+        """Bytes of the stored sizes of the planes in it."""
+        return 4 * self.raw.bit_count() if self.packed else 0
+
+    @property
+    def raw(self) -> int:
+        """Raw bits per word."""
+        return self.shift + self.sign
+
+    @property
+    def first_escape(self) -> int:
+        """Symbols from this one on are escapes."""
+        return sum(self.runs[1::2], 0)
+
+    @property
+    def base(self) -> int:
+        """Size of the base alphabet: what one element can be."""
+        return self.first_escape + len(self.escapes)
+
+    @property
+    def symbols(self) -> int:
+        """Size of the coded alphabet: base symbols, or pairs of them."""
+        return self.base * (self.base if self.per == 2 else 1)
+
+    @property
+    def first_escaping(self) -> int:
+        """Coded symbols from this one on hold an escape."""
+        return self.first_escape * (self.first_escape if self.per == 2 else 1)
+
+    def pairs(self) -> NDArray[np.uint8]:
+        """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
+        return _pairs(self.base, self.first_escape) if self.per == 2 else _singles(self.base)
+
+    def bases(self) -> NDArray[np.uint32]:
+        """(256,) base of each escape. Not to be written to."""
+        return _bases(self.escapes)
+
+    def codes(self) -> NDArray[np.uint8]:
+        """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
+        return _codes(self.base, self.first_escape, self.per)
+
+    def steps(self, elements: Array | int) -> Array:
+        """Coded symbols of a segment of so many elements."""
+        out: Array = -(-np.asarray(elements) // self.per)
+        return out
+
+    def values(self) -> NDArray[np.uint16]:
+        """(256,) top of each base symbol; 0 for escapes and unused entries. Not to be written to."""
+        return _values(self.runs)
+
+    def planes(self) -> list[tuple[int, int]]:
+        """(bits, position of its lowest bit) of each raw plane, largest first."""
+        out, low = [], 0
+        for b in (32, 16, 8, 4, 2, 1):
+            if self.raw & b:
+                out.append((b, low))
+                low += b
+        return out
+
+    def to_head(self) -> Head:
+        """The stage map."""
+        return {
+            "id": self.id,
+            "lanes": self.lanes,
+            "packed": int(self.packed),
+            "per": self.per,
+            "zero": self.zero,
+            "sign": int(self.sign),
+            "shift": self.shift,
+            "runs": list(self.runs),
+            "escapes": list(self.escapes),
+            "tables": self.tables,
+            "order": self.order,
+            "rows": self.rows,
+            "cols": self.cols,
+            "sizes": list(self.sizes),
+        }
+
+    @classmethod
+    def from_head(cls, head: Head, context: Context) -> Self:
+        """The coder of a stage map (stages/lanes.md, "Parameters"); FormatError or UnsupportedError."""
+        if KEYS - head.keys():
+            raise FormatError("lanes parameters are incomplete")
+        if head.keys() - KEYS:
+            raise UnsupportedError(f"unknown lanes parameters: {', '.join(sorted(head.keys() - KEYS))}")
+        bits = 8 * context.word
+        ranges = {
+            "lanes": (1, MAX_LANES),
+            "packed": (0, 1),
+            "per": (1, 2),
+            "zero": (0, bits - 1),
+            "sign": (0, 1),
+            "shift": (0, bits - 1),
+            "tables": (1, 256),
+            "order": (-8, 8),
+            "rows": (1, 256),
+            "cols": (1, 256),
+        }
+        for key, (low, high) in ranges.items():
+            if not is_int(head[key], low, high):
+                raise FormatError(f"lanes parameter {key} is out of range")
+        top = bits - head["zero"] - head["sign"] - head["shift"]
+        if not 1 <= top <= 64:
+            raise FormatError("lanes parameters leave no top bits")
+        limit = 1 << min(top, 16)
+        runs, escapes, sizes = head["runs"], head["escapes"], head["sizes"]
+        if not all(isinstance(v, list) for v in (runs, escapes, sizes)) or len(sizes) != 3 or len(runs) % 2:
+            raise FormatError("lanes parameter lists are malformed")
+        end = 0
+        for start, n in zip(runs[::2], runs[1::2], strict=True):
+            if not is_int(start, end, limit - 1) or not is_int(n, 1, 256) or start + n > limit:
+                raise FormatError("symbol runs overlap or leave the range of tops")
+            end = start + n
+        if any(not is_int(v, 0, limit - 1) for v in escapes):
+            raise FormatError("escape base is out of range")
+        most = 256 if head["per"] == 1 else MAX_BASE
+        if not 2 <= sum(runs[1::2]) + len(escapes) <= most:
+            raise FormatError(f"base alphabet must have 2 to {most} symbols")
+        if any(not is_int(v, 0, 1 << 40) for v in sizes) or head["rows"] * head["cols"] > 4096:
+            raise FormatError("lanes parameters sizes, rows or cols are out of range")
+        small: dict[str, Any] = {key: head[key] for key in ranges}
+        lists: dict[str, Any] = {"runs": tuple(runs), "escapes": tuple(escapes), "sizes": tuple(sizes)}
+        return cls(**{**small, "sign": bool(head["sign"]), "packed": bool(head["packed"])}, **lists)
+
+    def open(self, unit: bytes, grid: Grid, reference: bool) -> OpenCoder:
+        """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
+        from rac.stages.lanes.opened import OpenLanes
+
+        return OpenLanes.parse(unit, self, grid, reference)
+
+    def details(self) -> dict[str, int]:
+        """Number of classes and of tables."""
+        return {"row_classes": self.rows, "column_classes": self.cols, "tables": self.tables}
+
+    def parts(self, first: bytes, size: int, n: int) -> tuple[int, int, int, int]:
+        """Bytes of (directory, words, escapes, raw planes as stored) of a tile of `n` words, from its first bytes."""
+        d = np.frombuffer(first, np.uint8, self.directory)
+        words = 4 * int(d[4 + self.skip :].view("<u2").sum(dtype=np.int64))
+        raw = sum(self.plane_sizes(n))
+        if self.packed:
+            raw = int(d[4 : 4 + self.skip].view("<u4").sum(dtype=np.int64))
+        return self.directory, words, int(d[:4].view("<u4")[0]), raw
+
+    def plane_sizes(self, n: int) -> list[int]:
+        """Bytes of each raw plane of a tile of `n` words, without padding."""
+        return [-(-n * b // 8) for b, _ in self.planes()]

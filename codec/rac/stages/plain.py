@@ -1,0 +1,101 @@
+"""Words as they are, or in Zstandard frames (format_spec/stages/raw.md, format_spec/stages/zstd.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.container import zstd
+from rac.errors import FormatError
+from rac.grid import Box, Grid
+from rac.stages.base import Context, Head, only_id
+
+Array = NDArray[Any]
+
+
+class Plain:
+    """A coder without front unit, parameters and kernel; what its subclasses share."""
+
+    id: ClassVar[str]
+    resident: ClassVar[bool] = False
+    front: ClassVar[int | None] = None
+    directory: ClassVar[int] = 0
+    framed: ClassVar[bool] = False
+
+    @classmethod
+    def from_head(cls, head: Head, context: Context) -> Self:
+        """The coder of a stage map; UnsupportedError where it has parameters."""
+        only_id(head)
+        return cls()
+
+    def to_head(self) -> Head:
+        """The stage map."""
+        return {"id": self.id}
+
+    def open(self, unit: bytes, grid: Grid, reference: bool) -> Self:
+        """The coder itself: there is no unit to parse."""
+        return self
+
+    def kernel(self) -> None:
+        """None: numpy is as fast."""
+
+    def bare(self) -> Self:
+        """The coder itself: it has no tables."""
+        return self
+
+    def plain(self, unit: Array, box: Box) -> Array:
+        """The unit (bytes,) uint8 itself."""
+        return unit
+
+    def details(self) -> dict[str, int]:
+        """No classes and no tables."""
+        return {"row_classes": 0, "column_classes": 0, "tables": 0}
+
+    def parts(self, first: bytes, size: int, n: int) -> tuple[int, int, int, int]:
+        """(0, 0, 0, bytes of the tile)."""
+        return 0, 0, 0, size
+
+
+@dataclass(frozen=True, slots=True)
+class Raw(Plain):
+    """raw/1: the words of a tile, row by row."""
+
+    id: ClassVar[str] = "raw/1"
+
+    def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
+        """The unit (bytes,) uint8 of a tile into `dst` (h, w) words; FormatError unless it has their size."""
+        if len(unit) != dst.size * dst.itemsize:
+            raise FormatError("raw unit does not have the size of its tile")
+        dst[...] = unit.view(dst.dtype).reshape(dst.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Zstd(Plain):
+    """zstd/1: a Zstandard frame of the bytes of all words of a tile, lowest bytes first."""
+
+    id: ClassVar[str] = "zstd/1"
+    framed: ClassVar[bool] = True
+    word: int
+
+    @classmethod
+    def from_head(cls, head: Head, context: Context) -> Self:
+        """The coder of a stage map, for words of `context.word` bytes; UnsupportedError where it has parameters."""
+        only_id(head)
+        return cls(context.word)
+
+    def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
+        """The unit (bytes,) uint8 of a tile into `dst` (h, w) words; `plain`: it is these words already."""
+        if plain:
+            dst[...] = unit.view(dst.dtype).reshape(dst.shape)
+            return
+        data = np.frombuffer(zstd.decompress(unit.data, dst.size * self.word), np.uint8).reshape(self.word, dst.size)
+        dst[...] = np.ascontiguousarray(data.T).view(dst.dtype).reshape(dst.shape)
+
+    def plain(self, unit: Array, box: Box) -> Array:
+        """The words of the tile as bytes; FormatError where the frame is damaged."""
+        words = np.empty((box.r1 - box.r0, box.c1 - box.c0), f"<u{self.word}")
+        self.decode(unit, box, words)
+        return words.reshape(-1).view(np.uint8)
