@@ -16,14 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from rac.gpu import decoder as cuda
-from rac.gpu import jobs as cuda_jobs
+from rac.gpu import specs
 
 ARCHITECTURES = (80, 90, 100)
 RATCHET = Path(__file__).parents[1] / "tests" / "unit" / "decode" / "sass.json"
 KEYS = {"per_weight": "", "alu": " alu", "slow": " slow"}
 """What the ratchet holds of a form, and what stands behind the architecture there."""
-_TYPES = {"jobs": "*i64", "status": "*i32", "n": "i32"}
+_TYPES = {"jobs": "*i64", "status": "*i32"}
 _BF16 = {"WORD": 2, "SHIFT": 7, "SIGN": 1, "ZERO": 0, "RAW": 8, "CODED": True, "ROWS": 64, "COLS": 256}
 FORMS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "lanes, pairs, 32": ("lanes", {"LANES": 32, "SPAN": 32, "PER": 2, "BLOCK": 32, "ENTRIES": 256}, "STG.E.U8", 1),
@@ -34,9 +33,9 @@ FORMS: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "place BF16": ("place", _BF16, "STG", 1),
     "place F32": ("place", _BF16 | {"WORD": 4, "SHIFT": 23, "RAW": 24}, "STG", 1),
     "place raw": ("place", _BF16 | {"SHIFT": 0, "SIGN": 0, "RAW": 16, "CODED": False}, "STG", 1),
-    "escapes": ("added", {"WORD": 2, "PLACED": True, "BLOCK": 64}, "STG.E.U16", 1),
-    "escapes, lossy": ("found", {"WORD": 1, "PLACED": False, "BLOCK": 64}, "STG.E.U8", 1),
-    "trellis": ("trellis", {"TO": "BF16", "COLS": cuda_jobs.TRELLIS_COLS, "PAIRS": True}, "STG", 2),
+    "escapes": ("escapes", {"WORD": 2, "PLACED": True, "BLOCK": 64}, "STG.E.U16", 1),
+    "escapes, lossy": ("escapes", {"WORD": 1, "PLACED": False, "BLOCK": 64}, "STG.E.U8", 1),
+    "trellis": ("trellis", {"TO": "BF16", "COLS": 64, "PAIRS": True}, "STG", 2),
     "product": ("product", {"WORD": 2, "HALF": False, "ADDED": True, "ROWS": 16, "COLS": 32}, "FMUL", 1),
     "groups": ("groups", {"TO": "BF16", "PAIRS": True, "SAME": True, "ROWS": 32, "COLS": 256}, "STG", 2),
     "groups, apart": ("groups", {"TO": "BF16", "PAIRS": False, "SAME": False, "ROWS": 32, "COLS": 256}, "STG", 1),
@@ -85,13 +84,12 @@ def compiled(name: str, cap: int) -> tuple[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    step, constants, *_ = FORMS[name]
-    fn = cuda.kernel(step)
-    call = cuda_jobs.Call(step, tuple(constants.items()))
-    constants = cuda.options(call)
+    of, options, *_ = FORMS[name]
+    fn, constants = specs.kernel(of), specs.constants(of, tuple(options.items()))
     signature = {a: "constexpr" if a in constants else _TYPES.get(a, "*u8") for a in fn.arg_names}
     source = ASTSource(fn=fn, signature=signature, constexprs=constants)
-    kernel = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=cuda.settings(call))
+    settings = specs.KERNELS[of].settings(options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=settings)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])

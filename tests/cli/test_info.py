@@ -16,9 +16,8 @@ from rac.container import reader
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import record as rec
-from rac.encode.code import plan as analyse
 from rac.stages import trellis as tr
-from support import products
+from support import products, tiles
 
 st = pytest.importorskip("safetensors.numpy")
 
@@ -38,8 +37,7 @@ def lossy(tmp_path):
 @pytest.fixture
 def joined(tmp_path, monkeypatch):
     """Objects quantised and not, tensors of either stage behind the trellis, several tiles; one names its alignment."""
-    for cuts in ("CUTS", "COARSE"):
-        monkeypatch.setattr(analyse, cuts, ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
+    tiles.cut(monkeypatch)
     head = rec.head
     monkeypatch.setattr(rec, "head", lambda g, *a: head(g, *a) | ({"x-align": "pca"} if g.tensor.name == "t" else {}))
     maker = products.Maker(tmp_path / "m.rac")

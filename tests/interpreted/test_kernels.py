@@ -24,19 +24,22 @@ from rac.container.access import BytesAccess
 from rac.decode import archive as ar
 from rac.decode import random as ld
 from rac.decode.gpu import Gpu
+from rac.decoder import Decoder
 from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
+from rac.entropy import tables
 from rac.errors import ChecksumError, FormatError
-from rac.gpu import decoder as cuda
-from rac.gpu import jobs as cuda_jobs
+from rac.gpu import decoder as gpu
+from rac.gpu import layout
 from rac.grid import up16
 from rac.methods.grouped import pack_grouped
 from rac.registry import RECORD_ATTACHMENT
+from rac.stages import trellis
 from rac.stages.groups import values
 from rac.stages.lanes import layout as ll
 from rac.stages.lanes.parameters import Lanes
-from support import grids, products
+from support import grids, products, tiles
 
 GOLDEN = Path(__file__).parents[2] / "format_spec" / "golden" / "good"
 ROWS, TILES = 100, 6
@@ -53,7 +56,7 @@ def is_short(t):
 
 def decoded(archives, wanted, ring=1 << 28):
     """(name, words of the GPU decoder, words of the CPU's) of tensors and objects; one decoder for all."""
-    decoder, found = cuda.DeviceDecoder("cpu", ring), []
+    decoder, found = gpu.DeviceDecoder("cpu", ring), []
     for a in archives:
         for e in a.index.entries:
             if e.type == RECORD_ATTACHMENT or e.dtype == "" or 0 in e.shape:
@@ -132,16 +135,15 @@ def test_groups(tmp_path, monkeypatch, entropy):
     made = {f"{i}": grouped(i, *case) for i, case in enumerate(cases)}
     dense = {name: w for name, (_, w) in made.items()}
     given = {name: g for name, (g, _) in made.items()}
-    for cuts in ("CUTS", "COARSE"):
-        monkeypatch.setattr(analyse, cuts, ((1, 500), (2, 1500), (3, 1 << 62)))
+    tiles.cut(monkeypatch, ((1, 500), (2, 1500), (3, 1 << 62)))
     pack_grouped(from_arrays(dense, {}), given, tmp_path / "m.rac", entropy)
-    seen, launch = set(), cuda.launch
+    seen, launch = set(), gpu.launch
 
-    def seeing(launches, *memory):
+    def seeing(launches, memories):
         seen.update((o["PAIRS"], o["SAME"]) for each in launches if "SAME" in (o := dict(each.call.options)))
-        launch(launches, *memory)
+        launch(launches, memories)
 
-    monkeypatch.setattr(cuda, "launch", seeing)
+    monkeypatch.setattr(gpu, "launch", seeing)
     with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
         assert {f.archives[0].record(e).head["stages"][1]["id"] for e in f.archives[0].index.entries} == {"groups/1"}
         grid = [ld.parse(f.archives[0], f.archives[0].record(e)).grid for e in f.archives[0].index.entries]
@@ -153,7 +155,7 @@ def test_groups(tmp_path, monkeypatch, entropy):
 @pytest.mark.parametrize("coder", ["bits", "lanes", "raw", "zstd"])
 def test_codes_that_are_too_large(coder):
     a = ar.RacFile(BytesAccess((GOLDEN.parent / "bad" / f"groups-code-{coder}.rac").read_bytes(), "g")).archives[0]
-    decoder = cuda.DeviceDecoder("cpu")
+    decoder = gpu.DeviceDecoder("cpu")
     for e in a.index.entries:
         t = ld.parse(a, a.record(e))
         (units,) = ld.read_units(a, t, [(0, len(t.units))])
@@ -208,8 +210,7 @@ def test_tiles_of_any_shape(data):
     lanes = data.draw(st.sampled_from([5, 16, 32, 33, 64]))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 11, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (2, 2 * most), (3, 1 << 62)))
+        tiles.cut(patch, ((1, most), (2, 2 * most), (3, 1 << 62)))
         path = os.path.join(folder, "m.rac")
         pack_source(from_arrays(arrays, {}), path, level=data.draw(st.sampled_from(["default", "max"])), lanes=lanes)
         with ar.RacFile(path, threads=1) as f:
@@ -257,7 +258,7 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
     cases += [(n, 300, *kinds[0]) for n in (8, 16, 32)]  # quick rounds need lanes of which eight words are left
     for i, (n, deep, kind, dtype, cols) in enumerate(cases):
         most = max(1200, deep * n)
-        monkeypatch.setattr(analyse, "CUTS", (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
+        tiles.cut(monkeypatch, (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
         level = replace(analyse.LEVELS["default"], lanes=n, fixed=True)
         words = codes(kind, max(4600, deep * n) // cols - i % 2, cols, i)
         m = products.quantised(words, i, states=256, level=level)
@@ -266,22 +267,22 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
         maker.tensor(f"{i}", dtype, m, [])
     maker.finish()
     assert noted
-    seen, launch = set(), cuda.launch
+    seen, launch = set(), gpu.launch
 
-    def seeing(launches, *memory):
+    def seeing(launches, memories):
         for each in launches:
             o = dict(each.call.options)
-            if each.call.step == "lanes":
-                seen.add((each.call.step, o["LANES"], o["SPAN"]))
+            if each.call.kernel == "lanes":
+                seen.add((each.call.kernel, o["LANES"], o["SPAN"]))
                 seen.add(("codes", o["ENTRIES"]))
-            elif each.call.step == "trellis":
-                seen.add((each.call.step, o["COLS"], o["PAIRS"]))
-        launch(launches, *memory)
+            elif each.call.kernel == "trellis":
+                seen.add((each.call.kernel, o["COLS"], o["PAIRS"]))
+        launch(launches, memories)
 
-    monkeypatch.setattr(cuda, "launch", seeing)
+    monkeypatch.setattr(gpu, "launch", seeing)
     with ar.RacFile(tmp_path / "m.rac", threads=1) as f:
         assert wrong(f.archives) == (len(cases), [])
-        monkeypatch.setattr(cuda_jobs, "WIDE", 64)
+        monkeypatch.setattr(layout, "WIDE", 64)
         assert wrong(f.archives, lambda t: t.chain.coder.lanes == 40) == (3, [])
     assert {("lanes", n, span) for n, span in lanes.items()} < seen
     assert {("trellis", 64, True), ("trellis", 64, False), ("trellis", 1024, False)} < seen
@@ -304,7 +305,7 @@ def test_a_file_is_loaded_with_its_ties(tmp_path, monkeypatch):
     tensors = {"a": a, "tied": a, "equal": a.clone(), "small": torch.arange(5), "none": torch.empty(0, 3)}
     path = str(tmp_path / "m.rac")
     pack_source(from_arrays(tensors, {}), path, lanes=32)
-    monkeypatch.setattr(ar, "engine_for", lambda device, threads, *more: Gpu(cuda, "cpu", *more))
+    monkeypatch.setattr(ar, "engine_for", lambda device, threads, *more: Gpu(gpu, "cpu", *more))
     with ar.RacFile(path, framework="pt") as f:
         got, one = f.load(), f.get_tensor("small")
     assert list(got) == list(tensors)
@@ -337,8 +338,7 @@ def test_the_operator_reads_a_record_in_its_place(tmp_path):
     path = str(tmp_path / "m.rac")
     given = array("rows", ml_dtypes.bfloat16, 128, 128, 5)
     with pytest.MonkeyPatch.context() as patch:
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((2, 1 << 62),))
+        tiles.cut(patch, ((2, 1 << 62),))
         pack_source(from_arrays({"w": given}, {}), path, lanes=32)
     with ar.RacFile(path, threads=1) as f:
         a = f.archives[0]
@@ -368,7 +368,7 @@ def test_damage_is_found_where_checksums_match(tmp_path):
     assert len(parsed.escapes)
     at = up16(p.directory) + 4 * (len(parsed.words) // 2)
     unit[at] ^= 1
-    decoder = cuda.DeviceDecoder("cpu")
+    decoder = gpu.DeviceDecoder("cpu")
     decoder.add(t, units[: t.first], [bytes(unit)], checked=True)
     with pytest.raises((ChecksumError, FormatError), match="'w'"):
         decoder.flush()
@@ -377,12 +377,31 @@ def test_damage_is_found_where_checksums_match(tmp_path):
         decoder.add(t, units[: t.first], [bytes(unit)])
 
 
+def test_no_tables_of_the_cpu_are_made(monkeypatch):
+    """Look-up tables of lanes/1 and what words of trellis/1 stand for are made when the CPU first asks."""
+    a = ar.RacFile(BytesAccess((GOLDEN / "trellis-fronts.rac").read_bytes(), "t"), threads=1).archives[0]
+    parsed = [(e, ld.parse(a, a.record(e))) for e in a.index.entries if 0 not in e.shape]
+    e, t = next((e, t) for e, t in parsed if isinstance(t.chain.coder, Lanes) and t.chain.numbers and is_short(t))
+    made = []
+    monkeypatch.setattr(tables, "lookup", lambda *_: made.append("look-up"))
+    monkeypatch.setattr(trellis.native, "dequant", lambda *_: made.append("dequant"))
+    (units,) = ld.read_units(a, t, [(0, len(t.units))])
+    decoder = gpu.DeviceDecoder("cpu")
+    decoder.add(t, [u.data for u in units[: t.first]], units[t.first :], ld.objects(a, t))
+    decoder.flush()
+    assert not made
+    dec = Decoder(t, [u.data for u in units[: t.first]])
+    assert dec.coder.lut() is None
+    assert dec.numbers.fused is None
+    assert made == ["look-up", "dequant"]
+
+
 def test_tiles_that_are_missing(tmp_path):
     t, units = one(tmp_path, level="max")
     with pytest.raises(FormatError, match="0 of 1 tiles"):
-        cuda.DeviceDecoder("cpu").add(t, units[: t.first], [])
+        gpu.DeviceDecoder("cpu").add(t, units[: t.first], [])
     with pytest.raises(FormatError, match="size"):
-        cuda.DeviceDecoder("cpu").add(t, units[: t.first], [units[t.first] + bytes(16)])
+        gpu.DeviceDecoder("cpu").add(t, units[: t.first], [units[t.first] + bytes(16)])
 
 
 def test_an_escape_too_few(tmp_path):
@@ -394,7 +413,7 @@ def test_an_escape_too_few(tmp_path):
         up16(p.directory) + up16(4 * int(np.frombuffer(bytes(unit[4 + p.skip : p.directory]), "<u2").sum())) + count - 1
     )
     unit[:4], unit[at] = (count - 1).to_bytes(4, "little"), 0
-    decoder = cuda.DeviceDecoder("cpu")
+    decoder = gpu.DeviceDecoder("cpu")
     decoder.add(t, units[: t.first], [bytes(unit)], checked=True)
     with pytest.raises(FormatError, match="escape counts"):
         decoder.flush()

@@ -14,12 +14,11 @@ from hypothesis.extra.numpy import basic_indices
 
 import rac
 from rac.container.access import BytesAccess
-from rac.encode.code import plan as analyse
 from rac.encode.sources import Source, SourceTensor
 from rac.methods.grouped import pack_grouped
 from rac.stages import groups as gr
 from rac.stages.words import from_words, to_words
-from support import grids, readers
+from support import grids, readers, tiles
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -40,8 +39,7 @@ def matrices(draw):
 def test_round_trip(data):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 6, 1 << 10, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (5, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (5, 1 << 62)))
         tensors, given, dense = [], {}, {}
         for i in range(data.draw(st.integers(1, 4))):
             g, dtype = data.draw(matrices()), data.draw(st.sampled_from(["F32", "F16", "BF16"]))

@@ -13,8 +13,7 @@ from hypothesis.extra.numpy import basic_indices
 
 import rac
 from rac.container.access import BytesAccess
-from rac.encode.code import plan as analyse
-from support import products, readers
+from support import products, readers, tiles
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -33,8 +32,7 @@ def matrices(draw, rows, cols):
 def test_round_trip(data):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 6, 1 << 10, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (5, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (5, 1 << 62)))
         maker = products.Maker(Path(folder) / "m.rac")
         for i in range(data.draw(st.integers(1, 3))):
             rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 160))

@@ -19,9 +19,9 @@ from rac import tensor as tn
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
 from rac.decode import random as ld
-from rac.encode.code import plan as analyse
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
+from support import tiles
 
 SETTINGS = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -207,8 +207,7 @@ def test_structured_arrays_in_many_tiles(data):
     level, lanes = data.draw(LEVELS), data.draw(LANES)
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed(arrays, {}, level=level, lanes=lanes)
     check(archive, arrays, {}, indices_from(data, 3))
 
@@ -376,8 +375,7 @@ def test_kernels_agree(data):
     assert native.available()
     with pytest.MonkeyPatch.context() as patch:
         most = data.draw(st.sampled_from([1 << 8, 1 << 14, 1 << 20]))
-        for cuts in ("CUTS", "COARSE"):
-            patch.setattr(analyse, cuts, ((1, most), (3, 2 * most), (8, 1 << 62)))
+        tiles.cut(patch, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed({"a": array}, level=level, lanes=lanes)
         fast = _decoded(archive)
         for cpu in (data.draw(st.sampled_from(native.cpus())), None):

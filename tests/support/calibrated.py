@@ -17,8 +17,8 @@ import numpy as np
 from rac.calibrate.layers import Layer
 from rac.encode import ties
 from rac.encode.align.recipe import calibrated
-from rac.encode.allocate.budget import code, snr
 from rac.encode.pack import pack_source
+from rac.encode.quantise.tensor import code, snr
 from rac.encode.sources import from_arrays
 from rac.encode.split.objects import choose
 from rac.linalg.triangular import triangular

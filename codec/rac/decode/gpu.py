@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.container.access import InFile
 from rac.container.feed import Trace
 from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, first_units
@@ -50,12 +50,12 @@ def engine_for(
     kind = str(device).split(":")[0]
     if kind != "cuda":
         if kind != "cpu":
-            fw.check_device(device)
+            frameworks.check_device(device)
         return cpu
     why = why_not(device)
     if why is None:
         return Gpu(importlib.import_module("rac.gpu.decoder"), str(device), ring, damaged, trace)
-    fw.check_device(device)
+    frameworks.check_device(device)
     if why not in _warned:
         _warned.add(why)
         warnings.warn(f"rac: decoding for {device} runs on the CPU: {why}", stacklevel=3)
@@ -112,7 +112,7 @@ class _Batch:
         self._tensors: list[tuple[Tensor, Any]] = []
         self._start = 0.0
         self.size = 0
-        """Dense bytes of them."""
+        """Dense bytes of these tensors."""
 
     def add(self, item: Item) -> None:
         """Give a tensor to the device."""
@@ -120,8 +120,8 @@ class _Batch:
         self._start = self._start or time.monotonic()
         try:
             out = self._decoder.add(t, first_units(item), _units(item), item.objects())
-        except fw.torch_module().OutOfMemoryError as e:
-            raise LimitError(fw.out_of_memory(self._device, t.nbytes), unit=repr(t.name)) from e
+        except frameworks.torch_module().OutOfMemoryError as e:
+            raise LimitError(frameworks.out_of_memory(self._device, t.nbytes), unit=repr(t.name)) from e
         self._tensors.append((t, out))
         self.size += t.nbytes
 

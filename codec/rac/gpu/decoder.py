@@ -1,4 +1,4 @@
-"""Tensors decoded on a CUDA device: checks, job tables and launches. With the kernels beside it triton's only door.
+"""Tensors decoded on a CUDA device: checks, job tables and launches.
 
 The host verifies checksums and structure, and expands what is a Zstandard frame; stored bytes and small tables cross to
 the device in batches; one launch per kind of tile decodes a batch, straight into the tensors.
@@ -6,9 +6,8 @@ the device in batches; one launch per kind of tile decodes a batch, straight int
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,15 @@ from rac.container.zstd import xxh3
 from rac.decoder import Decoder
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.frameworks import torch_dtype, torch_module
-from rac.gpu import jobs as jb
-from rac.grid import Box
+from rac.gpu.layout import Batch, Launch
+from rac.gpu.specs import KERNELS, constants, kernel
+from rac.gpu.stages import BandLayout
 from rac.tensor import Tensor
 
 Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
 """Compute capability from which on kernels are compiled and tested."""
-_WARPS = {"tables": 8, "found": 1, "place": 4, "added": 1, "groups": 4, "product": 4, "outliers": 4}
 
 
 def interpreted() -> bool:
@@ -55,66 +54,15 @@ def why_not(device: Any) -> str | None:
     return None
 
 
-@functools.cache
-def kernel(step: str) -> Any:
-    """The kernel of a step."""
-    from rac.gpu.kernels import escapes as cuda_escapes
-    from rac.gpu.kernels import groups as cuda_groups
-    from rac.gpu.kernels import lanes as cuda_lanes
-    from rac.gpu.kernels import outliers as cuda_outliers
-    from rac.gpu.kernels import place as cuda_place
-    from rac.gpu.kernels import product as cuda_product
-    from rac.gpu.kernels import tables as cuda_tables
-    from rac.gpu.kernels.trellis import trellis
-
-    return {
-        "tables": cuda_tables.tables,
-        "lanes": cuda_lanes.lanes,
-        "found": cuda_escapes.escapes,
-        "place": cuda_place.place,
-        "added": cuda_escapes.escapes,
-        "trellis": trellis,
-        "product": cuda_product.product,
-        "outliers": cuda_outliers.outliers,
-        "groups": cuda_groups.groups,
-    }[step]
-
-
-def options(call: jb.Call) -> dict[str, Any]:
-    """Constants that the kernel of a call is compiled with."""
-    out = dict(call.options)
-    if "TO" in out:
-        import triton.language as tl
-
-        out["TO"] = {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}[out["TO"]]
-    return out
-
-
-def settings(call: jb.Call) -> dict[str, Any]:
-    """How the kernel of a call is compiled. The format asks for products and sums that are rounded one by one."""
-    o = dict(call.options)
-    warps = {"lanes": o.get("BLOCK", 0) // 32, "trellis": o.get("COLS", 0) // 64}.get(call.step) or _WARPS[call.step]
-    return {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": 40}
-
-
-def launch(launches: Iterable[jb.Launch], units: Any, aux: Any, work: Any, out: Any, objects: Any, status: Any) -> None:
-    """Launch on the current stream of the device of these tensors, uint8 and, `status`, int32."""
-    memory = {"units": units, "work": work, "out": out}
+def launch(launches: Iterable[Launch], memories: Mapping[str, Any]) -> None:
+    """Launch on the current stream of the device of the memories (`specs.MEMORIES` but for `source`), tensors."""
     for each in launches:
-        step, to, source = each.call.step, memory[each.call.to], memory.get(each.call.source)
-        jobs = aux[each.jobs : each.jobs + each.size].view(torch_module().int64)
-        args: tuple[Any, ...] = {
-            "tables": (aux, work, jobs),
-            "lanes": (units, aux, work, status, jobs),
-            "found": (units, aux, work, to, status, jobs),
-            "place": (units, aux, work, to, jobs),
-            "added": (units, aux, work, to, status, jobs),
-            "trellis": (source, aux, to, jobs),
-            "product": (work, objects, to, jobs),
-            "outliers": (aux, to, jobs, each.n),
-            "groups": (source, aux, to, status, jobs),
-        }[step]
-        kernel(step)[each.grid](*args, **options(each.call), **settings(each.call))
+        call, spec = each.call, KERNELS[each.call.kernel]
+        roles = {"out": memories[call.out], "source": memories.get(call.source)}
+        jobs = memories["aux"][each.jobs : each.jobs + each.size].view(torch_module().int64)
+        args = [{**memories, **roles}[name] for name in spec.memories]
+        compiled, settings = kernel(spec.name), spec.settings(dict(call.options))
+        compiled[each.grid](*args, jobs, **constants(spec.name, call.options), **settings)
 
 
 class _Slot:
@@ -156,7 +104,7 @@ class DeviceDecoder:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)
         """Where the offsets of tensors count from."""
-        self._batch: jb.Batch | None = None
+        self._batch: Batch | None = None
         self._alive: list[Any] = []
         self._states: list[tuple[Any, list[tuple[Decoder, int]]]] = []
 
@@ -187,42 +135,44 @@ class DeviceDecoder:
         dec = Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
-        matrices = [self._object(o) for o in objects] if t.chain.product else []
-        if t.chain.coder.front is not None and t.grid.tr * t.grid.tc > jb.MOST:
-            raise LimitError(f"tiles of more than {jb.MOST} elements are not for the GPU", unit=repr(t.name))
+        matrices = [self._object(o) for o in objects[: len(t.uses)]]
         try:
-            self._tiles(dec, units, matrices, base, checked)
+            self._tiles(dec, iter(units), matrices, base, checked)
         finally:
             self._alive += [out, *matrices]
         return out
 
-    def _tiles(self, dec: Decoder, units: Iterable[Any], matrices: list[Any], base: int, checked: bool) -> None:
+    def _tiles(self, dec: Decoder, units: Iterator[Any], matrices: list[Any], base: int, checked: bool) -> None:
         """All tiles of a tensor that lies `base` bytes from the origin."""
-        t, g, n, found = dec.tensor, dec.tensor.grid, 0, 0
-        for i, data in enumerate(units):
-            unit = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
-            with dec.at(i + t.first):
-                if len(unit) != t.units[i + t.first].size:
-                    raise FormatError("unit does not have the size that the record states")
-                if not checked and xxh3(unit.data) != t.units[i + t.first].check:
-                    raise ChecksumError("checksum does not match")
-                unit = dec.coder.plain(unit, t.grid.box(i))
-            r0, r1, c0, c1 = g.box(i)
-            at = base + (r0 * g.cols + c0) * t.word
-            if not c0 or not t.chain.product:
-                self._make_room(len(unit), 4 * (r1 - r0) * g.cols if t.chain.product else 0)
-            batch, n = self._current(), i + 1
-            if t.chain.product:
-                if not c0:
-                    found = batch.room(4 * (r1 - r0) * g.cols)
-                batch.tile(dec, i, unit, None, found + 4 * c0, g.cols)
-                if c1 == g.cols:
-                    where = [(m.data_ptr() - self._origin.data_ptr(), m.stride(0)) for m in matrices]
-                    batch.product(dec, Box(r0, r1, 0, g.cols), found, where, at - c0 * t.word, g.cols)
-            else:
-                batch.tile(dec, i, unit, None, at, g.cols)
-        if n != t.tiles:
-            raise FormatError(f"{n} of {t.tiles} tiles", unit=repr(t.name))
+        t = dec.tensor
+        where = [(m.data_ptr() - self._origin.data_ptr(), m.stride(0)) for m in matrices]
+        for band in t.bands():
+            whole = t.chain.product is not None  # its numbers are for one batch
+            if whole:
+                sizes = sum(t.units[t.first + i].size for i in band.tiles)
+                self._make_room(sizes, 4 * (band.box.r1 - band.box.r0) * t.grid.cols)
+            layout = BandLayout(self._current(), dec, band, base)
+            for i in band.tiles:
+                unit = self._unit(dec, i, next(units, None), checked)
+                if not whole:
+                    self._make_room(len(unit), 0)
+                layout.tile(self._current(), i, unit)
+            layout.finish(self._current(), where)
+        next(units, None)  # gives back what the last one lay in
+
+    @staticmethod
+    def _unit(dec: Decoder, i: int, data: Any, checked: bool) -> Array:
+        """The unit of tile `i`, (bytes,) uint8, checked, without Zstandard frames."""
+        t = dec.tensor
+        if data is None:
+            raise FormatError(f"{i} of {t.tiles} tiles", unit=repr(t.name))
+        unit = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+        with dec.at(i + t.first):
+            if len(unit) != t.units[i + t.first].size:
+                raise FormatError("unit does not have the size that the record states")
+            if not checked and xxh3(unit.data) != t.units[i + t.first].check:
+                raise ChecksumError("checksum does not match")
+            return dec.coder.plain(unit, t.grid.box(i))
 
     def flush(self) -> None:
         """Decode what is waiting, wait for the device, and report what it has found.
@@ -271,8 +221,9 @@ class DeviceDecoder:
             self._states.append((status, batch.status))
         self._alive = []
 
-    def _run(self, launches: list[jb.Launch], slot: _Slot, status: Any) -> None:
-        launch(launches, slot.aux, slot.aux, self._work, self._origin, self._origin, status)
+    def _run(self, launches: list[Launch], slot: _Slot, status: Any) -> None:
+        memories = {"units": slot.aux, "aux": slot.aux, "work": self._work, "status": status}
+        launch(launches, memories | {"out": self._origin, "objects": self._origin})
 
     def _make_room(self, aux: int, work: int) -> None:
         """Launch what is waiting where the next tile, or row of tiles, would not fit any more."""
@@ -281,14 +232,14 @@ class DeviceDecoder:
         ):
             self.launch()
 
-    def _current(self) -> jb.Batch:
+    def _current(self) -> Batch:
         if self._batch is None:
             if self._turn == len(self._slots):
                 self._slots.append(_Slot(self._torch, self.device.type == "cuda", self._stage))
             slot = self._slots[self._turn]
             if slot.copied is not None:
                 slot.copied.synchronize()
-            self._batch = jb.Batch(slot.host.numpy())
+            self._batch = Batch(slot.host.numpy())
         return self._batch
 
     def _empty(self, t: Tensor) -> Any:

@@ -3,55 +3,57 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.decoder import Decoder
 from rac.errors import LimitError
+from rac.gpu.specs import KERNELS, Jobs
 
 Array = NDArray[Any]
-FOREVER = 1 << 30
-"""Rows of the piece behind the last one of a tile, which no lane decodes."""
+T = TypeVar("T")
 GRID = 65535
 """Programs along the second axis of a grid."""
-STEPS = ("tables", "lanes", "found", "place", "added", "trellis", "outliers", "groups", "product")
-"""Kernels in the order in which they run; `found` and `added` are both escapes."""
+PLACE_ROWS, PLACE_COLS = 64, 256
+"""Words of a program of the kernel `place`."""
+WIDE = 1 << 21
+WIDE_COLS = 1024
+"""Columns of a program in tiles of more than WIDE columns."""
+DEEP = 4
+"""Rows that kernels read at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One launch: its kernel, what that is compiled for, and the memory that it reads codes from or writes to."""
+    """One launch: its kernel, the options that this is compiled for, the memories it reads codes from and writes to."""
 
-    step: str
+    kernel: str
     options: tuple[tuple[str, Any], ...]
     source: str = ""
-    to: str = "out"
+    out: str = "out"
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A call, where in `aux` its jobs are and their bytes, its grid, and the number of jobs."""
+    """A call, where in `aux` its jobs are, their bytes, and its grid."""
 
     call: Call
     jobs: int
     size: int
     grid: tuple[int, int]
-    n: int
 
 
-def _grid(call: Call, rows: Array) -> tuple[int, int]:
-    o = dict(call.options)
-    if call.step == "lanes":
-        return len(rows) // (o["BLOCK"] // o["SPAN"]), 1
-    if call.step == "place":
-        return len(rows), int((-(-rows[:, 6] // o["ROWS"]) * -(-rows[:, 7] // o["COLS"])).max())
-    if call.step == "trellis":
-        return len(rows), int((-(-rows[:, 9] // o["COLS"])).max())
-    if call.step in ("product", "groups"):
-        return len(rows), int((-(-rows[:, 9] // o["ROWS"]) * -(-rows[:, 10] // o["COLS"])).max())
-    return (-(-len(rows) // o["BLOCK"]) if call.step == "outliers" else len(rows)), 1
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where words go: a memory, the offset of the first in it, and words from row to row."""
+
+    memory: str
+    at: int
+    stride: int
 
 
 def power_of_two(n: int) -> int:
@@ -64,15 +66,40 @@ def up(n: int, a: int) -> int:
     return -(-n // a) * a
 
 
-class Layout:
-    """Memory of kernels that are launched together, and their jobs."""
+def padded(a: Array, many: int) -> Array:
+    """Elements (n,) with zeros behind them up to a multiple of `many`."""
+    return np.append(a, np.zeros(-len(a) % many, a.dtype))
+
+
+def across(cols: int, w: int) -> int:
+    """Columns of a program, `cols` but for very wide tiles, since a grid has at most GRID programs that way."""
+    return cols if w <= WIDE else WIDE_COLS
+
+
+def columns(ranks: Array) -> NDArray[np.uint32]:
+    """Ranks of the columns of a tile, and their classes in the highest byte, as the kernel `place` reads them."""
+    return padded(ranks.astype(np.uint32), across(PLACE_COLS, len(ranks)))
+
+
+def steps(h: int, w: int, rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of the jobs of h x w elements, as many as a grid takes in programs of rows x cols."""
+    step = max(1, GRID // -(-w // cols)) * rows
+    for y in range(0, h, step):
+        yield y, min(step, h - y)
+
+
+class Batch:
+    """Tiles of one or more tensors whose kernels are launched together: their memory, and their jobs."""
 
     def __init__(self, buffer: Array | None = None) -> None:
         """`buffer` (bytes,) uint8 takes `aux` as long as it is large enough."""
         self.buffer = np.empty(1 << 16, np.uint8) if buffer is None else buffer
         self.aux = 0
         self.work = 0
-        self.jobs: dict[Call, list[tuple[int, ...]]] = defaultdict(list)
+        self.status: list[tuple[Decoder, int]] = []
+        """Tensor and tile of each place in the status array."""
+        self._jobs: dict[Call, list[Jobs]] = defaultdict(list)
+        self._made: dict[tuple[Any, ...], Any] = {}
 
     def put(self, *arrays: Array) -> int:
         """Offset in `aux` of arrays that follow each other."""
@@ -94,26 +121,44 @@ class Layout:
         self.work = start + size
         return start
 
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What `make` returns, called once per batch and key."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    def plain_map(self, h: int, w: int) -> tuple[int, int]:
+        """Offsets of the rows and columns of places of a tile in row-major order."""
+
+        def make() -> tuple[int, int]:
+            rows = np.zeros(up(h, DEEP), np.uint32)
+            rows[:h] = np.arange(h) * w
+            return self.put(rows), self.put(columns(np.arange(w)))
+
+        return self.once(("places", h, w), make)
+
+    def add(self, call: Call, **fields: Any) -> None:
+        """A job of a kernel, all of whose fields are given; or as many jobs as the arrays of all fields have."""
+        dtype = KERNELS[call.kernel].job
+        if fields.keys() != set(dtype.names or ()):
+            raise TypeError(f"the fields of a job of {call.kernel} are {', '.join(dtype.names or ())}")
+        jobs = np.empty(np.shape(fields[(dtype.names or "")[0]]) or 1, dtype)
+        for name, value in fields.items():
+            jobs[name] = value
+        self._jobs[call].append(jobs)
+
     def seal(self) -> list[Launch]:
         """What is to be launched, in this order; ends the batch."""
-        out = []
-        for call in sorted(self.jobs, key=lambda c: (STEPS.index(c.step), repr(c))):
-            rows = np.array(self.jobs[call], np.int64)
-            if call.step == "lanes":
-                rows = self._whole(rows, dict(call.options))
-            grid = _grid(call, rows)
+        out, order = [], list(KERNELS)
+        for call in sorted(self._jobs, key=lambda c: (order.index(c.kernel), repr(c))):
+            spec, options = KERNELS[call.kernel], dict(call.options)
+            jobs = np.concatenate(self._jobs[call])
+            if spec.longest:
+                jobs = jobs[np.argsort(-jobs[spec.longest], kind="stable")]
+            jobs = np.append(jobs, jobs[-1:].repeat(-len(jobs) % spec.whole(options)))
+            grid = spec.grid(jobs, options)
             if grid[1] > GRID:
                 raise LimitError(f"{grid[1]} parts of a tile are more than a GPU takes")
-            out.append(Launch(call, self.put(rows), rows.nbytes, grid, len(rows)))
+            out.append(Launch(call, self.put(jobs), jobs.nbytes, grid))
         return out
-
-    def _whole(self, rows: Array, options: dict[str, Any]) -> Array:
-        """Jobs of lanes, the longest first, so that the tiles of a warp are alike; empty ones fill the last warp."""
-        rows = rows[np.argsort(-rows[:, 6], kind="stable")]
-        short = -len(rows) % (options["BLOCK"] // options["SPAN"])
-        if not short:
-            return rows
-        nothing = rows[-1].copy()
-        nothing[0], nothing[9] = self.put(np.zeros((options["LANES"], 3), np.uint32)), 0
-        nothing[4] = self.put(np.array([(0, 0, 0, 0), (FOREVER, 0, 0, 0)], np.int32))
-        return np.concatenate([rows, np.tile(nothing, (short, 1))])

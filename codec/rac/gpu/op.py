@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.container.zstd import xxh3
-from rac.cpu.work import Place, Work
+from rac.cpu.work import Place, Work, target
 from rac.decoder import Decoder
 from rac.errors import ChecksumError, UnsupportedError
-from rac.gpu import decoder as cuda
-from rac.gpu import jobs as jb
-from rac.grid import Box
-from rac.tensor import Tensor, numbers
+from rac.gpu import decoder
+from rac.gpu.layout import Batch, Launch
+from rac.gpu.stages import BandLayout
+from rac.tensor import Tensor
 
 Array = NDArray[Any]
 SLACK = 128
@@ -43,7 +43,7 @@ class _OnDevice:
     """The last tile once more, where less than SLACK is behind it."""
     objects: torch.Tensor
     status: torch.Tensor
-    launches: list[jb.Launch]
+    launches: list[Launch]
     work: int
 
 
@@ -107,30 +107,21 @@ class Packed:
         return self._on[key]
 
     def _prepare(self, data: torch.Tensor) -> _OnDevice:
-        if reason := cuda.why_not(data.device):
+        if reason := decoder.why_not(data.device):
             raise UnsupportedError(f"cannot decode on {data.device}: {reason}", unit=repr(self.tensor.name))
-        t, g, batch, host = self.tensor, self.tensor.grid, jb.Batch(), data.cpu().numpy()
+        batch, host = Batch(), data.cpu().numpy()
+        late, last = self._late(data)
         places, end = [], 0
         for o in self.objects:
             places.append((end, o.shape[1]))
             end += o.nbytes
         objects = np.concatenate([o.reshape(-1) for o in self.objects] or [np.zeros(1, np.float32)])
-        ends = [b for _, b in self.at]
-        last = torch.zeros(0, dtype=torch.uint8, device=data.device)
-        if self.at and max(ends) + SLACK > len(host):
-            a, b = self.at[(late := int(np.argmax(ends)))]
-            last = torch.zeros(b - a + SLACK, dtype=torch.uint8, device=data.device)
-            last[: b - a] = data[a:b]
-        found = 0
-        for i, (a, b) in enumerate(self.at):
-            place = last.data_ptr() - data.data_ptr() if len(last) and i == late else a
-            r0, r1, c0, c1 = g.box(i)
-            at = (r0 * g.cols + c0) * t.word
-            if t.chain.product and not c0:
-                found = batch.room(4 * (r1 - r0) * g.cols)
-            batch.tile(self.decoder, i, host[a:b], place, found + 4 * c0 if t.chain.product else at, g.cols)
-            if t.chain.product and c1 == g.cols:
-                batch.product(self.decoder, Box(r0, r1, 0, g.cols), found, places, r0 * g.cols * t.word, g.cols)
+        for band in self.tensor.bands():
+            layout = BandLayout(batch, self.decoder, band, 0)
+            for i in band.tiles:
+                a, b = self.at[i]
+                layout.tile(batch, i, host[a:b], last.data_ptr() - data.data_ptr() if i == late else a)
+            layout.finish(batch, places)
         launches = batch.seal()
         return _OnDevice(
             torch.from_numpy(batch.buffer[: batch.aux].copy()).to(data.device),
@@ -140,6 +131,16 @@ class Packed:
             launches,
             batch.work,
         )
+
+    def _late(self, data: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """(The last tile, its bytes once more) where less than SLACK is behind it; else -1 and nothing."""
+        late = max(range(len(self.at)), key=lambda i: self.at[i][1], default=-1)
+        a, b = self.at[late] if self.at else (0, 0)
+        if b + SLACK <= len(data):
+            return -1, torch.zeros(0, dtype=torch.uint8, device=data.device)
+        last = torch.zeros(b - a + SLACK, dtype=torch.uint8, device=data.device)
+        last[: b - a] = data[a:b]
+        return late, last
 
     def check(self) -> None:
         """Wait for the devices, and raise what decoding has found; only damage that checksums do not show is left."""
@@ -181,12 +182,12 @@ def decode(packed: torch.Tensor, handle: int) -> torch.Tensor:
 
 
 def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
-    """The same into `out`, contiguous, of the shape and data type of the tensor, on the device of the data."""
+    """Decode into `out`, contiguous, of the shape and data type of the tensor, on the device of the data."""
     p = _of(handle)
     if packed.device.type == "cuda":
         with torch.cuda.device(packed.device):
             _kernels(p, packed, out)
-    elif cuda.interpreted():
+    elif decoder.interpreted():
         _kernels(p, packed, out)
     else:
         _host(p, packed, out)
@@ -195,11 +196,14 @@ def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
 def _host(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
     t, data = p.tensor, packed.numpy()
     words = out.reshape(-1).view(torch.uint8).numpy().view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
-    work, found = Work(), numbers(t, *words.shape) if t.chain.product else words
-    for i, (a, b) in enumerate(p.at):
-        work.add(p.decoder, range(i, i + 1), data[a:b], Place(found), plain=True)
-    if found is not words:
-        work.join(p.decoder, found, words, Box(0, t.grid.rows, 0, t.grid.cols))
+    work = Work()
+    for band in t.bands():
+        to = target(t, band, Place(words))
+        for i in band.tiles:
+            a, b = p.at[i]
+            work.add(p.decoder, range(i, i + 1), data[a:b], to, plain=True)
+        if t.chain.product is not None:
+            work.join(p.decoder, to.words, words[band.box.r0 : band.box.r1], band.box)
     work.run()
 
 
@@ -213,4 +217,5 @@ def _kernels(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:
     on = p.on(packed)
     work = torch.empty(on.work, dtype=torch.uint8, device=packed.device)
     if out.numel():
-        cuda.launch(on.launches, packed, on.aux, work, out.reshape(-1).view(torch.uint8), on.objects, on.status)
+        memories = {"units": packed, "aux": on.aux, "work": work, "status": on.status, "objects": on.objects}
+        decoder.launch(on.launches, memories | {"out": out.reshape(-1).view(torch.uint8)})

@@ -143,9 +143,23 @@ class OpenTrellis:
     def __init__(self, p: Trellis, dtype: str, lists: Lists, reference: bool = False) -> None:
         self.p, self.dtype, self._reference = p, dtype, reference
         self.rec, self.rows, self.cols, self.places, self.values = lists
-        self._words = None if reference else native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, dtype)
-        self.fused = self._words and (address(self.rows), address(self.cols), ctypes.addressof(self._words))
+        self._alive: list[Any] = []  # each that two threads made at once, since jobs have its address
+
+    @functools.cached_property
+    def _words(self) -> Any:
+        """What the words stand for, for the CPU kernel alone: made when it first asks."""
+        p = self.p
+        words = (
+            None if self._reference else native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, self.dtype)
+        )
+        self._alive.append(words)
+        return words
+
+    @functools.cached_property
+    def fused(self) -> Any:
         """Addresses of the scales of rows and columns, and of what the words stand for, for the CPU kernel."""
+        words = self._words
+        return words and (address(self.rows), address(self.cols), ctypes.addressof(words))
 
     @property
     def patches(self) -> bool:

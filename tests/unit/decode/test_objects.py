@@ -15,10 +15,9 @@ from rac.decode import engine
 from rac.decode import random as ld
 from rac.decode.unpack import quantised
 from rac.encode import resume as rs
-from rac.encode.code import plan as analyse
 from rac.encode.ties import digest
 from rac.records import Limits
-from support import products
+from support import products, tiles
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -39,8 +38,7 @@ def fill(maker, rows=150, cols=140):
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """(path, dense words) of an archive of many tiles."""
-    for cuts in ("CUTS", "COARSE"):
-        monkeypatch.setattr(analyse, cuts, ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
+    tiles.cut(monkeypatch)
     maker = products.Maker(tmp_path / "m.rac")
     fill(maker)
     maker.finish()

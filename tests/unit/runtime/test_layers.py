@@ -16,12 +16,11 @@ transformers = pytest.importorskip("transformers")
 import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
-from rac.encode.code import plan as analyse
 from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
 from rac.runtime import RacEmbedding, RacLinear, Workspace, device
 from rac.runtime import record as rc
 from rac.runtime import workspace as ws
-from support import products
+from support import products, tiles
 from support.layers import archive_of, linear, stored
 
 
@@ -108,8 +107,7 @@ def test_embedding_of_many_tiles(tmp_path):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_objects_travel_with_the_tensor(tmp_path, monkeypatch, threads):
-    for cuts in ("CUTS", "COARSE"):  # many tiles
-        monkeypatch.setattr(analyse, cuts, ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))
+    tiles.cut(monkeypatch)
     maker, rows, cols = products.Maker(tmp_path / "m.rac"), 150, 140
     maker.object("a", products.exact(products.normal(1, rows, 7)))
     maker.object("b", products.quantised(products.words(2, 7, cols), 2))
@@ -259,7 +257,7 @@ def test_integers_are_refused(archive):
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_large_layers_are_decoded_in_pieces(tmp_path, monkeypatch, threads):
-    monkeypatch.setattr(analyse, "CUTS", ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62)))  # many tiles
+    tiles.cut(monkeypatch)
     monkeypatch.setattr(ws, "PIECE", 1)
     torch.manual_seed(2)
     weights = {f"w{i}": torch.randn(300, 70) for i in range(6)}

@@ -18,6 +18,18 @@ _memory = np.zeros(1 << 15 if INTERPRETED else 0, np.uint8)
 _address = -(-_memory.ctypes.data // 16) * 16
 
 
+@triton.constexpr_function
+def number(dtype):
+    """The type of numbers of a data type of the format."""
+    return {"F32": tl.float32, "F16": tl.float16, "BF16": tl.bfloat16}[dtype]
+
+
+@triton.constexpr_function
+def word(size):
+    """The type of words of so many bytes."""
+    return {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}[size]
+
+
 @triton.jit
 def popcount(v):
     """Bits that are set."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rac.gpu.kernels import common
+
 
 @triton.jit
-def escapes(units, aux, work, out, status, jobs, WORD: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr):
+def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """One tile per program.
 
     Args:
@@ -23,41 +25,45 @@ def escapes(units, aux, work, out, status, jobs, WORD: tl.constexpr, PLACED: tl.
             per escape byte.
         out: u8, PLACED, holds the words, to which tops are added.
         status: i32, 6 where a top is out of range; a tile that is not 0 there is left as it is.
-        jobs: (n, 15) int64: offset of symbols; first symbol that escapes; offsets of bases, of bytes; bytes; limit of
-            tops; place in status; offset of codes or blocks; number of blocks; offsets of the lists of rows and of
-            columns, of words; words from row to row; bits below the top; offset of places.
+        jobs: `symbols`, the `first` that escapes, `bases`, `count` of `bytes`, `limit` that tops are below, place in
+            `status`, `codes` unless PLACED; `n` `blocks`, lists of `rows` and `columns`, `words` and `stride` of them
+            from row to row, `shift`, the bits below a top; `places`.
         WORD: Bytes of a word.
         PLACED: Whether words stand in their places already.
         BLOCK: Escapes at once.
     """
-    job = jobs + tl.program_id(0).to(tl.int64) * 15
-    symbols, first = work + tl.load(job), tl.load(job + 1).to(tl.uint32)
-    bases, data = (aux + tl.load(job + 2)).to(tl.pointer_type(tl.uint32)), units + tl.load(job + 3)
-    count, limit, mark = tl.load(job + 4).to(tl.int32), tl.load(job + 5).to(tl.uint32), status + tl.load(job + 6)
-    places = (work + tl.load(job + 14)).to(tl.pointer_type(tl.int32))
+    job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
+    symbols, first = work + tl.load(job + JOB.symbols), tl.load(job + JOB.first).to(tl.uint32)
+    bases, data = (aux + tl.load(job + JOB.bases)).to(tl.pointer_type(tl.uint32)), units + tl.load(job + JOB.bytes)
+    count, limit, mark = (
+        tl.load(job + JOB.count).to(tl.int32),
+        tl.load(job + JOB.limit).to(tl.uint32),
+        status + tl.load(job + JOB.status),
+    )
+    places = (work + tl.load(job + JOB.places)).to(tl.pointer_type(tl.int32))
     if tl.load(mark) == 0:  # else there may be too few places
-        for base in range(0, count, BLOCK):
-            index = base + tl.arange(0, BLOCK)
+        for base in range(0, count, FORM.BLOCK):
+            index = base + tl.arange(0, FORM.BLOCK)
             some = index < count
             k = tl.load(places + index, mask=some, other=0)
             symbol = tl.load(symbols + k).to(tl.uint32)
             top = tl.load(bases + (symbol - first), mask=some, other=0)
             top += tl.load(data + index, mask=some, other=0).to(tl.uint32)
-            tl.store(mark + tl.zeros((BLOCK,), tl.int32), 6, mask=top >= limit)
+            tl.store(mark + tl.zeros((FORM.BLOCK,), tl.int32), 6, mask=top >= limit)
             some = some & (top < limit)
-            if PLACED:
-                _add(aux, out, job, k, top, some, WORD)
+            if FORM.PLACED:
+                _add(aux, out, job, k, top, some, JOB, FORM)
             else:
-                code = tl.load(aux + tl.load(job + 7) + top.to(tl.int32), mask=some, other=0)
+                code = tl.load(aux + tl.load(job + JOB.codes) + top.to(tl.int32), mask=some, other=0)
                 tl.store(symbols + k, code, mask=some)
 
 
 @triton.jit
-def _add(aux, out, job, k, top, some, WORD: tl.constexpr):
+def _add(aux, out, job, k, top, some, JOB: tl.constexpr, FORM: tl.constexpr):
     """Put `top` into the words of elements `k`."""
-    TYPE: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32 if WORD == 4 else tl.uint16 if WORD == 2 else tl.uint8
-    blocks = (aux + tl.load(job + 7)).to(tl.pointer_type(tl.int32))
-    n = tl.load(job + 8).to(tl.int32)
+    TYPE: tl.constexpr = common.word(FORM.WORD)
+    blocks = (aux + tl.load(job + JOB.blocks)).to(tl.pointer_type(tl.int32))
+    n = tl.load(job + JOB.n).to(tl.int32)
     low = tl.zeros_like(k)
     step = 2048
     while step > 0:  # the last block that begins at `k` or before
@@ -67,8 +73,12 @@ def _add(aux, out, job, k, top, some, WORD: tl.constexpr):
     block = blocks + low * 4
     k -= tl.load(block)
     cols = tl.load(block + 3)
-    y = tl.load((aux + tl.load(job + 9)).to(tl.pointer_type(tl.int32)) + tl.load(block + 1) + k // cols, mask=some)
-    x = tl.load((aux + tl.load(job + 10)).to(tl.pointer_type(tl.int32)) + tl.load(block + 2) + k % cols, mask=some)
-    word = (out + tl.load(job + 11)).to(tl.pointer_type(TYPE)) + y * tl.load(job + 12) + x
-    bits = top.to(tl.uint64) << tl.load(job + 13).to(tl.uint64)
+    y = tl.load(
+        (aux + tl.load(job + JOB.rows)).to(tl.pointer_type(tl.int32)) + tl.load(block + 1) + k // cols, mask=some
+    )
+    x = tl.load(
+        (aux + tl.load(job + JOB.columns)).to(tl.pointer_type(tl.int32)) + tl.load(block + 2) + k % cols, mask=some
+    )
+    word = (out + tl.load(job + JOB.words)).to(tl.pointer_type(TYPE)) + y * tl.load(job + JOB.stride) + x
+    bits = top.to(tl.uint64) << tl.load(job + JOB.shift).to(tl.uint64)
     tl.store(word, tl.load(word, mask=some) | bits.to(TYPE), mask=some)

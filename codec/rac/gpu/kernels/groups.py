@@ -9,12 +9,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rac.gpu.kernels import common
 from rac.gpu.kernels.trellis import put
 
 
 @triton.jit
 def _codes(at, inside1, PAIRS: tl.constexpr):
-    """Two neighbours."""
+    """The codes of two neighbours."""
     if PAIRS:
         both = tl.load(at.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
         return both & 255, both >> 8
@@ -23,25 +24,14 @@ def _codes(at, inside1, PAIRS: tl.constexpr):
 
 @triton.jit
 def _number(code, entry):
-    """As a float."""
+    """The number of a code, a float; `entry`: scale and 2^23 + zero."""
     scale = entry.to(tl.uint32).to(tl.float32, bitcast=True)
     zero = (entry >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     return ((code | 0x4B000000).to(tl.float32, bitcast=True) - zero) * scale
 
 
 @triton.jit
-def groups(
-    source,
-    aux,
-    out,
-    status,
-    jobs,
-    TO: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SAME: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """ROWS x COLS codes per program.
 
     Args:
@@ -49,63 +39,64 @@ def groups(
         aux: u8, holds the groups of the matrix (R, G, 2) f32: scale, 2^23 + zero.
         out: u8, takes the numbers.
         status: i32, 9 where a code is too large.
-        jobs: (n, 11) int64: offset of codes; codes from row to row; offset of the group in which the tile begins; G;
-            columns of a group; columns of the first group that are left of the tile; offset of numbers; numbers from
-            row to row; h; w; bits of a code | place in status << 8.
-        TO: Type of the numbers.
+        jobs: `codes` and `code_stride` of them from row to row; the `entries` from the group on in which the tile
+            begins, G `lists` of them a row, `group` columns each, `left` of the first are left of the tile; `numbers`
+            and `stride` of them from row to row; `h`; `w`; `bits_status`, bits of a code | place in status << 8.
+        TO: Data type of the numbers.
         PAIRS: Whether two codes and two numbers lie at multiples of their bytes, so that each are moved as one word.
         SAME: Whether columns 2 k and 2 k + 1 have one group.
         ROWS: Rows of the program, a multiple of 4.
         COLS: Columns of the program.
     """
-    job = jobs + tl.program_id(0).to(tl.int64) * 11
-    h, w = tl.load(job + 8).to(tl.int32), tl.load(job + 9).to(tl.int32)
-    across = tl.cdiv(w, COLS)
-    first = tl.program_id(1) // across * ROWS
-    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS // 2) * 2
+    NUMBER: tl.constexpr = common.number(FORM.TO)
+    job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
+    h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
+    across = tl.cdiv(w, FORM.COLS)
+    first = tl.program_id(1) // across * FORM.ROWS
+    x = tl.program_id(1) % across * FORM.COLS + tl.arange(0, FORM.COLS // 2) * 2
     if first < h:
         inside0, inside1 = x < w, x + 1 < w
-        from_, step, stride = tl.load(job + 1), tl.load(job + 3), tl.load(job + 7)
+        from_, step, stride = tl.load(job + JOB.code_stride), tl.load(job + JOB.lists), tl.load(job + JOB.stride)
         near = tl.minimum(x, (w - 1) // 2 * 2)  # what lies outside is computed from what lies inside, and not stored
-        codes = source + tl.load(job) + first * from_ + near
-        left, group = tl.load(job + 5).to(tl.int32), tl.load(job + 4).to(tl.int32)
-        entries = (aux + tl.load(job + 2)).to(tl.pointer_type(tl.uint64)) + first * step
+        codes = source + tl.load(job + JOB.codes) + first * from_ + near
+        left, group = tl.load(job + JOB.left).to(tl.int32), tl.load(job + JOB.group).to(tl.int32)
+        entries = (aux + tl.load(job + JOB.entries)).to(tl.pointer_type(tl.uint64)) + first * step
         entries += (near + left) // group
         next_ = (tl.minimum(x + 1, w - 1) + left) // group - (near + left) // group  # from one column's to the other's
-        dst = (out + tl.load(job + 6)).to(tl.pointer_type(TO)) + first * stride + x
-        seen = tl.zeros((COLS // 2,), tl.uint32)
-        rest = tl.minimum(h - first, ROWS)
-        fours = rest // 4 if SAME else 0  # registers are too few for four rows of groups that are apart
+        dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + first * stride + x
+        seen = tl.zeros((FORM.COLS // 2,), tl.uint32)
+        rest = tl.minimum(h - first, FORM.ROWS)
+        fours = rest // 4 if FORM.SAME else 0  # registers are too few for four rows of groups that are apart
         for _ in range(fours):
             # all loads of four rows are under way before the first store
-            a0, b0 = _codes(codes, inside1, PAIRS)
-            a1, b1 = _codes(codes + from_, inside1, PAIRS)
+            a0, b0 = _codes(codes, inside1, FORM.PAIRS)
+            a1, b1 = _codes(codes + from_, inside1, FORM.PAIRS)
             codes += 2 * from_
-            a2, b2 = _codes(codes, inside1, PAIRS)
-            a3, b3 = _codes(codes + from_, inside1, PAIRS)
+            a2, b2 = _codes(codes, inside1, FORM.PAIRS)
+            a3, b3 = _codes(codes + from_, inside1, FORM.PAIRS)
             codes += 2 * from_
             p0, p1 = tl.load(entries), tl.load(entries + step)
             entries += 2 * step
             p2, p3 = tl.load(entries), tl.load(entries + step)
             entries += 2 * step
             seen |= a0 | a1 | a2 | a3 | b0 | b1 | b2 | b3
-            put(dst, _number(a0, p0), _number(b0, p0), inside0, inside1, TO, PAIRS)
+            put(dst, _number(a0, p0), _number(b0, p0), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
-            put(dst, _number(a1, p1), _number(b1, p1), inside0, inside1, TO, PAIRS)
+            put(dst, _number(a1, p1), _number(b1, p1), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
-            put(dst, _number(a2, p2), _number(b2, p2), inside0, inside1, TO, PAIRS)
+            put(dst, _number(a2, p2), _number(b2, p2), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
-            put(dst, _number(a3, p3), _number(b3, p3), inside0, inside1, TO, PAIRS)
+            put(dst, _number(a3, p3), _number(b3, p3), inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
         for _ in range(fours * 4, rest):
-            a0, b0 = _codes(codes, inside1, PAIRS)
+            a0, b0 = _codes(codes, inside1, FORM.PAIRS)
             p0 = tl.load(entries)
-            q0 = p0 if SAME else tl.load(entries + next_)
+            q0 = p0 if FORM.SAME else tl.load(entries + next_)
             seen |= a0 | b0
-            put(dst, _number(a0, p0), _number(b0, q0), inside0, inside1, TO, PAIRS)
+            put(dst, _number(a0, p0), _number(b0, q0), inside0, inside1, NUMBER, FORM.PAIRS)
             codes += from_
             entries += step
             dst += stride
-        last = tl.load(job + 10)
-        mark = status + (last >> 8) + tl.zeros((COLS // 2,), tl.int32)
+        last = tl.load(job + JOB.bits_status)
+        mark = status + (last >> 8) + tl.zeros((FORM.COLS // 2,), tl.int32)
         tl.store(mark, 9, mask=seen >> (last & 255).to(tl.uint32) != 0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rac.gpu.kernels import common
+
 
 @triton.jit
 def _plane(plane, k, RAW: tl.constexpr, BITS: tl.constexpr, raw, TYPE: tl.constexpr):
@@ -20,53 +22,27 @@ def _plane(plane, k, RAW: tl.constexpr, BITS: tl.constexpr, raw, TYPE: tl.conste
 
 
 @triton.jit
-def _word(
-    units,
-    planes,
-    tops,
-    symbols,
-    k,
-    WORD: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SIGN: tl.constexpr,
-    ZERO: tl.constexpr,
-    RAW: tl.constexpr,
-    CODED: tl.constexpr,
-):
+def _word(units, planes, tops, symbols, k, FORM: tl.constexpr):
     """Words of elements `k`."""
-    TYPE: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32
+    TYPE: tl.constexpr = tl.uint64 if FORM.WORD == 8 else tl.uint32
     raw = (k * 0).to(TYPE)
     at = 0
     for b in tl.static_range(6):
-        if RAW & (32 >> b):
-            raw = _plane(units + tl.load(planes + at), k, RAW, 32 >> b, raw, TYPE)
+        if FORM.RAW & (32 >> b):
+            raw = _plane(units + tl.load(planes + at), k, FORM.RAW, 32 >> b, raw, TYPE)
             at += 1
-    if not CODED:
+    if not FORM.CODED:
         return raw
-    word = tl.load(tops + tl.load(symbols + k)).to(TYPE) << SHIFT
-    if SHIFT > 0:
-        word = word | (raw & ((1 << SHIFT) - 1))
-    if SIGN:
-        word = word | raw >> SHIFT << (8 * WORD - ZERO - 1)
-    return word << ZERO
+    word = tl.load(tops + tl.load(symbols + k)).to(TYPE) << FORM.SHIFT
+    if FORM.SHIFT > 0:
+        word = word | (raw & ((1 << FORM.SHIFT) - 1))
+    if FORM.SIGN:
+        word = word | raw >> FORM.SHIFT << (8 * FORM.WORD - FORM.ZERO - 1)
+    return word << FORM.ZERO
 
 
 @triton.jit
-def place(
-    units,
-    aux,
-    work,
-    out,
-    jobs,
-    WORD: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SIGN: tl.constexpr,
-    ZERO: tl.constexpr,
-    RAW: tl.constexpr,
-    CODED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+def place(units, aux, work, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """ROWS x COLS words of a tile per program.
 
     Element (y, x) of a tile stands at place row[class of x, y] + rank of x of its sequence: a tile in row-major order
@@ -78,40 +54,41 @@ def place(
             rank | class << 24, and the tops of the symbols (256,) u16, 0 for escapes.
         work: u8, holds the symbols, u8.
         out: u8, takes the words.
-        jobs: (n, 14) int64: offsets of rows, columns, tops, symbols, words; words from row to row; h, w; offsets of
-            the planes, largest first.
+        jobs: `rows`, `columns`, `tops`, `symbols`, `words` and `stride` of them from row to row; `h`; `w`; `planes`,
+            largest first.
         WORD: Bytes of a word.
         SHIFT: Raw bits below the top; SIGN, ZERO, RAW as in the stage map.
         CODED: False where there are no symbols, and the one plane holds whole words.
         ROWS: Rows of the program, a multiple of 4.
         COLS: Columns of the program.
     """
-    job = jobs + tl.program_id(0).to(tl.int64) * 14
-    h, w = tl.load(job + 6).to(tl.int32), tl.load(job + 7).to(tl.int32)
-    across = tl.cdiv(w, COLS)
-    first = tl.program_id(1) // across * ROWS
-    x = tl.program_id(1) % across * COLS + tl.arange(0, COLS)
-    TO: tl.constexpr = tl.uint64 if WORD == 8 else tl.uint32 if WORD == 4 else tl.uint16 if WORD == 2 else tl.uint8
+    job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
+    h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
+    across = tl.cdiv(w, FORM.COLS)
+    first = tl.program_id(1) // across * FORM.ROWS
+    x = tl.program_id(1) % across * FORM.COLS + tl.arange(0, FORM.COLS)
+    TO: tl.constexpr = common.word(FORM.WORD)
     if first < h:
-        column = tl.load((aux + tl.load(job + 1)).to(tl.pointer_type(tl.uint32)) + x)
+        column = tl.load((aux + tl.load(job + JOB.columns)).to(tl.pointer_type(tl.uint32)) + x)
         rank = column & 0xFFFFFF
-        rows = (aux + tl.load(job)).to(tl.pointer_type(tl.uint64)) + first // 2
+        rows = (aux + tl.load(job + JOB.rows)).to(tl.pointer_type(tl.uint64)) + first // 2
         rows += (column >> 24).to(tl.int32) * ((h + 3) // 4 * 2)
-        tops = (aux + tl.load(job + 2)).to(tl.pointer_type(tl.uint16))
-        symbols = work + tl.load(job + 3)
-        stride = tl.load(job + 5)
-        dst = (out + tl.load(job + 4)).to(tl.pointer_type(TO)) + first * stride + x
+        tops = (aux + tl.load(job + JOB.tops)).to(tl.pointer_type(tl.uint16))
+        symbols = work + tl.load(job + JOB.symbols)
+        stride = tl.load(job + JOB.stride)
+        dst = (out + tl.load(job + JOB.words)).to(tl.pointer_type(TO)) + first * stride + x
+        planes = job + JOB.planes
         inside = x < w
-        rest = tl.minimum(h - first, ROWS)
+        rest = tl.minimum(h - first, FORM.ROWS)
         for _ in range(rest // 4):
             k, more = tl.load(rows), tl.load(rows + 1)
             # all loads of four rows are under way before the first store
-            a = _word(units, job + 8, tops, symbols, k.to(tl.uint32) + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            a = _word(units, planes, tops, symbols, k.to(tl.uint32) + rank, FORM)
             k = (k >> 32).to(tl.uint32)
-            b = _word(units, job + 8, tops, symbols, k + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
-            c = _word(units, job + 8, tops, symbols, more.to(tl.uint32) + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            b = _word(units, planes, tops, symbols, k + rank, FORM)
+            c = _word(units, planes, tops, symbols, more.to(tl.uint32) + rank, FORM)
             k = (more >> 32).to(tl.uint32)
-            d = _word(units, job + 8, tops, symbols, k + rank, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            d = _word(units, planes, tops, symbols, k + rank, FORM)
             tl.store(dst, a.to(TO), mask=inside)
             dst += stride
             tl.store(dst, b.to(TO), mask=inside)
@@ -124,6 +101,6 @@ def place(
         one = rows.to(tl.pointer_type(tl.uint32))
         for y in range(rest % 4):
             k = tl.load(one + y) + rank
-            word = _word(units, job + 8, tops, symbols, k, WORD, SHIFT, SIGN, ZERO, RAW, CODED)
+            word = _word(units, planes, tops, symbols, k, FORM)
             tl.store(dst, word.to(TO), mask=inside)
             dst += stride

@@ -7,23 +7,23 @@ import triton.language as tl
 
 
 @triton.jit
-def tables(aux, work, jobs, BLOCK: tl.constexpr):
+def tables(aux, work, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """One table per program.
 
     Args:
         aux: u8, holds per job (257,) u32 starts, 4096 behind the last symbol, and (256,) u8 codes.
         work: u8, takes the code of each of 4096 slots, u8, and for each code that has a frequency (256, 2) u32:
             frequency << 12, -start << 12.
-        jobs: (n, 3) int64: offsets of starts, codes, table.
+        jobs: `starts`, `codes`, `table`.
         BLOCK: Slots at once.
     """
-    job = jobs + tl.program_id(0) * 3
-    starts = (aux + tl.load(job)).to(tl.pointer_type(tl.uint32))
-    codes = aux + tl.load(job + 1)
-    table = work + tl.load(job + 2)
-    for base in range(0, 4096, BLOCK):
-        slot = (base + tl.arange(0, BLOCK)).to(tl.uint32)
-        symbol = tl.zeros((BLOCK,), tl.int32)
+    job = jobs + tl.program_id(0) * JOB.size
+    starts = (aux + tl.load(job + JOB.starts)).to(tl.pointer_type(tl.uint32))
+    codes = aux + tl.load(job + JOB.codes)
+    table = work + tl.load(job + JOB.table)
+    for base in range(0, 4096, FORM.BLOCK):
+        slot = (base + tl.arange(0, FORM.BLOCK)).to(tl.uint32)
+        symbol = tl.zeros((FORM.BLOCK,), tl.int32)
         for k in tl.static_range(8):  # the last symbol whose start is not above the slot
             next_ = symbol + (128 >> k)
             symbol = tl.where(tl.load(starts + next_) <= slot, next_, symbol)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rac.gpu.kernels import common as cs
+from rac.gpu.kernels import common
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def rounded(v, TO: tl.constexpr):
 
 @triton.jit
 def _rounded(v, TO: tl.constexpr):
-    """The same for the interpreter, which cuts BF16 off."""
+    """`rounded` for the interpreter, which cuts BF16 off."""
     if tl.bfloat16 == TO:
         bits = v.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -47,14 +47,14 @@ def _packed(low, high, TO: tl.constexpr):
     return one | rounded(high, TO).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
 
 
-if cs.INTERPRETED:
+if common.INTERPRETED:
     rounded, packed = _rounded, _packed
 
 
 @triton.jit
 def _number(code, state, lut, col, row, step):
     """(Number as a float, state of the next row)."""
-    magnitude, turn = cs.shared_pair(lut + (code.to(tl.uint32) << 3), 0)
+    magnitude, turn = common.shared_pair(lut + (code.to(tl.uint32) << 3), 0)
     turned = (state.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True) & step
     number = (magnitude ^ (state & 0x80000000)).to(tl.float32, bitcast=True)
     return number * col * row.to(tl.float32, bitcast=True), state << 1 ^ turned ^ turn
@@ -71,72 +71,77 @@ def put(dst, v0, v1, inside0, inside1, TO: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def trellis(source, aux, out, jobs, TO: tl.constexpr, COLS: tl.constexpr, PAIRS: tl.constexpr):
+def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     """COLS columns of a tile per program.
 
     Args:
-        source: u8, holds the codes of the words, at the places that cuda_place.py explains.
-        aux: u8, holds rows and columns of places as for cuda_place.py; entries of the codes (256, 2) u32: magnitude, a
+        source: u8, holds the codes of the words, at the places that place.py explains.
+        aux: u8, holds rows and columns of places as for place.py; entries of the codes (256, 2) u32: magnitude, a
             float, and an XOR for the state; scales of the columns (w rounded up to COLS,) f32 and of the rows
             (h rounded up to 4,) f32.
         out: u8, takes the numbers.
-        jobs: (n, 11) int64: offsets of rows, columns, entries, scales of columns, scales of rows, codes, numbers;
-            numbers from row to row; h; w; what a negative sign does to the state.
-        TO: Type of the numbers.
+        jobs: `rows`, `columns`, `entries`, `column_scales`, `row_scales`, `codes`, `numbers` and `stride` of them from
+            row to row; `h`; `w`; `step`, what a negative sign does to the state.
+        TO: Data type of the numbers.
         COLS: Columns of the program, 64 per warp, since a thread reserves shared memory once per column pair.
         PAIRS: Whether two numbers have 32 bits and lie at multiples of that, so that they are stored as one word.
     """
-    job = jobs + tl.program_id(0).to(tl.int64) * 11
-    h, w, step = tl.load(job + 8).to(tl.int32), tl.load(job + 9).to(tl.int32), tl.load(job + 10).to(tl.uint32)
-    index = tl.arange(0, COLS // 2)
-    x = tl.program_id(1) * COLS + index * 2
-    if tl.program_id(1) * COLS < w:
-        lut = cs.reserve(COLS // 2, 2048)
-        entries = (aux + tl.load(job + 2)).to(tl.uint64)
-        for k in tl.range(0, 2048, COLS * 8, loop_unroll_factor=1):
+    NUMBER: tl.constexpr = common.number(FORM.TO)
+    job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
+    h, w, step = (
+        tl.load(job + JOB.h).to(tl.int32),
+        tl.load(job + JOB.w).to(tl.int32),
+        tl.load(job + JOB.step).to(tl.uint32),
+    )
+    index = tl.arange(0, FORM.COLS // 2)
+    x = tl.program_id(1) * FORM.COLS + index * 2
+    if tl.program_id(1) * FORM.COLS < w:
+        lut = common.reserve(FORM.COLS // 2, 2048)
+        entries = (aux + tl.load(job + JOB.entries)).to(tl.uint64)
+        for k in tl.range(0, 2048, FORM.COLS * 8, loop_unroll_factor=1):
             at = index * 16 + k
-            cs.copy(lut + at.to(tl.uint32), entries + at.to(tl.uint64), at < 2048)
-        cs.arrived(index)
+            common.copy(lut + at.to(tl.uint32), entries + at.to(tl.uint64), at < 2048)
+        common.arrived(index)
         tl.debug_barrier()
-        column = (aux + tl.load(job + 1)).to(tl.pointer_type(tl.uint32)) + x
+        column = (aux + tl.load(job + JOB.columns)).to(tl.pointer_type(tl.uint32)) + x
         column0, column1 = tl.load(column), tl.load(column + 1)
-        col = (aux + tl.load(job + 3)).to(tl.pointer_type(tl.float32)) + x
+        col = (aux + tl.load(job + JOB.column_scales)).to(tl.pointer_type(tl.float32)) + x
         col0, col1 = tl.load(col), tl.load(col + 1)
-        rows = (aux + tl.load(job)).to(tl.uint64)
+        rows = (aux + tl.load(job + JOB.rows)).to(tl.uint64)
         rows0 = rows + (column0 >> 24).to(tl.uint64) * ((h + 3) // 4 * 16).to(tl.uint64)
         rows1 = rows + (column1 >> 24).to(tl.uint64) * ((h + 3) // 4 * 16).to(tl.uint64)
-        scales = (aux + tl.load(job + 4)).to(tl.uint64)
-        codes = source + tl.load(job + 5)
+        scales = (aux + tl.load(job + JOB.row_scales)).to(tl.uint64)
+        codes = source + tl.load(job + JOB.codes)
         codes0, codes1 = codes + (column0 & 0xFFFFFF), codes + (column1 & 0xFFFFFF)
-        stride = tl.load(job + 7)
-        dst = (out + tl.load(job + 6)).to(tl.pointer_type(TO)) + x
+        stride = tl.load(job + JOB.stride)
+        dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + x
         inside0, inside1 = x < w, x + 1 < w
-        state0 = tl.zeros((COLS // 2,), tl.uint32)
+        state0 = tl.zeros((FORM.COLS // 2,), tl.uint32)
         state1 = state0
         for _ in range(h // 4):
-            k0, k1, k2, k3, rows0 = cs.next4(rows0)
-            m0, m1, m2, m3, rows1 = cs.next4(rows1)
+            k0, k1, k2, k3, rows0 = common.next4(rows0)
+            m0, m1, m2, m3, rows1 = common.next4(rows1)
             # all loads of four rows are under way before the first store
             a0, b0 = tl.load(codes0 + k0), tl.load(codes1 + m0)
             a1, b1 = tl.load(codes0 + k1), tl.load(codes1 + m1)
             a2, b2 = tl.load(codes0 + k2), tl.load(codes1 + m2)
             a3, b3 = tl.load(codes0 + k3), tl.load(codes1 + m3)
-            s0, s1, s2, s3, scales = cs.next4(scales)
+            s0, s1, s2, s3, scales = common.next4(scales)
             v0, state0 = _number(a0, state0, lut, col0, s0, step)
             v1, state1 = _number(b0, state1, lut, col1, s0, step)
-            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
             v0, state0 = _number(a1, state0, lut, col0, s1, step)
             v1, state1 = _number(b1, state1, lut, col1, s1, step)
-            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
             v0, state0 = _number(a2, state0, lut, col0, s2, step)
             v1, state1 = _number(b2, state1, lut, col1, s2, step)
-            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
             v0, state0 = _number(a3, state0, lut, col0, s3, step)
             v1, state1 = _number(b3, state1, lut, col1, s3, step)
-            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride
         one0, one1 = rows0.to(tl.pointer_type(tl.uint32)), rows1.to(tl.pointer_type(tl.uint32))
         last = scales.to(tl.pointer_type(tl.uint32))
@@ -146,5 +151,5 @@ def trellis(source, aux, out, jobs, TO: tl.constexpr, COLS: tl.constexpr, PAIRS:
             row = tl.load(last + y)
             v0, state0 = _number(a0, state0, lut, col0, row, step)
             v1, state1 = _number(b0, state1, lut, col1, row, step)
-            put(dst, v0, v1, inside0, inside1, TO, PAIRS)
+            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
             dst += stride

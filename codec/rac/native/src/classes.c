@@ -27,7 +27,8 @@ static int64_t length_of(const int64_t *counts, const counts_of *t) {
 }
 
 /* Length in 2^-10 bit of the symbols and `weight` times their table, for n rows of s counts */
-void rac_code_length(const int64_t *counts, int64_t n, int64_t s, const int64_t *fraction, int64_t weight, int64_t *out) {
+void rac_code_length(const int64_t *counts, int64_t n, int64_t s, const int64_t *fraction, int64_t weight,
+                     int64_t *out) {
     const counts_of t = {1, s, fraction, weight, 0};
     for (int64_t k = 0; k < n; k++) out[k] = length_of(counts + k * s, &t);
 }

@@ -1,10 +1,11 @@
-/* Words of a trellis to numbers (stages/trellis.md). Twin: rac/stages/trellis.py, bit for bit: plain float32 arithmetic in a
- * fixed order, no contraction to fused operations (setup.py). */
+/* Words of a trellis to numbers (stages/trellis.md). Twin: rac/stages/trellis.py, bit for bit: plain float32
+ * arithmetic in a fixed order, no contraction to fused operations (setup.py). */
 #include "rac.h"
 
 #ifndef AVX512
 /* Columns one after the other */
-static void numbers(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row, const rac_matrix *dst) {
+static void numbers(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
+                    const rac_matrix *dst) {
     for (int64_t j = 0; j < words->cols; j++) {
         unsigned s = 0;
         for (int64_t i = 0; i < words->rows; i++) {
@@ -17,7 +18,8 @@ static void numbers(const rac_matrix *words, const rac_dequant *q, const float *
     }
 }
 #else
-/* Magnitudes of words. Even ones are computed, exactly; others of words of a range of 32 are a permutation of two registers. */
+/* Magnitudes of words. Even ones are computed, exactly; others of words of a range of 32 are a permutation of two
+ * registers. */
 typedef struct {
     const float *rec;
     int even, near;
@@ -48,7 +50,8 @@ INLINED __m512 magnitude(const magnitudes *m, __m512i u) {
 /* Rounded to the upper half of each number, ties to even (not for NaN, which there is none of) */
 INLINED __m512i rounded(__m512 v) {
     const __m512i bits = _mm512_castps_si512(v), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16)), up, _mm512_set1_epi32(1));
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << 16));
+    return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
 }
 
 /* 32 numbers, of which `some` are there, to element `at` of dst and on */
@@ -67,10 +70,10 @@ INLINED void store(void *dst, int64_t at, int size, const __m512 v[2], __mmask32
     else _mm512_mask_storeu_epi16(d, some, both);
 }
 
-/* 32 columns side by side, their states in one register. STRIP rows of all columns, then the next: whole columns would touch as
- * many pages as there are rows. */
-static void numbers(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row, const rac_matrix *dst,
-                    uint16_t *states) {
+/* 32 columns side by side, their states in one register. STRIP rows of all columns, then the next: whole columns
+ * would touch as many pages as there are rows. */
+static void numbers(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
+                    const rac_matrix *dst, uint16_t *states) {
     enum { STRIP = 16 };
     const int64_t h = words->rows, w = words->cols;
     const magnitudes m = magnitudes_of(words, q);
@@ -104,10 +107,10 @@ static void numbers(const rac_matrix *words, const rac_dequant *q, const float *
 }
 #endif
 
-/* A tile of words to numbers: sign rec[word] col[j] row[i], the state of each column beginning at 0. `states`: room for one of
- * each column and 31 more. */
-void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row, const rac_matrix *dst,
-                   uint16_t *states) {
+/* A tile of words to numbers: sign rec[word] col[j] row[i], the state of each column beginning at 0. `states`: room
+ * for one of each column and 31 more. */
+void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
+                   const rac_matrix *dst, uint16_t *states) {
 #ifdef AVX512
     memset(states, 0, 2 * (size_t)words->cols);
     numbers(words, q, col, row, dst, states);

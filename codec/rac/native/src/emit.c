@@ -145,8 +145,8 @@ static int bf16(rac_tile *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t
     return 0;
 }
 
-/* Raw bits of elements at..at + n, from planes of less than 16 bits together; raw[0] is that of element at & ~31, and up to
- * 31 more follow the last */
+/* Raw bits of elements at..at + n, from planes of less than 16 bits together; raw[0] is that of element at & ~31,
+ * and up to 31 more follow the last */
 static void raw512(const rac_tile *w, int64_t at, int64_t n, uint16_t *raw) {
     const int64_t from = at & ~(int64_t)31;
     const int r = w->shared->raw;
@@ -203,7 +203,8 @@ static int float16(rac_tile *w, const uint8_t *sym, int64_t n, int64_t at, uint1
                 top = _mm512_permutexvar_epi16(s, t0);
             } else {
                 s = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(sym + i)));
-                const __m512i below = _mm512_permutex2var_epi16(t0, s, t1), above = _mm512_permutex2var_epi16(t2, s, t3);
+                const __m512i below = _mm512_permutex2var_epi16(t0, s, t1);
+                const __m512i above = _mm512_permutex2var_epi16(t2, s, t3);
                 top = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(s, half), below, above);
             }
             const __m512i b = _mm512_loadu_si512(bits), sign = _mm512_slli_epi16(_mm512_srli_epi16(b, shift), 15);

@@ -1,4 +1,5 @@
-/* Coded symbols to lanes, and what the encoder counts and finds among them (stages/lanes.md). Twins: rac/native/lanes.py. */
+/* Coded symbols to lanes, and what the encoder counts and finds among them (stages/lanes.md). Twins:
+ * rac/native/lanes.py. */
 #include "rac.h"
 
 #if defined(__SIZEOF_INT128__)
@@ -10,14 +11,15 @@ static inline uint64_t mulhi(uint64_t a, uint64_t b) {
 }
 #endif
 
-/* What encoding a symbol takes: 2^64 / freq rounded up (0 for 1), start, 2^24 - freq, freq, the last three of 4096ths << 12 */
+/* What encoding a symbol takes: 2^64 / freq rounded up (0 for 1), start, 2^24 - freq, freq, the last three of
+ * 4096ths << 12 */
 typedef struct { uint64_t reciprocal, start, complement, freq; } coded;
 
-/* Lanes of the coded symbols of all segments, their words in the order of reading at the end of out[0..size), of which the
- * first is not used; returns how many, or -1 where they do not fit. model (tables, 256). The quotient by the frequency is
- * exact: x >> 12 is below freq << 40, the reciprocal 2^64 / freq rounded up. */
-int64_t rac_encode(const uint8_t *sym, int64_t lanes, const rac_segment *seg, int64_t nseg, const coded *model, uint32_t *out,
-                   int64_t size, uint32_t *counts) {
+/* Lanes of the coded symbols of all segments, their words in the order of reading at the end of out[0..size), of
+ * which the first is not used; returns how many, or -1 where they do not fit. model (tables, 256). The quotient by
+ * the frequency is exact: x >> 12 is below freq << 40, the reciprocal 2^64 / freq rounded up. */
+int64_t rac_encode(const uint8_t *sym, int64_t lanes, const rac_segment *seg, int64_t nseg, const coded *model,
+                   uint32_t *out, int64_t size, uint32_t *counts) {
     uint64_t st[1024] = {0};
     uint32_t *w = out + size;
     for (int64_t l = 0; l < lanes; l++) counts[l] = 0;
@@ -51,8 +53,8 @@ int64_t rac_encode(const uint8_t *sym, int64_t lanes, const rac_segment *seg, in
     return out + size - w;
 }
 
-/* Pairs of base symbols, segment by segment of sizes[k] elements: map[a + 16 b] -> coded symbol; an odd last one is paired
- * with symbol 0 */
+/* Pairs of base symbols, segment by segment of sizes[k] elements: map[a + 16 b] -> coded symbol; an odd last one is
+ * paired with symbol 0 */
 void rac_pairs(const uint8_t *sym, const int64_t *sizes, int64_t nseg, const uint8_t *map, uint8_t *out) {
     for (int64_t k = 0; k < nseg; sym += sizes[k++]) {
         const int64_t n = sizes[k];

@@ -1,4 +1,5 @@
-/* Frequency tables (stages/lanes.md, "Tables"), from and to their bytes. Twins: rac/native/frequencies.py, rac/entropy/tables.py. */
+/* Frequency tables (stages/lanes.md, "Tables"), from and to their bytes. Twins: rac/native/frequencies.py,
+ * rac/entropy/tables.py. */
 #include "rac.h"
 
 /* Order of the exponential-Golomb code of a difference: it grows with the frequency before it */

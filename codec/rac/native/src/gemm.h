@@ -1,6 +1,6 @@
-/* t += sign a b of one type of numbers, NUMBER; included once for each (linalg.c), where NAMED(f) names its functions.
- * Every element takes its terms k = 0, 1, ... one after the other, each product rounded before it is added: the tiles below
- * decide what is in registers, never the order. */
+/* t += sign a b of one type of numbers, NUMBER; included once for each (linalg.c), where NAMED(f) names its
+ * functions. Every element takes its terms k = 0, 1, ... one after the other, each product rounded before it is
+ * added: the tiles below decide what is in registers, never the order. */
 
 typedef NUMBER NAMED(reg) __attribute__((vector_size(REGISTER), aligned(sizeof(NUMBER)), may_alias));
 enum { NAMED(LANES) = REGISTER / sizeof(NUMBER), NAMED(WIDE) = ACROSS * NAMED(LANES) };

@@ -1,11 +1,11 @@
-/* Codes of groups to numbers (stages/groups.md), and words out of bit planes (stages/bits.md). Twins: rac/stages/groups.py,
- * rac/stages/bits.py. All products are exact. */
+/* Codes of groups to numbers (stages/groups.md), and words out of bit planes (stages/bits.md). Twins:
+ * rac/stages/groups.py, rac/stages/bits.py. All products are exact. */
 #include "rac.h"
 
-/* Codes (h, w) to words of F32 (kind 4) or BF16 (kind 2); column 0 is column `first` of its group. scales, zeros: (h, ...) of
- * the groups; zeros may be one for all. Returns the bits that occur in any code. */
-int rac_ungroup(const rac_matrix *codes, const rac_matrix *scales, const rac_matrix *zeros, const rac_matrix *dst, int64_t group,
-                int64_t first, int kind) {
+/* Codes (h, w) to words of F32 (kind 4) or BF16 (kind 2); column 0 is column `first` of its group. scales, zeros:
+ * (h, ...) of the groups; zeros may be one for all. Returns the bits that occur in any code. */
+int rac_ungroup(const rac_matrix *codes, const rac_matrix *scales, const rac_matrix *zeros, const rac_matrix *dst,
+                int64_t group, int64_t first, int kind) {
     uint8_t seen = 0;
     const int same = zeros->rows * zeros->cols == 1;
     const int64_t w = codes->cols;

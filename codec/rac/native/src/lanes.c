@@ -15,7 +15,8 @@ static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const u
 /* The next `n` symbols of any number of lanes */
 static void rows_plain(rac_lanes *t, int64_t n, int64_t lanes) {
     for (; n > 0; n -= lanes)
-        for (int64_t l = 0; l < lanes && l < n; l++) t->st[l] = step(t->st[l], t->lut, t->out++, &t->words, t->left + l);
+        for (int64_t l = 0; l < lanes && l < n; l++)
+            t->st[l] = step(t->st[l], t->lut, t->out++, &t->words, t->left + l);
 }
 
 /* N tiles of L lanes, `steps` rows of all. A row may read, not take, one word more than it takes. */
@@ -52,8 +53,8 @@ INLINED void rows_of(rac_lanes **tile, int64_t steps, const int N, const int L) 
 }
 
 #ifdef AVX512
-/* The words that the 8 lanes of a vector take, which are lanes of one tile, four each of two, or two each of four; `need`:
- * those that take one. As many words are read as there are lanes, whether they are taken or not. */
+/* The words that the 8 lanes of a vector take, which are lanes of one tile, four each of two, or two each of four;
+ * `need`: those that take one. As many words are read as there are lanes, whether they are taken or not. */
 INLINED __m256i words_of_8(const uint32_t **at, __mmask8 need) {
     const __m256i w = _mm256_maskz_expand_epi32(need, _mm256_loadu_si256((const void *)at[0]));
     at[0] += __builtin_popcount(need);
@@ -100,7 +101,8 @@ INLINED __m512i stepped(__m512i x, __m256i e, __m256i left, __mmask8 *need) {
     return y;
 }
 
-/* As rows_of, in V vectors of 8 lanes. A vector is a part of a tile, or several tiles; T tiles of it, P vectors of a tile. */
+/* As rows_of, in V vectors of 8 lanes. A vector is a part of a tile, or several tiles; T tiles of it, P vectors of a
+ * tile. */
 INLINED void rows512_of(rac_lanes **tile, int64_t steps, const int N, const int L) {
     const int V = N * L / 8, W = L < 8 ? L : 8, T = 8 / W, P = L / W;
     uint64_t st[32];

@@ -1,5 +1,6 @@
-/* Products and Cholesky factors whose order of additions is part of their contract, so that every CPU, compiler and number
- * of threads finds the same bits: no contraction (setup.py), no partial sums. Twins: rac/native/product.py, linalg.py. */
+/* Products and Cholesky factors whose order of additions is part of their contract, so that every CPU, compiler and
+ * number of threads finds the same bits: no contraction (setup.py), no partial sums. Twins: rac/native/product.py,
+ * linalg.py. */
 #include <math.h>
 #include "rac.h"
 #ifdef __SSE__
@@ -38,8 +39,8 @@ static unsigned exact(void) { return 0; }
 static void normal(unsigned before) { (void)before; }
 #endif
 
-/* t[i][j] += a[i][k] b[k][j] for k = 0..n - 1, one after the other. t (h, w), a (h, n), b (n, w). A part of the format too
- * (stages/lowrank.md, stages/basis.md). */
+/* t[i][j] += a[i][k] b[k][j] for k = 0..n - 1, one after the other. t (h, w), a (h, n), b (n, w). A part of the
+ * format too (stages/lowrank.md, stages/basis.md). */
 void rac_product(const rac_matrix *t, const rac_matrix *a, const rac_matrix *b) {
     const unsigned before = exact();
     product_float(t, a, 1, b);

@@ -1,4 +1,5 @@
-/* The columns of a block to integers, each after the errors of the ones behind it are fed back (linalg/triangular.py). */
+/* The columns of a block to integers, each after the errors of the ones behind it are fed back
+ * (linalg/triangular.py). */
 #include <math.h>
 #include "quantise.h"
 
@@ -15,7 +16,8 @@ static void feed(const rac_columns *b, int64_t j, float *g) {
     }
 }
 
-/* The whole number nearest to 4 log2 x of x > 0, without libm, whose last bit differs between machines; linalg/exact.py */
+/* The whole number nearest to 4 log2 x of x > 0, without libm, whose last bit differs between machines;
+ * linalg/exact.py */
 static int quarters(double x) {
     static const double eighths[4] = {0.5452538663326288, 0.6484197773255049, 0.7711054127039705, 0.9170040432046713};
     int e;
@@ -41,8 +43,8 @@ static int level_of(const rac_search *s, const float *g, int64_t rows, float ste
     return q < 0 ? 0 : q < s->levels ? q : s->levels - 1;
 }
 
-/* Quantises the columns of a block from the last to the first; a target that is too far out is an outlier, whose value is the
- * target itself. Returns 0, or 1 without memory. */
+/* Quantises the columns of a block from the last to the first; a target that is too far out is an outlier, whose
+ * value is the target itself. Returns 0, or 1 without memory. */
 int rac_quantise(const rac_search *s, const rac_columns *b) {
     const int64_t m = b->rows, words = s->states < 16 ? 1 : s->states / 16, wide = 2 * s->most + 1;
     float *x = malloc((size_t)m * (4 + 16));

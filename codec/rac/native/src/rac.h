@@ -1,6 +1,7 @@
-/* What the kernels share. Plain C without the Python headers, loaded through ctypes (native/library.py), which releases the GIL.
- * Every source is compiled once for each instruction set (setup.py); what is written for AVX-512 alone is under #ifdef AVX512.
- * Every loop has a numpy or numba twin in the package that the tests hold it to, bit for bit, under each instruction set. */
+/* What the kernels share. Plain C without the Python headers, loaded through ctypes (native/library.py), which
+ * releases the GIL. Every source is compiled once for each instruction set (setup.py); what is written for AVX-512
+ * alone is under #ifdef AVX512. Every loop has a numpy or numba twin in the package that the tests hold it to, bit
+ * for bit, under each instruction set. */
 #ifndef RAC_H
 #define RAC_H
 #include <stddef.h>
@@ -33,8 +34,8 @@ typedef struct {
     int32_t size;         /* of an element of the tile: 4 float32, 2 BF16 */
 } rac_dequant;
 
-void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row, const rac_matrix *dst,
-                   uint16_t *states);
+void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
+                   const rac_matrix *dst, uint16_t *states);
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

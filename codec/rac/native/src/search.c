@@ -1,5 +1,5 @@
-/* Viterbi search of one column (encoder). It is held to all paths of short columns, and to itself under each instruction set:
- * plain float32 arithmetic in a fixed order, no contraction to fused operations (setup.py). */
+/* Viterbi search of one column (encoder). It is held to all paths of short columns, and to itself under each
+ * instruction set: plain float32 arithmetic in a fixed order, no contraction to fused operations (setup.py). */
 #include <math.h>
 #include "quantise.h"
 

@@ -1,7 +1,7 @@
-/* Trellis search of a column where the error of a row is fed to the targets of the rows behind it: noise shaping, for errors
- * that are correlated through what the outputs do. Every survivor carries what its own errors feed to the next rows
- * (per-survivor processing, Raheli et al. 1995); the errors of rows `lag` blocks back are those of the best path, and survivors
- * of another past end there. Both versions below do the same arithmetic in the same order. */
+/* Trellis search of a column where the error of a row is fed to the targets of the rows behind it: noise shaping,
+ * for errors that are correlated through what the outputs do. Every survivor carries what its own errors feed to the
+ * next rows (per-survivor processing, Raheli et al. 1995); the errors of rows `lag` blocks back are those of the
+ * best path, and survivors of another past end there. Both versions below do the same arithmetic in the same order. */
 #include <math.h>
 #include "quantise.h"
 
@@ -72,7 +72,8 @@ static void merge(const rac_search *t, survivors *s, uint16_t *choice) {
     for (int q = 0; q < t->states; q++) s->cost[q & 1][q >> 1] = s->next[q] - s->next[0];
 }
 
-/* What survivors own at from..to of a ring goes to those who follow them, plus their last error times the weight there */
+/* What survivors own at from..to of a ring goes to those who follow them, plus their last error times the weight
+ * there */
 static void carry(const rac_search *t, const uint16_t *choice, ring *of, int64_t from, int64_t to, const float *error,
                   const float *weight) {
     for (int64_t i = from; i < to; i++) {
@@ -150,7 +151,8 @@ typedef struct { __m512i h1, low, both, even, odd; int b1, b0, b2; } order;
 
 INLINED order order_of(const rac_search *t) {
     const int n = t->states / 2, low = t->h0 & (n - 1), both = low ^ t->h1;
-    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), d = _mm512_slli_epi32(i, 1);
+    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i d = _mm512_slli_epi32(i, 1);
     return (order){.h1 = _mm512_xor_si512(i, _mm512_set1_epi32(t->h1 & 15)),
                    .low = _mm512_xor_si512(i, _mm512_set1_epi32(low & 15)),
                    .both = _mm512_xor_si512(i, _mm512_set1_epi32(both & 15)),
@@ -186,8 +188,8 @@ static void merge(const rac_search *t, survivors *s, uint16_t *choice) {
     }
 }
 
-INLINED void carry_all(int blocks, order o, const uint16_t *choice, ring *of, int64_t from, int64_t to, const float *error,
-                       const float *weight) {
+INLINED void carry_all(int blocks, order o, const uint16_t *choice, ring *of, int64_t from, int64_t to,
+                       const float *error, const float *weight) {
     for (int64_t i = from; i < to; i++) {
         half *own = of[i % AHEAD];
         const __m512 w = _mm512_set1_ps(weight ? weight[i] : 0.0f);
@@ -305,8 +307,8 @@ static void shape_lane(shaping *h) {
     }
 }
 
-/* Integers and values of a column, of 32 states and more. Rows further than `far` out are outliers: they have no error, whatever
- * their integer. Returns 0, or 1 without memory. */
+/* Integers and values of a column, of 32 states and more. Rows further than `far` out are outliers: they have no
+ * error, whatever their integer. Returns 0, or 1 without memory. */
 int rac_shaped(const rac_search *t, const rac_column *c) {
     const size_t longest = (size_t)least(t->lane, c->rows), states = (size_t)t->states;
     shaping h = {t, c, malloc(sizeof *h.s), malloc(longest * states * 4), malloc(longest * states / 8),

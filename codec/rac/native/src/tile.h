@@ -37,11 +37,12 @@ typedef struct {
     int32_t *row, *col;          /* sorted rows and columns; null: as they lie */
     rac_block *blocks, *last;    /* sorted by table: one segment each; behind the last */
     int64_t row_end[257], col_end[257]; /* of the classes */
-    void *seq;                   /* the tile's words in sequence order, to be unsorted at the end; null: straight to dst */
+    void *seq; /* the tile's words in sequence order, to be unsorted at the end; null: straight to dst */
     uint32_t escapes, used;
     uint32_t pairtop[256]; /* both tops of a pair a | b << 4 */
     uint8_t bytetop[16];   /* tops of the base symbols, where all are `small` */
-    int small, fast, bf16; /* fast: 16-bit floats joined in registers; bf16: pairs of small tops, 7 raw bits and the sign */
+    int small;
+    int fast, bf16; /* 16-bit floats joined in registers; those of pairs of small tops, 7 raw bits and the sign */
     int counts;            /* tops of the symbols that do not escape count up */
     int bytes;             /* words are bytes, and nothing but tops that count up */
 } rac_tile;

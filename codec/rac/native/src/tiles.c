@@ -1,4 +1,5 @@
-/* Tiles of lanes/1 to words (stages/lanes.md, "Tile"), and on to the numbers that these stand for. Twin: rac/stages/lanes. */
+/* Tiles of lanes/1 to words (stages/lanes.md, "Tile"), and on to the numbers that these stand for. Twin:
+ * rac/stages/lanes. */
 #include "lanes.h"
 #include "tile.h"
 
@@ -33,7 +34,8 @@ static int occurring(const int64_t *ends, int k, int *classes) {
 static void cut_blocks(rac_tile *w) {
     const rac_shared *s = w->shared;
     int rows[256], cols[256];
-    const int kc = s->col_classes, nr = occurring(w->row_end, s->row_classes, rows), nc = occurring(w->col_end, kc, cols);
+    const int nr = occurring(w->row_end, s->row_classes, rows);
+    const int kc = s->col_classes, nc = occurring(w->col_end, kc, cols);
     const int64_t *re = w->row_end, *ce = w->col_end;
     int64_t first[257] = {0};
     for (int n = 0; n < nr * nc; n++) first[s->table[rows[n / nc] * kc + cols[n % nc]] + 1]++;
@@ -275,8 +277,8 @@ static int leave(slot *s) {
     return bad ? bad : finish(w);
 }
 
-/* The tiles *from.. below n that have as few lanes as the first of them, side by side: one alone leaves the processor waiting
- * for the step before. *from becomes the next tile, *at one that is wrong. */
+/* The tiles *from.. below n that have as few lanes as the first of them, side by side: one alone leaves the
+ * processor waiting for the step before. *from becomes the next tile, *at one that is wrong. */
 static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at) {
     const int64_t lanes = job[*from].shared->lanes;
     slot *room = malloc(SIDE_BY_SIDE * sizeof *room);

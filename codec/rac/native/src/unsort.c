@@ -1,9 +1,10 @@
-/* Words of a tile from the order of its classes to their places, where columns have classes: sixteen- and eight-bit words,
- * with the expansions of AVX-512 (VBMI2), which its first processors lack. */
+/* Words of a tile from the order of its classes to their places, where columns have classes: sixteen- and eight-bit
+ * words, with the expansions of AVX-512 (VBMI2), which its first processors lack. */
 #include "tile.h"
 
 #ifdef AVX512
-/* Columns of one class among neighbours: they follow each other in the runs of that class, `offset` words from its start */
+/* Columns of one class among neighbours: they follow each other in the runs of that class, `offset` words from its
+ * start */
 typedef struct { uint64_t mask; int32_t class, offset; } piece;
 
 enum { AHEAD = 32 }; /* rows of which the memory is fetched before they are written: tiles are narrow, rows far apart */
@@ -28,9 +29,11 @@ VBMI2_INLINED __m512i expand(uint64_t mask, __m512i v, int size) {
     return size == 1 ? _mm512_maskz_expand_epi8(mask, v) : _mm512_maskz_expand_epi16((__mmask32)mask, v);
 }
 
-/* Words of `size` bytes, a constant, 64 bytes at a time. Row r has a run of words for each class of columns, run[class of
- * r][k]; the runs of a class of rows follow each other, `step` words from row to row. Up to 63 bytes behind a run are read. */
-VBMI2_INLINED void unsort(const rac_tile *w, const int64_t *step, const char **run, const piece *pieces, const int size) {
+/* Words of `size` bytes, a constant, 64 bytes at a time. Row r has a run of words for each class of columns,
+ * run[class of r][k]; the runs of a class of rows follow each other, `step` words from row to row. Up to 63 bytes
+ * behind a run are read. */
+VBMI2_INLINED void unsort(const rac_tile *w, const int64_t *step, const char **run, const piece *pieces,
+                          const int size) {
     const rac_job *j = w->job;
     const int kc = j->shared->col_classes, N = 64 / size;
     const int64_t cols = j->cols, stride = w->stride * size;
@@ -55,8 +58,12 @@ VBMI2_INLINED void unsort(const rac_tile *w, const int64_t *step, const char **r
             if (step[k]) p[k] += step[k] * size;
     }
 }
-VBMI2 void unsort1(const rac_tile *w, const int64_t *step, const char **run, const piece *p) { unsort(w, step, run, p, 1); }
-VBMI2 void unsort2(const rac_tile *w, const int64_t *step, const char **run, const piece *p) { unsort(w, step, run, p, 2); }
+VBMI2 void unsort1(const rac_tile *w, const int64_t *step, const char **run, const piece *p) {
+    unsort(w, step, run, p, 1);
+}
+VBMI2 void unsort2(const rac_tile *w, const int64_t *step, const char **run, const piece *p) {
+    unsort(w, step, run, p, 2);
+}
 
 int rac_has_unsort(void) { return __builtin_cpu_supports("avx512vbmi2") != 0; }
 

@@ -1,5 +1,5 @@
-/* What is done to words of one size, for the encoder and the decoder of tiles: included once for each SIZE in bytes, whose
- * type is WORD; OF(f) names its functions. */
+/* What is done to words of one size, for the encoder and the decoder of tiles: included once for each SIZE in bytes,
+ * whose type is WORD; OF(f) names its functions. */
 #define JOIN(a, b) a##b
 #define JOINED(a, b) JOIN(a, b)
 #define OF(name) JOINED(name, SIZE)
@@ -41,8 +41,8 @@ void OF(rac_symbols)(const WORD *v, int64_t n, int zero, int sign, int shift, co
 }
 
 /* Elements of a tile to sequence order, block by block; row, col: sorted by class, or null */
-void OF(rac_gather)(const WORD *src, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b, int64_t n,
-                    WORD *out) {
+void OF(rac_gather)(const WORD *src, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b,
+                    int64_t n, WORD *out) {
     for (const rac_block *end = b + n; b < end; b++)
         for (int64_t i = b->r0; i < b->r1; i++) {
             const WORD *s = src + (row ? row[i] : i) * stride;
@@ -71,7 +71,8 @@ static void OF(put_plane)(const WORD *raw, int64_t first, int64_t m, int b, int 
         const uint8_t mask = (uint8_t)((1 << b) - 1);
         for (int64_t i = 0; i < m; i += each) {
             uint8_t byte = 0;
-            for (int x = 0; x < each && i + x < m; x++) byte |= (uint8_t)(((uint8_t)(raw[i + x] >> at) & mask) << x * b);
+            for (int x = 0; x < each && i + x < m; x++)
+                byte |= (uint8_t)(((uint8_t)(raw[i + x] >> at) & mask) << x * b);
             plane[(first + i) / each] = byte;
         }
     }

@@ -1,0 +1,71 @@
+"""The stages of the format for a GPU: one row each, an object that lays out the jobs of its tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rac.decoder import Decoder
+from rac.gpu.layout import Array, Batch, Place
+from rac.gpu.stages.base import CoderLayout, NumbersLayout, Product, ProductLayout, Tile
+from rac.gpu.stages.groups import Groups
+from rac.gpu.stages.lanes import Lanes
+from rac.gpu.stages.plain import Bits, Plain
+from rac.gpu.stages.products import Basis, LowRank
+from rac.gpu.stages.trellis import Trellis
+from rac.grid import Band
+
+CODERS: dict[str, CoderLayout] = {"raw/1": Plain(), "zstd/1": Plain(), "lanes/1": Lanes(), "bits/1": Bits()}
+NUMBERS: dict[str, NumbersLayout] = {"trellis/1": Trellis(), "groups/1": Groups()}
+PRODUCTS: dict[str, ProductLayout] = {"lowrank/1": LowRank(), "basis/1": Basis()}
+
+
+class BandLayout:
+    """Where the tiles of a band go, and what follows them.
+
+    Args:
+        batch: What takes in the whole band, where the tensor has a product; else any batch may take each tile.
+        dec: The tensor.
+        band: One of `Tensor.bands`.
+        at: Offset in `out` of the tensor.
+    """
+
+    def __init__(self, batch: Batch, dec: Decoder, band: Band, at: int) -> None:
+        self._dec, self._band = dec, band
+        t, rows = dec.tensor, band.box.r1 - band.box.r0
+        self._out = self._to = Place("out", at + band.box.r0 * t.grid.cols * t.word, t.grid.cols)
+        self._word = t.word
+        if t.chain.product is not None:
+            self._word = 4
+            self._to = Place("work", batch.room(4 * rows * t.grid.cols), t.grid.cols)
+
+    def tile(self, batch: Batch, i: int, unit: Array, at: int | None = None) -> None:
+        """Take in tile `i`.
+
+        Args:
+            batch: What it becomes a part of.
+            i: Number of the tile.
+            unit: Its unit (bytes,) uint8, checked against its checksum, without frames (`OpenCoder.plain`).
+            at: Offset of the unit in `units`, a multiple of 16, or None: it goes to `aux`, which is `units` too.
+
+        Raises:
+            FormatError: The unit breaks the format.
+            LimitError: The tile is too large.
+        """
+        dec, chain, to = self._dec, self._dec.tensor.chain, self._to
+        with dec.at(i + dec.tensor.first):
+            box = dec.tensor.grid.box(i)
+            to = Place(to.memory, to.at + ((box.r0 - self._band.box.r0) * to.stride + box.c0) * self._word, to.stride)
+            at = batch.put(unit) if at is None else at
+            tile, coder = Tile(batch, dec, box, unit, at, len(batch.status)), CODERS[chain.coder.id]
+            batch.status.append((dec, i))
+            if chain.numbers is None:
+                coder.words(dec.coder, tile, to)
+                return
+            numbers = NUMBERS[chain.numbers.id]
+            numbers.lay(dec.numbers, tile, coder.codes(dec.coder, tile, numbers.anywhere), to)
+
+    def finish(self, batch: Batch, objects: Sequence[tuple[int, int]]) -> None:
+        """The product behind all tiles, if there is one; `objects`: see `ProductLayout.lay`."""
+        product = self._dec.tensor.chain.product
+        if product is not None:
+            PRODUCTS[product.id].lay(Product(batch, self._dec, self._band.box, self._to.at), objects, self._out)

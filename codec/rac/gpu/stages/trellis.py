@@ -1,0 +1,64 @@
+"""trellis/1 for a GPU: look-up entries, scales, walks and outliers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.gpu.layout import DEEP, Call, Place, across, padded
+from rac.gpu.stages.base import Codes, Tile
+from rac.stages.trellis import CODES, OpenTrellis
+from rac.stages.words import DTYPES
+
+COLS = 64
+"""Columns of a program."""
+BLOCK = 128
+"""Outliers of a program."""
+
+
+class Trellis:
+    """trellis/1."""
+
+    anywhere = True
+
+    def lay(self, opened: OpenTrellis, tile: Tile, codes: Codes, to: Place) -> None:
+        """The walk of a tile, and its outliers behind it."""
+        batch, (h, w), (r0, r1, c0, c1) = tile.batch, tile.shape, tile.box
+        step, turn = (_top(response) for response in CODES[opened.p.states])
+        entries = batch.once((id(tile.dec), "entries"), lambda: batch.put(_entries(opened, codes, turn)))
+        rows, columns = codes.places or batch.plain_map(h, w)
+        cols = across(COLS, w)
+        pairs = DTYPES[opened.dtype].itemsize == 2 and not (w % 2 or to.stride % 2 or to.at % 4)
+        options = {"TO": opened.dtype, "COLS": cols, "PAIRS": pairs}
+        fields = {"rows": rows, "columns": columns, "codes": codes.at, "entries": entries, "step": step}
+        fields["column_scales"] = batch.put(padded(opened.cols[c0:c1], cols))
+        fields["row_scales"] = batch.put(padded(opened.rows[r0:r1], DEEP))
+        call = Call("trellis", tuple(options.items()), codes.source, to.memory)
+        batch.add(call, **fields, numbers=to.at, stride=to.stride, h=h, w=w)
+        _outliers(tile, opened, to)
+
+
+def _outliers(tile: Tile, s: OpenTrellis, to: Place) -> None:
+    """The outliers of a tile."""
+    (r0, r1, c0, c1), size = tile.box, DTYPES[s.dtype].itemsize
+    a, b = np.searchsorted(s.places[:, 0], (r0, r1))
+    (y, x), words = s.places[a:b].T, s.values[a:b].view(f"<u{size}")
+    mine = (x >= c0) & (x < c1)
+    if mine.any():
+        at = to.at + ((y[mine] - r0) * to.stride + x[mine] - c0) * size
+        call = Call("outliers", (("WORD", size), ("BLOCK", BLOCK)), out=to.memory)
+        tile.batch.add(call, place=at, word=words[mine])
+
+
+def _entries(s: OpenTrellis, codes: Codes, turn: int) -> NDArray[Any]:
+    """(256, 2) uint32 look-up entry of each code: magnitude, and what the code does to the state."""
+    words = np.arange(256) if codes.words is None else codes.words.astype(np.int64)
+    odd = (words - s.p.zero) & 1
+    return np.stack([s.rec[words].view(np.uint32), odd.astype(np.uint32) * np.uint32(turn)], axis=1)
+
+
+def _top(response: int) -> int:
+    """Eight bits in reverse order, as the highest of a register."""
+    return int(f"{response:08b}"[::-1], 2) << 24
