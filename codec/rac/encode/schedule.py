@@ -101,7 +101,7 @@ class _Item:
         self.objects = rec.matrix_of(self.group.tensor, level)
         plan = self.encoder.plan
         left = 0 if plan.grid.down == 1 else plan.grid.down
-        self.bands = [plan.fronts + (self.band(0) if not left else []), *([] for _ in range(left))]
+        self.bands = [plan.fronts + (self.band(0) if plan.grid.down == 1 else []), *([] for _ in range(left))]
         return left
 
     def band(self, row: int) -> list[Bytes]:
