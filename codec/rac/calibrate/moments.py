@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate import experts as calibration_experts
 from rac.calibrate.folder import Folder
+from rac.models.linears import is_linear
 
 _RECENT = 8
 _OWN = 1 << 30
@@ -28,15 +29,12 @@ def linears(model: Any) -> dict[str, Any]:
 
     Without the output embedding.
     """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     modules = dict(model.named_modules())
     found = {
         name: module
         for name, module in modules.items()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head and not name.endswith("lm_head")
+        if is_linear(module) and module is not head and not name.endswith("lm_head")
     }
     return found | calibration_experts.experts(modules)
 

@@ -8,11 +8,17 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rac.container import wire
 from rac.container.writer import Writer
+from rac.cpu.work import Place, Work, target
+from rac.decoder import Decoder
 from rac.errors import OutputError
-from rac.records import record_size
+from rac.records import Limits, Record, record_size
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
+from rac.tensor import empty, parse
 
 Bytes = bytes | memoryview
 SPOOL = 1 << 24
@@ -87,6 +93,24 @@ class Encoded:
         writer.add(RECORD_TENSOR, 0, self.head, self.units, **self.row)
         writer.flush()
         return self.fidelity and replace(self.fidelity, size=size)
+
+
+def decoded(e: Encoded) -> NDArray[Any]:
+    """(R, C) words of the data type that a decoder restores of a tensor or an object, out of its units."""
+    payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in e.units)
+    record = Record(RECORD_TENSOR, 0, 0, e.head | {"units": wire.directory(e.units)}, 0, 0, payload, 0)
+    objects = {o.name: o for o in e.objects}
+    t = parse(record, Limits(), lambda name: tuple(objects[name].head["shape"]))
+    used = [decoded(objects[name]).view(np.float32) for name in t.uses]
+    decoder, out, work = Decoder(t, e.units[: t.first], objects=used), Place(empty(t)), Work()
+    for band in t.bands():
+        place = target(t, band, out)
+        for i in band.tiles:
+            work.add(decoder, range(i, i + 1), np.frombuffer(e.units[t.first + i], np.uint8), place)
+        if t.chain.product is not None:
+            work.join(decoder, place.words, out.part(band.box), band.box)
+    work.run()
+    return out.words
 
 
 @dataclass(slots=True)

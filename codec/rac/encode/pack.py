@@ -28,7 +28,7 @@ from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions, Progress, silent
-from rac.encode.quantise.tensor import encode
+from rac.encode.quantise.tensor import encode, measure
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule, whole
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
@@ -427,6 +427,9 @@ class ByTrellis:
         return workers.need(t, self.recipe)
 
     def job(self, group: ties.Group) -> Job | Encoded:
-        """What the search has kept, or the work."""
-        name = group.tensor.name
-        return self.done(name) or (encode, (group, workers.only(self.recipe, name)))
+        """What the search has kept, or measuring it, or all of the work."""
+        t, only = group.tensor, workers.only(self.recipe, group.tensor.name)
+        e = self.done(t.name)
+        if e is None or e.fidelity is None:
+            return encode, (group, only)
+        return (measure, (e, t, only)) if math.isnan(e.fidelity.snr) else e

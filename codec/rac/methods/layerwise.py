@@ -21,6 +21,7 @@ from rac.calibrate.chain import Chain, UnfitError
 from rac.calibrate.moments import Collector
 from rac.errors import RacError, UnsupportedError
 from rac.methods import gptq as by
+from rac.models.linears import inside_blocks
 from rac.stages.groups import Grouped, values
 
 Note = Callable[[str, int, int], None]
@@ -117,12 +118,8 @@ def _linears(model: Any) -> dict[str, Any]:
     """Names to the linear layers of the blocks; UnsupportedError where they are not all that has matrices there."""
     from torch import nn
 
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    inside = [n for n in lists if not any(n.startswith(f"{outer}.") for outer in lists)]
     found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if not any(name.startswith(f"{at}.") for at in inside):
-            continue
+    for name, module in inside_blocks(model):
         if type(module) is nn.Linear:
             found[name] = module
         elif wide := [p for p in module.parameters(recurse=False) if p.ndim > 1]:

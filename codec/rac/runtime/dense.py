@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
+from rac.errors import UnsupportedError
 from rac.linalg.transform import hook, hooked
 from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
 from rac.runtime.online import fold_layer, guard
@@ -35,7 +36,7 @@ def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False
         RacError: A record is damaged, or its bytes are not in memory.
     """
     hooks = False
-    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # of the record, which keeps it and so its id alive
+    made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # of the record, which keeps it and so its id alive
     for layer in layers:
         if not isinstance(layer, Compressed):
             continue
@@ -51,6 +52,7 @@ def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False
             kind = Conv1D
             layer.nx, layer.nf = layer.in_features, layer.out_features
             del layer.in_features, layer.out_features
+        del layer.weight  # which may be a buffer
         layer.weight = made[id(record)][1]
         for name in _OWN:
             layer.__dict__.pop(name, None)
@@ -82,21 +84,54 @@ def _resize(
     return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
+_OUTPUTS = ("lora", "ia3", "vera")
+"""Kinds of adapters of peft that ask a layer for its output alone, until they are merged."""
+
+
 def _wrapped(module: nn.Module, name: str, layer: nn.Module | None) -> None:
-    """Called for each module that becomes part of another. Adapters of peft call what they adapt `base_layer`."""
-    adapted = layer is not None and (isinstance(layer, Compressed) or hooked(layer) is not None)
-    if name == "base_layer" and adapted and hasattr(type(module), "merge"):
-        module.merge = functools.partial(_merge, module)  # type: ignore[assignment]
+    """Called for each module that becomes part of another: what reads the weight of a layer gets a dense one.
+
+    Adapters of peft call what they adapt `base_layer`, and what is trained in whole or for some tokens
+    `original_module`.
+    """
+    where = type(module).__module__.split(".")
+    if layer is None or where[0] != "peft":
+        return
+    if name == "original_module":
+        densify(*layer.modules())
+    if name != "base_layer" or not (isinstance(layer, Compressed) or hooked(layer) is not None):
+        return
+    if where[2] not in _OUTPUTS:
+        if getattr(layer, "transposed", False):
+            what = f"a {type(module).__name__} of {'.'.join(where[:3])} cannot adapt the Conv1D that it would become"
+            raise UnsupportedError(f"{what}; load the model dense")
+        _plain(module, layer)
+    for method in ("merge", "update_layer"):
+        if hasattr(type(module), method):
+            setattr(module, method, functools.partial(_needing if method == "merge" else _updated, module, method))
 
 
-def _merge(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """`merge` of an adapter's layer: adds to a dense weight."""
-    layer = module.get_base_layer()
-    densify(layer, folded=True)  # adapters add to what the input had before it was mapped
+def _updated(module: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """`update_layer` of an adapter's layer: some variants of LoRA read the weight, or begin with a part of it."""
+    asked = kwargs | (vars(kwargs["config"]) if "config" in kwargs else {})
+    begin = asked.get("init_lora_weights", True)
+    if asked.get("use_dora") or (isinstance(begin, str) and begin != "gaussian"):
+        return _needing(module, method, *args, **kwargs)
+    return getattr(type(module), method)(module, *args, **kwargs)
+
+
+def _needing(module: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+    """A method of an adapter's layer that reads the weight of what it adapts, or adds to it."""
+    _plain(module, module.get_base_layer())
+    return getattr(type(module), method)(module, *args, **kwargs)
+
+
+def _plain(module: Any, layer: Any) -> None:
+    """Make what an adapter adapts a dense layer without a map: it works on what the input was before that."""
+    densify(layer, folded=True)
     fold_layer(layer)
     if isinstance(layer, Conv1D):  # peft took it for nn.Linear, whose weight is the other way round
         module.fan_in_fan_out = True
-    return type(module).merge(module, *args, **kwargs)
 
 
 register_module_module_registration_hook(_wrapped)

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from rac.decode.archive import RacFile
 from rac.errors import OutputError, UnsupportedError
 from rac.models.predictions import quiet
-from rac.runtime import model as md
-from rac.runtime import replace as rp
+from rac.runtime.model import State, model_class, skeleton, write_attachments
 from rac.runtime.quantizer import METHOD, RacConfig
+from rac.runtime.replace import places
 
 Progress = Callable[[str, int], None]
 SHARD = 5 * 10**9
@@ -146,12 +146,12 @@ def _umask() -> int:
 def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress | None) -> tuple[int, int]:
     """Write everything below the folder; returns the number of records, and of tensors."""
     file = f.archives[0].access.name
-    md.write_attachments(f, folder)
-    config, cls = md.model_class(folder, file, trust)
+    write_attachments(f, folder)
+    config, cls = model_class(folder, file, trust)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError("is quantised by another method already", file=file)
-    state = md.State(f)
-    heads = state.hold(list(rp.places(md.skeleton(cls, config, file), state.worth())))
+    state = State(f)
+    heads = state.hold(list(places(skeleton(cls, config, file), state.worth())))
     files: list[list[str]] = [[]]
     size = 0
     for name, lazy in state.lazy.items():

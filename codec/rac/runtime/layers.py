@@ -1,8 +1,10 @@
 """Layers whose weight stays compressed in memory and is decoded when they run.
 
-`weight` is one uint8 parameter: the record of the tensor as it lies in the file (runtime/record.py). So state
-dictionaries, `.to()`, device maps, offloading and tied weights work as for any other parameter, and their bytes are
-the bytes that are held. The numbers are those of the dense layer, bit for bit: the same product with the same weight.
+`weight` is uint8, (bytes,): the record of the tensor as it lies in the file (runtime/record.py). So state dictionaries,
+`.to()`, device maps, offloading and tied weights work as for any other tensor, and their bytes are the bytes that are
+held. It is a parameter while transformers loads it, and a buffer from then on: the parameters of a model, which many
+programs ask for its data type, are all floating-point numbers. What a layer computes is what the dense one does, bit
+for bit: the same product with the same weight.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Head:
 class Compressed(nn.Module):
     """What linear layers and embeddings have in common. `weight`: (bytes of the record,) uint8, no gradient."""
 
-    weight: nn.Parameter
+    weight: torch.Tensor
 
     def _hold(self, head: Head, workspace: Workspace, at: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
@@ -54,6 +56,25 @@ class Compressed(nn.Module):
         self._is_hf_initialized = True  # a record is never filled with random numbers
         self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8, device=at), requires_grad=False)
         self.register_buffer("_as", torch.empty(0, dtype=dtype, device=at), persistent=False)
+
+    def settle(self) -> None:
+        """Make the record a buffer, once it is loaded; what an offloader has is still offloaded."""
+        if (record := self._parameters.pop("weight", None)) is not None:
+            self.register_buffer("weight", record)
+        own: Any = getattr(self, "_hf_hook", None)  # of accelerate
+        for hook in getattr(own, "hooks", (own,)):
+            if hasattr(hook, "offload_buffers"):
+                hook.offload_buffers = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module; a record that several layers share stays one, as parameters do."""
+        before = self._buffers.get("weight")
+        super()._apply(fn, recurse)
+        moved = self._buffers.get("weight")
+        if before is not None and moved is not before and torch._has_compatible_shallow_copy_type(before, moved):
+            before.data = moved
+            self._buffers["weight"] = before
+        return self
 
     @property
     def compute_dtype(self) -> torch.dtype:

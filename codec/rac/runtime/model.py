@@ -27,9 +27,8 @@ from rac.machine import threads_of
 from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
-from rac.runtime import online as on
+from rac.runtime import online, replace
 from rac.runtime import record as rc
-from rac.runtime import replace as rp
 from rac.runtime.layers import Head
 from rac.runtime.quantizer import METHOD
 
@@ -84,7 +83,7 @@ def load_model(
         if resident == "compressed":
             if getattr(config, "quantization_config", None) is not None:
                 raise UnsupportedError("is quantised by another method already; load it dense", file=name)
-            where = rp.places(skeleton(cls, config, name), state.worth())
+            where = replace.places(skeleton(cls, config, name), state.worth())
             config.quantization_config = {
                 "quant_method": METHOD,
                 "threads": threads,
@@ -227,7 +226,7 @@ def _dtype(f: RacFile) -> Any:
     sizes: dict[str, int] = {}
     for archive in f.archives:
         for e in archive.index.entries:
-            if e.dtype in ("F64", *rp.FLOATS):
+            if e.dtype in ("F64", *replace.FLOATS):
                 sizes[e.dtype] = sizes.get(e.dtype, 0) + e.size
     return fw.torch_dtype(max(sizes, key=lambda d: sizes[d])) if sizes else torch.float32
 
@@ -332,15 +331,15 @@ class State:
     def attach(self, model: Any, file: str) -> None:
         """Let the layers of a model do it; UnsupportedError where there is no plain linear layer for one."""
         found = self.online()
-        where = rp.places(model, found) if found else {}
+        where = replace.places(model, found) if found else {}
         if homeless := sorted(found.keys() - where.keys()):
             what = f"has an online transform, and no layer of {type(model).__name__} that could run it"
             raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
-        on.attach(model, {where[name]: transform for name, transform in found.items()}, file)
+        online.attach(model, {where[name]: transform for name, transform in found.items()}, file)
 
     def worth(self) -> list[str]:
         """Names whose records can be held as they are."""
-        return [name for name, source in self._shared.items() if rp.worth(source.entry)]
+        return [name for name, source in self._shared.items() if replace.worth(source.entry)]
 
     def hold(self, names: list[str]) -> dict[str, Head]:
         """Give these as records from now on; returns their heads."""

@@ -17,10 +17,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rac.container.wire import MAJOR, MINOR
 from rac.errors import MismatchError, UnsupportedError
 from rac.machine import threads_of
-from rac.runtime import dense as dn
 from rac.runtime import record as rc
-from rac.runtime import replace as rp
-from rac.runtime.layers import Head, RacLinear
+from rac.runtime import replace
+from rac.runtime.dense import dequantize, resizable
+from rac.runtime.layers import Compressed, Head, RacLinear
 from rac.runtime.workspace import Workspace
 
 METHOD = "rac"
@@ -67,23 +67,25 @@ class RacHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         records = config.records if config.records is not None else heads(kwargs.get("checkpoint_files") or [])
-        where = rp.places(model, records)
+        where = replace.places(model, records)
         if homeless := sorted(records.keys() - where.keys()):
             raise MismatchError(f"no layer of {type(model).__name__} can hold the record of {homeless[0]!r}")
         threads = threads_of(config.threads)
-        rp.replace(model, {where[n]: h for n, h in records.items()}, Workspace(threads), torch.get_default_dtype())
+        replace.replace(model, {where[n]: h for n, h in records.items()}, Workspace(threads), torch.get_default_dtype())
         config.records = None
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for layer in model.modules():
+            if isinstance(layer, Compressed):
+                layer.settle()
             if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
                 layer.bias.data = layer.bias.data[: layer.out_features]
-        dn.resizable(model)
+        resizable(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return dn.dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the records again."""

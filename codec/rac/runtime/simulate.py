@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from rac.errors import UnsupportedError
 from rac.linalg.transform import Transform
 from rac.models.activations import Attention, attention, per_group, per_token
+from rac.models.linears import blocks_linears
 from rac.records import Online
 from rac.runtime.layers import RacLinear
 
@@ -38,17 +38,6 @@ class Simulation:
     heads: int = 0
     """Attentions whose keys and values were, so far: those that have run."""
     _seen: set[int] = field(default_factory=set, repr=False)
-
-
-def blocks_linears(model: Any) -> dict[str, Any]:
-    """Names to the linear layers inside the decoder blocks of a model (children of its lists of modules)."""
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    found = {}
-    for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and any(name.startswith(f"{at}.") for at in lists):
-            found[name] = module
-    return found
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from rac.errors import SourceError, UnsupportedError
 from rac.methods import transforms as tf
 from rac.methods.gptq import gptq, rtn
 from rac.methods.layerwise import calibration_ids, quantise_gptq, quantise_rtn
-from rac.runtime.simulate import blocks_linears, simulated
+from rac.models.linears import blocks_linears
+from rac.runtime.simulate import simulated
 from rac.stages.groups import values
 from support import models
 

@@ -137,8 +137,7 @@ def test_merging_the_output_layer_leaves_the_embedding(tmp_path):
     model = rac.load_model(tmp_path / "m.rac", resident="compressed", dtype=torch.float32)
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
     torch.manual_seed(3)
-    with pytest.warns(UserWarning, match="tie"):
-        tuned = peft.get_peft_model(model, config)
+    tuned = peft.get_peft_model(model, config)  # peft finds tied layers by parameters, which records are not
     want = models.logits(tuned)
     with pytest.warns(UserWarning, match="no longer tied"), pytest.warns(UserWarning, match="tied_target_modules"):
         merged = tuned.merge_and_unload()
@@ -149,7 +148,7 @@ def test_merging_the_output_layer_leaves_the_embedding(tmp_path):
 def test_an_offloaded_layer_says_so(archive):
     accelerate = pytest.importorskip("accelerate")
     _, model = both(archive)
-    accelerate.cpu_offload(model, execution_device="cpu")
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
     with pytest.raises(SourceError, match="offloaded"):
         model.resize_token_embeddings(models.VOCABULARY + 1)
 

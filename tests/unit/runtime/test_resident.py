@@ -12,8 +12,10 @@ transformers = pytest.importorskip("transformers")
 
 import rac
 from rac.encode.pack import pack
+from rac.errors import UnsupportedError
 from rac.runtime import RacEmbedding, RacLinear
 from rac.runtime.dense import dequantize
+from rac.runtime.layers import Compressed
 from rac.runtime.record import TAIL
 from support import models
 
@@ -43,7 +45,7 @@ def test_state_dict(small):
     file = io.BytesIO()
     torch.save(state, file)
     other = rac.load_model(path, resident="compressed")
-    for p in other.parameters():
+    for p in (*other.parameters(), *(b for b in other.buffers() if b.dtype == torch.uint8)):
         p.data.zero_()
     file.seek(0)
     other.load_state_dict(torch.load(file), strict=True)
@@ -97,8 +99,8 @@ def test_memory_is_the_records(small):
     for name, module in model.named_modules():
         if isinstance(module, RacLinear | RacEmbedding) and name != "lm_head":
             assert module.weight.numel() == sizes[f"{name}.weight"] + TAIL
-            own = sum(b.numel() * b.element_size() for b in module.buffers())
-            assert own == 0
+            own = sum(t.numel() * t.element_size() for t in (*module.buffers(), *module.parameters()))
+            assert own == module.weight.numel()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -106,7 +108,7 @@ def test_offloaded_to_the_host(small):
     accelerate = pytest.importorskip("accelerate")
     dense, _, path = small
     model = rac.load_model(path, resident="compressed")
-    accelerate.cpu_offload(model, execution_device="cpu")
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=True)
     assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
     for _ in range(2):
         assert torch.equal(models.logits(model), models.logits(dense))
@@ -169,3 +171,72 @@ def test_adapters_of_conv1d_and_embeddings(tmp_path):
         torch.manual_seed(3)
         found.append(models.logits(peft.get_peft_model(rac.load_model(tmp_path / "m.rac", resident=resident), config)))
     assert found[0].shape == found[1].shape
+
+
+def test_what_asks_the_first_parameter_is_told_the_data_type(small):
+    """sentence-transformers does, and whoever casts the inputs of a model."""
+    _, _, path = small
+    model = rac.load_model(path, resident="compressed")
+    layer = model.model.layers[0].mlp.up_proj
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.bfloat16, name
+    assert next(model.parameters()).dtype == model.dtype == layer.compute_dtype == torch.bfloat16
+    model.to(torch.float16)
+    assert next(model.parameters()).dtype == model.dtype == layer.compute_dtype == torch.float16
+    assert layer.weight.dtype == torch.uint8 and "model.layers.0.mlp.up_proj.weight" in model.state_dict()
+    again = copy.deepcopy(model).to(torch.float32)
+    assert next(again.parameters()).dtype == torch.float32
+    assert torch.isfinite(models.logits(again)).all()
+
+
+def test_tied_records_stay_one_where_they_are_moved(tmp_path):
+    """As parameters do; the meta device stands for any other."""
+    models.write("llama", tmp_path / "hf")
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    model = rac.load_model(tmp_path / "m.rac", resident="compressed")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    moved = model._apply(lambda t: t.clone())
+    assert moved.lm_head.weight.data_ptr() == moved.model.embed_tokens.weight.data_ptr()
+
+
+ADAPTERS = {
+    "dora": ("LoraConfig", {"use_dora": True, "init_lora_weights": False}),
+    "pissa": ("LoraConfig", {"init_lora_weights": "pissa"}),
+    "olora": ("LoraConfig", {"init_lora_weights": "olora"}),
+    "loha": ("LoHaConfig", {"init_weights": False}),
+    "lokr": ("LoKrConfig", {"init_weights": False}),
+    "modules to save": ("LoraConfig", {"modules_to_save": ["lm_head"], "init_lora_weights": False}),
+    "tokens": ("LoraConfig", {"trainable_token_indices": [1, 2], "init_lora_weights": False}),
+    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"], "init_ia3_weights": False}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_that_read_the_weight(small, kind):
+    """They find a dense layer: the same numbers, and the same parameters learn."""
+    peft = pytest.importorskip("peft")
+    _, _, path = small
+    name, given = ADAPTERS[kind]
+    found = []
+    for resident in ("dense", "compressed"):
+        given = given if "IA3" in name else {"r": 4, **given}
+        torch.manual_seed(3)
+        config = getattr(peft, name)(target_modules=["q_proj", "down_proj"], **given)
+        tuned = peft.get_peft_model(rac.load_model(path, resident=resident, dtype="float32"), config)
+        ids = models.inputs(tuned)["input_ids"]
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        learn = sorted(n for n, p in tuned.named_parameters() if p.grad is not None)
+        found.append((models.logits(tuned), learn, sum(isinstance(m, Compressed) for m in tuned.modules())))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert found[1][2] >= 10  # what is not adapted stays compressed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_cannot_says_so(tmp_path):
+    peft = pytest.importorskip("peft")
+    models.write("gpt2", tmp_path / "hf")
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    model = rac.load_model(tmp_path / "m.rac", resident="compressed")
+    with pytest.raises(UnsupportedError, match="load the model dense"):
+        peft.get_peft_model(model, peft.LoHaConfig(r=4, target_modules=["c_attn"]))

@@ -13,7 +13,8 @@ from rac.encode.pack import pack, pack_source
 from rac.errors import UnsupportedError
 from rac.methods import transforms as tf
 from rac.models.activations import per_group, per_token
-from rac.runtime.simulate import blocks_linears, largest, simulated
+from rac.models.linears import blocks_linears
+from rac.runtime.simulate import largest, simulated
 from support import models
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -146,7 +147,7 @@ class Search:
 
     def _bits(self, bits: float) -> float:
         def rate(scale: float) -> float:
-            found = self._at(scale, encode, f"{bits:.3f} bits")
+            found = self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits")
             return 8 * sum(size_of(self._keep(e), self.recipe) for e in found) / self._weights
 
         scale, got = _meet(rate, (bits * (1 - TOLERANCE), bits), 1.03 - bits, 1.0 if bits > 1 else 1.5)

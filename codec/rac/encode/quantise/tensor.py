@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import Recipe, matrix_of
 from rac.encode.code.plan import LEVELS, Plan
-from rac.encode.encoded import Bytes, Encoded, Fidelity
+from rac.encode.encoded import Bytes, Encoded, Fidelity, decoded
 from rac.encode.options import DECIBELS
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
@@ -59,13 +59,23 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     return Coded(plan, q, units, t.dtype, objects)
 
 
-def encode(group: ties.Group, recipe: Recipe) -> Encoded:
-    """Quantise a tensor of the recipe; the result is all that is written of it."""
-    return encode_with_words(group, recipe)[0]
+def encode(group: ties.Group, recipe: Recipe, measured: bool = True) -> Encoded:
+    """Quantise a tensor of the recipe; the result is all that is written of it, its SNR NaN unless `measured`."""
+    e, dense = encode_with_words(group, recipe)
+    return measure(e, group.tensor, recipe, dense) if measured else e
+
+
+def measure(e: Encoded, t: SourceTensor, recipe: Recipe, dense: NDArray[Any] | None = None) -> Encoded:
+    """A quantised tensor with its SNR, which costs products as large as those of the search; the words are decoded."""
+    start = time.perf_counter()
+    ratio = snr(t, decoded(e) if dense is None else dense, recipe)
+    assert e.fidelity is not None  # noqa: S101 - it was quantised
+    seconds = e.fidelity.seconds + time.perf_counter() - start
+    return replace(e, fidelity=replace(e.fidelity, snr=ratio, seconds=seconds))
 
 
 def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArray[Any]]:
-    """The same, and the words (R, C) that a decoder restores."""
+    """A quantised tensor, not measured, and the words (R, C) that a decoder restores."""
     start, t = time.perf_counter(), group.tensor
     a, coded = recipe.aligned[t.name], code(t, recipe)
     dense, q = coded.dense, coded.quantised
@@ -80,9 +90,8 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     )
     units: list[Bytes] = [bytes(unit) for unit in coded.units]
     objects = (*(o.encoded for o in coded.objects), *rec.matrix_of(t, LEVELS["default"]))
-    ratio = snr(t, dense, recipe)
     fidelity = Fidelity(
-        t.name, t.shape, a.name, a.rank, q.trellis.states, ratio, q.outliers, q.dead, time.perf_counter() - start
+        t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, time.perf_counter() - start
     )
     head, row = rec.head(group, coded.plan, behind), rec.fields(group, coded.plan, units, behind)
     return Encoded(head, units, row, objects, fidelity), dense

@@ -1,0 +1,26 @@
+"""Where the linear layers of a transformers model are: one walk for calibration, the named methods and the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer, the transposed one of GPT-2 among them."""
+    import torch
+
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def inside_blocks(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, module) of all that lies inside the blocks of a model: below the children of its lists of modules."""
+    import torch
+
+    lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    return ((name, module) for name, module in model.named_modules() if name.startswith(lists))
+
+
+def blocks_linears(model: Any) -> dict[str, Any]:
+    """Names to the linear layers inside the blocks of a model."""
+    return {name: module for name, module in inside_blocks(model) if is_linear(module)}
