@@ -116,15 +116,12 @@ def parse(record: Record, limits: Limits, shape_of: Callable[[str], tuple[int, .
     name, dtype, stages, tile_shape = head["name"], head["dtype"], head["stages"], head["tile"]
     if head.get("needs", []) != []:  # room for what later versions need to be known
         raise UnsupportedError(f"tensor needs {head['needs']!r}, which this version does not know", offset=record.at)
-    if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(head.get("extra", {}), dict):
-        raise FormatError("tensor head is malformed", offset=record.at)
+    _check_types(head, record.at)
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r} is not known to this version", offset=record.at)
     shape = ix.parse_shape(head["shape"], limits)
-    if not ix.is_count(head["axis"], len(shape)) or not isinstance(head["digest"], bytes) or len(head["digest"]) != 16:
-        raise FormatError("tensor head is malformed", offset=record.at)
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
-        raise FormatError("stages are malformed", offset=record.at)
+    if not stages:
+        raise FormatError("tensor has no stage", offset=record.at)
     ids = [s.get("id") for s in stages]
     known = (METHODS, LOSSY) if is_object else (METHODS, LOSSY, tuple(AFTER))
     chain = len(ids) <= len(known) and all(i in of for i, of in zip(ids, known, strict=False))
@@ -133,8 +130,8 @@ def parse(record: Record, limits: Limits, shape_of: Callable[[str], tuple[int, .
     method, after = ids[0], ids[2] if len(ids) > 2 else ""
     if is_object and (dtype != "F32" or len(shape) != 2 or 0 in shape or head["axis"] != 1):
         raise FormatError("object is not a matrix of F32", offset=record.at)
-    if not isinstance(tile_shape, list) or len(tile_shape) != 2 or not all(ix.is_count(n) and n for n in tile_shape):
-        raise FormatError("tile shape is malformed", offset=record.at)
+    if not 0 <= head["axis"] <= len(shape) or 0 in tile_shape:
+        raise FormatError("axis or tile shape is out of range", offset=record.at)
     ll.dense_size(dtype, shape)
     rows, cols = ll.matrix(dtype, shape, head["axis"])
     word = DTYPES[dtype].word
@@ -190,12 +187,26 @@ def parse(record: Record, limits: Limits, shape_of: Callable[[str], tuple[int, .
     return out
 
 
+def _check_types(head: dict[str, Any], at: int) -> None:
+    """FormatError unless every value has its type (format_spec/maps.cddl); ranges come later, each in its turn."""
+    wanted: dict[str, type] = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
+    lists = {"stages": dict, "uses": str, "shape": int, "tile": int}
+    if (
+        any(type(head[k]) is not t for k, t in wanted.items())
+        or any(not isinstance(head.get(k, {}), dict) for k in ("extra", "online"))
+        or any(not isinstance(v := head.get(k, []), list) or any(type(i) is not t for i in v) for k, t in lists.items())
+        or not all(ix.is_count(n) for n in (*head["shape"], *head["tile"]))
+        or len(head["digest"]) != 16
+        or len(head["tile"]) != 2
+    ):
+        raise FormatError("tensor head is malformed", offset=at)
+    ix.parse_aliases(head.get("aliases", []))
+
+
 def _uses(
     names: Any, after: str, rows: int, cols: int, shape_of: Callable[[str], tuple[int, ...] | None], at: int
 ) -> tuple[str, ...]:
     """Names of the objects of a tensor of rows x cols; they are there, and have the shapes that the stage asks for."""
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise FormatError("uses are malformed", offset=at)
     if len(names) != AFTER.get(after, 0):
         raise FormatError(f"tensor uses {len(names)} objects, its stages {AFTER.get(after, 0)}", offset=at)
     shapes = []
