@@ -161,7 +161,7 @@ def test_lazy_tensor(file):
         assert torch.equal(lazy[7], w[7]) and torch.equal(lazy[..., 3:9], w[..., 3:9])
         assert torch.equal(lazy[torch.tensor([1, 5])], w[[1, 5]]) and torch.equal(lazy[w[:, 0] > 0], w[w[:, 0] > 0])
         assert torch.equal(lazy.to(torch.float32), w.float()) and torch.equal(lazy.t(), w.t())
-        assert torch.equal(torch.cat([lazy, lazy])[2048:], w) and torch.equal(w @ lazy, w @ w)
+        assert torch.equal(torch.cat([lazy, lazy])[2048:], w) and torch.equal(w[:3] @ lazy, w[:3] @ w)
         assert type(lazy + 0) is torch.Tensor
         for bad in ((2, 0, 1), (0, 2000, 100), (0, 0, -1)):
             with pytest.raises((IndexError, RuntimeError)):
