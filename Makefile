@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: demo test lint unit bench fuzz golden clean
 
 # torch is pinned and installed first: an open range would pull gigabytes of CUDA libraries.
-$(STAMP): pyproject.toml setup.py $(wildcard codec/rac/native/*.[ch])
+$(STAMP): pyproject.toml setup.py $(wildcard codec/rac/native/src/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=77"
 	$(BIN)/python -m pip install -q torch==2.13.0

@@ -153,24 +153,8 @@ def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None)
     states = STATES if below is None else SHAPED
     magnitudes = tr.magnitudes(states, lossy.ZERO)[lossy.ZERO - lossy.MOST : lossy.ZERO + lossy.MOST + 1].copy()
     rate = (0.35 * np.abs(np.arange(-lossy.MOST, lossy.MOST + 1.0))).astype(F32).reshape(1, 1, -1)
-    back = None if below is None else np.ascontiguousarray(below.T)
-    native.block(
-        states,
-        tr.CODES[states],
-        columns,
-        columns.copy(),
-        m,
-        np.zeros((n, n), F32),
-        np.full(n, 0.25, F32),
-        magnitudes,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        None,
-        2.0 * lossy.MOST,
-        below,
-        back,
-    )
+    how = native.Search(states, tr.CODES[states], m, magnitudes, rate, 2.0 * lossy.MOST, below=below)
+    native.block(how, columns, columns.copy(), np.zeros((n, n), F32), np.full(n, 0.25, F32))
 
 
 def code(q: lossy.Quantised) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -262,7 +263,7 @@ class Decoder:
         self.shared: Shared | None = None
         self.tables: tr.Tables | None = None
         self.scales: gr.Tables | None = None
-        self.dequant: tuple[int, int, bytes] = (0, 0, b"")
+        self.dequant: tuple[int, int, int] = (0, 0, 0)
         """For the kernel, see `tile.lanes_job`; it leaves outliers out."""
         for i, unit in enumerate(first):
             self.check(i, unit)
@@ -272,7 +273,9 @@ class Decoder:
         if t.trellis is not None:
             with self.at(t.first - 1):
                 self.tables = v = tr.parse_unit(bytes(first[-1]), t.trellis, t.numbers, t.grid.rows, t.grid.cols)
-            self.dequant = (native.address(v.rows), native.address(v.cols), tr.dequant(v, t.trellis, t.numbers))
+            self._words = tr.dequant(v, t.trellis, t.numbers)
+            if self._words:
+                self.dequant = (native.address(v.rows), native.address(v.cols), ctypes.addressof(self._words))
         if t.groups is not None:
             with self.at(t.first - 1):
                 self.scales = gr.parse_unit(bytes(first[-1]), t.groups, t.grid.rows, t.grid.cols)
@@ -314,7 +317,7 @@ class Decoder:
     @property
     def kernel(self) -> Shared | None:
         """What a job of the kernel needs; None where Python decodes the tiles."""
-        return self.shared if self.shared and self.shared.tail and not self._reference else None
+        return self.shared if self.shared and self.shared.job and not self._reference else None
 
     def decode(self, i: int, data: Array, dst: Array, box: Box, plain: bool = False) -> None:
         """Decode tile `i`, checked before, in Python."""
@@ -393,7 +396,7 @@ class Work:
     """Tiles of one or more tensors that are decoded in one call of the kernel, so that threads rarely meet."""
 
     def __init__(self) -> None:
-        self._jobs: list[bytes] = []
+        self._jobs: list[native.TileJob] = []
         self._of: list[tuple[Decoder, int]] = []
         self._alive: list[Array] = []
         self._others: list[tuple[Decoder, int, Array, Array, Box, bool]] = []
@@ -422,7 +425,7 @@ class Work:
         base, size, stride = t.units[first + i].offset, out.itemsize, out.strides[0]
         at, to = native.address(data), native.address(out) - row * stride - col * size
         self._alive += (data, out)
-        whole = not t.lossy or (kernel is not None and dec.dequant[2] != b"")  # the kernel goes all the way
+        whole = not t.lossy or (kernel is not None and dec.dequant[2] != 0)  # the kernel goes all the way
         for k in range(i, i + n):
             unit = t.units[first + k]
             start = unit.offset - base

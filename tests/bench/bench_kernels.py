@@ -7,6 +7,7 @@ and neighbours interfere.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from functools import partial
@@ -60,10 +61,11 @@ def lanes_row(per: int, lanes: int, base: NDArray[np.uint8], sym: NDArray[np.uin
     unit = np.frombuffer(b"".join(p + bytes(-len(p) % 16) for p in parts), np.uint8)
     values, bases, table = np.zeros(256, np.uint16), np.zeros(256, np.uint32), np.zeros(1, np.uint8)
     values[:16] = 120 - np.arange(16)
-    tail = native.job_tail(luts, values, bases, table, 1, 1, 0, lanes, per, 2, 0, 1, 7, 8, 16, 16, 256)
-    dst = np.empty((1, STEPS * per), np.uint16)
+    arrays = (native.address(a) for a in (luts, values, bases, table))
+    shared = native.TileShared(*arrays, 1, 1, 0, lanes, per, 2, 0, 1, 7, 8, 16, 16, 256)
+    n, dst = STEPS * per, np.empty((1, STEPS * per), np.uint16)
     at, to = native.address(unit), native.address(dst)
-    job = native.job(at, len(unit), 0, 0, to, 1, STEPS * per, STEPS * per, tail)
+    job = native.TileJob(at, len(unit), 0, 0, to, 1, n, n, ctypes.addressof(shared))
     assert native.decode_tiles([job]) is None
     assert ((dst[0] >> 7 & 255) == values[base]).all()
     row(

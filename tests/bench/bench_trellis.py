@@ -25,22 +25,10 @@ def search(x: NDArray[np.float32], states: int, step: float, slope: float) -> tu
     p /= p.sum()
     for _ in range(4):
         rate = (-slope * np.log2(p)).astype(np.float32).reshape(1, 1, -1)
+        search = native.Search(states, tr.CODES[states], ROWS, rec, rate, 2.0 * MOST)
+        steps = np.full(COLUMNS, step, np.float32)
         start = time.perf_counter()
-        k, value, *_ = native.block(
-            states,
-            tr.CODES[states],
-            x,
-            x.copy(),
-            ROWS,
-            np.zeros((COLUMNS, COLUMNS), np.float32),
-            np.full(COLUMNS, step, np.float32),
-            rec,
-            rate,
-            np.zeros(1, np.int8),
-            0,
-            None,
-            2.0 * MOST,
-        )
+        k, value, *_ = native.block(search, x, x.copy(), np.zeros((COLUMNS, COLUMNS), np.float32), steps)
         seconds = time.perf_counter() - start
         n = np.bincount((k + MOST).ravel(), minlength=2 * MOST + 1)
         p = (n + 0.02) / (n + 0.02).sum()

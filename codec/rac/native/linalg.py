@@ -1,13 +1,11 @@
-"""Cholesky factors in one order of additions, through ctypes or in numpy."""
+"""Cholesky factors in one order of additions, in C or numpy."""
 
 from __future__ import annotations
-
-import ctypes
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import native
+from rac.native.library import library
 
 _BLOCK = 64
 """Columns of the kernel's scratch."""
@@ -26,10 +24,10 @@ def cholesky(a: NDArray[np.float64], reference: bool = False) -> NDArray[np.floa
         numpy.linalg.LinAlgError: It is not positive definite.
     """
     out, n, bad = np.array(a, np.float64, order="C"), len(a), 0
-    lib = None if reference else native.library()
+    lib = None if reference else library()
     if lib is not None:
         scratch = np.empty((_BLOCK, n))
-        bad = lib.rac_factor(native._p(out), ctypes.c_int64(n), native._p(scratch))
+        bad = lib.rac_factor(out, n, scratch)
     else:
         for k in range(n):
             if not out[k, k] > 0:

@@ -1,18 +1,15 @@
-"""Products in the one order of additions that the format allows, and numbers to words, through ctypes or in numpy."""
+"""Products in the one order of additions that the format allows, and numbers to words, in C or numpy."""
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import native
+from rac.native.library import library
 
 Array = NDArray[Any]
-_n = ctypes.c_int64
-_p = native._p
 
 
 def add(t: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32], reference: bool = False) -> None:
@@ -24,20 +21,9 @@ def add(t: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32], 
         b: (n, w) float32, unit column stride.
         reference: In numpy, whether the kernel is there or not.
     """
-    lib = None if reference else native.library()
+    lib = None if reference else library()
     if lib is not None:
-        (h, w), n = t.shape, len(b)
-        lib.rac_product(
-            _p(t),
-            _n(h),
-            _n(w),
-            _n(t.strides[0] // 4),
-            _p(a),
-            _n(a.strides[0] // 4),
-            _p(b),
-            _n(b.strides[0] // 4),
-            _n(n),
-        )
+        lib.rac_product(t, a, b)
         return
     with np.errstate(all="ignore"):  # an infinity or a NaN is a result like any other
         for k in range(len(b)):
@@ -46,8 +32,8 @@ def add(t: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32], 
 
 def rounded(v: NDArray[np.float32], dtype: str, dst: Array) -> bool:
     """Contiguous numbers to as many words of the data type in `dst`; False where no kernel is there for it."""
-    lib = native.library()
+    lib = library()
     if lib is None or dtype not in ("F32", "BF16"):
         return False
-    lib.rac_round(_p(v), _n(v.size), _p(dst), ctypes.c_int(dst.itemsize))
+    lib.rac_round(v, v.size, dst, dst.itemsize)
     return True

@@ -80,21 +80,8 @@ def quantize(
     bits = (2 * k / max(deviation, 0.5)) ** 2 / (2 * math.log(2))  # of a Gaussian, but for a constant
     rate = (slope * bits).astype(np.float32).reshape(1, 1, -1)
     rec = tr.magnitudes(states, _ZERO)[_ZERO - _MOST : _ZERO + _MOST + 1].copy()
-    found, _, far, coded = native.block(
-        states,
-        tr.CODES[states],
-        plain,
-        plain.copy(),
-        len(x),
-        feed,
-        step,
-        rec,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        None,
-        2.0 * _MOST,
-    )
+    search = native.Search(states, tr.CODES[states], len(x), rec, rate, 2.0 * _MOST)
+    found, _, far, coded = native.block(search, plain, plain.copy(), feed, step)
     if far.any():
         raise ValueError(f"a value lies more than {2 * _MOST} steps from 0: choose a larger unit")
     if (zeros := np.flatnonzero(live & (coded < 0))).size:

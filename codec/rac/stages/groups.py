@@ -193,8 +193,8 @@ def decode(
     first = c0 // p.group
     of = np.s_[r0:r1, first : -(-c1 // p.group)]
     if not reference:
-        zeros = None if t.zeros.size == 1 else t.zeros[of]
-        seen = native.numbers(words, t.scales[of], zeros, int(t.zeros[0, 0]), p.group, c0 - first * p.group, dst, dtype)
+        zeros = t.zeros if t.zeros.size == 1 else t.zeros[of]
+        seen = native.numbers(words, t.scales[of], zeros, p.group, c0 - first * p.group, dst, dtype)
         if seen is not None:
             if seen >> p.bits:
                 raise FormatError("a word is larger than groups/1 allows")

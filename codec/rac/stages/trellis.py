@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.errors import FormatError, UnsupportedError
-from rac.native import product
+from rac.native import Dequant, product
 from rac.native import trellis as native
 from rac.stages.lanes.layout import is_int
 
@@ -217,7 +217,7 @@ def decode(
     outliers(t, box, dst)
 
 
-def dequant(t: Tables, p: Trellis, dtype: str) -> bytes:
+def dequant(t: Tables, p: Trellis, dtype: str) -> Dequant | None:
     """What words stand for, as the kernel of a tile wants it (`native.trellis.dequant`); `t` is to stay."""
     return native.dequant(t.rec, not p.sizes[0], CODES[p.states], p.zero, dtype)
 

@@ -78,12 +78,12 @@ def test_every_way_to_read(made, monkeypatch, small):
     assert st.keys() == dense.keys()
 
 
-def test_without_the_kernel(made, monkeypatch):
+def test_without_the_kernel(made):
     from rac import native
 
     path, dense = made
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert all(same(t, dense[n]) for n, t in rac.load_file(path, threads=1).items())
+    with native.using(None):
+        assert all(same(t, dense[n]) for n, t in rac.load_file(path, threads=1).items())
 
 
 class Counting(BytesAccess):

@@ -11,10 +11,10 @@ from rac import native
 from rac.encode.code import classes as cl
 
 
-@pytest.fixture(params=["C", "numpy"], autouse=True)
-def kernel(request, monkeypatch):
-    if request.param == "numpy":
-        monkeypatch.setattr(native, "library", lambda: None)
+@pytest.fixture(params=[*native.cpus(), None], autouse=True)
+def kernel(request):
+    with native.using(request.param):
+        yield
 
 
 def test_log2_exactly():

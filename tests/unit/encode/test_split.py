@@ -103,21 +103,8 @@ def test_scalar_kernel_and_numpy_agree():
     x[0, :4] = 0.5, -0.5, 1.5, 40
     rate = rng.random((1, 2, 2 * most + 1)).astype(np.float32)
     row = rng.integers(0, 2, 3000).astype(np.uint8)
-    k, value, wild, _ = native.block(
-        1,
-        (0, 0),
-        x,
-        x.copy(),
-        70,
-        np.zeros((1, 1), np.float32),
-        np.ones(1, np.float32),
-        rec,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        row,
-        most + 0.5,
-    )
+    search = native.Search(1, (0, 0), 70, rec, rate, most + 0.5, row=row)
+    k, value, wild, _ = native.block(search, x, x.copy(), np.zeros((1, 1), np.float32), np.ones(1, np.float32))
     expected = np.where(row, scalar(x[0], rec, rate[0, 1]), scalar(x[0], rec, rate[0, 0]))
     assert k[0].tolist() == expected.tolist()
     assert (value[0] == np.where(wild[0], x[0], rec[expected + most])).all()

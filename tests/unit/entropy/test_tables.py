@@ -14,12 +14,10 @@ SPEC_BYTES = bytes.fromhex("00 10 03 00 20 40 04 03 80 05 00 40 60 78 08 12 03 f
 """Worked example 13.2 of format_spec/stages/lanes.md, order -2."""
 
 
-@pytest.fixture(params=["C", "python"])
-def kernel(request, monkeypatch):
-    if request.param == "python":
-        monkeypatch.setattr(native, "library", lambda: None)
-    else:
-        assert native.library() is not None
+@pytest.fixture(params=[*native.cpus(), None])
+def kernel(request):
+    with native.using(request.param):
+        yield
 
 
 def random_tables(seed, count=5):
@@ -74,11 +72,11 @@ def test_round_trip(kernel):
             assert (tables.from_bytes(data, *f.shape, order) == f).all()
 
 
-def test_C_and_python_write_the_same(monkeypatch):
+def test_C_and_python_write_the_same():
     all_tables = [random_tables(seed) for seed in range(12)]
     fast = [tables.to_bytes(f, order) for f in all_tables for order in range(-8, 9)]
-    monkeypatch.setattr(native, "library", lambda: None)
-    assert [tables.to_bytes(f, order) for f in all_tables for order in range(-8, 9)] == fast
+    with native.using(None):
+        assert [tables.to_bytes(f, order) for f in all_tables for order in range(-8, 9)] == fast
 
 
 def test_size_without_writing():
@@ -106,7 +104,7 @@ def test_damage(kernel):
             tables.from_bytes(spare[:-1] + bytes([spare[-1] | 1]), 1, 4, -1)
 
 
-def test_every_bit_flip_is_judged_alike(monkeypatch):
+def test_every_bit_flip_is_judged_alike():
     def outcome(data):
         try:
             return tables.from_bytes(data, 2, 4, -2).tolist()
@@ -119,8 +117,8 @@ def test_every_bit_flip_is_judged_alike(monkeypatch):
         bad[i // 8] ^= 1 << i % 8
         flips.append(bytes(bad))
     fast = [outcome(b) for b in flips]
-    monkeypatch.setattr(native, "library", lambda: None)
-    slow = [outcome(b) for b in flips]
+    with native.using(None):
+        slow = [outcome(b) for b in flips]
     assert [isinstance(a, str) for a in fast] == [isinstance(a, str) for a in slow]
     assert [a for a in fast if not isinstance(a, str)] == [a for a in slow if not isinstance(a, str)]
 

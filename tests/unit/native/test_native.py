@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+import rac
 from rac import native
 from rac.encode.code import classes as cl
 from rac.encode.code.plan import gather
+from rac.encode.pack import pack_source
+from rac.encode.sources import from_arrays
 from rac.entropy import interleave
 from rac.entropy.ans import Models
+from rac.native import library, prototypes
+from rac.native.library import CPUS
 from rac.stages.lanes import layout as ll
 
 
 @pytest.fixture
-def both(monkeypatch):
-    """Calls a function with the C kernels and without: both results."""
-    assert native.library() is not None
+def both():
+    """Calls a function with the kernels of each instruction set, which must agree, and without: both results."""
 
     def call(function):
-        fast = function()
-        with monkeypatch.context() as patch:
-            patch.setattr(native, "library", lambda: None)
+        results = []
+        for cpu in native.cpus():
+            with native.using(cpu):
+                results.append(function())
+        for other in results[1:]:
+            assert_same(results[0], other)
+        with native.using(None):
             slow = function()
-        return fast, slow
+        return results[-1], slow
 
+    assert native.cpus()[0] == "generic"
     return call
+
+
+def assert_same(a, b):
+    """Arrays, numbers, or tuples of them, equal to the byte."""
+    if isinstance(a, tuple):
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert np.asarray(a).dtype == np.asarray(b).dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def words(seed, word, *shape):
@@ -128,7 +150,11 @@ def test_encode_lanes_is_constriction(lanes, sizes):
     segments = np.array([[n, t] for t, n in enumerate(sizes)], np.int64)
     symbols = np.concatenate([rng.choice(200, n, p=freq[t] / 4096) for n, t in segments]).astype(np.uint8)
     same = np.tile(np.arange(256, dtype=np.uint8), (len(freq), 1))
-    words, counts = native.encode_lanes(symbols, lanes, segments, native.symbol_model(freq, same))
+    model = native.symbol_model(freq, same)
+    words, counts = native.encode_lanes(symbols, lanes, segments, model)
+    for cpu in native.cpus():
+        with native.using(cpu):
+            assert_same((words, counts), native.encode_lanes(symbols, lanes, segments, model))
     models, starts = Models(freq), np.cumsum(segments[:, 0]) - segments[:, 0]
     streams = []
     for lane in range(lanes):
@@ -249,15 +275,63 @@ def test_join(both, seed):
         assert set(fast.tolist()) == set(range(int(fast.max()) + 1))
 
 
+def run(code, **env):
+    """What Python says to `code` in another process; the environment without what chooses kernels."""
+    base = {k: v for k, v in os.environ.items() if k not in ("RAC_NO_NATIVE", "RAC_CPU")}
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=base | env)
+
+
 def test_which_kernel():
     assert native.kernel().startswith("C")
     code = "from rac import native; print(native.kernel())"
-    for setting, expected in (("1", "numba"), ("", native.kernel())):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "RAC_NO_NATIVE": setting},
-        )
+    cases = [
+        ({}, CPUS[native.cpus()[-1]]),
+        ({"RAC_NO_NATIVE": "1"}, "numba"),
+        ({"RAC_CPU": ""}, CPUS[native.cpus()[-1]]),
+    ]
+    for env, expected in [*cases, *(({"RAC_CPU": cpu}, CPUS[cpu]) for cpu in native.cpus())]:
+        done = run(code, **env)
         assert (done.stdout.strip(), done.stderr) == (expected, "")
+    assert "avx2" in native.cpus() or platform.machine() != "x86_64"
+
+
+def test_an_instruction_set_that_is_not_there_is_an_error():
+    for cpu in ("sse9", *(cpu for cpu in CPUS if cpu not in native.cpus())):
+        done = run("from rac import native; native.kernel()", RAC_CPU=cpu)
+        assert done.returncode == 1
+        assert f"UnsupportedError: RAC_CPU is {cpu!r}" in done.stderr.splitlines()[-1]
+        with pytest.raises(rac.UnsupportedError, match=cpu), native.using(cpu):
+            pass
+
+
+def test_a_library_of_another_layout_is_refused(monkeypatch):
+    path = library._load("generic").path
+    fields = [(name, kind) for name, kind in prototypes.TileJob._fields_ if name != "size"]
+    other = type("TileJob", (ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setattr(prototypes, "STRUCTURES", (*prototypes.STRUCTURES[:3], other, *prototypes.STRUCTURES[4:]))
+    with pytest.raises(rac.RacError, match=r"not of this version of rac \(TileJob\)"):
+        library.Library(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(prototypes, "VERSION", 1)
+    with pytest.raises(rac.RacError, match=r"not of this version of rac \(version\)"):
+        library.Library(path)
+    monkeypatch.undo()
+    assert library.Library(path).rac_cpu() >= 0
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 4, 8, 16, 32, 40, 64])
+@pytest.mark.parametrize("dtype", ["u1", ml_dtypes.bfloat16, "f2", "f4", "f8"])
+def test_tiles_under_each_instruction_set(lanes, dtype, tmp_path):
+    """Every instruction set packs to the same bytes, and reads back what was packed."""
+    rng = np.random.default_rng(lanes)
+    scale = np.exp2(rng.integers(-3, 3, (70, 1))) * np.exp2(rng.integers(-3, 3, 330))  # classes of rows and columns
+    array = rng.standard_normal((70, 330)) * scale
+    array.flat[::977] = 0  # escapes
+    dense = (array * 3 + 128).clip(0, 255).astype("u1") if dtype == "u1" else array.astype(np.dtype(dtype))
+    files = set()
+    for cpu in native.cpus():
+        with native.using(cpu):
+            pack_source(from_arrays({"a": dense}), tmp_path / "a.rac", level="max", lanes=lanes, force=True)
+            files.add((tmp_path / "a.rac").read_bytes())
+            assert rac.load_file(tmp_path / "a.rac", threads=1)["a"].tobytes() == dense.tobytes()
+    assert len(files) == 1

@@ -1,43 +1,26 @@
-"""The search that feeds errors of rows to later rows: both versions of the kernel, and what it is for."""
+"""The search that feeds errors of rows to later rows: all versions of the kernel, and what it is for."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
+from rac import native
 from rac.linalg.triangular import rows
-from rac.native import trellis as native
+from rac.native import trellis
 from rac.stages import trellis as tr
 
 MOST = 127
 
 
-def search(x, states, below, lane=None, lag=6, no512=False):
+def search(x, states, below, lane=None, lag=6):
     """(integers, values, outliers) of columns (n, m) in units, at the costs of a Gaussian."""
     n, m = x.shape
     rec = tr.magnitudes(states, 128)[128 - MOST : 129 + MOST].copy()
     rate = (0.35 * 0.7213 * (rec / 4.0) ** 2).astype(np.float32).reshape(1, 1, -1)
-    back = None if below is None else np.ascontiguousarray(below.swapaxes(-1, -2))
+    how = trellis.Search(states, tr.CODES[states], lane or m, rec, rate, 2.0 * MOST, below=below, lag=lag)
     groups = () if below is None else below.shape[:-2]
-    return native.block(
-        states,
-        tr.CODES[states],
-        x,
-        x.copy(),
-        lane or m,
-        np.zeros((*groups, n, n), np.float32),
-        np.ones(n, np.float32),
-        rec,
-        rate,
-        np.zeros(1, np.int8),
-        0,
-        None,
-        2.0 * MOST,
-        below,
-        back,
-        lag,
-        no512,
-    )[:3]
+    return trellis.block(how, x, x.copy(), np.zeros((*groups, n, n), np.float32), np.ones(n, np.float32))[:3]
 
 
 def gradients(m):
@@ -52,16 +35,17 @@ def columns(n, m):
 
 @pytest.mark.parametrize("states", [32, 64, 128, 256])
 @pytest.mark.parametrize(("m", "lane", "lag"), [(200, 200, 6), (130, 64, 2), (15, 15, 1)])
-def test_both_versions_agree(states, m, lane, lag):
+def test_all_versions_agree(states, m, lane, lag):
     g = gradients(m)
     x = columns(3, m)
     x[1, m // 2] = 1e4  # an outlier
     x[2, 3] = 180  # integers beyond the tables of the fast version
     below = rows((g + g.T) / 2 + 4 * np.eye(m), 0.1).feed
     ours = search(x, states, below, lane, lag)
-    twin = search(x, states, below, lane, lag, no512=True)
-    for a, b in zip(ours, twin, strict=True):
-        assert a.tobytes() == b.tobytes()
+    for cpu in native.cpus():
+        with native.using(cpu):
+            for a, b in zip(ours, search(x, states, below, lane, lag), strict=True):
+                assert a.tobytes() == b.tobytes()
     k, value, wild = ours
     assert wild.sum() == 1 and wild[1, m // 2]
     for column, numbers, out in zip(k, value, wild, strict=True):  # what the decoder makes of the integers
@@ -99,22 +83,27 @@ def test_what_the_outputs_see_gets_smaller():
     assert errors["plain"] / errors["fed"] > 0.8 * possible > 1.1
 
 
-@pytest.mark.parametrize("no512", [False, True])
-def test_blocks_of_rows_are_apart(no512):
+@pytest.mark.parametrize("cpu", native.cpus())
+def test_blocks_of_rows_are_apart(cpu):
+    with native.using(cpu):
+        blocks_of_rows()
+
+
+def blocks_of_rows():
     """Rows of one block feed none of another; with lanes as long as blocks each is as if it were alone."""
     n = 100
     x = columns(2, 3 * n)
     g = gradients(n)
     below = np.stack([rows((g + g.T) / 2 + (4 + i) * np.eye(n), 0.1).feed for i in range(3)])
-    ours = search(x, 32, below, n, no512=no512)
+    ours = search(x, 32, below, n)
     for g in range(3):
         mine = slice(g * n, g * n + n)
-        alone = search(np.ascontiguousarray(x[:, mine]), 32, below[g], n, no512=no512)
+        alone = search(np.ascontiguousarray(x[:, mine]), 32, below[g], n)
         for a, b in zip(ours, alone, strict=True):
             assert (a[:, mine] == b).all()
     # a lane that runs through the blocks: no more than what one block may feed into the next is left out
     apart = np.zeros((3 * n, 3 * n), np.float32)
     for g in range(3):
         apart[g * n : g * n + n, g * n : g * n + n] = below[g]
-    one, other = (search(x, 32, b, 3 * n, no512=no512) for b in (below, apart))
+    one, other = (search(x, 32, b, 3 * n) for b in (below, apart))
     assert (one[0] == other[0]).mean() > 0.999  # sums of other lengths are rounded otherwise

@@ -121,21 +121,8 @@ class Coders:
             slope = worth(self._states) * finer
             for _ in range(4):
                 rate = (-slope * exact.log2(p)).astype(F32).reshape(1, 1, -1)
-                k, value, *_ = native.block(
-                    self._states,
-                    tr.CODES[self._states],
-                    x,
-                    x.copy(),
-                    1024,
-                    np.zeros((1, 1), F32),
-                    np.ones(1, F32),
-                    rec,
-                    rate,
-                    np.zeros(1, np.int8),
-                    0,
-                    None,
-                    _far(self._states),
-                )
+                search = native.Search(self._states, tr.CODES[self._states], 1024, rec, rate, _far(self._states))
+                k, value, *_ = native.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
                 counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
                 p = (counts + 32 * p) / (self.SAMPLES + 32)
             share = counts / self.SAMPLES
@@ -280,7 +267,7 @@ def _columns(
     k, value, wild = np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8)
     fine_of = np.empty(c, np.int8)
     error = np.empty((c, r), F32)
-    back = None if below is None else np.ascontiguousarray(below.swapaxes(-1, -2))
+    search = native.Search(states, tr.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
     each = np.zeros((1, c, c), F32) if feed is None else feed.reshape(-1, c, c)
     if below is not None and below.ndim == 3:
         each = np.broadcast_to(each, (len(below), c, c))
@@ -293,23 +280,7 @@ def _columns(
                 mine = slice(g * own, (g + 1) * own)
                 product.add(target[:, mine], one[a:b, b:], error[b:, mine])
         inner = np.ascontiguousarray(each[:, a:b, a:b])
-        k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(
-            states,
-            tr.CODES[states],
-            plain[a:b],
-            target,
-            lane,
-            inner,
-            step[a:b],
-            rec,
-            rate,
-            fine,
-            LOW,
-            row,
-            _far(states),
-            below,
-            back,
-        )
+        k[a:b], value[a:b], wild[a:b], fine_of[a:b] = native.block(search, plain[a:b], target, inner, step[a:b])
         error[a:b] = target
     return k, value, wild, fine_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,10 +36,12 @@ class Shared:
     """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair; `lut` holds these."""
     limit: int
     """Tops are below."""
-    tail: bytes
-    """The part of the kernel's job that all tiles share; empty where there is no kernel, and without `lut`."""
+    job: native.TileShared | None
+    """What the jobs of the kernel share; None where there is no kernel, and without `lut`."""
     at: tuple[int, int]
     """Addresses of the classes of rows and columns, 0 where there is one."""
+    at_job: int = 0
+    """Address of `job`."""
 
 
 def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
@@ -54,38 +57,25 @@ def shared(unit: bytes, p: ll.Lanes, grid: ll.Grid) -> Shared:
         raise FormatError("class map names a table that is not there")
     limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
     at = (native.address(rows), native.address(cols))
-    return ready(Shared(freq, None, rows, cols, table, p.values(), p.bases(), p.codes(), limit, b"", at), p, grid)
+    return ready(Shared(freq, None, rows, cols, table, p.values(), p.bases(), p.codes(), limit, None, at), p, grid)
 
 
 def bare(s: Shared) -> Shared:
     """Without the look-up tables, 16 KiB each, which are larger than all else."""
-    return replace(s, lut=None, tail=b"")
+    return replace(s, lut=None, job=None)
 
 
 def ready(s: Shared, p: ll.Lanes, grid: ll.Grid) -> Shared:
     """With the look-up tables again."""
-    lut, tail = tables.lookup(s.freq, s.code), b""
-    if native.library() is not None:
-        tail = native.job_tail(
-            lut,
-            s.values,
-            s.bases,
-            s.table,
-            p.rows,
-            p.cols,
-            p.skip,
-            p.lanes,
-            p.per,
-            grid.word,
-            p.zero,
-            p.sign,
-            p.shift,
-            p.raw,
-            p.base,
-            p.first_escape,
-            s.limit,
-        )
-    return replace(s, lut=lut, tail=tail)
+    lut = tables.lookup(s.freq, s.code)
+    if not native.available():
+        return replace(s, lut=lut)
+    job = native.TileShared(
+        *(native.address(a) for a in (lut, s.values, s.bases, s.table)),
+        *(p.rows, p.cols, p.skip, p.lanes, p.per, grid.word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape),
+        s.limit,
+    )
+    return replace(s, lut=lut, job=job, at_job=ctypes.addressof(job))
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
@@ -101,19 +91,18 @@ def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:
 
 
 def lanes_job(
-    unit: int, size: int, s: Shared, box: Box, dst: int, stride: int, dequant: tuple[int, int, bytes] = (0, 0, b"")
-) -> bytes:
-    """Job of the kernel for one tile unit, only where `s.tail` is there; addresses and numbers as in `native.job`.
+    unit: int, size: int, s: Shared, box: Box, dst: int, stride: int, numbers: tuple[int, int, int] = (0, 0, 0)
+) -> native.TileJob:
+    """Job of the kernel for one tile unit, only where `s.job` is there; addresses and numbers as in `TileJob`.
 
-    Planes that are packed are expanded before (`expanded`). `dequant`: addresses of the float32 scales of the rows and
-    columns of the tensor, and what the words stand for.
+    Planes that are packed are expanded before (`expanded`). `numbers`: addresses of the float32 scales of the rows and
+    columns of the tensor, and of the Dequant that says what the words stand for, or 0.
     """
     r0, r1, c0, c1 = box
     rows, cols = s.at[0] and s.at[0] + r0, s.at[1] and s.at[1] + c0
-    row, col, numbers = dequant
-    return native.job(
-        unit, size, rows, cols, dst, r1 - r0, c1 - c0, stride, s.tail, row + 4 * r0, col + 4 * c0, numbers
-    )
+    row, col, what = numbers
+    h, w = r1 - r0, c1 - c0
+    return native.TileJob(unit, size, rows, cols, dst, h, w, stride, s.at_job, what, row + 4 * r0, col + 4 * c0)
 
 
 def expanded(unit: Array, p: ll.Lanes, box: Box) -> Array:

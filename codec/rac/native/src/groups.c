@@ -1,30 +1,29 @@
-/* Codes of groups to numbers (stages/groups.md), and words out of bit planes (stages/bits.md). Twins: rac/quantize/groups.py,
- * rac/quantize/bits.py. All products are exact. */
-#include "kernels.h"
+/* Codes of groups to numbers (stages/groups.md), and words out of bit planes (stages/bits.md). Twins: rac/stages/groups.py,
+ * rac/stages/bits.py. All products are exact. */
+#include "rac.h"
 
-/* Codes (h, w) to words of F32 (kind 4) or BF16 (kind 2), `stride` from row to row; column 0 is column `first` of its group.
- * scales, zeros: (h, ...) rows of the groups, `across` and `step` from row to row; zeros: null, or one for each group.
- * Returns the bits that occur in any code. */
-CLONES int rac_ungroup(const uint8_t *codes, int64_t h, int64_t w, const float *scales, int64_t across, const uint8_t *zeros,
-                       int64_t step, int zero, int64_t group, int64_t first, void *dst, int kind, int64_t stride) {
+/* Codes (h, w) to words of F32 (kind 4) or BF16 (kind 2); column 0 is column `first` of its group. scales, zeros: (h, ...) of
+ * the groups; zeros may be one for all. Returns the bits that occur in any code. */
+int rac_ungroup(const rac_matrix *codes, const rac_matrix *scales, const rac_matrix *zeros, const rac_matrix *dst, int64_t group,
+                int64_t first, int kind) {
     uint8_t seen = 0;
-    for (int64_t y = 0; y < h; y++) {
-        const uint8_t *u = codes + y * w;
+    const int same = zeros->rows * zeros->cols == 1;
+    const int64_t w = codes->cols;
+    for (int64_t y = 0; y < codes->rows; y++) {
+        const uint8_t *u = (const uint8_t *)codes->at + y * codes->stride, *z = zeros->at;
+        const float *scale = (const float *)scales->at + y * scales->stride;
+        if (!same) z += y * zeros->stride;
         int64_t end = group - first;
         for (int64_t x = 0, g = 0; x < w; x = end, end += group, g++) {
-            const int64_t last = end < w ? end : w;
-            const float scale = scales[y * across + g];
-            const int32_t z = zeros ? zeros[y * step + g] : zero;
+            const int64_t last = least(end, w);
+            const float by = scale[g];
+            const int32_t zero = z[same ? 0 : g];
             if (kind == 4) {
-                float *to = (float *)dst + y * stride;
-                for (int64_t j = x; j < last; j++) to[j] = (float)((int32_t)u[j] - z) * scale;
+                float *to = (float *)dst->at + y * dst->stride;
+                for (int64_t j = x; j < last; j++) to[j] = (float)((int32_t)u[j] - zero) * by;
             } else {
-                uint16_t *to = (uint16_t *)dst + y * stride;
-                for (int64_t j = x; j < last; j++) {
-                    union { float f; uint32_t i; } v;
-                    v.f = (float)((int32_t)u[j] - z) * scale;
-                    to[j] = (uint16_t)((v.i + 0x7fff + (v.i >> 16 & 1)) >> 16);
-                }
+                uint16_t *to = (uint16_t *)dst->at + y * dst->stride;
+                for (int64_t j = x; j < last; j++) to[j] = bf16_of((float)((int32_t)u[j] - zero) * by);
             }
         }
         for (int64_t j = 0; j < w; j++) seen |= u[j];
@@ -33,7 +32,7 @@ CLONES int rac_ungroup(const uint8_t *codes, int64_t h, int64_t w, const float *
 }
 
 /* n words of `bits` bits out of their planes, each of which begins at a multiple of 16 */
-CLONES void rac_unbits(const uint8_t *unit, int64_t n, int bits, uint8_t *words) {
+void rac_unbits(const uint8_t *unit, int64_t n, int bits, uint8_t *words) {
     int low = 0;
     for (int p = 8; p; p /= 2) {
         if (!(bits & p)) continue;

@@ -1,0 +1,99 @@
+"""Coded symbols to ANS lanes, and what the encoder counts and finds among them: C kernels, or numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.native.library import library
+
+Array = NDArray[Any]
+
+
+def encode_lanes(
+    symbols: NDArray[np.uint8], lanes: int, segments: NDArray[np.int64], model: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint16]] | None:
+    """(words in the order of reading, words of each lane) of coded symbols; `model` as `symbol_model` makes it.
+
+    None where the C kernel is not there.
+    """
+    lib = library()
+    if lib is None:
+        return None
+    out = np.empty(len(symbols) + 2 * lanes + 1, np.uint32)
+    counts = np.empty(lanes, np.uint32)
+    n = lib.rac_encode(symbols, lanes, segments, len(segments), model, out, len(out), counts)
+    assert n >= 0  # noqa: S101
+    assert int(counts.max()) < 65536  # noqa: S101 - a symbol takes at most one word, a tile is small
+    return out[len(out) - n :], counts.astype(np.uint16)
+
+
+def symbol_model(freq: NDArray[np.uint16], same: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """(T, 256, 4) what `encode_lanes` needs of each symbol: 2**64 / f rounded up (0 for 1), start, 2**24 - f, f / 4096.
+
+    `freq` (T, S); symbol s is coded as if it were `same[t, s]` (T, 256).
+    """
+    f = np.zeros((len(freq), 256), np.uint64)
+    f[:, : freq.shape[1]] = freq
+    start = np.cumsum(f, axis=1) - f
+    one = np.maximum(f, np.uint64(1))
+    reciprocal = np.where(f > 1, np.uint64(2**64 - 1) // one + np.uint64(1), np.uint64(0))
+    out = np.stack([reciprocal, start << np.uint64(12), np.uint64(1 << 24) - (f << np.uint64(12)), f], axis=2)
+    return np.ascontiguousarray(np.take_along_axis(out, same.astype(np.int64)[:, :, None], axis=1))
+
+
+def pair(sym: NDArray[np.uint8], sizes: NDArray[np.int64], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Base symbols (n,) below 16 to pairs table[a + 16 b], segment by segment of `sizes` elements.
+
+    An odd last one is paired with symbol 0.
+    """
+    out = np.empty(int(((sizes + 1) // 2).sum()), np.uint8)
+    lib = library()
+    if lib is not None:
+        lib.rac_pairs(sym, sizes, len(sizes), table, out)
+        return out
+    pieces, at = [], 0
+    for n in sizes.tolist():
+        even = np.append(sym[at : at + n], np.zeros(n % 2, np.uint8))
+        pieces.append(table[even[::2] | even[1::2] << np.uint8(4)])
+        at += n
+    return np.concatenate(pieces)
+
+
+def histogram(
+    sym: NDArray[np.uint8], row: NDArray[np.int32] | None, col: NDArray[np.int32] | None, keys: int, size: int
+) -> NDArray[np.uint32]:
+    """(keys, size) counts of the symbols (R, C) of each key; the key of an element is row[r] + col[c]."""
+    lib = library()
+    out = np.zeros((keys, size), np.uint32)
+    if lib is not None:
+        lib.rac_hist(sym, sym.shape[0], sym.shape[1], row, col, size, out)
+        return out
+    flat = sym.astype(np.int64)
+    flat += 0 if row is None else row.astype(np.int64)[:, None] * size
+    flat += 0 if col is None else col.astype(np.int64) * size
+    return np.bincount(flat.ravel(), minlength=keys * size).reshape(keys, size).astype(np.uint32)
+
+
+def count_segments(sym: NDArray[np.uint8], segments: Array, counts: NDArray[np.uint32]) -> None:
+    """Add the coded symbols of each segment (symbols, table) to the row of its table in `counts` (T, S)."""
+    lib = library()
+    if lib is not None:
+        lib.rac_count(sym, segments, len(segments), counts.shape[1], counts)
+        return
+    at = 0
+    for n, table in segments.tolist():
+        counts[table] += np.bincount(sym[at : at + n], minlength=counts.shape[1]).astype(np.uint32)
+        at += n
+
+
+def find(sym: NDArray[np.uint8], segments: Array, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Places of the coded symbols whose flag under their table is set; `flags` (T, 256)."""
+    lib = library()
+    if lib is not None:
+        out = np.empty(len(sym) + 1, np.int64)
+        return out[: lib.rac_find(sym, segments, len(segments), flags, out)].copy()
+    table = np.repeat(segments[:, 1], segments[:, 0])
+    return np.flatnonzero(flags[table, sym])

@@ -1,0 +1,170 @@
+"""Every function and structure that Python and the C kernels (native/src) share.
+
+The layout of the structures is compared with the library's when it is loaded (src/layout.c lists the same fields). An
+array is handed over by its address; who keeps an address in a structure keeps the array alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from typing import Any
+
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+VERSION = 17
+"""Changes with any function or structure."""
+
+
+def address(a: Array | None) -> int:
+    """Address of the first byte of an array, 0 for None."""
+    if a is None:
+        return 0
+    try:
+        whole: Any = a  # quick, but for whole and writable arrays only
+        return ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    except (TypeError, ValueError):
+        return int(a.__array_interface__["data"][0])
+
+
+class Matrix(ctypes.Structure):
+    """A matrix with columns side by side."""
+
+    _fields_ = (("at", c_void_p), ("rows", c_int64), ("cols", c_int64), ("stride", c_int64))
+
+    @classmethod
+    def from_param(cls, a: Array) -> Any:
+        """A numpy matrix of unit column stride as an argument."""
+        return ctypes.byref(cls(address(a), *a.shape, a.strides[0] // a.itemsize))
+
+
+class Flat:
+    """An array, or None, as an argument: its address."""
+
+    @staticmethod
+    def from_param(a: Array | bytes | None) -> Any:
+        """The address of an array; bytes as they are."""
+        return a if isinstance(a, bytes) else c_void_p(address(a))
+
+
+class Dequant(ctypes.Structure):
+    """What the words of a tensor stand for (stages/trellis.md): the same for all of its tiles.
+
+    rec is (256,) float32, the magnitude of each word; even says whether it goes in equal steps; size is that of an
+    element in bytes, 4 for F32 and 2 for BF16.
+    """
+
+    _fields_ = (
+        ("rec", c_void_p),
+        ("h0", c_int32),
+        ("h1", c_int32),
+        ("zero", c_int32),
+        ("even", c_int32),
+        ("size", c_int32),
+    )
+
+
+class TileShared(ctypes.Structure):
+    """What all tiles of a tensor share under lanes/1 (stages/lanes.md).
+
+    luts is (T, 4096) uint32 as `lookup` makes it, values (256,) uint16 the top of each base symbol, bases uint32 that
+    of each escape, table (Kr, Kc) uint8 the table of each pair of classes; tops are below limit.
+    """
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("luts", "values", "bases", "table")),
+        *((name, c_int32) for name in ("row_classes", "col_classes", "skip", "lanes", "per", "word", "zero", "sign")),
+        *((name, c_int32) for name in ("shift", "raw", "base", "first")),
+        ("limit", c_uint32),
+    )
+
+
+class TileJob(ctypes.Structure):
+    """One tile to be decoded; all pointers are addresses.
+
+    unit and size are the bytes of its unit; row_class and col_class the classes of its rows and columns, 0 where there
+    is one; dst its first element in the dense tensor, stride the elements from row to row. shared is a TileShared.
+    numbers is a Dequant, with row and col the float32 scales of the tile's rows and columns; 0: the words are wanted.
+    """
+
+    _fields_ = (
+        ("unit", c_void_p),
+        ("size", c_int64),
+        ("row_class", c_void_p),
+        ("col_class", c_void_p),
+        ("dst", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("stride", c_int64),
+        ("shared", c_void_p),
+        ("numbers", c_void_p),
+        ("row", c_void_p),
+        ("col", c_void_p),
+    )
+
+
+class Quantiser(ctypes.Structure):
+    """How the columns of a tensor are quantised (`trellis.Search`), as the kernel takes it."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("states", "h0", "h1", "low", "levels", "most", "tables", "lag")),
+        ("lane", c_int64),
+        *((name, c_void_p) for name in ("rec", "rate", "fine", "row", "below", "back")),
+        ("far", c_float),
+    )
+
+
+class Columns(ctypes.Structure):
+    """The columns of one block, (n, m) column-major, and what `rac_quantise` finds (`trellis.block`)."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("cols", "rows", "groups")),
+        *((name, c_void_p) for name in ("plain", "target", "feed", "step", "out", "recon", "wild", "fine_of")),
+    )
+
+
+STRUCTURES = (Matrix, Dequant, TileShared, TileJob, Quantiser, Columns)
+
+_WORDS = {
+    "rac_scan": (c_uint64, Flat, c_int64, c_uint64, c_int, Flat),
+    "rac_symbols": (None, Flat, c_int64, c_int, c_int, c_int, Flat, Flat),
+    "rac_gather": (None, Flat, c_int64, Flat, Flat, Flat, c_int64, Flat),
+    "rac_planes": (None, Flat, c_int64, c_int, c_int, c_int, Flat, Flat),
+}
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "rac_cpu": (c_int,),
+    "rac_tables": (c_int, Flat, c_int64, c_int64, c_int64, c_int, Flat),
+    "rac_lookup": (None, Flat, c_int64, c_int64, Flat, Flat),
+    "rac_golomb": (c_int64, Flat, c_int64, c_int64, c_int, Flat),
+    "rac_tiles": (c_int, Flat, c_int64, ctypes.POINTER(c_int64)),
+    "rac_untrellis": (None, Matrix, ctypes.POINTER(Dequant), Flat, Flat, Matrix, Flat),
+    "rac_ungroup": (c_int, Matrix, Matrix, Matrix, Matrix, c_int64, c_int64, c_int),
+    "rac_unbits": (None, Flat, c_int64, c_int, Flat),
+    "rac_product": (None, Matrix, Matrix, Matrix),
+    "rac_factor": (c_int64, Flat, c_int64, Flat),
+    "rac_round": (None, Flat, c_int64, Flat, c_int),
+    "rac_hist": (None, Flat, c_int64, c_int64, Flat, Flat, c_int64, Flat),
+    "rac_count": (None, Flat, Flat, c_int64, c_int64, Flat),
+    "rac_sum": (None, Flat, Flat, c_int64, c_int64, Flat),
+    "rac_log2": (None, Flat, c_int64, Flat, Flat),
+    "rac_code_length": (None, Flat, c_int64, c_int64, Flat, c_int64, Flat),
+    "rac_join": (None, *[Flat] * 7, c_int64, c_int64, c_int64, Flat, c_int64),
+    "rac_pairs": (None, Flat, Flat, c_int64, Flat, Flat),
+    "rac_find": (c_int64, Flat, Flat, c_int64, Flat, Flat),
+    "rac_encode": (c_int64, Flat, c_int64, Flat, c_int64, Flat, Flat, c_int64, Flat),
+    "rac_quantise": (c_int, ctypes.POINTER(Quantiser), ctypes.POINTER(Columns)),
+    **{f"{name}{word}": types for name, types in _WORDS.items() for word in (1, 2, 4, 8)},
+}
+"""Result and arguments of each function."""
+BRIEF = {"rac_tables", "rac_lookup"}
+"""Functions so short that giving up the GIL for them makes threads wait for each other."""
+
+
+def layout() -> list[tuple[str, int]]:
+    """The version, and of each structure its bytes and the offsets of its fields, each with a name for errors."""
+    out = [("version", VERSION)]
+    for kind in STRUCTURES:
+        out.append((kind.__name__, ctypes.sizeof(kind)))
+        out += [(f"{kind.__name__}.{name}", getattr(kind, name).offset) for name, *_ in kind._fields_]
+    return out

@@ -1,0 +1,166 @@
+/* Viterbi search of one column (encoder). It is held to all paths of short columns, and to itself under each instruction set:
+ * plain float32 arithmetic in a fixed order, no contraction to fused operations (setup.py). */
+#include <math.h>
+#include "quantise.h"
+
+/* The best coded integer of each subset for a sample: subset 2 g + b has sign (-1)^g and the integers of parity b */
+static inline void subsets(float x, const float *rec, const float *rate, int most, float *cost, int16_t *best) {
+    for (int g = 0; g < 2; g++) {
+        const float y = g ? -x : x;
+        for (int b = 0; b < 2; b++) {
+            float r = floorf((y - 0.5f - 2.0f * (float)b) * 0.25f + 0.5f);
+            int far = most - ((most & 1) != b), k = b; /* the largest integer of this parity */
+            if (r * 2.0f + (float)b > (float)far) k = far;
+            else if (r * 2.0f + (float)b < (float)-far) k = -far;
+            else k = 2 * (int)r + b;
+            int in = k > 0 ? k - 2 : k + 2; /* the next one towards zero */
+            const float e = y - rec[k], f = y - rec[in];
+            const float c = e * e + rate[k], d = f * f + rate[in];
+            const int better = d < c;
+            cost[2 * g + b] = better ? d : c;
+            best[2 * g + b] = (int16_t)(better ? in : k);
+        }
+    }
+}
+
+#ifndef AVX512
+/* Costs c of the states after n samples, and for each the choice of the branch that it is reached by: a bit a state */
+static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+    const int s = t->states, words = s < 16 ? 1 : s / 16;
+    int from[2][256];
+    float next[256];
+    for (int q = 0; q < s; q++)
+        for (int b = 0; b < 2; b++) from[b][q] = rac_from(t, q, b);
+    for (int64_t i = 0; i < n; i++, cost += 4, choice += words) {
+        for (int w = 0; w < words; w++) choice[w] = 0;
+        for (int q = 0; q < s; q++) {
+            const float *sub = cost + (q < s / 2 ? 0 : 2);
+            const float a = c[from[0][q]] + sub[0], b = c[from[1][q]] + sub[1];
+            choice[q / 16] |= (uint16_t)((b < a) << (q & 15));
+            next[q] = b < a ? b : a;
+        }
+        const float base = (i & 63) == 63 ? next[0] : 0.0f;
+        for (int q = 0; q < s; q++) c[q] = next[q] - base;
+    }
+}
+#else
+/* Up to 16 states in one register */
+static void search_small(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *out) {
+    int32_t from[2][16], sub[2][16];
+    float start[16];
+    for (int q = 0; q < 16; q++) {
+        const int in = q < t->states;
+        for (int b = 0; b < 2; b++) {
+            from[b][q] = in ? rac_from(t, q, b) : q;
+            sub[b][q] = b + (in && q >= t->states / 2 ? 2 : 0);
+        }
+        start[q] = in ? out[q] : 1e30f;
+    }
+    const __m512i fa = _mm512_loadu_si512(from[0]), fb = _mm512_loadu_si512(from[1]);
+    const __m512i sa = _mm512_loadu_si512(sub[0]), sb = _mm512_loadu_si512(sub[1]);
+    const uint16_t some = (uint16_t)((1u << t->states) - 1);
+    __m512 c = _mm512_loadu_ps(start);
+    for (int64_t i = 0; i < n; i++, cost += 4) {
+        const __m512 w = _mm512_broadcast_f32x4(_mm_loadu_ps(cost));
+        const __m512 a = _mm512_add_ps(_mm512_permutexvar_ps(fa, c), _mm512_permutevar_ps(w, sa));
+        const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(fb, c), _mm512_permutevar_ps(w, sb));
+        choice[i] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ) & some;
+        c = _mm512_min_ps(b, a);
+        if ((i & 63) == 63) c = _mm512_sub_ps(c, _mm512_broadcastss_ps(_mm512_castps512_ps128(c)));
+    }
+    _mm512_storeu_ps(start, c);
+    memcpy(out, start, sizeof(float) * (size_t)t->states);
+}
+
+/* 32 states and more: states by parity, since all predecessors of one half of the states are even, of the other odd */
+static void search_large(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+    const int half = t->states / 2, blocks = half / 16, low = t->h0 & (half - 1), both = low ^ t->h1;
+    float e[128], o[128], next[256];
+    int32_t x1[16], x0[16], x2[16], even[16], odd[16];
+    for (int i = 0; i < 16; i++) {
+        x1[i] = i ^ (t->h1 & 15);
+        x0[i] = i ^ (low & 15);
+        x2[i] = i ^ (both & 15);
+        even[i] = 2 * i;
+        odd[i] = 2 * i + 1;
+    }
+    const __m512i p1 = _mm512_loadu_si512(x1), p0 = _mm512_loadu_si512(x0), p2 = _mm512_loadu_si512(x2);
+    const __m512i ev = _mm512_loadu_si512(even), od = _mm512_loadu_si512(odd);
+    for (int u = 0; u < half; u++) {
+        e[u] = c[2 * u];
+        o[u] = c[2 * u + 1];
+    }
+    for (int64_t i = 0; i < n; i++, cost += 4, choice += 2 * blocks) {
+        const __m512 s0 = _mm512_set1_ps(cost[0]), s1 = _mm512_set1_ps(cost[1]);
+        const __m512 s2 = _mm512_set1_ps(cost[2]), s3 = _mm512_set1_ps(cost[3]);
+        for (int q = 0; q < blocks; q++) {
+            const __m512 a = _mm512_add_ps(_mm512_loadu_ps(e + 16 * q), s0);
+            const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(p1, _mm512_loadu_ps(e + 16 * (q ^ (t->h1 >> 4)))), s1);
+            choice[q] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ);
+            _mm512_storeu_ps(next + 16 * q, _mm512_min_ps(b, a));
+            const __m512 f = _mm512_add_ps(_mm512_permutexvar_ps(p0, _mm512_loadu_ps(o + 16 * (q ^ (low >> 4)))), s2);
+            const __m512 g = _mm512_add_ps(_mm512_permutexvar_ps(p2, _mm512_loadu_ps(o + 16 * (q ^ (both >> 4)))), s3);
+            choice[blocks + q] = _mm512_cmp_ps_mask(g, f, _CMP_LT_OQ);
+            _mm512_storeu_ps(next + half + 16 * q, _mm512_min_ps(g, f));
+        }
+        const __m512 base = _mm512_set1_ps((i & 63) == 63 ? next[0] : 0.0f);
+        for (int q = 0; q < blocks; q++) {
+            const __m512 a = _mm512_loadu_ps(next + 32 * q), b = _mm512_loadu_ps(next + 32 * q + 16);
+            _mm512_storeu_ps(e + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, ev, b), base));
+            _mm512_storeu_ps(o + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, od, b), base));
+        }
+    }
+    for (int u = 0; u < half; u++) {
+        c[2 * u] = e[u];
+        c[2 * u + 1] = o[u];
+    }
+}
+
+static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+    if (t->states >= 32) search_large(t, cost, n, choice, c);
+    else search_small(t, cost, n, choice, c);
+}
+#endif
+
+/* Without a trellis (states 1), each sample alone: the nearest integer or the next one towards zero. As rac_viterbi. */
+static void scalar(const rac_search *s, const rac_column *c) {
+    const float *v = s->rec + s->most;
+    const int most = s->most;
+    for (int64_t i = 0; i < c->rows; i++) {
+        const float *r = rac_rate(s, c, i), x = c->x[i], near = floorf(x + 0.5f);
+        const int k = near > (float)most ? most : near < (float)-most ? -most : (int)near;
+        const int in = k > 0 ? k - 1 : k < 0 ? k + 1 : 0;
+        const float e = x - v[k], f = x - v[in];
+        c->out[i] = (int16_t)(f * f + r[in] < e * e + r[k] ? in : k);
+        c->value[i] = v[c->out[i]];
+    }
+}
+
+/* Integers k of a column of least sum (x - sign rec[k])^2 + rate[k], and their values, sign rec[k] */
+void rac_viterbi(const rac_search *s, const rac_column *c, const rac_room *room) {
+    if (s->states == 1) {
+        scalar(s, c);
+        return;
+    }
+    const int words = s->states < 16 ? 1 : s->states / 16;
+    const float *rec = s->rec + s->most;
+    for (int64_t i = 0; i < c->rows; i++)
+        subsets(c->x[i], rec, rac_rate(s, c, i), s->most, room->cost + 4 * i, room->best + 4 * i);
+    for (int64_t a = 0; a < c->rows; a += s->lane) {
+        const int64_t m = least(c->rows - a, s->lane);
+        float cost[256];
+        cost[0] = 0.0f;
+        for (int q = 1; q < s->states; q++) cost[q] = 1e30f;
+        search(s, room->cost + 4 * a, m, room->choice, cost);
+        int q = 0;
+        for (int p = 1; p < s->states; p++)
+            if (cost[p] < cost[q]) q = p;
+        for (int64_t i = m - 1; i >= 0; i--) {
+            const int b = room->choice[i * words + q / 16] >> (q & 15) & 1, p = rac_from(s, q, b), g = p & 1;
+            const int k = room->best[4 * (a + i) + 2 * g + b];
+            c->out[a + i] = (int16_t)k;
+            c->value[a + i] = g ? -rec[k] : rec[k];
+            q = p;
+        }
+    }
+}

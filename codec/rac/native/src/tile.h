@@ -1,0 +1,79 @@
+/* Tiles of lanes/1 (stages/lanes.md, "Tile"): jobs, and a tile that is being decoded. */
+#ifndef RAC_TILE_H
+#define RAC_TILE_H
+#include "rac.h"
+
+/* What all tiles of a tensor share */
+typedef struct {
+    const uint32_t *luts;   /* 4096 entries per table; the symbols of pairs are a | b << 4 */
+    const uint16_t *values; /* top of each base symbol (256) */
+    const uint32_t *bases;  /* base of each escape */
+    const uint8_t *table;   /* of each pair of classes */
+    int32_t row_classes, col_classes, skip, lanes, per, word, zero, sign, shift, raw, base, first;
+    uint32_t limit; /* tops are below this */
+} rac_shared;
+
+/* One tile unit to its words, or to the numbers that these stand for */
+typedef struct {
+    const uint8_t *unit; /* `size` bytes */
+    int64_t size;
+    const uint8_t *row_class, *col_class; /* of the tile's rows and columns; null: one class */
+    void *dst;                            /* origin of the tile in the dense tensor */
+    int64_t rows, cols, stride;           /* elements from row to row */
+    const rac_shared *shared;
+    const rac_dequant *numbers; /* what the words, bytes, stand for; null: they are the tile */
+    const float *row, *col;     /* scales of the tile's rows and columns, where there are numbers */
+} rac_job;
+
+typedef struct {
+    const rac_job *job;
+    const rac_shared *shared;
+    void *dst; /* where words go, `stride` from row to row: the dense tensor, or, */
+    int64_t stride;
+    uint8_t *coded; /* where they stand for numbers, here */
+    const uint8_t *planes, *escape;
+    const uint32_t *words, *end; /* the next word of the lanes, and as far as memory may be read */
+    int64_t start[6];            /* of the planes */
+    int32_t *row, *col;          /* sorted rows and columns; null: as they lie */
+    rac_block *blocks, *last;    /* sorted by table: one segment each; behind the last */
+    int64_t row_end[257], col_end[257]; /* of the classes */
+    void *seq;                   /* the tile's words in sequence order, to be unsorted at the end; null: straight to dst */
+    uint32_t escapes, used;
+    uint32_t pairtop[256]; /* both tops of a pair a | b << 4 */
+    uint8_t bytetop[16];   /* tops of the base symbols, where all are `small` */
+    int small, fast, bf16; /* fast: 16-bit floats joined in registers; bf16: pairs of small tops, 7 raw bits and the sign */
+    int counts;            /* tops of the symbols that do not escape count up */
+    int bytes;             /* words are bytes, and nothing but tops that count up */
+} rac_tile;
+
+/* Where the next element of a tile goes */
+typedef struct {
+    const rac_block *block;
+    int64_t in_block, in_tile;
+} rac_cursor;
+
+/* What is wrong with a tile (native/tiles.py, TILE_ERRORS) */
+enum { BAD_FILL = 1, BAD_PADDING, BAD_WORD, BAD_STATE, BAD_ESCAPES, BAD_TOP, BAD_PLANE, NO_MEMORY };
+
+void rac_place1(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
+void rac_place2(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
+void rac_place4(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
+void rac_place8(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
+int rac_emit(rac_tile *w, const uint8_t *sym, int64_t n, rac_cursor *at);
+int rac_unsort(rac_tile *w);
+int rac_has_unsort(void);
+
+/* memcpy without the call: runs are short */
+static inline void copy_run(void *to, const void *from, int64_t n) {
+    char *d = to;
+    const char *s = from;
+    for (; n >= 32; n -= 32, d += 32, s += 32) memcpy(d, s, 32);
+    if (n & 16) { memcpy(d, s, 16); d += 16; s += 16; }
+    if (n & 8) { memcpy(d, s, 8); d += 8; s += 8; }
+    if (n & 4) { memcpy(d, s, 4); d += 4; s += 4; }
+    if (n & 2) { memcpy(d, s, 2); d += 2; s += 2; }
+    if (n & 1) *d = *s;
+}
+
+static inline uint64_t first_bits(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+#endif

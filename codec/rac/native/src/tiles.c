@@ -1,0 +1,324 @@
+/* Tiles of lanes/1 to words (stages/lanes.md, "Tile"), and on to the numbers that these stand for. Twin: rac/stages/lanes. */
+#include "lanes.h"
+#include "tile.h"
+
+enum { SYMBOLS_AT_ONCE = 16384, MOST_LANES = 1024 };
+
+static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
+static int nonzero(const uint8_t *p, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (p[i]) return 1;
+    return 0;
+}
+
+/* Stable counting sort: order[] of n things by class, ends[k] = first place of class k + 1 */
+static void by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int64_t *ends) {
+    for (int i = 0; i <= k; i++) ends[i] = 0;
+    for (int64_t i = 0; i < n; i++) ends[class[i] + 1]++;
+    for (int i = 0; i < k; i++) ends[i + 1] += ends[i];
+    int64_t next[256];
+    for (int i = 0; i < k; i++) next[i] = ends[i];
+    for (int64_t i = 0; i < n; i++) order[next[class[i]]++] = (int32_t)i;
+}
+
+/* The classes of k that occur; returns how many: a tile is not charged for others */
+static int occurring(const int64_t *ends, int k, int *classes) {
+    int n = 0;
+    for (int i = 0; i < k; i++)
+        if (ends[i] < ends[i + 1]) classes[n++] = i;
+    return n;
+}
+
+/* The blocks of a tile whose rows and columns are sorted, by table */
+static void cut_blocks(rac_tile *w) {
+    const rac_shared *s = w->shared;
+    int rows[256], cols[256];
+    const int kc = s->col_classes, nr = occurring(w->row_end, s->row_classes, rows), nc = occurring(w->col_end, kc, cols);
+    const int64_t *re = w->row_end, *ce = w->col_end;
+    int64_t first[257] = {0};
+    for (int n = 0; n < nr * nc; n++) first[s->table[rows[n / nc] * kc + cols[n % nc]] + 1]++;
+    for (int i = 0; i < 256; i++) first[i + 1] += first[i];
+    w->last = w->blocks + first[256];
+    for (int n = 0; n < nr * nc; n++) {
+        const int i = rows[n / nc], k = cols[n % nc], table = s->table[i * kc + k];
+        w->blocks[first[table]++] = (rac_block){table, re[i], re[i + 1], ce[k], ce[k + 1]};
+    }
+}
+
+/* A tile before it is decoded: its rows and columns by class, its blocks */
+static int prepare(rac_tile *w, const rac_job *job) {
+    const rac_shared *s = w->shared = job->shared;
+    const int kr = s->row_classes, kc = s->col_classes;
+    const int64_t h = job->rows, c = job->cols;
+    w->job = job;
+    w->dst = job->dst;
+    w->stride = job->stride;
+    w->seq = w->coded = 0;
+    if (job->numbers) {
+        w->dst = w->coded = malloc((size_t)(h * c) + 64 + 2 * (size_t)(c + 31)); /* and the states of the trellis */
+        w->stride = c;
+    }
+    const size_t blocks = (size_t)least(kr * kc, h * c) * sizeof(rac_block); /* at most */
+    char *scratch = malloc((size_t)(h + c) * 4 + blocks + 64);
+    w->blocks = (rac_block *)scratch;
+    if (!scratch || (job->numbers && !w->coded)) return NO_MEMORY;
+    w->row = (int32_t *)(scratch + blocks);
+    w->col = w->row + h;
+    w->row_end[0] = w->col_end[0] = 0;
+    w->row_end[1] = h;
+    w->col_end[1] = c;
+    if (kr > 1) by_class(job->row_class, h, kr, w->row, w->row_end);
+    else w->row = 0;
+    if (kc > 1) by_class(job->col_class, c, kc, w->col, w->col_end);
+    else w->col = 0;
+    cut_blocks(w);
+    if (w->col && s->word <= 2 && rac_has_unsort() && !(w->seq = malloc((size_t)(h * c + 64) * (size_t)s->word)))
+        return NO_MEMORY;
+    return 0;
+}
+
+/* Where the streams of a tile unit are, and the numbers of words of its lanes */
+static int find_streams(rac_tile *w, uint32_t *left) {
+    const rac_job *job = w->job;
+    const rac_shared *s = w->shared;
+    const int64_t lanes = s->lanes, n = job->rows * job->cols;
+    const int64_t directory = 4 + s->skip + 2 * lanes; /* `skip` bytes hold what the caller has seen to */
+    const uint8_t *u = job->unit;
+    const int64_t first = up16(directory);
+    if (job->size < first) return BAD_FILL;
+    uint32_t nw = 0, ne;
+    memcpy(&ne, u, 4);
+    for (int64_t l = 0; l < lanes; l++) {
+        uint16_t c;
+        memcpy(&c, u + 4 + s->skip + 2 * l, 2);
+        nw += left[l] = c;
+    }
+    const int64_t esc = first + up16(4 * (int64_t)nw), words_end = first + 4 * (int64_t)nw;
+    int64_t at = esc + up16(ne);
+    if (at > job->size) return BAD_FILL;
+    int bad = nonzero(u + directory, first - directory) | nonzero(u + words_end, esc - words_end) |
+              nonzero(u + esc + ne, at - esc - ne);
+    w->words = (const uint32_t *)(u + first);
+    w->end = w->words + (job->size - first) / 4;
+    w->escape = u + esc;
+    w->escapes = ne;
+    w->used = 0;
+    w->planes = u;
+    int k = 0;
+    for (int b = 32; b; b >>= 1) {
+        if (!(s->raw & b)) continue;
+        const int64_t size = (n * b + 7) / 8;
+        if (at + up16(size) > job->size) return BAD_FILL;
+        w->start[k++] = at;
+        bad |= nonzero(u + at + size, up16(size) - size);
+        if (b < 8 && n * b % 8 && u[at + size - 1] >> (n * b % 8)) return BAD_PLANE;
+        at += up16(size);
+    }
+    if (at != job->size) return BAD_FILL;
+    return bad ? BAD_PADDING : 0;
+}
+
+/* How symbols become words */
+static void choose(rac_tile *w) {
+    const rac_shared *s = w->shared;
+    w->small = w->fast = w->bf16 = 0;
+    w->counts = 1;
+    for (int a = 1; a < s->first; a++) w->counts &= s->values[a] == s->values[0] + a;
+    w->bytes = w->counts && s->word == 1 && s->per == 1 && !s->raw && !s->sign && !s->shift && !s->zero;
+    if (s->per == 2) {
+        uint16_t all = 0;
+        for (int a = 0; a < 16; a++) {
+            all |= s->values[a];
+            w->bytetop[a] = (uint8_t)s->values[a];
+        }
+        w->small = all < 256;
+        for (int p = 0; p < 256; p++) w->pairtop[p] = s->values[p & 15] | (uint32_t)s->values[p >> 4] << 16;
+    }
+#ifdef AVX512
+    w->fast = (w->seq || !w->col) && s->word == 2 && s->zero == 0 && s->sign && (s->per == 2 || s->base <= 128);
+    w->bf16 = w->fast && w->small && s->shift == 7;
+#endif
+}
+
+/* The head of a tile unit, and the states that its lanes begin in */
+static int begin(rac_tile *w, uint64_t *st, uint32_t *left) {
+    const int bad = find_streams(w, left);
+    if (bad) return bad;
+    for (int64_t l = 0; l < w->shared->lanes; l++) {
+        st[l] = 0;
+        if (!left[l]) continue;
+        st[l] = *w->words++;
+        if (!st[l]) return BAD_WORD;
+        if (--left[l]) {
+            st[l] = st[l] << 32 | *w->words++;
+            left[l]--;
+        }
+    }
+    choose(w);
+    return 0;
+}
+
+/* Whether all of it was used up */
+static int ended(const rac_tile *w, const uint64_t *st, const uint32_t *left) {
+    for (int64_t l = 0; l < w->shared->lanes; l++)
+        if (st[l] || left[l]) return BAD_STATE;
+    return w->used == w->escapes ? 0 : BAD_ESCAPES;
+}
+
+/* Elements of the segment that begins with block *b, which goes to the next */
+static int64_t segment(const rac_tile *w, const rac_block **b) {
+    int64_t total = 0;
+    for (const int64_t table = (*b)->table; *b < w->last && (*b)->table == table; ++*b)
+        total += ((*b)->r1 - (*b)->r0) * ((*b)->c1 - (*b)->c0);
+    return total;
+}
+
+static int decode(rac_tile *w) {
+    const rac_shared *s = w->shared;
+    uint64_t st[MOST_LANES];
+    uint32_t left[MOST_LANES];
+    uint8_t sym[SYMBOLS_AT_ONCE + MOST_LANES];
+    int bad = begin(w, st, left);
+    if (bad) return bad;
+    const int64_t per = s->per, whole = SYMBOLS_AT_ONCE / s->lanes * s->lanes;
+    rac_cursor at = {w->blocks, 0, 0};
+    rac_lanes t = {.st = st, .left = left, .words = w->words, .end = w->end};
+    for (const rac_block *b = w->blocks; b < w->last;) {
+        t.lut = s->luts + 4096 * b->table;
+        const int64_t total = segment(w, &b), coded = (total + per - 1) / per;
+        for (int64_t k = 0, got; k < coded; k += got) {
+            got = least(coded - k, whole);
+            t.out = sym;
+            rac_rows(&t, got, s->lanes);
+            if ((bad = rac_emit(w, sym, least(got * per, total - k * per), &at))) return bad;
+        }
+    }
+    return ended(w, st, left);
+}
+
+/* What was decoded to its places, and on to the numbers that it stands for */
+static int finish(rac_tile *w) {
+    const rac_job *j = w->job;
+    const int bad = w->seq ? rac_unsort(w) : 0;
+    if (bad || !w->coded) return bad;
+    const rac_matrix words = {w->coded, j->rows, j->cols, j->cols}, dst = {j->dst, j->rows, j->cols, j->stride};
+    uint16_t *states = (uint16_t *)(w->coded + ((j->rows * j->cols + 63) & ~(int64_t)63));
+    rac_untrellis(&words, j->numbers, j->col, j->row, &dst, states);
+    return 0;
+}
+
+static void drop(rac_tile *w) {
+    free(w->coded);
+    free(w->seq);
+    free(w->blocks);
+}
+
+static int tile(const rac_job *job) {
+    rac_tile w;
+    int bad = prepare(&w, job);
+    if (!bad) bad = decode(&w);
+    if (!bad) bad = finish(&w);
+    drop(&w);
+    return bad;
+}
+
+/* A tile of few lanes among others */
+typedef struct {
+    rac_lanes lanes;
+    uint64_t st[FEW];
+    uint32_t left[FEW];
+    rac_tile w;
+    uint8_t *sym;           /* all coded symbols of the tile */
+    const rac_block *block; /* of the next segment */
+    int64_t number;
+} slot;
+
+/* The next segment of a tile; 0 where there is none */
+static int next(slot *s) {
+    const rac_shared *shared = s->w.shared;
+    if (s->block == s->w.last) return 0;
+    s->lanes.lut = shared->luts + 4096 * s->block->table;
+    s->lanes.rest = (segment(&s->w, &s->block) + shared->per - 1) / shared->per;
+    return 1;
+}
+
+static int enter(slot *s, const rac_job *job, int64_t number) {
+    s->number = number;
+    s->sym = 0;
+    int bad = prepare(&s->w, job);
+    if (bad) return bad;
+    /* each segment may end in half a pair */
+    const int64_t n = job->rows * job->cols / job->shared->per + (s->w.last - s->w.blocks);
+    if (!(s->lanes.out = s->sym = malloc((size_t)n + 1024))) return NO_MEMORY;
+    s->block = s->w.blocks;
+    s->lanes.st = s->st;
+    s->lanes.left = s->left;
+    if ((bad = begin(&s->w, s->st, s->left))) return bad;
+    s->lanes.words = s->w.words;
+    s->lanes.end = s->w.end;
+    next(s);
+    return 0;
+}
+
+static int leave(slot *s) {
+    rac_tile *w = &s->w;
+    const int64_t per = w->shared->per;
+    rac_cursor at = {w->blocks, 0, 0};
+    const uint8_t *sym = s->sym;
+    for (const rac_block *b = w->blocks; b < w->last;) {
+        const int64_t total = segment(w, &b);
+        const int bad = rac_emit(w, sym, total, &at);
+        if (bad) return bad;
+        sym += (total + per - 1) / per;
+    }
+    const int bad = ended(w, s->st, s->left);
+    return bad ? bad : finish(w);
+}
+
+/* The tiles *from.. below n that have as few lanes as the first of them, side by side: one alone leaves the processor waiting
+ * for the step before. *from becomes the next tile, *at one that is wrong. */
+static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at) {
+    const int64_t lanes = job[*from].shared->lanes;
+    slot *room = malloc(SIDE_BY_SIDE * sizeof *room);
+    rac_lanes *all[SIDE_BY_SIDE];
+    int active = 0, bad = room ? 0 : NO_MEMORY;
+    for (int k = 0; !bad && k < SIDE_BY_SIDE; k++) all[k] = &room[k].lanes;
+    while (!bad) {
+        while (active < SIDE_BY_SIDE && *from < n && job[*from].shared->lanes == lanes && !bad) {
+            *at = *from;
+            bad = enter((slot *)all[active++], job + *from, *from);
+            ++*from;
+        }
+        if (!active || bad) break;
+        rac_side_by_side(all, active, lanes);
+        for (int k = 0; k < active && !bad;) {
+            slot *s = (slot *)all[k];
+            if (s->lanes.rest || next(s)) {
+                k++;
+                continue;
+            }
+            *at = s->number;
+            bad = leave(s);
+            drop(&s->w);
+            free(s->sym);
+            all[k] = all[--active];
+            all[active] = &s->lanes;
+        }
+    }
+    for (int k = 0; k < active; k++) {
+        drop(&((slot *)all[k])->w);
+        free(((slot *)all[k])->sym);
+    }
+    free(room);
+    return bad;
+}
+
+/* The n tiles; the number of one that is wrong in *at. 0 or what is wrong */
+int rac_tiles(const rac_job *job, int64_t n, int64_t *at) {
+    int bad = 0;
+    for (int64_t i = 0; i < n && !bad;) {
+        if (rac_few(job[i].shared->lanes)) bad = few(job, &i, n, at);
+        else bad = tile(job + (*at = i++));
+    }
+    return bad;
+}

@@ -1,0 +1,182 @@
+/* What is done to words of one size, for the encoder and the decoder of tiles: included once for each SIZE in bytes, whose
+ * type is WORD; OF(f) names its functions. */
+#define JOIN(a, b) a##b
+#define JOINED(a, b) JOIN(a, b)
+#define OF(name) JOINED(name, SIZE)
+enum { OF(BITS) = 8 * SIZE };
+
+/* hist[(v & mask) >> shift] += 1 for n words; returns the OR of all words */
+uint64_t OF(rac_scan)(const WORD *v, int64_t n, uint64_t mask, int shift, uint32_t *hist) {
+    const WORD m = (WORD)mask;
+    WORD all = 0;
+    int64_t i = 0;
+    const uint64_t size = (mask >> shift) + 1;
+    if (size <= 2048 && n >= 8192) { /* four counters, or equal neighbours wait for each other */
+        uint32_t t[4][2048];
+        memset(t, 0, sizeof t);
+        for (; i + 4 <= n; i += 4)
+            for (int k = 0; k < 4; k++) {
+                all |= v[i + k];
+                t[k][(v[i + k] & m) >> shift]++;
+            }
+        for (uint64_t k = 0; k < size; k++) hist[k] += t[0][k] + t[1][k] + t[2][k] + t[3][k];
+    }
+    for (; i < n; i++) {
+        all |= v[i];
+        hist[(uint16_t)((v[i] & m) >> shift)]++;
+    }
+    return all;
+}
+
+/* lut[word top] for every word */
+void OF(rac_symbols)(const WORD *v, int64_t n, int zero, int sign, int shift, const uint8_t *lut, uint8_t *out) {
+    WORD mask = (WORD)~(WORD)0;
+    if (zero) mask = (WORD)(((WORD)1 << (OF(BITS) - zero)) - 1);
+    if (sign) mask = (WORD)(mask >> 1);
+    int64_t i = 0;
+#if SIZE == 2
+    if (16 - zero - sign - shift <= 8) i = symbols512(v, n, zero + shift, 16 - zero - sign - shift, lut, out);
+#endif
+    for (; i < n; i++) out[i] = lut[(uint16_t)(((WORD)(v[i] >> zero) & mask) >> shift)];
+}
+
+/* Elements of a tile to sequence order, block by block; row, col: sorted by class, or null */
+void OF(rac_gather)(const WORD *src, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b, int64_t n,
+                    WORD *out) {
+    for (const rac_block *end = b + n; b < end; b++)
+        for (int64_t i = b->r0; i < b->r1; i++) {
+            const WORD *s = src + (row ? row[i] : i) * stride;
+            if (col) {
+                for (int64_t c = b->c0; c < b->c1; c++) *out++ = s[col[c]];
+                continue;
+            }
+            memcpy(out, s + b->c0, (size_t)(b->c1 - b->c0) * SIZE);
+            out += b->c1 - b->c0;
+        }
+}
+
+/* Bits `at` and on of m words, elements `first` and on, to their plane of b bits */
+static void OF(put_plane)(const WORD *raw, int64_t first, int64_t m, int b, int at, uint8_t *plane) {
+    if (b == 32) {
+        uint32_t *q = (uint32_t *)plane + first;
+        for (int64_t i = 0; i < m; i++) q[i] = (uint32_t)((uint64_t)raw[i] >> at);
+    } else if (b == 16) {
+        uint16_t *q = (uint16_t *)plane + first;
+        for (int64_t i = 0; i < m; i++) q[i] = (uint16_t)(raw[i] >> at);
+    } else if (b == 8) {
+        uint8_t *q = plane + first;
+        for (int64_t i = 0; i < m; i++) q[i] = (uint8_t)(raw[i] >> at);
+    } else {
+        const int each = 8 / b;
+        const uint8_t mask = (uint8_t)((1 << b) - 1);
+        for (int64_t i = 0; i < m; i += each) {
+            uint8_t byte = 0;
+            for (int x = 0; x < each && i + x < m; x++) byte |= (uint8_t)(((uint8_t)(raw[i + x] >> at) & mask) << x * b);
+            plane[(first + i) / each] = byte;
+        }
+    }
+}
+
+/* Raw bits of n words to their planes, largest plane first, which begin at out + start[0], ... */
+void OF(rac_planes)(const WORD *v, int64_t n, int zero, int sign, int shift, uint8_t *out, const int64_t *start) {
+    WORD raw[CHUNK];
+    const WORD low = (WORD)(((WORD)1 << shift) - 1);
+    const int at_sign = OF(BITS) - zero - 1;
+    for (int64_t f = 0; f < n; f += CHUNK, v += CHUNK) {
+        const int64_t m = least(n - f, CHUNK);
+        if (sign)
+            for (int64_t i = 0; i < m; i++) {
+                const WORD x = (WORD)(v[i] >> zero);
+                raw[i] = (WORD)((WORD)(x & low) | (WORD)((WORD)(x >> at_sign) << shift));
+            }
+        else
+            for (int64_t i = 0; i < m; i++) raw[i] = (WORD)((WORD)(v[i] >> zero) & low);
+        for (int b = 32, k = 0, at = 0; b; b >>= 1) {
+            if (!((shift + sign) & b)) continue;
+            OF(put_plane)(raw, f, m, b, at, out + start[k++]);
+            at += b;
+        }
+    }
+}
+
+/* Plane of b bits to the bits `low` and on of n words, elements `at` and on of the plane */
+static void OF(add_plane)(const uint8_t *p, int b, int low, int64_t at, int64_t n, WORD *raw) {
+    if (b == 32) {
+        const uint32_t *q = (const uint32_t *)p + at;
+        for (int64_t i = 0; i < n; i++) raw[i] |= (WORD)((uint64_t)q[i] << low);
+    } else if (b == 16) {
+        const uint16_t *q = (const uint16_t *)p + at;
+        for (int64_t i = 0; i < n; i++) raw[i] |= (WORD)q[i] << low;
+    } else if (b == 8) {
+        for (int64_t i = 0; i < n; i++) raw[i] |= (WORD)((WORD)p[at + i] << low);
+    } else if (b == 4 && !(at & 1)) {
+        const uint8_t *q = p + (at >> 1);
+        for (int64_t i = 0; i < n >> 1; i++) {
+            raw[2 * i] |= (WORD)((WORD)(q[i] & 15) << low);
+            raw[2 * i + 1] |= (WORD)((WORD)(q[i] >> 4) << low);
+        }
+        if (n & 1) raw[n - 1] |= (WORD)((WORD)(q[n >> 1] & 15) << low);
+    } else {
+        const int per = 8 / b, lg = b == 4 ? 1 : b == 2 ? 2 : 3, mask = (1 << b) - 1;
+        for (int64_t i = 0; i < n; i++)
+            raw[i] |= (WORD)((WORD)(p[(at + i) >> lg] >> ((at + i) & (per - 1)) * b & mask) << low);
+    }
+}
+
+/* raw[i] = bits of element at + i from the planes of `r` bits together, largest first, lowest bits in the largest */
+static void OF(raw_bits)(const uint8_t *planes, const int64_t *start, int r, int64_t at, int64_t n, WORD *raw) {
+    if (r == 8) {
+        const uint8_t *q = planes + start[0] + at;
+        for (int64_t i = 0; i < n; i++) raw[i] = q[i];
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) raw[i] = 0;
+    for (int b = 32, low = 0; b; b >>= 1) {
+        if (!(r & b)) continue;
+        OF(add_plane)(planes + *start++, b, low, at, n, raw);
+        low += b;
+    }
+}
+
+/* n elements from place `e` of block `b`, element `at` of the tile, whose tops are `top`: to words at their places */
+void OF(rac_place)(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b) {
+    const rac_shared *s = w->shared;
+    WORD raw[CHUNK];
+    const int shift = s->shift, zero = s->zero, at_sign = OF(BITS) - zero - 1;
+    const WORD low = (WORD)(((WORD)1 << shift) - 1);
+    const int64_t cols = b->c1 - b->c0;
+    const int32_t *col = w->col ? w->col + b->c0 : 0;
+    int64_t i = b->r0 + e / cols, c = e % cols;
+    for (int64_t f = 0; f < n; f += CHUNK, top += CHUNK) {
+        const int64_t m = least(n - f, CHUNK);
+        OF(raw_bits)(w->planes, w->start, s->raw, at + f, m, raw);
+        if (s->sign)
+            for (int64_t q = 0; q < m; q++) {
+                const WORD sign = (WORD)((WORD)(raw[q] >> shift) << at_sign);
+                raw[q] = (WORD)((WORD)((WORD)((WORD)top[q] << shift) | (WORD)(raw[q] & low) | sign) << zero);
+            }
+        else
+            for (int64_t q = 0; q < m; q++)
+                raw[q] = (WORD)((WORD)((WORD)((WORD)top[q] << shift) | (WORD)(raw[q] & low)) << zero);
+        if (w->seq) {
+            memcpy((WORD *)w->seq + at + f, raw, (size_t)m * SIZE);
+            continue;
+        }
+        for (int64_t q = 0; q < m;) {
+            const int64_t k = least(cols - c, m - q);
+            WORD *d = (WORD *)w->dst + (w->row ? w->row[i] : i) * w->stride;
+            if (col)
+                for (int64_t x = 0; x < k; x++) d[col[c + x]] = raw[q + x];
+            else copy_run(d + b->c0 + c, raw + q, k * SIZE);
+            q += k;
+            c += k;
+            if (c == cols) {
+                c = 0;
+                i++;
+            }
+        }
+    }
+}
+#undef JOIN
+#undef JOINED
+#undef OF

@@ -1,0 +1,83 @@
+"""Words of a tensor to symbols and bit planes, for the encoder: C kernels, or numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.native.library import library
+
+Array = NDArray[Any]
+
+
+def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:
+    """Add (word & mask) >> shift of all contiguous `words` to `hist` (65536,); returns the OR of all words."""
+    lib = library()
+    if lib is None:
+        t = words.dtype.type
+        hist += np.bincount(((words & t(mask)) >> t(shift)).ravel(), minlength=65536).astype(np.uint32)
+        return int(np.bitwise_or.reduce(words, axis=None)) if words.size else 0
+    f = getattr(lib, f"rac_scan{words.itemsize}")
+    return int(f(words, words.size, mask, shift, hist))
+
+
+def tops(words: Array, zero: int, sign: bool, shift: int) -> Array:
+    """(magnitude of words >> zero) >> shift, dtype and shape kept."""
+    t = words.dtype.type
+    out: Array = ((words >> t(zero)) & t((1 << (words.itemsize * 8 - zero - sign)) - 1)) >> t(shift)
+    return out
+
+
+def symbols(words: Array, zero: int, sign: bool, shift: int, lut: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """lut[top of word], shape kept; `lut` (65536,) uint8."""
+    lib = library()
+    if lib is None:
+        out: NDArray[np.uint8] = lut[tops(words, zero, sign, shift)]
+        return out
+    words = np.ascontiguousarray(words)
+    out = np.empty(words.shape, np.uint8)
+    f = getattr(lib, f"rac_symbols{words.itemsize}")
+    f(words, words.size, zero, sign, shift, lut, out)
+    return out
+
+
+def gather(tile: Array, rows: Array | None, cols: Array | None, blocks: Array) -> Array | None:
+    """Elements of `tile` (h, w), unit column stride, in the order of its blocks; None without the C kernel."""
+    lib = library()
+    if lib is None:
+        return None
+    size = tile.dtype.itemsize
+    out = np.empty(tile.size, tile.dtype)
+    f = getattr(lib, f"rac_gather{size}")
+    f(tile, tile.strides[0] // size, rows, cols, blocks, len(blocks), out)
+    return out
+
+
+def planes(
+    words: Array, zero: int, sign: bool, shift: int, sizes: list[tuple[int, int, int]], total: int
+) -> NDArray[np.uint8]:
+    """Raw planes of contiguous `words` (n,) in `total` bytes; `sizes` has (bits, lowest bit, start) of each."""
+    out = np.zeros(total, np.uint8)
+    starts = np.array([s for *_, s in sizes], np.int64)
+    lib = library()
+    if lib is not None:
+        f = getattr(lib, f"rac_planes{words.itemsize}")
+        f(words, len(words), zero, sign, shift, out, starts)
+        return out
+    t = words.dtype.type
+    v = words >> t(zero)
+    raw = v & t((1 << shift) - 1)
+    if sign:
+        raw |= (v >> t(words.itemsize * 8 - zero - 1)) << t(shift)
+    for b, low, start in sizes:
+        piece = (raw >> t(low)) & t((1 << b) - 1)
+        if b >= 8:
+            packed = piece.astype(f"<u{b // 8}").view(np.uint8)
+        else:
+            per = 8 // b
+            each = np.append(piece.astype(np.uint8), np.zeros(-len(piece) % per, np.uint8)).reshape(-1, per)
+            packed = np.bitwise_or.reduce(each << (np.arange(per, dtype=np.uint8) * np.uint8(b)), axis=1)
+        out[start : start + len(packed)] = packed
+    return out
