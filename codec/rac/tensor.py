@@ -111,8 +111,6 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r} is not known to this version", offset=record.at)
     shape = ix.parse_shape(head["shape"], limits)
-    if not ix.is_count(head["axis"], len(shape)) or not isinstance(head["digest"], bytes) or len(head["digest"]) != 16:
-        raise FormatError("tensor head is malformed", offset=record.at)
     ids = _stage_ids(record)
     if is_object and (dtype != "F32" or len(shape) != 2 or 0 in shape or head["axis"] != 1):
         raise FormatError("object is not a matrix of F32", offset=record.at)
@@ -130,7 +128,7 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
 
 
 def _check_keys(record: Record) -> None:
-    """The keys of a head, and the types of those that need no more checking."""
+    """The keys of a head, and the types of its values."""
     head = record.head
     if missing := _NEEDED - head.keys():
         raise FormatError(f"tensor head lacks {min(missing)!r}", offset=record.at)
@@ -139,16 +137,30 @@ def _check_keys(record: Record) -> None:
         raise UnsupportedError(f"tensor head has the unknown field {min(unknown)!r}", offset=record.at)
     if head.get("needs", []) != []:  # room for what later versions need to be known
         raise UnsupportedError(f"tensor needs {head['needs']!r}, which this version does not know", offset=record.at)
-    texts = (head["name"], head["dtype"])
-    if not all(isinstance(v, str) for v in texts) or not isinstance(head.get("extra", {}), dict):
-        raise FormatError("tensor head is malformed", offset=record.at)
+    _check_types(head, record.at)
+
+
+def _check_types(head: dict[str, Any], at: int) -> None:
+    """FormatError unless every value has its type (format_spec/maps.cddl); ranges come later, each in its turn."""
+    wanted: dict[str, type] = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
+    lists = {"stages": dict, "uses": str, "shape": int, "tile": int}
+    if (
+        any(type(head[k]) is not t for k, t in wanted.items())
+        or any(not isinstance(head.get(k, {}), dict) for k in ("extra", "online"))
+        or any(not isinstance(v := head.get(k, []), list) or any(type(i) is not t for i in v) for k, t in lists.items())
+        or not all(ix.is_count(n) for n in (*head["shape"], *head["tile"]))
+        or len(head["digest"]) != 16
+        or len(head["tile"]) != 2
+    ):
+        raise FormatError("tensor head is malformed", offset=at)
+    ix.parse_aliases(head.get("aliases", []))
 
 
 def _stage_ids(record: Record) -> list[str]:
     """The stages of a record, all of them known and in an order that the format allows."""
     stages = record.head["stages"]
-    if not isinstance(stages, list) or not stages or not all(isinstance(s, dict) for s in stages):
-        raise FormatError("stages are malformed", offset=record.at)
+    if not stages:
+        raise FormatError("tensor has no stage", offset=record.at)
     ids = [s.get("id") for s in stages]
     tables: list[Any] = [CODERS, NUMBERS] if record.type == RECORD_OBJECT else [CODERS, NUMBERS, PRODUCTS]
     known = len(ids) <= len(tables) and all(
@@ -162,8 +174,8 @@ def _stage_ids(record: Record) -> list[str]:
 def _grid(record: Record, shape: tuple[int, ...], word: int, limits: Limits) -> Grid:
     """The tensor as a matrix of words of `word` bytes, cut into tiles."""
     head, tile = record.head, record.head["tile"]
-    if not isinstance(tile, list) or len(tile) != 2 or not all(ix.is_count(n) and n for n in tile):
-        raise FormatError("tile shape is malformed", offset=record.at)
+    if not 0 <= head["axis"] <= len(shape) or 0 in tile:
+        raise FormatError("axis or tile shape is out of range", offset=record.at)
     dense_size(head["dtype"], shape)
     rows, cols = matrix(head["dtype"], shape, head["axis"])
     tr, tc = min(tile[0], max(1, rows)), min(tile[1], max(1, cols))
@@ -183,10 +195,8 @@ def _chain(stages: list[dict[str, Any]], context: Context) -> Chain:
     return Chain(coder, numbers, product)
 
 
-def _uses(names: Any, chain: Chain, grid: Grid, shape_of: ShapeOf, at: int) -> tuple[str, ...]:
+def _uses(names: list[str], chain: Chain, grid: Grid, shape_of: ShapeOf, at: int) -> tuple[str, ...]:
     """Names of the objects of a tensor; they are there, and have the shapes that the chain's product asks for."""
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise FormatError("uses are malformed", offset=at)
     wanted = 0 if chain.product is None else chain.product.objects
     if len(names) != wanted:
         raise FormatError(f"tensor uses {len(names)} objects, its stages {wanted}", offset=at)

@@ -17,13 +17,14 @@ from golden.cases import (
     both,
     case,
     flip,
+    head,
     keep,
     only,
     set_bytes,
     stage,
     unit,
 )
-from golden.good import archive, frame, tensor
+from golden.good import archive, dense, frame, tensor
 from golden.lanes import Lanes, table_code
 from golden.model import DROP, Archive
 from rac.container import zstd
@@ -176,12 +177,19 @@ def wide(a: Archive) -> None:
     a.records = [tensor("wide", "U32", [3], [1, 2, 3], Lanes(32, 1, runs=[0, 4], escapes=[9]))]
 
 
-for _name, _clause, _why, _changed in (
-    ("runs-65536", "LAN-007", "A top has 32 bits, and a run ends behind 65535.", {"runs": [0, 4, 65535, 2]}),
-    ("runs-start-65536", "LAN-007", "A top has 32 bits, and a run starts at 65536.", {"runs": [0, 4, 65536, 1]}),
-    ("escape-65536", "LAN-008", "A top has 32 bits, and an escape is 65536.", {"escapes": [65536]}),
-):
-    case(f"lanes-{_name}", FORMAT, _clause, _why, both(wide, stage("wide", **_changed)))
+for _name, _clause, _why, _changed, _words in (
+    ("runs-65536", "LAN-007", "A top has 32 bits, a run ends at 65536.", {"runs": [0, 2, 65535, 2]}, [1, 65535, 65536]),
+    (
+        "runs-start-65536",
+        "LAN-007",
+        "A top has 32 bits, a run starts at 65536.",
+        {"runs": [0, 3, 65536, 1]},
+        [1, 2, 65536],
+    ),
+    ("escape-65536", "LAN-008", "A top has 32 bits, and an escape is 65536.", {"escapes": [65536]}, [1, 2, 3]),
+):  # with the digest of what a reader without the limit makes of it
+    _digest = head("wide", digest=zstd.digest(dense("U32", _words)))
+    case(f"lanes-{_name}", FORMAT, _clause, _why, both(wide, stage("wide", **_changed), _digest))
 case("lanes-escape-limit", FORMAT, "LAN-008", "An escape at the limit.", stage(LANES, escapes=[256]))
 case("lanes-escape-negative", FORMAT, "LAN-008", "An escape of -1.", stage(LANES, escapes=[-1]))
 case("lanes-base-0", FORMAT, "LAN-009", "No base symbols.", stage(LANES, runs=[], escapes=[]))
