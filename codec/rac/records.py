@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rac.registry import ONLINE
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -70,9 +72,14 @@ class Online:
     object: str = ""
     """Name of the object that M is, of "matrix/1"."""
 
+    @property
+    def by_object(self) -> bool:
+        """Whether M is an object of the file."""
+        return "object" in ONLINE[self.id]
+
     def to_head(self) -> dict[str, Any]:
         """As the record states it."""
-        if self.seed is None:
+        if self.by_object:
             return {"id": self.id, "inner": self.inner, "object": self.object}
         return {"id": self.id, "inner": self.inner, "seed": self.seed, "size": self.size}
 

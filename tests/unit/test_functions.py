@@ -40,7 +40,7 @@ def test_stages_load_when_they_are_named():
         import sys
         import rac
         assert not {"rac.align", "rac.split", "rac.quantize", "rac.entropy", "numpy"} & sys.modules.keys()
-        assert rac.linalg.triangular([[2.0, 1.0], [1.0, 2.0]]).order.tolist() == [0, 1]
+        assert rac.align.triangular([[2.0, 1.0], [1.0, 2.0]]).order.tolist() == [0, 1]
         rac.split, rac.quantize.dequantize, rac.entropy
         assert not {"constriction", "numba", "torch", "rac.encode", "rac.decode"} & sys.modules.keys()
         assert rac.entropy.decode(rac.entropy.encode([3, 4, 3]), (3,)).tolist() == [3, 4, 3]
@@ -78,7 +78,7 @@ def test_more_states_and_no_slope_are_nearer():
 def test_feedback_is_that_of_the_order():
     """Two equal inputs: what one column loses, the other makes up for."""
     w, second = normal(2, 500, 2), np.array([[1.0, 0.99], [0.99, 1.0]])
-    r = rac.linalg.triangular(second, damp=0)
+    r = rac.align.triangular(second, damp=0)
     alone, fed = (w - rac.quantize.quantize(w, 0.5, recursion=x)[1] for x in (None, r))
     assert np.square(fed.sum(1)).mean() < 0.6 * np.square(alone.sum(1)).mean()
 
@@ -98,7 +98,7 @@ def test_what_quantize_refuses():
         "finite": [(w * np.float32("inf"), 1.0)],
         "have 6 and 4": [(w, 1.0, 4, np.ones(4)), (w, 1.0, 4, None, np.ones(6))],
         "above 0": [(w, 1.0, 4, np.zeros(6)), (w, 1.0, 4, None, -np.ones(4)), (w, 1.0, 4, None, np.full(4, np.nan))],
-        "not of 4 columns": [(w, 1.0, 4, None, None, rac.linalg.triangular(np.eye(5)))],
+        "not of 4 columns": [(w, 1.0, 4, None, None, rac.align.triangular(np.eye(5)))],
         "254 steps": [(w, 1e-3)],
         "column 2 .* zeros": [(w * [1, 1, 0, 1], 1.0)],
     }

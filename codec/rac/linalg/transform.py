@@ -30,7 +30,7 @@ class Transform:
     def __init__(self, online: Online, width: int, matrix: NDArray[Any] | None = None) -> None:
         if online.inner < 1 or online.size < 1 or width % (online.size * online.inner):
             raise ValueError(f"{online.size} x {online.inner} does not divide a width of {width}")
-        if (matrix is not None) != (online.seed is None) or (
+        if (matrix is not None) != online.by_object or (
             matrix is not None and matrix.shape != (online.size, online.size)
         ):
             raise ValueError(f"{online.id} of order {online.size} has no such matrix")
@@ -88,7 +88,7 @@ def describe(online: Online, width: int) -> str:
     """What a map of `width` inputs is, for people; its seed is left out."""
     blocks = width // (online.size * online.inner)
     where = f", {blocks} blocks" * (blocks > 1) + f", every {online.inner}th element" * (online.inner > 1)
-    if online.seed is None:
+    if online.by_object:
         return f"matrix {online.object!r} of order {online.size}{where}"
     return hadamard.order(online.size).describe() + where
 

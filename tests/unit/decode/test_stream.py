@@ -415,7 +415,7 @@ def test_kernels_that_cannot_be_used_are_named_once(gpu, data, monkeypatch):
     import torch
 
     monkeypatch.setattr(device, "_warned", set())
-    monkeypatch.setattr(device.fw, "check_device", lambda device: None)
+    monkeypatch.setattr(device.frameworks, "check_device", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, where: self)
     gpu.why_not = lambda device: "its compute capability is 6.1, the kernels need 8.0"
     with pytest.warns(UserWarning, match=r"decoding for cuda runs on the CPU: its compute capability is 6\.1"):

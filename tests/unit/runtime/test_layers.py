@@ -225,7 +225,7 @@ def decoded_where_it_is(archive, name, want, monkeypatch):
 
 @pytest.mark.parametrize("name", ["w0", "w1"])
 def test_a_record_is_decoded_where_it_is(archive, weights, name, monkeypatch):
-    packed = rc.parse(stored(archive, name)[0]).tensor.lanes.packed  # planes that are Zstandard frames
+    packed = rc.parse(stored(archive, name)[0]).tensor.chain.coder.framed  # planes that are Zstandard frames
     assert decoded_where_it_is(archive, name, weights[name], monkeypatch) is not packed
 
 
@@ -315,9 +315,9 @@ def test_what_is_kept_of_a_record_is_small(archive):
     layer = linear(archive, "w3")
     layer(torch.randn(1, 64))
     kept = layer._stored.parsed
-    assert kept.shared.lut is None and kept.shared.tail == b""
+    assert kept.coder._lut is None and kept.coder._kernel is None
     assert torch.equal(layer.dense(), layer.dense())
-    assert kept.shared.lut is None  # decoding takes a copy
+    assert kept.coder._lut is None and kept.coder._kernel is None  # decoding takes a copy
 
 
 def test_threads_call_at_once(archive, weights):
