@@ -125,7 +125,7 @@ class Workspace:
         """The threads besides the caller's; None where there are none. They end when the workspace goes."""
         with self._lock:
             if self._threads > 1 and self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads - 1, "rac-decode")
+                self._pool = ThreadPoolExecutor(self._threads - 1, "rac-layers")
             return self._pool
 
     def close(self) -> None:

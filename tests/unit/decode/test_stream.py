@@ -48,7 +48,7 @@ def equal(got):
 
 
 def ours():
-    return [t for t in threading.enumerate() if t.name.startswith("rac-")]
+    return [t for t in threading.enumerate() if t.name.startswith(("rac-read", "rac-decode"))]
 
 
 @pytest.fixture(autouse=True)

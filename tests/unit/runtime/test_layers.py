@@ -340,13 +340,13 @@ def test_threads_call_at_once(archive, weights):
 
 
 def decoding():
-    return sum(t.name.startswith("rac-decode") for t in threading.enumerate())
+    return sum(t.name.startswith("rac-layers") for t in threading.enumerate())
 
 
 def ended():
     """Wait for the threads of workspaces that are gone; returns how many are left."""
     gc.collect()
-    for t in [t for t in threading.enumerate() if t.name.startswith("rac-decode")]:
+    for t in [t for t in threading.enumerate() if t.name.startswith("rac-layers")]:
         t.join(5)
     return decoding()
 
