@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.container import index as ix
-from rac.container import wire
+from rac.container import index, wire
 from rac.container.zstd import Digest
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.grid import Band, Box, Grid, dense_size, matrix, up16
@@ -110,7 +109,7 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
     name, dtype = head["name"], head["dtype"]
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r} is not known to this version", offset=record.at)
-    shape = ix.parse_shape(head["shape"], limits)
+    shape = index.parse_shape(head["shape"], limits)
     ids = _stage_ids(record)
     if is_object and (dtype != "F32" or len(shape) != 2 or 0 in shape or head["axis"] != 1):
         raise FormatError("object is not a matrix of F32", offset=record.at)
@@ -121,7 +120,7 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
     units = wire.parse_units(head["units"], record.payload_size)
     out = Tensor(
         *(name, dtype, shape, head["axis"], grid, chain, uses, DTYPES[dtype].word, units, head["digest"]),
-        *(ix.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, mapped),
+        *(index.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, mapped),
     )
     _check_units(out, limits)
     return out
@@ -148,12 +147,12 @@ def _check_types(head: dict[str, Any], at: int) -> None:
         any(type(head[k]) is not t for k, t in wanted.items())
         or any(not isinstance(head.get(k, {}), dict) for k in ("extra", "online"))
         or any(not isinstance(v := head.get(k, []), list) or any(type(i) is not t for i in v) for k, t in lists.items())
-        or not all(ix.is_count(n) for n in (*head["shape"], *head["tile"]))
+        or not all(index.is_count(n) for n in (*head["shape"], *head["tile"]))
         or len(head["digest"]) != 16
         or len(head["tile"]) != 2
     ):
         raise FormatError("tensor head is malformed", offset=at)
-    ix.parse_aliases(head.get("aliases", []))
+    index.parse_aliases(head.get("aliases", []))
 
 
 def _stage_ids(record: Record) -> list[str]:

@@ -24,8 +24,6 @@ def defined(path: str) -> set[str]:
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             out |= {t.id for t in targets if isinstance(t, ast.Name)}
-        if isinstance(node, ast.ImportFrom):
-            out |= {a.asname or a.name for a in node.names}
     return out
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeGuard
 
-from rac.container import index as ix
+from rac.container import index as index_format
 from rac.container import wire, zstd
 from rac.container.feed import PIECE, Feed, Held, Plain, Readable
 from rac.container.reader import check_header
@@ -124,10 +124,12 @@ class Forward(Walk):
             if record.type == RECORD_INDEX:
                 self._finish(record)
                 return
-            if ix.check_type(record):
+            if index_format.check_type(record):
                 yield record
             self.skip(record)
-            self._seen.append(replace(record, head={k: v for k, v in record.head.items() if k in ix.HEAD_KEYS}))
+            self._seen.append(
+                replace(record, head={k: v for k, v in record.head.items() if k in index_format.HEAD_KEYS})
+            )
 
     def _finish(self, record: Record) -> None:
         if record.payload_size > self.limits.index:
@@ -137,7 +139,7 @@ class Forward(Walk):
             raise FormatError("index head is malformed", file=self.name, unit="index", offset=record.at)
         body = self.unit(units[0], record, self.limits.index, "index")
         self.padding()
-        index = ix.parse(record, body, self.header_size, self.limits)
+        index = index_format.parse(record, body, self.header_size, self.limits)
         at, size = wire.parse_trailer(self.read(wire.TRAILER, short=True))
         if (at, size) != (record.at, record.end - record.at):
             raise FormatError("the trailer does not point at the index", file=self.name, unit="trailer", offset=self.at)
@@ -146,7 +148,7 @@ class Forward(Walk):
         if len(index.entries) != len(self._seen):
             raise FormatError("the index names other records than are there", file=self.name, unit="index")
         for entry, seen in zip(index.entries, self._seen, strict=True):
-            ix.match(entry, seen)
+            index_format.match(entry, seen)
         self.index = index
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rac.container import index as ix
-from rac.container import wire
+from rac.container import index, wire
 from rac.container.access import Access, InFile, read
 from rac.errors import FormatError, LimitError, SourceError, TruncatedError, UnsupportedError
 from rac.records import Entry, Index, Limits, Record
@@ -27,7 +26,7 @@ def check_header(head: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(origin, dict):
         raise FormatError("header is malformed", unit="header", offset=0)
     shard = head.get("shard", [1, 1])
-    if not isinstance(shard, list) or len(shard) != 2 or not all(ix.is_count(n) for n in shard):
+    if not isinstance(shard, list) or len(shard) != 2 or not all(index.is_count(n) for n in shard):
         raise FormatError("shard is malformed", unit="header", offset=0)
     if not 1 <= shard[0] <= shard[1]:
         raise FormatError("shard is malformed", unit="header", offset=0)
@@ -87,7 +86,7 @@ class Archive:
             raise FormatError("index head is malformed", offset=at)
         if any(unit[units[0].size :]) or any(rest):
             raise FormatError("padding is not zero", unit="index", offset=at)
-        return ix.parse(record, unit[: units[0].size], header_size, self.limits)
+        return index.parse(record, unit[: units[0].size], header_size, self.limits)
 
     def parse_record(self, at: int, data: bytes) -> Record:
         """The record head that `data`, read from offset `at`, begins with."""
@@ -108,8 +107,8 @@ class Archive:
                 raise LimitError(f"record head of {entry.head_size} bytes exceeds the limit", offset=entry.at)
             size = entry.size - (entry.payload_size + wire.pad(entry.payload_size))
             record = self.parse_record(entry.at, read(self.access, entry.at, size))
-            ix.match(entry, record)
-            ix.check_type(record)
+            index.match(entry, record)
+            index.check_type(record)
             return record
 
     def __reduce__(self) -> tuple[Any, ...]:

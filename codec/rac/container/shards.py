@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rac.container import index as ix
-from rac.container import wire
+from rac.container import index, wire
 from rac.container.access import InFile
 from rac.container.feed import PIECE, RangeRing
 from rac.container.forward import Walk
@@ -191,7 +190,7 @@ def _write(writer: Writer, header: dict[str, Any], chosen: Sequence[Chosen], pro
             if progress:
                 progress(e.name, e.size)
         start = end
-    writer.seal(ix.content_digest(content))
+    writer.seal(index.content_digest(content))
 
 
 def _copy(writer: Writer, archive: Archive, entries: Sequence[Entry]) -> Iterator[tuple[Entry, Record]]:
@@ -205,8 +204,8 @@ def _copy(writer: Writer, archive: Archive, entries: Sequence[Entry]) -> Iterato
             with InFile(name, repr(e.name)):
                 head = walk.read(e.size - e.payload_size - wire.pad(e.payload_size))
                 record = archive.parse_record(e.at, head)
-                ix.match(e, record)
-                ix.check_type(record)
+                index.match(e, record)
+                index.check_type(record)
                 writer.begin(e, head)
                 for unit in wire.parse_units(record.head["units"], e.payload_size) if e.type in (1, 2, 3) else ():
                     view, held = walk.piece(unit.size + wire.pad(unit.size, wire.STREAM_ALIGN))

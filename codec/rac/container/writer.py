@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-from rac.container import index as ix
-from rac.container import wire
+from rac.container import index, wire
 from rac.container.output import PART, destination, part, sync_folder
 from rac.errors import OutputError
 from rac.records import Entry, record_size
@@ -95,7 +94,7 @@ class Writer:
     def seal(self, digest: bytes) -> None:
         """Write index and trailer, and bring everything to disk; the whole file has the name of the part still."""
         at = self.at
-        head, unit = ix.build(self.entries, digest)
+        head, unit = index.build(self.entries, digest)
         fixed, _, head_size = wire.record_head(4, 0, head, len(unit) + wire.pad(len(unit), wire.STREAM_ALIGN))
         size = record_size(head_size, len(unit) + wire.pad(len(unit), wire.STREAM_ALIGN))
         body = fixed + unit

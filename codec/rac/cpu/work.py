@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rac import native
 from rac.decoder import Decoder
 from rac.grid import Band, Box, boxes
-from rac.stages.base import Kernel, OpenNumbers
+from rac.stages.base import OpenNumbers
 from rac.tensor import Tensor, numbers
 
 Array = NDArray[Any]
@@ -99,16 +99,17 @@ class Work:
             plain: They were checked before, and Zstandard frames in them expanded (`OpenCoder.plain`); one tile.
         """
         t, kernel, out = dec.tensor, dec.coder.kernel(), place.words
-        base, size, stride = t.units[t.first + tiles.start].offset, out.itemsize, out.strides[0]
+        first, framed = t.first, t.chain.coder.framed
+        base, size, stride = t.units[first + tiles.start].offset, out.itemsize, out.strides[0]
         to = native.address(out) - place.row * stride - place.col * size
         self._alive += (data, out)
         fused = None if kernel is None or dec.numbers is None else dec.numbers.fused
         patches = fused is not None and dec.numbers is not None and dec.numbers.patches
         for k, box in zip(tiles, boxes(t.grid)[tiles.start : tiles.stop], strict=True):
-            unit = t.units[t.first + k]
+            unit = t.units[first + k]
             raw = data[unit.offset - base :][: unit.size] if len(tiles) > 1 else data
             if not plain:
-                dec.check(t.first + k, raw.data)
+                dec.check(first + k, raw.data)
             if dec.numbers is None or fused is not None:  # what the coder restores is all, or the kernel goes on
                 where, words = (to + box.r0 * stride + box.c0 * size, stride // size), None
                 if patches:
@@ -120,17 +121,12 @@ class Work:
             if kernel is None:
                 self._others.append((dec, k, raw, place.part(box) if words is None else words, plain))
             else:
-                self._job(dec, k, kernel, raw, where, fused)
-
-    def _job(self, dec: Decoder, k: int, kernel: Kernel, raw: Array, where: tuple[int, int], fused: Any) -> None:
-        """A job of the kernel for tile `k`."""
-        t, box = dec.tensor, boxes(dec.tensor.grid)[k]
-        if t.chain.coder.framed:
-            with dec.at(t.first + k):
-                raw = dec.coder.plain(raw, box)
-            self._alive.append(raw)
-        self._jobs.append(kernel.job((native.address(raw), len(raw)), box, where, fused))
-        self._of.append((dec, k))
+                if framed:
+                    with dec.at(first + k):
+                        raw = dec.coder.plain(raw, box)
+                    self._alive.append(raw)
+                self._jobs.append(kernel.job((native.address(raw), len(raw)), box, where, fused))
+                self._of.append((dec, k))
 
     def _words(self, box: Box) -> Array:
         """Room for the words of a tile, (h, w) uint8."""

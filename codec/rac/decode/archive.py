@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
 from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
-from rac.decode import random as ld
+from rac.decode import random
 from rac.decode.attachments import attachment_bytes, attachment_units
 from rac.decode.engine import RING, Damaged
 from rac.decode.gpu import engine_for
@@ -102,8 +102,8 @@ class RacFile:
         ring: int = RING,
         trace: Trace | None = None,
     ) -> None:
-        self._framework, self._device = fw.default(framework, device), device
-        fw.check(self._framework, device)
+        self._framework, self._device = frameworks.default(framework, device), device
+        frameworks.check(self._framework, device)
         self._damaged: Damaged = {}
         self._trace = trace
         self._engines = {
@@ -187,8 +187,8 @@ class RacFile:
         """What the record of a tensor states, and the whole tensor."""
         archive, entry = self._find(self._tensors, name, "tensor")
         out: dict[str, Any] = {}
-        ((stated, value),) = ld.load(archive, [entry], self._engines["raise"])
-        fw.put(replace(stated, aliases=()), value, self._framework, self._device, out)
+        ((stated, value),) = random.load(archive, [entry], self._engines["raise"])
+        frameworks.put(replace(stated, aliases=()), value, self._framework, self._device, out)
         (found,) = out.values()
         return stated, found
 
@@ -201,15 +201,15 @@ class RacFile:
         archive, entry = self._find(self._tensors, name, "tensor")
         record = archive.record(entry)
         with InFile(archive.access.name, repr(name)):
-            t = ld.parse(archive, record)
-        return ld.transform(archive, t)
+            t = random.parse(archive, record)
+        return random.transform(archive, t)
 
     def get_slice(self, name: str) -> Slice:
         """A lazy view: `f.get_slice(n)[10:20, :]` reads and decodes only the tiles that it needs."""
         archive, entry = self._find(self._tensors, name, "tensor")
         record = archive.record(entry)
         with InFile(archive.access.name, repr(name)):
-            t = ld.parse(archive, record)
+            t = random.parse(archive, record)
         return Slice(archive, t, self._framework, self._device)
 
     @property
@@ -228,10 +228,10 @@ class RacFile:
         self._damaged.clear()
         for archive in self.archives:
             entries = [e for e in archive.index.entries if e.type in (RECORD_TENSOR, RECORD_OBJECT)]
-            for t, value in ld.load(archive, entries, engine, done):
+            for t, value in random.load(archive, entries, engine, done):
                 if t.record.type == RECORD_TENSOR:
                     start = time.monotonic()
-                    fw.put(t, value, self._framework, self._device, out)
+                    frameworks.put(t, value, self._framework, self._device, out)
                     if self._trace and self._device != "cpu" and isinstance(value, np.ndarray):
                         self._trace("copy", start, time.monotonic(), t.nbytes)
         if self._damaged:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rac.container import index as ix
-from rac.container import wire, zstd
+from rac.container import index, wire, zstd
 from rac.container.access import InFile
 from rac.container.forward import Walk
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
@@ -26,7 +25,7 @@ def attachment_units(record: Record, limits: Limits) -> list[Unit]:
     stages, digest = head["stages"], head["digest"]
     if not isinstance(digest, bytes) or len(digest) != 16:
         raise FormatError("attachment digest is malformed", offset=record.at)
-    if not isinstance(head["name"], str) or len(units) != 1 or not ix.is_count(head["size"]):
+    if not isinstance(head["name"], str) or len(units) != 1 or not index.is_count(head["size"]):
         raise FormatError("attachment head is malformed", offset=record.at)
     if stages not in [[{"id": method}] for method in CONTENT]:
         raise UnsupportedError(f"attachment stages {stages!r} are not known to this version", offset=record.at)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.container.access import InFile
 from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
 from rac.cpu.work import Place, Work
-from rac.decode import random as ld
+from rac.decode import random
 from rac.grid import Box
 from rac.records import Online
 from rac.tensor import Tensor, numbers
@@ -86,8 +86,8 @@ class Slice:
         found = self._read(box)[tuple(rest)]
         part, shape = np.ascontiguousarray(found).reshape(-1), np.shape(found)
         if t.dtype != "F4":
-            return fw.to_framework(part, t.dtype, shape, self._framework, self._device)
-        return fw.to_framework(part, t.dtype, (2 * part.size,), self._framework, self._device).reshape(shape)
+            return frameworks.to_framework(part, t.dtype, shape, self._framework, self._device)
+        return frameworks.to_framework(part, t.dtype, (2 * part.size,), self._framework, self._device).reshape(shape)
 
     def _read(self, box: list[tuple[int, int]]) -> Array:
         """Elements of the box, as unsigned integers or, for C64, as complex numbers."""
@@ -123,8 +123,8 @@ class Slice:
             place = Place(numbers(t, min(g.rows, a1 * g.tr) - top, min(g.cols, b1 * g.tc) - left), top, left)
             rows = [t.first + a * g.across for a in range(a0, a1)]
             spans = [(0, t.first)] * (t.first > 0) + [(r + b0, r + b1) for r in rows]
-            found = ld.read_units(self._archive, t, spans)
-            dec = ld.decoder(self._archive, t, found.pop(0) if t.first else [])
+            found = random.read_units(self._archive, t, spans)
+            dec = random.decoder(self._archive, t, found.pop(0) if t.first else [])
             work = Work()
             for (first, _), units in zip(spans[t.first > 0 :], found, strict=True):
                 for i, unit in enumerate(units, first - t.first):
@@ -141,7 +141,7 @@ class Slice:
 def _again(archive: Archive, name: str, framework: str, device: str) -> Slice:
     """A slice of an archive that was opened again."""
     entry = entries_by_name(archive.index)[name]
-    return Slice(archive, ld.parse(archive, archive.record(entry)), framework, device)
+    return Slice(archive, random.parse(archive, archive.record(entry)), framework, device)
 
 
 def _text(k: slice) -> str:

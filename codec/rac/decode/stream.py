@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.container.access import InFile
 from rac.container.feed import Feed, Memory, RangeRing, StreamRing
 from rac.container.forward import Forward
@@ -47,7 +47,7 @@ class Stream(Iterator[tuple[str, Any]]):
         ring: int,
         limits: Limits | None,
     ) -> None:
-        fw.check(framework, device)
+        frameworks.check(framework, device)
         if on_error not in ("raise", "report"):
             raise ValueError(f"on_error must be 'raise' or 'report', not {on_error!r}")
         damaged: Damaged | None = {} if on_error == "report" else None
@@ -91,7 +91,7 @@ def _tensors(
             if t.record.type == RECORD_OBJECT:
                 continue
             out: dict[str, Any] = {}
-            fw.put(t, value, framework, device, out)
+            frameworks.put(t, value, framework, device, out)
             del value
             while out:
                 name = next(iter(out))
@@ -147,7 +147,7 @@ def stream(
     Raises:
         RacError: The stream is damaged, ends early, or needs a newer version.
     """
-    return Stream(source, device, fw.default(framework, device), on_error, threads, ring, limits)
+    return Stream(source, device, frameworks.default(framework, device), on_error, threads, ring, limits)
 
 
 def iter_tensors(

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from rac.container.output import PART, destination, part, write_whole
 from rac.container.reader import Archive
-from rac.decode import random as ld
+from rac.decode import random
 from rac.decode.archive import RacFile
 from rac.errors import FormatError, OutputError
 from rac.linalg.transform import describe
@@ -221,7 +221,7 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
             o.file.truncate(o.end)
         for archive in f.archives:
             entries = [e for e in archive.index.entries if e.type == RECORD_TENSOR]
-            for t, words in ld.load(archive, entries, threads):
+            for t, words in random.load(archive, entries, threads):
                 for name in (t.name, *(a for a, _ in t.aliases)):
                     o = where[name]
                     item = o.items[name]

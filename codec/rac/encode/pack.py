@@ -16,13 +16,13 @@ from typing import Any
 
 from rac.calibrate.evaluate import Divergence
 from rac.calibrate.layers import Note
-from rac.container import index as ix
+from rac.container import index
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
 from rac.decode.unpack import quantised
 from rac.encode import record as rec
-from rac.encode import resume as rs
+from rac.encode import resume as resume_part
 from rac.encode import ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
@@ -208,7 +208,7 @@ class Packer:
         """A `pool` that is given quantises, and goes on when the packer is left."""
         for t in source.tensors:
             try:
-                ix.parse_shape(list(t.shape), Limits())
+                index.parse_shape(list(t.shape), Limits())
             except RacError as e:
                 raise SourceError(f"tensor {t.name!r} has a shape that no reader takes") from e
         self._source, self._out, self._options, self._hooks = source, os.fspath(out), options, hooks
@@ -244,7 +244,7 @@ class Packer:
         if os.path.isfile(self._out) and not options.force:  # said before the long work, not after it
             raise OutputError("exists already; give --force to replace it", file=self._out)
         recipe = replace(recipe_for(self._groups, os.fspath(src), request, note), coder=options.coder)
-        before = rs.provenance(f"{self._out}.part") if options.resume else Provenance()
+        before = resume_part.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
             return replace(recipe, scale=scale)
 
@@ -356,7 +356,7 @@ class Packer:
                         fidelity.append(of)
                         self._hooks.layer(of)
                     done(group, e.head["digest"])
-            writer.finish(ix.content_digest(content))
+            writer.finish(index.content_digest(content))
             return start
         except MemoryError as e:
             raise OutputError("not enough memory", file=contents.path) from e
@@ -373,9 +373,9 @@ class _Contents:
     files: Sequence[Attachment]
     groups: Sequence[ties.Group]
 
-    def scan(self, path: str) -> rs.Found | None:
+    def scan(self, path: str) -> resume_part.Found | None:
         """What of it `path` has already."""
-        return rs.scan(path, self.header, self.files, self.groups)
+        return resume_part.scan(path, self.header, self.files, self.groups)
 
     def complete(self) -> bool:
         """Whether the archive is there, finished."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rac.container import index as ix
-from rac.container import wire
+from rac.container import index, wire
 from rac.container.forward import Forward
 from rac.decode.attachments import attachment_bytes, attachment_units
 from rac.decode.stream import Objects
@@ -111,7 +110,7 @@ def _file(forward: Forward, record: Record, file: Attachment) -> Entry | None:
 
 def _object(forward: Forward, record: Record, objects: Objects) -> Entry:
     t = objects.parse(record)
-    entry = _entry(record, method=ix.method_of(record), dtype=t.dtype, shape=t.shape, parts=_parts(forward, t))
+    entry = _entry(record, method=index.method_of(record), dtype=t.dtype, shape=t.shape, parts=_parts(forward, t))
     objects.keep(t, None)
     return entry
 
@@ -142,6 +141,6 @@ def _tensor(forward: Forward, record: Record, group: ties.Group, objects: Object
     if ties.digest(t) != (found.record.head.get("x-source") if found.quantised else found.digest):
         return None, b""
     entry = _entry(
-        record, method=ix.method_of(record), dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
+        record, method=index.method_of(record), dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
     )
     return entry, found.digest

@@ -28,7 +28,7 @@ from rac.encode.schedule import Job
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import SourceError
 from rac.grid import matrix
-from rac.stages import groups as gr
+from rac.stages import groups
 from rac.stages.groups import Grouped
 from rac.stages.words import DTYPES, from_words, to_words
 
@@ -157,9 +157,9 @@ def encode(group: ties.Group, g: Grouped, coder: Level, entropy: bool) -> Encode
     shape = matrix(t.dtype, t.shape, axis_of(t.shape))
     if g.codes.shape != shape:
         raise SourceError(f"tensor {t.name!r} is a matrix of {shape}, its codes are of {g.codes.shape}")
-    p, unit = gr.build_unit(g)
+    p, unit = groups.build_unit(g)
     plan, tiles = coded(g, coder, entropy)
-    words = to_words(gr.values(g), t.dtype)
+    words = to_words(groups.values(g), t.dtype)
     numbers = from_words(words, t.dtype)
     if not np.isfinite(numbers).all():
         raise SourceError(f"tensor {t.name!r}: what its codes stand for is too large for {t.dtype}")

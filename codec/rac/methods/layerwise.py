@@ -20,7 +20,7 @@ from rac.calibrate import text as calibration_text
 from rac.calibrate.chain import Chain, UnfitError
 from rac.calibrate.moments import Collector
 from rac.errors import RacError, UnsupportedError
-from rac.methods import gptq as by
+from rac.methods import gptq
 from rac.models.linears import inside_blocks
 from rac.stages.groups import Grouped, values
 
@@ -90,7 +90,7 @@ def quantise_gptq(
                             chain.run(i, part)
                 for name in names:
                     hessian = seen.second[seen.key[name]]
-                    rounded = partial(by.gptq, hessian=hessian, bits=bits, group=group, **how)
+                    rounded = partial(gptq.gptq, hessian=hessian, bits=bits, group=group, **how)
                     found[f"{name}.weight"] = _put(name, layers[name], rounded)
             for part in hidden.split(batch):
                 part.copy_(chain.run(i, part))
@@ -109,7 +109,7 @@ def quantise_rtn(
     layers = _linears(model)
     found = {}
     for i, (name, layer) in enumerate(layers.items(), 1):
-        found[f"{name}.weight"] = _put(name, layer, partial(by.rtn, bits=bits, group=group, **how))
+        found[f"{name}.weight"] = _put(name, layer, partial(gptq.rtn, bits=bits, group=group, **how))
         tell("rounding to nearest", i, len(layers))
     return found
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rac.grid import Box
 from rac.native import trellis as native
-from rac.stages import trellis as tr
+from rac.stages import trellis
 
 _MOST, _ZERO = 127, 128
 
@@ -80,8 +80,8 @@ def quantize(
     k = np.arange(-_MOST, _MOST + 1)
     bits = (2 * k / max(deviation, 0.5)) ** 2 / (2 * math.log(2))  # of a Gaussian, but for a constant
     rate = (slope * bits).astype(np.float32).reshape(1, 1, -1)
-    rec = tr.magnitudes(states, _ZERO)[_ZERO - _MOST : _ZERO + _MOST + 1].copy()
-    search = native.Search(states, tr.CODES[states], len(x), rec, rate, 2.0 * _MOST)
+    rec = trellis.magnitudes(states, _ZERO)[_ZERO - _MOST : _ZERO + _MOST + 1].copy()
+    search = native.Search(states, trellis.CODES[states], len(x), rec, rate, 2.0 * _MOST)
     found, _, far, coded = native.block(search, plain, plain.copy(), feed, step)
     if far.any():
         raise ValueError(f"a value lies more than {2 * _MOST} steps from 0: choose a larger unit")
@@ -106,10 +106,10 @@ def dequantize(
         raise ValueError(f"integers must be -{_MOST} to {_MOST}")
     out = np.empty(k.shape, "<u4")
     none = np.zeros((0, 2), np.int64)
-    lists = tr.Lists(tr.magnitudes(states, _ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
+    lists = trellis.Lists(trellis.magnitudes(states, _ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
     words = np.ascontiguousarray((k.astype(np.int16) + _ZERO).astype(np.uint8))
     if k.size:
-        numbers = tr.OpenTrellis(tr.Trellis(states, _ZERO, 0, 0, (0, 0, 0, 0)), "F32", lists)
+        numbers = trellis.OpenTrellis(trellis.Trellis(states, _ZERO, 0, 0, (0, 0, 0, 0)), "F32", lists)
         numbers.decode(words, Box(0, len(k), 0, k.shape[1]), out)
     return out.view(np.float32)
 
@@ -122,8 +122,8 @@ def _steps(
         raise ValueError(f"a matrix has two dimensions, not {len(shape)}")
     if not 0 < unit < math.inf:
         raise ValueError("unit must be a number above 0")
-    if states not in tr.CODES or states == 1:
-        raise ValueError(f"states must be one of {', '.join(str(s) for s in tr.CODES if s > 1)}, not {states}")
+    if states not in trellis.CODES or states == 1:
+        raise ValueError(f"states must be one of {', '.join(str(s) for s in trellis.CODES if s > 1)}, not {states}")
     by_row, by_col = (np.ones(n) if v is None else np.asarray(v) for n, v in zip(shape, (rows, cols), strict=True))
     if by_row.shape != shape[:1] or by_col.shape != shape[1:]:
         raise ValueError(f"rows and cols must have {shape[0]} and {shape[1]} numbers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.decode.archive import RacFile
 from rac.errors import MissingDependencyError, SourceError
 from rac.registry import RECORD_TENSOR
@@ -65,7 +65,7 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
                     size = torch.Size(shape)
                     for name in (e.name, *(a for a, _ in e.aliases)):
                         tensors[name] = TensorStorageMetadata(
-                            properties=TensorProperties(dtype=fw.torch_dtype(e.dtype)),
+                            properties=TensorProperties(dtype=frameworks.torch_dtype(e.dtype)),
                             size=size,
                             chunks=[ChunkStorageMetadata(torch.Size([0] * len(shape)), size)],
                         )

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.decode.gpu import why_not
-from rac.runtime import record as rc
+from rac.runtime import record
 from rac.tensor import empty
 
 
@@ -28,11 +28,11 @@ def _version(weight: torch.Tensor) -> tuple[int, int]:
     return weight.data_ptr(), weight._version
 
 
-def _copied(device: str, s: rc.Stored, host: rc.Bytes) -> torch.Tensor:
+def _copied(device: str, s: record.Stored, host: record.Bytes) -> torch.Tensor:
     """The weight, decoded on the host."""
     words = empty(s.tensor)
-    rc.decode(s, host, words)
-    out: torch.Tensor = fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", device)
+    record.decode(s, host, words)
+    out: torch.Tensor = frameworks.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", device)
     return out
 
 
@@ -48,7 +48,7 @@ class Resident:
         self._packed: Any = None
         self._data: torch.Tensor | None = None
 
-    def dense(self, weight: torch.Tensor, stored: Callable[[], tuple[rc.Stored, rc.Bytes]]) -> torch.Tensor:
+    def dense(self, weight: torch.Tensor, stored: Callable[[], tuple[record.Stored, record.Bytes]]) -> torch.Tensor:
         """The weight, on the device of its record.
 
         Args:
@@ -88,13 +88,13 @@ class Resident:
         op.into(weight if self._data is None else self._data, p.handle, out)
         return out
 
-    def _pack(self, weight: torch.Tensor, s: rc.Stored, host: rc.Bytes) -> None:
+    def _pack(self, weight: torch.Tensor, s: record.Stored, host: record.Bytes) -> None:
         from rac.gpu import op
 
         t = s.tensor
-        units = [rc.unit(host, t, i) for i in range(len(t.units))]
+        units = [record.unit(host, t, i) for i in range(len(t.units))]
         first = [bytes(u) for u in units[: t.first]]
         at = [t.record.payload + u.offset for u in t.units[t.first :]]
         in_place = not op.frames(t) and not any(a % 16 for a in at)
-        self._packed = op.Packed(t, first, units[t.first :], rc.matrices(s, host), at if in_place else None)
+        self._packed = op.Packed(t, first, units[t.first :], record.matrices(s, host), at if in_place else None)
         self._data = None if in_place else self._packed.data.to(weight.device)

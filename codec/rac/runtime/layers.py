@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
 from rac.runtime import device
-from rac.runtime import record as rc
+from rac.runtime import record as stored_record
 from rac.runtime.workspace import Workspace
 from rac.tensor import empty
 
@@ -40,7 +40,7 @@ class Head:
     @property
     def dense_bytes(self) -> int:
         """Of the tensor."""
-        return int(np.prod(self.shape, dtype=np.int64)) * int(fw.numpy_dtype(self.dtype).itemsize)
+        return int(np.prod(self.shape, dtype=np.int64)) * int(frameworks.numpy_dtype(self.dtype).itemsize)
 
 
 class Compressed(nn.Module):
@@ -50,7 +50,7 @@ class Compressed(nn.Module):
 
     def _hold(self, head: Head, workspace: Workspace, at: torch.device | str | None, dtype: torch.dtype | None) -> None:
         self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
-        self._stored: rc.Stored | None = None
+        self._stored: stored_record.Stored | None = None
         self._resident = device.Resident()
         self._online: tuple[tuple[int, int], Transform | None] | None = None
         self._is_hf_initialized = True  # a record is never filled with random numbers
@@ -81,11 +81,11 @@ class Compressed(nn.Module):
         """Data type of the numbers that go in or come out; follows `.to()`."""
         return self._as.dtype
 
-    def stored(self) -> tuple[rc.Stored, rc.Bytes]:
+    def stored(self) -> tuple[stored_record.Stored, stored_record.Bytes]:
         """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
-        data: rc.Bytes = self.weight.detach().cpu().numpy()
+        data: stored_record.Bytes = self.weight.detach().cpu().numpy()
         if self._stored is None or not self._stored.describes(data):
-            found = rc.parse(data)
+            found = stored_record.parse(data)
             if found.tensor.shape != self.head.shape or found.tensor.dtype != self.head.dtype:
                 what = f"is {found.tensor.dtype} {list(found.tensor.shape)}"
                 raise MismatchError(
@@ -98,7 +98,7 @@ class Compressed(nn.Module):
         """What the layer does to its input, as the record states it; read once for the bytes that are there."""
         key = self.weight.data_ptr(), self.weight._version
         if self._online is None or self._online[0] != key:
-            self._online = key, rc.transform(*self.stored())
+            self._online = key, stored_record.transform(*self.stored())
         return self._online[1]
 
     def version(self) -> tuple[int, int] | None:
@@ -116,8 +116,8 @@ class Compressed(nn.Module):
             return self._resident.dense(self.weight.detach(), self.stored)
         s, data = self.stored()
         words = empty(s.tensor)
-        rc.decode(s, data, words, pool=self.workspace.executor())
-        return fw.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
+        stored_record.decode(s, data, words, pool=self.workspace.executor())
+        return frameworks.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
 
     def resident(self) -> tuple[int, int] | None:
         """Changes when the record on a device does; None where `decode_into` cannot be used, or not yet."""
@@ -135,7 +135,7 @@ class Compressed(nn.Module):
                 yield found.to(dtype)
             return
         with self.workspace.weight(self) as words:
-            yield fw.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
+            yield frameworks.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was parsed is parsed again."""
@@ -272,10 +272,10 @@ class RacEmbedding(Compressed, nn.Embedding):
         out, step = np.empty((len(rows), grid.cols), f"<u{t.word}"), grid.tr
         for a in np.unique(rows // step).tolist():
             band = np.empty((min(step, grid.rows - a * step), grid.cols), out.dtype)
-            rc.decode(s, data, band, a, a + 1, self.workspace.executor())
+            stored_record.decode(s, data, band, a, a + 1, self.workspace.executor())
             mine = rows // step == a
             out[mine] = band[rows[mine] - a * step]
-        return fw.to_framework(out, t.dtype, out.shape, "pt")  # type: ignore[no-any-return]
+        return frameworks.to_framework(out, t.dtype, out.shape, "pt")  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """As of nn.Embedding, and the bytes."""

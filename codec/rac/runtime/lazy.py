@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.decode.slices import Slice
 
 
@@ -25,7 +25,7 @@ class LazyTensor(torch.Tensor):
     def __new__(cls, part: Slice) -> LazyTensor:
         """Around what `RacFile.get_slice` gives."""
         out: LazyTensor = torch.Tensor._make_wrapper_subclass(
-            cls, part.get_shape(), dtype=fw.torch_dtype(part.get_dtype()), device="cpu", requires_grad=False
+            cls, part.get_shape(), dtype=frameworks.torch_dtype(part.get_dtype()), device="cpu", requires_grad=False
         )
         out._part = part
         return out

@@ -16,9 +16,9 @@ import torch
 import transformers
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from rac import frameworks as fw
+from rac import frameworks
 from rac.container.reader import Archive
-from rac.decode import random as ld
+from rac.decode import random
 from rac.decode.archive import RacFile
 from rac.decode.unpack import GGUF_HEADER, safe_name
 from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
@@ -27,8 +27,7 @@ from rac.machine import threads_of
 from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
-from rac.runtime import online, replace
-from rac.runtime import record as rc
+from rac.runtime import online, record, replace
 from rac.runtime.layers import Head
 from rac.runtime.quantizer import METHOD
 
@@ -72,7 +71,7 @@ def load_model(
     if device is not None:
         if "device_map" in kwargs:
             raise ValueError("device and device_map exclude each other")
-        fw.check_device(str(device))
+        frameworks.check_device(str(device))
         kwargs["device_map"] = {"": device}
     threads = threads_of(threads)
     with RacFile(path, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
@@ -228,7 +227,7 @@ def _dtype(f: RacFile) -> Any:
         for e in archive.index.entries:
             if e.dtype in ("F64", *replace.FLOATS):
                 sizes[e.dtype] = sizes.get(e.dtype, 0) + e.size
-    return fw.torch_dtype(max(sizes, key=lambda d: sizes[d])) if sizes else torch.float32
+    return frameworks.torch_dtype(max(sizes, key=lambda d: sizes[d])) if sizes else torch.float32
 
 
 def _complete(info: dict[str, Any], kind: str, file: str) -> None:
@@ -301,10 +300,10 @@ class _Shared:
             if self._kept is not None:
                 return self._kept
             if self.head:
-                found = torch.from_numpy(rc.collect(self.archive, self.entry))
+                found = torch.from_numpy(record.collect(self.archive, self.entry))
             else:
                 stated, found = self._file.read(self.entry.name)
-                self.online = ld.transform(self.archive, stated)
+                self.online = random.transform(self.archive, stated)
             if self.entry.aliases:
                 self._kept = found
             return found
@@ -347,8 +346,8 @@ class State:
         for name in names:
             source = self._shared[name]
             e, archive = source.entry, source.archive
-            needs = ld.parse(archive, archive.record(e)).needs if archive.objects else ()
-            size = e.size + sum(archive.objects[n].size for n in needs) + rc.TAIL
+            needs = random.parse(archive, archive.record(e)).needs if archive.objects else ()
+            size = e.size + sum(archive.objects[n].size for n in needs) + record.TAIL
             out[name] = source.head = Head(size, e.dtype, e.shape)
         return out
 

@@ -17,8 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rac.container.wire import MAJOR, MINOR
 from rac.errors import MismatchError, UnsupportedError
 from rac.machine import threads_of
-from rac.runtime import record as rc
-from rac.runtime import replace
+from rac.runtime import record, replace
 from rac.runtime.dense import dequantize, resizable
 from rac.runtime.layers import Compressed, Head, RacLinear
 from rac.runtime.workspace import Workspace
@@ -106,6 +105,6 @@ def heads(files: list[str]) -> dict[str, Head]:
                 part = f.get_slice(name)
                 shape = part.get_shape()
                 if part.get_dtype() == "U8" and len(shape) == 1 and part[0:4].tobytes() == b"RREC":
-                    t = rc.parse(part[0 : shape[0]]).tensor
+                    t = record.parse(part[0 : shape[0]]).tensor
                     out[name] = Head(shape[0], t.dtype, t.shape)
     return out

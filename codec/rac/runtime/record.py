@@ -18,7 +18,7 @@ from rac.container import wire
 from rac.container.index import check_type
 from rac.container.reader import Archive
 from rac.cpu.work import Place, Work, target
-from rac.decode import random as ld
+from rac.decode import random
 from rac.decoder import Decoder
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
@@ -63,7 +63,7 @@ class Stored:
 
 def collect(archive: Archive, entry: Entry) -> Bytes:
     """The bytes of a tensor and of the objects that it, or its layer, needs."""
-    t = ld.parse(archive, archive.record(entry))
+    t = random.parse(archive, archive.record(entry))
     entries = [*(archive.objects[name] for name in t.needs), entry]
     out = np.empty(sum(e.size for e in entries) + TAIL, np.uint8)
     out[-TAIL:] = 0

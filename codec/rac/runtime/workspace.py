@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 
 from rac.errors import RacError
 from rac.machine import threads_of
-from rac.runtime import ahead
-from rac.runtime import record as rc
+from rac.runtime import ahead, record
 
 Array = NDArray[Any]
 AHEAD = 32 << 20
@@ -41,7 +40,7 @@ class Layer(Protocol):
 
     dense_bytes: int
 
-    def stored(self) -> tuple[rc.Stored, rc.Bytes]:
+    def stored(self) -> tuple[record.Stored, record.Bytes]:
         """Its record and the bytes of it, in the memory of the host."""
 
     def version(self) -> tuple[int, int] | None:
@@ -200,13 +199,15 @@ class Workspace:
         self._finish(self._slots[0])
         return self._words(s, self._slots[0].start)
 
-    def _slot(self, layer: Layer, version: tuple[int, int] | None, s: rc.Stored, data: rc.Bytes, start: int) -> _Slot:
+    def _slot(
+        self, layer: Layer, version: tuple[int, int] | None, s: record.Stored, data: record.Bytes, start: int
+    ) -> _Slot:
         """Ask threads for the weight of a layer."""
         grid, words, pool = s.tensor.grid, self._words(s, start), self.executor()
-        runs: list[Callable[[], None]] = [functools.partial(rc.decode, s, data, words)]
+        runs: list[Callable[[], None]] = [functools.partial(record.decode, s, data, words)]
         if pool and s.tensor.nbytes >= PIECE:
             runs = [
-                functools.partial(rc.decode, s, data, words[i * grid.tr : (i + 1) * grid.tr], i, i + 1)
+                functools.partial(record.decode, s, data, words[i * grid.tr : (i + 1) * grid.tr], i, i + 1)
                 for i in range(grid.down)
             ]
         pieces = [(pool.submit(run) if pool else Future[None](), run) for run in runs]
@@ -237,7 +238,7 @@ class Workspace:
                     return True
         return False
 
-    def _words(self, s: rc.Stored, start: int) -> Array:
+    def _words(self, s: record.Stored, start: int) -> Array:
         return self._buffer[start : start + s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape)
 
     def _look_ahead(self) -> None:

@@ -9,7 +9,7 @@ order and from any thread. A new stage is a class of one of these kinds and a ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -197,12 +197,12 @@ class Chain:
     coder: Coder
     numbers: Numbers | None = None
     product: Product | None = None
+    fronts: tuple[int, ...] = field(init=False)
+    """Bytes of each unit in front of the tiles."""
 
-    @property
-    def fronts(self) -> tuple[int, ...]:
-        """Bytes of each unit in front of the tiles."""
-        numbers = () if self.numbers is None else (self.numbers.front,)
-        return numbers if self.coder.front is None else (self.coder.front, *numbers)
+    def __post_init__(self) -> None:
+        each = (self.coder.front, None if self.numbers is None else self.numbers.front)
+        object.__setattr__(self, "fronts", tuple(n for n in each if n is not None))  # asked for at every tile
 
     def to_head(self) -> list[Head]:
         """The list of stage maps."""

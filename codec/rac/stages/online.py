@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rac.container import index as ix
+from rac.container import index
 from rac.errors import FormatError, UnsupportedError
 from rac.linalg import hadamard
 from rac.records import Online
@@ -37,9 +37,9 @@ def parse(
     if dtype not in DTYPES or len(shape) != 2 or 0 in shape:
         raise FormatError(f"{dtype} {list(shape)} is no weight that has an input", offset=at)
     name, size, seed, inner = value.get("object", ""), value.get("size", 0), value.get("seed"), value["inner"]
-    if not isinstance(name, str) or not ix.is_count(inner) or not ix.is_count(size):
+    if not isinstance(name, str) or not index.is_count(inner) or not index.is_count(size):
         raise FormatError("online transform is malformed", offset=at)
-    if seed is not None and not ix.is_count(seed):
+    if seed is not None and not index.is_count(seed):
         raise FormatError("seed of an online transform is malformed", offset=at)
     if kind == "matrix/1":
         found = shape_of(name)

@@ -21,7 +21,7 @@ from rac.errors import SourceError
 from rac.grid import matrix
 from rac.linalg import exact
 from rac.linalg.triangular import Rows, Triangular, blocks, damped, rows, triangular
-from rac.stages import trellis as tr
+from rac.stages import trellis
 from rac.stages.words import DTYPES, from_words
 
 if TYPE_CHECKING:
@@ -163,8 +163,8 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     by_col = np.maximum(np.sqrt(square.mean(0, dtype=np.float64)), LEAST_ENERGY * rms)
     by_row = np.sqrt(np.maximum(np.sqrt(square.mean(1, dtype=np.float64)), LEAST_ENERGY * rms))
     scales = lossy.Scales(_exponents(1 / by_row), _exponents(1 / by_col))
-    square /= np.square(tr.power(scales.rows))[:, None]
-    square /= np.square(tr.power(scales.cols))
+    square /= np.square(trellis.power(scales.rows))[:, None]
+    square /= np.square(trellis.power(scales.cols))
     finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
     return Aligned(0.5 * float(exact.log2(square.mean(dtype=np.float64))) - finer, scales)
 
@@ -196,7 +196,7 @@ def calibrated(
             )
         by_row, by_col = _weights(layer, w.shape, damp, trust)
         scales = lossy.Scales(_exponents(by_row), _exponents(by_col))
-        scaled = w.astype(np.float64) / tr.power(scales.rows)[:, None] / tr.power(scales.cols)
+        scaled = w.astype(np.float64) / trellis.power(scales.rows)[:, None] / trellis.power(scales.cols)
         deviation = exact.middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30)))
         # bits, up to a constant, where all count in full
         needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), w.size
@@ -252,4 +252,6 @@ def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float) -> N
 
 def _exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:
     """Quarter octaves of steps inverse to the weights."""
-    return np.clip(-exact.quarters(weight / exact.exp2(exact.middle(weight))), -tr.MOST, tr.MOST).astype(np.int8)
+    return np.clip(-exact.quarters(weight / exact.exp2(exact.middle(weight))), -trellis.MOST, trellis.MOST).astype(
+        np.int8
+    )

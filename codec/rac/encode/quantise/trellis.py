@@ -22,7 +22,7 @@ from rac.linalg import exact
 from rac.linalg.triangular import Triangular
 from rac.native import product
 from rac.native import trellis as native
-from rac.stages import trellis as tr
+from rac.stages import trellis as trellis_stage
 from rac.stages.base import Context
 from rac.stages.words import DTYPES, to_words
 
@@ -56,7 +56,7 @@ class Quantised:
 
     words: NDArray[np.uint8]
     """(R, C)"""
-    trellis: tr.Trellis
+    trellis: trellis_stage.Trellis
     unit: bytes
     dtype: str
     lane: int
@@ -118,13 +118,15 @@ class Coders:
             if (q, fine) in self._found:
                 return self._found[q, fine]
             finer = float(exact.exp2(fine / 2))  # squares of the unit by which it is finer
-            x = (self._samples * tr.power(np.array(q + fine)))[None]
+            x = (self._samples * trellis_stage.power(np.array(q + fine)))[None]
             rec = _magnitudes(self._states)
             p = _cells(q + fine, 1, self._states)
             slope = worth(self._states) * finer
             for _ in range(4):
                 rate = (-slope * exact.log2(p)).astype(F32).reshape(1, 1, -1)
-                search = native.Search(self._states, tr.CODES[self._states], 1024, rec, rate, _far(self._states))
+                search = native.Search(
+                    self._states, trellis_stage.CODES[self._states], 1024, rec, rate, _far(self._states)
+                )
                 k, value, *_ = native.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
                 counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
                 p = (counts + 32 * p) / (self.SAMPLES + 32)
@@ -186,12 +188,14 @@ def quantise(
     """
     r, c = w.shape
     bits = exact.exp2(min(max(scale, -60), 60)).astype(F32)
-    step = bits * tr.power(scales.cols)
-    step[scales.cols == tr.DEAD] = 0
+    step = bits * trellis_stage.power(scales.cols)
+    step[scales.cols == trellis_stage.DEAD] = 0
     # The smallest magnitude is half a unit: a row must not lie far below it.
     near = np.sqrt(np.mean((w[:, step > 0] / step[step > 0]) ** 2, axis=1)) if (step > 0).any() else np.ones(r)
-    row_list = np.minimum(scales.rows, np.clip(_quarters(near / LEAST), -tr.MOST, tr.MOST)).astype(np.int8)
-    row_unit = tr.power(row_list)
+    row_list = np.minimum(
+        scales.rows, np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
+    ).astype(np.int8)
+    row_unit = trellis_stage.power(row_list)
     if below is not None:
         u = row_unit.reshape(*below.shape[:-2], 1, -1)
         below = below * (u / u.swapaxes(-1, -2))  # of errors in units of their rows
@@ -223,13 +227,15 @@ def quantise(
         k, value, wild, fine_of = _columns(plain, step, lane, rec, *costs, feed, below)
     back = np.argsort(order)
     value, wild, fine_of = value[back], wild[back], fine_of[back]
-    cols = np.where(fine_of < 0, tr.DEAD, np.maximum(scales.cols.astype(np.int64) - fine_of, -tr.MOST)).astype(np.int8)
+    cols = np.where(
+        fine_of < 0, trellis_stage.DEAD, np.maximum(scales.cols.astype(np.int64) - fine_of, -trellis_stage.MOST)
+    ).astype(np.int8)
     words = np.ascontiguousarray((k[back].T + ZERO).astype(np.uint8))
     places = np.argwhere(wild.T)
     apart = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
-    sizes, unit = tr.build_unit(corrections, row_list, cols, places, to_words(apart, dtype))
-    p = tr.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
-    return Quantised(words, p, unit, dtype, lane, len(places), int((cols == tr.DEAD).sum()))
+    sizes, unit = trellis_stage.build_unit(corrections, row_list, cols, places, to_words(apart, dtype))
+    p = trellis_stage.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
+    return Quantised(words, p, unit, dtype, lane, len(places), int((cols == trellis_stage.DEAD).sum()))
 
 
 def worth(states: int) -> float:
@@ -244,12 +250,12 @@ def _far(states: int) -> float:
 
 def _magnitudes(states: int) -> NDArray[np.float32]:
     """(2 MOST + 1,) those of the integers -MOST..MOST."""
-    return tr.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
+    return trellis_stage.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
 
 
 def _finer(fine: NDArray[np.int8]) -> NDArray[np.float32]:
     """Factor of the step of each column; 0 where it is not coded."""
-    out: NDArray[np.float32] = np.where(fine < 0, F32(0), tr.power(-fine))
+    out: NDArray[np.float32] = np.where(fine < 0, F32(0), trellis_stage.power(-fine))
     return out
 
 
@@ -270,7 +276,7 @@ def _columns(
     k, value, wild = np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8)
     fine_of = np.empty(c, np.int8)
     error = np.empty((c, r), F32)
-    search = native.Search(states, tr.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
+    search = native.Search(states, trellis_stage.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
     each = np.zeros((1, c, c), F32) if feed is None else feed.reshape(-1, c, c)
     if below is not None and below.ndim == 3:
         each = np.broadcast_to(each, (len(below), c, c))

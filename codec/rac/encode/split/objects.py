@@ -25,8 +25,7 @@ from rac.linalg.pca import pca
 from rac.linalg.triangular import Triangular, damped, triangular
 from rac.records import Limits
 from rac.split import low_rank
-from rac.stages import products
-from rac.stages import trellis as tr
+from rac.stages import products, trellis
 from rac.stages.base import Product
 from rac.stages.words import to_words
 
@@ -104,7 +103,7 @@ def _object(
 
 def _exponents(x: Array) -> NDArray[np.int8]:
     """Quarter octaves as the format has them."""
-    return np.clip(np.rint(x), -tr.MOST, tr.MOST).astype(np.int8)
+    return np.clip(np.rint(x), -trellis.MOST, trellis.MOST).astype(np.int8)
 
 
 def _middle(x: Array) -> float:
@@ -150,7 +149,7 @@ def factors(name: str, w: NDArray[np.float32], a: Aligned, recipe: Recipe) -> tu
     """
     r = a.recursion()
     assert a.layer is not None and r is not None  # noqa: PT018, S101
-    unit = tr.power(a.scales.rows)[:, None]
+    unit = trellis.power(a.scales.rows)[:, None]
     left, right = low_rank(w / unit, damped(a.layer.second, a.damp), min(a.rank, *w.shape))
     weight = r.by_column
     size = np.maximum(np.linalg.norm(left, axis=0), 1e-30)
@@ -195,7 +194,7 @@ def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:
     rows, cols = w.shape
     weight = r.by_column
     level = 2.0 ** (a.base - rate + _middle(weight))  # root of the error where columns count 1
-    x = w / tr.power(a.scales.rows)[:, None]
+    x = w / trellis.power(a.scales.rows)[:, None]
     second = damped(a.layer.second, a.damp)
     for most in (4, RANKS[-1]):
         left, right = low_rank(x, second, min(most, rows, cols), 4)
@@ -343,7 +342,7 @@ def _saved(
     n, total, saved = len(p.weight), 0, 0.0
     for name in names:
         b = aligned[name]
-        w = matrix_of(known[name]) / tr.power(b.scales.rows)[:, None].astype(np.float64)
+        w = matrix_of(known[name]) / trellis.power(b.scales.rows)[:, None].astype(np.float64)
         level = 2.0 ** (b.base - rate + _middle(r.weight))
         saved += _bits(w[:, r.order], r.weight, level) - _bits(w @ p.basis.T, p.weight, level)
         total += len(w)

@@ -153,9 +153,10 @@ def order(
     rows, re = _sorted(row_class, h, table.shape[0])
     cols, ce = _sorted(col_class, w, table.shape[1])
     i, j = np.flatnonzero(np.diff(re)), np.flatnonzero(np.diff(ce))  # no tile is charged for classes that it lacks
-    tables = table[np.ix_(i, j)]
-    at = np.unravel_index(np.argsort(tables, axis=None, kind="stable"), tables.shape)
-    i, j = i[at[0]], j[at[1]]
+    tables = table[i][:, j].reshape(-1)
+    at = np.argsort(tables, kind="stable")
+    a, b = np.divmod(at, len(j))
+    i, j = i[a], j[b]
     blocks = np.stack([tables[at].astype(np.int64), re[i], re[i + 1], ce[j], ce[j + 1]], axis=1)
     n = (blocks[:, 2] - blocks[:, 1]) * (blocks[:, 4] - blocks[:, 3])
     sizes = np.bincount(blocks[:, 0], n, p.tables).astype(np.int64)  # exact: counts below 2**53

@@ -24,8 +24,7 @@ from rac.errors import SourceError
 from rac.frameworks import to_framework
 from rac.machine import room
 from rac.methods.transforms.rules import RULES, Rules
-from rac.study.analyze import bits as bt
-from rac.study.analyze import measures as ms
+from rac.study.analyze import bits, measures
 from rac.study.analyze.bases import ALIGNED, NAMES, SEED, TEXTS, Basis, Inputs, Matrix, Rotations, bases
 
 VERSION = 1
@@ -78,7 +77,7 @@ class _Job:
 
     tensor: SourceTensor
     place: _Place
-    gain: ms.Array | None
+    gain: measures.Array | None
     fit: Layer | None
     judge: Layer | None
 
@@ -143,7 +142,7 @@ def analyze(
     calibrated = time.monotonic()
     rules, places = _rules(source), {t.name: _place(t.name, _rules(source)) for t in wanted}
     by_name = {t.name: t for t in source.tensors}
-    gains: dict[str | None, ms.Array] = {
+    gains: dict[str | None, measures.Array] = {
         p.gain: _gain(by_name[p.gain], p.add) for p in places.values() if p.gain in by_name
     }
     groups: dict[Any, list[_Job]] = {}
@@ -179,7 +178,7 @@ def analyze(
         "seen": seen,
         "damp": DAMP,
         "rate": rate,
-        "states": bt.STATES,
+        "states": bits.STATES,
         "seed": SEED,
         "fused": rules is not None,
         "seconds": {"calibration": round(calibrated - start, 1), "all": 0.0},
@@ -218,7 +217,7 @@ def _place(name: str, rules: Rules | None) -> _Place:
     return _Place(block, role, gain, rules.unit, path == rules.attention_out, norm is not None)
 
 
-def _gain(t: SourceTensor, add: float) -> ms.Array:
+def _gain(t: SourceTensor, add: float) -> measures.Array:
     return np.asarray(to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")).astype(np.float64) + add
 
 
@@ -256,10 +255,10 @@ def _tensor(
     place = job.place
     made = bases(Matrix(w, inputs, place.block, place.values, place.reads), rotations) if w.any() else []
     out: dict[str, Any] = {}
-    ref = bt.reference(made[0], rate) if made else None
+    ref = bits.reference(made[0], rate) if made else None
     for b in made:
         assert ref is not None  # noqa: S101
-        at, mine = bt.equal(b, ref, made[0]), _measures(b, out)
+        at, mine = bits.equal(b, ref, made[0]), _measures(b, out)
         mine |= {
             "bits": at.bits,
             "measured": at.measured,
@@ -287,28 +286,28 @@ def _measures(b: Basis, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any
     if b.id in SAME:
         return dict(known[SAME[b.id]])
     v = b.coded
-    energy, shares = ms.energies(v), b.shares()
+    energy, shares = measures.energies(v), b.shares()
     out = {
-        "rms": ms.rms(v),
-        "kurtosis": ms.kurtosis(v),
-        "kurtosis_rows": ms.row_kurtosis(v),
-        "outlier": ms.outlier_ratio(v),
-        "top1": ms.top_share(energy, 0.01),
-        "top10": ms.top_share(energy, 0.1),
-        "curve": ms.curve(energy),
-        "gini": ms.gini(energy),
-        "output_top10": ms.top_share(shares, 0.1),
-        "output_curve": ms.curve(shares),
-        "output_gini": ms.gini(shares),
-        "entropy": float(ms.entropy(v.reshape(1, -1))[0]),
-        "entropy_columns": float(np.nanmean(ms.entropy(np.ascontiguousarray(v.T)))),
-        "histogram": ms.histogram(v),
+        "rms": measures.rms(v),
+        "kurtosis": measures.kurtosis(v),
+        "kurtosis_rows": measures.row_kurtosis(v),
+        "outlier": measures.outlier_ratio(v),
+        "top1": measures.top_share(energy, 0.01),
+        "top10": measures.top_share(energy, 0.1),
+        "curve": measures.curve(energy),
+        "gini": measures.gini(energy),
+        "output_top10": measures.top_share(shares, 0.1),
+        "output_curve": measures.curve(shares),
+        "output_gini": measures.gini(shares),
+        "entropy": float(measures.entropy(v.reshape(1, -1))[0]),
+        "entropy_columns": float(np.nanmean(measures.entropy(np.ascontiguousarray(v.T)))),
+        "histogram": measures.histogram(v),
     }
     if b.id in SPECTRUM:
         same = known[SPECTRUM[b.id]]
         return out | {key: same[key] for key in ("effective_rank", "stable_rank")}
-    values = ms.singular_values(v if b.whitened is None else b.whitened)
-    return out | {"effective_rank": ms.effective_rank(values), "stable_rank": ms.stable_rank(values)}
+    values = measures.singular_values(v if b.whitened is None else b.whitened)
+    return out | {"effective_rank": measures.effective_rank(values), "stable_rank": measures.stable_rank(values)}
 
 
 def _plain(x: Any) -> Any:
@@ -349,7 +348,7 @@ def summary(about: dict[str, Any], found: list[dict[str, Any]], learned: Sequenc
         },
         "counts": [_count(known, blocks, a, r) for a in ALIGNED for r in rotated if known],
         "histograms": shown,
-        "edges": ms.EDGES.tolist(),
+        "edges": measures.EDGES.tolist(),
         "tensors": found,
     }
 
