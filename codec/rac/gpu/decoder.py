@@ -119,7 +119,7 @@ class DeviceDecoder:
         """Take in a whole tensor, and return it; its content is there once the current stream has come so far.
 
         Args:
-            t: Its record, parsed.
+            t: The tensor's record, parsed.
             first: The units in front of the tiles.
             units: The tiles in order, bytes or uint8 arrays; used before the call returns.
             objects: The matrices that the tensor uses, float32: arrays, or torch tensors on the device.
@@ -178,7 +178,7 @@ class DeviceDecoder:
         """Decode what is waiting, wait for the device, and report what it has found.
 
         Raises:
-            FormatError, ChecksumError: Of the first tile that is wrong. Tensors that hold it are not what was packed.
+            FormatError, ChecksumError: A tile is wrong; the first is named. Its tensor is not what was packed.
         """
         self.launch()
         states, self._states = self._states, []

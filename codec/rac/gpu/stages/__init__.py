@@ -44,7 +44,7 @@ class BandLayout:
         Args:
             batch: What it becomes a part of.
             i: Number of the tile.
-            unit: Its unit (bytes,) uint8, checked against its checksum, without frames (`OpenCoder.plain`).
+            unit: The tile's unit (bytes,) uint8, checked against its checksum, without frames (`OpenCoder.plain`).
             at: Offset of the unit in `units`, a multiple of 16, or None: it goes to `aux`, which is `units` too.
 
         Raises:
