@@ -24,7 +24,7 @@ class Decoder:
     """Decodes the units of one tensor, in any order and from any thread.
 
     Attributes:
-        tensor: Its head.
+        tensor: Head of the tensor.
         coder: The opened coder.
         numbers: The opened stage behind it; None where there is none.
     """

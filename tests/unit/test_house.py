@@ -28,7 +28,7 @@ LONG = {
 """Functions that may have more lines, and why. Kernels of triton (`gpu/kernels`) may: they cannot be cut in two."""
 
 STILL_WIDE, STILL_LONG = 21, 12
-STILL_COMPARED, STILL_GENITIVE, STILL_SHORT = 0, 45, 0
+STILL_COMPARED, STILL_GENITIVE, STILL_SHORT = 0, 0, 0
 """What is left of each offence, at most. At 0, a rule is kept."""
 
 
@@ -131,7 +131,7 @@ def test_modules_keep_their_names() -> None:
     assert len(found) <= STILL_SHORT, "\n".join(found)
 
 
-@pytest.mark.xfail(reason="29,900 lines today: the formatter added 1,310, new kernels, types and docstrings the rest", strict=True)
+@pytest.mark.xfail(reason="29,900 lines: the formatter added 1,310, new kernels and types the rest", strict=True)
 def test_the_codec_is_no_larger_than_it_was() -> None:
     files = [p for p in CODEC.parent.rglob("*") if p.suffix in (".py", ".c", ".h") and "egg-info" not in str(p)]
     assert sum(p.read_bytes().count(b"\n") for p in files) < MOST_IN_ALL

@@ -112,6 +112,15 @@ def test_resident(packed):
         assert torch.equal(torch.from_numpy(out.view(np.float32)), torch.from_numpy(dense["w"]))
 
 
+def test_a_gpu_without_a_kernel_refuses(packed):
+    from rac.gpu.stages import require
+    from rac.stages.base import Chain
+
+    for chain in (Chain(toy.Masked()), Chain(CODERS["raw/1"](), toy.Steps(3))):
+        with pytest.raises(rac.UnsupportedError, match="no kernel"):
+            require(chain)
+
+
 def test_damage_is_found(packed):
     path, _ = packed
     data = bytearray(path.read_bytes())

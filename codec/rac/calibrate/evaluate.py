@@ -89,7 +89,7 @@ class Measure:
     """A causal language model and a text, to compare other weights of this model with it.
 
     Args:
-        model: Its Hugging Face folder, tokenizer included.
+        model: Hugging Face folder of the model, tokenizer included.
         text: The text.
         tokens: Use so many of its tokens at most.
         context: Tokens of one window.

@@ -27,7 +27,7 @@ _NAME = re.compile(r"(.+)\.([^.]+)\[(\d*)\]")
 
 
 def experts(modules: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the modules that own such parameters."""
+    """The modules that own fused parameters, by name: floating-point, (experts, ., .), more than one expert."""
     from torch.nn.modules.conv import _ConvNd
 
     return {
@@ -166,7 +166,7 @@ class Stored:
 
 
 def _bytes(row: Any) -> bytes:
-    """Of a row as bfloat16, which is what two of other types have in common that were rounded from one another."""
+    """Bytes of a row rounded to bfloat16: equal for two rows of wider types of which one was rounded from the other."""
     import torch
 
     return row.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()  # type: ignore[no-any-return]

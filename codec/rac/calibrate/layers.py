@@ -28,7 +28,7 @@ Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
 
 _VERSION = 4
-"""Of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
+"""Version of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
 _SMALL = 1 << 31
 """Bytes of weights up to which the model that writes its own text is held in float32."""
 
@@ -54,7 +54,7 @@ class Layer:
         self.finite = finite
         """False where NaN or infinity was among the inputs or gradients."""
         self.experts = tuple(experts)
-        """Of a weight (experts, out, in) or (experts, in, out): what was found for each."""
+        """What was found for each expert of a weight (experts, out, in) or (experts, in, out); otherwise empty."""
 
     @property
     def second(self) -> NDArray[np.float32]:
@@ -76,7 +76,7 @@ class Layers(Mapping[str, Layer]):
         self.tokens = tokens
         """Tokens really used."""
         self.digest = digest
-        """Of the model, the text, the settings and this code: 32 hexadecimal digits, the folder's name in a cache."""
+        """Digest of model, text, settings and this code: 32 hexadecimal digits, the folder's name in a cache."""
 
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]
@@ -115,7 +115,7 @@ def calibrate(
         tokens: Read so many of its tokens at most.
         context: Tokens of one sequence; fewer where the model or the text has not as many.
         fisher: Make the backward pass that the sensitivity needs.
-        seed: Of the labels, and of the text that the model writes.
+        seed: Seed of the labels, and of the text that the model writes.
         note: Progress, and what differs from what was asked.
         cache: Folder in which the result is kept under its digest: the same call returns at once, one that was
             interrupted goes on after the last finished block. None: a temporary folder, which goes with the result.
@@ -182,7 +182,7 @@ class _MeanOfSeconds:
 
 
 def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:
-    """Of all that decides about the result: text and tokenizer stand for the tokens."""
+    """Digest, in hexadecimal, of all that decides about the result: text and tokenizer stand for the tokens."""
     h = Digest()
     about = "own" if text is None else "text" if isinstance(text, str) else "ids"
     h.update(json.dumps({**settings, "text": about}, sort_keys=True).encode())

@@ -151,7 +151,7 @@ class Collector:
             entry["sensitivity"] = folder.put(f"sensitivity-{tag}-{i:03}.npy", squares / self._rows[name])
 
     def _save_experts(self, folder: Folder, tag: str, tokens: int) -> None:
-        """The same of the matrices of experts, which go out of the sums, and of each fused parameter as a whole."""
+        """Write the means of experts' matrices, which leave the sums, and of each fused parameter as a whole."""
         for i, (whole, count) in enumerate(self._fused.items()):
             every = [f"{whole}[{e}]" for e in range(count)]
             sums = {name: self.second.pop(name) for name in (whole, *every) if name in self.second}

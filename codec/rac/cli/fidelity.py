@@ -44,7 +44,11 @@ def by_role(layers: Sequence[Fidelity]) -> str:
 
 
 def write_report(path: str, done: Summary, recipe: Recipe) -> None:
-    """The same for every tensor, as JSON; infinite ratios are null. OutputError where it cannot be written."""
+    """Write a pack's totals and the fidelity of each quantised tensor to `path` as JSON; infinite ratios are null.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     from rac.container.output import write_whole
 
     tensors = [

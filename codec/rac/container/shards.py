@@ -113,7 +113,7 @@ def copy(
 
 
 def _header(archives: Sequence[Archive]) -> dict[str, Any]:
-    """That of the first archive, as one that stands alone."""
+    """The header of the first archive, without what makes it a shard."""
     return {k: v for k, v in archives[0].header.items() if k != "shard"}
 
 

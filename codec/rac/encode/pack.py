@@ -55,7 +55,7 @@ class Summary:
     quantised_bits: float = 0.0
     """Bytes of the quantised tensors * 8 / their weights, everything counted."""
     fidelity: tuple[Fidelity, ...] = ()
-    """Of the quantised tensors, in the order of the file; but for those that an earlier run had finished."""
+    """Fidelity of each quantised tensor, in the order of the file, without those that an earlier run had finished."""
 
 
 def pack(
@@ -114,7 +114,7 @@ def pack(
         keep: Patterns of tensors that stay lossless, beside norms, small tensors and embeddings.
         cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
         align: "auto", "triangular", "pca" or "identity": coordinates of the tensors whose inputs are known.
-        rank: Of the low-rank parts of these tensors; None: at effort "max" what pays, which is nearly always 0, else 0.
+        rank: Rank of these tensors' low-rank parts; None: at effort "max" what pays, which is nearly always 0, else 0.
         embeddings: Quantise embeddings and output layers too, a bit finer than the rest.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
         processes: Quantise in processes, started anew, instead of threads: for machines of many cores. A script that

@@ -27,9 +27,9 @@ class Behind:
 
     numbers: Numbers
     digest: bytes
-    """Of what a decoder restores."""
+    """XXH3-128 of the dense bytes that a decoder restores."""
     source: bytes
-    """Of what was packed."""
+    """XXH3-128 of the bytes that were packed."""
     product: Product | None = None
     uses: tuple[str, ...] = ()
     """Names of the objects that the product computes with; their records come first."""
@@ -124,10 +124,10 @@ def object_head(name: str, plan: Plan, numbers: Numbers | None = None, digest: b
     """The head of an object record, but for its units.
 
     Args:
-        name: Of the object; no other object of the file has it.
+        name: Name of the object; no other object of the file has it.
         plan: How the coder stores the matrix (R, C): its F32 words, or the words of one byte of a quantised one.
         numbers: The stage behind the coder of a quantised matrix.
-        digest: Of the dense F32 bytes of a quantised matrix; that of another one is the plan's.
+        digest: Digest of the dense F32 bytes of a quantised matrix; None: the plan's.
     """
     grid = plan.grid
     return {

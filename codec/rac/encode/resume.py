@@ -28,7 +28,7 @@ class Found:
     at: int
     files: int
     digests: list[bytes]
-    """Of the tensors."""
+    """Digests of what a decoder restores of the tensors among the entries, in order."""
     objects: frozenset[str] = frozenset()
     """Names of the objects among the entries; the last ones may be of a tensor that is still to come."""
 

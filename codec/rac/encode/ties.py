@@ -23,7 +23,7 @@ class Group:
     tensor: SourceTensor
     aliases: tuple[tuple[str, bool], ...]
     extra: dict[str, Any]
-    """Of the record head: what the tensor carries, and under "aliases" what others carry that differs from it."""
+    """Fields of the record head: what the tensor carries, and under "aliases" what others carry that differs."""
 
 
 def digest(t: SourceTensor) -> bytes:

@@ -24,7 +24,7 @@ def encode(integers: ArrayLike) -> bytes:
     """Code integers of any shape with the table of their own frequencies; the shape is not stored.
 
     Args:
-        integers: Of an integer type, -32768 to 32767, the largest at most 255 above the least.
+        integers: Array of an integer type, -32768 to 32767, the largest at most 255 above the least.
 
     Returns:
         A head of 18 bytes, the table, and the words of the coder, which take the entropy of the integers under

@@ -20,7 +20,7 @@ from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.frameworks import torch_dtype, torch_module
 from rac.gpu.layout import Batch, Launch
 from rac.gpu.specs import KERNELS, constants, kernel
-from rac.gpu.stages import BandLayout
+from rac.gpu.stages import BandLayout, require
 from rac.tensor import Tensor
 
 Array = NDArray[Any]
@@ -119,7 +119,7 @@ class DeviceDecoder:
         """Take in a whole tensor, and return it; its content is there once the current stream has come so far.
 
         Args:
-            t: Its record, parsed.
+            t: The tensor's record, parsed.
             first: The units in front of the tiles.
             units: The tiles in order, bytes or uint8 arrays; used before the call returns.
             objects: The matrices that the tensor uses, float32: arrays, or torch tensors on the device.
@@ -131,7 +131,9 @@ class DeviceDecoder:
         Raises:
             FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
             LimitError: The memory of the device is too small for the tensor.
+            UnsupportedError: No kernel is for a stage of the tensor.
         """
+        require(t.chain)
         dec = Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
@@ -178,7 +180,7 @@ class DeviceDecoder:
         """Decode what is waiting, wait for the device, and report what it has found.
 
         Raises:
-            FormatError, ChecksumError: Of the first tile that is wrong. Tensors that hold it are not what was packed.
+            FormatError, ChecksumError: A tile is wrong; the first is named. Its tensor is not what was packed.
         """
         self.launch()
         states, self._states = self._states, []

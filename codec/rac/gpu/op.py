@@ -26,7 +26,7 @@ from rac.decoder import Decoder
 from rac.errors import ChecksumError, UnsupportedError
 from rac.gpu import decoder
 from rac.gpu.layout import Batch, Launch
-from rac.gpu.stages import BandLayout
+from rac.gpu.stages import BandLayout, require
 from rac.tensor import Tensor
 
 Array = NDArray[Any]
@@ -109,6 +109,7 @@ class Packed:
     def _prepare(self, data: torch.Tensor) -> _OnDevice:
         if reason := decoder.why_not(data.device):
             raise UnsupportedError(f"cannot decode on {data.device}: {reason}", unit=repr(self.tensor.name))
+        require(self.tensor.chain)
         batch, host = Batch(), data.cpu().numpy()
         late, last = self._late(data)
         places, end = [], 0

@@ -38,7 +38,7 @@ class Order:
     power: int
     base: int
     kind: str
-    """Of the base: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"."""
+    """How the base is made: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"."""
 
     @property
     def hadamard(self) -> bool:

@@ -25,7 +25,7 @@ def low_rank(
         w: (R, C)
         second: (C, C) S, symmetric; need not have full rank.
         rank: 1 to min(R, C).
-        rounds: Of the iteration at most.
+        rounds: Most rounds of the iteration.
 
     Returns:
         A, whose columns have the singular values as norms, descending, and B, float64.

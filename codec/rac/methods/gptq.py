@@ -29,7 +29,7 @@ def rtn(w: Floats, bits: int, group: int | None = None, *, symmetric: bool = Fal
 
     Args:
         w: (R, C).
-        bits: Of a code, 1 to 8.
+        bits: Bits of a code, 1 to 8.
         group: Columns that share a scale; None: all of them.
         symmetric: The grid's zero is its middle, code 2**(bits - 1), and the range is that of the largest magnitude;
             otherwise from the least to the largest weight, and 0.
@@ -70,7 +70,7 @@ def gptq(
     Args:
         w: (R, C).
         hessian: (C, C) second moment of the inputs, in any unit.
-        bits: Of a code, 1 to 8.
+        bits: Bits of a code, 1 to 8.
         group: Columns that share a scale; None: all of them.
         symmetric: As of `rtn`.
         search: As of `rtn`.

@@ -64,7 +64,7 @@ def pack_grouped(
         out: The .rac file to write; with `shard_size` the stem of a set.
         entropy: Code the codes, with lanes/1 where that is smaller than bits/1. False: bits/1, at their fixed rate.
         settings: For the provenance: the name of the recipe, bits, group and so on; numbers are whole or text.
-        level: Of the tensors that stay lossless.
+        level: Effort level of the tensors that stay lossless.
         jobs: Threads; one per core up to 8 by default. The bytes do not depend on it.
         lanes: ANS lanes per tile.
         slices: "fine" or "coarse", as in `pack`.

@@ -54,7 +54,7 @@ def quantise_gptq(
     Embeddings and output layer are left alone. Memory: the hidden states of the text, and Hessians of one block.
 
     Args:
-        model: Of transformers, in float32 on the CPU. Its blocks must be a chain.
+        model: A model of transformers, in float32 on the CPU. Its blocks must be a chain.
         ids: Token ids (n, context) of the calibration text (`calibration_ids`).
         bits: As of `gptq`.
         group: As of `gptq`.
@@ -69,7 +69,7 @@ def quantise_gptq(
     Raises:
         UnsupportedError: The model is no chain of blocks, or a block has other weights than those of linear layers
             (out, in).
-        SourceError: Of `gptq`; the layer is named.
+        SourceError: `gptq` raises it; the layer is named.
     """
     import torch
 

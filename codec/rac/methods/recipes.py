@@ -44,7 +44,7 @@ class Method:
     """What is asked for."""
 
     name: str
-    """Of RECIPES."""
+    """Name of the recipe, one of RECIPES."""
     bits: int = 4
     group: int | None = 128
     """Columns that share a scale; None: a row."""
@@ -53,15 +53,15 @@ class Method:
     text: str | None = None
     """File to calibrate on; "rtn" and "quarot", which rounds to nearest then, need none."""
     tokens: int = 40960
-    """Of it."""
+    """Most tokens of the text to calibrate on."""
     activations: int = 4
     """Bits of activations and cache that SpinQuant learns for; SmoothQuant looks for its alpha with 8."""
     seed: int = 0
-    """Of Hadamard matrices, and of what is drawn."""
+    """Seed of Hadamard matrices, and of what is drawn."""
     symmetric: bool = False
     """Grids about zero."""
     steps: int = 100
-    """Of what learns."""
+    """Optimiser steps of the recipes that learn: SpinQuant and KurTail."""
     dtype: str = "BF16"
     """What a reader gets, and what tensors that are not quantised are stored in where the model was transformed."""
 
@@ -154,7 +154,7 @@ def pack_method(
         src: The folder.
         out: The .rac file.
         method: What is asked for.
-        level: Of what stays lossless.
+        level: Effort level of what stays lossless.
         jobs: Threads that pack.
         force: Replace a file that exists.
         note: Called with (what, done, of) as it goes.

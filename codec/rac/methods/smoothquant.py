@@ -24,7 +24,7 @@ from rac.stages.groups import values
 ALPHAS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 """0.5 is the paper's for OPT and BLOOM, 0.75 for GLM-130B; 0.85 the authors' for Llama."""
 TOKENS = 256
-"""Of each sequence, evenly spread, that errors are measured on."""
+"""Tokens of each sequence, about, evenly spread, that errors are measured on."""
 
 
 def smoothquant(
@@ -67,10 +67,10 @@ def choose(
         found: What `maxima` has found for it.
         sequences: Token ids (batch, n) each: a part of the calibration text.
         alphas: 0 to 1 each.
-        bits: Of the weights, rounded to nearest on a symmetric grid.
-        activations: Of the inputs, one scale for each token; None: as they are.
+        bits: Bits of the weights, rounded to nearest on a symmetric grid.
+        activations: Bits of the inputs, one scale for each token; None: as they are.
         group: Columns that share a scale; None: all.
-        places: Of PLACES: what `smooth` is going to be given.
+        places: Names from PLACES: what `smooth` is going to be given.
 
     Raises:
         TransformError: There are no sequences, or what `smooth` would raise.

@@ -72,7 +72,7 @@ def attention(model: Any, transformers: Any, around: Callable[[Attention], Atten
     of the cache among them, behind the position embedding.
 
     Args:
-        model: Of transformers.
+        model: A model of transformers.
         transformers: The package.
         around: Called with the attention that the model has; returns what takes its place.
 

@@ -64,5 +64,5 @@ def loss(predicted: Any, window: Any) -> float:
 
 
 def perplexity(total: float, count: int, context: int) -> float:
-    """Of a summed loss over `count` windows of `context` tokens."""
+    """Perplexity: exp of the mean loss. `total` is in nats, summed over `count` windows of `context` tokens."""
     return math.exp(total / (count * (context - 1)))

@@ -25,7 +25,7 @@ def dequant(rec: NDArray[np.float32], even: bool, code: tuple[int, int], zero: i
         even: Whether it goes in equal steps.
         code: (H0, H1).
         zero: The word that stands for 0.
-        dtype: Of the elements.
+        dtype: Data type of the elements.
     """
     if library() is None or dtype not in _SIZES:
         return None

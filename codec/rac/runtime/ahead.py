@@ -24,7 +24,7 @@ class Layer(Protocol):
 
     dense_bytes: int
     weight: Any
-    """Its record."""
+    """The layer's record."""
 
     def dense(self) -> torch.Tensor:
         """The weight in memory of its own, decoded on the current stream. It may wait for the device."""
@@ -86,8 +86,8 @@ class Ahead:
     """The buffers of one device. One layer at a time runs: the caller sees to that.
 
     Args:
-        device: Of the layers.
-        api: Its streams.
+        device: Device of the layers.
+        api: Streams and events of the device; None: `Cuda`.
     """
 
     def __init__(self, device: torch.device, api: Any = None) -> None:
@@ -102,7 +102,7 @@ class Ahead:
         """The weight of a layer, valid inside for what is launched on the current stream.
 
         Args:
-            layer: Of this device.
+            layer: A layer on this device.
             then: What is likely to run after it.
             size: Dense bytes of the largest layer of the model, or of the largest that is at most `MOST`.
         """

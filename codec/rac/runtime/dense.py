@@ -29,7 +29,7 @@ def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False
 
     Args:
         layers: Modules; those that are not compressed are left alone.
-        dtype: Of the weights; that of the numbers that come out of each layer by default.
+        dtype: Data type of the weights; by default that of the numbers that come out of each layer.
         folded: Fold such maps into the weights, which are rounded once more for it.
 
     Raises:

@@ -33,13 +33,13 @@ class Head:
     """What must be known of a record before its bytes are there."""
 
     nbytes: int
-    """Of the record, and of those of the objects that it uses."""
+    """Bytes of the record, of those of the objects that it uses, and the TAIL zeros behind them."""
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def dense_bytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the decoded tensor."""
         return int(np.prod(self.shape, dtype=np.int64)) * int(frameworks.numpy_dtype(self.dtype).itemsize)
 
 
@@ -168,14 +168,14 @@ class RacLinear(Compressed, nn.Linear):
     With `transposed` it is the Conv1D of GPT-2, whose weight (in, out) is the other way round.
 
     Args:
-        in_features: Of the input (..., in).
-        out_features: Of the output (..., out).
-        head: Of the record that `weight` will hold, (out, in) or, transposed, (in, out).
+        in_features: Numbers of an input (..., in).
+        out_features: Numbers of an output (..., out).
+        head: Head of the record that `weight` will hold, (out, in) or, transposed, (in, out).
         workspace: Shared by the layers of the model.
         bias: The parameter (out,), or None.
         transposed: The record holds (in, out).
-        device: Of the weight until it is loaded.
-        dtype: Of the numbers that go in.
+        device: Device of the weight until it is loaded.
+        dtype: Data type of the numbers that go in.
     """
 
     def __init__(
@@ -227,11 +227,11 @@ class RacEmbedding(Compressed, nn.Embedding):
     Args:
         num_embeddings: Rows.
         embedding_dim: Columns.
-        head: Of the record that `weight` will hold, (rows, columns).
+        head: Head of the record that `weight` will hold, (rows, columns).
         workspace: Shared by the layers of the model; its threads are used here, not its buffer.
-        padding_idx: As of nn.Embedding.
-        device: Of the weight until it is loaded.
-        dtype: Of what comes out.
+        padding_idx: As nn.Embedding has it.
+        device: Device of the weight until it is loaded.
+        dtype: Data type of what comes out.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def load_model(
         resident: "dense", or "compressed": linear layers and embeddings keep their weights as the file has them and
             decode them when they run (rac.runtime.layers).
         device: Where the model goes; the CPU by default.
-        dtype: Of the numbers between the layers, and of dense weights; that of the configuration by default.
+        dtype: Data type of the numbers between layers, and of dense weights; that of the configuration by default.
         threads: Threads that decode for compressed layers; one per core up to 8 by default.
         trust_remote_code: Run the model code that travels with the file. Without it such a file is refused.
         kwargs: For `from_pretrained` of transformers: device_map, attn_implementation, ...
@@ -267,11 +267,11 @@ class Lazy:
         return bool(self._source.entry.aliases)
 
     def get_dtype(self) -> str:
-        """Its data type, as safetensors names them."""
+        """Data type, as safetensors names them; of a record that is held, U8."""
         return "U8" if self._source.head else self._source.entry.dtype
 
     def get_shape(self) -> list[int]:
-        """Its shape; of a record that is held, the number of its bytes."""
+        """Shape; of a record that is held, the number of its bytes."""
         return [self._source.head.nbytes] if self._source.head else list(self._source.entry.shape)
 
     def __getitem__(self, key: Any) -> torch.Tensor:
@@ -290,7 +290,7 @@ class _Shared:
     def __init__(self, f: RacFile, archive: Archive, entry: Entry) -> None:
         self._file, self.archive, self.entry = f, archive, entry
         self.head: Head | None = None
-        """Of the record, where that is what is given."""
+        """Head of the record, where its bytes are given instead of the tensor."""
         self.online: Transform | None = None
         """What the layer does to its input, once the dense tensor was read."""
         self._lock, self._kept = threading.Lock(), None

@@ -21,9 +21,9 @@ def attach(model: Any, found: Mapping[str, Transform], file: str | None = None) 
     """Give the layers of a model their maps.
 
     Args:
-        model: Of transformers.
-        found: By the names of the parameters that stand behind them.
-        file: For errors.
+        model: A model of transformers.
+        found: The maps, by the names of the parameters that stand behind them.
+        file: Name of the file, for errors.
 
     Raises:
         UnsupportedError: A parameter is not the weight of a plain linear layer of that width.
@@ -62,7 +62,7 @@ def fold(model: Any) -> Any:
 
 @torch.no_grad()
 def fold_layer(layer: Any) -> None:
-    """The same for one layer, where a hook maps its input."""
+    """Where a hook maps the layer's input, put the map into the weight, rounded to its data type, and unhook it."""
     if (transform := hooked(layer)) is not None:
         w = layer.weight
         wide = w if w.dtype == torch.float64 else w.float()

@@ -30,9 +30,9 @@ class RacConfig(QuantizationConfigMixin):
     """`quantization_config` of a model whose weights are records.
 
     Args:
-        format_version: Of the .rac format that the records are in.
+        format_version: Version of the .rac format that the records are in.
         threads: Threads that decode; one per core up to 8 by default. Not saved.
-        records: For models that are made of an archive: the heads, by names of the file. Not saved.
+        records: Heads of the records, by names of the file, for models that are made of an archive. Not saved.
 
     Raises:
         UnsupportedError: The version is not known.

@@ -42,7 +42,7 @@ class Stored:
     tensor: Tensor
     objects: tuple[Tensor, ...]
     size: int
-    """Of all the bytes."""
+    """Length in bytes of what was parsed: the records and the TAIL zeros behind them."""
     heads: tuple[bytes, ...]
     """The fixed head of each record, whose checksum covers the rest of the head, and so the checksums of all units."""
     parsed: Decoder | None = None

@@ -69,10 +69,10 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
     """Replace the layers whose weights the file has as records; returns the names of their parameters.
 
     Args:
-        model: On the meta device.
-        heads: Of the records, by names of parameters as `places` gives them.
-        workspace: For all of them.
-        dtype: Of the numbers between the layers.
+        model: A model on the meta device.
+        heads: Heads of the records, by names of parameters as `places` gives them.
+        workspace: Shared by all new layers.
+        dtype: Data type of the numbers between the layers.
 
     Raises:
         MismatchError: A record has another shape than its layer; the model is then partly replaced.

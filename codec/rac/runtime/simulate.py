@@ -64,10 +64,10 @@ def simulated(
         activations: Bits, 2 to 16; None: as they are.
         kv: Bits of keys and values, 1 to 16; None: as they are.
         clip: Share of the range of an activation grid; None: CLIP if it is symmetric and below 8 bits, otherwise 1.
-        kv_clip: The same of keys and values; None: KV_CLIP below 8 bits, otherwise 1.
+        kv_clip: Share of the range of a grid of keys or values; None: KV_CLIP below 8 bits, otherwise 1.
         kv_group: Numbers of a group; None: all of a head.
         rotate_keys: Rotate queries and keys by a Hadamard matrix of the head before (QuaRot; SpinQuant's R3).
-        seed: Of its signs; None: none.
+        seed: Seed of the Hadamard matrix's signs; None: no random signs.
         static: Largest magnitude of the inputs of each layer (`largest`): one symmetric grid for all tokens.
         asymmetric: Grids of activations go from the least to the largest number of a token (SpinQuant), not about zero
             (QuaRot, SmoothQuant).

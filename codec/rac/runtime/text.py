@@ -56,7 +56,7 @@ def generate(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: Tokenizer of the model.
         prompt: Taken as it is, without a chat template.
         tokens: How many at most.
         seed: Draw tokens, as the model's generation settings say; None: always the likeliest one.

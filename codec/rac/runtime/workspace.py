@@ -41,7 +41,7 @@ class Layer(Protocol):
     dense_bytes: int
 
     def stored(self) -> tuple[record.Stored, record.Bytes]:
-        """Its record and the bytes of it, in the memory of the host."""
+        """The record, and its bytes in the memory of the host."""
 
     def version(self) -> tuple[int, int] | None:
         """Changes when the bytes do; None: they are not in the memory of the host now."""
@@ -83,7 +83,7 @@ class Workspace:
         self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[Any] | None = None
         self._ahead: dict[Any, ahead.Ahead] = {}
-        """Of each device."""
+        """Buffers for layers that are decoded ahead, by device."""
         self._on_device = 0
         """Dense bytes of the largest layer that is decoded ahead there."""
 

@@ -40,8 +40,8 @@ class Kernel(Protocol):
         """The job of one tile.
 
         Args:
-            unit: Address and bytes of its unit, without Zstandard frames.
-            box: Its part of the matrix.
+            unit: Address and bytes of the tile's unit, without Zstandard frames.
+            box: The tile's part of the matrix.
             place: Address of its first word, and words from row to row.
             numbers: What the words stand for, `OpenNumbers.fused`; None: the words themselves are wanted.
         """

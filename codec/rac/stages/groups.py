@@ -23,7 +23,7 @@ KEYS = {"id", "bits", "group", "zero", "exponent", "sizes"}
 FAR = 60
 """Exponents of the factor of all scales are -FAR to FAR."""
 _FIRST, _LAST = 0x0400, 0x7BFF
-"""The same as bits."""
+"""Bits of LEAST and MOST as binary16."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Groups:
     bits: int
     group: int
     zero: int
-    """That of all groups, where the unit has none."""
+    """The zero point of all groups, where the unit has none."""
     exponent: int
     """log2 of a factor of all scales."""
     sizes: tuple[int, int, int]

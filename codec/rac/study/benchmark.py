@@ -29,11 +29,11 @@ class Point:
     seed: int
     path: str
     seconds: float
-    """To make it, with what was learned once for all bits."""
+    """Seconds to make the file, with what was learned once for all bits."""
     coded: float
     """Bits of a quantised weight, entropy-coded, everything counted."""
     fixed: float | None
-    """The same at the fixed rate of its integers; None: it has none."""
+    """Bits of a quantised weight at the fixed rate of the integers, everything counted; None: there is no such rate."""
     size: int
     """Bytes of the file."""
 
@@ -58,13 +58,13 @@ def points(
         src: Hugging Face folder of a causal language model.
         folder: Where the files go, as "recipe-bits.rac", with "-seed" behind for seeds other than the first; and the
             calibrations of the aligned recipe.
-        recipes: Of ALL.
+        recipes: Names from ALL.
         bits: 2 to 8 each. The aligned recipe, whose bits can be any number, gets those of the first other recipe at
             the same bits, all counted, or these where there is none.
         method: Everything but name, bits and seed.
         note: Called with (what, done, of).
         seeds: Recipes that draw come once for each, the others for the first.
-        effort: Of the aligned recipe.
+        effort: Effort of the aligned recipe.
         reuse: Take files that were made by an earlier call with the same settings; otherwise all are made again.
 
     Raises:

@@ -44,13 +44,14 @@ class Row:
     size: int
     """Bytes on disk: all shards, and the files that travel along."""
     bits: float
-    """These * 8 / all weights."""
+    """Bits on disk per weight: `size` * 8 / all weights."""
     quantised_bits: float | None
     """Bytes of the quantised matrices * 8 / their weights; None where there are none."""
     snr: float | None
     """Energy of the matrices of the original to that of their error, over all."""
     weighted_snr: float | None = None
-    """The same of the outputs of the linear layers: sum tr(W S W') / sum tr(E S E'), S second moments on the text."""
+    """Energy of the linear layers' outputs to that of their error: sum tr(W S W') / sum tr(E S E'), S second moments on
+    the text."""
     kl: float | None = None
     """KL(original || file) per token, nats, mean over all positions."""
     top1: float | None = None

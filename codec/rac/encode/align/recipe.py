@@ -56,18 +56,18 @@ class Aligned:
     """log2 of the unit at common scale 0."""
     scales: lossy.Scales
     layer: Layer | None = None
-    """Its inputs; None: not known, and no errors are fed back."""
+    """What calibration found of the inputs; None: not known, and no errors are fed back."""
     damp: float = DAMP
     alignment: str = "triangular"
-    """Of a tensor with a layer: "triangular", "pca", or "identity": its columns count alike."""
+    """Alignment of a tensor that has a layer: "triangular", "pca", or "identity", where all columns count alike."""
     rank: int = 0
-    """Of a low-rank part beside the trellis."""
+    """Rank of the low-rank part beside the trellis; 0: there is none."""
     basis: Basis | None = None
-    """Of PCA."""
+    """The basis that "pca" turns the columns into; None with any other alignment."""
 
     @property
     def name(self) -> str:
-        """Of the alignment that it comes to."""
+        """Name of the alignment that is used: "identity" where the inputs are not known."""
         return self.alignment if self.layer else "identity"
 
     def recursion(self) -> Triangular | None:
@@ -110,9 +110,9 @@ class Recipe:
     scale: float = 0.0
     """log2 of the common factor of all units."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """For the provenance."""
+    """What the file's provenance says of the recipe."""
     coder: Level = CODER
-    """Of the integers."""
+    """How the integers are coded."""
     unreached: tuple[str, ...] = ()
     """Tensors that the calibration did not reach: they are quantised from the weights alone."""
 

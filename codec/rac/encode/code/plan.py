@@ -24,7 +24,7 @@ CUTS = ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62))
 """Tiles along each side up to which stored size: an eighth of the rows or columns then costs no more than 1.1 times its
 share of the stored bytes and 64 KB."""
 COARSE = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
-"""The same for 1 MB."""
+"""Tiles along each side up to which stored size, as in CUTS, but for 1 MB instead of 64 KB."""
 SLICES = ("fine", "coarse")
 CHUNK = 1 << 22
 HELD = 1 << 25
@@ -56,7 +56,7 @@ class Level:
     sliced: float = 0.0
     """Stored bytes of a word, about, where tiles were asked for; 0: as its type has them."""
     density: float = 0.0
-    """The same, of the tiles that are cut."""
+    """Stored bytes of a word, about, by which tiles are cut; 0: as its type has them."""
 
 
 LEVELS = {
@@ -67,7 +67,7 @@ LEVELS = {
         Level("max", 16, 1, 16, 8, 5, True, 2, 19, 9, coarse=True),
     )
 }
-"""Of which `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for."""
+"""Effort levels by name. `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for."""
 
 CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18, coarse=True, sliced=0.5)
 """How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
@@ -156,7 +156,7 @@ class View:
     """A tensor as coders look at it: read once or a few times, some MiB at a time.
 
     Attributes:
-        dtype: Its data type.
+        dtype: Data type of the tensor.
         grid: How it is cut.
         level: What is tried.
         words: All of a small tensor, (R, C); None of a larger one.

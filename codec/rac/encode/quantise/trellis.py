@@ -33,7 +33,7 @@ ZERO = 128
 LAMBDA = 0.35
 """Squared units that a bit is worth; best at every rate (docs/lossy.md)."""
 SCALAR = 0.35 / 3
-"""The same without a trellis."""
+"""Squared units that a bit is worth without a trellis."""
 BLOCK = 64
 LEAST = 0.6
 """Deviation of a row in units below which it is coded finer than its sensitivity asks."""
@@ -78,7 +78,7 @@ class Quantised:
 
     @property
     def digest(self) -> bytes:
-        """Of the dense bytes."""
+        """XXH3-128 of the dense bytes."""
         return zstd.digest(self.dense.reshape(-1).view(np.uint8).data)
 
 
@@ -150,7 +150,7 @@ def _cells(quarters: int, times: int, states: int) -> NDArray[np.float64]:
 
 @functools.cache
 def coders(states: int) -> Coders:
-    """Those of a trellis."""
+    """The coders of a trellis with so many states, made once in a process."""
     return Coders(states)
 
 
@@ -177,7 +177,7 @@ def quantise(
         scale: log2 of the unit.
         scales: Exponents of rows and columns, in quarter octaves.
         lane: Rows after which the trellis begins anew: those of a tile.
-        states: Of the trellis, 4 to 256, or 1: none. A scalar's units of the same cost are larger (`worth`).
+        states: States of the trellis, 4 to 256, or 1: none. A scalar's units of the same cost are larger (`worth`).
         passes: 1, or 2: again with the centroids of the first. With feedback, which would be of other values then, 1.
         recursion: Order of the columns and weights of their errors in each other's targets, of all rows or of each of
             several blocks of them; None: no feedback.

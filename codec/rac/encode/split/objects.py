@@ -32,7 +32,7 @@ from rac.stages.words import to_words
 Array = NDArray[Any]
 F32 = np.float32
 RANKS = (1, 2, 4, 8, 16, 32)
-"""Those that `choose_rank` thinks about, beside 0."""
+"""Ranks that `choose_rank` considers, beside 0."""
 SHORT = 64
 """Rows below which an object has no trellis: its lanes would be too short to gain anything."""
 CELL = lossy.LAMBDA / (2 * math.log(2))
@@ -72,7 +72,7 @@ class Basis:
 
     object: Object
     first: str
-    """Its first user, with whose bytes the basis counts."""
+    """Name of the first tensor that uses the basis: its bytes include those of the basis."""
 
 
 def lane_of(shape: tuple[int, ...], coder: Level = CODER) -> int:
@@ -185,7 +185,7 @@ def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:
 
     Args:
         w: The matrix (R, C).
-        a: Its alignment, with a layer.
+        a: Alignment of the matrix, with a layer.
         rate: Bits per weight at which the model is coded, about: ranks cost less where all is finer.
     """
     r = a.recursion()
@@ -216,8 +216,8 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
 
     Args:
         recipe: As `recipe.calibrated` has it.
-        groups: Of all tensors.
-        rank: Of all tensors, or None: what pays.
+        groups: All tensors.
+        rank: Rank of the low-rank part of every triangular tensor; None: what pays.
         align: One of ALIGNMENTS.
         rate: Bits per weight to expect.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rac.decoder import Decoder
+from rac.errors import UnsupportedError
 from rac.gpu.layout import Array, Batch, Place
 from rac.gpu.stages.base import CoderLayout, NumbersLayout, Product, ProductLayout, Tile
 from rac.gpu.stages.groups import Groups
@@ -13,10 +14,19 @@ from rac.gpu.stages.plain import Bits, Plain
 from rac.gpu.stages.products import Basis, LowRank
 from rac.gpu.stages.trellis import Trellis
 from rac.grid import Band
+from rac.stages.base import Chain
 
 CODERS: dict[str, CoderLayout] = {"raw/1": Plain(), "zstd/1": Plain(), "lanes/1": Lanes(), "bits/1": Bits()}
 NUMBERS: dict[str, NumbersLayout] = {"trellis/1": Trellis(), "groups/1": Groups()}
 PRODUCTS: dict[str, ProductLayout] = {"lowrank/1": LowRank(), "basis/1": Basis()}
+
+
+def require(chain: Chain) -> None:
+    """UnsupportedError where no kernel is for a stage of a tensor."""
+    tables = ((CODERS, chain.coder), (NUMBERS, chain.numbers), (PRODUCTS, chain.product))
+    for table, stage in tables:
+        if stage is not None and stage.id not in table:
+            raise UnsupportedError(f"there is no kernel for {stage.id}; load the tensor on the CPU")
 
 
 class BandLayout:
@@ -44,7 +54,7 @@ class BandLayout:
         Args:
             batch: What it becomes a part of.
             i: Number of the tile.
-            unit: Its unit (bytes,) uint8, checked against its checksum, without frames (`OpenCoder.plain`).
+            unit: The tile's unit (bytes,) uint8, checked against its checksum, without frames (`OpenCoder.plain`).
             at: Offset of the unit in `units`, a multiple of 16, or None: it goes to `aux`, which is `units` too.
 
         Raises:

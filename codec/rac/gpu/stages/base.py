@@ -27,7 +27,7 @@ class Tile:
     at: int
     """Offset of the unit in `units`, a multiple of 16."""
     status: int
-    """Its place in the status array."""
+    """Place of the tile in the status array."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -86,9 +86,9 @@ class CayleyAdam:
     """Algorithm 2: the direction is divided by the root of the mean squared length of gradients.
 
     Args:
-        params: As of CayleySGD.
+        params: Parameters, as for CayleySGD.
         lr: Longest step.
-        betas: Of the mean of gradients, and of that of their squared lengths.
+        betas: Decay, 0 to below 1, of the mean of gradients, and of the mean of their squared lengths.
     """
 
     def __init__(self, params: Sequence[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:

@@ -43,7 +43,7 @@ def gather(p: Parts, ids: NDArray[np.int64], most: int, seed: int = 0) -> tuple[
         p: The model, its norms fused.
         ids: Token ids (count, context).
         most: Tokens that are kept of each layer, of its attention's input, its MLP's, and its values.
-        seed: Of the choice of tokens.
+        seed: Seed of the choice of tokens.
 
     Returns:
         (2 x layers x tokens, width) and (layers, tokens x key heads, head_dim), torch float32; vectors that are
@@ -103,7 +103,7 @@ def kurtail(
         batch: Vectors of one step, drawn from all layers for R1, and of each layer for R2.
         lr: Longest step of Cayley Adam at the start; it falls linearly to 0.
         most: Tokens whose activations are kept: most x (2 x layers x width + ...) numbers of 4 bytes.
-        seed: Of the Hadamard matrices that are the start, of R4, and of all choices.
+        seed: Seed of the Hadamard matrices that are the start, of R4, and of all choices.
         note: Progress.
 
     Returns:
@@ -171,7 +171,7 @@ def _learn(
 
 
 def _state(r: Any, data: Any) -> dict[str, float]:
-    """Of all vectors: mean |kurtosis - 1.8| and mean kurtosis."""
+    """Mean |kurtosis - 1.8| and mean kurtosis of all vectors."""
     import torch
 
     with torch.no_grad():

@@ -43,9 +43,9 @@ class Axis(NamedTuple):
     u: Array
     """(C, C), orthogonal."""
     bits_saved: float
-    """Of the codes of all weights, against those of W quantised with feedback as it is, at the same output error."""
+    """Bits that all codes together take less than those of W as it is, with feedback, at the same output error."""
     cost_bits: float
-    """Of U in the file: nothing is gained unless `bits_saved` is more."""
+    """Bits that U takes in the file: nothing is gained unless `bits_saved` is more."""
 
 
 def learn_axis(
@@ -64,12 +64,12 @@ def learn_axis(
     Args:
         w: (R, C).
         second: (C, C), E[x x^T] of its inputs.
-        bits: Per weight, of W as it is with feedback: the output error at which both are compared.
+        bits: Bits per weight of W as it is, with feedback: they set the output error at which both are compared.
         block: U is block-diagonal, of blocks of so many columns, a divisor of C; None: one block.
-        steps: Of Cayley Adam.
+        steps: Steps of Cayley Adam.
         lr: Longest step at the start; it falls linearly to 0.
-        rows: Of one step, drawn anew.
-        seed: Of rows and noise.
+        rows: Rows of W that one step looks at, drawn anew for each.
+        seed: Seed of rows and noise.
 
     Raises:
         DivergedError: The rate is no number.
@@ -100,8 +100,8 @@ def compare_axes(
         w: (R, C).
         second: (C, C), E[x x^T] of its inputs.
         u: A learned transform; None: there is no "learned".
-        bits: Per weight, of "triangular".
-        seed: Of "hadamard".
+        bits: Bits per weight of "triangular".
+        seed: Seed of "hadamard".
 
     Returns:
         "original" (steps inverse to the root of each input's energy, nothing fed back), "triangular" (the same

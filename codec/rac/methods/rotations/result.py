@@ -29,7 +29,7 @@ class Rotations:
     r2: NDArray[np.float64]
     """(layers, head_dim, head_dim), each orthogonal: a value v becomes R2 v."""
     seed: int = 0
-    """Of R4: layer i has the signs of seed + i."""
+    """Seed of R4: layer i has the signs of seed + i."""
     about: dict[str, Any] = field(default_factory=dict)
     """How they were made, for the provenance: method, settings, what was minimised before and after."""
     history: tuple[float, ...] = ()

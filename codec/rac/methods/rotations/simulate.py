@@ -97,7 +97,7 @@ def simulated(
 
 
 class _Behind:
-    """Of a norm: what attention or MLP reads."""
+    """Hook behind a norm: quantises what attention or MLP reads, in the coordinates of `r`."""
 
     def __init__(self, r: Any, bits: int) -> None:
         self.r, self.bits = r, bits
@@ -107,7 +107,7 @@ class _Behind:
 
 
 class _Values:
-    """Of the layer that gives the values: they go into the cache."""
+    """Hook of the layer that gives the values: quantises what goes into the cache, in the coordinates of `r`."""
 
     def __init__(self, r: Any, width: int, bits: int, start: int) -> None:
         self.r, self.width, self.bits, self.start = r, width, bits, start
@@ -147,7 +147,7 @@ class _Inner:
 
 
 class _Keys:
-    """Of keys that are rotated already; quantised as they were where `back` undoes that."""
+    """Quantises keys that are rotated already; as they were before where `back` undoes that."""
 
     def __init__(self, back: Transform | None, bits: int) -> None:
         self.back, self.bits = back, bits

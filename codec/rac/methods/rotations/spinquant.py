@@ -53,9 +53,9 @@ def spinquant(
         steps: Steps of SGD.
         batch: Sequences of one step.
         lr: Longest step at the start; it falls linearly to 0. None: `rate` of the tokens of a step.
-        momentum: Of Cayley SGD.
+        momentum: Momentum of Cayley SGD.
         how: What is quantised while learning; 4 bits for activations and cache if None.
-        seed: Of the Hadamard matrices that are the start, of R4, and of the order of sequences.
+        seed: Seed of the Hadamard matrices that are the start, of R4, and of the order of sequences.
         note: Progress.
 
     Returns:

@@ -27,9 +27,9 @@ def rotated_keys(
 
     Args:
         p: The model. Its cache holds keys that are not rotated: all keys are rotated when they are read.
-        seed: Of the signs; None: none.
+        seed: Seed of the matrix's signs; None: no random signs.
         keys: Called with the rotated keys (batch, key heads, n, head_dim); what it returns is used: a quantiser.
-        values: The same for the values.
+        values: Called with the values (batch, key heads, n, head_dim); what it returns is used.
 
     Raises:
         TransformError: The model's attention is no function that transformers lets one replace.

@@ -112,7 +112,8 @@ class Parts:
     what they were given, and whatever a recipe adds."""
 
     deviation: float | None = None
-    """Of the model from what it was (`require_same`); None: not measured since the last transform."""
+    """Largest difference of logits from the original model's, over the largest logit; None: not measured since the last
+    transform (`require_same`)."""
 
     def did(self, what: str, note: str = "") -> None:
         """Take down that something was done, and for people what."""
@@ -123,7 +124,7 @@ class Parts:
 
     @property
     def width(self) -> int:
-        """Of the residual stream."""
+        """Width of the residual stream."""
         return int(self.embedding.weight.shape[1])
 
     @property

@@ -67,7 +67,7 @@ def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = 
         p: The model; gains of norms need not be fused, and are 1 no longer.
         found: What `maxima` found for this model, before any change of it.
         alpha: 0 to 1: how much of the outliers goes into the weights.
-        places: Of PLACES; the paper's are the first two.
+        places: Names from PLACES; the paper's are the first two.
 
     Raises:
         TransformError: Inputs are not known, not finite, or mapped online.

@@ -21,7 +21,7 @@ def source(p: Parts, folder: str | os.PathLike[str], dtype: str = "F32") -> Sour
         p: The model, transformed.
         folder: The Hugging Face folder that it came from: tokenizer and other files travel along, config.json with
             what a transform has changed.
-        dtype: Of the tensors: "F32", "BF16" or "F16". Half precision rounds the transformed weights once.
+        dtype: Data type of the tensors: "F32", "BF16" or "F16". Half precision rounds the transformed weights once.
 
     Raises:
         TransformError: Nobody has found that the model still computes the same (`require_same`).

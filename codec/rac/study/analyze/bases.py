@@ -25,7 +25,7 @@ from rac.linalg.triangular import Triangular, damped, triangular
 Array = NDArray[Any]
 F32 = np.float32
 SEED = 0
-"""Of the signs of inputs; outputs have the next."""
+"""Seed of the signs of the Hadamard matrix of the inputs; that of the outputs has the next."""
 ORTHOGONAL = 1e-3
 """Most that R^T R of a given rotation may be off 1."""
 NAMES = {
@@ -140,7 +140,7 @@ class Inputs:
     Args:
         width: C.
         fit: (C, C) second moment, from which bases are made; None: not known, errors of weights count.
-        judge: The same of other text, by which errors are measured; None as `fit` is.
+        judge: (C, C) second moment on other text, by which errors are measured; None as `fit` is.
         gain: (C,) of the norm in front; one with an element near 0 is not fused.
         damp: As of `rac.linalg.triangular`.
     """
@@ -198,7 +198,7 @@ class Matrix:
     """(R, C)"""
     inputs: Inputs
     layer: str = ""
-    """Its number."""
+    """Number of the layer, as text."""
     values: bool = False
     """Whether it reads the values of the heads."""
     reads: bool = False

@@ -43,9 +43,9 @@ class Found:
 
     bits: float
     measured: float
-    """Those of the last try, at an error of..."""
+    """Bits of the last try, whose error is `off` decibels above the reference's."""
     off: float
-    """...so many decibels above the reference's."""
+    """Decibels by which the error of the last try is above the reference's."""
     scale: float
     """log2 of its step."""
 

@@ -17,7 +17,7 @@ GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)
 CURVE = 32
 """Points of an energy curve behind its first, 0."""
 EDGES = np.linspace(-8, 8, 65)
-"""Of the bins of `histogram`, in units of the root mean square."""
+"""Edges of the bins of `histogram`, in units of the root mean square."""
 TIE = 2.0**-12
 """Least spacing that counts, in units of the root mean square: weights of 16 bits have ties."""
 
@@ -98,7 +98,7 @@ def gini(energy: Array) -> float:
 
 
 def _digamma(n: int) -> float:
-    """Of a whole number above 0."""
+    """Digamma function of a whole number above 0."""
     if n < 64:
         return -float(np.euler_gamma) + sum(1 / k for k in range(1, n))
     return math.log(n) - 1 / (2 * n) - 1 / (12 * n * n) + 1 / (120 * n**4)

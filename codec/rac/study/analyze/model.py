@@ -28,7 +28,7 @@ from rac.study.analyze import bits, measures
 from rac.study.analyze.bases import ALIGNED, NAMES, SEED, TEXTS, Basis, Inputs, Matrix, Rotations, bases
 
 VERSION = 1
-"""Of the report's keys."""
+"""Version of the report's keys."""
 RATE = 4.0
 TOKENS = 16384
 LARGE = 1 << 22
@@ -102,7 +102,7 @@ def analyze(
     Args:
         path: What can be packed; with `text` a Hugging Face model folder.
         text: A text; None: errors of weights count alike, and there are no aligned bases.
-        tokens: Of the text.
+        tokens: Most tokens of the text to use.
         layers: Pattern (fnmatch) of the names of matrices.
         rotations: Learned ones.
         rate: Bits per weight of the original basis, about, whose error is that of all.
@@ -193,7 +193,7 @@ def _unreached(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _rules(source: Source) -> Rules | None:
-    """Of the architecture that the folder's config.json states."""
+    """Rules of the architecture that the folder's config.json states; None where it states none that is known."""
     for a in source.attachments:
         if a.name == "config.json":
             try:
@@ -222,7 +222,7 @@ def _gain(t: SourceTensor, add: float) -> measures.Array:
 
 
 def _digest(layer: Layer) -> bytes:
-    """Of the second moment: matrices of one input are measured together."""
+    """XXH3-128 of the second moment: matrices of one input are measured together."""
     return zstd.digest(np.ascontiguousarray(layer.second).reshape(-1).view(np.uint8).data)
 
 

@@ -25,7 +25,7 @@ COLOURS = {
     "b7": ("#be185d", "#f472b6"),
     "b8": ("#4d7c0f", "#a3e635"),
 }
-"""Of the bases in their order, light and dark: cool where they are rotated, warm where they are aligned."""
+"""Colours of the bases in their order, on a light and on a dark page: cool where rotated, warm where aligned."""
 DASHES = {"b0": "", "b1": "", "b2": "2 2", "b3": "6 3", "b4": "6 3", "b5": "", "b6": "", "b7": "6 3", "b8": "2 2"}
 
 

@@ -94,7 +94,7 @@ def lines(
 
 
 def _power(n: int) -> str:
-    """Of ten."""
+    """10**n as SVG text."""
     if 0 <= n <= 3:
         return f"{10**n:,}"
     return f'10<tspan dy="-4" font-size="7">{n}</tspan>'
