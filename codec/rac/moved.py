@@ -37,12 +37,13 @@ class _Finder:
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """The module at its new place."""
         module = importlib.import_module(str(spec.origin))
-        self._spec = module.__spec__
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run: the module was imported at its new place, whose spec it keeps."""
-        module.__spec__ = self._spec
+        given = module.__spec__
+        module.__spec__ = given and given.loader_state
 
 
 def install() -> None:

@@ -8,14 +8,14 @@ order and from any thread. A new stage is a class of one of these kinds and a ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.errors import UnsupportedError
+from rac.errors import FormatError, UnsupportedError
 from rac.grid import Box, Grid
 
 Array = NDArray[Any]
@@ -213,6 +213,14 @@ class Chain:
         """Name of the last stage, as an index row states it."""
         last = self.product or self.numbers or self.coder
         return last.id
+
+
+def check_keys(head: Head, keys: Set[str], name: str) -> None:
+    """FormatError where a stage map lacks a parameter, UnsupportedError where it has one that is not known."""
+    if keys - head.keys():
+        raise FormatError(f"{name} parameters are incomplete")
+    if head.keys() - keys:
+        raise UnsupportedError(f"unknown {name} parameters: {', '.join(sorted(head.keys() - keys))}")
 
 
 def only_id(head: Head) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rac.container import zstd
-from rac.errors import FormatError, UnsupportedError
+from rac.errors import FormatError
 from rac.grid import Box, is_int
 from rac.native import groups as native
-from rac.stages.base import Context, Head
+from rac.stages.base import Context, Head, check_keys
 from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
@@ -104,10 +104,7 @@ class Groups:
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The stage of a stage map (stages/groups.md, section 1); FormatError or UnsupportedError."""
-        if KEYS - head.keys():
-            raise FormatError("groups parameters are incomplete")
-        if head.keys() - KEYS:
-            raise UnsupportedError(f"unknown groups parameters: {', '.join(sorted(head.keys() - KEYS))}")
+        check_keys(head, KEYS, "groups")
         ranges = {"bits": (1, 8), "group": (1, max(1, context.cols)), "zero": (0, 255), "exponent": (-FAR, FAR)}
         for key, (low, high) in ranges.items():
             if not is_int(head[key], low, high):

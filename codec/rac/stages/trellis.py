@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
-from rac.errors import FormatError, UnsupportedError
+from rac.errors import FormatError
 from rac.grid import Box, is_int
 from rac.native import address
 from rac.native import trellis as native
-from rac.stages.base import Context, Head
+from rac.stages.base import Context, Head, check_keys
 from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
@@ -86,10 +86,7 @@ class Trellis:
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The stage of a stage map (stages/trellis.md, section 1); FormatError or UnsupportedError."""
-        if KEYS - head.keys():
-            raise FormatError("trellis parameters are incomplete")
-        if head.keys() - KEYS:
-            raise UnsupportedError(f"unknown trellis parameters: {', '.join(sorted(head.keys() - KEYS))}")
+        check_keys(head, KEYS, "trellis")
         if type(head["states"]) is not int or head["states"] not in CODES:
             raise FormatError("trellis parameter states is out of range")
         if not is_int(head["zero"], 0, 255) or not is_int(head["low"], 0, 255):

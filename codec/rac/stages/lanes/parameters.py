@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.errors import FormatError, UnsupportedError
+from rac.errors import FormatError
 from rac.grid import Grid, is_int
-from rac.stages.base import Context, Head, OpenCoder
+from rac.stages.base import Context, Head, OpenCoder, check_keys
 
 Array = NDArray[Any]
 MAX_LANES = 1024
@@ -175,10 +175,7 @@ class Lanes:
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The coder of a stage map (stages/lanes.md, "Parameters"); FormatError or UnsupportedError."""
-        if KEYS - head.keys():
-            raise FormatError("lanes parameters are incomplete")
-        if head.keys() - KEYS:
-            raise UnsupportedError(f"unknown lanes parameters: {', '.join(sorted(head.keys() - KEYS))}")
+        check_keys(head, KEYS, "lanes")
         bits = 8 * context.word
         ranges = {
             "lanes": (1, MAX_LANES),
