@@ -17,13 +17,16 @@ VERSION = 17
 """Changes with any function or structure."""
 
 
+_start, _byref = ctypes.c_char.from_buffer, ctypes.byref
+
+
 def address(a: Array | None) -> int:
     """Address of the first byte of an array, 0 for None."""
     if a is None:
         return 0
     try:
         whole: Any = a  # quick, but for whole and writable arrays only
-        return ctypes.addressof(ctypes.c_char.from_buffer(whole))
+        return ctypes.addressof(_start(whole))
     except (TypeError, ValueError):
         return int(a.__array_interface__["data"][0])
 
@@ -44,8 +47,14 @@ class Flat:
 
     @staticmethod
     def from_param(a: Array | bytes | None) -> Any:
-        """The address of an array; bytes as they are."""
-        return a if isinstance(a, bytes) else c_void_p(address(a))
+        """The address of an array; None and bytes as they are."""
+        if a is None or isinstance(a, bytes):
+            return a
+        try:  # as in `address`, without its integer: a tile makes thirty such arguments
+            whole: Any = a
+            return _byref(_start(whole))
+        except (TypeError, ValueError):
+            return c_void_p(a.__array_interface__["data"][0])
 
 
 class Dequant(ctypes.Structure):

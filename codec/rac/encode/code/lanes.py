@@ -151,14 +151,12 @@ class LanesEncoder:
         flat = gather(order, words)
         coded, counts = native.encode_lanes(sym, p.lanes, order.segments, self._model) or self._reference(sym, order)
         escapes = self._escapes(order, sym, flat) if p.escapes else b""
-        sizes, total = [], 0
-        for (bits, low), size in zip(p.planes(), p.plane_sizes(len(flat)), strict=True):
-            sizes.append((bits, low, total))
+        sizes, cuts, total = p.plane_sizes(len(flat)), [], 0
+        for (bits, low), size in zip(p.planes(), sizes, strict=True):
+            cuts.append((bits, low, total))
             total += up16(size)
-        raw = native.planes(flat, p.zero, p.sign, p.shift, sizes, total)
-        planes: list[Bytes] = [
-            raw[at : at + size].data for (*_, at), size in zip(sizes, p.plane_sizes(len(flat)), strict=True)
-        ]
+        raw = native.planes(flat, p.zero, p.sign, p.shift, cuts, total)
+        planes: list[Bytes] = [raw[at : at + size].data for (*_, at), size in zip(cuts, sizes, strict=True)]
         if p.packed:
             planes = [self._smaller(plane) for plane in planes]
         return layout.build_tile(coded, counts, escapes, planes, p)

@@ -152,7 +152,7 @@ def order(
     """Order of a tile of h x w; classes of its rows and columns (None: all 0), `table` (Kr, Kc) uint8."""
     rows, re = _sorted(row_class, h, table.shape[0])
     cols, ce = _sorted(col_class, w, table.shape[1])
-    i, j = np.flatnonzero(np.diff(re)), np.flatnonzero(np.diff(ce))  # no tile is charged for classes that it lacks
+    i, j = (re[1:] > re[:-1]).nonzero()[0], (ce[1:] > ce[:-1]).nonzero()[0]  # no tile pays for classes that it lacks
     tables = table[i][:, j].reshape(-1)
     at = np.argsort(tables, kind="stable")
     a, b = np.divmod(at, len(j))
