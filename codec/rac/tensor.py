@@ -98,6 +98,10 @@ class Tensor:
             yield Band(box, range(first * grid.across, end * grid.across))
 
 
+_TYPES = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
+_LISTS = {"stages": dict, "uses": str, "shape": int, "tile": int}
+
+
 def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) -> Tensor:
     """Check the head of a tensor or an object; nothing larger than the head is allocated.
 
@@ -141,13 +145,11 @@ def _check_keys(record: Record) -> None:
 
 def _check_types(head: dict[str, Any], at: int) -> None:
     """FormatError unless every value has its type (format_spec/maps.cddl); ranges come later, each in its turn."""
-    wanted: dict[str, type] = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
-    lists = {"stages": dict, "uses": str, "shape": int, "tile": int}
     if (
-        any(type(head[k]) is not t for k, t in wanted.items())
+        [type(head[k]) for k in _TYPES] != list(_TYPES.values())
         or any(not isinstance(head.get(k, {}), dict) for k in ("extra", "online"))
-        or any(not isinstance(v := head.get(k, []), list) or any(type(i) is not t for i in v) for k, t in lists.items())
-        or not all(index.is_count(n) for n in (*head["shape"], *head["tile"]))
+        or any(not isinstance(v := head.get(k, []), list) or set(map(type, v)) - {t} for k, t in _LISTS.items())
+        or not index.are_counts((*head["shape"], *head["tile"]))
         or len(head["digest"]) != 16
         or len(head["tile"]) != 2
     ):

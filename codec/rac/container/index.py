@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from rac.container import msg, wire, zstd
@@ -51,14 +52,20 @@ def content_digest(rows: list[list[Any]]) -> bytes:
     return zstd.digest(msg.pack(sorted(rows, key=lambda row: row[0].encode())))
 
 
-def is_count(v: Any, most: int = 1 << 62) -> bool:
-    """True for an int (not a bool) in 0..most."""
-    return type(v) is int and 0 <= v <= most
+def are_counts(v: Iterable[Any], most: int = 1 << 62) -> bool:
+    """True where all are ints (not bools) in 0..most."""
+    values = [*v]
+    return not values or (set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= most)
+
+
+def is_count(v: Any) -> bool:
+    """True for an int (not a bool) in 0..2**62."""
+    return type(v) is int and 0 <= v <= 1 << 62
 
 
 def parse_shape(v: Any, limits: Limits) -> tuple[int, ...]:
     """A list of dimensions whose product stays below 2**59."""
-    if not isinstance(v, list) or not all(is_count(n) for n in v):
+    if not isinstance(v, list) or not are_counts(v):
         raise FormatError("shape is malformed")
     if len(v) > limits.rank:
         raise LimitError(f"shape of {len(v)} dimensions exceeds the limit of {limits.rank}")
@@ -83,8 +90,7 @@ def _entry(row: Any, limits: Limits) -> Entry:
     if not isinstance(row, dict) or _ROW - row.keys():
         raise FormatError("index row is malformed")
     kind, check = row["type"], row["check"]
-    most = {"flags": 0xFFFF, "type": 0xFFFF}
-    if not all(is_count(row[k], most.get(k, 1 << 62)) for k in _ROW - {"check"}):
+    if not are_counts((row["at"], row["head"], row["payload"])) or not are_counts((kind, row["flags"]), 0xFFFF):
         raise FormatError("index row is malformed")
     if not isinstance(check, bytes) or len(check) != 8:
         raise FormatError("index row is malformed")
@@ -102,7 +108,7 @@ def _entry(row: Any, limits: Limits) -> Entry:
     parts = row["parts"]
     if not isinstance(row["dtype"], str) or not isinstance(parts, list) or len(parts) != 6:
         raise FormatError("index row is malformed")
-    if not all(is_count(n) for n in parts) or sum(parts) != row["payload"]:
+    if not are_counts(parts) or sum(parts) != row["payload"]:
         raise FormatError("parts of an index row do not add up to its payload")
     shape = parse_shape(row["shape"], limits)
     if kind == RECORD_OBJECT and (len(shape) != 2 or 0 in shape):

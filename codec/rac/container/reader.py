@@ -26,7 +26,7 @@ def check_header(head: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(origin, dict):
         raise FormatError("header is malformed", unit="header", offset=0)
     shard = head.get("shard", [1, 1])
-    if not isinstance(shard, list) or len(shard) != 2 or not all(index.is_count(n) for n in shard):
+    if not isinstance(shard, list) or len(shard) != 2 or not index.are_counts(shard):
         raise FormatError("shard is malformed", unit="header", offset=0)
     if not 1 <= shard[0] <= shard[1]:
         raise FormatError("shard is malformed", unit="header", offset=0)

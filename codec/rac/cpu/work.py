@@ -101,15 +101,15 @@ class Work:
         t, kernel, out = dec.tensor, dec.coder.kernel(), place.words
         first, framed = t.first, t.chain.coder.framed
         base, size, stride = t.units[first + tiles.start].offset, out.itemsize, out.strides[0]
-        to = native.address(out) - place.row * stride - place.col * size
+        at, to = native.address(data), native.address(out) - place.row * stride - place.col * size
         self._alive += (data, out)
         fused = None if kernel is None or dec.numbers is None else dec.numbers.fused
         patches = fused is not None and dec.numbers is not None and dec.numbers.patches
         for k, box in zip(tiles, boxes(t.grid)[tiles.start : tiles.stop], strict=True):
             unit = t.units[first + k]
-            raw = data[unit.offset - base :][: unit.size] if len(tiles) > 1 else data
+            start, length = unit.offset - base, unit.size if len(tiles) > 1 else len(data)
             if not plain:
-                dec.check(first + k, raw.data)
+                dec.check(first + k, data.data[start : start + length])
             if dec.numbers is None or fused is not None:  # what the coder restores is all, or the kernel goes on
                 where, words = (to + box.r0 * stride + box.c0 * size, stride // size), None
                 if patches:
@@ -119,14 +119,17 @@ class Work:
                 self._numbers.append((dec, k, words, place.part(box)))
                 where = native.address(words), box.c1 - box.c0
             if kernel is None:
+                raw = data[start : start + length]
                 self._others.append((dec, k, raw, place.part(box) if words is None else words, plain))
-            else:
-                if framed:
-                    with dec.at(first + k):
-                        raw = dec.coder.plain(raw, box)
-                    self._alive.append(raw)
-                self._jobs.append(kernel.job((native.address(raw), len(raw)), box, where, fused))
-                self._of.append((dec, k))
+                continue
+            source = at + start, length
+            if framed:
+                with dec.at(first + k):
+                    raw = dec.coder.plain(data[start : start + length], box)
+                self._alive.append(raw)
+                source = native.address(raw), len(raw)
+            self._jobs.append(kernel.job(source, box, where, fused))
+            self._of.append((dec, k))
 
     def _words(self, box: Box) -> Array:
         """Room for the words of a tile, (h, w) uint8."""
