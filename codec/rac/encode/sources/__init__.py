@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from rac.container.wire import MAGIC
@@ -46,7 +47,8 @@ def open_source(path: str | os.PathLike[str], include: Sequence[str] = (), exclu
     tensors = tuple(t for t in source.tensors if wanted(t.name))
     if not tensors:
         raise SourceError("no tensor is left to pack" if source.tensors else "holds no tensor", file=where)
-    return Source(source.kind, tensors, source.attachments, source.metadata, source.skipped)
+    whole = len(tensors) == len(source.tensors)
+    return replace(source, tensors=tensors, headers=source.headers if whole else {})
 
 
 def _file(path: str) -> Source:
@@ -63,5 +65,5 @@ def _file(path: str) -> Source:
         raise SourceError(REFUSE_PICKLE, file=path)
     if suffix != ".safetensors" and magic[8:] != b"{":
         raise SourceError("neither a safetensors nor a GGUF file; convert it to safetensors", file=path)
-    tensors, metadata = safetensors.read(path)
-    return Source("safetensors", tuple(tensors), (), metadata)
+    tensors, metadata, header = safetensors.read(path)
+    return Source("safetensors", tuple(tensors), (), metadata, headers={"": header})

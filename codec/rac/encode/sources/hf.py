@@ -1,40 +1,59 @@
-"""Hugging Face directories: safetensors shards, their index, and the small files beside them."""
+"""Hugging Face directories: safetensors files, their index, and the small files beside them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from rac.encode.sources import safetensors
 from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
 from rac.errors import SourceError
 
 MAX_ATTACHMENT = 64 << 20
-_NOT_ATTACHED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".gguf", ".msgpack", ".rac")
 _INDEX = ".safetensors.index.json"
+_BOOKS = (".git", ".cache")
+"""Directories of what downloaded the model."""
 
 
-def _walk(root: str) -> Iterable[str]:
-    """Relative POSIX names of the files under a directory; nothing hidden, directory links not followed."""
+@dataclass
+class _Tree:
+    """What lies below a directory, by relative POSIX names."""
+
+    files: list[str] = field(default_factory=list)
+    links: dict[str, str] = field(default_factory=dict)
+    """Links to files inside the directory, which stay links; others are files."""
+    folders: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def _walk(root: str) -> _Tree:
+    """What lies below a directory; links to directories are not followed."""
+    out, inside = _Tree(), os.path.realpath(root) + os.sep
 
     def fail(e: OSError) -> None:
         raise e
 
     for folder, below, files in os.walk(root, onerror=fail):
-        below[:] = [d for d in below if not d.startswith(".")]
+        prefix = "" if folder == root else os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+        out.skipped += [prefix + d + "/" for d in below if d in _BOOKS]
+        below[:] = [d for d in below if d not in _BOOKS]
+        if not below and not files and prefix:
+            out.folders.append(prefix[:-1])
         for file in files:
-            path = os.path.join(folder, file)
-            if file.startswith("."):
-                continue
+            path, name = os.path.join(folder, file), prefix + file
             if not os.path.exists(path):
                 raise SourceError("symbolic link to nothing; is the download complete?", file=path)
-            if os.path.isfile(path):
-                name = os.path.relpath(path, root).replace(os.sep, "/")
-                try:
-                    name.encode()
-                except UnicodeEncodeError as e:
-                    raise SourceError(f"file name {name!a} is not UTF-8", file=root) from e
-                yield name
+            try:
+                name.encode()
+            except UnicodeEncodeError as e:
+                raise SourceError(f"file name {name!a} is not UTF-8", file=root) from e
+            if os.path.islink(path) and os.path.realpath(path).startswith(inside) and not os.path.isabs(os.readlink(path)):
+                out.links[name] = os.readlink(path).replace(os.sep, "/")
+            elif os.path.isfile(path):
+                out.files.append(name)
+    out.files.sort()
+    return out
 
 
 def _weight_map(root: str, files: Sequence[str]) -> dict[str, str]:
@@ -54,47 +73,57 @@ def _weight_map(root: str, files: Sequence[str]) -> dict[str, str]:
     return weight_map
 
 
-def read(root: str) -> Source:
-    """A directory. Without an index all its safetensors files count; with one, those it lists.
+def _weights(root: str, tree: _Tree) -> list[str]:
+    """Names of the safetensors files: those that say so, and those that a link calls so (`blobs/` of a Hub cache)."""
+    linked = {
+        os.path.relpath(os.path.realpath(os.path.join(root, name)), os.path.realpath(root)).replace(os.sep, "/")
+        for name in tree.links
+        if name.lower().endswith(".safetensors")
+    }
+    return [f for f in tree.files if f.lower().endswith(".safetensors") or f in linked]
 
-    Files in directories below are always taken: the index of a model does not cover the modules next to it.
+
+def read(root: str) -> Source:
+    """A directory, with all its safetensors files.
+
+    The names of the model come first: those of the files that its index lists, or of `model.safetensors`. A tensor of
+    another file that has a name of these is called `FILE::NAME` in the archive.
     """
-    files = sorted(_walk(root))
-    weight_map = _weight_map(root, files)
-    listed = set(weight_map.values())
-    shards = [f for f in files if f.lower().endswith(".safetensors")]
-    if listed:
-        shards = [f for f in shards if f in listed or "/" in f]
-    if not shards:
-        if any(f.lower().endswith(PICKLES) for f in files):
+    tree = _walk(root)
+    weight_map = _weight_map(root, tree.files)
+    listed = set(weight_map.values()) or {"model.safetensors"}
+    files = sorted(_weights(root, tree), key=lambda f: (f not in listed, "/" in f, f))
+    if not files:
+        if any(f.lower().endswith(PICKLES) for f in tree.files):
             raise SourceError(REFUSE_PICKLE, file=root)
-        other = "; name the .gguf file itself" if any(f.lower().endswith(".gguf") for f in files) else ""
+        other = "; name the .gguf file itself" if any(f.lower().endswith(".gguf") for f in tree.files) else ""
         raise SourceError(f"no *.safetensors file in this directory{other}", file=root)
     owner: dict[str, str] = {}
     tensors: list[SourceTensor] = []
     metadata: dict[str, str] = {}
-    for shard in shards:
-        path = os.path.join(root, shard)
-        found, meta = safetensors.read(path, shard if len(shards) > 1 else None)
-        for name in (t.name for t in found):
-            if name in owner:
-                why = f"tensor {name!r} is in {owner[name]!r} and in {shard!r}; name the file to pack instead"
-                raise SourceError(why, file=root)
-            if shard in listed and weight_map.get(name) != shard:
-                raise SourceError(f"the index does not place tensor {name!r} in this file", file=path)
-            owner[name] = shard
-        tensors += found
+    headers = {}
+    for file in files:
+        extra = None if files == ["model.safetensors"] else {"shard": file}
+        found, meta, headers[file] = safetensors.read(os.path.join(root, file), extra)
+        for t in found:
+            name = f"{file}::{t.name}" if t.name in owner else t.name
+            if file in weight_map.values() and weight_map.get(t.name) != file:
+                why = f"the index does not place tensor {t.name!r} in this file"
+                raise SourceError(why, file=os.path.join(root, file))
+            owner[name] = file
+            tensors.append(t if name == t.name else replace(t, name=name, extra={"shard": file, "name": t.name}))
         metadata = meta | metadata
-    for name, shard in weight_map.items():
-        if name not in owner:
-            raise SourceError(f"tensor {name!r} of the index is not in {shard!r}", file=root)
-    attachments, skipped = [], []
-    for name in files:
-        path = os.path.join(root, name)
-        if name in shards:
-            continue
-        if name.lower().endswith(_NOT_ATTACHED) or (size := os.path.getsize(path)) > MAX_ATTACHMENT:
+    for name, file in weight_map.items():
+        if owner.get(name) != file:
+            raise SourceError(f"tensor {name!r} of the index is not in {file!r}", file=root)
+    attachments, skipped = [], tree.skipped
+    for name in sorted(set(tree.files) - set(files)):
+        size = os.path.getsize(path := os.path.join(root, name))
+        if size > MAX_ATTACHMENT:
             skipped.append(name)
         else:
             attachments.append(Attachment(name, Extent(path, 0, size)))
-    return Source("hf", tuple(tensors), tuple(attachments), metadata, tuple(skipped))
+    return Source(
+        *("hf", tuple(tensors), tuple(attachments), metadata, tuple(skipped)),
+        *(headers, tree.links, tuple(sorted(tree.folders))),
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -92,4 +93,10 @@ class Source:
     attachments: tuple[Attachment, ...]
     metadata: dict[str, str]
     skipped: tuple[str, ...] = ()
-    """Files of a directory that are not packed: other frameworks' weights, too large, not in the index."""
+    """Files of a directory that are not packed: too large, or bookkeeping of downloads."""
+    headers: Mapping[str, bytes] = field(default_factory=dict)
+    """Bytes in front of the tensors of each safetensors file, by its name; "" for a file that was named itself."""
+    links: Mapping[str, str] = field(default_factory=dict)
+    """Targets of the symbolic links of a directory that stay inside it."""
+    folders: tuple[str, ...] = ()
+    """Directories with nothing in them."""

@@ -40,8 +40,8 @@ def is_text_map(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
-def read(path: str, shard: str | None = None) -> tuple[list[SourceTensor], dict[str, str]]:
-    """Tensors in the order of their offsets, and the metadata."""
+def read(path: str, extra: dict[str, Any] | None = None) -> tuple[list[SourceTensor], dict[str, str], bytes]:
+    """Tensors in the order of their offsets, each with `extra`; the metadata; the bytes in front of the tensors."""
     with open(path, "rb") as f:
         total = os.fstat(f.fileno()).st_size
         size = int.from_bytes(f.read(8), "little")
@@ -59,7 +59,6 @@ def read(path: str, shard: str | None = None) -> tuple[list[SourceTensor], dict[
         metadata = {}
     if not is_text_map(metadata):
         raise SourceError("damaged safetensors file: __metadata__ does not map text to text", file=path)
-    extra = None if shard is None else {"shard": shard}
     found: list[tuple[int, int, SourceTensor]] = []
     for name, info in head.items():
         match info:
@@ -88,4 +87,4 @@ def read(path: str, shard: str | None = None) -> tuple[list[SourceTensor], dict[
     if at != total - 8 - size:
         why = f"the tensors take {at} bytes, the file has {total - 8 - size}"
         raise SourceError(f"damaged safetensors file: {why}", file=path)
-    return [tensor for *_, tensor in found], metadata
+    return [tensor for *_, tensor in found], metadata, size.to_bytes(8, "little") + raw
