@@ -64,10 +64,7 @@ class _Seen:
 
 
 def verify(
-    path: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None = None,
-    *,
-    progress: Progress | None = None,
+    path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
 ) -> Verified:
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
