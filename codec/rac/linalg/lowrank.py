@@ -45,7 +45,6 @@ def low_rank(
             break
         before = found
         p = np.linalg.qr(w @ y)[0]
-    p, energy = (p @ turn)[:, ::-1][:, :rank], np.maximum(energy[::-1][:rank], 0)
-    size = np.sqrt(energy)
+    p, size = (p @ turn)[:, ::-1][:, :rank], np.sqrt(np.maximum(energy[::-1][:rank], 0))
     inverse = np.divide(1.0, size, out=np.zeros_like(size), where=size > 1e-7 * max(size[0], 1e-300))
     return p * size, inverse[:, None] * (p.T @ w)
