@@ -29,7 +29,6 @@ from rac.encode import record as rec  # noqa: E402
 from rac.encode.code.plan import LEVELS  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
 from rac.encode.quantise.tensor import SHAPED  # noqa: E402
-from rac.encode.split import objects as split  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
 from rac.stages import trellis as tr  # noqa: E402
@@ -137,7 +136,7 @@ def bf16(n: int) -> NDArray[np.float32]:
 def quantise(w: NDArray[np.float32], recursion: Triangular | None = None) -> lossy.Quantised:
     """About 3 bits for each weight."""
     scales = lossy.Scales(np.zeros(len(w), np.int8), np.zeros(w.shape[1], np.int8))
-    return lossy.quantise(w, "BF16", -2.0, scales, split.lane_of(w.shape), STATES, 1, recursion)
+    return lossy.quantise(w, "BF16", -2.0, scales, lossy.Effort(STATES), recursion)
 
 
 def feed_back(feed: NDArray[np.float32], error: NDArray[np.float32]) -> None:

@@ -74,8 +74,8 @@ class _Item:
 
     def encoded(self) -> Encoded:
         """The tensor, all of whose bands are there."""
-        plan, units = self.encoder.plan, [unit for band in self.bands for unit in band]
-        return Encoded(rec.head(self.group, plan), units, rec.fields(self.group, plan, units), self.objects)
+        units = [unit for band in self.bands for unit in band]
+        return rec.encoded(self.group, self.encoder.plan, units, objects=self.objects)
 
 
 def whole(group: ties.Group, level: Level) -> Encoded:

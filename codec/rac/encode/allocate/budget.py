@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from rac.calibrate.layers import Note, calibrate, joined
 from rac.container import zstd
 from rac.encode import ties, workers
+from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, calibrated, data_free
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import DECIBELS, Budget, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words
-from rac.encode.split import objects as split
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
 from rac.stages.words import from_words
@@ -41,7 +41,7 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: No
     layers = found[0] if len(found) == 1 else joined(found)
     recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
-    recipe = split.choose(recipe, groups, rank, request.align, request.budget.expected)
+    recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     used = [
         {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
         for text, one in zip(texts, found, strict=True)
