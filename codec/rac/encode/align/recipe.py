@@ -54,7 +54,7 @@ class Sample:
     strength: float = 0.5
     """How far bits follow the sensitivity of a tensor."""
     trust: float = 0.8
-    """Exponent of the sensitivities of a tensor's outputs, about their geometric mean: on another text they are others."""
+    """Exponent of the sensitivities of a tensor's outputs, about their mean: on another text they are others."""
 
 
 @dataclass(frozen=True, slots=True)

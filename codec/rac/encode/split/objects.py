@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
 from rac.encode.encoded import Encoded
@@ -61,15 +60,12 @@ class Basis:
     """Name of the first tensor that uses the basis: its bytes include those of the basis."""
 
 
-def _object(
-    name: str, w: Array, scale: float, scales: lossy.Scales, states: int, recursion: Triangular | None
-) -> Object:
+def _object(name: str, w: Array, scale: float, scales: lossy.Scales, states: int, r: Triangular | None) -> Object:
     """Quantise an object (R, C) by a trellis, or at units that cost the same."""
     if len(w) < SHORT or states == 1:
         states, scale = 1, scale + 0.5 * math.log2(lossy.LAMBDA / lossy.worth(1))
-    q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lossy.Effort(states), recursion)
-    digest = zstd.digest(q.dense.reshape(-1).view(np.uint8).data)
-    return Object(rec.encoded_object(name, *q.coded(), q.trellis, digest), q)
+    q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lossy.Effort(states), r)
+    return Object(rec.encoded_object(name, *q.coded(), q.trellis, q.digest), q)
 
 
 def clipped(x: Array) -> NDArray[np.int8]:
