@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate import text
 from rac.calibrate.chain import TAIL, Chain, UnfitError, single
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
-from rac.calibrate.text import draw
 
 _ROWS = 2048
 """Tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are."""
@@ -22,9 +22,7 @@ _CHUNK = 256
 Note = Callable[[str, int, int], None]
 
 
-def stream(
-    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
-) -> None:
+def stream(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
     """Calibrate block by block; what is found is in the folder's state, one commit for each finished step.
 
     Hidden states are kept as float32, not bfloat16: a block run again in the backward pass, or after an interruption,
@@ -36,21 +34,20 @@ def stream(
         chain = Chain(model, causal, ids[:1])
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
         raise UnfitError(f"its blocks cannot be told apart ({e})") from e
-    _Passes(chain, causal, ids, fisher, seed, folder, note).go()
+    _Passes(chain, causal, ids, fisher, folder, note).go()
 
 
 class _Passes:
     """Numbered steps: what comes before the blocks, the blocks, what comes after them, and back."""
 
     def __init__(
-        self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
+        self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note
     ) -> None:
         import torch
 
-        self.chain, self.causal, self.fisher, self.seed, self.folder = chain, causal, fisher, seed, folder
+        self.chain, self.causal, self.fisher, self.folder, self.note = chain, causal, fisher, folder, note
         self.ids = torch.from_numpy(ids)
         self.batch = chain.batch(self.ids[: max(1, _ROWS // ids.shape[1])])
-        self.note = note
         n = len(chain.blocks)
         size = sum(p.numel() for p in chain.blocks[0].parameters())
         head = chain.head_size() if fisher else 0
@@ -139,7 +136,7 @@ class _Passes:
         """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(text.SEED)
         sink = self._sink("gradient", n) if self.fisher else contextlib.nullcontext()
         context = self.ids.shape[1]
         # what an encoder has behind its blocks may look at the whole sequence
@@ -188,7 +185,7 @@ def backward(logits: Any, at: Any) -> None:
 
     with torch.no_grad():
         gradient = torch.softmax(logits.float(), -1)
-        labels = draw(gradient, at)
+        labels = text.draw(gradient, at)
         gradient[torch.arange(len(labels)), labels] -= 1  # the derivative is known: no second softmax
     logits.backward(gradient.to(logits.dtype))
 
@@ -210,16 +207,14 @@ def leaves(model: Any) -> Any:
             hook.remove()
 
 
-def whole(
-    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
-) -> None:
+def whole(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
     """Calibrate with one pass of the whole model, in float32, for each sequence; nothing is kept in between."""
     import torch
 
     for p in model.parameters():
         p.requires_grad_(False)
     tokens = torch.from_numpy(ids)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(text.SEED)
     folder.state.update(layers={}, steps=0)
     folder.commit(drop=lambda name: name != "ids.npy")
     given: dict[str, Any] = {"use_cache": False} if causal or model.config.is_encoder_decoder else {}
