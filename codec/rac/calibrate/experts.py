@@ -84,20 +84,14 @@ def settled(
     weights: Mapping[str, float],
     squares: Mapping[str, Array],
 ) -> Iterator[tuple[str, Array, Array | None]]:
-    """Second moments, summed over the rows seen, and sensitivities of the parameter and of each expert's matrix.
+    """(name, second moment, sensitivity) of the parameter, as `whole[]`, and of each expert's matrix.
 
-    An expert sees few tokens: its second moment goes towards the mean of all as if it had seen as many more of these as
-    the matrix has inputs, and what no token came to counts as if one had.
+    An expert sees few tokens: its second moment, which is summed over the rows seen, goes towards the mean of all as if
+    it had seen as many more of these as the matrix has inputs, and what no token came to counts as if one had.
 
-    Args:
-        whole: Name of the parameter.
-        rows: Seen by each expert.
-        sums: Weighted sums of x x^T (in, in) by the name of the expert's matrix, or of all by that of the parameter.
-        weights: The sums of the weights.
-        squares: Sums of squared gradients (out,) by the name of the expert's matrix; empty: not known.
-
-    Yields:
-        Name, second moment, sensitivity; the parameter first, as `whole[]`, with the sensitivities of all its experts.
+    `rows` are those seen by each expert, `sums` weighted sums of x x^T (in, in) by the name of its matrix, or of
+    all by that of the parameter, `weights` the sums of the weights, `squares` sums of squared gradients (out,) by the
+    name of the expert's matrix; empty: not known.
     """
     n = np.maximum(np.asarray(rows, np.float64), 1)
     mean: Array = functools.reduce(np.add, sums.values()) / np.float32(max(sum(weights.values()), 1e-30))

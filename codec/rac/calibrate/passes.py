@@ -199,12 +199,10 @@ def leaves(model: Any) -> Any:
             with contextlib.suppress(NotImplementedError, AttributeError):  # parts that read no tokens
                 tables.add(module.get_input_embeddings())
     tables.discard(None)
-    hooks = [t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)) for t in tables]
-    try:
+    with contextlib.ExitStack() as stack:
+        for t in tables:
+            stack.enter_context(t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def whole(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:

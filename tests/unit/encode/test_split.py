@@ -13,6 +13,7 @@ import pytest
 
 import rac
 from rac import cli
+from rac.align import pca
 from rac.calibrate.layers import Layer, Layers
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
@@ -27,7 +28,6 @@ from rac.encode.quantise import trellis as lossy
 from rac.encode.quantise.tensor import code, encode, encode_with_words
 from rac.encode.sources import from_arrays
 from rac.errors import BudgetError
-from rac.linalg.pca import pca
 from rac.native import trellis as native
 from rac.records import Limits
 from rac.registry import RECORD_OBJECT

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align import Pca, pca
 from rac.container import zstd
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
@@ -19,7 +20,6 @@ from rac.encode.sources import SourceTensor
 from rac.encode.split.objects import HARM, Array, basis_of, inverse, share_of
 from rac.errors import BudgetError
 from rac.linalg import exact
-from rac.linalg.pca import Pca, pca
 from rac.linalg.triangular import Triangular
 from rac.records import Limits
 from rac.split import low_rank

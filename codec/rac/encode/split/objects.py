@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align import Pca
 from rac.encode import record as rec
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
 from rac.encode.encoded import Encoded
@@ -17,7 +18,6 @@ from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
 from rac.grid import Box
 from rac.linalg import exact
-from rac.linalg.pca import Pca
 from rac.linalg.triangular import Triangular
 from rac.split import low_rank
 from rac.stages import products, trellis
