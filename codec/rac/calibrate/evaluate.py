@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.layers import Layer, Note, calibrate
+from rac.calibrate.layers import Layer, calibrate
+from rac.calibrate.text import Note
 from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.machine import room
 from rac.models.predictions import check, log_probabilities, loss, perplexity, quiet, windows

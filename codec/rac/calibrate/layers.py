@@ -23,12 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.calibrate.folder import DamagedError, Folder, file_digest
-from rac.calibrate.text import SEED, self_text_ids, sequences, text_ids
+from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
-
-Note = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
 
 _VERSION = 4
 """Version of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
@@ -102,13 +99,7 @@ def calibrate(
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
     if tokens < 1 or context < 1:
         raise ValueError("tokens and context must be at least 1")
-    settings = {
-        "version": _VERSION,
-        "tokens": tokens,
-        "context": context,
-        "fisher": fisher,
-        "seed": SEED,
-    }
+    settings = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher, "seed": SEED}
     digest = _digest(Path(path), text, settings)
     folder = Folder(cache, digest)
     tell = note or (lambda *_: None)
@@ -169,13 +160,7 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
 
 
 def _find(
-    path: str,
-    text: str | NDArray[np.int64] | None,
-    tokens: int,
-    context: int,
-    fisher: bool,
-    folder: Folder,
-    note: Note,
+    path: str, text: str | NDArray[np.int64] | None, tokens: int, context: int, fisher: bool, folder: Folder, note: Note
 ) -> None:
     """Do what is still to do, and write it into the folder."""
     try:

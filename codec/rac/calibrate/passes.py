@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,12 @@ from rac.calibrate import text
 from rac.calibrate.chain import TAIL, Chain, UnfitError, single
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
+from rac.calibrate.text import Note
 
 _ROWS = 2048
 """Tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are."""
 _CHUNK = 256
 """Positions whose logits are made at once."""
-
-Note = Callable[[str, int, int], None]
 
 
 def stream(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
@@ -95,13 +94,17 @@ class _Passes:
     def _read(self, kind: str, i: int, start: int, end: int) -> Any:
         import torch
 
-        return torch.from_numpy(self.folder.rows(f"{kind}-{i:04}.npy", start, end))
+        # a copy: a mapping that stays open would count as memory in use
+        return torch.from_numpy(np.array(self.folder.array(f"{kind}-{i:04}.npy")[start:end]))
 
     def _sink(self, kind: str, i: int) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
         return self.folder.sink(f"{kind}-{i:04}.npy", (*self.ids.shape, self.chain.width))
 
-    def _batches(self) -> list[tuple[int, int]]:
-        return [(a, min(a + self.batch, len(self.ids))) for a in range(0, len(self.ids), self.batch)]
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        for a in range(0, len(self.ids), self.batch):
+            b = min(a + self.batch, len(self.ids))
+            yield a, b
+            self._tell(b - a)
 
     def _save(self, found: Collector, tag: str) -> None:
         found.save(self.folder, tag, self.ids.numel())
@@ -113,7 +116,6 @@ class _Passes:
         with self._sink("hidden", 0) as append, inputs, torch.no_grad():
             for a, b in self._batches():
                 append(self.chain.start(self.ids[a:b]).numpy())
-                self._tell(b - a)
         self._save(inputs, "first")
 
     def _forward(self, i: int) -> None:
@@ -129,7 +131,6 @@ class _Passes:
                 if a == 0:
                     self.chain.same(i, out[0, -TAIL:])
                 append(out.numpy())
-                self._tell(b - a)
         self._save(inputs, f"{i:04}")
 
     def _end(self, n: int) -> None:
@@ -167,7 +168,6 @@ class _Passes:
                 hidden = self._read("hidden", i, a, b).requires_grad_(True)
                 self.chain.run(i, hidden).backward(self._read("gradient", i + 1, a, b))
                 append(hidden.grad.numpy())
-                self._tell(b - a)
         self._save(outputs, f"{i:04}")
 
     def _back(self, _: int) -> None:
@@ -175,7 +175,6 @@ class _Passes:
         with outputs, leaves(self.chain.model):
             for a, b in self._batches():
                 self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
-                self._tell(b - a)
         self._save(outputs, "first")
 
 

@@ -23,6 +23,8 @@ _TOKENIZERS = (
     "tekken.json",
     "sentencepiece.bpe.model",
 )
+Note = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
 SEED = 0
 """Seed of the text that a model writes, and of labels."""
 PIECE = 256
@@ -62,9 +64,7 @@ def sequences(ids: NDArray[np.int64], tokens: int, context: int) -> NDArray[np.i
     return ids[: count * context].reshape(count, context)
 
 
-def self_text_ids(
-    model: Any, tokens: int, context: int, folder: Folder, note: Callable[[str, int, int], None]
-) -> NDArray[np.int64]:
+def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: Note) -> NDArray[np.int64]:
     """Token ids (count, context) that a causal language model has drawn from its own predictions, at temperature 1.
 
     A sequence is several pieces; each begins with the begin-of-text token, or the end-of-text or padding one where

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rac.calibrate.layers import Note
+from rac.calibrate.text import Note
 from rac.encode.code.plan import CODER, LEVELS, SLICES, Level, tuned
 from rac.stages.lanes.parameters import MAX_LANES
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rac.calibrate.evaluate import Divergence
-from rac.calibrate.layers import Note
+from rac.calibrate.text import Note
 from rac.container import index
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
@@ -302,10 +302,7 @@ class Packer:
 
         # a shard may be finished
         found = resume.scan(contents.path, contents) if options.resume and "shard" in contents.header else None
-        if found and (found.files, len(found.digests)) == (
-            len(contents.files),
-            len(groups),
-        ):
+        if found and (found.files, len(found.digests)) == (len(contents.files), len(groups)):
             for group, digest in zip(groups, found.digests, strict=True):
                 done(group, digest)
             return len(groups)

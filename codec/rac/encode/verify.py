@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from rac.decode.attachments import forward_attachment
 from rac.decode.engine import RING
 from rac.decode.stream import Found, forward_tensors
 from rac.encode import ties
+from rac.encode.options import Progress
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError
 from rac.machine import threads_of
@@ -29,8 +29,6 @@ from rac.records import Record
 from rac.registry import RECORD_OBJECT
 from rac.stages.words import from_words
 from rac.tensor import check_digest, extra_of
-
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from rac.stages import trellis
 
 __all__ = ["dequantize", "quantize"]
 
-_MOST, _ZERO = 127, 128
+MOST, ZERO = 127, 128
 
 
 def quantize(
@@ -69,14 +69,13 @@ def quantize(
     plain, step = np.ascontiguousarray((x / by_row[:, None]).T[order]), by_col[order]
     live = step > 0
     deviation = float(np.sqrt(np.mean((plain[live] / step[live, None]) ** 2))) if live.any() else 1.0
-    k = np.arange(-_MOST, _MOST + 1)
+    k = np.arange(-MOST, MOST + 1)
     bits = (2 * k / max(deviation, 0.5)) ** 2 / (2 * math.log(2))  # of a Gaussian, but for a constant
     rate = (slope * bits).astype(np.float32).reshape(1, 1, -1)
-    rec = trellis.magnitudes(states, _ZERO)[_ZERO - _MOST : _ZERO + _MOST + 1].copy()
-    search = native.Search(states, trellis.CODES[states], len(x), rec, rate, 2.0 * _MOST)
+    search = native.Search(states, trellis.CODES[states], len(x), magnitudes(states), rate, 2.0 * MOST)
     found, _, far, coded = native.block(search, plain, plain.copy(), feed, step)
     if far.any():
-        raise ValueError(f"a value lies more than {2 * _MOST} steps from 0: choose a larger unit")
+        raise ValueError(f"a value lies more than {2 * MOST} steps from 0: choose a larger unit")
     if (zeros := np.flatnonzero(live & (coded < 0))).size:
         raise ValueError(f"column {order[zeros[0]]} holds nothing but zeros: give it the factor 0 in cols")
     integers = np.empty(x.shape, np.int8)
@@ -94,14 +93,14 @@ def dequantize(
     """
     k = np.asarray(integers)
     by_row, by_col = _steps(k.shape, unit, states, rows, cols)
-    if k.dtype.kind not in "iu" or (k.size and (k.min() < -_MOST or k.max() > _MOST)):
-        raise ValueError(f"integers must be -{_MOST} to {_MOST}")
+    if k.dtype.kind not in "iu" or (k.size and (k.min() < -MOST or k.max() > MOST)):
+        raise ValueError(f"integers must be -{MOST} to {MOST}")
     out = np.empty(k.shape, "<u4")
     none = np.zeros((0, 2), np.int64)
-    lists = trellis.Lists(trellis.magnitudes(states, _ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
-    words = np.ascontiguousarray((k.astype(np.int16) + _ZERO).astype(np.uint8))
+    lists = trellis.Lists(trellis.magnitudes(states, ZERO), by_row, by_col, none, np.zeros(0, "<u4"))
+    words = np.ascontiguousarray((k.astype(np.int16) + ZERO).astype(np.uint8))
     if k.size:
-        numbers = trellis.OpenTrellis(trellis.Trellis(states, _ZERO, 0, 0, (0, 0, 0, 0)), "F32", lists)
+        numbers = trellis.OpenTrellis(trellis.Trellis(states, ZERO, 0, 0, (0, 0, 0, 0)), "F32", lists)
         numbers.decode(words, Box(0, len(k), 0, k.shape[1]), out)
     return out.view(np.float32)
 
@@ -122,3 +121,8 @@ def _steps(
     if not (np.isfinite(by_row).all() and np.isfinite(by_col).all() and (by_row > 0).all() and (by_col >= 0).all()):
         raise ValueError("rows must be above 0, cols at least 0, both finite")
     return by_row.astype(np.float32), (unit * by_col).astype(np.float32)
+
+
+def magnitudes(states: int) -> NDArray[np.float32]:
+    """(2 MOST + 1,) those of the integers -MOST..MOST."""
+    return trellis.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TypeVar
 
 from rac.calibrate.evaluate import Divergence
-from rac.calibrate.layers import Note, calibrate, joined
+from rac.calibrate.layers import calibrate, joined
+from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
 from rac.encode.align.choose import choose

@@ -25,14 +25,13 @@ from rac.linalg import exact
 from rac.linalg.triangular import Triangular
 from rac.native import product
 from rac.native import trellis as native
+from rac.quantize import MOST, ZERO, magnitudes
 from rac.stages import trellis as trellis_stage
 from rac.stages.base import Context
 from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
 F32 = np.float32
-MOST = 127
-ZERO = 128
 LAMBDA = 0.35
 """Squared units that a bit is worth; best at every rate (docs/lossy.md)."""
 SCALAR = 0.35 / 3
@@ -125,7 +124,7 @@ def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
     """
     finer = float(exact.exp2(fine / 2))  # squares of the unit by which it is finer
     x = (_samples() * trellis_stage.power(np.array(q + fine)))[None]
-    rec, p = _magnitudes(states), _cells(q + fine, 1, states)
+    rec, p = magnitudes(states), _cells(q + fine, 1, states)
     for _ in range(4):
         rate = (-worth(states) * finer * exact.log2(p)).astype(F32).reshape(1, 1, -1)
         search = native.Search(states, trellis_stage.CODES[states], 1024, rec, rate, _far(states))
@@ -197,7 +196,7 @@ def quantise(
     order, feed = (np.arange(c), None) if recursion is None else (recursion.order, recursion.feed)
     plain = np.ascontiguousarray((w / row_unit[:, None]).T)
     plain, step = np.ascontiguousarray(plain[order]), step[order]
-    rec, low, corrections = _magnitudes(states), 0, np.zeros(0, np.int8)
+    rec, low, corrections = magnitudes(states), 0, np.zeros(0, np.int8)
     rate, fine, row = _rates(plain, step, states)
     lane = _lane(w.shape, effort.coder)
     search = native.Search(states, trellis_stage.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
@@ -252,11 +251,6 @@ def worth(states: int) -> float:
 def _far(states: int) -> float:
     """Units from which on a number is an outlier."""
     return 2.0 * MOST if states > 1 else MOST + 0.5
-
-
-def _magnitudes(states: int) -> NDArray[np.float32]:
-    """(2 MOST + 1,) those of the integers -MOST..MOST."""
-    return trellis_stage.magnitudes(states, ZERO)[ZERO - MOST : ZERO + MOST + 1].copy()
 
 
 def _columns(
