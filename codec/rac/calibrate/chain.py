@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rac.calibrate.moments import linears
@@ -46,8 +47,6 @@ def _patched(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def single(*modules: Any) -> Iterator[None]:
     """The modules' parameters and buffers in float32 for a while, in a copy that is dropped afterwards."""
-    import torch
-
     held = []
     try:
         for module in modules:
@@ -63,8 +62,6 @@ def single(*modules: Any) -> Iterator[None]:
 
 def close(a: Any, b: Any) -> bool:
     """Equal but for rounding, NaN where the other is NaN."""
-    import torch
-
     if a.shape != b.shape:
         return False
     scale = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 0.0
@@ -89,8 +86,6 @@ class Chain:
 
     def __init__(self, model: Any, causal: bool, ids: NDArray[np.int64]) -> None:
         """`ids` is a sequence (1, context) of the text."""
-        import torch
-
         self.model = model
         self._feed = {"use_cache": False} if causal else {}
         self._head = model.get_output_embeddings() if causal else None
@@ -109,8 +104,6 @@ class Chain:
         self._reference(tokens)
 
     def _lighten(self, lists: dict[str, list[Any]]) -> None:
-        import torch
-
         stay = {id(p) for blocks in lists.values() for b in blocks for p in b.parameters()}
         tables = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding)]
         stay |= {id(p) for m in (*tables, *([self._head] if self._head else [])) for p in m.parameters()}
@@ -152,8 +145,6 @@ class Chain:
 
     @staticmethod
     def _chained(calls: list[Any], blocks: list[Any], context: int) -> bool:
-        import torch
-
         if [c[0] for c in calls] != list(range(len(blocks))):
             return False
         before = _moved(calls[0][1], calls[0][2])
@@ -188,7 +179,6 @@ class Chain:
 
     def _whole(self, tokens: Any, blocks: list[Any]) -> Any:
         """The model's own run, blocks in float32 while they run, logits of the last positions only."""
-        import torch
 
         def forward(block: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with single(block):
@@ -252,8 +242,6 @@ class Chain:
 
     def batch(self, tokens: Any) -> int:
         """How many of the sequences `tokens` (n, context) a block takes at once: all, or one."""
-        import torch
-
         if len(tokens) > 1:
             with torch.no_grad(), single(self.blocks[0]), contextlib.suppress(RuntimeError, ValueError, IndexError):
                 hidden = self.start(tokens)

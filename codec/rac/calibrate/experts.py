@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 Array = NDArray[Any]
 
@@ -28,8 +31,6 @@ _NAME = re.compile(r"(.+)\.([^.]+)\[(\d*)\]")
 
 def experts(modules: Mapping[str, Any]) -> dict[str, Any]:
     """The modules that own fused parameters, by name: floating-point, (experts, ., .), more than one expert."""
-    from torch.nn.modules.conv import _ConvNd
-
     return {
         name: module
         for name, module in modules.items()
@@ -43,9 +44,6 @@ def _fused(p: Any) -> bool:
 
 def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextManager[Any]:
     """While it is open, `seen` is called for each product with an expert's matrix in the modules."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
     fused = [
         (f"{name}.{k}", p) for name, m in modules.items() for k, p in m.named_parameters(recurse=False) if _fused(p)
     ]
@@ -55,11 +53,9 @@ def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextM
     class Watching(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if func in products and len(args) > 1 and args[1].dim() == 2:
-                found = _expert(args[1], fused)
-                if found:
-                    name, number, count, turned = found
-                    seen(name, number, count, turned == (func is linear), args[0], out)
+            if func in products and len(args) > 1 and args[1].dim() == 2 and (found := _expert(args[1], fused)):
+                name, number, count, turned = found
+                seen(name, number, count, turned == (func is linear), args[0], out)
             return out
 
     return Watching() if fused else contextlib.nullcontext()
@@ -161,6 +157,4 @@ class Stored:
 
 def _bytes(row: Any) -> bytes:
     """Bytes of a row rounded to bfloat16: equal for two rows of wider types of which one was rounded from the other."""
-    import torch
-
     return row.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()  # type: ignore[no-any-return]

@@ -165,12 +165,12 @@ def _find(
     """Do what is still to do, and write it into the folder."""
     try:
         import transformers
+
+        from rac.calibrate import passes
+        from rac.calibrate.chain import UnfitError
     except ImportError as e:
         why = "calibration needs torch and transformers: pip install rac-codec[calibrate]"
         raise MissingDependencyError(why) from e
-    from rac.calibrate import passes
-    from rac.calibrate.chain import UnfitError
-
     try:
         config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as e:  # transformers raises whatever a broken file makes of it

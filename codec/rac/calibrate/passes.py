@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rac.calibrate import text
@@ -42,8 +43,6 @@ class _Passes:
     def __init__(
         self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note
     ) -> None:
-        import torch
-
         self.chain, self.causal, self.fisher, self.folder, self.note = chain, causal, fisher, folder, note
         self.ids = torch.from_numpy(ids)
         self.batch = chain.batch(self.ids[: max(1, _ROWS // ids.shape[1])])
@@ -92,8 +91,6 @@ class _Passes:
         return (kind, int(rest[:4])) not in reads
 
     def _read(self, kind: str, i: int, start: int, end: int) -> Any:
-        import torch
-
         # a copy: a mapping that stays open would count as memory in use
         return torch.from_numpy(np.array(self.folder.array(f"{kind}-{i:04}.npy")[start:end]))
 
@@ -110,8 +107,6 @@ class _Passes:
         found.save(self.folder, tag, self.ids.numel())
 
     def _start(self, _: int) -> None:
-        import torch
-
         inputs = Collector({} if self.fisher else self.chain.before, outputs=False)
         with self._sink("hidden", 0) as append, inputs, torch.no_grad():
             for a, b in self._batches():
@@ -119,8 +114,6 @@ class _Passes:
         self._save(inputs, "first")
 
     def _forward(self, i: int) -> None:
-        import torch
-
         inputs = Collector({} if self.fisher else self.chain.inside[i], outputs=False)
         with self._sink("hidden", i + 1) as append, inputs, single(self.chain.blocks[i]), torch.no_grad():
             for a, b in self._batches():
@@ -135,8 +128,6 @@ class _Passes:
 
     def _end(self, n: int) -> None:
         """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
-        import torch
-
         generator = torch.Generator().manual_seed(text.SEED)
         sink = self._sink("gradient", n) if self.fisher else contextlib.nullcontext()
         context = self.ids.shape[1]
@@ -180,8 +171,6 @@ class _Passes:
 
 def backward(logits: Any, at: Any) -> None:
     """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
-    import torch
-
     with torch.no_grad():
         gradient = torch.softmax(logits.float(), -1)
         labels = text.draw(gradient, at)
@@ -206,8 +195,6 @@ def leaves(model: Any) -> Any:
 
 def whole(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
     """Calibrate with one pass of the whole model, in float32, for each sequence; nothing is kept in between."""
-    import torch
-
     for p in model.parameters():
         p.requires_grad_(False)
     tokens = torch.from_numpy(ids)

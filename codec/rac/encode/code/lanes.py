@@ -15,8 +15,7 @@ from rac.encode.code import classes as clusters
 from rac.encode.code.plan import MANTISSA, Level, Plan, View, chunks
 from rac.encode.encoded import Bytes
 from rac.entropy import tables
-from rac.entropy.ans import Models
-from rac.entropy.interleave import merge
+from rac.entropy.ans import Models, merge
 from rac.grid import Grid, up16
 from rac.registry import DTYPES
 from rac.stages.lanes import layout
