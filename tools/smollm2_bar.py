@@ -95,7 +95,7 @@ def main() -> None:
                 if layers is None:
                     recipe = rcp.data_free(groups, (), args.effort)
                 else:
-                    recipe = rcp.calibrated(groups, layers, (), args.effort, damp)
+                    recipe = rcp.calibrated(groups, layers, (), args.effort, sample=rcp.Sample(damp))
                 recipe = budget.solve(groups, recipe, Budget(bits=bits), 2)
                 done = pack_source(source, path, recipe=recipe, jobs=2, force=True)
                 seconds = time.perf_counter() - start

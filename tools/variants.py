@@ -79,11 +79,10 @@ def main() -> None:
         found: Mapping[str, Layer] = joined([layers_of(name) for name in names])
         options = {k: float(v) for k, v in (change.split("=") for change in changes)}
         found = shrunk(found, options.pop("diagonal", 0.0))
-        damp, strength = options.pop("damp", rcp.DAMP), options.pop("strength", rcp.STRENGTH)
-        trust = options.pop("trust", rcp.TRUST)
+        sample = rcp.Sample(**{k: options.pop(k) for k in ("damp", "strength", "trust") if k in options})
         if options:
             parser.error(f"unknown: {', '.join(options)}")
-        recipe = rcp.calibrated(groups, found, (), args.effort, damp, strength, trust=trust)
+        recipe = rcp.calibrated(groups, found, (), args.effort, sample=sample)
         recipe = budget.solve(groups, recipe, Budget(bits=args.bits), 2)
         with tempfile.TemporaryDirectory() as temporary:
             done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)

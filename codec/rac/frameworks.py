@@ -27,7 +27,7 @@ _NUMPY = {
     "F4": "u1",
 }
 _ML = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
-_TORCH = {
+TORCH = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -84,7 +84,7 @@ def check_device(device: str) -> None:
 
 def torch_dtype(dtype: str) -> Any:
     """Return the torch dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
-    return getattr(torch_module(), _TORCH[dtype])
+    return getattr(torch_module(), TORCH[dtype])
 
 
 def numpy_dtype(dtype: str) -> Any:

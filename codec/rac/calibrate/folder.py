@@ -111,17 +111,16 @@ class Folder:
         head = io.BytesIO()
         described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(head, described)  # type: ignore[arg-type]
-        digest, size = Digest(), 0
+        digest = Digest()
         with self._renamed(name) as f:
 
             def write(data: bytes | memoryview) -> None:
-                nonlocal size
                 f.write(data)
                 digest.update(data)
-                size += len(data)
 
             write(head.getvalue())
             yield lambda piece: write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
+            size = f.tell()
         self._files[name] = [size, digest.value().hex()]
         self._checked.add(name)
 
@@ -151,10 +150,6 @@ class Folder:
         except (OSError, ValueError, EOFError) as e:
             raise DamagedError(f"damaged file in the calibration cache: {e}", file=str(self.path / name)) from e
         return found
-
-    def rows(self, name: str, start: int, end: int) -> NDArray[Any]:
-        """A copy of some rows: a mapping that stays open would count as memory in use."""
-        return np.array(self.array(name)[start:end])
 
     @contextlib.contextmanager
     def _renamed(self, name: str) -> Iterator[Any]:

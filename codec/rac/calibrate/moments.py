@@ -8,6 +8,7 @@ mercy of few tokens, docs/experiments.md).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -31,12 +32,8 @@ def linears(model: Any) -> dict[str, Any]:
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     modules = dict(model.named_modules())
-    found = {
-        name: module
-        for name, module in modules.items()
-        if is_linear(module) and module is not head and not name.endswith("lm_head")
-    }
-    return found | calibration_experts.experts(modules)
+    named = {name: m for name, m in modules.items() if m is not head and not name.endswith("lm_head")}
+    return {name: m for name, m in named.items() if is_linear(m)} | calibration_experts.experts(modules)
 
 
 class Collector:
@@ -61,10 +58,11 @@ class Collector:
         """Parameter of experts to how many there are."""
         self._turned: dict[str, bool] = {}
         """Parameter of experts to whether it is stored (experts, in, out)."""
-        self._hooks = [
-            m.register_forward_hook(self._hook(name)) for name, m in modules.items() if name not in self._experts
-        ]
         self._open = contextlib.ExitStack()
+        for name, m in modules.items():
+            if name not in self._experts:
+                hook = functools.partial(self._layer, name)
+                self._open.enter_context(m.register_forward_hook(hook))
 
     def __enter__(self) -> Collector:
         self._open.enter_context(calibration_experts.watch(self._experts, self._expert))
@@ -72,12 +70,10 @@ class Collector:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
-        for hook in self._hooks:
-            hook.remove()
         self._recent.clear()
 
-    def _hook(self, name: str) -> Any:
-        return lambda _, args, out: self._ran(name, name, args[0], out)
+    def _layer(self, name: str, _: Any, args: Any, out: Any) -> None:
+        self._ran(name, name, args[0], out)
 
     def _expert(self, whole: str, number: int, count: int, turned: bool, x: Any, out: Any) -> None:
         self._fused[whole], self._turned[whole] = count, turned
@@ -107,17 +103,13 @@ class Collector:
     def _add(self, name: str, rows: NDArray[np.float32]) -> None:
         with np.errstate(all="ignore"):  # not finite is told by the result
             product = rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
-            if name in self.second:
-                self.second[name] += product
-            else:
-                self.second[name] = product
+            self.second[name] = np.add(self.second[name], product, product) if name in self.second else product
 
     def _gradient(self, name: str, into: str, x: Any, gradient: Any) -> None:
         g = gradient.detach().float().reshape(-1, gradient.shape[-1])
         self._rows[name] = self._rows.get(name, 0) + g.shape[0]
         square = g.square()
-        squares = square.sum(0).double().numpy()
-        self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+        self.squares[name] = self.squares.get(name, 0.0) + square.sum(0).double().numpy()
         length = square.sum(1).sqrt().numpy()
         with np.errstate(all="ignore"):  # not finite is told by the result
             rows = x.float().reshape(-1, x.shape[-1]).numpy() * np.sqrt(length)[:, None]

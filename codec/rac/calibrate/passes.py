@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from rac.calibrate import text
 from rac.calibrate.chain import TAIL, Chain, UnfitError, single
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
-from rac.calibrate.text import draw
+from rac.calibrate.text import Note
 
 _ROWS = 2048
 """Tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are."""
 _CHUNK = 256
 """Positions whose logits are made at once."""
 
-Note = Callable[[str, int, int], None]
 
-
-def stream(
-    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
-) -> None:
+def stream(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
     """Calibrate block by block; what is found is in the folder's state, one commit for each finished step.
 
     Hidden states are kept as float32, not bfloat16: a block run again in the backward pass, or after an interruption,
@@ -36,21 +34,18 @@ def stream(
         chain = Chain(model, causal, ids[:1])
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
         raise UnfitError(f"its blocks cannot be told apart ({e})") from e
-    _Passes(chain, causal, ids, fisher, seed, folder, note).go()
+    _Passes(chain, causal, ids, fisher, folder, note).go()
 
 
 class _Passes:
     """Numbered steps: what comes before the blocks, the blocks, what comes after them, and back."""
 
     def __init__(
-        self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
+        self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note
     ) -> None:
-        import torch
-
-        self.chain, self.causal, self.fisher, self.seed, self.folder = chain, causal, fisher, seed, folder
+        self.chain, self.causal, self.fisher, self.folder, self.note = chain, causal, fisher, folder, note
         self.ids = torch.from_numpy(ids)
         self.batch = chain.batch(self.ids[: max(1, _ROWS // ids.shape[1])])
-        self.note = note
         n = len(chain.blocks)
         size = sum(p.numel() for p in chain.blocks[0].parameters())
         head = chain.head_size() if fisher else 0
@@ -96,32 +91,29 @@ class _Passes:
         return (kind, int(rest[:4])) not in reads
 
     def _read(self, kind: str, i: int, start: int, end: int) -> Any:
-        import torch
-
-        return torch.from_numpy(self.folder.rows(f"{kind}-{i:04}.npy", start, end))
+        # a copy: a mapping that stays open would count as memory in use
+        return torch.from_numpy(np.array(self.folder.array(f"{kind}-{i:04}.npy")[start:end]))
 
     def _sink(self, kind: str, i: int) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
         return self.folder.sink(f"{kind}-{i:04}.npy", (*self.ids.shape, self.chain.width))
 
-    def _batches(self) -> list[tuple[int, int]]:
-        return [(a, min(a + self.batch, len(self.ids))) for a in range(0, len(self.ids), self.batch)]
+    def _batches(self) -> Iterator[tuple[int, int]]:
+        for a in range(0, len(self.ids), self.batch):
+            b = min(a + self.batch, len(self.ids))
+            yield a, b
+            self._tell(b - a)
 
     def _save(self, found: Collector, tag: str) -> None:
         found.save(self.folder, tag, self.ids.numel())
 
     def _start(self, _: int) -> None:
-        import torch
-
         inputs = Collector({} if self.fisher else self.chain.before, outputs=False)
         with self._sink("hidden", 0) as append, inputs, torch.no_grad():
             for a, b in self._batches():
                 append(self.chain.start(self.ids[a:b]).numpy())
-                self._tell(b - a)
         self._save(inputs, "first")
 
     def _forward(self, i: int) -> None:
-        import torch
-
         inputs = Collector({} if self.fisher else self.chain.inside[i], outputs=False)
         with self._sink("hidden", i + 1) as append, inputs, single(self.chain.blocks[i]), torch.no_grad():
             for a, b in self._batches():
@@ -132,14 +124,11 @@ class _Passes:
                 if a == 0:
                     self.chain.same(i, out[0, -TAIL:])
                 append(out.numpy())
-                self._tell(b - a)
         self._save(inputs, f"{i:04}")
 
     def _end(self, n: int) -> None:
         """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
-        import torch
-
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(text.SEED)
         sink = self._sink("gradient", n) if self.fisher else contextlib.nullcontext()
         context = self.ids.shape[1]
         # what an encoder has behind its blocks may look at the whole sequence
@@ -170,7 +159,6 @@ class _Passes:
                 hidden = self._read("hidden", i, a, b).requires_grad_(True)
                 self.chain.run(i, hidden).backward(self._read("gradient", i + 1, a, b))
                 append(hidden.grad.numpy())
-                self._tell(b - a)
         self._save(outputs, f"{i:04}")
 
     def _back(self, _: int) -> None:
@@ -178,17 +166,14 @@ class _Passes:
         with outputs, leaves(self.chain.model):
             for a, b in self._batches():
                 self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
-                self._tell(b - a)
         self._save(outputs, "first")
 
 
 def backward(logits: Any, at: Any) -> None:
     """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
-    import torch
-
     with torch.no_grad():
         gradient = torch.softmax(logits.float(), -1)
-        labels = draw(gradient, at)
+        labels = text.draw(gradient, at)
         gradient[torch.arange(len(labels)), labels] -= 1  # the derivative is known: no second softmax
     logits.backward(gradient.to(logits.dtype))
 
@@ -202,24 +187,18 @@ def leaves(model: Any) -> Any:
             with contextlib.suppress(NotImplementedError, AttributeError):  # parts that read no tokens
                 tables.add(module.get_input_embeddings())
     tables.discard(None)
-    hooks = [t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)) for t in tables]
-    try:
+    with contextlib.ExitStack() as stack:
+        for t in tables:
+            stack.enter_context(t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def whole(
-    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, seed: int, folder: Folder, note: Note
-) -> None:
+def whole(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
     """Calibrate with one pass of the whole model, in float32, for each sequence; nothing is kept in between."""
-    import torch
-
     for p in model.parameters():
         p.requires_grad_(False)
     tokens = torch.from_numpy(ids)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(text.SEED)
     folder.state.update(layers={}, steps=0)
     folder.commit(drop=lambda name: name != "ids.npy")
     given: dict[str, Any] = {"use_cache": False} if causal or model.config.is_encoder_decoder else {}

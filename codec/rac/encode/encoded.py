@@ -78,12 +78,7 @@ class Encoded:
         return record_size(wire.record_head(RECORD_TENSOR, 0, full, payload)[2], payload)
 
     def write(self, writer: Writer, there: set[str]) -> Fidelity | None:
-        """Write the record behind the objects that are not there yet; returns the fidelity with the bytes written.
-
-        Args:
-            writer: The archive.
-            there: Names of its objects; those that are written are added.
-        """
+        """Write the record behind the objects that are not `there` yet; returns the fidelity with the bytes written."""
         size = self.size if self.fidelity else 0
         for o in self.objects:
             if o.name not in there:

@@ -7,6 +7,7 @@ inside it (docs/scaling.md). What a matrix becomes does not depend on where.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,8 +32,8 @@ def start(jobs: int, processes: bool = False) -> Executor:
     """Workers: threads, or with `processes` processes that are started anew and import only what they need."""
     if not processes:
         return ThreadPoolExecutor(jobs)
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-    return ProcessPoolExecutor(jobs, context, begin)
+    # a fork would copy locks that other threads hold
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin)
 
 
 @contextlib.contextmanager
@@ -67,16 +68,13 @@ def run(pool: Executor, work: Callable[..., T], jobs: Iterable[tuple[int, Sequen
     running: dict[Future[T], int] = {}
     try:
         with named():
-            for size, arguments in jobs:
+            for size, arguments in itertools.chain(jobs, [(math.inf, None)]):
                 while running and sum(running.values()) + size > limit:
                     for job in wait(running, return_when=FIRST_COMPLETED).done:
                         del running[job]
                         yield job.result()
-                running[pool.submit(work, *arguments)] = size
-            while running:
-                for job in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[job]
-                    yield job.result()
+                if arguments is not None:
+                    running[pool.submit(work, *arguments)] = int(size)
     finally:
         for job in running:
             job.cancel()

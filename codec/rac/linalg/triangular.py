@@ -94,11 +94,9 @@ LEAST = 1e-4
 
 
 def rows(second: NDArray[np.floating], shrink: float) -> Rows:
-    """The recursion for outputs whose gradients have second moment `second` (m, m), symmetric.
+    """The recursion for outputs whose gradients have second moment E[g g^T] (m, m), of any rank.
 
-    Args:
-        second: E[g g^T]. Need not have full rank.
-        shrink: Share of what lies off the diagonal that is taken for chance: the text is but a sample. Above 0.
+    A share `shrink`, above 0, of what lies off the diagonal is taken for chance: the text is but a sample.
     """
     g = np.asarray(second, np.float64)
     own = np.maximum(np.diag(g), max(np.diag(g).mean() * LEAST, 1e-30))

@@ -170,7 +170,7 @@ def test_super_weights_come_back_exactly(tmp_path):
     w[5, 7], w[100, 200] = 3000.0, -70000.0
     r, c = w.shape
     scales = lossy.Scales(np.zeros(r, np.int8), np.zeros(c, np.int8))
-    q = lossy.quantise(w, "F32", -1.5, scales, r, 256, 2)
+    q = lossy.quantise(w, "F32", -1.5, scales, lossy.Effort(256, 2))
     dense = q.dense.view(np.float32)
     assert (dense[5, 7], dense[100, 200]) == (3000.0, -70000.0)
     assert abs(dense - w).max() < 2
@@ -259,8 +259,8 @@ def test_rows_that_count_more_are_finer():
     sensitivity[:64] = 64.0
     layers = {"w": Layer(np.eye(128, dtype=np.float32), sensitivity)}
     less = tr.power(rcp.calibrated(groups, layers, (), "default").aligned["w"].scales.rows)
-    assert less[64] / less[0] == pytest.approx(8**rcp.TRUST, rel=0.1)
-    recipe = rcp.calibrated(groups, layers, (), "default", trust=1.0)
+    assert less[64] / less[0] == pytest.approx(8 ** rcp.Sample().trust, rel=0.1)
+    recipe = rcp.calibrated(groups, layers, (), "default", sample=rcp.Sample(trust=1.0))
     q = code(groups[0].tensor, budget.solve(groups, recipe, Budget(bits=4), 1)).quantised
     e = (q.dense.view(np.float32) - w) ** 2
     assert e[64:].mean() > 30 * e[:64].mean()

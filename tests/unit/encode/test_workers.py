@@ -49,8 +49,8 @@ def test_the_same_bytes(tmp_path):
     groups = ties.find(source.tensors)
     recipe = rcp.calibrated(groups, layers(folder), (), "fast")
     with workers.start(2, processes=True) as pool:
-        ours = budget.solve(groups, recipe, Budget(bits=3), 2, pool=pool)
-        done = pack_source(source, tmp_path / "p.rac", recipe=ours, jobs=2, pool=pool)
+        ours = budget.Search(groups, recipe, pool).meet(Budget(bits=3))
+    done = pack_source(source, tmp_path / "p.rac", recipe=ours, jobs=2, processes=True)
     theirs = budget.solve(groups, recipe, Budget(bits=3), 2)
     again = pack_source(source, tmp_path / "t.rac", recipe=theirs, jobs=3)
     assert ours.scale == theirs.scale

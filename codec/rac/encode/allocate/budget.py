@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rac.calibrate.layers import Note, calibrate, joined
+from rac.calibrate.evaluate import Divergence
+from rac.calibrate.layers import calibrate, joined
+from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
+from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, calibrated, data_free
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import DECIBELS, Budget, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words
-from rac.encode.split import objects as split
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
 from rac.stages.words import from_words
@@ -41,7 +40,7 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: No
     layers = found[0] if len(found) == 1 else joined(found)
     recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
-    recipe = split.choose(recipe, groups, rank, request.align, request.budget.expected)
+    recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     used = [
         {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
         for text, one in zip(texts, found, strict=True)
@@ -68,26 +67,8 @@ def size_of(e: Encoded, recipe: Recipe) -> int:
     return e.size + sum(o.size for o in e.objects if o.name in own)
 
 
-class Judge(Protocol):
-    """The model, whose weights can be replaced and whose predictions are compared with those of the original."""
-
-    def put(self, names: Sequence[str], w: NDArray[np.float32]) -> None:
-        """Replace the weights of a tensor, which has these names."""
-
-    def kl(self) -> float:
-        """Nats per token."""
-
-
-def _unknown() -> Any:
-    raise ValueError("this budget needs to know the whole file or the model")
-
-
-def solve(
-    groups: Sequence[ties.Group], recipe: Recipe, budget: Budget, jobs: int = 1, pool: Executor | None = None
-) -> Recipe:
-    """`Search.meet` by so many threads, or by a pool."""
-    if pool is not None:
-        return Search(groups, recipe, pool).meet(budget)
+def solve(groups: Sequence[ties.Group], recipe: Recipe, budget: Budget, jobs: int = 1) -> Recipe:
+    """`Search.meet` by so many threads, where the budget is of the tensors alone."""
     with workers.start(jobs) as threads:
         return Search(groups, recipe, threads).meet(budget)
 
@@ -105,22 +86,20 @@ class Search:
     """Gets what the quantised tensors are at the scale that was tried last; None: that is not wanted."""
     tried: int = 0
 
-    def meet(self, budget: Budget, rest: Callable[[], int] = _unknown, judge: Callable[[], Judge] = _unknown) -> Recipe:
+    def meet(
+        self, budget: Budget, rest: Callable[[], int] = int, judge: Callable[[], Divergence] | None = None
+    ) -> Recipe:
         """The recipe with the scale that meets a budget: real bytes from below, to half a percent.
 
-        Args:
-            budget: The budget.
-            rest: Gives the bytes of all that is not quantised, for a budget of the whole file.
-            judge: Gives what measures the model, for a divergence.
-
-        Raises:
-            BudgetError: No scale meets it.
+        `rest` gives the bytes of all that is not quantised, for a budget of the whole file, `judge` what measures the
+        model, for a divergence. BudgetError where no scale meets it.
         """
         if not self._mine:
             raise BudgetError("no tensor is large enough to be quantised, or --keep keeps them all")
         if budget.snr is not None:
             scale = self._snr(budget.snr)
         elif budget.kl is not None:
+            assert judge is not None  # noqa: S101
             scale = self._kl(budget.kl, judge())
         else:
             scale = self._bits(self._rate(budget, rest()) if budget.bits is None else budget.bits)
@@ -150,22 +129,19 @@ class Search:
             found = self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits")
             return 8 * sum(size_of(self._keep(e), self.recipe) for e in found) / self._weights
 
-        scale, got = _meet(rate, (bits * (1 - TOLERANCE), bits), 1.03 - bits, 1.0 if bits > 1 else 1.5)
-        if scale is None:
-            raise BudgetError(f"{bits:.3f} bits per weight cannot be met: the nearest is {got:.3f}")
-        return scale
+        goal, slope = (bits * (1 - TOLERANCE), bits), 1.0 if bits > 1 else 1.5
+        return _meet(rate, goal, 1.03 - bits, slope, f"{bits:.3f} bits per weight", "{:.3f}".format)
 
     def _snr(self, goal: float) -> float:
         def mean(scale: float) -> float:
             found = [self._keep(e).fidelity for e in self._at(scale, encode, f"{goal:g} dB")]
             return math.fsum(min(100.0, f.snr) for f in found if f) / len(found)
 
-        scale, got = _meet(mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS)
-        if scale is None:
-            raise BudgetError(f"{goal:g} dB cannot be met: the nearest is {got:.2f} dB")
-        return scale
+        return _meet(
+            mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS, f"{goal:g} dB", "{:.2f} dB".format
+        )
 
-    def _kl(self, nats: float, judge: Judge) -> float:
+    def _kl(self, nats: float, judge: Divergence) -> float:
         by_name = {g.tensor.name: g for g in self._mine}
 
         def loss(scale: float) -> float:
@@ -174,19 +150,15 @@ class Search:
                 judge.put((e.name, *(a for a, _ in group.aliases)), from_words(words, group.tensor.dtype))
             return -math.log2(max(judge.kl(), 1e-9))
 
-        least, most = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
-        scale, got = _meet(loss, (least, most), -2.0, 0.5)
-        if scale is None:
-            raise BudgetError(f"{nats:g} nats cannot be met: the nearest is {2**-got:.4f}")
-        return scale
+        goal = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
+        return _meet(loss, goal, -2.0, 0.5, f"{nats:g} nats", lambda got: f"{2**-got:.4f}")
 
     def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         """Results of the work on every quantised tensor at a scale, as they come."""
-        now = replace(self.recipe, scale=scale)
+        now, mine = replace(self.recipe, scale=scale), self._mine
         self.tried += 1
         if self.kept is not None:
             self.kept.clear()
-        mine = self._mine
         every = ((workers.need(g.tensor, now), (g, workers.only(now, g.tensor.name))) for g in mine)
         for i, result in enumerate(workers.run(self.pool, work, every, room()), 1):
             self.note(f"looking for the scale: {what}, pass {self.tried} at {scale:+.3f}", i, len(mine))
@@ -199,23 +171,27 @@ class Search:
 
 
 def _meet(
-    measure: Callable[[float], float], goal: tuple[float, float], scale: float, slope: float
-) -> tuple[float | None, float]:
-    """(a scale at which the measure, falling in it, is within the goal; or None, and what it is there)."""
-    middle = sum(goal) / 2
+    measure: Callable[[float], float],
+    goal: tuple[float, float],
+    scale: float,
+    slope: float,
+    what: str,
+    say: Callable[[float], str],
+) -> float:
+    """A scale at which the measure, falling in it, is within the goal; BudgetError where there is none."""
     low, high = -math.inf, math.inf  # coarser than `low`, finer than `high`
     for _ in range(16):
         got = measure(scale)
         if goal[0] <= got <= goal[1]:
-            return scale, got
+            return scale
         if got > goal[1]:
             low = max(low, scale)
         else:
             high = min(high, scale)
-        step = scale + (got - middle) * slope
+        step = scale + (got - sum(goal) / 2) * slope
         if not low < step < high:
             step = (low + high) / 2 if math.isfinite(low + high) else step
         if abs(step) > 80 or abs(step - scale) < 1e-5:
             break
         scale = step
-    return None, got
+    raise BudgetError(f"{what} cannot be met: the nearest is {say(got)}")

@@ -50,23 +50,12 @@ def code_length(counts: NDArray[Any], weight: int = 1) -> Counts:
     done = native.code_length(np.ascontiguousarray(c).reshape(-1, c.shape[-1]), _FRACTION, weight)
     if done is not None:
         return done.reshape(c.shape[:-1])
-    total = c.sum(-1)
-    data = total * log2(total) - (c * log2(c)).sum(-1)
-    out: Counts = data + weight * table_length(c, total)
-    return out
-
-
-def table_length(c: Counts, total: Counts) -> Counts:
-    """About the bits (in units) of the table in the file: noise of a count is its root, in 12-bit frequencies."""
+    total: Counts = c.sum(-1)
+    # the table in the file: noise of a count is its root, in 12-bit frequencies
     share = 1 + c * 4096 // np.maximum(1, total)[..., None]
-    out: Counts = UNIT * 3 // 2 * c.shape[-1] + (log2(share) // 2).sum(-1)
+    table: Counts = UNIT * 3 // 2 * c.shape[-1] + (log2(share) // 2).sum(-1)
+    out: Counts = total * log2(total) - (c * log2(c)).sum(-1) + weight * table
     return out
-
-
-def _lengths(agg: Counts) -> NDArray[np.float64]:
-    """(K, G * S) code length of a symbol under each class, from the classes' counts (K, G, S)."""
-    total = 16 * agg.sum(-1, keepdims=True) + agg.shape[-1]
-    return (log2(total) - log2(16 * agg + 1)).reshape(len(agg), -1).astype(np.float64)
 
 
 def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
@@ -85,7 +74,9 @@ ONE_THREAD = 1 << 18
 
 def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint8]:
     """Cheapest class of each vector of `hist` (n, G, S) given the classes' counts (K, G, S) and sizes (K,)."""
-    cost = _lengths(agg).T.copy()
+    total = 16 * agg.sum(-1, keepdims=True) + agg.shape[-1]
+    # code length (G * S, K) of a symbol under each class
+    cost = (log2(total) - log2(16 * agg + 1)).reshape(len(agg), -1).astype(np.float64).T.copy()
     bias = (log2(np.maximum(1, members.sum())) - log2(np.maximum(1, members))).astype(np.float64)
     flat = hist.reshape(len(hist), -1)
     out = np.empty(len(flat), np.uint8)
@@ -135,9 +126,7 @@ def cluster(
         classes = new
         agg = count(classes)
     groups = join(agg, np.bincount(classes, minlength=k), weight)
-    kept = int(groups.max()) + 1
-    classes = groups[classes]
-    return classes, sum_groups(agg, groups, kept)
+    return groups[classes], sum_groups(agg, groups, int(groups.max()) + 1)
 
 
 def _mean(hist: NDArray[Any]) -> Counts:
@@ -168,10 +157,6 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
     if not alive.any():
         return np.zeros(k, np.uint8)
     groups[~alive] = int(np.flatnonzero(alive)[0])
-
-    def of_list(m: Counts) -> Counts:
-        return -(m * log2(m))  # up to a constant: n log n - sum m log m
-
     if native.join(agg, size, alive, groups, _FRACTION, weight):
         return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
     own = code_length(agg, weight).sum(-1)
@@ -180,11 +165,10 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
     def update(i: int) -> None:
         other = np.flatnonzero(alive)
         other = other[other != i]
-        both = code_length(agg[other] + agg[i], weight).sum(-1)
-        lists = of_list(size[other]) + of_list(size[i : i + 1]) - of_list(size[other] + size[i])
-        g = own[other] + own[i] - both + lists
-        low, high = np.minimum(other, i), np.maximum(other, i)
-        gain[low, high] = g
+        both, members = code_length(agg[other] + agg[i], weight).sum(-1), size[other] + size[i]
+        # the list is n log n - sum m log m long
+        lists = members * log2(members) - size[other] * log2(size[other]) - size[i] * log2(size[i : i + 1])
+        gain[np.minimum(other, i), np.maximum(other, i)] = own[other] + own[i] - both + lists
 
     for first in np.flatnonzero(alive):
         update(int(first))

@@ -131,11 +131,8 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid
     """Tiles as large as slices and the level allow: long lanes are small and fast."""
     rows, cols = matrix(dtype, shape, axis)
     d = DTYPES[dtype]
-    stored = (
-        rows
-        * cols
-        * (level.density or d.word * (0.7 if d.signed_float and d.word == 2 else 0.85 if d.signed_float else 1))
-    )
+    share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
+    stored = rows * cols * (level.density or d.word * share)
     parts = next(n for n, most in (COARSE if level.coarse else CUTS) if stored <= most)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
     tc = -(-tc // -(-tc // level.tile))
@@ -153,31 +150,23 @@ def chunks(grid: Grid) -> Iterator[tuple[int, int]]:
 
 
 class View:
-    """A tensor as coders look at it: read once or a few times, some MiB at a time.
+    """A tensor as coders look at it: read once or a few times, some MiB at a time."""
 
-    Attributes:
-        dtype: Data type of the tensor.
-        grid: How it is cut.
-        level: What is tried.
-        words: All of a small tensor, (R, C); None of a larger one.
-        digest: XXH3-128 of its words.
-        sample: (1, n) words: all of a small tensor, or rows of eight places of a large one.
-        union: The OR of all words.
-    """
+    words: Array | None = None
+    """All of a small tensor, (R, C); None of a larger one."""
+    union = 0
+    """The OR of all words."""
 
     def __init__(self, source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> None:
         self.dtype, self.level, self.axis = dtype, level, axis_of(shape)
         self.grid = grid = grid_of(dtype, shape, self.axis, level)
         self._source = source
-        self.words: Array | None = None
-        signed = DTYPES[dtype].signed_float
-        self.mask = (1 << (8 * grid.word - signed)) - 1
+        self.mask = (1 << (8 * grid.word - DTYPES[dtype].signed_float)) - 1
         """Bits of a word without its sign."""
         # pairs of exponents need no more than these; their histogram is small and counted fast
         self.base = max(MANTISSA.get(dtype, 0) if level.per == 2 else 0, self.least_base)
         """Lowest bit that `hist` counts."""
         self.hist = np.zeros(65536, np.uint32)
-        self.union = 0
         digest = zstd.Digest()
         if self.total:
             for a, b in chunks(grid):
@@ -187,7 +176,9 @@ class View:
                 if b - a == grid.rows:
                     self.words = words
         self.digest = digest.value()
+        """XXH3-128 of all words."""
         self.sample = self._sample(SAMPLE[level.per]) if self.total else np.empty((1, 0), f"<u{grid.word}")
+        """(1, n) words: all of a small tensor, or rows of eight places of a large one."""
 
     @property
     def total(self) -> int:

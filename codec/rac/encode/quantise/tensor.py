@@ -14,8 +14,8 @@ from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import Recipe, matrix_of
-from rac.encode.code.plan import LEVELS, Plan
-from rac.encode.encoded import Bytes, Encoded, Fidelity, decoded
+from rac.encode.code.plan import LEVELS
+from rac.encode.encoded import Encoded, Fidelity, decoded
 from rac.encode.options import DECIBELS
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
@@ -30,14 +30,12 @@ SHAPED = 32
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """A quantised tensor and its units."""
+    """A quantised tensor."""
 
-    plan: Plan
     quantised: lossy.Quantised
     """By trellis/1: the tensor, or what the objects leave to it."""
-    units: list[Bytes]
     dtype: str
-    objects: tuple[split.Object, ...] = ()
+    objects: tuple[split.Object, ...]
     """What a third stage computes with."""
 
     @property
@@ -47,16 +45,14 @@ class Coded:
 
 
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
-    """Quantise and code a tensor of the recipe."""
-    a = recipe.aligned[t.name]
+    """Quantise a tensor of the recipe."""
+    a, effort = recipe.aligned[t.name], recipe.effort
     w, dtype, objects = split.before(t, recipe)
-    lane = split.lane_of(w.shape, recipe.coder)
-    below = a.below()
-    states = recipe.states if below is None else SHAPED
-    q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below)
-    del w, below
-    plan, units = split.coded(q, recipe.coder)
-    return Coded(plan, q, units, t.dtype, objects)
+    below = None if (rows := a.rows()) is None else rows.feed
+    if below is not None:
+        effort = replace(effort, states=SHAPED)
+    q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, effort, a.columns(), below)
+    return Coded(q, t.dtype, objects)
 
 
 def encode(group: ties.Group, recipe: Recipe, measured: bool = True) -> Encoded:
@@ -79,22 +75,14 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     start, t = time.perf_counter(), group.tensor
     a, coded = recipe.aligned[t.name], code(t, recipe)
     dense, q = coded.dense, coded.quantised
+    plan, units = q.coded()
     uses = tuple(o.encoded.name for o in coded.objects)
-    behind = rec.Behind(
-        q.trellis,
-        zstd.digest(dense.reshape(-1).view(np.uint8).data),
-        ties.digest(t),
-        split.product_of(coded.objects),
-        uses,
-        a.name,
-    )
-    units: list[Bytes] = [bytes(unit) for unit in coded.units]
+    digest = zstd.digest(dense.reshape(-1).view(np.uint8).data)
+    behind = rec.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
     objects = (*(o.encoded for o in coded.objects), *rec.matrix_of(t, LEVELS["default"]))
-    fidelity = Fidelity(
-        t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, time.perf_counter() - start
-    )
-    head, row = rec.head(group, coded.plan, behind), rec.fields(group, coded.plan, units, behind)
-    return Encoded(head, units, row, objects, fidelity), dense
+    seconds = time.perf_counter() - start
+    fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, seconds)
+    return rec.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
 
 
 def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:

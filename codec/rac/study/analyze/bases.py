@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align import Pca, pca
 from rac.errors import SourceError
 from rac.linalg import hadamard
-from rac.linalg.pca import Pca, pca
 from rac.linalg.triangular import Triangular, damped, triangular
 
 Array = NDArray[Any]
