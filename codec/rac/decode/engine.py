@@ -250,10 +250,16 @@ class Cpu:
                 job.give()
 
     def _hand_out(self, more: Callable[[], bool]) -> Iterator[Loaded]:
-        """The tensors in work, in order, while `more()`; each is waited for."""
+        """The tensors in work that are not damaged, in order, while `more()`; each is waited for."""
         while self._waiting and more():
-            if (p := self._pop()) is not None:
+            p = self._waiting[0]
+            self._wait(p)
+            self._waiting.popleft()
+            self._held -= p.item.t.nbytes
+            if p.error is None:
                 yield p.release()
+            elif self._damaged is not None:
+                note(self._damaged, p.item.t, p.error)
 
     def _due(self) -> bool:
         """Whether the first tensor in work is done, or those that wait behind it hold too much memory."""
@@ -265,7 +271,10 @@ class Cpu:
         p = _Pending(item)
         with InFile(item.file, repr(item.t.name)):
             try:
-                self._tiles(p, item)
+                dec = _Later(partial(Decoder, item.t, first_units(item), self.reference, item.objects()))
+                p.out = empty(item.t)
+                for band in item.t.bands():
+                    self._band(p, dec, band, p.out)
             except (TruncatedError, SourceError):
                 raise
             except RacError as e:
@@ -279,12 +288,6 @@ class Cpu:
         if item.t.record.type == RECORD_OBJECT:
             self._wait(p)
             item.keep(p.out if p.error is None else None)
-
-    def _tiles(self, p: _Pending, item: Item) -> None:
-        dec = _Later(partial(Decoder, item.t, first_units(item), self.reference, item.objects()))
-        p.out = empty(item.t)
-        for band in item.t.bands():
-            self._band(p, dec, band, p.out)
 
     def _band(self, p: _Pending, dec: _Later, band: Band, out: Array) -> None:
         """Take in the tiles of a band, and the product behind them."""
@@ -353,15 +356,3 @@ class Cpu:
                     raise
                 p.error = p.error or e
         p.jobs.clear()
-
-    def _pop(self) -> _Pending | None:
-        """The first tensor, None where it is damaged."""
-        p = self._waiting[0]
-        self._wait(p)
-        self._waiting.popleft()
-        self._held -= p.item.t.nbytes
-        if p.error is None:
-            return p
-        assert self._damaged is not None  # noqa: S101
-        note(self._damaged, p.item.t, p.error)
-        return None
