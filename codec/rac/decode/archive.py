@@ -31,8 +31,6 @@ from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import Tensor
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.rac$")
-
-
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -117,22 +115,22 @@ class RacFile:
             self.archives = open_archives(path, limits)
         else:
             self.archives = [Archive(_access(path), limits)]
-        self._tensors: dict[str, tuple[Archive, Entry]] = {}
-        self._files: dict[str, tuple[Archive, Entry]] = {}
         try:
-            for archive in self.archives:
-                for name, entry in entries_by_name(archive.index).items():
-                    if name in self._tensors:
-                        raise FormatError(f"tensor {name!r} is in two shards", file=archive.access.name)
-                    self._tensors[name] = (archive, entry)
-                for entry in archive.index.entries:
-                    if entry.type == RECORD_ATTACHMENT:
-                        if entry.name in self._files:
-                            raise FormatError(f"attachment {entry.name!r} is in two shards", file=archive.access.name)
-                        self._files[entry.name] = (archive, entry)
+            self._tensors = self._named("tensor", lambda archive: entries_by_name(archive.index))
+            self._files = self._named("attachment", _attached)
         except BaseException:
             self.close()
             raise
+
+    def _named(self, what: str, names: Callable[[Archive], dict[str, Entry]]) -> dict[str, tuple[Archive, Entry]]:
+        """Where everything of a kind is, by name; FormatError where a name is in two shards."""
+        out: dict[str, tuple[Archive, Entry]] = {}
+        for archive in self.archives:
+            for name, entry in names(archive).items():
+                if name in out:
+                    raise FormatError(f"{what} {name!r} is in two shards", file=archive.access.name)
+                out[name] = archive, entry
+        return out
 
     def __enter__(self) -> RacFile:
         """The file itself."""
@@ -198,19 +196,17 @@ class RacFile:
         With `t = f.online(name)` the layer computes `f.get_tensor(name) @ t.apply(x)`; `t.fold` gives the weight of a
         layer without it. Reads the head of the record, and an object where there is one.
         """
-        archive, entry = self._find(self._tensors, name, "tensor")
-        record = archive.record(entry)
-        with InFile(archive.access.name, repr(name)):
-            t = random.parse(archive, record)
-        return random.transform(archive, t)
+        return random.transform(*self._parsed(name))
 
     def get_slice(self, name: str) -> Slice:
         """A lazy view: `f.get_slice(n)[10:20, :]` reads and decodes only the tiles that it needs."""
+        return Slice(*self._parsed(name), self._framework, self._device)
+
+    def _parsed(self, name: str) -> tuple[Archive, Tensor]:
         archive, entry = self._find(self._tensors, name, "tensor")
         record = archive.record(entry)
         with InFile(archive.access.name, repr(name)):
-            t = random.parse(archive, record)
-        return Slice(archive, t, self._framework, self._device)
+            return archive, random.parse(archive, record)
 
     @property
     def decoder(self) -> str:
@@ -237,6 +233,10 @@ class RacFile:
         if self._damaged:
             raise DamagedError(self._damaged, file=self.archives[0].access.name)
         return {name: out[name] for name in self._tensors}
+
+
+def _attached(archive: Archive) -> dict[str, Entry]:
+    return {e.name: e for e in archive.index.entries if e.type == RECORD_ATTACHMENT}
 
 
 def _access(source: Any) -> Access:

@@ -19,7 +19,7 @@ from rac.container.feed import Feed, Memory, RangeRing, StreamRing
 from rac.container.forward import Forward
 from rac.decode.archive import open_access
 from rac.decode.attachments import forward_attachment
-from rac.decode.engine import RING, Cpu, Damaged, Engine, Item
+from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, take_units
 from rac.decode.gpu import engine_for
 from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError
 from rac.machine import threads_of
@@ -169,12 +169,12 @@ def open_feed(source: Any, engine: Engine) -> tuple[Feed, Callable[[], None]]:
         path = os.fspath(source)
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a named pipe, a device
             file = open(path, "rb", buffering=0)  # noqa: SIM115
-            return StreamRing(file, path, size, engine.allocate, engine.trace), file.close
+            return StreamRing(file, path, size, trace=engine.trace), file.close
         source = access = open_access(path)
-        return RangeRing(access, [(0, access.size)], size, engine.allocate, engine.trace), access.close
+        return RangeRing(access, [(0, access.size)], size, trace=engine.trace), access.close
     if hasattr(source, "read_into"):
-        return RangeRing(source, [(0, source.size)], size, engine.allocate, engine.trace), _nothing
-    return StreamRing(source, name, size, engine.allocate, engine.trace), _nothing
+        return RangeRing(source, [(0, source.size)], size, trace=engine.trace), _nothing
+    return StreamRing(source, name, size, trace=engine.trace), _nothing
 
 
 def _nothing() -> None:
@@ -229,12 +229,9 @@ def forward_items(forward: Forward, other: Callable[[Record], None] | None = Non
             continue
         with InFile(str(forward.name), repr(record.head.get("name"))):
             t = held.parse(record)
-
-        def take(i: int, n: int = 1, t: Tensor = t) -> Any:
-            return forward.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
-
         held.keep(t, None)
         late = partial(forward.feed.idle, record.payload_size)
+        take = partial(take_units, forward, t)
         yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t), late)
         forward.skip(record)
         if forward.feed.idle(HEAD):

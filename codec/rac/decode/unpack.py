@@ -29,23 +29,13 @@ GGUF_HEADER = "gguf.header"
 
 
 @dataclass
-class _Item:
-    """A tensor to write: its name, and where its bytes go."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-@dataclass
 class _Output:
     """One file to write."""
 
     path: str
     head: bytes = b""
-    items: dict[str, _Item] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Offset and size of the bytes of each tensor."""
     end: int = 0
     file: BinaryIO | None = None
 
@@ -107,13 +97,7 @@ def unpack(
 
 def safe_name(name: str) -> str:
     """The name of a file below the target folder; FormatError for one that leads out of it."""
-    parts = name.split("/")
-    if (
-        not name
-        or any(p in ("", ".", "..") for p in parts)
-        or any(c in name for c in "\\:\0")
-        or name.endswith(".part")
-    ):
+    if {"", ".", ".."} & set(name.split("/")) or set("\\:\0") & set(name) or name.endswith(".part"):
         raise FormatError(f"the file name {name!r} is not allowed")
     return name
 
@@ -172,46 +156,37 @@ def tensor_bytes(e: Entry) -> int:
 
 
 def _plan_safetensors(path: str, rows: list[tuple[str, Entry]], metadata: dict[str, str]) -> _Output:
-    out = _Output(path)
     head: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, e in rows:
         if name == "__metadata__":
             raise OutputError("a tensor has the name '__metadata__', which safetensors keeps for itself", file=path)
-        out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
         head[name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + _size(e)]}
         at += _size(e)
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    out.head = len(text).to_bytes(8, "little") + text
-    for item in out.items.values():
-        item.offset += len(out.head)
-    out.end = len(out.head) + at
-    return out
+    start = 8 + len(text)
+    places = {name: (start + head[name]["data_offsets"][0], _size(e)) for name, e in rows}
+    return _Output(path, len(text).to_bytes(8, "little") + text, places, start + at)
 
 
 def _plan_gguf(f: RacFile, path: str) -> _Output:
     out = _Output(path, f.attachment(GGUF_HEADER))
     align = f.metadata().get("gguf.alignment", "32")
     step = int(align) if align.isdecimal() and 0 < int(align) <= 1 << 20 else 32
-    order: list[tuple[int, str, Entry]] = []
-    for _, e in _tensors(f):
-        order += [(len(order), name, e) for name in (e.name, *(a for a, _ in e.aliases))]
-    where = {name: e for _, name, e in order}
-    at = len(out.head)
+    where = {name: e for _, e in _tensors(f) for name in (e.name, *(a for a, _ in e.aliases))}
+    out.end = len(out.head)
     for name in Provenance.of(f.archives[0].header, f.archives[0].access.name).gguf_order(where):
-        e = where[name]
-        out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
-        at += _size(e)
-        at += -at % step
-    out.end = at
+        out.places[name] = out.end, _size(where[name])
+        out.end += _size(where[name])
+        out.end += -out.end % step
     return out
 
 
 def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress | None) -> dict[str, str]:
     """Write all tensors; returns those whose layers need an online transform, and what that is."""
     online: dict[str, str] = {}
-    where = {name: o for o in outputs for name in o.items}
+    where = {name: o for o in outputs for name in o.places}
     try:
         for o in outputs:
             os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
@@ -224,10 +199,10 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
             for t, words in random.load(archive, entries, threads):
                 for name in (t.name, *(a for a, _ in t.aliases)):
                     o = where[name]
-                    item = o.items[name]
-                    if t.nbytes != item.size or o.file is None:
+                    offset, size = o.places[name]
+                    if t.nbytes != size or o.file is None:
                         raise FormatError("the record is not the one that the index names", unit=repr(name))
-                    o.file.seek(item.offset)
+                    o.file.seek(offset)
                     o.file.write(words.data.cast("B") if words.size else b"")
                     if t.online:
                         online[name] = describe(t.online, t.shape[1])

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
-from rac.container.zstd import xxh3
 from rac.decoder import Decoder
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.frameworks import torch_dtype, torch_module
@@ -119,14 +118,11 @@ class DeviceDecoder:
         """Take in a whole tensor, and return it; its content is there once the current stream has come so far.
 
         Args:
-            t: The tensor's record, parsed.
+            t: The tensor's record, parsed: the shape and data type of what is returned (F4: pairs).
             first: The units in front of the tiles.
             units: The tiles in order, bytes or uint8 arrays; used before the call returns.
             objects: The matrices that the tensor uses, float32: arrays, or torch tensors on the device.
             checked: Whether the checksums of the tiles were compared before.
-
-        Returns:
-            A torch tensor of the shape and data type of the record (F4: pairs) on the device.
 
         Raises:
             FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
@@ -172,8 +168,8 @@ class DeviceDecoder:
         with dec.at(i + t.first):
             if len(unit) != t.units[i + t.first].size:
                 raise FormatError("unit does not have the size that the record states")
-            if not checked and xxh3(unit.data) != t.units[i + t.first].check:
-                raise ChecksumError("checksum does not match")
+            if not checked:
+                dec.check(i + t.first, unit.data)
             return dec.coder.plain(unit, t.grid.box(i))
 
     def flush(self) -> None:

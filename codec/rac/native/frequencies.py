@@ -1,22 +1,23 @@
-"""Frequency tables of lanes/1, between their bytes, integers and look-up entries: C kernels, or numpy."""
+"""Frequency tables of lanes/1, between their bytes, integers and look-up entries, and what the encoder makes of counts.
+
+C kernels, or numpy: that of classes is in encode/code/classes.py, that of `golomb` in entropy/tables.py.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
 
-Array = NDArray[Any]
+Counts = NDArray[np.int64]
 
 
 def tables(data: bytes, out: NDArray[np.uint16], order: int) -> int:
     """Decode exp-Golomb frequency tables into `out` (T, n). 0 done, 1 bits missing or left over, 2 bad sum."""
     lib = library()
     if lib is not None:
-        return int(lib.rac_tables(data, len(data), out.shape[0], out.shape[1], order, out))
+        return int(lib.rac_tables(data, len(data), *out.shape, order, out))
     bits = "".join(f"{b:08b}" for b in data)
     at = 0
     for row in out:
@@ -42,13 +43,11 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
     out = np.empty((len(freq), 4096), np.uint32)
     lib = library()
     if lib is not None:
-        lib.rac_lookup(freq, freq.shape[0], freq.shape[1], np.ascontiguousarray(code), out)
+        lib.rac_lookup(freq, *freq.shape, np.ascontiguousarray(code), out)
         return out
     slot = np.arange(4096, dtype=np.uint32)
-    sym = code.astype(np.uint32)
     for k, f in enumerate(freq.astype(np.uint32)):
-        start = np.cumsum(f) - f
-        out[k] = np.repeat(sym | f << 20, f) | (slot - np.repeat(start, f)) << 8
+        out[k] = np.repeat(code | f << 20, f) | (slot - np.repeat(np.cumsum(f) - f, f)) << 8
     return out
 
 
@@ -58,10 +57,47 @@ def golomb(freq: NDArray[np.uint16], order: int, write: bool = True) -> tuple[in
     if lib is None:
         return None
     freq = np.ascontiguousarray(freq)
-    args = (freq, freq.shape[0], freq.shape[1], order)
-    bits = int(lib.rac_golomb(*args, None))
-    if not write:
-        return bits, b""
-    out = np.zeros((bits + 7) // 8, np.uint8)
-    lib.rac_golomb(*args, out)
+    bits = int(lib.rac_golomb(freq, *freq.shape, order, None))
+    out = np.zeros((bits + 7) // 8 * write, np.uint8)
+    if write:
+        lib.rac_golomb(freq, *freq.shape, order, out)
     return bits, out.tobytes()
+
+
+def code_length(counts: Counts, fraction: Counts, weight: int) -> Counts | None:
+    """Twin of encode.classes.code_length for contiguous (n, S) counts; None where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return None
+    out = np.empty(len(counts), np.int64)
+    lib.rac_code_length(counts, *counts.shape, fraction, weight, out)
+    return out
+
+
+def sum_classes(hist: NDArray[np.uint32], classes: NDArray[np.uint8], out: Counts) -> bool:
+    """Add contiguous vectors (n, G, S) to the counts of their classes (K, G, S); False without the C kernel."""
+    lib = library()
+    if lib is not None:
+        lib.rac_sum(hist, classes, len(hist), hist[0].size, out)
+    return lib is not None
+
+
+def log2(n: Counts, fraction: Counts) -> Counts | None:
+    """Twin of encode.classes.log2; None where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return None
+    n = np.ascontiguousarray(n)
+    out = np.empty(n.shape, np.int64)
+    lib.rac_log2(n, n.size, fraction, out)
+    return out
+
+
+def join(agg: Counts, size: Counts, alive: NDArray[np.bool_], groups: Counts, fraction: Counts, weight: int) -> bool:
+    """Twin of the loop of encode.classes.join, which works on its arguments; False where the C kernel is not there."""
+    lib = library()
+    if lib is not None:
+        k, g, s = agg.shape
+        own, gain, tmp = np.zeros(k, np.int64), np.empty((k, k), np.int64), np.empty((g, s), np.int64)
+        lib.rac_join(agg, size, alive, groups, own, gain, tmp, k, g, s, fraction, weight)
+    return lib is not None

@@ -38,8 +38,7 @@ def symbol_model(freq: NDArray[np.uint16], same: NDArray[np.uint8]) -> NDArray[n
     f = np.zeros((len(freq), 256), np.uint64)
     f[:, : freq.shape[1]] = freq
     start = np.cumsum(f, axis=1) - f
-    one = np.maximum(f, np.uint64(1))
-    reciprocal = np.where(f > 1, np.uint64(2**64 - 1) // one + np.uint64(1), np.uint64(0))
+    reciprocal = np.where(f > 1, np.uint64(2**64 - 1) // np.maximum(f, np.uint64(1)) + np.uint64(1), np.uint64(0))
     out = np.stack([reciprocal, start << np.uint64(12), np.uint64(1 << 24) - (f << np.uint64(12)), f], axis=2)
     return np.ascontiguousarray(np.take_along_axis(out, same.astype(np.int64)[:, :, None], axis=1))
 
@@ -49,16 +48,15 @@ def pair(sym: NDArray[np.uint8], sizes: NDArray[np.int64], table: NDArray[np.uin
 
     An odd last one is paired with symbol 0.
     """
-    out = np.empty(int(((sizes + 1) // 2).sum()), np.uint8)
     lib = library()
     if lib is not None:
+        out = np.empty(int(((sizes + 1) // 2).sum()), np.uint8)
         lib.rac_pairs(sym, sizes, len(sizes), table, out)
         return out
-    pieces, at = [], 0
-    for n in sizes.tolist():
-        even = np.append(sym[at : at + n], np.zeros(n % 2, np.uint8))
+    pieces = []
+    for part in np.split(sym, np.cumsum(sizes)[:-1]):
+        even = np.append(part, np.zeros(len(part) % 2, np.uint8))
         pieces.append(table[even[::2] | even[1::2] << np.uint8(4)])
-        at += n
     return np.concatenate(pieces)
 
 
@@ -67,9 +65,9 @@ def histogram(
 ) -> NDArray[np.uint32]:
     """(keys, size) counts of the symbols (R, C) of each key; the key of an element is row[r] + col[c]."""
     lib = library()
-    out = np.zeros((keys, size), np.uint32)
     if lib is not None:
-        lib.rac_hist(sym, sym.shape[0], sym.shape[1], row, col, size, out)
+        out = np.zeros((keys, size), np.uint32)
+        lib.rac_hist(sym, *sym.shape, row, col, size, out)
         return out
     flat = sym.astype(np.int64)
     flat += 0 if row is None else row.astype(np.int64)[:, None] * size
@@ -82,18 +80,14 @@ def count_segments(sym: NDArray[np.uint8], segments: Array, counts: NDArray[np.u
     lib = library()
     if lib is not None:
         lib.rac_count(sym, segments, len(segments), counts.shape[1], counts)
-        return
-    at = 0
-    for n, table in segments.tolist():
-        counts[table] += np.bincount(sym[at : at + n], minlength=counts.shape[1]).astype(np.uint32)
-        at += n
+    else:
+        np.add.at(counts, (np.repeat(segments[:, 1], segments[:, 0]), sym), 1)
 
 
 def find(sym: NDArray[np.uint8], segments: Array, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Places of the coded symbols whose flag under their table is set; `flags` (T, 256)."""
     lib = library()
-    if lib is not None:
-        out = np.empty(len(sym) + 1, np.int64)
-        return out[: lib.rac_find(sym, segments, len(segments), flags, out)].copy()
-    table = np.repeat(segments[:, 1], segments[:, 0])
-    return np.flatnonzero(flags[table, sym])
+    if lib is None:
+        return np.flatnonzero(flags[np.repeat(segments[:, 1], segments[:, 0]), sym])
+    out = np.empty(len(sym) + 1, np.int64)
+    return out[: lib.rac_find(sym, segments, len(segments), flags, out)].copy()

@@ -31,8 +31,8 @@ class Library:
         self.path = path
         free, brief = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         ours = layout()
-        theirs = (ctypes.c_int64 * (len(ours) + 1)).in_dll(free, "rac_layout")
-        for (name, number), found in zip([*ours, ("end", -1)], theirs, strict=True):
+        theirs = (ctypes.c_int64 * len(ours)).in_dll(free, "rac_layout")
+        for (name, number), found in zip(ours, theirs, strict=True):
             if number != found:
                 raise RacError(f"{path.name} is not of this version of rac ({name}): install it again")
         for name, (result, *arguments) in FUNCTIONS.items():

@@ -13,8 +13,6 @@ from rac.native.library import library
 from rac.native.prototypes import TileJob
 
 Array = NDArray[Any]
-
-
 TILE_ERRORS = (
     "",
     "tile streams do not fill the unit exactly",
@@ -45,15 +43,14 @@ def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumE
 
 
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:
-    """Coded symbols (n,) of one tile in sequence order, in numba.
+    """Coded symbols (n,) of one tile in sequence order, in numba; ChecksumError where a lane does not end in state 0.
 
     luts (T, 4096) uint32, words (W,) uint32 in the order of reading, counts (L,) uint16 words per lane with L <= 1024,
     segments (S, 2) int64 of (symbols, table). The caller has checked that counts sum to W and segments to n.
-    ChecksumError where a lane does not end empty in state 0.
     """
-    from rac.native.fallback import ans_decode as decode
+    from rac.native import fallback
 
     out = np.empty(n, np.uint8)
-    if decode(luts, words, counts, segments, out):
+    if fallback.ans_decode(luts, words, counts, segments, out):
         raise ChecksumError(TILE_ERRORS[4])
     return out

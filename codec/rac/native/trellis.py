@@ -12,32 +12,25 @@ from rac.errors import RacError
 from rac.native.library import library
 from rac.native.prototypes import Columns, Dequant, Quantiser, address
 
-Array = NDArray[Any]
-
+F32 = NDArray[np.float32]
 _SIZES = {"F32": 4, "BF16": 2}
 
 
 def dequant(rec: NDArray[np.float32], even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
     """What the words of a tensor stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
 
-    Args:
-        rec: (256,) magnitude of each word; the caller keeps it alive.
-        even: Whether it goes in equal steps.
-        code: (H0, H1).
-        zero: The word that stands for 0.
-        dtype: Data type of the elements.
+    `rec` (256,) are the magnitudes of words, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1),
+    `zero` the word that stands for 0, `dtype` that of the elements.
     """
     if library() is None or dtype not in _SIZES:
         return None
     return Dequant(address(rec), *code, zero, even, _SIZES[dtype])
 
 
-def decode(
-    words: NDArray[np.uint8], numbers: Dequant, cols: NDArray[np.float32], rows: NDArray[np.float32], dst: Array
-) -> None:
+def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst: NDArray[Any]) -> None:
     """Words (h, w), contiguous, which stand for `numbers`, to `dst` (h, w), unit column stride."""
     lib = library()
-    assert lib is not None  # noqa: S101 - the caller asked
+    assert lib is not None  # noqa: S101 - `dequant` asked
     lib.rac_untrellis(words, numbers, cols, rows, dst, np.empty(words.shape[1] + 31, np.uint16))
 
 
@@ -81,7 +74,7 @@ class Search:
         return Quantiser(
             *(self.states, *self.code, self.low, len(self.fine), len(self.rec) // 2, self.rate.shape[1], self.lag),
             self.lane,
-            *(address(a) for a in (self.rec, self.rate, self.fine, self.row, self.below, self._back)),
+            *map(address, (self.rec, self.rate, self.fine, self.row, self.below, self._back)),
             self.far,
         )
 
@@ -99,13 +92,7 @@ class Quantised(NamedTuple):
     """(n,) `Search.fine` of each column."""
 
 
-def block(
-    search: Search,
-    plain: NDArray[np.float32],
-    target: NDArray[np.float32],
-    feed: NDArray[np.float32],
-    step: NDArray[np.float32],
-) -> Quantised:
+def block(search: Search, plain: F32, target: F32, feed: F32, step: F32) -> Quantised:
     """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
 
     Args:
@@ -123,10 +110,9 @@ def block(
     if lib is None:
         raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
     n, m = target.shape
-    out = Quantised(
-        np.empty((n, m), np.int16), np.empty((n, m), np.float32), np.empty((n, m), np.uint8), np.empty(n, np.int8)
-    )
-    arrays = (plain, target, feed, step, *out)
-    if lib.rac_quantise(search._arguments(), Columns(n, m, feed.size // (n * n), *(address(a) for a in arrays))):
+    integers, values = np.empty((n, m), np.int16), np.empty((n, m), np.float32)
+    out = Quantised(integers, values, np.empty((n, m), np.uint8), np.empty(n, np.int8))
+    arrays = [address(a) for a in (plain, target, feed, step, *out)]
+    if lib.rac_quantise(search._arguments(), Columns(n, m, feed.size // (n * n), *arrays)):
         raise MemoryError
     return out

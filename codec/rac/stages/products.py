@@ -4,41 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import product
-from rac.stages.base import Head, only_id
-
-F32 = NDArray[np.float32]
-
-
-class _Product:
-    """What the two have in common: they have no parameters, and stand behind trellis/1."""
-
-    id: ClassVar[str]
-    behind: ClassVar[tuple[str, ...]] = ("trellis/1",)
-
-    @classmethod
-    def from_head(cls, head: Head) -> Self:
-        """The stage of a stage map; UnsupportedError where it has parameters."""
-        only_id(head)
-        return cls()
-
-    def to_head(self) -> Head:
-        """The stage map."""
-        return {"id": self.id}
+from rac.stages.base import F32, Product
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank(_Product):
+class LowRank(Product):
     """lowrank/1: the numbers plus a product A B of two thin matrices."""
 
     id: ClassVar[str] = "lowrank/1"
+    behind: ClassVar[tuple[str, ...]] = ("trellis/1",)
     objects: ClassVar[int] = 2
     column: ClassVar[tuple[str, Any]] = ("rank", 0)
     whole_rows: ClassVar[bool] = False
@@ -61,10 +42,11 @@ class LowRank(_Product):
 
 
 @dataclass(frozen=True, slots=True)
-class Basis(_Product):
+class Basis(Product):
     """basis/1: the numbers times a square matrix U, a basis of the columns."""
 
     id: ClassVar[str] = "basis/1"
+    behind: ClassVar[tuple[str, ...]] = ("trellis/1",)
     objects: ClassVar[int] = 1
     column: ClassVar[tuple[str, Any]] = ("basis", None)
     whole_rows: ClassVar[bool] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rac.native.linalg import cholesky
+from rac.native.product import cholesky
 
 
 def definite(n, seed=0):

@@ -146,8 +146,8 @@ def test_what_is_refused():
     bad("unknown", UnsupportedError, more=1)
     for states in (0, 2, 3, 512, True, "4"):
         bad("states", states=states)
-    bad("zero or low", zero=256)
-    bad("zero or low", low=-1)
+    bad("zero is out", zero=256)
+    bad("low is out", low=-1)
     for scale in (0x21800000 - 1, 0x5D800000 + 1, 0x7FC00000, -1):
         bad("scale", scale=scale)
     bad("sizes", sizes=[3, 4, 2])

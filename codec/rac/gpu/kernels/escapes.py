@@ -35,11 +35,8 @@ def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.con
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     symbols, first = work + tl.load(job + JOB.symbols), tl.load(job + JOB.first).to(tl.uint32)
     bases, data = (aux + tl.load(job + JOB.bases)).to(tl.pointer_type(tl.uint32)), units + tl.load(job + JOB.bytes)
-    count, limit, mark = (
-        tl.load(job + JOB.count).to(tl.int32),
-        tl.load(job + JOB.limit).to(tl.uint32),
-        status + tl.load(job + JOB.status),
-    )
+    count, limit = tl.load(job + JOB.count).to(tl.int32), tl.load(job + JOB.limit).to(tl.uint32)
+    mark = status + tl.load(job + JOB.status)
     places = (work + tl.load(job + JOB.places)).to(tl.pointer_type(tl.int32))
     if tl.load(mark) == 0:  # else there may be too few places
         for base in range(0, count, FORM.BLOCK):
@@ -73,12 +70,10 @@ def _add(aux, out, job, k, top, some, JOB: tl.constexpr, FORM: tl.constexpr):
     block = blocks + low * 4
     k -= tl.load(block)
     cols = tl.load(block + 3)
-    y = tl.load(
-        (aux + tl.load(job + JOB.rows)).to(tl.pointer_type(tl.int32)) + tl.load(block + 1) + k // cols, mask=some
-    )
-    x = tl.load(
-        (aux + tl.load(job + JOB.columns)).to(tl.pointer_type(tl.int32)) + tl.load(block + 2) + k % cols, mask=some
-    )
+    rows = (aux + tl.load(job + JOB.rows)).to(tl.pointer_type(tl.int32)) + tl.load(block + 1)
+    y = tl.load(rows + k // cols, mask=some)
+    columns = (aux + tl.load(job + JOB.columns)).to(tl.pointer_type(tl.int32)) + tl.load(block + 2)
+    x = tl.load(columns + k % cols, mask=some)
     word = (out + tl.load(job + JOB.words)).to(tl.pointer_type(TYPE)) + y * tl.load(job + JOB.stride) + x
     bits = top.to(tl.uint64) << tl.load(job + JOB.shift).to(tl.uint64)
     tl.store(word, tl.load(word, mask=some) | bits.to(TYPE), mask=some)

@@ -80,14 +80,10 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
             p2, p3 = tl.load(entries), tl.load(entries + step)
             entries += 2 * step
             seen |= a0 | a1 | a2 | a3 | b0 | b1 | b2 | b3
-            put(dst, _number(a0, p0), _number(b0, p0), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            put(dst, _number(a1, p1), _number(b1, p1), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            put(dst, _number(a2, p2), _number(b2, p2), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            put(dst, _number(a3, p3), _number(b3, p3), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
+            a, b, p = (a0, a1, a2, a3), (b0, b1, b2, b3), (p0, p1, p2, p3)
+            for y in tl.static_range(4):
+                put(dst, _number(a[y], p[y]), _number(b[y], p[y]), inside0, inside1, NUMBER, FORM.PAIRS)
+                dst += stride
         for _ in range(fours * 4, rest):
             a0, b0 = _codes(codes, inside1, FORM.PAIRS)
             p0 = tl.load(entries)

@@ -143,9 +143,9 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
         lut = (work + tl.load(job + JOB.tables)).to(tl.uint64)
     one = tl.full((FORM.BLOCK,), 1, tl.uint32)
     first = (index // FORM.SPAN * FORM.SPAN % 32).to(tl.uint32)
-    mine = (
-        (((one << (FORM.SPAN % 32)) - 1) << first) if FORM.SPAN < 32 else tl.full((FORM.BLOCK,), 0xFFFFFFFF, tl.uint32)
-    )
+    mine = tl.full((FORM.BLOCK,), 0xFFFFFFFF, tl.uint32)
+    if FORM.SPAN < 32:
+        mine = ((one << FORM.SPAN) - 1) << first
     below = ((one << (lane % 32).to(tl.uint32)) - 1) << first
     bit = one << index.to(tl.uint32) % 32
 

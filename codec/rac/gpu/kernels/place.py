@@ -89,18 +89,13 @@ def place(units, aux, work, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
             c = _word(units, planes, tops, symbols, more.to(tl.uint32) + rank, FORM)
             k = (more >> 32).to(tl.uint32)
             d = _word(units, planes, tops, symbols, k + rank, FORM)
-            tl.store(dst, a.to(TO), mask=inside)
-            dst += stride
-            tl.store(dst, b.to(TO), mask=inside)
-            dst += stride
-            tl.store(dst, c.to(TO), mask=inside)
-            dst += stride
-            tl.store(dst, d.to(TO), mask=inside)
-            dst += stride
+            four = (a, b, c, d)
+            for y in tl.static_range(4):
+                tl.store(dst, four[y].to(TO), mask=inside)
+                dst += stride
             rows += 2
         one = rows.to(tl.pointer_type(tl.uint32))
         for y in range(rest % 4):
-            k = tl.load(one + y) + rank
-            word = _word(units, planes, tops, symbols, k, FORM)
+            word = _word(units, planes, tops, symbols, tl.load(one + y) + rank, FORM)
             tl.store(dst, word.to(TO), mask=inside)
             dst += stride

@@ -36,16 +36,13 @@ def product(work, objects, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     if tl.program_id(1) // across * FORM.ROWS < h:
         # what lies outside is computed from what lies inside, and not stored
         row, col = tl.minimum(y, h - 1).to(tl.int64), tl.minimum(x, w - 1)
+        numbers = (work + tl.load(job + JOB.numbers)).to(tl.pointer_type(tl.float32))
+        numbers += row * tl.load(job + JOB.number_stride)
         if FORM.ADDED:
             a = (objects + tl.load(job + JOB.a)).to(tl.pointer_type(tl.float32)) + row * tl.load(job + JOB.a_stride)
-            start = (work + tl.load(job + JOB.numbers)).to(tl.pointer_type(tl.float32)) + row * tl.load(
-                job + JOB.number_stride
-            )
-            t = tl.load(start[:, None] + col[None, :])
+            t = tl.load(numbers[:, None] + col[None, :])
         else:
-            a = (work + tl.load(job + JOB.numbers)).to(tl.pointer_type(tl.float32)) + row * tl.load(
-                job + JOB.number_stride
-            )
+            a = numbers
             t = tl.zeros((FORM.ROWS, FORM.COLS), tl.float32)
         b = (objects + tl.load(job + JOB.b)).to(tl.pointer_type(tl.float32)) + col
         stride = tl.load(job + JOB.b_stride)

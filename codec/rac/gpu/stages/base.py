@@ -6,14 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rac.decoder import Decoder
-from rac.gpu.layout import PLACE_COLS, PLACE_ROWS, Batch, Call, Place, across, up
+from rac.gpu.layout import PLACE_COLS, PLACE_ROWS, Array, Batch, Call, Place, across, up
 from rac.grid import Box
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +40,7 @@ class Codes:
     at: int
     places: tuple[int, int] | None = None
     """Offsets of rows and columns of places, see `kernels/place.py`; None: row by row."""
-    words: NDArray[np.uint8] | None = None
+    words: Array | None = None
     """(256,) the word of each code; None: the codes are the words."""
 
 
@@ -72,12 +67,12 @@ class NumbersLayout(Protocol):
 class ProductLayout(Protocol):
     """Lays out the jobs of a product."""
 
-    def lay(self, band: Product, objects: Sequence[tuple[int, int]], to: Place) -> None:
+    def lay(self, band: Band, objects: Sequence[tuple[int, int]], to: Place) -> None:
         """Words of the tensor in their places; of each object, its offset in `objects` and numbers from row to row."""
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Band:
     """Whole rows of a tensor whose numbers are there, C from row to row."""
 
     batch: Batch
@@ -95,11 +90,10 @@ def by_row(coder: CoderLayout, opened: Any, tile: Tile) -> Codes:
     return Codes("work", at)
 
 
-def place(batch: Batch, to: Place, form: Mapping[str, int], shape: tuple[int, int], **fields: Any) -> None:
+def place(
+    tile: Tile, to: Place, form: Mapping[str, int], shape: tuple[int, int], planes: list[int], **fields: Any
+) -> None:
     """A job of the kernel `place`: `form` has WORD to CODED of it, `fields` is without words, stride, h and w."""
-    h, w = shape
-    planes = fields.pop("planes")
-    planes = [*planes, *[0] * (6 - len(planes))]
-    options = (*form.items(), ("ROWS", PLACE_ROWS), ("COLS", across(PLACE_COLS, w)))
-    call = Call("place", options, out=to.memory)
-    batch.add(call, words=to.at, stride=to.stride, h=h, w=w, planes=planes, **fields)
+    options = (*form.items(), ("ROWS", PLACE_ROWS), ("COLS", across(PLACE_COLS, shape[1])))
+    fields |= {"h": shape[0], "w": shape[1], "planes": planes + [0] * (6 - len(planes))}
+    tile.batch.add(Call("place", options, out=to.memory), words=to.at, stride=to.stride, **fields)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +12,10 @@ from rac.gpu.layout import DEEP, Batch, Call, Place, columns, power_of_two, up
 from rac.gpu.specs import WARP
 from rac.gpu.stages.base import Codes, Tile, by_row, place
 from rac.grid import Box, up16
+from rac.stages.base import Array
 from rac.stages.lanes import layout
 from rac.stages.lanes.opened import OpenLanes
 
-Array = NDArray[Any]
 TABLE = 4096 + 8 * 256
 """Bytes of a look-up table."""
 FOREVER = 1 << 30
@@ -31,11 +30,10 @@ class Lanes:
     def words(self, opened: OpenLanes, tile: Tile, to: Place) -> None:
         """Words in their places, the tops of those that escape added behind."""
         coded, p = _Coded(opened, tile), opened.p
-        form = {"WORD": tile.dec.tensor.grid.word, "SHIFT": p.shift, "SIGN": int(p.sign), "ZERO": p.zero}
-        form |= {"RAW": p.raw, "CODED": True}
+        form = {"WORD": tile.dec.tensor.grid.word, "SHIFT": p.shift, "SIGN": int(p.sign), "ZERO": p.zero, "RAW": p.raw}
         fields = {"rows": coded.places[0], "columns": coded.places[1], "tops": coded.tables.tops}
         planes = [tile.at + start for start in coded.parsed.planes]
-        place(tile.batch, to, form, tile.shape, **fields, symbols=coded.symbols, planes=planes)
+        place(tile, to, form | {"CODED": True}, tile.shape, **fields, symbols=coded.symbols, planes=planes)
         coded.add_escapes(to)
 
     def codes(self, opened: OpenLanes, tile: Tile, anywhere: bool) -> Codes:
@@ -50,8 +48,7 @@ class Lanes:
         return Codes("work", coded.symbols, coded.places, words)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tables:
+class _Tables(NamedTuple):
     """What all tiles of a tensor have in common: offsets in `work` and `aux`."""
 
     luts: int
@@ -59,8 +56,6 @@ class _Tables:
     bases: int
     entries: int
     """Codes are below; a power of two."""
-    order: NDArray[np.int64]
-    """Pairs of classes in the order in which their elements stand in a tile."""
 
 
 def _tables(batch: Batch, s: OpenLanes) -> _Tables:
@@ -69,44 +64,33 @@ def _tables(batch: Batch, s: OpenLanes) -> _Tables:
     starts[:, 0] = 0
     np.cumsum(s.freq, axis=1, out=starts[:, 1 : s.freq.shape[1] + 1])
     code = s.code ^ s.code >> 4 if s.p.per == 2 else s.code
-    luts, at = batch.room(len(starts) * TABLE), batch.put(starts)
-    each = np.arange(len(starts))
-    batch.add(
-        Call("tables", (("BLOCK", 2048),)),
-        starts=at + 4 * 257 * each,
-        codes=np.full(len(each), batch.put(np.append(code, np.zeros(256 - len(code), np.uint8)))),
-        table=luts + TABLE * each,
-    )
-    entries = power_of_two(max(16, int(code.max()) + 1))
-    order = np.argsort(s.table, axis=None, kind="stable")
-    return _Tables(luts, batch.put(s.values), batch.put(s.bases), entries, order)
+    luts, at, each = batch.room(len(starts) * TABLE), batch.put(starts), np.arange(len(starts))
+    codes = np.full(len(each), batch.put(np.append(code, np.zeros(256 - len(code), np.uint8))))
+    batch.add(Call("tables", (("BLOCK", 2048),)), starts=at + 4 * 257 * each, codes=codes, table=luts + TABLE * each)
+    return _Tables(luts, batch.put(s.values), batch.put(s.bases), power_of_two(max(16, int(code.max()) + 1)))
 
 
 class _Sequence:
     """Where the elements of a tile stand in its sequence: sorted by table, then by classes, then row by row."""
 
-    def __init__(self, s: OpenLanes, box: Box, order: NDArray[np.int64]) -> None:
-        r0, r1, c0, c1 = box
-        kr, kc = s.table.shape
-        row_class = np.zeros(r1 - r0, np.int64) if s.rows is None else s.rows[r0:r1].astype(np.int64)
-        col_class = np.zeros(c1 - c0, np.int64) if s.cols is None else s.cols[c0:c1].astype(np.int64)
-        self.row_list, row_rank, nr = _ranks(row_class, kr)
-        self.col_list, col_rank, nc = _ranks(col_class, kc)
-        sizes = (nr[:, None] * nc).reshape(-1)[order]
-        first = np.cumsum(sizes) - sizes
-        starts = np.empty(kr * kc, np.int64)
-        starts[order] = first
-        self.rows = np.zeros((kc, up(r1 - r0, DEEP)), np.uint32)
-        """Place of the first element of each row, for each class of columns."""
-        self.rows[:, : r1 - r0] = (starts.reshape(kr, kc)[row_class] + row_rank[:, None] * nc).T
-        self.columns = columns(col_rank | col_class << 24)
-        of_table = np.bincount(s.table.reshape(-1)[order], sizes).astype(np.int64)
-        self.segments = [(k, n) for k, n in enumerate(of_table.tolist()) if n]
+    def __init__(self, s: OpenLanes, box: Box) -> None:
+        order, h, w = s.order(box), box.r1 - box.r0, box.c1 - box.c0
+        self.row_list: Array = np.arange(h) if order.rows is None else order.rows
+        self.col_list: Array = np.arange(w) if order.cols is None else order.cols
+        self.segments = list(zip(order.segments[:, 1].tolist(), order.sizes.tolist(), strict=True))
         """(table, elements) in order."""
-        i, j = np.divmod(order, kc)
-        blocks = np.stack([first, (np.cumsum(nr) - nr)[i], (np.cumsum(nc) - nc)[j], nc[j]], axis=1)
-        self.blocks = blocks[sizes > 0].astype(np.int32)
+        _, a, b, c, d = order.blocks.T
+        first = np.cumsum((b - a) * (d - c)) - (b - a) * (d - c)
+        self.blocks = np.stack([first, a, c, d - c], axis=1).astype(np.int32)
         """Each pair of classes: place of its first element, of its row and column in the lists, columns."""
+        self.rows = np.zeros((s.p.cols, up(h, DEEP)), np.uint32)
+        """Place of the first element of each row, for each class of columns."""
+        ranks = np.empty(w, np.int64)
+        for at, r0, r1, c0, c1 in zip(*(v.tolist() for v in (first, a, b, c, d)), strict=True):
+            of = 0 if s.cols is None else int(s.cols[box.c0 + self.col_list[c0]])
+            self.rows[of, self.row_list[r0:r1]] = at + np.arange(r1 - r0) * (c1 - c0)
+            ranks[self.col_list[c0:c1]] = np.arange(c1 - c0) | of << 24
+        self.columns = columns(ranks)
 
 
 class _Coded:
@@ -120,7 +104,7 @@ class _Coded:
         p = s.p
         self.tables = batch.once((id(tile.dec), "lanes"), lambda: _tables(batch, s))
         self.parsed = layout.parse_tile(tile.unit, h * w, p)
-        self.sequence = _Sequence(s, tile.box, self.tables.order)
+        self.sequence = _Sequence(s, tile.box)
         self.symbols = batch.room(up(h * w + 4, 16))
         self.escaped = batch.room(4 * len(self.parsed.escapes))
         """Places of the elements that escape."""
@@ -137,15 +121,10 @@ class _Coded:
         options["ENTRIES"] = self.tables.entries
         states, taken = _states(self.parsed)
         pieces = _pieces(self.sequence.segments, p.lanes, p.per)
-        fields = {
-            "words": words + 4 * taken,
-            "tables": self.tables.luts,
-            "symbols": self.symbols,
-            "status": tile.status,
-        }
+        fields = {"words": words + 4 * taken, "tables": self.tables.luts, "symbols": self.symbols}
         fields |= {"states": batch.put(states), "pieces": batch.put(pieces), "rows": int(pieces[:-1, 0].sum())}
-        escapes = {"first": p.first_escape, "places": self.escaped, "escapes": len(self.parsed.escapes)}
-        batch.add(Call("lanes", tuple(options.items())), **fields, **escapes)
+        fields |= {"first": p.first_escape, "places": self.escaped, "escapes": len(self.parsed.escapes)}
+        batch.add(Call("lanes", tuple(options.items())), **fields, status=tile.status)
 
     def find_escapes(self, words: NDArray[np.uint8]) -> None:
         """Give the symbols that escape the codes of their tops; `words` (256,): the word of each code."""
@@ -204,12 +183,3 @@ def _pieces(segments: list[tuple[int, int]], lanes: int, per: int) -> NDArray[np
             out.append((1, -(-rest // per), rest, table))
     out.append((FOREVER, 0, 0, out[-1][3]))
     return np.array(out, np.int32)
-
-
-def _ranks(classes: NDArray[np.int64], k: int) -> tuple[Array, Array, Array]:
-    """Things sorted by class, stable; the rank of each in its class; and the number of each class."""
-    order = np.argsort(classes, kind="stable")
-    n = np.bincount(classes, minlength=k)
-    rank = np.empty(len(classes), np.int64)
-    rank[order] = np.arange(len(classes)) - np.repeat(np.cumsum(n) - n, n)
-    return order, rank, n

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import threading
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,12 @@ from rac.container import zstd
 from rac.entropy import tables
 from rac.errors import FormatError
 from rac.grid import Box, Grid
+from rac.stages.base import Array, OpenCoder
 from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import Lanes
 
-Array = NDArray[Any]
 
-
-class OpenLanes:
+class OpenLanes(OpenCoder):
     """The shared unit of a record: frequency tables, class of every row and column, class pair to table.
 
     Attributes:
@@ -36,32 +35,23 @@ class OpenLanes:
         limit: Tops are below it.
     """
 
-    def __init__(self, p: Lanes, word: int, freq: NDArray[np.uint16], table: NDArray[np.uint8]) -> None:
-        self.p, self.freq, self.table = p, freq, table
-        self.rows: NDArray[np.uint8] | None = None
-        self.cols: NDArray[np.uint8] | None = None
-        self.values, self.bases, self.code = p.values(), p.bases(), p.codes()
-        self.limit = 1 << min(16, 8 * word - p.zero - p.sign - p.shift)
-        self._word, self._reference = word, False
-        self._lut: NDArray[np.uint32] | None = None
-        self._kernel: LanesKernel | None = None
-        self._lock = threading.Lock()
-
-    @classmethod
-    def parse(cls, unit: bytes, p: Lanes, grid: Grid, reference: bool = False) -> Self:
-        """The shared unit of a tensor (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
+    def __init__(self, unit: bytes, p: Lanes, grid: Grid, reference: bool = False) -> None:
+        """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
         t, r, c = p.sizes
         if len(unit) != p.front:
             raise FormatError("shared unit does not have the size of its sections")
-        freq = tables.from_bytes(unit[:t], p.tables, p.symbols, p.order)
-        rows = _classes(unit[t : t + r], grid.rows, p.rows)
-        cols = _classes(unit[t + r : t + r + c], grid.cols, p.cols)
-        table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
-        if (table >= p.tables).any():
+        self.p, self.freq = p, tables.from_bytes(unit[:t], p.tables, p.symbols, p.order)
+        self.rows = _classes(unit[t : t + r], grid.rows, p.rows)
+        self.cols = _classes(unit[t + r : t + r + c], grid.cols, p.cols)
+        self.table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
+        if (self.table >= p.tables).any():
             raise FormatError("class map names a table that is not there")
-        out = cls(p, grid.word, freq, table)
-        out.rows, out.cols, out._reference = rows, cols, reference
-        return out
+        self.values, self.bases, self.code = p.values(), p.bases(), p.codes()
+        self.limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
+        self._word, self._reference = grid.word, reference
+        self._lut: NDArray[np.uint32] | None = None
+        self._kernel: LanesKernel | None = None
+        self._lock = threading.Lock()
 
     def bare(self) -> Self:
         """A copy without look-up tables, 16 KiB each, which are larger than all else."""
@@ -95,26 +85,26 @@ class OpenLanes:
         return out
 
     def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
-        """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words, without the C kernel.
-
-        Raises FormatError or ChecksumError; `dst` may then be partly written.
-        """
-        p, (r0, r1, c0, c1) = self.p, box
-        h, w = r1 - r0, c1 - c0
-        unit = self.plain(unit, box)
-        row_class = None if self.rows is None else self.rows[r0:r1]
-        col_class = None if self.cols is None else self.cols[c0:c1]
-        order = layout.order(p, row_class, col_class, h, w, self.table)
+        """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words, without the C kernel."""
+        p, (h, w) = self.p, dst.shape
+        unit, order = self.plain(unit, box), self.order(box)
         tile = layout.parse_tile(unit, h * w, p)
         tops = self._tops(_elements(self._symbols(tile, order), p, order), tile)
         planes = [unit.data[a : a + n] for a, n in zip(tile.planes, p.plane_sizes(h * w), strict=True)]
-        flat = layout.join(tops, layout.unpack_planes(planes, h * w, p), p, dst.dtype.itemsize)
+        flat = layout.join(tops, layout.unpack_planes(planes, h * w, p.planes()), p, dst.itemsize)
         rows = np.arange(h) if order.rows is None else order.rows
         cols = np.arange(w) if order.cols is None else order.cols
         start = 0
         for _, a, b, c, d in order.blocks.tolist():
             dst[np.ix_(rows[a:b], cols[c:d])] = flat[start : start + (b - a) * (d - c)].reshape(b - a, d - c)
             start += (b - a) * (d - c)
+
+    def order(self, box: Box) -> layout.Order:
+        """The sequence order of a tile."""
+        r0, r1, c0, c1 = box
+        rows = None if self.rows is None else self.rows[r0:r1]
+        cols = None if self.cols is None else self.cols[c0:c1]
+        return layout.order(self.p, rows, cols, r1 - r0, c1 - c0, self.table)
 
     def _symbols(self, tile: layout.Tile, order: layout.Order) -> Array:
         """`code` of every coded symbol, in sequence order."""

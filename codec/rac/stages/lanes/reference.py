@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.entropy.ans import Models, Segment, split
+from rac.entropy.ans import Models, split
 from rac.stages.lanes import layout
 
 
@@ -13,14 +13,12 @@ def lanes(tile: layout.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int6
     """Symbols (n,) in sequence order of one tile; FormatError or ChecksumError on damage."""
     models = Models(freq)
     out = np.empty(n, np.uint8)
-    count = len(tile.counts)
-    for lane, words in enumerate(split(tile.words, tile.counts, freq, segments)):
-        mine: list[Segment] = list(
-            zip(layout.lane_steps(segments, lane, count).tolist(), segments[:, 1].tolist(), strict=True)
-        )
-        symbols = models.decode(words, mine)
+    sizes, tables, count = segments[:, 0].tolist(), segments[:, 1].tolist(), len(tile.counts)
+    streams = split(tile.words, tile.counts, freq, segments)
+    for lane, (words, steps) in enumerate(zip(streams, layout.lane_steps_all(segments, count).tolist(), strict=True)):
+        symbols = models.decode(words, list(zip(steps, tables, strict=True)))
         done = start = 0
-        for (steps, _), size in zip(mine, segments[:, 0], strict=True):
-            out[start + lane : start + size : count] = symbols[done : done + steps]
-            done, start = done + steps, start + int(size)
+        for k, size in zip(steps, sizes, strict=True):
+            out[start + lane : start + size : count] = symbols[done : done + k]
+            done, start = done + k, start + size
     return out

@@ -1,21 +1,21 @@
-"""trellis/1 for a GPU: look-up entries, scales, walks and outliers."""
+"""trellis/1 and groups/1 for a GPU: look-up entries, scales, walks and outliers; scale and zero of each group."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
-from rac.gpu.layout import DEEP, Call, Place, across, padded
+from rac.gpu.layout import DEEP, Array, Call, Place, across, padded, steps
 from rac.gpu.stages.base import Codes, Tile
+from rac.stages.groups import OpenGroups
 from rac.stages.trellis import CODES, OpenTrellis
 from rac.stages.words import DTYPES
 
 COLS = 64
-"""Columns of a program."""
+"""Columns of a program of `trellis`."""
 BLOCK = 128
 """Outliers of a program."""
+GROUP_ROWS, GROUP_COLS = 32, 256
+"""Codes of a program of `groups`."""
 
 
 class Trellis:
@@ -31,11 +31,10 @@ class Trellis:
         rows, columns = codes.places or batch.plain_map(h, w)
         cols = across(COLS, w)
         pairs = DTYPES[opened.dtype].itemsize == 2 and not (w % 2 or to.stride % 2 or to.at % 4)
-        options = {"TO": opened.dtype, "COLS": cols, "PAIRS": pairs}
+        call = Call("trellis", (("TO", opened.dtype), ("COLS", cols), ("PAIRS", pairs)), codes.source, to.memory)
         fields = {"rows": rows, "columns": columns, "codes": codes.at, "entries": entries, "step": step}
         fields["column_scales"] = batch.put(padded(opened.cols[c0:c1], cols))
         fields["row_scales"] = batch.put(padded(opened.rows[r0:r1], DEEP))
-        call = Call("trellis", tuple(options.items()), codes.source, to.memory)
         batch.add(call, **fields, numbers=to.at, stride=to.stride, h=h, w=w)
         _outliers(tile, opened, to)
 
@@ -52,7 +51,7 @@ def _outliers(tile: Tile, s: OpenTrellis, to: Place) -> None:
         tile.batch.add(call, place=at, word=words[mine])
 
 
-def _entries(s: OpenTrellis, codes: Codes, turn: int) -> NDArray[Any]:
+def _entries(s: OpenTrellis, codes: Codes, turn: int) -> Array:
     """(256, 2) uint32 look-up entry of each code: magnitude, and what the code does to the state."""
     words = np.arange(256) if codes.words is None else codes.words.astype(np.int64)
     odd = (words - s.p.zero) & 1
@@ -62,3 +61,35 @@ def _entries(s: OpenTrellis, codes: Codes, turn: int) -> NDArray[Any]:
 def _top(response: int) -> int:
     """Eight bits in reverse order, as the highest of a register."""
     return int(f"{response:08b}"[::-1], 2) << 24
+
+
+class Groups:
+    """groups/1."""
+
+    anywhere = False
+
+    def lay(self, opened: OpenGroups, tile: Tile, codes: Codes, to: Place) -> None:
+        """The numbers of a tile, in jobs of as many rows as a grid takes."""
+        batch, (h, w), (r0, _, c0, _) = tile.batch, tile.shape, tile.box
+        entries = batch.once((id(tile.dec), "groups"), lambda: _groups(tile, opened))
+        lists, group, size = opened.scales.shape[1], opened.p.group, DTYPES[opened.dtype].itemsize
+        first, left = divmod(c0, group)
+        pairs = size == 2 and not (w % 2 or codes.at % 2 or to.stride % 2 or to.at % 4)
+        options = {"TO": opened.dtype, "PAIRS": pairs, "SAME": not (group % 2 or left % 2)}
+        options |= {"ROWS": GROUP_ROWS, "COLS": GROUP_COLS}
+        call = Call("groups", tuple(options.items()), codes.source, to.memory)
+        for y, deep in steps(h, w, GROUP_ROWS, GROUP_COLS):
+            fields = {"codes": codes.at + y * w, "code_stride": w, "bits_status": opened.p.bits | tile.status << 8}
+            fields |= {
+                "entries": entries + 8 * ((r0 + y) * lists + first),
+                "lists": lists,
+                "group": group,
+                "left": left,
+            }
+            batch.add(call, **fields, numbers=to.at + y * to.stride * size, stride=to.stride, h=deep, w=w)
+
+
+def _groups(tile: Tile, s: OpenGroups) -> int:
+    """Offset in `aux` of the groups of the matrix, (R, G, 2) float32: scale, 2^23 + zero."""
+    biased = s.zeros.astype(np.float32) + np.float32(2**23)
+    return tile.batch.put(np.stack(np.broadcast_arrays(s.scales, biased), axis=-1))
