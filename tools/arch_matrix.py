@@ -5,22 +5,20 @@
     python tools/arch_matrix.py --write             the same, and write docs/architectures.csv
 
 Columns: `lossless` packs, verifies and unpacks, and compares files; `dense` loads with `rac.load_model` and compares
-the output with that of the original, bit for bit; `compressed` the same with layers that stay compressed; `bits` packs at 4 bits from
-the weights alone and loads; `calibrated` packs at 4 bits on a text; `hf` writes a folder for from_pretrained, loads it, and compares.
-A cell is "ok", or "-" with the line that RAC refuses with; anything else (a traceback, other numbers) is an error, and so is
-what docs/architectures.csv does not say.
+the output with that of the original, bit for bit; `compressed` the same with layers that stay compressed; `bits` packs
+at 4 bits from the weights alone and loads; `calibrated` packs at 4 bits on a text; `hf` writes a folder for
+from_pretrained, loads it, and compares. A cell is "ok", or "-" with the line that RAC refuses with; anything else (a
+traceback, other numbers) is an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import filecmp
 import io
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -48,7 +46,8 @@ WIDTH, INNER, LAYERS, HEADS = 64, 96, 2, 4
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size",), VOCABULARY),
     **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim", "embedding_size", "emb_dim"), WIDTH
+        ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim", "embedding_size", "emb_dim"),
+        WIDTH,
     ),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim"), INNER
@@ -67,9 +66,19 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"), 1),
-    **{"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "image_size": 32, "patch_size": 8},
-    **{"state_size": 8, "mamba_d_state": 8, "type_vocab_size": 2, "sliding_window": 32},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "image_size": 32,
+    "patch_size": 8,
+    "state_size": 8,
+    "mamba_d_state": 8,
+    "type_vocab_size": 2,
+    "sliding_window": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
 }
 """What makes a configuration small, by the names that configurations use."""
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -81,7 +90,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "recurrent_gemma": {"lru_width": WIDTH, "block_types": ["recurrent", "attention"]},
-    "qwen3_next": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
 }
 """What an architecture needs besides, to be small or to run."""
 TEXT = " ".join(f"{a} {b} is {a * b}." for a in range(1, 24) for b in range(a, 24))
@@ -147,10 +160,16 @@ def inputs(model: Any) -> dict[str, torch.Tensor]:
     image = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).to(model.dtype)
     found: dict[str, torch.Tensor] = {}
     if main == "pixel_values":
-        found["pixel_values"] = image if size == 32 else torch.nn.functional.interpolate(image.float(), (size, size)).to(model.dtype)
+        found["pixel_values"] = (
+            image if size == 32 else torch.nn.functional.interpolate(image.float(), (size, size)).to(model.dtype)
+        )
     elif main in ("input_features", "input_values"):
         mel = getattr(config, "num_mel_bins", 80)
-        found[main] = torch.linspace(-1, 1, mel * 256).reshape(1, mel, 256).to(model.dtype) if main == "input_features" else torch.linspace(-1, 1, 4000).reshape(1, -1).to(model.dtype)
+        found[main] = (
+            torch.linspace(-1, 1, mel * 256).reshape(1, mel, 256).to(model.dtype)
+            if main == "input_features"
+            else torch.linspace(-1, 1, 4000).reshape(1, -1).to(model.dtype)
+        )
     else:
         found["input_ids"] = ids
     if getattr(config, "is_encoder_decoder", False):
@@ -239,7 +258,9 @@ class Case:
     def bits(self) -> None:
         """4 bits from the weights alone."""
         lossy = str(self.folder / "4.rac")
-        command("pack", str(self.source), "-o", lossy, "--bits", "4", "--calibrate", "none", "--force", "--effort", "fast")
+        command(
+            "pack", str(self.source), "-o", lossy, "--bits", "4", "--calibrate", "none", "--force", "--effort", "fast"
+        )
         finite(output(rac.load_model(lossy, resident="dense")))
 
     def calibrated(self) -> None:
@@ -314,7 +335,10 @@ def main() -> int:
         if (made := row(kind, args.verbose)) is None:
             continue
         found.append(made)
-        print(f"{kind:<24}" + " | ".join(v if len(v) < 60 else v[:60] for c, v in made.items() if c != "architecture"), flush=True)
+        print(
+            f"{kind:<24}" + " | ".join(v if len(v) < 60 else v[:60] for c, v in made.items() if c != "architecture"),
+            flush=True,
+        )
         if len(found) >= args.most:
             break
     print(f"{len(found)} architectures, {time.time() - start:.0f} s")

@@ -74,6 +74,21 @@ class Provenance:
         return list(self._typed("gguf_order", good, names))
 
     @property
+    def headers(self) -> tuple[str, ...]:
+        """Safetensors files whose first bytes are an attachment (`header_name`); others follow from the rest."""
+        return tuple(self._typed("headers", _texts, ()))
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Symbolic links of the folder that was packed, and their targets, which are relative."""
+        return dict(self._typed("links", lambda v: isinstance(v, dict) and _texts([*v.values()]), {}))
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders with nothing in them."""
+        return tuple(self._typed("folders", _texts, ()))
+
+    @property
     def keys(self) -> int | None:
         """Seed of the rotation of queries and keys that a quantised cache is to have; None: there is none."""
         found: int | None = self._typed("keys", _count, None)
@@ -109,6 +124,11 @@ class Provenance:
         return None if found is None else float(found)
 
 
+def header_name(file: str) -> str:
+    """Name of the attachment that holds the bytes in front of the tensors of a safetensors file; "": the only file."""
+    return f"{file or 'safetensors'}.header"
+
+
 def state(
     source: str,
     level: str,
@@ -118,6 +138,7 @@ def state(
     about: Mapping[str, Any] | None = None,
     online: int = 0,
     gguf_order: Sequence[str] = (),
+    tree: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The provenance that a pack writes.
 
@@ -129,9 +150,11 @@ def state(
         about: What a quantiser states of itself; None: all is lossless.
         online: Number of tensors with online transforms.
         gguf_order: Names of all tensors, where the order of the records is not that of the GGUF file.
+        tree: What else the files of the source are made of: `headers`, `links`, `folders`.
     """
     lanes, slices = cut
     known = {"lanes": lanes, "slices": slices, "online": online or None, "gguf_order": list(gguf_order) or None}
+    known |= {k: v or None for k, v in (tree or {}).items()}
     out = {"level": level, "lossless": about is None, "source": source, "tool": f"rac-codec {VERSION}"}
     more = settings if settings and any(settings.values()) else {}
     return {**out, **more, **(about or {}), **{k: v for k, v in known.items() if v is not None}}

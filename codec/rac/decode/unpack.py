@@ -6,8 +6,9 @@ import errno
 import json
 import math
 import os
+import posixpath
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ from rac.decode.archive import RacFile
 from rac.errors import FormatError, OutputError
 from rac.linalg.transform import describe
 from rac.machine import threads_of
-from rac.provenance import Provenance
+from rac.provenance import Provenance, header_name
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.table import is_quantised
@@ -62,7 +63,9 @@ def unpack(
     target = os.fspath(out)
     with RacFile(src, threads=threads) as f:
         outputs = _plan(f, target)
-        files = [] if target.endswith((".safetensors", ".gguf")) else [n for n in f.attachments() if n != GGUF_HEADER]
+        single = target.endswith((".safetensors", ".gguf"))
+        origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
+        files = [] if single else names_of_files(f)
         paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
         if len(set(paths)) != len(paths):
             raise FormatError("an attachment has the name of a weight file", file=f.archives[0].access.name)
@@ -75,6 +78,9 @@ def unpack(
             for name, place in zip(files, places[len(outputs) :], strict=True):
                 os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
                 write_whole(place, f.attachment(name))
+            if not single:
+                _tree(target, origin, force)
+            made = False
         except OSError as e:
             why = "no space left" if e.errno == errno.ENOSPC else e.strerror or str(e)
             raise OutputError(why, file=e.filename or target) from e
@@ -82,7 +88,7 @@ def unpack(
             for leftover in (p + PART for p in places):
                 if os.path.lexists(leftover):
                     os.unlink(leftover)
-            if made:
+            if made:  # and something went wrong
                 for folder, _, _ in os.walk(target, topdown=False):
                     if not os.listdir(folder):  # made for a file that did not come
                         os.rmdir(folder)
@@ -93,6 +99,26 @@ def unpack(
             break
         online(name, about)
     return paths
+
+
+def names_of_files(f: RacFile) -> list[str]:
+    """Names of the attachments that are files of the source."""
+    heads = Provenance.of(f.archives[0].header, f.archives[0].access.name).headers
+    return [n for n in f.attachments() if n not in {GGUF_HEADER, *map(header_name, heads)}]
+
+
+def _tree(target: str, origin: Provenance, force: bool) -> None:
+    """Make empty folders and links; FormatError for those that lead out of `target`."""
+    for name in origin.folders:
+        os.makedirs(os.path.join(target, *safe_name(name).split("/")), exist_ok=True)
+    for name, to in origin.links.items():
+        path, end = os.path.join(target, *safe_name(name).split("/")), posixpath.dirname(name) + "/" + to
+        if to.startswith("/") or posixpath.normpath(end.lstrip("/")).startswith("..") or set("\\:\0") & set(to):
+            raise FormatError(f"the link {name!r} to {to!r} is not allowed")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if force and os.path.islink(path):
+            os.unlink(path)
+        os.symlink(to, path)
 
 
 def safe_name(name: str) -> str:
@@ -114,21 +140,27 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
         if not gguf or not origin.whole:
             raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
         return [_plan_gguf(f, target if target.endswith(".gguf") else os.path.join(target, "model.gguf"))]
-    rows: dict[str, list[tuple[str, Entry]]] = {}
-    sharded = not target.endswith(".safetensors") and origin.source == "hf"
+    whole = not target.endswith(".safetensors")
+    rows: dict[str, dict[str, tuple[str, Entry]]] = {}
     for archive, e in _tensors(f):
-        extra = archive.record(e).head.get("extra", {}) if sharded else {}
+        extra = archive.record(e).head.get("extra", {}) if whole and origin.source == "hf" else {}
         for name in (e.name, *(a for a, _ in e.aliases)):
-            shard = str(extra_of(extra, name).get("shard", "model.safetensors"))
-            rows.setdefault(shard, []).append((name, e))
-    if target.endswith(".safetensors"):
-        return [_plan_safetensors(target, rows.get("model.safetensors", []), f.metadata())]
+            own = extra_of(extra, name)
+            file = rows.setdefault(str(own.get("shard", "model.safetensors")), {})
+            if name == "__metadata__" or str(own.get("name", name)) in file:
+                why = f"a tensor has the name {name!r}, which safetensors keeps for itself, or two have one name"
+                raise OutputError(why, file=target)
+            file[str(own.get("name", name))] = name, e
     out = []
-    for shard, entries in rows.items():
-        if not safe_name(shard).endswith(".safetensors"):
-            raise FormatError(f"the shard name {shard!r} is not allowed", file=f.archives[0].access.name)
-        out.append(_plan_safetensors(os.path.join(target, *shard.split("/")), entries, f.metadata()))
-    return out or [_plan_safetensors(os.path.join(target, "model.safetensors"), [], f.metadata())]
+    for name, found in (rows or {"model.safetensors": {}}).items():
+        path = os.path.join(target, *safe_name(name).split("/")) if whole else target
+        stated = [h for h in origin.headers if h == ("" if origin.source == "safetensors" else name)]
+        if stated and (whole or origin.source == "safetensors"):
+            head = f.attachment(header_name(stated[0]))
+        else:
+            head = safetensors_header(((n, e.dtype, e.shape) for n, (_, e) in found.items()), f.metadata())
+        out.append(_plan_safetensors(path, found, head))
+    return out
 
 
 def weights(e: Entry) -> int:
@@ -146,28 +178,47 @@ def quantised(entries: Iterable[Entry]) -> tuple[int, float]:
     return tensors, 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine))) if tensors else 0.0
 
 
-def _size(e: Entry) -> int:
-    return weights(e) * (DTYPES[e.dtype].bits if e.dtype in DTYPES else 8) // 8
+def _size(dtype: str, shape: Sequence[int]) -> int:
+    return math.prod(shape) * (DTYPES[dtype].bits if dtype in DTYPES else 8) // 8
 
 
 def tensor_bytes(e: Entry) -> int:
     """Dense bytes of a tensor under all its names."""
-    return _size(e) * (1 + len(e.aliases))
+    return _size(e.dtype, e.shape) * (1 + len(e.aliases))
 
 
-def _plan_safetensors(path: str, rows: list[tuple[str, Entry]], metadata: dict[str, str]) -> _Output:
+def safetensors_header(rows: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes in front of tensors, given as (name, dtype, shape) in their order, as the library writes them."""
     head: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
-    for name, e in rows:
-        if name == "__metadata__":
-            raise OutputError("a tensor has the name '__metadata__', which safetensors keeps for itself", file=path)
-        head[name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + _size(e)]}
-        at += _size(e)
+    for name, dtype, shape in rows:
+        size = _size(dtype, shape)
+        head[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    places = {name: (start + head[name]["data_offsets"][0], _size(e)) for name, e in rows}
-    return _Output(path, len(text).to_bytes(8, "little") + text, places, start + at)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _plan_safetensors(path: str, rows: Mapping[str, tuple[str, Entry]], head: bytes) -> _Output:
+    """A file that begins with `head`; `rows` has, by the names there, those of the archive and index rows."""
+    try:
+        stated = json.loads(head[8:])
+        stated.pop("__metadata__", None)
+        offsets = sorted((*info["data_offsets"], name) for name, info in stated.items())
+        same = stated.keys() == rows.keys() and all(
+            (stated[name]["dtype"], stated[name]["shape"]) == (e.dtype, list(e.shape)) for name, (_, e) in rows.items()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise FormatError(f"the stored header of {os.path.basename(path)!r} is malformed") from e
+    out = _Output(path, head, end=len(head))
+    for start, stop, name in offsets:
+        size = _size(rows[name][1].dtype, rows[name][1].shape) if same else -1
+        if (start, stop) != (out.end - len(head), out.end - len(head) + size):
+            raise FormatError(f"the stored header of {os.path.basename(path)!r} is not that of its tensors")
+        out.places[rows[name][0]] = out.end, size
+        out.end += size
+    return out
 
 
 def _plan_gguf(f: RacFile, path: str) -> _Output:
@@ -177,8 +228,9 @@ def _plan_gguf(f: RacFile, path: str) -> _Output:
     where = {name: e for _, e in _tensors(f) for name in (e.name, *(a for a, _ in e.aliases))}
     out.end = len(out.head)
     for name in Provenance.of(f.archives[0].header, f.archives[0].access.name).gguf_order(where):
-        out.places[name] = out.end, _size(where[name])
-        out.end += _size(where[name])
+        size = _size(where[name].dtype, where[name].shape)
+        out.places[name] = out.end, size
+        out.end += size
         out.end += -out.end % step
     return out
 

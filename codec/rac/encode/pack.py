@@ -19,7 +19,7 @@ from rac.container import index
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
-from rac.decode.unpack import quantised
+from rac.decode.unpack import quantised, safetensors_header
 from rac.encode import record as rec
 from rac.encode import resume, ties, workers
 from rac.encode.align.recipe import Recipe
@@ -28,12 +28,13 @@ from rac.encode.encoded import Encoded, Fidelity, Kept
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions, Progress, silent
 from rac.encode.quantise.tensor import encode, measure
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule, whole
-from rac.encode.sources import Source, SourceTensor, from_arrays, open_source
+from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import threads_of
-from rac.provenance import Provenance, state
+from rac.provenance import Provenance, header_name, state
 from rac.records import Limits
 from rac.registry import RECORD_ATTACHMENT
+from rac.tensor import extra_of
 
 __all__ = ["Fidelity", "Packer", "Progress", "Summary", "pack", "pack_source", "save_file"]
 
@@ -195,6 +196,9 @@ class Packer:
         self._source, self._out, self._options, self._hooks = source, os.fspath(out), options, hooks
         self._jobs = threads_of(options.jobs)
         self._groups = ties.find(source.tensors)
+        usual = {file: _usual_header(file, self._groups, source.metadata) for file in source.headers}
+        self._headers = {file: head for file, head in source.headers.items() if head != usual[file]}
+        self._files = (*source.attachments, *(Attachment(header_name(f), h) for f, h in self._headers.items()))
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
         self._stack = contextlib.ExitStack()
         self._threads = self._pool = self._stack.enter_context(workers.start(self._jobs))
@@ -244,7 +248,7 @@ class Packer:
         for e in workers.run(self._threads, whole, jobs, WINDOW):
             size += sum(map(len, e.units)) + 512
             self._lossless.put(e.name, e)
-        for file in self._source.attachments:
+        for file in self._files:
             e = rec.attachment(file)
             size += len(e.units[0]) + 512
             self._lossless.put(f"file {e.name}", e)
@@ -266,6 +270,7 @@ class Packer:
             about=None if quantiser is None else quantiser.about,
             online=sum(t.online is not None for t in tensors),
             gguf_order=[t.name for t in tensors] if unordered else (),  # a GGUF file has no names for places
+            tree={"headers": [*self._headers], "links": dict(source.links), "folders": [*source.folders]},
         )
         schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
         resumed = 0
@@ -274,7 +279,7 @@ class Packer:
             header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
             if len(shards) > 1:
                 header["shard"] = [i + 1, len(shards)]
-            contents = resume.Contents(path, header, () if i else source.attachments, shard)
+            contents = resume.Contents(path, header, () if i else self._files, shard)
             resumed += self._write(contents, schedule, fidelity)
         lossy, bits = (0, 0.0) if quantiser is None else _quantised(paths)
         return Summary(
@@ -333,6 +338,17 @@ class Packer:
             raise OutputError("not enough memory", file=contents.path) from e
         finally:
             writer.close()
+
+
+def _usual_header(file: str, groups: Sequence[ties.Group], metadata: Mapping[str, str]) -> bytes:
+    """The header that unpacking makes of a file where none is stored."""
+    rows = []
+    for g in groups:
+        for name in (g.tensor.name, *(a for a, _ in g.aliases)):
+            own = extra_of(g.extra, name)
+            if str(own.get("shard", "" if not file else "model.safetensors")) == file:
+                rows.append((str(own.get("name", name)), g.tensor.dtype, g.tensor.shape))
+    return safetensors_header(rows, dict(sorted(metadata.items(), key=lambda item: item[0].encode())))
 
 
 def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]]:

@@ -19,12 +19,13 @@ from rac.decode.archive import open_archives
 from rac.decode.attachments import forward_attachment
 from rac.decode.engine import RING
 from rac.decode.stream import Found, forward_tensors
+from rac.decode.unpack import safetensors_header
 from rac.encode import ties
 from rac.encode.options import Progress
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError
 from rac.machine import threads_of
-from rac.provenance import Provenance
+from rac.provenance import Provenance, header_name
 from rac.records import Record
 from rac.registry import RECORD_OBJECT
 from rac.stages.words import from_words
@@ -131,6 +132,14 @@ class _Check:
             if n not in self.lossy and (ties.digest(t) != digest or extra != (t.extra or {})):
                 raise MismatchError("differs from the source", file=name, unit=repr(n))
         files = {a.name: zstd.digest(a.read()) for a in source.attachments}
+        for file, header in source.headers.items():
+            if header_name(file) in self.files:
+                files[header_name(file)] = zstd.digest(header)
+                continue
+            usual = "" if not file else "model.safetensors"
+            rows = [(e.get("name", n), d, s) for n, (d, s, _, e) in ours.items() if e.get("shard", usual) == file]
+            if safetensors_header(rows, self.metadata) != header:
+                raise MismatchError("the header differs from that of the source", file=name, unit=repr(file))
         if files != self.files:
             other = min(k for k in files.keys() | self.files.keys() if files.get(k) != self.files.get(k))
             raise MismatchError("attachment differs from the source", file=name, unit=repr(other))

@@ -48,8 +48,9 @@ def _walk(root: str) -> _Tree:
                 name.encode()
             except UnicodeEncodeError as e:
                 raise SourceError(f"file name {name!a} is not UTF-8", file=root) from e
-            if os.path.islink(path) and os.path.realpath(path).startswith(inside) and not os.path.isabs(os.readlink(path)):
-                out.links[name] = os.readlink(path).replace(os.sep, "/")
+            to = os.readlink(path).replace(os.sep, "/") if os.path.islink(path) else "/"
+            if not to.startswith("/") and os.path.realpath(path).startswith(inside):
+                out.links[name] = to
             elif os.path.isfile(path):
                 out.files.append(name)
     out.files.sort()
