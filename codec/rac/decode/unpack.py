@@ -66,6 +66,7 @@ def unpack(
         single = target.endswith((".safetensors", ".gguf"))
         origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
         files = [] if single else names_of_files(f)
+        folders, links = ([], []) if single else _tree(origin)
         paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
         if len(set(paths)) != len(paths):
             raise FormatError("an attachment has the name of a weight file", file=f.archives[0].access.name)
@@ -78,8 +79,14 @@ def unpack(
             for name, place in zip(files, places[len(outputs) :], strict=True):
                 os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
                 write_whole(place, f.attachment(name))
-            if not single:
-                _tree(target, origin, force)
+            for parts in folders:
+                os.makedirs(os.path.join(target, *parts), exist_ok=True)
+            for parts, to in links:
+                path = os.path.join(target, *parts)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                if force and os.path.islink(path):
+                    os.unlink(path)
+                os.symlink(to, path)
             made = False
         except OSError as e:
             why = "no space left" if e.errno == errno.ENOSPC else e.strerror or str(e)
@@ -107,18 +114,15 @@ def names_of_files(f: RacFile) -> list[str]:
     return [n for n in f.attachments() if n not in {GGUF_HEADER, *map(header_name, heads)}]
 
 
-def _tree(target: str, origin: Provenance, force: bool) -> None:
-    """Make empty folders and links; FormatError for those that lead out of `target`."""
-    for name in origin.folders:
-        os.makedirs(os.path.join(target, *safe_name(name).split("/")), exist_ok=True)
+def _tree(origin: Provenance) -> tuple[list[list[str]], list[tuple[list[str], str]]]:
+    """Parts of the names of empty folders, and of links with their targets; FormatError for one that leads out."""
+    links = []
     for name, to in origin.links.items():
-        path, end = os.path.join(target, *safe_name(name).split("/")), posixpath.dirname(name) + "/" + to
-        if to.startswith("/") or posixpath.normpath(end.lstrip("/")).startswith("..") or set("\\:\0") & set(to):
+        end = posixpath.normpath(posixpath.join(posixpath.dirname(safe_name(name)), to))
+        if end.startswith(("/", "..")) or set("\\:\0") & set(to):
             raise FormatError(f"the link {name!r} to {to!r} is not allowed")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if force and os.path.islink(path):
-            os.unlink(path)
-        os.symlink(to, path)
+        links.append((name.split("/"), to))
+    return [safe_name(name).split("/") for name in origin.folders], links
 
 
 def safe_name(name: str) -> str:
@@ -212,8 +216,8 @@ def _plan_safetensors(path: str, rows: Mapping[str, tuple[str, Entry]], head: by
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise FormatError(f"the stored header of {os.path.basename(path)!r} is malformed") from e
     out = _Output(path, head, end=len(head))
-    for start, stop, name in offsets:
-        size = _size(rows[name][1].dtype, rows[name][1].shape) if same else -1
+    for start, stop, name in offsets if same else [(-1, -1, next(iter(rows)))]:
+        size = _size(rows[name][1].dtype, rows[name][1].shape)
         if (start, stop) != (out.end - len(head), out.end - len(head) + size):
             raise FormatError(f"the stored header of {os.path.basename(path)!r} is not that of its tensors")
         out.places[rows[name][0]] = out.end, size
