@@ -20,7 +20,7 @@ from rac import frameworks
 from rac.container.reader import Archive
 from rac.decode import random
 from rac.decode.archive import RacFile
-from rac.decode.unpack import GGUF_HEADER, safe_name
+from rac.decode.unpack import names_of_files, safe_name
 from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
 from rac.linalg.transform import Transform
 from rac.machine import threads_of
@@ -127,7 +127,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     """
     with RacFile(path) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name
-        if not f.attachments():
+        if not names_of_files(f):
             raise SourceError("holds no tokenizer; pack the Hugging Face folder of the model", file=name)
         for part in ("tokenizer_config.json", "config.json"):
             refuse_code(folder, part, name, trust_remote_code)
@@ -154,9 +154,7 @@ def attached(f: RacFile) -> Iterator[str]:
 
 def write_attachments(f: RacFile, folder: str) -> None:
     """Write the attachments below a folder; FormatError for names that lead out of it."""
-    for name in f.attachments():
-        if name == GGUF_HEADER:
-            continue
+    for name in names_of_files(f):
         path = os.path.join(folder, *safe_name(name).split("/"))
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as g:

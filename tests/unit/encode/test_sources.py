@@ -260,8 +260,8 @@ def test_directory_of_one_file(tmp_path):
     (model / "1_Pooling").mkdir()
     (model / "1_Pooling" / "config.json").write_text("[1]")
     (model / "empty.txt").touch()
-    for left_out in ("pytorch_model.bin", "model.onnx", "1_Pooling/tf_model.H5"):
-        (model / left_out).write_bytes(b"x")
+    for other in ("pytorch_model.bin", "model.onnx", "1_Pooling/tf_model.H5"):
+        (model / other).write_bytes(b"x")
     (model / ".gitattributes").write_text("x")
     (model / ".cache").mkdir()
     (model / ".cache" / "x.json").write_text("x")
@@ -273,13 +273,17 @@ def test_directory_of_one_file(tmp_path):
     assert [t.extra for t in source.tensors] == [None]
     attached = {a.name: a.read() for a in source.attachments}
     assert attached == {
+        ".gitattributes": b"x",
         "1_Pooling/config.json": b"[1]",
+        "1_Pooling/tf_model.H5": b"x",
         "config.json": b"{}",
         "empty.txt": b"",
+        "model.onnx": b"x",
+        "pytorch_model.bin": b"x",
         "tokenizer.json": b"linked",
     }
     assert list(attached) == sorted(attached)
-    assert source.skipped == ("1_Pooling/tf_model.H5", "model.onnx", "pytorch_model.bin")
+    assert source.skipped == (".cache/",)
 
 
 def test_large_files_are_no_attachments(tmp_path, monkeypatch):
@@ -302,12 +306,14 @@ def test_shards(tmp_path, index):
     assert [a.name for a in source.attachments] == ["model.safetensors.index.json"] * index
 
 
-def test_files_beside_the_index_are_skipped_but_not_those_below(tmp_path):
+def test_files_that_the_index_does_not_list(tmp_path):
     shards(tmp_path)
-    save(tmp_path / "consolidated.safetensors", ["a"])
+    save(tmp_path / "consolidated.safetensors", ["a", "z"])
     save(tmp_path / "2_Dense" / "model.safetensors", ["linear.weight"])
     source = open_source(tmp_path)
-    assert source.skipped == ("consolidated.safetensors",)
+    other = "consolidated.safetensors"
+    found = {n: t.extra for n, t in by_name(source).items() if t.extra["shard"] == other}
+    assert found == {f"{other}::a": {"shard": other, "name": "a"}, "z": {"shard": other}}
     assert by_name(source)["linear.weight"].extra == {"shard": "2_Dense/model.safetensors"}
 
 
@@ -342,11 +348,11 @@ def test_damaged_shards(tmp_path):
         open_source(tmp_path)
 
 
-def test_colliding_names(tmp_path):
+def test_equal_names(tmp_path):
+    """The main file has its names; those of another say where they are from."""
     save(tmp_path / "model.safetensors", ["a"])
     save(tmp_path / "model.fp16.safetensors", ["a"])
-    with pytest.raises(SourceError, match=r"'model.fp16.safetensors' and in 'model.safetensors'"):
-        open_source(tmp_path)
+    assert [t.name for t in open_source(tmp_path).tensors] == ["a", "model.fp16.safetensors::a"]
 
 
 def test_directories_without_safetensors(tmp_path):

@@ -14,6 +14,7 @@ safetensors = pytest.importorskip("safetensors")
 
 import rac
 import rac.runtime
+from rac.decode.unpack import names_of_files
 from rac.encode.pack import pack
 from rac.errors import ChecksumError, MismatchError, OutputError, UnsupportedError
 from rac.runtime.folder import write_folder
@@ -60,7 +61,7 @@ def test_auto_classes_and_files(packed):
     assert model.dtype == torch.float32 and model.config.quantization_config.quant_method == "rac"
     assert transformers.AutoTokenizer.from_pretrained(folder)("ab").input_ids
     with rac.open(path) as f:
-        assert sorted(f.attachments()) == sorted(p.name for p in folder.iterdir() if p.suffix != ".safetensors")
+        assert sorted(names_of_files(f)) == sorted(p.name for p in folder.iterdir() if p.suffix != ".safetensors")
 
 
 def test_records_are_those_of_the_file(packed):
