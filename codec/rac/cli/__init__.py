@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rac.cli import analyze, compare, generate, info, load, pack, perplexity, shard, unpack, verify
+from rac.cli import analyze, archives, compare, info, load, pack, running
 from rac.errors import FormatError, MismatchError, OutputError, RacError, UnsupportedError
 from rac.registry import VERSION
 
@@ -44,8 +44,10 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--version", action="version", version=f"rac-codec {VERSION}")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (pack, unpack, info, verify, compare, analyze, load, shard, generate, perplexity):
-        module.add(commands)
+    for add in (pack.add, archives.add_unpack, info.add, archives.add_verify, compare.add, analyze.add, load.add):
+        add(commands)
+    for add in (archives.add_shard, running.add_generate, running.add_perplexity):
+        add(commands)
     for command in commands.choices.values():
         command.epilog = EPILOG
     return out

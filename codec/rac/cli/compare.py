@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any
 
 from rac.cli import benchmark
-from rac.cli.running import add_simulated, simulation
+from rac.cli.arguments import argument, command
+from rac.cli.progress import Steps
+from rac.cli.running import add_simulated, add_windows, offline, simulated, simulation
 
 HELP = """\
 Compare packed or quantised files of one model with their original: size, error, and with --text what they predict.
@@ -24,29 +26,21 @@ FILE predicts with quantised activations; the original keeps its own."""
 
 def add(commands: Any) -> None:
     """Add the command."""
-    p = commands.add_parser(
-        "compare",
-        help="compare files with their original",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("original", metavar="ORIGINAL", help="what they were made of")
-    p.add_argument("files", metavar="FILE", nargs="*", help="what to compare with it")
-    p.add_argument("--text", metavar="FILE", help="measure KL, top-1 agreement and perplexity on this text")
-    p.add_argument("--tokens", type=int, default=8192, metavar="N", help="of that text (default: 8192)")
-    p.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of one window (default: 1024)")
-    p.add_argument("--snr", action="store_true", help="the SNR of the layers' outputs on the text too: one more pass")
+    p = command(commands, run, "compare", "compare files with their original", HELP)
+    argument(p, "original ORIGINAL", "what they were made of")
+    argument(p, "files FILE", "what to compare with it", nargs="*")
+    argument(p, "--text FILE", "measure KL, top-1 agreement and perplexity on this text")
+    add_windows(p)
+    argument(p, "--snr", "the SNR of the layers' outputs on the text too: one more pass")
     add_simulated(p)
     benchmark.add(p)
-    p.add_argument("--json", action="store_true", help="for programs")
-    p.set_defaults(run=run)
+    argument(p, "--json", "for programs")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the rows as they come."""
-    from rac.cli.progress import Steps
     from rac.encode.allocate.budget import read_text
-    from rac.study.compare import compare
+    from rac.study.compare import Reading, compare
 
     if args.recipes:
         return benchmark.run(args)
@@ -54,26 +48,20 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing to compare with: give a FILE, or --recipes")
     if args.snr and not args.text:
         raise ValueError("--snr measures on a text: give --text too")
-    quantised = args.activations is not None or args.kv is not None
-    if quantised and not args.text:
+    if simulated(args) and not args.text:
         raise ValueError("--activations and --kv are of predictions on a text: give --text too")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is read from disk
-    text = None if args.text is None else read_text(args.text)
-    columns = [c for c in _COLUMNS if text is not None or not c[3]]
-    columns = [c for c in columns if args.snr or c[0] != "weighted_snr"]
-    files = [args.original, *args.files]
-    width = max(len("file"), *(len(_name(f)) for f in files))
-    rows = []
+    offline()
+    reading = Reading(read_text(args.text), args.tokens, args.context, args.snr) if args.text else None
+    columns = [c for c in _COLUMNS if (reading or not c[3]) and (args.snr or c[0] != "weighted_snr")]
+    width = max(len("file"), *(len(_name(f)) for f in (args.original, *args.files)))
+    rows: list[dict[str, Any]] = []
     lines = [Steps()]
+
+    def note(what: str, done: int, of: int) -> None:
+        lines[-1](what, done, of)
+
     for row in compare(
-        args.original,
-        args.files,
-        text,
-        tokens=args.tokens,
-        context=args.context,
-        snr=args.snr,
-        note=lambda what, done, of: lines[-1](what, done, of),
-        within=[partial(simulation, args) if quantised else None],
+        args.original, args.files, reading, note, [partial(simulation, args) if simulated(args) else None]
     ):
         if sys.stderr.isatty():
             sys.stderr.write("\r\x1b[K")
@@ -86,10 +74,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{'file':<{width}}" + "".join(f"  {head:>{max(len(head), 8)}}" for _, head, _, _ in columns))
         line = f"{_name(row.file):<{width}}"
         for key, head, form, _ in columns:
-            v = values[key]
             exact = key.endswith("snr") and len(rows) > 1 and not row.turned  # no error is not unknown
-            cell = ("exact" if exact else "-") if v is None else format(v, form)
-            line += f"  {cell:>{max(len(head), 8)}}"
+            none = "exact" if exact else "-"
+            line += f"  {none if values[key] is None else format(values[key], form):>{max(len(head), 8)}}"
         print(line, flush=True)
     if args.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))

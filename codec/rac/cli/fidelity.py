@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from rac.container.output import write_whole
+
 if TYPE_CHECKING:
     from rac.encode.align.recipe import Recipe
     from rac.encode.encoded import Fidelity
@@ -49,8 +51,6 @@ def write_report(path: str, done: Summary, recipe: Recipe) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    from rac.container.output import write_whole
-
     tensors = [
         asdict(f) | {"bits": f.bits, "role": role(f.name), "snr": f.snr if math.isfinite(f.snr) else None}
         for f in done.fidelity

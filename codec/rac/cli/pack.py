@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rac.cli import recipe
+from rac.cli.arguments import EFFORTS, argument, command
+from rac.cli.fidelity import ALARM, by_role, write_report
+from rac.cli.progress import Progress, Steps, parse_size, size
 
 if TYPE_CHECKING:
     from rac.encode.align.recipe import Recipe
@@ -36,108 +39,66 @@ A folder for from_pretrained has ordinary safetensors files whose large matrices
 needs `import rac.runtime` first, and its layers stay compressed in memory (docs/loading.md)."""
 
 
+LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
+JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
+lossless)"""
+SLICES = """tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond 1.1
+times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are 0.5 to 1 %%
+smaller then where they are small)"""
+CALIBRATE = """a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more
+than once: a text unlike what the model will read does better together with self"""
+CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
+ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
+RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
+
+
 def add(commands: Any) -> None:
     """Add the command."""
-    p = commands.add_parser(
-        "pack", help="pack a model", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("src", metavar="SRC", help="what to pack")
-    p.add_argument("-o", "--output", required=True, metavar="OUT.rac", help="the file to write")
-    p.add_argument(
-        "--level",
-        choices=("fast", "default", "max"),
-        default="default",
-        help="effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)",
-    )
-    p.add_argument(
-        "-j",
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="threads; more than 8 are processes where matrices are quantised "
-        "(default: one per core, at most 8 where all is lossless)",
-    )
-    p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="take only these tensors")
-    p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
-    p.add_argument("--lanes", type=int, metavar="N", help="ANS lanes per tile: more for GPUs, fewer for size")
-    p.add_argument(
-        "--slices",
-        choices=("fine", "coarse"),
-        help="tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond "
-        "1.1 times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are "
-        "0.5 to 1 %% smaller then where they are small)",
-    )
-    p.add_argument("--shard-size", metavar="SIZE", help="start a new shard after SIZE of dense bytes, e.g. 5GB")
+    p = command(commands, run, "pack", "pack a model", HELP)
+    p.set_defaults(left=_left)
+    many: dict[str, Any] = {"action": "append", "default": []}
+    argument(p, "src SRC", "what to pack")
+    argument(p, "-o --output OUT.rac", "the file to write", required=True)
+    argument(p, "--level", LEVEL, choices=EFFORTS, default="default")
+    argument(p, "-j --jobs N", JOBS, type=int)
+    argument(p, "--include PATTERN", "take only these tensors", **many)
+    argument(p, "--exclude PATTERN", "leave these tensors out", **many)
+    argument(p, "--lanes N", "ANS lanes per tile: more for GPUs, fewer for size", type=int)
+    argument(p, "--slices", SLICES, choices=("fine", "coarse"))
+    argument(p, "--shard-size SIZE", "start a new shard after SIZE of dense bytes, e.g. 5GB")
     lossy = p.add_argument_group(
         "lossy packing", "Large float matrices are quantised; embeddings, norms and small tensors stay lossless."
     )
-    lossy.add_argument("--bits", type=float, metavar="B", help="bits per weight of the quantised tensors, all counted")
-    lossy.add_argument("--file-bits", type=float, metavar="B", help="bits per weight of the whole file")
-    lossy.add_argument("--size", metavar="SIZE", help="size of the file, e.g. 80MB")
-    lossy.add_argument(
-        "--snr",
-        type=float,
-        metavar="DB",
-        help="signal to noise of the layers' outputs (none: of the weights), mean in dB",
-    )
-    lossy.add_argument("--kl", type=float, metavar="NATS", help="divergence per token on the calibration text")
-    lossy.add_argument(
-        "--calibrate",
-        action="append",
-        metavar="FILE|self|none",
-        help="a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more "
-        "than once: a text unlike what the model will read does better together with self",
-    )
-    lossy.add_argument("--tokens", type=int, default=40960, metavar="N", help="of each of these texts (default: 40960)")
-    lossy.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)",
-    )
-    lossy.add_argument(
-        "--effort",
-        choices=("fast", "default", "max"),
-        default="default",
-        help="trellis of 32 states, of 256, or of 256 searched twice",
-    )
-    lossy.add_argument(
-        "--align",
-        choices=("auto", "triangular", "pca", "identity"),
-        default="auto",
-        help="coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)",
-    )
-    lossy.add_argument(
-        "--rank",
-        type=_rank,
-        metavar="auto|N",
-        help="of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)",
-    )
-    lossy.add_argument("--embeddings", action="store_true", help="quantise embeddings and output layers too")
-    lossy.add_argument("--measure", metavar="FILE", help="when done, KL and perplexity on this text, not the one above")
-    lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
-    lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
+    argument(lossy, "--bits B", "bits per weight of the quantised tensors, all counted", type=float)
+    argument(lossy, "--file-bits B", "bits per weight of the whole file", type=float)
+    argument(lossy, "--size SIZE", "size of the file, e.g. 80MB")
+    argument(lossy, "--snr DB", "signal to noise of the layers' outputs (none: of the weights), mean in dB", type=float)
+    argument(lossy, "--kl NATS", "divergence per token on the calibration text", type=float)
+    argument(lossy, "--calibrate FILE|self|none", CALIBRATE, action="append")
+    argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)
+    argument(lossy, "--cache DIR", CACHE)
+    effort = "trellis of 32 states, of 256, or of 256 searched twice"
+    argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
+    argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
+    argument(lossy, "--rank auto|N", RANK, type=_rank)
+    argument(lossy, "--embeddings", "quantise embeddings and output layers too")
+    argument(lossy, "--measure FILE", "when done, KL and perplexity on this text, not the one above")
+    argument(lossy, "--report FILE.json", "write what became of every tensor")
+    argument(lossy, "--keep PATTERN", "keep these tensors lossless", **many)
     recipe.add(p)
-    p.add_argument(
-        "--format",
-        choices=("rac", "hf"),
-        default="rac",
-        help="what OUT is: one file (default), or a folder for from_pretrained of transformers",
-    )
-    p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
-    p.add_argument("--force", action="store_true", help="replace an existing file")
-    p.set_defaults(run=run, left=_left)
+    out = "what OUT is: one file (default), or a folder for from_pretrained of transformers"
+    argument(p, "--format", out, choices=("rac", "hf"), default="rac")
+    argument(p, "--resume", "go on with an interrupted pack")
+    argument(p, "--force", "replace an existing file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
-    if args.format == "hf":
-        return _folder(args)
-    return _file(args)
+    return _folder(args) if args.format == "hf" else _file(args)
 
 
 def _folder(args: argparse.Namespace) -> int:
     """Pack to a file beside the folder, and write that as a folder; of an archive only the latter."""
-    from rac.cli.progress import Progress, parse_size, size
     from rac.encode.sources import open_source
     from rac.runtime.folder import SHARD, replaceable, write_folder
 
@@ -162,7 +123,6 @@ def _file(args: argparse.Namespace) -> int:
     """Pack to a file or to shards."""
     if args.recipe != recipe.NAMES[0]:
         return recipe.run(args)
-    from rac.cli.progress import Progress, Steps
     from rac.encode.options import Hooks
     from rac.encode.pack import ByTrellis, Packer
     from rac.encode.sources import open_source
@@ -188,18 +148,14 @@ def _file(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     """What the arguments ask for; None: a lossless pack."""
-    from rac.cli.progress import parse_size
     from rac.encode import workers
     from rac.encode.options import Budget, Calibration, Lossy, PackOptions
     from rac.machine import threads_of
 
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    try:
-        shard_size = None if args.shard_size is None else parse_size(args.shard_size)
-        whole = None if args.size is None else parse_size(args.size)
-    except argparse.ArgumentTypeError as e:
-        raise ValueError(str(e)) from None
+    shard_size = None if args.shard_size is None else parse_size(args.shard_size)
+    whole = None if args.size is None else parse_size(args.size)
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     lossy = any(v is not None for v in goals.values())
     texts = Calibration.texts_of(args.calibrate or "none")
@@ -218,15 +174,12 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     if not lossy:
         return options, None
     budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
-    calibration = Calibration(texts, args.tokens, _cache(args.cache))
-    keep = tuple(args.keep)
-    return options, Lossy(budget, calibration, args.effort, keep, args.align, args.rank, args.embeddings)
+    calibration = Calibration(texts, args.tokens, cache(args.cache))
+    return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
 
 
 def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     """Print what any pack came to."""
-    from rac.cli.progress import size
-
     if done.skipped:
         print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)
     if args.resume:
@@ -242,8 +195,6 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
 
 def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, texts: bool) -> None:
     """Print what a lossy pack came to, and write and measure what was asked for."""
-    from rac.cli.fidelity import ALARM, by_role, write_report
-
     if found.unreached and texts:
         print(
             f"rac: calibration did not reach {len(found.unreached)} tensors, which are quantised from the weights "
@@ -270,22 +221,21 @@ def _rank(given: str) -> int | None:
 
 def measure(src: str, path: str, text: str) -> None:
     """Print what the packed model predicts on a text, beside the original."""
-    from rac.cli.progress import Steps
     from rac.encode.allocate.budget import read_text
-    from rac.study.compare import compare
+    from rac.study.compare import Reading, compare
 
     with Steps() as note:
-        own, row = compare(src, [path], read_text(text), note=note)
+        own, row = compare(src, [path], Reading(read_text(text)), note)
     print(
         f"on {text}: KL {row.kl:.4f} nats, top-1 {row.top1:.2%}, perplexity {row.perplexity:.3f} "
         f"(original {own.perplexity:.3f})"
     )
 
 
-def _cache(given: str | None) -> str | None:
-    if given == "none":
-        return None
-    return given or os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "rac")
+def cache(given: str | None) -> str | None:
+    """The folder of calibrations that `--cache` means; None: nowhere."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "rac")
+    return None if given == "none" else given or default
 
 
 def _left(args: argparse.Namespace) -> str:

@@ -4,62 +4,42 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from typing import Any
+
+from rac.cli.arguments import argument
+from rac.cli.fidelity import by_role
+from rac.cli.progress import Steps, size
 
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
+NAMED = """\
+Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;
+embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run the file, with quantised
+activations too (--activations, --kv)."""
+RECIPE = """aligned (default: ours, by the budgets above), rtn (round to nearest), gptq, smoothquant, quarot, spinquant,
+kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
-    "file_bits": None,
-    "size": None,
-    "snr": None,
-    "kl": None,
-    "rank": None,
+    **dict.fromkeys(("file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
+    **{name: [] for name in ("keep", "include", "exclude")},
+    **dict.fromkeys(("embeddings", "resume"), False),
     "align": "auto",
-    "embeddings": False,
     "effort": "default",
-    "keep": [],
-    "include": [],
-    "exclude": [],
-    "lanes": None,
-    "slices": None,
-    "shard_size": None,
-    "resume": False,
-    "report": None,
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
 
 
 def add(p: argparse.ArgumentParser) -> None:
     """The arguments of named methods."""
-    named = p.add_argument_group(
-        "named methods",
-        "Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;\n"
-        "embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run the file, with quantised\n"
-        "activations too (--activations, --kv).",
-    )
-    named.add_argument(
-        "--recipe",
-        choices=NAMES,
-        default="aligned",
-        help="aligned (default: ours, by the budgets above), rtn (round to nearest), gptq, smoothquant, quarot, "
-        "spinquant, kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE",
-    )
-    named.add_argument(
-        "--group", type=group_of, default=128, metavar="N|row", help="columns that share a scale (default: 128)"
-    )
-    named.add_argument(
-        "--fixed-rate", action="store_true", help="store the integers at their fixed rate, not entropy-coded"
-    )
-    named.add_argument("--symmetric", action="store_true", help="grids about zero")
-    named.add_argument(
-        "--activations",
-        type=int,
-        default=4,
-        metavar="B",
-        help="bits of activations and cache that spinquant learns for (default: 4)",
-    )
-    named.add_argument("--steps", type=int, default=100, metavar="N", help="of what learns (default: 100)")
-    named.add_argument("--seed", type=int, default=0, metavar="N", help="of rotations (default: 0)")
+    named = p.add_argument_group("named methods", NAMED)
+    argument(named, "--recipe", RECIPE, choices=NAMES, default="aligned")
+    argument(named, "--group N|row", "columns that share a scale (default: 128)", type=group_of, default=128)
+    argument(named, "--fixed-rate", "store the integers at their fixed rate, not entropy-coded")
+    argument(named, "--symmetric", "grids about zero")
+    about = "bits of activations and cache that spinquant learns for (default: 4)"
+    argument(named, "--activations B", about, type=int, default=4)
+    argument(named, "--steps N", "of what learns (default: 100)", type=int, default=100)
+    argument(named, "--seed N", "of rotations (default: 0)", type=int, default=0)
 
 
 def group_of(given: str) -> int | None:
@@ -73,8 +53,6 @@ def group_of(given: str) -> int | None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack by a named method, and say what came of it."""
-    from rac.cli.fidelity import by_role
-    from rac.cli.progress import Steps, size
     from rac.machine import threads_of
     from rac.methods.recipes import Method, pack_method
 
@@ -87,23 +65,11 @@ def run(args: argparse.Namespace) -> int:
     texts = [t for t in args.calibrate or () if t != "none"]
     if len(texts) > 1 or texts == ["self"]:
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
-    method = Method(
-        args.recipe,
-        int(bits),
-        args.group,
-        not args.fixed_rate,
-        texts[0] if texts else None,
-        args.tokens,
-        args.activations,
-        args.seed,
-        args.symmetric,
-        args.steps,
-    )
-    start = time.monotonic()
+    method = Method(args.recipe, int(bits), args.group, not args.fixed_rate, texts[0] if texts else None, args.tokens)
+    method = replace(method, activations=args.activations, seed=args.seed, symmetric=args.symmetric, steps=args.steps)
+    start, options = time.monotonic(), {"level": args.level, "jobs": threads_of(args.jobs), "force": args.force}
     with Steps() as note:
-        done = pack_method(
-            args.src, args.output, method, level=args.level, jobs=threads_of(args.jobs), force=args.force, note=note
-        )
+        done = pack_method(args.src, args.output, method, note=note, **options)
     seconds = time.monotonic() - start
     weights = 8 * done.stored / max(1, done.weights)
     print(by_role(done.fidelity))

@@ -34,6 +34,8 @@ _NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
 Floats = NDArray[np.float32]
 Within = Callable[[Any, Provenance], contextlib.AbstractContextManager[Any]]
 """Called with a file's model and what is known of the file's making; entered while the model predicts."""
+Ways = Sequence[Within | None]
+Path = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +80,32 @@ class _File:
     """Online transforms of the tensors that were read, by their names; None: they are folded."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A text that the models predict."""
+
+    text: str
+    tokens: int = 8192
+    """Most of its tokens."""
+    context: int = 1024
+    """Tokens of one window; what is left behind the last whole window is not measured."""
+    snr: bool = False
+    """Whether the weighted SNR is measured too, which takes one more pass of the original."""
+
+
 def compare(
-    original: str | os.PathLike[str],
-    files: Sequence[str | os.PathLike[str]],
-    text: str | None = None,
-    *,
-    tokens: int = 8192,
-    context: int = 1024,
-    snr: bool = False,
+    original: Path,
+    files: Sequence[Path],
+    reading: Reading | None = None,
     note: Note | None = None,
-    within: Sequence[Within | None] = (None,),
+    within: Ways = (None,),
 ) -> Iterator[Row]:
     """Rows for the original and for each file, as they are found.
 
     Args:
-        original: Whatever can be packed; with `text` the Hugging Face folder of a causal language model.
+        original: Whatever can be packed; with `reading` the Hugging Face folder of a causal language model.
         files: .rac and .gguf files, .safetensors files, Hugging Face folders.
-        text: Measure predictions on this text.
-        tokens: On so many of its tokens at most.
-        context: Tokens of one window; what is left behind the last whole window is not measured.
-        snr: Measure the weighted SNR too, which takes one more pass of the original.
+        reading: Measure predictions on this text.
         note: Called with a model's name, windows done, and all of them.
         within: Ways in which the model of each file predicts, not that of the original; a row for each. None: as it is.
             Others are called with the model: simulated activations, for example; layers then apply their online
@@ -109,16 +117,15 @@ def compare(
         FormatError: An archive is damaged.
         MissingDependencyError: torch, transformers, accelerate or gguf are needed and not installed.
     """
-    names = [os.fspath(f) for f in files]
-    with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(_opened(os.fspath(original)))
+    with _opened(os.fspath(original)) as ours:
         measure = None
-        if text is not None:
-            measure = Measure(original, text, tokens, context, note)
-            if snr:
+        if reading is not None:
+            measure = Measure(original, reading.text, reading.tokens, reading.context, note)
+            if reading.snr:
                 measure.moments()
         yield _row(ours.row, measure, None)
-        for name in names:
+        for file in files:
+            name = os.fspath(file)
             ratio: float | None = None
             for i, way in enumerate(within):
                 with _opened(name, way is not None) as theirs:

@@ -5,7 +5,7 @@ html(report), draw(report, "report.png")
 """
 
 from rac.study.analyze.bases import Rotations, read_rotations
-from rac.study.analyze.model import analyze
+from rac.study.analyze.model import Asked, analyze
 from rac.study.analyze.report import html
 
-__all__ = ["Rotations", "analyze", "html", "read_rotations"]
+__all__ = ["Asked", "Rotations", "analyze", "html", "read_rotations"]

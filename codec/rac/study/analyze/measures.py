@@ -18,6 +18,22 @@ CURVE = 32
 """Points of an energy curve behind its first, 0."""
 EDGES = np.linspace(-8, 8, 65)
 """Edges of the bins of `histogram`, in units of the root mean square."""
+FIGURES = (
+    ("bits", "bits", "bits", ".3f"),
+    ("kurtosis", "kurtosis", "kurtosis", ".2f"),
+    ("kurtosis_rows", "of rows", "of rows", ".2f"),
+    ("outlier", "max / rms", "max/rms", ".1f"),
+    ("effective_rank", "effective rank", "eff. rank", ".0f"),
+    ("stable_rank", "stable rank", "stable", ".1f"),
+    ("top10", "energy, top 10 %", "top 10%", ".1%"),
+    ("gini", "Gini", "Gini", ".3f"),
+    ("output_top10", "output energy, top 10 %", "", ".1%"),
+    ("output_gini", "output Gini", "", ".3f"),
+    ("entropy", "entropy", "entropy", ".3f"),
+    ("entropy_columns", "of columns", "", ".3f"),
+    ("estimate", "bits estimated", "", ".3f"),
+)
+"""Columns of tables: key, head on a page, head on a terminal ("": not there), format."""
 TIE = 2.0**-12
 """Least spacing that counts, in units of the root mean square: weights of 16 bits have ties."""
 

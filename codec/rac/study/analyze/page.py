@@ -1,5 +1,9 @@
 """The frame, the style and the explanations of the HTML report."""
 
+from collections.abc import Iterable
+
+from rac.study.analyze.bases import NAMES
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -15,18 +19,25 @@ PAGE = """<!doctype html>
 """
 
 COLOURS = {
-    "b0": ("#6b7280", "#9ca3af"),
-    "b1": ("#2563eb", "#60a5fa"),
-    "b2": ("#0891b2", "#22d3ee"),
-    "b3": ("#7c3aed", "#b69cff"),
-    "b4": ("#d97706", "#fbbf24"),
-    "b5": ("#dc2626", "#f87171"),
-    "b6": ("#059669", "#34d399"),
-    "b7": ("#be185d", "#f472b6"),
-    "b8": ("#4d7c0f", "#a3e635"),
+    "b0": ("#6b7280", "#9ca3af", "none"),
+    "b1": ("#2563eb", "#60a5fa", "none"),
+    "b2": ("#0891b2", "#22d3ee", "2 2"),
+    "b3": ("#7c3aed", "#b69cff", "6 3"),
+    "b4": ("#d97706", "#fbbf24", "6 3"),
+    "b5": ("#dc2626", "#f87171", "none"),
+    "b6": ("#059669", "#34d399", "none"),
+    "b7": ("#be185d", "#f472b6", "6 3"),
+    "b8": ("#4d7c0f", "#a3e635", "2 2"),
 }
-"""Colours of the bases in their order, on a light and on a dark page: cool where rotated, warm where aligned."""
-DASHES = {"b0": "", "b1": "", "b2": "2 2", "b3": "6 3", "b4": "6 3", "b5": "", "b6": "", "b7": "6 3", "b8": "2 2"}
+"""Colours of the bases in their order, on a light and on a dark page, and dashes: cool where rotated, warm where
+aligned. The last three are those of learned rotations."""
+
+
+def classes(ids: Iterable[str]) -> dict[str, str]:
+    """Key of COLOURS by basis."""
+    learned = [key for key in ids if key not in NAMES]
+    own = {key: f"b{len(NAMES) + i % 3}" for i, key in enumerate(learned)}
+    return {key: f"b{i}" for i, key in enumerate(NAMES)} | own
 
 
 def _variables(which: int) -> str:
@@ -41,8 +52,8 @@ STYLE = (
     f":root{{color-scheme:light dark;{_variables(0)}}}"
     f"@media(prefers-color-scheme:dark){{:root{{{_variables(1)}}}}}"
     + "".join(
-        f".{key}{{stroke:var(--{key});stroke-dasharray:{DASHES[key] or 'none'}}}i.{key}{{background:var(--{key})}}"
-        for key in COLOURS
+        f".{key}{{stroke:var(--{key});stroke-dasharray:{dash}}}i.{key}{{background:var(--{key})}}"
+        for key, (_, _, dash) in COLOURS.items()
     )
     + """
 body{margin:0 auto;max-width:1120px;padding:16px;background:var(--page);color:var(--ink);
@@ -71,45 +82,25 @@ details{margin:2em 0}summary{cursor:pointer}
 """
 )
 
-EXPLAINED = (
-    (
-        "Bits",
-        "What the real coder takes for each weight, tables counted, when the step is such that the outputs of the "
-        "layer have the error that they have in the original basis.",
-    ),
-    (
-        "Bits estimated",
-        "The same from the differential entropy of the columns less the logarithm of the step: what "
-        "coding at high rate comes to.",
-    ),
-    (
-        "Kurtosis",
-        "Fourth moment over the square of the second: 3 for a Gaussian, more where few weights are far out. "
-        "Of the whole matrix, where rows of different size look like outliers, and the mean over its rows.",
-    ),
-    ("Max / rms", "The largest weight in units of the root mean square: what a scale that may not clip has to span."),
-    (
-        "Effective rank",
-        "e to the entropy of the singular values that sum to 1 (Roy and Vetterli, 2007). No rotation "
-        "changes it, only the gain that is fused before one; of PCA and triangular it is that of W S^1/2, whose "
-        "singular values are those of the outputs.",
-    ),
-    ("Stable rank", "Sum of the squared singular values over the largest: as many directions of equal energy."),
-    (
-        "Energy in top 10 %",
-        "Share of the squared weights, in units of their steps, in the tenth of the columns that have most.",
-    ),
-    ("Gini", "Inequality of the energies of columns: 0 where all are equal, near 1 where one has all."),
-    (
-        "Output energy, output Gini",
-        "The same of what each coordinate of the input gives the outputs by itself: the "
-        "energy of its column times that of the coordinate.",
-    ),
-    (
-        "Entropy",
-        "Differential entropy in bits at root mean square 1, by Vasicek's spacings with his correction: 2.047 "
-        "for a Gaussian, which no distribution exceeds. Of all weights together, and the mean over columns, which a "
-        "coder that knows the columns apart can reach.",
-    ),
-)
+EXPLAINED = {
+    "Bits": "What the real coder takes for each weight, tables counted, when the step is such that the outputs of the "
+    "layer have the error that they have in the original basis.",
+    "Bits estimated": "The same from the differential entropy of the columns less the logarithm of the step: what "
+    "coding at high rate comes to.",
+    "Kurtosis": "Fourth moment over the square of the second: 3 for a Gaussian, more where few weights are far out. "
+    "Of the whole matrix, where rows of different size look like outliers, and the mean over its rows.",
+    "Max / rms": "The largest weight in units of the root mean square: what a scale that may not clip has to span.",
+    "Effective rank": "e to the entropy of the singular values that sum to 1 (Roy and Vetterli, 2007). No rotation "
+    "changes it, only the gain that is fused before one; of PCA and triangular it is that of W S^1/2, whose singular "
+    "values are those of the outputs.",
+    "Stable rank": "Sum of the squared singular values over the largest: as many directions of equal energy.",
+    "Energy in top 10 %": "Share of the squared weights, in units of their steps, in the tenth of the columns that "
+    "have most.",
+    "Gini": "Inequality of the energies of columns: 0 where all are equal, near 1 where one has all.",
+    "Output energy, output Gini": "The same of what each coordinate of the input gives the outputs by itself: the "
+    "energy of its column times that of the coordinate.",
+    "Entropy": "Differential entropy in bits at root mean square 1, by Vasicek's spacings with his correction: 2.047 "
+    "for a Gaussian, which no distribution exceeds. Of all weights together, and the mean over columns, which a coder "
+    "that knows the columns apart can reach.",
+}
 """Each figure in one or two sentences."""

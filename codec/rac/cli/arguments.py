@@ -1,0 +1,27 @@
+"""How commands and their arguments are stated."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+EFFORTS = ("fast", "default", "max")
+
+
+def command(commands: Any, run: Callable[[argparse.Namespace], int], name: str, what: str, about: str) -> Any:
+    """A new command: `what` it does for the list of commands, `about` for its own help."""
+    p = commands.add_parser(name, help=what, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(run=run)
+    return p
+
+
+def argument(p: Any, stated: str, about: str, **how: Any) -> None:
+    """Add an argument, stated as help shows it: "src IN.rac", "-j --jobs N"; an option without a value is a switch."""
+    words = stated.split()
+    names = [w for w in words if w.startswith("-")] or words[:1]
+    if words[len(names) :]:
+        how["metavar"] = words[-1]
+    elif "choices" not in how:
+        how["action"] = "store_true"
+    p.add_argument(*names, help=about, **how)
