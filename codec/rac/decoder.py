@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.container import wire
+from rac.container.access import InFile
 from rac.container.zstd import xxh3
 from rac.errors import ChecksumError
 from rac.grid import Box
@@ -55,11 +55,11 @@ class Decoder:
         out.coder = self.coder.bare()
         return out
 
-    def at(self, i: int) -> wire.At:
+    def at(self, i: int) -> InFile:
         """Context that names unit `i` in the errors that pass."""
         t = self.tensor
         offset = t.units[i].offset if i < len(t.units) else 0
-        return wire.At(t.name, t.record.payload + offset, i)
+        return InFile(None, t.name, t.record.payload + offset, i)
 
     def check(self, i: int, data: bytes | memoryview) -> None:
         """ChecksumError unless the bytes of unit `i` are those that were written."""

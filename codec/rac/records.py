@@ -108,6 +108,11 @@ class Entry:
         """All bytes of the record."""
         return record_size(self.head_size, self.payload_size)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and the aliases."""
+        return (self.name, *(alias for alias, _ in self.aliases))
+
 
 PARTS = ("tables", "directories", "words", "escapes", "raw", "padding")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from rac.container import index as index_format
 from rac.container import wire, zstd
@@ -13,6 +13,11 @@ from rac.container.reader import check_header
 from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from rac.records import Entry, Index, Limits, Record, Unit
 from rac.registry import RECORD_INDEX, RECORD_TENSOR
+
+
+def _give(held: Held | None) -> None:
+    if held:
+        held.give()
 
 
 class Walk:
@@ -26,8 +31,7 @@ class Walk:
         out, held = self.feed.take(size)
         self.at += len(out)
         if len(out) < size and not short:
-            if held:
-                held.give()
+            _give(held)
             raise TruncatedError("the stream ends early", file=self.name, offset=self.at)
         return out, held
 
@@ -35,8 +39,7 @@ class Walk:
         """A copy of `size` bytes."""
         view, held = self.piece(size, short)
         out = bytes(view)
-        if held:
-            held.give()
+        _give(held)
         return out
 
     def padding(self, to: int = wire.ALIGN) -> None:
@@ -57,9 +60,7 @@ class Walk:
         """Read on without a look."""
         end = self.at + size
         while self.at < end:
-            _, held = self.piece(min(PIECE, end - self.at))
-            if held:
-                held.give()
+            _give(self.piece(min(PIECE, end - self.at))[1])
 
     def skip(self, record: Record) -> None:
         """Go to the end of a record."""
@@ -79,8 +80,7 @@ class Walk:
         for i, unit in enumerate(units):
             behind = unit.offset - start + unit.size
             if behind % wire.STREAM_ALIGN and any(view[behind : behind + wire.pad(behind, wire.STREAM_ALIGN)]):
-                if held:
-                    held.give()
+                _give(held)
                 at = record.payload + start + behind
                 raise FormatError("padding is not zero", file=self.name, unit=what(i), offset=at)
         return view[:end], held
@@ -92,8 +92,7 @@ class Walk:
             raise LimitError(f"unit of {unit.size} bytes exceeds {most}", file=self.name, unit=what, offset=at)
         view, held = self.take([unit], record, lambda _: what)
         data = bytes(view)
-        if held:
-            held.give()
+        _give(held)
         if zstd.xxh3(data) != unit.check:
             raise ChecksumError("checksum does not match", file=self.name, unit=what, offset=at)
         return data
@@ -106,8 +105,7 @@ class Forward(Walk):
     """
 
     def __init__(self, stream: Readable | Feed, name: str = "<stream>", limits: Limits | None = None) -> None:
-        feed: Feed = stream if _is_feed(stream) else Plain(stream, name)  # type: ignore[arg-type]
-        super().__init__(feed, name, limits or Limits())
+        super().__init__(stream if isinstance(stream, Feed) else Plain(stream, name), name, limits or Limits())
         pre = self.read(wire.PRELUDE, short=True)
         size = wire.parse_prelude(pre, self.limits)
         body = self.read(size)
@@ -127,9 +125,8 @@ class Forward(Walk):
             if index_format.check_type(record):
                 yield record
             self.skip(record)
-            self._seen.append(
-                replace(record, head={k: v for k, v in record.head.items() if k in index_format.HEAD_KEYS})
-            )
+            kept = {k: v for k, v in record.head.items() if k in index_format.HEAD_KEYS}
+            self._seen.append(replace(record, head=kept))
 
     def _finish(self, record: Record) -> None:
         if record.payload_size > self.limits.index:
@@ -152,10 +149,6 @@ class Forward(Walk):
         self.index = index
 
 
-def _is_feed(stream: Readable | Feed) -> TypeGuard[Feed]:
-    return hasattr(stream, "take")
-
-
 def entries_by_name(index: Index) -> dict[str, Entry]:
     """Tensor rows by each of their names."""
-    return {n: e for e in index.entries if e.type == RECORD_TENSOR for n in (e.name, *(a for a, _ in e.aliases))}
+    return {n: e for e in index.entries if e.type == RECORD_TENSOR for n in e.names}

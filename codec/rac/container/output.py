@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from typing import BinaryIO
 
+from rac.container.access import guarded
 from rac.errors import OutputError
 
 PART = ".part"
@@ -28,12 +29,9 @@ def destination(path: str | os.PathLike[str], force: bool = False) -> str:
         OutputError: Something is there: anything without `force`, anything but a regular file with it.
     """
     name = os.fspath(path)
-    try:
+    mode = stat.S_IFREG
+    with guarded(OutputError, name), contextlib.suppress(FileNotFoundError):  # or a link to nothing
         mode = os.stat(name).st_mode
-    except FileNotFoundError:  # or a link to nothing
-        mode = stat.S_IFREG
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=name) from e
     for is_one, what in _KINDS:
         if is_one(mode):
             raise OutputError(what, file=name)
@@ -45,14 +43,12 @@ def destination(path: str | os.PathLike[str], force: bool = False) -> str:
 def part(path: str) -> BinaryIO:
     """The file `path` + PART, open for reading and writing from its start; OutputError for what is no regular file."""
     name = path + PART
-    try:
+    with guarded(OutputError, name):
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OutputError("is no regular file", file=name)
         return open(fd, "r+b")
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=name) from e
 
 
 def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -62,7 +58,7 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
         OutputError: It cannot be written. What was there before is still there then.
     """
     name, data = os.fspath(path), data.encode() if isinstance(data, str) else data
-    try:
+    with guarded(OutputError, name):
         if os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
             with open(name, "wb", buffering=0) as f:
                 f.write(data)
@@ -78,8 +74,6 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(name + PART)
                 raise
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=os.fspath(path)) from e
 
 
 def sync_folder(path: str) -> None:

@@ -190,7 +190,7 @@ def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _Fi
             if e.type != RECORD_TENSOR:
                 continue
             extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
-            for name in (e.name, *(a for a, _ in e.aliases)):
+            for name in e.names:
                 size = e.size if name == e.name else 0
                 found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name, maps))
     out = found.file(path, sum(archive.access.size for archive in f.archives))
