@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rac.errors import FormatError
 from rac.registry import VERSION
+
+T = TypeVar("T")
 
 
 def _texts(value: Any) -> bool:
@@ -39,8 +41,8 @@ class Provenance:
         """The provenance that a checked header states."""
         return cls(header.get("provenance", {}), None if file is None else str(file))
 
-    def _typed(self, key: str, good: Callable[[Any], bool], usual: Any) -> Any:
-        value = self.stated.get(key, usual)
+    def _typed(self, key: str, good: Callable[[Any], bool], usual: T) -> T:
+        value: T = self.stated.get(key, usual)
         if key in self.stated and not good(value):
             raise FormatError(f"provenance: {key!r} is malformed", file=self.file, unit="header")
         return value
@@ -48,7 +50,7 @@ class Provenance:
     @property
     def source(self) -> str:
         """Kind of what was packed: "hf", "gguf", "safetensors", "memory" or another; empty where it is not stated."""
-        return str(self._typed("source", _text, ""))
+        return self._typed("source", _text, "")
 
     @property
     def include(self) -> tuple[str, ...]:
@@ -76,8 +78,8 @@ class Provenance:
     @property
     def keys(self) -> int | None:
         """Seed of the rotation of queries and keys that a quantised cache is to have; None: there is none."""
-        found: int | None = self._typed("keys", _count, None)
-        return found
+        none: int | None = None
+        return self._typed("keys", _count, none)
 
     @property
     def transformed(self) -> bool:
@@ -87,14 +89,12 @@ class Provenance:
     @property
     def online(self) -> int:
         """Number of tensors whose layers need an online transform."""
-        return int(self._typed("online", _count, 0))
+        return self._typed("online", _count, 0)
 
     def scale(self, about: Mapping[str, Any], level: str) -> float | None:
         """The common scale that an interrupted lossy pack has found; None where it was asked for anything else.
 
-        Args:
-            about: What the request states of itself.
-            level: The level of the tensors that stay lossless.
+        `about` is what the request states of itself, `level` that of the tensors that stay lossless.
         """
         if {k: self.stated.get(k) for k in about} != dict(about) or self.stated.get("level") != level:
             return None
@@ -119,16 +119,12 @@ def state(
     online: int = 0,
     gguf_order: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The provenance that a pack writes.
+    """The provenance that a pack writes: kind of the source, level of the tensors that stay lossless.
 
-    Args:
-        source: Kind of the source.
-        level: Level of the tensors that stay lossless.
-        cut: Lanes of a tile and kind of slices, where they were asked for.
-        settings: What else the caller states: patterns, transforms, and so on; left out where all of it is empty.
-        about: What a quantiser states of itself; None: all is lossless.
-        online: Number of tensors with online transforms.
-        gguf_order: Names of all tensors, where the order of the records is not that of the GGUF file.
+    `cut` are lanes of a tile and kind of slices, where they were asked for. `settings` are what else the caller states:
+    patterns, transforms, and so on; left out where all of it is empty. `about` is what a quantiser states of itself;
+    None: all is lossless. `online` counts tensors with online transforms; `gguf_order` names all tensors, where the
+    order of the records is not that of the GGUF file.
     """
     lanes, slices = cut
     known = {"lanes": lanes, "slices": slices, "online": online or None, "gguf_order": list(gguf_order) or None}

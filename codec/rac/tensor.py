@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import index, wire
-from rac.container.zstd import Digest
+from rac.container.zstd import digest
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.grid import Band, Box, Grid, dense_size, matrix, up16
 from rac.records import Limits, Online, Record, Unit
@@ -164,9 +164,8 @@ def _stage_ids(record: Record) -> list[str]:
         raise FormatError("tensor has no stage", offset=record.at)
     ids = [s.get("id") for s in stages]
     tables: list[Any] = [CODERS, NUMBERS] if record.type == RECORD_OBJECT else [CODERS, NUMBERS, PRODUCTS]
-    known = len(ids) <= len(tables) and all(
-        isinstance(i, str) and i in table for i, table in zip(ids, tables, strict=False)
-    )
+    inside = (isinstance(i, str) and i in table for i, table in zip(ids, tables, strict=False))
+    known = len(ids) <= len(tables) and all(inside)
     if not known or (len(ids) > 2 and ids[1] not in PRODUCTS[ids[2]].behind):
         raise UnsupportedError(f"stages {', '.join(map(str, ids))!r} are not known to this version", offset=record.at)
     return ids
@@ -203,8 +202,7 @@ def _uses(names: list[str], chain: Chain, grid: Grid, shape_of: ShapeOf, at: int
         raise FormatError(f"tensor uses {len(names)} objects, its stages {wanted}", offset=at)
     shapes = []
     for n in names:
-        shape = shape_of(n)
-        if shape is None:
+        if (shape := shape_of(n)) is None:
             raise FormatError(f"object {n!r}, which the tensor uses, does not stand before it", offset=at)
         shapes.append(shape)
     if chain.product is not None:
@@ -235,28 +233,24 @@ def extra_of(extra: dict[str, Any], name: str) -> dict[str, Any]:
 
 def empty(t: Tensor) -> Array:
     """The dense matrix of words (R, C), not yet filled; LimitError where memory is short."""
-    try:
-        return np.empty((t.grid.rows, t.grid.cols), f"<u{t.word}")
-    except (MemoryError, ValueError) as e:
-        raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
+    return _room(t, (t.grid.rows, t.grid.cols), t.word)
 
 
 def numbers(t: Tensor, rows: int, cols: int) -> Array:
-    """Room for (rows, cols) words that the tiles are decoded to: binary32 in front of a product, else of the tensor.
+    """Room for (rows, cols) words that the tiles are decoded to: binary32 in front of a product, else of the tensor."""
+    return _room(t, (rows, cols), t.word if t.chain.product is None else 4)
 
-    LimitError where memory is short.
-    """
+
+def _room(t: Tensor, shape: tuple[int, int], word: int) -> Array:
     try:
-        return np.empty((rows, cols), f"<u{t.word}" if t.chain.product is None else "<u4")
-    except MemoryError as e:
+        return np.empty(shape, f"<u{word}")
+    except (MemoryError, ValueError) as e:
         raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
 
 
 def check_digest(t: Tensor, words: Array) -> None:
     """ChecksumError unless the decoded content has the digest that the record states."""
-    d = Digest()
-    d.update(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data)
-    if d.value() != t.digest:
+    if digest(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data) != t.digest:
         raise ChecksumError("the decoded tensor is not the one that was packed", unit=repr(t.name), offset=t.record.at)
 
 
