@@ -13,7 +13,11 @@ from rac.cli.pack import cache
 from rac.cli.progress import Steps
 from rac.cli.running import offline
 from rac.container.output import write_whole
+from rac.encode.allocate.budget import read_text
 from rac.errors import OutputError
+from rac.study.analyze import Asked, analyze, html, picture, read_rotations
+from rac.study.analyze.bases import NAMES
+from rac.study.analyze.measures import FIGURES
 
 HELP = """\
 What bases do to the weights of a model: as they are, rotated by Hadamard matrices, by learned rotations, in the
@@ -28,9 +32,9 @@ half to judge them. Without --text error is that of the weights, and there are n
   rac analyze model/ --text text.txt --rotation spinquant=m.rac"""
 
 
-def add(commands: Any) -> None:
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = command(commands, run, "analyze", "what rotation and alignment do to the weights of a model", HELP)
+    command(p, run, HELP)
     argument(p, "src MODEL", "what to measure")
     argument(p, "--text FILE", "a text for the inputs of the layers")
     argument(p, "--tokens N", "of that text (default: 16384)", type=int, default=16384)
@@ -50,9 +54,6 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write what was asked for, and print the means."""
-    from rac.encode.allocate.budget import read_text
-    from rac.study.analyze import Asked, analyze, html, read_rotations
-
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
     offline()
@@ -64,8 +65,6 @@ def run(args: argparse.Namespace) -> int:
         if not os.path.isdir(folder := os.path.dirname(os.path.abspath(path))):  # before minutes of work, not after
             raise OutputError("no such folder", file=folder)
     if args.png:
-        from rac.study.analyze import picture
-
         picture.require()
     asked = Asked(args.tokens, args.layers, rotations, args.bits, args.seen, cache(args.cache), args.jobs)
     with Steps() as note:
@@ -83,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
 def _named(given: str) -> tuple[str, str]:
     name, _, path = given.rpartition("=")
     name = name or os.path.splitext(os.path.basename(path))[0]
-    from rac.study.analyze.bases import NAMES
 
     if name in NAMES:
         raise ValueError(f"--rotation: {name!r} is the name of another basis")
@@ -92,8 +90,6 @@ def _named(given: str) -> tuple[str, str]:
 
 def _table(report: Mapping[str, Any]) -> str:
     """Means by basis, and where alignment takes fewer bits."""
-    from rac.study.analyze.measures import FIGURES
-
     about, names = report["about"], {b["id"]: b["name"] for b in report["bases"]}
     columns = [(key, head, form) for key, _, head, form in FIGURES if head]
     width = max(map(len, names.values()))

@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
+import rac
 from rac.cli.arguments import argument, command
 from rac.cli.progress import Progress, parse_size, size
-
-if TYPE_CHECKING:
-    from rac.container.reader import Archive
+from rac.container import shards
+from rac.container.reader import Archive
+from rac.decode.archive import open_archives
+from rac.decode.unpack import tensor_bytes
 
 UNPACK = """\
 Unpack an archive: every tensor bit for bit, every attachment byte for byte.
@@ -38,8 +39,6 @@ for byte."""
 @contextmanager
 def opened(src: str) -> Iterator[list[Archive]]:
     """The archives of a set, closed behind."""
-    from rac.decode.archive import open_archives
-
     archives = open_archives(src)
     try:
         yield archives
@@ -50,14 +49,12 @@ def opened(src: str) -> Iterator[list[Archive]]:
 
 def dense(archives: Sequence[Archive]) -> int:
     """Bytes of all tensors, decoded."""
-    from rac.decode.unpack import tensor_bytes
-
     return sum(tensor_bytes(e) for a in archives for e in a.index.entries)
 
 
-def add_unpack(commands: Any) -> None:
+def add_unpack(p: argparse.ArgumentParser) -> None:
     """Add `rac unpack`."""
-    p = command(commands, unpack, "unpack", "get the model back", UNPACK)
+    command(p, unpack, UNPACK)
     argument(p, "src IN.rac", "the archive, or one shard of a set")
     argument(p, "-o --output OUT", "folder or file to write", required=True)
     argument(p, "-j --jobs N", "threads (default: one per core, at most 8)", type=int)
@@ -66,8 +63,6 @@ def add_unpack(commands: Any) -> None:
 
 def unpack(args: argparse.Namespace) -> int:
     """Unpack, and name what was written."""
-    from rac.decode.unpack import unpack
-
     with opened(args.src) as archives:
         total = dense(archives)
     online: dict[str, list[str]] = {}
@@ -76,7 +71,7 @@ def unpack(args: argparse.Namespace) -> int:
         online.setdefault(about, []).append(name)
 
     with Progress("unpacking", total) as progress:
-        paths = unpack(args.src, args.output, force=args.force, threads=args.jobs, progress=progress, online=needs)
+        paths = rac.unpack(args.src, args.output, force=args.force, threads=args.jobs, progress=progress, online=needs)
     for path in paths:
         print(path)
     for about, names in online.items():
@@ -84,24 +79,22 @@ def unpack(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_verify(commands: Any) -> None:
+def add_verify(p: argparse.ArgumentParser) -> None:
     """Add `rac verify`."""
-    p = command(commands, verify, "verify", "check an archive", VERIFY)
+    command(p, verify, VERIFY)
     argument(p, "src IN.rac", "the archive, or one shard of a set")
     argument(p, "--against SRC", "the source that it must be equal to")
 
 
 def verify(args: argparse.Namespace) -> int:
     """Verify, and say what was seen."""
-    from rac.encode.verify import verify
-
     total = 0
     if args.src != "-":
         with opened(args.src) as archives:
             total = dense(archives)
     start = time.monotonic()
     with Progress("verifying", total) as progress:
-        seen = verify(args.src, args.against, progress=progress)
+        seen = rac.verify(args.src, args.against, progress=progress)
     seconds = time.monotonic() - start
     equal = f", equal to {args.against}" if args.against else ""
     if seen.lossy:
@@ -115,14 +108,18 @@ def verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_shard(commands: Any) -> None:
-    """Add `rac shard` and `rac merge`."""
-    p = command(commands, shard, "shard", "cut an archive into shards", SHARD)
+def add_shard(p: argparse.ArgumentParser) -> None:
+    """Add `rac shard`."""
+    command(p, shard, SHARD)
     argument(p, "src IN.rac", "the archive, or one shard of a set that is to be cut anew")
     argument(p, "-o --output DIR", "folder to write to", required=True)
     argument(p, "--size SIZE", "bytes of a shard, such as 2GB", required=True)
     argument(p, "--force", "replace existing files")
-    p = command(commands, merge, "merge", "join shards", MERGE)
+
+
+def add_merge(p: argparse.ArgumentParser) -> None:
+    """Add `rac merge`."""
+    command(p, merge, MERGE)
     argument(p, "src DIR", "folder of the shards, or one of them")
     argument(p, "-o --output OUT.rac", "archive to write", required=True)
     argument(p, "--force", "replace an existing file")
@@ -130,8 +127,6 @@ def add_shard(commands: Any) -> None:
 
 def shard(args: argparse.Namespace) -> int:
     """Cut, and name what was written."""
-    from rac.container import shards
-
     limit = parse_size(args.size)
     if limit < 1:
         raise ValueError("--size must be at least 1 byte")
@@ -143,8 +138,6 @@ def shard(args: argparse.Namespace) -> int:
 
 def merge(args: argparse.Namespace) -> int:
     """Join, and name what was written."""
-    from rac.container import shards
-
     with opened(args.src) as archives, Progress("copying", sum(a.access.size for a in archives)) as progress:
         shards.merge(archives, args.output, force=args.force, progress=progress)
     print(args.output)

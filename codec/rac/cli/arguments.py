@@ -9,11 +9,10 @@ from typing import Any
 EFFORTS = ("fast", "default", "max")
 
 
-def command(commands: Any, run: Callable[[argparse.Namespace], int], name: str, what: str, about: str) -> Any:
-    """A new command: `what` it does for the list of commands, `about` for its own help."""
-    p = commands.add_parser(name, help=what, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(p: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], about: str) -> None:
+    """Make a parser that of a command."""
+    p.description = about
     p.set_defaults(run=run)
-    return p
 
 
 def argument(p: Any, stated: str, about: str, **how: Any) -> None:

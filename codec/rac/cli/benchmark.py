@@ -8,16 +8,18 @@ import itertools
 import json
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rac.cli.arguments import EFFORTS, argument
 from rac.cli.progress import Steps
 from rac.cli.recipe import group_of
 from rac.cli.running import offline, simulated, simulation
 from rac.container.output import write_whole
-
-if TYPE_CHECKING:
-    from rac.study.benchmark import Plan
+from rac.encode.allocate.budget import read_text
+from rac.methods.recipes import Method
+from rac.study.analyze.svg import Axes, lines
+from rac.study.benchmark import ALL, Plan, points
+from rac.study.compare import Reading, Within, compare
 
 _COLOURS = ("#888888", "#1b6ca8", "#2a9d8f", "#e9a23b", "#c8553d", "#7b4fa6", "#111111")
 _COLUMNS = {
@@ -56,10 +58,6 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make, measure, print."""
-    from rac.encode.allocate.budget import read_text
-    from rac.study.benchmark import points
-    from rac.study.compare import Reading, Within, compare
-
     if args.files or not args.text or not args.out:
         raise ValueError("--recipes takes --text and --out, and no FILE")
     plan = _plan(args)
@@ -92,9 +90,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> Plan:
     """What is to be made."""
-    from rac.methods.recipes import Method
-    from rac.study.benchmark import ALL, Plan
-
     recipes = ALL if args.recipes == "all" else tuple(args.recipes.split(","))
     bits, seeds = _whole("--bits", args.bits, 2, 8), _whole("--seeds", args.seeds, 0, 2**32 - 1)
     made = Method("rtn", 4, args.group, text=args.calibrate, tokens=args.calibration_tokens, steps=args.steps)
@@ -145,8 +140,6 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _plot(path: str, rows: list[dict[str, Any]], kl: str) -> None:
-    from rac.study.analyze.svg import Axes, lines
-
     names = list(dict.fromkeys(row["recipe"] for row in rows))
     colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(names))]
     series = [

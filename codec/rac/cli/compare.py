@@ -14,6 +14,8 @@ from rac.cli import benchmark
 from rac.cli.arguments import argument, command
 from rac.cli.progress import Steps
 from rac.cli.running import add_simulated, add_windows, offline, simulated, simulation
+from rac.encode.allocate.budget import read_text
+from rac.study.compare import Reading, compare
 
 HELP = """\
 Compare packed or quantised files of one model with their original: size, error, and with --text what they predict.
@@ -24,9 +26,9 @@ layer not counted; --snr adds that of the outputs of the linear layers on the te
 FILE predicts with quantised activations; the original keeps its own."""
 
 
-def add(commands: Any) -> None:
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = command(commands, run, "compare", "compare files with their original", HELP)
+    command(p, run, HELP)
     argument(p, "original ORIGINAL", "what they were made of")
     argument(p, "files FILE", "what to compare with it", nargs="*")
     argument(p, "--text FILE", "measure KL, top-1 agreement and perplexity on this text")
@@ -39,9 +41,6 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the rows as they come."""
-    from rac.encode.allocate.budget import read_text
-    from rac.study.compare import Reading, compare
-
     if args.recipes:
         return benchmark.run(args)
     if not args.files:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from rac.container.output import write_whole
-
-if TYPE_CHECKING:
-    from rac.encode.align.recipe import Recipe
-    from rac.encode.encoded import Fidelity
-    from rac.encode.pack import Summary
+from rac.encode.align.recipe import Recipe
+from rac.encode.encoded import Fidelity
+from rac.encode.pack import Summary
+from rac.study import role
 
 ALARM = 10
 """Decibels of output signal to noise below which a layer is named."""
-
-
-def role(name: str) -> str:
-    """The name with the numbers of layers and experts left out."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def by_role(layers: Sequence[Fidelity]) -> str:

@@ -11,17 +11,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rac.cli.archives import opened
 from rac.cli.arguments import argument, command
-from rac.cli.fidelity import role
 from rac.cli.progress import size
-
-if TYPE_CHECKING:
-    from rac.records import Entry, Index
-    from rac.stages.base import Numbers
-    from rac.tensor import Tensor
+from rac.container.access import InFile
+from rac.container.forward import Forward
+from rac.container.index import method_of
+from rac.decode.random import parse
+from rac.decode.stream import Objects
+from rac.decode.unpack import quantised, tensor_bytes, weights
+from rac.errors import FormatError
+from rac.linalg.transform import describe
+from rac.provenance import Provenance
+from rac.records import PARTS, Entry, Index
+from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
+from rac.stages.base import Numbers
+from rac.stages.table import PRODUCTS, is_quantised
+from rac.study import role
+from rac.tensor import Tensor
 
 HELP = """\
 Show what an archive holds and where its bytes went; the lines add up to the size of the file.
@@ -31,9 +40,9 @@ model need online transforms. "-" reads standard input to its
 end."""
 
 
-def add(commands: Any) -> None:
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = command(commands, run, "info", "show what is inside", HELP)
+    command(p, run, HELP)
     argument(p, "src IN.rac", "the archive, one shard of a set, or a URL")
     argument(p, "--json", "for programs")
     argument(p, "--tensors", "a line for every tensor, and what quantised ones consist of")
@@ -51,9 +60,6 @@ class _File:
 
 def _wanted(mapped: bool, kind: int, method: str) -> bool:
     """Whether the head of a record says more than its row: quantised, or of a model with online maps (`mapped`)."""
-    from rac.registry import RECORD_OBJECT, RECORD_TENSOR
-    from rac.stages.table import is_quantised
-
     return (mapped and kind == RECORD_TENSOR) or (kind in (RECORD_TENSOR, RECORD_OBJECT) and is_quantised(method))
 
 
@@ -61,10 +67,6 @@ def _files(src: str) -> list[_File]:
     """Header, index and heads of the archive, from its ends or from a stream."""
     if src == "-" or (os.path.exists(src) and not os.path.isfile(src) and not os.path.isdir(src)):
         return [_stream(src)]
-    from rac.container.access import InFile
-    from rac.decode.random import parse
-    from rac.provenance import Provenance
-
     out = []
     with opened(src) as archives:
         for a in archives:
@@ -80,13 +82,6 @@ def _files(src: str) -> list[_File]:
 
 
 def _stream(src: str) -> _File:
-    from rac.container.access import InFile
-    from rac.container.forward import Forward
-    from rac.container.index import method_of
-    from rac.decode.stream import Objects
-    from rac.provenance import Provenance
-    from rac.registry import RECORD_OBJECT
-
     heads = {}
     with sys.stdin.buffer if src == "-" else open(src, "rb") as f:
         forward = Forward(f, "<stdin>" if src == "-" else src)
@@ -109,10 +104,6 @@ def _details(e: Entry, t: Tensor, numbers: Numbers, file: _File) -> dict[str, An
     "streams" are bytes, and add up to the record: its head, the front unit of the coder, the sections of the unit of
     its numbers, the streams of the tiles, and all padding.
     """
-    from rac.errors import FormatError
-    from rac.registry import RECORD_OBJECT
-    from rac.stages.table import PRODUCTS
-
     front = [u.size for u in t.units[: t.first]]
     if sum(front) != e.parts[0] or front[-1] != numbers.front:
         raise FormatError(
@@ -139,10 +130,6 @@ def _details(e: Entry, t: Tensor, numbers: Numbers, file: _File) -> dict[str, An
 
 def report(src: str) -> dict[str, Any]:
     """Everything that `rac info` knows, as plain data. "bytes" adds up to "size" exactly."""
-    from rac.decode.unpack import quantised, tensor_bytes, weights
-    from rac.provenance import Provenance
-    from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
-
     files = _files(src)
     rows: dict[int, list[dict[str, Any]]] = {RECORD_TENSOR: [], RECORD_OBJECT: [], RECORD_ATTACHMENT: []}
     for f in files:
@@ -177,9 +164,6 @@ def report(src: str) -> dict[str, Any]:
 
 def _where(files: Sequence[_File], entries: Sequence[Entry]) -> dict[str, int]:
     """Bytes of all files by what they are for."""
-    from rac.records import PARTS
-    from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
-
     sizes: Counter[int] = Counter()
     for e in entries:
         sizes[e.type] += e.size
@@ -202,11 +186,6 @@ def _where(files: Sequence[_File], entries: Sequence[Entry]) -> dict[str, int]:
 
 def _row(e: Entry, f: _File) -> dict[str, Any]:
     """What there is to say of a record."""
-    from rac.decode.unpack import tensor_bytes, weights
-    from rac.linalg.transform import describe
-    from rac.records import PARTS
-    from rac.registry import RECORD_ATTACHMENT, RECORD_TENSOR
-
     if e.type == RECORD_ATTACHMENT:
         return {"name": e.name, "method": e.method, "bytes": e.size}
     of_tensor, n = e.type == RECORD_TENSOR, math.prod(e.shape)
@@ -290,8 +269,6 @@ _CLASSES = ("row_classes", "column_classes", "tables", "streams")
 
 def _text(key: str, q: Mapping[str, Any]) -> str:
     """One parameter of a quantised tensor."""
-    from rac.stages.table import PRODUCTS
-
     if key == "classes":
         return f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
     value = q[key] or None if key == "tables" else q[key]

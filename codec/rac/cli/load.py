@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
 import threading
 import time
 from collections.abc import Iterable
 from html import escape
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import rac
 from rac.cli.archives import dense
 from rac.cli.arguments import argument, command
 from rac.cli.progress import Progress, parse_size, size
@@ -36,9 +38,9 @@ class Event(NamedTuple):
     """Number of the thread."""
 
 
-def add(commands: Any) -> None:
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = command(commands, run, "load", "load all tensors and time it", HELP)
+    command(p, run, HELP)
     argument(p, "src IN.rac", "the archive, one shard of a set, or a URL")
     argument(p, "--device DEVICE", "cpu (default), cuda, cuda:1, ...", default="cpu")
     argument(p, "-j --jobs N", "threads that decode (default: one per core, at most 8)", type=int)
@@ -63,8 +65,6 @@ class _Trace:
 
 def run(args: argparse.Namespace) -> int:
     """Load, and print the timeline."""
-    import rac
-
     ring, framework = parse_size(args.ring), "np" if args.device == "cpu" else "pt"
     found = []
     for _ in range(3 if args.bench else 1):
@@ -111,8 +111,6 @@ def _wait(device: str) -> None:
 
 def _peak() -> int:
     """Most bytes that the process has had in memory."""
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -8,18 +8,21 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rac.cli import recipe
 from rac.cli.arguments import EFFORTS, argument, command
 from rac.cli.fidelity import ALARM, by_role, write_report
 from rac.cli.progress import Progress, Steps, parse_size, size
-
-if TYPE_CHECKING:
-    from rac.encode.align.recipe import Recipe
-    from rac.encode.encoded import Fidelity
-    from rac.encode.options import Lossy, PackOptions
-    from rac.encode.pack import Summary
+from rac.encode import workers
+from rac.encode.align.recipe import Recipe
+from rac.encode.allocate.budget import read_text
+from rac.encode.encoded import Fidelity
+from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
+from rac.encode.pack import ByTrellis, Packer, Summary
+from rac.encode.sources import open_source
+from rac.machine import threads_of
+from rac.study.compare import Reading, compare
 
 HELP = """\
 Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --size to a budget in real bytes, or with
@@ -52,9 +55,9 @@ ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca 
 RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
 
 
-def add(commands: Any) -> None:
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = command(commands, run, "pack", "pack a model", HELP)
+    command(p, run, HELP)
     p.set_defaults(left=_left)
     many: dict[str, Any] = {"action": "append", "default": []}
     argument(p, "src SRC", "what to pack")
@@ -99,8 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _folder(args: argparse.Namespace) -> int:
     """Pack to a file beside the folder, and write that as a folder; of an archive only the latter."""
-    from rac.encode.sources import open_source
-    from rac.runtime.folder import SHARD, replaceable, write_folder
+    from rac.runtime.folder import SHARD, replaceable, write_folder  # needs torch
 
     shard = SHARD if args.shard_size is None else parse_size(args.shard_size)
     made = None
@@ -123,10 +125,6 @@ def _file(args: argparse.Namespace) -> int:
     """Pack to a file or to shards."""
     if args.recipe != recipe.NAMES[0]:
         return recipe.run(args)
-    from rac.encode.options import Hooks
-    from rac.encode.pack import ByTrellis, Packer
-    from rac.encode.sources import open_source
-
     options, request = _asked(args)
     source = open_source(args.src, args.include, args.exclude)
     start = time.monotonic()
@@ -148,10 +146,6 @@ def _file(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     """What the arguments ask for; None: a lossless pack."""
-    from rac.encode import workers
-    from rac.encode.options import Budget, Calibration, Lossy, PackOptions
-    from rac.machine import threads_of
-
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
     shard_size = None if args.shard_size is None else parse_size(args.shard_size)
@@ -221,9 +215,6 @@ def _rank(given: str) -> int | None:
 
 def measure(src: str, path: str, text: str) -> None:
     """Print what the packed model predicts on a text, beside the original."""
-    from rac.encode.allocate.budget import read_text
-    from rac.study.compare import Reading, compare
-
     with Steps() as note:
         own, row = compare(src, [path], Reading(read_text(text)), note)
     print(

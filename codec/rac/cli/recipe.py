@@ -10,6 +10,8 @@ from typing import Any
 from rac.cli.arguments import argument
 from rac.cli.fidelity import by_role
 from rac.cli.progress import Steps, size
+from rac.machine import threads_of
+from rac.methods.recipes import Method, pack_method
 
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
@@ -53,9 +55,6 @@ def group_of(given: str) -> int | None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack by a named method, and say what came of it."""
-    from rac.machine import threads_of
-    from rac.methods.recipes import Method, pack_method
-
     for name, usual in _NOT.items():
         if getattr(args, name) != usual:
             raise ValueError(f"--recipe {args.recipe} does not take --{name.replace('_', '-')}")

@@ -7,13 +7,15 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rac.cli.arguments import argument, command
 from rac.cli.progress import Steps
-
-if TYPE_CHECKING:
-    from rac.provenance import Provenance
+from rac.decode.archive import RacFile
+from rac.encode.allocate.budget import read_text
+from rac.frameworks import check_device
+from rac.models.predictions import check
+from rac.provenance import Provenance
 
 GENERATE = """\
 Let a model write, straight from the archive: the simplest proof that it is whole and runs.
@@ -44,9 +46,9 @@ CLIP = "share of the largest activation that the grid goes to (default: 0.9 belo
 GRID = "about zero (the default, as in QuaRot), or from the least to the largest of a token (SpinQuant)"
 
 
-def add_generate(commands: Any) -> None:
+def add_generate(p: argparse.ArgumentParser) -> None:
     """Add `rac generate`."""
-    p = command(commands, generate, "generate", "let a packed model write", GENERATE)
+    command(p, generate, GENERATE)
     _add_model(p)
     argument(p, "prompt PROMPT", "what the text begins with")
     argument(p, "--tokens N", "write so many at most (default: 64)", type=int, default=64)
@@ -75,9 +77,9 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_perplexity(commands: Any) -> None:
+def add_perplexity(p: argparse.ArgumentParser) -> None:
     """Add `rac perplexity`."""
-    p = command(commands, perplexity, "perplexity", "how well a packed model predicts a text", PERPLEXITY)
+    command(p, perplexity, PERPLEXITY)
     _add_model(p)
     argument(p, "--text FILE", "the text, UTF-8", required=True)
     add_windows(p)
@@ -86,11 +88,6 @@ def add_perplexity(commands: Any) -> None:
 
 def perplexity(args: argparse.Namespace) -> int:
     """Measure, and print one line."""
-    from rac.decode.archive import RacFile
-    from rac.encode.allocate.budget import read_text
-    from rac.models.predictions import check
-    from rac.provenance import Provenance
-
     check(args.tokens, args.context)
     text = read_text(args.text)
     model, tokenizer = _open_model(args)
@@ -125,7 +122,6 @@ def _add_model(p: Any) -> None:
 def _open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer). ValueError for a data type or device that there is not."""
     offline()
-    from rac.frameworks import check_device
     from rac.runtime import load_model, load_tokenizer
 
     check_device(args.device)

@@ -24,6 +24,7 @@ from rac.errors import SourceError
 from rac.frameworks import to_framework
 from rac.machine import room
 from rac.methods.transforms.rules import RULES, Rules
+from rac.study import role as role_of
 from rac.study.analyze import bits, measures
 from rac.study.analyze.bases import ALIGNED, NAMES, SEED, TEXTS, Basis, Inputs, Matrix, Rotations, bases
 
@@ -208,7 +209,7 @@ def _rules(source: Source) -> Rules | None:
 def _place(name: str, rules: Rules | None) -> _Place:
     numbers = re.search(r"(?:^|\.)(\d+)\.", name)
     block = numbers[1] if numbers else ""
-    role = re.sub(r"(?<![^.])\d+(?![^.])", "*", name).removesuffix(".weight").rpartition("*.")[2]
+    role = role_of(name).removesuffix(".weight").rpartition("*.")[2]
     if rules is None or not numbers:
         return _Place(block, role, None, 0.0, False, False)
     prefix = name[: numbers.end()]
