@@ -38,11 +38,7 @@ def by_role(layers: Sequence[Fidelity]) -> str:
 
 
 def write_report(path: str, done: Summary, recipe: Recipe) -> None:
-    """Write a pack's totals and the fidelity of each quantised tensor to `path` as JSON; infinite ratios are null.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Write a pack's totals and the fidelity of each quantised tensor to `path` as JSON; infinite ratios are null."""
     tensors = [
         asdict(f) | {"bits": f.bits, "role": role(f.name), "snr": f.snr if math.isfinite(f.snr) else None}
         for f in done.fidelity

@@ -62,9 +62,6 @@ def points(src: str, folder: str, plan: Plan, note: Note | None = None) -> Itera
 
     Files go into `folder` as "recipe-bits.rac", with "-seed" behind for seeds other than the first; calibrations of
     the aligned recipe do too, and "points.json", the list of what was made with the settings that made it.
-
-    Raises:
-        RacError: As `make` and `pack`.
     """
     if unknown := [r for r in plan.recipes if r not in ALL]:
         raise ValueError(f"recipes are {', '.join(ALL)}, not {unknown[0]!r}")

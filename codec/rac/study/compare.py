@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,16 +68,53 @@ class Row:
 class _File:
     """The content of a file: its floating-point tensors under all their names, read when called."""
 
-    row: Row
+    path: str
     kind: str
-    floats: dict[str, Callable[[], Floats]]
-    matrices: list[str]
+    size: int = 0
+    floats: dict[str, Callable[[], Floats]] = field(default_factory=dict)
+    matrices: list[str] = field(default_factory=list)
+    quantised_bits: float | None = None
     tied: bool | None = None
     """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
     about: Provenance = field(default_factory=Provenance)
     """The provenance of an archive."""
     maps: dict[str, Transform] | None = None
     """Online transforms of the tensors that were read, by their names; None: they are folded."""
+    weights: int = 0
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    """(bytes, weights) of matrices of GGUF blocks."""
+
+    def add(self, t: _Stored, extra: Mapping[str, Any], read: Callable[[], NDArray[Any]]) -> None:
+        """Take in a tensor; `extra` says what GGUF blocks the bytes of U8 are."""
+        shape, blocks = t.shape, extra.get("gguf") if t.dtype == "U8" else None
+        if isinstance(blocks, dict):
+            shape = tuple(int(n) for n in blocks.get("shape", shape))
+            self.floats[t.name] = partial(_numbers_of, read, str(blocks.get("type")), shape)
+        elif t.dtype in DTYPES or t.dtype == "F64":
+            self.floats[t.name] = lambda: read().astype(np.float32)
+        n, kept = math.prod(shape), any(fnmatchcase(t.name, p) for p in _NOT_LINEAR)
+        linear = len(shape) >= 2 and n >= SMALLEST and not kept
+        if linear and t.name in self.floats:
+            self.matrices.append(t.name)
+        self.weights += n
+        if t.size and blocks and linear:
+            self.blocks.append((t.size, n))
+
+    def row(self, ratio: float | None) -> Row:
+        """What is known of the file before it predicts anything."""
+        bits, turned = self.quantised_bits, self.about.transformed
+        if bits is None and self.blocks:
+            bits = 8 * sum(size for size, _ in self.blocks) / sum(n for _, n in self.blocks)
+        return Row(self.path, self.size, 8 * self.size / max(1, self.weights), bits, ratio, turned=turned)
+
+
+class _Stored(NamedTuple):
+    """A tensor of a file under one of its names; `size` are stored bytes, 0 of an alias."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +137,13 @@ def compare(
     note: Note | None = None,
     within: Ways = (None,),
 ) -> Iterator[Row]:
-    """Rows for the original and for each file, as they are found.
+    """Rows for the original, whatever can be packed, and for each file of any such kind, as they are found.
 
-    Args:
-        original: Whatever can be packed; with `reading` the Hugging Face folder of a causal language model.
-        files: .rac and .gguf files, .safetensors files, Hugging Face folders.
-        reading: Measure predictions on this text.
-        note: Called with a model's name, windows done, and all of them.
-        within: Ways in which the model of each file predicts, not that of the original; a row for each. None: as it is.
-            Others are called with the model: simulated activations, for example; layers then apply their online
-            transforms, which are folded into the weights otherwise.
-
-    Raises:
-        MismatchError: A file lacks a tensor of the original, or has it in another shape.
-        SourceError: A file is missing or no model, the tokenizer is missing, or the text is too short.
-        FormatError: An archive is damaged.
-        MissingDependencyError: torch, transformers, accelerate or gguf are needed and not installed.
+    With `reading` the original is the Hugging Face folder of a causal language model, and predictions are measured.
+    `note` is called with a model's name, windows done, and all of them. `within` are ways in which the model of each
+    file predicts, not that of the original, a row for each: None as it is; others, such as simulated activations, are
+    called with the model, whose layers then apply the online transforms that are folded into the weights otherwise.
+    MismatchError where a file lacks a tensor of the original, or has it in another shape.
     """
     with _opened(os.fspath(original)) as ours:
         measure = None
@@ -123,7 +151,7 @@ def compare(
             measure = Measure(original, reading.text, reading.tokens, reading.context, note)
             if reading.snr:
                 measure.moments()
-        yield _row(ours.row, measure, None)
+        yield _row(ours.row(None), measure, None)
         for file in files:
             name = os.fspath(file)
             ratio: float | None = None
@@ -131,9 +159,9 @@ def compare(
                 with _opened(name, way is not None) as theirs:
                     if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
                         theirs.floats = translated(name)
-                    if not i and not theirs.row.turned:
+                    if not i and not theirs.about.transformed:
                         ratio = _snr(ours, theirs)
-                    yield _row(replace(theirs.row, snr=ratio), measure, theirs, way)
+                    yield _row(theirs.row(ratio), measure, theirs, way)
 
 
 def _row(row: Row, measure: Measure | None, file: _File | None, within: Within | None = None) -> Row:
@@ -159,11 +187,11 @@ def _snr(ours: _File, theirs: _File) -> float | None:
     energy = error = 0.0
     for name in ours.matrices:
         if name not in theirs.floats:
-            raise MismatchError(f"holds no tensor {name!r} of numbers, which the original has", file=theirs.row.file)
+            raise MismatchError(f"holds no tensor {name!r} of numbers, which the original has", file=theirs.path)
         a, b = ours.floats[name](), theirs.floats[name]()
         if a.shape != b.shape:
             what = f"tensor {name!r} is {list(b.shape)}, the original has {list(a.shape)}"
-            raise MismatchError(what, file=theirs.row.file)
+            raise MismatchError(what, file=theirs.path)
         energy += float(np.square(a, dtype=np.float64).sum())
         error += float(np.square(a - b, dtype=np.float64).sum())
     return decibels(energy, error)
@@ -184,95 +212,48 @@ def _opened(path: str, mapped: bool = False) -> Iterator[_File]:
 
 
 def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _File:
-    found = _Content("rac")
+    size = sum(archive.access.size for archive in f.archives)
+    out = _File(path, "rac", size, about=Provenance.of(f.archives[0].header, path), maps=maps)
     for archive in f.archives:
         for e in archive.index.entries:
-            if e.type != RECORD_TENSOR:
-                continue
-            extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
-            for name in e.names:
-                size = e.size if name == e.name else 0
-                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name, maps))
-    out = found.file(path, sum(archive.access.size for archive in f.archives))
+            if e.type == RECORD_TENSOR:
+                extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
+                for name in e.names:
+                    stored = _Stored(name, e.dtype, e.shape, e.size if name == e.name else 0)
+                    out.add(stored, extra_of(extra, name), partial(_unmapped, f, name, maps))
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
-    out.about, out.maps = Provenance.of(f.archives[0].header, path), maps
-    out.row = replace(out.row, turned=out.about.transformed)
+    out.quantised_bits = bits if count else None
     with contextlib.suppress(ValueError):
         stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
         out.tied = stated.get("tie_word_embeddings")
-    return replace(out, row=replace(out.row, quantised_bits=bits)) if count else out
+    return out
 
 
 def _unmapped(f: RacFile, name: str, maps: dict[str, Transform] | None) -> NDArray[Any]:
     """A tensor, the online transform of its layer folded into it, or put apart."""
-    found: NDArray[Any]
     stated, found = f.read(name)
     online = f.online(name) if stated.online else None
-    if online is None:
-        return found
-    if maps is not None:
+    if online is not None and maps is not None:
         maps[name] = online
-        return found
-    return online.fold(found.astype(np.float32))  # type: ignore[no-any-return]
+    elif online is not None:
+        found = online.fold(found.astype(np.float32))
+    return found  # type: ignore[no-any-return]
 
 
 def _of_source(path: str) -> _File:
     source = open_source(path)
-    found = _Content(source.kind)
-    for t in source.tensors:
-        found.add(t.name, t.dtype, t.shape, t.extra or {}, t.nbytes, partial(_dense, t))
     parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
-    paths = {part.path for part in parts if isinstance(part, Extent)}
-    return found.file(path, sum(map(os.path.getsize, paths)))
+    out = _File(path, source.kind, sum(map(os.path.getsize, {part.path for part in parts if isinstance(part, Extent)})))
+    for t in source.tensors:
+        out.add(_Stored(t.name, t.dtype, t.shape, t.nbytes), t.extra or {}, partial(_dense, t))
+    return out
 
 
 def _dense(t: SourceTensor) -> NDArray[Any]:
     return to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")  # type: ignore[no-any-return]
 
 
-class _Content:
-    """Collects the tensors of a file."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._floats: dict[str, Callable[[], Floats]] = {}
-        self._matrices: list[str] = []
-        self._weights = self._bytes = self._of = 0
-
-    def add(
-        self,
-        name: str,
-        dtype: str,
-        shape: tuple[int, ...],
-        extra: Mapping[str, Any],
-        size: int,
-        read: Callable[[], NDArray[Any]],
-    ) -> None:
-        """A tensor of `size` stored bytes, 0 for an alias; `extra` says what GGUF blocks the bytes of U8 are."""
-        blocks = extra.get("gguf") if dtype == "U8" else None
-        if isinstance(blocks, dict):
-            shape = tuple(int(n) for n in blocks.get("shape", shape))
-            self._floats[name] = partial(_blocks, read, str(blocks.get("type")), shape)
-        elif dtype in DTYPES or dtype == "F64":
-            self._floats[name] = partial(_numbers, read)
-        linear = len(shape) >= 2 and math.prod(shape) >= SMALLEST and not any(fnmatchcase(name, p) for p in _NOT_LINEAR)
-        if linear and name in self._floats:
-            self._matrices.append(name)
-        self._weights += math.prod(shape)
-        if size and blocks and linear:
-            self._bytes, self._of = self._bytes + size, self._of + math.prod(shape)
-
-    def file(self, path: str, size: int) -> _File:
-        """All of it, in a file of `size` bytes."""
-        row = Row(path, size, 8 * size / max(1, self._weights), 8 * self._bytes / self._of if self._of else None, None)
-        return _File(row, self._kind, self._floats, self._matrices)
-
-
-def _numbers(read: Callable[[], NDArray[Any]]) -> Floats:
-    return read().astype(np.float32)
-
-
-def _blocks(read: Callable[[], NDArray[Any]], kind: str, shape: tuple[int, ...]) -> Floats:
+def _numbers_of(read: Callable[[], NDArray[Any]], kind: str, shape: tuple[int, ...]) -> Floats:
     """Numbers of GGUF blocks."""
     try:
         import gguf

@@ -103,11 +103,7 @@ class Rotations:
 
 
 def read_rotations(path: str, name: str) -> Rotations:
-    """Rotations that `rac.methods.rotations` has learned: a .rac file that carries them, or a file of theirs alone.
-
-    Raises:
-        RacError: As `rac.methods.rotations.load`.
-    """
+    """Rotations that `rac.methods.rotations` has learned: a .rac file that carries them, or a file of theirs alone."""
     from rac.methods.rotations import load
 
     found = load(path)
@@ -135,14 +131,11 @@ def _mean_cost(second: Array) -> float:
 
 
 class Inputs:
-    """What is known of the inputs of matrices that share them; what is made of it is made once.
+    """What is known of the C = `width` inputs of matrices that share them; what is made of it is made once.
 
-    Args:
-        width: C.
-        fit: (C, C) second moment, from which bases are made; None: not known, errors of weights count.
-        judge: (C, C) second moment on other text, by which errors are measured; None as `fit` is.
-        gain: (C,) of the norm in front; one with an element near 0 is not fused.
-        damp: As of `rac.linalg.triangular`.
+    `fit` is their second moment (C, C), from which bases are made, `judge` that on other text, by which errors are
+    measured; both None: not known, errors of weights count. `gain` (C,) is that of the norm in front; one with an
+    element near 0 is not fused. `damp` is as in `rac.linalg.triangular`.
     """
 
     def __init__(self, width: int, fit: Array | None, judge: Array | None, gain: Array | None, damp: float) -> None:

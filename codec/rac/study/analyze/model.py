@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from rac.study import role as role_of
 from rac.study.analyze import bits, measures
 from rac.study.analyze.bases import ALIGNED, NAMES, SEED, TEXTS, Basis, Inputs, Matrix, Rotations, bases
 
+Layers = Mapping[str, Layer]
 VERSION = 1
 """Version of the report's keys."""
 LARGE = 1 << 22
@@ -44,24 +46,17 @@ FINE = (2.7, 3.3)
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a matrix stands in a model."""
-
-    block: str
-    role: str
-    gain: str | None
-    add: float
-    values: bool
-    reads: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
-    """A matrix to measure."""
+    """A matrix to measure, and where it stands in the model."""
 
     tensor: SourceTensor
-    place: _Place
+    block: str
+    role: str
+    norm: str | None
+    """Name of the gain in front of its inputs."""
     gain: measures.Array | None
+    values: bool
+    reads: bool
     fit: Layer | None
     judge: Layer | None
 
@@ -93,13 +88,8 @@ def analyze(
 
     With a text `path` is a Hugging Face model folder, and the model reads some of the text, half of it to find the
     bases and half to judge their errors by. Without one errors of weights count alike, and there are no aligned bases.
-
-    Returns:
-        The report, of numbers, texts, lists and maps; figures that there are not (of a matrix of zeros) are None.
-
-    Raises:
-        SourceError: No model, no matrix to measure, a text that is too short, NaN or infinity.
-        MissingDependencyError: As of `calibrate`.
+    The report is of numbers, texts, lists and maps; figures that there are not (of a matrix of zeros) are None.
+    SourceError where there is no model, no matrix to measure, a text that is too short, NaN or infinity.
     """
     start, tell, asked = time.monotonic(), note or (lambda *_: None), asked or Asked()
     if asked.tokens < 2 or not 1 <= asked.rate <= 7:
@@ -112,9 +102,8 @@ def analyze(
         raise SourceError(why if every else "holds no large matrix of floats", file=os.fspath(path))
     fit, judge, read = ({}, {}, 0) if text is None else _calibrated(path, text, asked, tell)
     calibrated = time.monotonic()
-    rules = _rules(source)
-    jobs = _jobs(source, wanted, rules, fit, judge)
-    found = _measured(jobs, asked, tell)
+    rules, named = _rules(source), {t.name: t for t in source.tensors}
+    found = _measured([_job(t, named, rules, fit, judge) for t in wanted], asked, tell)
     about: dict[str, Any] = {
         "version": VERSION,
         "model": os.path.basename(os.path.normpath(os.fspath(path))),
@@ -138,7 +127,7 @@ def analyze(
     return report
 
 
-def _calibrated(path: Any, text: str, asked: Asked, note: Note) -> tuple[Mapping[str, Layer], Mapping[str, Layer], int]:
+def _calibrated(path: Any, text: str, asked: Asked, note: Note) -> tuple[Layers, Layers, int]:
     """Layers to find the bases by, layers to judge them by, and the tokens that were read."""
 
     def read(part: str, tokens: int) -> Any:
@@ -152,32 +141,33 @@ def _calibrated(path: Any, text: str, asked: Asked, note: Note) -> tuple[Mapping
     return one, two, one.tokens + two.tokens
 
 
-def _jobs(
-    source: Source,
-    wanted: Sequence[SourceTensor],
-    rules: Rules | None,
-    fit: Mapping[str, Layer],
-    judge: Mapping[str, Layer],
-) -> list[_Job]:
-    """What there is to measure."""
-    by_name = {t.name: t for t in source.tensors}
-    gains: dict[str, measures.Array] = {}
-    jobs = []
-    for t in wanted:
-        place = _place(t.name, rules)
-        if place.gain in by_name and place.gain not in gains:
-            gains[place.gain] = _gain(by_name[place.gain], place.add)
-        jobs.append(_Job(t, place, gains.get(place.gain or ""), fit.get(t.name), judge.get(t.name)))
-    return jobs
+def _job(t: SourceTensor, named: Mapping[str, SourceTensor], rules: Rules | None, fit: Layers, judge: Layers) -> _Job:
+    numbers = re.search(r"(?:^|\.)(\d+)\.", t.name)
+    block = numbers[1] if numbers else ""
+    role = role_of(t.name).removesuffix(".weight").rpartition("*.")[2]
+    norm, gain, values = None, None, False
+    if rules is not None and numbers:
+        path = t.name[numbers.end() :].removesuffix(".weight")
+        norms = ((rules.attention_in, rules.attention_norm), (rules.mlp_in, rules.mlp_norm))
+        norm = next((f"{t.name[: numbers.end()]}{norm}.weight" for into, norm in norms if norm and path in into), None)
+        values = path == rules.attention_out
+        if of := named.get(norm or ""):
+            gain = to_framework(of.read(0, of.nbytes), of.dtype, of.shape, "np").astype(np.float64) + rules.unit
+    return _Job(t, block, role, norm, gain, values, norm is not None, fit.get(t.name), judge.get(t.name))
 
 
 def _measured(jobs: Sequence[_Job], asked: Asked, tell: Note) -> list[dict[str, Any]]:
     """The figures of all matrices in the order of the blocks; those of one input are measured together."""
     groups: dict[Any, list[_Job]] = {}
     for job in jobs:
-        name = job.tensor.name
-        groups.setdefault(name if job.fit is None else (_digest(job.fit), job.place.gain), []).append(job)
-    work = [(_need(some), (some, asked.rotations, asked.rate)) for some in groups.values()]
+        key: Any = job.tensor.name
+        if job.fit is not None:
+            key = zstd.digest(np.ascontiguousarray(job.fit.second).reshape(-1).view(np.uint8).data), job.norm
+        groups.setdefault(key, []).append(job)
+    work = []
+    for some in groups.values():
+        need = max(64 * math.prod(j.tensor.shape) + 100 * j.tensor.shape[-1] ** 2 for j in some)  # bytes, about
+        work.append((need, (some, asked.rotations, asked.rate)))
     total, done = sum(math.prod(job.tensor.shape) for job in jobs), 0
     found: dict[str, dict[str, Any]] = {}
     tell("measuring weights", 0, total)
@@ -191,47 +181,16 @@ def _measured(jobs: Sequence[_Job], asked: Asked, tell: Note) -> list[dict[str, 
             tell("measuring weights", done, total)
     finally:
         pool.shutdown(cancel_futures=True)
-    in_order = sorted(jobs, key=lambda job: int(job.place.block or -1))  # files sort 10 before 2
+    in_order = sorted(jobs, key=lambda job: int(job.block or -1))  # files sort 10 before 2
     return [found[job.tensor.name] for job in in_order]
 
 
 def _rules(source: Source) -> Rules | None:
     """Rules of the architecture that the folder's config.json states; None where it states none that is known."""
-    for a in source.attachments:
-        if a.name == "config.json":
-            try:
-                return RULES.get(json.loads(a.read()).get("model_type"))
-            except (ValueError, AttributeError):
-                return None
+    with contextlib.suppress(ValueError, AttributeError, StopIteration):
+        config = next(a for a in source.attachments if a.name == "config.json")
+        return RULES.get(json.loads(config.read()).get("model_type"))
     return None
-
-
-def _place(name: str, rules: Rules | None) -> _Place:
-    numbers = re.search(r"(?:^|\.)(\d+)\.", name)
-    block = numbers[1] if numbers else ""
-    role = role_of(name).removesuffix(".weight").rpartition("*.")[2]
-    if rules is None or not numbers:
-        return _Place(block, role, None, 0.0, False, False)
-    prefix = name[: numbers.end()]
-    path = name.removeprefix(prefix).removesuffix(".weight")
-    norms = [(rules.attention_in, rules.attention_norm), (rules.mlp_in, rules.mlp_norm)]
-    norm = next((n for into, n in norms if path in into), None)
-    gain = f"{prefix}{norm}.weight" if norm else None
-    return _Place(block, role, gain, rules.unit, path == rules.attention_out, norm is not None)
-
-
-def _gain(t: SourceTensor, add: float) -> measures.Array:
-    return np.asarray(to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")).astype(np.float64) + add
-
-
-def _digest(layer: Layer) -> bytes:
-    """XXH3-128 of the second moment: matrices of one input are measured together."""
-    return zstd.digest(np.ascontiguousarray(layer.second).reshape(-1).view(np.uint8).data)
-
-
-def _need(jobs: Sequence[_Job]) -> int:
-    """About the bytes that measuring matrices of one input takes."""
-    return max(64 * math.prod(j.tensor.shape) + 100 * j.tensor.shape[-1] ** 2 for j in jobs)
 
 
 def _group(jobs: Sequence[_Job], rotations: tuple[Rotations, ...], rate: float) -> list[dict[str, Any]]:
@@ -255,8 +214,7 @@ def _tensor(
     job: _Job, first: str, w: NDArray[np.float32], inputs: Inputs, rotations: tuple[Rotations, ...], rate: float
 ) -> dict[str, Any]:
     """All of one matrix; `first` of its input names that."""
-    place = job.place
-    made = bases(Matrix(w, inputs, place.block, place.values, place.reads), rotations) if w.any() else []
+    made = bases(Matrix(w, inputs, job.block, job.values, job.reads), rotations) if w.any() else []
     out: dict[str, Any] = {}
     ref = bits.reference(made[0], rate) if made else None
     for b in made:
@@ -269,8 +227,8 @@ def _tensor(
     return {
         "name": job.tensor.name,
         "input": first,
-        "block": place.block,
-        "role": place.role,
+        "block": job.block,
+        "role": job.role,
         "shape": list(w.shape),
         "inputs": inputs.fit is not None,
         "gain": inputs.gain is not None,

@@ -20,11 +20,7 @@ def require() -> None:
 
 
 def png(report: Mapping[str, Any]) -> bytes:
-    """Bits by layer, energy curves, a distribution and the map of layers and bases.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Bits by layer, energy curves, a distribution and the map of layers and bases."""
     require()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
