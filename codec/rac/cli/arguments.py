@@ -9,6 +9,17 @@ from typing import Any
 EFFORTS = ("fast", "default", "max")
 
 
+def number(word: str, least: int, what: str) -> Callable[[str], int | None]:
+    """Type of an argument that is `word`, which is None, or a number of at least `least`: `what` in the error."""
+
+    def parse(given: str) -> int | None:
+        if given != word and (not given.isdecimal() or int(given) < least):
+            raise argparse.ArgumentTypeError(f"must be {word} or {what}")
+        return None if given == word else int(given)
+
+    return parse
+
+
 def command(p: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], about: str) -> None:
     """Make a parser that of a command."""
     p.description = about

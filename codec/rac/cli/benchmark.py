@@ -12,7 +12,7 @@ from typing import Any
 
 from rac.cli.arguments import EFFORTS, argument
 from rac.cli.progress import Steps
-from rac.cli.recipe import group_of
+from rac.cli.recipe import GROUP
 from rac.cli.running import offline, simulated, simulation
 from rac.container.output import write_whole
 from rac.encode.allocate.budget import read_text
@@ -46,7 +46,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(b, "--bits B,C", "whole numbers from 2 to 8 (default: 2,3,4)", default="2,3,4")
     argument(b, "--calibrate FILE", "text to calibrate on")
     argument(b, "--calibration-tokens N", "of it (default: 40960)", type=int, default=40960)
-    argument(b, "--group N|row", "columns that share a scale", type=group_of, default=128)
+    argument(b, "--group N|row", "columns that share a scale", type=GROUP, default=128)
     argument(b, "--symmetric", "grids about zero")
     argument(b, "--steps N", "of what learns (default: 100)", type=int, default=100)
     argument(b, "--seeds A,B", "of rotations: recipes that draw come once for each (default: 0)", default="0")

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     offline()
     reading = Reading(read_text(args.text), args.tokens, args.context, args.snr) if args.text else None
     columns = [c for c in _COLUMNS if (reading or not c[3]) and (args.snr or c[0] != "weighted_snr")]
-    width = max(len("file"), *(len(_name(f)) for f in (args.original, *args.files)))
+    names = {path: os.path.basename(os.path.normpath(path)) for path in (args.original, *args.files)}
+    width = max(map(len, ("file", *names.values())))
     rows: list[dict[str, Any]] = []
     lines = [Steps()]
 
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         if len(rows) == 1:
             print(f"{'file':<{width}}" + "".join(f"  {head:>{max(len(head), 8)}}" for _, head, _, _ in columns))
-        line = f"{_name(row.file):<{width}}"
+        line = f"{names[row.file]:<{width}}"
         for key, head, form, _ in columns:
             exact = key.endswith("snr") and len(rows) > 1 and not row.turned  # no error is not unknown
             none = "exact" if exact else "-"
@@ -93,8 +94,3 @@ _COLUMNS = (
     ("perplexity", "perplexity", ".3f", True),
 )
 """Field of a row, heading, format, whether it needs a text."""
-
-
-def _name(path: str) -> str:
-    """The last part of a path."""
-    return os.path.basename(os.path.normpath(path))

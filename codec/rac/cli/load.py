@@ -66,15 +66,17 @@ class _Trace:
 def run(args: argparse.Namespace) -> int:
     """Load, and print the timeline."""
     ring, framework = parse_size(args.ring), "np" if args.device == "cpu" else "pt"
-    found = []
+    on_gpu, found = args.device.split(":")[0] == "cuda", []
     for _ in range(3 if args.bench else 1):
         trace = _Trace()
         with rac.open(args.src, framework, args.device, args.jobs, ring=ring, trace=trace) as f:
             stored, total = sum(a.access.size for a in f.archives), dense(f.archives)
             with Progress("loading", total) as progress:
                 tensors = f.load(lambda t, p=progress: p(t.name, t.nbytes))  # type: ignore[misc]
-            if framework == "pt":
-                _wait(args.device)
+            if on_gpu:
+                from torch import cuda
+
+                cuda.synchronize(args.device)
             found.append((time.monotonic() - trace.begin, trace.events))
             decoder, names = f.decoder, len(tensors)
             del tensors
@@ -86,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
         if mine := [e for e in events if e.stage == stage]:
             busy, n = busy_time(mine), sum(e.size for e in mine)
             print(f"  {stage:<7} {size(n):>9} in {busy:6.3f} s  {n / max(busy, 1e-9) / 1e9:6.2f} GB/s")
-    print(f"  memory   {size(_peak())} at most" + _device_peak(args.device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    there = f", {size(cuda.max_memory_allocated(args.device))} on {args.device}" if on_gpu else ""
+    print(f"  memory   {size(peak)} at most{there}")
     if args.timeline:
         _draw(args.timeline, events, seconds, f"{args.src}: {decoder}")
         print(f"  timeline {args.timeline}")
@@ -100,26 +104,6 @@ def busy_time(events: Iterable[Event]) -> float:
         total += max(0.0, b - max(a, end))
         end = max(end, b)
     return total
-
-
-def _wait(device: str) -> None:
-    import torch
-
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak() -> int:
-    """Most bytes that the process has had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _device_peak(device: str) -> str:
-    if device.split(":")[0] != "cuda":
-        return ""
-    import torch
-
-    return f", {size(torch.cuda.max_memory_allocated(device))} on {device}"
 
 
 def _draw(path: str, events: list[Event], seconds: float, title: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rac.cli import recipe
-from rac.cli.arguments import EFFORTS, argument, command
+from rac.cli.arguments import EFFORTS, argument, command, number
 from rac.cli.fidelity import ALARM, by_role, write_report
 from rac.cli.progress import Progress, Steps, parse_size, size
 from rac.encode import workers
@@ -83,7 +83,7 @@ def add(p: argparse.ArgumentParser) -> None:
     effort = "trellis of 32 states, of 256, or of 256 searched twice"
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
-    argument(lossy, "--rank auto|N", RANK, type=_rank)
+    argument(lossy, "--rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
     argument(lossy, "--embeddings", "quantise embeddings and output layers too")
     argument(lossy, "--measure FILE", "when done, KL and perplexity on this text, not the one above")
     argument(lossy, "--report FILE.json", "write what became of every tensor")
@@ -203,14 +203,6 @@ def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, texts: bo
         write_report(args.report, done, found)
     if args.measure:
         measure(args.src, done.paths[0], args.measure)
-
-
-def _rank(given: str) -> int | None:
-    if given == "auto":
-        return None
-    if not given.isdecimal():
-        raise argparse.ArgumentTypeError("must be auto or a number of 0 or more")
-    return int(given)
 
 
 def measure(src: str, path: str, text: str) -> None:

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from rac.cli.arguments import argument
+from rac.cli.arguments import argument, number
 from rac.cli.fidelity import by_role
 from rac.cli.progress import Steps, size
 from rac.machine import threads_of
@@ -15,6 +15,8 @@ from rac.methods.recipes import Method, pack_method
 
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
+GROUP = number("row", 1, "a number of columns")
+"""Columns of a group; None: a row."""
 NAMED = """\
 Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;
 embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run the file, with quantised
@@ -35,22 +37,13 @@ def add(p: argparse.ArgumentParser) -> None:
     """The arguments of named methods."""
     named = p.add_argument_group("named methods", NAMED)
     argument(named, "--recipe", RECIPE, choices=NAMES, default="aligned")
-    argument(named, "--group N|row", "columns that share a scale (default: 128)", type=group_of, default=128)
+    argument(named, "--group N|row", "columns that share a scale (default: 128)", type=GROUP, default=128)
     argument(named, "--fixed-rate", "store the integers at their fixed rate, not entropy-coded")
     argument(named, "--symmetric", "grids about zero")
     about = "bits of activations and cache that spinquant learns for (default: 4)"
     argument(named, "--activations B", about, type=int, default=4)
     argument(named, "--steps N", "of what learns (default: 100)", type=int, default=100)
     argument(named, "--seed N", "of rotations (default: 0)", type=int, default=0)
-
-
-def group_of(given: str) -> int | None:
-    """Columns of a group; None: a row."""
-    if given == "row":
-        return None
-    if not given.isdecimal() or not int(given):
-        raise argparse.ArgumentTypeError("must be row or a number of columns")
-    return int(given)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -223,15 +223,11 @@ class _Ring(Feed):
         with self._change:
             self._stopped = self._ended = True
             self._change.notify_all()
-        self._wake()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(JOIN)
         self._queue.clear()
         self._free.clear()
-
-    def _wake(self) -> None:
-        """Interrupt a read that waits."""
 
 
 class RangeRing(_Ring):
@@ -287,7 +283,9 @@ class StreamRing(_Ring):
         super().__init__(name, size, max(1, min(SLOT, size // 4)), 2 * SPARE, allocate, trace)
         self._read = _reader(stream, name)
         self._stream = stream
-        self._file = _waitable(stream)
+        # to wait on, where all that has arrived can be seen at it
+        raw = stream.raw if isinstance(stream, io.BufferedReader) else stream
+        self._file: int | None = raw.fileno() if isinstance(raw, io.FileIO | socket.socket) else None
         _widen(self._file)
         self._wakers = os.pipe() if self._file is not None else None
         # the first read is made here: it empties the buffer of a buffered reader, of which select knows nothing
@@ -332,25 +330,15 @@ class StreamRing(_Ring):
         poll.register(waker, select.POLLIN)
         return waker not in (fd for fd, _ in poll.poll())
 
-    def _wake(self) -> None:
-        if self._wakers:
-            os.write(self._wakers[1], b"x")
-
     def close(self) -> None:
         """Stop the thread; the stream stays open."""
+        if self._wakers:
+            os.write(self._wakers[1], b"x")  # interrupts a read that waits
         super().close()
         if self._wakers and not any(t.is_alive() for t in self._threads):
             for fd in self._wakers:
                 os.close(fd)
             self._wakers = None
-
-
-def _waitable(stream: Any) -> int | None:
-    """File descriptor to wait on, where all that has arrived can be seen at it."""
-    raw = stream.raw if isinstance(stream, io.BufferedReader) else stream
-    if isinstance(raw, io.FileIO | socket.socket):
-        return raw.fileno()
-    return None
 
 
 def _widen(file: int | None) -> None:

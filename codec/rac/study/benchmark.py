@@ -28,31 +28,24 @@ class Point:
     bits: int
     seed: int
     path: str
-    seconds: float
-    """Seconds to make the file, with what was learned once for all bits."""
-    coded: float
-    """Bits of a quantised weight, entropy-coded, everything counted."""
+    seconds: float  # seconds to make the file, with what was learned once for all bits
+    coded: float  # bits of a quantised weight, entropy-coded, everything counted
     fixed: float | None
     """Bits of a quantised weight at the fixed rate of the integers, everything counted; None: there is no such rate."""
-    size: int
-    """Bytes of the file."""
+    size: int  # bytes of the file
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is to be made of a model."""
 
-    recipes: Sequence[str]
-    """Names from ALL."""
+    recipes: Sequence[str]  # names from ALL
     bits: Sequence[int]
     """2 to 8 each. The aligned recipe, whose bits can be any number, gets those of the first other recipe at the same
     bits, all counted, or these where there is none."""
-    method: Method
-    """Everything but name, bits and seed."""
-    seeds: Sequence[int] = (0,)
-    """Recipes that draw come once for each, the others for the first."""
-    effort: str = "default"
-    """Effort of the aligned recipe."""
+    method: Method  # everything but name, bits and seed
+    seeds: Sequence[int] = (0,)  # recipes that draw come once for each, the others for the first
+    effort: str = "default"  # effort of the aligned recipe
     reuse: bool = False
     """Take files that were made by an earlier call with the same settings; otherwise all are made again."""
 

@@ -43,23 +43,16 @@ class Row:
     """One file of a comparison. Ratios are in dB; None is no error at all, or, of the last four, not measured."""
 
     file: str
-    size: int
-    """Bytes on disk: all shards, and the files that travel along."""
-    bits: float
-    """Bits on disk per weight: `size` * 8 / all weights."""
-    quantised_bits: float | None
-    """Bytes of the quantised matrices * 8 / their weights; None where there are none."""
-    snr: float | None
-    """Energy of the matrices of the original to that of their error, over all."""
+    size: int  # bytes on disk: all shards, and the files that travel along
+    bits: float  # bits on disk per weight: `size` * 8 / all weights
+    quantised_bits: float | None  # bytes of the quantised matrices * 8 / their weights; None where there are none
+    snr: float | None  # energy of the matrices of the original to that of their error, over all
     weighted_snr: float | None = None
     """Energy of the linear layers' outputs to that of their error: sum tr(W S W') / sum tr(E S E'), S second moments on
     the text."""
-    kl: float | None = None
-    """KL(original || file) per token, nats, mean over all positions."""
-    top1: float | None = None
-    """Share of positions where both predict the same token."""
-    perplexity: float | None = None
-    """Over all positions but the last of each window."""
+    kl: float | None = None  # KL(original || file) per token, nats, mean over all positions
+    top1: float | None = None  # share of positions where both predict the same token
+    perplexity: float | None = None  # over all positions but the last of each window
     turned: bool = False
     """Whether the weights are those of a transformed model, which are in other coordinates: no SNR is measured."""
 
@@ -76,13 +69,11 @@ class _File:
     quantised_bits: float | None = None
     tied: bool | None = None
     """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
-    about: Provenance = field(default_factory=Provenance)
-    """The provenance of an archive."""
+    about: Provenance = field(default_factory=Provenance)  # the provenance of an archive
     maps: dict[str, Transform] | None = None
     """Online transforms of the tensors that were read, by their names; None: they are folded."""
     weights: int = 0
-    blocks: list[tuple[int, int]] = field(default_factory=list)
-    """(bytes, weights) of matrices of GGUF blocks."""
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # (bytes, weights) of matrices of GGUF blocks
 
     def add(self, t: _Stored, extra: Mapping[str, Any], read: Callable[[], NDArray[Any]]) -> None:
         """Take in a tensor; `extra` says what GGUF blocks the bytes of U8 are."""
@@ -122,12 +113,9 @@ class Reading:
     """A text that the models predict."""
 
     text: str
-    tokens: int = 8192
-    """Most of its tokens."""
-    context: int = 1024
-    """Tokens of one window; what is left behind the last whole window is not measured."""
-    snr: bool = False
-    """Whether the weighted SNR is measured too, which takes one more pass of the original."""
+    tokens: int = 8192  # most of its tokens
+    context: int = 1024  # tokens of one window; what is left behind the last whole window is not measured
+    snr: bool = False  # whether the weighted SNR is measured too, which takes one more pass of the original
 
 
 def compare(

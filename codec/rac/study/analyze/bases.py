@@ -58,19 +58,15 @@ class Basis:
     """A matrix in one basis, and what errors cost there."""
 
     id: str
-    matrix: NDArray[np.float32]
-    """(R, C) V."""
-    weight: NDArray[np.float64]
-    """(C,) what steps are inverse to."""
-    second: Array
-    """(C, C), or (C,) where it is diagonal: second moment of T x."""
+    matrix: NDArray[np.float32]  # (R, C) V
+    weight: NDArray[np.float64]  # (C,) what steps are inverse to
+    second: Array  # (C, C), or (C,) where it is diagonal: second moment of T x
     cost: float
     """Mean cost of an error of one step in each element, steps being 1 / weight: less where errors are fed back."""
     recursion: Triangular | None = None
     whitened: NDArray[np.float32] | None = None
     """(R, C) whose singular values are those of the outputs; None: those of `coded` are meant."""
-    entries: int = 0
-    """Numbers that a file must hold for this basis alone."""
+    entries: int = 0  # numbers that a file must hold for this basis alone
 
     @property
     def coded(self) -> NDArray[np.float32]:
@@ -96,8 +92,7 @@ class Rotations:
     """Learned rotations of one file: R1 of the residual stream, R2 of the values of each layer's heads."""
 
     name: str
-    r1: NDArray[np.float32]
-    """(hidden, hidden): what reads the stream has W R1^T, its input is R1 x."""
+    r1: NDArray[np.float32]  # (hidden, hidden): what reads the stream has W R1^T, its input is R1 x
     r2: Mapping[str, NDArray[np.float32]]
     """By layer number: (head, head), of the inputs of the output projection, head by head."""
 
@@ -139,7 +134,9 @@ class Inputs:
     """
 
     def __init__(self, width: int, fit: Array | None, judge: Array | None, gain: Array | None, damp: float) -> None:
-        self.width, self.fit, self.judge, self.damp = width, fit, judge, damp
+        self.width, self.damp = width, damp
+        self.fit: Any = fit
+        self.judge: Any = judge
         near = gain is None or float(np.abs(gain).min()) <= 1e-6 * float(np.abs(gain).max())
         self.gain = None if near or gain is None else gain.astype(np.float64)
 
@@ -166,19 +163,16 @@ class Inputs:
     @functools.cached_property
     def feedback(self) -> Triangular:
         """The recursion behind a Hadamard matrix."""
-        assert self.fit is not None  # noqa: S101
         return triangular(_both(self.without_gain(damped(self.fit, self.damp)), SEED), 0.0)
 
     @functools.cached_property
     def triangular(self) -> Triangular:
         """The recursion of the columns as they are."""
-        assert self.fit is not None  # noqa: S101
         return triangular(self.fit, self.damp)
 
     @functools.cached_property
     def pca(self) -> tuple[Pca, NDArray[np.float32]]:
         """Principal directions, and `judge` in their coordinates."""
-        assert self.fit is not None and self.judge is not None  # noqa: PT018, S101
         p = pca(self.fit, self.damp)
         return p, _conjugate(p.basis.astype(F32), self.judge)
 
@@ -187,15 +181,11 @@ class Inputs:
 class Matrix:
     """A weight matrix and what is known of its place in the model."""
 
-    w: NDArray[np.float32]
-    """(R, C)"""
+    w: NDArray[np.float32]  # (R, C)
     inputs: Inputs
-    layer: str = ""
-    """Number of the layer, as text."""
-    values: bool = False
-    """Whether it reads the values of the heads."""
-    reads: bool = False
-    """Whether it reads the residual stream."""
+    layer: str = ""  # number of the layer, as text
+    values: bool = False  # whether it reads the values of the heads
+    reads: bool = False  # whether it reads the residual stream
 
 
 def bases(m: Matrix, rotations: Sequence[Rotations] = ()) -> list[Basis]:
@@ -209,7 +199,7 @@ def bases(m: Matrix, rotations: Sequence[Rotations] = ()) -> list[Basis]:
     v, cost = turned(x.fused(w), SEED), _mean_cost(x.turned)
     out.append(Basis("hadamard", v, one, x.turned, cost))
     out.append(Basis("hadamard2", np.ascontiguousarray(turned(v.T, SEED + 1).T), one, x.turned, cost))
-    out += [b for r in rotations if (b := _learned(m, r)) is not None]
+    out += [_learned(m, r) for r in rotations]
     if x.fit is None or x.judge is None:
         return out
     t = x.feedback
@@ -227,7 +217,7 @@ def _conjugate(u: Array, s: Array) -> NDArray[np.float32]:
     return np.asarray(u @ s @ u.T, F32)
 
 
-def _learned(m: Matrix, r: Rotations) -> Basis | None:
+def _learned(m: Matrix, r: Rotations) -> Basis:
     """The matrix behind learned rotations; the Hadamard matrix where the file has none for its inputs."""
     x, c = m.inputs, m.w.shape[1]
     v = x.fused(m.w)

@@ -29,12 +29,9 @@ TRIES = 6
 class Point:
     """A matrix, quantised and coded."""
 
-    bits: float
-    """Bytes of the units * 8 / weights."""
-    error: float
-    """tr(E S E^T)"""
-    scale: float
-    """log2 of the step, in units of which columns of weight 1 are."""
+    bits: float  # bytes of the units * 8 / weights
+    error: float  # tr(E S E^T)
+    scale: float  # log2 of the step, in units of which columns of weight 1 are
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +39,9 @@ class Found:
     """Bits of a basis at the error of the reference."""
 
     bits: float
-    measured: float
-    """Bits of the last try, whose error is `off` decibels above the reference's."""
-    off: float
-    """Decibels by which the error of the last try is above the reference's."""
-    scale: float
-    """log2 of its step."""
+    measured: float  # bits of the last try, whose error is `off` decibels above the reference's
+    off: float  # decibels by which the error of the last try is above the reference's
+    scale: float  # log2 of its step
 
 
 def at(b: Basis, scale: float) -> Point:

@@ -52,8 +52,7 @@ class _Job:
     tensor: SourceTensor
     block: str
     role: str
-    norm: str | None
-    """Name of the gain in front of its inputs."""
+    norm: str | None  # name of the gain in front of its inputs
     gain: measures.Array | None
     values: bool
     reads: bool
@@ -65,20 +64,13 @@ class _Job:
 class Asked:
     """What is measured, and how."""
 
-    tokens: int = 16384
-    """Most tokens of the text to use."""
-    layers: str = "*"
-    """Pattern (fnmatch) of the names of matrices."""
-    rotations: tuple[Rotations, ...] = ()
-    """Learned ones."""
-    rate: float = 4.0
-    """Bits per weight of the original basis, about, whose error is that of all."""
-    seen: bool = False
-    """Find the bases on all tokens, and judge by the same: what is learned by heart counts then."""
-    cache: str | None = None
-    """Where calibrations are kept; None: nowhere."""
-    jobs: int | None = None
-    """Matrices at a time; None: one for each core, at most 8."""
+    tokens: int = 16384  # most tokens of the text to use
+    layers: str = "*"  # pattern (fnmatch) of the names of matrices
+    rotations: tuple[Rotations, ...] = ()  # learned ones
+    rate: float = 4.0  # bits per weight of the original basis, about, whose error is that of all
+    seen: bool = False  # find the bases on all tokens, and judge by the same: what is learned by heart counts then
+    cache: str | None = None  # where calibrations are kept; None: nowhere
+    jobs: int | None = None  # matrices at a time; None: one for each core, at most 8
 
 
 def analyze(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,13 +38,10 @@ class Axes:
     y_label: str
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
-    log: bool = False
-    """Whether the axis of y is one of powers of ten."""
+    log: bool = False  # whether the axis of y is one of powers of ten
     height: int = 240
-    percent: bool = False
-    """Whether both axes are of shares."""
-    whole: bool = False
-    """Whether the axis of x has whole numbers only."""
+    percent: bool = False  # whether both axes are of shares
+    whole: bool = False  # whether the axis of x has whole numbers only
 
     def spanned(self, points: Sequence[tuple[float, float]]) -> tuple[float, float, float, float]:
         """Least and largest x, and y or its logarithm."""
@@ -121,7 +119,8 @@ def cells(
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="bits by layer and basis">']
     for j, name in enumerate(columns):
         x = left + (j + 0.5) * wide
-        for k, word in enumerate(_wrap(name, max(6, int(wide / 5.4)))):
+        words = textwrap.wrap(name, max(6, int(wide / 5.4)), break_long_words=False, break_on_hyphens=False)
+        for k, word in enumerate(words[:5]):
             out.append(f'<text x="{x:.1f}" y="{11 + 11 * k}" text-anchor="middle">{html.escape(word)}</text>')
     for i, (name, row) in enumerate(zip(rows, values, strict=True)):
         y = top + i * high
@@ -139,13 +138,3 @@ def cells(
             at = f'class="{"on" if share > 60 else "cell"}" x="{x + wide / 2:.1f}" y="{y + 11}"'
             out.append(f'<text {at} text-anchor="middle">{format(v, form)}</text>')
     return "".join(out) + "</svg>"
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """Lines of whole words, at most five."""
-    out = [""]
-    for word in text.split():
-        if out[-1] and len(out[-1]) + 1 + len(word) > width:
-            out.append("")
-        out[-1] = f"{out[-1]} {word}".strip()
-    return out[:5]
