@@ -21,13 +21,7 @@ Array = NDArray[Any]
 
 
 class Decoder:
-    """Decodes the units of one tensor, in any order and from any thread.
-
-    Attributes:
-        tensor: Head of the tensor.
-        coder: The opened coder.
-        numbers: The opened stage behind it; None where there is none.
-    """
+    """Decodes the units of one tensor, in any order and from any thread: `coder`, and `numbers` behind it, are open."""
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from rac.errors import RacError, SourceError, TruncatedError
 
@@ -46,19 +46,19 @@ class InFile:
             e.offset = self._offset if e.offset is None else e.offset
 
 
-class Access(Protocol):
+class Access:
     """Bytes at an offset. Implementations may be used by several threads at once."""
 
     name: str
     size: int
-    parallel: int
-    """Reads that are worth having in flight at once."""
+    parallel = 1  # reads that are worth having in flight at once
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`; TruncatedError where the bytes end."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Release what is held."""
+        """Release what is held; what belongs to the caller stays open."""
 
 
 def read(access: Access, at: int, size: int) -> bytes:
@@ -70,7 +70,7 @@ def read(access: Access, at: int, size: int) -> bytes:
     return bytes(out)
 
 
-class FileAccess:
+class FileAccess(Access):
     """A regular file, read with pread. It is closed when nobody refers to it; copies and pickles open it again."""
 
     parallel = 4
@@ -109,10 +109,8 @@ class FileAccess:
         return FileAccess, (self._path, self.name)
 
 
-class BytesAccess:
+class BytesAccess(Access):
     """Bytes in memory."""
-
-    parallel = 1
 
     def __init__(self, data: bytes | bytearray | memoryview, name: str = "<bytes>") -> None:
         self.name, self._data = name, memoryview(data).cast("B")
@@ -125,23 +123,18 @@ class BytesAccess:
             raise TruncatedError("bytes end early", file=self.name, offset=at + len(piece))
         out[:] = piece
 
-    def close(self) -> None:
-        """Nothing to release."""
-
     def __reduce__(self) -> tuple[Any, ...]:
         return BytesAccess, (bytes(self._data), self.name)
 
 
-class ObjectAccess:
+class ObjectAccess(Access):
     """A file object that can seek. It is read under a lock, and stays open."""
-
-    parallel = 1
 
     def __init__(self, stream: Any) -> None:
         self.name = str(getattr(stream, "name", None) or "<file object>")
         self._stream, self._lock = stream, threading.Lock()
         with guarded(SourceError, self.name, 0, (OSError, ValueError)):
-            self.size: int = stream.seek(0, os.SEEK_END)
+            self.size = stream.seek(0, os.SEEK_END)
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
@@ -153,9 +146,6 @@ class ObjectAccess:
                 done += len(data)
         if done < len(out):
             raise TruncatedError("the file object ends early", file=self.name, offset=at + done)
-
-    def close(self) -> None:
-        """The file object belongs to the caller."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise SourceError("was opened from a file object, of which there are no copies; open its path", file=self.name)

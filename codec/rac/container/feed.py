@@ -26,14 +26,10 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
-PIECE = 1 << 20
-"""Bytes that a claim of a length is worth before they arrive."""
-SLOT = 4 << 20
-"""Bytes of one read of a file, and of one buffer."""
-SPARE = 4
-"""Buffers beside those that are being filled."""
-JOIN = 5.0
-"""Seconds that closing waits for a read that cannot be interrupted."""
+PIECE = 1 << 20  # bytes that a claim of a length is worth before they arrive
+SLOT = 4 << 20  # bytes of one read of a file, and of one buffer
+SPARE = 4  # buffers beside those that are being filled
+JOIN = 5.0  # seconds that closing waits for a read that cannot be interrupted
 Allocate = Callable[[int], memoryview]
 Trace = Callable[[str, float, float, int], None]
 """Called with ("read" | "copy" | "decode", start, end in seconds of time.monotonic, bytes)."""

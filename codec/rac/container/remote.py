@@ -17,14 +17,10 @@ from typing import Any
 from rac.container.access import Access
 from rac.errors import MissingDependencyError, SourceError
 
-RETRIES = 6
-"""Attempts in a row that may bring nothing."""
-BACKOFF = 0.1
-"""Seconds before the second of these; each next wait is twice as long, up to 5 s."""
-STALL = 30.0
-"""Seconds without a byte after which a connection counts as broken."""
-START = 4096
-"""Bytes that the first request fetches: the header of most archives is among them."""
+RETRIES = 6  # attempts in a row that may bring nothing
+BACKOFF = 0.1  # seconds before the second of these; each next wait is twice as long, up to 5 s
+STALL = 30.0  # seconds without a byte after which a connection counts as broken
+START = 4096  # bytes that the first request fetches: the header of most archives is among them
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 
 
@@ -52,7 +48,7 @@ class _Retry(Exception):
     """The server asks to come back later."""
 
 
-class _Remote:
+class _Remote(Access):
     """Reading again what did not come."""
 
     parallel = 8
