@@ -8,16 +8,17 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from rac.cli.arguments import argument, command
 from rac.cli.pack import cache
-from rac.cli.progress import Steps
 from rac.cli.running import offline
+from rac.cli.terminal import Steps, argument, command
 from rac.container.output import write_whole
 from rac.encode.allocate.budget import read_text
 from rac.errors import OutputError
-from rac.study.analyze import Asked, analyze, html, picture, read_rotations
-from rac.study.analyze.bases import NAMES
+from rac.study.analyze import picture
+from rac.study.analyze.bases import NAMES, read_rotations
 from rac.study.analyze.measures import FIGURES
+from rac.study.analyze.model import Asked, analyze
+from rac.study.analyze.report import html
 
 HELP = """\
 What bases do to the weights of a model: as they are, rotated by Hadamard matrices, by learned rotations, in the

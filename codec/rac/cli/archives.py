@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import rac
-from rac.cli.arguments import argument, command
-from rac.cli.progress import Progress, parse_size, size
+from rac.cli.terminal import Progress, argument, command, parse_size, size
 from rac.container import shards
 from rac.container.reader import Archive
 from rac.decode.archive import open_archives

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rac.cli.archives import opened
-from rac.cli.arguments import argument, command
-from rac.cli.progress import size
+from rac.cli.terminal import argument, command, size
 from rac.container.access import InFile
 from rac.container.forward import Forward
 from rac.container.index import method_of

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import rac
 from rac.cli.archives import dense
-from rac.cli.arguments import argument, command
-from rac.cli.progress import Progress, parse_size, size
+from rac.cli.terminal import Progress, argument, command, parse_size, size
 from rac.container.output import write_whole
 
 HELP = """\

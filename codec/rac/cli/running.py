@@ -9,8 +9,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from rac.cli.arguments import argument, command
-from rac.cli.progress import Steps
+from rac.cli.terminal import Steps, argument, command
 from rac.decode.archive import RacFile
 from rac.encode.allocate.budget import read_text
 from rac.frameworks import check_device

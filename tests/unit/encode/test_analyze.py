@@ -13,7 +13,8 @@ from rac.methods import rotations
 from rac.study.analyze import bases as bs
 from rac.study.analyze import bits as bt
 from rac.study.analyze import measures as ms
-from rac.study.analyze import read_rotations, svg
+from rac.study.analyze import svg
+from rac.study.analyze.bases import read_rotations
 
 pytest.importorskip("safetensors.numpy")
 
