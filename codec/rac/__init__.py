@@ -43,37 +43,10 @@ if TYPE_CHECKING:
     from rac.encode.verify import verify
     from rac.runtime.model import load_model, load_tokenizer
 
-__all__ = [
-    "ChecksumError",
-    "DamagedError",
-    "FormatError",
-    "LimitError",
-    "MismatchError",
-    "MissingDependencyError",
-    "NameNotFoundError",
-    "OutputError",
-    "RacError",
-    "RacFile",
-    "SourceError",
-    "TruncatedError",
-    "UnsupportedError",
-    "__version__",
-    "align",
-    "entropy",
-    "iter_tensors",
-    "load",
-    "load_file",
-    "load_model",
-    "load_tokenizer",
-    "open",
-    "pack",
-    "quantize",
-    "save_file",
-    "split",
-    "stream",
-    "unpack",
-    "verify",
-]
+__all__ = ["ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError"]
+__all__ += ["NameNotFoundError", "OutputError", "RacError", "SourceError", "TruncatedError", "UnsupportedError"]
+__all__ += ["RacFile", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open", "stream"]
+__all__ += ["__version__", "align", "entropy", "pack", "quantize", "save_file", "split", "unpack", "verify"]
 
 _WHERE = {
     "decode.archive": ("RacFile", "load", "load_file", "open"),

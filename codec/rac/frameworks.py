@@ -12,12 +12,10 @@ from rac.errors import LimitError, MissingDependencyError
 from rac.registry import DTYPES
 from rac.tensor import Tensor
 
-FRAMEWORKS = ("np", "pt")
-
 
 def check(framework: str, device: str = "cpu") -> None:
     """ValueError for an unknown framework, MissingDependencyError where torch is needed and not there."""
-    if framework not in FRAMEWORKS:
+    if framework not in ("np", "pt"):
         raise ValueError(f"framework must be 'np' or 'pt', not {framework!r}")
     if framework == "np" and str(device) != "cpu":
         raise ValueError("numpy arrays live on the CPU; use framework='pt' for another device")

@@ -19,10 +19,6 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 64
 
@@ -50,7 +46,7 @@ class Provenance:
     @property
     def source(self) -> str:
         """Kind of what was packed: "hf", "gguf", "safetensors", "memory" or another; empty where it is not stated."""
-        return self._typed("source", _text, "")
+        return self._typed("source", lambda value: isinstance(value, str), "")
 
     @property
     def include(self) -> tuple[str, ...]:
@@ -101,7 +97,7 @@ class Provenance:
 
         def good(value: Any) -> bool:
             try:
-                return _text(value) and abs(float(value)) < 1000
+                return isinstance(value, str) and abs(float(value)) < 1000
             except ValueError:
                 return False
 

@@ -44,10 +44,6 @@ def _system(url: str) -> tuple[Any, str]:
         raise SourceError(str(e), file=url) from e
 
 
-class _Retry(Exception):
-    """The server asks to come back later."""
-
-
 class _Remote(Access):
     """Reading again what did not come."""
 
@@ -149,7 +145,7 @@ class HttpAccess(_Remote):
         session = await self._fs.set_session()
         async with await _timed(session.get(self._url, **kwargs)) as r:
             if r.status in (408, 425, 429) or r.status >= 500:
-                raise _Retry(f"{r.status} {r.reason}")
+                raise OSError(f"{r.status} {r.reason}")
             self._check(at, r.status, r.reason, r.headers)
             if r.status == 416:  # an empty file
                 return 0
