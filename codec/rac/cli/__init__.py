@@ -12,8 +12,7 @@ from typing import Any
 from rac.errors import FormatError, MismatchError, OutputError, RacError, UnsupportedError
 from rac.registry import VERSION
 
-DAMAGED = (FormatError, MismatchError, UnsupportedError)
-"""Errors of the exit code 1."""
+DAMAGED = (FormatError, MismatchError, UnsupportedError)  # errors of the exit code 1
 
 DESCRIPTION = """\
 RAC, the rate-aligned container: model weights in one small, checked, streamable file.

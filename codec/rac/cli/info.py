@@ -28,7 +28,7 @@ from rac.records import PARTS, Entry, Index
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.base import Numbers
 from rac.stages.table import PRODUCTS, is_quantised
-from rac.study import role
+from rac.study import grouped, role
 from rac.tensor import Tensor
 
 HELP = """\
@@ -53,8 +53,7 @@ class _File:
     header: dict[str, Any]
     index: Index
     size: int
-    heads: dict[int, Tensor]
-    """What the record heads state, by the offset of the record."""
+    heads: dict[int, Tensor]  # what the record heads state, by the offset of the record
 
 
 def _wanted(mapped: bool, kind: int, method: str) -> bool:
@@ -211,12 +210,8 @@ def _row(e: Entry, f: _File) -> dict[str, Any]:
 
 def _roles(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Sums over the quantised tensors of each role."""
-    roles: dict[str, list[Mapping[str, Any]]] = {}
-    for t in tensors:
-        if "quantised" in t:
-            roles.setdefault(role(t["name"]), []).append(t)
     out = []
-    for name, found in roles.items():
+    for name, found in grouped((t for t in tensors if "quantised" in t), lambda t: role(t["name"])).items():
         n, size = sum(math.prod(t["shape"]) for t in found), sum(t["bytes"] for t in found)
         sums = {"role": name, "tensors": len(found), "weights": n, "bytes": size, "bits_per_weight": 8 * size / n}
         out.append({**sums, "outliers": sum(t["quantised"]["outliers"] for t in found)})
@@ -245,11 +240,8 @@ def _tensors(r: Mapping[str, Any]) -> None:
         for a in t.get("aliases", ()):
             print(f"  {'=' if a['tied'] else '~'} {a['name']} ({'tied' if a['tied'] else 'equal'}, stored once)")
     print()
-    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for t in every:
-        if "quantised" in t:  # a table of those that have the same parameters
-            kinds.setdefault(tuple(t["quantised"]), []).append(t)
-    for keys, lossy in kinds.items():
+    # a table of those that have the same parameters
+    for keys, lossy in grouped((t for t in every if "quantised" in t), lambda t: tuple(t["quantised"])).items():
         at = keys.index("outliers")
         shown = [*keys[:at], "classes", "tables", *(k for k in keys[at:] if k not in _CLASSES)]
         rows = [[t["name"], *(_text(k, t["quantised"]) for k in shown)] for t in lossy]
@@ -307,10 +299,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  online       {n:,} tensors: {about}")
     for a in r["attachments"]:
         print(f"  attachment   {a['name']} ({a['bytes']:,} bytes)")
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for t in r["tensors"]:
-        kinds.setdefault(f"{t['dtype']} {t['method']}", []).append(t)
-    for kind, found in kinds.items():
+    for kind, found in grouped(r["tensors"], lambda t: f"{t['dtype']} {t['method']}").items():
         stored, dense = sum(t["bytes"] for t in found), sum(t["dense"] for t in found)
         print(f"  {kind:<21} {len(found):>6,} tensors {stored:>16,} bytes {stored / dense if dense else 0:>8.2%}")
     if r["roles"]:

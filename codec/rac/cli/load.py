@@ -22,8 +22,7 @@ Load every tensor, as a program would, and say how long what took.
 Three stages run side by side: reading (with checksums), copying to the device where there is one, and decoding. Each
 line gives the bytes of a stage, the time in which it was at work at all, and the rate in that time; decoding counts
 dense bytes. --bench loads three times and shows the fastest. --timeline draws which stage was at work when."""
-COLOURS = {"read": "#4477aa", "copy": "#ccbb44", "decode": "#ee6677"}
-"""By stage."""
+COLOURS = {"read": "#4477aa", "copy": "#ccbb44", "decode": "#ee6677"}  # by stage
 
 
 class Event(NamedTuple):
@@ -33,8 +32,7 @@ class Event(NamedTuple):
     start: float
     end: float
     size: int
-    lane: int
-    """Number of the thread."""
+    lane: int  # number of the thread
 
 
 def add(p: argparse.ArgumentParser) -> None:

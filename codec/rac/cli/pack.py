@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from rac.cli.fidelity import ALARM, by_role, write_report
 from rac.cli.terminal import EFFORTS, Progress, Steps, argument, command, number, parse_size, size
+from rac.container.output import write_whole
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
@@ -22,6 +24,7 @@ from rac.encode.pack import ByTrellis, Packer, Summary
 from rac.encode.sources import open_source
 from rac.machine import threads_of
 from rac.methods.recipes import Method, pack_method
+from rac.study import grouped, role
 from rac.study.compare import Reading, compare
 
 HELP = """\
@@ -44,8 +47,7 @@ needs `import rac.runtime` first, and its layers stay compressed in memory (docs
 
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
-GROUP = number("row", 1, "a number of columns")
-"""Columns of a group; None: a row."""
+GROUP = number("row", 1, "a number of columns")  # columns of a group; None: a row
 NAMED = """\
 Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;
 embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run the file, with quantised
@@ -60,6 +62,7 @@ _NOT: dict[str, Any] = {
     "effort": "default",
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
+ALARM = 10  # decibels of output signal to noise below which a layer is named
 LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
 JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
 lossless)"""
@@ -226,14 +229,58 @@ def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, texts: bo
             f"alone: {_some(found.unreached)}",
             file=sys.stderr,
         )
-    print(by_role(done.fidelity))
+    print(_by_role(done.fidelity))
     print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
         print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
     if args.report:
-        write_report(args.report, done, found)
+        _write_report(args.report, done, found)
     if args.measure:
         measure(args.src, done.paths[0], args.measure)
+
+
+def _by_role(layers: Sequence[Fidelity]) -> str:
+    """A table with one line per role."""
+    roles = grouped(layers, lambda f: role(f.name))
+    width = max([len(r) for r in roles] + [len("role")])
+    lines = [f"{'role':<{width}}  tensors       weights  bits/w  SNR dB   least  rank  outliers"]
+    for name, found in roles.items():
+        weights = sum(math.prod(f.shape) for f in found)
+        bits = 8 * sum(f.size for f in found) / weights
+        mean, least = sum(f.snr for f in found) / len(found), min(f.snr for f in found)
+        ranks = sorted({f.rank for f in found})
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        lines.append(
+            f"{name:<{width}}  {len(found):7,} {weights:13,} {bits:7.3f} {mean:7.2f} {least:7.2f} {rank:>5} "
+            f"{sum(f.outliers for f in found):9,}"
+        )
+    return "\n".join(lines)
+
+
+def _write_report(path: str, done: Summary, recipe: Recipe) -> None:
+    """Write a pack's totals and the fidelity of each quantised tensor to `path` as JSON; infinite ratios are null."""
+    tensors = [
+        asdict(f) | {"bits": f.bits, "role": role(f.name), "snr": f.snr if math.isfinite(f.snr) else None}
+        for f in done.fidelity
+    ]
+    report = {
+        "files": done.paths,
+        "size": done.stored,
+        "dense": done.dense,
+        "weights": done.weights,
+        "file_bits": 8 * done.stored / max(1, done.weights),
+        "quantised": done.quantised,
+        "quantised_bits": done.quantised_bits,
+        "states": recipe.states,
+        "passes": recipe.passes,
+        "scale": recipe.scale,
+        "about": dict(recipe.about),
+        "unreached": recipe.unreached,
+        "resumed": done.resumed,
+        "alarms": [f.name for f in done.fidelity if f.snr < ALARM],
+        "tensors": tensors,
+    }
+    write_whole(path, json.dumps(report, indent=1) + "\n")
 
 
 def measure(src: str, path: str, text: str) -> None:
@@ -288,7 +335,7 @@ def _named(args: argparse.Namespace) -> int:
         done = pack_method(args.src, args.output, method, note=note, **options)
     seconds = time.monotonic() - start
     weights = 8 * done.stored / max(1, done.weights)
-    print(by_role(done.fidelity))
+    print(_by_role(done.fidelity))
     print(
         f"{args.output}: {args.recipe}, {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per "
         f"weight, all counted; the file {size(done.stored)}, {weights:.3f} bits per weight, in {seconds:.1f} s"

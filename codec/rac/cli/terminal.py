@@ -65,8 +65,7 @@ def parse_size(text: str) -> int:
 class _Line:
     """A line that is written over, on terminals only."""
 
-    END = "\n"
-    """Leaves the last line."""
+    END = "\n"  # leaves the last line
 
     def __init__(self) -> None:
         self._on, self._drawn = sys.stderr.isatty(), False
@@ -89,8 +88,7 @@ class _Line:
 class Progress(_Line):
     """Counts bytes. Shows itself after half a second."""
 
-    END = "\r\x1b[K"
-    """Wipes the line."""
+    END = "\r\x1b[K"  # wipes the line
 
     def __init__(self, what: str, total: int) -> None:
         super().__init__()

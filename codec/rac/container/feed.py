@@ -118,7 +118,7 @@ class _Ring(Feed):
         self._allocate = allocate or (lambda n: memoryview(bytearray(n)))
         self._trace = trace
         self._made, self._free, self._queue = 0, list[Held](), deque[Held]()
-        self._at, self._offset = 0, 0
+        self._at = 0
         self._ended = self._stopped = False
         self._error: BaseException | None = None
         self._change = threading.Condition()

@@ -13,8 +13,7 @@ from rac.records import Entry, Index, Limits, Record
 from rac.registry import FLAG_ANCILLARY, RECORD_ATTACHMENT, RECORD_INDEX, RECORD_OBJECT, RECORD_TENSOR
 
 _ROW = {"at", "check", "flags", "head", "payload", "type"}
-HEAD_KEYS = ("name", "dtype", "shape", "aliases", "stages")
-"""What a record head and its index row both state."""
+HEAD_KEYS = ("name", "dtype", "shape", "aliases", "stages")  # what a record head and its index row both state
 _PLACE = operator.attrgetter("type", "flags", "at", "head_size", "payload_size", "check")
 _NAMED = _ROW | {"method", "name"}
 _KEYS = {

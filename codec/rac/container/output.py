@@ -10,8 +10,7 @@ from typing import BinaryIO
 from rac.container.access import guarded
 from rac.errors import OutputError
 
-PART = ".part"
-"""Ending of a file that is not whole yet."""
+PART = ".part"  # ending of a file that is not whole yet
 _KINDS = {stat.S_IFCHR: "character device", stat.S_IFBLK: "block device", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
 

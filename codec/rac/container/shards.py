@@ -21,8 +21,7 @@ from rac.errors import ChecksumError, FormatError, OutputError
 from rac.records import Entry, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
-RING = 64 << 20
-"""Bytes of a file that are read ahead."""
+RING = 64 << 20  # bytes of a file that are read ahead
 SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.rac$")
 MOST = 99999
 Progress = Callable[[str, int], None]

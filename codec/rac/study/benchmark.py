@@ -15,8 +15,7 @@ from rac.methods.grouped import pack_grouped
 from rac.methods.recipes import RECIPES, Known, Method, Note, make
 
 ALL = (*RECIPES, "aligned")
-DRAW = ("quarot", "spinquant", "kurtail")
-"""Recipes that the seed makes a difference to."""
+DRAW = ("quarot", "spinquant", "kurtail")  # recipes that the seed makes a difference to
 LIST = "points.json"
 
 

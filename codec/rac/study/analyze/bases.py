@@ -24,10 +24,8 @@ from rac.linalg.triangular import Triangular, damped, triangular
 
 Array = NDArray[Any]
 F32 = np.float32
-SEED = 0
-"""Seed of the signs of the Hadamard matrix of the inputs; that of the outputs has the next."""
-ORTHOGONAL = 1e-3
-"""Most that R^T R of a given rotation may be off 1."""
+SEED = 0  # seed of the signs of the Hadamard matrix of the inputs; that of the outputs has the next
+ORTHOGONAL = 1e-3  # most that R^T R of a given rotation may be off 1
 NAMES = {
     "original": "original",
     "hadamard": "Hadamard, inputs",
@@ -49,8 +47,7 @@ TEXTS = {
     "triangular": "The columns as they are, errors fed back through the Cholesky factor L of the inputs' second "
     "moment, steps inverse to L_jj (WaterSIC, arXiv 2603.04956). A file needs nothing more.",
 }
-ALIGNED = ("pca", "triangular")
-"""Those that follow the inputs."""
+ALIGNED = ("pca", "triangular")  # those that follow the inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ from rac.study.analyze.bases import Basis, exponents
 from rac.study.analyze.measures import GAUSSIAN, rms
 
 STATES = 8
-NEAR = 0.25
-"""Decibels that the error may be off the reference's."""
+NEAR = 0.25  # decibels that the error may be off the reference's
 LOW = 1.0
 TRIES = 6
 

@@ -12,12 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)
-"""Differential entropy in bits of a Gaussian of deviation 1."""
-CURVE = 32
-"""Points of an energy curve behind its first, 0."""
-EDGES = np.linspace(-8, 8, 65)
-"""Edges of the bins of `histogram`, in units of the root mean square."""
+GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)  # differential entropy in bits of a Gaussian of deviation 1
+CURVE = 32  # points of an energy curve behind its first, 0
+EDGES = np.linspace(-8, 8, 65)  # edges of the bins of `histogram`, in units of the root mean square
 FIGURES = (
     ("bits", "bits", "bits", ".3f"),
     ("kurtosis", "kurtosis", "kurtosis", ".2f"),
@@ -34,8 +31,7 @@ FIGURES = (
     ("estimate", "bits estimated", "", ".3f"),
 )
 """Columns of tables: key, head on a page, head on a terminal ("": not there), format."""
-TIE = 2.0**-12
-"""Least spacing that counts, in units of the root mean square: weights of 16 bits have ties."""
+TIE = 2.0**-12  # least spacing that counts, in units of the root mean square: weights of 16 bits have ties
 
 
 def rms(x: Array) -> float:

@@ -25,24 +25,21 @@ from rac.errors import SourceError
 from rac.frameworks import to_framework
 from rac.machine import room
 from rac.methods.transforms.rules import RULES, Rules
+from rac.study import grouped
 from rac.study import role as role_of
 from rac.study.analyze import bits, measures
 from rac.study.analyze.bases import ALIGNED, NAMES, SEED, TEXTS, Basis, Inputs, Matrix, Rotations, bases
 
 Layers = Mapping[str, Layer]
-VERSION = 1
-"""Version of the report's keys."""
-LARGE = 1 << 22
-"""Weights from which on matrices are measured in processes of their own."""
+VERSION = 1  # version of the report's keys
+LARGE = 1 << 22  # weights from which on matrices are measured in processes of their own
 LEARNED = "Columns behind learned rotations, of inputs that the file has none for behind Hadamard; one step for all."
-SAME = {"hadamard-feedback": "hadamard"}
-"""Bases whose matrix is that of another."""
+SAME = {"hadamard-feedback": "hadamard"}  # bases whose matrix is that of another
 SPECTRUM = {"hadamard2": "hadamard", "hadamard-feedback": "hadamard", "triangular": "pca"}
 """Bases whose singular values are those of another."""
 LEVELS = (*(key for key, *_ in measures.FIGURES), "top1")
 """Figures of a basis that have means; `bits` and `estimate` by weights, the others by matrices."""
-FINE = (2.7, 3.3)
-"""Kurtosis of what counts as Gaussian: 3 +- 0.3."""
+FINE = (2.7, 3.3)  # kurtosis of what counts as Gaussian: 3 +- 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +147,14 @@ def _job(t: SourceTensor, named: Mapping[str, SourceTensor], rules: Rules | None
 
 def _measured(jobs: Sequence[_Job], asked: Asked, tell: Note) -> list[dict[str, Any]]:
     """The figures of all matrices in the order of the blocks; those of one input are measured together."""
-    groups: dict[Any, list[_Job]] = {}
-    for job in jobs:
-        key: Any = job.tensor.name
-        if job.fit is not None:
-            key = zstd.digest(np.ascontiguousarray(job.fit.second).reshape(-1).view(np.uint8).data), job.norm
-        groups.setdefault(key, []).append(job)
+
+    def of_input(job: _Job) -> Any:
+        if job.fit is None:
+            return job.tensor.name
+        return zstd.digest(np.ascontiguousarray(job.fit.second).reshape(-1).view(np.uint8).data), job.norm
+
     work = []
-    for some in groups.values():
+    for some in grouped(jobs, of_input).values():
         need = max(64 * math.prod(j.tensor.shape) + 100 * j.tensor.shape[-1] ** 2 for j in some)  # bytes, about
         work.append((need, (some, asked.rotations, asked.rate)))
     total, done = sum(math.prod(job.tensor.shape) for job in jobs), 0
@@ -272,9 +269,7 @@ def summary(about: dict[str, Any], found: list[dict[str, Any]], learned: Sequenc
     whole = [one for one in found if one["bases"]]
     names = {**NAMES, **{name: f"learned: {name}" for name in learned}}
     used = [key for key in names if any(key in one["bases"] for one in whole)]
-    blocks: dict[str, list[dict[str, Any]]] = {}
-    for one in whole:
-        blocks.setdefault(one["block"], []).append(one)
+    blocks = grouped(whole, lambda one: str(one["block"]))
     rotated = [key for key in used if key not in ("original", *ALIGNED)]
     known = [one for one in whole if one["inputs"]]
     shown = _shown(whole)

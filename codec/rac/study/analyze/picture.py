@@ -10,7 +10,7 @@ from typing import Any
 
 from rac.errors import MissingDependencyError
 from rac.study.analyze.measures import CURVE
-from rac.study.analyze.page import COLOURS, classes
+from rac.study.analyze.report import COLOURS, classes
 
 
 def require() -> None:
