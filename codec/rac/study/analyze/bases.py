@@ -25,7 +25,6 @@ from rac.linalg.triangular import Triangular, damped, triangular
 Array = NDArray[Any]
 F32 = np.float32
 SEED = 0  # seed of the signs of the Hadamard matrix of the inputs; that of the outputs has the next
-ORTHOGONAL = 1e-3  # most that R^T R of a given rotation may be off 1
 NAMES = {
     "original": "original",
     "hadamard": "Hadamard, inputs",
