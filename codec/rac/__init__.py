@@ -56,8 +56,7 @@ _WHERE = {
     "encode.verify": ("verify",),
     "runtime": ("load_model", "load_tokenizer"),
 }
-_STAGES = ("align", "entropy", "quantize", "split")
-"""Packages that can be used without importing them by name."""
+_STAGES = ("align", "entropy", "quantize", "split")  # packages that can be used without importing them by name
 moved.install()
 
 

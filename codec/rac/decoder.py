@@ -68,10 +68,7 @@ class Decoder:
             self.numbers.decode(words, box, dst)
 
     def join(self, found: Array, dst: Array, box: Box) -> None:
-        """Compute the words `dst`, contiguous, of the part `box` of a tensor whose chain has a product.
-
-        `found` (h, w), or (h, C) where the product needs whole rows, are words of binary32; they may be changed.
-        """
+        """Words `dst` of the part `box` from binary32 `found` (h, w), or (h, C) for whole rows, which may change."""
         product = self.tensor.chain.product
         assert product is not None  # noqa: S101 - as above
         v = np.ascontiguousarray(found).view(np.float32)

@@ -73,16 +73,10 @@ def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], frame
     torch = torch_module()
     flat = torch.from_numpy(matrix.reshape(-1).view(np.uint8))
     out = flat.view(torch_dtype(dtype)).reshape(shape)
-    return out if str(device) == "cpu" else on_device(out, device)
-
-
-def on_device(tensor: Any, device: str) -> Any:
-    """A torch tensor, copied to a device; LimitError that says how much was needed where it does not fit."""
-    torch = torch_module()
     try:
-        return tensor.to(device)
+        return out if str(device) == "cpu" else out.to(device)
     except torch.OutOfMemoryError as e:
-        raise LimitError(out_of_memory(device, tensor.nbytes)) from e
+        raise LimitError(out_of_memory(device, out.nbytes)) from e
 
 
 def out_of_memory(device: str, needed: int) -> str:

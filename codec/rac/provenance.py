@@ -29,8 +29,7 @@ class Provenance:
 
     stated: Mapping[str, Any] = field(default_factory=dict)
     """All keys as the header has them; what no property here reads decides nothing."""
-    file: str | None = None
-    """The file, for messages."""
+    file: str | None = None  # the file, for messages
 
     @classmethod
     def of(cls, header: Mapping[str, Any], file: Any = None) -> Provenance:
@@ -88,10 +87,7 @@ class Provenance:
         return self._typed("online", _count, 0)
 
     def scale(self, about: Mapping[str, Any], level: str) -> float | None:
-        """The common scale that an interrupted lossy pack has found; None where it was asked for anything else.
-
-        `about` is what the request states of itself, `level` that of the tensors that stay lossless.
-        """
+        """The scale that an interrupted lossy pack of this request and level has found; None where it was another."""
         if {k: self.stated.get(k) for k in about} != dict(about) or self.stated.get("level") != level:
             return None
 

@@ -69,8 +69,7 @@ class Online:
     size: int
     inner: int = 1
     seed: int | None = None
-    object: str = ""
-    """Name of the object that M is, of "matrix/1"."""
+    object: str = ""  # name of the object that M is, of "matrix/1"
 
     @property
     def by_object(self) -> bool:

@@ -14,10 +14,8 @@ class DType:
     name: str
     bits: int
     word: int
-    signed_float: bool
-    """True where the top bit of a word is a sign and the rest orders by magnitude."""
-    native: str
-    """Name of the type in torch, and where there is one in numpy or ml_dtypes."""
+    signed_float: bool  # true where the top bit of a word is a sign and the rest orders by magnitude
+    native: str  # name of the type in torch, and where there is one in numpy or ml_dtypes
 
 
 DTYPES = {

@@ -36,10 +36,8 @@ class Tensor:
     axis: int
     grid: Grid
     chain: Chain
-    uses: tuple[str, ...]
-    """Names of the objects that the product of the chain computes with."""
-    word: int
-    """Bytes of a word of the dense tensor; `grid.word` is that of the words that the coder restores."""
+    uses: tuple[str, ...]  # names of the objects that the product of the chain computes with
+    word: int  # bytes of a word of the dense tensor; `grid.word` is that of the words that the coder restores
     units: list[Unit]
     digest: bytes
     aliases: tuple[tuple[str, bool], ...]
@@ -86,16 +84,12 @@ class Tensor:
         return 2 * self.grid.tr * self.grid.tc * self.grid.word + 65536
 
     def bands(self, first: int = 0, last: int | None = None) -> Iterator[Band]:
-        """What is decoded in one piece, of the rows first..last - 1 of the grid (by default all).
-
-        In front of a product each row of tiles, since it computes whole rows of the matrix; else all tiles together.
-        """
+        """Rows first..last - 1 of the grid: each row of tiles where a product computes whole rows, else all in one."""
         grid, end = self.grid, self.grid.down if last is None else last
-        if self.chain.product is not None:
-            yield from grid.rows_of_tiles(first, end)
-        elif first < end:
-            box = Box(first * grid.tr, min(grid.rows, end * grid.tr), 0, grid.cols)
-            yield Band(box, range(first * grid.across, end * grid.across))
+        step = max(1, end - first) if self.chain.product is None else 1
+        for a in range(first, end, step):
+            box = Box(a * grid.tr, min(grid.rows, (a + step) * grid.tr), 0, grid.cols)
+            yield Band(box, range(a * grid.across, (a + step) * grid.across))
 
 
 _TYPES = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
@@ -103,11 +97,7 @@ _LISTS = {"stages": dict, "uses": str, "shape": int, "tile": int}
 
 
 def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) -> Tensor:
-    """Check the head of a tensor or an object; nothing larger than the head is allocated.
-
-    Raises:
-        FormatError, UnsupportedError, LimitError: In the order of format_spec/container.md.
-    """
+    """Check the head of a tensor or object in the order of format_spec/container.md; nothing larger is allocated."""
     head, is_object = record.head, record.type == RECORD_OBJECT
     _check_keys(record)
     name, dtype = head["name"], head["dtype"]

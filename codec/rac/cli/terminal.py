@@ -1,7 +1,4 @@
-"""What commands have in common: how their arguments are stated, sizes for people, and lines that show progress.
-
-Progress goes to standard error: share, throughput, time left. Quiet where nobody watches.
-"""
+"""What commands have in common: how arguments are stated, sizes for people, lines of progress on standard error."""
 
 from __future__ import annotations
 

@@ -24,10 +24,7 @@ def guarded(
 
 
 class InFile:
-    """Context that adds file, unit and offset to the RacErrors that pass and do not have them.
-
-    With `i` the unit is number i of the tensor that `unit` names; the text is built for an error only.
-    """
+    """Context that adds file, unit (number `i` of the tensor `unit`) and offset to RacErrors that do not have them."""
 
     __slots__ = ("_file", "_i", "_offset", "_unit")
 

@@ -21,10 +21,10 @@ def _give(held: Held | None) -> None:
 
 
 class Walk:
-    """Records of a feed, one piece after the other, from offset `at` on."""
+    """Records of a feed, one piece after the other; `at` is the offset of the next."""
 
-    def __init__(self, feed: Feed, name: str, limits: Limits, at: int = 0) -> None:
-        self.feed, self.name, self.limits, self.at = feed, name, limits, at
+    def __init__(self, feed: Feed, name: str, limits: Limits) -> None:
+        self.feed, self.name, self.limits, self.at = feed, name, limits, 0
 
     def piece(self, size: int, short: bool = False) -> tuple[memoryview, Held | None]:
         """A view of `size` bytes, and what to give back; TruncatedError where the stream ends early."""
@@ -42,10 +42,10 @@ class Walk:
         _give(held)
         return out
 
-    def padding(self, to: int = wire.ALIGN) -> None:
-        """Read up to the next multiple of `to`; the bytes must be 0."""
+    def padding(self) -> None:
+        """Read up to the next multiple of 64; the bytes must be 0."""
         at = self.at
-        if at % to and any(self.read(wire.pad(at, to))):
+        if at % wire.ALIGN and any(self.read(wire.pad(at))):
             raise FormatError("padding is not zero", file=self.name, offset=at)
 
     def head(self) -> Record:
@@ -68,10 +68,7 @@ class Walk:
         self.padding()
 
     def take(self, units: Sequence[Unit], record: Record, what: Callable[[int], str]) -> tuple[memoryview, Held | None]:
-        """The next units of a record with the padding between them, and what to give back.
-
-        The padding is checked, but not their checksums. `what(i)` names units[i] in errors.
-        """
+        """The next units of a record, padding checked, and what to give back; `what(i)` names units[i] in errors."""
         start, last = units[0].offset, units[-1]
         if self.at != record.payload + start:
             raise ValueError("units must be read in order")
@@ -99,10 +96,7 @@ class Walk:
 
 
 class Forward(Walk):
-    """An archive read from front to back; holds one record head and one unit at a time.
-
-    Every byte is checked, padding included, and at the end the index must name the records that went by.
-    """
+    """An archive read front to back, every byte checked; at its end the index must name the records that went by."""
 
     def __init__(self, stream: Readable | Feed, name: str = "<stream>", limits: Limits | None = None) -> None:
         super().__init__(stream if isinstance(stream, Feed) else Plain(stream, name), name, limits or Limits())

@@ -1,7 +1,4 @@
-"""Files behind a URL: HTTP(S) with range requests that go on where a connection broke, others through fsspec.
-
-The only door to fsspec (`pip install rac-codec[remote]`).
-"""
+"""Files behind a URL, by HTTP range requests that go on where a connection broke, or by fsspec, whose door this is."""
 
 from __future__ import annotations
 

@@ -19,10 +19,7 @@ from rac.registry import RECORD_INDEX
 
 
 class Writer:
-    """Writes records one after another to `path` + ".part"; `finish` adds the index and renames.
-
-    An interrupted writer leaves the part behind; `resume` goes on with it.
-    """
+    """Writes records to `path` + ".part", which it leaves where it is interrupted; `finish` adds the index and renames."""
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
         self.path = destination(path, force)

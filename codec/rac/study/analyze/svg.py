@@ -108,9 +108,7 @@ def _power(n: int) -> str:
     return f'10<tspan dy="-4" font-size="7">{n}</tspan>'
 
 
-def cells(
-    rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], form: str = "+.2f"
-) -> str:
+def cells(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
     """A map: lowest values deepest in the colour of "less", highest in that of "more", 0 without a colour."""
     left, top, high = 44, 62, 15
     wide = (WIDTH - left - 2) / max(1, len(columns))
@@ -136,5 +134,5 @@ def cells(
                 f'style="fill:color-mix(in oklab,var(--{side}) {share}%,var(--none))"/>'
             )
             at = f'class="{"on" if share > 60 else "cell"}" x="{x + wide / 2:.1f}" y="{y + 11}"'
-            out.append(f'<text {at} text-anchor="middle">{format(v, form)}</text>')
+            out.append(f'<text {at} text-anchor="middle">{v:+.2f}</text>')
     return "".join(out) + "</svg>"
