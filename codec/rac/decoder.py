@@ -13,7 +13,6 @@ from rac.container.access import InFile
 from rac.container.zstd import xxh3
 from rac.errors import ChecksumError
 from rac.grid import Box
-from rac.stages.base import OpenNumbers
 from rac.stages.words import put_words
 from rac.tensor import Tensor
 
@@ -24,11 +23,7 @@ class Decoder:
     """Decodes the units of one tensor, in any order and from any thread: `coder`, and `numbers` behind it, are open."""
 
     def __init__(
-        self,
-        t: Tensor,
-        first: Sequence[bytes | memoryview],
-        reference: bool = False,
-        objects: Sequence[NDArray[np.float32]] = (),
+        self, t: Tensor, first: Sequence[bytes | memoryview], reference: bool = False, objects: Sequence[Array] = ()
     ) -> None:
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
         self.tensor, self._reference, self._objects = t, reference, objects
@@ -38,7 +33,7 @@ class Decoder:
         with self.at(0):
             shared = b"" if chain.coder.front is None else bytes(first[0])
             self.coder = chain.coder.open(shared, t.grid, reference)
-        self.numbers: OpenNumbers | None = None
+        self.numbers: Any = None
         if chain.numbers is not None:
             with self.at(t.first - 1):
                 self.numbers = chain.numbers.open(bytes(first[-1]), t.context, reference)
@@ -63,13 +58,11 @@ class Decoder:
 
     def finish(self, i: int, words: Array, dst: Array, box: Box) -> None:
         """Make numbers of the words of tile `i`, decoded before."""
-        assert self.numbers is not None  # noqa: S101 - `Work` calls this for tensors that have numbers
         with self.at(i + self.tensor.first):
             self.numbers.decode(words, box, dst)
 
     def join(self, found: Array, dst: Array, box: Box) -> None:
         """Words `dst` of the part `box` from binary32 `found` (h, w), or (h, C) for whole rows, which may change."""
-        product = self.tensor.chain.product
-        assert product is not None  # noqa: S101 - as above
+        product: Any = self.tensor.chain.product
         v = np.ascontiguousarray(found).view(np.float32)
         put_words(product.join(v, self._objects, box, self._reference), self.tensor.dtype, dst, self._reference)

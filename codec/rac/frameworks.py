@@ -62,10 +62,7 @@ def numpy_dtype(dtype: str) -> Any:
 
 
 def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], framework: str, device: str = "cpu") -> Any:
-    """Words (any shape, contiguous) as an array or tensor of `shape`; shares their memory on the CPU.
-
-    F4 tensors have half the last dimension: an element is a byte of two values, as in torch.
-    """
+    """Words (any shape, contiguous) as an array or tensor of `shape`, on the CPU in their memory; F4 as packed bytes."""
     if dtype == "F4":
         shape = (*shape[:-1], shape[-1] // 2)
     if framework == "np":

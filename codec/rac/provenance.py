@@ -27,8 +27,7 @@ def _count(value: Any) -> bool:
 class Provenance:
     """The provenance of one archive. A property raises FormatError where the key that it acts on is malformed."""
 
-    stated: Mapping[str, Any] = field(default_factory=dict)
-    """All keys as the header has them; what no property here reads decides nothing."""
+    stated: Mapping[str, Any] = field(default_factory=dict)  # all keys; what no property reads decides nothing
     file: str | None = None  # the file, for messages
 
     @classmethod

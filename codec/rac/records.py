@@ -97,10 +97,8 @@ class Entry:
     method: str = ""
     dtype: str = ""
     shape: tuple[int, ...] = ()
-    parts: tuple[int, ...] = ()
-    """Payload bytes of: shared unit, lane directories, ANS words, escapes, raw planes, padding between streams."""
-    aliases: tuple[tuple[str, bool], ...] = ()
-    """More names of the same content, and whether they share its memory (tied) or merely equal it."""
+    parts: tuple[int, ...] = ()  # payload bytes by kind, those of PARTS
+    aliases: tuple[tuple[str, bool], ...] = ()  # more names, and whether they share memory (tied) or merely equal it
 
     @property
     def size(self) -> int:

@@ -43,8 +43,7 @@ class Tensor:
     aliases: tuple[tuple[str, bool], ...]
     extra: dict[str, Any]
     record: Record
-    online: Online | None = None
-    """What the layer does to its input before this weight; the dense tensor does not depend on it."""
+    online: Online | None = None  # what the layer does to its input first; the dense tensor does not depend on it
 
     @property
     def needs(self) -> tuple[str, ...]:

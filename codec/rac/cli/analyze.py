@@ -46,9 +46,8 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "--layers PATTERN", "only matrices whose names match (default: all)", default="*")
     learned = "learned rotations: a file of rac pack --recipe spinquant or kurtail; may be given more than once"
     argument(p, "--rotation NAME=FILE", learned, action="append", default=[])
-    argument(
-        p, "--bits B", "of the original basis, about: its error is that of all (default: 4)", type=float, default=4.0
-    )
+    rate = "of the original basis, about: its error is that of all (default: 4)"
+    argument(p, "--bits B", rate, type=float, default=4.0)
     argument(p, "--cache DIR", "where calibrations are kept (default: ~/.cache/rac; none: nowhere)")
     argument(p, "-j --jobs N", "matrices at a time (default: one per core, at most 8)", type=int)
 
@@ -83,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
 def _named(given: str) -> tuple[str, str]:
     name, _, path = given.rpartition("=")
     name = name or os.path.splitext(os.path.basename(path))[0]
-
     if name in NAMES:
         raise ValueError(f"--rotation: {name!r} is the name of another basis")
     return name, path

@@ -242,8 +242,8 @@ def _tensors(r: Mapping[str, Any]) -> None:
     print()
     # a table of those that have the same parameters
     for keys, lossy in grouped((t for t in every if "quantised" in t), lambda t: tuple(t["quantised"])).items():
-        at = keys.index("outliers")
-        shown = [*keys[:at], "classes", "tables", *(k for k in keys[at:] if k not in _CLASSES)]
+        at, hidden = keys.index("outliers"), ("row_classes", "column_classes", "tables", "streams")
+        shown = [*keys[:at], "classes", "tables", *(k for k in keys[at:] if k not in hidden)]
         rows = [[t["name"], *(_text(k, t["quantised"]) for k in shown)] for t in lossy]
         _table([["quantised", *shown], *rows], 3)
         print()
@@ -253,9 +253,6 @@ def _tensors(r: Mapping[str, Any]) -> None:
             sizes.append([t["name"], f"{t['bits_per_weight']:.4f}", *(f"{8 * v / n:.4f}" for v in streams)])
         _table(sizes)
         print()
-
-
-_CLASSES = ("row_classes", "column_classes", "tables", "streams")
 
 
 def _text(key: str, q: Mapping[str, Any]) -> str:

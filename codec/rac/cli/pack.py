@@ -62,6 +62,7 @@ _NOT: dict[str, Any] = {
     "effort": "default",
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
+BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
 ALARM = 10  # decibels of output signal to noise below which a layer is named
 LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
 JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
@@ -143,7 +144,7 @@ def _folder(args: argparse.Namespace) -> int:
     if not args.src.endswith(".rac"):
         source = open_source(args.src, args.include, args.exclude)
         replaceable(os.path.realpath(args.output), args.force, [a.name for a in source.attachments])
-        made = _beside(args.output)
+        made = args.output.rstrip(os.sep) + BESIDE
         _file(argparse.Namespace(**vars(args) | {"output": made, "shard_size": None}))
     try:
         with Progress("writing", os.path.getsize(made or args.src)) as progress:
@@ -174,7 +175,7 @@ def _file(args: argparse.Namespace) -> int:
             done = packer.write(ByTrellis(found, packer.kept) if found else None)
     _say(args, done, time.monotonic() - start)
     if found and request:
-        _say_lossy(args, done, found, bool(request.calibration.texts))
+        _say_lossy(args, done, found, request)
     return 0
 
 
@@ -221,9 +222,9 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     )
 
 
-def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, texts: bool) -> None:
+def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: Lossy) -> None:
     """Print what a lossy pack came to, and write and measure what was asked for."""
-    if found.unreached and texts:
+    if found.unreached and request.calibration.texts:
         print(
             f"rac: calibration did not reach {len(found.unreached)} tensors, which are quantised from the weights "
             f"alone: {_some(found.unreached)}",
@@ -301,15 +302,10 @@ def cache(given: str | None) -> str | None:
 
 def _left(args: argparse.Namespace) -> str:
     """What an interrupted pack has left; nothing where it had not begun to write."""
-    out = _beside(args.output) if args.format == "hf" else os.path.realpath(args.output)
+    out = args.output.rstrip(os.sep) + BESIDE if args.format == "hf" else os.path.realpath(args.output)
     shards = glob.escape(out.removesuffix(".rac")) + "-*-of-*.rac.part"
     left = os.path.exists(f"{out}.part") or glob.glob(shards)
     return "; the finished part is kept, run again with --resume" if left else ""
-
-
-def _beside(folder: str) -> str:
-    """The file that is packed first where a folder is to be made."""
-    return folder.rstrip(os.sep) + ".packing.rac"
 
 
 def _some(names: Sequence[str]) -> str:

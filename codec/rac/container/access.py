@@ -13,9 +13,7 @@ from rac.errors import RacError, SourceError, TruncatedError
 
 
 @contextmanager
-def guarded(
-    kind: type[RacError], file: str, offset: int | None = None, of: tuple[type[Exception], ...] = (OSError,)
-) -> Iterator[None]:
+def guarded(kind: type[RacError], file: str, offset: int | None = None, of: Any = OSError) -> Iterator[None]:
     """Context in which errors of the system become a `kind` that names the file."""
     try:
         yield

@@ -30,6 +30,7 @@ PIECE = 1 << 20  # bytes that a claim of a length is worth before they arrive
 SLOT = 4 << 20  # bytes of one read of a file, and of one buffer
 SPARE = 4  # buffers beside those that are being filled
 JOIN = 5.0  # seconds that closing waits for a read that cannot be interrupted
+Ranges = Sequence[tuple[int, int]]
 Allocate = Callable[[int], memoryview]
 Trace = Callable[[str, float, float, int], None]
 """Called with ("read" | "copy" | "decode", start, end in seconds of time.monotonic, bytes)."""
@@ -230,12 +231,7 @@ class RangeRing(_Ring):
     """Ranges of a file, each (offset, size), in their order; several reads in flight."""
 
     def __init__(
-        self,
-        access: Access,
-        ranges: Sequence[tuple[int, int]],
-        size: int,
-        allocate: Allocate | None = None,
-        trace: Trace | None = None,
+        self, access: Access, ranges: Ranges, size: int, allocate: Allocate | None = None, trace: Trace | None = None
     ) -> None:
         total = sum(n for _, n in ranges)
         slot = max(1, min(SLOT, size // 4, total))
@@ -328,6 +324,7 @@ class StreamRing(_Ring):
 
     def close(self) -> None:
         """Stop the thread; the stream stays open."""
+        self._stopped = True
         if self._wakers:
             os.write(self._wakers[1], b"x")  # interrupts a read that waits
         super().close()

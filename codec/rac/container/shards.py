@@ -60,7 +60,7 @@ def shard(
     A record that is larger has a file of its own. Attachments are in the first; objects are in each that needs them.
     """
     stem = os.path.join(folder, SUFFIX.sub("", os.path.basename(archives[0].access.name)))
-    header = _header(archives)
+    header = {k: v for k, v in archives[0].header.items() if k != "shard"}
     overhead = len(wire.header(header | {"shard": [MOST, MOST]})) + 64 * 16
     parts = [_Part()]
     for needed in _in_order(archives):
@@ -104,12 +104,8 @@ def merge(archives: Sequence[Archive], path: str, *, force: bool = False, progre
             elif not _same(there, item):
                 file = item[0].access.name
                 raise OutputError(f"the object {item[1].name!r} differs between shards; pack again to merge", file=file)
-    write_all([File(path, _header(archives), part.chosen)], force, progress)
-
-
-def _header(archives: Sequence[Archive]) -> dict[str, Any]:
-    """The header of the first archive, without what makes it a shard."""
-    return {k: v for k, v in archives[0].header.items() if k != "shard"}
+    header = {k: v for k, v in archives[0].header.items() if k != "shard"}
+    write_all([File(path, header, part.chosen)], force, progress)
 
 
 def _bytes(e: Entry) -> int:

@@ -19,7 +19,7 @@ from rac.registry import RECORD_INDEX
 
 
 class Writer:
-    """Writes records to `path` + ".part", which it leaves where it is interrupted; `finish` adds the index and renames."""
+    """Writes records to `path` + ".part", which stays where it is interrupted; `finish` adds the index and renames."""
 
     def __init__(self, path: str | os.PathLike[str], force: bool = False) -> None:
         self.path = destination(path, force)

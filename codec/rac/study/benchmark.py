@@ -29,8 +29,7 @@ class Point:
     path: str
     seconds: float  # seconds to make the file, with what was learned once for all bits
     coded: float  # bits of a quantised weight, entropy-coded, everything counted
-    fixed: float | None
-    """Bits of a quantised weight at the fixed rate of the integers, everything counted; None: there is no such rate."""
+    fixed: float | None  # the same at the fixed rate of the integers; None: there is no such rate
     size: int  # bytes of the file
 
 
@@ -45,8 +44,7 @@ class Plan:
     method: Method  # everything but name, bits and seed
     seeds: Sequence[int] = (0,)  # recipes that draw come once for each, the others for the first
     effort: str = "default"  # effort of the aligned recipe
-    reuse: bool = False
-    """Take files that were made by an earlier call with the same settings; otherwise all are made again."""
+    reuse: bool = False  # take files of an earlier call with the same settings; otherwise all are made again
 
 
 def points(src: str, folder: str, plan: Plan, note: Note | None = None) -> Iterator[Point]:

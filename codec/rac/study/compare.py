@@ -6,11 +6,11 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ Within = Callable[[Any, Provenance], contextlib.AbstractContextManager[Any]]
 """Called with a file's model and what is known of the file's making; entered while the model predicts."""
 Ways = Sequence[Within | None]
 Path = str | os.PathLike[str]
+Files = Sequence[Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,11 @@ class Row:
     bits: float  # bits on disk per weight: `size` * 8 / all weights
     quantised_bits: float | None  # bytes of the quantised matrices * 8 / their weights; None where there are none
     snr: float | None  # energy of the matrices of the original to that of their error, over all
-    weighted_snr: float | None = None
-    """Energy of the linear layers' outputs to that of their error: sum tr(W S W') / sum tr(E S E'), S second moments on
-    the text."""
+    weighted_snr: float | None = None  # of the outputs: sum tr(W S W') / sum tr(E S E'), S moments on the text
     kl: float | None = None  # KL(original || file) per token, nats, mean over all positions
     top1: float | None = None  # share of positions where both predict the same token
     perplexity: float | None = None  # over all positions but the last of each window
-    turned: bool = False
-    """Whether the weights are those of a transformed model, which are in other coordinates: no SNR is measured."""
+    turned: bool = False  # whether the model was transformed, its weights in other coordinates: no SNR is measured
 
 
 @dataclass(slots=True)
@@ -67,29 +65,27 @@ class _File:
     floats: dict[str, Callable[[], Floats]] = field(default_factory=dict)
     matrices: list[str] = field(default_factory=list)
     quantised_bits: float | None = None
-    tied: bool | None = None
-    """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
+    tied: bool | None = None  # whether its configuration ties output layer and embedding; None: it has none
     about: Provenance = field(default_factory=Provenance)  # the provenance of an archive
-    maps: dict[str, Transform] | None = None
-    """Online transforms of the tensors that were read, by their names; None: they are folded."""
+    maps: dict[str, Transform] | None = None  # online transforms of tensors that were read; None: they are folded
     weights: int = 0
     blocks: list[tuple[int, int]] = field(default_factory=list)  # (bytes, weights) of matrices of GGUF blocks
 
-    def add(self, t: _Stored, extra: Mapping[str, Any], read: Callable[[], NDArray[Any]]) -> None:
-        """Take in a tensor; `extra` says what GGUF blocks the bytes of U8 are."""
-        shape, blocks = t.shape, extra.get("gguf") if t.dtype == "U8" else None
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], size: int, extra: Any, read: Any) -> None:
+        """Take in a tensor of `size` stored bytes, 0 of an alias; `extra` says what GGUF blocks the bytes of U8 are."""
+        blocks = extra.get("gguf") if dtype == "U8" else None
         if isinstance(blocks, dict):
             shape = tuple(int(n) for n in blocks.get("shape", shape))
-            self.floats[t.name] = partial(_numbers_of, read, str(blocks.get("type")), shape)
-        elif t.dtype in DTYPES or t.dtype == "F64":
-            self.floats[t.name] = lambda: read().astype(np.float32)
-        n, kept = math.prod(shape), any(fnmatchcase(t.name, p) for p in _NOT_LINEAR)
+            self.floats[name] = partial(_numbers_of, read, str(blocks.get("type")), shape)
+        elif dtype in DTYPES or dtype == "F64":
+            self.floats[name] = lambda: read().astype(np.float32)
+        n, kept = math.prod(shape), any(fnmatchcase(name, p) for p in _NOT_LINEAR)
         linear = len(shape) >= 2 and n >= SMALLEST and not kept
-        if linear and t.name in self.floats:
-            self.matrices.append(t.name)
+        if linear and name in self.floats:
+            self.matrices.append(name)
         self.weights += n
-        if t.size and blocks and linear:
-            self.blocks.append((t.size, n))
+        if size and blocks and linear:
+            self.blocks.append((size, n))
 
     def row(self, ratio: float | None) -> Row:
         """What is known of the file before it predicts anything."""
@@ -97,15 +93,6 @@ class _File:
         if bits is None and self.blocks:
             bits = 8 * sum(size for size, _ in self.blocks) / sum(n for _, n in self.blocks)
         return Row(self.path, self.size, 8 * self.size / max(1, self.weights), bits, ratio, turned=turned)
-
-
-class _Stored(NamedTuple):
-    """A tensor of a file under one of its names; `size` are stored bytes, 0 of an alias."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +106,7 @@ class Reading:
 
 
 def compare(
-    original: Path,
-    files: Sequence[Path],
-    reading: Reading | None = None,
-    note: Note | None = None,
-    within: Ways = (None,),
+    original: Path, files: Files, reading: Reading | None = None, note: Note | None = None, within: Ways = (None,)
 ) -> Iterator[Row]:
     """Rows for the original, whatever can be packed, and for each file of any such kind, as they are found.
 
@@ -207,8 +190,8 @@ def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _Fi
             if e.type == RECORD_TENSOR:
                 extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
                 for name in e.names:
-                    stored = _Stored(name, e.dtype, e.shape, e.size if name == e.name else 0)
-                    out.add(stored, extra_of(extra, name), partial(_unmapped, f, name, maps))
+                    size, read = e.size if name == e.name else 0, partial(_unmapped, f, name, maps)
+                    out.add(name, e.dtype, e.shape, size, extra_of(extra, name), read)
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
     out.quantised_bits = bits if count else None
     with contextlib.suppress(ValueError):
@@ -233,7 +216,7 @@ def _of_source(path: str) -> _File:
     parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
     out = _File(path, source.kind, sum(map(os.path.getsize, {part.path for part in parts if isinstance(part, Extent)})))
     for t in source.tensors:
-        out.add(_Stored(t.name, t.dtype, t.shape, t.nbytes), t.extra or {}, partial(_dense, t))
+        out.add(t.name, t.dtype, t.shape, t.nbytes, t.extra or {}, partial(_dense, t))
     return out
 
 

@@ -57,11 +57,9 @@ class Basis:
     matrix: NDArray[np.float32]  # (R, C) V
     weight: NDArray[np.float64]  # (C,) what steps are inverse to
     second: Array  # (C, C), or (C,) where it is diagonal: second moment of T x
-    cost: float
-    """Mean cost of an error of one step in each element, steps being 1 / weight: less where errors are fed back."""
+    cost: float  # mean cost of an error of one step, 1 / weight, in each element: less where errors are fed back
     recursion: Triangular | None = None
-    whitened: NDArray[np.float32] | None = None
-    """(R, C) whose singular values are those of the outputs; None: those of `coded` are meant."""
+    whitened: NDArray[np.float32] | None = None  # (R, C) with the singular values of the outputs; None: `coded` has
     entries: int = 0  # numbers that a file must hold for this basis alone
 
     @property
@@ -89,8 +87,7 @@ class Rotations:
 
     name: str
     r1: NDArray[np.float32]  # (hidden, hidden): what reads the stream has W R1^T, its input is R1 x
-    r2: Mapping[str, NDArray[np.float32]]
-    """By layer number: (head, head), of the inputs of the output projection, head by head."""
+    r2: Mapping[str, NDArray[np.float32]]  # by layer: (head, head), of the output projection's inputs, head by head
 
 
 def read_rotations(path: str, name: str) -> Rotations:

@@ -1,7 +1,4 @@
-"""What is measured of a matrix: its distribution, its spectrum, and where its energy lies.
-
-All take a matrix (R, C), or what is said, of finite floats, and none of them depends on its scale.
-"""
+"""What is measured of a matrix (R, C) of finite floats, whatever its scale: distribution, spectrum, energy."""
 
 from __future__ import annotations
 

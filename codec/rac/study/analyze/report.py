@@ -113,8 +113,7 @@ EXPLAINED = {
     "that knows the columns apart can reach.",
 }
 """Each figure in one or two sentences."""
-BASIS = 3.0
-"""Bits for each number of a basis that a file must hold: about the fewest that `rac pack` takes (docs/lossy.md)."""
+BASIS = 3.0  # bits for each number of a basis in a file: about the fewest that `rac pack` takes (docs/lossy.md)
 CURVE_NOTE = """Share of the squared weights, in units of their steps, in the columns that have most; mean of all \
 matrices. Dotted: every column has the same."""
 OUTPUT = "Share of the output's energy that each coordinate of the input would give by itself; mean of all matrices."

@@ -1,7 +1,4 @@
-"""Plots as inline SVG: lines over an axis, and a map of coloured cells. Colours are CSS variables of the page.
-
-All are 400 units wide, so that letters stay readable on a phone.
-"""
+"""Plots as inline SVG, 400 units wide so that letters are readable on a phone; colours are CSS variables."""
 
 from __future__ import annotations
 
