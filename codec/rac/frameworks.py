@@ -62,7 +62,7 @@ def numpy_dtype(dtype: str) -> Any:
 
 
 def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], framework: str, device: str = "cpu") -> Any:
-    """Words (any shape, contiguous) as an array or tensor of `shape`, on the CPU in their memory; F4 as packed bytes."""
+    """Words (any shape, contiguous) as array or tensor of `shape`, on the CPU in their memory; F4 as packed bytes."""
     if dtype == "F4":
         shape = (*shape[:-1], shape[-1] // 2)
     if framework == "np":

@@ -104,9 +104,8 @@ def _details(e: Entry, t: Tensor, numbers: Numbers, file: _File) -> dict[str, An
     """
     front = [u.size for u in t.units[: t.first]]
     if sum(front) != e.parts[0] or front[-1] != numbers.front:
-        raise FormatError(
-            "units do not have the sizes that head and index state", file=file.name, unit=repr(e.name), offset=e.at
-        )
+        why = "units do not have the sizes that head and index state"
+        raise FormatError(why, file=file.name, unit=repr(e.name), offset=e.at)
     head, sections = 32 + e.head_size, numbers.section_sizes
     sizes = (head, e.parts[0] - sum(sections), *sections, *e.parts[1:5], e.size - head - sum(e.parts[:5]))
     names = ("head", "tables", *numbers.sections, "directories", "words", "escapes", "raw", "padding")

@@ -196,10 +196,8 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
         )
     jobs = threads_of(args.jobs, most=None if lossy else workers.THREADS)
     settings = {"include": args.include, "exclude": args.exclude}
-    many = lossy and jobs > workers.THREADS
-    options = PackOptions(
-        args.level, jobs, args.lanes, args.slices, shard_size, args.resume, args.force, many, settings
-    )
+    cut, many = (args.lanes, args.slices, shard_size), lossy and jobs > workers.THREADS
+    options = PackOptions(args.level, jobs, *cut, args.resume, args.force, many, settings)
     if not lossy:
         return options, None
     budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
@@ -225,11 +223,8 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
 def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: Lossy) -> None:
     """Print what a lossy pack came to, and write and measure what was asked for."""
     if found.unreached and request.calibration.texts:
-        print(
-            f"rac: calibration did not reach {len(found.unreached)} tensors, which are quantised from the weights "
-            f"alone: {_some(found.unreached)}",
-            file=sys.stderr,
-        )
+        these = f"{len(found.unreached)} tensors, which are quantised from the weights alone: {_some(found.unreached)}"
+        print(f"rac: calibration did not reach {these}", file=sys.stderr)
     print(_by_role(done.fidelity))
     print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
