@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report."""
     r = report(args.src)
     if args.json:
-        print(json.dumps(r, indent=1, ensure_ascii=False))
+        print(json.dumps(r, indent=1, ensure_ascii=False, default=bytes.hex))
         return 0
     if args.tensors:
         _tensors(r)
