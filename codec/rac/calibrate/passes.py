@@ -49,16 +49,17 @@ class _Passes:
         n = len(chain.blocks)
         size = sum(p.numel() for p in chain.blocks[0].parameters())
         head = chain.head_size() if fisher else 0
-        # steps, and what one sequence of them costs: about multiplications for each weight
-        self.steps: list[tuple[Callable[[int], None], int, int]] = [(self._start, 0, 1)]
-        self.steps += [(self._forward, i, 2 if fisher else 3) for i in range(n)]
+        # steps, the files that they read, and what one sequence of them costs: about multiplications for each weight
+        self.steps: list[tuple[Callable[[int], None], int, int, set[str]]] = [(self._start, 0, 1, set())]
+        self.steps += [(self._forward, i, 2 if fisher else 3, {_file("hidden", i)}) for i in range(n)]
         if fisher or chain.after:
-            self.steps.append((self._end, n, 1 + 4 * head // size))
+            self.steps.append((self._end, n, 1 + 4 * head // size, {_file("hidden", n)}))
         if fisher:
-            self.steps += [(self._backward, i, 5) for i in reversed(range(n))]
+            back = reversed(range(n))
+            self.steps += [(self._backward, i, 5, {_file("hidden", i), _file("gradient", i + 1)}) for i in back]
             if chain.before:
-                self.steps.append((self._back, 0, 1))
-        self.of = len(ids) * sum(cost for _, _, cost in self.steps)
+                self.steps.append((self._back, 0, 1, {_file("gradient", 0)}))
+        self.of = len(ids) * sum(cost for _, _, cost, _ in self.steps)
         self.done = self.cost = 0
 
     def go(self) -> None:
@@ -66,7 +67,7 @@ class _Passes:
         state = self.folder.state
         if state.setdefault("steps", 0) == 0:
             state["layers"] = {}
-        for number, (step, i, cost) in enumerate(self.steps):
+        for number, (step, i, cost, _) in enumerate(self.steps):
             self.cost = cost
             if number < state["steps"]:
                 self._tell(len(self.ids))
@@ -81,21 +82,15 @@ class _Passes:
 
     def _unneeded(self, name: str) -> bool:
         """Hidden states and gradients that no later step reads."""
-        kind, _, rest = name.partition("-")
-        if kind not in ("hidden", "gradient"):
-            return False
-        left = self.steps[self.folder.state["steps"] :]
-        reads = {("hidden", i) for step, i, _ in left if step in (self._forward, self._end, self._backward)}
-        reads |= {("gradient", i + 1) for step, i, _ in left if step == self._backward}
-        reads |= {("gradient", 0) for step, _, _ in left if step == self._back}
-        return (kind, int(rest[:4])) not in reads
+        left = (read for *_, reads in self.steps[self.folder.state["steps"] :] for read in reads)
+        return name.startswith(("hidden-", "gradient-")) and name not in left
 
     def _read(self, kind: str, i: int, start: int, end: int) -> Any:
         # a copy: a mapping that stays open would count as memory in use
-        return torch.from_numpy(np.array(self.folder.array(f"{kind}-{i:04}.npy")[start:end]))
+        return torch.from_numpy(np.array(self.folder.array(_file(kind, i))[start:end]))
 
     def _sink(self, kind: str, i: int) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
-        return self.folder.sink(f"{kind}-{i:04}.npy", (*self.ids.shape, self.chain.width))
+        return self.folder.sink(_file(kind, i), (*self.ids.shape, self.chain.width))
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         for a in range(0, len(self.ids), self.batch):
@@ -167,6 +162,10 @@ class _Passes:
             for a, b in self._batches():
                 self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
         self._save(outputs, "first")
+
+
+def _file(kind: str, i: int) -> str:
+    return f"{kind}-{i:04}.npy"
 
 
 def backward(logits: Any, at: Any) -> None:

@@ -46,7 +46,7 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
     """Tensors that are stored with another, which that is, and whether they are tied to it."""
     by_tie: dict[int, int] = {}
     same: dict[tuple[str, tuple[int, ...], Online | None], list[int]] = {}
-    uses = Counter(t.tie for t in tensors if t.tie is not None)
+    uses: Counter[int | None] = Counter(t.tie for t in tensors if t.tie is not None)
     for i, t in enumerate(tensors):
         first = i if t.tie is None else by_tie.setdefault(t.tie, i)
         if first != i:

@@ -49,19 +49,26 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
         for g in groups
         if (a := out.get(g.tensor.name)) and a.layer and not a.layer.transposed and not a.layer.experts
     }
-    if align == "identity":
-        out |= {name: _plain(out[name]) for name in known}
-    elif align in ("auto", "pca"):
-        for sharing in _sharing(known, out):
-            out |= _turned(sharing, out, recipe.states, rate if align == "auto" else None)
+    sharing: dict[bytes, dict[str, SourceTensor]] = {}  # tensors by their input
+    for name, t in ({} if align == "triangular" else known).items():
+        a, second = out[name], np.ascontiguousarray(out[name].second())
+        if align == "identity":  # no steps of columns, no feedback; errors cost on average what they did
+            base = a.base + exact.middle(a.triangular().weight) - 0.5 * float(exact.log2(np.diag(second).mean()))
+            flat = replace(a.scales, cols=np.zeros_like(a.scales.cols))
+            out[name] = replace(a, base=base, scales=flat, alignment="identity")
+        else:
+            sharing.setdefault(zstd.digest(second.view(np.uint8).reshape(-1).data), {})[name] = t
+    for tensors in sharing.values():
+        out |= _turned(tensors, out, recipe.states, rate if align == "auto" else None)
     for name, t in known.items():
         a = out[name]
         if a.alignment == "triangular" and rank != 0:
             w = matrix_of(t)
             out[name] = replace(a, rank=choose_rank(w, a, rate) if rank is None else min(rank, *w.shape))
-    shapes = [(a, len(a.scales.rows), len(a.scales.cols)) for a in out.values()]
-    size = sum(4 * cols**2 for name, (a, _, cols) in zip(out, shapes, strict=True) if a.basis and a.basis.first == name)
-    size += sum(4 * a.rank * (rows + cols) for a, rows, cols in shapes)
+    size = 0
+    for name, a in out.items():
+        rows, cols = len(a.scales.rows), len(a.scales.cols)
+        size += 4 * a.rank * (rows + cols) + (4 * cols**2 if a.basis and a.basis.first == name else 0)
     if size > Limits().objects:
         raise BudgetError(f"matrices beside the tensors would take {size} bytes of memory, more than readers allow")
     return replace(recipe, aligned=out)
@@ -101,23 +108,6 @@ def _bits(m: Array, weight: Array, level: float) -> float:
     x = 2 ** (np.log2(np.maximum(np.abs(m) * (weight / level), 1e-2)).mean(0) + GAUSSIAN)
     price = np.maximum(0, np.log2(np.maximum(x, 1e-30))) + np.minimum(1, x * x) / (2 * math.log(2))
     return float(price.sum()) * len(m)
-
-
-def _plain(a: Aligned) -> Aligned:
-    """Without steps of columns and feedback; its errors cost on average what they did."""
-    base = a.base + exact.middle(a.triangular().weight) - 0.5 * float(exact.log2(np.diag(a.second()).mean()))
-    return replace(a, base=base, scales=replace(a.scales, cols=np.zeros_like(a.scales.cols)), alignment="identity")
-
-
-def _sharing(known: Mapping[str, SourceTensor], aligned: Mapping[str, Aligned]) -> list[dict[str, SourceTensor]]:
-    """The tensors whose layers share an input, for each input."""
-    out: dict[tuple[bytes, float], dict[str, SourceTensor]] = {}
-    for name, t in known.items():
-        a = aligned[name]
-        assert a.layer is not None  # noqa: S101
-        second = np.ascontiguousarray(a.layer.second)
-        out.setdefault((zstd.digest(second.view(np.uint8).reshape(-1).data), a.damp), {})[name] = t
-    return list(out.values())
 
 
 def _turned(

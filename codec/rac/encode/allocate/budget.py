@@ -102,7 +102,16 @@ class Search:
             assert judge is not None  # noqa: S101
             scale = self._kl(budget.kl, judge())
         else:
-            scale = self._bits(self._rate(budget, rest()) if budget.bits is None else budget.bits)
+            bits = budget.bits
+            if bits is None:  # what a budget of the whole file leaves
+                everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
+                size = budget.size if budget.size is not None else int((budget.file_bits or 0) * everything / 8)
+                bits = 8 * (size - (other := rest())) / self._weights
+                if bits <= 0:
+                    raise BudgetError(
+                        f"what stays lossless takes {other} bytes, more than the {size} of the whole file"
+                    )
+            scale = self._bits(bits)
         return replace(self.recipe, scale=scale)
 
     @property
@@ -114,15 +123,6 @@ class Search:
     def _weights(self) -> int:
         """Number of their elements."""
         return sum(math.prod(g.tensor.shape) for g in self._mine)
-
-    def _rate(self, budget: Budget, rest: int) -> float:
-        """Bits per quantised weight that a budget of the whole file leaves."""
-        everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
-        size = budget.size if budget.size is not None else int((budget.file_bits or 0) * everything / 8)
-        bits = 8 * (size - rest) / self._weights
-        if bits <= 0:
-            raise BudgetError(f"what stays lossless takes {rest} bytes, more than the {size} of the whole file")
-        return bits
 
     def _bits(self, bits: float) -> float:
         def rate(scale: float) -> float:

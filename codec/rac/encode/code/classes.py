@@ -115,7 +115,8 @@ def cluster(
     k = min(k, n)
     classes = np.zeros(n, np.uint8)
     if k > 1:
-        mean = np.concatenate([_mean(vectors(a, b)) for a, b in bounds])
+        plain = np.concatenate([vectors(a, b).sum(1, dtype=np.int64) for a, b in bounds])
+        mean = (plain @ np.arange(plain.shape[1], dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
         classes[np.argsort(mean, kind="stable")] = np.arange(n) * k // n
     agg = count(classes)
     for _ in range(rounds if k > 1 else 0):
@@ -127,13 +128,6 @@ def cluster(
         agg = count(classes)
     groups = join(agg, np.bincount(classes, minlength=k), weight)
     return groups[classes], sum_groups(agg, groups, int(groups.max()) + 1)
-
-
-def _mean(hist: NDArray[Any]) -> Counts:
-    """(n,) mean symbol of vectors (n, G, S), in 2**-16."""
-    plain = hist.sum(1, dtype=np.int64)
-    out: Counts = (plain @ np.arange(plain.shape[1], dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
-    return out
 
 
 def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:

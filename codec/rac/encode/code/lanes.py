@@ -154,8 +154,10 @@ class LanesEncoder:
             total += up16(size)
         raw = native.planes(flat, p.zero, p.sign, p.shift, cuts, total)
         planes: list[Bytes] = [raw[at : at + size].data for (*_, at), size in zip(cuts, sizes, strict=True)]
-        if p.packed:
-            planes = [self._smaller(plane) for plane in planes]
+        if p.packed:  # where that pays for its time: low bits of float32 are often zero in whole rows
+            frames = [zstd.compress(plane, self._level) for plane in planes]
+            pairs = zip(planes, frames, strict=True)
+            planes = [frame if len(frame) < len(plane) - len(plane) // 128 else plane for plane, frame in pairs]
         return layout.build_tile(coded, counts, escapes, planes, p)
 
     def _reference(self, sym: Array, order: layout.Order) -> tuple[Array, Array]:
@@ -172,11 +174,6 @@ class LanesEncoder:
             todo = list(zip(steps.tolist(), table.tolist(), strict=True))
             streams.append(models.encode(np.ascontiguousarray(np.concatenate(mine)), todo))
         return merge(streams, freq, order.segments), np.array([len(s) for s in streams])
-
-    def _smaller(self, plane: Bytes) -> Bytes:
-        """The plane compressed where that pays for its time: low bits of float32 are often zero in whole rows."""
-        packed = zstd.compress(plane, self._level)
-        return packed if len(packed) < len(plane) - len(plane) // 128 else plane
 
     def _escapes(self, order: layout.Order, sym: Array, flat: Array) -> bytes:
         """Escape bytes in sequence order; few symbols have any."""
