@@ -107,7 +107,8 @@ class LanesEncoder:
         if found is None:
             return None
         runs, escapes = found
-        symbols, cells = _symbols(view, (zero, signed, down - zero), found, per)
+        kept = np.concatenate([np.arange(a, a + k) for a, k in zip(runs[::2], runs[1::2], strict=True)])
+        symbols, cells = _symbols(view, (zero, signed, down - zero), kept, escapes, per)
         n, (kr, kc), group = cells.shape[2], cells.shape[:2], symbols.table.reshape(-1)
         p = Lanes(
             lanes=_lane_count(view.level, min(view.total, grid.tr * grid.tc)),
@@ -138,7 +139,7 @@ class LanesEncoder:
         out = cls(view.plan(p, front), p, symbols, freq, rare, view)
         out._coded = held
         each = clusters.log2(np.full(1, 4096)) - clusters.log2(freq.astype(np.int64))  # units of a symbol of each table
-        escaped = int(tops.sum()) - int(sum(tops[a : a + k].sum() for a, k in zip(runs[::2], runs[1::2], strict=True)))
+        escaped = int(tops.sum()) - int(tops[kept].sum())
         return out, int((counts * each).sum()) // clusters.UNIT // 8 + escaped + _around(view, p)
 
     def encode(self, words: Array, i: int) -> Bytes:
@@ -193,15 +194,17 @@ class LanesEncoder:
 
 
 def _symbols(
-    view: View, cut: tuple[int, bool, int], alphabet: tuple[list[int], list[int]], per: int
+    view: View, cut: tuple[int, bool, int], kept: Array, escapes: list[int], per: int
 ) -> tuple[Symbols, clusters.Counts]:
     """Base symbols and their classes; the counts (Kr, Kc, n) of each pair of classes.
 
-    `cut` is (zero bits, signed, shift) of a word.
+    `cut` is (zero bits, signed, shift) of a word, `kept` are the tops that have symbols of their own.
     """
     (zero, signed, shift), grid, level = cut, view.grid, view.level
-    n = sum(alphabet[0][1::2]) + len(alphabet[1])
-    lut = _lut(*alphabet)
+    n, lut = len(kept) + len(escapes), np.zeros(65536, np.uint8)
+    for j in reversed(range(len(escapes))):
+        lut[escapes[j] : escapes[j] + 256] = len(kept) + j
+    lut[kept] = np.arange(len(kept))
     base = np.empty((grid.rows, grid.cols), np.uint8)
     for a, b in chunks(grid):
         base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
@@ -323,16 +326,6 @@ def _lane_count(level: Level, elements: int) -> int:
     return lanes
 
 
-def _lut(runs: list[int], escapes: list[int]) -> NDArray[np.uint8]:
-    """(65536,) base symbol of each top."""
-    lut = np.zeros(65536, np.uint8)
-    tops = np.concatenate([np.arange(start, start + n) for start, n in zip(runs[::2], runs[1::2], strict=True)])
-    for j in reversed(range(len(escapes))):
-        lut[escapes[j] : escapes[j] + 256] = len(tops) + j
-    lut[tops] = np.arange(len(tops))
-    return lut
-
-
 def _classes(
     symbols: NDArray[np.uint8], n: int, weight: int, level: Level
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, clusters.Counts]:
@@ -361,12 +354,11 @@ def _classes(
     rows = cols = None
     kr = kc = 1
     enough = min(r, c) >= 16 and symbols.size >= 8192
-    can_rows = level.row_classes > 1 and enough
-    if can_rows:
+    if enough and level.row_classes > 1:
         rows, kr = cluster(of_rows, r, 1, level.row_classes)
-    if level.col_classes > 1 and enough:
+    if enough and level.col_classes > 1:
         cols, kc = cluster(of_cols, c, kr, level.col_classes)
-        if level.again and kc > 1 and can_rows:
+        if level.again and kc > 1:
             rows, kr = cluster(of_rows, r, kc, level.row_classes)
     cells = native.histogram(symbols, key(rows, kc), key(cols, 1), kr * kc, n)
     return rows, cols, cells.astype(np.int64).reshape(kr, kc, n)

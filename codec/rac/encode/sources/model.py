@@ -78,9 +78,7 @@ class Attachment:
 
     def read(self) -> bytes:
         """All its bytes."""
-        if isinstance(self.data, Extent):
-            return self.data.read(0, self.data.size).tobytes()
-        return self.data
+        return self.data if isinstance(self.data, bytes) else self.data.read(0, self.data.size).tobytes()
 
 
 @dataclass(frozen=True, slots=True)
