@@ -26,15 +26,12 @@ class DamagedError(SourceError):
     """A file of the cache is not what was written."""
 
 
-def file_digest(path: str | os.PathLike[str], into: Digest | None = None) -> bytes:
-    """XXH3-128 of the bytes of a file, 16 bytes; `into` is fed with them too."""
-    own = Digest()
+def fed(digest: Digest, path: str | os.PathLike[str]) -> Digest:
+    """The digest, with the bytes of a file added."""
     with open(path, "rb") as f:
         while piece := f.read(_PIECE):
-            own.update(piece)
-            if into:
-                into.update(piece)
-    return own.value()
+            digest.update(piece)
+    return digest
 
 
 class Folder:
@@ -132,15 +129,12 @@ class Folder:
 
     def check(self, name: str) -> None:
         """DamagedError unless the file is what was written; read once at most."""
-        if name in self._checked:
-            return
-        try:
-            same = file_digest(self.path / name).hex() == self._files[name][1]
-        except (OSError, KeyError):
-            same = False
-        if not same:
-            raise DamagedError("damaged file in the calibration cache: remove the folder", file=str(self.path / name))
-        self._checked.add(name)
+        with contextlib.suppress(OSError, KeyError):
+            known = name in self._checked
+            if known or fed(Digest(), self.path / name).value().hex() == self._files[name][1]:
+                self._checked.add(name)
+                return
+        raise DamagedError("damaged file in the calibration cache: remove the folder", file=str(self.path / name))
 
     def array(self, name: str) -> NDArray[Any]:
         """The array, mapped read-only, checked when it is first asked for."""

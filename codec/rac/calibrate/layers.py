@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.folder import DamagedError, Folder, file_digest
+from rac.calibrate.folder import DamagedError, Folder, fed
 from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
@@ -153,7 +153,7 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
         for file in sorted(path.iterdir()):
             if file.suffix in (".json", ".safetensors", ".model", ".txt") and file.is_file():
                 h.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-                file_digest(file, h)
+                fed(h, file)
     except OSError as e:
         raise SourceError(f"cannot be read: {e}", file=os.fspath(path)) from e
     return h.value().hex()

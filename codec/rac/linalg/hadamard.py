@@ -164,17 +164,6 @@ def like(a: NDArray[Any], x: Any) -> Any:
         return torch.from_numpy(np.array(a)).to(x.device, x.dtype)
 
 
-def transform(x: Any, m: int, inner: int = 1, transposed: bool = False) -> Any:
-    """Multiply the last axis (..., a * m * inner) by I_a (x) H_m (x) I_inner, or by the transpose: its inverse.
-
-    float16 and bfloat16 are worked on in float32; the result is of the data type and on the device of `x`.
-    """
-    if x.shape[-1] % (m * inner):
-        raise ValueError(f"{m} x {inner} does not divide an axis of {x.shape[-1]}")
-    y = widen(x)
-    return cast(kronecker(y, [like(f, y) for f in factors(m)], inner, transposed), x.dtype)
-
-
 def kronecker(y: Any, by: Sequence[Any], inner: int, transposed: bool = False) -> Any:
     """Multiply `y` (..., n), float32 or float64, by I_a (x) F_1 (x) F_2 ... (x) I_inner, or its transpose.
 
