@@ -7,6 +7,7 @@ interpreter's lock. Matrices may be quantised in processes (workers.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -180,13 +181,14 @@ def pack_source(
         return packer.write(quantiser if recipe is None else ByTrellis(recipe))
 
 
-class Packer:
+class Packer(contextlib.ExitStack):
     """One pack of an open source: what its workers made stays at hand between the search for a scale and the writing.
 
     Leave it by `with`, which ends the workers and drops what was kept.
     """
 
     def __init__(self, source: Source, out: str | os.PathLike[str], options: PackOptions, hooks: Hooks) -> None:
+        super().__init__()
         for t in source.tensors:
             try:
                 index.parse_shape(list(t.shape), Limits())
@@ -196,18 +198,11 @@ class Packer:
         self._jobs = threads_of(options.jobs)
         self._groups = ties.find(source.tensors)
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
-        self._stack = contextlib.ExitStack()
-        self._threads = self._pool = self._stack.enter_context(workers.start(self._jobs))
+        self._threads = self._pool = self.enter_context(workers.start(self._jobs))
         if options.processes:
-            self._pool = self._stack.enter_context(workers.start(self._jobs, processes=True))
-
-    def __enter__(self) -> Packer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._lossless.close()
-        self._lossy.close()
-        self._stack.close()
+            self._pool = self.enter_context(workers.start(self._jobs, processes=True))
+        self.callback(self._lossless.close)
+        self.callback(self._lossy.close)
 
     def allocate(self, src: str | os.PathLike[str], request: Lossy) -> Recipe:
         """How a pack of the source, opened from `src`, meets a request.
@@ -240,14 +235,12 @@ class Packer:
         """About the bytes of all that is not quantised, with heads and index rows. It is kept, and not coded again."""
         groups = [g for g in self._groups if g.tensor.name not in recipe.aligned]
         jobs = ((g.tensor.nbytes, (g, self._options.lossless)) for g in groups)
+        every = ((e.name, e) for e in workers.run(self._threads, whole, jobs, WINDOW))
+        files = ((f"file {file.name}", rec.attachment(file)) for file in self._source.attachments)
         size = 0
-        for e in workers.run(self._threads, whole, jobs, WINDOW):
+        for name, e in itertools.chain(every, files):
             size += sum(map(len, e.units)) + 512
-            self._lossless.put(e.name, e)
-        for file in self._source.attachments:
-            e = rec.attachment(file)
-            size += len(e.units[0]) + 512
-            self._lossless.put(f"file {e.name}", e)
+            self._lossless.put(name, e)
         return size
 
     def write(self, quantiser: Quantiser | None) -> Summary:

@@ -110,11 +110,6 @@ _LOCK = threading.Lock()
 """Threads wait for what one of them finds, rather than find it too."""
 
 
-def _run(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
-    with _LOCK:
-        return _found(states, q, fine)
-
-
 @functools.cache
 def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
     """What the trellis does to a Gaussian of deviation `q`, coded `fine` finer: found by running it, once in a process.
@@ -161,7 +156,7 @@ def _fine(states: int, q: int) -> int:
     """
     if q >= 8:
         return 0
-    costs = {-1: float(exact.exp2(q / 2))} | {a: _run(states, q, a)[1] for a in range(0, 9, 2)}
+    costs = {-1: float(exact.exp2(q / 2))} | {a: _found(states, q, a)[1] for a in range(0, 9, 2)}
     return min(costs, key=lambda a: costs[a])
 
 
@@ -233,12 +228,12 @@ def _rates(plain: Array, step: Array, states: int) -> tuple[NDArray[np.float32],
     x /= np.sqrt(np.maximum((x * x).mean(1, keepdims=True), F32(1e-30)))
     by_row = np.sqrt((x * x).mean(0)) if x.size else np.ones(plain.shape[1])
     rows, row = np.unique(np.clip(_quarters(by_row), -16, 16), return_inverse=True)
-    levels = range(LOW, HIGH + 1)
-    fine = np.array([_fine(states, q) for q in levels], np.int8)
-    share = [
-        [_run(states, min(HIGH, max(LOW, q + int(o))), max(0, int(f)))[0] for o in rows]
-        for q, f in zip(levels, fine, strict=True)
-    ]
+    with _LOCK:
+        fine = np.array([_fine(states, q) for q in range(LOW, HIGH + 1)], np.int8)
+        share = [
+            [_found(states, min(HIGH, max(LOW, q + int(o))), max(0, int(f)))[0] for o in rows]
+            for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
+        ]
     slope = worth(states) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
     return (-slope * exact.log2(np.array(share))).astype(F32), fine, row.astype(np.uint8)
 
