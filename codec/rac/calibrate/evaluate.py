@@ -123,21 +123,14 @@ class Measure:
 
         `tied` says whether its output layer is tied to the embedding, where that may differ from the original.
         """
-        torch = self.torch
-        config = copy.deepcopy(self._config)
+        torch, config = self.torch, copy.deepcopy(self._config)
         if tied is not None:
             config.tie_word_embeddings = tied
-        tensors = {n: torch.as_tensor(v) for n, v in state.items()}
+        tensors, kind = {n: torch.as_tensor(v) for n, v in state.items()}, type(self.model)
+        how = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with quiet(self._transformers):
-                model, found = type(self.model).from_pretrained(
-                    None,
-                    config=config,
-                    state_dict=tensors,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
+                model, found = kind.from_pretrained(None, config=config, state_dict=tensors, **how)
         except _ERRORS as e:
             raise MismatchError(f"no weights of the original's model: {e}", file=name) from e
         if missing := found["missing_keys"]:
@@ -228,14 +221,12 @@ def translated(path: str) -> dict[str, Callable[[], NDArray[np.float32]]]:
     """Tensors of a GGUF file under their Hugging Face names, as transformers reads them."""
     torch, transformers = _modules()
     folder, name = os.path.split(os.path.abspath(path))
-    how = {}
+    how = {"gguf_file": name, "dtype": torch.float32, "local_files_only": True}
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(gguf_file=name, dequantize=True)
     try:
         with quiet(transformers), contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32, local_files_only=True, **how
-            )
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
     except ImportError as e:
         raise MissingDependencyError(f"transformers cannot read GGUF files: {e}", file=path) from e
     except _ERRORS as e:

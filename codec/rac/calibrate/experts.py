@@ -31,11 +31,8 @@ _NAME = re.compile(r"(.+)\.([^.]+)\[(\d*)\]")
 
 def experts(modules: Mapping[str, Any]) -> dict[str, Any]:
     """The modules that own fused parameters, by name: floating-point, (experts, ., .), more than one expert."""
-    return {
-        name: module
-        for name, module in modules.items()
-        if not isinstance(module, _ConvNd) and any(_fused(p) for p in module.parameters(recurse=False))
-    }
+    own = {name: m.parameters(recurse=False) for name, m in modules.items() if not isinstance(m, _ConvNd)}
+    return {name: modules[name] for name, parameters in own.items() if any(map(_fused, parameters))}
 
 
 def _fused(p: Any) -> bool:

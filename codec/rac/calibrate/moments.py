@@ -147,10 +147,8 @@ class Collector:
             rows = [self._rows.get(name, 0) for name in every]
             found = calibration_experts.settled(whole, rows, sums, weights, squares)
             for j, (name, second, sensitivity) in enumerate(found if sums else ()):
-                entry: dict[str, Any] = {
-                    "finite": math.isfinite(float(np.abs(second).sum(dtype=np.float64))),
-                    "transposed": self._turned[whole],
-                }
+                entry: dict[str, Any] = {"transposed": self._turned[whole]}
+                entry["finite"] = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
                 folder.state["layers"][name] = entry
                 entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second / np.float32(tokens))
                 if sensitivity is not None:

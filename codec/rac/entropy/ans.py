@@ -95,9 +95,8 @@ def _order(words: Array, counts: Array, freq: Array, segments: Array, merged: bo
         for n in range(total, 0, -lanes):
             v = x[:n]
             e = lut[table, (v >> np.uint64(12)) & np.uint64(4095)].astype(np.uint64)
-            v = ((v >> np.uint64(24)) * (e >> np.uint64(20)) + (e >> np.uint64(8) & np.uint64(4095))) << np.uint64(
-                12
-            ) | (v & np.uint64(4095))
+            slot = e >> np.uint64(8) & np.uint64(4095)
+            v = ((v >> np.uint64(24)) * (e >> np.uint64(20)) + slot) << np.uint64(12) | (v & np.uint64(4095))
             need = np.flatnonzero((v >> np.uint64(32) == 0) & (left[:n] > 0))
             if len(need):
                 new = words[at : at + len(need)] if merged else words[place[need]]

@@ -253,10 +253,8 @@ def _columns(
 ) -> native.Quantised:
     """The columns (C, R), quantised block by block from the last to the first."""
     c, r = plain.shape
-    out = native.Quantised(
-        np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8), np.empty(c, np.int8)
-    )
-    error = np.empty((c, r), F32)
+    k, value, wild, error = (np.empty((c, r), kind) for kind in (np.int16, F32, np.uint8, F32))
+    out = native.Quantised(k, value, wild, np.empty(c, np.int8))
     each = np.zeros((1, c, c), F32) if feed is None else feed.reshape(-1, c, c)
     if search.below is not None and search.below.ndim == 3:
         each = np.broadcast_to(each, (len(search.below), c, c))

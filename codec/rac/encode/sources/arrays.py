@@ -66,9 +66,6 @@ def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None =
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
             raise SourceError(f"tensor {name!r} cannot be packed: {e}") from e
     uses = Counter(identity for *_, identity, _ in arrays if identity)
-    ids = {identity: i for i, identity in enumerate(i for i, n in uses.items() if n > 1)}
-    found = (
-        SourceTensor(name, dtype, shape, raw, tie=ids.get(identity) if identity else None)
-        for name, dtype, shape, identity, raw in arrays
-    )
-    return Source("memory", tuple(found), (), dict(metadata or {}))
+    ids: dict[Any, int] = {identity: i for i, identity in enumerate(i for i, n in uses.items() if n > 1)}
+    found = tuple(SourceTensor(n, dtype, shape, raw, tie=ids.get(i)) for n, dtype, shape, i, raw in arrays)
+    return Source("memory", found, (), dict(metadata or {}))
