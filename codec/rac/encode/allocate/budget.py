@@ -67,12 +67,6 @@ def size_of(e: Encoded, recipe: Recipe) -> int:
     return e.size + sum(o.size for o in e.objects if o.name in own)
 
 
-def solve(groups: Sequence[ties.Group], recipe: Recipe, budget: Budget, jobs: int = 1) -> Recipe:
-    """`Search.meet` by so many threads, where the budget is of the tensors alone."""
-    with workers.start(jobs) as threads:
-        return Search(groups, recipe, threads).meet(budget)
-
-
 @dataclass(slots=True)
 class Search:
     """The search for the common scale of a recipe."""
