@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.moments import linears
 
-TAIL = 8
-"""Positions at the end of a sequence whose hidden states are compared."""
+TAIL = 8  # positions at the end of a sequence whose hidden states are compared
 _CLOSE = 1e-3
 
 

@@ -21,8 +21,7 @@ from rac.calibrate.folder import Folder
 from rac.models.linears import is_linear
 
 _RECENT = 8
-_OWN = 1 << 30
-"""Bytes of second moments of the experts of one parameter, up to which each has its own."""
+_OWN = 1 << 30  # bytes of second moments of the experts of one parameter, up to which each has its own
 
 
 def linears(model: Any) -> dict[str, Any]:

@@ -21,12 +21,9 @@ from rac.calibrate.moments import Collector, linears
 from rac.calibrate.text import SEED, Note, draw, self_text_ids, sequences, text_ids
 from rac.errors import SourceError
 
-_SMALL = 1 << 31
-"""Bytes of weights up to which the model that writes its own text is held in float32."""
-_ROWS = 2048
-"""Tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are."""
-_CHUNK = 256
-"""Positions whose logits are made at once."""
+_SMALL = 1 << 31  # bytes of weights up to which the model that writes its own text is held in float32
+_ROWS = 2048  # tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are
+_CHUNK = 256  # positions whose logits are made at once
 
 
 def find(

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from rac.calibrate.folder import Folder
 from rac.errors import SourceError
 
-LEAST = 128
-"""Tokens of the shortest sequence that is made of a text that is shorter than a sequence should be."""
+LEAST = 128  # tokens of the shortest sequence that is made of a text that is shorter than a sequence should be
 _TOKENIZERS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -25,12 +24,9 @@ _TOKENIZERS = (
 )
 Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
-SEED = 0
-"""Seed of the text that a model writes, and of labels."""
-PIECE = 256
-"""Tokens that a model writes in one go: longer texts cost more for each token, and stray further."""
-_CACHE_BYTES = 1 << 31
-"""Memory for the keys and values of the sequences that are written at once."""
+SEED = 0  # seed of the text that a model writes, and of labels
+PIECE = 256  # tokens that a model writes in one go: longer texts cost more for each token, and stray further
+_CACHE_BYTES = 1 << 31  # memory for the keys and values of the sequences that are written at once
 _KEPT = ("cache", "past_key_values", "cache_params")
 """What models, and versions of transformers, call the keys and values of the tokens so far."""
 

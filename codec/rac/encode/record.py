@@ -26,15 +26,11 @@ class Behind:
     """What stands behind the coder in the record of a quantised tensor."""
 
     numbers: Numbers
-    digest: bytes
-    """XXH3-128 of the dense bytes that a decoder restores."""
-    source: bytes
-    """XXH3-128 of the bytes that were packed."""
+    digest: bytes  # XXH3-128 of the dense bytes that a decoder restores
+    source: bytes  # XXH3-128 of the bytes that were packed
     product: Product | None = None
-    uses: tuple[str, ...] = ()
-    """Names of the objects that the product computes with; their records come first."""
-    alignment: str = ""
-    """A note for people: decoding needs to know nothing of it."""
+    uses: tuple[str, ...] = ()  # names of the objects that the product computes with; their records come first
+    alignment: str = ""  # a note for people: decoding needs to know nothing of it
 
 
 def lossless(t: SourceTensor, level: Level) -> Encoder:

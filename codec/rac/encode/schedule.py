@@ -16,8 +16,7 @@ from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import SourceTensor
 from rac.machine import room
 
-WINDOW = 64 << 20
-"""Dense bytes in work beyond the largest tensor."""
+WINDOW = 64 << 20  # dense bytes in work beyond the largest tensor
 Job = tuple[Callable[..., Encoded], tuple[Any, ...]]
 """A function and its arguments, for a thread or, where they pickle, a process."""
 
@@ -90,19 +89,15 @@ def whole(group: ties.Group, level: Level) -> Encoded:
 class Schedule:
     """The tensors of an archive on their way from the source to the writer."""
 
-    level: Level
-    """How tensors that stay lossless are coded."""
+    level: Level  # how tensors that stay lossless are coded
     jobs: int
     threads: Executor
-    pool: Executor
-    """Quantises; the threads do all else."""
+    pool: Executor  # quantises; the threads do all else
     quantiser: Quantiser | None
-    done: Callable[[str], Encoded | None]
-    """Gives a lossless tensor that is encoded already, by its name."""
+    done: Callable[[str], Encoded | None]  # gives a lossless tensor that is encoded already, by its name
     _waiting: deque[_Item] = field(default_factory=deque)
     _running: dict[Future[Any], tuple[_Item, int]] = field(default_factory=dict)
-    _ready: list[tuple[int, int]] = field(default_factory=list)
-    """(number of the tensor, row of tiles; -1: begin it)"""
+    _ready: list[tuple[int, int]] = field(default_factory=list)  # (number of the tensor, row of tiles; -1: begin it)
     _written: int = 0
 
     def run(self, groups: Sequence[ties.Group]) -> Generator[tuple[ties.Group, Encoded]]:

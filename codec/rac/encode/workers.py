@@ -22,8 +22,7 @@ from rac.encode.worker_begin import begin
 from rac.errors import OutputError
 
 T = TypeVar("T")
-THREADS = 8
-"""Jobs up to which threads are as good as processes."""
+THREADS = 8  # jobs up to which threads are as good as processes
 PER_WEIGHT, PER_MOMENT = 16, 25
 """Bytes that work takes for each weight of a matrix, and for each number of the second moment of its inputs."""
 

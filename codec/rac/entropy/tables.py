@@ -74,5 +74,4 @@ def from_bytes(data: bytes, count: int, size: int, order: int) -> NDArray[np.uin
     return out
 
 
-lookup = native.lookup
-"""(T, 4096) uint32 entries: code[symbol] | (slot - cumulative) << 8 | frequency << 20."""
+lookup = native.lookup  # (T, 4096) uint32 entries: code[symbol] | (slot - cumulative) << 8 | frequency << 20

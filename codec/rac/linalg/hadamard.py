@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_BASE = 512
-"""Largest order of a Paley matrix that is used: it costs so many multiplications for each element."""
+MOST_BASE = 512  # largest order of a Paley matrix that is used: it costs so many multiplications for each element
 MOST_DCT = 4096
 """Largest odd part whose DCT is: any weight may state any order, and the matrix takes memory when it runs."""
 RADIX = 64
@@ -36,8 +35,7 @@ class Order:
     size: int
     power: int
     base: int
-    kind: str
-    """How the base is made: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"."""
+    kind: str  # how the base is made: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"
 
     @property
     def hadamard(self) -> bool:

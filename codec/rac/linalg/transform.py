@@ -28,8 +28,7 @@ class Transform:
         if (None if matrix is None else matrix.shape) != ((online.size, online.size) if online.by_object else None):
             raise ValueError(f"{online.id} of order {online.size} has no such matrix")
         self.online, self.width, self.matrix = online, width, matrix
-        self._kept: dict[Any, tuple[list[Any], Any]] = {}
-        """Factors and signs, by what they are multiplied with."""
+        self._kept: dict[Any, tuple[list[Any], Any]] = {}  # factors and signs, by what they are multiplied with
 
     def apply(self, x: Any) -> Any:
         """T x of each vector along the last axis: (..., n), data type and device kept."""

@@ -89,8 +89,7 @@ class Rows:
     block of rows."""
 
 
-LEAST = 1e-4
-"""Share of the mean that every output is taken to matter."""
+LEAST = 1e-4  # share of the mean that every output is taken to matter
 
 
 def rows(second: NDArray[np.floating], shrink: float) -> Rows:

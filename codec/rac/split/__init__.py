@@ -7,10 +7,8 @@ from numpy.typing import NDArray
 
 __all__ = ["low_rank"]
 
-_MORE = 8
-"""Directions beyond the rank that are carried along: they make the others converge."""
-_ENOUGH = 1e-10
-"""Relative change of the explained energy at which the search ends."""
+_MORE = 8  # directions beyond the rank that are carried along: they make the others converge
+_ENOUGH = 1e-10  # relative change of the explained energy at which the search ends
 
 
 def low_rank(

@@ -26,16 +26,12 @@ from rac.split import low_rank
 from rac.stages import trellis
 
 F32 = np.float32
-RANKS = (1, 2, 4, 8, 16, 32)
-"""Ranks that `choose_rank` considers, beside 0."""
+RANKS = (1, 2, 4, 8, 16, 32)  # ranks that `choose_rank` considers, beside 0
 MARGIN = 0.25 + 0.05
 """Bits per weight by which a scalar, and by which a coded trellis, stay above what `_price` says: of short objects."""
-GAUSSIAN = 0.9166
-"""log2 of the deviation of a Gaussian less the mean of log2 of its magnitudes."""
-HEADS = 2 * 8 * 320
-"""Bits of two object records beside their weights and lists: heads, tables, padding."""
-TALL = 16
-"""Rows for each column from which on auto looks at PCA: a basis takes 3 bits per entry and more."""
+GAUSSIAN = 0.9166  # log2 of the deviation of a Gaussian less the mean of log2 of its magnitudes
+HEADS = 2 * 8 * 320  # bits of two object records beside their weights and lists: heads, tables, padding
+TALL = 16  # rows for each column from which on auto looks at PCA: a basis takes 3 bits per entry and more
 
 
 def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align: str, rate: float) -> Recipe:

@@ -34,16 +34,11 @@ EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")
 FINER = 1.0
 """Bits that quantised embeddings get beyond the rest: they are read as they are, and tied ones make the logits too."""
 SMALLEST = 1 << 14
-DAMP = 0.03
-"""Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
-FAR = 16
-"""Medians beyond which a weight counts no more in the energies."""
-LEAST_ENERGY = 0.05
-"""Share of the deviation of a matrix that every column and row is taken to have."""
-LEAST = 1e-4
-"""Share of the mean sensitivity that every output is taken to have."""
-SPREAD = 1.5
-"""Bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)."""
+DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
+FAR = 16  # medians beyond which a weight counts no more in the energies
+LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
+LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
+SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,7 @@ from rac.stages.words import from_words
 
 T = TypeVar("T")
 TOLERANCE = 0.005
-CLOSE = 0.1
-"""Decibels that a file may have beyond the --snr that was asked for."""
+CLOSE = 0.1  # decibels that a file may have beyond the --snr that was asked for
 
 
 def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: Note = silent) -> Recipe:

@@ -86,10 +86,8 @@ def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint
     return out
 
 
-Vectors = Callable[[int, int], NDArray[Any]]
-"""Histograms (b - a, G, S) of the vectors [a, b)."""
-HELD = 1 << 24
-"""Counters that are held at once; where there are more, histograms are counted again in every round."""
+Vectors = Callable[[int, int], NDArray[Any]]  # histograms (b - a, G, S) of the vectors [a, b)
+HELD = 1 << 24  # counters that are held at once; where there are more, histograms are counted again in every round
 
 
 def cluster(

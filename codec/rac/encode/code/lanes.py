@@ -22,29 +22,22 @@ from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import MAX_BASE, Lanes
 
 Array = NDArray[Any]
-PAIR_RARE = 45000
-"""A pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits."""
+PAIR_RARE = 45000  # a pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits
 RARE = {1: 65536, 2: 4096}
 """Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
-_CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}
-"""Bits of a mantissa in the top, at most."""
+_CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}  # bits of a mantissa in the top, at most
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
-_LEAST = 2048
-"""Words below which tables would cost more than they gain."""
+_LEAST = 2048  # words below which tables would cost more than they gain
 
 
 @dataclass(frozen=True, slots=True)
 class Symbols:
     """What the analysis of a tensor has found, and the encoding of its tiles needs."""
 
-    base: NDArray[np.uint8]
-    """(R, C) base symbols."""
-    rows: NDArray[np.uint8] | None
-    """(R,) classes of rows; None: one."""
-    cols: NDArray[np.uint8] | None
-    """(C,) classes of columns; None: one."""
-    table: NDArray[np.uint8]
-    """(Kr, Kc) table of each pair of classes."""
+    base: NDArray[np.uint8]  # (R, C) base symbols
+    rows: NDArray[np.uint8] | None  # (R,) classes of rows; None: one
+    cols: NDArray[np.uint8] | None  # (C,) classes of columns; None: one
+    table: NDArray[np.uint8]  # (Kr, Kc) table of each pair of classes
 
     def sequence(self, p: Lanes, grid: Grid, i: int) -> tuple[layout.Order, NDArray[np.uint8]]:
         """(order, coded symbols in sequence order) of tile `i`."""

@@ -17,8 +17,7 @@ from rac.registry import DTYPES
 from rac.stages.base import Coder
 
 Array = NDArray[Any]
-Source = Callable[[Grid, int, int], Array]
-"""Words (h, C) of the rows [start, stop) of the matrix."""
+Source = Callable[[Grid, int, int], Array]  # words (h, C) of the rows [start, stop) of the matrix
 
 CUTS = ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62))
 """Tiles along each side up to which stored size: an eighth of the rows or columns then costs no more than 1.1 times its
@@ -27,10 +26,8 @@ COARSE = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
 """Tiles along each side up to which stored size, as in CUTS, but for 1 MB instead of 64 KB."""
 SLICES = ("fine", "coarse")
 CHUNK = 1 << 22
-HELD = 1 << 25
-"""Bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks."""
-SAMPLE = {1: 1 << 17, 2: 1 << 15}
-"""Per elements per symbol: bytes that general compressors are tried on."""
+HELD = 1 << 25  # bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks
+SAMPLE = {1: 1 << 17, 2: 1 << 15}  # per elements per symbol: bytes that general compressors are tried on
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +44,11 @@ class Level:
     fewer_bits: int
     zstd: int
     planes: int
-    fixed: bool = False
-    """Take `lanes` as it is, however small the tile."""
-    tile: int = 1 << 20
-    """Words of a tile at most."""
-    coarse: bool = False
-    """Cut into tiles by COARSE."""
-    sliced: float = 0.0
-    """Stored bytes of a word, about, where tiles were asked for; 0: as its type has them."""
-    density: float = 0.0
-    """Stored bytes of a word, about, by which tiles are cut; 0: as its type has them."""
+    fixed: bool = False  # take `lanes` as it is, however small the tile
+    tile: int = 1 << 20  # words of a tile at most
+    coarse: bool = False  # cut into tiles by COARSE
+    sliced: float = 0.0  # stored bytes of a word, about, where tiles were asked for; 0: as its type has them
+    density: float = 0.0  # stored bytes of a word, about, by which tiles are cut; 0: as its type has them
 
 
 LEVELS = {
@@ -94,10 +86,8 @@ class Plan:
     coder: Coder
     grid: Grid
     axis: int
-    digest: bytes
-    """XXH3-128 of the words."""
-    front: bytes = b""
-    """The unit in front of the tiles; empty where the coder has none."""
+    digest: bytes  # XXH3-128 of the words
+    front: bytes = b""  # the unit in front of the tiles; empty where the coder has none
 
     @property
     def fronts(self) -> list[Bytes]:
@@ -109,8 +99,7 @@ class Encoder(Protocol):
     """Codes the tiles of one tensor under its plan."""
 
     plan: Plan
-    words: Array | None
-    """(R, C) words of a small tensor, which need not be read again."""
+    words: Array | None  # (R, C) words of a small tensor, which need not be read again
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
@@ -152,10 +141,8 @@ def chunks(grid: Grid) -> Iterator[tuple[int, int]]:
 class View:
     """A tensor as coders look at it: read once or a few times, some MiB at a time."""
 
-    words: Array | None = None
-    """All of a small tensor, (R, C); None of a larger one."""
-    union = 0
-    """The OR of all words."""
+    words: Array | None = None  # all of a small tensor, (R, C); None of a larger one
+    union = 0  # the OR of all words
 
     def __init__(self, source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> None:
         self.dtype, self.level, self.axis = dtype, level, axis_of(shape)
@@ -225,5 +212,4 @@ class View:
         return np.concatenate(parts).reshape(1, -1)
 
 
-MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}
-"""Bits of the mantissa."""
+MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}  # bits of the mantissa

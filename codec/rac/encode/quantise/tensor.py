@@ -24,19 +24,16 @@ from rac.linalg import exact
 from rac.native import product
 from rac.stages.words import from_words
 
-SHAPED = 32
-"""States of the trellis where errors of rows are fed back: every state carries its own."""
+SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
 
 
 @dataclass(frozen=True, slots=True)
 class Coded:
     """A quantised tensor."""
 
-    quantised: lossy.Quantised
-    """By trellis/1: the tensor, or what the objects leave to it."""
+    quantised: lossy.Quantised  # by trellis/1: the tensor, or what the objects leave to it
     dtype: str
-    objects: tuple[split.Object, ...]
-    """What a third stage computes with."""
+    objects: tuple[split.Object, ...]  # what a third stage computes with
 
     @property
     def dense(self) -> NDArray[Any]:

@@ -32,15 +32,11 @@ from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
 F32 = np.float32
-LAMBDA = 0.35
-"""Squared units that a bit is worth; best at every rate (docs/lossy.md)."""
-SCALAR = 0.35 / 3
-"""Squared units that a bit is worth without a trellis."""
+LAMBDA = 0.35  # squared units that a bit is worth; best at every rate (docs/lossy.md)
+SCALAR = 0.35 / 3  # squared units that a bit is worth without a trellis
 BLOCK = 64
-LEAST = 0.6
-"""Deviation of a row in units below which it is coded finer than its sensitivity asks."""
-LOW, HIGH = -12, 40
-"""Quarter octaves of the deviation in units for which there are rate tables."""
+LEAST = 0.6  # deviation of a row in units below which it is coded finer than its sensitivity asks
+LOW, HIGH = -12, 40  # quarter octaves of the deviation in units for which there are rate tables
 SAMPLES = 1 << 14
 
 
@@ -49,8 +45,7 @@ class Scales:
     """How fine a matrix is quantised: unit of column j and row i is 2**(scale + cols[j] / 4 + rows[i] / 4)."""
 
     rows: NDArray[np.int8]
-    cols: NDArray[np.int8]
-    """DEAD for a column that no input reaches."""
+    cols: NDArray[np.int8]  # DEAD for a column that no input reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +63,13 @@ class Effort:
 class Quantised:
     """A matrix as trellis/1 stores it."""
 
-    words: NDArray[np.uint8]
-    """(R, C)"""
+    words: NDArray[np.uint8]  # (R, C)
     trellis: trellis_stage.Trellis
     unit: bytes
     dtype: str
     coder: Level
     outliers: int
-    dead: int
-    """Columns that got no bits."""
+    dead: int  # columns that got no bits
 
     @property
     def dense(self) -> Array:
@@ -106,8 +99,7 @@ def _lane(shape: tuple[int, ...], coder: Level) -> int:
     return grid_of("U8", shape, 1, coder).tr
 
 
-_LOCK = threading.Lock()
-"""Threads wait for what one of them finds, rather than find it too."""
+_LOCK = threading.Lock()  # threads wait for what one of them finds, rather than find it too
 
 
 @functools.cache

@@ -26,16 +26,12 @@ from rac.stages.words import to_words
 
 Array = NDArray[Any]
 F32 = np.float32
-SHORT = 64
-"""Rows below which an object has no trellis: its lanes would be too short to gain anything."""
+SHORT = 64  # rows below which an object has no trellis: its lanes would be too short to gain anything
 CELL = lossy.LAMBDA / (2 * math.log(2))
 """Mean squared error in squared units of a column of high rate: where a bit is worth LAMBDA."""
-WIDE = 24
-"""Most units that are the deviation of a row of B or a column of A."""
-COARSE = 1 / 64
-"""Most that the error of a basis may add to the output error, as a share of it."""
-HARM = 4.5
-"""Bits per weight that such a share costs, per share: weak directions are no longer free of strong ones."""
+WIDE = 24  # most units that are the deviation of a row of B or a column of A
+COARSE = 1 / 64  # most that the error of a basis may add to the output error, as a share of it
+HARM = 4.5  # bits per weight that such a share costs, per share: weak directions are no longer free of strong ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +52,7 @@ class Basis:
     """A basis that tensors of the same input share."""
 
     object: Object
-    first: str
-    """Name of the first tensor that uses the basis: its bytes include those of the basis."""
+    first: str  # name of the first tensor that uses the basis: its bytes include those of the basis
 
 
 def _object(name: str, w: Array, scale: float, scales: lossy.Scales, states: int, r: Triangular | None) -> Object:
