@@ -77,11 +77,7 @@ def _first(out: Any) -> Any:
 
 
 class Chain:
-    """A causal language model or an encoder, weights in their stored type, as blocks one after another.
-
-    UnfitError where it is none. The tensors of `model` are changed: all but the blocks, the embeddings and the output
-    embedding become float32.
-    """
+    """A language model or an encoder as blocks in a row, all around them in float32; UnfitError where it is none."""
 
     def __init__(self, model: Any, causal: bool, ids: NDArray[np.int64]) -> None:
         """`ids` is a sequence (1, context) of the text."""

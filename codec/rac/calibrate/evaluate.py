@@ -38,11 +38,7 @@ class Figures:
 
 
 def hold() -> int:
-    """Bytes of log-probabilities of the original that are held: half of what matrices at work may take.
-
-    8,192 tokens of a vocabulary of 49,152 are 805 MB. Beyond that the original runs again beside every file, which
-    nearly doubles the time.
-    """
+    """Bytes of log-probabilities of the original that are held: beyond that it runs again beside every file."""
     return room() // 2
 
 
@@ -119,10 +115,7 @@ class Measure:
         return len(self._windows) * self._context
 
     def load(self, state: Mapping[str, Any], name: str, tied: bool | None = None) -> Any:
-        """The model with other weights, arrays or tensors by name; MismatchError where they are not of this model.
-
-        `tied` says whether its output layer is tied to the embedding, where that may differ from the original.
-        """
+        """The model with other weights by name, `tied` or as the original; MismatchError where they do not fit."""
         torch, config = self.torch, copy.deepcopy(self._config)
         if tied is not None:
             config.tie_word_embeddings = tied
@@ -192,10 +185,7 @@ class Measure:
 
 
 class Divergence:
-    """How far a model's predictions on a text are from its own once tensors were replaced.
-
-    Both models are held in float32. At most `tokens` tokens of the text are used, and at most 8,192.
-    """
+    """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
     def __init__(self, model: str | os.PathLike[str], text: str, tokens: int, note: Note | None = None) -> None:
         tokens = min(tokens, 8192)

@@ -35,10 +35,7 @@ def fed(digest: Digest, path: str | os.PathLike[str]) -> Digest:
 
 
 class Folder:
-    """.npy files and `state.json`, each written under another name and renamed.
-
-    A file counts once `commit` has named it in the state, with its size and digest.
-    """
+    """.npy files and `state.json`, renamed when written; a file counts once `commit` has named it with its digest."""
 
     def __init__(self, parent: str | os.PathLike[str] | None, name: str) -> None:
         """Open `parent/name`, made where it is missing; without a parent a folder that goes away with this object."""

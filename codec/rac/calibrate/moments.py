@@ -25,10 +25,7 @@ _OWN = 1 << 30  # bytes of second moments of the experts of one parameter, up to
 
 
 def linears(model: Any) -> dict[str, Any]:
-    """Module names to linear layers, GPT-2's transposed ones and modules of fused experts among them.
-
-    Without the output embedding.
-    """
+    """Linear layers by name, transposed ones and modules of fused experts among them, without the output embedding."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     modules = dict(model.named_modules())
     named = {name: m for name, m in modules.items() if m is not head and not name.endswith("lm_head")}
@@ -36,10 +33,7 @@ def linears(model: Any) -> dict[str, Any]:
 
 
 class Collector:
-    """Hooks on linear layers, for as long as it is open (a context manager).
-
-    With `outputs` it needs a backward pass, and the inputs are taken from there.
-    """
+    """Hooks on linear layers while it is open; with `outputs` a backward pass brings the inputs too."""
 
     def __init__(self, modules: Mapping[str, Any], *, outputs: bool) -> None:
         self.second: dict[str, NDArray[np.float32]] = {}

@@ -103,10 +103,7 @@ def _load(kind: Any, path: str, dtype: str) -> Any:
 
 
 def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
-    """Module names to names of weights, as the files have them: some leave out the prefix of the base model.
-
-    Of fused experts the files may have each by itself, under names of their own.
-    """
+    """Module names to names of weights as the files have them: base model, and experts each by itself."""
     modules = linears(model)
     prefix = f"{model.base_model_prefix}."
     stored = Stored(path)

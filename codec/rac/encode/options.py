@@ -72,10 +72,7 @@ class PackOptions:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a lossy pack may cost, or how good it is to be: exactly one of these arguments of `pack`, above 0.
-
-    ValueError otherwise.
-    """
+    """What a lossy pack may cost, or how good it is to be: one of these arguments of `pack`, above 0, or ValueError."""
 
     bits: float | None = None
     file_bits: float | None = None

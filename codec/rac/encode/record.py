@@ -121,11 +121,7 @@ def _row(chain: Chain, dtype: str, shape: tuple[int, ...], plan: Plan, units: Se
 def encoded_object(
     name: str, plan: Plan, units: list[Bytes], numbers: Numbers | None = None, digest: bytes | None = None
 ) -> Encoded:
-    """An object (R, C) of F32 under a name that no other object of the file has.
-
-    Where it is quantised, `numbers` stand behind the coder of its words of one byte, and `digest` is that of the dense
-    F32 bytes.
-    """
+    """An object (R, C) of F32; of a quantised one the numbers behind its coder, and the digest of its dense bytes."""
     chain, shape = Chain(plan.coder, numbers), (plan.grid.rows, plan.grid.cols)
     head = _head(name, "F32", shape, 1, plan, chain)
     if digest is not None:

@@ -55,10 +55,7 @@ class _Item:
     done: Encoded | None = None
 
     def begin(self, level: Level) -> int:
-        """Plan a lossless tensor, and code it too where it has one row of tiles, which no other thread could share.
-
-        Returns how many rows are left; `left` is for the thread that hands out the work to set.
-        """
+        """Plan a lossless tensor, and code it too where it has one row of tiles; returns how many rows are left."""
         self.encoder = rec.lossless(self.group.tensor, level)
         self.objects = rec.matrix_of(self.group.tensor, level)
         plan = self.encoder.plan

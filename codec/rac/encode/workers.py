@@ -60,10 +60,7 @@ def need(t: SourceTensor, recipe: Recipe) -> int:
 
 
 def run(pool: Executor, work: Callable[..., T], jobs: Iterable[tuple[int, Sequence[Any]]], limit: int) -> Iterator[T]:
-    """Results of work(*arguments) for each (bytes that it takes, arguments), as they come; within `limit` bytes or one.
-
-    What was not begun when the caller stops is not done.
-    """
+    """Results of work(*arguments) for each (bytes that it takes, arguments) as they come, in `limit` bytes or one."""
     running: dict[Future[T], int] = {}
     try:
         with named():

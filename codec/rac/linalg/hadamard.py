@@ -163,10 +163,7 @@ def like(a: NDArray[Any], x: Any) -> Any:
 
 
 def kronecker(y: Any, by: Sequence[Any], inner: int, transposed: bool = False) -> Any:
-    """Multiply `y` (..., n), float32 or float64, by I_a (x) F_1 (x) F_2 ... (x) I_inner, or its transpose.
-
-    The square matrices F_1, F_2, ... are of the library, data type and device of `y`.
-    """
+    """Multiply `y` (..., n) by I_a (x) F_1 (x) F_2 ... (x) I_inner, matrices of its library and type; or transposed."""
     shape = tuple(y.shape)
     after = inner
     for f in reversed(by):

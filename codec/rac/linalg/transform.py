@@ -16,11 +16,7 @@ from rac.records import Online
 
 
 class Transform:
-    """T = I_a (x) M (x) I_inner of an input of `width`, and of hadamard/1 the signs in front of it.
-
-    `online` is what a record states, `matrix` the (size, size) M of matrix/1, None otherwise. ValueError where sizes do
-    not fit each other.
-    """
+    """T = I_a (x) M (x) I_inner of an input of `width`, signs in front of hadamard/1; `matrix` is the M of matrix/1."""
 
     def __init__(self, online: Online, width: int, matrix: NDArray[Any] | None = None) -> None:
         if online.inner < 1 or online.size < 1 or width % (online.size * online.inner):

@@ -35,10 +35,7 @@ TALL = 16  # rows for each column from which on auto looks at PCA: a basis takes
 
 
 def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align: str, rate: float) -> Recipe:
-    """The recipe with the alignment (one of ALIGNMENTS) and the ranks that were asked for, where the inputs are known.
-
-    `rank` None: what pays at so many bits per weight. BudgetError where objects would be more than a reader takes.
-    """
+    """The recipe with the alignment (of ALIGNMENTS) and rank (None: what pays at `rate` bits) that were asked for."""
     out = dict(recipe.aligned)
     known = {
         g.tensor.name: g.tensor
@@ -71,10 +68,7 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
 
 
 def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:
-    """The rank of RANKS, or 0, with the fewest bits at equal error, of a matrix whose inputs are known.
-
-    Ranks cost less where all is finer: `rate` is about the bits per weight at which the model is coded.
-    """
+    """The rank of RANKS, or 0, with the fewest bits at equal error where the model takes about `rate` bits a weight."""
     rows, cols = w.shape
     weight = a.triangular().by_column
     level = 2.0 ** (a.base - rate + exact.middle(weight))  # root of the error where columns count 1

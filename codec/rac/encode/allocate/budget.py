@@ -57,10 +57,7 @@ def read_text(path: str) -> str:
 
 
 def size_of(e: Encoded, recipe: Recipe) -> int:
-    """Bytes of the record of a quantised tensor and of the objects that it is decoded with.
-
-    An object that tensors share counts with the first of them, though it is in each of several shards.
-    """
+    """Bytes of a quantised tensor and its objects; an object that tensors share counts with the first of them."""
     basis = recipe.aligned[e.name].basis
     own = e.head.get("uses", ()) if basis is None or basis.first == e.name else ()
     return e.size + sum(o.size for o in e.objects if o.name in own)

@@ -227,10 +227,7 @@ def _both(p: Lanes) -> int:
 
 
 def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int]] | None:
-    """Symbol runs and escape bases for the tops counted in `hist`: a rare top costs less as an escape.
-
-    None where `most` base symbols cannot hold them without many escapes.
-    """
+    """Symbol runs, and escape bases of the rarer tops counted in `hist`; None where `most` base symbols are too few."""
     used = np.flatnonzero(hist)
     keep = np.flatnonzero(hist > entries)
     if not len(keep):
@@ -278,10 +275,7 @@ def _pair_map(p: Lanes) -> NDArray[np.uint8]:
 def _pair_counts(
     held: list[tuple[layout.Order, NDArray[np.uint8]]], p: Lanes
 ) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
-    """(T, symbols) how often each pair occurs under each table, in the order in which tiles code them.
-
-    The rarest pairs are counted as two escapes; they are set in the other array.
-    """
+    """(T, symbols) how often each pair occurs under each table, the rarest as two escapes; and which these are."""
     found = np.zeros((p.tables, p.symbols), np.uint32)
     for order, sym in held:
         native.count_segments(sym, order.segments, found)
@@ -309,10 +303,7 @@ def gather(order: layout.Order, tile: Array) -> Array:
 
 
 def _lane_count(level: Level, elements: int) -> int:
-    """Lanes of at least 4500 elements each, as a power of two; never more than 2**17 elements in one.
-
-    A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
-    """
+    """Lanes of 4500 elements and more each, a power of two; a lane of 2**17 is the longest that 16 bits can count."""
     lanes = level.lanes if level.fixed else 1
     while (lanes < level.lanes and elements >= 9000 * lanes) or elements > lanes << 17:
         lanes *= 2

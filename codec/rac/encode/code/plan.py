@@ -68,10 +68,7 @@ anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/stream
 
 
 def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
-    """A level with the lanes per tile and the tiles ("fine" or "coarse") that were asked for; None: its own.
-
-    Where only lanes are given, tiles are coarse, since each has so many lanes.
-    """
+    """A level with the lanes per tile and the tiles that were asked for; where only lanes are, tiles are coarse."""
     if lanes is not None:
         level = replace(level, lanes=lanes, fixed=True, coarse=True)
     if slices is not None:
