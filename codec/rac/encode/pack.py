@@ -182,10 +182,7 @@ def pack_source(
 
 
 class Packer(contextlib.ExitStack):
-    """One pack of an open source: what its workers made stays at hand between the search for a scale and the writing.
-
-    Leave it by `with`, which ends the workers and drops what was kept.
-    """
+    """One pack of an open source: what the search for a scale has made is kept for the writing. Leave it by `with`."""
 
     def __init__(self, source: Source, out: str | os.PathLike[str], options: PackOptions, hooks: Hooks) -> None:
         super().__init__()

@@ -93,10 +93,7 @@ LEAST = 1e-4  # share of the mean that every output is taken to matter
 
 
 def rows(second: NDArray[np.floating], shrink: float) -> Rows:
-    """The recursion for outputs whose gradients have second moment E[g g^T] (m, m), of any rank.
-
-    A share `shrink`, above 0, of what lies off the diagonal is taken for chance: the text is but a sample.
-    """
+    """The recursion for gradients of second moment (m, m); a share `shrink` > 0 off the diagonal counts as chance."""
     g = np.asarray(second, np.float64)
     own = np.maximum(np.diag(g), max(np.diag(g).mean() * LEAST, 1e-30))
     g = (1 - shrink) * g

@@ -87,7 +87,7 @@ class Aligned:
         return triangular(self.layer.second, self.damp)
 
     def columns(self) -> Triangular | None:
-        """The same where errors of columns are fed back; None elsewhere."""
+        """That recursion where errors of columns are fed back; None elsewhere."""
         fed = self.layer and not self.layer.transposed and self.alignment == "triangular"
         return self.triangular() if fed else None
 

@@ -83,10 +83,7 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
 
 
 def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
-    """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known.
-
-    `dense` (R, C) has the words that a decoder restores.
-    """
+    """Output signal to noise of restored words (R, C), dB: tr(W S W^T) / tr(E S E^T); S is 1 where none is known."""
     w = matrix_of(t)
     e = from_words(dense, t.dtype) - w
     layer = recipe.aligned[t.name].layer

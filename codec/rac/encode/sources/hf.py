@@ -52,10 +52,7 @@ def _weight_map(root: str, files: Sequence[str]) -> dict[str, str]:
 
 
 def read(root: str) -> Source:
-    """A directory. Without an index all its safetensors files count; with one, those it lists.
-
-    Files in directories below are always taken: the index of a model does not cover the modules next to it.
-    """
+    """A directory: all its safetensors files, or those that its index lists and all in directories below."""
     files = sorted(_walk(root))
     weight_map = _weight_map(root, files)
     listed = set(weight_map.values())
