@@ -27,24 +27,18 @@ from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
 
-_VERSION = 4
-"""Version of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
+_VERSION = 4  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
     """What calibration found for one weight matrix."""
 
-    moment: NDArray[np.float32] | Callable[[], NDArray[np.float32]]
-    """The second moment, or what reads it."""
-    sensitivity: NDArray[np.float64] | None
-    """(out,) float64, mean of squared gradients, or None where no backward pass was made."""
-    transposed: bool = False
-    """Whether the weight is stored as (in, out), as GPT-2's are, instead of (out, in)."""
-    finite: bool = True
-    """False where NaN or infinity was among the inputs or gradients."""
-    experts: Sequence[Layer] = ()
-    """What was found for each expert of a weight (experts, out, in) or (experts, in, out); otherwise empty."""
+    moment: NDArray[np.float32] | Callable[[], NDArray[np.float32]]  # the second moment, or what reads it
+    sensitivity: NDArray[np.float64] | None  # (out,) mean of squared gradients; None: no backward pass was made
+    transposed: bool = False  # whether the weight is stored as (in, out), as GPT-2's are
+    finite: bool = True  # False where NaN or infinity was among the inputs or gradients
+    experts: Sequence[Layer] = ()  # for each expert of a weight (experts, out, in) or (experts, in, out)
 
     @property
     def second(self) -> NDArray[np.float32]:

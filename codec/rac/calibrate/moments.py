@@ -36,21 +36,16 @@ class Collector:
     """Hooks on linear layers while it is open; with `outputs` a backward pass brings the inputs too."""
 
     def __init__(self, modules: Mapping[str, Any], *, outputs: bool) -> None:
-        self.second: dict[str, NDArray[np.float32]] = {}
-        """Name to the sum of x x^T, (in, in): weighted for every layer, or plain for the first one with that input."""
-        self.key: dict[str, str] = {}
-        """Name to that of the first layer with the same input: query, key and value, for example."""
-        self.squares: dict[str, NDArray[np.float64]] = {}
-        """Name to the sum of squared output gradients, (out,)."""
+        self.second: dict[str, NDArray[np.float32]] = {}  # name, or the first with that input, to the sum of x x^T
+        self.key: dict[str, str] = {}  # name to the first layer with the same input: query, key and value, for example
+        self.squares: dict[str, NDArray[np.float64]] = {}  # name to the sum of squared output gradients, (out,)
         self._rows: dict[str, int] = {}
         self._weight: dict[str, float] = {}
         self._recent: list[tuple[Any, int, str]] = []
         self._outputs = outputs
         self._experts = calibration_experts.experts(modules)
-        self._fused: dict[str, int] = {}
-        """Parameter of experts to how many there are."""
-        self._turned: dict[str, bool] = {}
-        """Parameter of experts to whether it is stored (experts, in, out)."""
+        self._fused: dict[str, int] = {}  # parameter of experts to how many there are
+        self._turned: dict[str, bool] = {}  # whether it is stored (experts, in, out)
         self._open = contextlib.ExitStack()
         for name, m in modules.items():
             if name not in self._experts:

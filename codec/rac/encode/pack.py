@@ -349,8 +349,7 @@ class ByTrellis:
     """Quantises by trellis/1, as a recipe says."""
 
     recipe: Recipe
-    done: Callable[[str], Encoded | None] = lambda _: None
-    """Gives a tensor that is encoded already at the scale of the recipe, by its name."""
+    done: Callable[[str], Encoded | None] = lambda _: None  # gives a tensor that the search has encoded, by its name
 
     @property
     def about(self) -> Mapping[str, Any]:

@@ -38,10 +38,8 @@ class Found:
     at: int = 0
     entries: list[Entry] = field(default_factory=list)
     files: int = 0
-    digests: list[bytes] = field(default_factory=list)
-    """Digests of what a decoder restores of the tensors among the entries, in order."""
-    objects: set[str] = field(default_factory=set)
-    """Names of the objects among the entries; the last ones may be of a tensor that is still to come."""
+    digests: list[bytes] = field(default_factory=list)  # of what a decoder restores of the tensors
+    objects: set[str] = field(default_factory=set)  # their names; the last may be of a tensor that is still to come
 
 
 def scan(part: str, contents: Contents) -> Found | None:

@@ -17,8 +17,7 @@ from rac.encode.sources import SourceTensor
 from rac.machine import room
 
 WINDOW = 64 << 20  # dense bytes in work beyond the largest tensor
-Job = tuple[Callable[..., Encoded], tuple[Any, ...]]
-"""A function and its arguments, for a thread or, where they pickle, a process."""
+Job = tuple[Callable[..., Encoded], tuple[Any, ...]]  # a function and its arguments, for a thread or a process
 
 
 class Quantiser(Protocol):
@@ -45,12 +44,9 @@ class _Item:
 
     group: ties.Group
     number: int
-    left: int = -1
-    """Rows of tiles that are still to come; -1: nothing is known of it."""
-    encoder: Encoder = field(init=False)
-    """What codes a lossless tensor."""
-    bands: list[list[Bytes]] = field(default_factory=list)
-    """Units in front of the tiles, then those of each row of tiles."""
+    left: int = -1  # rows of tiles that are still to come; -1: nothing is known of it
+    encoder: Encoder = field(init=False)  # what codes a lossless tensor
+    bands: list[list[Bytes]] = field(default_factory=list)  # units in front of the tiles, then those of each row
     objects: tuple[Encoded, ...] = ()
     done: Encoded | None = None
 

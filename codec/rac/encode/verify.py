@@ -53,8 +53,7 @@ class _Check:
     progress: Progress | None
     tensors: dict[str, tuple[str, tuple[int, ...], bytes, dict[str, Any]]] = field(default_factory=dict)
     """Names to (dtype, shape, digest, what else is stated)."""
-    files: dict[str, bytes] = field(default_factory=dict)
-    """Attachments to digests."""
+    files: dict[str, bytes] = field(default_factory=dict)  # attachments to digests
     metadata: dict[str, str] = field(default_factory=dict)
     dense: int = 0
     digest: bytes = b""

@@ -23,8 +23,7 @@ from rac.errors import OutputError
 
 T = TypeVar("T")
 THREADS = 8  # jobs up to which threads are as good as processes
-PER_WEIGHT, PER_MOMENT = 16, 25
-"""Bytes that work takes for each weight of a matrix, and for each number of the second moment of its inputs."""
+PER_WEIGHT, PER_MOMENT = 16, 25  # bytes for each weight of a matrix, and each number of its inputs' second moment
 
 
 def start(jobs: int, processes: bool = False) -> Executor:

@@ -20,10 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_BASE = 512  # largest order of a Paley matrix that is used: it costs so many multiplications for each element
-MOST_DCT = 4096
-"""Largest odd part whose DCT is: any weight may state any order, and the matrix takes memory when it runs."""
-RADIX = 64
-"""Sylvester factors are multiplied in pieces of this order: one product of matrices, not six passes over memory."""
+MOST_DCT = 4096  # largest odd part whose DCT is: any weight may state any order, and its matrix takes memory
+RADIX = 64  # Sylvester factors are multiplied in pieces of this order: one product, not six passes over memory
 _WILLIAMSON = ("pppmmppmpmppmpmmmpmpp", "pmpmppppmmmmpmmmmpmmp", "pmmmpppppppmpmmppmmpm", "mmpppmmppmpmpmpmmpppp")
 """Order 43: elements 1 to 21 of the first rows of A, B, C, D; element 0 is 1, element 43 - i is element i."""
 

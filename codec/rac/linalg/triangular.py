@@ -25,12 +25,9 @@ from rac.native.linalg import cholesky
 class Triangular:
     """The recursion of one second moment; or those of G blocks of rows that have inputs of their own (experts)."""
 
-    order: NDArray[np.int64]
-    """(n,) column at each place; places are quantised from the last to the first."""
-    weight: NDArray[np.float64]
-    """(n,) or (G, n), L_jj of each place: the square root of what a unit error of that column costs."""
-    feed: NDArray[np.float32]
-    """(n, n) or (G, n, n), [j, i], i > j: weight of the error at place i in the target at place j."""
+    order: NDArray[np.int64]  # (n,) column at each place; places are quantised from the last to the first
+    weight: NDArray[np.float64]  # (n,) or (G, n), L_jj: root of what a unit error of the column at a place costs
+    feed: NDArray[np.float32]  # (n, n) or (G, n, n), [j, i], i > j: weight of the error at i in the target at j
 
     @property
     def by_column(self) -> NDArray[np.float64]:

@@ -27,8 +27,7 @@ from rac.stages import trellis
 
 F32 = np.float32
 RANKS = (1, 2, 4, 8, 16, 32)  # ranks that `choose_rank` considers, beside 0
-MARGIN = 0.25 + 0.05
-"""Bits per weight by which a scalar, and by which a coded trellis, stay above what `_price` says: of short objects."""
+MARGIN = 0.25 + 0.05  # bits per weight by which a scalar, and a coded trellis, stay above `_bits`: of short objects
 GAUSSIAN = 0.9166  # log2 of the deviation of a Gaussian less the mean of log2 of its magnitudes
 HEADS = 2 * 8 * 320  # bits of two object records beside their weights and lists: heads, tables, padding
 TALL = 16  # rows for each column from which on auto looks at PCA: a basis takes 3 bits per entry and more

@@ -29,10 +29,8 @@ if TYPE_CHECKING:
 
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
-EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")
-"""Kept lossless unless the user says otherwise."""
-FINER = 1.0
-"""Bits that quantised embeddings get beyond the rest: they are read as they are, and tied ones make the logits too."""
+EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")  # lossless unless asked otherwise
+FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 SMALLEST = 1 << 14
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
 FAR = 16  # medians beyond which a weight counts no more in the energies
@@ -46,28 +44,21 @@ class Sample:
     """How far a recipe follows what a text has shown (docs/lossy.md)."""
 
     damp: float = DAMP
-    strength: float = 0.5
-    """How far bits follow the sensitivity of a tensor."""
-    trust: float = 0.8
-    """Exponent of the sensitivities of a tensor's outputs, about their mean: on another text they are others."""
+    strength: float = 0.5  # how far bits follow the sensitivity of a tensor
+    trust: float = 0.8  # exponent of sensitivities of outputs, about their mean: on another text they are others
 
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
     """What the alignment found for one matrix: everything about its quantisation but the common scale."""
 
-    base: float
-    """log2 of the unit at common scale 0."""
+    base: float  # log2 of the unit at common scale 0
     scales: lossy.Scales
-    layer: Layer | None = None
-    """What calibration found of the inputs; None: not known, and no errors are fed back."""
+    layer: Layer | None = None  # what calibration found of the inputs; None: not known, and no errors are fed back
     damp: float = DAMP
-    alignment: str = "triangular"
-    """Alignment of a tensor that has a layer: "triangular", "pca", or "identity", where all columns count alike."""
-    rank: int = 0
-    """Rank of the low-rank part beside the trellis; 0: there is none."""
-    basis: Basis | None = None
-    """The basis that "pca" turns the columns into; None with any other alignment."""
+    alignment: str = "triangular"  # of a tensor with a layer; "pca", or "identity", where all columns count alike
+    rank: int = 0  # rank of the low-rank part beside the trellis; 0: there is none
+    basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
 
     @property
     def name(self) -> str:
@@ -105,18 +96,13 @@ class Aligned:
 class Recipe:
     """How the tensors of a model are quantised."""
 
-    aligned: Mapping[str, Aligned]
-    """By name; tensors that are not in it stay lossless."""
+    aligned: Mapping[str, Aligned]  # by name; tensors that are not in it stay lossless
     states: int
     passes: int
-    scale: float = 0.0
-    """log2 of the common factor of all units."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """What the file's provenance says of the recipe."""
-    coder: Level = CODER
-    """How the integers are coded."""
-    unreached: tuple[str, ...] = ()
-    """Tensors that the calibration did not reach: they are quantised from the weights alone."""
+    scale: float = 0.0  # log2 of the common factor of all units
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the file's provenance says of the recipe
+    coder: Level = CODER  # how the integers are coded
+    unreached: tuple[str, ...] = ()  # tensors that the calibration did not reach, quantised from the weights alone
 
     @property
     def effort(self) -> lossy.Effort:

@@ -69,11 +69,9 @@ class Search:
 
     groups: Sequence[ties.Group]
     recipe: Recipe
-    pool: Executor
-    """Does the work."""
+    pool: Executor  # does the work
     note: Note = silent
-    kept: Kept | None = None
-    """Gets what the quantised tensors are at the scale that was tried last; None: that is not wanted."""
+    kept: Kept | None = None  # gets the quantised tensors of the last try; None: they are not wanted
     tried: int = 0
 
     def meet(

@@ -68,8 +68,7 @@ def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
     return out
 
 
-ONE_THREAD = 1 << 18
-"""Multiplications up to which a BLAS starts no threads of its own: they would fight with those that pack."""
+ONE_THREAD = 1 << 18  # multiplications up to which a BLAS starts no threads, which would fight with those that pack
 
 
 def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint8]:

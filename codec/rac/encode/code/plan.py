@@ -145,8 +145,7 @@ class View:
         self.dtype, self.level, self.axis = dtype, level, axis_of(shape)
         self.grid = grid = grid_of(dtype, shape, self.axis, level)
         self._source = source
-        self.mask = (1 << (8 * grid.word - DTYPES[dtype].signed_float)) - 1
-        """Bits of a word without its sign."""
+        self.mask = (1 << (8 * grid.word - DTYPES[dtype].signed_float)) - 1  # bits of a word without its sign
         # pairs of exponents need no more than these; their histogram is small and counted fast
         self.base = max(MANTISSA.get(dtype, 0) if level.per == 2 else 0, self.least_base)
         """Lowest bit that `hist` counts."""
@@ -159,8 +158,7 @@ class View:
                 self.union |= native.scan(words, self.mask, self.base, self.hist)
                 if b - a == grid.rows:
                     self.words = words
-        self.digest = digest.value()
-        """XXH3-128 of all words."""
+        self.digest = digest.value()  # XXH3-128 of all words
         self.sample = self._sample(SAMPLE[level.per]) if self.total else np.empty((1, 0), f"<u{grid.word}")
         """(1, n) words: all of a small tensor, or rows of eight places of a large one."""
 

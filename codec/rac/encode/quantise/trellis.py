@@ -52,10 +52,8 @@ class Scales:
 class Effort:
     """How hard a matrix is searched, and how its integers are coded."""
 
-    states: int
-    """States of the trellis, 4 to 256, or 1: none. A scalar's units of the same cost are larger (`worth`)."""
-    passes: int = 1
-    """1, or 2: again with the centroids of the first. With feedback, which would be of other values then, 1."""
+    states: int  # states of the trellis, 4 to 256, or 1: none, at larger units of the same cost (`worth`)
+    passes: int = 1  # 1, or 2: again with the centroids of the first, where nothing is fed back
     coder: Level = CODER
 
 

@@ -27,8 +27,7 @@ from rac.stages.words import to_words
 Array = NDArray[Any]
 F32 = np.float32
 SHORT = 64  # rows below which an object has no trellis: its lanes would be too short to gain anything
-CELL = lossy.LAMBDA / (2 * math.log(2))
-"""Mean squared error in squared units of a column of high rate: where a bit is worth LAMBDA."""
+CELL = lossy.LAMBDA / (2 * math.log(2))  # mean squared error in squared units of a column of high rate
 WIDE = 24  # most units that are the deviation of a row of B or a column of A
 COARSE = 1 / 64  # most that the error of a basis may add to the output error, as a share of it
 HARM = 4.5  # bits per weight that such a share costs, per share: weak directions are no longer free of strong ones
