@@ -80,12 +80,8 @@ def calibrate(
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
     SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
     result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
-    finished block. Else it goes with the result.
-
-    Raises:
-        MissingDependencyError: torch or transformers are not installed.
-        OutputError: The cache cannot be written.
-        SourceError: No model or tokenizer there, the text is too short, or a model that is not causal has none.
+    finished block. Else it goes with the result. OutputError where the cache cannot be written, SourceError where there
+    is no model or tokenizer, the text is too short, or a model that is not causal has none.
     """
     if not os.path.isdir(path):
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))

@@ -202,13 +202,9 @@ class Packer(contextlib.ExitStack):
         self.callback(self._lossy.close)
 
     def allocate(self, src: str | os.PathLike[str], request: Lossy) -> Recipe:
-        """How a pack of the source, opened from `src`, meets a request.
+        """How a pack of the source, opened from `src`, meets a request; BudgetError where it cannot.
 
         With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
-
-        Raises:
-            OutputError: The output exists and must not be replaced.
-            BudgetError: The budget cannot be met.
         """
         options, note, calibration = self._options, self._hooks.note, request.calibration
         if os.path.isfile(self._out) and not options.force:  # said before the long work, not after it
@@ -266,7 +262,11 @@ class Packer(contextlib.ExitStack):
                 header["shard"] = [i + 1, len(shards)]
             contents = resume.Contents(path, header, () if i else source.attachments, shard)
             resumed += self._write(contents, schedule, fidelity)
-        lossy, bits = (0, 0.0) if quantiser is None else _quantised(paths)
+        lossy, bits = 0, 0.0
+        if quantiser is not None:
+            with contextlib.ExitStack() as stack:
+                archives = [stack.enter_context(contextlib.closing(Archive(FileAccess(p)))) for p in paths]
+                lossy, bits = quantised(e for a in archives for e in a.index.entries)
         return Summary(
             paths=tuple(paths),
             dense=sum(t.nbytes for t in tensors),
@@ -335,13 +335,6 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
         out[-1].append(g)
         held += g.tensor.nbytes
     return out
-
-
-def _quantised(paths: Sequence[str]) -> tuple[int, float]:
-    """Number of quantised tensors in archives, and bits of each of their weights."""
-    with contextlib.ExitStack() as stack:
-        archives = [stack.enter_context(contextlib.closing(Archive(FileAccess(p)))) for p in paths]
-        return quantised(e for a in archives for e in a.index.entries)
 
 
 @dataclass(frozen=True, slots=True)

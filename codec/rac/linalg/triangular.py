@@ -45,12 +45,10 @@ def damped(second: NDArray[np.floating], damp: float) -> NDArray[np.float64]:
 
 
 def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = True) -> Triangular:
-    """The recursion for inputs of second moment `second` (n, n), symmetric.
+    """The recursion for inputs of second moment E[x x^T] (n, n), symmetric, of any rank.
 
-    Args:
-        second: E[x x^T]. Need not have full rank.
-        damp: Share of the mean diagonal that is added to the diagonal.
-        sort: Quantise columns in descending order of their energy; else from the last to the first.
+    `damp` is the share of the mean diagonal that is added to the diagonal. With `sort` columns are quantised in
+    descending order of their energy, else from the last to the first.
     """
     order = np.argsort(np.diag(np.asarray(second, np.float64)), kind="stable") if sort else np.arange(len(second))
     return Triangular(order, *_factor(second, damp, order))

@@ -23,13 +23,8 @@ __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "ope
 def open_source(path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Source:
     """Open a safetensors file, a GGUF file, or a directory with safetensors files.
 
-    Args:
-        path: The file or directory.
-        include: Patterns (fnmatch, case-sensitive) of the tensors to take; none means all.
-        exclude: Patterns of the tensors to leave out; wins over `include`.
-
-    Raises:
-        SourceError: The path is missing, damaged or no model, or a pattern leaves nothing.
+    `include` are patterns (fnmatch, case-sensitive) of the tensors to take, none means all; `exclude` wins over it.
+    SourceError where the path is missing, damaged or no model, or a pattern leaves nothing.
     """
     where = os.path.abspath(os.fspath(path))
     try:

@@ -49,11 +49,7 @@ def _array(value: Any) -> tuple[str, tuple[int, ...], tuple[Any, ...] | None, ND
 
 
 def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Source:
-    """Numpy arrays or torch tensors as a source; copied only where not contiguous or not little-endian.
-
-    Raises:
-        SourceError: A name or a value cannot be stored.
-    """
+    """Arrays or torch tensors as a source, copied where not contiguous or not little-endian; or SourceError."""
     for key, text in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise SourceError(f"metadata maps text to text, not {key!r} to {text!r}")
