@@ -21,6 +21,7 @@ from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.machine import room
 from rac.models.predictions import check, log_probabilities, loss, perplexity, quiet, windows
 
+Where = str | os.PathLike[str]
 _ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
 """What transformers raises for a folder or a GGUF file that it cannot make a model of."""
 
@@ -86,12 +87,7 @@ class Measure:
     """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str],
-        text: str,
-        tokens: int = 8192,
-        context: int = 1024,
-        note: Note | None = None,
+        self, model: Where, text: str, tokens: int = 8192, context: int = 1024, note: Note | None = None
     ) -> None:
         check(tokens, context)
         self.torch, self._transformers = _modules()
@@ -187,7 +183,7 @@ class Measure:
 class Divergence:
     """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
-    def __init__(self, model: str | os.PathLike[str], text: str, tokens: int, note: Note | None = None) -> None:
+    def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None) -> None:
         tokens = min(tokens, 8192)
         self._measure = Measure(model, text, tokens, min(1024, tokens), note)
         own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared

@@ -21,8 +21,7 @@ from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
 from rac.decode.unpack import quantised
-from rac.encode import record as rec
-from rac.encode import resume, ties, workers
+from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
@@ -229,7 +228,7 @@ class Packer(contextlib.ExitStack):
         groups = [g for g in self._groups if g.tensor.name not in recipe.aligned]
         jobs = ((g.tensor.nbytes, (g, self._options.lossless)) for g in groups)
         every = ((e.name, e) for e in workers.run(self._threads, whole, jobs, WINDOW))
-        files = ((f"file {file.name}", rec.attachment(file)) for file in self._source.attachments)
+        files = ((f"file {file.name}", record.attachment(file)) for file in self._source.attachments)
         size = 0
         for name, e in itertools.chain(every, files):
             size += sum(map(len, e.units)) + 512
@@ -307,7 +306,7 @@ class Packer(contextlib.ExitStack):
                 writer.start(contents.header)
                 found = resume.Found()
             for file in contents.files[found.files :]:
-                e = self._lossless.take(f"file {file.name}") or rec.attachment(file)
+                e = self._lossless.take(f"file {file.name}") or record.attachment(file)
                 writer.add(RECORD_ATTACHMENT, 0, e.head, e.units, **e.row)
                 writer.flush()
             start, there = len(found.digests), set(found.objects)

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
-from rac.encode import record as rec
-from rac.encode import ties
+from rac.encode import record, ties
 from rac.encode.code.plan import Encoder, Level
 from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import SourceTensor
@@ -52,8 +51,8 @@ class _Item:
 
     def begin(self, level: Level) -> int:
         """Plan a lossless tensor, and code it too where it has one row of tiles; returns how many rows are left."""
-        self.encoder = rec.lossless(self.group.tensor, level)
-        self.objects = rec.matrix_of(self.group.tensor, level)
+        self.encoder = record.lossless(self.group.tensor, level)
+        self.objects = record.matrix_of(self.group.tensor, level)
         plan = self.encoder.plan
         down = plan.grid.down  # 0 where there are no weights
         left = down if down > 1 else 0
@@ -62,12 +61,12 @@ class _Item:
 
     def band(self, row: int) -> list[Bytes]:
         """The units of a row of tiles."""
-        return rec.band(self.group.tensor, self.encoder, row)
+        return record.band(self.group.tensor, self.encoder, row)
 
     def encoded(self) -> Encoded:
         """The tensor, all of whose bands are there."""
         units = [unit for band in self.bands for unit in band]
-        return rec.encoded(self.group, self.encoder.plan, units, objects=self.objects)
+        return record.encoded(self.group, self.encoder.plan, units, objects=self.objects)
 
 
 def whole(group: ties.Group, level: Level) -> Encoded:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align import Pca, pca
+from rac.align import pca
 from rac.container import zstd
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
@@ -20,7 +20,6 @@ from rac.encode.sources import SourceTensor
 from rac.encode.split.objects import HARM, Array, basis_of, inverse, share_of
 from rac.errors import BudgetError
 from rac.linalg import exact
-from rac.linalg.triangular import Triangular
 from rac.records import Limits
 from rac.split import low_rank
 from rac.stages import trellis
@@ -110,8 +109,17 @@ def _turned(
         return {}
     assert a.layer is not None  # noqa: S101
     p, r = pca(a.layer.second, a.damp), a.triangular()
-    if rate is not None and _saved(sharing, aligned, p, r, rate) <= 0:
-        return {}
+    if (
+        rate is not None
+    ):  # bits that are saved against triangular alignment at equal error, those of the basis taken off
+        n, share = len(p.weight), share_of(len(p.weight), rows)
+        saved = -n * n * (0.15 - 0.5 * math.log2(share)) - HARM * share * n * rows - HEADS / 2
+        for name, b in aligned.items():
+            w = matrix_of(sharing[name]) / trellis.power(b.scales.rows)[:, None].astype(np.float64)
+            level = 2.0 ** (b.base - rate + exact.middle(r.weight))
+            saved += _bits(w[:, r.order], r.weight, level) - _bits(w @ p.basis.T, p.weight, level)
+        if saved <= 0:
+            return {}
     basis = basis_of(first, p, r, rows, states)
     s, u = a.second(), basis.object.values.astype(np.float64)
     weight = np.sqrt(np.einsum("ij,ij->i", u @ s, u))  # of the directions that a decoder has
@@ -120,17 +128,3 @@ def _turned(
         name: replace(b, base=b.base + base, scales=replace(b.scales, cols=cols), alignment="pca", basis=basis)
         for name, b in aligned.items()
     }
-
-
-def _saved(
-    sharing: Mapping[str, SourceTensor], aligned: Mapping[str, Aligned], p: Pca, r: Triangular, rate: float
-) -> float:
-    """Bits that PCA saves against triangular alignment at equal error, those of the basis taken off."""
-    n, total, saved = len(p.weight), 0, 0.0
-    for name, b in aligned.items():
-        w = matrix_of(sharing[name]) / trellis.power(b.scales.rows)[:, None].astype(np.float64)
-        level = 2.0 ** (b.base - rate + exact.middle(r.weight))
-        saved += _bits(w[:, r.order], r.weight, level) - _bits(w @ p.basis.T, p.weight, level)
-        total += len(w)
-    share = share_of(n, total)
-    return saved - n * n * (0.15 - 0.5 * math.log2(share)) - HARM * share * n * total - HEADS / 2

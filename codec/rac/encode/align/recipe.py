@@ -177,7 +177,12 @@ def calibrated(
         if even is None:
             continue
         found[t.name] = even
-        if layer is None or not _fits(layer, w):
+        if layer is None:
+            continue
+        inputs, outputs = w.shape[:: 1 if layer.transposed else -1]
+        inputs //= max(1, len(layer.experts)) if layer.transposed else 1
+        known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
+        if len(layer.second) != inputs or not known:  # a layer of another matrix
             continue
         if not layer.finite:
             raise SourceError(
@@ -199,15 +204,6 @@ def calibrated(
     unreached = tuple(name for name in found if name not in needs and not _matches(name, EMBEDDINGS))
     about = {"calibrate": "text", "effort": effort}
     return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached)
-
-
-def _fits(layer: Layer, w: NDArray[np.float32]) -> bool:
-    """Whether a layer is one of the matrix."""
-    inputs, outputs = w.shape if layer.transposed else w.shape[::-1]
-    if layer.transposed:
-        inputs //= max(1, len(layer.experts))
-    known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
-    return len(layer.second) == inputs and known
 
 
 def _weights(

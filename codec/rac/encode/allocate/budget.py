@@ -117,17 +117,16 @@ class Search:
             found = self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits")
             return 8 * sum(size_of(self._keep(e), self.recipe) for e in found) / self._weights
 
-        goal, slope = (bits * (1 - TOLERANCE), bits), 1.0 if bits > 1 else 1.5
-        return _meet(rate, goal, 1.03 - bits, slope, f"{bits:.3f} bits per weight", "{:.3f}".format)
+        missed = f"{bits:.3f} bits per weight cannot be met: the nearest is {{:.3f}}".format
+        return _meet(rate, (bits * (1 - TOLERANCE), bits), 1.03 - bits, 1.0 if bits > 1 else 1.5, missed)
 
     def _snr(self, goal: float) -> float:
         def mean(scale: float) -> float:
             found = [self._keep(e).fidelity for e in self._at(scale, encode, f"{goal:g} dB")]
             return math.fsum(min(100.0, f.snr) for f in found if f) / len(found)
 
-        return _meet(
-            mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS, f"{goal:g} dB", "{:.2f} dB".format
-        )
+        missed = f"{goal:g} dB cannot be met: the nearest is {{:.2f}} dB".format
+        return _meet(mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS, missed)
 
     def _kl(self, nats: float, judge: Divergence) -> float:
         by_name = {g.tensor.name: g for g in self._mine}
@@ -139,7 +138,7 @@ class Search:
             return -math.log2(max(judge.kl(), 1e-9))
 
         goal = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
-        return _meet(loss, goal, -2.0, 0.5, f"{nats:g} nats", lambda got: f"{2**-got:.4f}")
+        return _meet(loss, goal, -2.0, 0.5, lambda x: f"{nats:g} nats cannot be met: the nearest is {2**-x:.4f}")
 
     def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         """Results of the work on every quantised tensor at a scale, as they come."""
@@ -159,17 +158,12 @@ class Search:
 
 
 def _meet(
-    measure: Callable[[float], float],
-    goal: tuple[float, float],
-    scale: float,
-    slope: float,
-    what: str,
-    say: Callable[[float], str],
+    at: Callable[[float], float], goal: tuple[float, float], scale: float, slope: float, say: Callable[[float], str]
 ) -> float:
-    """A scale at which the measure, falling in it, is within the goal; BudgetError where there is none."""
+    """A scale at which what is measured there, falling in it, is within the goal; BudgetError where there is none."""
     low, high = -math.inf, math.inf  # coarser than `low`, finer than `high`
     for _ in range(16):
-        got = measure(scale)
+        got = at(scale)
         if goal[0] <= got <= goal[1]:
             return scale
         if got > goal[1]:
@@ -182,4 +176,4 @@ def _meet(
         if abs(step) > 80 or abs(step - scale) < 1e-5:
             break
         scale = step
-    raise BudgetError(f"{what} cannot be met: the nearest is {say(got)}")
+    raise BudgetError(say(got))

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
-from rac.encode import record as rec
-from rac.encode import ties
+from rac.encode import record, ties
 from rac.encode.align.recipe import Recipe, matrix_of
 from rac.encode.code.plan import LEVELS
 from rac.encode.encoded import Encoded, Fidelity, decoded
@@ -75,11 +74,11 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     plan, units = q.coded()
     uses = tuple(o.encoded.name for o in coded.objects)
     digest = zstd.digest(dense.reshape(-1).view(np.uint8).data)
-    behind = rec.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
-    objects = (*(o.encoded for o in coded.objects), *rec.matrix_of(t, LEVELS["default"]))
+    behind = record.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
+    objects = (*(o.encoded for o in coded.objects), *record.matrix_of(t, LEVELS["default"]))
     seconds = time.perf_counter() - start
     fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, seconds)
-    return rec.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
+    return record.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
 
 
 def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:

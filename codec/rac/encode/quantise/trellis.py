@@ -23,8 +23,7 @@ from rac.encode.record import coded
 from rac.grid import Box
 from rac.linalg import exact
 from rac.linalg.triangular import Triangular
-from rac.native import product
-from rac.native import trellis as native
+from rac.native import product, trellis
 from rac.quantize import MOST, ZERO, magnitudes
 from rac.stages import trellis as trellis_stage
 from rac.stages.base import Context
@@ -112,8 +111,8 @@ def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
     rec, p = magnitudes(states), _cells(q + fine, 1, states)
     for _ in range(4):
         rate = (-worth(states) * finer * exact.log2(p)).astype(F32).reshape(1, 1, -1)
-        search = native.Search(states, trellis_stage.CODES[states], 1024, rec, rate, _far(states))
-        k, value, *_ = native.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
+        search = trellis.Search(states, trellis_stage.CODES[states], 1024, rec, rate, _far(states))
+        k, value, *_ = trellis.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
         counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
         p = (counts + 32 * p) / (SAMPLES + 32)
     share = counts / SAMPLES
@@ -173,7 +172,11 @@ def quantise(
     bits = exact.exp2(min(max(scale, -60), 60)).astype(F32)
     step = bits * trellis_stage.power(scales.cols)
     step[scales.cols == trellis_stage.DEAD] = 0
-    row_list = _near(w, step, scales.rows)
+    live = step > 0
+    # the smallest magnitude is half a unit: a row must not lie far below it
+    near = np.sqrt(np.mean((w[:, live] / step[live]) ** 2, axis=1)) if live.any() else np.ones(len(w))
+    most = np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
+    row_list = np.minimum(scales.rows, most).astype(np.int8)
     row_unit = trellis_stage.power(row_list)
     if below is not None:
         u = row_unit.reshape(*below.shape[:-2], 1, -1)
@@ -184,7 +187,7 @@ def quantise(
     rec, low, corrections = magnitudes(states), 0, np.zeros(0, np.int8)
     rate, fine, row = _rates(plain, step, states)
     lane = _lane(w.shape, effort.coder)
-    search = native.Search(states, trellis_stage.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
+    search = trellis.Search(states, trellis_stage.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
     k, value, wild, fine_of = _columns(search, plain, step, feed)
     if effort.passes > 1 and feed is None:
         finer = np.where(fine_of < 0, F32(0), trellis_stage.power(-fine_of))
@@ -203,16 +206,8 @@ def quantise(
     return Quantised(words, p, unit, dtype, effort.coder, len(places), int((cols == trellis_stage.DEAD).sum()))
 
 
-def _near(w: NDArray[np.float32], step: NDArray[np.float32], rows: NDArray[np.int8]) -> NDArray[np.int8]:
-    """Exponents of the rows: the smallest magnitude is half a unit, and a row must not lie far below it."""
-    live = step > 0
-    near = np.sqrt(np.mean((w[:, live] / step[live]) ** 2, axis=1)) if live.any() else np.ones(len(w))
-    most = np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
-    return np.minimum(rows, most).astype(np.int8)
-
-
 def _rates(plain: Array, step: Array, states: int) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8]]:
-    """`rate`, `fine` and `row` of a search (native.Search) among columns (C, R)."""
+    """`rate`, `fine` and `row` of a search (trellis.Search) among columns (C, R)."""
     live = step > 0
     x = plain[live] / step[live][:, None]
     x /= np.sqrt(np.maximum((x * x).mean(1, keepdims=True), F32(1e-30)))
@@ -239,12 +234,12 @@ def _far(states: int) -> float:
 
 
 def _columns(
-    search: native.Search, plain: NDArray[np.float32], step: NDArray[np.float32], feed: NDArray[np.float32] | None
-) -> native.Quantised:
+    search: trellis.Search, plain: NDArray[np.float32], step: NDArray[np.float32], feed: NDArray[np.float32] | None
+) -> trellis.Quantised:
     """The columns (C, R), quantised block by block from the last to the first."""
     c, r = plain.shape
     k, value, wild, error = (np.empty((c, r), kind) for kind in (np.int16, F32, np.uint8, F32))
-    out = native.Quantised(k, value, wild, np.empty(c, np.int8))
+    out = trellis.Quantised(k, value, wild, np.empty(c, np.int8))
     each = np.zeros((1, c, c), F32) if feed is None else feed.reshape(-1, c, c)
     if search.below is not None and search.below.ndim == 3:
         each = np.broadcast_to(each, (len(search.below), c, c))
@@ -257,7 +252,7 @@ def _columns(
                 mine = slice(g * own, (g + 1) * own)
                 product.add(target[:, mine], one[a:b, b:], error[b:, mine])
         inner = np.ascontiguousarray(each[:, a:b, a:b])
-        found = native.block(search, plain[a:b], target, inner, step[a:b])
+        found = trellis.block(search, plain[a:b], target, inner, step[a:b])
         out.integers[a:b], out.values[a:b], out.outliers[a:b], out.fine[a:b] = found
         error[a:b] = target
     return out
