@@ -139,11 +139,7 @@ def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, em
 
 
 def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
-    """Units by the energies of columns and rows; None where all is zeros.
-
-    Training makes columns small whose inputs are large: units that follow the deviation of the column come nearer to
-    equal errors of the output than equal units do. Of rows the same is half true (exponents 1 and 1/2: docs/lossy.md).
-    """
+    """Units by the energies of columns and rows (exponents 1 and 1/2: docs/lossy.md); None where all is zeros."""
     square = np.abs(w)
     if most := FAR * float(np.median(square)):  # single weights far out are no energy of their column
         np.minimum(square, most, out=square)

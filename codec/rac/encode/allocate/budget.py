@@ -77,11 +77,7 @@ class Search:
     def meet(
         self, budget: Budget, rest: Callable[[], int] = int, judge: Callable[[], Divergence] | None = None
     ) -> Recipe:
-        """The recipe with the scale that meets a budget: real bytes from below, to half a percent.
-
-        `rest` gives the bytes of all that is not quantised, for a budget of the whole file, `judge` what measures the
-        model, for a divergence. BudgetError where no scale meets it.
-        """
+        """The recipe at the scale that meets a budget, real bytes from below, to half a percent; or BudgetError."""
         if not self._mine:
             raise BudgetError("no tensor is large enough to be quantised, or --keep keeps them all")
         if budget.snr is not None:

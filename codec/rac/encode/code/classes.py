@@ -135,11 +135,7 @@ def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
 
 
 def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray[np.uint8]:
-    """Group (K,) of each class of counts `agg` (K, G, S): pairs are joined while the total length falls.
-
-    `members` (K,) adds the length of the list that names each member's class; a table is
-    `weight` times as long as one of S symbols. Empty classes go first.
-    """
+    """Group (K,) of each class of counts (K, G, S): joined while lists of members and `weight` tables get shorter."""
     k = len(agg)
     groups = np.arange(k)
     agg = agg.astype(np.int64).copy()

@@ -188,10 +188,7 @@ class LanesEncoder:
 def _symbols(
     view: View, cut: tuple[int, bool, int], kept: Array, escapes: list[int], per: int
 ) -> tuple[Symbols, clusters.Counts]:
-    """Base symbols and their classes; the counts (Kr, Kc, n) of each pair of classes.
-
-    `cut` is (zero bits, signed, shift) of a word, `kept` are the tops that have symbols of their own.
-    """
+    """Base symbols, classes and counts (Kr, Kc, n); `cut`: (zero bits, signed, shift), `kept`: tops with symbols."""
     (zero, signed, shift), grid, level = cut, view.grid, view.level
     n, lut = len(kept) + len(escapes), np.zeros(65536, np.uint8)
     for j in reversed(range(len(escapes))):

@@ -101,11 +101,7 @@ _LOCK = threading.Lock()  # threads wait for what one of them finds, rather than
 
 @functools.cache
 def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
-    """What the trellis does to a Gaussian of deviation `q`, coded `fine` finer: found by running it, once in a process.
-
-    Deviations are in quarter octaves of the step at which a column of high rate is coded. Returns the probabilities
-    (2 MOST + 1,) of the integers, and distortion + bits times their worth in squared steps.
-    """
+    """(probabilities of the integers, distortion + bits * worth) of a Gaussian of deviation `q`, coded `fine` finer."""
     finer = float(exact.exp2(fine / 2))  # squares of the unit by which it is finer
     x = (_samples() * trellis_stage.power(np.array(q + fine)))[None]
     rec, p = magnitudes(states), _cells(q + fine, 1, states)
