@@ -199,7 +199,8 @@ class Chain:
             for b in self.blocks:
                 stack.enter_context(b.register_forward_hook(hook))
             out = self._whole(tokens, self.blocks)
-        self._logits = out.logits[0].float() if self._head is not None else None
+        if self._head is not None:
+            self._ends.append(out.logits[0].float())
 
     def start(self, tokens: Any) -> Any:
         """What the first block is given for `tokens` (n, context): (n, context, width) float32."""
@@ -245,11 +246,7 @@ class Chain:
         return 1
 
     def same(self, i: int, end: Any) -> None:
-        """UnfitError unless block `i` has made `end` (TAIL, width) of the text that the chain was made with."""
-        if not close(end, self._ends[i]):
-            raise UnfitError(f"{self.names[i]} alone is not what it is within the model")
-
-    def same_logits(self, logits: Any) -> None:
-        """UnfitError unless these are the model's own logits (TAIL, vocabulary) of that text."""
-        if self._logits is not None and not close(logits, self._logits):
-            raise UnfitError("the model's output does not come from its last block alone")
+        """UnfitError unless block `i`, or what comes behind the last, has made `end` (TAIL, n) of the chain's text."""
+        if i < len(self._ends) and not close(end, self._ends[i]):
+            alone = f"{self.names[i]} alone is not what it is within the model" if i < len(self.names) else ""
+            raise UnfitError(alone or "the model's output does not come from its last block alone")

@@ -38,7 +38,13 @@ def find(
     context = min(context, getattr(config.get_text_config(), "max_position_embeddings", None) or context)
     if "ids.npy" not in folder:
         if text is not None:
-            ids = _ids(path, text, tokens, context, note)
+            if isinstance(text, str):
+                every, most = text_ids(path, text, tokens)
+            else:
+                every, most = np.asarray(text, np.int64), context
+            if len(every) < tokens:
+                note(f"the calibration text has {len(every)} tokens, {tokens} were asked for", 0, 0)
+            ids = sequences(every, tokens, min(context, most))
         elif causal:
             # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
             small = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) <= _SMALL
@@ -64,17 +70,6 @@ def find(
     _rename(folder.state["layers"], model, Path(path))
     folder.state.update(finished=True, tokens=int(ids.size))
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
-
-
-def _ids(path: str, text: str | NDArray[np.int64], tokens: int, context: int, note: Note) -> NDArray[np.int64]:
-    """The sequences (count, context) of a text."""
-    if isinstance(text, str):
-        every, most = text_ids(path, text, tokens)
-    else:
-        every, most = np.asarray(text, np.int64), context
-    if len(every) < tokens:
-        note(f"the calibration text has {len(every)} tokens, {tokens} were asked for", 0, 0)
-    return sequences(every, tokens, min(context, most))
 
 
 def _kind(config: Any) -> tuple[Any, bool]:
@@ -252,7 +247,7 @@ class _Passes:
                         backward(out.logits[0], at[a : a + chunk])
                         gradient[:, a : a + chunk] = part.grad
                 if s == 0 and self.causal:
-                    self.chain.same_logits(out.logits[0, -TAIL:].detach().float())
+                    self.chain.same(n, out.logits[0, -TAIL:].detach().float())
                 if append is not None:
                     append(gradient.numpy())
                 self._tell(1)

@@ -65,7 +65,10 @@ def scan(part: str, contents: Contents) -> Found | None:
                 if found.files < len(contents.files):
                     entry = _file(forward, record, contents.files[found.files])
                 elif record.type == RECORD_OBJECT:
-                    entry = _object(forward, record, objects)
+                    t = objects.parse(record)
+                    fields = {"dtype": t.dtype, "shape": t.shape, "parts": _parts(forward, t)}
+                    entry = _entry(record, method=index.method_of(record), **fields)
+                    objects.keep(t, None)
                 elif len(found.digests) < len(contents.groups):
                     entry, digest = _tensor(forward, record, contents.groups[len(found.digests)], objects)
                 else:
@@ -105,13 +108,6 @@ def _file(forward: Forward, record: Record, file: Attachment) -> Entry | None:
     unit = attachment_units(record, forward.limits)[0]
     data = attachment_bytes(record, forward.unit(unit, record, forward.limits.attachment, file.name))
     return _entry(record, method=record.head["stages"][0]["id"]) if data == file.read() else None
-
-
-def _object(forward: Forward, record: Record, objects: Objects) -> Entry:
-    t = objects.parse(record)
-    entry = _entry(record, method=index.method_of(record), dtype=t.dtype, shape=t.shape, parts=_parts(forward, t))
-    objects.keep(t, None)
-    return entry
 
 
 def _parts(forward: Forward, t: Tensor) -> tuple[int, ...]:

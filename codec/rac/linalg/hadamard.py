@@ -128,15 +128,11 @@ def _base(o: Order) -> NDArray[Any]:
     return np.ones((1, 1), np.int8)
 
 
-def _sylvester(power: int) -> NDArray[np.int8]:
-    two = np.array([[1, 1], [1, -1]], np.int8)
-    return functools.reduce(np.kron, [two] * power, np.ones((1, 1), np.int8))
-
-
 def matrix(m: int) -> NDArray[np.float64]:
     """(m, m) the orthonormal matrix of order `m`. For tests, and where m is small: it has m * m elements."""
     o = order(m)
-    h = np.kron(_sylvester(o.power), _base(o)).astype(np.float64)
+    two = np.array([[1, 1], [1, -1]], np.int8)
+    h = functools.reduce(np.kron, [*[two] * o.power, _base(o)]).astype(np.float64)
     return np.asarray(h / math.sqrt(m if o.hadamard else 1 << o.power))
 
 

@@ -51,7 +51,7 @@ class Scales:
 class Effort:
     """How hard a matrix is searched, and how its integers are coded."""
 
-    states: int  # states of the trellis, 4 to 256, or 1: none, at larger units of the same cost (`worth`)
+    states: int  # states of the trellis, 4 to 256, or 1: none, at larger units of the same cost
     passes: int = 1  # 1, or 2: again with the centroids of the first, where nothing is fed back
     coder: Level = CODER
 
@@ -102,11 +102,11 @@ _LOCK = threading.Lock()  # threads wait for what one of them finds, rather than
 @functools.cache
 def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
     """(probabilities of the integers, distortion + bits * worth) of a Gaussian of deviation `q`, coded `fine` finer."""
-    finer = float(exact.exp2(fine / 2))  # squares of the unit by which it is finer
+    finer, worth = float(exact.exp2(fine / 2)), LAMBDA if states > 1 else SCALAR
     x = (_samples() * trellis_stage.power(np.array(q + fine)))[None]
     rec, p = magnitudes(states), _cells(q + fine, 1, states)
     for _ in range(4):
-        rate = (-worth(states) * finer * exact.log2(p)).astype(F32).reshape(1, 1, -1)
+        rate = (-worth * finer * exact.log2(p)).astype(F32).reshape(1, 1, -1)
         search = trellis.Search(states, trellis_stage.CODES[states], 1024, rec, rate, _far(states))
         k, value, *_ = trellis.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
         counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
@@ -115,7 +115,7 @@ def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
     used = share > 0
     bits = -float((share[used] * exact.log2(share[used])).sum())
     error = float(((x - value) ** 2).mean()) / finer
-    return 0.98 * p + 0.02 * _cells(q + fine, 3, states), error + worth(states) * bits
+    return 0.98 * p + 0.02 * _cells(q + fine, 3, states), error + worth * bits
 
 
 @functools.cache
@@ -215,13 +215,8 @@ def _rates(plain: Array, step: Array, states: int) -> tuple[NDArray[np.float32],
             [_found(states, min(HIGH, max(LOW, q + int(o))), max(0, int(f)))[0] for o in rows]
             for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
         ]
-    slope = worth(states) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
+    slope = (LAMBDA if states > 1 else SCALAR) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
     return (-slope * exact.log2(np.array(share))).astype(F32), fine, row.astype(np.uint8)
-
-
-def worth(states: int) -> float:
-    """Squared units that a bit is worth."""
-    return LAMBDA if states > 1 else SCALAR
 
 
 def _far(states: int) -> float:
