@@ -99,16 +99,11 @@ class Measure:
                 return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
             cut = windows(encode, text, tokens, context, self._config, self._path)
-        self._context = len(cut[0])
+        self._context, self.tokens = len(cut[0]), len(cut) * len(cut[0])
         self._windows = [self.torch.tensor(ids) for ids in cut]
         self._held: list[Any] | None = None
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are measured on."""
-        return len(self._windows) * self._context
 
     def load(self, state: Mapping[str, Any], name: str, tied: bool | None = None) -> Any:
         """The model with other weights by name, `tied` or as the original; MismatchError where they do not fit."""

@@ -102,9 +102,8 @@ class Collector:
     def save(self, folder: Folder, tag: str, tokens: int) -> None:
         """Write means into the folder and name them in its state.
 
-        The second moment is a mean over the tokens of the text, the sensitivity one over the rows that the layer saw:
-        their product is then the same whether a layer sees each token, few of them, or each several times. Weights of
-        tokens have a mean of 1 over the rows that the layer saw.
+        The second moment is a mean over the tokens of the text, sensitivities and weights of tokens are such over the
+        rows that the layer saw: products are the same whether it sees each token, few of them, or each several times.
         """
         layers = folder.state.setdefault("layers", {})
         self._save_experts(folder, tag, tokens)

@@ -97,6 +97,5 @@ def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: N
 
 
 def draw(probabilities: Any, at: Any) -> Any:
-    """One index of each row of probabilities (rows, n), where its distribution function reaches `at` (rows, 1)."""
-    # much faster than torch.multinomial
+    """One index of each row of probabilities (rows, n), at `at` (rows, 1); much faster than torch.multinomial."""
     return (probabilities.cumsum(-1) < at).sum(-1).clamp_(max=probabilities.shape[-1] - 1)

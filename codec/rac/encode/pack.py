@@ -150,11 +150,8 @@ def save_file(
 ) -> None:
     """Write numpy arrays or torch tensors to a .rac file, losslessly; tensors that share memory are tied.
 
-    An existing file is replaced, at once and only by a whole one.
-
-    Raises:
-        SourceError: A value cannot be stored.
-        OutputError: The file cannot be written.
+    An existing file is replaced, at once and only by a whole one. SourceError where a value cannot be stored,
+    OutputError where the file cannot be written.
     """
     with Packer(from_arrays(tensors, metadata), path, PackOptions(level, threads, force=True), Hooks()) as packer:
         packer.write(None)

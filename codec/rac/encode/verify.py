@@ -143,11 +143,8 @@ def verify(
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
     `path` may be "-" for standard input. Tensors that the archive was told to leave out are not missed. A quantised
-    tensor must have the type and shape of the source; its error is measured.
-
-    Raises:
-        FormatError: The archive is damaged; its subclass and message say how and where.
-        MismatchError: It is whole, but not equal to the source.
+    tensor must have the type and shape of the source; its error is measured. FormatError where the archive is damaged,
+    its subclass and message say how and where, MismatchError where it is whole, but not equal to the source.
     """
     seen, name = _Check(against, progress), os.fspath(path)
     if name == "-":

@@ -108,9 +108,7 @@ class Encoder(Protocol):
 
 def axis_of(shape: tuple[int, ...]) -> int:
     """Dimensions that count as rows: all but the last, or the first alone where the last ones are short."""
-    if len(shape) > 1 and shape[-1] < 64:
-        return 1
-    return max(0, len(shape) - 1)
+    return 1 if len(shape) > 1 and shape[-1] < 64 else max(0, len(shape) - 1)
 
 
 def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid:
@@ -145,10 +143,12 @@ class View:
         self.dtype, self.level, self.axis = dtype, level, axis_of(shape)
         self.grid = grid = grid_of(dtype, shape, self.axis, level)
         self._source = source
+        self.total = grid.rows * grid.cols  # words
+        self.size = self.total * grid.word  # their bytes
         self.mask = (1 << (8 * grid.word - DTYPES[dtype].signed_float)) - 1  # bits of a word without its sign
-        # pairs of exponents need no more than these; their histogram is small and counted fast
+        self.least_base = max(self.mask.bit_length() - 16, 0)  # lowest bit that `hist` could count
+        # lowest bit that it counts: pairs of exponents need no more; their histogram is small and counted fast
         self.base = max(MANTISSA.get(dtype, 0) if level.per == 2 else 0, self.least_base)
-        """Lowest bit that `hist` counts."""
         self.hist = np.zeros(65536, np.uint32)
         digest = zstd.Digest()
         if self.total:
@@ -161,21 +161,6 @@ class View:
         self.digest = digest.value()  # XXH3-128 of all words
         self.sample = self._sample(SAMPLE[level.per]) if self.total else np.empty((1, 0), f"<u{grid.word}")
         """(1, n) words: all of a small tensor, or rows of eight places of a large one."""
-
-    @property
-    def total(self) -> int:
-        """Number of words."""
-        return self.grid.rows * self.grid.cols
-
-    @property
-    def size(self) -> int:
-        """Bytes of all words."""
-        return self.total * self.grid.word
-
-    @property
-    def least_base(self) -> int:
-        """Lowest bit that `hist` could count, with 16 bits below the sign."""
-        return max(self.mask.bit_length() - 16, 0)
 
     def read(self, a: int, b: int) -> Array:
         """Words (b - a, C) of rows a..b - 1."""
