@@ -45,8 +45,8 @@ class Found:
 def scan(part: str, contents: Contents) -> Found | None:
     """Records of `part` that are whole and equal to the first of the source; None where nothing can be kept.
 
-    Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Any whole object is
-    kept: it follows from the tensors and the header, or has a name that follows from its content.
+    Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Whole objects are
+    kept: they follow from the tensors and the header, or have names that follow from their content.
     """
     if not os.path.exists(part) or os.path.getsize(part) == 0:
         return None
