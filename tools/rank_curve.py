@@ -24,13 +24,14 @@ import numpy as np
 from rac.calibrate.layers import calibrate
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
+from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate import budget
 from rac.encode.options import ALIGNMENTS, Budget
 from rac.encode.quantise.tensor import encode_with_words
 from rac.encode.sources import open_source
-from rac.encode.split import objects as split
 from rac.linalg.triangular import damped
+from solve import solve
 
 LAYERS = ("0.attention.self.query", "0.intermediate.dense", "5.output.dense")
 SHARING = ("0.attention.self.query", "0.attention.self.key", "0.attention.self.value")
@@ -82,12 +83,12 @@ def main() -> None:
         t = mine[0].tensor
         plain = rcp.calibrated(mine, layers, (), args.effort)
         for bits in args.bits:
-            start = budget.solve(mine, plain, Budget(bits=bits), 1)
+            start = solve(mine, plain, Budget(bits=bits), 1)
             goal = measure(mine, start)[1]
-            chosen = split.choose(start, mine, None, "triangular", bits).aligned[t.name].rank
+            chosen = choose(start, mine, None, "triangular", bits).aligned[t.name].rank
             found = []
             for rank in args.ranks:
-                recipe = split.choose(start, mine, rank, "triangular", bits)
+                recipe = choose(start, mine, rank, "triangular", bits)
                 found.append(8 * at_error(mine, recipe, goal)[0] / math.prod(t.shape))
             cells = [f"{found[0]:.4f}", *(f"{x - found[0]:+.4f}" for x in found[1:])]
             print(f"| {layer} | {bits:g} | {' | '.join(cells)} | {chosen} |", flush=True)
@@ -97,9 +98,9 @@ def main() -> None:
     weights = sum(math.prod(g.tensor.shape) for g in mine)
     plain = rcp.calibrated(mine, layers, (), args.effort)
     for bits in args.bits:
-        start = budget.solve(mine, plain, Budget(bits=bits), 1)
+        start = solve(mine, plain, Budget(bits=bits), 1)
         goal = measure(mine, start)[1]
-        sizes = {a: at_error(mine, split.choose(start, mine, 0, a, bits), goal) for a in ALIGNMENTS[1:]}
+        sizes = {a: at_error(mine, choose(start, mine, 0, a, bits), goal) for a in ALIGNMENTS[1:]}
         rate = {a: 8 * size / weights for a, (size, _) in sizes.items()}
         bare = rate["pca"] - 8 * sizes["pca"][1] / weights
         print(

@@ -29,9 +29,9 @@ from rac.encode import record as rec  # noqa: E402
 from rac.encode.code.plan import LEVELS  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
 from rac.encode.quantise.tensor import SHAPED  # noqa: E402
-from rac.encode.split import objects as split  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
+from rac.quantize import MOST, magnitudes  # noqa: E402
 from rac.stages import trellis as tr  # noqa: E402
 from rac.stages.words import from_words, to_words  # noqa: E402
 
@@ -137,7 +137,7 @@ def bf16(n: int) -> NDArray[np.float32]:
 def quantise(w: NDArray[np.float32], recursion: Triangular | None = None) -> lossy.Quantised:
     """About 3 bits for each weight."""
     scales = lossy.Scales(np.zeros(len(w), np.int8), np.zeros(w.shape[1], np.int8))
-    return lossy.quantise(w, "BF16", -2.0, scales, split.lane_of(w.shape), STATES, 1, recursion)
+    return lossy.quantise(w, "BF16", -2.0, scales, lossy.Effort(STATES), recursion)
 
 
 def feed_back(feed: NDArray[np.float32], error: NDArray[np.float32]) -> None:
@@ -150,9 +150,8 @@ def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None)
     """The search of some columns, with the errors of rows fed to later rows."""
     n, m = columns.shape
     states = STATES if below is None else SHAPED
-    magnitudes = tr.magnitudes(states, lossy.ZERO)[lossy.ZERO - lossy.MOST : lossy.ZERO + lossy.MOST + 1].copy()
-    rate = (0.35 * np.abs(np.arange(-lossy.MOST, lossy.MOST + 1.0))).astype(F32).reshape(1, 1, -1)
-    how = native.Search(states, tr.CODES[states], m, magnitudes, rate, 2.0 * lossy.MOST, below=below)
+    rate = (0.35 * np.abs(np.arange(-MOST, MOST + 1.0))).astype(F32).reshape(1, 1, -1)
+    how = native.Search(states, tr.CODES[states], m, magnitudes(states), rate, 2.0 * MOST, below=below)
     native.block(how, columns, columns.copy(), np.zeros((n, n), F32), np.full(n, 0.25, F32))
 
 

@@ -28,11 +28,11 @@ from rac.calibrate.evaluate import Measure
 from rac.calibrate.layers import Layer, calibrate, joined
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
-from rac.encode.allocate import budget
 from rac.encode.options import Budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
 from smollm2_bar import HEAD, row
+from solve import solve
 
 
 def shrunk(layers: Mapping[str, Layer], share: float) -> dict[str, Layer]:
@@ -79,12 +79,11 @@ def main() -> None:
         found: Mapping[str, Layer] = joined([layers_of(name) for name in names])
         options = {k: float(v) for k, v in (change.split("=") for change in changes)}
         found = shrunk(found, options.pop("diagonal", 0.0))
-        damp, strength = options.pop("damp", rcp.DAMP), options.pop("strength", rcp.STRENGTH)
-        trust = options.pop("trust", rcp.TRUST)
+        sample = rcp.Sample(**{k: options.pop(k) for k in ("damp", "strength", "trust") if k in options})
         if options:
             parser.error(f"unknown: {', '.join(options)}")
-        recipe = rcp.calibrated(groups, found, (), args.effort, damp, strength, trust=trust)
-        recipe = budget.solve(groups, recipe, Budget(bits=args.bits), 2)
+        recipe = rcp.calibrated(groups, found, (), args.effort, sample=sample)
+        recipe = solve(groups, recipe, Budget(bits=args.bits), 2)
         with tempfile.TemporaryDirectory() as temporary:
             done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
             print(row(measure, variant, done), flush=True)

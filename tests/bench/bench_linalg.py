@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.encode.align.recipe import _exponents
+from rac.encode.align.recipe import exponents
 from rac.encode.quantise import trellis as lossy
 from rac.linalg import triangular as tri
 from rac.native import linalg, product
@@ -41,8 +41,8 @@ def seconds(kernels: Kernels, w: NDArray[np.float32], second: NDArray[np.float32
     start = time.process_time()
     t = tri.triangular(second, 0.03)
     factor = time.process_time() - start
-    scales = lossy.Scales(np.zeros(len(w), np.int8), _exponents(t.by_column))
-    lossy.quantise(w, "BF16", -4.0, scales, 512, states, 1, t)
+    scales = lossy.Scales(np.zeros(len(w), np.int8), exponents(t.by_column))
+    lossy.quantise(w, "BF16", -4.0, scales, lossy.Effort(states), t)
     return np.array([factor, time.process_time() - start])
 
 

@@ -16,11 +16,11 @@ import numpy as np
 
 from rac.calibrate.layers import Layer
 from rac.encode import ties
+from rac.encode.align.choose import choose
 from rac.encode.align.recipe import calibrated
 from rac.encode.pack import pack_source
 from rac.encode.quantise.tensor import code, snr
 from rac.encode.sources import from_arrays
-from rac.encode.split.objects import choose
 from rac.linalg.triangular import triangular
 
 SEED = np.random.default_rng(7)

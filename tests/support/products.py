@@ -90,8 +90,8 @@ class Maker:
         """Add an object."""
         self._objects[name] = m.values
         digest = zstd.digest(m.values.tobytes()) if m.trellis else None
-        head = rec.object_head(name, m.plan, m.trellis, digest)
-        self._writer.add(RECORD_OBJECT, 0, head, m.units, **rec.object_fields(m.plan, m.units, m.trellis))
+        e = rec.encoded_object(name, m.plan, m.units, m.trellis, digest)
+        self._writer.add(RECORD_OBJECT, 0, e.head, e.units, **e.row)
 
     def tensor(self, name: str, dtype: str, m: Coded, uses: Sequence[str], source: bytes = bytes(16)) -> None:
         """Add a tensor that uses two objects (lowrank/1), one (basis/1) or none."""
@@ -101,9 +101,8 @@ class Maker:
         product = (None, Basis(), LowRank())[len(uses)]
         behind = rec.Behind(m.trellis, digest, source, product, tuple(uses))
         group = Group(SourceTensor(name, dtype, words.shape, words.view(np.uint8).reshape(-1)), (), {})
-        plan = m.plan
-        head = rec.head(group, plan, behind)
-        self._writer.add(RECORD_TENSOR, 0, head, m.units, **rec.fields(group, plan, m.units, behind))
+        e = rec.encoded(group, m.plan, m.units, behind)
+        self._writer.add(RECORD_TENSOR, 0, e.head, e.units, **e.row)
         self._content.append([name, dtype, list(words.shape), digest])
         self.groups.append(group)
         self.dense[name] = words

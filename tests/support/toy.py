@@ -166,8 +166,7 @@ def encode(group: ties.Group) -> Encoded:
     units = [*plan.fronts, exponents.tobytes(), *tiles]
     behind = record.Behind(Steps(len(w)), zstd.digest(numbers.astype("<f4").tobytes()), ties.digest(t))
     fidelity = Fidelity(t.name, t.shape, "identity", 0, 1, math.inf, 0, 0, 0.0)
-    head, row = record.head(group, plan, behind), record.fields(group, plan, units, behind)
-    return Encoded(head, units, row, (), fidelity)
+    return record.encoded(group, plan, units, behind, fidelity=fidelity)
 
 
 @contextlib.contextmanager

@@ -8,16 +8,17 @@ by giving the last block's output back in its place: both are the model's own co
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rac.calibrate.moments import linears
 
-TAIL = 8
-"""Positions at the end of a sequence whose hidden states are compared."""
+TAIL = 8  # positions at the end of a sequence whose hidden states are compared
 _CLOSE = 1e-3
 
 
@@ -45,8 +46,6 @@ def _patched(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def single(*modules: Any) -> Iterator[None]:
     """The modules' parameters and buffers in float32 for a while, in a copy that is dropped afterwards."""
-    import torch
-
     held = []
     try:
         for module in modules:
@@ -62,8 +61,6 @@ def single(*modules: Any) -> Iterator[None]:
 
 def close(a: Any, b: Any) -> bool:
     """Equal but for rounding, NaN where the other is NaN."""
-    import torch
-
     if a.shape != b.shape:
         return False
     scale = b[torch.isfinite(b)].abs().max().item() if torch.isfinite(b).any() else 0.0
@@ -80,16 +77,10 @@ def _first(out: Any) -> Any:
 
 
 class Chain:
-    """A causal language model or an encoder, weights in their stored type, as blocks one after another.
-
-    UnfitError where it is none. The tensors of `model` are changed: all but the blocks, the embeddings and the output
-    embedding become float32.
-    """
+    """A language model or an encoder as blocks in a row, all around them in float32; UnfitError where it is none."""
 
     def __init__(self, model: Any, causal: bool, ids: NDArray[np.int64]) -> None:
         """`ids` is a sequence (1, context) of the text."""
-        import torch
-
         self.model = model
         self._feed = {"use_cache": False} if causal else {}
         self._head = model.get_output_embeddings() if causal else None
@@ -108,8 +99,6 @@ class Chain:
         self._reference(tokens)
 
     def _lighten(self, lists: dict[str, list[Any]]) -> None:
-        import torch
-
         stay = {id(p) for blocks in lists.values() for b in blocks for p in b.parameters()}
         tables = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding)]
         stay |= {id(p) for m in (*tables, *([self._head] if self._head else [])) for p in m.parameters()}
@@ -125,25 +114,18 @@ class Chain:
         log: list[tuple[str, int]] = []
         calls: dict[str, list[tuple[int, tuple[Any, ...], dict[str, Any], Any]]] = {name: [] for name in lists}
 
-        def after(name: str, i: int) -> Any:
-            def hook(_: Any, args: Any, kwargs: Any, out: Any) -> None:
-                calls[name].append((i, args, kwargs, out))
-                log.append((name, i))
+        def after(_: Any, args: Any, kwargs: Any, out: Any, name: str, i: int) -> None:
+            calls[name].append((i, args, kwargs, out))
+            log.append((name, i))
 
-            return hook
-
-        def ran(name: str) -> Any:
-            return lambda *_: log.append((name, -1))
-
-        hooks = [
-            b.register_forward_hook(after(k, i), with_kwargs=True) for k, bs in lists.items() for i, b in enumerate(bs)
-        ]
-        hooks += [m.register_forward_hook(ran(name)) for name, m in linears(self.model).items()]
-        try:
+        with contextlib.ExitStack() as stack:
+            for name, blocks in lists.items():
+                for i, b in enumerate(blocks):
+                    hook = functools.partial(after, name=name, i=i)
+                    stack.enter_context(b.register_forward_hook(hook, with_kwargs=True))
+            for name, m in linears(self.model).items():
+                stack.enter_context(m.register_forward_hook(lambda *_, name=name: log.append((name, -1))))
             self._whole(tokens, [b for blocks in lists.values() for b in blocks])
-        finally:
-            for hook in hooks:
-                hook.remove()
         chains = [name for name in lists if self._chained(calls[name], lists[name], tokens.shape[1])]
         if not chains:
             raise UnfitError("no chain of blocks found")
@@ -158,8 +140,6 @@ class Chain:
 
     @staticmethod
     def _chained(calls: list[Any], blocks: list[Any], context: int) -> bool:
-        import torch
-
         if [c[0] for c in calls] != list(range(len(blocks))):
             return False
         before = _moved(calls[0][1], calls[0][2])
@@ -181,36 +161,27 @@ class Chain:
         mine = {k for block in self.inside for k in block}
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
-        seen = -1
-        started = False
+        seen, started = -1, False
         for name, i in log:
-            if name == prefix and i >= 0:
-                seen = i
-            elif i < 0 and name in mine:
+            if i >= 0:
+                seen = i if name == prefix else seen
+            elif name in mine:
                 started = True
-            elif i < 0 and not started:
-                self.before[name] = every[name]
-            elif i < 0 and seen == len(self.blocks) - 1:
-                self.after[name] = every[name]
-            elif i < 0:
+            elif started and seen < len(self.blocks) - 1:
                 raise UnfitError(f"{name} runs between the blocks")
+            else:
+                (self.after if started else self.before)[name] = every[name]
 
     def _whole(self, tokens: Any, blocks: list[Any]) -> Any:
         """The model's own run, blocks in float32 while they run, logits of the last positions only."""
-        import torch
 
-        def casting(block: Any) -> Callable[..., Any]:
-            run = block.forward
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                with single(block):
-                    return run(*args, **kwargs)
-
-            return forward
+        def forward(block: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with single(block):
+                return run(*args, **kwargs)
 
         with contextlib.ExitStack() as stack, torch.no_grad():
             for block in blocks:
-                stack.enter_context(_patched(block, casting(block)))
+                stack.enter_context(_patched(block, functools.partial(forward, block, block.forward)))
             if self._head is not None:
                 head = self._head.forward
                 stack.enter_context(single(self._head))
@@ -219,17 +190,17 @@ class Chain:
 
     def _reference(self, tokens: Any) -> None:
         """What each block and the model itself make of the end of `tokens`, when the model runs as a whole."""
-        ends: list[Any] = []
-        hooks = [
-            b.register_forward_hook(lambda _, __, out: ends.append(_first(out)[0, -TAIL:].clone())) for b in self.blocks
-        ]
-        try:
+        self._ends: list[Any] = []
+
+        def hook(_: Any, __: Any, out: Any) -> None:
+            self._ends.append(_first(out)[0, -TAIL:].clone())
+
+        with contextlib.ExitStack() as stack:
+            for b in self.blocks:
+                stack.enter_context(b.register_forward_hook(hook))
             out = self._whole(tokens, self.blocks)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._ends = ends
-        self._logits = out.logits[0].float() if self._head is not None else None
+        if self._head is not None:
+            self._ends.append(out.logits[0].float())
 
     def start(self, tokens: Any) -> Any:
         """What the first block is given for `tokens` (n, context): (n, context, width) float32."""
@@ -267,8 +238,6 @@ class Chain:
 
     def batch(self, tokens: Any) -> int:
         """How many of the sequences `tokens` (n, context) a block takes at once: all, or one."""
-        import torch
-
         if len(tokens) > 1:
             with torch.no_grad(), single(self.blocks[0]), contextlib.suppress(RuntimeError, ValueError, IndexError):
                 hidden = self.start(tokens)
@@ -277,11 +246,7 @@ class Chain:
         return 1
 
     def same(self, i: int, end: Any) -> None:
-        """UnfitError unless block `i` has made `end` (TAIL, width) of the text that the chain was made with."""
-        if not close(end, self._ends[i]):
-            raise UnfitError(f"{self.names[i]} alone is not what it is within the model")
-
-    def same_logits(self, logits: Any) -> None:
-        """UnfitError unless these are the model's own logits (TAIL, vocabulary) of that text."""
-        if self._logits is not None and not close(logits, self._logits):
-            raise UnfitError("the model's output does not come from its last block alone")
+        """UnfitError unless block `i`, or what comes behind the last, has made `end` (TAIL, n) of the chain's text."""
+        if i < len(self._ends) and not close(end, self._ends[i]):
+            alone = f"{self.names[i]} alone is not what it is within the model" if i < len(self.names) else ""
+            raise UnfitError(alone or "the model's output does not come from its last block alone")

@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.layers import Layer, Note, calibrate
+from rac.calibrate.layers import Layer, calibrate
+from rac.calibrate.text import Note
 from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.machine import room
 from rac.models.predictions import check, log_probabilities, loss, perplexity, quiet, windows
 
+Where = str | os.PathLike[str]
 _ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
 """What transformers raises for a folder or a GGUF file that it cannot make a model of."""
 
@@ -37,12 +39,7 @@ class Figures:
 
 
 def hold() -> int:
-    """Bytes of log-probabilities of the original that are held: half of what matrices at work may take.
-
-    8,192 tokens of a vocabulary of 49,152 are 805 MB. Beyond that the original runs again beside every file, which
-    nearly doubles the time: of SmolLM2-135M and 2,048 tokens a pass takes 20 s of processor time (two threads, AMD
-    EPYC), the comparison of what it gives 1.4 s.
-    """
+    """Bytes of log-probabilities of the original that are held: beyond that it runs again beside every file."""
     return room() // 2
 
 
@@ -57,17 +54,13 @@ def _modules() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as e:
-        raise MissingDependencyError(
-            "measuring on a text needs torch and transformers: pip install rac-codec[calibrate]"
-        ) from e
+        why = "measuring on a text needs torch and transformers: pip install rac-codec[calibrate]"
+        raise MissingDependencyError(why) from e
     return torch, transformers
 
 
 def load_original(path: str) -> tuple[Any, Any, Any]:
-    """Configuration, model in float32 and tokenizer of the folder of a causal language model.
-
-    SourceError where they are not there.
-    """
+    """Configuration, model in float32 and tokenizer of the folder of a causal language model; or SourceError."""
     torch, auto = _modules()
     if not os.path.isdir(path):
         raise SourceError("a text needs the Hugging Face folder of the original", file=path)
@@ -88,80 +81,49 @@ def load_original(path: str) -> tuple[Any, Any, Any]:
 class Measure:
     """A causal language model and a text, to compare other weights of this model with it.
 
-    Args:
-        model: Hugging Face folder of the model, tokenizer included.
-        text: The text.
-        tokens: Use so many of its tokens at most.
-        context: Tokens of one window.
-        note: Called with a model's name, windows done, and all of them.
-
-    Raises:
-        SourceError: No causal language model or no tokenizer there, or the text is shorter than one window.
-        ValueError: `context` is below 2 or above `tokens`.
-        MissingDependencyError: torch or transformers are not installed.
+    At most `tokens` tokens are used, in windows of `context`; `note` is called with a model's name, windows done, and
+    all of them. SourceError where there is no causal language model or no tokenizer in the Hugging Face folder `model`,
+    or the text is shorter than one window; ValueError where `context` is below 2 or above `tokens`.
     """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str],
-        text: str,
-        tokens: int = 8192,
-        context: int = 1024,
-        note: Note | None = None,
+        self, model: Where, text: str, tokens: int = 8192, context: int = 1024, note: Note | None = None
     ) -> None:
         check(tokens, context)
         self.torch, self._transformers = _modules()
         self._path, self._text, self._note = os.fspath(model), text, note
         with quiet(self._transformers):
-            encode = self._load_original()
+            self._config, self.model, tokenizer = load_original(self._path)
+
+            def encode(text: str) -> Sequence[int]:
+                return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
+
             cut = windows(encode, text, tokens, context, self._config, self._path)
-        self._context = len(cut[0])
+        self._context, self.tokens = len(cut[0]), len(cut) * len(cut[0])
         self._windows = [self.torch.tensor(ids) for ids in cut]
         self._held: list[Any] | None = None
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
 
-    def _load_original(self) -> Callable[[str], Sequence[int]]:
-        """Load configuration and model; returns what makes ids of a text."""
-        self._config, self.model, tokenizer = load_original(self._path)
-        return lambda text: tokenizer(text, add_special_tokens=False).input_ids
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are measured on."""
-        return len(self._windows) * self._context
-
     def load(self, state: Mapping[str, Any], name: str, tied: bool | None = None) -> Any:
-        """The model with other weights, arrays or tensors by name; MismatchError where they are not of this model.
-
-        `tied` says whether its output layer is tied to the embedding, where that may differ from the original.
-        """
-        torch, transformers = self.torch, self._transformers
-        config = copy.deepcopy(self._config)
+        """The model with other weights by name, `tied` or as the original; MismatchError where they do not fit."""
+        torch, config = self.torch, copy.deepcopy(self._config)
         if tied is not None:
             config.tie_word_embeddings = tied
-        tensors = {n: torch.as_tensor(v) for n, v in state.items()}
+        tensors, kind = {n: torch.as_tensor(v) for n, v in state.items()}, type(self.model)
+        how = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            with quiet(transformers):
-                model, found = type(self.model).from_pretrained(
-                    None,
-                    config=config,
-                    state_dict=tensors,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
+            with quiet(self._transformers):
+                model, found = kind.from_pretrained(None, config=config, state_dict=tensors, **how)
         except _ERRORS as e:
             raise MismatchError(f"no weights of the original's model: {e}", file=name) from e
-        if found["missing_keys"]:
-            what = f"holds no tensor {min(found['missing_keys'])!r}, which the original has"
-            raise MismatchError(what, file=name)
+        if missing := found["missing_keys"]:
+            raise MismatchError(f"holds no tensor {min(missing)!r}, which the original has", file=name)
         if found["mismatched_keys"]:
             tensor, theirs, ours = min(found["mismatched_keys"])
             raise MismatchError(f"tensor {tensor!r} is {list(theirs)}, the original has {list(ours)}", file=name)
-        if found["unexpected_keys"]:
-            what = f"tensor {min(found['unexpected_keys'])!r} is not in the original"
-            raise MismatchError(what, file=name)
+        if more := found["unexpected_keys"]:
+            raise MismatchError(f"tensor {min(more)!r} is not in the original", file=name)
         model.tie_weights()
         return model.eval()
 
@@ -202,9 +164,8 @@ class Measure:
 
     def weighted_snr(self, model: Any) -> float | None:
         """Output SNR over all linear layers, dB; None where there is no error or `moments` was not called."""
-        error = 0.0
-        for name in self._layers:
-            error += self._trace(name, self.model.get_parameter(name) - model.get_parameter(name))
+        own, other = self.model.get_parameter, model.get_parameter
+        error = sum(self._trace(name, own(name) - other(name)) for name in self._layers)
         return decibels(self._energy, error)
 
     def _trace(self, name: str, w: Any) -> float:
@@ -215,15 +176,10 @@ class Measure:
 
 
 class Divergence:
-    """How far a model's predictions on a text are from its own once tensors were replaced (budget.Judge).
+    """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
-    Both models are held in float32. At most `tokens` tokens of the text are used, and at most TOKENS.
-    """
-
-    TOKENS = 8192
-
-    def __init__(self, model: str | os.PathLike[str], text: str, tokens: int, note: Note | None = None) -> None:
-        tokens = min(tokens, self.TOKENS)
+    def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None) -> None:
+        tokens = min(tokens, 8192)
         self._measure = Measure(model, text, tokens, min(1024, tokens), note)
         own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
         self._other = self._measure.load(own, os.fspath(model))
@@ -231,8 +187,7 @@ class Divergence:
 
     def put(self, names: Sequence[str], w: NDArray[np.float32]) -> None:
         """Replace a tensor, which the model has under some of these names."""
-        torch = self._measure.torch
-        state = self._other.state_dict()
+        torch, state = self._measure.torch, self._other.state_dict()
         with self._lock, torch.no_grad():
             for name in names:
                 if name in state:
@@ -247,14 +202,12 @@ def translated(path: str) -> dict[str, Callable[[], NDArray[np.float32]]]:
     """Tensors of a GGUF file under their Hugging Face names, as transformers reads them."""
     torch, transformers = _modules()
     folder, name = os.path.split(os.path.abspath(path))
-    how = {}
+    how = {"gguf_file": name, "dtype": torch.float32, "local_files_only": True}
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(gguf_file=name, dequantize=True)
     try:
         with quiet(transformers), contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32, local_files_only=True, **how
-            )
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
     except ImportError as e:
         raise MissingDependencyError(f"transformers cannot read GGUF files: {e}", file=path) from e
     except _ERRORS as e:

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
 
 Array = NDArray[Any]
+Arrays = Mapping[str, Array]
 
 Seen = Callable[[str, int, int, bool, Any, Any], None]
 """Called with the parameter's name, the expert, how many there are, whether they are stored (in, out), and a product's
@@ -28,13 +32,8 @@ _NAME = re.compile(r"(.+)\.([^.]+)\[(\d*)\]")
 
 def experts(modules: Mapping[str, Any]) -> dict[str, Any]:
     """The modules that own fused parameters, by name: floating-point, (experts, ., .), more than one expert."""
-    from torch.nn.modules.conv import _ConvNd
-
-    return {
-        name: module
-        for name, module in modules.items()
-        if not isinstance(module, _ConvNd) and any(_fused(p) for p in module.parameters(recurse=False))
-    }
+    own = {name: m.parameters(recurse=False) for name, m in modules.items() if not isinstance(m, _ConvNd)}
+    return {name: modules[name] for name, parameters in own.items() if any(map(_fused, parameters))}
 
 
 def _fused(p: Any) -> bool:
@@ -43,9 +42,6 @@ def _fused(p: Any) -> bool:
 
 def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextManager[Any]:
     """While it is open, `seen` is called for each product with an expert's matrix in the modules."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
     fused = [
         (f"{name}.{k}", p) for name, m in modules.items() for k, p in m.named_parameters(recurse=False) if _fused(p)
     ]
@@ -55,11 +51,9 @@ def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextM
     class Watching(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if func in products and len(args) > 1 and args[1].dim() == 2:
-                found = _expert(args[1], fused)
-                if found:
-                    name, number, count, turned = found
-                    seen(name, number, count, turned == (func is linear), args[0], out)
+            if func in products and len(args) > 1 and args[1].dim() == 2 and (found := _expert(args[1], fused)):
+                name, number, count, turned = found
+                seen(name, number, count, turned == (func is linear), args[0], out)
             return out
 
     return Watching() if fused else contextlib.nullcontext()
@@ -78,26 +72,14 @@ def _expert(w: Any, fused: Sequence[tuple[str, Any]]) -> tuple[str, int, int, bo
 
 
 def settled(
-    whole: str,
-    rows: Sequence[int],
-    sums: Mapping[str, Array],
-    weights: Mapping[str, float],
-    squares: Mapping[str, Array],
+    whole: str, rows: Sequence[int], sums: Arrays, weights: Mapping[str, float], squares: Arrays
 ) -> Iterator[tuple[str, Array, Array | None]]:
-    """Second moments, summed over the rows seen, and sensitivities of the parameter and of each expert's matrix.
+    """(name, second moment, sensitivity) of the parameter, as `whole[]`, and of each expert's matrix.
 
-    An expert sees few tokens: its second moment goes towards the mean of all as if it had seen as many more of these as
-    the matrix has inputs, and what no token came to counts as if one had.
-
-    Args:
-        whole: Name of the parameter.
-        rows: Seen by each expert.
-        sums: Weighted sums of x x^T (in, in) by the name of the expert's matrix, or of all by that of the parameter.
-        weights: The sums of the weights.
-        squares: Sums of squared gradients (out,) by the name of the expert's matrix; empty: not known.
-
-    Yields:
-        Name, second moment, sensitivity; the parameter first, as `whole[]`, with the sensitivities of all its experts.
+    An expert sees few tokens: its second moment, which is summed over the rows seen, goes towards the mean of all as if
+    it had seen as many more of these as the matrix has inputs, and what no token came to counts as if one had. `sums`
+    and `weights` are by the name of the expert's matrix, or of all by that of the parameter; without `squares`, sums of
+    squared gradients, no sensitivities are known.
     """
     n = np.maximum(np.asarray(rows, np.float64), 1)
     mean: Array = functools.reduce(np.add, sums.values()) / np.float32(max(sum(weights.values()), 1e-30))
@@ -167,6 +149,4 @@ class Stored:
 
 def _bytes(row: Any) -> bytes:
     """Bytes of a row rounded to bfloat16: equal for two rows of wider types of which one was rounded from the other."""
-    import torch
-
     return row.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()  # type: ignore[no-any-return]

@@ -11,81 +11,53 @@ A model is run block by block, each over the whole text, what one made of it kep
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.folder import DamagedError, Folder, file_digest
+from rac.calibrate.folder import DamagedError, Folder, fed
+from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
 
-Note = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
-
-_VERSION = 4
-"""Version of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
-_SMALL = 1 << 31
-"""Bytes of weights up to which the model that writes its own text is held in float32."""
+_VERSION = 4  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class Layer:
     """What calibration found for one weight matrix."""
 
-    __slots__ = ("_second", "experts", "finite", "sensitivity", "transposed")
-
-    def __init__(
-        self,
-        second: NDArray[np.float32] | Callable[[], NDArray[np.float32]],
-        sensitivity: NDArray[np.float64] | None,
-        transposed: bool = False,
-        finite: bool = True,
-        experts: Sequence[Layer] = (),
-    ) -> None:
-        self._second = second
-        self.sensitivity = sensitivity
-        """(out,) float64, mean of squared gradients, or None where no backward pass was made."""
-        self.transposed = transposed
-        """Whether the weight is stored as (in, out), as GPT-2's are, instead of (out, in)."""
-        self.finite = finite
-        """False where NaN or infinity was among the inputs or gradients."""
-        self.experts = tuple(experts)
-        """What was found for each expert of a weight (experts, out, in) or (experts, in, out); otherwise empty."""
+    moment: NDArray[np.float32] | Callable[[], NDArray[np.float32]]  # the second moment, or what reads it
+    sensitivity: NDArray[np.float64] | None  # (out,) mean of squared gradients; None: no backward pass was made
+    transposed: bool = False  # whether the weight is stored as (in, out), as GPT-2's are
+    finite: bool = True  # False where NaN or infinity was among the inputs or gradients
+    experts: Sequence[Layer] = ()  # for each expert of a weight (experts, out, in) or (experts, in, out)
 
     @property
     def second(self) -> NDArray[np.float32]:
         """(in, in), a mean over the text's tokens, which count by the length of their gradient where there is one.
 
-        Layers that share an input share the file. Read when asked for.
-
-        Raises:
-            SourceError: The file in the cache is damaged.
+        Layers that share an input share the file. Read when asked for; SourceError where it is damaged.
         """
-        return self._second() if callable(self._second) else self._second
+        return self.moment() if callable(self.moment) else self.moment
 
 
-class Layers(Mapping[str, Layer]):
+class Layers(dict[str, Layer]):
     """Weight names, as they are in the model's files, to what was found; layers that were never run are missing."""
 
     def __init__(self, layers: Mapping[str, Layer], tokens: int, digest: str) -> None:
-        self._layers = dict(layers)
+        super().__init__(layers)
         self.tokens = tokens
         """Tokens really used."""
         self.digest = digest
         """Digest of model, text, settings and this code: 32 hexadecimal digits, the folder's name in a cache."""
-
-    def __getitem__(self, name: str) -> Layer:
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
 
 def calibrate(
@@ -95,55 +67,43 @@ def calibrate(
     tokens: int = 40960,
     context: int = 1024,
     fisher: bool = True,
-    seed: int = 0,
     note: Note | None = None,
     cache: str | os.PathLike[str] | None = None,
 ) -> Layers:
-    """Run the model in folder `path` over a text.
+    """Run the model in a Hugging Face folder `path` over a text, or its token ids (n,); None: over text of its own.
 
-    A causal language model gets a forward and, for the sensitivities, a backward pass; an encoder a forward pass
-    only; an encoder-decoder model reads each sequence with its encoder and once more with its decoder, and is run as
-    a whole, like other models that are no chain of blocks (`note` then says so): that needs the memory of the model
+    A causal language model gets a forward and, for the sensitivities (`fisher`), a backward pass; an encoder a forward
+    pass only; an encoder-decoder model reads each sequence with its encoder and once more with its decoder, and is run
+    as a whole, like other models that are no chain of blocks (`note` then says so): that needs the memory of the model
     in float32 and of one sequence's activations.
 
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
-    SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done.
-
-    Args:
-        path: A Hugging Face model folder: config.json, safetensors files, and for a text its tokenizer.
-        text: Calibration text, or its token ids (n,); None: a causal model writes it itself.
-        tokens: Read so many of its tokens at most.
-        context: Tokens of one sequence; fewer where the model or the text has not as many.
-        fisher: Make the backward pass that the sensitivity needs.
-        seed: Seed of the labels, and of the text that the model writes.
-        note: Progress, and what differs from what was asked.
-        cache: Folder in which the result is kept under its digest: the same call returns at once, one that was
-            interrupted goes on after the last finished block. None: a temporary folder, which goes with the result.
-
-    Returns:
-        Weight names to what was found.
-
-    Raises:
-        MissingDependencyError: torch or transformers are not installed.
-        OutputError: The cache cannot be written.
-        SourceError: No model or tokenizer there, the text is too short, or a model that is not causal has none.
+    SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
+    result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
+    finished block. Else it goes with the result. OutputError where the cache cannot be written, SourceError where there
+    is no model or tokenizer, the text is too short, or a model that is not causal has none.
     """
     if not os.path.isdir(path):
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
     if tokens < 1 or context < 1:
         raise ValueError("tokens and context must be at least 1")
-    settings = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher, "seed": seed}
+    settings = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher, "seed": SEED}
     digest = _digest(Path(path), text, settings)
     folder = Folder(cache, digest)
     tell = note or (lambda *_: None)
     if folder.state.get("finished"):  # nothing to write: a cache that is read-only serves too
         with contextlib.suppress(DamagedError):
             return _layers(folder, digest)
+    try:
+        from rac.calibrate import passes
+    except ImportError as e:
+        why = "calibration needs torch and transformers: pip install rac-codec[calibrate]"
+        raise MissingDependencyError(why) from e
     with folder.alone(lambda: tell("another process is calibrating the same: waiting for it", 0, 0)):
         for again in (False, True):
             try:
                 if not folder.state.get("finished"):
-                    _find(os.fspath(path), text, tokens, context, fisher, seed, folder, tell)
+                    passes.find(os.fspath(path), text, tokens, context, fisher, folder, tell)
                 return _layers(folder, digest)
             except DamagedError:
                 if again:
@@ -164,21 +124,15 @@ def _mean(layers: Sequence[Layer]) -> Layer:
     sensitivity = np.mean(known, 0) if known else None
     experts = [_mean(each) for each in zip(*(layer.experts for layer in layers if layer.experts), strict=True)]
     finite = all(layer.finite for layer in layers)
-    return Layer(_MeanOfSeconds(layers), sensitivity, layers[0].transposed, finite, experts)
+    return Layer(functools.partial(_mean_of_seconds, layers), sensitivity, layers[0].transposed, finite, experts)
 
 
-class _MeanOfSeconds:
-    """Reads the second moments of some layers, and takes their mean."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._layers = tuple(layers)
-
-    def __call__(self) -> NDArray[np.float32]:
-        total = np.array(self._layers[0].second)
-        for layer in self._layers[1:]:
-            total += layer.second
-        total /= np.float32(len(self._layers))
-        return total
+def _mean_of_seconds(layers: Sequence[Layer]) -> NDArray[np.float32]:
+    total = np.array(layers[0].second)
+    for layer in layers[1:]:
+        total += layer.second
+    total /= np.float32(len(layers))
+    return total
 
 
 def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str, Any]) -> str:
@@ -192,141 +146,10 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
         for file in sorted(path.iterdir()):
             if file.suffix in (".json", ".safetensors", ".model", ".txt") and file.is_file():
                 h.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-                file_digest(file, h)
+                fed(h, file)
     except OSError as e:
         raise SourceError(f"cannot be read: {e}", file=os.fspath(path)) from e
     return h.value().hex()
-
-
-def _find(
-    path: str,
-    text: str | NDArray[np.int64] | None,
-    tokens: int,
-    context: int,
-    fisher: bool,
-    seed: int,
-    folder: Folder,
-    note: Note,
-) -> None:
-    """Do what is still to do, and write it into the folder."""
-    try:
-        import transformers
-    except ImportError as e:
-        raise MissingDependencyError(
-            "calibration needs torch and transformers: pip install rac-codec[calibrate]"
-        ) from e
-    from rac.calibrate import chain as calibration_blocks
-    from rac.calibrate import passes as calibration_stream
-    from rac.calibrate import text as calibration_text
-
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as e:  # transformers raises whatever a broken file makes of it
-        raise SourceError(f"no model that transformers knows: {e}", file=path) from e
-    kind, causal = _kind(config)
-    context = min(context, getattr(config.get_text_config(), "max_position_embeddings", None) or context)
-    model: Any = None
-    if "ids.npy" not in folder:
-        if text is None:
-            if not causal:
-                raise SourceError("only a causal language model can write its own calibration text", file=path)
-            # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
-            small = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) <= _SMALL
-            model = _load(kind, path, "float32" if small else "auto")
-            ids = calibration_text.self_text_ids(model, tokens, context, seed, folder, note)
-            model = None
-        else:
-            if isinstance(text, str):
-                every, most = calibration_text.text_ids(path, text, tokens)
-            else:
-                every, most = np.asarray(text, np.int64), context
-            if len(every) < tokens:
-                note(f"the calibration text has {len(every)} tokens, {tokens} were asked for", 0, 0)
-            ids = calibration_text.sequences(every, tokens, min(context, most))
-        folder.put("ids.npy", np.ascontiguousarray(ids, np.int64))
-        folder.commit(drop=lambda name: name.startswith("own-"))
-    ids = np.array(folder.array("ids.npy"))
-    both = bool(config.is_encoder_decoder)
-    try:
-        if both:
-            raise calibration_blocks.UnfitError("it has an encoder and a decoder")
-        model = _load(kind, path, "auto")
-        calibration_stream.stream(model, causal, ids, fisher and causal, seed, folder, note)
-    except calibration_blocks.UnfitError as e:
-        note(f"running the model as a whole: {e}", 0, 0)
-        model = None  # its weights are no longer all of one type
-        model = _load(kind, path, "float32")
-        calibration_stream.whole(model, causal, ids, fisher and (causal or both), seed, folder, note)
-    _rename(folder.state["layers"], model, Path(path))
-    folder.state.update(finished=True, tokens=int(ids.size))
-    folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
-
-
-def _kind(config: Any) -> tuple[Any, bool]:
-    """The class that the folder's weights are named after, and whether it is a causal language model."""
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name), name in causal and not config.is_encoder_decoder
-    return transformers.AutoModel, False
-
-
-def _load(kind: Any, path: str, dtype: str) -> Any:
-    """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # there is `note`
-    try:
-        model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except Exception as e:  # transformers raises whatever a broken file makes of it
-        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # one expert after the other, so that its inputs can be seen
-    return model.eval()
-
-
-def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
-    """Module names to names of weights, as the files have them: some leave out the prefix of the base model.
-
-    Of fused experts the files may have each by itself, under names of their own.
-    """
-    from rac.calibrate.experts import Stored, parts
-    from rac.calibrate.moments import linears
-
-    modules = linears(model)
-    prefix = f"{model.base_model_prefix}."
-    stored = Stored(path)
-    matrices = []
-    fused: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for module in list(layers):
-        entry = layers.pop(module)
-        found = parts(module)
-        if found and found[2] is not None:
-            matrices.append((getattr(modules[found[0]], found[1])[found[2]].detach(), entry))
-            fused.setdefault(found[:2], []).append(entry)
-        elif found:
-            entry["experts"] = fused.setdefault(found[:2], [])
-            whole = stored.same(getattr(modules[found[0]], found[1]).detach(), layers)
-            if whole is not None:
-                layers[whole] = entry
-        else:
-            entry["transposed"] = type(modules[module]).__name__ == "Conv1D"
-            name = f"{module}.weight"
-            names = (name, name.removeprefix(prefix), prefix + name)
-            layers[next((n for n in names if n in stored), name)] = entry
-    for w, entry in matrices:
-        for name, *rows in stored.find(w, layers):
-            if not entry["transposed"]:
-                layers[name] = {**entry, "rows": rows}
-            elif rows == [0, len(w)]:
-                layers[name] = entry
 
 
 def _layers(folder: Folder, digest: str) -> Layers:
@@ -355,18 +178,13 @@ class _Stored:
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process, which reads the same file while this one keeps the folder."""
         self._folder.check(self._name)
-        return _Mapped, (os.fspath(self._folder.path / self._name),)
+        return functools.partial, (_mapped, os.fspath(self._folder.path / self._name))
 
 
-class _Mapped:
-    """Reads a file that another process has checked."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __call__(self) -> NDArray[np.float32]:
-        try:
-            found: NDArray[np.float32] = np.load(self._path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise SourceError(f"the calibration's file is gone or damaged: {e}", file=self._path) from e
-        return found
+def _mapped(path: str) -> NDArray[np.float32]:
+    """A file that another process has checked."""
+    try:
+        found: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise SourceError(f"the calibration's file is gone or damaged: {e}", file=path) from e
+    return found

@@ -12,35 +12,24 @@ from numpy.typing import NDArray
 from rac.calibrate.folder import Folder
 from rac.errors import SourceError
 
-LEAST = 128
-"""Tokens of the shortest sequence that is made of a text that is shorter than a sequence should be."""
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "tekken.json",
-    "sentencepiece.bpe.model",
-)
-PIECE = 256
-"""Tokens that a model writes in one go: longer texts cost more for each token, and stray further."""
-_CACHE_BYTES = 1 << 31
-"""Memory for the keys and values of the sequences that are written at once."""
+LEAST = 128  # tokens of the shortest sequence that is made of a text that is shorter than a sequence should be
+_FILES = "tokenizer.json, tokenizer.model, vocab.txt, vocab.json, spiece.model, tekken.json, sentencepiece.bpe.model"
+Note = Callable[[str, int, int], None]
+"""Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
+SEED = 0  # seed of the text that a model writes, and of labels
+PIECE = 256  # tokens that a model writes in one go: longer texts cost more for each token, and stray further
+_CACHE_BYTES = 1 << 31  # memory for the keys and values of the sequences that are written at once
 _KEPT = ("cache", "past_key_values", "cache_params")
 """What models, and versions of transformers, call the keys and values of the tokens so far."""
 
 
 def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]:
-    """The first `tokens` token ids of the text, and the longest sequence the tokenizer makes.
-
-    SourceError where there is no tokenizer in `path`.
-    """
+    """The first `tokens` token ids of the text, and the longest sequence that the tokenizer in `path` makes."""
     import transformers
 
     without = "`--calibrate none` works without a tokenizer"
-    if not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZERS):
-        raise SourceError(f"no tokenizer.json there (nor {', '.join(_TOKENIZERS[1:])}); {without}", file=path)
+    if not any(os.path.exists(os.path.join(path, name)) for name in _FILES.split(", ")):
+        raise SourceError(f"no tokenizer.json there (nor {_FILES.partition(', ')[2]}); {without}", file=path)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as e:  # whatever a damaged file makes of it
@@ -56,17 +45,14 @@ def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]
 def sequences(ids: NDArray[np.int64], tokens: int, context: int) -> NDArray[np.int64]:
     """Whole sequences (count, context); one shorter one of a short text; SourceError where that is too short."""
     context = min(context, tokens)
-    least = min(LEAST, context)
-    if len(ids) < least:
+    if len(ids) < (least := min(LEAST, context)):
         raise SourceError(f"the calibration text has {len(ids)} tokens, at least {least} are needed")
     context = min(context, len(ids))
     count = min(len(ids), tokens) // context
     return ids[: count * context].reshape(count, context)
 
 
-def self_text_ids(
-    model: Any, tokens: int, context: int, seed: int, folder: Folder, note: Callable[[str, int, int], None]
-) -> NDArray[np.int64]:
+def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: Note) -> NDArray[np.int64]:
     """Token ids (count, context) that a causal language model has drawn from its own predictions, at temperature 1.
 
     A sequence is several pieces; each begins with the begin-of-text token, or the end-of-text or padding one where
@@ -78,7 +64,6 @@ def self_text_ids(
 
     config = model.config.get_text_config()
     first = next((t for t in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if t is not None), None)
-    first = first[0] if isinstance(first, list) else first
     if first is None:
         raise SourceError("the model has no begin-of-text, end-of-text or padding token to begin its own text with")
     context = min(context, tokens)
@@ -93,8 +78,8 @@ def self_text_ids(
     for number, start in enumerate(range(0, count, batch)):
         name, rows = f"own-{number:03}.npy", min(batch, count - start)
         if name not in folder:
-            generator = torch.Generator().manual_seed(seed + (number << 32))
-            ids = torch.full((rows, piece), first, dtype=torch.int64)
+            generator = torch.Generator().manual_seed(SEED + (number << 32))
+            ids = torch.full((rows, piece), first[0] if isinstance(first, list) else first, dtype=torch.int64)
             kept: dict[str, Any] = {}
             with torch.no_grad():
                 for i in range(1, piece):
@@ -112,6 +97,5 @@ def self_text_ids(
 
 
 def draw(probabilities: Any, at: Any) -> Any:
-    """One index of each row of probabilities (rows, n), where its distribution function reaches `at` (rows, 1)."""
-    # much faster than torch.multinomial
+    """One index of each row of probabilities (rows, n), at `at` (rows, 1); much faster than torch.multinomial."""
     return (probabilities.cumsum(-1) < at).sum(-1).clamp_(max=probabilities.shape[-1] - 1)

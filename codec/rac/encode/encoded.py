@@ -21,8 +21,7 @@ from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import empty, parse
 
 Bytes = bytes | memoryview
-SPOOL = 1 << 24
-"""Bytes of units that are kept in memory; more go to a file."""
+SPOOL = 1 << 24  # bytes of units that are kept in memory; more go to a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +54,11 @@ class Fidelity:
 class Encoded:
     """A tensor or an object that is ready to be written: what a worker returns."""
 
-    head: dict[str, Any]
-    """The head of the record, but for its units."""
+    head: dict[str, Any]  # the head of the record, but for its units
     units: list[Bytes]
-    row: dict[str, Any]
-    """What the index row adds to the record."""
-    objects: tuple[Encoded, ...] = ()
-    """Objects that the tensor or its layer uses; their records come first."""
-    fidelity: Fidelity | None = None
-    """None: the tensor is lossless."""
+    row: dict[str, Any]  # what the index row adds to the record
+    objects: tuple[Encoded, ...] = ()  # objects that the tensor or its layer uses; their records come first
+    fidelity: Fidelity | None = None  # None: the tensor is lossless
 
     @property
     def name(self) -> str:
@@ -78,12 +73,7 @@ class Encoded:
         return record_size(wire.record_head(RECORD_TENSOR, 0, full, payload)[2], payload)
 
     def write(self, writer: Writer, there: set[str]) -> Fidelity | None:
-        """Write the record behind the objects that are not there yet; returns the fidelity with the bytes written.
-
-        Args:
-            writer: The archive.
-            there: Names of its objects; those that are written are added.
-        """
+        """Write the record behind the objects that are not `there` yet; returns the fidelity with the bytes written."""
         size = self.size if self.fidelity else 0
         for o in self.objects:
             if o.name not in there:
@@ -117,8 +107,7 @@ def decoded(e: Encoded) -> NDArray[Any]:
 class Kept:
     """Encoded tensors by name, their units in memory while they are few, else in a file without a name."""
 
-    beside: str
-    """A path in whose folder that file is."""
+    beside: str  # a path in whose folder that file is
     _file: Any = None
     _end: int = 0
     _found: dict[str, tuple[int, Encoded, list[list[int]]]] = field(default_factory=dict)

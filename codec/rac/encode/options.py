@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rac.calibrate.layers import Note
+from rac.calibrate.text import Note
 from rac.encode.code.plan import CODER, LEVELS, SLICES, Level, tuned
 from rac.stages.lanes.parameters import MAX_LANES
 
 if TYPE_CHECKING:
     from rac.encode.encoded import Fidelity
 
-EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
-"""States of the trellis, and passes over each matrix."""
+EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
-DECIBELS = 6.020599913279624
-"""Signal to noise that one bit is worth: 20 log10 2."""
-Progress = Callable[[str, int], None]
-"""Called with the name of a finished tensor and its dense bytes."""
+DECIBELS = 6.020599913279624  # signal to noise that one bit is worth: 20 log10 2
+Progress = Callable[[str, int], None]  # called with the name of a finished tensor and its dense bytes
 
 
 def silent(*_: object) -> None:
@@ -30,36 +27,25 @@ def silent(*_: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Functions that are called while a pack goes on."""
+    """Functions that are called while a pack goes on: `progress` and `note` as `pack` has them."""
 
     progress: Progress = silent
-    """Called after every tensor that is written."""
     note: Note = silent
-    """Called with (what, done, of) while a lossy pack calibrates and looks for its scale."""
-    layer: Callable[[Fidelity], None] = silent
-    """Called after every quantised tensor that is written."""
+    layer: Callable[[Fidelity], None] = silent  # called after every quantised tensor that is written
 
 
 @dataclass(frozen=True, slots=True)
 class PackOptions:
-    """How a source is packed, whatever its tensors become. ValueError for what cannot be."""
+    """How a source is packed, whatever its tensors become: arguments of `pack`. ValueError for what cannot be."""
 
     level: str = "default"
-    """One of LEVELS, for the tensors that stay lossless."""
     jobs: int | None = None
-    """Workers; None: one per core, up to 8."""
     lanes: int | None = None
-    """ANS lanes of a tile; None: as the level has them."""
     slices: str | None = None
-    """One of SLICES; None: as the level has them."""
     shard_size: int | None = None
-    """Dense bytes after which a new shard begins; None: one file."""
     resume: bool = False
-    """Go on with the part that an interrupted pack left."""
     force: bool = False
-    """Replace a file that exists."""
     processes: bool = False
-    """Quantise in processes, not in threads."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What else the provenance states: patterns of tensors, transforms, and so on."""
 
@@ -86,29 +72,22 @@ class PackOptions:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a lossy pack may cost, or how good it is to be: exactly one of the five, above 0. ValueError otherwise."""
+    """What a lossy pack may cost, or how good it is to be: one of these arguments of `pack`, above 0, or ValueError."""
 
     bits: float | None = None
-    """Bytes of the quantised tensors * 8 / their weights, everything counted."""
     file_bits: float | None = None
-    """Bytes of the file * 8 / all weights."""
     size: int | None = None
-    """Bytes of the file."""
     snr: float | None = None
-    """Output signal to noise, mean over the quantised tensors, in dB."""
     kl: float | None = None
-    """Divergence per token from the original on the calibration text, in nats."""
 
     def __post_init__(self) -> None:
-        given = list(self.goal.values())
-        if len(given) != 1 or not 0 < given[0] < math.inf:
+        if [0 < value < math.inf for value in self.goal.values()] != [True]:
             raise ValueError("give one of bits, file_bits, size, snr and kl, above 0")
 
     @property
     def goal(self) -> dict[str, float]:
         """The one that is given, by its name."""
-        names = ("bits", "file_bits", "size", "snr", "kl")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def expected(self) -> float:
@@ -118,14 +97,12 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the inputs of layers are learned from."""
+    """What the inputs of layers are learned from; `tokens` and `cache` as `pack` has them."""
 
     texts: tuple[str, ...] = ()
     """Text files, and "self" for text that the model writes: each counts alike. Empty: nothing is learned."""
     tokens: int = 40960
-    """Tokens of each of these texts."""
     cache: str | None = None
-    """Folder where calibrations are kept; None: not kept."""
 
     def __post_init__(self) -> None:
         if "none" in self.texts:
@@ -141,20 +118,15 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Lossy:
-    """What a user asks of a lossy pack. ValueError for what does not go together."""
+    """What a user asks of a lossy pack: arguments of `pack`. ValueError for what does not go together."""
 
     budget: Budget
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Calibration = Calibration()
     effort: str = "default"
-    """One of EFFORTS."""
     keep: tuple[str, ...] = ()
-    """Patterns of tensors that stay lossless, beside norms, small tensors and embeddings."""
     align: str = "auto"
-    """One of ALIGNMENTS, for tensors whose inputs are known."""
     rank: int | None = None
-    """Rank of the low-rank part of these; None: at effort "max" what pays, else 0."""
     embeddings: bool = False
-    """Quantise embeddings and output layers too."""
 
     def __post_init__(self) -> None:
         texts = self.calibration.texts

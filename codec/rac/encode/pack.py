@@ -7,30 +7,28 @@ interpreter's lock. Matrices may be quantised in processes (workers.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rac.calibrate.evaluate import Divergence
-from rac.calibrate.layers import Note
+from rac.calibrate.text import Note
 from rac.container import index
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
 from rac.decode.unpack import quantised
-from rac.encode import record as rec
-from rac.encode import resume as resume_part
-from rac.encode import ties, workers
+from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions, Progress, silent
 from rac.encode.quantise.tensor import encode, measure
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule, whole
-from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
+from rac.encode.sources import Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import threads_of
 from rac.provenance import Provenance, state
@@ -152,11 +150,8 @@ def save_file(
 ) -> None:
     """Write numpy arrays or torch tensors to a .rac file, losslessly; tensors that share memory are tied.
 
-    An existing file is replaced, at once and only by a whole one.
-
-    Raises:
-        SourceError: A value cannot be stored.
-        OutputError: The file cannot be written.
+    An existing file is replaced, at once and only by a whole one. SourceError where a value cannot be stored,
+    OutputError where the file cannot be written.
     """
     with Packer(from_arrays(tensors, metadata), path, PackOptions(level, threads, force=True), Hooks()) as packer:
         packer.write(None)
@@ -166,46 +161,27 @@ def pack_source(
     source: Source,
     out: str | os.PathLike[str],
     *,
-    level: str = "default",
-    jobs: int | None = None,
-    lanes: int | None = None,
-    shard_size: int | None = None,
-    resume: bool = False,
-    force: bool = False,
-    progress: Progress | None = None,
-    settings: Mapping[str, Any] | None = None,
     recipe: Recipe | None = None,
-    layer: Callable[[Fidelity], None] | None = None,
-    pool: Executor | None = None,
-    slices: str | None = None,
     quantiser: Quantiser | None = None,
+    progress: Progress | None = None,
+    layer: Callable[[Fidelity], None] | None = None,
+    **options: Any,
 ) -> Summary:
     """Pack a source that is open already, as `pack` does; with a `recipe` its tensors are quantised, else lossless.
 
-    `settings` are stated in the provenance, `layer` is called after each quantised tensor; `pool` quantises
-    (workers.start), or else threads. A `quantiser` takes the place of a recipe.
+    A `quantiser` takes the place of a recipe, `layer` is called after each quantised tensor. `options` are those of
+    PackOptions: `settings`, which are stated in the provenance, and what `pack` knows too.
     """
-    options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, settings=settings or {})
     hooks = Hooks(progress or silent, layer=layer or silent)
-    with Packer(source, out, options, hooks, pool) as packer:
+    with Packer(source, out, PackOptions(**options), hooks) as packer:
         return packer.write(quantiser if recipe is None else ByTrellis(recipe))
 
 
-class Packer:
-    """One pack of an open source: what its workers made stays at hand between the search for a scale and the writing.
+class Packer(contextlib.ExitStack):
+    """One pack of an open source: what the search for a scale has made is kept for the writing. Leave it by `with`."""
 
-    Leave it by `with`, which ends the workers and drops what was kept.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        out: str | os.PathLike[str],
-        options: PackOptions,
-        hooks: Hooks,
-        pool: Executor | None = None,
-    ) -> None:
-        """A `pool` that is given quantises, and goes on when the packer is left."""
+    def __init__(self, source: Source, out: str | os.PathLike[str], options: PackOptions, hooks: Hooks) -> None:
+        super().__init__()
         for t in source.tensors:
             try:
                 index.parse_shape(list(t.shape), Limits())
@@ -215,42 +191,27 @@ class Packer:
         self._jobs = threads_of(options.jobs)
         self._groups = ties.find(source.tensors)
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
-        self._stack = contextlib.ExitStack()
-        self._threads = self._stack.enter_context(ThreadPoolExecutor(self._jobs))
-        if pool is None and options.processes:
-            pool = self._stack.enter_context(workers.start(self._jobs, processes=True))
-        self._pool = pool or self._threads
-
-    def __enter__(self) -> Packer:
-        """The packer itself."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """End the workers; drop what was kept."""
-        self._lossless.close()
-        self._lossy.close()
-        self._stack.close()
+        self._threads = self._pool = self.enter_context(workers.start(self._jobs))
+        if options.processes:
+            self._pool = self.enter_context(workers.start(self._jobs, processes=True))
+        self.callback(self._lossless.close)
+        self.callback(self._lossy.close)
 
     def allocate(self, src: str | os.PathLike[str], request: Lossy) -> Recipe:
-        """How a pack of the source, opened from `src`, meets a request.
+        """How a pack of the source, opened from `src`, meets a request; BudgetError where it cannot.
 
         With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
-
-        Raises:
-            OutputError: The output exists and must not be replaced.
-            BudgetError: The budget cannot be met.
         """
-        options, note = self._options, self._hooks.note
+        options, note, calibration = self._options, self._hooks.note, request.calibration
         if os.path.isfile(self._out) and not options.force:  # said before the long work, not after it
             raise OutputError("exists already; give --force to replace it", file=self._out)
         recipe = replace(recipe_for(self._groups, os.fspath(src), request, note), coder=options.coder)
-        before = resume_part.provenance(f"{self._out}.part") if options.resume else Provenance()
+        before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
             return replace(recipe, scale=scale)
 
         def judge() -> Divergence:
-            c = request.calibration
-            return Divergence(src, read_text(c.texts[0]), c.tokens, note)
+            return Divergence(src, read_text(calibration.texts[0]), calibration.tokens, note)
 
         search = Search(self._groups, recipe, self._pool, note, self._lossy)
         return search.meet(request.budget, lambda: self._rest(recipe), judge)
@@ -263,40 +224,45 @@ class Packer:
         """About the bytes of all that is not quantised, with heads and index rows. It is kept, and not coded again."""
         groups = [g for g in self._groups if g.tensor.name not in recipe.aligned]
         jobs = ((g.tensor.nbytes, (g, self._options.lossless)) for g in groups)
+        every = ((e.name, e) for e in workers.run(self._threads, whole, jobs, WINDOW))
+        files = ((f"file {file.name}", record.attachment(file)) for file in self._source.attachments)
         size = 0
-        for e in workers.run(self._threads, whole, jobs, WINDOW):
+        for name, e in itertools.chain(every, files):
             size += sum(map(len, e.units)) + 512
-            self._lossless.put(e.name, e)
-        for file in self._source.attachments:
-            e = rec.attachment(file)
-            size += len(e.units[0]) + 512
-            self._lossless.put(f"file {e.name}", e)
+            self._lossless.put(name, e)
         return size
 
     def write(self, quantiser: Quantiser | None) -> Summary:
         """Write the archive, or the shards."""
-        source, options = self._source, self._options
-        shards, path = _shards(self._groups, options.shard_size), self._out
-        paths = [path]
+        source, options, tensors = self._source, self._options, self._source.tensors
+        shards, paths = _shards(self._groups, options.shard_size), [self._out]
         if options.shard_size is not None:
-            stem = path.removesuffix(".rac")
+            stem = self._out.removesuffix(".rac")
             paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
-        provenance = self._provenance(quantiser)
+        unordered = source.kind == "gguf" and any(g.aliases for g in self._groups)
+        provenance = state(
+            source.kind,
+            options.level,
+            cut=(options.lanes, options.slices),
+            settings=options.settings,
+            about=None if quantiser is None else quantiser.about,
+            online=sum(t.online is not None for t in tensors),
+            gguf_order=[t.name for t in tensors] if unordered else (),  # a GGUF file has no names for places
+        )
+        schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
         resumed = 0
         fidelity: list[Fidelity] = []
-        for i, (shard, name) in enumerate(zip(shards, paths, strict=True)):
+        for i, (shard, path) in enumerate(zip(shards, paths, strict=True)):
             header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
             if len(shards) > 1:
                 header["shard"] = [i + 1, len(shards)]
-            contents = _Contents(name, header, source.attachments if i == 0 else (), shard)
-            if options.resume and len(shards) > 1 and contents.complete():
-                resumed += len(shard)
-                for group in shard:
-                    self._hooks.progress(group.tensor.name, group.tensor.nbytes * (1 + len(group.aliases)))
-                continue
-            resumed += self._write(contents, quantiser, fidelity)
-        tensors = source.tensors
-        lossy, bits = (0, 0.0) if quantiser is None else _quantised(paths)
+            contents = resume.Contents(path, header, () if i else source.attachments, shard)
+            resumed += self._write(contents, schedule, fidelity)
+        lossy, bits = 0, 0.0
+        if quantiser is not None:
+            with contextlib.ExitStack() as stack:
+                archives = [stack.enter_context(contextlib.closing(Archive(FileAccess(p)))) for p in paths]
+                lossy, bits = quantised(e for a in archives for e in a.index.entries)
         return Summary(
             paths=tuple(paths),
             dense=sum(t.nbytes for t in tensors),
@@ -310,23 +276,9 @@ class Packer:
             fidelity=tuple(fidelity),
         )
 
-    def _provenance(self, quantiser: Quantiser | None) -> dict[str, Any]:
-        tensors, options = self._source.tensors, self._options
-        unordered = self._source.kind == "gguf" and any(g.aliases for g in self._groups)
-        return state(
-            self._source.kind,
-            options.level,
-            cut=(options.lanes, options.slices),
-            settings=options.settings,
-            about=None if quantiser is None else quantiser.about,
-            online=sum(t.online is not None for t in tensors),
-            gguf_order=[t.name for t in tensors] if unordered else (),  # a GGUF file has no names for places
-        )
-
-    def _write(self, contents: _Contents, quantiser: Quantiser | None, fidelity: list[Fidelity]) -> int:
+    def _write(self, contents: resume.Contents, schedule: Schedule, fidelity: list[Fidelity]) -> int:
         """Write one archive; returns how many tensors were there already. `fidelity` gets what was quantised."""
-        writer = Writer(contents.path, self._options.force)
-        content: list[list[Any]] = []
+        options, groups, content = self._options, contents.groups, list[list[Any]]()
 
         def done(group: ties.Group, digest: bytes) -> None:
             t = group.tensor
@@ -334,23 +286,28 @@ class Packer:
                 content.append([name, t.dtype, list(t.shape), digest])
             self._hooks.progress(t.name, t.nbytes * (1 + len(group.aliases)))
 
+        # a shard may be finished
+        found = resume.scan(contents.path, contents) if options.resume and "shard" in contents.header else None
+        if found and (found.files, len(found.digests)) == (len(contents.files), len(groups)):
+            for group, digest in zip(groups, found.digests, strict=True):
+                done(group, digest)
+            return len(groups)
+        writer = Writer(contents.path, options.force)
         try:
-            found = contents.scan(writer.part) if self._options.resume else None
+            found = resume.scan(writer.part, contents) if options.resume else None
             if found:
                 writer.go_on(found.entries, found.at)
-                for group, digest in zip(contents.groups, found.digests, strict=False):
+                for group, digest in zip(groups, found.digests, strict=False):
                     done(group, digest)
             else:
                 writer.start(contents.header)
-            for file in contents.files[found.files if found else 0 :]:
-                e = self._lossless.take(f"file {file.name}") or rec.attachment(file)
+                found = resume.Found()
+            for file in contents.files[found.files :]:
+                e = self._lossless.take(f"file {file.name}") or record.attachment(file)
                 writer.add(RECORD_ATTACHMENT, 0, e.head, e.units, **e.row)
                 writer.flush()
-            start, there = (len(found.digests), set(found.objects)) if found else (0, set[str]())
-            schedule = Schedule(
-                self._options.lossless, self._threads, self._jobs, quantiser, self._pool, self._lossless.take
-            )
-            with workers.named(), contextlib.closing(schedule.run(contents.groups[start:])) as results:
+            start, there = len(found.digests), set(found.objects)
+            with workers.named(), contextlib.closing(schedule.run(groups[start:])) as results:
                 for group, e in results:
                     if of := e.write(writer, there):
                         fidelity.append(of)
@@ -362,25 +319,6 @@ class Packer:
             raise OutputError("not enough memory", file=contents.path) from e
         finally:
             writer.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Contents:
-    """What one archive is to hold."""
-
-    path: str
-    header: dict[str, Any]
-    files: Sequence[Attachment]
-    groups: Sequence[ties.Group]
-
-    def scan(self, path: str) -> resume_part.Found | None:
-        """What of it `path` has already."""
-        return resume_part.scan(path, self.header, self.files, self.groups)
-
-    def complete(self) -> bool:
-        """Whether the archive is there, finished."""
-        found = self.scan(self.path) if os.path.exists(self.path) else None
-        return found is not None and (found.files, len(found.digests)) == (len(self.files), len(self.groups))
 
 
 def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]]:
@@ -395,22 +333,12 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
     return out
 
 
-def _quantised(paths: Sequence[str]) -> tuple[int, float]:
-    """Number of quantised tensors in archives, and bits of each of their weights."""
-    archives = [Archive(FileAccess(p)) for p in paths]
-    found = quantised(e for a in archives for e in a.index.entries)
-    for archive in archives:
-        archive.close()
-    return found
-
-
 @dataclass(frozen=True, slots=True)
 class ByTrellis:
     """Quantises by trellis/1, as a recipe says."""
 
     recipe: Recipe
-    done: Callable[[str], Encoded | None] = lambda _: None
-    """Gives a tensor that is encoded already at the scale of the recipe, by its name."""
+    done: Callable[[str], Encoded | None] = lambda _: None  # gives a tensor that the search has encoded, by its name
 
     @property
     def about(self) -> Mapping[str, Any]:

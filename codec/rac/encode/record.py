@@ -13,7 +13,7 @@ from rac.container import zstd
 from rac.encode import ties
 from rac.encode.code.plan import Encoder, Level, Plan, axis_of
 from rac.encode.code.table import analyse
-from rac.encode.encoded import Bytes, Encoded
+from rac.encode.encoded import Bytes, Encoded, Fidelity
 from rac.encode.sources import Attachment, SourceTensor
 from rac.errors import SourceError
 from rac.grid import Grid, boxes
@@ -26,15 +26,11 @@ class Behind:
     """What stands behind the coder in the record of a quantised tensor."""
 
     numbers: Numbers
-    digest: bytes
-    """XXH3-128 of the dense bytes that a decoder restores."""
-    source: bytes
-    """XXH3-128 of the bytes that were packed."""
+    digest: bytes  # XXH3-128 of the dense bytes that a decoder restores
+    source: bytes  # XXH3-128 of the bytes that were packed
     product: Product | None = None
-    uses: tuple[str, ...] = ()
-    """Names of the objects that the product computes with; their records come first."""
-    alignment: str = ""
-    """A note for people: decoding needs to know nothing of it."""
+    uses: tuple[str, ...] = ()  # names of the objects that the product computes with; their records come first
+    alignment: str = ""  # a note for people: decoding needs to know nothing of it
 
 
 def lossless(t: SourceTensor, level: Level) -> Encoder:
@@ -46,11 +42,9 @@ def band(t: SourceTensor, encoder: Encoder, a: int) -> list[Bytes]:
     """Units of row `a` of the grid of tiles."""
     grid = encoder.plan.grid
     r0, r1, _, _ = grid.box(a * grid.across)
-    words = encoder.words
-    words = _words(t, grid, r0, r1) if words is None else words[r0:r1]
-    return [
-        encoder.encode(words[:, (b := grid.box(i))[2] : b[3]], i) for i in range(a * grid.across, (a + 1) * grid.across)
-    ]
+    words = _words(t, grid, r0, r1) if encoder.words is None else encoder.words[r0:r1]
+    row = range(a * grid.across, (a + 1) * grid.across)
+    return [encoder.encode(words[:, c0:c1], i) for i in row for _, _, c0, c1 in [grid.box(i)]]
 
 
 def coded(words: NDArray[np.uint8], level: Level) -> tuple[Plan, list[Bytes]]:
@@ -81,15 +75,7 @@ def attachment(file: Attachment) -> Encoded:
 def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[str, Any]:
     """The head of a tensor record, but for its units."""
     t = group.tensor
-    out: dict[str, Any] = {
-        "axis": axis_of(t.shape),
-        "digest": plan.digest,
-        "dtype": t.dtype,
-        "name": t.name,
-        "shape": list(t.shape),
-        "stages": _chain(plan, behind).to_head(),
-        "tile": [plan.grid.tr, plan.grid.tc],
-    }
+    out = _head(t.name, t.dtype, t.shape, axis_of(t.shape), plan, _chain(plan, behind))
     if behind:
         out |= {"digest": behind.digest, "x-source": behind.source}
         if behind.alignment:
@@ -105,14 +91,26 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
     return out
 
 
+def _head(name: str, dtype: str, shape: tuple[int, ...], axis: int, plan: Plan, chain: Chain) -> dict[str, Any]:
+    out = {"name": name, "dtype": dtype, "shape": list(shape), "axis": axis, "digest": plan.digest}
+    return out | {"tile": [plan.grid.tr, plan.grid.tc], "stages": chain.to_head()}
+
+
 def _chain(plan: Plan, behind: Behind | None) -> Chain:
     return Chain(plan.coder, behind.numbers, behind.product) if behind else Chain(plan.coder)
 
 
-def fields(group: ties.Group, plan: Plan, units: Sequence[Bytes], behind: Behind | None = None) -> dict[str, Any]:
-    """What the index row of a tensor adds to its record."""
-    t = group.tensor
-    return _row(_chain(plan, behind), t.dtype, t.shape, plan, units) | {"aliases": group.aliases}
+def encoded(
+    group: ties.Group,
+    plan: Plan,
+    units: list[Bytes],
+    behind: Behind | None = None,
+    objects: tuple[Encoded, ...] = (),
+    fidelity: Fidelity | None = None,
+) -> Encoded:
+    """A tensor, all of whose units are there."""
+    row = _row(_chain(plan, behind), group.tensor.dtype, group.tensor.shape, plan, units)
+    return Encoded(head(group, plan, behind), units, row | {"aliases": group.aliases}, objects, fidelity)
 
 
 def _row(chain: Chain, dtype: str, shape: tuple[int, ...], plan: Plan, units: Sequence[Bytes]) -> dict[str, Any]:
@@ -120,30 +118,15 @@ def _row(chain: Chain, dtype: str, shape: tuple[int, ...], plan: Plan, units: Se
     return {"method": chain.method, "dtype": dtype, "shape": shape, "parts": of_kind}
 
 
-def object_head(name: str, plan: Plan, numbers: Numbers | None = None, digest: bytes | None = None) -> dict[str, Any]:
-    """The head of an object record, but for its units.
-
-    Args:
-        name: Name of the object; no other object of the file has it.
-        plan: How the coder stores the matrix (R, C): its F32 words, or the words of one byte of a quantised one.
-        numbers: The stage behind the coder of a quantised matrix.
-        digest: Digest of the dense F32 bytes of a quantised matrix; None: the plan's.
-    """
-    grid = plan.grid
-    return {
-        "axis": 1,
-        "digest": plan.digest if digest is None else digest,
-        "dtype": "F32",
-        "name": name,
-        "shape": [grid.rows, grid.cols],
-        "stages": Chain(plan.coder, numbers).to_head(),
-        "tile": [grid.tr, grid.tc],
-    }
-
-
-def object_fields(plan: Plan, units: Sequence[Bytes], numbers: Numbers | None = None) -> dict[str, Any]:
-    """What the index row of an object adds to its record."""
-    return _row(Chain(plan.coder, numbers), "F32", (plan.grid.rows, plan.grid.cols), plan, units)
+def encoded_object(
+    name: str, plan: Plan, units: list[Bytes], numbers: Numbers | None = None, digest: bytes | None = None
+) -> Encoded:
+    """An object (R, C) of F32; of a quantised one the numbers behind its coder, and the digest of its dense bytes."""
+    chain, shape = Chain(plan.coder, numbers), (plan.grid.rows, plan.grid.cols)
+    head = _head(name, "F32", shape, 1, plan, chain)
+    if digest is not None:
+        head["digest"] = digest
+    return Encoded(head, units, _row(chain, "F32", shape, plan, units))
 
 
 def matrix_of(t: SourceTensor, level: Level) -> tuple[Encoded, ...]:
@@ -152,9 +135,8 @@ def matrix_of(t: SourceTensor, level: Level) -> tuple[Encoded, ...]:
         return ()
     if t.matrix is None or t.matrix.shape != (t.online.size, t.online.size):
         raise SourceError(f"tensor {t.name!r} comes without the matrix of its online transform")
-    data = np.ascontiguousarray(t.matrix, "<f4").reshape(-1).view(np.uint8)
-    source = SourceTensor(t.online.object, "F32", t.matrix.shape, data)
+    matrix = np.ascontiguousarray(t.matrix, "<f4")
+    source = SourceTensor(t.online.object, "F32", matrix.shape, matrix.reshape(-1).view(np.uint8))
     encoder = lossless(source, level)
-    plan = encoder.plan
-    units = [*plan.fronts, *tiles(encoder, np.ascontiguousarray(t.matrix, "<f4").view("<u4"))]
-    return (Encoded(object_head(source.name, plan), units, object_fields(plan, units)),)
+    units = [*encoder.plan.fronts, *tiles(encoder, matrix.view("<u4"))]
+    return (encoded_object(source.name, encoder.plan, units),)

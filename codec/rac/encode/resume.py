@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rac.container import index, wire
@@ -21,62 +22,68 @@ from rac.tensor import Tensor, parts
 
 
 @dataclass(frozen=True, slots=True)
+class Contents:
+    """What one archive is to hold."""
+
+    path: str
+    header: dict[str, Any]
+    files: Sequence[Attachment]
+    groups: Sequence[ties.Group]
+
+
+@dataclass(slots=True)
 class Found:
     """The whole records at the start of a part."""
 
-    entries: list[Entry]
-    at: int
-    files: int
-    digests: list[bytes]
-    """Digests of what a decoder restores of the tensors among the entries, in order."""
-    objects: frozenset[str] = frozenset()
-    """Names of the objects among the entries; the last ones may be of a tensor that is still to come."""
+    at: int = 0
+    entries: list[Entry] = field(default_factory=list)
+    files: int = 0
+    digests: list[bytes] = field(default_factory=list)  # of what a decoder restores of the tensors
+    objects: set[str] = field(default_factory=set)  # their names; the last may be of a tensor that is still to come
 
 
-def scan(part: str, header: dict[str, Any], files: Sequence[Attachment], groups: Sequence[ties.Group]) -> Found | None:
+def scan(part: str, contents: Contents) -> Found | None:
     """Records of `part` that are whole and equal to the first of the source; None where nothing can be kept.
 
-    Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Objects follow
-    from the tensors and from what the header says of the making, or have names that follow from their content, so that
-    any whole one is kept.
+    Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Whole objects are
+    kept: they follow from the tensors and the header, or have names that follow from their content.
     """
     if not os.path.exists(part) or os.path.getsize(part) == 0:
         return None
-    entries: list[Entry] = []
-    digests: list[bytes] = []
-    done = 0
     with open(part, "rb") as f:
         try:
             forward = Forward(f, part)
         except RacError:
             return None
-        if wire.header(forward.header) != wire.header(header):
+        if wire.header(forward.header) != wire.header(contents.header):
             return None
-        at, objects, digest = forward.at, Objects(forward.limits), b""
-        try:
+        found, objects = Found(forward.at), Objects(forward.limits)
+        with contextlib.suppress(RacError):  # the rest is cut off or damaged, and will be written again
             for record in forward.records():
-                is_object = record.type == RECORD_OBJECT
-                if done < len(files):
-                    entry = _file(forward, record, files[done])
-                elif is_object:
-                    entry = _object(forward, record, objects)
-                elif len(digests) < len(groups):
-                    entry, digest = _tensor(forward, record, groups[len(digests)], objects)
+                digest = b""
+                if found.files < len(contents.files):
+                    entry = _file(forward, record, contents.files[found.files])
+                elif record.type == RECORD_OBJECT:
+                    t = objects.parse(record)
+                    fields = {"dtype": t.dtype, "shape": t.shape, "parts": _parts(forward, t)}
+                    entry = _entry(record, method=index.method_of(record), **fields)
+                    objects.keep(t, None)
+                elif len(found.digests) < len(contents.groups):
+                    entry, digest = _tensor(forward, record, contents.groups[len(found.digests)], objects)
                 else:
                     break
                 if entry is None:
                     break
                 forward.skip(record)
-                entries.append(entry)
-                at = forward.at
-                if done < len(files):
-                    done += 1
-                elif not is_object:
-                    digests.append(digest)
-        except RacError:
-            pass  # the rest is cut off or damaged, and will be written again
-    names = frozenset(e.name for e in entries if e.type == RECORD_OBJECT)
-    return Found(entries, at, done, digests, names)
+                found.entries.append(entry)
+                found.at = forward.at
+                if found.files < len(contents.files):
+                    found.files += 1
+                elif entry.type == RECORD_OBJECT:
+                    found.objects.add(entry.name)
+                else:
+                    found.digests.append(digest)
+    return found
 
 
 def provenance(part: str) -> Provenance:
@@ -90,13 +97,7 @@ def provenance(part: str) -> Provenance:
 
 def _entry(record: Record, **fields: Any) -> Entry:
     return Entry(
-        record.type,
-        record.head["name"],
-        record.at,
-        record.head_size,
-        record.payload_size,
-        record.check,
-        **fields,
+        record.type, record.head["name"], record.at, record.head_size, record.payload_size, record.check, **fields
     )
 
 
@@ -106,13 +107,6 @@ def _file(forward: Forward, record: Record, file: Attachment) -> Entry | None:
     unit = attachment_units(record, forward.limits)[0]
     data = attachment_bytes(record, forward.unit(unit, record, forward.limits.attachment, file.name))
     return _entry(record, method=record.head["stages"][0]["id"]) if data == file.read() else None
-
-
-def _object(forward: Forward, record: Record, objects: Objects) -> Entry:
-    t = objects.parse(record)
-    entry = _entry(record, method=index.method_of(record), dtype=t.dtype, shape=t.shape, parts=_parts(forward, t))
-    objects.keep(t, None)
-    return entry
 
 
 def _parts(forward: Forward, t: Tensor) -> tuple[int, ...]:
@@ -127,20 +121,12 @@ def _tensor(forward: Forward, record: Record, group: ties.Group, objects: Object
     if record.type != RECORD_TENSOR:
         return None, b""
     found = objects.parse(record)
-    same = (found.name, found.dtype, found.shape, found.aliases, found.extra, found.online) == (
-        t.name,
-        t.dtype,
-        t.shape,
-        group.aliases,
-        group.extra,
-        t.online,
-    )
-    if not same:
+    stated = (found.name, found.dtype, found.shape, found.aliases, found.extra, found.online)
+    if stated != (t.name, t.dtype, t.shape, group.aliases, group.extra, t.online):
         return None, b""
     parts = _parts(forward, found)
-    if ties.digest(t) != (found.record.head.get("x-source") if found.quantised else found.digest):
+    if ties.digest(t) != (record.head.get("x-source") if found.quantised else found.digest):
         return None, b""
-    entry = _entry(
-        record, method=index.method_of(record), dtype=found.dtype, shape=found.shape, parts=parts, aliases=found.aliases
-    )
+    method = index.method_of(record)
+    entry = _entry(record, method=method, dtype=t.dtype, shape=t.shape, parts=parts, aliases=found.aliases)
     return entry, found.digest

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
-from rac.encode import record as rec
-from rac.encode import ties
+from rac.encode import record, ties
 from rac.encode.code.plan import Encoder, Level
 from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import SourceTensor
 from rac.machine import room
 
-WINDOW = 64 << 20
-"""Dense bytes in work beyond the largest tensor."""
-Job = tuple[Callable[..., Encoded], tuple[Any, ...]]
-"""A function and its arguments, for a thread or, where they pickle, a process."""
+WINDOW = 64 << 20  # dense bytes in work beyond the largest tensor
+Job = tuple[Callable[..., Encoded], tuple[Any, ...]]  # a function and its arguments, for a thread or a process
 
 
 class Quantiser(Protocol):
@@ -40,33 +37,36 @@ class Quantiser(Protocol):
         """What encodes a tensor, or the tensor where that is done already."""
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How the tensors of an archive are encoded."""
+@dataclass(slots=True)
+class _Item:
+    """A tensor on its way."""
 
-    level: Level
-    """How tensors that stay lossless are coded."""
-    threads: Executor
-    """Codes these."""
-    jobs: int
-    quantiser: Quantiser | None = None
-    pool: Executor | None = None
-    """Quantises; None: the threads do."""
-    done: Callable[[str], Encoded | None] = lambda _: None
-    """Gives a lossless tensor that is encoded already, by its name."""
+    group: ties.Group
+    number: int
+    left: int = -1  # rows of tiles that are still to come; -1: nothing is known of it
+    encoder: Encoder = field(init=False)  # what codes a lossless tensor
+    bands: list[list[Bytes]] = field(default_factory=list)  # units in front of the tiles, then those of each row
+    objects: tuple[Encoded, ...] = ()
+    done: Encoded | None = None
 
-    def run(self, groups: Sequence[ties.Group]) -> Generator[tuple[ties.Group, Encoded]]:
-        """Each tensor in order; what is taken next is worked on first, what is not taken is cancelled."""
-        work = _Run(self, groups)
-        try:
-            yield from work.results()
-        finally:
-            for job in work.running:
-                job.cancel()
+    def begin(self, level: Level) -> int:
+        """Plan a lossless tensor, and code it too where it has one row of tiles; returns how many rows are left."""
+        self.encoder = record.lossless(self.group.tensor, level)
+        self.objects = record.matrix_of(self.group.tensor, level)
+        plan = self.encoder.plan
+        down = plan.grid.down  # 0 where there are no weights
+        left = down if down > 1 else 0
+        self.bands = [plan.fronts + (self.band(0) if down == 1 else []), *([] for _ in range(left))]
+        return left
 
-    def need(self, t: SourceTensor) -> int:
-        """Bytes of memory that a tensor takes until it is written, about."""
-        return self.quantiser.need(t) if self.quantiser and t.name in self.quantiser.names else t.nbytes
+    def band(self, row: int) -> list[Bytes]:
+        """The units of a row of tiles."""
+        return record.band(self.group.tensor, self.encoder, row)
+
+    def encoded(self) -> Encoded:
+        """The tensor, all of whose bands are there."""
+        units = [unit for band in self.bands for unit in band]
+        return record.encoded(self.group, self.encoder.plan, units, objects=self.objects)
 
 
 def whole(group: ties.Group, level: Level) -> Encoded:
@@ -78,103 +78,64 @@ def whole(group: ties.Group, level: Level) -> Encoded:
 
 
 @dataclass(slots=True)
-class _Item:
-    """A tensor on its way."""
+class Schedule:
+    """The tensors of an archive on their way from the source to the writer."""
 
-    group: ties.Group
-    number: int
-    left: int = -1
-    """Rows of tiles that are still to come; -1: nothing is known of it."""
-    encoder: Encoder | None = None
-    """What codes a lossless tensor."""
-    bands: list[list[Bytes]] = field(default_factory=list)
-    """Units in front of the tiles, then those of each row of tiles."""
-    objects: tuple[Encoded, ...] = ()
-    done: Encoded | None = None
+    level: Level  # how tensors that stay lossless are coded
+    jobs: int
+    threads: Executor
+    pool: Executor  # quantises; the threads do all else
+    quantiser: Quantiser | None
+    done: Callable[[str], Encoded | None]  # gives a lossless tensor that is encoded already, by its name
+    _waiting: deque[_Item] = field(default_factory=deque)
+    _running: dict[Future[Any], tuple[_Item, int]] = field(default_factory=dict)
+    _ready: list[tuple[int, int]] = field(default_factory=list)  # (number of the tensor, row of tiles; -1: begin it)
+    _written: int = 0
 
-    def begin(self, level: Level) -> int:
-        """Plan a lossless tensor, and code it too where it has one row of tiles, which no other thread could share.
+    def run(self, groups: Sequence[ties.Group]) -> Generator[tuple[ties.Group, Encoded]]:
+        """Each tensor in order; what is taken next is worked on first, what is not taken is cancelled."""
+        coming, held = deque(groups), 0
+        limit = max([WINDOW if self.quantiser is None else room(), *(self._need(g.tensor) for g in groups)])
+        try:
+            while coming or self._waiting:
+                while coming and (not self._waiting or held + self._need(coming[0].tensor) <= limit):
+                    held += self._need(coming[0].tensor)
+                    self._waiting.append(_Item(coming.popleft(), self._written + len(self._waiting)))
+                    heappush(self._ready, (self._waiting[-1].number, -1))
+                while self._ready and len(self._running) < 2 * self.jobs:
+                    self._submit(*heappop(self._ready))
+                first = self._waiting[0]
+                if first.left == 0:
+                    self._waiting.popleft()
+                    self._written += 1
+                    yield first.group, first.done or first.encoded()
+                    held -= self._need(first.group.tensor)
+                    continue
+                for job in wait(self._running, return_when=FIRST_COMPLETED).done:
+                    self._collect(job, *self._running.pop(job))
+        finally:
+            for job in self._running:
+                job.cancel()
 
-        Returns how many rows are left; `left` is for the thread that hands out the work to set.
-        """
-        self.encoder = rec.lossless(self.group.tensor, level)
-        self.objects = rec.matrix_of(self.group.tensor, level)
-        plan = self.encoder.plan
-        down = plan.grid.down  # 0 where there are no weights
-        left = down if down > 1 else 0
-        self.bands = [plan.fronts + (self.band(0) if down == 1 else []), *([] for _ in range(left))]
-        return left
+    def _lossy(self, t: SourceTensor) -> Quantiser | None:
+        return self.quantiser if self.quantiser and t.name in self.quantiser.names else None
 
-    def band(self, row: int) -> list[Bytes]:
-        """The units of a row of tiles."""
-        assert self.encoder is not None  # noqa: S101 - it was begun
-        return rec.band(self.group.tensor, self.encoder, row)
-
-    def encoded(self) -> Encoded:
-        """The tensor, all of whose bands are there."""
-        assert self.encoder is not None  # noqa: S101 - it was begun
-        plan, units = self.encoder.plan, [unit for band in self.bands for unit in band]
-        return Encoded(rec.head(self.group, plan), units, rec.fields(self.group, plan, units), self.objects)
-
-
-class _Run:
-    """One run of a schedule."""
-
-    def __init__(self, schedule: Schedule, groups: Sequence[ties.Group]) -> None:
-        self.running: dict[Future[Any], tuple[_Item, int]] = {}
-        self._s = schedule
-        self._coming = deque(groups)
-        self._waiting: deque[_Item] = deque()
-        self._ready: list[tuple[int, int]] = []
-        """(number of the tensor, row of tiles; -1: begin it)"""
-        self._held = self._written = 0
-        self._limit = max(
-            [WINDOW if schedule.quantiser is None else room(), *(schedule.need(g.tensor) for g in groups)]
-        )
-
-    def results(self) -> Iterator[tuple[ties.Group, Encoded]]:
-        """The tensors in order."""
-        while self._coming or self._waiting:
-            self._admit()
-            while self._ready and len(self.running) < 2 * self._s.jobs:
-                self._submit(*heappop(self._ready))
-            first = self._waiting[0]
-            if first.left == 0:
-                self._waiting.popleft()
-                self._written += 1
-                yield first.group, first.done or first.encoded()
-                self._held -= self._s.need(first.group.tensor)
-                continue
-            for job in wait(self.running, return_when=FIRST_COMPLETED).done:
-                self._collect(job, *self.running.pop(job))
-
-    def _admit(self) -> None:
-        """Take in tensors while there is room."""
-        while self._coming:
-            size = self._s.need(self._coming[0].tensor)
-            if self._waiting and self._held + size > self._limit:
-                break
-            self._waiting.append(_Item(self._coming.popleft(), self._written + len(self._waiting)))
-            heappush(self._ready, (self._waiting[-1].number, -1))
-            self._held += size
+    def _need(self, t: SourceTensor) -> int:
+        """Bytes of memory that a tensor takes until it is written, about."""
+        return quantiser.need(t) if (quantiser := self._lossy(t)) else t.nbytes
 
     def _submit(self, number: int, row: int) -> None:
-        item, s = self._waiting[number - self._written], self._s
+        item = self._waiting[number - self._written]
         if row >= 0:
-            self.running[s.threads.submit(item.band, row)] = item, row
+            self._running[self.threads.submit(item.band, row)] = item, row
             return
-        if s.quantiser and item.group.tensor.name in s.quantiser.names:
-            job = s.quantiser.job(item.group)
-            if not isinstance(job, Encoded):
-                self.running[(s.pool or s.threads).submit(job[0], *job[1])] = item, row
-                return
-            item.done = job
+        t = item.group.tensor
+        quantiser = self._lossy(t)
+        job = quantiser.job(item.group) if quantiser else self.done(t.name) or (item.begin, (self.level,))
+        if isinstance(job, Encoded):
+            item.done, item.left = job, 0
         else:
-            item.done = s.done(item.group.tensor.name)
-        if item.done:
-            item.left = 0
-        else:
-            self.running[s.threads.submit(item.begin, s.level)] = item, row
+            self._running[(self.pool if quantiser else self.threads).submit(job[0], *job[1])] = item, row
 
     def _collect(self, job: Future[Any], item: _Item, row: int) -> None:
         found = job.result()

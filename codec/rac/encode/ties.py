@@ -34,47 +34,39 @@ def digest(t: SourceTensor) -> bytes:
     return d.value()
 
 
-def _sample(t: SourceTensor) -> bytes:
-    """A few KiB of three places: most unequal tensors differ there, and need not be read whole."""
-    at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
-    return b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
-
-
 def find(tensors: Sequence[SourceTensor]) -> list[Group]:
     """Groups in the order of their first tensors. Empty tensors are on their own."""
-    owner: dict[int, int] = {}
-    tied: dict[int, bool] = {}
+    owner: dict[int, tuple[int, bool]] = {}
+    """Tensors that are stored with another, which that is, and whether they are tied to it."""
     by_tie: dict[int, int] = {}
     same: dict[tuple[str, tuple[int, ...], Online | None], list[int]] = {}
     uses: Counter[int | None] = Counter(t.tie for t in tensors if t.tie is not None)
     for i, t in enumerate(tensors):
-        if t.tie is not None and t.tie in by_tie:
-            if t.online != tensors[by_tie[t.tie]].online:
+        first = i if t.tie is None else by_tie.setdefault(t.tie, i)
+        if first != i:
+            if t.online != tensors[first].online:
                 raise SourceError(f"tensor {t.name!r} and one that is tied to it have different online transforms")
-            owner[i], tied[i] = by_tie[t.tie], True
-            continue
-        if t.tie is not None:
-            by_tie[t.tie] = i
-        if t.nbytes:
+            owner[i] = first, True
+        elif t.nbytes:
             same.setdefault((t.dtype, t.shape, t.online), []).append(i)
-    for _, members in same.items():
-        if len(members) == 1:
-            continue
+    for members in same.values():
         by_sample: dict[bytes, list[int]] = {}
-        for i in members:
-            by_sample.setdefault(_sample(tensors[i]), []).append(i)
+        for i in members if len(members) > 1 else []:
+            t = tensors[i]  # most unequal ones differ in a few KiB of three places, and need not be read whole
+            at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
+            sample = b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
+            by_sample.setdefault(sample, []).append(i)
         for close in by_sample.values():
-            first: dict[bytes, int] = {}
+            by_digest: dict[bytes, int] = {}
             for i in close if len(close) > 1 else []:
-                j = first.setdefault(digest(tensors[i]), i)
+                j = by_digest.setdefault(digest(tensors[i]), i)
                 # A duplicate that others are tied to keeps a record, or they could not be tied again.
-                if j != i and uses.get(tensors[i].tie, 0) < 2:
-                    owner[i], tied[i] = j, False
+                if j != i and uses[tensors[i].tie] < 2:
+                    owner[i] = j, False
     aliases: dict[int, list[tuple[str, bool]]] = {}
     others: dict[int, dict[str, Any]] = {}
-    for i in sorted(owner):
-        root = owner[i]
-        aliases.setdefault(root, []).append((tensors[i].name, tied[i]))
+    for i, (root, tied) in sorted(owner.items()):
+        aliases.setdefault(root, []).append((tensors[i].name, tied))
         if tensors[i].extra != tensors[root].extra:
             others.setdefault(root, {})[tensors[i].name] = tensors[i].extra or {}
     return [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from rac.decode.attachments import forward_attachment
 from rac.decode.engine import RING
 from rac.decode.stream import Found, forward_tensors
 from rac.encode import ties
+from rac.encode.options import Progress
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError
 from rac.machine import threads_of
@@ -28,8 +29,6 @@ from rac.records import Record
 from rac.registry import RECORD_OBJECT
 from rac.stages.words import from_words
 from rac.tensor import check_digest, extra_of
-
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +46,15 @@ class Verified:
 
 
 @dataclass
-class _Seen:
-    """Names to (dtype, shape, digest), and attachments to digests, of all shards."""
+class _Check:
+    """What is checked, and what was found of it in all shards so far."""
 
-    tensors: dict[str, tuple[str, tuple[int, ...], bytes]]
-    files: dict[str, bytes]
-    metadata: dict[str, str]
-    extra: dict[str, dict[str, Any]]
+    against: str | os.PathLike[str] | None
+    progress: Progress | None
+    tensors: dict[str, tuple[str, tuple[int, ...], bytes, dict[str, Any]]] = field(default_factory=dict)
+    """Names to (dtype, shape, digest, what else is stated)."""
+    files: dict[str, bytes] = field(default_factory=dict)  # attachments to digests
+    metadata: dict[str, str] = field(default_factory=dict)
     dense: int = 0
     digest: bytes = b""
     lossy: set[str] = field(default_factory=set)
@@ -62,120 +63,101 @@ class _Seen:
     source: Source | None = None
     theirs: dict[str, SourceTensor] = field(default_factory=dict)
 
+    def read(self, feed: Feed) -> None:
+        """Check one archive."""
+        with contextlib.closing(feed):
+            self._records(Forward(feed, feed.name), feed.name)
+
+    def _records(self, forward: Forward, name: str) -> None:
+        if self.against is not None and self.source is None:
+            origin = Provenance.of(forward.header, name)
+            self.source = open_source(self.against, origin.include, origin.exclude)
+            self.theirs = {t.name: t for t in self.source.tensors}
+        content: list[list[Any]] = []
+        parts: dict[str, tuple[int, ...]] = {}
+        object_parts: dict[str, tuple[int, ...]] = {}
+
+        def attachment(record: Record) -> None:
+            data, file = forward_attachment(forward, record), record.head["name"]
+            if file in self.files:
+                raise FormatError("attachment is there twice", file=name, unit=repr(file), offset=record.at)
+            self.files[file] = zstd.digest(data)
+
+        def of_object(found: Found) -> None:
+            check_digest(*found[:2])
+            object_parts[found[0].name] = found[2]
+
+        for t, words, of_kind in forward_tensors(forward, attachment, of_object=of_object, threads=threads_of(None)):
+            check_digest(t, words)
+            parts[t.name] = of_kind
+            for n in (t.name, *(a for a, _ in t.aliases)):
+                if n in self.tensors:
+                    raise FormatError("tensor is there twice", file=name, unit=repr(n), offset=t.record.at)
+                self.tensors[n] = (t.dtype, t.shape, t.digest, extra_of(t.extra, n))
+                content.append([n, t.dtype, list(t.shape), t.digest])
+                self.dense += t.nbytes
+                if t.quantised:
+                    self.lossy.add(n)
+            if t.quantised and (original := self.theirs.get(t.name)) and original.nbytes == t.nbytes:
+                a = from_words(original.read(0, original.nbytes).view(words.dtype), t.dtype).astype(np.float64)
+                b = from_words(words.reshape(-1), t.dtype).astype(np.float64)
+                self.energy += float(a @ a)
+                self.error += float((a - b) @ (a - b))
+            if self.progress:
+                self.progress(t.name, t.nbytes)
+        index, self.digest = forward.index, content_digest(content)
+        if index is None or index.digest != self.digest:
+            raise ChecksumError("the content digest of the index does not match", file=name, unit="index")
+        stated = [(e, parts) for n, e in entries_by_name(index).items() if e.name == n]
+        stated += [(e, object_parts) for e in index.entries if e.type == RECORD_OBJECT]
+        for entry, found in stated:
+            if entry.parts != found[entry.name]:
+                raise FormatError("the index states wrong parts", file=name, unit=repr(entry.name), offset=entry.at)
+        self.metadata = forward.header.get("metadata", {}) or self.metadata
+
+    def compare(self, source: Source, name: str) -> None:
+        """MismatchError unless all is equal to the source, but for what was quantised."""
+        ours, theirs = self.tensors, self.theirs
+        if missing := theirs.keys() - ours.keys():
+            raise MismatchError(f"{len(missing)} tensors are missing, one is {min(missing)!r}", file=name)
+        if more := ours.keys() - theirs.keys():
+            raise MismatchError(f"{len(more)} tensors are not in the source, one is {min(more)!r}", file=name)
+        for n, t in theirs.items():
+            dtype, shape, digest, extra = ours[n]
+            if (dtype, shape) != (t.dtype, t.shape):
+                why = f"is {dtype} {list(shape)}, the source has {t.dtype} {list(t.shape)}"
+                raise MismatchError(why, file=name, unit=repr(n))
+            if n not in self.lossy and (ties.digest(t) != digest or extra != (t.extra or {})):
+                raise MismatchError("differs from the source", file=name, unit=repr(n))
+        files = {a.name: zstd.digest(a.read()) for a in source.attachments}
+        if files != self.files:
+            other = min(k for k in files.keys() | self.files.keys() if files.get(k) != self.files.get(k))
+            raise MismatchError("attachment differs from the source", file=name, unit=repr(other))
+        if source.metadata != self.metadata:
+            raise MismatchError("metadata differs from the source", file=name, unit="metadata")
+
 
 def verify(
-    path: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None = None,
-    *,
-    progress: Progress | None = None,
+    path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
 ) -> Verified:
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
     `path` may be "-" for standard input. Tensors that the archive was told to leave out are not missed. A quantised
-    tensor must have the type and shape of the source; its error is measured.
-
-    Raises:
-        FormatError: The archive is damaged; its subclass and message say how and where.
-        MismatchError: It is whole, but not equal to the source.
+    tensor must have the type and shape of the source; its error is measured. FormatError where the archive is damaged,
+    its subclass and message say how and where, MismatchError where it is whole, but not equal to the source.
     """
-    seen = _Seen({}, {}, {}, {})
-    name = os.fspath(path)
+    seen, name = _Check(against, progress), os.fspath(path)
     if name == "-":
-        _one(StreamRing(sys.stdin.buffer, "<stdin>", RING // 2), seen, against, progress)
+        seen.read(StreamRing(sys.stdin.buffer, "<stdin>", RING // 2))
     else:
         archives = open_archives(name)
         try:
             for archive in archives:
-                whole = [(0, archive.access.size)]
-                _one(RangeRing(archive.access, whole, RING // 2), seen, against, progress)
+                seen.read(RangeRing(archive.access, [(0, archive.access.size)], RING // 2))
         finally:
             for archive in archives:
                 archive.close()
     if seen.source is not None:
-        _compare(seen, seen.source, name)
+        seen.compare(seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
     return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr)
-
-
-def _one(feed: Feed, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None) -> None:
-    try:
-        _records(Forward(feed, feed.name), feed.name, seen, against, progress)
-    finally:
-        feed.close()
-
-
-def _records(
-    forward: Forward, name: str, seen: _Seen, against: str | os.PathLike[str] | None, progress: Progress | None
-) -> None:
-    if against is not None and seen.source is None:
-        origin = Provenance.of(forward.header, name)
-        seen.source = open_source(against, origin.include, origin.exclude)
-        seen.theirs = {t.name: t for t in seen.source.tensors}
-    content: list[list[Any]] = []
-    parts: dict[str, tuple[int, ...]] = {}
-    object_parts: dict[str, tuple[int, ...]] = {}
-
-    def attachment(record: Record) -> None:
-        data = forward_attachment(forward, record)
-        if record.head["name"] in seen.files:
-            raise FormatError("attachment is there twice", file=name, unit=repr(record.head["name"]), offset=record.at)
-        seen.files[record.head["name"]] = zstd.digest(data)
-
-    def of_object(found: Found) -> None:
-        check_digest(*found[:2])
-        object_parts[found[0].name] = found[2]
-
-    for t, words, of_kind in forward_tensors(forward, attachment, of_object=of_object, threads=threads_of(None)):
-        check_digest(t, words)
-        parts[t.name] = of_kind
-        for n in (t.name, *(a for a, _ in t.aliases)):
-            if n in seen.tensors:
-                raise FormatError("tensor is there twice", file=name, unit=repr(n), offset=t.record.at)
-            seen.tensors[n] = (t.dtype, t.shape, t.digest)
-            seen.extra[n] = extra_of(t.extra, n)
-            content.append([n, t.dtype, list(t.shape), t.digest])
-            seen.dense += t.nbytes
-            if t.quantised:
-                seen.lossy.add(n)
-        if t.quantised and (original := seen.theirs.get(t.name)) and original.nbytes == t.nbytes:
-            a = from_words(original.read(0, original.nbytes).view(words.dtype), t.dtype).astype(np.float64)
-            b = from_words(words.reshape(-1), t.dtype).astype(np.float64)
-            seen.energy += float(a @ a)
-            seen.error += float((a - b) @ (a - b))
-        if progress:
-            progress(t.name, t.nbytes)
-    digest = content_digest(content)
-    index = forward.index
-    if index is None or index.digest != digest:
-        raise ChecksumError("the content digest of the index does not match", file=name, unit="index")
-    stated = [(e, parts) for n, e in entries_by_name(index).items() if e.name == n]
-    stated += [(e, object_parts) for e in index.entries if e.type == RECORD_OBJECT]
-    for entry, found in stated:
-        if entry.parts != found[entry.name]:
-            raise FormatError("the index states wrong parts", file=name, unit=repr(entry.name), offset=entry.at)
-    seen.metadata = forward.header.get("metadata", {}) or seen.metadata
-    seen.digest = digest
-
-
-def _compare(seen: _Seen, source: Source, name: str) -> None:
-    theirs = seen.theirs
-    if missing := theirs.keys() - seen.tensors.keys():
-        raise MismatchError(f"{len(missing)} tensors are missing, one is {min(missing)!r}", file=name)
-    if more := seen.tensors.keys() - theirs.keys():
-        raise MismatchError(f"{len(more)} tensors are not in the source, one is {min(more)!r}", file=name)
-    for n, t in theirs.items():
-        dtype, shape, digest = seen.tensors[n]
-        if (dtype, shape) != (t.dtype, t.shape):
-            raise MismatchError(
-                f"is {dtype} {list(shape)}, the source has {t.dtype} {list(t.shape)}", file=name, unit=repr(n)
-            )
-        if n in seen.lossy:
-            continue
-        if ties.digest(t) != digest or seen.extra[n] != (t.extra or {}):
-            raise MismatchError("differs from the source", file=name, unit=repr(n))
-    files = {a.name: zstd.digest(a.read()) for a in source.attachments}
-    if files != seen.files:
-        other = min(k for k in files.keys() | seen.files.keys() if files.get(k) != seen.files.get(k))
-        raise MismatchError("attachment differs from the source", file=name, unit=repr(other))
-    if source.metadata != seen.metadata:
-        raise MismatchError("metadata differs from the source", file=name, unit="metadata")

@@ -7,6 +7,7 @@ inside it (docs/scaling.md). What a matrix becomes does not depend on where.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,18 +22,16 @@ from rac.encode.worker_begin import begin
 from rac.errors import OutputError
 
 T = TypeVar("T")
-THREADS = 8
-"""Jobs up to which threads are as good as processes."""
-PER_WEIGHT, PER_MOMENT = 16, 25
-"""Bytes that work takes for each weight of a matrix, and for each number of the second moment of its inputs."""
+THREADS = 8  # jobs up to which threads are as good as processes
+PER_WEIGHT, PER_MOMENT = 16, 25  # bytes for each weight of a matrix, and each number of its inputs' second moment
 
 
 def start(jobs: int, processes: bool = False) -> Executor:
     """Workers: threads, or with `processes` processes that are started anew and import only what they need."""
     if not processes:
         return ThreadPoolExecutor(jobs)
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
-    return ProcessPoolExecutor(jobs, context, begin)
+    # a fork would copy locks that other threads hold
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin)
 
 
 @contextlib.contextmanager
@@ -60,23 +59,17 @@ def need(t: SourceTensor, recipe: Recipe) -> int:
 
 
 def run(pool: Executor, work: Callable[..., T], jobs: Iterable[tuple[int, Sequence[Any]]], limit: int) -> Iterator[T]:
-    """Results of work(*arguments) for each (bytes that it takes, arguments), as they come; within `limit` bytes or one.
-
-    What was not begun when the caller stops is not done.
-    """
+    """Results of work(*arguments) for each (bytes that it takes, arguments) as they come, in `limit` bytes or one."""
     running: dict[Future[T], int] = {}
     try:
         with named():
-            for size, arguments in jobs:
+            for size, arguments in itertools.chain(jobs, [(math.inf, None)]):
                 while running and sum(running.values()) + size > limit:
                     for job in wait(running, return_when=FIRST_COMPLETED).done:
                         del running[job]
                         yield job.result()
-                running[pool.submit(work, *arguments)] = size
-            while running:
-                for job in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[job]
-                    yield job.result()
+                if arguments is not None:
+                    running[pool.submit(work, *arguments)] = int(size)
     finally:
         for job in running:
             job.cancel()

@@ -1,1 +1,1 @@
-"""Matrix decompositions that alignments and splits use: triangular, principal, low-rank, Hadamard."""
+"""Matrix decompositions and numbers that are the same on every machine: triangular, Hadamard, logarithms."""

@@ -19,13 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_BASE = 512
-"""Largest order of a Paley matrix that is used: it costs so many multiplications for each element."""
-MOST_DCT = 4096
-"""Largest odd part whose DCT is: any weight may state any order, and the matrix takes memory when it runs."""
-RADIX = 64
-"""Sylvester factors are multiplied in pieces of this order: one product of matrices, not six passes over memory."""
-_MASK = (1 << 64) - 1
+MOST_BASE = 512  # largest order of a Paley matrix that is used: it costs so many multiplications for each element
+MOST_DCT = 4096  # largest odd part whose DCT is: any weight may state any order, and its matrix takes memory
+RADIX = 64  # Sylvester factors are multiplied in pieces of this order: one product, not six passes over memory
 _WILLIAMSON = ("pppmmppmpmppmpmmmpmpp", "pmpmppppmmmmpmmmmpmmp", "pmmmpppppppmpmmppmmpm", "mmpppmmppmpmpmpmmpppp")
 """Order 43: elements 1 to 21 of the first rows of A, B, C, D; element 0 is 1, element 43 - i is element i."""
 
@@ -37,8 +33,7 @@ class Order:
     size: int
     power: int
     base: int
-    kind: str
-    """How the base is made: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"."""
+    kind: str  # how the base is made: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"
 
     @property
     def hadamard(self) -> bool:
@@ -47,18 +42,13 @@ class Order:
 
     def describe(self) -> str:
         """For people."""
-        names = {
-            "paley1": f"Paley I of {self.base - 1}",
-            "paley2": f"Paley II of {self.base // 2 - 1}",
-            "williamson": "Williamson of 43",
-            "dct": "DCT-II",
-        }
+        paley = {"paley1": f"Paley I of {self.base - 1}", "paley2": f"Paley II of {self.base // 2 - 1}"}
+        names = {**paley, "williamson": "Williamson of 43", "dct": "DCT-II"}
         parts = [f"Sylvester {1 << self.power}"] if self.power or self.base == 1 else []
         parts += [f"{names[self.kind]} (order {self.base})"] if self.base > 1 else []
-        made = " x ".join(parts)
-        if self.hadamard:
-            return f"Hadamard of order {self.size}: {made}"
-        return f"order {self.size}, no Hadamard matrix known here; orthonormal instead: {made}"
+        known = f"Hadamard of order {self.size}"
+        other = f"order {self.size}, no Hadamard matrix known here; orthonormal instead"
+        return f"{known if self.hadamard else other}: {' x '.join(parts)}"
 
 
 def _prime(n: int) -> bool:
@@ -89,11 +79,7 @@ def order(m: int) -> Order:
 
 
 def signs(seed: int | None, n: int) -> NDArray[np.int8]:
-    """(n,) of 1 and -1: bit i mod 64 of output i // 64 of SplitMix64 from `seed`, 0 being 1; None: all 1.
-
-    Raises:
-        ValueError: The seed is negative or above 2**62.
-    """
+    """(n,) of 1 and -1: bit i mod 64 of output i // 64 of SplitMix64 from `seed`, 0 being 1; None: all 1."""
     if seed is None:
         return np.ones(n, np.int8)
     if not 0 <= seed <= 1 << 62:
@@ -142,36 +128,19 @@ def _base(o: Order) -> NDArray[Any]:
     return np.ones((1, 1), np.int8)
 
 
-def _sylvester(power: int) -> NDArray[np.int8]:
-    h = np.ones((1, 1), np.int8)
-    for _ in range(power):
-        h = np.kron(np.array([[1, 1], [1, -1]], np.int8), h)
-    return h
-
-
-def integers(m: int) -> NDArray[np.int8]:
-    """(m, m) of 1 and -1, the Hadamard matrix of order `m`; ValueError where there is none."""
-    o = order(m)
-    if not o.hadamard:
-        raise ValueError(o.describe())
-    return np.asarray(np.kron(_sylvester(o.power), _base(o)))
-
-
 def matrix(m: int) -> NDArray[np.float64]:
     """(m, m) the orthonormal matrix of order `m`. For tests, and where m is small: it has m * m elements."""
     o = order(m)
-    h = np.kron(_sylvester(o.power), _base(o)).astype(np.float64)
+    two = np.array([[1, 1], [1, -1]], np.int8)
+    h = functools.reduce(np.kron, [*[two] * o.power, _base(o)]).astype(np.float64)
     return np.asarray(h / math.sqrt(m if o.hadamard else 1 << o.power))
 
 
 @functools.lru_cache(64)
 def factors(m: int) -> tuple[NDArray[np.float64], ...]:
     """Orthonormal matrices whose Kronecker product is `matrix(m)`, none of them large."""
-    o, out = order(m), []
-    left = o.power
-    while left:
-        out.append(matrix(1 << min(left, RADIX.bit_length() - 1)))
-        left -= min(left, RADIX.bit_length() - 1)
+    o, step = order(m), RADIX.bit_length() - 1
+    out = [matrix(1 << min(left, step)) for left in range(o.power, 0, -step)]
     if o.base > 1 or not out:
         b = _base(o).astype(np.float64)
         out.append(b / math.sqrt(o.base) if o.hadamard else b)
@@ -187,36 +156,8 @@ def like(a: NDArray[Any], x: Any) -> Any:
         return torch.from_numpy(np.array(a)).to(x.device, x.dtype)
 
 
-def transform(x: Any, m: int, inner: int = 1, transposed: bool = False) -> Any:
-    """Multiply the last axis (..., a * m * inner) by I_a (x) H_m (x) I_inner, or by its transpose.
-
-    Args:
-        x: numpy array or torch tensor of a floating type. float16 and bfloat16 are worked on in float32.
-        m: Order of the matrix.
-        inner: Elements between two that the matrix mixes.
-        transposed: Multiply by the transpose, which is the inverse.
-
-    Returns:
-        As `x`, in shape, data type and device.
-
-    Raises:
-        ValueError: m * inner does not divide the last axis.
-    """
-    if x.shape[-1] % (m * inner):
-        raise ValueError(f"{m} x {inner} does not divide an axis of {x.shape[-1]}")
-    y = widen(x)
-    return cast(kronecker(y, [like(f, y) for f in factors(m)], inner, transposed), x.dtype)
-
-
 def kronecker(y: Any, by: Sequence[Any], inner: int, transposed: bool = False) -> Any:
-    """Multiply the last axis by I_a (x) F_1 (x) F_2 ... (x) I_inner, or by its transpose.
-
-    Args:
-        y: (..., n) float32 or float64, a numpy array or torch tensor.
-        by: Square matrices F_1, F_2, ... of the library, data type and device of `y`.
-        inner: As of `transform`.
-        transposed: As of `transform`.
-    """
+    """Multiply `y` (..., n) by I_a (x) F_1 (x) F_2 ... (x) I_inner, matrices of its library and type; or transposed."""
     shape = tuple(y.shape)
     after = inner
     for f in reversed(by):
@@ -228,9 +169,9 @@ def kronecker(y: Any, by: Sequence[Any], inner: int, transposed: bool = False) -
 
 def widen(x: Any) -> Any:
     """float32 in the place of narrower floats."""
-    if isinstance(x, np.ndarray):
-        return x if x.dtype.itemsize >= 4 else x.astype(np.float32)
-    return x if x.dtype.itemsize >= 4 else x.float()
+    if x.dtype.itemsize >= 4:
+        return x
+    return x.astype(np.float32) if isinstance(x, np.ndarray) else x.float()
 
 
 def cast(y: Any, kind: Any) -> Any:

@@ -16,27 +16,15 @@ from rac.records import Online
 
 
 class Transform:
-    """T = I_a (x) M (x) I_inner, and of hadamard/1 the signs in front of it.
-
-    Args:
-        online: What a record states.
-        width: n, of the input.
-        matrix: (size, size) M of matrix/1; None otherwise.
-
-    Raises:
-        ValueError: The sizes do not fit each other.
-    """
+    """T = I_a (x) M (x) I_inner of an input of `width`, signs in front of hadamard/1; `matrix` is the M of matrix/1."""
 
     def __init__(self, online: Online, width: int, matrix: NDArray[Any] | None = None) -> None:
         if online.inner < 1 or online.size < 1 or width % (online.size * online.inner):
             raise ValueError(f"{online.size} x {online.inner} does not divide a width of {width}")
-        if (matrix is not None) != online.by_object or (
-            matrix is not None and matrix.shape != (online.size, online.size)
-        ):
+        if (None if matrix is None else matrix.shape) != ((online.size, online.size) if online.by_object else None):
             raise ValueError(f"{online.id} of order {online.size} has no such matrix")
         self.online, self.width, self.matrix = online, width, matrix
-        self._kept: dict[Any, tuple[list[Any], Any]] = {}
-        """Factors and signs, by what they are multiplied with."""
+        self._kept: dict[Any, tuple[list[Any], Any]] = {}  # factors and signs, by what they are multiplied with
 
     def apply(self, x: Any) -> Any:
         """T x of each vector along the last axis: (..., n), data type and device kept."""
@@ -50,18 +38,17 @@ class Transform:
         """W T^-1 of a weight (..., n): what stands behind the map. LinAlgError where M has no inverse."""
         if self.matrix is None:
             return self._multiply(w, False)
-        self._fits(w)
-        wide = hadamard.widen(w)
+        wide = self._wide(w)
         inverse = hadamard.like(np.linalg.inv(self.matrix.astype(np.float64)).T, wide)
         return hadamard.cast(hadamard.kronecker(wide, [inverse], self.online.inner), w.dtype)
 
-    def _fits(self, x: Any) -> None:
+    def _wide(self, x: Any) -> Any:
         if x.shape[-1] != self.width:
             raise ValueError(f"an input of {x.shape[-1]}, the transform is one of {self.width}")
+        return hadamard.widen(x)
 
     def _multiply(self, x: Any, transposed: bool) -> Any:
-        self._fits(x)
-        y = hadamard.widen(x)
+        y = self._wide(x)
         by, signs = self._of(y)
         if signs is not None and not transposed:
             y = y * signs
@@ -79,9 +66,8 @@ class Transform:
 
     def describe(self) -> str:
         """For people."""
-        return describe(self.online, self.width) + (
-            "" if self.online.seed is None else f", signs of seed {self.online.seed}"
-        )
+        signs = "" if self.online.seed is None else f", signs of seed {self.online.seed}"
+        return describe(self.online, self.width) + signs
 
 
 def describe(online: Online, width: int) -> str:
@@ -93,14 +79,13 @@ def describe(online: Online, width: int) -> str:
     return hadamard.order(online.size).describe() + where
 
 
-class Before:
+class _Before:
     """A forward pre-hook of a linear layer of torch: T x in the place of x."""
 
     def __init__(self, transform: Transform) -> None:
         self.transform = transform
 
     def __call__(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As torch calls it."""
         if args:
             return (self.transform.apply(args[0]), *args[1:]), kwargs
         return args, kwargs | {"input": self.transform.apply(kwargs["input"])}
@@ -108,18 +93,18 @@ class Before:
 
 def hook(layer: Any, transform: Transform) -> None:
     """Let a layer of torch apply a map to its input; its weight is left alone."""
-    layer.register_forward_pre_hook(Before(transform), with_kwargs=True)
+    layer.register_forward_pre_hook(_Before(transform), with_kwargs=True)
 
 
 def hooked(layer: Any) -> Transform | None:
     """The map that `hook` gave a layer."""
-    found = [h.transform for h in layer._forward_pre_hooks.values() if isinstance(h, Before)]
+    found = [h.transform for h in layer._forward_pre_hooks.values() if isinstance(h, _Before)]
     return found[0] if found else None
 
 
 def unhook(layer: Any) -> None:
     """Take it away."""
     for key, held in list(layer._forward_pre_hooks.items()):
-        if isinstance(held, Before):
+        if isinstance(held, _Before):
             del layer._forward_pre_hooks[key]
             layer._forward_pre_hooks_with_kwargs.pop(key, None)

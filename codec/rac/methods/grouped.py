@@ -177,7 +177,7 @@ def encode(group: ties.Group, g: Grouped, coder: Level, entropy: bool) -> Encode
     )
     units: list[Bytes] = [*plan.fronts, unit, *tiles]
     objects = rec.matrix_of(t, LEVELS["default"])
-    return Encoded(rec.head(group, plan, behind), units, rec.fields(group, plan, units, behind), objects, fidelity)
+    return rec.encoded(group, plan, units, behind, objects, fidelity)
 
 
 def coded(g: Grouped, coder: Level, entropy: bool) -> tuple[Plan, list[Bytes]]:

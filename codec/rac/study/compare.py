@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.calibrate.evaluate import Measure, decibels, translated
-from rac.calibrate.layers import Note
+from rac.calibrate.text import Note
 from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile
 from rac.decode.unpack import quantised

@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from rac.calibrate import chain as calibration_blocks
-from rac.calibrate import layers as calibrate_module
 from rac.calibrate import moments as calibration_moments
 from rac.calibrate import passes as calibration_stream
 from rac.calibrate import text as calibration_text
@@ -194,9 +193,9 @@ def test_second_moment_and_sensitivity_are_what_they_say(saved):
     inputs, gradients = [], []
     layer = model.model.layers[1].mlp.down_proj
     layer.register_forward_hook(lambda m, a, out: (inputs.append(a[0]), out.register_hook(gradients.append))[0])
-    backward(model, 3)
+    backward(model, 0)
     x, g = torch.cat(inputs).reshape(320, -1).detach(), torch.cat(gradients).reshape(320, -1)
-    found = run(folder, seed=3)[0]["model.layers.1.mlp.down_proj.weight"]
+    found = run(folder)[0]["model.layers.1.mlp.down_proj.weight"]
     weight = g.norm(dim=1, keepdim=True)
     second = (x * weight / weight.mean()).T @ x / 320
     np.testing.assert_allclose(found.second, second.numpy(), rtol=1e-3, atol=1e-3 * float(second.max()))
@@ -321,7 +320,7 @@ def test_second_call_reads_the_cache(saved, tmp_path, monkeypatch):
     equal(first, second, 0)
     assert not said and not list((tmp_path / "cache" / first.digest).glob("hidden-*"))
     with pytest.raises(TypeError):
-        run(folder, cache=tmp_path / "cache", seed=1)
+        run(folder, cache=tmp_path / "cache", tokens=300)
 
 
 def test_temporary_folder_goes_with_the_result(saved, tmp_path, monkeypatch):
@@ -410,14 +409,14 @@ def test_killed_goes_on(saved, tmp_path, when):
 def test_two_processes_with_one_cache(saved, tmp_path, monkeypatch):
     folder, cache = saved(llama), tmp_path / "cache"
     held, free = threading.Event(), threading.Event()
-    find = calibrate_module._find
+    find = calibration_stream.find
 
     def slow(*args):
         held.set()
         assert free.wait(60)
         find(*args)
 
-    monkeypatch.setattr(calibrate_module, "_find", slow)
+    monkeypatch.setattr(calibration_stream, "find", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, folder, cache=cache)
         assert held.wait(60)

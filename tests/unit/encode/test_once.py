@@ -11,13 +11,13 @@ import pytest
 
 from rac.calibrate.layers import Layer
 from rac.encode import ties
+from rac.encode.align.choose import choose
 from rac.encode.align.recipe import calibrated
 from rac.encode.encoded import SPOOL, Encoded, Kept, decoded
 from rac.encode.options import Budget, Hooks, Lossy, PackOptions
 from rac.encode.pack import ByTrellis, Packer, pack_source
 from rac.encode.quantise.tensor import encode_with_words
 from rac.encode.sources import Extent, from_arrays, open_source
-from rac.encode.split import objects as split
 from rac.errors import OutputError
 
 st = pytest.importorskip("safetensors.numpy")
@@ -126,7 +126,7 @@ def test_decoded(rank, align):
     w = np.random.default_rng(0).standard_normal((160, 128)).astype(np.float32)
     x = np.random.default_rng(1).standard_normal((400, 128)).astype(np.float32)
     groups = ties.find(from_arrays({"w": w}).tensors)
-    recipe = split.choose(calibrated(groups, {"w": Layer(x.T @ x / 400, None)}, (), "fast"), groups, rank, align, 3.0)
+    recipe = choose(calibrated(groups, {"w": Layer(x.T @ x / 400, None)}, (), "fast"), groups, rank, align, 3.0)
     encoded, words = encode_with_words(groups[0], recipe)
     assert encoded.head.get("uses", []) == {0: [], 4: ["w.A", "w.B"]}[rank] if align == "auto" else ["w.U"]
     assert decoded(encoded).tobytes() == words.tobytes()

@@ -13,26 +13,27 @@ import pytest
 
 import rac
 from rac import cli
+from rac.align import pca
 from rac.calibrate.layers import Layer, Layers
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
 from rac.decode.unpack import quantised
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
+from rac.encode.align.choose import choose, choose_rank
 from rac.encode.allocate import budget
 from rac.encode.options import Budget, Calibration, Lossy
 from rac.encode.pack import pack_source
 from rac.encode.quantise import trellis as lossy
 from rac.encode.quantise.tensor import code, encode, encode_with_words
 from rac.encode.sources import from_arrays
-from rac.encode.split import objects as split
 from rac.errors import BudgetError
-from rac.linalg.pca import pca
 from rac.native import trellis as native
 from rac.records import Limits
 from rac.registry import RECORD_OBJECT
 from rac.split import low_rank
 from rac.stages.table import is_quantised
+from solve import solve
 
 
 def moment(n, seed):
@@ -119,8 +120,8 @@ def test_scalar_stands_a_quarter_bit_from_the_bound():
     distance = {}
     for states, scale in ((1, -1.0), (8, -2.0)):
         for passes in (1, 2):
-            q = lossy.quantise(w, "F32", scale, flat, split.lane_of(w.shape), states, passes)
-            bits = 8 * sum(map(len, split.coded(q)[1])) / w.size
+            q = lossy.quantise(w, "F32", scale, flat, lossy.Effort(states, passes))
+            bits = 8 * sum(map(len, q.coded()[1])) / w.size
             assert 2.8 < bits < 3.2
             distance[states] = bits + 0.5 * math.log2(float(((q.dense.view(np.float32) - w) ** 2).mean()))
     assert 0.25 < distance[1] < 0.30
@@ -131,10 +132,10 @@ def test_scalar_outliers_and_low_rates():
     w = normal(4, 128, 96)
     w[5, 7], w[100, 20] = 3000.0, -70000.0
     flat = lossy.Scales(np.zeros(128, np.int8), np.zeros(96, np.int8))
-    dense = lossy.quantise(w, "F32", -1.0, flat, 128, 1, 1).dense.view(np.float32)
+    dense = lossy.quantise(w, "F32", -1.0, flat, lossy.Effort(1)).dense.view(np.float32)
     assert (dense[5, 7], dense[100, 20]) == (3000.0, -70000.0)
     assert np.abs(dense - w).max() < 1
-    low = lossy.quantise(normal(5, 128, 96), "F32", 1.0, flat, 128, 1, 1)
+    low = lossy.quantise(normal(5, 128, 96), "F32", 1.0, flat, lossy.Effort(1))
     assert ((low.dense.view(np.float32) - normal(5, 128, 96)) ** 2).mean() < 1
 
 
@@ -144,7 +145,7 @@ def test_scalar_outliers_and_low_rates():
 def one(w, s, rate, rank=0, align="triangular"):
     """(bytes, output error) of a matrix at the scale of `rate`."""
     groups = ties.find(from_arrays({"w": w}).tensors)
-    recipe = split.choose(rcp.calibrated(groups, {"w": Layer(s, None)}, (), "fast"), groups, rank, align, rate)
+    recipe = choose(rcp.calibrated(groups, {"w": Layer(s, None)}, (), "fast"), groups, rank, align, rate)
     recipe = replace(recipe, scale=1.03 - rate)
     encoded, words = encode_with_words(groups[0], recipe)
     return budget.size_of(encoded, recipe), cost(words.view(np.float32).astype(np.float64) - w, s)
@@ -166,8 +167,8 @@ def test_rank_pays_where_there_is_a_strong_part():
     for m, expected in ((w, {0}), (strong, {4})):
         groups = ties.find(from_arrays({"w": m}).tensors)
         recipe = rcp.calibrated(groups, {"w": Layer(s, None)}, (), "fast")
-        assert split.choose_rank(m, recipe.aligned["w"], 3.0) in expected
-        assert {split.choose(recipe, groups, None, "auto", 3.0).aligned["w"].rank} == expected
+        assert choose_rank(m, recipe.aligned["w"], 3.0) in expected
+        assert {choose(recipe, groups, None, "auto", 3.0).aligned["w"].rank} == expected
         sizes = {rank: one(m, s, 3, rank)[0] for rank in (0, 2, 4, 8)}
         assert min(sizes, key=lambda r: sizes[r]) in expected
 
@@ -181,7 +182,7 @@ def test_pca_pays_only_where_many_rows_share_a_basis():
     for w, expected in ((tall, "pca"), (tall[: 15 * n], "triangular"), (normal(3, 3000, n), "triangular")):
         groups = ties.find(from_arrays({"w": w}).tensors)
         recipe = rcp.calibrated(groups, {"w": Layer(s, None)}, (), "fast")
-        assert split.choose(recipe, groups, None, "auto", 2.0).aligned["w"].alignment == expected
+        assert choose(recipe, groups, None, "auto", 2.0).aligned["w"].alignment == expected
     (turned, error), (plain, expected) = one(tall, s, 2.0, 0, "pca"), one(tall, s, 2.0)
     assert turned < 0.7 * plain and error == pytest.approx(expected, rel=0.1)
 
@@ -216,7 +217,7 @@ WAYS = {"rank": (3, "triangular"), "pca": (0, "pca"), "identity": (0, "identity"
 def recipe_of(way, scale=-2.0):
     source, layers = model()
     groups = ties.find(source.tensors)
-    recipe = split.choose(rcp.calibrated(groups, layers, (), "fast"), groups, *WAYS[way], 3.0)
+    recipe = choose(rcp.calibrated(groups, layers, (), "fast"), groups, *WAYS[way], 3.0)
     return source, groups, replace(recipe, scale=scale)
 
 
@@ -307,7 +308,7 @@ def test_shards(made, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_bits_are_met_with_objects(tmp_path, way):
     source, groups, recipe = recipe_of(way)
-    recipe = budget.solve(groups, recipe, Budget(bits=4.5), 2)
+    recipe = solve(groups, recipe, Budget(bits=4.5), 2)
     done = pack_source(source, tmp_path / "m.rac", recipe=recipe)
     assert 4.5 * 0.995 <= done.quantised_bits <= 4.5
 
@@ -352,7 +353,7 @@ def test_what_is_refused(monkeypatch):
     about = Lossy(Budget(bits=3), Calibration(("text",)), rank=0, align="pca").about
     assert about == {"align": "pca", "rank": 0, "goal": {"bits": "3"}}
     assert Lossy(Budget(bits=3)).about.keys() == {"goal"}
-    monkeypatch.setattr(split, "Limits", lambda: Limits(objects=1000))
+    monkeypatch.setattr("rac.encode.align.choose.Limits", lambda: Limits(objects=1000))
     with pytest.raises(BudgetError, match="readers"):
         recipe_of("pca")
     recipe_of("identity")

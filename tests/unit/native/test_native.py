@@ -18,7 +18,7 @@ from rac.encode.code import classes as cl
 from rac.encode.code.lanes import gather
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
-from rac.entropy import interleave
+from rac.entropy import ans
 from rac.entropy.ans import Models
 from rac.grid import up16
 from rac.native import library, prototypes
@@ -169,8 +169,8 @@ def test_encode_lanes_is_constriction(lanes, sizes):
             )
         )
     assert counts.tolist() == [len(s) for s in streams]
-    assert words.tolist() == interleave.merge(streams, freq, segments).tolist()
-    assert [s.tolist() for s in interleave.split(words, counts, freq, segments)] == [s.tolist() for s in streams]
+    assert words.tolist() == ans.merge(streams, freq, segments).tolist()
+    assert [s.tolist() for s in ans.split(words, counts, freq, segments)] == [s.tolist() for s in streams]
     luts = native.lookup(freq, np.arange(200, dtype=np.uint8))
     assert (native.ans_decode(luts, words.copy(), counts, segments, len(symbols)) == symbols).all()
 

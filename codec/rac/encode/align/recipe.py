@@ -29,92 +29,85 @@ if TYPE_CHECKING:
 
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
-EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")
-"""Kept lossless unless the user says otherwise."""
-FINER = 1.0
-"""Bits that quantised embeddings get beyond the rest: they are read as they are, and tied ones make the logits too."""
+EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")  # lossless unless asked otherwise
+FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 SMALLEST = 1 << 14
-DAMP = 0.03
-"""Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
-FAR = 16
-"""Medians beyond which a weight counts no more in the energies."""
-LEAST_ENERGY = 0.05
-"""Share of the deviation of a matrix that every column and row is taken to have."""
-LEAST = 1e-4
-"""Share of the mean sensitivity that every output is taken to have."""
-TRUST = 0.8
-"""Exponent of the sensitivities of a tensor's outputs, about their geometric mean: on another text they are others."""
-STRENGTH, SPREAD = 0.5, 1.5
-"""How far bits follow the sensitivity of a tensor, and by how many bits at most (docs/lossy.md)."""
+DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
+FAR = 16  # medians beyond which a weight counts no more in the energies
+LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
+LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
+SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How far a recipe follows what a text has shown (docs/lossy.md)."""
+
+    damp: float = DAMP
+    strength: float = 0.5  # how far bits follow the sensitivity of a tensor
+    trust: float = 0.8  # exponent of sensitivities of outputs, about their mean: on another text they are others
 
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
     """What the alignment found for one matrix: everything about its quantisation but the common scale."""
 
-    base: float
-    """log2 of the unit at common scale 0."""
+    base: float  # log2 of the unit at common scale 0
     scales: lossy.Scales
-    layer: Layer | None = None
-    """What calibration found of the inputs; None: not known, and no errors are fed back."""
+    layer: Layer | None = None  # what calibration found of the inputs; None: not known, and no errors are fed back
     damp: float = DAMP
-    alignment: str = "triangular"
-    """Alignment of a tensor that has a layer: "triangular", "pca", or "identity", where all columns count alike."""
-    rank: int = 0
-    """Rank of the low-rank part beside the trellis; 0: there is none."""
-    basis: Basis | None = None
-    """The basis that "pca" turns the columns into; None with any other alignment."""
+    alignment: str = "triangular"  # of a tensor with a layer; "pca", or "identity", where all columns count alike
+    rank: int = 0  # rank of the low-rank part beside the trellis; 0: there is none
+    basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
 
     @property
     def name(self) -> str:
         """Name of the alignment that is used: "identity" where the inputs are not known."""
         return self.alignment if self.layer else "identity"
 
-    def recursion(self) -> Triangular | None:
-        """The recursion of the columns, of all rows as one."""
-        if self.layer is None or self.layer.transposed or self.alignment != "triangular":
-            return None
+    def second(self) -> NDArray[np.float64]:
+        """(n, n) second moment of the inputs, which are known."""
+        assert self.layer is not None  # noqa: S101
+        return damped(self.layer.second, self.damp)
+
+    def triangular(self) -> Triangular:
+        """The recursion of the columns, whose inputs are known; of each expert's rows where there are experts."""
+        assert self.layer is not None  # noqa: S101
+        if self.layer.experts:
+            return blocks([one.second for one in self.layer.experts], self.damp)
         return triangular(self.layer.second, self.damp)
 
     def columns(self) -> Triangular | None:
-        """The recursion of the columns, of each expert's rows where there are experts."""
-        r = self.recursion()
-        return r if r is None or not self.layer or not self.layer.experts else _of_experts(self.layer, self.damp)
+        """That recursion where errors of columns are fed back; None elsewhere."""
+        fed = self.layer and not self.layer.transposed and self.alignment == "triangular"
+        return self.triangular() if fed else None
 
-    def below(self) -> NDArray[np.float32] | None:
-        """(R, R) weights of the errors of rows in the targets of later rows, or (E, in, in) of each expert's."""
-        return None if self.layer is None or not self.layer.transposed else _inputs_are_rows(self.layer, self.damp).feed
-
-
-def _of_experts(layer: Layer, damp: float) -> Triangular:
-    """The recursions of the experts of a weight (experts, out, in)."""
-    return blocks([one.second for one in layer.experts], damp)
-
-
-def _inputs_are_rows(layer: Layer, damp: float) -> Rows:
-    """The recursion of the rows of a weight that is stored (in, out), or (experts, in, out)."""
-    if not layer.experts:
-        return rows(damped(layer.second, damp), 1e-6)
-    each = [rows(damped(one.second, damp), 1e-6) for one in layer.experts]
-    return Rows(np.concatenate([one.weight for one in each]), np.stack([one.feed for one in each]))
+    def rows(self) -> Rows | None:
+        """The recursion of the rows of a weight that is stored (in, out), or (experts, in, out); None of any other."""
+        if self.layer is None or not self.layer.transposed:
+            return None
+        each = [rows(damped(one.second, self.damp), 1e-6) for one in self.layer.experts or (self.layer,)]
+        if not self.layer.experts:
+            return each[0]
+        return Rows(np.concatenate([one.weight for one in each]), np.stack([one.feed for one in each]))
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How the tensors of a model are quantised."""
 
-    aligned: Mapping[str, Aligned]
-    """By name; tensors that are not in it stay lossless."""
+    aligned: Mapping[str, Aligned]  # by name; tensors that are not in it stay lossless
     states: int
     passes: int
-    scale: float = 0.0
-    """log2 of the common factor of all units."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """What the file's provenance says of the recipe."""
-    coder: Level = CODER
-    """How the integers are coded."""
-    unreached: tuple[str, ...] = ()
-    """Tensors that the calibration did not reach: they are quantised from the weights alone."""
+    scale: float = 0.0  # log2 of the common factor of all units
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the file's provenance says of the recipe
+    coder: Level = CODER  # how the integers are coded
+    unreached: tuple[str, ...] = ()  # tensors that the calibration did not reach, quantised from the weights alone
+
+    @property
+    def effort(self) -> lossy.Effort:
+        """How hard each matrix is searched."""
+        return lossy.Effort(self.states, self.passes, self.coder)
 
 
 def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
@@ -141,18 +134,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False) -> Recipe:
     """A recipe from the weights alone: units by the energies of columns and rows."""
     wanted = [g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)]
-    found = {t.name: _even(t, matrix_of(t)) for t in wanted}
-    states, passes = EFFORTS[effort]
-    about = {"calibrate": "none", "effort": effort}
-    return Recipe({name: a for name, a in found.items() if a}, states, passes, about=about)
+    found = {t.name: a for t in wanted if (a := _even(t, matrix_of(t)))}
+    return Recipe(found, *EFFORTS[effort], about={"calibrate": "none", "effort": effort})
 
 
 def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
-    """Units by the energies of columns and rows; None where all is zeros.
-
-    Training makes columns small whose inputs are large: units that follow the deviation of the column come nearer to
-    equal errors of the output than equal units do. Of rows the same is half true (exponents 1 and 1/2: docs/lossy.md).
-    """
+    """Units by the energies of columns and rows (exponents 1 and 1/2: docs/lossy.md); None where all is zeros."""
     square = np.abs(w)
     if most := FAR * float(np.median(square)):  # single weights far out are no energy of their column
         np.minimum(square, most, out=square)
@@ -162,7 +149,7 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
         return None
     by_col = np.maximum(np.sqrt(square.mean(0, dtype=np.float64)), LEAST_ENERGY * rms)
     by_row = np.sqrt(np.maximum(np.sqrt(square.mean(1, dtype=np.float64)), LEAST_ENERGY * rms))
-    scales = lossy.Scales(_exponents(1 / by_row), _exponents(1 / by_col))
+    scales = lossy.Scales(exponents(1 / by_row), exponents(1 / by_col))
     square /= np.square(trellis.power(scales.rows))[:, None]
     square /= np.square(trellis.power(scales.cols))
     finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
@@ -174,10 +161,8 @@ def calibrated(
     layers: Mapping[str, Layer],
     keep: Sequence[str],
     effort: str,
-    damp: float = DAMP,
-    strength: float = STRENGTH,
     embeddings: bool = False,
-    trust: float = TRUST,
+    sample: Sample = Sample(),
 ) -> Recipe:
     """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
     found: dict[str, Aligned] = {}
@@ -188,57 +173,55 @@ def calibrated(
         if even is None:
             continue
         found[t.name] = even
-        if layer is None or not _fits(layer, w):
+        if layer is None:
+            continue
+        inputs, outputs = w.shape[:: 1 if layer.transposed else -1]
+        inputs //= max(1, len(layer.experts)) if layer.transposed else 1
+        known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
+        if len(layer.second) != inputs or not known:  # a layer of another matrix
             continue
         if not layer.finite:
             raise SourceError(
                 f"the inputs or gradients of {t.name!r} hold NaN or infinity; keep it lossless with --keep {t.name!r}"
             )
-        by_row, by_col = _weights(layer, w.shape, damp, trust)
-        scales = lossy.Scales(_exponents(by_row), _exponents(by_col))
+        a = replace(even, layer=layer, damp=sample.damp)
+        by_row, by_col = _weights(a, layer, w.shape, sample.trust)
+        scales = lossy.Scales(exponents(by_row), exponents(by_col))
         scaled = w.astype(np.float64) / trellis.power(scales.rows)[:, None] / trellis.power(scales.cols)
         deviation = exact.middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30)))
         # bits, up to a constant, where all count in full
         needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), w.size
-        found[t.name] = Aligned(deviation, scales, layer, damp)
+        found[t.name] = replace(a, base=deviation, scales=scales)
     total = max(1, sum(n for _, n in needs.values()))
     mean = sum(need * n for need, n in needs.values()) / total
     for name, (need, _) in needs.items():
-        more = min(SPREAD, max(-SPREAD, strength * (need - mean)))
+        more = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
         found[name] = replace(found[name], base=found[name].base - more)
-    states, passes = EFFORTS[effort]
     unreached = tuple(name for name in found if name not in needs and not _matches(name, EMBEDDINGS))
-    return Recipe(found, states, passes, about={"calibrate": "text", "effort": effort}, unreached=unreached)
-
-
-def _fits(layer: Layer, w: NDArray[np.float32]) -> bool:
-    """Whether a layer is one of the matrix."""
-    inputs, outputs = w.shape if layer.transposed else w.shape[::-1]
-    if layer.transposed:
-        inputs //= max(1, len(layer.experts))
-    known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
-    return len(layer.second) == inputs and known
+    about = {"calibrate": "text", "effort": effort}
+    return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached)
 
 
 def _weights(
-    layer: Layer, shape: tuple[int, int], damp: float, trust: float
+    a: Aligned, layer: Layer, shape: tuple[int, int], trust: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(R,) and (C,): the product of an element's two is the square root of what a unit error there costs, about."""
+    each, below = layer.experts or (layer,), a.rows()
+    n = shape[below is not None] // (1 if below else len(each))
+    outputs = [_trusted(one.sensitivity, n, trust) for one in each]
+    if below is not None:  # what an output counts for is the same of all experts, but for a factor
+        factor, shared = _common(np.stack(outputs)) if layer.experts else (np.ones(1), outputs[0])
+        return below.weight * np.repeat(factor, shape[0] // len(each)), shared
     if not layer.experts:
-        inputs = _inputs_are_rows(layer, damp).weight if layer.transposed else triangular(layer.second, damp).by_column
-        outputs = _trusted(layer.sensitivity, shape[layer.transposed], trust)
-        return (inputs, outputs) if layer.transposed else (outputs, inputs)
-    n = len(layer.experts)
-    if layer.transposed:  # what an output counts for is the same of all experts, but for a factor
-        each = np.stack([_trusted(one.sensitivity, shape[1], trust) for one in layer.experts])
-        factor = exact.exp2(exact.log2(each).mean(1))
-        shared = np.sqrt(np.square(each / factor[:, None]).mean(0))
-        return _inputs_are_rows(layer, damp).weight * np.repeat(factor, shape[0] // n), shared
-    own = _of_experts(layer, damp).by_column
-    factor = exact.exp2(exact.log2(own).mean(1))
-    shared = np.sqrt(np.square(own / factor[:, None]).mean(0))
-    every = [_trusted(one.sensitivity, shape[0] // n, trust) * f for one, f in zip(layer.experts, factor, strict=True)]
-    return np.concatenate(every), shared
+        return outputs[0], a.triangular().by_column
+    factor, shared = _common(a.triangular().by_column)
+    return np.concatenate([one * f for one, f in zip(outputs, factor, strict=True)]), shared
+
+
+def _common(each: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A factor (E,) of each row of weights (E, n), and the weights (n,) that all rows then have, about."""
+    factor = exact.exp2(exact.log2(each).mean(1))
+    return factor, np.sqrt(np.square(each / factor[:, None]).mean(0))
 
 
 def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float) -> NDArray[np.float64]:
@@ -250,8 +233,7 @@ def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float) -> N
     return exact.exp2(middle + trust * (exact.log2(out) - middle))
 
 
-def _exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:
+def exponents(weight: NDArray[np.float64]) -> NDArray[np.int8]:
     """Quarter octaves of steps inverse to the weights."""
-    return np.clip(-exact.quarters(weight / exact.exp2(exact.middle(weight))), -trellis.MOST, trellis.MOST).astype(
-        np.int8
-    )
+    quarters = -exact.quarters(weight / exact.exp2(exact.middle(weight)))
+    return np.clip(quarters, -trellis.MOST, trellis.MOST).astype(np.int8)

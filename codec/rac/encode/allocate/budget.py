@@ -7,27 +7,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rac.calibrate.layers import Note, calibrate, joined
+from rac.calibrate.evaluate import Divergence
+from rac.calibrate.layers import calibrate, joined
+from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
+from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, calibrated, data_free
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import DECIBELS, Budget, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words
-from rac.encode.split import objects as split
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
 from rac.stages.words import from_words
 
 T = TypeVar("T")
 TOLERANCE = 0.005
-CLOSE = 0.1
-"""Decibels that a file may have beyond the --snr that was asked for."""
+CLOSE = 0.1  # decibels that a file may have beyond the --snr that was asked for
 
 
 def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: Note = silent) -> Recipe:
@@ -41,7 +39,7 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: No
     layers = found[0] if len(found) == 1 else joined(found)
     recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
-    recipe = split.choose(recipe, groups, rank, request.align, request.budget.expected)
+    recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     used = [
         {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
         for text, one in zip(texts, found, strict=True)
@@ -59,37 +57,10 @@ def read_text(path: str) -> str:
 
 
 def size_of(e: Encoded, recipe: Recipe) -> int:
-    """Bytes of the record of a quantised tensor and of the objects that it is decoded with.
-
-    An object that tensors share counts with the first of them, though it is in each of several shards.
-    """
+    """Bytes of a quantised tensor and its objects; an object that tensors share counts with the first of them."""
     basis = recipe.aligned[e.name].basis
     own = e.head.get("uses", ()) if basis is None or basis.first == e.name else ()
     return e.size + sum(o.size for o in e.objects if o.name in own)
-
-
-class Judge(Protocol):
-    """The model, whose weights can be replaced and whose predictions are compared with those of the original."""
-
-    def put(self, names: Sequence[str], w: NDArray[np.float32]) -> None:
-        """Replace the weights of a tensor, which has these names."""
-
-    def kl(self) -> float:
-        """Nats per token."""
-
-
-def _unknown() -> Any:
-    raise ValueError("this budget needs to know the whole file or the model")
-
-
-def solve(
-    groups: Sequence[ties.Group], recipe: Recipe, budget: Budget, jobs: int = 1, pool: Executor | None = None
-) -> Recipe:
-    """`Search.meet` by so many threads, or by a pool."""
-    if pool is not None:
-        return Search(groups, recipe, pool).meet(budget)
-    with workers.start(jobs) as threads:
-        return Search(groups, recipe, threads).meet(budget)
 
 
 @dataclass(slots=True)
@@ -98,32 +69,33 @@ class Search:
 
     groups: Sequence[ties.Group]
     recipe: Recipe
-    pool: Executor
-    """Does the work."""
+    pool: Executor  # does the work
     note: Note = silent
-    kept: Kept | None = None
-    """Gets what the quantised tensors are at the scale that was tried last; None: that is not wanted."""
+    kept: Kept | None = None  # gets the quantised tensors of the last try; None: they are not wanted
     tried: int = 0
 
-    def meet(self, budget: Budget, rest: Callable[[], int] = _unknown, judge: Callable[[], Judge] = _unknown) -> Recipe:
-        """The recipe with the scale that meets a budget: real bytes from below, to half a percent.
-
-        Args:
-            budget: The budget.
-            rest: Gives the bytes of all that is not quantised, for a budget of the whole file.
-            judge: Gives what measures the model, for a divergence.
-
-        Raises:
-            BudgetError: No scale meets it.
-        """
+    def meet(
+        self, budget: Budget, rest: Callable[[], int] = int, judge: Callable[[], Divergence] | None = None
+    ) -> Recipe:
+        """The recipe at the scale that meets a budget, real bytes from below, to half a percent; or BudgetError."""
         if not self._mine:
             raise BudgetError("no tensor is large enough to be quantised, or --keep keeps them all")
         if budget.snr is not None:
             scale = self._snr(budget.snr)
         elif budget.kl is not None:
+            assert judge is not None  # noqa: S101
             scale = self._kl(budget.kl, judge())
         else:
-            scale = self._bits(self._rate(budget, rest()) if budget.bits is None else budget.bits)
+            bits = budget.bits
+            if bits is None:  # what a budget of the whole file leaves
+                everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
+                size = budget.size if budget.size is not None else int((budget.file_bits or 0) * everything / 8)
+                bits = 8 * (size - (other := rest())) / self._weights
+                if bits <= 0:
+                    raise BudgetError(
+                        f"what stays lossless takes {other} bytes, more than the {size} of the whole file"
+                    )
+            scale = self._bits(bits)
         return replace(self.recipe, scale=scale)
 
     @property
@@ -136,36 +108,23 @@ class Search:
         """Number of their elements."""
         return sum(math.prod(g.tensor.shape) for g in self._mine)
 
-    def _rate(self, budget: Budget, rest: int) -> float:
-        """Bits per quantised weight that a budget of the whole file leaves."""
-        everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
-        size = budget.size if budget.size is not None else int((budget.file_bits or 0) * everything / 8)
-        bits = 8 * (size - rest) / self._weights
-        if bits <= 0:
-            raise BudgetError(f"what stays lossless takes {rest} bytes, more than the {size} of the whole file")
-        return bits
-
     def _bits(self, bits: float) -> float:
         def rate(scale: float) -> float:
             found = self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits")
             return 8 * sum(size_of(self._keep(e), self.recipe) for e in found) / self._weights
 
-        scale, got = _meet(rate, (bits * (1 - TOLERANCE), bits), 1.03 - bits, 1.0 if bits > 1 else 1.5)
-        if scale is None:
-            raise BudgetError(f"{bits:.3f} bits per weight cannot be met: the nearest is {got:.3f}")
-        return scale
+        missed = f"{bits:.3f} bits per weight cannot be met: the nearest is {{:.3f}}".format
+        return _meet(rate, (bits * (1 - TOLERANCE), bits), 1.03 - bits, 1.0 if bits > 1 else 1.5, missed)
 
     def _snr(self, goal: float) -> float:
         def mean(scale: float) -> float:
             found = [self._keep(e).fidelity for e in self._at(scale, encode, f"{goal:g} dB")]
             return math.fsum(min(100.0, f.snr) for f in found if f) / len(found)
 
-        scale, got = _meet(mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS)
-        if scale is None:
-            raise BudgetError(f"{goal:g} dB cannot be met: the nearest is {got:.2f} dB")
-        return scale
+        missed = f"{goal:g} dB cannot be met: the nearest is {{:.2f}} dB".format
+        return _meet(mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS, missed)
 
-    def _kl(self, nats: float, judge: Judge) -> float:
+    def _kl(self, nats: float, judge: Divergence) -> float:
         by_name = {g.tensor.name: g for g in self._mine}
 
         def loss(scale: float) -> float:
@@ -174,19 +133,15 @@ class Search:
                 judge.put((e.name, *(a for a, _ in group.aliases)), from_words(words, group.tensor.dtype))
             return -math.log2(max(judge.kl(), 1e-9))
 
-        least, most = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
-        scale, got = _meet(loss, (least, most), -2.0, 0.5)
-        if scale is None:
-            raise BudgetError(f"{nats:g} nats cannot be met: the nearest is {2**-got:.4f}")
-        return scale
+        goal = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
+        return _meet(loss, goal, -2.0, 0.5, lambda x: f"{nats:g} nats cannot be met: the nearest is {2**-x:.4f}")
 
     def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         """Results of the work on every quantised tensor at a scale, as they come."""
-        now = replace(self.recipe, scale=scale)
+        now, mine = replace(self.recipe, scale=scale), self._mine
         self.tried += 1
         if self.kept is not None:
             self.kept.clear()
-        mine = self._mine
         every = ((workers.need(g.tensor, now), (g, workers.only(now, g.tensor.name))) for g in mine)
         for i, result in enumerate(workers.run(self.pool, work, every, room()), 1):
             self.note(f"looking for the scale: {what}, pass {self.tried} at {scale:+.3f}", i, len(mine))
@@ -199,23 +154,22 @@ class Search:
 
 
 def _meet(
-    measure: Callable[[float], float], goal: tuple[float, float], scale: float, slope: float
-) -> tuple[float | None, float]:
-    """(a scale at which the measure, falling in it, is within the goal; or None, and what it is there)."""
-    middle = sum(goal) / 2
+    at: Callable[[float], float], goal: tuple[float, float], scale: float, slope: float, say: Callable[[float], str]
+) -> float:
+    """A scale at which what is measured there, falling in it, is within the goal; BudgetError where there is none."""
     low, high = -math.inf, math.inf  # coarser than `low`, finer than `high`
     for _ in range(16):
-        got = measure(scale)
+        got = at(scale)
         if goal[0] <= got <= goal[1]:
-            return scale, got
+            return scale
         if got > goal[1]:
             low = max(low, scale)
         else:
             high = min(high, scale)
-        step = scale + (got - middle) * slope
+        step = scale + (got - sum(goal) / 2) * slope
         if not low < step < high:
             step = (low + high) / 2 if math.isfinite(low + high) else step
         if abs(step) > 80 or abs(step - scale) < 1e-5:
             break
         scale = step
-    return None, got
+    raise BudgetError(say(got))

@@ -50,23 +50,12 @@ def code_length(counts: NDArray[Any], weight: int = 1) -> Counts:
     done = native.code_length(np.ascontiguousarray(c).reshape(-1, c.shape[-1]), _FRACTION, weight)
     if done is not None:
         return done.reshape(c.shape[:-1])
-    total = c.sum(-1)
-    data = total * log2(total) - (c * log2(c)).sum(-1)
-    out: Counts = data + weight * table_length(c, total)
-    return out
-
-
-def table_length(c: Counts, total: Counts) -> Counts:
-    """About the bits (in units) of the table in the file: noise of a count is its root, in 12-bit frequencies."""
+    total: Counts = c.sum(-1)
+    # the table in the file: noise of a count is its root, in 12-bit frequencies
     share = 1 + c * 4096 // np.maximum(1, total)[..., None]
-    out: Counts = UNIT * 3 // 2 * c.shape[-1] + (log2(share) // 2).sum(-1)
+    table: Counts = UNIT * 3 // 2 * c.shape[-1] + (log2(share) // 2).sum(-1)
+    out: Counts = total * log2(total) - (c * log2(c)).sum(-1) + weight * table
     return out
-
-
-def _lengths(agg: Counts) -> NDArray[np.float64]:
-    """(K, G * S) code length of a symbol under each class, from the classes' counts (K, G, S)."""
-    total = 16 * agg.sum(-1, keepdims=True) + agg.shape[-1]
-    return (log2(total) - log2(16 * agg + 1)).reshape(len(agg), -1).astype(np.float64)
 
 
 def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
@@ -79,13 +68,14 @@ def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
     return out
 
 
-ONE_THREAD = 1 << 18
-"""Multiplications up to which a BLAS starts no threads of its own: they would fight with those that pack."""
+ONE_THREAD = 1 << 18  # multiplications up to which a BLAS starts no threads, which would fight with those that pack
 
 
 def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint8]:
     """Cheapest class of each vector of `hist` (n, G, S) given the classes' counts (K, G, S) and sizes (K,)."""
-    cost = _lengths(agg).T.copy()
+    total = 16 * agg.sum(-1, keepdims=True) + agg.shape[-1]
+    # code length (G * S, K) of a symbol under each class
+    cost = (log2(total) - log2(16 * agg + 1)).reshape(len(agg), -1).astype(np.float64).T.copy()
     bias = (log2(np.maximum(1, members.sum())) - log2(np.maximum(1, members))).astype(np.float64)
     flat = hist.reshape(len(hist), -1)
     out = np.empty(len(flat), np.uint8)
@@ -95,10 +85,8 @@ def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint
     return out
 
 
-Vectors = Callable[[int, int], NDArray[Any]]
-"""Histograms (b - a, G, S) of the vectors [a, b)."""
-HELD = 1 << 24
-"""Counters that are held at once; where there are more, histograms are counted again in every round."""
+Vectors = Callable[[int, int], NDArray[Any]]  # histograms (b - a, G, S) of the vectors [a, b)
+HELD = 1 << 24  # counters that are held at once; where there are more, histograms are counted again in every round
 
 
 def cluster(
@@ -124,7 +112,8 @@ def cluster(
     k = min(k, n)
     classes = np.zeros(n, np.uint8)
     if k > 1:
-        mean = np.concatenate([_mean(vectors(a, b)) for a, b in bounds])
+        plain = np.concatenate([vectors(a, b).sum(1, dtype=np.int64) for a, b in bounds])
+        mean = (plain @ np.arange(plain.shape[1], dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
         classes[np.argsort(mean, kind="stable")] = np.arange(n) * k // n
     agg = count(classes)
     for _ in range(rounds if k > 1 else 0):
@@ -135,16 +124,7 @@ def cluster(
         classes = new
         agg = count(classes)
     groups = join(agg, np.bincount(classes, minlength=k), weight)
-    kept = int(groups.max()) + 1
-    classes = groups[classes]
-    return classes, sum_groups(agg, groups, kept)
-
-
-def _mean(hist: NDArray[Any]) -> Counts:
-    """(n,) mean symbol of vectors (n, G, S), in 2**-16."""
-    plain = hist.sum(1, dtype=np.int64)
-    out: Counts = (plain @ np.arange(plain.shape[1], dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
-    return out
+    return groups[classes], sum_groups(agg, groups, int(groups.max()) + 1)
 
 
 def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
@@ -155,11 +135,7 @@ def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
 
 
 def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray[np.uint8]:
-    """Group (K,) of each class of counts `agg` (K, G, S): pairs are joined while the total length falls.
-
-    `members` (K,) adds the length of the list that names each member's class; a table is
-    `weight` times as long as one of S symbols. Empty classes go first.
-    """
+    """Group (K,) of each class of counts (K, G, S): joined while lists of members and `weight` tables get shorter."""
     k = len(agg)
     groups = np.arange(k)
     agg = agg.astype(np.int64).copy()
@@ -168,10 +144,6 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
     if not alive.any():
         return np.zeros(k, np.uint8)
     groups[~alive] = int(np.flatnonzero(alive)[0])
-
-    def of_list(m: Counts) -> Counts:
-        return -(m * log2(m))  # up to a constant: n log n - sum m log m
-
     if native.join(agg, size, alive, groups, _FRACTION, weight):
         return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
     own = code_length(agg, weight).sum(-1)
@@ -180,11 +152,10 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
     def update(i: int) -> None:
         other = np.flatnonzero(alive)
         other = other[other != i]
-        both = code_length(agg[other] + agg[i], weight).sum(-1)
-        lists = of_list(size[other]) + of_list(size[i : i + 1]) - of_list(size[other] + size[i])
-        g = own[other] + own[i] - both + lists
-        low, high = np.minimum(other, i), np.maximum(other, i)
-        gain[low, high] = g
+        both, members = code_length(agg[other] + agg[i], weight).sum(-1), size[other] + size[i]
+        # the list is n log n - sum m log m long
+        lists = members * log2(members) - size[other] * log2(size[other]) - size[i] * log2(size[i : i + 1])
+        gain[np.minimum(other, i), np.maximum(other, i)] = own[other] + own[i] - both + lists
 
     for first in np.flatnonzero(alive):
         update(int(first))

@@ -15,37 +15,28 @@ from rac.encode.code import classes as clusters
 from rac.encode.code.plan import MANTISSA, Level, Plan, View, chunks
 from rac.encode.encoded import Bytes
 from rac.entropy import tables
-from rac.entropy.ans import Models
-from rac.entropy.interleave import merge
+from rac.entropy.ans import Models, merge
 from rac.grid import Grid, up16
 from rac.registry import DTYPES
 from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import MAX_BASE, Lanes
 
 Array = NDArray[Any]
-PAIR_RARE = 45000
-"""A pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits."""
-RARE = {1: 65536, 2: 4096}
-"""Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
-_CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}
-"""Bits of a mantissa in the top, at most."""
+PAIR_RARE = 45000  # a pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits
+RARE = {1: 65536, 2: 4096}  # per elements per symbol: a top that is rarer has no symbol of its own
+_CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}  # bits of a mantissa in the top, at most
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
-_LEAST = 2048
-"""Words below which tables would cost more than they gain."""
+_LEAST = 2048  # words below which tables would cost more than they gain
 
 
 @dataclass(frozen=True, slots=True)
 class Symbols:
     """What the analysis of a tensor has found, and the encoding of its tiles needs."""
 
-    base: NDArray[np.uint8]
-    """(R, C) base symbols."""
-    rows: NDArray[np.uint8] | None
-    """(R,) classes of rows; None: one."""
-    cols: NDArray[np.uint8] | None
-    """(C,) classes of columns; None: one."""
-    table: NDArray[np.uint8]
-    """(Kr, Kc) table of each pair of classes."""
+    base: NDArray[np.uint8]  # (R, C) base symbols
+    rows: NDArray[np.uint8] | None  # (R,) classes of rows; None: one
+    cols: NDArray[np.uint8] | None  # (C,) classes of columns; None: one
+    table: NDArray[np.uint8]  # (Kr, Kc) table of each pair of classes
 
     def sequence(self, p: Lanes, grid: Grid, i: int) -> tuple[layout.Order, NDArray[np.uint8]]:
         """(order, coded symbols in sequence order) of tile `i`."""
@@ -57,38 +48,35 @@ class Symbols:
         return order, native.pair(base, order.sizes, _pair_map(p)) if p.per == 2 else base
 
 
-@dataclass(frozen=True, slots=True)
-class Tables:
-    """Frequencies that tiles are coded with."""
-
-    freq: NDArray[np.uint16]
-    """(T, symbols), each of sum 4096."""
-    rare: NDArray[np.bool_] | None = None
-    """(T, symbols) pairs that are stored as two escapes, since a frequency of their own would cost more."""
-
-
 class LanesEncoder:
     """Codes the tiles of one tensor by lanes/1."""
 
-    def __init__(self, plan: Plan, p: Lanes, symbols: Symbols, freq: Tables, view: View) -> None:
+    def __init__(
+        self, plan: Plan, p: Lanes, symbols: Symbols, freq: NDArray[np.uint16], rare: Array | None, view: View
+    ) -> None:
+        """Tables `freq` (T, symbols), each of sum 4096; `rare` (T, symbols) pairs are stored as two first escapes."""
         self.plan, self.words, self._p = plan, view.words, p
-        self._symbols, self._tables, self._level = symbols, freq, view.level.planes
+        self._symbols, self._freq, self._rare, self._level = symbols, freq, rare, view.level.planes
         self._coded: list[tuple[layout.Order, NDArray[np.uint8]]] = []
         self._same = np.tile(np.arange(256, dtype=np.uint8), (p.tables, 1))
         self._escaping = np.zeros((p.tables, 256), np.bool_)
         self._escaping[:, p.first_escaping : p.symbols] = True
-        if freq.rare is not None:  # rare pairs are coded as two first escapes
-            self._escaping[:, : p.symbols] |= freq.rare
-            self._same[:, : p.symbols][freq.rare] = _both(p)
-        self._model = native.symbol_model(freq.freq, self._same)
+        if rare is not None:
+            self._escaping[:, : p.symbols] |= rare
+            self._same[:, : p.symbols][rare] = _both(p)
+        self._model = native.symbol_model(freq, self._same)
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
         """The best of the alphabets that the level tries; None where none takes less than `best`."""
         if (view.dtype not in MANTISSA and view.dtype not in _BYTES) or view.total < _LEAST:
             return None
+        start = _CODED.get(view.dtype, 0)
+        tries = [(1, coded) for coded in range(start, max(-1, start - 1 - view.level.fewer_bits), -1)]
+        if view.level.per == 2 and view.dtype in MANTISSA:  # where pairs serve, the rest is not tried
+            tries.insert(0, (2, 0))
         out = None
-        for per, coded in _candidates(view.dtype, view.level):
+        for per, coded in tries:
             if per == 1:  # pairs do not serve: count the mantissa too
                 view.count_all()
             found = cls._try(view, per, coded)
@@ -101,20 +89,21 @@ class LanesEncoder:
     @classmethod
     def _try(cls, view: View, per: int, coded: int) -> tuple[Self, int] | None:
         """An encoder for tops of `coded` bits of the mantissa, and its size; None where no alphabet holds them."""
-        grid, level = view.grid, view.level
-        signed = DTYPES[view.dtype].signed_float
+        grid, signed = view.grid, DTYPES[view.dtype].signed_float
         zero = (view.union & -view.union).bit_length() - 1 if view.union & view.mask else 0
         down = max(MANTISSA.get(view.dtype, 0) - coded if signed else 0, view.base, zero)
-        tops = _tops(view, down)
+        # how often each top occurs: the bits of a word from `down` on, without its sign
+        size, step = min(65536, 1 << (view.mask.bit_length() - down)), 1 << (down - view.base)
+        tops = np.add.reduceat(view.hist, np.arange(0, min(len(view.hist), size * step), step))
         found = _alphabet(tops, 1 + view.total // RARE[per], 256 if per == 1 else MAX_BASE)
         if found is None:
             return None
         runs, escapes = found
-        symbols, cells = _symbols(view, (zero, signed, down - zero), found, per)
-        n, (kr, kc) = cells.shape[2], cells.shape[:2]
-        group = symbols.table.reshape(-1)
+        kept = np.concatenate([np.arange(a, a + k) for a, k in zip(runs[::2], runs[1::2], strict=True)])
+        symbols, cells = _symbols(view, (zero, signed, down - zero), kept, escapes, per)
+        n, (kr, kc), group = cells.shape[2], cells.shape[:2], symbols.table.reshape(-1)
         p = Lanes(
-            lanes=_lane_count(level, min(view.total, grid.tr * grid.tc)),
+            lanes=_lane_count(view.level, min(view.total, grid.tr * grid.tc)),
             per=per,
             zero=zero,
             sign=signed,
@@ -131,18 +120,19 @@ class LanesEncoder:
         held, rare = [], None
         if per == 2:
             held = [symbols.sequence(p, grid, i) for i in range(grid.tiles)]
-            counts, rare = _rare_pairs(_pair_counts(held, p), p)
+            counts, rare = _pair_counts(held, p)
         else:
             counts = clusters.sum_groups(cells.reshape(kr * kc, n), group, p.tables)
         freq = np.stack([tables.normalise(c) for c in counts])
         order, packed = min(((o, tables.to_bytes(freq, o)) for o in range(-2, 2)), key=lambda v: len(v[1]))
-        row_list, col_list = _class_list(symbols.rows), _class_list(symbols.cols)
-        p = replace(p, order=order, sizes=(len(packed), len(row_list), len(col_list)))
-        front = packed + row_list + col_list + group.tobytes()
-        out = cls(view.plan(p, front), p, symbols, Tables(freq, rare), view)
+        lists = [b"" if c is None else zstd.shorter(c.tobytes()) for c in (symbols.rows, symbols.cols)]
+        p = replace(p, order=order, sizes=(len(packed), *map(len, lists)))
+        front = b"".join((packed, *lists, group.tobytes()))
+        out = cls(view.plan(p, front), p, symbols, freq, rare, view)
         out._coded = held
-        escaped = int(tops.sum()) - int(sum(tops[a : a + k].sum() for a, k in zip(runs[::2], runs[1::2], strict=True)))
-        return out, _bits(counts, freq) // 8 + escaped + _around(view, p)
+        each = clusters.log2(np.full(1, 4096)) - clusters.log2(freq.astype(np.int64))  # units of a symbol of each table
+        escaped = int(tops.sum()) - int(tops[kept].sum())
+        return out, int((counts * each).sum()) // clusters.UNIT // 8 + escaped + _around(view, p)
 
     def encode(self, words: Array, i: int) -> Bytes:
         """The unit of tile `i`, whose words (h, w) are given."""
@@ -157,13 +147,15 @@ class LanesEncoder:
             total += up16(size)
         raw = native.planes(flat, p.zero, p.sign, p.shift, cuts, total)
         planes: list[Bytes] = [raw[at : at + size].data for (*_, at), size in zip(cuts, sizes, strict=True)]
-        if p.packed:
-            planes = [self._smaller(plane) for plane in planes]
+        if p.packed:  # where that pays for its time: low bits of float32 are often zero in whole rows
+            frames = [zstd.compress(plane, self._level) for plane in planes]
+            pairs = zip(planes, frames, strict=True)
+            planes = [frame if len(frame) < len(plane) - len(plane) // 128 else plane for plane, frame in pairs]
         return layout.build_tile(coded, counts, escapes, planes, p)
 
     def _reference(self, sym: Array, order: layout.Order) -> tuple[Array, Array]:
         """`native.encode_lanes` through constriction, lane by lane; slow."""
-        p, freq = self._p, self._tables.freq
+        p, freq = self._p, self._freq
         table = order.segments[:, 1]
         models, starts = Models(freq), np.cumsum(order.segments[:, 0]) - order.segments[:, 0]
         places = np.empty(len(sym), np.int32)
@@ -176,14 +168,9 @@ class LanesEncoder:
             streams.append(models.encode(np.ascontiguousarray(np.concatenate(mine)), todo))
         return merge(streams, freq, order.segments), np.array([len(s) for s in streams])
 
-    def _smaller(self, plane: Bytes) -> Bytes:
-        """The plane compressed where that pays for its time: low bits of float32 are often zero in whole rows."""
-        packed = zstd.compress(plane, self._level)
-        return packed if len(packed) < len(plane) - len(plane) // 128 else plane
-
     def _escapes(self, order: layout.Order, sym: Array, flat: Array) -> bytes:
         """Escape bytes in sequence order; few symbols have any."""
-        p, rare = self._p, self._tables.rare
+        p, rare = self._p, self._rare
         at = native.find(sym, order.segments, self._escaping)
         ends = np.cumsum(order.segments[:, 0])
         k = np.searchsorted(ends, at, side="right")
@@ -198,30 +185,15 @@ class LanesEncoder:
         return out
 
 
-def _candidates(dtype: str, level: Level) -> list[tuple[int, int]]:
-    """(elements per symbol, mantissa bits in the top) to try; where pairs serve, the rest is not tried."""
-    start = _CODED.get(dtype, 0)
-    out = [(1, coded) for coded in range(start, max(-1, start - 1 - level.fewer_bits), -1)]
-    return [(2, 0), *out] if level.per == 2 and dtype in MANTISSA else out
-
-
-def _tops(view: View, down: int) -> Array:
-    """How often each top occurs, the bits of a word from `down` on, without its sign."""
-    size = min(65536, 1 << (view.mask.bit_length() - down))
-    step = 1 << (down - view.base)
-    return np.add.reduceat(view.hist, np.arange(0, min(len(view.hist), size * step), step))
-
-
 def _symbols(
-    view: View, cut: tuple[int, bool, int], alphabet: tuple[list[int], list[int]], per: int
+    view: View, cut: tuple[int, bool, int], kept: Array, escapes: list[int], per: int
 ) -> tuple[Symbols, clusters.Counts]:
-    """Base symbols and their classes; the counts (Kr, Kc, n) of each pair of classes.
-
-    `cut` is (zero bits, signed, shift) of a word.
-    """
+    """Base symbols, classes and counts (Kr, Kc, n); `cut`: (zero bits, signed, shift), `kept`: tops with symbols."""
     (zero, signed, shift), grid, level = cut, view.grid, view.level
-    n = sum(alphabet[0][1::2]) + len(alphabet[1])
-    lut = _lut(*alphabet)
+    n, lut = len(kept) + len(escapes), np.zeros(65536, np.uint8)
+    for j in reversed(range(len(escapes))):
+        lut[escapes[j] : escapes[j] + 256] = len(kept) + j
+    lut[kept] = np.arange(len(kept))
     base = np.empty((grid.rows, grid.cols), np.uint8)
     for a, b in chunks(grid):
         base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
@@ -232,12 +204,6 @@ def _symbols(
     kr, kc = cells.shape[:2]
     group = clusters.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
     return Symbols(base, rows, cols, group.reshape(kr, kc)), cells
-
-
-def _bits(counts: clusters.Counts, freq: NDArray[np.uint16]) -> int:
-    """Bits of the symbols (T, symbols) under tables of these frequencies."""
-    each = clusters.log2(np.full(1, 4096)) - clusters.log2(freq.astype(np.int64))
-    return int((counts * each).sum()) // clusters.UNIT
 
 
 def _around(view: View, p: Lanes) -> int:
@@ -257,10 +223,7 @@ def _both(p: Lanes) -> int:
 
 
 def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int]] | None:
-    """Symbol runs and escape bases for the tops counted in `hist`: a rare top costs less as an escape.
-
-    None where `most` base symbols cannot hold them without many escapes.
-    """
+    """Symbol runs, and escape bases of the rarer tops counted in `hist`; None where `most` base symbols are too few."""
     used = np.flatnonzero(hist)
     keep = np.flatnonzero(hist > entries)
     if not len(keep):
@@ -305,16 +268,14 @@ def _pair_map(p: Lanes) -> NDArray[np.uint8]:
     return out
 
 
-def _pair_counts(held: list[tuple[layout.Order, NDArray[np.uint8]]], p: Lanes) -> clusters.Counts:
-    """(T, symbols) how often each pair occurs under each table, in the order in which tiles code them."""
-    counts = np.zeros((p.tables, p.symbols), np.uint32)
+def _pair_counts(
+    held: list[tuple[layout.Order, NDArray[np.uint8]]], p: Lanes
+) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
+    """(T, symbols) how often each pair occurs under each table, the rarest as two escapes; and which these are."""
+    found = np.zeros((p.tables, p.symbols), np.uint32)
     for order, sym in held:
-        native.count_segments(sym, order.segments, counts)
-    return counts.astype(np.int64)
-
-
-def _rare_pairs(counts: clusters.Counts, p: Lanes) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
-    """Counts without the rarest pairs, which become two escapes; and which these are, (T, symbols)."""
+        native.count_segments(sym, order.segments, found)
+    counts = found.astype(np.int64)
     if not p.escapes or max(p.runs) >= p.escapes[0] + 256:
         return counts, None
     rare = (counts > 0) & (counts * PAIR_RARE < counts.sum(1, keepdims=True))
@@ -338,31 +299,11 @@ def gather(order: layout.Order, tile: Array) -> Array:
 
 
 def _lane_count(level: Level, elements: int) -> int:
-    """Lanes of at least 4500 elements each, as a power of two; never more than 2**17 elements in one.
-
-    A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
-    """
+    """Lanes of 4500 elements and more each, a power of two; a lane of 2**17 is the longest that 16 bits can count."""
     lanes = level.lanes if level.fixed else 1
     while (lanes < level.lanes and elements >= 9000 * lanes) or elements > lanes << 17:
         lanes *= 2
     return lanes
-
-
-def _lut(runs: list[int], escapes: list[int]) -> NDArray[np.uint8]:
-    """(65536,) base symbol of each top."""
-    lut = np.zeros(65536, np.uint8)
-    first = sum(runs[1::2])
-    for j in reversed(range(len(escapes))):
-        lut[escapes[j] : escapes[j] + 256] = first + j
-    at = 0
-    for start, n in zip(runs[::2], runs[1::2], strict=True):
-        lut[start : start + n] = np.arange(at, at + n)
-        at += n
-    return lut
-
-
-def _class_list(classes: NDArray[np.uint8] | None) -> bytes:
-    return b"" if classes is None else zstd.shorter(classes.tobytes())
 
 
 def _classes(
@@ -393,12 +334,11 @@ def _classes(
     rows = cols = None
     kr = kc = 1
     enough = min(r, c) >= 16 and symbols.size >= 8192
-    can_rows = level.row_classes > 1 and enough
-    if can_rows:
+    if enough and level.row_classes > 1:
         rows, kr = cluster(of_rows, r, 1, level.row_classes)
-    if level.col_classes > 1 and enough:
+    if enough and level.col_classes > 1:
         cols, kc = cluster(of_cols, c, kr, level.col_classes)
-        if level.again and kc > 1 and can_rows:
+        if level.again and kc > 1:
             rows, kr = cluster(of_rows, r, kc, level.row_classes)
     cells = native.histogram(symbols, key(rows, kc), key(cols, 1), kr * kc, n)
     return rows, cols, cells.astype(np.int64).reshape(kr, kc, n)

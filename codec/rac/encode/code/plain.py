@@ -17,11 +17,13 @@ from rac.stages.plain import Raw, Zstd
 Array = NDArray[Any]
 
 
-class RawEncoder:
-    """Words as they are: what every tensor can fall back on."""
+class _Encoder:
+    def __init__(self, plan: Plan, words: Array | None, how: int = 0) -> None:
+        self.plan, self.words, self._how = plan, words, how
 
-    def __init__(self, plan: Plan, words: Array | None) -> None:
-        self.plan, self.words = plan, words
+
+class RawEncoder(_Encoder):
+    """Words as they are: what every tensor can fall back on."""
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
@@ -29,15 +31,12 @@ class RawEncoder:
         return cls(view.plan(Raw()), view.words), view.size - 64
 
     def encode(self, words: Array, i: int) -> Bytes:
-        """The unit of tile `i`, whose words (h, w) are given."""
+        """The words (h, w) of the tile."""
         return np.ascontiguousarray(words).tobytes()
 
 
-class ZstdEncoder:
+class ZstdEncoder(_Encoder):
     """A Zstandard frame for each tile."""
-
-    def __init__(self, plan: Plan, words: Array | None, level: int) -> None:
-        self.plan, self.words, self._level = plan, words, level
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
@@ -48,20 +47,16 @@ class ZstdEncoder:
         return (cls(view.plan(Zstd(view.grid.word)), view.words, level), size) if size < best * 0.98 else None
 
     def encode(self, words: Array, i: int) -> Bytes:
-        """The unit of tile `i`, whose words (h, w) are given."""
-        return zstd.compress(shuffle(words), self._level)
+        """A frame of the words (h, w) of the tile."""
+        return zstd.compress(shuffle(words), self._how)
 
 
-class BitsEncoder:
+class BitsEncoder(_Encoder):
     """Planes of bits: proposed by nobody, since only what made the codes knows how many bits they have."""
-
-    def __init__(self, plan: Plan, words: Array | None, n: int) -> None:
-        self.plan, self.words, self._bits = plan, words, n
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
         """None."""
-        return None
 
     @classmethod
     def of(cls, plan: Plan, words: NDArray[np.uint8], n: int) -> Self:
@@ -69,8 +64,8 @@ class BitsEncoder:
         return cls(Plan(Bits(n), plan.grid, plan.axis, plan.digest), words, n)
 
     def encode(self, words: Array, i: int) -> Bytes:
-        """The unit of tile `i`, whose words (h, w) are given."""
-        return bits.pack(words, self._bits)
+        """The planes of the words (h, w) of the tile."""
+        return bits.pack(words, self._how)
 
 
 def shuffle(words: Array) -> bytes:

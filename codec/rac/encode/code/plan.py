@@ -17,8 +17,7 @@ from rac.registry import DTYPES
 from rac.stages.base import Coder
 
 Array = NDArray[Any]
-Source = Callable[[Grid, int, int], Array]
-"""Words (h, C) of the rows [start, stop) of the matrix."""
+Source = Callable[[Grid, int, int], Array]  # words (h, C) of the rows [start, stop) of the matrix
 
 CUTS = ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62))
 """Tiles along each side up to which stored size: an eighth of the rows or columns then costs no more than 1.1 times its
@@ -27,10 +26,8 @@ COARSE = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
 """Tiles along each side up to which stored size, as in CUTS, but for 1 MB instead of 64 KB."""
 SLICES = ("fine", "coarse")
 CHUNK = 1 << 22
-HELD = 1 << 25
-"""Bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks."""
-SAMPLE = {1: 1 << 17, 2: 1 << 15}
-"""Per elements per symbol: bytes that general compressors are tried on."""
+HELD = 1 << 25  # bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks
+SAMPLE = {1: 1 << 17, 2: 1 << 15}  # per elements per symbol: bytes that general compressors are tried on
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +44,11 @@ class Level:
     fewer_bits: int
     zstd: int
     planes: int
-    fixed: bool = False
-    """Take `lanes` as it is, however small the tile."""
-    tile: int = 1 << 20
-    """Words of a tile at most."""
-    coarse: bool = False
-    """Cut into tiles by COARSE."""
-    sliced: float = 0.0
-    """Stored bytes of a word, about, where tiles were asked for; 0: as its type has them."""
-    density: float = 0.0
-    """Stored bytes of a word, about, by which tiles are cut; 0: as its type has them."""
+    fixed: bool = False  # take `lanes` as it is, however small the tile
+    tile: int = 1 << 20  # words of a tile at most
+    coarse: bool = False  # cut into tiles by COARSE
+    sliced: float = 0.0  # stored bytes of a word, about, where tiles were asked for; 0: as its type has them
+    density: float = 0.0  # stored bytes of a word, about, by which tiles are cut; 0: as its type has them
 
 
 LEVELS = {
@@ -76,10 +68,7 @@ anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/stream
 
 
 def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
-    """A level with the lanes per tile and the tiles ("fine" or "coarse") that were asked for; None: its own.
-
-    Where only lanes are given, tiles are coarse, since each has so many lanes.
-    """
+    """A level with the lanes per tile and the tiles that were asked for; where only lanes are, tiles are coarse."""
     if lanes is not None:
         level = replace(level, lanes=lanes, fixed=True, coarse=True)
     if slices is not None:
@@ -94,10 +83,8 @@ class Plan:
     coder: Coder
     grid: Grid
     axis: int
-    digest: bytes
-    """XXH3-128 of the words."""
-    front: bytes = b""
-    """The unit in front of the tiles; empty where the coder has none."""
+    digest: bytes  # XXH3-128 of the words
+    front: bytes = b""  # the unit in front of the tiles; empty where the coder has none
 
     @property
     def fronts(self) -> list[Bytes]:
@@ -109,8 +96,7 @@ class Encoder(Protocol):
     """Codes the tiles of one tensor under its plan."""
 
     plan: Plan
-    words: Array | None
-    """(R, C) words of a small tensor, which need not be read again."""
+    words: Array | None  # (R, C) words of a small tensor, which need not be read again
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
@@ -122,20 +108,15 @@ class Encoder(Protocol):
 
 def axis_of(shape: tuple[int, ...]) -> int:
     """Dimensions that count as rows: all but the last, or the first alone where the last ones are short."""
-    if len(shape) > 1 and shape[-1] < 64:
-        return 1
-    return max(0, len(shape) - 1)
+    return 1 if len(shape) > 1 and shape[-1] < 64 else max(0, len(shape) - 1)
 
 
 def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid:
     """Tiles as large as slices and the level allow: long lanes are small and fast."""
     rows, cols = matrix(dtype, shape, axis)
     d = DTYPES[dtype]
-    stored = (
-        rows
-        * cols
-        * (level.density or d.word * (0.7 if d.signed_float and d.word == 2 else 0.85 if d.signed_float else 1))
-    )
+    share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
+    stored = rows * cols * (level.density or d.word * share)
     parts = next(n for n, most in (COARSE if level.coarse else CUTS) if stored <= most)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
     tc = -(-tc // -(-tc // level.tile))
@@ -153,31 +134,22 @@ def chunks(grid: Grid) -> Iterator[tuple[int, int]]:
 
 
 class View:
-    """A tensor as coders look at it: read once or a few times, some MiB at a time.
+    """A tensor as coders look at it: read once or a few times, some MiB at a time."""
 
-    Attributes:
-        dtype: Data type of the tensor.
-        grid: How it is cut.
-        level: What is tried.
-        words: All of a small tensor, (R, C); None of a larger one.
-        digest: XXH3-128 of its words.
-        sample: (1, n) words: all of a small tensor, or rows of eight places of a large one.
-        union: The OR of all words.
-    """
+    words: Array | None = None  # all of a small tensor, (R, C); None of a larger one
+    union = 0  # the OR of all words
 
     def __init__(self, source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> None:
         self.dtype, self.level, self.axis = dtype, level, axis_of(shape)
         self.grid = grid = grid_of(dtype, shape, self.axis, level)
         self._source = source
-        self.words: Array | None = None
-        signed = DTYPES[dtype].signed_float
-        self.mask = (1 << (8 * grid.word - signed)) - 1
-        """Bits of a word without its sign."""
-        # pairs of exponents need no more than these; their histogram is small and counted fast
+        self.total = grid.rows * grid.cols  # words
+        self.size = self.total * grid.word  # their bytes
+        self.mask = (1 << (8 * grid.word - DTYPES[dtype].signed_float)) - 1  # bits of a word without its sign
+        self.least_base = max(self.mask.bit_length() - 16, 0)  # lowest bit that `hist` could count
+        # lowest bit that it counts: pairs of exponents need no more; their histogram is small and counted fast
         self.base = max(MANTISSA.get(dtype, 0) if level.per == 2 else 0, self.least_base)
-        """Lowest bit that `hist` counts."""
         self.hist = np.zeros(65536, np.uint32)
-        self.union = 0
         digest = zstd.Digest()
         if self.total:
             for a, b in chunks(grid):
@@ -186,23 +158,9 @@ class View:
                 self.union |= native.scan(words, self.mask, self.base, self.hist)
                 if b - a == grid.rows:
                     self.words = words
-        self.digest = digest.value()
+        self.digest = digest.value()  # XXH3-128 of all words
         self.sample = self._sample(SAMPLE[level.per]) if self.total else np.empty((1, 0), f"<u{grid.word}")
-
-    @property
-    def total(self) -> int:
-        """Number of words."""
-        return self.grid.rows * self.grid.cols
-
-    @property
-    def size(self) -> int:
-        """Bytes of all words."""
-        return self.total * self.grid.word
-
-    @property
-    def least_base(self) -> int:
-        """Lowest bit that `hist` could count, with 16 bits below the sign."""
-        return max(self.mask.bit_length() - 16, 0)
+        """(1, n) words: all of a small tensor, or rows of eight places of a large one."""
 
     def read(self, a: int, b: int) -> Array:
         """Words (b - a, C) of rows a..b - 1."""
@@ -234,5 +192,4 @@ class View:
         return np.concatenate(parts).reshape(1, -1)
 
 
-MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}
-"""Bits of the mantissa."""
+MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}  # bits of the mantissa

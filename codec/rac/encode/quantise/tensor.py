@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
-from rac.encode import record as rec
-from rac.encode import ties
+from rac.encode import record, ties
 from rac.encode.align.recipe import Recipe, matrix_of
-from rac.encode.code.plan import LEVELS, Plan
-from rac.encode.encoded import Bytes, Encoded, Fidelity, decoded
+from rac.encode.code.plan import LEVELS
+from rac.encode.encoded import Encoded, Fidelity, decoded
 from rac.encode.options import DECIBELS
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
@@ -24,21 +23,16 @@ from rac.linalg import exact
 from rac.native import product
 from rac.stages.words import from_words
 
-SHAPED = 32
-"""States of the trellis where errors of rows are fed back: every state carries its own."""
+SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
 
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """A quantised tensor and its units."""
+    """A quantised tensor."""
 
-    plan: Plan
-    quantised: lossy.Quantised
-    """By trellis/1: the tensor, or what the objects leave to it."""
-    units: list[Bytes]
+    quantised: lossy.Quantised  # by trellis/1: the tensor, or what the objects leave to it
     dtype: str
-    objects: tuple[split.Object, ...] = ()
-    """What a third stage computes with."""
+    objects: tuple[split.Object, ...]  # what a third stage computes with
 
     @property
     def dense(self) -> NDArray[Any]:
@@ -47,16 +41,14 @@ class Coded:
 
 
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
-    """Quantise and code a tensor of the recipe."""
-    a = recipe.aligned[t.name]
+    """Quantise a tensor of the recipe."""
+    a, effort = recipe.aligned[t.name], recipe.effort
     w, dtype, objects = split.before(t, recipe)
-    lane = split.lane_of(w.shape, recipe.coder)
-    below = a.below()
-    states = recipe.states if below is None else SHAPED
-    q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, lane, states, recipe.passes, a.columns(), below)
-    del w, below
-    plan, units = split.coded(q, recipe.coder)
-    return Coded(plan, q, units, t.dtype, objects)
+    below = None if (rows := a.rows()) is None else rows.feed
+    if below is not None:
+        effort = replace(effort, states=SHAPED)
+    q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, effort, a.columns(), below)
+    return Coded(q, t.dtype, objects)
 
 
 def encode(group: ties.Group, recipe: Recipe, measured: bool = True) -> Encoded:
@@ -79,29 +71,18 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     start, t = time.perf_counter(), group.tensor
     a, coded = recipe.aligned[t.name], code(t, recipe)
     dense, q = coded.dense, coded.quantised
+    plan, units = q.coded()
     uses = tuple(o.encoded.name for o in coded.objects)
-    behind = rec.Behind(
-        q.trellis,
-        zstd.digest(dense.reshape(-1).view(np.uint8).data),
-        ties.digest(t),
-        split.product_of(coded.objects),
-        uses,
-        a.name,
-    )
-    units: list[Bytes] = [bytes(unit) for unit in coded.units]
-    objects = (*(o.encoded for o in coded.objects), *rec.matrix_of(t, LEVELS["default"]))
-    fidelity = Fidelity(
-        t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, time.perf_counter() - start
-    )
-    head, row = rec.head(group, coded.plan, behind), rec.fields(group, coded.plan, units, behind)
-    return Encoded(head, units, row, objects, fidelity), dense
+    digest = zstd.digest(dense.reshape(-1).view(np.uint8).data)
+    behind = record.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
+    objects = (*(o.encoded for o in coded.objects), *record.matrix_of(t, LEVELS["default"]))
+    seconds = time.perf_counter() - start
+    fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, seconds)
+    return record.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
 
 
 def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
-    """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known.
-
-    `dense` (R, C) has the words that a decoder restores.
-    """
+    """Output signal to noise of restored words (R, C), dB: tr(W S W^T) / tr(E S E^T); S is 1 where none is known."""
     w = matrix_of(t)
     e = from_words(dense, t.dtype) - w
     layer = recipe.aligned[t.name].layer

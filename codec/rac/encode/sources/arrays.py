@@ -14,26 +14,7 @@ from rac.encode.sources.model import Source, SourceTensor
 from rac.errors import SourceError
 from rac.registry import DTYPES
 
-_DTYPES = {  # numpy, ml_dtypes and torch agree on these names
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float4_e2m1fn_x2": "F4",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_DTYPES = {d.native: name for name, d in DTYPES.items()}  # numpy, ml_dtypes and torch agree on these names
 
 
 def _dtype(kind: str) -> str:
@@ -46,21 +27,16 @@ def _array(value: Any) -> tuple[str, tuple[int, ...], tuple[Any, ...] | None, ND
     """(dtype, shape, identity of the memory, bytes) of a numpy array or torch tensor."""
     torch: Any = sys.modules.get("torch")  # while nobody has imported it, nothing is a torch tensor
     identity: tuple[Any, ...] | None = None
-    raw: NDArray[np.uint8]
     if torch is not None and isinstance(value, torch.Tensor):
-        order, shape = "=", tuple(value.shape)
-        dtype = _dtype(str(value.dtype).removeprefix("torch."))
-        plain = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        flat = plain.reshape(-1)
+        order, shape, dtype = "=", tuple(value.shape), _dtype(str(value.dtype).removeprefix("torch."))
+        flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
         if flat.numel() == 1:  # may still have the stride of what it was cut out of
             flat = flat.as_strided((1,), (1,))
-        raw = flat.view(torch.uint8).numpy()
-        lazy = (value.is_conj(), value.is_neg())
-        identity = (dtype, shape, value.stride(), str(value.device), value.data_ptr(), *lazy)
+        raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+        identity = (dtype, shape, value.stride(), str(value.device), value.data_ptr(), value.is_conj(), value.is_neg())
     else:
         array = np.asarray(value)
-        order, shape = array.dtype.byteorder, array.shape
-        dtype = _dtype(array.dtype.name)
+        order, shape, dtype = array.dtype.byteorder, array.shape, _dtype(array.dtype.name)
         if isinstance(value, np.ndarray):  # of anything else this may be a temporary copy
             identity = (dtype, shape, array.strides, order, array.__array_interface__["data"][0])
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -72,11 +48,7 @@ def _array(value: Any) -> tuple[str, tuple[int, ...], tuple[Any, ...] | None, ND
 
 
 def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Source:
-    """Numpy arrays or torch tensors as a source; copied only where not contiguous or not little-endian.
-
-    Raises:
-        SourceError: A name or a value cannot be stored.
-    """
+    """Arrays or torch tensors as a source, copied where not contiguous or not little-endian; or SourceError."""
     for key, text in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise SourceError(f"metadata maps text to text, not {key!r} to {text!r}")
@@ -89,9 +61,6 @@ def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None =
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
             raise SourceError(f"tensor {name!r} cannot be packed: {e}") from e
     uses = Counter(identity for *_, identity, _ in arrays if identity)
-    ids = {identity: i for i, identity in enumerate(i for i, n in uses.items() if n > 1)}
-    found = (
-        SourceTensor(name, dtype, shape, raw, tie=ids.get(identity) if identity else None)
-        for name, dtype, shape, identity, raw in arrays
-    )
-    return Source("memory", tuple(found), (), dict(metadata or {}))
+    ids: dict[Any, int] = {identity: i for i, identity in enumerate(i for i, n in uses.items() if n > 1)}
+    found = tuple(SourceTensor(n, dtype, shape, raw, tie=ids.get(i)) for n, dtype, shape, i, raw in arrays)
+    return Source("memory", found, (), dict(metadata or {}))

@@ -22,10 +22,7 @@ def _walk(root: str) -> Iterable[str]:
 
     for folder, below, files in os.walk(root, onerror=fail):
         below[:] = [d for d in below if not d.startswith(".")]
-        for file in files:
-            path = os.path.join(folder, file)
-            if file.startswith("."):
-                continue
+        for path in (os.path.join(folder, file) for file in files if not file.startswith(".")):
             if not os.path.exists(path):
                 raise SourceError("symbolic link to nothing; is the download complete?", file=path)
             if os.path.isfile(path):
@@ -55,16 +52,11 @@ def _weight_map(root: str, files: Sequence[str]) -> dict[str, str]:
 
 
 def read(root: str) -> Source:
-    """A directory. Without an index all its safetensors files count; with one, those it lists.
-
-    Files in directories below are always taken: the index of a model does not cover the modules next to it.
-    """
+    """A directory: all its safetensors files, or those that its index lists and all in directories below."""
     files = sorted(_walk(root))
     weight_map = _weight_map(root, files)
     listed = set(weight_map.values())
-    shards = [f for f in files if f.lower().endswith(".safetensors")]
-    if listed:
-        shards = [f for f in shards if f in listed or "/" in f]
+    shards = [f for f in files if f.lower().endswith(".safetensors") and (not listed or f in listed or "/" in f)]
     if not shards:
         if any(f.lower().endswith(PICKLES) for f in files):
             raise SourceError(REFUSE_PICKLE, file=root)
@@ -77,24 +69,17 @@ def read(root: str) -> Source:
         path = os.path.join(root, shard)
         found, meta = safetensors.read(path, shard if len(shards) > 1 else None)
         for name in (t.name for t in found):
-            if name in owner:
-                why = f"tensor {name!r} is in {owner[name]!r} and in {shard!r}; name the file to pack instead"
+            if (other := owner.setdefault(name, shard)) != shard:
+                why = f"tensor {name!r} is in {other!r} and in {shard!r}; name the file to pack instead"
                 raise SourceError(why, file=root)
             if shard in listed and weight_map.get(name) != shard:
                 raise SourceError(f"the index does not place tensor {name!r} in this file", file=path)
-            owner[name] = shard
         tensors += found
         metadata = meta | metadata
     for name, shard in weight_map.items():
         if name not in owner:
             raise SourceError(f"tensor {name!r} of the index is not in {shard!r}", file=root)
-    attachments, skipped = [], []
-    for name in files:
-        path = os.path.join(root, name)
-        if name in shards:
-            continue
-        if name.lower().endswith(_NOT_ATTACHED) or (size := os.path.getsize(path)) > MAX_ATTACHMENT:
-            skipped.append(name)
-        else:
-            attachments.append(Attachment(name, Extent(path, 0, size)))
-    return Source("hf", tuple(tensors), tuple(attachments), metadata, tuple(skipped))
+    sizes = {f: os.path.getsize(os.path.join(root, f)) for f in files if f not in shards}
+    small = {f: n for f, n in sizes.items() if n <= MAX_ATTACHMENT and not f.lower().endswith(_NOT_ATTACHED)}
+    attachments = (Attachment(f, Extent(os.path.join(root, f), 0, n)) for f, n in small.items())
+    return Source("hf", tuple(tensors), tuple(attachments), metadata, tuple(f for f in sizes if f not in small))

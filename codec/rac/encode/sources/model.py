@@ -50,12 +50,9 @@ class SourceTensor:
     shape: tuple[int, ...]
     data: Extent | NDArray[np.uint8]
     extra: dict[str, Any] | None = None
-    tie: int | None = None
-    """Shared by the tensors of a memory source that are one memory; None for a tensor on its own."""
-    online: Online | None = None
-    """What the layer does to its input before this weight (rac.linalg.transform)."""
-    matrix: NDArray[np.float32] | None = None
-    """(h, h) the object that `online` names; tensors that name one object have one matrix."""
+    tie: int | None = None  # shared by the tensors of a memory source that are one memory
+    online: Online | None = None  # what the layer does to its input before this weight (rac.linalg.transform)
+    matrix: NDArray[np.float32] | None = None  # (h, h) the object that `online` names, one for each name
 
     @property
     def nbytes(self) -> int:
@@ -78,9 +75,7 @@ class Attachment:
 
     def read(self) -> bytes:
         """All its bytes."""
-        if isinstance(self.data, Extent):
-            return self.data.read(0, self.data.size).tobytes()
-        return self.data
+        return self.data if isinstance(self.data, bytes) else self.data.read(0, self.data.size).tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +86,4 @@ class Source:
     tensors: tuple[SourceTensor, ...]
     attachments: tuple[Attachment, ...]
     metadata: dict[str, str]
-    skipped: tuple[str, ...] = ()
-    """Files of a directory that are not packed: other frameworks' weights, too large, not in the index."""
+    skipped: tuple[str, ...] = ()  # files that are not packed: of other frameworks, too large, not in the index

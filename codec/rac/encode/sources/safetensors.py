@@ -54,12 +54,9 @@ def read(path: str, shard: str | None = None) -> tuple[list[SourceTensor], dict[
     if not raw.startswith(b"{"):
         raise SourceError("damaged safetensors file: the header does not start with '{'", file=path)
     head = parse_json(raw, "safetensors header", path)
-    metadata = head.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
+    metadata = {} if (given := head.pop("__metadata__", None)) is None else given
     if not is_text_map(metadata):
         raise SourceError("damaged safetensors file: __metadata__ does not map text to text", file=path)
-    extra = None if shard is None else {"shard": shard}
     found: list[tuple[int, int, SourceTensor]] = []
     for name, info in head.items():
         match info:
@@ -77,6 +74,7 @@ def read(path: str, shard: str | None = None) -> tuple[list[SourceTensor], dict[
             why = f"tensor {name!r} has {end - begin} bytes, which is not what {dtype} {dims} needs"
             raise SourceError(f"damaged safetensors file: {why}", file=path)
         where = Extent(path, 8 + size + begin, end - begin)
+        extra = None if shard is None else {"shard": shard}
         found.append((begin, end, SourceTensor(name, dtype, tuple(dims), where, extra)))
     found.sort(key=lambda entry: entry[:2])
     at = 0

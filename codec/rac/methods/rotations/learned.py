@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align import pca
 from rac.errors import DivergedError
 from rac.linalg import hadamard
-from rac.linalg.pca import pca
 from rac.linalg.triangular import Triangular, damped, triangular
 from rac.methods.rotations.cayley import CayleyAdam
 

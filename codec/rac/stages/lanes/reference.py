@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.entropy.ans import Models, Segment
-from rac.entropy.interleave import split
+from rac.entropy.ans import Models, Segment, split
 from rac.stages.lanes import layout
 
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.align import Pca, pca
 from rac.errors import SourceError
-from rac.linalg import hadamard
-from rac.linalg.pca import Pca, pca
+from rac.linalg.transform import Transform
 from rac.linalg.triangular import Triangular, damped, triangular
+from rac.records import Online
 
 Array = NDArray[Any]
 F32 = np.float32
@@ -101,7 +102,7 @@ def read_rotations(path: str, name: str) -> Rotations:
 def turned(x: Array, seed: int) -> Array:
     """Multiply x (..., n) by the randomised Hadamard matrix, (D H^T) on the right."""
     n = x.shape[-1]
-    return np.asarray(hadamard.transform(x * hadamard.signs(seed, n), n))
+    return np.asarray(Transform(Online("hadamard/1", n, 1, seed), n).apply(x))
 
 
 def _both(x: Array, seed: int) -> NDArray[np.float32]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rac.encode.quantise import trellis as lossy
-from rac.encode.split import objects as split
 from rac.study.analyze.bases import Basis, exponents
 from rac.study.analyze.measures import GAUSSIAN, rms
 
@@ -44,9 +43,8 @@ def at(b: Basis, scale: float) -> Point:
     """Quantise and code with the step 2**scale / weight."""
     cols, middle = exponents(b.weight)
     scales = lossy.Scales(np.zeros(len(b.matrix), np.int8), cols)
-    lane = split.lane_of(b.matrix.shape)
-    q = lossy.quantise(b.matrix, "F32", scale + middle, scales, lane, STATES, 1, b.recursion)
-    _, units = split.coded(q)
+    q = lossy.quantise(b.matrix, "F32", scale + middle, scales, lossy.Effort(STATES), b.recursion)
+    _, units = q.coded()
     error = q.dense.view(np.float32) - b.matrix
     return Point(8 * sum(len(u) for u in units) / error.size, b.output(error), scale)
 

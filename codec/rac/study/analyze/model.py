@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.layers import Layer, Note, calibrate
+from rac.calibrate.layers import Layer, calibrate
+from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import workers
 from rac.encode.align.recipe import DAMP, matrix_of, quantisable
