@@ -17,6 +17,7 @@ MOVED = {
     "rac.encode.rotations": "rac.methods.rotations",
     "rac.encode.smoothquant": "rac.methods.smoothquant",
     "rac.encode.transforms": "rac.methods.transforms",
+    "rac.methods.recipes": "rac.methods.named",
     "rac.quantize.groups": "rac.stages.groups",
 }
 """Old module to new one; what lies below a package moved with it."""

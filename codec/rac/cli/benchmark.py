@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Make, measure, print."""
     from rac.cli.progress import Steps
     from rac.encode.allocate.budget import read_text
-    from rac.methods.recipes import Method
+    from rac.methods.named import Method
     from rac.study.benchmark import ALL, points
     from rac.study.compare import Within, compare
 

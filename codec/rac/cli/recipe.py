@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from rac.cli.fidelity import by_role
     from rac.cli.progress import Steps, size
     from rac.machine import threads_of
-    from rac.methods.recipes import Method, pack_method
+    from rac.methods.named import Method, pack_method
 
     for name, usual in _NOT.items():
         if getattr(args, name) != usual:
