@@ -1,7 +1,6 @@
 """Activations as if they were quantised: rounded to few bits and back, in the floating-point numbers of the model.
 
-Tensors of torch are met through their methods, torch and transformers are handed in or never seen. Rounding has no
-gradient here.
+Tensors of torch are met through their methods, transformers is handed in. Rounding has no gradient here.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from typing import Any
 
 from rac.errors import UnsupportedError
 
+Change = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+_LEAST = 1e-30
+"""Scale of a vector of zeros."""
 _count = itertools.count()
-Attention = Callable[..., Any]
 
 
 def per_token(x: Any, bits: int, clip: float = 1.0, most: Any = None) -> Any:
@@ -65,16 +66,11 @@ def per_group(x: Any, bits: int, group: int | None = None, clip: float = 1.0) ->
 
 
 @contextlib.contextmanager
-def attention(model: Any, transformers: Any, around: Callable[[Attention], Attention]) -> Iterator[None]:
-    """Replace the attention of all layers of a model inside the `with` block.
+def attention(model: Any, transformers: Any, change: Change) -> Iterator[None]:
+    """Change what the attention of all layers of a model of `transformers`, the package, is given in the `with` block.
 
-    It is called with (module, queries, keys, values, mask, ...), keys and values (batch, key heads, n, head_dim), those
-    of the cache among them, behind the position embedding.
-
-    Args:
-        model: A model of transformers.
-        transformers: The package.
-        around: Called with the attention that the model has; returns what takes its place.
+    `change` is called with (module, queries, keys, values), keys and values (batch, key heads, n, head_dim), those of
+    the cache among them, behind the position embedding; it returns what takes the place of the three.
 
     Raises:
         UnsupportedError: The model's attention is no function that transformers lets one replace.
@@ -88,7 +84,7 @@ def attention(model: Any, transformers: Any, around: Callable[[Attention], Atten
     if own is None or base not in masks:
         raise UnsupportedError(f"attention {base!r} of {type(model).__name__} is not one that can be replaced")
     name = f"rac-attention-{next(_count)}"
-    functions[name] = around(own)
+    functions[name] = lambda module, q, k, v, *args, **how: own(module, *change(module, q, k, v), *args, **how)
     masks.register(name, masks[base])  # masks are only made for names of all instances, which cannot be taken back
     config._attn_implementation = name
     try:
@@ -96,7 +92,3 @@ def attention(model: Any, transformers: Any, around: Callable[[Attention], Atten
     finally:
         config._attn_implementation = base
         del functions[name]
-
-
-_LEAST = 1e-30
-"""Scale of a vector of zeros."""

@@ -10,6 +10,7 @@ one; keys behind their position embedding, rotated first if `rotate_keys` says s
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ import transformers
 
 from rac.errors import UnsupportedError
 from rac.linalg.transform import Transform
-from rac.models.activations import Attention, attention, per_group, per_token
+from rac.models.activations import attention, per_group, per_token
 from rac.models.linears import blocks_linears
 from rac.records import Online
 from rac.runtime.layers import RacLinear
@@ -94,8 +95,9 @@ def simulated(
             if not found.linears:
                 raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
         if kv is not None:
-            around = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate_keys, seed)
-            stack.enter_context(attention(model, transformers, around))
+            rotate = _rotation(seed) if rotate_keys else lambda x: x
+            change = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate)
+            stack.enter_context(attention(model, transformers, change))
             stack.callback(model.register_forward_hook(lambda *_: _has_run(model, found)).remove)
         yield found
 
@@ -176,25 +178,22 @@ def _before(last: _Last, most: float | None) -> Hook:
 
 
 def _cache(
-    found: Simulation, bits: int, clip: float, group: int | None, rotate: bool, seed: int | None
-) -> Callable[[Attention], Attention]:
-    """Attention with quantised keys and values, both rotated before."""
-    maps: dict[int, Transform] = {}
+    found: Simulation, bits: int, clip: float, group: int | None, rotate: Callable[[Any], Any]
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]:
+    """What attention is given with quantised keys and values, keys and queries rotated before."""
 
-    def around(own: Attention) -> Attention:
-        def quantised(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-            found._seen.add(id(module))
-            found.heads = len(found._seen)
-            if rotate:
-                width = q.shape[-1]
-                if width not in maps:
-                    maps[width] = Transform(Online("hadamard/1", width, 1, seed), width)
-                q, k = maps[width].apply(q), maps[width].apply(k)
-            return own(module, q, *(per_group(x, bits, group, clip) for x in (k, v)), *args, **kwargs)
+    def quantised(module: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        found._seen.add(id(module))
+        found.heads = len(found._seen)
+        return rotate(q), per_group(rotate(k), bits, group, clip), per_group(v, bits, group, clip)
 
-        return quantised
+    return quantised
 
-    return around
+
+def _rotation(seed: int | None) -> Callable[[Any], Any]:
+    """Applies the Hadamard matrix of the last axis."""
+    of = functools.cache(lambda width: Transform(Online("hadamard/1", width, 1, seed), width))
+    return lambda x: of(x.shape[-1]).apply(x)
 
 
 def _has_run(model: Any, found: Simulation) -> None:

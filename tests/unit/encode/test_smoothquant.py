@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from rac.errors import TransformError
 from rac.methods import transforms as tf
 from rac.methods.gptq import rtn
-from rac.methods.smoothquant import choose, smoothquant
+from rac.methods.smoothquant import Rounded, choose, smoothquant
 from rac.methods.transforms.smooth import PLACES
 from rac.models.activations import per_token
 from rac.stages.groups import values
@@ -64,7 +64,7 @@ def test_errors_are_those_of_a_smoothed_model():
     model = make(20)
     before = {n: w.clone() for n, w in model.state_dict().items()}
     p = tf.parts(model)
-    best, errors = choose(p, tf.maxima(p, [IDS]), [IDS], [0.0, 0.5, 1.0], bits=6, activations=5)
+    best, errors = choose(p, tf.maxima(p, [IDS]), [IDS], [0.0, 0.5, 1.0], how=Rounded(6, 5))
     for alpha, error in errors.items():
         assert error == pytest.approx(by_hand(model, alpha, 6, 5), rel=0.02)
     assert best == min(errors, key=errors.get)
@@ -78,7 +78,7 @@ def test_outliers_go_into_the_weights():
     found = tf.maxima(p, [IDS])
     best, errors = choose(p, found, [IDS])
     assert best >= 0.4 and errors[best] < 0.3 * errors[0.0]
-    only, errors = choose(p, found, [IDS], [0.0, 0.5, 0.9], bits=4, activations=None)
+    only, errors = choose(p, found, [IDS], [0.0, 0.5, 0.9], how=Rounded(4, None))
     assert only <= best and errors[0.9] > errors[only]
 
 

@@ -39,21 +39,37 @@ def cayley(x: Any, w: Any, step: Any) -> Any:
     return torch.linalg.solve(eye - half, x + half @ x)
 
 
-def iterated(x: Any, w: Any, step: Any, iterations: int = 2) -> Any:
-    """What `cayley` gives, by the paper's fixed-point iterations; orthogonal as far as they have converged."""
-    y = x + step * (w @ x)
-    for _ in range(iterations):
-        y = x + step / 2 * (w @ (x + y))
-    return y
-
-
 def _length(w: Any, lr: float) -> Any:
     """(..., 1, 1) min(lr, 2 q / |W|), the norm being the largest sum of magnitudes of a column."""
     return (2 * Q / (w.abs().sum(-2, keepdim=True).amax(-1, keepdim=True) + _TINY)).clamp(max=lr)
 
 
-class CayleySGD:
-    """Algorithm 1: SGD with momentum. Each matrix of a batch (..., n, n) has a step length of its own.
+class _Cayley:
+    """Matrices of a batch (..., n, n), each with a step length of its own."""
+
+    def __init__(self, params: Sequence[Any], lr: float) -> None:
+        self.params, self.lr, self._steps = list(params), lr, 0
+        self._directions: list[Any] = [0.0] * len(self.params)
+
+    def step(self) -> None:
+        """Move every matrix along its gradient, and forget the gradient."""
+        import torch
+
+        self._steps += 1
+        with torch.no_grad():
+            for i, x in enumerate(self.params):
+                w, r = self._way(i, x)
+                self._directions[i] = r * (w @ x)
+                x.copy_(cayley(x, w, _length(w, self.lr)))
+                x.grad = None
+
+    def _way(self, i: int, x: Any) -> tuple[Any, Any]:
+        """Skew-symmetric W of matrix `i`, and what W x times it has the length of a direction by."""
+        raise NotImplementedError
+
+
+class CayleySGD(_Cayley):
+    """Algorithm 1: SGD with momentum.
 
     Args:
         params: Orthogonal matrices (..., n, n), leaves that gradients are taken of; float64 keeps them orthogonal best.
@@ -64,57 +80,32 @@ class CayleySGD:
     def __init__(self, params: Sequence[Any], lr: float, momentum: float = 0.0) -> None:
         if lr <= 0 or not 0 <= momentum < 1:
             raise ValueError("lr must be above 0, momentum from 0 to below 1")
-        self.params, self.lr, self.momentum = list(params), lr, momentum
-        self._directions: list[Any] = [None] * len(self.params)
+        super().__init__(params, lr)
+        self.momentum = momentum
 
-    def step(self) -> None:
-        """Move every matrix along its gradient, and forget the gradient."""
-        import torch
-
-        with torch.no_grad():
-            for i, x in enumerate(self.params):
-                m = -x.grad
-                if self.momentum and self._directions[i] is not None:
-                    m += self.momentum * self._directions[i]
-                w = skew(m, x)
-                self._directions[i] = w @ x
-                x.copy_(cayley(x, w, _length(w, self.lr)))
-                x.grad = None
+    def _way(self, i: int, x: Any) -> tuple[Any, Any]:
+        return skew(self.momentum * self._directions[i] - x.grad, x), 1
 
 
-class CayleyAdam:
+class CayleyAdam(_Cayley):
     """Algorithm 2: the direction is divided by the root of the mean squared length of gradients.
 
-    Args:
-        params: Parameters, as for CayleySGD.
-        lr: Longest step.
-        betas: Decay, 0 to below 1, of the mean of gradients, and of the mean of their squared lengths.
+    `params` and `lr` are those of CayleySGD; `betas` are the decay, 0 to below 1, of the mean of gradients, and of the
+    mean of their squared lengths.
     """
 
     def __init__(self, params: Sequence[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         if lr <= 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError("lr must be above 0, betas from 0 to below 1")
-        self.params, self.lr, self.betas = list(params), lr, betas
-        self._directions: list[Any] = [None] * len(self.params)
+        super().__init__(params, lr)
+        self.betas = betas
         self._squares: list[Any] = [0.0] * len(self.params)
-        self._steps = 0
 
-    def step(self) -> None:
-        """Move every matrix along its gradient, and forget the gradient."""
-        import torch
-
+    def _way(self, i: int, x: Any) -> tuple[Any, Any]:
         first, second = self.betas
-        self._steps += 1
-        with torch.no_grad():
-            for i, x in enumerate(self.params):
-                m = (first - 1) * x.grad
-                if self._directions[i] is not None:
-                    m += first * self._directions[i]
-                square = x.grad.square().sum((-2, -1), keepdim=True)
-                self._squares[i] = second * self._squares[i] + (1 - second) * square
-                mean = self._squares[i] / (1 - second**self._steps)
-                r = (1 - first**self._steps) * (mean + _TINY**2).sqrt()
-                w = skew(m, x) / r
-                self._directions[i] = r * (w @ x)
-                x.copy_(cayley(x, w, _length(w, self.lr)))
-                x.grad = None
+        m = first * self._directions[i] + (first - 1) * x.grad
+        square = x.grad.square().sum((-2, -1), keepdim=True)
+        self._squares[i] = second * self._squares[i] + (1 - second) * square
+        mean = self._squares[i] / (1 - second**self._steps)
+        r = (1 - first**self._steps) * (mean + _TINY**2).sqrt()
+        return skew(m, x) / r, r

@@ -25,6 +25,10 @@ from rac.linalg.triangular import Triangular, damped, triangular
 from rac.methods.rotations.cayley import CayleyAdam
 
 Array = NDArray[np.float64]
+Coordinates = tuple[Array, Array, Triangular]
+"""Coefficients (R, C), the second moment (C, C) of what they are multiplied by, and the order of its columns."""
+LR = 1.0
+"""Longest step of Cayley Adam at the start; it falls linearly to 0."""
 STORED = 16
 """Bits of an element of U in a file."""
 SCALE = 8
@@ -55,19 +59,17 @@ def learn_axis(
     bits: float = 3.0,
     block: int | None = None,
     steps: int = 300,
-    lr: float = 1.0,
     rows: int = 1024,
     seed: int = 0,
 ) -> Axis:
-    """Learn U of a weight.
+    """Learn U of a weight w (R, C) whose inputs have the second moment E[x x^T], (C, C).
 
     Args:
         w: (R, C).
-        second: (C, C), E[x x^T] of its inputs.
+        second: (C, C).
         bits: Bits per weight of W as it is, with feedback: they set the output error at which both are compared.
         block: U is block-diagonal, of blocks of so many columns, a divisor of C; None: one block.
         steps: Steps of Cayley Adam.
-        lr: Longest step at the start; it falls linearly to 0.
         rows: Rows of W that one step looks at, drawn anew for each.
         seed: Seed of rows and noise.
 
@@ -81,8 +83,8 @@ def learn_axis(
     if columns % block:
         raise ValueError(f"blocks of {block} do not divide {columns} columns")
     step, error, before = _at_bits(wide, s, bits)
-    u = _learn(wide, damped(s, DAMP), step, block, steps, lr, rows, seed)
-    after = _at_error(wide, s, u, error, step)
+    u = _learn(wide, damped(s, DAMP), step, block, steps, rows, seed)
+    after = _at_error(_coordinates(wide, s, u), error, step)
     return Axis(u, (before - after) * wide.size, float(columns * block * STORED))
 
 
@@ -94,31 +96,20 @@ def compare_axes(
     bits: float = 3.0,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Bits per weight at one output error, that of `triangular` at `bits`; no transform's own bytes are in it.
+    """Bits per weight of w (R, C) at one output error, that of "triangular" at `bits`; no transform's own are in it.
 
-    Args:
-        w: (R, C).
-        second: (C, C), E[x x^T] of its inputs.
-        u: A learned transform; None: there is no "learned".
-        bits: Bits per weight of "triangular".
-        seed: Seed of "hadamard".
-
-    Returns:
-        "original" (steps inverse to the root of each input's energy, nothing fed back), "triangular" (the same
-        coordinates with feedback), "hadamard" (a randomised Hadamard matrix, with feedback), "pca" (principal
-        directions, in which feedback has nothing to do) and "learned" (with feedback).
+    `second` (C, C) is E[x x^T] of the inputs. Steps of "original" are inverse to the root of each input's energy, and
+    nothing is fed back; "triangular" are the same coordinates with feedback, "hadamard" those of a randomised Hadamard
+    matrix of `seed`, with feedback, "pca" principal directions, in which feedback has nothing to do. "learned" is there
+    where there is a `u`, with feedback.
     """
     wide, s = _checked(w, second)
     step, error, own = _at_bits(wide, s, bits)
-    signs = hadamard.signs(seed, wide.shape[1])
-    mixed = hadamard.matrix(wide.shape[1]) * signs
-    out = {
-        "original": _at_error(wide, s, None, error, step, feedback=False),
-        "triangular": own,
-        "hadamard": _at_error(wide, s, mixed, error, step),
-        "pca": _at_error(wide, s, pca(s, DAMP).basis, error, step),
-    }
-    return out if u is None else out | {"learned": _at_error(wide, s, u, error, step)}
+    mixed = hadamard.matrix(wide.shape[1]) * hadamard.signs(seed, wide.shape[1])
+    turned = {"hadamard": mixed, "pca": pca(s, DAMP).basis} | ({} if u is None else {"learned": u})
+    plain = wide, s, triangular(np.diag(np.diag(s)), DAMP)
+    out = {"original": _at_error(plain, error, step), "triangular": own}
+    return out | {name: _at_error(_coordinates(wide, s, v), error, step) for name, v in turned.items()}
 
 
 def _checked(w: NDArray[Any], second: NDArray[Any]) -> tuple[Array, Array]:
@@ -168,34 +159,34 @@ def coded_bits(codes: NDArray[np.int32]) -> float:
     return float((counts * np.log2(in_class / counts) + np.log2(in_class) / 2).sum()) + SCALE * sum(codes.shape)
 
 
-def _tried(v: Array, s: Array, t: Triangular, step: float) -> tuple[float, float]:
-    """Bits per weight, and output error, in coordinates in which the second moment is s."""
+def _tried(at: Coordinates, step: float) -> tuple[float, float]:
+    """Bits per weight, and output error."""
+    v, s, t = at
     codes, error = quantise(v, t, step)
     return coded_bits(codes) / v.size, float(((error @ s) * error).sum())
 
 
-def _coordinates(w: Array, s: Array, u: Array | None, feedback: bool = True) -> tuple[Array, Array, Triangular]:
+def _coordinates(w: Array, s: Array, u: Array | None = None) -> Coordinates:
     v, turned = (w, s) if u is None else (w @ u.T, u @ s @ u.T)
-    return v, turned, triangular(turned if feedback else np.diag(np.diag(turned)), DAMP)
+    return v, turned, triangular(turned, DAMP)
 
 
 def _at_bits(w: Array, s: Array, bits: float) -> tuple[float, float, float]:
     """Step, output error and bits per weight of W as it is, near `bits` per weight."""
-    v, turned, t = _coordinates(w, s, None)
+    v, _, t = at = _coordinates(w, s)
     step = float(np.exp(np.log(np.maximum(np.abs(v[:, t.order]) * t.weight, 1e-30)).mean()))
     for _ in range(12):
-        rate, error = _tried(v, turned, t, step)
+        rate, error = _tried(at, step)
         if abs(rate - bits) < 0.01:
             break
         step *= 2 ** (rate - bits)
     return step, error, rate
 
 
-def _at_error(w: Array, s: Array, u: Array | None, error: float, step: float, feedback: bool = True) -> float:
+def _at_error(at: Coordinates, error: float, step: float) -> float:
     """Bits per weight at which an output error is reached."""
-    v, turned, t = _coordinates(w, s, u, feedback)
     for _ in range(12):
-        rate, found = _tried(v, turned, t, step)
+        rate, found = _tried(at, step)
         if abs(found / error - 1) < _NEAR:
             break
         step *= math.sqrt(error / max(found, 1e-300))
@@ -205,7 +196,7 @@ def _at_error(w: Array, s: Array, u: Array | None, error: float, step: float, fe
 # what is learned
 
 
-def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, rows: int, seed: int) -> Array:
+def _learn(w: Array, s: Array, step: float, block: int, steps: int, rows: int, seed: int) -> Array:
     """(C, C) U, from the identity."""
     import torch
 
@@ -215,7 +206,7 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
     law = torch.zeros(2, _COMPONENTS, dtype=torch.float64)
     law[1] = torch.linspace(-2, 0, _COMPONENTS)
     law.requires_grad_()
-    optimiser, laws = CayleyAdam([blocks], lr), torch.optim.Adam([law], 0.02)
+    optimiser, laws = CayleyAdam([blocks], LR), torch.optim.Adam([law], 0.02)
     noise, order = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     for k in range(steps):
         chosen = torch.from_numpy(order.choice(len(w), min(rows, len(w)), replace=False))
@@ -223,9 +214,9 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
         weight = torch.linalg.cholesky(u @ moment @ u.mT).diagonal()
         loss = rate(weights[chosen] @ (u * (weight / step)[:, None]).float().mT, law.float(), noise)
         if not bool(torch.isfinite(loss)):
-            raise DivergedError(f"learning an axis diverged at step {k + 1}: the rate is {float(loss)} (lr {lr:g})")
+            raise DivergedError(f"learning an axis diverged at step {k + 1}: the rate is {float(loss)} (lr {LR:g})")
         loss.backward()
-        optimiser.lr = lr * (1 - k / steps)
+        optimiser.lr = LR * (1 - k / steps)
         optimiser.step()
         laws.step()
         laws.zero_grad()
@@ -235,10 +226,8 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
 def rate(z: Any, law: Any, noise: Any = None) -> Any:
     """Bits per coefficient of z (R, C), in steps, and what the error is worth beyond that of small steps.
 
-    Args:
-        z: A torch tensor.
-        law: (2, K): logits of the shares of K logistic laws, and the logarithms of their scales.
-        noise: Generator of the noise; None: there is none.
+    `z` is a torch tensor; `law` (2, K) are logits of the shares of K logistic laws, and the logarithms of their scales.
+    `noise` is the generator of the noise; None: there is none.
     """
     import torch
 

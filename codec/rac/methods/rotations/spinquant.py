@@ -8,23 +8,24 @@ weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run onl
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate.layers import Note
+from rac.encode.options import silent
 from rac.errors import DivergedError, SourceError
 from rac.methods.rotations.cayley import CayleySGD
 from rac.methods.rotations.result import Rotations, nearest
 from rac.methods.rotations.simulate import Simulated, simulated
 from rac.methods.transforms import Parts, hadamard
 from rac.methods.transforms.rotate import require_rotatable
-
-Note = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much there is."""
 
 RATE, TOKENS = 1.5, 16384
 """Longest step of the authors' scripts, and tokens of one of their steps: 8 sequences of 2,048."""
@@ -44,22 +45,16 @@ def spinquant(
     seed: int = 0,
     note: Note | None = None,
 ) -> Rotations:
-    """Learn R1 and R2 of a model whose norms are fused; its weights are left alone.
+    """Learn R1 and R2 of a model (`transforms.parts`) whose norms are fused; its weights are left alone.
 
-    Args:
-        p: The model (`transforms.parts`), norms fused, no online maps.
-        ids: Token ids (count, context) of a calibration text. The last `batch` sequences are held out: on them the loss
-            is found before and after.
-        steps: Steps of SGD.
-        batch: Sequences of one step.
-        lr: Longest step at the start; it falls linearly to 0. None: `rate` of the tokens of a step.
-        momentum: Momentum of Cayley SGD.
-        how: What is quantised while learning; 4 bits for activations and cache if None.
-        seed: Seed of the Hadamard matrices that are the start, of R4, and of the order of sequences.
-        note: Progress.
+    `ids` (count, context) are token ids of a calibration text. The last `batch` sequences are held out: on them the
+    loss is found before and after. `steps` of Cayley SGD with `momentum` take `batch` sequences each; the longest falls
+    linearly from `lr` (None: `rate` of the tokens of a step) to 0. `how` says what is quantised meanwhile; None: 4 bits
+    for activations and cache. `seed` is that of the Hadamard matrices that are the start, of R4, and of the order of
+    sequences.
 
-    Returns:
-        `about` has the loss of the held-out sequences: "plain" (nothing quantised), "start", "end", nats per token.
+    `about` of what is returned has the loss of the held-out sequences: "plain" (nothing quantised), "start", "end",
+    nats per token.
 
     Raises:
         DivergedError: A loss is not finite, or stays above that of the start.
@@ -73,54 +68,60 @@ def spinquant(
         raise SourceError(f"{len(ids)} sequences of {ids.shape[1]} tokens, at least {2 * batch} are needed")
     how, began = how or Simulated(), time.perf_counter()
     lr = rate(batch * ids.shape[1]) if lr is None else lr
+    about: dict[str, Any] = {"method": "spinquant", "steps": steps, "batch": batch, "context": ids.shape[1], "lr": lr}
+    about |= {"momentum": momentum, "activations": how.activations, "cache": how.cache, "seed": seed}
     data = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(p.embedding.weight.device)
     held, data = data[-batch:], data[:-batch]
+    order = np.random.default_rng(seed)
+    drawn = (order.choice(len(data), batch, replace=len(data) < batch) for _ in range(steps))
     r1, r2 = start(p, seed)
     optimiser = CayleySGD([r1, r2], lr, momentum)
-    order = np.random.default_rng(seed)
-    frozen = [w for w in p.model.parameters() if w.requires_grad]
-    training, losses = p.model.training, []
-    p.model.eval()
-    for w in frozen:
-        w.requires_grad_(False)
-    try:
-        plain = _mean_loss(p.model, held)
-        first = last = _held(p, how, r1, r2, held, seed)
-        for k in range(steps):
-            at = order.choice(len(data), batch, replace=len(data) < batch)
-            with simulated(p, how, r1, r2, r4=seed):
-                loss = next_token_loss(p.model, data[torch.from_numpy(at)])
-                loss.backward()
-            losses.append(float(loss.detach()))
-            _diverged(losses[-1], first, k + 1, lr, 2)
-            optimiser.lr = lr * (1 - k / steps)
-            optimiser.step()
-            if (k + 1) % PATIENCE == 0 or k + 1 == steps:
-                last = _held(p, how, r1, r2, held, seed)
-                _diverged(last, first, k + 1, lr, 1.1)
-            if note:
-                note(f"spinquant, loss {losses[-1]:.4f}", k + 1, steps)
-    finally:
-        for w in frozen:
-            w.requires_grad_(True)
-        p.model.train(training)
-    about = {
-        "method": "spinquant",
-        "steps": steps,
-        "batch": batch,
-        "context": ids.shape[1],
-        "lr": lr,
-        "momentum": momentum,
-        "activations": how.activations,
-        "cache": how.cache,
-        "seed": seed,
-        "plain": plain,
-        "start": first,
-        "end": last,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+    with _frozen(p.model):
+        about["plain"] = _mean_loss(p.model, held)
+        batches = [data[torch.from_numpy(at)] for at in drawn]
+        within = partial(simulated, p, how, r1, r2, r4=seed)
+        losses, ends = _learn(p.model, within, batches, held, optimiser, note or silent)
+    about |= {"start": ends[0], "end": ends[-1], "seconds": round(time.perf_counter() - began, 1)}
     one, each = (nearest(r.detach().cpu().numpy()) for r in (r1, r2))
     return Rotations(one, each, seed, about, tuple(losses))
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, without gradients of its weights."""
+    training, weights = model.training, [w for w in model.parameters() if w.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for w in weights:
+            w.requires_grad_(True)
+        model.train(training)
+
+
+def _learn(
+    model: Any, within: Callable[[], Any], batches: Sequence[Any], held: Any, optimiser: CayleySGD, note: Note
+) -> tuple[list[float], list[float]]:
+    """Losses of the steps, `within` what is simulated; and of the held-out sequences, from the start to the end."""
+
+    def judged() -> float:
+        with within():
+            return _mean_loss(model, held)
+
+    lr, losses, ends = optimiser.lr, [], [judged()]
+    for k, ids in enumerate(batches):
+        with within():
+            loss = next_token_loss(model, ids)
+            loss.backward()
+        losses.append(float(loss.detach()))
+        _diverged(losses[-1], ends[0], k + 1, lr, 2)
+        optimiser.lr = lr * (1 - k / len(batches))
+        optimiser.step()
+        if (k + 1) % PATIENCE == 0 or k + 1 == len(batches):
+            ends.append(judged())
+            _diverged(ends[-1], ends[0], k + 1, lr, 1.1)
+        note(f"spinquant, loss {losses[-1]:.4f}", k + 1, len(batches))
+    return losses, ends
 
 
 def rate(tokens: int) -> float:
@@ -157,28 +158,16 @@ def next_token_loss(model: Any, ids: Any) -> Any:
 
 
 def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, *, r3: bool = True) -> float:
-    """Mean loss, nats per token, of sequences (count, n) with activations and cache quantised.
+    """Mean loss, nats per token, of sequences (count, n), one after the other, with activations and cache quantised.
 
-    Args:
-        p: A model; its norms are fused where there are rotations.
-        ids: Token ids; one sequence after the other is run.
-        how: What is quantised.
-        found: R1 and R2, and with them R4; None: none of them.
-        r3: Keys are rotated.
+    The norms of the model are fused where there are rotations, `found`: R1 and R2, and with them R4. With `r3` keys are
+    rotated.
     """
     import torch
 
-    if found is None:
-        with simulated(p, how, r3=r3):
-            return _mean_loss(p.model, torch.as_tensor(ids))
-    r1, r2 = torch.from_numpy(found.r1), torch.from_numpy(found.r2)
-    with simulated(p, how, r1, r2, r3=r3, r4=found.seed):
+    of = () if found is None else (torch.from_numpy(found.r1), torch.from_numpy(found.r2))
+    with simulated(p, how, *of, r3=r3, r4=None if found is None else found.seed):
         return _mean_loss(p.model, torch.as_tensor(ids))
-
-
-def _held(p: Parts, how: Simulated, r1: Any, r2: Any, ids: Any, seed: int) -> float:
-    with simulated(p, how, r1.detach(), r2.detach(), r4=seed):
-        return _mean_loss(p.model, ids)
 
 
 def _mean_loss(model: Any, ids: Any) -> float:

@@ -9,10 +9,8 @@
 torch and transformers are met through the model, and imported only where a function needs them.
 """
 
-from rac.methods.transforms.check import deviation, logits, require_same
-from rac.methods.transforms.fuse import fuse_norms, untie
-from rac.methods.transforms.keys import rotated_keys
 from rac.methods.transforms.rotate import (
+    fuse_norms,
     hadamard,
     matrix,
     online,
@@ -21,10 +19,12 @@ from rac.methods.transforms.rotate import (
     quarot,
     rotate_residual,
     rotate_values,
+    rotated_keys,
+    untie,
 )
 from rac.methods.transforms.rules import RULES, Parts, parts
 from rac.methods.transforms.smooth import maxima, smooth
-from rac.methods.transforms.source import source
+from rac.methods.transforms.source import deviation, logits, require_same, source
 
 __all__ = [
     "RULES",

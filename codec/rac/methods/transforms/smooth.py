@@ -6,6 +6,8 @@ makes it (the gain of a norm, the values, the gated half of the MLP), and the co
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,42 +23,39 @@ PLACES = ("attention", "mlp", "heads", "down")
 second half."""
 LEAST = 1e-5
 """Smallest maximum that counts, as in the authors' method: a channel without inputs or weights is left alone."""
-Maxima = Mapping[tuple[str, str], NDArray[np.float64]]
-"""(name of the layer, place) to the largest magnitude of each input (n,)."""
+Place = tuple[str, str]
+"""Name of a layer, and one of PLACES."""
+Maxima = Mapping[Place, NDArray[np.float64]]
+"""The largest magnitude of each input (n,) of a place."""
 
 
-def maxima(p: Parts, sequences: Iterable[Any]) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """Run the model over sequences of token ids, each (batch, n), and note the largest magnitude of each input."""
+def inputs(p: Parts, places: Iterable[str], sequences: Iterable[Any], see: Callable[[Place, Any], None]) -> None:
+    """Run the model over sequences of token ids; `see` gets a place and inputs (tokens, n) of it."""
     import torch
 
-    found: dict[tuple[str, str], NDArray[np.float64]] = {}
+    def watch(key: Place) -> Callable[..., None]:
+        return lambda _, args: see(key, args[0].detach().reshape(-1, args[0].shape[-1]))
 
-    def watch(key: tuple[str, str]) -> Callable[..., None]:
-        def see(_: Any, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().abs()
-            most = x.reshape(-1, x.shape[-1]).amax(0).double().cpu().numpy()
-            found[key] = np.maximum(found[key], most) if key in found else most
-
-        return see
-
-    held = []
-    for layer in p.layers:
-        for place, reader in (
-            ("attention", layer.attention_in[0]),
-            ("mlp", layer.mlp_in[0]),
-            ("heads", layer.attention_out),
-            ("down", layer.mlp_out),
-        ):
-            held.append(reader.register_forward_pre_hook(watch((layer.name, place))))
-    try:
-        with torch.no_grad():
-            for ids in sequences:
-                p.model(ids, use_cache=False)
-    finally:
-        for h in held:
-            h.remove()
-    if not found:
+    ran = False
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer, place in itertools.product(p.layers, places):
+            stack.enter_context(readers(layer, place)[0].register_forward_pre_hook(watch((layer.name, place))))
+        for ids in sequences:
+            ran = True
+            p.model(ids, use_cache=False)
+    if not ran:
         raise TransformError("smoothing needs sequences to run the model on")
+
+
+def maxima(p: Parts, sequences: Iterable[Any]) -> dict[Place, NDArray[np.float64]]:
+    """Run the model over sequences of token ids, each (batch, n), and note the largest magnitude of each input."""
+    found: dict[Place, NDArray[np.float64]] = {}
+
+    def see(key: Place, x: Any) -> None:
+        most = x.abs().amax(0).double().cpu().numpy()
+        found[key] = np.maximum(found[key], most) if key in found else most
+
+    inputs(p, PLACES, sequences, see)
     return found
 
 
@@ -76,9 +75,8 @@ def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = 
     places = tuple(places)
     if not 0 <= alpha <= 1 or set(places) - set(PLACES):
         raise ValueError(f"alpha is 0 to 1, places are {', '.join(PLACES)}, not {alpha}, {places}")
-    for layer in p.layers:
-        for place in places:
-            _smooth(p, layer, place, scales(p, layer, place, found, alpha))
+    for layer, place in itertools.product(p.layers, places):
+        _smooth(p, layer, place, scales(p, layer, place, found, alpha))
     p.did(f"smooth {alpha:g} {' '.join(places)}", f"smoothed with alpha {alpha:g}: {', '.join(places)}")
 
 

@@ -1,4 +1,4 @@
-"""A transformed model as the source of a pack: its tensors and online maps, its files with the new configuration."""
+"""Whether a transformed model computes what it did, and such a model as the source of a pack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,51 @@ from rac.encode.sources import Attachment, Source, from_arrays, open_source
 from rac.errors import SourceError, TransformError
 from rac.methods.transforms.rules import Parts
 
+MOST = 1e-3
+"""Largest difference of logits, as a share of the largest logit, at which a model still computes the same."""
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def logits(model: Any, tokens: Any) -> Any:
+    """(batch, n, vocabulary) float64 of token ids (n,) or (batch, n); no gradient, and dropout is off."""
+    import torch
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return model(tokens if tokens.ndim == 2 else tokens[None], use_cache=False).logits.double()
+    finally:
+        model.train(training)
+
+
+def deviation(model: Any, transformed: Any, tokens: Any) -> float:
+    """Max |difference of logits| / max |logit|; infinite where there is a NaN.
+
+    Args:
+        model: The original, or its logits (`logits`), where it is transformed in place.
+        transformed: What came of it.
+        tokens: Ids (n,) or (batch, n), on the device of the models.
+    """
+    before, after = (x if hasattr(x, "ndim") else logits(x, tokens) for x in (model, transformed))
+    found = float((after - before).abs().max() / before.abs().max())
+    return found if found == found else float("inf")
+
+
+def require_same(model: Any, p: Parts, tokens: Any, most: float = MOST) -> float:
+    """The deviation of a transformed model from what it was (`deviation`); only one that passes here can be packed.
+
+    Raises:
+        TransformError: It is above `most`.
+    """
+    found = deviation(model, p.model, tokens)
+    if found > most:
+        raise TransformError(
+            f"the transform has changed what the model computes: logits differ by {found:.2e} of the largest, "
+            f"{most:g} is allowed; it is not packed"
+        )
+    p.deviation = found
+    return found
 
 
 def source(p: Parts, folder: str | os.PathLike[str], dtype: str = "F32") -> Source:
@@ -32,19 +76,14 @@ def source(p: Parts, folder: str | os.PathLike[str], dtype: str = "F32") -> Sour
     import torch
 
     kind = getattr(torch, _DTYPES[dtype])
-    own = p.model.state_dict()
-    made: dict[Any, Any] = {}
-    for value in own.values():  # tied weights stay one memory
-        key = value.data_ptr(), value.shape
+    arrays, made = {}, {}
+    for name, value in p.model.state_dict().items():
+        key = value.data_ptr(), value.shape  # tied weights stay one memory
         if key not in made:
             made[key] = value.to(kind) if value.is_floating_point() else value
-    arrays = {name: made[value.data_ptr(), value.shape] for name, value in own.items()}
-    tensors = []
-    for t in from_arrays(arrays).tensors:
-        transform = p.online.get(t.name)
-        if transform is not None:
-            t = replace(t, online=transform.online, matrix=transform.matrix)
-        tensors.append(t)
+        arrays[name] = made[key]
+    maps: dict[str, dict[str, Any]] = {name: {"online": t.online, "matrix": t.matrix} for name, t in p.online.items()}
+    tensors = [replace(t, **maps.get(t.name, {})) for t in from_arrays(arrays).tensors]
     files = [_config(p, a, _DTYPES[dtype]) for a in open_source(folder).attachments]
     return Source("hf", tuple(tensors), tuple(files), {"format": "pt"})
 
