@@ -27,7 +27,6 @@ WIDE = {
 """Functions that may have more parameters, and why."""
 LONG = {
     "encode/pack.py:pack": "public: its docstring says what each option does",
-    "runtime/model.py:load_model": "public: its docstring says what each option does",
 }
 """Functions that may have more lines, and why. Kernels of triton (`gpu/kernels`) may: they cannot be cut in two."""
 

@@ -9,62 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from rac.runtime.layers import Compressed as Layer
+
 MOST = 256 << 20
 """Dense bytes of the largest layer that has a buffer; larger ones are decoded when they run."""
-
-
-class Layer(Protocol):
-    """What is asked of a layer on a device."""
-
-    dense_bytes: int
-    weight: Any
-    """The layer's record."""
-
-    def dense(self) -> torch.Tensor:
-        """The weight in memory of its own, decoded on the current stream. It may wait for the device."""
-
-    def resident(self) -> tuple[int, int] | None:
-        """Changes when the record does; None: `decode_into` cannot be used yet, or not at all."""
-
-    def decode_into(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The weight in the first bytes of a buffer, by launches on the current stream alone."""
-
-
-class Cuda:
-    """Streams and events of a device, and nothing else of it, so that tests can put others in their place."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def current(self) -> Any:
-        """The stream of the caller."""
-        return torch.cuda.current_stream(self.device)
-
-    def stream(self) -> Any:
-        """Another one."""
-        return torch.cuda.Stream(self.device)
-
-    def event(self) -> Any:
-        """One that was not recorded yet; waiting for it is no wait."""
-        return torch.cuda.Event()
-
-    def on(self, stream: Any) -> Any:
-        """Context in which launches go to a stream."""
-        return torch.cuda.stream(stream)
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Memory that a stream uses too is not given to others before the stream is done."""
-        tensor.record_stream(stream)
-
-    def capturing(self) -> bool:
-        """Whether a graph is recorded: it cannot wait for events from outside it."""
-        return torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -85,13 +40,17 @@ class _Place:
 class Ahead:
     """The buffers of one device. One layer at a time runs: the caller sees to that.
 
-    Args:
-        device: Device of the layers.
-        api: Streams and events of the device; None: `Cuda`.
+    `api` has its streams and events; `keep` sees to it that memory which a stream uses too is not given to others
+    before the stream is done. Tests put others in their place.
     """
 
-    def __init__(self, device: torch.device, api: Any = None) -> None:
-        self.device, self.api = device, api or Cuda(device)
+    def __init__(
+        self,
+        device: torch.device,
+        api: Any = torch.cuda,
+        keep: Callable[[torch.Tensor, Any], None] = torch.Tensor.record_stream,
+    ) -> None:
+        self.device, self.api, self.keep = device, api, keep
         self._size = 0
         self._places: list[_Place] = []
         """The one that was used last comes last."""
@@ -99,18 +58,15 @@ class Ahead:
 
     @contextlib.contextmanager
     def weight(self, layer: Layer, then: Layer | None, size: int) -> Iterator[torch.Tensor]:
-        """The weight of a layer, valid inside for what is launched on the current stream.
+        """The weight of a layer on this device, valid inside for what is launched on the current stream.
 
-        Args:
-            layer: A layer on this device.
-            then: What is likely to run after it.
-            size: Dense bytes of the largest layer of the model, or of the largest that is at most `MOST`.
+        `then` is what is likely to run after it, `size` the dense bytes of the largest layer that is at most `MOST`.
         """
         version = layer.resident()
-        if version is None or layer.dense_bytes > size or self.api.capturing():
+        if version is None or layer.dense_bytes > size or self.api.is_current_stream_capturing():
             yield layer.dense()
             return
-        stream = self.api.current()
+        stream = self.api.current_stream(self.device)
         self._make(size, stream)
         mine = next((p for p in self._places if p.holds(layer)), None)
         if mine is None:
@@ -121,7 +77,7 @@ class Ahead:
             self._begin(then, self._places[0])
         stream.wait_event(mine.filled)
         stream.wait_event(mine.free)  # of a product on another stream: `free` will speak for both
-        self.api.keep(mine.buffer, stream)
+        self.keep(mine.buffer, stream)
         try:
             assert mine.weight is not None  # noqa: S101
             yield mine.weight
@@ -133,19 +89,19 @@ class Ahead:
         version = layer.resident() if layer.weight.device == self.device else None
         if version is None or layer.dense_bytes > self._size or place.holds(layer):
             return
-        with self.api.on(self._side):
+        with self.api.stream(self._side):
             self._fill(place, layer, version, self._side)
-        self.api.keep(layer.weight, self._side)
+        self.keep(layer.weight, self._side)
 
     def _make(self, size: int, stream: Any) -> None:
         """Buffers of this size at least."""
         if self._size >= size:
             return
-        self._side = self._side or self.api.stream()
+        self._side = self._side or self.api.Stream(self.device)
         self._places, self._size = [], size
         for _ in range(2):
             buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-            place = _Place(buffer, self.api.event(), self.api.event())
+            place = _Place(buffer, self.api.Event(), self.api.Event())
             place.free.record(stream)  # what the memory was before is still in use on this stream
             self._places.append(place)
 
@@ -154,7 +110,7 @@ class Ahead:
         place.layer = None
         stream.wait_event(place.filled)  # a guess that was wrong
         stream.wait_event(place.free)
-        self.api.keep(place.buffer, stream)
+        self.keep(place.buffer, stream)
         place.weight = layer.decode_into(place.buffer)
         place.filled.record(stream)
         place.layer, place.version = weakref.ref(layer), version

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -24,14 +25,15 @@ def _why_not(device: str) -> str | None:
     return why
 
 
-def _version(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), weight._version
+def version(data: torch.Tensor) -> tuple[int, int]:
+    """Changes when the bytes of a tensor do."""
+    return data.data_ptr(), data._version
 
 
-def _copied(device: str, s: record.Stored, host: record.Bytes) -> torch.Tensor:
-    """The weight, decoded on the host."""
+def decoded(s: record.Stored, data: record.Bytes, device: str = "cpu", pool: Executor | None = None) -> torch.Tensor:
+    """The weight, decoded on the host in memory of its own, and then on a device."""
     words = empty(s.tensor)
-    record.decode(s, host, words)
+    record.decode(s, data, words, pool=pool)
     out: torch.Tensor = frameworks.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", device)
     return out
 
@@ -49,26 +51,18 @@ class Resident:
         self._data: torch.Tensor | None = None
 
     def dense(self, weight: torch.Tensor, stored: Callable[[], tuple[record.Stored, record.Bytes]]) -> torch.Tensor:
-        """The weight, on the device of its record.
+        """The weight, on the device of its record (n,) uint8, which `stored` fetches to the host, its head checked.
 
-        Args:
-            weight: (n,) uint8, the record.
-            stored: Fetches it to the host, and checks its head.
-
-        Raises:
-            RacError: The record is damaged. What only decoding shows is looked for the first time.
+        RacError where the record is damaged. What only decoding shows is looked for the first time.
         """
-        device = str(weight.device)
-        if _why_not(device) is not None:
-            return _copied(device, *stored())
-        key = _version(weight)
+        if _why_not(str(weight.device)) is not None:
+            return decoded(*stored(), str(weight.device))
+        key = version(weight)
         new = key != self._key
         if new:
             self._key = None
-            s, host = stored()
-            self._pack(weight, s, host)
-        data = weight if self._data is None else self._data
-        out: torch.Tensor = torch.ops.rac.decode(data, self._packed.handle)
+            self._pack(weight, *stored())
+        out: torch.Tensor = torch.ops.rac.decode(weight if self._data is None else self._data, self._packed.handle)
         if new:
             self._packed.check()
             self._key = key
@@ -76,8 +70,7 @@ class Resident:
 
     def ready(self, weight: torch.Tensor) -> tuple[int, int] | None:
         """Changes when the record does; None before `dense` has decoded it by kernels."""
-        key = _version(weight)
-        return key if key == self._key else None
+        return self._key if self._key == version(weight) else None
 
     def into(self, weight: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         """The weight in the first bytes of a buffer of the same device, by launches alone; only where it is `ready`."""

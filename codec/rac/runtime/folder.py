@@ -21,9 +21,8 @@ from safetensors.torch import save_file
 from rac.decode.archive import RacFile
 from rac.errors import OutputError, UnsupportedError
 from rac.models.predictions import quiet
-from rac.runtime.model import State, model_class, skeleton, write_attachments
+from rac.runtime.model import State, model_class, write_attachments
 from rac.runtime.quantizer import METHOD, RacConfig
-from rac.runtime.replace import places
 
 Progress = Callable[[str, int], None]
 SHARD = 5 * 10**9
@@ -148,10 +147,8 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress |
     file = f.archives[0].access.name
     write_attachments(f, folder)
     config, cls = model_class(folder, file, trust)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedError("is quantised by another method already", file=file)
     state = State(f)
-    heads = state.hold(list(places(skeleton(cls, config, file), state.worth())))
+    heads = state.hold(cls, config, file)
     files: list[list[str]] = [[]]
     size = 0
     for name, lazy in state.lazy.items():

@@ -25,7 +25,6 @@ from rac.linalg.transform import Transform
 from rac.runtime import device
 from rac.runtime import record as stored_record
 from rac.runtime.workspace import Workspace
-from rac.tensor import empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +47,17 @@ class Compressed(nn.Module):
 
     weight: torch.Tensor
 
-    def _hold(self, head: Head, workspace: Workspace, at: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    def _hold(self, head: Head, shape: tuple[int, int], workspace: Workspace, dtype: torch.dtype | None) -> None:
+        if head.shape != shape:
+            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {list(shape)}")
+        nn.Module.__init__(self)
         self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
         self._stored: stored_record.Stored | None = None
         self._resident = device.Resident()
         self._online: tuple[tuple[int, int], Transform | None] | None = None
         self._is_hf_initialized = True  # a record is never filled with random numbers
-        self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8, device=at), requires_grad=False)
-        self.register_buffer("_as", torch.empty(0, dtype=dtype, device=at), persistent=False)
+        self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("_as", torch.empty(0, dtype=dtype), persistent=False)
 
     def settle(self) -> None:
         """Make the record a buffer, once it is loaded; what an offloader has is still offloaded."""
@@ -96,14 +98,14 @@ class Compressed(nn.Module):
 
     def online(self) -> Transform | None:
         """What the layer does to its input, as the record states it; read once for the bytes that are there."""
-        key = self.weight.data_ptr(), self.weight._version
+        key = device.version(self.weight)
         if self._online is None or self._online[0] != key:
             self._online = key, stored_record.transform(*self.stored())
         return self._online[1]
 
     def version(self) -> tuple[int, int] | None:
         """Changes when the bytes do; None where they are not on the host."""
-        return (self.weight.data_ptr(), self.weight._version) if self.weight.device.type == "cpu" else None
+        return device.version(self.weight) if self.weight.device.type == "cpu" else None
 
     def dense(self) -> torch.Tensor:
         """The weight as the file has it, in memory of its own, on the device of the layer.
@@ -114,10 +116,7 @@ class Compressed(nn.Module):
             raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
         if self.weight.device.type != "cpu":
             return self._resident.dense(self.weight.detach(), self.stored)
-        s, data = self.stored()
-        words = empty(s.tensor)
-        stored_record.decode(s, data, words, pool=self.workspace.executor())
-        return frameworks.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
+        return device.decoded(*self.stored(), pool=self.workspace.executor())
 
     def resident(self) -> tuple[int, int] | None:
         """Changes when the record on a device does; None where `decode_into` cannot be used, or not yet."""
@@ -174,7 +173,6 @@ class RacLinear(Compressed, nn.Linear):
         workspace: Shared by the layers of the model.
         bias: The parameter (out,), or None.
         transposed: The record holds (in, out).
-        device: Device of the weight until it is loaded.
         dtype: Data type of the numbers that go in.
     """
 
@@ -186,15 +184,10 @@ class RacLinear(Compressed, nn.Linear):
         workspace: Workspace,
         bias: nn.Parameter | None = None,
         transposed: bool = False,
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        shape = (in_features, out_features) if transposed else (out_features, in_features)
-        if head.shape != shape:
-            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {list(shape)}")
+        self._hold(head, (in_features, out_features) if transposed else (out_features, in_features), workspace, dtype)
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
-        self._hold(head, workspace, device, dtype)
         self.bias = bias
         workspace.expect(self.dense_bytes)
 
@@ -230,7 +223,6 @@ class RacEmbedding(Compressed, nn.Embedding):
         head: Head of the record that `weight` will hold, (rows, columns).
         workspace: Shared by the layers of the model; its threads are used here, not its buffer.
         padding_idx: As nn.Embedding has it.
-        device: Device of the weight until it is loaded.
         dtype: Data type of what comes out.
     """
 
@@ -241,15 +233,11 @@ class RacEmbedding(Compressed, nn.Embedding):
         head: Head,
         workspace: Workspace,
         padding_idx: int | None = None,
-        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)
-        if head.shape != (num_embeddings, embedding_dim):
-            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {[num_embeddings, embedding_dim]}")
+        self._hold(head, (num_embeddings, embedding_dim), workspace, dtype)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self._hold(head, workspace, device, dtype)
 
     @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,41 +78,16 @@ def load_model(
     with RacFile(path, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name
         config, cls = model_class(folder, name, trust_remote_code)
-        dtype = dtype or getattr(config, "dtype", None) or _dtype(f)
+        kwargs["dtype"] = dtype or getattr(config, "dtype", None) or _dtype(f)
         state = State(f)
         if resident == "compressed":
-            if getattr(config, "quantization_config", None) is not None:
-                raise UnsupportedError("is quantised by another method already; load it dense", file=name)
-            where = replace.places(skeleton(cls, config, name), state.worth())
-            config.quantization_config = {
-                "quant_method": METHOD,
-                "threads": threads,
-                "records": state.hold(list(where)),
-            }
-        made = os.path.exists(os.path.join(folder, "generation_config.json"))
-        try:
-            model, info = cls.from_pretrained(
-                None,
-                config=config,
-                state_dict=state.lazy,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **kwargs,
-            )
-            if made and model.can_generate():
+            records = state.hold(cls, config, name)
+            config.quantization_config = {"quant_method": METHOD, "threads": threads, "records": records}
+        with _mapped("cannot load it", name), state.blamed(name):
+            how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+            model, info = cls.from_pretrained(None, config=config, state_dict=state.lazy, **how)
+            if os.path.exists(os.path.join(folder, "generation_config.json")) and model.can_generate():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        except RacError as e:
-            e.file = e.file or name
-            raise
-        except torch.OutOfMemoryError as e:
-            raise LimitError(f"not enough memory on the device: {said(e)}", file=name) from e
-        except ERRORS as e:
-            if state.errors:
-                raise state.errors[0] from None
-            raise UnsupportedError(
-                f"transformers {transformers.__version__} cannot load it: {said(e)}", file=name
-            ) from e
         _complete(info, cls.__name__, name)
         state.attach(model, name)
     model.config.name_or_path = model.name_or_path = name
@@ -131,15 +107,24 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
             raise SourceError("holds no tokenizer; pack the Hugging Face folder of the model", file=name)
         for part in ("tokenizer_config.json", "config.json"):
             refuse_code(folder, part, name, trust_remote_code)
-        try:
+        with _mapped("knows no tokenizer for it", name):
             return transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
             )
-        except ERRORS as e:
-            raise UnsupportedError(f"no tokenizer that transformers can load: {said(e)}", file=name) from e
 
 
-def said(e: Exception) -> str:
+@contextlib.contextmanager
+def _mapped(what: str, file: str) -> Iterator[None]:
+    """What transformers raises inside, as an UnsupportedError that says what it cannot do."""
+    try:
+        yield
+    except RacError:
+        raise
+    except ERRORS as e:
+        raise UnsupportedError(f"transformers {transformers.__version__} {what}: {_said(e)}", file=file) from e
+
+
+def _said(e: Exception) -> str:
     """What an error says, on one line."""
     return " ".join(str(e).split()) or type(e).__name__
 
@@ -196,38 +181,23 @@ def model_class(folder: str, file: str, trust: bool) -> tuple[Any, Any]:
     if not isinstance(kinds, list) or not kinds or not isinstance(kinds[0], str):
         raise UnsupportedError("config.json names no architecture", file=file)
     kind, auto = kinds[0], found.get("auto_map") or {}
-    try:
+    with _mapped("cannot read its config.json", file):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
         for reference in auto.values():
             if isinstance(reference, str) and reference.split(".")[-1] == kind:
                 return config, get_class_from_dynamic_module(reference, folder, local_files_only=True)
-    except ERRORS as e:
-        version = transformers.__version__
-        raise UnsupportedError(f"transformers {version} cannot read its config.json: {said(e)}", file=file) from e
     cls = getattr(transformers, kind, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise UnsupportedError(f"transformers {transformers.__version__} knows no model class {kind!r}", file=file)
     return config, cls
 
 
-def skeleton(cls: Any, config: Any, file: str) -> Any:
-    """The model without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
-    except ERRORS as e:
-        version = transformers.__version__
-        raise UnsupportedError(f"transformers {version} cannot make its model: {said(e)}", file=file) from e
-
-
 def _dtype(f: RacFile) -> Any:
     """The floating data type of most of the weights."""
-    sizes: dict[str, int] = {}
-    for archive in f.archives:
-        for e in archive.index.entries:
-            if e.dtype in ("F64", *replace.FLOATS):
-                sizes[e.dtype] = sizes.get(e.dtype, 0) + e.size
-    return frameworks.torch_dtype(max(sizes, key=lambda d: sizes[d])) if sizes else torch.float32
+    sizes = Counter[str]()
+    for e in (e for archive in f.archives for e in archive.index.entries if e.dtype in ("F64", *replace.FLOATS)):
+        sizes[e.dtype] += e.size
+    return frameworks.torch_dtype(sizes.most_common(1)[0][0]) if sizes else torch.float32
 
 
 def _complete(info: dict[str, Any], kind: str, file: str) -> None:
@@ -252,14 +222,13 @@ def _more(names: Any) -> str:
 class Lazy:
     """A tensor that transformers loads by `[...]`, as it does those of safetensors."""
 
-    def __init__(self, state: State, source: _Shared, copy: bool) -> None:
-        self._state, self._source, self._copy = state, source, copy
+    def __init__(self, source: _Shared, copy: bool) -> None:
+        self._source, self._copy = source, copy
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is loaded."""
-        e = self._source.entry
-        return self._source.head.nbytes if self._source.head else math.prod(e.shape) * DTYPES[e.dtype].bits // 8
+        return math.prod(self.get_shape()) * DTYPES[self.get_dtype()].bits // 8
 
     @property
     def several(self) -> bool:
@@ -276,19 +245,15 @@ class Lazy:
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         """The whole tensor."""
-        try:
-            tensor = self._source.tensor()[key]
-            return tensor.clone() if self._copy else tensor
-        except RacError as e:
-            self._state.errors.append(e)
-            raise
+        tensor = self._source.tensor()[key]
+        return tensor.clone() if self._copy else tensor
 
 
 class _Shared:
-    """The tensor of one record, read once for all its names."""
+    """The tensor of one record, read once for all its names; `errors` gets what is wrong with it."""
 
-    def __init__(self, f: RacFile, archive: Archive, entry: Entry) -> None:
-        self._file, self.archive, self.entry = f, archive, entry
+    def __init__(self, f: RacFile, archive: Archive, entry: Entry, errors: list[RacError]) -> None:
+        self._file, self.archive, self.entry, self._errors = f, archive, entry, errors
         self.head: Head | None = None
         """Head of the record, where its bytes are given instead of the tensor."""
         self.online: Transform | None = None
@@ -299,11 +264,15 @@ class _Shared:
         with self._lock:
             if self._kept is not None:
                 return self._kept
-            if self.head:
-                found = torch.from_numpy(record.collect(self.archive, self.entry))
-            else:
-                stated, found = self._file.read(self.entry.name)
-                self.online = random.transform(self.archive, stated)
+            try:
+                if self.head:
+                    found = torch.from_numpy(record.collect(self.archive, self.entry))
+                else:
+                    stated, found = self._file.read(self.entry.name)
+                    self.online = random.transform(self.archive, stated)
+            except RacError as e:
+                self._errors.append(e)
+                raise
             if self.entry.aliases:
                 self._kept = found
             return found
@@ -313,15 +282,29 @@ class State:
     """The tensors of an archive by name, lazily."""
 
     def __init__(self, f: RacFile) -> None:
-        self.errors: list[RacError] = []
-        """What was wrong with tensors, in the order of loading."""
         self.lazy: dict[str, Lazy] = {}
         self._shared: dict[str, _Shared] = {}
+        self._errors: list[RacError] = []
         for archive, entry in tensors(f):
-            source = _Shared(f, archive, entry)
+            source = _Shared(f, archive, entry, self._errors)
             for name, tied in ((entry.name, True), *entry.aliases):
                 self._shared[name] = source
-                self.lazy[name] = Lazy(self, source, not tied)
+                self.lazy[name] = Lazy(source, not tied)
+
+    @contextlib.contextmanager
+    def blamed(self, file: str) -> Iterator[None]:
+        """What was wrong with the first tensor that could not be loaded, whatever transformers makes of it."""
+        try:
+            yield
+        except RacError as e:
+            e.file = e.file or file
+            raise
+        except torch.OutOfMemoryError as e:
+            raise LimitError(f"not enough memory on the device: {_said(e)}", file=file) from e
+        except ERRORS:
+            if self._errors:
+                raise self._errors[0] from None
+            raise
 
     def online(self) -> dict[str, Transform]:
         """What layers do to their inputs, of the dense tensors that were read."""
@@ -336,14 +319,14 @@ class State:
             raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
         online.attach(model, {where[name]: transform for name, transform in found.items()}, file)
 
-    def worth(self) -> list[str]:
-        """Names whose records can be held as they are."""
-        return [name for name, source in self._shared.items() if replace.worth(source.entry)]
-
-    def hold(self, names: list[str]) -> dict[str, Head]:
-        """Give these as records from now on; returns their heads."""
+    def hold(self, cls: Any, config: Any, file: str) -> dict[str, Head]:
+        """Give the records of layers that can stay compressed as they are from now on; returns their heads, by name."""
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedError("is quantised by another method already; load it dense", file=file)
+        with _mapped("cannot make its model", file), torch.device("meta"):  # without memory for its weights
+            model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
         out = {}
-        for name in names:
+        for name in replace.places(model, [n for n, source in self._shared.items() if replace.worth(source.entry)]):
             source = self._shared[name]
             e, archive = source.entry, source.archive
             needs = random.parse(archive, archive.record(e)).needs if archive.objects else ()

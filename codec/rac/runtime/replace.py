@@ -85,21 +85,20 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
     new: dict[int, nn.Module] = {}
     for key, head in heads.items():
         old = model.get_submodule(key.removesuffix(".weight"))
-        at = old.weight.device
+        layer: Compressed
         try:
-            if isinstance(old, nn.Embedding):
-                rows, cols = old.num_embeddings, old.embedding_dim
-                layer: Compressed = RacEmbedding(rows, cols, head, workspace, old.padding_idx, at, dtype)
-            elif isinstance(old, Conv1D):
-                layer = RacLinear(old.nx, old.nf, head, workspace, old.bias, True, at, dtype)
-            else:
-                layer = RacLinear(old.in_features, old.out_features, head, workspace, old.bias, False, at, dtype)
+            with old.weight.device:
+                if isinstance(old, nn.Embedding):
+                    rows, cols = old.num_embeddings, old.embedding_dim
+                    layer = RacEmbedding(rows, cols, head, workspace, old.padding_idx, dtype)
+                else:
+                    turned = isinstance(old, Conv1D)
+                    width, out = (old.nx, old.nf) if turned else (old.in_features, old.out_features)
+                    layer = RacLinear(width, out, head, workspace, old.bias, turned, dtype)
         except MismatchError as e:
             e.unit = repr(key)
             raise
         new[id(old)] = layer.train(old.training)
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if id(child) in new:
-                parent._modules[name] = new[id(child)]
+        parent._modules |= {name: new[id(child)] for name, child in parent._modules.items() if id(child) in new}
     return list(heads)
