@@ -9,16 +9,9 @@ Needs torch and transformers; nothing else of the package does, but for calibrat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rac.errors import MissingDependencyError
-
-if TYPE_CHECKING:
-    from rac.runtime.layers import RacEmbedding, RacLinear
-    from rac.runtime.model import load_model, load_tokenizer
-    from rac.runtime.online import fold
-    from rac.runtime.quantizer import RacConfig
-    from rac.runtime.workspace import Workspace
 
 __all__ = ["RacConfig", "RacEmbedding", "RacLinear", "Workspace", "fold", "load_model", "load_tokenizer"]
 

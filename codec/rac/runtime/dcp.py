@@ -41,7 +41,6 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
     def __init__(self, checkpoint_id: str | os.PathLike[str], threads: int | None = None) -> None:
         super().__init__()
         self._path, self._threads = checkpoint_id, threads
-        self._load_id = ""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -57,19 +56,15 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
         """Names, shapes and data types, from the index alone; each tensor is one chunk."""
         tensors: dict[str, Any] = {}
         with RacFile(self._path, "pt") as f:
-            for archive in f.archives:
-                for e in archive.index.entries:
-                    if e.type != RECORD_TENSOR:
-                        continue
-                    shape = (*e.shape[:-1], e.shape[-1] // 2) if e.dtype == "F4" else e.shape
-                    size = torch.Size(shape)
-                    for name in (e.name, *(a for a, _ in e.aliases)):
-                        tensors[name] = TensorStorageMetadata(
-                            properties=TensorProperties(dtype=frameworks.torch_dtype(e.dtype)),
-                            size=size,
-                            chunks=[ChunkStorageMetadata(torch.Size([0] * len(shape)), size)],
-                        )
-        return Metadata(tensors, storage_meta=StorageMeta(load_id=self._load_id))
+            for e in (e for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR):
+                size = torch.Size((*e.shape[:-1], e.shape[-1] // 2) if e.dtype == "F4" else e.shape)
+                for name in (e.name, *(a for a, _ in e.aliases)):
+                    tensors[name] = TensorStorageMetadata(
+                        properties=TensorProperties(dtype=frameworks.torch_dtype(e.dtype)),
+                        size=size,
+                        chunks=[ChunkStorageMetadata(torch.Size([0] * len(size)), size)],
+                    )
+        return Metadata(tensors, storage_meta=StorageMeta(load_id=""))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
         """Nothing to set up."""

@@ -89,7 +89,7 @@ def load_model(
             if os.path.exists(os.path.join(folder, "generation_config.json")) and model.can_generate():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         _complete(info, cls.__name__, name)
-        state.attach(model, name)
+        online.attach(model, state.online(), name)
     model.config.name_or_path = model.name_or_path = name
     return model
 
@@ -309,15 +309,6 @@ class State:
     def online(self) -> dict[str, Transform]:
         """What layers do to their inputs, of the dense tensors that were read."""
         return {name: source.online for name, source in self._shared.items() if source.online}
-
-    def attach(self, model: Any, file: str) -> None:
-        """Let the layers of a model do it; UnsupportedError where there is no plain linear layer for one."""
-        found = self.online()
-        where = replace.places(model, found) if found else {}
-        if homeless := sorted(found.keys() - where.keys()):
-            what = f"has an online transform, and no layer of {type(model).__name__} that could run it"
-            raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
-        online.attach(model, {where[name]: transform for name, transform in found.items()}, file)
 
     def hold(self, cls: Any, config: Any, file: str) -> dict[str, Head]:
         """Give the records of layers that can stay compressed as they are from now on; returns their heads, by name."""

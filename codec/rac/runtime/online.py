@@ -15,25 +15,23 @@ from torch import nn
 
 from rac.errors import UnsupportedError
 from rac.linalg.transform import Transform, hook, hooked, unhook
+from rac.runtime.replace import places
 
 
-def attach(model: Any, found: Mapping[str, Transform], file: str | None = None) -> None:
-    """Give the layers of a model their maps.
+def attach(model: Any, found: Mapping[str, Transform], file: str) -> None:
+    """Give the layers of a model of transformers their maps, by the names that their weights have in a file.
 
-    Args:
-        model: A model of transformers.
-        found: The maps, by the names of the parameters that stand behind them.
-        file: Name of the file, for errors.
-
-    Raises:
-        UnsupportedError: A parameter is not the weight of a plain linear layer of that width.
+    UnsupportedError where there is no plain linear layer of that width for one.
     """
-    for key, transform in found.items():
-        path, _, leaf = key.rpartition(".")
-        layer = model.get_submodule(path)
-        if leaf != "weight" or type(layer) is not nn.Linear or layer.in_features != transform.width:
+    where = places(model, found) if found else {}
+    if homeless := sorted(found.keys() - where.keys()):
+        what = f"has an online transform, and no layer of {type(model).__name__} that could run it"
+        raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
+    for name, transform in found.items():
+        layer = model.get_submodule(where[name].removesuffix(".weight"))
+        if type(layer) is not nn.Linear or layer.in_features != transform.width:
             what = f"has an online transform ({transform.describe()}), its layer is a {type(layer).__name__}"
-            raise UnsupportedError(what, file=file, unit=repr(key))
+            raise UnsupportedError(what, file=file, unit=repr(where[name]))
         hook(layer, transform)
     if found:
         guard(model)

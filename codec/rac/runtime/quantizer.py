@@ -16,7 +16,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rac.container.wire import MAJOR, MINOR
 from rac.errors import MismatchError, UnsupportedError
-from rac.machine import threads_of
 from rac.runtime import record, replace
 from rac.runtime.dense import dequantize, resizable
 from rac.runtime.layers import Compressed, Head, RacLinear
@@ -69,8 +68,8 @@ class RacHfQuantizer(HfQuantizer):
         where = replace.places(model, records)
         if homeless := sorted(records.keys() - where.keys()):
             raise MismatchError(f"no layer of {type(model).__name__} can hold the record of {homeless[0]!r}")
-        threads = threads_of(config.threads)
-        replace.replace(model, {where[n]: h for n, h in records.items()}, Workspace(threads), torch.get_default_dtype())
+        new, workspace = {where[n]: h for n, h in records.items()}, Workspace(config.threads)
+        replace.replace(model, new, workspace, torch.get_default_dtype())
         config.records = None
         return model
 

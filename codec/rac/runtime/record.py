@@ -7,6 +7,7 @@ it, which kernels may read: what `collect` takes out of an archive. Everything a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class Stored:
     """What the bytes of a tensor state, checked."""
 
     tensor: Tensor
-    objects: tuple[Tensor, ...]
+    objects: Mapping[str, Tensor]
     size: int
     """Length in bytes of what was parsed: the records and the TAIL zeros behind them."""
     heads: tuple[bytes, ...]
@@ -55,7 +56,7 @@ class Stored:
 
     def describes(self, data: Bytes) -> bool:
         """Whether these are the bytes that were parsed, as far as the heads say; units are checked when decoded."""
-        records = (*(o.record for o in self.objects), self.tensor.record)
+        records = (*(o.record for o in self.objects.values()), self.tensor.record)
         return len(data) == self.size and all(
             data[r.at : r.at + wire.RECORD_HEAD].tobytes() == head for r, head in zip(records, self.heads, strict=True)
         )
@@ -108,7 +109,7 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
         objects[t.name] = t
     if len(data) - at != TAIL or data[at:].any() or tuple(objects) != t.needs:
         raise FormatError(f"{len(data) - at} bytes behind the tensor, or objects that it does not need", offset=at)
-    return Stored(t, tuple(objects.values()), len(data), tuple(heads))
+    return Stored(t, objects, len(data), tuple(heads))
 
 
 def unit(data: Bytes, t: Tensor, i: int, n: int = 1) -> Bytes:
@@ -119,13 +120,12 @@ def unit(data: Bytes, t: Tensor, i: int, n: int = 1) -> Bytes:
 
 def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
     """The objects that the tensor uses, decoded."""
-    found = {o.name: _matrix(s, o, data) for o in s.objects if o.name in s.tensor.uses}
-    return [found[name] for name in s.tensor.uses]
+    return [_matrix(s, name, data) for name in s.tensor.uses]
 
 
-def _matrix(s: Stored, o: Tensor, data: Bytes) -> NDArray[np.float32]:
-    words = empty(o)
-    decode(Stored(o, (), s.size, ()), data, words)
+def _matrix(s: Stored, name: str, data: Bytes) -> NDArray[np.float32]:
+    words = empty(s.objects[name])
+    decode(Stored(s.objects[name], {}, s.size, ()), data, words)
     return words.view(np.float32)
 
 
@@ -134,8 +134,7 @@ def transform(s: Stored, data: Bytes) -> Transform | None:
     online = s.tensor.online
     if online is None:
         return None
-    m = [_matrix(s, o, data) for o in s.objects if o.name == online.object and online.object]
-    return Transform(online, s.tensor.shape[1], m[0] if m else None)
+    return Transform(online, s.tensor.shape[1], _matrix(s, online.object, data) if online.object else None)
 
 
 def _decoder(s: Stored, data: Bytes) -> Decoder:

@@ -65,17 +65,12 @@ def _plain(model: Any, key: str, kept: list[str]) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
-def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: torch.dtype) -> list[str]:
-    """Replace the layers whose weights the file has as records; returns the names of their parameters.
+def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: torch.dtype) -> None:
+    """Replace the layers of a model on the meta device whose weights the file has as records.
 
-    Args:
-        model: A model on the meta device.
-        heads: Heads of the records, by names of parameters as `places` gives them.
-        workspace: Shared by all new layers.
-        dtype: Data type of the numbers between the layers.
-
-    Raises:
-        MismatchError: A record has another shape than its layer; the model is then partly replaced.
+    `heads` go by names of parameters as `places` gives them; `workspace` is shared by all new layers, `dtype` that of
+    the numbers between them. MismatchError where a record has another shape than its layer; the model is then partly
+    replaced.
     """
     heads = dict(heads)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # one record for all that are tied
@@ -101,4 +96,3 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
         new[id(old)] = layer.train(old.training)
     for parent in list(model.modules()):
         parent._modules |= {name: new[id(child)] for name, child in parent._modules.items() if id(child) in new}
-    return list(heads)

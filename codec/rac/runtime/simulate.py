@@ -10,9 +10,9 @@ one; keys behind their position embedding, rotated first if `rotate_keys` says s
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from rac.runtime.layers import RacLinear
 
 CLIP, KV_CLIP = 0.9, 0.95
 """QuaRot's clip ratios (arXiv 2404.00456): of activations below 8 bits, of keys and values below 8 bits."""
-Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 @dataclass
@@ -55,13 +54,13 @@ def simulated(
     static: Mapping[str, float] | None = None,
     asymmetric: bool = False,
 ) -> Iterator[Simulation]:
-    """Quantise activations, keys and values of a model inside the `with` block.
+    """Quantise activations, keys and values of a model inside the `with` block; its weights are left alone.
 
     Activations: a grid for each token, per_token of rac.models.activations or, asymmetric, per_group. Keys and values:
     a grid from least to largest for each token and head, or groups of it, per_group.
 
     Args:
-        model: A causal language model of transformers; its weights are left alone.
+        model: A causal language model of transformers.
         activations: Bits, 2 to 16; None: as they are.
         kv: Bits of keys and values, 1 to 16; None: as they are.
         clip: Share of the range of an activation grid; None: CLIP if it is symmetric and below 8 bits, otherwise 1.
@@ -84,38 +83,40 @@ def simulated(
     found = Simulation()
     with contextlib.ExitStack() as stack:
         if activations is not None:
-            share = clip or (CLIP if activations < 8 and not asymmetric else 1.0)
-            last = _Last(activations, share, asymmetric)
-            for name, layer in _quantisable(model).items():
-                if static is not None and name not in static:
-                    raise ValueError(f"no static scale for {name!r}")
-                hook = _before(last, static[name] if static is not None else None)
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                found.linears += 1
-            if not found.linears:
-                raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
+            last = _Last(activations, clip or (CLIP if activations < 8 and not asymmetric else 1.0), asymmetric)
+            found.linears = _watch(stack, model, static, last)
         if kv is not None:
             rotate = _rotation(seed) if rotate_keys else lambda x: x
             change = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate)
             stack.enter_context(attention(model, transformers, change))
-            stack.callback(model.register_forward_hook(lambda *_: _has_run(model, found)).remove)
+            stack.enter_context(model.register_forward_hook(lambda *_: _has_run(model, found)))
         yield found
+
+
+def _watch(stack: contextlib.ExitStack, model: Any, static: Mapping[str, float] | None, last: _Last) -> int:
+    """Quantise the inputs of the layers; returns how many there are."""
+    layers = _quantisable(model)
+    for name, layer in layers.items():
+        if static is not None and name not in static:
+            raise ValueError(f"no static scale for {name!r}")
+        hook = _before(partial(last, most=None if static is None else static[name]))
+        stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    if not layers:
+        raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
+    return len(layers)
 
 
 def largest(model: Any, sequences: Iterable[Any]) -> dict[str, float]:
     """Run a model over sequences of token ids, (batch, n) each; the largest input of each layer, for `static`."""
     found: dict[str, float] = {}
 
-    def watch(name: str) -> Hook:
-        def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            found[name] = max(found.get(name, 0.0), float(x.detach().abs().max()))
-
-        return see
+    def see(name: str, x: Any) -> Any:
+        found[name] = max(found.get(name, 0.0), float(x.detach().abs().max()))
+        return x
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for name, layer in _quantisable(model).items():
-            stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+            stack.enter_context(layer.register_forward_pre_hook(_before(partial(see, name)), with_kwargs=True))
         for ids in sequences:
             model(ids, use_cache=False)
     return found
@@ -124,10 +125,9 @@ def largest(model: Any, sequences: Iterable[Any]) -> dict[str, float]:
 def _check(activations: int | None, kv: int | None, clip: float | None, kv_clip: float | None) -> None:
     if activations is None and kv is None:
         raise ValueError("say what to quantise: activations, keys and values, or both")
-    if activations is not None and not 2 <= activations <= 16:
-        raise ValueError(f"activations have 2 to 16 bits, not {activations}")
-    if kv is not None and not 1 <= kv <= 16:
-        raise ValueError(f"keys and values have 1 to 16 bits, not {kv}")
+    for what, bits, least in (("activations", activations, 2), ("keys and values", kv, 1)):
+        if bits is not None and not least <= bits <= 16:
+            raise ValueError(f"{what} have {least} to 16 bits, not {bits}")
     for share in (clip, kv_clip):
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"a clip ratio is above 0, at most 1, not {share}")
@@ -166,15 +166,15 @@ class _Last:
         return per_token(x, self.bits, self.clip, most)
 
 
-def _before(last: _Last, most: float | None) -> Hook:
-    """A pre-hook of a linear layer: the quantised input in its place."""
+def _before(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A pre-hook of a linear layer: what `change` makes of the input, in its place."""
 
-    def quantise(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
-            return (last(args[0], most), *args[1:]), kwargs
-        return args, kwargs | {"input": last(kwargs["input"], most)}
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"input": change(kwargs["input"])}
 
-    return quantise
+    return hook
 
 
 def _cache(
@@ -192,7 +192,7 @@ def _cache(
 
 def _rotation(seed: int | None) -> Callable[[Any], Any]:
     """Applies the Hadamard matrix of the last axis."""
-    of = functools.cache(lambda width: Transform(Online("hadamard/1", width, 1, seed), width))
+    of = cache(lambda width: Transform(Online("hadamard/1", width, 1, seed), width))
     return lambda x: of(x.shape[-1]).apply(x)
 
 

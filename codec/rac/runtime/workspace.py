@@ -9,16 +9,16 @@ layers is one of those that decode: where it would wait, it takes what no other 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,24 +27,15 @@ from rac.errors import RacError
 from rac.machine import threads_of
 from rac.runtime import ahead, record
 
+if TYPE_CHECKING:
+    from rac.runtime.layers import Compressed as Layer
+
 Array = NDArray[Any]
 AHEAD = 32 << 20
 """The buffer has room for two of the largest layers, up to so many bytes, and at least for one."""
 PIECE = 4 << 20
 """Dense bytes from which on a layer is decoded in pieces, its rows of tiles, by several threads."""
 _ALIGN = 64
-
-
-class Layer(Protocol):
-    """What the workspace asks of a layer."""
-
-    dense_bytes: int
-
-    def stored(self) -> tuple[record.Stored, record.Bytes]:
-        """The record, and its bytes in the memory of the host."""
-
-    def version(self) -> tuple[int, int] | None:
-        """Changes when the bytes do; None: they are not in the memory of the host now."""
 
 
 @dataclass(slots=True)
@@ -56,7 +47,7 @@ class _Slot:
     """None: decoding has failed."""
     start: int
     stop: int
-    pieces: list[tuple[Future[None], Callable[[], None]]]
+    pieces: list[tuple[Future[None], partial[None]]]
     """What threads were asked to do. Who cancels one does it itself."""
 
 
@@ -71,9 +62,9 @@ class Workspace:
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads_of(threads)
         self._clear()
-        _alive.add(self)
 
     def _clear(self) -> None:
+        _alive.add(self)
         self._lock, self._busy = threading.RLock(), False
         self._largest = 0
         self._buffer = np.empty(0, np.uint8)
@@ -89,14 +80,11 @@ class Workspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the settings, and room for the same layers. Its buffer and threads are its own."""
-        return {"threads": self._threads, "largest": self._largest, "on_device": self._on_device}
+        return {"_threads": self._threads, "_largest": self._largest, "_on_device": self._on_device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As `__getstate__` gives it."""
-        self._threads = state["threads"]
         self._clear()
-        _alive.add(self)
-        self._largest, self._on_device = state["largest"], state["on_device"]
+        self.__dict__ |= state
 
     @property
     def nbytes(self) -> int:
@@ -150,11 +138,10 @@ class Workspace:
         """The weight of a layer whose record is on a device, valid inside for launches on the current stream."""
         with self._running():
             self._learn(layer)
-            found, device = self._next.get(layer), layer.weight.device
+            device = layer.weight.device
             if device not in self._ahead:
                 self._ahead[device] = ahead.Ahead(device)
-            then = found() if found else None
-            with self._ahead[device].weight(layer, then, self._on_device) as weight:
+            with self._ahead[device].weight(layer, self._after(layer), self._on_device) as weight:
                 yield weight
 
     @contextlib.contextmanager
@@ -173,6 +160,11 @@ class Workspace:
         if self._last and (last := self._last()) is not None:
             self._next[last] = weakref.ref(layer)
         self._last = weakref.ref(layer)
+
+    def _after(self, layer: Layer) -> Layer | None:
+        """The layer that came after this one the last time, if it is still there."""
+        found = self._next.get(layer)
+        return found() if found else None
 
     def _drop(self, count: int | None = None) -> None:
         """Forget the first `count` slots, by default all."""
@@ -204,12 +196,10 @@ class Workspace:
     ) -> _Slot:
         """Ask threads for the weight of a layer."""
         grid, words, pool = s.tensor.grid, self._words(s, start), self.executor()
-        runs: list[Callable[[], None]] = [functools.partial(record.decode, s, data, words)]
+        runs = [partial(record.decode, s, data, words)]
         if pool and s.tensor.nbytes >= PIECE:
-            runs = [
-                functools.partial(record.decode, s, data, words[i * grid.tr : (i + 1) * grid.tr], i, i + 1)
-                for i in range(grid.down)
-            ]
+            each = ((words[i * grid.tr : (i + 1) * grid.tr], i, i + 1) for i in range(grid.down))
+            runs = [partial(record.decode, s, data, *part) for part in each]
         pieces = [(pool.submit(run) if pool else Future[None](), run) for run in runs]
         return _Slot(weakref.ref(layer), version, start, start + s.tensor.nbytes, pieces)
 
@@ -246,16 +236,14 @@ class Workspace:
         known = {id(slot.layer()) for slot in self._slots}
         tail = self._slots[-1].layer()
         while self._threads > 1 and len(self._slots) <= 2 * self._threads and tail is not None:
-            found = self._next.get(tail)
-            tail = found() if found else None
+            tail = self._after(tail)
             if tail is None or id(tail) in known or (version := tail.version()) is None:
                 return
             try:
                 s, data = tail.stored()
             except RacError:  # it will say so itself
                 return
-            start = self._free(s.tensor.nbytes)
-            if start is None:
+            if (start := self._free(s.tensor.nbytes)) is None:
                 return
             self._slots.append(self._slot(tail, version, s, data, start))
             known.add(id(tail))

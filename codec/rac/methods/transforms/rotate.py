@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rac.container import zstd
 from rac.errors import TransformError, UnsupportedError
 from rac.linalg.transform import Transform, hook, hooked
-from rac.methods.transforms.rules import INSTEAD, Layer, Parts
+from rac.methods.transforms.rules import INSTEAD, Layer, Parts, Rows
 from rac.models.activations import attention
 from rac.records import Online
 
@@ -89,8 +89,10 @@ def matrix(m: NDArray[np.floating[Any]], width: int | None = None, inner: int = 
         raise TransformError(str(e)) from e
 
 
-def _orthogonal(r: Transform) -> None:
-    """TransformError unless the map is a rotation."""
+def _require_rotation(r: Transform, width: int, what: str) -> None:
+    """TransformError unless the map is a rotation of a width."""
+    if r.width != width:
+        raise TransformError(f"a rotation of width {r.width}, {what} has {width}")
     if r.matrix is not None:
         m = r.matrix.astype(np.float64)
         if (off := float(np.abs(m.T @ m - np.eye(len(m))).max())) > ORTHOGONAL:
@@ -103,13 +105,13 @@ def _last(r: Transform, w: Any, inverse: bool) -> None:
     w.copy_((r.absorb(wide) if inverse else r.apply(wide)).reshape(w.shape))
 
 
-def _outputs(r: Transform, weight: Any, bias: Any) -> None:
+def _outputs(r: Transform, rows: Rows) -> None:
     """R times the outputs of a layer."""
-    turned = weight.t().contiguous()
+    turned = rows.weight.t().contiguous()
     _last(r, turned, inverse=False)
-    weight.copy_(turned.t())
-    if bias is not None:
-        _last(r, bias, inverse=False)
+    rows.weight.copy_(turned.t())
+    if rows.bias is not None:
+        _last(r, rows.bias, inverse=False)
 
 
 def require_rotatable(p: Parts) -> None:
@@ -131,15 +133,13 @@ def rotate_residual(p: Parts, r1: Transform) -> None:
     """
     require_rotatable(p)
     require_fused(p)
-    if r1.width != p.width:
-        raise TransformError(f"a rotation of width {r1.width}, the residual stream has {p.width}")
-    _orthogonal(r1)
+    _require_rotation(r1, p.width, "the residual stream")
     _last(r1, p.embedding.weight.data, inverse=False)
     for layer in p.layers:
         for reader in (*layer.attention_in, *layer.mlp_in):
             _last(r1, reader.weight.data, inverse=True)
         for writer in (layer.attention_out, layer.mlp_out):
-            _outputs(r1, writer.weight.data, None if writer.bias is None else writer.bias.data)
+            _outputs(r1, Rows(writer, 0))
     _last(r1, p.head.weight.data, inverse=True)
     p.did("rotate_residual", f"R1, the residual stream: {r1.describe()}")
 
@@ -151,12 +151,10 @@ def rotate_values(p: Parts, layer: Layer, r2: Transform) -> None:
         TransformError: `r2` is not orthogonal or not of the head's width; the output projection has an online map,
             which stands in coordinates of its own.
     """
-    if r2.width != p.head_dim:
-        raise TransformError(f"a rotation of width {r2.width}, a head has {p.head_dim}")
+    _require_rotation(r2, p.head_dim, "a head")
     if hooked(layer.attention_out):
         raise TransformError(f"{layer.name}: rotate the values before the heads are mixed online")
-    _orthogonal(r2)
-    _outputs(r2, layer.value.weight, layer.value.bias)
+    _outputs(r2, layer.value)
     _last(r2, layer.attention_out.weight.data, inverse=True)
     p.did(f"rotate_values {layer.name}")
 
@@ -222,14 +220,10 @@ def rotated_keys(
     """R3: rotate queries and keys of all layers inside the `with` block, by one randomised Hadamard matrix per head.
 
     q . k is what it was, so that the model computes the same, and no file needs to state it; keys that are quantised
-    for the cache are then without outliers. What a file may state is the seed, among what is known of its making. The
-    cache holds keys that are not rotated: all keys are rotated when they are read.
-
-    Args:
-        p: The model.
-        seed: Seed of the matrix's signs; None: no random signs.
-        keys: Called with the rotated keys (batch, key heads, n, head_dim); what it returns is used: a quantiser.
-        values: Called with the values (batch, key heads, n, head_dim); what it returns is used.
+    for the cache are then without outliers. What a file may state is the `seed` of the signs (None: no random ones),
+    among what is known of its making. The cache holds keys that are not rotated: all are rotated when they are read.
+    `keys` is called with the rotated keys (batch, key heads, n, head_dim), `values` with the values; what a quantiser
+    like that returns is used.
 
     Raises:
         TransformError: The model's attention is no function that transformers lets one replace.

@@ -6,6 +6,7 @@ a transform that misses one would change what the model computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,36 +156,25 @@ def parts(model: Any) -> Parts:
         raise TransformError(f"no rules for the architecture {kind!r}: {_lacking(model)}; {INSTEAD}")
     if narrow := [n for n, p in model.named_parameters() if str(p.dtype) not in ("torch.float32", "torch.float64")]:
         raise TransformError(f"transforms need a model in float32; {narrow[0]!r} is not")
-    known = {"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"}
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    ends = ("model.embed_tokens", "model.norm", "lm_head")
+    known = set(ends)
     try:
-        found = {name: model.get_submodule(name) for name in known}
-        layers = [_layer(model, f"model.layers.{i}", rules, known) for i in range(len(model.model.layers))]
+        embedding, norm, head = map(model.get_submodule, ends)
+        every = range(len(model.model.layers))
+        layers = [_layer(model, f"model.layers.{i}", rules, kv_heads * width, known) for i in every]
     except AttributeError as e:
         raise TransformError(f"{kind!r} is not what its rules say: {e}; {INSTEAD}") from e
-    for name, _ in model.named_parameters():
-        if name.rpartition(".")[0] not in known:
-            raise TransformError(f"the rules of {kind!r} do not know {name!r}; {INSTEAD}")
-    heads = config.num_attention_heads
-    out = Parts(
-        model,
-        rules,
-        found["model.embed_tokens"],
-        layers,
-        found["model.norm"],
-        found["lm_head"],
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    if strange := [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in known]:
+        raise TransformError(f"the rules of {kind!r} do not know {strange[0]!r}; {INSTEAD}")
     for layer in layers:
-        if (layer.attention_out.in_features, len(layer.value.weight)) != (
-            out.heads * out.head_dim,
-            out.kv_heads * out.head_dim,
-        ):
+        if (layer.attention_out.in_features, len(layer.value.weight)) != (heads * width, kv_heads * width):
             raise TransformError(f"{layer.name}: values and output projection are not of {heads} heads")
     if not layers:
         raise TransformError("the model has no layers")
-    return out
+    return Parts(model, rules, embedding, layers, norm, head, heads, kv_heads, width)
 
 
 def _lacking(model: Any) -> str:
@@ -200,39 +190,34 @@ def _lacking(model: Any) -> str:
     return "; ".join(why) or "nobody has said where its norms and projections are"
 
 
-def _layer(model: Any, name: str, rules: Rules, known: dict[str, str]) -> Layer:
-    """One layer; its modules are added to `known`."""
+def _layer(model: Any, name: str, rules: Rules, values: int, known: set[str]) -> Layer:
+    """One layer, whose values are so many; the names of its modules are added to `known`."""
+
+    def take(path: str, what: str, fits: Callable[[Any], bool]) -> Any:
+        module = model.get_submodule(f"{name}.{path}")
+        if not fits(module):
+            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no {what}; {INSTEAD}")
+        known.add(f"{name}.{path}")
+        return module
 
     def linear(path: str) -> Any:
-        module = model.get_submodule(f"{name}.{path}")
-        if type(module).__name__ != "Linear":
-            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no linear layer; {INSTEAD}")
-        known[f"{name}.{path}"] = path
-        return module
+        return take(path, "linear layer", lambda m: type(m).__name__ == "Linear")
 
     def norm(path: str) -> Any:
-        module = model.get_submodule(f"{name}.{path}")
-        if not type(module).__name__.endswith("RMSNorm") or getattr(module, "bias", None) is not None:
-            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no RMSNorm without a bias; {INSTEAD}")
-        known[f"{name}.{path}"] = path
-        return module
+        plain = "RMSNorm without a bias"
+        return take(path, plain, lambda m: type(m).__name__.endswith("RMSNorm") and getattr(m, "bias", None) is None)
 
     for path in (*rules.of_heads, *rules.behind):
         norm(path)
-    into, mlp = tuple(map(linear, rules.attention_in)), tuple(map(linear, rules.mlp_in))
-    out, down = linear(rules.attention_out), linear(rules.mlp_out)
-    value, up = linear(rules.value), linear(rules.up)
-    config = model.config
-    kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    values = kv * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    value, up, down = linear(rules.value), linear(rules.up), linear(rules.mlp_out)
     return Layer(
         name,
         norm(rules.attention_norm),
-        into,
+        tuple(map(linear, rules.attention_in)),
         Rows(value, value.out_features - values),
-        out,
+        linear(rules.attention_out),
         norm(rules.mlp_norm),
-        mlp,
+        tuple(map(linear, rules.mlp_in)),
         Rows(up, up.out_features - down.in_features),
         down,
     )

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from rac.errors import TransformError
 from rac.linalg.transform import hooked
-from rac.methods.transforms.rules import Layer, Parts, Rows
+from rac.methods.transforms.rules import Layer, Parts
 
 PLACES = ("attention", "mlp", "heads", "down")
 """Where inputs are made smooth: of the projections behind the two norms, of the output projection, of the MLP's
@@ -62,11 +62,8 @@ def maxima(p: Parts, sequences: Iterable[Any]) -> dict[Place, NDArray[np.float64
 def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = ("attention", "mlp")) -> None:
     """Divide inputs by their scale, and multiply weights by it, at some of PLACES of every layer.
 
-    Args:
-        p: The model; gains of norms need not be fused, and are 1 no longer.
-        found: What `maxima` found for this model, before any change of it.
-        alpha: 0 to 1: how much of the outliers goes into the weights.
-        places: Names from PLACES; the paper's are the first two.
+    `found` is what `maxima` found for this model before any change of it; gains of norms need not be fused, and are 1
+    no longer. `alpha`, 0 to 1, is how much of the outliers goes into the weights. The paper's places are the first two.
 
     Raises:
         TransformError: Inputs are not known, not finite, or mapped online.
@@ -82,12 +79,7 @@ def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = 
 
 def readers(layer: Layer, place: str) -> tuple[Any, ...]:
     """The linear layers whose inputs are made smooth at a place."""
-    return {
-        "attention": layer.attention_in,
-        "mlp": layer.mlp_in,
-        "heads": (layer.attention_out,),
-        "down": (layer.mlp_out,),
-    }[place]
+    return (layer.attention_in, layer.mlp_in, (layer.attention_out,), (layer.mlp_out,))[PLACES.index(place)]
 
 
 def scales(p: Parts, layer: Layer, place: str, found: Maxima, alpha: float) -> NDArray[np.float64]:
@@ -115,14 +107,10 @@ def _smooth(p: Parts, layer: Layer, place: str, by: NDArray[np.float64]) -> None
     if place in ("attention", "mlp"):
         norm = layer.attention_norm if place == "attention" else layer.mlp_norm
         p.set_gain(norm, p.gain(norm) / s)
-    elif place == "heads":
-        _divide(layer.value, s.reshape(p.kv_heads, -1, p.head_dim)[:, 0].reshape(-1))
-    else:
-        _divide(layer.up, s)
-
-
-def _divide(rows: Rows, s: Any) -> None:
-    """Outputs of a linear layer by `s`."""
+        return
+    if place == "heads":
+        s = s.reshape(p.kv_heads, -1, p.head_dim)[:, 0].reshape(-1)
+    rows = layer.value if place == "heads" else layer.up
     rows.weight.copy_(rows.weight.double() / s[:, None])
     if rows.bias is not None:
         rows.bias.copy_(rows.bias.double() / s)
