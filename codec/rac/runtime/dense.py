@@ -25,15 +25,9 @@ _OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "
 def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False) -> bool:
     """Make these layers dense in their places; those that share a record share the weight. Others stay as they are.
 
-    Returns True where layers map their inputs still, by a hook now (rac.linalg.transform).
-
-    Args:
-        layers: Modules; those that are not compressed are left alone.
-        dtype: Data type of the weights; by default that of the numbers that come out of each layer.
-        folded: Fold such maps into the weights, which are rounded once more for it.
-
-    Raises:
-        RacError: A record is damaged, or its bytes are not in memory.
+    The data type is that of the numbers that come out of each layer, or `dtype`. Returns True where layers map their
+    inputs still, by a hook now (rac.linalg.transform); `folded` folds such maps into the weights, which are rounded
+    once more for it. RacError where a record is damaged, or its bytes are not in memory.
     """
     hooks = False
     made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # of the record, which keeps it and so its id alive

@@ -53,17 +53,11 @@ def write_folder(
 ) -> Written:
     """Write the model of an archive as a folder for `from_pretrained`, which appears when it is whole.
 
-    Args:
-        path: A .rac file that was made of a Hugging Face folder, or one shard of a set.
-        out: The folder.
-        force: Replace it where it exists, this program wrote it, and nothing else is in it.
-        shard: Bytes after which another safetensors file begins.
-        trust_remote_code: As of `load_model`.
-        progress: Called with the name of a tensor and the bytes written for it.
+    `force` replaces it where it exists, this program wrote it, and nothing else is in it. After `shard` bytes another
+    safetensors file begins. `progress` is called with the name of a tensor and the bytes written for it.
 
-    Raises:
-        RacError: The archive is damaged or no model that transformers knows; the folder exists or cannot be written.
-            What was there before is still there then.
+    RacError where the archive is damaged or no model that transformers knows, or the folder exists or cannot be
+    written. What was there before is still there then.
     """
     target = os.path.realpath(os.fspath(out))  # a link stays, and what it names is replaced
     with RacFile(path, framework="pt") as f, quiet(transformers):

@@ -87,12 +87,10 @@ class Compressed(nn.Module):
         """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
         data: stored_record.Bytes = self.weight.detach().cpu().numpy()
         if self._stored is None or not self._stored.describes(data):
-            found = stored_record.parse(data)
-            if found.tensor.shape != self.head.shape or found.tensor.dtype != self.head.dtype:
-                what = f"is {found.tensor.dtype} {list(found.tensor.shape)}"
-                raise MismatchError(
-                    f"{what}, the layer needs {self.head.dtype} {list(self.head.shape)}", unit=repr(found.tensor.name)
-                )
+            found, head = stored_record.parse(data), self.head
+            if ((t := found.tensor).dtype, t.shape) != (head.dtype, head.shape):
+                what = f"is {t.dtype} {list(t.shape)}, the layer needs {head.dtype} {list(head.shape)}"
+                raise MismatchError(what, unit=repr(t.name))
             self._stored = found
         return self._stored, data
 
@@ -166,14 +164,8 @@ class RacLinear(Compressed, nn.Linear):
 
     With `transposed` it is the Conv1D of GPT-2, whose weight (in, out) is the other way round.
 
-    Args:
-        in_features: Numbers of an input (..., in).
-        out_features: Numbers of an output (..., out).
-        head: Head of the record that `weight` will hold, (out, in) or, transposed, (in, out).
-        workspace: Shared by the layers of the model.
-        bias: The parameter (out,), or None.
-        transposed: The record holds (in, out).
-        dtype: Data type of the numbers that go in.
+    `head` is that of the record that `weight` will hold, (out, in) or, transposed, (in, out); `workspace` is shared by
+    the layers of the model, `bias` the parameter (out,), `dtype` the data type of the numbers that go in.
     """
 
     def __init__(
@@ -217,13 +209,8 @@ class RacLinear(Compressed, nn.Linear):
 class RacEmbedding(Compressed, nn.Embedding):
     """An embedding; the tiles that hold the rows asked for are decoded, the others are not.
 
-    Args:
-        num_embeddings: Rows.
-        embedding_dim: Columns.
-        head: Head of the record that `weight` will hold, (rows, columns).
-        workspace: Shared by the layers of the model; its threads are used here, not its buffer.
-        padding_idx: As nn.Embedding has it.
-        dtype: Data type of what comes out.
+    `head` is that of the record that `weight` will hold, (rows, columns); of the `workspace` that the layers of the
+    model share threads are used, not the buffer; `dtype` is the data type of what comes out.
     """
 
     def __init__(

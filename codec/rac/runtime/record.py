@@ -91,8 +91,7 @@ def _record(data: Bytes, at: int, limits: Limits) -> Record:
 def parse(data: Bytes, limits: Limits | None = None) -> Stored:
     """Read the heads in bytes (n,) that `collect` made.
 
-    Raises:
-        RacError: They are damaged or cut off, or hold anything but objects and then one tensor.
+    RacError where they are damaged or cut off, or hold anything but objects and then one tensor.
     """
     limits, at = limits or Limits(), 0
     objects: dict[str, Tensor] = {}
@@ -150,18 +149,10 @@ def _decoder(s: Stored, data: Bytes) -> Decoder:
 def decode(
     s: Stored, data: Bytes, out: Array, first: int = 0, last: int | None = None, pool: Executor | None = None
 ) -> None:
-    """Decode the rows of tiles first..last - 1 (by default all) into `out`.
+    """Decode the rows of tiles first..last - 1 (by default all) into `out`; RacError where a unit is damaged.
 
-    Args:
-        s: What `parse` made of `data`.
-        data: (n,) bytes.
-        out: (rows, C) words of the tensor, contiguous; row 0 is the first one of the tiles `first`.
-        first: Row of the grid of tiles.
-        last: Row of the grid of tiles behind the last one.
-        pool: Threads that help the caller's.
-
-    Raises:
-        RacError: A unit is damaged; `out` may then be partly written.
+    `s` is what `parse` made of `data`. `out` are (rows, C) words of the tensor, contiguous; row 0 is the first one of
+    the tiles `first`. Threads of `pool` help the caller's.
     """
     t, dec = s.tensor, _decoder(s, data)
     works, work, size = [], Work(), 0
@@ -181,19 +172,19 @@ def decode(
             works.append(work)
             work, size = Work(), 0
     works.append(work)
-    if pool:
-        jobs = [pool.submit(work.run) for work in works]
-        try:
-            for job, work in zip(jobs, works, strict=True):
-                if job.cancel():  # nobody has begun with it
-                    work.run()
-        finally:
-            for job in jobs:
-                job.cancel()
-            wait(jobs)  # nobody writes to `out` any more when one has failed
-        for job in jobs:
-            if not job.cancelled():
-                job.result()
+    if not pool:
+        for work in works:
+            work.run()
         return
-    for work in works:
-        work.run()
+    jobs = [pool.submit(work.run) for work in works]
+    try:
+        for job, work in zip(jobs, works, strict=True):
+            if job.cancel():  # nobody has begun with it
+                work.run()
+    finally:
+        for job in jobs:
+            job.cancel()
+        wait(jobs)  # nobody writes to `out` any more when one has failed
+    for job in jobs:
+        if not job.cancelled():
+            job.result()
