@@ -27,15 +27,11 @@ Codes = NDArray[np.uint8]
 
 
 def rtn(w: Floats, bits: int, group: int | None = None, *, symmetric: bool = False, search: bool = False) -> Grouped:
-    """Round each weight to the nearest number of its group's grid.
+    """Round each weight of w (R, C) to the nearest number of its group's grid.
 
-    Args:
-        w: (R, C).
-        bits: Bits of a code, 1 to 8.
-        group: Columns that share a scale; None: all of them.
-        symmetric: The grid's zero is its middle, code 2**(bits - 1), and the range is that of the largest magnitude;
-            otherwise from the least to the largest weight, and 0.
-        search: Take the range with the least squared error, of SHRINKS of it.
+    `bits` are those of a code, 1 to 8; `group` columns share a scale (None: all of them). The zero of a `symmetric`
+    grid is its middle, code 2**(bits - 1), and the range is that of the largest magnitude; otherwise from the least to
+    the largest weight, and 0. With `search` the range is the one with the least squared error, of SHRINKS of it.
 
     Raises:
         SourceError: NaN or infinity among the weights, or some are too large for binary16 scales.

@@ -22,13 +22,9 @@ _count = itertools.count()
 def per_token(x: Any, bits: int, clip: float = 1.0, most: Any = None) -> Any:
     """Each vector along the last axis on a symmetric grid of 2**bits - 1 or 2**bits numbers, `x` of any shape.
 
-    As of QuaRot (arXiv 2404.00456, section 5) with clip 0.9, of SmoothQuant (2211.10438) with 1.
-
-    Args:
-        x: Floating-point numbers; the data type is kept.
-        bits: 2 to 16.
-        clip: Share of the largest magnitude up to which the grid goes.
-        most: The largest magnitude, where it is known beforehand (a static scale); None: that of each vector.
+    As of QuaRot (arXiv 2404.00456, section 5) with clip 0.9, of SmoothQuant (2211.10438) with 1: the share of the
+    largest magnitude up to which the grid goes. `most` is that magnitude where it is known beforehand (a static scale);
+    None: that of each vector. The data type is kept; `bits` are 2 to 16.
     """
     wide = x.float() if x.dtype.itemsize < 4 else x
     half = 2 ** (bits - 1)
@@ -40,16 +36,8 @@ def per_token(x: Any, bits: int, clip: float = 1.0, most: Any = None) -> Any:
 def per_group(x: Any, bits: int, group: int | None = None, clip: float = 1.0) -> Any:
     """Groups of each vector along the last axis on a grid between their least and largest number, and 0.
 
-    As QuaRot's keys and values, with clip 0.95 and one group for each head.
-
-    Args:
-        x: Floating-point numbers; the data type is kept.
-        bits: 1 to 16.
-        group: Numbers of a group, which divide the vectors; None: all.
-        clip: Share of both that the grid goes to.
-
-    Raises:
-        ValueError: `group` does not divide the vectors.
+    As QuaRot's keys and values, with clip 0.95, the share of both that the grid goes to, and one group for each head.
+    The data type is kept; `bits` are 1 to 16. ValueError where `group` (None: all) does not divide the vectors.
     """
     n = x.shape[-1]
     group = group or n

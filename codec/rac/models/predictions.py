@@ -40,8 +40,7 @@ def windows(
 ) -> list[Sequence[int]]:
     """At most `tokens` ids of `text` in windows of `context` (no longer than the model's positions).
 
-    Raises:
-        SourceError: The text is shorter than one window; `file` is named.
+    SourceError, which names `file`, where the text is shorter than one window.
     """
     ids = encode(text)
     context = min(context, getattr(config, "max_position_embeddings", context))

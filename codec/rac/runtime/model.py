@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def load_model(
         with _mapped("cannot load it", name), state.blamed(name):
             how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
             model, info = cls.from_pretrained(None, config=config, state_dict=state.lazy, **how)
-            if os.path.exists(os.path.join(folder, "generation_config.json")) and model.can_generate():
+            if Path(folder, "generation_config.json").exists() and model.can_generate():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         _complete(info, cls.__name__, name)
         online.attach(model, state.online(), name)
@@ -139,40 +140,33 @@ def attached(f: RacFile) -> Iterator[str]:
 
 def write_attachments(f: RacFile, folder: str) -> None:
     """Write the attachments below a folder; FormatError for names that lead out of it."""
-    for name in f.attachments():
-        if name == GGUF_HEADER:
-            continue
-        path = os.path.join(folder, *safe_name(name).split("/"))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as g:
-            g.write(f.attachment(name))
+    for name in (n for n in f.attachments() if n != GGUF_HEADER):
+        path = Path(folder, *safe_name(name).split("/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f.attachment(name))
 
 
 def refuse_code(folder: str, part: str, file: str, trust: bool) -> dict[str, Any]:
     """The map in a JSON file of the folder, {} where there is none; UnsupportedError where it names code to run."""
-    path = os.path.join(folder, part)
-    if not os.path.exists(path):
+    path = Path(folder, part)
+    if not path.exists():
         return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = json.loads(path.read_text("utf-8"))
     except ValueError as e:
         raise SourceError(f"{part} is no JSON: {e}", file=file) from e
     if not isinstance(found, dict):
         raise SourceError(f"{part} is no JSON object", file=file)
     if found.get("auto_map") and not trust:
-        raise UnsupportedError(
-            f"{part} names code that came with the model; read it, and give trust_remote_code=True to run it", file=file
-        )
+        what = f"{part} names code that came with the model; read it, and give trust_remote_code=True to run it"
+        raise UnsupportedError(what, file=file)
     return found
 
 
 def model_class(folder: str, file: str, trust: bool) -> tuple[Any, Any]:
-    """(configuration, class of the model) of the attachments.
+    """(configuration, class of the model) of the attachments; SourceError where there is no config.json.
 
-    Raises:
-        SourceError: There is no config.json.
-        UnsupportedError: transformers does not know the model, or it is code that is not trusted.
+    UnsupportedError where transformers does not know the model, or it is code that is not trusted.
     """
     found = refuse_code(folder, "config.json", file, trust)
     if not found:
@@ -204,11 +198,8 @@ def _complete(info: dict[str, Any], kind: str, file: str) -> None:
     """MismatchError unless every tensor of the model was there in its shape; a warning about those that it has not."""
     if info["mismatched_keys"]:
         tensor, theirs, ours = min(info["mismatched_keys"], key=lambda row: str(row[0]))
-        raise MismatchError(
-            f"is {list(theirs)}, the configuration asks for {list(ours)}{_more(info['mismatched_keys'])}",
-            file=file,
-            unit=repr(tensor),
-        )
+        what = f"is {list(theirs)}, the configuration asks for {list(ours)}{_more(info['mismatched_keys'])}"
+        raise MismatchError(what, file=file, unit=repr(tensor))
     if missing := sorted(info["missing_keys"]):
         raise MismatchError(f"holds no tensor {missing[0]!r}, which {kind} needs{_more(missing)}", file=file)
     if unused := sorted(info["unexpected_keys"]):
@@ -285,7 +276,8 @@ class State:
         self.lazy: dict[str, Lazy] = {}
         self._shared: dict[str, _Shared] = {}
         self._errors: list[RacError] = []
-        for archive, entry in tensors(f):
+        every = ((archive, e) for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR)
+        for archive, entry in every:
             source = _Shared(f, archive, entry, self._errors)
             for name, tied in ((entry.name, True), *entry.aliases):
                 self._shared[name] = source
@@ -324,8 +316,3 @@ class State:
             size = e.size + sum(archive.objects[n].size for n in needs) + record.TAIL
             out[name] = source.head = Head(size, e.dtype, e.shape)
         return out
-
-
-def tensors(f: RacFile) -> list[tuple[Archive, Entry]]:
-    """The tensors of all archives of a file."""
-    return [(a, e) for a in f.archives for e in a.index.entries if e.type == RECORD_TENSOR]

@@ -15,20 +15,5 @@ from rac.methods.rotations.result import Rotations, attached, fuse, load, save
 from rac.methods.rotations.simulate import Simulated, quantised, simulated
 from rac.methods.rotations.spinquant import loss_of, spinquant
 
-__all__ = [
-    "Axis",
-    "Rotations",
-    "Simulated",
-    "attached",
-    "compare_axes",
-    "fuse",
-    "kurtail",
-    "kurtosis",
-    "learn_axis",
-    "load",
-    "loss_of",
-    "quantised",
-    "save",
-    "simulated",
-    "spinquant",
-]
+__all__ = ["Axis", "Rotations", "Simulated", "attached", "compare_axes", "fuse", "kurtail", "kurtosis", "learn_axis"]
+__all__ += ["load", "loss_of", "quantised", "save", "simulated", "spinquant"]

@@ -22,6 +22,7 @@ from rac.errors import DivergedError
 from rac.linalg import hadamard
 from rac.linalg.pca import pca
 from rac.linalg.triangular import Triangular, damped, triangular
+from rac.methods.gptq import Floats
 from rac.methods.rotations.cayley import CayleyAdam
 
 Array = NDArray[np.float64]
@@ -53,8 +54,8 @@ class Axis(NamedTuple):
 
 
 def learn_axis(
-    w: NDArray[np.floating[Any]],
-    second: NDArray[np.floating[Any]],
+    w: Floats,
+    second: Floats,
     *,
     bits: float = 3.0,
     block: int | None = None,
@@ -62,16 +63,11 @@ def learn_axis(
     rows: int = 1024,
     seed: int = 0,
 ) -> Axis:
-    """Learn U of a weight w (R, C) whose inputs have the second moment E[x x^T], (C, C).
+    """Learn U of a weight w (R, C) whose inputs have the second moment E[x x^T], (C, C), by `steps` of Cayley Adam.
 
-    Args:
-        w: (R, C).
-        second: (C, C).
-        bits: Bits per weight of W as it is, with feedback: they set the output error at which both are compared.
-        block: U is block-diagonal, of blocks of so many columns, a divisor of C; None: one block.
-        steps: Steps of Cayley Adam.
-        rows: Rows of W that one step looks at, drawn anew for each.
-        seed: Seed of rows and noise.
+    `bits` per weight of W as it is, with feedback, set the output error at which both are compared. U has blocks of
+    `block` columns, a divisor of C, on its diagonal; None: one block. A step looks at so many `rows` of W, drawn anew
+    for each by `seed`, as the noise is.
 
     Raises:
         DivergedError: The rate is no number.
@@ -89,12 +85,7 @@ def learn_axis(
 
 
 def compare_axes(
-    w: NDArray[np.floating[Any]],
-    second: NDArray[np.floating[Any]],
-    u: Array | None = None,
-    *,
-    bits: float = 3.0,
-    seed: int = 0,
+    w: Floats, second: Floats, u: Array | None = None, *, bits: float = 3.0, seed: int = 0
 ) -> dict[str, float]:
     """Bits per weight of w (R, C) at one output error, that of "triangular" at `bits`; no transform's own are in it.
 
@@ -112,7 +103,7 @@ def compare_axes(
     return out | {name: _at_error(_coordinates(wide, s, v), error, step) for name, v in turned.items()}
 
 
-def _checked(w: NDArray[Any], second: NDArray[Any]) -> tuple[Array, Array]:
+def _checked(w: Floats, second: Floats) -> tuple[Array, Array]:
     wide, s = np.asarray(w, np.float64), np.asarray(second, np.float64)
     if wide.ndim != 2 or s.shape != (wide.shape[1],) * 2:
         raise ValueError(f"a weight {wide.shape} and a second moment {s.shape} do not fit")

@@ -26,25 +26,6 @@ from rac.methods.transforms.rules import RULES, Parts, parts
 from rac.methods.transforms.smooth import maxima, smooth
 from rac.methods.transforms.source import deviation, logits, require_same, source
 
-__all__ = [
-    "RULES",
-    "Parts",
-    "deviation",
-    "fuse_norms",
-    "hadamard",
-    "logits",
-    "matrix",
-    "maxima",
-    "online",
-    "online_down",
-    "online_heads",
-    "parts",
-    "quarot",
-    "require_same",
-    "rotate_residual",
-    "rotate_values",
-    "rotated_keys",
-    "smooth",
-    "source",
-    "untie",
-]
+__all__ = ["RULES", "Parts", "deviation", "fuse_norms", "hadamard", "logits", "matrix", "maxima", "online"]
+__all__ += ["online_down", "online_heads", "parts", "quarot", "require_same", "rotate_residual", "rotate_values"]
+__all__ += ["rotated_keys", "smooth", "source", "untie"]
