@@ -98,12 +98,6 @@ def gptq(
     return Grouped(np.ascontiguousarray(codes.T), scales, zeros, group, bits)
 
 
-def proxy(w: Floats, stored: Floats, hessian: Floats) -> float:
-    """tr(E H E^T) of E = w - stored (R, C): what GPTQ makes small, the squared error of the outputs."""
-    e = w.astype(np.float64) - stored
-    return float(np.vdot(e @ hessian, e))
-
-
 def _grids(w: Floats, bits: int, group: int, symmetric: bool, search: bool) -> tuple[Scales, Codes]:
     """Scales and zeros (R, G) of groups of columns of finite weights (R, C); the ranges contain 0."""
     found = [_grid(w[:, at : at + group], bits, symmetric, search) for at in range(0, w.shape[1], group)]

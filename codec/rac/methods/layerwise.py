@@ -23,7 +23,7 @@ from rac.calibrate.moments import Collector
 from rac.encode.options import silent
 from rac.errors import RacError, UnsupportedError
 from rac.methods import gptq
-from rac.models.linears import inside_blocks
+from rac.models.linears import frozen, inside_blocks
 from rac.stages.groups import Grouped, values
 
 ROWS = 2048
@@ -146,22 +146,18 @@ def _put(name: str, layer: Any, rounded: Callable[[NDArray[np.float32]], Grouped
 @contextlib.contextmanager
 def _chain(model: Any, ids: NDArray[np.int64]) -> Iterator[Chain]:
     """The model as a chain of blocks, in evaluation mode; what that changes of it is changed back."""
-    training = model.training
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
     hooks = [(m._forward_hooks, set(m._forward_hooks)) for m in model.modules()]
     try:
-        try:
-            chain = Chain(model.eval(), True, ids[:1])
-        except (UnfitError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
-            raise UnsupportedError(f"{type(model).__name__} cannot be run block by block: {e}") from e
-        yield chain
+        with frozen(model):
+            try:
+                chain = Chain(model, True, ids[:1])
+            except (UnfitError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+                raise UnsupportedError(f"{type(model).__name__} cannot be run block by block: {e}") from e
+            yield chain
     finally:
         for held, before in hooks:
             for key in set(held) - before:
                 del held[key]
-        for p, grad in wanted:
-            p.requires_grad_(grad)
-        model.train(training)
 
 
 class _End(Exception):

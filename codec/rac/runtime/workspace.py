@@ -250,11 +250,9 @@ class Workspace:
 
     def _free(self, size: int) -> int | None:
         """The lowest place where `size` bytes are free, which caches may still hold; None: there is none."""
-        for start in sorted((0, *(-(-slot.stop // _ALIGN) * _ALIGN for slot in self._slots))):
-            stop = start + size
-            if stop <= len(self._buffer) and all(stop <= x.start or start >= x.stop for x in self._slots):
-                return start
-        return None
+        starts = sorted((0, *(-(-slot.stop // _ALIGN) * _ALIGN for slot in self._slots)))
+        fits = (a for a in starts if all(a + size <= x.start or a >= x.stop for x in self._slots))
+        return next((a for a in fits if a + size <= len(self._buffer)), None)
 
 
 _alive: weakref.WeakSet[Workspace] = weakref.WeakSet()

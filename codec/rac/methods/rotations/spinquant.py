@@ -8,10 +8,9 @@ weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run onl
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from rac.methods.rotations.result import Rotations, nearest
 from rac.methods.rotations.simulate import Simulated, simulated
 from rac.methods.transforms import Parts, hadamard
 from rac.methods.transforms.rotate import require_rotatable
+from rac.models.linears import frozen
 
 RATE, TOKENS = 1.5, 16384
 """Longest step of the authors' scripts, and tokens of one of their steps: 8 sequences of 2,048."""
@@ -76,27 +76,14 @@ def spinquant(
     drawn = (order.choice(len(data), batch, replace=len(data) < batch) for _ in range(steps))
     r1, r2 = start(p, seed)
     optimiser = CayleySGD([r1, r2], lr, momentum)
-    with _frozen(p.model):
-        about["plain"] = _mean_loss(p.model, held)
+    with frozen(p.model):
+        about["plain"] = mean_loss(p.model, held)
         batches = [data[torch.from_numpy(at)] for at in drawn]
         within = partial(simulated, p, how, r1, r2, r4=seed)
         losses, ends = _learn(p.model, within, batches, held, optimiser, note or silent)
     about |= {"start": ends[0], "end": ends[-1], "seconds": round(time.perf_counter() - began, 1)}
     one, each = (nearest(r.detach().cpu().numpy()) for r in (r1, r2))
     return Rotations(one, each, seed, about, tuple(losses))
-
-
-@contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """The model in evaluation mode, without gradients of its weights."""
-    training, weights = model.training, [w for w in model.parameters() if w.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for w in weights:
-            w.requires_grad_(True)
-        model.train(training)
 
 
 def _learn(
@@ -106,7 +93,7 @@ def _learn(
 
     def judged() -> float:
         with within():
-            return _mean_loss(model, held)
+            return mean_loss(model, held)
 
     lr, losses, ends = optimiser.lr, [], [judged()]
     for k, ids in enumerate(batches):
@@ -157,20 +144,8 @@ def next_token_loss(model: Any, ids: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, *, r3: bool = True) -> float:
-    """Mean loss, nats per token, of sequences (count, n), one after the other, with activations and cache quantised.
-
-    The norms of the model are fused where there are rotations, `found`: R1 and R2, and with them R4. With `r3` keys are
-    rotated.
-    """
-    import torch
-
-    of = () if found is None else (torch.from_numpy(found.r1), torch.from_numpy(found.r2))
-    with simulated(p, how, *of, r3=r3, r4=None if found is None else found.seed):
-        return _mean_loss(p.model, torch.as_tensor(ids))
-
-
-def _mean_loss(model: Any, ids: Any) -> float:
+def mean_loss(model: Any, ids: Any) -> float:
+    """Mean loss, nats per token, of sequences (count, n), one after the other."""
     import torch
 
     with torch.no_grad():

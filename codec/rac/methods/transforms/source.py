@@ -10,6 +10,7 @@ from typing import Any
 from rac.encode.sources import Attachment, Source, from_arrays, open_source
 from rac.errors import SourceError, TransformError
 from rac.methods.transforms.rules import Parts
+from rac.models.linears import frozen
 
 MOST = 1e-3
 """Largest difference of logits, as a share of the largest logit, at which a model still computes the same."""
@@ -20,13 +21,8 @@ def logits(model: Any, tokens: Any) -> Any:
     """(batch, n, vocabulary) float64 of token ids (n,) or (batch, n); no gradient, and dropout is off."""
     import torch
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return model(tokens if tokens.ndim == 2 else tokens[None], use_cache=False).logits.double()
-    finally:
-        model.train(training)
+    with frozen(model), torch.no_grad():
+        return model(tokens if tokens.ndim == 2 else tokens[None], use_cache=False).logits.double()
 
 
 def deviation(model: Any, transformed: Any, tokens: Any) -> float:
