@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,6 @@ class _Run:
     ids: NDArray[np.int64]
     note: Note
     known: Known
-    learned: Rotations | None = None
-    spared: float = 0
 
 
 def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, known: Known | None = None) -> Made:
@@ -117,7 +116,9 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
         ids = np.random.default_rng(0).integers(0, words, (1, CHECKED))
     else:
         ids = calibration_ids(path, read_text(method.text), method.tokens)
-    run = _Run(method, ids, tell, {} if known is None else known)
+    known = {} if known is None else known
+    spared = known[method.name][1] if method.name in known else 0.0
+    run = _Run(method, ids, tell, known)
     about = {"recipe": method.name, "bits": method.bits, "group": method.group or "row", "symmetric": method.symmetric}
     change, by_gptq = METHODS[method.name]
     p = None if change is None else _transformed(run, model, change)
@@ -129,11 +130,11 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
     source = open_source(path) if p is None else transforms.source(p, path, method.dtype)
     if p is not None:
         about |= p.about
-    if run.learned is not None:
-        source = attached(source, run.learned)
+    if method.name in known:
+        source = attached(source, known[method.name][0])
     if method.text is not None and method.name != "rtn":
         about |= {"tokens": int(ids.size), "seed": method.seed}
-    return Made(source, matrices, about, run.spared)
+    return Made(source, matrices, about, spared)
 
 
 def pack_method(
@@ -167,51 +168,38 @@ def _transformed(run: _Run, model: Any, change: Change) -> transforms.Parts:
 
 
 def _smoothquant(run: _Run, p: transforms.Parts) -> None:
-    """2211.10438: migration by the best alpha."""
+    """Migration by the best alpha."""
     import torch
 
     run.note("looking for alpha", 0, 1)
     smoothquant(p, torch.from_numpy(run.ids[:4]).split(1), bits=run.method.bits, group=run.method.group)
 
 
-def _quarot(run: _Run, p: transforms.Parts) -> None:
-    """2404.00456: Hadamard matrices."""
-    transforms.quarot(p, run.method.seed)
-
-
-def _learned(run: _Run, p: transforms.Parts, learn: Callable[..., Rotations], **how: Any) -> None:
+def _learned(learn: Callable[..., Rotations], run: _Run, p: transforms.Parts, **how: Any) -> None:
     """Rotations that are learned, R4 as in QuaRot; the rotations travel in the file."""
     transforms.fuse_norms(p)
     m, start = run.method, time.monotonic()
-    if m.name in run.known:
-        run.learned, run.spared = run.known[m.name]
-    else:  # on shorter sequences, some of which what learns holds out
+    if m.name not in run.known:  # on shorter sequences, some of which what learns holds out
         context = min(LEARNED, max(2, run.ids.size // 8))
         ids = run.ids.reshape(-1)[: run.ids.size // context * context].reshape(-1, context)
-        run.learned = learn(p, ids, steps=m.steps, seed=m.seed, note=run.note, **how)
-        run.known[m.name] = run.learned, time.monotonic() - start
-    fuse(p, run.learned)
+        found = learn(p, ids, steps=m.steps, seed=m.seed, note=run.note, **how)
+        run.known[m.name] = found, time.monotonic() - start
+    fuse(p, run.known[m.name][0])
     p.about["keys"] = m.seed  # of R3, which changes no weight: a simulated cache rotates its keys by it
 
 
 def _spinquant(run: _Run, p: transforms.Parts) -> None:
-    """2405.16406."""
-    _learned(run, p, spinquant, how=Simulated(run.method.activations, run.method.activations))
-
-
-def _kurtail(run: _Run, p: transforms.Parts) -> None:
-    """2503.01483."""
-    _learned(run, p, kurtail)
+    _learned(spinquant, run, p, how=Simulated(run.method.activations, run.method.activations))
 
 
 Change = Callable[[_Run, transforms.Parts], None]
 METHODS: dict[str, tuple[Change | None, bool]] = {
     "rtn": (None, False),
-    "gptq": (None, True),
-    "smoothquant": (_smoothquant, False),
-    "quarot": (_quarot, True),
-    "spinquant": (_spinquant, True),
-    "kurtail": (_kurtail, True),
+    "gptq": (None, True),  # 2210.17323
+    "smoothquant": (_smoothquant, False),  # 2211.10438
+    "quarot": (lambda run, p: transforms.quarot(p, run.method.seed), True),  # 2404.00456
+    "spinquant": (_spinquant, True),  # 2405.16406
+    "kurtail": (partial(_learned, kurtail), True),  # 2503.01483
 }
-"""What is done to the model first, and whether GPTQ rounds then; nearest values do without a text."""
+"""What is done to the model first, and whether GPTQ rounds then; nearest values do without a text. arXiv numbers."""
 WITHOUT_TEXT = ("rtn", "quarot")

@@ -34,9 +34,6 @@ class Rounded(NamedTuple):
     group: int | None = None
 
 
-ROUNDED = Rounded()
-
-
 def smoothquant(
     p: Parts,
     sequences: Iterable[Any],
@@ -47,16 +44,12 @@ def smoothquant(
     group: int | None = None,
     places: Sequence[str] = ("attention", "mlp"),
 ) -> float:
-    """Smooth a model, in place; returns the alpha that was given or found, as `p.about` says. Nothing is rounded.
+    """Smooth a model (`transforms.parts`), in place; returns alpha, as `p.about` says it. Nothing is rounded.
 
-    Args:
-        p: The model (`transforms.parts`).
-        sequences: Token ids (batch, n) each: a part of the calibration text.
-        alpha: 0 to 1; None: the best of ALPHAS.
-        bits: Bits of the weights, rounded to nearest on a symmetric grid.
-        activations: Bits of the inputs, one scale for each token; None: as they are.
-        group: Columns that share a scale; None: all.
-        places: Names from PLACES: where inputs are made smooth.
+    `sequences` are token ids (batch, n) each: a part of the calibration text. `alpha` is 0 to 1; None: the best of
+    ALPHAS for weights of `bits`, rounded to nearest on a symmetric grid, `group` columns sharing a scale (None: all),
+    and inputs of `activations` bits, one scale for each token (None: as they are). `places` are names from PLACES:
+    where inputs are made smooth.
 
     Raises:
         TransformError: There are no sequences, or inputs are not finite or mapped online.
@@ -65,7 +58,7 @@ def smoothquant(
     sequences = list(sequences)
     found = maxima(p, sequences)
     if alpha is None:
-        alpha, _ = choose(p, found, sequences, how=Rounded(bits, activations, group), places=places)
+        alpha, _ = choose(p, found, sequences, Rounded(bits, activations, group), places=places)
     smooth(p, found, alpha, places)
     return alpha
 
@@ -74,9 +67,8 @@ def choose(
     p: Parts,
     found: Maxima,
     sequences: Iterable[Any],
+    how: Rounded,
     alphas: Sequence[float] = ALPHAS,
-    *,
-    how: Rounded = ROUNDED,
     places: Sequence[str] = ("attention", "mlp"),
 ) -> tuple[float, dict[float, float]]:
     """The best alpha, and the relative squared error of the outputs for each; the model is left alone.

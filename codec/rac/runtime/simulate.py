@@ -83,8 +83,9 @@ def simulated(
     found = Simulation()
     with contextlib.ExitStack() as stack:
         if activations is not None:
-            last = _Last(activations, clip or (CLIP if activations < 8 and not asymmetric else 1.0), asymmetric)
-            found.linears = _watch(stack, model, static, last)
+            share = clip or (CLIP if activations < 8 and not asymmetric else 1.0)
+            made = partial(per_group if asymmetric else per_token, bits=activations, clip=share)
+            found.linears = _watch(stack, model, static, _Last(made))
         if kv is not None:
             rotate = _rotation(seed) if rotate_keys else lambda x: x
             change = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate)
@@ -144,26 +145,20 @@ def _quantisable(model: Any) -> dict[str, Any]:
 
 
 class _Last:
-    """Quantises inputs, once for layers that follow each other with the same."""
+    """Quantises inputs by `made`, once for layers that follow each other with the same."""
 
-    def __init__(self, bits: int, clip: float, asymmetric: bool) -> None:
-        self.bits, self.clip, self.asymmetric = bits, clip, asymmetric
-        self._given: tuple[Any, int, float | None] = None, 0, None
-        self._made: Any = None
+    def __init__(self, made: Callable[..., Any]) -> None:
+        self.made = made
+        self._given: tuple[Any, ...] = (None,)
+        self._found: Any = None
 
     def __call__(self, x: Any, most: float | None) -> Any:
+        how = {} if most is None else {"most": most}
         if torch.is_grad_enabled() or x.is_inference():  # of the latter no version says whether they have changed
-            return self._round(x, most)
-        before, version, scale = self._given
-        if before is not x or (version, scale) != (x._version, most):
-            self._made = self._round(x, most)
-            self._given = x, x._version, most
-        return self._made
-
-    def _round(self, x: Any, most: float | None) -> Any:
-        if self.asymmetric:
-            return per_group(x, self.bits, clip=self.clip)
-        return per_token(x, self.bits, self.clip, most)
+            return self.made(x, **how)
+        if self._given[0] is not x or self._given[1:] != (x._version, most):
+            self._found, self._given = self.made(x, **how), (x, x._version, most)
+        return self._found
 
 
 def _before(change: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -64,7 +64,7 @@ def test_errors_are_those_of_a_smoothed_model():
     model = make(20)
     before = {n: w.clone() for n, w in model.state_dict().items()}
     p = tf.parts(model)
-    best, errors = choose(p, tf.maxima(p, [IDS]), [IDS], [0.0, 0.5, 1.0], how=Rounded(6, 5))
+    best, errors = choose(p, tf.maxima(p, [IDS]), [IDS], Rounded(6, 5), [0.0, 0.5, 1.0])
     for alpha, error in errors.items():
         assert error == pytest.approx(by_hand(model, alpha, 6, 5), rel=0.02)
     assert best == min(errors, key=errors.get)
@@ -76,21 +76,21 @@ def test_outliers_go_into_the_weights():
     """With outliers, and activations quantised, smoothing pays; with weights alone it does not pay to go as far."""
     p = tf.parts(make(50))
     found = tf.maxima(p, [IDS])
-    best, errors = choose(p, found, [IDS])
+    best, errors = choose(p, found, [IDS], Rounded())
     assert best >= 0.4 and errors[best] < 0.3 * errors[0.0]
-    only, errors = choose(p, found, [IDS], [0.0, 0.5, 0.9], how=Rounded(4, None))
+    only, errors = choose(p, found, [IDS], Rounded(4, None), [0.0, 0.5, 0.9])
     assert only <= best and errors[0.9] > errors[only]
 
 
 def test_all_places():
     p = tf.parts(make(20))
-    _, errors = choose(p, tf.maxima(p, [IDS]), [IDS], [0.5], places=PLACES)
+    _, errors = choose(p, tf.maxima(p, [IDS]), [IDS], Rounded(), [0.5], PLACES)
     assert 0 < errors[0.5] < 0.1
 
 
 def test_the_whole_method():
     """What is found is what is done, and the model computes what it did."""
-    want, _ = choose(tf.parts(make(50)), tf.maxima(tf.parts(make(50)), [IDS]), [IDS])
+    want, _ = choose(tf.parts(make(50)), tf.maxima(tf.parts(make(50)), [IDS]), [IDS], Rounded())
     model = make(50)
     before, p = tf.logits(model, IDS), tf.parts(model)
     assert smoothquant(p, iter([IDS])) == want
@@ -103,8 +103,8 @@ def test_what_is_refused():
     found = tf.maxima(p, [IDS])
     for how in ({"alphas": []}, {"alphas": [1.5]}, {"places": ["nowhere"]}):
         with pytest.raises(ValueError, match="alphas"):
-            choose(p, found, [IDS], **how)
+            choose(p, found, [IDS], Rounded(), **how)
     with pytest.raises(TransformError, match="sequences"):
-        choose(p, found, [])
+        choose(p, found, [], Rounded())
     with pytest.raises(TransformError, match="not known"):
-        choose(p, {}, [IDS])
+        choose(p, {}, [IDS], Rounded())

@@ -104,9 +104,8 @@ def kurtail(
         raise SourceError("no tokens to learn rotations on")
     began = time.perf_counter()
     x, v = gather(p, ids, most, seed)
-    gathered = round(time.perf_counter() - began, 1)
-    asked = {"method": "kurtail", "steps": steps, "batch": batch, "lr": lr, "tokens": min(most, ids.size), "seed": seed}
-    about: dict[str, Any] = asked | {"gather seconds": gathered}
+    about: dict[str, Any] = {"method": "kurtail", "steps": steps, "batch": batch, "lr": lr}
+    about |= {"tokens": min(most, ids.size), "seed": seed, "gather seconds": round(time.perf_counter() - began, 1)}
     history: list[float] = []
     found = []
     for name, r, data in zip(("r1", "r2"), start(p, seed), (x, v), strict=True):
