@@ -47,9 +47,7 @@ class Compressed(nn.Module):
 
     weight: torch.Tensor
 
-    def _hold(self, head: Head, shape: tuple[int, int], workspace: Workspace, dtype: torch.dtype | None) -> None:
-        if head.shape != shape:
-            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {list(shape)}")
+    def _hold(self, head: Head, workspace: Workspace, dtype: torch.dtype | None) -> None:
         nn.Module.__init__(self)
         self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
         self._stored: stored_record.Stored | None = None
@@ -134,6 +132,10 @@ class Compressed(nn.Module):
         with self.workspace.weight(self) as words:
             yield frameworks.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
 
+    def extra_repr(self) -> str:
+        """As of the dense layer, and the bytes."""
+        return f"{super().extra_repr()}, {self.head.nbytes} bytes"
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was parsed is parsed again."""
         return self.__dict__ | {"_stored": None, "_resident": device.Resident(), "_online": None}
@@ -162,25 +164,17 @@ class _Product(torch.autograd.Function):
 class RacLinear(Compressed, nn.Linear):
     """A linear layer, with the online transform that its record states.
 
-    With `transposed` it is the Conv1D of GPT-2, whose weight (in, out) is the other way round.
-
-    `head` is that of the record that `weight` will hold, (out, in) or, transposed, (in, out); `workspace` is shared by
-    the layers of the model, `bias` the parameter (out,), `dtype` the data type of the numbers that go in.
+    `head` is that of the record that `weight` will hold, (out, in) or, `transposed` as the Conv1D of GPT-2 has it, (in,
+    out); `workspace` is shared by the layers of the model, `bias` the parameter (out,), `dtype` the torch data type of
+    the numbers that go in.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        head: Head,
-        workspace: Workspace,
-        bias: nn.Parameter | None = None,
-        transposed: bool = False,
-        dtype: torch.dtype | None = None,
+        self, head: Head, workspace: Workspace, bias: Any = None, transposed: bool = False, dtype: Any = None
     ) -> None:
-        self._hold(head, (in_features, out_features) if transposed else (out_features, in_features), workspace, dtype)
-        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
-        self.bias = bias
+        self._hold(head, workspace, dtype)
+        self.in_features, self.out_features = head.shape if transposed else head.shape[::-1]
+        self.transposed, self.bias = transposed, bias
         workspace.expect(self.dense_bytes)
 
     @torch.compiler.disable  # a graph break; decoding is no operation of torch
@@ -201,10 +195,6 @@ class RacLinear(Compressed, nn.Linear):
             mine = bias if bias is None or len(bias) == self.out_features else bias[: self.out_features]
             return functional.linear(x, w.t() if self.transposed else w, mine)
 
-    def extra_repr(self) -> str:
-        """As of nn.Linear, and the bytes."""
-        return f"{nn.Linear.extra_repr(self)}, {self.head.nbytes} bytes"
-
 
 class RacEmbedding(Compressed, nn.Embedding):
     """An embedding; the tiles that hold the rows asked for are decoded, the others are not.
@@ -213,17 +203,9 @@ class RacEmbedding(Compressed, nn.Embedding):
     model share threads are used, not the buffer; `dtype` is the data type of what comes out.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        head: Head,
-        workspace: Workspace,
-        padding_idx: int | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self._hold(head, (num_embeddings, embedding_dim), workspace, dtype)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+    def __init__(self, head: Head, workspace: Workspace, padding_idx: int | None = None, dtype: Any = None) -> None:
+        self._hold(head, workspace, dtype)
+        (self.num_embeddings, self.embedding_dim), self.padding_idx = head.shape, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
 
     @torch.compiler.disable
@@ -251,7 +233,3 @@ class RacEmbedding(Compressed, nn.Embedding):
             mine = rows // step == a
             out[mine] = band[rows[mine] - a * step]
         return frameworks.to_framework(out, t.dtype, out.shape, "pt")  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        """As of nn.Embedding, and the bytes."""
-        return f"{nn.Embedding.extra_repr(self)}, {self.head.nbytes} bytes"

@@ -80,19 +80,14 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
     new: dict[int, nn.Module] = {}
     for key, head in heads.items():
         old = model.get_submodule(key.removesuffix(".weight"))
-        layer: Compressed
-        try:
-            with old.weight.device:
-                if isinstance(old, nn.Embedding):
-                    rows, cols = old.num_embeddings, old.embedding_dim
-                    layer = RacEmbedding(rows, cols, head, workspace, old.padding_idx, dtype)
-                else:
-                    turned = isinstance(old, Conv1D)
-                    width, out = (old.nx, old.nf) if turned else (old.in_features, old.out_features)
-                    layer = RacLinear(width, out, head, workspace, old.bias, turned, dtype)
-        except MismatchError as e:
-            e.unit = repr(key)
-            raise
+        if tuple(old.weight.shape) != head.shape:
+            what = f"the file has {list(head.shape)}, the layer needs {list(old.weight.shape)}"
+            raise MismatchError(what, unit=repr(key))
+        with old.weight.device:
+            if isinstance(old, nn.Embedding):
+                layer: Compressed = RacEmbedding(head, workspace, old.padding_idx, dtype)
+            else:
+                layer = RacLinear(head, workspace, old.bias, isinstance(old, Conv1D), dtype)
         new[id(old)] = layer.train(old.training)
     for parent in list(model.modules()):
         parent._modules |= {name: new[id(child)] for name, child in parent._modules.items() if id(child) in new}
