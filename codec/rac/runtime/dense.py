@@ -1,12 +1,19 @@
-"""Compressed layers that become dense where they are: for all of a model, for its embeddings, for a merged adapter.
+"""Dense layers: compressed ones that become dense where they are, and maps of inputs (format_spec/stages/online.md).
 
-A layer changes its class and its weight, and stays the object that it is. So whatever holds it, the layer of an
-adapter or the hook of an offloader, holds the dense one from then on.
+A layer that becomes dense, for all of a model, for its embeddings, for a merged adapter, changes its class and its
+weight, and stays the object that it is. So whatever holds it, the layer of an adapter or the hook of an offloader,
+holds the dense one from then on.
+
+A hook in front of a dense layer maps its input; a compressed layer does it by itself (rac.runtime.layers). Files of
+transformers have no place for the map, so that such a model is not saved unless it is folded: its weights then do it
+too.
 """
 
 from __future__ import annotations
 
 import functools
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,9 +22,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
 from rac.errors import UnsupportedError
-from rac.linalg.transform import hook, hooked
+from rac.linalg.transform import Transform, hook, hooked, unhook
 from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
-from rac.runtime.online import fold_layer, guard
+from rac.runtime.replace import places
 
 _OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "transposed")
 
@@ -61,8 +68,59 @@ def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Make all compressed layers of a model dense, in `dtype` or that of each layer; returns the model."""
     if densify(*model.modules(), dtype=dtype):
-        guard(model)
+        _guard(model)
     return model
+
+
+def attach(model: Any, found: Mapping[str, Transform], file: str) -> None:
+    """Give the layers of a model of transformers their maps, by the names that their weights have in a file.
+
+    UnsupportedError where there is no plain linear layer of that width for one.
+    """
+    if not found:
+        return
+    where = places(model, found)
+    if homeless := sorted(found.keys() - where.keys()):
+        what = f"has an online transform, and no layer of {type(model).__name__} that could run it"
+        raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
+    for name, transform in found.items():
+        layer = model.get_submodule(where[name].removesuffix(".weight"))
+        if type(layer) is not nn.Linear or layer.in_features != transform.width:
+            what = f"has an online transform ({transform.describe()}), its layer is a {type(layer).__name__}"
+            raise UnsupportedError(what, file=file, unit=repr(where[name]))
+        hook(layer, transform)
+    _guard(model)
+
+
+def _guard(model: Any) -> None:
+    """Let `save_pretrained` refuse."""
+    model.save_pretrained = types.MethodType(_refuse, model)
+
+
+def _refuse(model: Any, *_: Any, **__: Any) -> None:
+    raise UnsupportedError(
+        f"{type(model).__name__} has layers with online transforms, which such files cannot state; "
+        "rac.runtime.fold(model) puts them into the weights"
+    )
+
+
+@torch.no_grad()
+def fold(model: Any) -> Any:
+    """Put the maps into the weights, rounded to their data type, and take the hooks away; returns the model."""
+    for layer in model.modules():
+        _fold(layer)
+    model.__dict__.pop("save_pretrained", None)
+    return model
+
+
+@torch.no_grad()
+def _fold(layer: Any) -> None:
+    """Where a hook maps the layer's input, put the map into the weight, rounded to its data type, and unhook it."""
+    if (transform := hooked(layer)) is not None:
+        w = layer.weight
+        wide = w if w.dtype == torch.float64 else w.float()
+        layer.weight = nn.Parameter(transform.fold(wide).to(w.dtype), requires_grad=w.requires_grad)
+        unhook(layer)
 
 
 def resizable(model: Any) -> None:
@@ -123,7 +181,7 @@ def _needing(module: Any, method: str, *args: Any, **kwargs: Any) -> Any:
 def _plain(module: Any, layer: Any) -> None:
     """Make what an adapter adapts a dense layer without a map: it works on what the input was before that."""
     densify(layer, folded=True)
-    fold_layer(layer)
+    _fold(layer)
     if isinstance(layer, Conv1D):  # peft took it for nn.Linear, whose weight is the other way round
         module.fan_in_fan_out = True
 

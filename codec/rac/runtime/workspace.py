@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from rac.errors import RacError
 from rac.machine import threads_of
-from rac.runtime import ahead, record
+from rac.runtime import record
+from rac.runtime.device import MOST, Ahead
 
 if TYPE_CHECKING:
     from rac.runtime.layers import Compressed as Layer
@@ -73,7 +74,7 @@ class Workspace:
         """The running layer, and then those that are decoded ahead."""
         self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[Any] | None = None
-        self._ahead: dict[Any, ahead.Ahead] = {}
+        self._ahead: dict[Any, Ahead] = {}
         """Buffers for layers that are decoded ahead, by device."""
         self._on_device = 0
         """Dense bytes of the largest layer that is decoded ahead there."""
@@ -95,7 +96,7 @@ class Workspace:
         """A layer of `size` dense bytes will use this."""
         with self._lock:
             self._largest = max(self._largest, size)
-            if size <= ahead.MOST:
+            if size <= MOST:
                 self._on_device = max(self._on_device, size)
 
     def forget(self, layer: Layer) -> None:
@@ -140,7 +141,7 @@ class Workspace:
             self._learn(layer)
             device = layer.weight.device
             if device not in self._ahead:
-                self._ahead[device] = ahead.Ahead(device)
+                self._ahead[device] = Ahead(device)
             with self._ahead[device].weight(layer, self._after(layer), self._on_device) as weight:
                 yield weight
 

@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from rac.runtime import Workspace, ahead, device
-from rac.runtime.ahead import Ahead
+from rac.runtime import Workspace, device
+from rac.runtime import workspace as ws
+from rac.runtime.device import Ahead
 from rac.runtime.layers import Compressed
 from support.layers import archive_of, linear
 
@@ -201,7 +202,7 @@ def test_real_layers_through_their_workspace(tmp_path, monkeypatch):
     archive = archive_of(tmp_path, weights)
     monkeypatch.setattr(device, "_why_not", lambda name: None)
     api = Device(0)
-    monkeypatch.setattr(ahead, "Ahead", lambda at: Ahead(at, api, api.keep))
+    monkeypatch.setattr(ws, "Ahead", lambda at: Ahead(at, api, api.keep))
     monkeypatch.setattr(Compressed, "dense", lambda self: self._resident.dense(self.weight.detach(), self.stored))
     workspace = Workspace()
     layers = [linear(archive, n, workspace) for n in weights]
