@@ -127,8 +127,7 @@ def quantise(v: Array, t: Triangular, step: float) -> tuple[NDArray[np.int32], A
         width = step / t.weight[j]
         codes[j] = np.rint(wanted / width)
         error[j] = codes[j] * width - target[j]
-    back = np.empty_like(t.order)
-    back[t.order] = np.arange(len(t.order))
+    back = np.argsort(t.order)
     return codes[back].T, error[back].T
 
 

@@ -60,9 +60,8 @@ def to_bytes(found: Rotations) -> bytes:
     """A safetensors file of R1 and R2 in float32, the rest in its metadata, always the same bytes."""
     kept = {"r1": found.r1.astype(np.float32), "r2": found.r2.astype(np.float32)}
     stated = {"about": found.about, "history": found.history, "seed": found.seed}
-    return bytes(
-        _safetensors().save(kept, {"rotations": json.dumps(stated)})
-    )  # one key: several come in no fixed order
+    meta = {"rotations": json.dumps(stated)}  # one key: several come in no fixed order
+    return bytes(_safetensors().save(kept, meta))
 
 
 def save(found: Rotations, path: str | os.PathLike[str]) -> None:
@@ -73,10 +72,7 @@ def save(found: Rotations, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> Rotations:
     """What `save` wrote, or what a .rac file of a learned method carries, orthogonal in float64 again.
 
-    Raises:
-        SourceError: It is not there, or no such file.
-        FormatError: The archive is damaged.
-        MissingDependencyError: safetensors is not installed.
+    SourceError where it is not there, or no such file; FormatError where the archive is damaged.
     """
     name = os.fspath(path)
     try:

@@ -127,9 +127,8 @@ def require_rotatable(p: Parts) -> None:
 def rotate_residual(p: Parts, r1: Transform) -> None:
     """R1: rotate the residual stream of a model whose norms are fused, by a rotation of its width.
 
-    Raises:
-        TransformError: The norms are not fused, the architecture has gains in the coordinates of the stream, or `r1` is
-            not orthogonal or of another width.
+    TransformError where the norms are not fused, the architecture has gains in the coordinates of the stream, or `r1`
+    is not orthogonal or of another width.
     """
     require_rotatable(p)
     require_fused(p)
@@ -147,9 +146,8 @@ def rotate_residual(p: Parts, r1: Transform) -> None:
 def rotate_values(p: Parts, layer: Layer, r2: Transform) -> None:
     """R2: rotate the values of every head of a layer, and what the output projection reads, by one rotation (d, d).
 
-    Raises:
-        TransformError: `r2` is not orthogonal or not of the head's width; the output projection has an online map,
-            which stands in coordinates of its own.
+    TransformError where `r2` is not orthogonal or not of the head's width, or the output projection has an online map,
+    which stands in coordinates of its own.
     """
     _require_rotation(r2, p.head_dim, "a head")
     if hooked(layer.attention_out):
@@ -162,8 +160,7 @@ def rotate_values(p: Parts, layer: Layer, r2: Transform) -> None:
 def online(p: Parts, layer: Any, name: str, t: Transform) -> None:
     """Let a linear layer map its input by `t`, and its weight undo that.
 
-    Raises:
-        TransformError: The layer has a map already, is of another width, or the map has no inverse.
+    TransformError where the layer has a map already or is of another width, or the map has no inverse.
     """
     if hooked(layer):
         raise TransformError(f"{name} has an online transform already")
@@ -225,8 +222,7 @@ def rotated_keys(
     `keys` is called with the rotated keys (batch, key heads, n, head_dim), `values` with the values; what a quantiser
     like that returns is used.
 
-    Raises:
-        TransformError: The model's attention is no function that transformers lets one replace.
+    TransformError where the model's attention is no function that transformers lets one replace.
     """
     import transformers
 

@@ -20,13 +20,11 @@ class Rules:
 
     attention_norm: str = "input_layernorm"
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    value: str = "self_attn.v_proj"
-    """The last rows are the values: all of them, or those behind queries and keys."""
+    """The last rows of the last one are the values: all of them, or those behind queries and keys."""
     attention_out: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    up: str = "mlp.up_proj"
-    """The last rows are what the gate multiplies."""
+    """The last rows of the last one are what the gate multiplies."""
     mlp_out: str = "mlp.down_proj"
     of_heads: tuple[str, ...] = ()
     """Norms of queries and keys, which no transform touches."""
@@ -47,12 +45,7 @@ RULES = {
     "gemma": Rules(unit=1.0),
     "gemma2": Rules(mlp_norm="pre_feedforward_layernorm", behind=_BEHIND, unit=1.0),
     "gemma3_text": Rules(mlp_norm="pre_feedforward_layernorm", of_heads=_OF_HEADS, behind=_BEHIND, unit=1.0),
-    "phi3": Rules(
-        attention_in=("self_attn.qkv_proj",),
-        value="self_attn.qkv_proj",
-        mlp_in=("mlp.gate_up_proj",),
-        up="mlp.gate_up_proj",
-    ),
+    "phi3": Rules(attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
 }
 """By `model_type`. All have `model.embed_tokens`, `model.layers`, `model.norm` and `lm_head`."""
 INSTEAD = "recipes that leave the model as it is (aligned, gptq) work"
@@ -110,8 +103,7 @@ class Parts:
     """What was done, for people."""
     about: dict[str, Any] = field(default_factory=dict)
     """What was done, for the provenance of a file (`settings` of `pack_source`): "transforms", names of functions with
-    what they were given, and whatever a recipe adds."""
-
+    what they were given, and whatever a method adds."""
     deviation: float | None = None
     """Largest difference of logits from the original model's, over the largest logit; None: not measured since the last
     transform (`require_same`)."""
@@ -209,15 +201,8 @@ def _layer(model: Any, name: str, rules: Rules, values: int, known: set[str]) ->
 
     for path in (*rules.of_heads, *rules.behind):
         norm(path)
-    value, up, down = linear(rules.value), linear(rules.up), linear(rules.mlp_out)
-    return Layer(
-        name,
-        norm(rules.attention_norm),
-        tuple(map(linear, rules.attention_in)),
-        Rows(value, value.out_features - values),
-        linear(rules.attention_out),
-        norm(rules.mlp_norm),
-        tuple(map(linear, rules.mlp_in)),
-        Rows(up, up.out_features - down.in_features),
-        down,
-    )
+    into, mlp = tuple(map(linear, rules.attention_in)), tuple(map(linear, rules.mlp_in))
+    out, down = linear(rules.attention_out), linear(rules.mlp_out)
+    value = Rows(into[-1], into[-1].out_features - values)
+    up = Rows(mlp[-1], mlp[-1].out_features - down.in_features)
+    return Layer(name, norm(rules.attention_norm), into, value, out, norm(rules.mlp_norm), mlp, up, down)

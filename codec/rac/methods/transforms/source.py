@@ -26,12 +26,9 @@ def logits(model: Any, tokens: Any) -> Any:
 
 
 def deviation(model: Any, transformed: Any, tokens: Any) -> float:
-    """Max |difference of logits| / max |logit|; infinite where there is a NaN.
+    """Max |difference of logits| / max |logit| of the original and what came of it; infinite where there is a NaN.
 
-    Args:
-        model: The original, or its logits (`logits`), where it is transformed in place.
-        transformed: What came of it.
-        tokens: Ids (n,) or (batch, n), on the device of the models.
+    `model` may be the logits (`logits`), where it is transformed in place; `tokens` are ids (n,) or (batch, n).
     """
     before, after = (x if hasattr(x, "ndim") else logits(x, tokens) for x in (model, transformed))
     found = float((after - before).abs().max() / before.abs().max())
@@ -39,29 +36,23 @@ def deviation(model: Any, transformed: Any, tokens: Any) -> float:
 
 
 def require_same(model: Any, p: Parts, tokens: Any, most: float = MOST) -> float:
-    """The deviation of a transformed model from what it was (`deviation`); only one that passes here can be packed.
+    """The deviation of a transformed model from what it was (`deviation`); TransformError where it is above `most`.
 
-    Raises:
-        TransformError: It is above `most`.
+    Only a model that passes here can be packed.
     """
     found = deviation(model, p.model, tokens)
     if found > most:
-        raise TransformError(
-            f"the transform has changed what the model computes: logits differ by {found:.2e} of the largest, "
-            f"{most:g} is allowed; it is not packed"
-        )
+        what = f"logits differ by {found:.2e} of the largest, {most:g} is allowed; it is not packed"
+        raise TransformError(f"the transform has changed what the model computes: {what}")
     p.deviation = found
     return found
 
 
 def source(p: Parts, folder: str | os.PathLike[str], dtype: str = "F32") -> Source:
-    """What `pack_source` packs, like the folder that the model was loaded from.
+    """What `pack_source` packs, like the Hugging Face folder that the model was loaded from.
 
-    Args:
-        p: The model, transformed.
-        folder: The Hugging Face folder that it came from: tokenizer and other files travel along, config.json with
-            what a transform has changed.
-        dtype: Data type of the tensors: "F32", "BF16" or "F16". Half precision rounds the transformed weights once.
+    Tokenizer and other files of the folder travel along, config.json with what a transform has changed. `dtype` of the
+    tensors is "F32", "BF16" or "F16"; half precision rounds the transformed weights once.
 
     Raises:
         TransformError: Nobody has found that the model still computes the same (`require_same`).
