@@ -33,8 +33,7 @@ ROWS = 2048
 def calibration_ids(path: str, text: str, tokens: int = 40960, context: int = 1024) -> NDArray[np.int64]:
     """Token ids (n, context) of the beginning of a text, by the tokenizer in folder `path`.
 
-    Raises:
-        SourceError: There is no tokenizer, or the text is too short.
+    SourceError where there is no tokenizer, or the text is too short.
     """
     ids, most = calibration_text.text_ids(path, text, tokens)
     return calibration_text.sequences(ids, tokens, min(context, most))
@@ -118,11 +117,8 @@ def _linears(model: Any) -> dict[str, Any]:
         if type(module) is nn.Linear:
             found[name] = module
         elif wide := [p for p in module.parameters(recurse=False) if p.ndim > 1]:
-            raise UnsupportedError(
-                f"weights {list(wide[0].shape)} of a {type(module).__name__} are not (out, in); "
-                "the aligned recipe takes them",
-                unit=repr(name),
-            )
+            what = f"weights {list(wide[0].shape)} of a {type(module).__name__} are not (out, in)"
+            raise UnsupportedError(f"{what}; the aligned recipe takes them", unit=repr(name))
     if not found:
         raise UnsupportedError(f"{type(model).__name__} has no blocks of linear layers")
     if any(str(layer.weight.dtype) != "torch.float32" for layer in found.values()):

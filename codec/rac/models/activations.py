@@ -60,8 +60,7 @@ def attention(model: Any, transformers: Any, change: Change) -> Iterator[None]:
     `change` is called with (module, queries, keys, values), keys and values (batch, key heads, n, head_dim), those of
     the cache among them, behind the position embedding; it returns what takes the place of the three.
 
-    Raises:
-        UnsupportedError: The model's attention is no function that transformers lets one replace.
+    UnsupportedError where the model's attention is no function that transformers lets one replace.
     """
     masks = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS

@@ -80,8 +80,7 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read and decode what the plan of this rank asks for.
 
-        Raises:
-            SourceError: The plan asks for something that is not a tensor, or for another size than there is.
+        SourceError where that is something that is not a tensor, or of another size than there is.
         """
         with RacFile(self._path, "pt", threads=self._threads) as f:
             for item in plan.items:

@@ -117,7 +117,7 @@ class _Place:
     """Event: its product is done."""
     layer: weakref.ref[Any] | None = None
     version: tuple[int, int] | None = None
-    weight: torch.Tensor | None = None
+    weight: Any = None
 
     def holds(self, layer: Layer) -> bool:
         return self.layer is not None and self.layer() is layer and self.version == layer.resident()
@@ -165,7 +165,6 @@ class Ahead:
         stream.wait_event(mine.free)  # of a product on another stream: `free` will speak for both
         self.keep(mine.buffer, stream)
         try:
-            assert mine.weight is not None  # noqa: S101
             yield mine.weight
         finally:
             mine.free.record(stream)
@@ -184,12 +183,10 @@ class Ahead:
         if self._size >= size:
             return
         self._side = self._side or self.api.Stream(self.device)
-        self._places, self._size = [], size
-        for _ in range(2):
-            buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
-            place = _Place(buffer, self.api.Event(), self.api.Event())
+        buffers = (torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2))
+        self._places, self._size = [_Place(b, self.api.Event(), self.api.Event()) for b in buffers], size
+        for place in self._places:
             place.free.record(stream)  # what the memory was before is still in use on this stream
-            self._places.append(place)
 
     def _fill(self, place: _Place, layer: Layer, version: tuple[int, int], stream: Any) -> None:
         """Decode on the stream, which is the current one, behind all that was done with the place."""

@@ -155,7 +155,7 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) 
         content = {}
         for name in names:
             lazy = state.lazy[name]
-            content[name] = lazy[...].clone() if lazy.several else lazy[...]
+            content[name] = lazy[...].clone() if lazy.entry.aliases else lazy[...]
             progress(name, lazy.nbytes)
         if online := sorted(state.online().keys() & set(names)):
             what = "has an online transform and cannot stay compressed; a folder cannot state it"

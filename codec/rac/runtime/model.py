@@ -212,37 +212,7 @@ def _more(names: Any) -> str:
 
 
 class Lazy:
-    """A tensor that transformers loads by `[...]`, as it does those of safetensors."""
-
-    def __init__(self, source: _Shared, copy: bool) -> None:
-        self._source, self._copy = source, copy
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is loaded."""
-        return math.prod(self.get_shape()) * DTYPES[self.get_dtype()].bits // 8
-
-    @property
-    def several(self) -> bool:
-        """Whether its memory is that of other names too."""
-        return bool(self._source.entry.aliases)
-
-    def get_dtype(self) -> str:
-        """Data type, as safetensors names them; of a record that is held, U8."""
-        return "U8" if self._source.head else self._source.entry.dtype
-
-    def get_shape(self) -> list[int]:
-        """Shape; of a record that is held, the number of its bytes."""
-        return [self._source.head.nbytes] if self._source.head else list(self._source.entry.shape)
-
-    def __getitem__(self, key: Any) -> torch.Tensor:
-        """The whole tensor."""
-        tensor = self._source.tensor()[key]
-        return tensor.clone() if self._copy else tensor
-
-
-class _Shared:
-    """The tensor of one record, read once for all its names; `errors` gets what is wrong with it."""
+    """The tensor of one record, read once for all its names; transformers loads it by `[...]`, as from safetensors."""
 
     def __init__(self, f: RacFile, archive: Archive, entry: Entry, errors: list[RacError]) -> None:
         self._file, self.archive, self.entry, self._errors = f, archive, entry, errors
@@ -252,10 +222,24 @@ class _Shared:
         """What the layer does to its input, once the dense tensor was read."""
         self._lock, self._kept = threading.Lock(), None
 
-    def tensor(self) -> Any:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is loaded."""
+        return math.prod(self.get_shape()) * DTYPES[self.get_dtype()].bits // 8
+
+    def get_dtype(self) -> str:
+        """Data type, as safetensors names them; of a record that is held, U8."""
+        return "U8" if self.head else self.entry.dtype
+
+    def get_shape(self) -> list[int]:
+        """Shape; of a record that is held, the number of its bytes."""
+        return [self.head.nbytes] if self.head else list(self.entry.shape)
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        """The whole tensor; `errors` gets what is wrong with it."""
         with self._lock:
             if self._kept is not None:
-                return self._kept
+                return self._kept[key]
             try:
                 if self.head:
                     found = torch.from_numpy(record.collect(self.archive, self.entry))
@@ -267,22 +251,33 @@ class _Shared:
                 raise
             if self.entry.aliases:
                 self._kept = found
-            return found
+            return found[key]
+
+
+class _Copied:
+    """A name whose tensor is equal to that of another one, but not tied to it."""
+
+    def __init__(self, of: Lazy) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return self._of[key].clone()
 
 
 class State:
     """The tensors of an archive by name, lazily."""
 
     def __init__(self, f: RacFile) -> None:
-        self.lazy: dict[str, Lazy] = {}
-        self._shared: dict[str, _Shared] = {}
+        self.lazy: dict[str, Any] = {}
         self._errors: list[RacError] = []
         every = ((archive, e) for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR)
         for archive, entry in every:
-            source = _Shared(f, archive, entry, self._errors)
-            for name, tied in ((entry.name, True), *entry.aliases):
-                self._shared[name] = source
-                self.lazy[name] = Lazy(source, not tied)
+            source = Lazy(f, archive, entry, self._errors)
+            self.lazy[entry.name] = source
+            self.lazy |= {name: source if tied else _Copied(source) for name, tied in entry.aliases}
 
     @contextlib.contextmanager
     def blamed(self, file: str) -> Iterator[None]:
@@ -301,7 +296,7 @@ class State:
 
     def online(self) -> dict[str, Transform]:
         """What layers do to their inputs, of the dense tensors that were read."""
-        return {name: source.online for name, source in self._shared.items() if source.online}
+        return {name: source.online for name, source in self.lazy.items() if source.online}
 
     def hold(self, cls: Any, config: Any, file: str) -> dict[str, Head]:
         """Give the records of layers that can stay compressed as they are from now on; returns their heads, by name."""
@@ -310,10 +305,9 @@ class State:
         with _mapped("cannot make its model", file), torch.device("meta"):  # without memory for its weights
             model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
         out = {}
-        for name in replace.places(model, [n for n, source in self._shared.items() if replace.worth(source.entry)]):
-            source = self._shared[name]
-            e, archive = source.entry, source.archive
+        for name in replace.places(model, [n for n, source in self.lazy.items() if replace.worth(source.entry)]):
+            e, archive = self.lazy[name].entry, self.lazy[name].archive
             needs = random.parse(archive, archive.record(e)).needs if archive.objects else ()
             size = e.size + sum(archive.objects[n].size for n in needs) + record.TAIL
-            out[name] = source.head = Head(size, e.dtype, e.shape)
+            out[name] = self.lazy[e.name].head = Head(size, e.dtype, e.shape)
         return out

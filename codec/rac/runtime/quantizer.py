@@ -21,28 +21,20 @@ from rac.runtime.dense import dequantize, resizable
 from rac.runtime.layers import Compressed, Head, RacLinear
 from rac.runtime.workspace import Workspace
 
-METHOD = "rac"
+METHOD, FORMAT = "rac", f"{MAJOR}.{MINOR}"
 
 
 @register_quantization_config(METHOD)
 class RacConfig(QuantizationConfigMixin):
     """`quantization_config` of a model whose weights are records.
 
-    Args:
-        format_version: Version of the .rac format that the records are in.
-        threads: Threads that decode; one per core up to 8 by default. Not saved.
-        records: Heads of the records, by names of the file, for models that are made of an archive. Not saved.
-
-    Raises:
-        UnsupportedError: The version is not known.
+    `format_version` is that of the .rac format that the records are in; UnsupportedError where it is not known. Not
+    saved are `threads` that decode, one per core up to 8 by default, and the heads of `records`, by names of the file,
+    for models that are made of an archive.
     """
 
     def __init__(
-        self,
-        format_version: str = f"{MAJOR}.{MINOR}",
-        threads: int | None = None,
-        records: dict[str, Head] | None = None,
-        **_: Any,
+        self, format_version: str = FORMAT, threads: int | None = None, records: dict[str, Head] | None = None, **_: Any
     ) -> None:
         self.quant_method = METHOD
         if format_version.split(".")[0] != str(MAJOR):

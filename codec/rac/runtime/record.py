@@ -44,8 +44,8 @@ class Stored:
     objects: Mapping[str, Tensor]
     size: int
     """Length in bytes of what was parsed: the records and the TAIL zeros behind them."""
-    heads: tuple[bytes, ...]
-    """The fixed head of each record, whose checksum covers the rest of the head, and so the checksums of all units."""
+    heads: Mapping[int, bytes]
+    """The fixed head at each record's place: its checksum covers the rest of the head, and so those of all units."""
     parsed: Decoder | None = None
     """What the units in front of the tiles state, once the tensor was decoded; not kept where objects are used."""
 
@@ -56,10 +56,8 @@ class Stored:
 
     def describes(self, data: Bytes) -> bool:
         """Whether these are the bytes that were parsed, as far as the heads say; units are checked when decoded."""
-        records = (*(o.record for o in self.objects.values()), self.tensor.record)
-        return len(data) == self.size and all(
-            data[r.at : r.at + wire.RECORD_HEAD].tobytes() == head for r, head in zip(records, self.heads, strict=True)
-        )
+        same = (data[at : at + wire.RECORD_HEAD].tobytes() == head for at, head in self.heads.items())
+        return len(data) == self.size and all(same)
 
 
 def collect(archive: Archive, entry: Entry) -> Bytes:
@@ -88,18 +86,18 @@ def _record(data: Bytes, at: int, limits: Limits) -> Record:
     return record
 
 
-def parse(data: Bytes, limits: Limits | None = None) -> Stored:
+def parse(data: Bytes) -> Stored:
     """Read the heads in bytes (n,) that `collect` made.
 
     RacError where they are damaged or cut off, or hold anything but objects and then one tensor.
     """
-    limits, at = limits or Limits(), 0
+    limits, at = Limits(), 0
     objects: dict[str, Tensor] = {}
-    heads: list[bytes] = []
+    heads: dict[int, bytes] = {}
     while True:
         record = _record(data, at, limits)
         t = parse_tensor(record, limits, lambda name: objects[name].shape if name in objects else None)
-        heads.append(data[at : at + wire.RECORD_HEAD].tobytes())
+        heads[at] = data[at : at + wire.RECORD_HEAD].tobytes()
         at = record.end
         if record.type == RECORD_TENSOR:
             break
@@ -108,7 +106,7 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
         objects[t.name] = t
     if len(data) - at != TAIL or data[at:].any() or tuple(objects) != t.needs:
         raise FormatError(f"{len(data) - at} bytes behind the tensor, or objects that it does not need", offset=at)
-    return Stored(t, objects, len(data), tuple(heads))
+    return Stored(t, objects, len(data), heads)
 
 
 def unit(data: Bytes, t: Tensor, i: int, n: int = 1) -> Bytes:
@@ -124,7 +122,7 @@ def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
 
 def _matrix(s: Stored, name: str, data: Bytes) -> NDArray[np.float32]:
     words = empty(s.objects[name])
-    decode(Stored(s.objects[name], {}, s.size, ()), data, words)
+    decode(Stored(s.objects[name], {}, s.size, {}), data, words)
     return words.view(np.float32)
 
 

@@ -59,18 +59,13 @@ def simulated(
     Activations: a grid for each token, per_token of rac.models.activations or, asymmetric, per_group. Keys and values:
     a grid from least to largest for each token and head, or groups of it, per_group.
 
-    Args:
-        model: A causal language model of transformers.
-        activations: Bits, 2 to 16; None: as they are.
-        kv: Bits of keys and values, 1 to 16; None: as they are.
-        clip: Share of the range of an activation grid; None: CLIP if it is symmetric and below 8 bits, otherwise 1.
-        kv_clip: Share of the range of a grid of keys or values; None: KV_CLIP below 8 bits, otherwise 1.
-        kv_group: Numbers of a group; None: all of a head.
-        rotate_keys: Rotate queries and keys by a Hadamard matrix of the head before (QuaRot; SpinQuant's R3).
-        seed: Seed of the Hadamard matrix's signs; None: no random signs.
-        static: Largest magnitude of the inputs of each layer (`largest`): one symmetric grid for all tokens.
-        asymmetric: Grids of activations go from the least to the largest number of a token (SpinQuant), not about zero
-            (QuaRot, SmoothQuant).
+    `activations` are 2 to 16 bits, `kv` (keys and values) 1 to 16; None: as they are. `clip` is the share of the range
+    of an activation grid (None: CLIP if it is symmetric and below 8 bits, otherwise 1), `kv_clip` that of keys or
+    values (None: KV_CLIP below 8 bits, otherwise 1), in groups of `kv_group` numbers (None: all of a head).
+    `rotate_keys` rotates queries and keys by a Hadamard matrix of the head before (QuaRot; SpinQuant's R3), with signs
+    of `seed` (None: no random ones). `static` is the largest magnitude of the inputs of each layer (`largest`): one
+    symmetric grid for all tokens. `asymmetric` grids of activations go from the least to the largest number of a token
+    (SpinQuant), not about zero (QuaRot, SmoothQuant).
 
     Raises:
         UnsupportedError: There is nothing to quantise in such a model, it runs past what is replaced, or it is
@@ -85,26 +80,21 @@ def simulated(
         if activations is not None:
             share = clip or (CLIP if activations < 8 and not asymmetric else 1.0)
             made = partial(per_group if asymmetric else per_token, bits=activations, clip=share)
-            found.linears = _watch(stack, model, static, _Last(made))
+            last, layers = _Last(made), _quantisable(model)
+            for name, layer in layers.items():
+                if static is not None and name not in static:
+                    raise ValueError(f"no static scale for {name!r}")
+                hook = _before(partial(last, most=None if static is None else static[name]))
+                stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+            if not layers:
+                raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
+            found.linears = len(layers)
         if kv is not None:
             rotate = _rotation(seed) if rotate_keys else lambda x: x
             change = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate)
             stack.enter_context(attention(model, transformers, change))
             stack.enter_context(model.register_forward_hook(lambda *_: _has_run(model, found)))
         yield found
-
-
-def _watch(stack: contextlib.ExitStack, model: Any, static: Mapping[str, float] | None, last: _Last) -> int:
-    """Quantise the inputs of the layers; returns how many there are."""
-    layers = _quantisable(model)
-    for name, layer in layers.items():
-        if static is not None and name not in static:
-            raise ValueError(f"no static scale for {name!r}")
-        hook = _before(partial(last, most=None if static is None else static[name]))
-        stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    if not layers:
-        raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
-    return len(layers)
 
 
 def largest(model: Any, sequences: Iterable[Any]) -> dict[str, float]:

@@ -55,9 +55,7 @@ def generate(
     With a `seed` tokens are drawn, as the model's generation settings say, else the likeliest one is taken. `stream`
     writes the text to standard output as it comes.
 
-    Raises:
-        ValueError: The prompt has no token.
-        UnsupportedError: The model is no causal language model.
+    ValueError where the prompt has no token, UnsupportedError where the model is no causal language model.
     """
     _causal(model)
     given = tokenizer(prompt, return_tensors="pt").to(model.device)

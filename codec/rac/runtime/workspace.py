@@ -55,9 +55,8 @@ class _Slot:
 class Workspace:
     """Shared by the layers of one model. One layer at a time runs, whatever the number of threads that call.
 
-    Args:
-        threads: Threads that decode, with the one that runs the layers; one per core up to 8 by default. None are
-            started before the first layer runs.
+    `threads` decode, with the one that runs the layers; one per core up to 8 by default. None are started before the
+    first layer runs.
     """
 
     def __init__(self, threads: int | None = None) -> None:

@@ -69,12 +69,10 @@ class _Cayley:
 
 
 class CayleySGD(_Cayley):
-    """Algorithm 1: SGD with momentum.
+    """Algorithm 1: SGD with `momentum`, the share of the last direction that is kept.
 
-    Args:
-        params: Orthogonal matrices (..., n, n), leaves that gradients are taken of; float64 keeps them orthogonal best.
-        lr: Longest step.
-        momentum: Share of the last direction that is kept.
+    `params` are orthogonal matrices (..., n, n), leaves that gradients are taken of; float64 keeps them orthogonal
+    best. `lr` is the longest step.
     """
 
     def __init__(self, params: Sequence[Any], lr: float, momentum: float = 0.0) -> None:

@@ -50,23 +50,15 @@ def quantised(x: Any, bits: int) -> Any:
 def simulated(
     p: Parts, how: Simulated, r1: Any = None, r2: Any = None, *, r3: bool = True, r4: int | None = None
 ) -> Iterator[None]:
-    """Quantise activations and cache inside the `with` block, in rotated coordinates.
+    """Quantise activations and cache of a model, its weights left alone, inside the `with` block.
 
-    Where layers have online maps, what is quantised is what comes out of them: a model that has been transformed needs
-    no `r1`, `r2` and `r4`.
+    Coordinates are those of `r1` (width, width) of the residual stream, `r2` (layers, head_dim, head_dim) of the
+    values, torch tensors of any float type, `r3`, a Hadamard matrix for keys, and `r4`: inputs of the second half of
+    the MLP, in layer i by the Hadamard matrix of seed r4 + i. None: not rotated. Where layers have online maps, what is
+    quantised is what comes out of them: a model that has been transformed needs no `r1`, `r2` and `r4`.
 
-    Args:
-        p: A model; its weights are left alone.
-        how: What is quantised.
-        r1: (width, width) of the residual stream, a torch tensor of any float type; None: not rotated.
-        r2: (layers, head_dim, head_dim) of the values; None: not rotated.
-        r3: Keys are rotated by a Hadamard matrix.
-        r4: Inputs of the second half of the MLP are rotated, in layer i by the Hadamard matrix of seed r4 + i; None:
-            they are not.
-
-    Raises:
-        TransformError: There is an `r1` and the norms are not fused, an `r2` or `r4` and layers have online maps, or
-            the attention cannot be replaced.
+    TransformError where there is an `r1` and the norms are not fused, an `r2` or `r4` and layers have online maps, or
+    the attention cannot be replaced.
     """
     if r1 is not None:
         require_fused(p)

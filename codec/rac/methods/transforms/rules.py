@@ -137,9 +137,8 @@ class Parts:
 def parts(model: Any) -> Parts:
     """The parts of a causal language model of transformers, in float32 or float64.
 
-    Raises:
-        TransformError: There are no rules for its architecture, or it is not what they say; the message says what is
-            lacking and what works instead.
+    TransformError, which says what is lacking and what works instead, where there are no rules for its architecture, or
+    it is not what they say.
     """
     config = model.config
     kind = getattr(config, "model_type", type(model).__name__)
