@@ -35,9 +35,13 @@ class Simulation:
 
     linears: int = 0
     """Layers whose inputs are."""
-    heads: int = 0
-    """Attentions whose keys and values were, so far: those that have run."""
-    _seen: set[int] = field(default_factory=set, repr=False)
+    attentions: set[int] = field(default_factory=set, repr=False)
+    """Those whose keys and values were, so far: those that have run."""
+
+    @property
+    def heads(self) -> int:
+        """How many attentions these are."""
+        return len(self.attentions)
 
 
 @contextlib.contextmanager
@@ -80,15 +84,13 @@ def simulated(
         if activations is not None:
             share = clip or (CLIP if activations < 8 and not asymmetric else 1.0)
             made = partial(per_group if asymmetric else per_token, bits=activations, clip=share)
-            last, layers = _Last(made), _quantisable(model)
-            for name, layer in layers.items():
-                if static is not None and name not in static:
-                    raise ValueError(f"no static scale for {name!r}")
-                hook = _before(partial(last, most=None if static is None else static[name]))
-                stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            if not layers:
+            last = _Last(made)
+            if static is not None and (lacking := blocks_linears(model).keys() - static.keys()):
+                raise ValueError(f"no static scale for {min(lacking)!r}")
+            scales = static or {}
+            found.linears = _before(stack, model, lambda name, x: last(x, scales.get(name)))
+            if not found.linears:
                 raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
-            found.linears = len(layers)
         if kv is not None:
             rotate = _rotation(seed) if rotate_keys else lambda x: x
             change = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate)
@@ -106,8 +108,7 @@ def largest(model: Any, sequences: Iterable[Any]) -> dict[str, float]:
         return x
 
     with contextlib.ExitStack() as stack, torch.no_grad():
-        for name, layer in _quantisable(model).items():
-            stack.enter_context(layer.register_forward_pre_hook(_before(partial(see, name)), with_kwargs=True))
+        _before(stack, model, see)
         for ids in sequences:
             model(ids, use_cache=False)
     return found
@@ -124,14 +125,24 @@ def _check(activations: int | None, kv: int | None, clip: float | None, kv_clip:
             raise ValueError(f"a clip ratio is above 0, at most 1, not {share}")
 
 
-def _quantisable(model: Any) -> dict[str, Any]:
-    """The layers; UnsupportedError where one would map its input after the hook."""
+def _before(stack: contextlib.ExitStack, model: Any, change: Callable[[str, Any], Any]) -> int:
+    """Hooks of the linear layers in blocks: what `change` makes of name and input, in its place; returns their number.
+
+    UnsupportedError where a layer would map its input after the hook.
+    """
     layers = blocks_linears(model)
     for name, layer in layers.items():
         if isinstance(layer, RacLinear) and layer.online() is not None:
             what = "maps its input by itself; load the model dense to quantise what the map gives"
             raise UnsupportedError(what, unit=repr(name))
-    return layers
+
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> Any:
+            if args:
+                return (change(name, args[0]), *args[1:]), kwargs
+            return args, kwargs | {"input": change(name, kwargs["input"])}
+
+        stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    return len(layers)
 
 
 class _Last:
@@ -151,25 +162,13 @@ class _Last:
         return self._found
 
 
-def _before(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A pre-hook of a linear layer: what `change` makes of the input, in its place."""
-
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"input": change(kwargs["input"])}
-
-    return hook
-
-
 def _cache(
     found: Simulation, bits: int, clip: float, group: int | None, rotate: Callable[[Any], Any]
 ) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]:
     """What attention is given with quantised keys and values, keys and queries rotated before."""
 
     def quantised(module: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-        found._seen.add(id(module))
-        found.heads = len(found._seen)
+        found.attentions.add(id(module))
         return rotate(q), per_group(rotate(k), bits, group, clip), per_group(v, bits, group, clip)
 
     return quantised
