@@ -29,8 +29,8 @@ except ImportError as _why:  # rac.runtime.dcp does without
             )
         raise AttributeError(f"module 'rac.runtime' has no attribute {name!r}")
 else:
-    from rac.runtime.dense import fold
     from rac.runtime.layers import RacEmbedding, RacLinear
     from rac.runtime.model import load_model, load_tokenizer
     from rac.runtime.quantizer import RacConfig
+    from rac.runtime.replace import fold
     from rac.runtime.workspace import Workspace

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,15 +62,11 @@ def write_folder(
     target = os.path.realpath(os.fspath(out))  # a link stays, and what it names is replaced
     with RacFile(path, framework="pt") as f, quiet(transformers):
         replaceable(target, force, f.attachments())
+        part = f"{target}.{secrets.token_hex(4)}.part"
         try:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            part = tempfile.mkdtemp(prefix=os.path.basename(target) + ".", suffix=".part", dir=os.path.dirname(target))
-        except OSError as e:
-            raise OutputError(e.strerror or str(e), file=target) from e
-        try:
+            os.makedirs(part)
             records, count = _fill(f, part, shard, trust_remote_code, progress or (lambda *_: None))
             size = sum(p.stat().st_size for p in Path(part).rglob("*") if p.is_file())
-            os.chmod(part, 0o777 & ~_umask())
             _swap(part, target, lambda there: replaceable(there, force, f.attachments()))
         except (OSError, SafetensorError) as e:  # the latter has no error number
             raise OutputError(getattr(e, "strerror", None) or str(e), file=target) from e
@@ -125,12 +121,6 @@ def _swap(new: str, target: str, check: Callable[[str], None]) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, target)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) -> tuple[int, int]:

@@ -30,7 +30,6 @@ from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
 from rac.runtime import record, replace
-from rac.runtime.dense import attach
 from rac.runtime.layers import Head
 from rac.runtime.quantizer import METHOD
 
@@ -53,7 +52,7 @@ def load_model(
 
     Class, configuration and generation configuration are those of the attachments. Every tensor is decoded straight
     to where the model keeps it; tied weights stay tied. Layers whose weight states an online transform apply it to
-    their input (rac.runtime.dense).
+    their input (rac.runtime.replace).
 
     Args:
         path: The .rac file, one shard of a set, or a folder that holds one.
@@ -91,7 +90,7 @@ def load_model(
             if Path(folder, "generation_config.json").exists() and model.can_generate():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         _complete(info, cls.__name__, name)
-        attach(model, state.online(), name)
+        replace.attach(model, state.online(), name)
     model.config.name_or_path = model.name_or_path = name
     return model
 

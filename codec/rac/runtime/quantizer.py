@@ -17,7 +17,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rac.container.wire import MAJOR, MINOR
 from rac.errors import MismatchError, UnsupportedError
 from rac.runtime import record, replace
-from rac.runtime.dense import dequantize, resizable
 from rac.runtime.layers import Compressed, Head, RacLinear
 from rac.runtime.workspace import Workspace
 
@@ -71,11 +70,11 @@ class RacHfQuantizer(HfQuantizer):
                 layer.settle()
             if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
                 layer.bias.data = layer.bias.data[: layer.out_features]
-        resizable(model)
+        replace.resizable(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return replace.dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the records again."""

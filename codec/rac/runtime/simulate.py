@@ -1,8 +1,5 @@
 """W4A4 and the like: a model whose layers and attention see quantised activations, simulated in its own data type.
 
-    with simulated(model, activations=4, kv=4) as found:
-        ...                        # found.linears layers, found.heads attentions are quantised
-
 Inputs of the linear layers of the decoder blocks are rounded behind the online transform of the layer, where it has
 one; keys behind their position embedding, rotated first if `rotate_keys` says so. The output layer sees all bits.
 """

@@ -28,10 +28,8 @@ def perplexity(
 
     The protocol of docs/lossy.md: windows that do not overlap, no special tokens, all positions but the last of each.
 
-    Raises:
-        ValueError: `context` is below 2 or above `tokens`.
-        SourceError: The text is shorter than one window.
-        UnsupportedError: The model is no causal language model.
+    ValueError where `context` is below 2 or above `tokens`, SourceError where the text is shorter than one window,
+    UnsupportedError where the model is no causal language model.
     """
     check(tokens, context)
     _causal(model)

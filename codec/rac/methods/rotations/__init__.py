@@ -1,12 +1,6 @@
 """Rotations that are learned: by the model's loss (SpinQuant), by the kurtosis of its activations (KurTail), by rate.
 
-    p = transforms.parts(model)
-    transforms.fuse_norms(p)
-    found = rotations.spinquant(p, ids)     # or rotations.kurtail(p, ids)
-    rotations.fuse(p, found)                # R1 and R2 into the weights, R4 online
-    transforms.require_same(before, p, tokens)
-
-torch is met through the model, and imported only where a function needs it.
+docs/methods/spinquant.md shows how they are used. torch is imported only where a function needs it.
 """
 
 from rac.methods.rotations.kurtail import kurtail, kurtosis

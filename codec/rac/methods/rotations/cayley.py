@@ -39,11 +39,6 @@ def cayley(x: Any, w: Any, step: Any) -> Any:
     return torch.linalg.solve(eye - half, x + half @ x)
 
 
-def _length(w: Any, lr: float) -> Any:
-    """(..., 1, 1) min(lr, 2 q / |W|), the norm being the largest sum of magnitudes of a column."""
-    return (2 * Q / (w.abs().sum(-2, keepdim=True).amax(-1, keepdim=True) + _TINY)).clamp(max=lr)
-
-
 class _Cayley:
     """Matrices of a batch (..., n, n), each with a step length of its own."""
 
@@ -60,7 +55,8 @@ class _Cayley:
             for i, x in enumerate(self.params):
                 w, r = self._way(i, x)
                 self._directions[i] = r * (w @ x)
-                x.copy_(cayley(x, w, _length(w, self.lr)))
+                norm = w.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)  # the largest sum of a column
+                x.copy_(cayley(x, w, (2 * Q / (norm + _TINY)).clamp(max=self.lr)))
                 x.grad = None
 
     def _way(self, i: int, x: Any) -> tuple[Any, Any]:

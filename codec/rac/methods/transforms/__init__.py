@@ -1,12 +1,7 @@
 """Transforms of a causal language model that leave what it computes as it is: fused, rotated, smoothed, mapped online.
 
-    p = transforms.parts(model)                      # in float32; everything works on it in place, in float64
-    before = transforms.logits(model, tokens)
-    transforms.quarot(p, seed=0)                     # or fuse_norms, rotate_residual, rotate_values, ... one by one
-    transforms.require_same(before, p, tokens)       # TransformError; without it there is no source
-    pack_source(transforms.source(p, folder), "m.rac", settings=p.about)
-
-torch and transformers are met through the model, and imported only where a function needs them.
+docs/transforms.md shows how they are used: on a model in float32, in place, in float64. torch and transformers are met
+through the model, and imported only where a function needs them.
 """
 
 from rac.methods.transforms.rotate import (
