@@ -33,9 +33,8 @@ def rtn(w: Floats, bits: int, group: int | None = None, *, symmetric: bool = Fal
     grid is its middle, code 2**(bits - 1), and the range is that of the largest magnitude; otherwise from the least to
     the largest weight, and 0. With `search` the range is the one with the least squared error, of SHRINKS of it.
 
-    Raises:
-        SourceError: NaN or infinity among the weights, or some are too large for binary16 scales.
-        ValueError: `bits` or `group` is out of range, or `w` is no matrix.
+    SourceError where NaN or infinity is among the weights, or some are too large for binary16 scales; ValueError where
+    `bits` or `group` is out of range, or `w` is no matrix.
     """
     w, group = _checked(w, bits, group)
     scales, zeros = _grids(w, bits, group, symmetric, search)

@@ -59,10 +59,8 @@ def quantise_gptq(
     same input. `note` is called with "gptq", blocks done, and all of them. Returns names of weights to what is stored,
     in the order of the model.
 
-    Raises:
-        UnsupportedError: The model is no chain of blocks, or a block has other weights than those of linear layers
-            (out, in).
-        SourceError: `gptq` raises it; the layer is named.
+    UnsupportedError where the model is no chain of blocks, or a block has other weights than those of linear layers
+    (out, in). Errors of `gptq` name the layer.
     """
     import torch
 

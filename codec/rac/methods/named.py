@@ -95,10 +95,9 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
     language model, with weights and tokenizer. `note` is called with (what, done, of) as it goes; `known` is what was
     learned on this model with all of `method` but its bits, and takes in what is learned now.
 
-    Raises:
-        SourceError: No such model, no text where one is needed, or a text that is too short.
-        TransformError: The method does not fit the architecture, or would change what the model computes.
-        RacError: What was learned has diverged, and others.
+    SourceError where there is no such model, no text where one is needed, or a text that is too short; TransformError
+    where the method does not fit the architecture, or would change what the model computes; RacError where what was
+    learned has diverged, and others.
     """
     path = os.fspath(src)
     if method.name not in METHODS:

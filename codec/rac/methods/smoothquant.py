@@ -1,8 +1,8 @@
 """SmoothQuant (arXiv 2211.10438) with its alpha searched: the one of a grid with the least error of layers' outputs.
 
-The paper searches one migration strength for a model on a part of its calibration text. Here the error of an alpha is
-that of the outputs of every layer behind the places that are smoothed, weights and inputs quantised, over the energy of
-these outputs, in the mean over the layers. A layer is judged by itself: its inputs are those of the model as it is.
+The error of an alpha is that of the outputs of every layer behind the places that are smoothed, weights and inputs
+quantised, over the energy of these outputs, in the mean over the layers. A layer is judged by itself: its inputs are
+those of the model as it is (docs/methods/smoothquant.md).
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def smoothquant(
     and inputs of `activations` bits, one scale for each token (None: as they are). `places` are names from PLACES:
     where inputs are made smooth.
 
-    Raises:
-        TransformError: There are no sequences, or inputs are not finite or mapped online.
-        ValueError: An alpha, a place or a number of bits is out of range.
+    TransformError where there are no sequences, or inputs are not finite or mapped online; ValueError where an alpha, a
+    place or a number of bits is out of range.
     """
     sequences = list(sequences)
     found = maxima(p, sequences)

@@ -10,6 +10,7 @@ for bit: the same product with the same weight.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from torch.nn import functional
 from rac import frameworks
 from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
+from rac.registry import DTYPES
 from rac.runtime import device
 from rac.runtime import record as stored_record
 from rac.runtime.workspace import Workspace
@@ -36,11 +38,6 @@ class Head:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the decoded tensor."""
-        return int(np.prod(self.shape, dtype=np.int64)) * int(frameworks.numpy_dtype(self.dtype).itemsize)
-
 
 class Compressed(nn.Module):
     """What linear layers and embeddings have in common. `weight`: (bytes of the record,) uint8, no gradient."""
@@ -49,7 +46,8 @@ class Compressed(nn.Module):
 
     def _hold(self, head: Head, workspace: Workspace, dtype: torch.dtype | None) -> None:
         nn.Module.__init__(self)
-        self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
+        self.head, self.workspace = head, workspace
+        self.dense_bytes = math.prod(head.shape) * DTYPES[head.dtype].bits // 8
         self._stored: stored_record.Stored | None = None
         self._resident = device.Resident()
         self._online: tuple[tuple[int, int], Transform | None] | None = None

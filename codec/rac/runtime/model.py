@@ -98,9 +98,8 @@ def load_model(
 def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """The tokenizer of an archive that was made of a Hugging Face folder; `kwargs` go to `from_pretrained`.
 
-    Raises:
-        RacError: The file is missing or damaged, or holds no tokenizer that transformers can load; it needs code of its
-            own, and `trust_remote_code` is not given.
+    RacError where the file is missing or damaged, or holds no tokenizer that transformers can load, or it needs code of
+    its own, and `trust_remote_code` is not given.
     """
     with RacFile(path) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name

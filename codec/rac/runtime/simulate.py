@@ -68,10 +68,9 @@ def simulated(
     symmetric grid for all tokens. `asymmetric` grids of activations go from the least to the largest number of a token
     (SpinQuant), not about zero (QuaRot, SmoothQuant).
 
-    Raises:
-        UnsupportedError: There is nothing to quantise in such a model, it runs past what is replaced, or it is
-            compressed with layers that map their input themselves.
-        ValueError: Nothing is asked for, or numbers are out of range.
+    UnsupportedError where there is nothing to quantise in such a model, it runs past what is replaced, or it is
+    compressed with layers that map their input themselves; ValueError where nothing is asked for, or numbers are out of
+    range.
     """
     _check(activations, kv, clip, kv_clip)
     if static is not None and asymmetric:

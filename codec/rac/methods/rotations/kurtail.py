@@ -91,10 +91,8 @@ def kurtail(
     `about` of what is returned has mean |kurtosis - 1.8| and the mean kurtosis over the whole sample, at the start and
     the end, and before any rotation. `history` is that of R1, then that of R2.
 
-    Raises:
-        DivergedError: What is minimised is not finite, or is not below that of the start in the end.
-        SourceError: There are no tokens, or activations are not finite.
-        TransformError: The model does not fit.
+    DivergedError where what is minimised is not finite, or is not below that of the start in the end; SourceError where
+    there are no tokens, or activations are not finite; TransformError where the model does not fit.
     """
     require_rotatable(p)
     require_fused(p)

@@ -4,10 +4,8 @@ W' = W U^T is quantised instead of W, with U S U^T the second moment of its inpu
 errors fed back (align/triangular.py): with steps inverse to the diagonal of the Cholesky factor the output error is the
 same for every U as long as steps are small, and what U can change is the entropy of the coefficients alone.
 
-The rate is differentiable: uniform noise in the place of rounding, and the likelihood of a mixture of logistic laws
-whose scale is the product of a row's and a column's (Balle et al., arXiv 1611.01704; 1802.01436 for the scales). To it
-comes what is saved, or lost, where a step exceeds what it quantises. What is reported is not that rate: codes are
-really made, and counted by the entropy of the codes of similar scale.
+The rate is differentiable: uniform noise in the place of rounding, and a mixture of logistic laws (Balle et al., arXiv
+1611.01704; 1802.01436 for the scales). What is reported is not that rate: codes are really made and counted.
 """
 
 from __future__ import annotations
@@ -69,9 +67,7 @@ def learn_axis(
     `block` columns, a divisor of C, on its diagonal; None: one block. A step looks at so many `rows` of W, drawn anew
     for each by `seed`, as the noise is.
 
-    Raises:
-        DivergedError: The rate is no number.
-        ValueError: `block` does not divide C.
+    DivergedError where the rate is no number, ValueError where `block` does not divide C.
     """
     wide, s = _checked(w, second)
     columns = wide.shape[1]

@@ -41,9 +41,8 @@ def fuse(p: Parts, found: Rotations) -> None:
 
     R3 changes no weight: `transforms.rotated_keys` runs it. `require_same` finds whether nothing else has changed.
 
-    Raises:
-        TransformError: As `rotate_residual`, `rotate_values` and `online_down`; nothing of the model is right then.
-        ValueError: The rotations are those of another number of layers.
+    ValueError where the rotations are those of another number of layers; TransformError as of `rotate_residual`,
+    `rotate_values` and `online_down`: nothing of the model is right then.
     """
     if len(found.r2) != len(p.layers):
         raise ValueError(f"rotations of {len(found.r2)} layers, the model has {len(p.layers)}")

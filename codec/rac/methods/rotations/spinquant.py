@@ -1,9 +1,8 @@
 """SpinQuant: rotations of the residual stream and of the values, learned on the model's loss (arXiv 2405.16406).
 
 R1 and every R2 start as randomised Hadamard matrices and follow, by Cayley SGD, the cross-entropy of the next token,
-activations and cache quantised, the rounding passed through by the straight-through estimator; 100 steps, the step
-length falling linearly from `rate` to 0. Weights are not quantised while rotations are learned: the paper's setting for
-weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run online.
+activations and cache quantised. Weights are not quantised meanwhile: the paper's setting for weights that GPTQ
+quantises afterwards. R3 and R4 are Hadamard matrices, run online (docs/methods/spinquant.md).
 """
 
 from __future__ import annotations
@@ -56,10 +55,8 @@ def spinquant(
     `about` of what is returned has the loss of the held-out sequences: "plain" (nothing quantised), "start", "end",
     nats per token.
 
-    Raises:
-        DivergedError: A loss is not finite, or stays above that of the start.
-        SourceError: Too few sequences.
-        TransformError: The model does not fit.
+    DivergedError where a loss is not finite, or stays above that of the start; SourceError where there are too few
+    sequences, TransformError where the model does not fit.
     """
     import torch
 

@@ -36,15 +36,13 @@ def inputs(p: Parts, places: Iterable[str], sequences: Iterable[Any], see: Calla
     def watch(key: Place) -> Callable[..., None]:
         return lambda _, args: see(key, args[0].detach().reshape(-1, args[0].shape[-1]))
 
-    ran = False
+    if not (sequences := list(sequences)):
+        raise TransformError("smoothing needs sequences to run the model on")
     with contextlib.ExitStack() as stack, torch.no_grad():
         for layer, place in itertools.product(p.layers, places):
             stack.enter_context(readers(layer, place)[0].register_forward_pre_hook(watch((layer.name, place))))
         for ids in sequences:
-            ran = True
             p.model(ids, use_cache=False)
-    if not ran:
-        raise TransformError("smoothing needs sequences to run the model on")
 
 
 def maxima(p: Parts, sequences: Iterable[Any]) -> dict[Place, NDArray[np.float64]]:
@@ -65,9 +63,8 @@ def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = 
     `found` is what `maxima` found for this model before any change of it; gains of norms need not be fused, and are 1
     no longer. `alpha`, 0 to 1, is how much of the outliers goes into the weights. The paper's places are the first two.
 
-    Raises:
-        TransformError: Inputs are not known, not finite, or mapped online.
-        ValueError: `alpha` or a place is not known.
+    TransformError where inputs are not known, not finite, or mapped online; ValueError where `alpha` or a place is not
+    known.
     """
     places = tuple(places)
     if not 0 <= alpha <= 1 or set(places) - set(PLACES):

@@ -54,9 +54,8 @@ def source(p: Parts, folder: str | os.PathLike[str], dtype: str = "F32") -> Sour
     Tokenizer and other files of the folder travel along, config.json with what a transform has changed. `dtype` of the
     tensors is "F32", "BF16" or "F16"; half precision rounds the transformed weights once.
 
-    Raises:
-        TransformError: Nobody has found that the model still computes the same (`require_same`).
-        SourceError: The folder cannot be read.
+    TransformError where nobody has found that the model still computes the same (`require_same`); SourceError where the
+    folder cannot be read.
     """
     if p.deviation is None:
         raise TransformError("a transformed model is not packed before require_same has compared it with the original")
