@@ -12,14 +12,7 @@ from rac.registry import RECORD_TENSOR
 
 try:
     import torch
-    from torch.distributed.checkpoint import StorageReader
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+    from torch.distributed.checkpoint import StorageReader, metadata
     from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
     from torch.futures import Future
 except ImportError as e:
@@ -52,21 +45,19 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
         if checkpoint_id is not None:
             self._path = checkpoint_id
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
         """Names, shapes and data types, from the index alone; each tensor is one chunk."""
         tensors: dict[str, Any] = {}
         with RacFile(self._path, "pt") as f:
             for e in (e for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR):
                 size = torch.Size((*e.shape[:-1], e.shape[-1] // 2) if e.dtype == "F4" else e.shape)
                 for name in (e.name, *(a for a, _ in e.aliases)):
-                    tensors[name] = TensorStorageMetadata(
-                        properties=TensorProperties(dtype=frameworks.torch_dtype(e.dtype)),
-                        size=size,
-                        chunks=[ChunkStorageMetadata(torch.Size([0] * len(size)), size)],
-                    )
-        return Metadata(tensors, storage_meta=StorageMeta(load_id=""))
+                    properties = metadata.TensorProperties(dtype=frameworks.torch_dtype(e.dtype))
+                    chunk = metadata.ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+                    tensors[name] = metadata.TensorStorageMetadata(properties=properties, size=size, chunks=[chunk])
+        return metadata.Metadata(tensors, storage_meta=metadata.StorageMeta(load_id=""))
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
+    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:

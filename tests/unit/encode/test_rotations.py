@@ -157,10 +157,8 @@ def test_each_matrix_of_a_batch_moves_by_itself():
 
 def test_settings_that_make_no_sense():
     for wrong in ({"lr": 0}, {"lr": 1, "momentum": 1}):
-        with pytest.raises(ValueError, match="lr"):
+        with pytest.raises(ValueError, match="lr|momentum"):
             ca.CayleySGD([], **wrong)
-    with pytest.raises(ValueError, match="betas"):
-        ca.CayleyAdam([], 1, (1, 0))
     with pytest.raises(ValueError, match="bits"):
         ro.Simulated(0)
 

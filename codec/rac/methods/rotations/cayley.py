@@ -20,6 +20,8 @@ from typing import Any
 
 Q = 0.5
 """The paper's q: a step is at most 2 q / |W|."""
+BETAS = 0.9, 0.99
+"""Decay of the mean of gradients, and of the mean of their squared lengths."""
 _TINY = 1e-8
 
 
@@ -43,6 +45,8 @@ class _Cayley:
     """Matrices of a batch (..., n, n), each with a step length of its own."""
 
     def __init__(self, params: Sequence[Any], lr: float) -> None:
+        if lr <= 0:
+            raise ValueError("lr must be above 0")
         self.params, self.lr, self._steps = list(params), lr, 0
         self._directions: list[Any] = [0.0] * len(self.params)
 
@@ -72,9 +76,9 @@ class CayleySGD(_Cayley):
     """
 
     def __init__(self, params: Sequence[Any], lr: float, momentum: float = 0.0) -> None:
-        if lr <= 0 or not 0 <= momentum < 1:
-            raise ValueError("lr must be above 0, momentum from 0 to below 1")
         super().__init__(params, lr)
+        if not 0 <= momentum < 1:
+            raise ValueError("momentum must be from 0 to below 1")
         self.momentum = momentum
 
     def _way(self, i: int, x: Any) -> tuple[Any, Any]:
@@ -82,21 +86,14 @@ class CayleySGD(_Cayley):
 
 
 class CayleyAdam(_Cayley):
-    """Algorithm 2: the direction is divided by the root of the mean squared length of gradients.
+    """Algorithm 2: the direction is divided by the root of the mean squared length of gradients."""
 
-    `params` and `lr` are those of CayleySGD; `betas` are the decay, 0 to below 1, of the mean of gradients, and of the
-    mean of their squared lengths.
-    """
-
-    def __init__(self, params: Sequence[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        if lr <= 0 or not all(0 <= b < 1 for b in betas):
-            raise ValueError("lr must be above 0, betas from 0 to below 1")
+    def __init__(self, params: Sequence[Any], lr: float) -> None:
         super().__init__(params, lr)
-        self.betas = betas
         self._squares: list[Any] = [0.0] * len(self.params)
 
     def _way(self, i: int, x: Any) -> tuple[Any, Any]:
-        first, second = self.betas
+        first, second = BETAS
         m = first * self._directions[i] + (first - 1) * x.grad
         square = x.grad.square().sum((-2, -1), keepdim=True)
         self._squares[i] = second * self._squares[i] + (1 - second) * square
