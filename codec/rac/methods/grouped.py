@@ -64,11 +64,9 @@ def pack_grouped(
     bits, group and so on; numbers are whole or text. `progress` is called after every tensor, `layer` after every
     quantised one.
 
-    Raises:
-        SourceError: A name is not in the source, its tensor and matrix do not fit each other, or what the matrix stands
-            for is too large for the data type.
-        OutputError: The output exists, or cannot be written.
-        ValueError: A matrix is not as `Grouped` says.
+    SourceError where a name is not in the source, its tensor and matrix do not fit each other, or what the matrix
+    stands for is too large for the data type; OutputError where the output exists, or cannot be written; ValueError
+    where a matrix is not as `Grouped` says.
     """
     options = PackOptions(level, jobs, lanes, slices, shard_size, force=force)
     about = {"entropy": entropy, **(settings or {})}

@@ -8,30 +8,24 @@ those of the model as it is (docs/methods/smoothquant.md).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.methods.gptq import rtn
+from rac.methods.gptq import Floats, rtn
 from rac.methods.transforms.rules import Parts
 from rac.methods.transforms.smooth import PLACES, Maxima, inputs, maxima, readers, scales, smooth
 from rac.models.activations import per_token
-from rac.stages.groups import values
+from rac.stages.groups import Grouped, values
 
 ALPHAS = (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 """0.5 is the paper's for OPT and BLOOM, 0.75 for GLM-130B; 0.85 the authors' for Llama."""
+Rounded = Callable[[Floats], Grouped]
 TOKENS = 256
 """Tokens of each sequence, about, evenly spread, that errors are measured on."""
-
-
-class Rounded(NamedTuple):
-    """How weights and inputs are quantised; see `smoothquant`."""
-
-    bits: int = 8
-    activations: int | None = 8
-    group: int | None = None
 
 
 def smoothquant(
@@ -57,7 +51,8 @@ def smoothquant(
     sequences = list(sequences)
     found = maxima(p, sequences)
     if alpha is None:
-        alpha, _ = choose(p, found, sequences, Rounded(bits, activations, group), places=places)
+        rounded = partial(rtn, bits=bits, group=group, symmetric=True)
+        alpha, _ = choose(p, found, sequences, rounded, activations, places=places)
     smooth(p, found, alpha, places)
     return alpha
 
@@ -66,13 +61,15 @@ def choose(
     p: Parts,
     found: Maxima,
     sequences: Iterable[Any],
-    how: Rounded,
+    rounded: Rounded,
+    activations: int | None,
     alphas: Sequence[float] = ALPHAS,
     places: Sequence[str] = ("attention", "mlp"),
 ) -> tuple[float, dict[float, float]]:
     """The best alpha, and the relative squared error of the outputs for each; the model is left alone.
 
-    `found` is what `maxima` has found for the model, before `smooth`. Errors are those of `smoothquant`.
+    `found` is what `maxima` has found for the model, before `smooth`; `rounded` quantises a weight. Errors are those of
+    `smoothquant`.
     """
     import torch
 
@@ -89,20 +86,22 @@ def choose(
     for layer, place in itertools.product(p.layers, places):
         x = torch.cat(seen[layer.name, place])
         for a in alphas:
-            errors[a] += _errors(readers(layer, place), x, scales(p, layer, place, found, a), how)
+            errors[a] += _errors(readers(layer, place), x, scales(p, layer, place, found, a), rounded, activations)
     means = {a: float(np.mean(e)) for a, e in errors.items()}
     return min(means, key=lambda a: means[a]), means
 
 
-def _errors(layers: Iterable[Any], x: Any, by: NDArray[np.float64], how: Rounded) -> list[float]:
+def _errors(
+    layers: Iterable[Any], x: Any, by: NDArray[np.float64], rounded: Rounded, activations: int | None
+) -> list[float]:
     """Relative squared error of the outputs of each layer behind a place, its inputs divided by `by`."""
     out = []
     given = x / x.new_tensor(by)
-    given = per_token(given, how.activations) if how.activations is not None else given
+    given = per_token(given, activations) if activations is not None else given
     for layer in layers:
         w = layer.weight.detach().double()
         smoothed = (w * w.new_tensor(by)).cpu().numpy()
-        stored = w.new_tensor(values(rtn(smoothed, how.bits, how.group, symmetric=True)))
+        stored = w.new_tensor(values(rounded(smoothed)))
         want = x.double() @ w.t()
         error = given.double() @ stored.t() - want
         out.append(float(error.square().sum() / want.square().sum().clamp(min=1e-300)))

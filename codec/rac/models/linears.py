@@ -1,7 +1,4 @@
-"""Where the linear layers of a transformers model are, and such a model while it is looked at.
-
-One walk for calibration, the named methods and the runtime.
-"""
+"""Where the linear layers of a transformers model are: one walk for calibration, the named methods and the runtime."""
 
 from __future__ import annotations
 

@@ -26,9 +26,8 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
 
     Sharded tensors are read by slices: a rank reads the tiles that its part touches, and no others.
 
-    Args:
-        checkpoint_id: A .rac file, one shard of a set, a folder that holds one, or a URL. Every rank opens it.
-        threads: Threads that decode, for each rank.
+    `checkpoint_id` is a .rac file, one shard of a set, a folder that holds one, or a URL; every rank opens it, and
+    decodes by so many `threads`.
     """
 
     def __init__(self, checkpoint_id: str | os.PathLike[str], threads: int | None = None) -> None:

@@ -152,7 +152,5 @@ def mean_loss(model: Any, ids: Any) -> float:
 def _diverged(loss: float, first: float, step: int, lr: float, much: float) -> None:
     """DivergedError where a loss is not finite, or more than `much` times that of the start."""
     if not math.isfinite(loss) or loss > much * first:
-        raise DivergedError(
-            f"learning rotations diverged at step {step}: loss {loss:.4g}, {first:.4g} at the start; "
-            f"try a smaller learning rate than {lr:g}"
-        )
+        what = f"loss {loss:.4g}, {first:.4g} at the start; try a smaller learning rate than {lr:g}"
+        raise DivergedError(f"learning rotations diverged at step {step}: {what}")

@@ -6,6 +6,7 @@ a transform that misses one would change what the model computes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,14 +172,13 @@ def parts(model: Any) -> Parts:
 def _lacking(model: Any) -> str:
     """Why rules could not be as simple as those of the table."""
     kinds = {type(m).__name__ for m in model.modules()}
-    why = []
-    if any(k.endswith("LayerNorm") for k in kinds):
-        why.append("LayerNorm subtracts a mean and adds a bias, which a rotation does not keep")
-    if "Conv1D" in kinds:
-        why.append("weights of Conv1D are stored (in, out)")
-    if any("Experts" in k or "SparseMoe" in k for k in kinds):
-        why.append("experts share their norm")
-    return "; ".join(why) or "nobody has said where its norms and projections are"
+    why = {
+        "LayerNorm subtracts a mean and adds a bias, which a rotation does not keep": r".*LayerNorm",
+        "weights of Conv1D are stored (in, out)": "Conv1D",
+        "experts share their norm": r".*(Experts|SparseMoe).*",
+    }
+    found = [text for text, kind in why.items() if any(re.fullmatch(kind, k) for k in kinds)]
+    return "; ".join(found) or "nobody has said where its norms and projections are"
 
 
 def _layer(model: Any, name: str, rules: Rules, values: int, known: set[str]) -> Layer:
