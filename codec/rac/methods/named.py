@@ -121,11 +121,9 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
     about = {"recipe": method.name, "bits": method.bits, "group": method.group or "row", "symmetric": method.symmetric}
     change, by_gptq = METHODS[method.name]
     p = None if change is None else _transformed(run, model, change)
-    how: dict[str, Any] = {"symmetric": method.symmetric, "note": tell}
-    if by_gptq and method.text is not None:
-        matrices = quantise_gptq(model, ids, method.bits, method.group, **how)
-    else:
-        matrices = quantise_rtn(model, method.bits, method.group, **how)
+    exact = by_gptq and method.text is not None
+    rounded = partial(quantise_gptq, model, ids) if exact else partial(quantise_rtn, model)
+    matrices = rounded(method.bits, method.group, symmetric=method.symmetric, note=tell)
     source = open_source(path) if p is None else transforms.source(p, path, method.dtype)
     if p is not None:
         about |= p.about

@@ -108,9 +108,6 @@ def _checked(w: Floats, second: Floats) -> tuple[Array, Array]:
     return wide, s
 
 
-# what is really coded
-
-
 def quantise(v: Array, t: Triangular, step: float) -> tuple[NDArray[np.int32], Array]:
     """Codes (R, C) and errors (R, C) of coefficients v (R, C), the step of place j being step / weight_j.
 
@@ -177,9 +174,6 @@ def _at_error(at: Coordinates, error: float, step: float) -> float:
             break
         step *= math.sqrt(error / max(found, 1e-300))
     return rate + math.log2(found / error) / 2  # what little is left, at 6 dB per bit
-
-
-# what is learned
 
 
 def _learn(w: Array, s: Array, step: float, block: int, steps: int, rows: int, seed: int) -> Array:
