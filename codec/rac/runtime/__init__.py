@@ -1,10 +1,7 @@
-"""Models that run from a .rac file, in transformers; `dcp` for torch.distributed.checkpoint.
+"""Models that run from a .rac file, in transformers (docs/loading.md); `dcp` for torch.distributed.checkpoint.
 
-    import rac.runtime                                          # from_pretrained knows "rac" from now on
-    model = rac.load_model("m.rac", resident="compressed")      # does not need that import
-    model = AutoModelForCausalLM.from_pretrained("folder")      # one that `rac pack --format hf` wrote
-
-Needs torch and transformers; nothing else of the package does, but for calibration and evaluation.
+Importing this lets `from_pretrained` load a folder that `rac pack --format hf` wrote. Needs torch and transformers;
+nothing else of the package does, but for calibration and evaluation.
 """
 
 from __future__ import annotations

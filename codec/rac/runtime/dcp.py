@@ -41,8 +41,7 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, with another archive where one is given."""
-        if checkpoint_id is not None:
-            self._path = checkpoint_id
+        self._path = self._path if checkpoint_id is None else checkpoint_id
 
     def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
         """Names, shapes and data types, from the index alone; each tensor is one chunk."""

@@ -64,7 +64,7 @@ class _Cayley:
                 x.grad = None
 
     def _way(self, i: int, x: Any) -> tuple[Any, Any]:
-        """Skew-symmetric W of matrix `i`, and what W x times it has the length of a direction by."""
+        """Skew-symmetric W of matrix `i`, and the factor that makes W x the direction that is remembered."""
         raise NotImplementedError
 
 

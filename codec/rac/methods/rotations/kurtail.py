@@ -143,6 +143,6 @@ def _state(r: Any, data: Any) -> dict[str, float]:
     import torch
 
     with torch.no_grad():
-        found = [kurtosis(part if r is None else part @ r.detach().to(data).mT) for part in data.split(8192, dim=-2)]
-        k = torch.cat([f.flatten() for f in found])
+        turned = (part if r is None else part @ r.detach().to(data).mT for part in data.split(8192, dim=-2))
+        k = torch.cat([kurtosis(part).flatten() for part in turned])
         return {"loss": float((k - UNIFORM).abs().mean()), "kurtosis": float(k.mean())}

@@ -77,8 +77,7 @@ def load(path: str | os.PathLike[str]) -> Rotations:
     try:
         with open(name, "rb") as f:
             data = f.read(len(MAGIC))
-            if data != MAGIC:
-                data += f.read()
+            data += b"" if data == MAGIC else f.read()
     except OSError as e:
         raise SourceError(f"no file of learned rotations: {e}", file=name) from e
     if data == MAGIC:

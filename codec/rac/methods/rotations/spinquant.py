@@ -69,13 +69,12 @@ def spinquant(
     about |= {"momentum": momentum, "activations": how.activations, "cache": how.cache, "seed": seed}
     data = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(p.embedding.weight.device)
     held, data = data[-batch:], data[:-batch]
-    order = np.random.default_rng(seed)
-    drawn = (order.choice(len(data), batch, replace=len(data) < batch) for _ in range(steps))
+    few, order = len(data) < batch, np.random.default_rng(seed)
+    batches = [data[torch.from_numpy(order.choice(len(data), batch, replace=few))] for _ in range(steps)]
     r1, r2 = start(p, seed)
     optimiser = CayleySGD([r1, r2], lr, momentum)
     with frozen(p.model):
         about["plain"] = mean_loss(p.model, held)
-        batches = [data[torch.from_numpy(at)] for at in drawn]
         within = partial(simulated, p, how, r1, r2, r4=seed)
         losses, ends = _learn(p.model, within, batches, held, optimiser, note or silent)
     about |= {"start": ends[0], "end": ends[-1], "seconds": round(time.perf_counter() - began, 1)}
