@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import SourceError
-from rac.stages.groups import MOST, Grouped, spread, storable
+from rac.stages.groups import MOST, Grouped, storable
 
 DAMP = 0.01
 """Share of the mean diagonal that is added to the Hessian: the paper's."""
@@ -38,8 +38,11 @@ def rtn(w: Floats, bits: int, group: int | None = None, *, symmetric: bool = Fal
     """
     w, group = _checked(w, bits, group)
     scales, zeros = _grids(w, bits, group, symmetric, search)
-    scale, zero = (spread(x, group, w.shape[1]) for x in (scales, zeros))
-    return Grouped(_codes(w, scale, zero, bits), scales, zeros, group, bits)
+    codes = np.empty(w.shape, np.uint8)
+    for g in range(scales.shape[1]):  # a group after the other: little memory beside the weights
+        at = slice(g * group, (g + 1) * group)
+        codes[:, at] = _codes(w[:, at], scales[:, g, None], zeros[:, g, None], bits)
+    return Grouped(codes, scales, zeros, group, bits)
 
 
 def gptq(
