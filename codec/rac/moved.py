@@ -16,7 +16,9 @@ MOVED = {
     "rac.encode.rotations": "rac.methods.rotations",
     "rac.encode.smoothquant": "rac.methods.smoothquant",
     "rac.encode.transforms": "rac.methods.transforms",
+    "rac.methods.recipes": "rac.methods.named",
     "rac.quantize.groups": "rac.stages.groups",
+    "rac.runtime.lazy": "rac.runtime.vllm_plugin",
 }
 """Old module to new one; what lies below a package moved with it."""
 

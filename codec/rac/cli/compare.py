@@ -16,7 +16,7 @@ from rac.cli.running import add_simulated, add_windows, offline, simulated, simu
 from rac.cli.terminal import EFFORTS, Steps, argument, command
 from rac.container.output import write_whole
 from rac.encode.allocate.budget import read_text
-from rac.methods.recipes import Method
+from rac.methods.named import Method
 from rac.study.analyze.svg import Axes, lines
 from rac.study.benchmark import ALL, Plan, points
 from rac.study.compare import Reading, Within, compare

@@ -23,7 +23,7 @@ from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
 from rac.encode.pack import ByTrellis, Packer, Summary
 from rac.encode.sources import open_source
 from rac.machine import threads_of
-from rac.methods.recipes import Method, pack_method
+from rac.methods.named import Method, pack_method
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare
 

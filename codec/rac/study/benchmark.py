@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rac.calibrate.text import Note
 from rac.encode.pack import pack
 from rac.methods.grouped import pack_grouped
-from rac.methods.recipes import RECIPES, Known, Method, Note, make
+from rac.methods.named import METHODS, Known, Method, make
 
-ALL = (*RECIPES, "aligned")
+ALL = (*METHODS, "aligned")
 DRAW = ("quarot", "spinquant", "kurtail")  # recipes that the seed makes a difference to
 LIST = "points.json"
 
