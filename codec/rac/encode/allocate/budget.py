@@ -75,7 +75,7 @@ class Search:
     tried: int = 0
 
     def meet(
-        self, budget: Budget, rest: Callable[[], int] = int, judge: Callable[[], Divergence] | None = None
+        self, budget: Budget, rest: Callable[[], int] | None = None, judge: Callable[[], Divergence] | None = None
     ) -> Recipe:
         """The recipe at the scale that meets a budget, real bytes from below, to half a percent; or BudgetError."""
         if not self._mine:
@@ -83,11 +83,12 @@ class Search:
         if budget.snr is not None:
             scale = self._snr(budget.snr)
         elif budget.kl is not None:
-            assert judge is not None  # noqa: S101
+            assert judge is not None  # noqa: S101 - it gives what measures the model
             scale = self._kl(budget.kl, judge())
         else:
             bits = budget.bits
             if bits is None:  # what a budget of the whole file leaves
+                assert rest is not None  # noqa: S101 - it gives the bytes of all that is not quantised
                 everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
                 size = budget.size if budget.size is not None else int((budget.file_bits or 0) * everything / 8)
                 bits = 8 * (size - (other := rest())) / self._weights
