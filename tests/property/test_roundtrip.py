@@ -393,7 +393,7 @@ def _outcome(unit, t, front, box, reference=False):
         if native.available() and not reference:
             unit = shared.plain(unit, box)
             place = native.address(out), out.shape[1]
-            job = shared.kernel().job((native.address(unit), len(unit)), box, place, None)
+            job = shared.kernel()((native.address(unit), len(unit)), box, place, None)
             return "refused" if native.decode_tiles([job]) else out.tobytes()
         (t.chain.coder.open(front, t.grid, True) if reference else shared).decode(unit, box, out)
     except rac.RacError:

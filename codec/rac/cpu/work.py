@@ -123,7 +123,7 @@ class Work:
                     raw = dec.coder.plain(data[start : start + length], box)
                 self._alive.append(raw)
                 source = native.address(raw), len(raw)
-            self._jobs.append(kernel.job(source, box, where, fused))
+            self._jobs.append(kernel(source, box, where, fused))
             self._of.append((dec, k))
 
     def join(self, dec: Decoder, found: Array, dst: Array, box: Box) -> None:

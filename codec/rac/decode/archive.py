@@ -6,8 +6,8 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) ->
     return out
 
 
-class RacFile:
+class RacFile(AbstractContextManager["RacFile"]):
     """An open archive, used like `safetensors.safe_open`.
 
     Args:
@@ -132,11 +132,7 @@ class RacFile:
                 out[name] = archive, entry
         return out
 
-    def __enter__(self) -> RacFile:
-        """The file itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 

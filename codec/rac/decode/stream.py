@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ HEAD = 1 << 16
 """Bytes that the head of a record is rarely larger than."""
 
 
-class Stream(Iterator[tuple[str, Any]]):
+class Stream(Iterator[tuple[str, Any]], AbstractContextManager["Stream"]):
     """(name, tensor) of an archive that is read from front to back; see `stream`."""
 
     def __init__(
@@ -59,19 +59,11 @@ class Stream(Iterator[tuple[str, Any]]):
         """What decodes."""
         return self._engine.name
 
-    def __iter__(self) -> Stream:
-        """The stream itself."""
-        return self
-
     def __next__(self) -> tuple[str, Any]:
         """The next tensor under the next of its names."""
         return next(self._run)
 
-    def __enter__(self) -> Stream:
-        """The stream itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 
@@ -244,7 +236,6 @@ Found = tuple[Tensor, Array, tuple[int, ...]]
 def forward_tensors(
     forward: Forward,
     other: Callable[[Record], None] | None = None,
-    reference: bool = False,
     of_object: Callable[[Found], None] | None = None,
     threads: int = 1,
 ) -> Iterator[Found]:
@@ -269,7 +260,7 @@ def forward_tensors(
 
         return replace(item, take=take)
 
-    for t, words in Cpu(threads, reference=reference).run(map(noted, forward_items(forward, other))):
+    for t, words in Cpu(threads).run(map(noted, forward_items(forward, other))):
         mine = heads.pop(t.record.at)
         with InFile(str(forward.name), repr(t.name)):
             sizes = [u.size for u in t.units]

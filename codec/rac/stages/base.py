@@ -10,7 +10,7 @@ protocol below says in code and not in words, a stage need not say again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -24,6 +24,7 @@ from rac.grid import Box, Grid, is_int
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
 Head = dict[str, Any]
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +49,10 @@ class Stage(Protocol):
         return {"id": self.id, **{k: list(v) if isinstance(v, tuple) else int(v) for k, v in parameters.items()}}
 
 
-class Kernel(Protocol):
-    """Makes the jobs of the CPU kernel that decodes the tiles of one tensor (`rac.native.decode_tiles`)."""
-
-    def job(self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: Any) -> Any:
-        """The job of one tile, which is the part `box` of the matrix.
-
-        `unit`: address and bytes, without Zstandard frames; `place`: address of the first word, and words from row to
-        row; `numbers`: what the words stand for, `OpenNumbers.fused`, or None where the words themselves are wanted.
-        """
+Job = Callable[[Pair, Box, Pair, Any], Any]
+"""Makes the job of the CPU kernel (`rac.native.decode_tiles`) that decodes a tile: from address and bytes of its unit,
+without Zstandard frames; its part of the matrix; the address of the first word, and words from row to row; and what the
+words stand for, `OpenNumbers.fused`, or None where the words themselves are wanted."""
 
 
 class OpenCoder(Protocol):
@@ -72,8 +68,8 @@ class OpenCoder(Protocol):
         FormatError or ChecksumError where the unit breaks the format; `dst` may then be partly written.
         """
 
-    def kernel(self) -> Kernel | None:
-        """What makes jobs of the CPU kernel, its tables made now; None where `decode` does the work."""
+    def kernel(self) -> Job | None:
+        """What makes jobs, its tables made now; None where `decode` does the work."""
         return None
 
     def bare(self) -> Self:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import ctypes
 import threading
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,9 @@ from rac.container import zstd
 from rac.entropy import tables
 from rac.errors import FormatError
 from rac.grid import Box, Grid
-from rac.stages.base import Array, OpenCoder
+from rac.stages.base import Array, Job, OpenCoder, Pair
 from rac.stages.lanes import layout
-from rac.stages.lanes.parameters import Lanes
+from rac.stages.lanes.parameters import Lanes, bases, codes
 
 
 class OpenLanes(OpenCoder):
@@ -26,11 +27,9 @@ class OpenLanes(OpenCoder):
     Attributes:
         p: The parameters.
         freq: (T, symbols) uint16 frequency tables, each of sum 4096.
-        rows: (R,) uint8 class of every row; None where there is one class.
-        cols: (C,) uint8 class of every column; None where there is one class.
+        rows, cols: (R,) and (C,) uint8 class of every row and column; None where there is one class.
         table: (Kr, Kc) uint8 table of each pair of classes.
-        values: (256,) uint16 top of each base symbol.
-        bases: (256,) uint32 base of each escape.
+        values, bases: (256,) uint16 top of each base symbol, and uint32 base of each escape.
         code: (symbols,) uint8 a coded symbol as its base symbol, or as a | b << 4 for a pair.
         limit: Tops are below it.
     """
@@ -46,11 +45,11 @@ class OpenLanes(OpenCoder):
         self.table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
         if (self.table >= p.tables).any():
             raise FormatError("class map names a table that is not there")
-        self.values, self.bases, self.code = p.values(), p.bases(), p.codes()
+        self.values, self.bases, self.code = p.values(), bases(p.escapes), codes(p.base, p.first_escape, p.per)
         self.limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
         self._word, self._reference = grid.word, reference
         self._lut: NDArray[np.uint32] | None = None
-        self._kernel: LanesKernel | None = None
+        self._kernel: Job | None = None
         self._lock = threading.Lock()
 
     def bare(self) -> Self:
@@ -65,13 +64,19 @@ class OpenLanes(OpenCoder):
             self._lut = tables.lookup(self.freq, self.code)
         return self._lut
 
-    def kernel(self) -> LanesKernel | None:
+    def kernel(self) -> Job | None:
         """What makes jobs of the C kernel; None where it was not built, or the reference was asked for."""
         if self._reference or not native.available():
             return None
         with self._lock:  # a second set of tables would be freed while jobs have its address
             if self._kernel is None:
-                self._kernel = LanesKernel(self, self._word)
+                p, kept = self.p, (self.lut(), self.values, self.bases, self.table)
+                form = p.rows, p.cols, p.skip, p.lanes, p.per, self._word, p.zero, p.sign, p.shift, p.raw
+                shared = native.TileShared(
+                    *[native.address(a) for a in kept], *form, p.base, p.first_escape, self.limit
+                )
+                at = native.address(self.rows), native.address(self.cols), ctypes.addressof(shared)
+                self._kernel = partial(_job, (shared, *kept, self.rows, self.cols), at)
             return self._kernel
 
     def plain(self, unit: Array, box: Box) -> Array:
@@ -110,9 +115,7 @@ class OpenLanes(OpenCoder):
         """`code` of every coded symbol, in sequence order."""
         coded = int(order.segments[:, 0].sum())
         if self._reference:
-            from rac.stages.lanes.reference import lanes
-
-            return self.code[lanes(tile, self.freq, order.segments, coded)]
+            return self.code[_symbols(tile, self.freq, order.segments, coded)]
         return native.ans_decode(self.lut(), tile.words, tile.counts, order.segments, coded)
 
     def _tops(self, base: Array, tile: layout.Tile) -> NDArray[np.uint64]:
@@ -127,31 +130,29 @@ class OpenLanes(OpenCoder):
         return tops
 
 
-class LanesKernel:
-    """Makes jobs of the C kernel for the tiles of one tensor; keeps alive what their addresses point to."""
+def _job(kept: Any, at: tuple[int, int, int], unit: Pair, box: Box, place: Pair, numbers: Any) -> native.TileJob:
+    """A `Job`; the addresses `at`, of classes of rows and of columns and of TileShared, lead to what is `kept`."""
+    (by_row, by_col, shared), (r0, r1, c0, c1), (to, stride) = at, box, place
+    rows, cols = by_row and by_row + r0, by_col and by_col + c0
+    row, col, what = numbers or (0, 0, 0)
+    return native.TileJob(*unit, rows, cols, to, r1 - r0, c1 - c0, stride, shared, what, row + 4 * r0, col + 4 * c0)
 
-    def __init__(self, of: OpenLanes, word: int) -> None:
-        p = of.p
-        self._kept = (of.lut(), of.values, of.bases, of.table, of.rows, of.cols)
-        self._rows, self._cols = native.address(of.rows), native.address(of.cols)
-        self._shared = native.TileShared(
-            *(native.address(a) for a in self._kept[:4]),
-            *(p.rows, p.cols, p.skip, p.lanes, p.per, word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape),
-            of.limit,
-        )
-        self._at = ctypes.addressof(self._shared)
 
-    def job(
-        self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: tuple[int, int, int] | None
-    ) -> native.TileJob:
-        """The job of one tile, see `rac.stages.base.Kernel`."""
-        r0, r1, c0, c1 = box
-        rows, cols = self._rows and self._rows + r0, self._cols and self._cols + c0
-        row, col, what = numbers or (0, 0, 0)
-        to, stride = place
-        return native.TileJob(
-            *unit, rows, cols, to, r1 - r0, c1 - c0, stride, self._at, what, row + 4 * r0, col + 4 * c0
-        )
+def _symbols(tile: layout.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], n: int) -> NDArray[np.uint8]:
+    """Coded symbols (n,) of a tile by the reference, constriction, one lane after the other: slow."""
+    from rac.entropy.ans import Models
+    from rac.entropy.interleave import split
+
+    models, out = Models(freq), np.empty(n, np.uint8)
+    sizes, tables_, count = segments[:, 0].tolist(), segments[:, 1].tolist(), len(tile.counts)
+    streams = split(tile.words, tile.counts, freq, segments)
+    for lane, (words, steps) in enumerate(zip(streams, layout.lane_steps_all(segments, count).tolist(), strict=True)):
+        symbols = models.decode(words, list(zip(steps, tables_, strict=True)))
+        done = start = 0
+        for k, size in zip(steps, sizes, strict=True):
+            out[start + lane : start + size : count] = symbols[done : done + k]
+            done, start = done + k, start + size
+    return out
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:

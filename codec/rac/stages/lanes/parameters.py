@@ -41,14 +41,16 @@ def _values(runs: tuple[int, ...]) -> NDArray[np.uint16]:
 
 
 @functools.lru_cache(64)
-def _bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+def bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+    """(256,) base of each escape. Not to be written to."""
     out = np.zeros(256, np.uint32)
     out[: len(escapes)] = escapes
     return out
 
 
 @functools.lru_cache(64)
-def _codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+def codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+    """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
     both = _pairs(base, first_escape, per)
     return np.ascontiguousarray(both[:, 0] | both[:, -1] << np.uint8(4) if per == 2 else both[:, 0])
 
@@ -121,14 +123,6 @@ class Lanes(Coder):
     def pairs(self) -> NDArray[np.uint8]:
         """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
         return _pairs(self.base, self.first_escape, self.per)
-
-    def bases(self) -> NDArray[np.uint32]:
-        """(256,) base of each escape. Not to be written to."""
-        return _bases(self.escapes)
-
-    def codes(self) -> NDArray[np.uint8]:
-        """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
-        return _codes(self.base, self.first_escape, self.per)
 
     def steps(self, elements: Array | int) -> Array:
         """Coded symbols of a segment of so many elements."""
