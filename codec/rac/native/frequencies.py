@@ -51,17 +51,15 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
     return out
 
 
-def golomb(freq: NDArray[np.uint16], order: int, write: bool = True) -> tuple[int, bytes] | None:
+def golomb(freq: NDArray[np.uint16], order: int) -> tuple[int, bytes] | None:
     """(bits, bytes) of the tables (T, n) in exponential-Golomb code; None where the C kernel is not there."""
     lib = library()
     if lib is None:
         return None
     freq = np.ascontiguousarray(freq)
-    bits = int(lib.rac_golomb(freq, *freq.shape, order, None))
-    out = np.zeros((bits + 7) // 8 * write, np.uint8)
-    if write:
-        lib.rac_golomb(freq, *freq.shape, order, out)
-    return bits, out.tobytes()
+    out = np.zeros(4 * freq.size, np.uint8)  # a frequency takes 29 bits at most
+    bits = int(lib.rac_golomb(freq, *freq.shape, order, out))
+    return bits, out[: (bits + 7) // 8].tobytes()
 
 
 def code_length(counts: Counts, fraction: Counts, weight: int) -> Counts | None:

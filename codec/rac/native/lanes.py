@@ -1,15 +1,46 @@
-"""Coded symbols to ANS lanes, and what the encoder counts and finds among them: C kernels, or numpy."""
+"""Tiles of lanes/1 to words or numbers, and symbols to lanes, counted and found: C kernels, or numba and numpy."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.errors import ChecksumError, FormatError
 from rac.native.library import library
+from rac.native.prototypes import TILE_ERRORS, TileJob
 
 Array = NDArray[Any]
+
+
+def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumError], str] | None:
+    """Decode tiles (only where kernels are `available`). None, or of the first that is wrong: its number and the error.
+
+    FormatError where the unit breaks stages/lanes.md, ChecksumError where a lane does not end empty in state 0.
+    """
+    lib = library()
+    assert lib is not None  # noqa: S101 - the caller asked
+    at = ctypes.c_int64()
+    bad = lib.rac_tiles(b"".join(jobs), len(jobs), ctypes.byref(at))
+    if bad == 8:
+        raise MemoryError
+    return (at.value, ChecksumError if bad == 4 else FormatError, TILE_ERRORS[bad]) if bad else None
+
+
+def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:
+    """Coded symbols (n,) of one tile in sequence order, in numba; ChecksumError where a lane does not end in state 0.
+
+    luts (T, 4096) uint32, words (W,) uint32 in the order of reading, counts (L,) uint16 words per lane with L <= 1024,
+    segments (S, 2) int64 of (symbols, table). The caller has checked that counts sum to W and segments to n.
+    """
+    from rac.native import fallback
+
+    out = np.empty(n, np.uint8)
+    if fallback.ans_decode(luts, words, counts, segments, out):
+        raise ChecksumError(TILE_ERRORS[4])
+    return out
 
 
 def encode_lanes(

@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-VERSION = 18
+VERSION = 19
 """Changes with any function or structure."""
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
@@ -109,6 +109,20 @@ class Columns(ctypes.Structure):
 
     _fields_ = _fields("i64 cols rows groups; at plain target feed step out recon wild fine_of")
 
+
+TILE_ERRORS = (
+    "",
+    "tile streams do not fill the unit exactly",
+    "padding is not zero",
+    "ANS lane begins with a zero word",
+    "ANS lane does not end in its initial state",
+    "escape counts do not match the symbols",
+    "escaped value leaves the range of tops",
+    "plane ends in non-zero bits",
+    "not enough memory",
+    "a word is larger than groups/1 allows",
+)
+"""What a kernel has found, by its number; the last two are never those of a tile that the CPU decodes."""
 
 STRUCTURES = (Matrix, Dequant, TileShared, TileJob, Quantiser, Columns)
 

@@ -3,7 +3,7 @@
 #include "tile.h"
 
 const int64_t rac_layout[] = {
-    18,
+    19,
     sizeof(rac_matrix),
     sizeof(rac_dequant),
     sizeof(rac_shared),

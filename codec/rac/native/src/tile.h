@@ -53,7 +53,7 @@ typedef struct {
     int64_t in_block, in_tile;
 } rac_cursor;
 
-/* What is wrong with a tile (native/tiles.py, TILE_ERRORS) */
+/* What is wrong with a tile (native/prototypes.py, TILE_ERRORS) */
 enum { BAD_FILL = 1, BAD_PADDING, BAD_WORD, BAD_STATE, BAD_ESCAPES, BAD_TOP, BAD_PLANE, NO_MEMORY };
 
 void rac_place1(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
