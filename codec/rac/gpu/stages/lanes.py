@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import LimitError
-from rac.gpu.layout import DEEP, Batch, Call, Place, columns, power_of_two, up
+from rac.gpu.layout import DEEP, Batch, Call, Codes, Place, Tile, by_row, columns, place, power_of_two, up
 from rac.gpu.specs import WARP
-from rac.gpu.stages.base import Codes, Tile, by_row, place
 from rac.grid import Box, up16
 from rac.stages.base import Array
 from rac.stages.lanes import layout

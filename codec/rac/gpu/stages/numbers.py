@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rac.gpu.layout import DEEP, Array, Call, Place, across, padded, steps
-from rac.gpu.stages.base import Codes, Tile
+from rac.gpu.layout import DEEP, Array, Call, Codes, Place, Tile, across, padded, steps
 from rac.stages.groups import OpenGroups
 from rac.stages.trellis import CODES, OpenTrellis
 from rac.stages.words import DTYPES

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rac.gpu.layout import Call, Place, steps
-from rac.gpu.stages.base import Band
+from rac.gpu.layout import Call, Place, Rows, steps
 
 ROWS, COLS = 16, 32
 """Words of a program."""
@@ -18,8 +17,11 @@ class Product:
 
     added: bool
 
-    def lay(self, band: Band, objects: Sequence[tuple[int, int]], to: Place) -> None:
-        """Jobs of as many rows as a grid takes."""
+    def lay(self, band: Rows, objects: Sequence[tuple[int, int]], to: Place) -> None:
+        """Words of the tensor in their places, in jobs of as many rows as a grid takes.
+
+        `objects`: of each its offset in the memory `objects`, and numbers from row to row.
+        """
         batch, t, (r0, r1, c0, c1) = band.batch, band.dec.tensor, band.box
         w, (b, b_stride), (at, terms) = c1 - c0, objects[-1], objects[0] if self.added else (0, c1 - c0)
         stride = terms if self.added else 0
