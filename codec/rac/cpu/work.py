@@ -12,7 +12,8 @@ import numpy as np
 from rac import native
 from rac.decoder import Decoder
 from rac.grid import Band, Box, boxes
-from rac.stages.base import Array, OpenNumbers
+from rac.native.prototypes import Array
+from rac.stages.base import OpenNumbers
 from rac.tensor import Tensor, numbers
 
 

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import native
 from rac.container.access import InFile
@@ -27,10 +26,10 @@ from rac.cpu.work import Place, Work, target
 from rac.decoder import Decoder
 from rac.errors import RacError, SourceError, TruncatedError
 from rac.grid import Band, Box, boxes
+from rac.native.prototypes import F32, Array
 from rac.registry import RECORD_OBJECT
 from rac.tensor import Tensor, empty
 
-Array = NDArray[Any]
 RING = 256 << 20
 """Bytes that may be held beyond the tensors themselves: half for what is read ahead, half for tensors in work."""
 LEAST = 1 << 16
@@ -59,7 +58,7 @@ class Item:
     t: Tensor
     take: Take
     """`take_units` of it, but for the first two arguments."""
-    objects: Callable[[], list[NDArray[np.float32]]]
+    objects: Callable[[], list[F32]]
     """The matrices that it uses."""
     keep: Callable[[Array | None], None]
     """Called with the words of an object, None where it is damaged."""

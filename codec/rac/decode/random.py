@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.container.access import InFile
 from rac.container.feed import Feed, RangeRing
@@ -19,11 +18,11 @@ from rac.container.reader import Archive
 from rac.decode.engine import Cpu, Engine, Item, take_units
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
+from rac.native.prototypes import F32, Array
 from rac.records import Entry, Record
 from rac.tensor import Tensor
 from rac.tensor import parse as parse_tensor
 
-Array = NDArray[Any]
 GAP = 1 << 16
 """Bytes between two records that are read along: less than the cost of one more request."""
 
@@ -73,16 +72,16 @@ def parse(archive: Archive, record: Record) -> Tensor:
     return parse_tensor(record, archive.limits, shape_of)
 
 
-def objects(archive: Archive, t: Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
+def objects(archive: Archive, t: Tensor, reference: bool = False) -> list[F32]:
     """The matrices that a tensor uses, decoded once for an archive and kept (limits.objects bounds them all)."""
     return [_object(archive, name, reference) for name in t.uses]
 
 
-def _object(archive: Archive, name: str, reference: bool = False) -> NDArray[np.float32]:
+def _object(archive: Archive, name: str, reference: bool = False) -> F32:
     if name not in archive.kept:
         for _ in load(archive, [archive.objects[name]], 1, reference=reference):
             pass
-    found: NDArray[np.float32] = archive.kept[name]
+    found: F32 = archive.kept[name]
     return found
 
 

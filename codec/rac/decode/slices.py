@@ -6,7 +6,6 @@ import operator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.container.access import InFile
@@ -16,10 +15,9 @@ from rac.cpu.work import Place, Work
 from rac.decode import random
 from rac.decoder import Decoder
 from rac.grid import Box
+from rac.native.prototypes import Array
 from rac.records import Online
 from rac.tensor import Tensor, numbers
-
-Array = NDArray[Any]
 
 
 class Slice:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.container.access import InFile
@@ -23,13 +22,13 @@ from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, take_units
 from rac.decode.gpu import engine_for
 from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError
 from rac.machine import threads_of
+from rac.native.prototypes import F32, Array
 from rac.records import Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import Tensor
 from rac.tensor import parse as parse_tensor
 from rac.tensor import parts as tensor_parts
 
-Array = NDArray[Any]
 HEAD = 1 << 16
 """Bytes that the head of a record is rarely larger than."""
 
@@ -197,7 +196,7 @@ class Objects:
         if t.record.type == RECORD_OBJECT:
             self._found[t.name] = (t, words)
 
-    def of(self, t: Tensor) -> list[NDArray[np.float32]]:
+    def of(self, t: Tensor) -> list[F32]:
         """The matrices that a tensor uses."""
         out = []
         for name in t.uses:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import native
 from rac.decoder import Decoder
@@ -20,9 +19,9 @@ from rac.frameworks import torch_dtype, torch_module
 from rac.gpu.layout import Batch, Launch
 from rac.gpu.specs import KERNELS, constants, kernel
 from rac.gpu.stages import BandLayout, require
+from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
-Array = NDArray[Any]
 RING = 256 << 20
 OLDEST = (8, 0)
 """Compute capability from which on kernels are compiled and tested."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from rac.decoder import Decoder
 from rac.errors import LimitError
 from rac.gpu.specs import KERNELS, Jobs
-from rac.grid import Box
+from rac.grid import Box, up16
+from rac.native.prototypes import Array
 
-Array = NDArray[Any]
 T = TypeVar("T")
 GRID = 65535
 """Programs along the second axis of a grid."""
@@ -28,8 +27,7 @@ DEEP = 4
 """Rows that kernels read at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One launch: its kernel, the options that this is compiled for, the memories it reads codes from and writes to."""
 
     kernel: str
@@ -38,8 +36,7 @@ class Call:
     out: str = "out"
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """A call, where in `aux` its jobs are, their bytes, and its grid."""
 
     call: Call
@@ -48,8 +45,7 @@ class Launch:
     grid: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where words go: a memory, the offset of the first in it, and words from row to row."""
 
     memory: str
@@ -60,11 +56,6 @@ class Place:
 def power_of_two(n: int) -> int:
     """`n` rounded up to a power of two."""
     return 1 << max(0, n - 1).bit_length()
-
-
-def up(n: int, a: int) -> int:
-    """`n` rounded up to a multiple of `a`."""
-    return -(-n // a) * a
 
 
 def padded(a: Array, many: int) -> Array:
@@ -102,24 +93,21 @@ class Batch:
         self._jobs: dict[Call, list[Jobs]] = defaultdict(list)
         self._made: dict[tuple[Any, ...], Any] = {}
 
-    def put(self, *arrays: Array) -> int:
-        """Offset in `aux` of arrays that follow each other."""
-        start = self.aux
-        for a in arrays:
-            end = self.aux + a.nbytes
-            if end > len(self.buffer):
-                more = np.empty(max(end, 2 * len(self.buffer)), np.uint8)
-                more[: self.aux] = self.buffer[: self.aux]
-                self.buffer = more
-            self.buffer[self.aux : end] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
-            self.aux = end
-        self.aux = up(self.aux, 16)
+    def put(self, a: Array) -> int:
+        """Offset in `aux` of an array."""
+        start, end = self.aux, self.aux + a.nbytes
+        if end > len(self.buffer):
+            more = np.empty(max(end, 2 * len(self.buffer)), np.uint8)
+            more[:start] = self.buffer[:start]
+            self.buffer = more
+        self.buffer[start:end] = np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+        self.aux = up16(end)
         return start
 
-    def room(self, size: int, align: int = 16) -> int:
+    def room(self, size: int) -> int:
         """Offset in `work` of so many bytes."""
-        start = up(self.work, align)
-        self.work = start + size
+        start = self.work
+        self.work = up16(start + size)
         return start
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -133,9 +121,7 @@ class Batch:
         """Offsets of the rows and columns of places of a tile in row-major order."""
 
         def make() -> tuple[int, int]:
-            rows = np.zeros(up(h, DEEP), np.uint32)
-            rows[:h] = np.arange(h) * w
-            return self.put(rows), self.put(columns(np.arange(w)))
+            return self.put(padded(np.arange(h, dtype=np.uint32) * np.uint32(w), DEEP)), self.put(columns(np.arange(w)))
 
         return self.once(("places", h, w), make)
 
@@ -165,8 +151,7 @@ class Batch:
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """A tile of a batch, its unit checked against its checksum and without Zstandard frames."""
 
     batch: Batch
@@ -185,8 +170,7 @@ class Tile:
         return r1 - r0, c1 - c0
 
 
-@dataclass(frozen=True, slots=True)
-class Codes:
+class Codes(NamedTuple):
     """Words of one byte, or codes of them, that a coder leaves for numbers."""
 
     source: str
@@ -218,8 +202,7 @@ class NumbersLayout(Protocol):
         """Numbers of the data type that the stage was opened with, in their places."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """Whole rows of a tensor whose numbers are there, C from row to row."""
 
     batch: Batch
@@ -232,7 +215,7 @@ class Rows:
 def by_row(coder: CoderLayout, opened: Any, tile: Tile) -> Codes:
     """The words of a tile in `work`, row by row."""
     h, w = tile.shape
-    at = tile.batch.room(up(h * w, 16))
+    at = tile.batch.room(h * w)
     coder.words(opened, tile, Place("work", at, w))
     return Codes("work", at)
 

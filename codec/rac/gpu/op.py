@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.cpu.work import Place, Work, target
@@ -29,9 +28,9 @@ from rac.gpu import decoder
 from rac.gpu.layout import Batch, Launch
 from rac.gpu.stages import BandLayout, require
 from rac.grid import up16
+from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
-Array = NDArray[Any]
 SLACK = 128
 """Bytes behind a tile that a kernel may read: a word for each lane of a warp."""
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import ChecksumError, FormatError
 from rac.native.library import library
-from rac.native.prototypes import TILE_ERRORS, TileJob
-
-Array = NDArray[Any]
+from rac.native.prototypes import TILE_ERRORS, Array, TileJob
 
 
 def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumError], str] | None:

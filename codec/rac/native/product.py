@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
+from rac.native.prototypes import F32, Array
 
-F32 = NDArray[np.float32]
 _BLOCK = 64
 """Columns of the kernel's scratch."""
 
@@ -28,7 +26,7 @@ def add(t: F32, a: F32, b: F32, reference: bool = False) -> None:
             t += a[:, k, None] * b[k]
 
 
-def rounded(v: F32, dtype: str, dst: NDArray[Any]) -> bool:
+def rounded(v: F32, dtype: str, dst: Array) -> bool:
     """Contiguous numbers to as many words of the data type in `dst`; False where no kernel is there for it."""
     lib = library()
     if lib is None or dtype not in ("F32", "BF16"):

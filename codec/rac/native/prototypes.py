@@ -10,9 +10,11 @@ import ctypes
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+F32 = NDArray[np.float32]
 VERSION = 19
 """Changes with any function or structure."""
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref

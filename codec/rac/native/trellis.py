@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import RacError
 from rac.native.library import library
-from rac.native.prototypes import Columns, Dequant, Quantiser, address
+from rac.native.prototypes import F32, Array, Columns, Dequant, Quantiser, address
 
-F32 = NDArray[np.float32]
 _SIZES = {"F32": 4, "BF16": 2}
 
 
-def dequant(rec: NDArray[np.float32], even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
+def dequant(rec: F32, even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
     """What the words of a tensor stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
 
     `rec` (256,) are the magnitudes of words, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1),
@@ -27,7 +26,7 @@ def dequant(rec: NDArray[np.float32], even: bool, code: tuple[int, int], zero: i
     return Dequant(address(rec), *code, zero, even, _SIZES[dtype])
 
 
-def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst: NDArray[Any]) -> None:
+def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst: Array) -> None:
     """Words (h, w), contiguous, which stand for `numbers`, to `dst` (h, w), unit column stride."""
     lib = library()
     assert lib is not None  # noqa: S101 - `dequant` asked
@@ -56,15 +55,15 @@ class Search:
     states: int
     code: tuple[int, int]
     lane: int
-    rec: NDArray[np.float32]
-    rate: NDArray[np.float32]
+    rec: F32
+    rate: F32
     far: float
     fine: NDArray[np.int8] = field(default_factory=lambda: np.zeros(1, np.int8))
     low: int = 0
     row: NDArray[np.uint8] | None = None
-    below: NDArray[np.float32] | None = None
+    below: F32 | None = None
     lag: int = 6
-    _back: NDArray[np.float32] | None = field(init=False)
+    _back: F32 | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Transpose the weights of rows once, not for every block of columns."""
@@ -84,7 +83,7 @@ class Quantised(NamedTuple):
 
     integers: NDArray[np.int16]
     """(n, m)."""
-    values: NDArray[np.float32]
+    values: F32
     """(n, m)."""
     outliers: NDArray[np.uint8]
     """(n, m) whether the value is the target itself."""

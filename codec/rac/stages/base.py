@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from rac.container import zstd
 from rac.errors import FormatError, UnsupportedError
 from rac.grid import Box, Grid, is_int
+from rac.native.prototypes import F32, Array
 
-Array = NDArray[Any]
-F32 = NDArray[np.float32]
 Head = dict[str, Any]
 Pair = tuple[int, int]
 

@@ -12,7 +12,8 @@ from rac import native
 from rac.errors import FormatError
 from rac.grid import Box, up16
 from rac.native import words as native_words
-from rac.stages.base import Array, Context, Head
+from rac.native.prototypes import Array
+from rac.stages.base import Context, Head
 from rac.stages.base import check as check_head
 from rac.stages.lanes.layout import unpack_planes
 from rac.stages.lanes.parameters import cut_planes

@@ -13,7 +13,8 @@ from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import words as native
-from rac.stages.base import Array, Context, Head, Numbers, OpenNumbers, check, pack_lists, sizes_of, unpack_list
+from rac.native.prototypes import F32, Array
+from rac.stages.base import Context, Head, Numbers, OpenNumbers, check, pack_lists, sizes_of, unpack_list
 from rac.stages.words import DTYPES, to_words
 
 LEAST, MOST = 2.0**-14, 65504.0
@@ -30,7 +31,7 @@ class Grouped:
 
     codes: NDArray[np.uint8]
     """(R, C), 0 .. 2**bits - 1"""
-    scales: NDArray[np.float32]
+    scales: F32
     """(R, G), G = ceil(C / group); each one a number that `storable` gives back as it is."""
     zeros: NDArray[np.uint8]
     """(R, G), 0 .. 255"""
@@ -40,18 +41,18 @@ class Grouped:
     """1 .. 8"""
 
 
-def values(g: Grouped) -> NDArray[np.float32]:
+def values(g: Grouped) -> F32:
     """(R, C) the numbers that the codes stand for. Binary32 holds each exactly: 11 bits of the scale times 8."""
     k = g.codes.astype(np.float32) - spread(g.zeros, g.group, g.codes.shape[1])
     return k * spread(g.scales, g.group, g.codes.shape[1])
 
 
-def spread(x: NDArray[np.generic], group: int, cols: int) -> NDArray[np.float32]:
+def spread(x: NDArray[np.generic], group: int, cols: int) -> F32:
     """(R, G) numbers of groups to (R, cols) of columns, as float32."""
     return np.repeat(x.astype(np.float32), group, axis=1)[:, :cols]
 
 
-def storable(scales: ArrayLike) -> NDArray[np.float32]:
+def storable(scales: ArrayLike) -> F32:
     """Scales, shape kept, rounded to normal numbers of binary16, 2**-14 to 65504; ValueError for infinite, negative."""
     x = np.asarray(scales, np.float32)
     if not np.isfinite(x).all() or (x < 0).any():
@@ -157,7 +158,7 @@ def build_unit(g: Grouped) -> tuple[Groups, bytes]:
     return Groups(g.bits, g.group, int(g.zeros.flat[0]) if same else 0, exponent, (a, b, c)), b"".join(lists)
 
 
-def _stored(scales: NDArray[np.float32]) -> tuple[NDArray[np.uint16], int]:
+def _stored(scales: F32) -> tuple[NDArray[np.uint16], int]:
     """Scales as bits of binary16 and the exponent of a factor of all; ValueError where there is none."""
     if scales.size and np.isfinite(scales).all() and scales.min() > 0:
         largest = int(np.frexp(scales.max())[1]) - 16  # which brings the largest to 2**15 and more

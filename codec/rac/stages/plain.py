@@ -10,7 +10,8 @@ import numpy as np
 from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import Box, Grid
-from rac.stages.base import Array, Coder, Context, Head, OpenCoder, check
+from rac.native.prototypes import Array
+from rac.stages.base import Coder, Context, Head, OpenCoder, check
 
 
 class Plain(Coder, OpenCoder):

@@ -11,7 +11,8 @@ import numpy as np
 from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import product
-from rac.stages.base import F32, Product
+from rac.native.prototypes import F32
+from rac.stages.base import Product
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import address
 from rac.native import trellis as native
-from rac.stages.base import F32, Array, Context, Head, Numbers, check, pack_lists, sizes_of, unpack_list
+from rac.native.prototypes import F32, Array
+from rac.stages.base import Context, Head, Numbers, check, pack_lists, sizes_of, unpack_list
 from rac.stages.words import DTYPES, to_words
 
 CODES = {1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}

@@ -28,9 +28,7 @@ def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.con
         jobs: `symbols`, the `first` that escapes, `bases`, `count` of `bytes`, `limit` that tops are below, place in
             `status`, `codes` unless PLACED; `n` `blocks`, lists of `rows` and `columns`, `words` and `stride` of them
             from row to row, `shift`, the bits below a top; `places`.
-        WORD: Bytes of a word.
-        PLACED: Whether words stand in their places already.
-        BLOCK: Escapes at once.
+        FORM: WORD, bytes of a word; PLACED, whether words stand in their places already; BLOCK, escapes at once.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     symbols, first = work + tl.load(job + JOB.symbols), tl.load(job + JOB.first).to(tl.uint32)

@@ -42,11 +42,9 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
         jobs: `codes` and `code_stride` of them from row to row; the `entries` from the group on in which the tile
             begins, G `lists` of them a row, `group` columns each, `left` of the first are left of the tile; `numbers`
             and `stride` of them from row to row; `h`; `w`; `bits_status`, bits of a code | place in status << 8.
-        TO: Data type of the numbers.
-        PAIRS: Whether two codes and two numbers lie at multiples of their bytes, so that each are moved as one word.
-        SAME: Whether columns 2 k and 2 k + 1 have one group.
-        ROWS: Rows of the program, a multiple of 4.
-        COLS: Columns of the program.
+        FORM: TO, the data type of the numbers; PAIRS, whether two codes and two numbers lie at multiples of their
+            bytes, so that each are moved as one word; SAME, whether columns 2 k and 2 k + 1 have one group; ROWS, a
+            multiple of 4, and COLS of the program.
     """
     NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size

@@ -116,11 +116,9 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
             another than that of their bytes.
         jobs: A multiple of BLOCK // SPAN: `states`, `words`, `tables`, `symbols`, `pieces`; place in `status`; `rows`
             of the tile, for the host to sort by; the `first` symbol that escapes; `places` of `escapes` elements.
-        LANES: Lanes of a tile.
-        SPAN: `LANES` rounded up to a power of two.
-        PER: Elements in a symbol; the code of a pair is a ^ b | b << 4, for which fewer threads meet in a bank.
-        BLOCK: Lanes of the program: 32, or SPAN where that is more.
-        ENTRIES: Codes are below; a power of two, at least 16.
+        FORM: LANES of a tile; SPAN, these rounded up to a power of two; PER, elements in a symbol, where the code of a
+            pair is a ^ b | b << 4, for which fewer threads meet in a bank; BLOCK, lanes of the program, 32 or a larger
+            SPAN; ENTRIES, which codes are below, a power of two, at least 16.
     """
     index = tl.arange(0, FORM.BLOCK)
     lane = index % FORM.SPAN

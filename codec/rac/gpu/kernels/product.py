@@ -22,11 +22,8 @@ def product(work, objects, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         out: u8, takes words.
         jobs: `numbers`, `a` (ADDED) and `b`, each with numbers from row to row; `terms`; `words` and `stride` of them
             from row to row; `h`; `w`.
-        WORD: Bytes of a word.
-        HALF: Two bytes are F16 and not BF16.
-        ADDED: Whether t starts as numbers (lowrank/1) or as 0 (basis/1).
-        ROWS: Rows of the program.
-        COLS: Columns of the program.
+        FORM: WORD, bytes of a word; HALF, two bytes are F16 and not BF16; ADDED, whether t starts as numbers
+            (lowrank/1) or as 0 (basis/1); ROWS and COLS of the program.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)

@@ -76,9 +76,8 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         out: u8, takes the numbers.
         jobs: `rows`, `columns`, `entries`, `column_scales`, `row_scales`, `codes`, `numbers` and `stride` of them from
             row to row; `h`; `w`; `step`, what a negative sign does to the state.
-        TO: Data type of the numbers.
-        COLS: Columns of the program, 64 per warp, since a thread reserves shared memory once per column pair.
-        PAIRS: Whether two numbers have 32 bits and lie at multiples of that, so that they are stored as one word.
+        FORM: TO, the data type of the numbers; COLS of the program, 64 per warp, since a thread reserves shared memory
+            once per column pair; PAIRS, whether two numbers have 32 bits and lie at multiples of that: one store.
     """
     NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from rac.decoder import Decoder
 from rac.errors import UnsupportedError
-from rac.gpu.layout import Array, Batch, CoderLayout, NumbersLayout, Place, Rows, Tile
+from rac.gpu.layout import Batch, CoderLayout, NumbersLayout, Place, Rows, Tile
 from rac.gpu.stages.lanes import Lanes
 from rac.gpu.stages.numbers import Groups, Trellis
 from rac.gpu.stages.plain import Bits, Plain
 from rac.gpu.stages.products import Product
 from rac.grid import Band
+from rac.native.prototypes import Array
 from rac.stages.base import Chain
 
 CODERS: dict[str, CoderLayout] = {"raw/1": Plain(), "zstd/1": Plain(), "lanes/1": Lanes(), "bits/1": Bits()}

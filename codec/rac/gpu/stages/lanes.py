@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import LimitError
-from rac.gpu.layout import DEEP, Batch, Call, Codes, Place, Tile, by_row, columns, place, power_of_two, up
+from rac.gpu.layout import DEEP, Batch, Call, Codes, Place, Tile, by_row, columns, place, power_of_two
 from rac.gpu.specs import WARP
 from rac.grid import Box, up16
-from rac.stages.base import Array
+from rac.native.prototypes import Array
 from rac.stages.lanes import layout
 from rac.stages.lanes.opened import OpenLanes
 
@@ -82,7 +82,7 @@ class _Sequence:
         first = np.cumsum((b - a) * (d - c)) - (b - a) * (d - c)
         self.blocks = np.stack([first, a, c, d - c], axis=1).astype(np.int32)
         """Each pair of classes: place of its first element, of its row and column in the lists, columns."""
-        self.rows = np.zeros((s.p.cols, up(h, DEEP)), np.uint32)
+        self.rows = np.zeros((s.p.cols, h + -h % DEEP), np.uint32)
         """Place of the first element of each row, for each class of columns."""
         ranks = np.empty(w, np.int64)
         for at, r0, r1, c0, c1 in zip(*(v.tolist() for v in (first, a, b, c, d)), strict=True):
@@ -104,7 +104,7 @@ class _Coded:
         self.tables = batch.once((id(tile.dec), "lanes"), lambda: _tables(batch, s))
         self.parsed = layout.parse_tile(tile.unit, h * w, p)
         self.sequence = _Sequence(s, tile.box)
-        self.symbols = batch.room(up(h * w + 4, 16))
+        self.symbols = batch.room(h * w + 4)
         self.escaped = batch.room(4 * len(self.parsed.escapes))
         """Places of the elements that escape."""
         self.places = batch.put(self.sequence.rows), batch.put(self.sequence.columns)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from rac.gpu.layout import DEEP, Array, Call, Codes, Place, Tile, across, padded, steps
+from rac.gpu.layout import DEEP, Call, Codes, Place, Tile, across, padded, steps
+from rac.native.prototypes import Array
 from rac.stages.groups import OpenGroups
 from rac.stages.trellis import CODES, OpenTrellis
 from rac.stages.words import DTYPES

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rac.errors import FormatError
 from rac.grid import up16
-from rac.stages.base import Array
+from rac.native.prototypes import Array
 from rac.stages.lanes.parameters import Lanes
 
 

@@ -16,7 +16,8 @@ from rac.container import zstd
 from rac.entropy import tables
 from rac.errors import FormatError
 from rac.grid import Box, Grid
-from rac.stages.base import Array, Job, OpenCoder, Pair
+from rac.native.prototypes import Array
+from rac.stages.base import Job, OpenCoder, Pair
 from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import Lanes, bases, codes
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rac.errors import FormatError
 from rac.grid import Grid, is_int
-from rac.stages.base import Array, Coder, Context, Head, OpenCoder, check
+from rac.native.prototypes import Array
+from rac.stages.base import Coder, Context, Head, OpenCoder, check
 
 MAX_LANES = 1024
 MAX_BASE = 16
