@@ -30,24 +30,20 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        t: Tensor,
-        first: Sequence[bytes | memoryview],
-        reference: bool = False,
-        objects: Sequence[NDArray[np.float32]] = (),
+        self, t: Tensor, first: Sequence[bytes | memoryview], objects: Sequence[NDArray[np.float32]] = ()
     ) -> None:
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
-        self.tensor, self._reference, self._objects = t, reference, objects
+        self.tensor, self._objects = t, objects
         for i, unit in enumerate(first):
             self.check(i, unit)
         chain = t.chain
         with self.at(0):
             shared = b"" if chain.coder.front is None else bytes(first[0])
-            self.coder = chain.coder.open(shared, t.grid, reference)
+            self.coder = chain.coder.open(shared, t.grid)
         self.numbers: OpenNumbers | None = None
         if chain.numbers is not None:
             with self.at(t.first - 1):
-                self.numbers = chain.numbers.open(bytes(first[-1]), t.context, reference)
+                self.numbers = chain.numbers.open(bytes(first[-1]), t.context)
 
     def bare(self) -> Self:
         """A copy without the large tables of the coder, which it makes when it first decodes: to keep, or to use."""
@@ -81,4 +77,4 @@ class Decoder:
         product = self.tensor.chain.product
         assert product is not None  # noqa: S101 - as above
         v = np.ascontiguousarray(found).view(np.float32)
-        put_words(product.join(v, self._objects, box, self._reference), self.tensor.dtype, dst, self._reference)
+        put_words(product.join(v, self._objects, box), self.tensor.dtype, dst)

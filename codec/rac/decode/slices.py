@@ -45,10 +45,9 @@ class Slice:
         return self._tensor.online
 
     def __getitem__(self, key: Any) -> Any:
-        """The part that `key` selects.
+        """The part that `key` selects; IndexError as in numpy, and for a slice that begins or ends outside.
 
-        IndexError as in numpy, and for a slice that begins or ends outside: fewer rows than were asked for would pass
-        for a tensor of another size.
+        Fewer rows than were asked for would pass for a tensor of another size.
         """
         t, shape = self._tensor, self._shape
         key = key if isinstance(key, tuple) else (key,)
@@ -125,7 +124,7 @@ class Slice:
             spans = [(0, t.first)] * (t.first > 0) + [(r + b0, r + b1) for r in rows]
             found = random.read_units(self._archive, t, spans)
             front = [unit.data for unit in found.pop(0)] if t.first else []
-            dec = Decoder(t, front, objects=random.objects(self._archive, t))
+            dec = Decoder(t, front, random.objects(self._archive, t))
             work = Work()
             for (first, _), units in zip(spans[t.first > 0 :], found, strict=True):
                 for i, unit in enumerate(units, first - t.first):

@@ -29,8 +29,7 @@ from rac.tensor import Tensor
 from rac.tensor import parse as parse_tensor
 from rac.tensor import parts as tensor_parts
 
-HEAD = 1 << 16
-"""Bytes that the head of a record is rarely larger than."""
+HEAD = 1 << 16  # bytes that the head of a record is rarely larger than
 
 
 class Stream(Iterator[tuple[str, Any]], AbstractContextManager["Stream"]):
@@ -208,10 +207,7 @@ class Objects:
 
 
 def forward_items(forward: Forward, other: Callable[[Record], None] | None = None) -> Iterator[Item | None]:
-    """Tensors and objects as they go by, None where the next has not arrived yet.
-
-    `other` is called for attachments, positioned at their payload.
-    """
+    """Tensors and objects as they go by, None where the next has not arrived yet; `other` is called at attachments."""
     held = Objects(forward.limits)
     for record in forward.records():
         if record.type not in (RECORD_TENSOR, RECORD_OBJECT):
@@ -238,10 +234,7 @@ def forward_tensors(
     of_object: Callable[[Found], None] | None = None,
     threads: int = 1,
 ) -> Iterator[Found]:
-    """(tensor, words, parts) of every tensor record.
-
-    `other` is called for attachments, positioned at their payload, `of_object` with every object.
-    """
+    """(tensor, words, parts) of every tensor record; `other` is called at attachments, `of_object` with objects."""
     heads: dict[int, list[bytes]] = {}
 
     def noted(item: Item | None) -> Item | None:

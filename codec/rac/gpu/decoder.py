@@ -23,8 +23,7 @@ from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
 RING = 256 << 20
-OLDEST = (8, 0)
-"""Compute capability from which on kernels are compiled and tested."""
+OLDEST = (8, 0)  # compute capability from which on kernels are compiled and tested
 
 
 def interpreted() -> bool:
@@ -100,8 +99,7 @@ class DeviceDecoder:
         self._turn = 0
         self._work: Any = None
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)
-        """Where the offsets of tensors count from."""
+        self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)  # where the offsets of tensors count from
         self._batch: Batch | None = None
         self._alive: list[Any] = []
         self._states: list[tuple[Any, list[tuple[Decoder, int]]]] = []
@@ -172,11 +170,7 @@ class DeviceDecoder:
             return dec.coder.plain(unit, t.grid.box(i))
 
     def flush(self) -> None:
-        """Decode what is waiting, wait for the device, and report what it has found.
-
-        Raises:
-            FormatError, ChecksumError: A tile is wrong; the first is named. Its tensor is not what was packed.
-        """
+        """Decode what is waiting, wait for the device; FormatError or ChecksumError of the first tile that is wrong."""
         self.launch()
         states, self._states = self._states, []
         for status, of in states:

@@ -16,15 +16,11 @@ from rac.grid import Box, up16
 from rac.native.prototypes import Array
 
 T = TypeVar("T")
-GRID = 65535
-"""Programs along the second axis of a grid."""
-PLACE_ROWS, PLACE_COLS = 64, 256
-"""Words of a program of the kernel `place`."""
+GRID = 65535  # programs along the second axis of a grid
+PLACE_ROWS, PLACE_COLS = 64, 256  # words of a program of the kernel `place`
 WIDE = 1 << 21
-WIDE_COLS = 1024
-"""Columns of a program in tiles of more than WIDE columns."""
-DEEP = 4
-"""Rows that kernels read at once."""
+WIDE_COLS = 1024  # columns of a program in tiles of more than WIDE columns
+DEEP = 4  # rows that kernels read at once
 
 
 class Call(NamedTuple):
@@ -34,6 +30,11 @@ class Call(NamedTuple):
     options: tuple[tuple[str, Any], ...]
     source: str = ""
     out: str = "out"
+
+
+def call(kernel: str, source: str = "", out: str = "out", /, **options: Any) -> Call:
+    """A launch of a kernel that is compiled for these options."""
+    return Call(kernel, tuple(options.items()), source, out)
 
 
 class Launch(NamedTuple):
@@ -88,8 +89,7 @@ class Batch:
         self.buffer = np.empty(1 << 16, np.uint8) if buffer is None else buffer
         self.aux = 0
         self.work = 0
-        self.status: list[tuple[Decoder, int]] = []
-        """Tensor and tile of each place in the status array."""
+        self.status: list[tuple[Decoder, int]] = []  # tensor and tile of each place in the status array
         self._jobs: dict[Call, list[Jobs]] = defaultdict(list)
         self._made: dict[tuple[Any, ...], Any] = {}
 
@@ -158,10 +158,8 @@ class Tile(NamedTuple):
     dec: Decoder
     box: Box
     unit: Array
-    at: int
-    """Offset of the unit in `units`, a multiple of 16."""
-    status: int
-    """Place of the tile in the status array."""
+    at: int  # offset of the unit in `units`, a multiple of 16
+    status: int  # place of the tile in the status array
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -173,13 +171,11 @@ class Tile(NamedTuple):
 class Codes(NamedTuple):
     """Words of one byte, or codes of them, that a coder leaves for numbers."""
 
-    source: str
-    """The memory that holds them."""
+    source: str  # the memory that holds them
     at: int
     places: tuple[int, int] | None = None
     """Offsets of rows and columns of places, see `kernels/place.py`; None: row by row."""
-    words: Array | None = None
-    """(256,) the word of each code; None: the codes are the words."""
+    words: Array | None = None  # (256,) the word of each code; None: the codes are the words
 
 
 class CoderLayout(Protocol):
@@ -195,8 +191,7 @@ class CoderLayout(Protocol):
 class NumbersLayout(Protocol):
     """Lays out the jobs that make numbers of words; `opened` is `Decoder.numbers`."""
 
-    anywhere: bool
-    """Whether it takes codes that are not words, and not in the order of rows."""
+    anywhere: bool  # whether it takes codes that are not words, and not in the order of rows
 
     def lay(self, opened: Any, tile: Tile, codes: Codes, to: Place) -> None:
         """Numbers of the data type that the stage was opened with, in their places."""
@@ -208,8 +203,7 @@ class Rows(NamedTuple):
     batch: Batch
     dec: Decoder
     box: Box
-    numbers: int
-    """Their offset in `work`, float32."""
+    numbers: int  # their offset in `work`, float32
 
 
 def by_row(coder: CoderLayout, opened: Any, tile: Tile) -> Codes:
@@ -221,9 +215,10 @@ def by_row(coder: CoderLayout, opened: Any, tile: Tile) -> Codes:
 
 
 def place(
-    tile: Tile, to: Place, form: Mapping[str, int], shape: tuple[int, int], planes: list[int], **fields: Any
+    tile: Tile, to: Place, form: Mapping[str, Any], shape: tuple[int, int], planes: list[int], **fields: Any
 ) -> None:
     """A job of the kernel `place`: `form` has WORD to CODED of it, `fields` is without words, stride, h and w."""
-    options = (*form.items(), ("ROWS", PLACE_ROWS), ("COLS", across(PLACE_COLS, shape[1])))
-    fields |= {"h": shape[0], "w": shape[1], "planes": planes + [0] * (6 - len(planes))}
-    tile.batch.add(Call("place", options, out=to.memory), words=to.at, stride=to.stride, **fields)
+    h, w = shape
+    launch = call("place", "", to.memory, **form, ROWS=PLACE_ROWS, COLS=across(PLACE_COLS, w))
+    planes = planes + [0] * (6 - len(planes))
+    tile.batch.add(launch, words=to.at, stride=to.stride, h=h, w=w, planes=planes, **fields)

@@ -31,8 +31,7 @@ from rac.grid import up16
 from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
-SLACK = 128
-"""Bytes behind a tile that a kernel may read: a word for each lane of a warp."""
+SLACK = 128  # bytes behind a tile that a kernel may read: a word for each lane of a warp
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class _OnDevice:
     """What a device needs besides the bytes of the tiles."""
 
     aux: torch.Tensor
-    last: torch.Tensor
-    """The last tile once more, where less than SLACK is behind it."""
+    last: torch.Tensor  # the last tile once more, where less than SLACK is behind it
     objects: torch.Tensor
     status: torch.Tensor
     launches: list[Launch]

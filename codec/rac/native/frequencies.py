@@ -1,7 +1,4 @@
-"""Frequency tables of lanes/1, between their bytes, integers and look-up entries, and what the encoder makes of counts.
-
-C kernels, or numpy: that of classes is in encode/code/classes.py, that of `golomb` in entropy/tables.py.
-"""
+"""Frequency tables of lanes/1, and classes of counts (encode/code/classes.py): C kernels, or numpy."""
 
 from __future__ import annotations
 

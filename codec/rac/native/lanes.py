@@ -13,10 +13,7 @@ from rac.native.prototypes import TILE_ERRORS, Array, TileJob
 
 
 def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumError], str] | None:
-    """Decode tiles (only where kernels are `available`). None, or of the first that is wrong: its number and the error.
-
-    FormatError where the unit breaks stages/lanes.md, ChecksumError where a lane does not end empty in state 0.
-    """
+    """Decode tiles, where kernels are `available`. None, or of the first that is wrong: its number and the error."""
     lib = library()
     assert lib is not None  # noqa: S101 - the caller asked
     at = ctypes.c_int64()
@@ -29,8 +26,8 @@ def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumE
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:
     """Coded symbols (n,) of one tile in sequence order, in numba; ChecksumError where a lane does not end in state 0.
 
-    luts (T, 4096) uint32, words (W,) uint32 in the order of reading, counts (L,) uint16 words per lane with L <= 1024,
-    segments (S, 2) int64 of (symbols, table). The caller has checked that counts sum to W and segments to n.
+    luts (T, 4096) uint32, words (W,) uint32 in the order of reading, counts (L,) words of each lane, which sum to W,
+    segments (S, 2) of (symbols, table), which sum to n.
     """
     from rac.native import fallback
 
@@ -43,10 +40,7 @@ def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int
 def encode_lanes(
     symbols: NDArray[np.uint8], lanes: int, segments: NDArray[np.int64], model: NDArray[np.uint64]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]] | None:
-    """(words in the order of reading, words of each lane) of coded symbols; `model` as `symbol_model` makes it.
-
-    None where the C kernel is not there.
-    """
+    """(words in the order of reading, words of each lane) of symbols, by `symbol_model`; None without a kernel."""
     lib = library()
     if lib is None:
         return None
@@ -72,10 +66,7 @@ def symbol_model(freq: NDArray[np.uint16], same: NDArray[np.uint8]) -> NDArray[n
 
 
 def pair(sym: NDArray[np.uint8], sizes: NDArray[np.int64], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Base symbols (n,) below 16 to pairs table[a + 16 b], segment by segment of `sizes` elements.
-
-    An odd last one is paired with symbol 0.
-    """
+    """Base symbols (n,) below 16 to pairs table[a + 16 b], by segments of `sizes`; an odd last one is paired with 0."""
     lib = library()
     if lib is not None:
         out = np.empty(int(((sizes + 1) // 2).sum()), np.uint8)

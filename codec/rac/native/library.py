@@ -82,10 +82,7 @@ _instead: list[Library | None] = []
 
 
 def library() -> Library | None:
-    """The library in use, or None (with one warning) where none was built, or RAC_NO_NATIVE is set.
-
-    UnsupportedError where RAC_CPU names an instruction set that is not there.
-    """
+    """The library in use; None, with one warning, where none was built, and without where RAC_NO_NATIVE is set."""
     return _instead[-1] if _instead else _chosen()
 
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-VERSION = 19
-"""Changes with any function or structure."""
+VERSION = 19  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -65,21 +64,13 @@ class Flat:
 
 
 class Dequant(ctypes.Structure):
-    """What the words of a tensor stand for (stages/trellis.md): the same for all of its tiles.
-
-    rec is (256,) float32, the magnitude of each word; even says whether it goes in equal steps; size is that of an
-    element in bytes, 4 for F32 and 2 for BF16.
-    """
+    """What the words of a tensor stand for, see src/rac.h."""
 
     _fields_ = _fields("at rec; i32 h0 h1 zero even size")
 
 
 class TileShared(ctypes.Structure):
-    """What all tiles of a tensor share under lanes/1 (stages/lanes.md).
-
-    luts is (T, 4096) uint32 as `lookup` makes it, values (256,) uint16 the top of each base symbol, bases uint32 that
-    of each escape, table (Kr, Kc) uint8 the table of each pair of classes; tops are below limit.
-    """
+    """What all tiles of a tensor share under lanes/1, see src/tile.h."""
 
     _fields_ = _fields(
         "at luts values bases table;"
@@ -88,12 +79,7 @@ class TileShared(ctypes.Structure):
 
 
 class TileJob(ctypes.Structure):
-    """One tile to be decoded; all pointers are addresses.
-
-    unit and size are the bytes of its unit; row_class and col_class the classes of its rows and columns, 0 where there
-    is one; dst its first element in the dense tensor, stride the elements from row to row. shared is a TileShared.
-    numbers is a Dequant, with row and col the float32 scales of the tile's rows and columns; 0: the words are wanted.
-    """
+    """One tile to be decoded, see src/tile.h."""
 
     _fields_ = _fields("at unit; i64 size; at row_class col_class dst; i64 rows cols stride; at shared numbers row col")
 

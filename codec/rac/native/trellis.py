@@ -16,10 +16,9 @@ _SIZES = {"F32": 4, "BF16": 2}
 
 
 def dequant(rec: F32, even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
-    """What the words of a tensor stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
+    """What words stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
 
-    `rec` (256,) are the magnitudes of words, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1),
-    `zero` the word that stands for 0, `dtype` that of the elements.
+    `rec` (256,) are their magnitudes, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1).
     """
     if library() is None or dtype not in _SIZES:
         return None
@@ -81,14 +80,10 @@ class Search:
 class Quantised(NamedTuple):
     """What a block of columns became."""
 
-    integers: NDArray[np.int16]
-    """(n, m)."""
-    values: F32
-    """(n, m)."""
-    outliers: NDArray[np.uint8]
-    """(n, m) whether the value is the target itself."""
-    fine: NDArray[np.int8]
-    """(n,) `Search.fine` of each column."""
+    integers: NDArray[np.int16]  # (n, m)
+    values: F32  # (n, m)
+    outliers: NDArray[np.uint8]  # (n, m) whether the value is the target itself
+    fine: NDArray[np.int8]  # (n,) `Search.fine` of each column
 
 
 def block(search: Search, plain: F32, target: F32, feed: F32, step: F32) -> Quantised:

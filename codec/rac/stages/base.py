@@ -33,8 +33,7 @@ class Context:
     dtype: str
     rows: int
     cols: int
-    word: int
-    """Bytes of a word that the coder restores."""
+    word: int  # bytes of a word that the coder restores
 
 
 class Stage(Protocol):
@@ -79,8 +78,7 @@ class OpenCoder(Protocol):
 class Coder(Stage, Protocol):
     """The first stage of every record: restores words."""
 
-    resident: ClassVar[bool] = False
-    """Whether a layer whose weight it stores is worth keeping compressed in memory."""
+    resident: ClassVar[bool] = False  # whether a layer whose weight it stores is worth keeping compressed in memory
 
     @property
     def front(self) -> int | None:
@@ -103,8 +101,8 @@ class Coder(Stage, Protocol):
         check(head, {}, cls.id)
         return cls()
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> OpenCoder:
-        """Parse the front unit (empty where there is none), FormatError; `reference`: decode without kernels."""
+    def open(self, unit: bytes, grid: Grid) -> OpenCoder:
+        """Parse the front unit (empty where there is none); FormatError where it breaks the format."""
 
     def details(self) -> Mapping[str, int]:
         """What `rac info` says of a quantised tensor: "row_classes", "column_classes", "tables" (0: none)."""
@@ -139,8 +137,7 @@ class OpenNumbers(Protocol):
 class Numbers(Stage, Protocol):
     """A stage behind the coder: words of one byte to numbers that are near those which were packed."""
 
-    sections: ClassVar[tuple[str, ...]]
-    """What its unit consists of, for people, in the order of `section_sizes`."""
+    sections: ClassVar[tuple[str, ...]]  # what its unit consists of, for people, in the order of `section_sizes`
 
     @property
     def front(self) -> int:
@@ -155,7 +152,7 @@ class Numbers(Stage, Protocol):
     def from_head(cls, head: Head, context: Context) -> Self:
         """Check every parameter of the stage map; FormatError or UnsupportedError."""
 
-    def open(self, unit: bytes, context: Context, reference: bool) -> OpenNumbers:
+    def open(self, unit: bytes, context: Context) -> OpenNumbers:
         """Parse the unit; `context.dtype` is what the numbers become. FormatError where it breaks the format."""
 
     def details(self, dtype: str) -> Mapping[str, Any]:
@@ -165,14 +162,10 @@ class Numbers(Stage, Protocol):
 class Product(Stage, Protocol):
     """A stage behind numbers of binary32: computes with objects, in an order that the format fixes."""
 
-    behind: ClassVar[tuple[str, ...]]
-    """The numbers that it may follow."""
-    objects: ClassVar[int]
-    """How many objects it uses."""
-    column: ClassVar[tuple[str, Any]]
-    """A name for `detail`, and its value for tensors without this stage."""
-    whole_rows: ClassVar[bool]
-    """Whether any column of the result needs all columns of the numbers."""
+    behind: ClassVar[tuple[str, ...]]  # the numbers that it may follow
+    objects: ClassVar[int]  # how many objects it uses
+    column: ClassVar[tuple[str, Any]]  # a name for `detail`, and its value for tensors without this stage
+    whole_rows: ClassVar[bool]  # whether any column of the result needs all columns of the numbers
 
     @classmethod
     def from_head(cls, head: Head) -> Self:
@@ -183,7 +176,7 @@ class Product(Stage, Protocol):
     def check(self, shapes: Sequence[tuple[int, ...]], rows: int, cols: int) -> None:
         """FormatError unless objects of these shapes serve a tensor of rows x cols."""
 
-    def join(self, v: F32, objects: Sequence[F32], box: Box, reference: bool) -> F32:
+    def join(self, v: F32, objects: Sequence[F32], box: Box) -> F32:
         """The part `box` of the tensor, (h, w), from the numbers `v` of its rows, which may be changed.
 
         `v` is (h, w), or (h, C) where `whole_rows`.
@@ -200,8 +193,7 @@ class Chain:
     coder: Coder
     numbers: Numbers | None = None
     product: Product | None = None
-    fronts: tuple[int, ...] = field(init=False)
-    """Bytes of each unit in front of the tiles."""
+    fronts: tuple[int, ...] = field(init=False)  # bytes of each unit in front of the tiles
 
     def __post_init__(self) -> None:
         each = (self.coder.front, None if self.numbers is None else self.numbers.front)

@@ -68,10 +68,10 @@ def check(unit: NDArray[np.uint8], n: int, bits: int) -> None:
             raise FormatError("plane ends in non-zero bits")
 
 
-def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) -> NDArray[np.uint8]:
+def unpack(unit: NDArray[np.uint8], n: int, bits: int) -> NDArray[np.uint8]:
     """Words (n,) out of the unit (bytes,) of a tile; FormatError unless all of it fits."""
     check(unit, n, bits)
-    found = None if reference else native_words.unpack(np.ascontiguousarray(unit), n, bits)
+    found = native_words.unpack(np.ascontiguousarray(unit), n, bits)
     if found is not None:
         return found
     cuts = planes(n, bits)[0]

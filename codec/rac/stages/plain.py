@@ -17,7 +17,7 @@ from rac.stages.base import Coder, Context, Head, OpenCoder, check
 class Plain(Coder, OpenCoder):
     """A coder without front unit and kernel, which is open as it is."""
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> Self:
+    def open(self, unit: bytes, grid: Grid) -> Self:
         """The coder itself: there is no unit to parse."""
         return self
 

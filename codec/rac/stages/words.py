@@ -10,8 +10,7 @@ from rac.native import product
 from rac.native.prototypes import F32, Array
 
 DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
-QUIET = {"F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}
-"""The NaN that a computed one becomes."""
+QUIET = {"F32": 0x7FC00000, "F16": 0x7E00, "BF16": 0x7FC0}  # the NaN that a computed one becomes
 
 
 def from_words(words: Array, dtype: str) -> F32:
@@ -33,7 +32,7 @@ def to_words(v: F32, dtype: str) -> Array:
     return np.where(nan, bits.dtype.type(QUIET[dtype]), bits) if nan.any() else bits
 
 
-def put_words(v: F32, dtype: str, dst: Array, reference: bool = False) -> None:
+def put_words(v: F32, dtype: str, dst: Array) -> None:
     """`to_words` of contiguous numbers into `dst`, contiguous words of their shape."""
-    if reference or not product.rounded(v, dtype, dst):
+    if not product.rounded(v, dtype, dst):
         dst[...] = to_words(v, dtype)

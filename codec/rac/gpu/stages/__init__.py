@@ -8,9 +8,8 @@ from rac.decoder import Decoder
 from rac.errors import UnsupportedError
 from rac.gpu.layout import Batch, CoderLayout, NumbersLayout, Place, Rows, Tile
 from rac.gpu.stages.lanes import Lanes
-from rac.gpu.stages.numbers import Groups, Trellis
+from rac.gpu.stages.numbers import Groups, Product, Trellis
 from rac.gpu.stages.plain import Bits, Plain
-from rac.gpu.stages.products import Product
 from rac.grid import Band
 from rac.native.prototypes import Array
 from rac.stages.base import Chain
@@ -29,7 +28,7 @@ def require(chain: Chain) -> None:
 
 
 class BandLayout:
-    """Where the tiles of a band, one of `Tensor.bands`, go, and what follows them; `at`: offset in `out` of the tensor.
+    """Where the tiles of a band go, and what follows them; `at`: offset of the tensor in `out`.
 
     Where the tensor has a product, `batch` takes in the whole band; else any batch may take each tile.
     """

@@ -47,8 +47,7 @@ class Tile:
     counts: NDArray[np.uint16]
     words: NDArray[np.uint32]
     escapes: NDArray[np.uint8]
-    planes: list[int]
-    """Offsets of the raw planes."""
+    planes: list[int]  # offsets of the raw planes
 
 
 def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
@@ -105,16 +104,13 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
 def build_tile(
     words: Array, counts: Array, escapes: bytes, planes: Sequence[bytes | memoryview], p: Lanes
 ) -> memoryview:
-    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, raw planes as stored.
-
-    The copies are numpy's, which makes them outside the interpreter's lock.
-    """
+    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, planes as stored."""
     directory = len(escapes).to_bytes(4, "little")
     if p.packed:
         directory += np.array([len(plane) for plane in planes], "<u4").tobytes()
     directory += counts.astype("<u2").tobytes()
     pieces = [np.frombuffer(d, np.uint8) for d in (directory, words.astype("<u4", copy=False), escapes, *planes)]
-    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)
+    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)  # numpy copies outside the interpreter's lock
     at = 0
     for piece in pieces:
         end = at + len(piece)
@@ -130,12 +126,9 @@ class Order:
 
     rows: NDArray[np.int32] | None
     cols: NDArray[np.int32] | None
-    blocks: NDArray[np.int64]
-    """(B, 5): table, first and last + 1 place in `rows`, the same in `cols`."""
-    sizes: NDArray[np.int64]
-    """(S,) elements of each segment: all blocks of one table."""
-    segments: NDArray[np.int64]
-    """(S, 2): coded symbols, table."""
+    blocks: NDArray[np.int64]  # (B, 5): table, first and last + 1 place in `rows`, the same in `cols`
+    sizes: NDArray[np.int64]  # (S,) elements of each segment: all blocks of one table
+    segments: NDArray[np.int64]  # (S, 2): coded symbols, table
 
 
 def order(p: Lanes, row_class: Array | None, col_class: Array | None, h: int, w: int, table: Array) -> Order:

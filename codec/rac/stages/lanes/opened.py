@@ -1,4 +1,4 @@
-"""lanes/1: the shared unit, and tiles to words: jobs of the C kernel, numba, or the reference (constriction)."""
+"""lanes/1: the shared unit, and tiles to words: jobs of the C kernel, or numba and numpy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class OpenLanes(OpenCoder):
         limit: Tops are below it.
     """
 
-    def __init__(self, unit: bytes, p: Lanes, grid: Grid, reference: bool = False) -> None:
+    def __init__(self, unit: bytes, p: Lanes, grid: Grid) -> None:
         """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
         t, r, c = p.sizes
         if len(unit) != p.front:
@@ -48,7 +48,7 @@ class OpenLanes(OpenCoder):
             raise FormatError("class map names a table that is not there")
         self.values, self.bases, self.code = p.values(), bases(p.escapes), codes(p.base, p.first_escape, p.per)
         self.limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
-        self._word, self._reference = grid.word, reference
+        self._word = grid.word
         self._lut: NDArray[np.uint32] | None = None
         self._kernel: Job | None = None
         self._lock = threading.Lock()
@@ -66,8 +66,8 @@ class OpenLanes(OpenCoder):
         return self._lut
 
     def kernel(self) -> Job | None:
-        """What makes jobs of the C kernel; None where it was not built, or the reference was asked for."""
-        if self._reference or not native.available():
+        """What makes jobs of the C kernel; None where it was not built."""
+        if not native.available():
             return None
         with self._lock:  # a second set of tables would be freed while jobs have its address
             if self._kernel is None:
@@ -95,7 +95,8 @@ class OpenLanes(OpenCoder):
         p, (h, w) = self.p, dst.shape
         unit, order = self.plain(unit, box), self.order(box)
         tile = layout.parse_tile(unit, h * w, p)
-        tops = self._tops(_elements(self._symbols(tile, order), p, order), tile)
+        coded = native.ans_decode(self.lut(), tile.words, tile.counts, order.segments, int(order.segments[:, 0].sum()))
+        tops = self._tops(_elements(coded, p, order), tile)
         planes = [unit.data[a : a + n] for a, n in zip(tile.planes, p.plane_sizes(h * w), strict=True)]
         flat = layout.join(tops, layout.unpack_planes(planes, h * w, p.planes()), p, dst.itemsize)
         rows = np.arange(h) if order.rows is None else order.rows
@@ -111,13 +112,6 @@ class OpenLanes(OpenCoder):
         rows = None if self.rows is None else self.rows[r0:r1]
         cols = None if self.cols is None else self.cols[c0:c1]
         return layout.order(self.p, rows, cols, r1 - r0, c1 - c0, self.table)
-
-    def _symbols(self, tile: layout.Tile, order: layout.Order) -> Array:
-        """`code` of every coded symbol, in sequence order."""
-        coded = int(order.segments[:, 0].sum())
-        if self._reference:
-            return self.code[_symbols(tile, self.freq, order.segments, coded)]
-        return native.ans_decode(self.lut(), tile.words, tile.counts, order.segments, coded)
 
     def _tops(self, base: Array, tile: layout.Tile) -> NDArray[np.uint64]:
         """Tops (n,) of base symbols (n,) in sequence order."""
@@ -137,23 +131,6 @@ def _job(kept: Any, at: tuple[int, int, int], unit: Pair, box: Box, place: Pair,
     rows, cols = by_row and by_row + r0, by_col and by_col + c0
     row, col, what = numbers or (0, 0, 0)
     return native.TileJob(*unit, rows, cols, to, r1 - r0, c1 - c0, stride, shared, what, row + 4 * r0, col + 4 * c0)
-
-
-def _symbols(tile: layout.Tile, freq: NDArray[np.uint16], segments: NDArray[np.int64], n: int) -> NDArray[np.uint8]:
-    """Coded symbols (n,) of a tile by the reference, constriction, one lane after the other: slow."""
-    from rac.entropy.ans import Models
-    from rac.entropy.interleave import split
-
-    models, out = Models(freq), np.empty(n, np.uint8)
-    sizes, tables_, count = segments[:, 0].tolist(), segments[:, 1].tolist(), len(tile.counts)
-    streams = split(tile.words, tile.counts, freq, segments)
-    for lane, (words, steps) in enumerate(zip(streams, layout.lane_steps_all(segments, count).tolist(), strict=True)):
-        symbols = models.decode(words, list(zip(steps, tables_, strict=True)))
-        done = start = 0
-        for k, size in zip(steps, sizes, strict=True):
-            out[start + lane : start + size : count] = symbols[done : done + k]
-            done, start = done + k, start + size
-    return out
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:

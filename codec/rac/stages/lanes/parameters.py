@@ -15,8 +15,7 @@ from rac.native.prototypes import Array
 from rac.stages.base import Coder, Context, Head, OpenCoder, check
 
 MAX_LANES = 1024
-MAX_BASE = 16
-"""Base symbols that pairs may be made of."""
+MAX_BASE = 16  # base symbols that pairs may be made of
 
 
 def cut_planes(raw: int) -> list[tuple[int, int]]:
@@ -168,11 +167,11 @@ class Lanes(Coder):
         small |= {"sign": bool(head["sign"]), "packed": bool(head["packed"])}
         return cls(**small, runs=tuple(runs), escapes=tuple(escapes), sizes=tuple(sizes))
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> OpenCoder:
+    def open(self, unit: bytes, grid: Grid) -> OpenCoder:
         """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
         from rac.stages.lanes.opened import OpenLanes
 
-        return OpenLanes(unit, self, grid, reference)
+        return OpenLanes(unit, self, grid)
 
     def details(self) -> dict[str, int]:
         """Number of classes and of tables."""
