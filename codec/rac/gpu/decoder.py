@@ -130,7 +130,7 @@ class DeviceDecoder:
         dec = Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
-        matrices = [self._object(o) for o in objects[: len(t.uses)]]
+        matrices = [self._torch.as_tensor(o).to(self.device).contiguous() for o in objects[: len(t.uses)]]
         try:
             self._tiles(dec, iter(units), matrices, base, checked)
         finally:
@@ -239,8 +239,3 @@ class DeviceDecoder:
             return self._torch.empty(shape, dtype=torch_dtype(t.dtype), device=self.device)
         except self._torch.OutOfMemoryError as e:
             raise LimitError(f"{self.device} lacks the memory for {t.nbytes} bytes", unit=repr(t.name)) from e
-
-    def _object(self, o: Any) -> Any:
-        """A float32 matrix on the device, contiguous rows."""
-        m = self._torch.from_numpy(np.ascontiguousarray(o)) if isinstance(o, np.ndarray) else o
-        return m.to(self.device, non_blocking=False).contiguous()

@@ -34,34 +34,22 @@ def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst
 
 @dataclass(slots=True)
 class Search:
-    """How the columns of a tensor are quantised.
+    """How the columns of a tensor are quantised (src/quantise.h)."""
 
-    Attributes:
-        states: States of the trellis, 4 to 256, or 1: none, each number alone.
-        code: (H0, H1).
-        lane: Rows after which the trellis begins anew.
-        rec: (2 K + 1,) magnitudes of the integers -K..K.
-        rate: (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row.
-        fine: (Q,) how many quarter octaves finer than its step a column of that deviation is coded; -1: not at all.
-        low: Quarter octaves of deviation / step of the first of the Q.
-        row: (m,) class of each row, or None for one class.
-        far: Units from which on a target is an outlier, whose value is the target itself.
-        below: (m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within
-            each block; None: rows know nothing of each other. 32 states and more.
-        lag: Blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors.
-    """
-
-    states: int
-    code: tuple[int, int]
-    lane: int
-    rec: F32
-    rate: F32
-    far: float
+    states: int  # of the trellis, 4 to 256; 1: none, each number alone
+    code: tuple[int, int]  # (H0, H1)
+    lane: int  # rows after which the trellis begins anew
+    rec: F32  # (2 K + 1,) magnitudes of the integers -K..K
+    rate: F32  # (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row
+    far: float  # units from which on a target is an outlier, whose value is the target itself
     fine: NDArray[np.int8] = field(default_factory=lambda: np.zeros(1, np.int8))
-    low: int = 0
-    row: NDArray[np.uint8] | None = None
+    """(Q,) how many quarter octaves finer than its step a column of that deviation is coded; -1: not at all."""
+    low: int = 0  # quarter octaves of deviation / step of the first of the Q
+    row: NDArray[np.uint8] | None = None  # (m,) class of each row; None: one class
     below: F32 | None = None
-    lag: int = 6
+    """(m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within each
+    block; None: rows know nothing of each other. 32 states and more."""
+    lag: int = 6  # blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors
     _back: F32 | None = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 /* Trellis-coded quantisation, for the encoder: what search.c, shape.c and quantise.c share. */
-#ifndef RAC_QUANTISE_H
-#define RAC_QUANTISE_H
+#pragma once
 #include "rac.h"
 
 /* How the columns of a tensor are quantised (native/trellis.py, Search) */
@@ -73,4 +72,3 @@ INLINED rac_order rac_order_of(const rac_search *t) {
 
 void rac_viterbi(const rac_search *s, const rac_column *c, const rac_room *room);
 int rac_shaped(const rac_search *s, const rac_column *c);
-#endif

@@ -23,31 +23,21 @@ from rac.stages.lanes.parameters import Lanes, bases, codes
 
 
 class OpenLanes(OpenCoder):
-    """The shared unit of a record: frequency tables, class of every row and column, class pair to table.
-
-    Attributes:
-        p: The parameters.
-        freq: (T, symbols) uint16 frequency tables, each of sum 4096.
-        rows, cols: (R,) and (C,) uint8 class of every row and column; None where there is one class.
-        table: (Kr, Kc) uint8 table of each pair of classes.
-        values, bases: (256,) uint16 top of each base symbol, and uint32 base of each escape.
-        code: (symbols,) uint8 a coded symbol as its base symbol, or as a | b << 4 for a pair.
-        limit: Tops are below it.
-    """
+    """The shared unit of a record: frequency tables, class of every row and column, class pair to table."""
 
     def __init__(self, unit: bytes, p: Lanes, grid: Grid) -> None:
         """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
         t, r, c = p.sizes
         if len(unit) != p.front:
             raise FormatError("shared unit does not have the size of its sections")
-        self.p, self.freq = p, tables.from_bytes(unit[:t], p.tables, p.symbols, p.order)
-        self.rows = _classes(unit[t : t + r], grid.rows, p.rows)
-        self.cols = _classes(unit[t + r : t + r + c], grid.cols, p.cols)
-        self.table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
+        self.p, self.freq = p, tables.from_bytes(unit[:t], p.tables, p.symbols, p.order)  # (T, symbols) uint16
+        self.rows = _classes(unit[t : t + r], grid.rows, p.rows)  # (R,) uint8; None where there is one class
+        self.cols = _classes(unit[t + r : t + r + c], grid.cols, p.cols)  # (C,) uint8; None where there is one class
+        self.table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)  # of each pair of classes
         if (self.table >= p.tables).any():
             raise FormatError("class map names a table that is not there")
         self.values, self.bases, self.code = p.values(), bases(p.escapes), codes(p.base, p.first_escape, p.per)
-        self.limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
+        self.limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)  # tops are below it
         self._word = grid.word
         self._lut: NDArray[np.uint32] | None = None
         self._kernel: Job | None = None

@@ -18,8 +18,9 @@ MAX_LANES = 1024
 MAX_BASE = 16  # base symbols that pairs may be made of
 
 
+@functools.cache
 def cut_planes(raw: int) -> list[tuple[int, int]]:
-    """(bits, position of its lowest bit) of each plane of `raw` bits, largest first."""
+    """(bits, position of its lowest bit) of each plane of `raw` bits, largest first. Not to be written to."""
     sizes = [b for b in (32, 16, 8, 4, 2, 1) if raw & b]
     return [(b, sum(sizes[:k])) for k, b in enumerate(sizes)]
 
