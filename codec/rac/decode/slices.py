@@ -83,10 +83,10 @@ class Slice:
                 box.append((i % n, i % n + 1))
                 rest.append(0)
         found = self._read(box)[tuple(rest)]
-        part, shape = np.ascontiguousarray(found).reshape(-1), np.shape(found)
-        if t.dtype != "F4":
-            return frameworks.to_framework(part, t.dtype, shape, self._framework, self._device)
-        return frameworks.to_framework(part, t.dtype, (2 * part.size,), self._framework, self._device).reshape(shape)
+        part = np.ascontiguousarray(found).reshape(-1)
+        elements = (part.size * (2 if t.dtype == "F4" else 1),)
+        out = frameworks.to_framework(part, t.dtype, elements, self._framework, self._device)
+        return out.reshape(np.shape(found))
 
     def _read(self, box: list[tuple[int, int]]) -> Array:
         """Elements of the box, as unsigned integers or, for C64, as complex numbers."""

@@ -128,9 +128,10 @@ class Batch:
     def add(self, call: Call, **fields: Any) -> None:
         """A job of a kernel, all of whose fields are given; or as many jobs as the arrays of all fields have."""
         dtype = KERNELS[call.kernel].job
-        if fields.keys() != set(dtype.names or ()):
-            raise TypeError(f"the fields of a job of {call.kernel} are {', '.join(dtype.names or ())}")
-        jobs = np.empty(np.shape(fields[(dtype.names or "")[0]]) or 1, dtype)
+        names = dtype.names or ()
+        if fields.keys() != set(names):
+            raise TypeError(f"the fields of a job of {call.kernel} are {', '.join(names)}")
+        jobs = np.empty(np.shape(fields[names[0]]) or 1, dtype)
         for name, value in fields.items():
             jobs[name] = value
         self._jobs[call].append(jobs)

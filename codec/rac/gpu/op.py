@@ -110,10 +110,8 @@ class Packed:
         require(self.tensor.chain)
         batch, host = Batch(), data.cpu().numpy()
         late, last = self._late(data)
-        places, end = [], 0
-        for o in self.objects:
-            places.append((end, o.shape[1]))
-            end += o.nbytes
+        starts = itertools.accumulate((o.nbytes for o in self.objects), initial=0)
+        places = [(start, o.shape[1]) for start, o in zip(starts, self.objects, strict=False)]
         objects = np.concatenate([o.reshape(-1) for o in self.objects] or [np.zeros(1, np.float32)])
         for band in self.tensor.bands():
             layout = BandLayout(batch, self.decoder, band, 0)

@@ -4,8 +4,6 @@ Plain triton cannot index shared memory, count a population or vote; the interpr
 memory is an array of numpy, and the same addresses are computed.
 """
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

@@ -4,8 +4,6 @@ The kernel of the lanes has noted the places of the symbols that escape; here ea
 thread.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

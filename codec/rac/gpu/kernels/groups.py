@@ -4,8 +4,6 @@ A thread walks down two neighbouring columns. Codes and zeros become floats as t
 conversion, and whose difference is exact.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -8,8 +8,6 @@ that the table is copied into shared memory, where they wait for banks and not f
 than two tiles, each with a table of its own, it stays in global memory.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Kernel: outliers to their places (format_spec/stages/trellis.md, section 5)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

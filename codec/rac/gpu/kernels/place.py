@@ -1,7 +1,5 @@
 """Kernel: symbols and raw planes to words in their places (format_spec/stages/lanes.md, sections 8, 9 and 11)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

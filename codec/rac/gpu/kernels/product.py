@@ -4,8 +4,6 @@ Every term is rounded before it is added, so that there are no tensor cores and 
 launched with enable_fp_fusion=False.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Kernel: frequency tables to look-up tables (format_spec/stages/lanes.md, section 6)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -5,8 +5,6 @@ highest: that is the sign of the number, and the state moves on by a shift to th
 its magnitude and what the word does to the state; the entries are copied into shared memory.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

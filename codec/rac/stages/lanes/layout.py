@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import up16
 from rac.native.prototypes import Array
@@ -76,8 +77,8 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
     return Tile(counts, coded, unit[e : e + escapes], planes)
 
 
-def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, int], bytes]) -> Array:
-    """`unit` with its compressed planes (frames shorter than the plane) replaced by plain ones."""
+def plain_tile(unit: Array, n: int, p: Lanes) -> Array:
+    """`unit` with its compressed planes (frames shorter than the plane) replaced by plain ones, and their sizes."""
     if len(unit) < p.directory:
         raise FormatError("tile is shorter than its directory")
     stored = unit[4 : 4 + p.skip].view("<u4").tolist()
@@ -91,12 +92,13 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
         raise FormatError("tile streams do not fill the unit exactly")
     out = np.zeros(at + sum(map(up16, sizes)), np.uint8)
     out[:at] = unit[:at]
+    out[4 : 4 + p.skip] = np.array(sizes, "<u4").view(np.uint8)
     to = at
     for a, b in zip(stored, sizes, strict=True):
         data = unit[at : at + a]
         if unit[at + a : at + up16(a)].any():
             raise FormatError("padding is not zero")
-        out[to : to + b] = data if a == b else np.frombuffer(decompress(data.data, b), np.uint8)
+        out[to : to + b] = data if a == b else np.frombuffer(zstd.decompress(data.data, b), np.uint8)
         at, to = at + up16(a), to + up16(b)
     return out
 

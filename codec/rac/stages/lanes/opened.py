@@ -72,13 +72,9 @@ class OpenLanes(OpenCoder):
 
     def plain(self, unit: Array, box: Box) -> Array:
         """The unit (bytes,) uint8 of a tile with plain planes; FormatError where a frame is damaged."""
-        p, n = self.p, (box.r1 - box.r0) * (box.c1 - box.c0)
-        if not p.packed or not p.raw:
+        if not self.p.skip:
             return unit
-        out = layout.plain_tile(unit, n, p, zstd.decompress)
-        if out is not unit:
-            out[4 : 4 + p.skip] = np.array(p.plane_sizes(n), "<u4").view(np.uint8)
-        return out
+        return layout.plain_tile(unit, (box.r1 - box.r0) * (box.c1 - box.c0), self.p)
 
     def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
         """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words, without the C kernel."""
