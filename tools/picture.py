@@ -68,13 +68,15 @@ def draw(found: list[Point]) -> str:
     ours = [place(bits, kl) for name, bits, kl in found if not name]
     out.append(f'<path d="M{" L".join(f"{x} {y}" for x, y in ours)}" fill="none" stroke="{OURS}" stroke-width="2"/>')
     out += [f'<circle cx="{x}" cy="{y}" r="4" fill="{OURS}"/>' for x, y in ours]
-    out.append(text(ours[0][0] - 4, ours[0][1] + 24, "RAC", f'fill="{OURS}" font-weight="bold"'))
+    out.append(text(ours[0][0] - 12, ours[0][1] + 30, "RAC", f'fill="{OURS}" font-weight="bold"'))
     for name, bits, kl in found:
         if name:
             x, y = place(bits, kl)
             out.append(f'<path d="M{x - 4} {y - 4}l8 8m0 -8l-8 8" stroke="{THEIRS}" stroke-width="2"/>')
             close = any(b == bits and kl < k < 1.5 * kl for _, b, k in found)  # to the label of one right above
-            out.append(text(x + 8, y + (10 if close else 4), name, f'fill="{THEIRS}"'))
+            before = any(n and 0 < b - bits < 0.5 and 0.9 < k / kl < 1.1 for n, b, k in found)  # another at its right
+            anchor = 'text-anchor="end" ' if before else ""
+            out.append(text(x + (-8 if before else 8), y + (10 if close else 4), name, f'{anchor}fill="{THEIRS}"'))
     out.append(text(RIGHT - 8, TOP + 18, "crosses: llama.cpp", f'fill="{THEIRS}" text-anchor="end"'))
     return "\n".join([*out, "</svg>", ""])
 

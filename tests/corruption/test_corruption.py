@@ -42,12 +42,13 @@ def flipped(bit: int, data: bytes = DATA) -> bytes:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_bit(part: int) -> None:
+    """Every bit by random access, and one of every byte forward: what is read is checked by sums, not bit by bit."""
     unseen = []
     for bit in range(part, 8 * len(DATA), PARTS):
         data = flipped(bit)
         if not refused("rac_random", data) and not refused("rac_verify", data):
             unseen.append(("random access", bit))
-        if not refused("rac_forward", data):
+        if bit % 8 == bit // 8 % 8 and not refused("rac_forward", data):
             unseen.append(("forward", bit))
     assert unseen == []
 

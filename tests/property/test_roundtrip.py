@@ -418,7 +418,7 @@ def test_kernels_agree_on_damage(data):
     assert t.chain.method == "lanes/1"
     ((shared_unit, unit, *_),) = ld.read_units(archive, t, [(0, len(t.units))])
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
-    for _ in range(20):
+    for _ in range(10):
         bad = unit.copy()
         end = len(unit) if rng.random() < 0.7 else 2 * t.chain.coder.directory
         bad[rng.integers(0, end, rng.integers(1, 3))] ^= np.uint8(1 << rng.integers(0, 8))

@@ -189,9 +189,8 @@ def decode(
                 if job.cancel():  # nobody has begun with it
                     work.run()
         finally:
-            for job in jobs:
-                job.cancel()
-            wait(jobs)  # nobody writes to `out` any more when one has failed
+            # nobody writes to `out` any more when one has failed; of those taken back `wait` would wait for a thread
+            wait([job for job in jobs if not job.cancel()])
         for job in jobs:
             if not job.cancelled():
                 job.result()

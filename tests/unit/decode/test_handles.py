@@ -48,7 +48,7 @@ def test_what_nobody_refers_to_is_closed(path, use):
         before = held()
         for _ in range(5):
             USES[use](path)
-        assert held() == before
+        assert all(now <= was for now, was in zip(held(), before, strict=True))  # others' may end meanwhile
     finally:
         gc.enable()
 
@@ -61,7 +61,7 @@ def test_shards(path, tmp_path):
     before = held()
     for _ in range(3):
         rac.open(tmp_path / "s").get_tensor("w1")
-    assert held() == before
+    assert all(now <= was for now, was in zip(held(), before, strict=True))
 
 
 def test_a_slice_outlives_its_file_and_says_when_that_was_closed(path):

@@ -286,12 +286,13 @@ def test_the_caller_does_what_nobody_has_begun(archive, weights):
     for layer in (*layers, layers[0]):
         layer(x)
     held, go = threading.Event(), threading.Event()
-    workspace.executor().submit(lambda: (held.set(), go.wait(60)))  # its only thread is busy
+    busy = workspace.executor().submit(lambda: (held.set(), go.wait(60)))  # its only thread is busy
     assert held.wait(60)
     for _ in range(2):
         for layer, w in zip(layers, weights.values(), strict=True):
             assert torch.equal(layer(x), torch.nn.functional.linear(x, w))
             assert torch.equal(layer.dense(), w)
+    assert not busy.done()
     go.set()
 
 
