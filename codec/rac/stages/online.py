@@ -9,16 +9,13 @@ from rac.errors import FormatError, UnsupportedError
 from rac.linalg import hadamard
 from rac.records import Online
 from rac.registry import ONLINE
+from rac.stages.base import Head
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def parse(
-    value: dict[str, Any],
-    dtype: str,
-    shape: tuple[int, ...],
-    shape_of: Callable[[str], tuple[int, ...] | None],
-    at: int,
+    value: Head, dtype: str, shape: tuple[int, ...], shape_of: Callable[[str], tuple[int, ...] | None], at: int
 ) -> Online:
     """The map `online` of a tensor of `shape` at `at`; `shape_of` an object that stands before it, None: there is none.
 
