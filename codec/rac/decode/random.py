@@ -119,10 +119,7 @@ def ranges(entries: Sequence[Entry]) -> list[tuple[int, int]]:
 
 
 def load(
-    archive: Archive,
-    entries: Sequence[Entry],
-    engine: Engine | int = 1,
-    done: Callable[[Tensor], None] | None = None,
+    archive: Archive, entries: Sequence[Entry], engine: Engine | int = 1, done: Callable[[Tensor], None] | None = None
 ) -> Iterator[tuple[Tensor, Any]]:
     """What `engine` (or a CPU engine of so many threads) makes of each entry, in order; all their bytes are checked."""
     if isinstance(engine, int):

@@ -121,10 +121,8 @@ class DeviceDecoder:
             objects: The matrices that the tensor uses, float32: arrays, or torch tensors on the device.
             checked: Whether the checksums of the tiles were compared before.
 
-        Raises:
-            FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
-            LimitError: The memory of the device is too small for the tensor.
-            UnsupportedError: No kernel is for a stage of the tensor.
+        FormatError or ChecksumError where a unit breaks the format, and what only decoding shows out of `flush`;
+        LimitError where the device lacks the memory, UnsupportedError where it has no kernel for a stage.
         """
         require(t.chain)
         dec = Decoder(t, first)

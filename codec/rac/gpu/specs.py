@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 Jobs = NDArray[np.void]  # (n,) jobs of a kernel, of the dtype of its row
 Options = Mapping[str, Any]  # constants that a kernel is compiled for, by the names that they have there
 MEMORIES = ("units", "aux", "work", "out", "objects", "status", "source")
-"""What a kernel may ask for: stored bytes of tiles, what the host lays out, what kernels leave for each other, the
-tensors, the objects, a status for each tile, and the one of these that a launch reads codes from. All are uint8 but for
-`status`, int32."""
+"""What a kernel may ask for: stored bytes of tiles, what the host lays out, what kernels leave for each other, tensors,
+objects, a status of each tile, int32, and the one of these, which are else uint8, that a launch reads codes from."""
 WARP = 32
 
 
