@@ -23,20 +23,20 @@ class Decoder:
     """Decodes the units of one tensor, in any order and from any thread: `coder`, and `numbers` behind it, are open."""
 
     def __init__(
-        self, t: Tensor, first: Sequence[bytes | memoryview], reference: bool = False, objects: Sequence[Array] = ()
+        self, t: Tensor, first: Sequence[bytes | memoryview], objects: Sequence[NDArray[np.float32]] = ()
     ) -> None:
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
-        self.tensor, self._reference, self._objects = t, reference, objects
+        self.tensor, self._objects = t, objects
         for i, unit in enumerate(first):
             self.check(i, unit)
         chain = t.chain
         with self.at(0):
             shared = b"" if chain.coder.front is None else bytes(first[0])
-            self.coder = chain.coder.open(shared, t.grid, reference)
-        self.numbers: Any = None
+            self.coder = chain.coder.open(shared, t.grid)
+        self.numbers: Any = None  # OpenNumbers where the chain has numbers; who calls `finish` knows
         if chain.numbers is not None:
             with self.at(t.first - 1):
-                self.numbers = chain.numbers.open(bytes(first[-1]), t.context, reference)
+                self.numbers = chain.numbers.open(bytes(first[-1]), t.context)
 
     def bare(self) -> Self:
         """A copy without the large tables of the coder, which it makes when it first decodes: to keep, or to use."""
@@ -65,4 +65,4 @@ class Decoder:
         """Words `dst` of the part `box` from binary32 `found` (h, w), or (h, C) for whole rows, which may change."""
         product: Any = self.tensor.chain.product
         v = np.ascontiguousarray(found).view(np.float32)
-        put_words(product.join(v, self._objects, box, self._reference), self.tensor.dtype, dst, self._reference)
+        put_words(product.join(v, self._objects, box), self.tensor.dtype, dst)

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import native
 from rac.decoder import Decoder
 from rac.grid import Band, Box, boxes
+from rac.native.prototypes import Array
 from rac.stages.base import OpenNumbers
 from rac.tensor import Tensor, numbers
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +87,10 @@ class Work:
         self._held: list[Array] = []
 
     def add(self, dec: Decoder, tiles: range, data: Array, place: Place, plain: bool = False) -> None:
-        """Check the bytes of tiles and take them in.
+        """Check the bytes of tiles, whose numbers follow each other, and take them in.
 
-        Args:
-            dec: The decoder of their tensor.
-            tiles: Their numbers, one after the other.
-            data: (bytes,) as they lie in the file, with the padding between them; it stays until `run` is done.
-            place: Where they go; it stays, too.
-            plain: They were checked before, and Zstandard frames in them expanded (`OpenCoder.plain`); one tile.
+        `data` (bytes,) are as they lie in the file, with the padding between them; they stay until `run` is done, as
+        does the `place` where words go. `plain`: one tile, checked before, its Zstandard frames expanded.
         """
         t, kernel, out = dec.tensor, dec.coder.kernel(), place.words
         first, framed = t.first, t.chain.coder.framed
@@ -115,9 +109,11 @@ class Work:
                 if patches:
                     self._patches.append((dec.numbers, box, place.part(box)))  # type: ignore[arg-type]
             else:
-                words = self._words(box)
+                h, w = box.r1 - box.r0, box.c1 - box.c0
+                self._held.append(_scratch.take(h * w))
+                words = self._held[-1][: h * w].reshape(h, w)
                 self._numbers.append((dec, k, words, place.part(box)))
-                where = native.address(words), box.c1 - box.c0
+                where = native.address(words), w
             if kernel is None:
                 raw = data[start : start + length]
                 self._others.append((dec, k, raw, place.part(box) if words is None else words, plain))
@@ -128,15 +124,8 @@ class Work:
                     raw = dec.coder.plain(data[start : start + length], box)
                 self._alive.append(raw)
                 source = native.address(raw), len(raw)
-            self._jobs.append(kernel.job(source, box, where, fused))
+            self._jobs.append(kernel(source, box, where, fused))
             self._of.append((dec, k))
-
-    def _words(self, box: Box) -> Array:
-        """Room for the words of a tile, (h, w) uint8."""
-        h, w = box.r1 - box.r0, box.c1 - box.c0
-        held = _scratch.take(h * w)
-        self._held.append(held)
-        return held[: h * w].reshape(h, w)
 
     def join(self, dec: Decoder, found: Array, dst: Array, box: Box) -> None:
         """`Decoder.join`, once all tiles are decoded."""

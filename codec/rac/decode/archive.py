@@ -6,8 +6,8 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from rac import frameworks
 from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
-from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
 from rac.decode import random
 from rac.decode.attachments import attachment_bytes, attachment_units
@@ -31,8 +30,6 @@ from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import Tensor
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.rac$")
-
-
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -54,10 +51,9 @@ def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) ->
         if len(first) != 1:
             raise SourceError(f"{len(first)} archives in this folder; name the .rac file", file=name)
         name = os.path.join(name, first[0])
-    first_archive = Archive(open_access(name), limits)
-    out = [first_archive]
+    out = [Archive(open_access(name), limits)]
     try:
-        k, n = first_archive.header.get("shard", [1, 1])
+        k, n = out[0].header.get("shard", [1, 1])
         match = _SHARD.search(name)
         if n > 1 and (not match or (int(match[1]), int(match[2])) != (k, n)):
             raise SourceError(f"is shard {k} of {n}; its name must end in -{k:05d}-of-{n:05d}.rac", file=name)
@@ -75,7 +71,7 @@ def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) ->
     return out
 
 
-class RacFile:
+class RacFile(AbstractContextManager["RacFile"]):
     """An open archive, used like `safetensors.safe_open`.
 
     Args:
@@ -117,28 +113,25 @@ class RacFile:
             self.archives = open_archives(path, limits)
         else:
             self.archives = [Archive(_access(path), limits)]
-        self._tensors: dict[str, tuple[Archive, Entry]] = {}
-        self._files: dict[str, tuple[Archive, Entry]] = {}
         try:
-            for archive in self.archives:
-                for name, entry in entries_by_name(archive.index).items():
-                    if name in self._tensors:
-                        raise FormatError(f"tensor {name!r} is in two shards", file=archive.access.name)
-                    self._tensors[name] = (archive, entry)
-                for entry in archive.index.entries:
-                    if entry.type == RECORD_ATTACHMENT:
-                        if entry.name in self._files:
-                            raise FormatError(f"attachment {entry.name!r} is in two shards", file=archive.access.name)
-                        self._files[entry.name] = (archive, entry)
+            self._tensors = self._named("tensor", RECORD_TENSOR)
+            self._files = self._named("attachment", RECORD_ATTACHMENT)
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> RacFile:
-        """The file itself."""
-        return self
+    def _named(self, what: str, kind: int) -> dict[str, tuple[Archive, Entry]]:
+        """Where everything of a kind is, by each of its names; FormatError where one is in two shards."""
+        out: dict[str, tuple[Archive, Entry]] = {}
+        rows = [(archive, e) for archive in self.archives for e in archive.index.entries if e.type == kind]
+        for archive, e in rows:
+            for name in (e.name, *(a for a, _ in e.aliases)):
+                if name in out:
+                    raise FormatError(f"{what} {name!r} is in two shards", file=archive.access.name)
+                out[name] = archive, e
+        return out
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 
@@ -189,8 +182,7 @@ class RacFile:
         out: dict[str, Any] = {}
         ((stated, value),) = random.load(archive, [entry], self._engines["raise"])
         frameworks.put(replace(stated, aliases=()), value, self._framework, self._device, out)
-        (found,) = out.values()
-        return stated, found
+        return stated, out[stated.name]
 
     def online(self, name: str) -> Transform | None:
         """What the layer of a weight does to its input before it (format_spec/stages/online.md); None: nothing.
@@ -198,19 +190,17 @@ class RacFile:
         With `t = f.online(name)` the layer computes `f.get_tensor(name) @ t.apply(x)`; `t.fold` gives the weight of a
         layer without it. Reads the head of the record, and an object where there is one.
         """
-        archive, entry = self._find(self._tensors, name, "tensor")
-        record = archive.record(entry)
-        with InFile(archive.access.name, repr(name)):
-            t = random.parse(archive, record)
-        return random.transform(archive, t)
+        return random.transform(*self._parsed(name))
 
     def get_slice(self, name: str) -> Slice:
         """A lazy view: `f.get_slice(n)[10:20, :]` reads and decodes only the tiles that it needs."""
+        return Slice(*self._parsed(name), self._framework, self._device)
+
+    def _parsed(self, name: str) -> tuple[Archive, Tensor]:
         archive, entry = self._find(self._tensors, name, "tensor")
         record = archive.record(entry)
         with InFile(archive.access.name, repr(name)):
-            t = random.parse(archive, record)
-        return Slice(archive, t, self._framework, self._device)
+            return archive, random.parse(archive, record)
 
     @property
     def decoder(self) -> str:

@@ -17,28 +17,25 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import native
 from rac.container.access import InFile
 from rac.container.feed import Held, Trace
+from rac.container.forward import Walk
 from rac.cpu.work import Place, Work, target
 from rac.decoder import Decoder
 from rac.errors import RacError, SourceError, TruncatedError
 from rac.grid import Band, Box, boxes
+from rac.native.prototypes import F32, Array
 from rac.registry import RECORD_OBJECT
 from rac.tensor import Tensor, empty
 
-Array = NDArray[Any]
 RING = 256 << 20
 """Bytes that may be held beyond the tensors themselves: half for what is read ahead, half for tensors in work."""
 LEAST = 1 << 16
-GROUP = 1 << 20
-"""Stored bytes of a job."""
-SCRATCH = 1 << 20
-"""Bytes of intermediate words of a job."""
-RUN = 1 << 17
-"""Stored bytes of small tiles that are taken in one go: each call costs some microseconds."""
+GROUP = 1 << 20  # stored bytes of a job
+SCRATCH = 1 << 20  # bytes of intermediate words of a job
+RUN = 1 << 17  # stored bytes of small tiles that are taken in one go: each call costs some microseconds
 Loaded = tuple[Tensor, Array]
 Damaged = dict[str, RacError]
 
@@ -47,11 +44,7 @@ def _always() -> bool:
     return True
 
 
-class Take(Protocol):
-    """How an item gives its bytes."""
-
-    def __call__(self, i: int, n: int = 1) -> tuple[memoryview, Held | None]:
-        """As `Item.take` says."""
+Take = Callable[..., tuple[memoryview, Held | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +53,15 @@ class Item:
 
     file: str
     t: Tensor
-    take: Take
-    """The bytes of unit i, each once and in their order, unchecked; and what to give back. With n, those of the units
-    i..i + n - 1 and the padding between them."""
-    objects: Callable[[], list[NDArray[np.float32]]]
-    """The matrices that it uses."""
-    keep: Callable[[Array | None], None]
-    """Called with the words of an object, None where it is damaged."""
-    late: Callable[[], bool] = lambda: False
-    """True where taking it would have to wait for bytes to arrive."""
+    take: Take  # `take_units` of it, but for the first two arguments
+    objects: Callable[[], list[F32]]  # the matrices that it uses
+    keep: Callable[[Array | None], None]  # called with the words of an object, None where it is damaged
+    late: Callable[[], bool] = lambda: False  # True where taking it would have to wait for bytes to arrive
+
+
+def take_units(walk: Walk, t: Tensor, i: int, n: int = 1) -> tuple[memoryview, Held | None]:
+    """The bytes of units i..i + n - 1, which come next, with the padding between them, unchecked; what to give back."""
+    return walk.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
 
 
 def first_units(item: Item) -> list[bytes]:
@@ -85,67 +78,60 @@ def first_units(item: Item) -> list[bytes]:
 class Engine(Protocol):
     """Decodes what goes by."""
 
-    name: str
-    """What decodes, for people."""
-    ring: int
-    """Bytes that may be held beyond the tensors."""
-    reference: bool
+    name: str  # what decodes, for people
+    ring: int  # bytes that may be held beyond the tensors
     trace: Trace | None
-
-    @property
-    def allocate(self) -> Callable[[int], memoryview] | None:
-        """Makes the buffers to read into; None: any memory does."""
 
     def run(self, items: Iterator[Item | None]) -> Iterator[tuple[Tensor, Any]]:
         """(tensor, its words (R, C) as an array, or the finished torch tensor) of each item, in order.
 
-        Between items, None says that nothing more has arrived: time to hand out what is there.
-        Objects are among them, always as arrays. Tensors that are damaged are not: they are in the mapping that the
-        engine was made with, or end the run with their error.
+        An item None says that nothing more has arrived: time to hand out what is there. Objects come as arrays. Tensors
+        that are damaged are in the mapping that the engine was made with, or end the run with their error.
         """
+
+
+def note(damaged: Damaged, t: Tensor, e: RacError) -> None:
+    """Take in the error of a tensor under all its names."""
+    for name in (t.name, *(a for a, _ in t.aliases)):
+        damaged[name] = e.with_traceback(None)  # which would keep the tensor
 
 
 class _Later:
     """A tensor's decoder, which the thread makes that needs it first: tables and lists take a tenth of all the work."""
 
     def __init__(self, make: Callable[[], Decoder]) -> None:
-        self._make: Callable[[], Decoder] | None = make
-        self._made: Decoder | None = None
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()
+        self._make, self._lock = make, threading.Lock()
 
     def __call__(self) -> Decoder:
-        """The decoder; the error that making it ended in, every time."""
         with self._lock:
-            if self._make is not None:
-                try:
-                    self._made = self._make()
-                except RacError as e:
-                    self._error = e
-                self._make = None
-        if self._error is not None:
-            raise self._error
-        assert self._made is not None  # noqa: S101
-        return self._made
+            made = self._make()
+            self._make = lambda: made
+            return made
+
+
+_Tiles = tuple[_Later, range, Array, Place]
+_Join = tuple[_Later, Array, Array, Box]
 
 
 class _Job:
     """Tiles that one thread checks and decodes in one go."""
 
-    def __init__(self, file: str, trace: Trace | None) -> None:
-        self.todo, self.held = list[Callable[[Work], None]](), list[Held]()
+    def __init__(self, trace: Trace | None) -> None:
+        self.tiles, self.joins = list[_Tiles](), list[_Join]()
+        self.held = list[Held]()
         self.size = self.scratch = self.dense = 0
         self.done: Future[None] | None = None
-        self.file, self._trace = file, trace
+        self.file, self._trace = "", trace
 
     def run(self) -> None:
         """Decode, and give the buffers back."""
-        start = time.monotonic()
+        start, work = time.monotonic(), Work()
         try:
             with InFile(self.file):
-                work = Work()
-                for add in self.todo:
-                    add(work)
+                for dec, tiles, data, place in self.tiles:
+                    work.add(dec(), tiles, data, place)
+                for dec, found, dst, box in self.joins:
+                    work.join(dec(), found, dst, box)
                 work.run()
         finally:
             self.give()
@@ -156,14 +142,10 @@ class _Job:
         """True where it was given out, and is done."""
         return self.done is not None and self.done.done()
 
-    def wait(self) -> None:
-        """Until it is done, well or not."""
-        if self.done is not None:
-            self.done.exception()
-
     def give(self) -> None:
         """Let go of everything."""
-        self.todo.clear()
+        self.tiles.clear()
+        self.joins.clear()
         held, self.held = self.held, []
         for h in held:
             h.give()
@@ -178,23 +160,11 @@ class _Pending:
     jobs: list[_Job] = field(default_factory=list)
     error: RacError | None = None
 
-    def finished(self) -> bool:
-        """True where no job is left to wait for."""
-        return all(job.finished() for job in self.jobs)
-
     def release(self) -> Loaded:
         """The tensor, which is not referred to from here any more."""
         assert self.out is not None  # noqa: S101
         out, self.out = self.out, None
         return self.item.t, out
-
-
-def _add(dec: _Later, tiles: range, data: Array, place: Place, work: Work) -> None:
-    work.add(dec(), tiles, data, place)
-
-
-def _join(dec: _Later, found: Array, dst: Array, box: Box, work: Work) -> None:
-    work.join(dec(), found, dst, box)
 
 
 def _run(t: Tensor, i: int, end: int) -> int:
@@ -209,28 +179,20 @@ def _run(t: Tensor, i: int, end: int) -> int:
 class Cpu:
     """The decoder that runs on the CPU: C kernels, or numba in their place."""
 
-    allocate: Callable[[int], memoryview] | None = None
-
     def __init__(
-        self,
-        threads: int,
-        ring: int = RING,
-        damaged: Damaged | None = None,
-        reference: bool = False,
-        trace: Trace | None = None,
+        self, threads: int, ring: int = RING, damaged: Damaged | None = None, trace: Trace | None = None
     ) -> None:
         """`damaged`: takes in the errors of tensors that are damaged, instead of raising the first."""
         if ring < LEAST:
             raise ValueError(f"ring must be at least {LEAST} bytes")
-        kernel = "constriction" if reference else native.kernel()
-        self.name = f"CPU ({kernel}, {threads} thread{'s' * (threads > 1)})"
-        self.ring, self.reference, self.trace = ring, reference, trace
+        self.name = f"CPU ({native.kernel()}, {threads} thread{'s' * (threads > 1)})"
+        self.ring, self.trace = ring, trace
         self._threads, self._damaged = threads, damaged
         self._window, self._apart, self._most = ring // 2, ring // 8, max(ring // 8, SCRATCH)
         self._reset()
 
     def _reset(self) -> None:
-        self._job = _Job("", self.trace)
+        self._job = _Job(self.trace)
         self._busy = deque[_Job]()
         self._waiting = deque[_Pending]()
         self._held = 0
@@ -267,21 +229,31 @@ class Cpu:
                 job.give()
 
     def _hand_out(self, more: Callable[[], bool]) -> Iterator[Loaded]:
-        """The tensors in work, in order, while `more()`; each is waited for."""
+        """The tensors in work that are not damaged, in order, while `more()`; each is waited for."""
         while self._waiting and more():
-            if (p := self._pop()) is not None:
+            p = self._waiting[0]
+            self._wait(p)
+            self._waiting.popleft()
+            self._held -= p.item.t.nbytes
+            if p.error is None:
                 yield p.release()
+            elif self._damaged is not None:
+                note(self._damaged, p.item.t, p.error)
 
     def _due(self) -> bool:
         """Whether the first tensor in work is done, or those that wait behind it hold too much memory."""
-        return self._waiting[0].finished() or (self._held > self._window and len(self._waiting) > 1)
+        done = all(job.finished() for job in self._waiting[0].jobs)
+        return done or (self._held > self._window and len(self._waiting) > 1)
 
     def _add(self, item: Item) -> None:
         """Take in a tensor; its jobs are given out as they become large enough."""
         p = _Pending(item)
         with InFile(item.file, repr(item.t.name)):
             try:
-                self._tiles(p, item)
+                dec = _Later(partial(Decoder, item.t, first_units(item), item.objects()))
+                p.out = empty(item.t)
+                for band in item.t.bands():
+                    self._band(p, dec, band, p.out)
             except (TruncatedError, SourceError):
                 raise
             except RacError as e:
@@ -296,19 +268,12 @@ class Cpu:
             self._wait(p)
             item.keep(p.out if p.error is None else None)
 
-    def _tiles(self, p: _Pending, item: Item) -> None:
-        dec = _Later(partial(Decoder, item.t, first_units(item), self.reference, item.objects()))
-        p.out = empty(item.t)
-        for band in item.t.bands():
-            self._band(p, dec, band, p.out)
-
     def _band(self, p: _Pending, dec: _Later, band: Band, out: Array) -> None:
         """Take in the tiles of a band, and the product behind them."""
         item, t = p.item, p.item.t
-        place, whole = target(t, band, Place(out)), t.chain.product is None
-        if not whole:
+        place, i, end = target(t, band, Place(out)), band.tiles.start, band.tiles.stop
+        if t.chain.product is not None:
             self._job.scratch += place.words.nbytes
-        i, end = band.tiles.start, band.tiles.stop
         while i < end:
             n = _run(t, i, end)
             view, held = item.take(i + t.first, n)
@@ -320,18 +285,19 @@ class Cpu:
             job.file = item.file
             if held:
                 job.held.append(held)
-            job.todo.append(partial(_add, dec, range(i, i + n), np.frombuffer(view, np.uint8), place))
+            job.tiles.append((dec, range(i, i + n), np.frombuffer(view, np.uint8), place))
             job.size += len(view)
             elements = sum((b.r1 - b.r0) * (b.c1 - b.c0) for b in boxes(t.grid)[i : i + n])
             job.dense += elements * t.word
             job.scratch += elements if t.quantised else 0
             i += n
-            if t.chain.product is not None and i == end:
-                whole = True
-                job.todo.append(partial(_join, dec, place.words, out[band.box.r0 : band.box.r1], band.box))
             if not p.jobs or p.jobs[-1] is not job:
                 p.jobs.append(job)
-            if whole and (job.size >= GROUP or job.scratch >= SCRATCH):
+            if t.chain.product is not None:  # a band is joined by the job that has its last tiles, and all of them
+                if i < end:
+                    continue
+                job.joins.append((dec, place.words, out[band.box.r0 : band.box.r1], band.box))
+            if job.size >= GROUP or job.scratch >= SCRATCH:
                 self._submit()
 
     def _submit(self, last: bool = False) -> None:
@@ -339,11 +305,10 @@ class Cpu:
         job = self._job
         if not job.size and not job.dense:
             return
-        self._job = _Job("", self.trace)
-        while self._busy and (
-            self._busy[0].finished() or sum(j.scratch for j in self._busy) + job.scratch > self._most
-        ):
-            self._busy.popleft().wait()
+        self._job = _Job(self.trace)
+        while (busy := self._busy) and (busy[0].finished() or sum(j.scratch for j in busy) + job.scratch > self._most):
+            if (done := busy.popleft().done) is not None:
+                done.exception()  # until it is done, well or not
         if self._threads == 1 or (last and self._pool is None):
             job.done = Future()
             try:
@@ -370,16 +335,3 @@ class Cpu:
                     raise
                 p.error = p.error or e
         p.jobs.clear()
-
-    def _pop(self) -> _Pending | None:
-        """The first tensor, None where it is damaged."""
-        p = self._waiting[0]
-        self._wait(p)
-        self._waiting.popleft()
-        self._held -= p.item.t.nbytes
-        if p.error is None:
-            return p
-        assert self._damaged is not None  # noqa: S101
-        for name in (p.item.t.name, *(a for a, _ in p.item.t.aliases)):
-            self._damaged[name] = p.error.with_traceback(None)  # which would keep the tensor
-        return None

@@ -1,14 +1,6 @@
 """Decoding on a GPU, seen from the host: what it is given, when it is waited for, and what decodes where it cannot.
 
-The kernels are in `rac.gpu.decoder`, which is imported where a CUDA device is asked for. It offers
-
-    why_not(device) -> str | None                  why its kernels cannot be used there
-    DeviceDecoder(device, ring)                    ring: bytes that it may hold, on host and device, beside the tensors
-        .add(tensor, first, units, objects)        -> torch.Tensor, which is whole and checked once `flush` has returned
-        .flush()                                   wait for the device; the error of what it found wrong
-
-`first` are the units in front of the tiles, `units` an iterable of those of the tiles, each of which `add` checks and
-copies into its own pinned memory before it asks for the next; `objects` are float32 matrices.
+The kernels are in `rac.gpu.decoder`, which is imported where a CUDA device is asked for: `why_not` and `DeviceDecoder`.
 """
 
 from __future__ import annotations
@@ -25,7 +17,7 @@ from numpy.typing import NDArray
 from rac import frameworks
 from rac.container.access import InFile
 from rac.container.feed import Trace
-from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, first_units
+from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, first_units, note
 from rac.errors import LimitError, RacError, SourceError, TruncatedError
 from rac.registry import RECORD_OBJECT
 from rac.tensor import Tensor
@@ -66,9 +58,6 @@ def engine_for(
 class Gpu:
     """Hands units to a device as they come, and tensors out in the order of the file."""
 
-    reference = False
-    allocate = None
-
     def __init__(self, cuda: Any, device: str, ring: int, damaged: Damaged | None, trace: Trace | None) -> None:
         self.name = f"Triton on {device}"
         self.ring, self.trace = ring, trace
@@ -98,8 +87,7 @@ class Gpu:
                     if self._damaged is None:
                         raise
                     batch.drop()
-                    for name in (item.t.name, *(a for a, _ in item.t.aliases)):
-                        self._damaged[name] = e.with_traceback(None)
+                    note(self._damaged, item.t, e)
             yield from ready
         yield from batch.flush()
 
@@ -109,10 +97,8 @@ class _Batch:
 
     def __init__(self, decoder: Any, device: str, trace: Trace | None) -> None:
         self._decoder, self._device, self._trace = decoder, device, trace
-        self._tensors: list[tuple[Tensor, Any]] = []
         self._start = 0.0
-        self.size = 0
-        """Dense bytes of these tensors."""
+        self.drop()
 
     def add(self, item: Item) -> None:
         """Give a tensor to the device."""
@@ -136,8 +122,9 @@ class _Batch:
         return out
 
     def drop(self) -> None:
-        """Forget what is not finished."""
-        self._tensors, self.size, self._start = [], 0, 0.0
+        """Forget what is not finished; `size` are the dense bytes of what came since."""
+        self._tensors: list[tuple[Tensor, Any]] = []
+        self.size, self._start = 0, 0.0
 
 
 def _units(item: Item) -> Iterator[NDArray[np.uint8]]:

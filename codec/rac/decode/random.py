@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.container.access import InFile
 from rac.container.feed import Feed, RangeRing
 from rac.container.forward import Walk
 from rac.container.index import check_type, match
 from rac.container.reader import Archive
-from rac.decode.engine import Cpu, Engine, Item
-from rac.decoder import Decoder
+from rac.decode.engine import Cpu, Engine, Item, take_units
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
+from rac.native.prototypes import F32, Array
 from rac.records import Entry, Record
 from rac.tensor import Tensor
 from rac.tensor import parse as parse_tensor
 
-Array = NDArray[Any]
-GAP = 1 << 16
-"""Bytes between two records that are read along: less than the cost of one more request."""
+GAP = 1 << 16  # bytes between two records that are read along: less than the cost of one more request
 
 
 def spans(pieces: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
@@ -42,32 +40,25 @@ def spans(pieces: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
 def read_units(archive: Archive, t: Tensor, ranges: Sequence[tuple[int, int]]) -> list[list[Array]]:
     """Bytes of the units first..last - 1 of each range; neighbours are read at once, the others side by side."""
     access = archive.access
-    places = [_span(t, first, last) for first, last in ranges]
-    merged = spans(places, 64)
+    chosen = [t.units[first:last] for first, last in ranges]
+    places = [(t.record.payload + u[0].offset, u[-1].offset + u[-1].size - u[0].offset) for u in chosen]
     buffers: dict[int, Array] = {}
-    for at, size in merged:
+    for at, size in spans(places, 64):
         if at + size > access.size:
             raise FormatError("unit lies outside the file", offset=at)
         buffers[at] = np.empty(size, np.uint8)
-    if len(merged) > 1 and access.parallel > 1:
-        with ThreadPoolExecutor(min(access.parallel, len(merged)), "rac-read") as pool:
+    if len(buffers) > 1 and access.parallel > 1:
+        with ThreadPoolExecutor(min(access.parallel, len(buffers)), "rac-read") as pool:
             list(pool.map(lambda at: access.read_into(at, buffers[at].data), buffers))
     else:
         for at, buffer in buffers.items():
             access.read_into(at, buffer.data)
     out, starts = [], sorted(buffers)
-    for (at, _), (first, last) in zip(places, ranges, strict=True):
-        start = starts[int(np.searchsorted(starts, at, "right")) - 1]
+    for (at, _), units in zip(places, chosen, strict=True):
+        start = starts[bisect.bisect(starts, at) - 1]
         base = t.record.payload - start
-        units = t.units[first:last]
         out.append([buffers[start][base + u.offset : base + u.offset + u.size] for u in units])
     return out
-
-
-def _span(t: Tensor, first: int, last: int) -> tuple[int, int]:
-    """Place and size of the units first..last - 1."""
-    start = t.units[first].offset
-    return t.record.payload + start, t.units[last - 1].offset + t.units[last - 1].size - start
 
 
 def parse(archive: Archive, record: Record) -> Tensor:
@@ -80,16 +71,16 @@ def parse(archive: Archive, record: Record) -> Tensor:
     return parse_tensor(record, archive.limits, shape_of)
 
 
-def objects(archive: Archive, t: Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
+def objects(archive: Archive, t: Tensor) -> list[F32]:
     """The matrices that a tensor uses, decoded once for an archive and kept (limits.objects bounds them all)."""
-    return [_object(archive, name, reference) for name in t.uses]
+    return [_object(archive, name) for name in t.uses]
 
 
-def _object(archive: Archive, name: str, reference: bool = False) -> NDArray[np.float32]:
+def _object(archive: Archive, name: str) -> F32:
     if name not in archive.kept:
-        for _ in load(archive, [archive.objects[name]], 1, reference=reference):
+        for _ in load(archive, [archive.objects[name]]):
             pass
-    found: NDArray[np.float32] = archive.kept[name]
+    found: F32 = archive.kept[name]
     return found
 
 
@@ -100,12 +91,7 @@ def transform(archive: Archive, t: Tensor) -> Transform | None:
     return Transform(t.online, t.shape[1], _object(archive, t.online.object) if t.online.object else None)
 
 
-def decoder(archive: Archive, t: Tensor, first: Sequence[Array], reference: bool = False) -> Decoder:
-    """Decoder of a tensor from its first units; its objects are read."""
-    return Decoder(t, [unit.data for unit in first], reference, objects(archive, t, reference))
-
-
-def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: bool = False) -> Iterator[Item]:
+def items(archive: Archive, entries: Sequence[Entry], feed: Feed) -> Iterator[Item]:
     """What the records of `entries` hold, in their order; `feed` has the bytes of `ranges`."""
     walk = Walk(feed, archive.access.name, archive.limits)
     for e in entries:
@@ -118,14 +104,11 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: boo
             match(e, record)
             t = parse(archive, record)
 
-        def take(i: int, n: int = 1, t: Tensor = t) -> Any:
-            return walk.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
-
         def keep(words: Array | None, name: str = t.name) -> None:
             if words is not None:
                 archive.kept[name] = words.view(np.float32)
 
-        yield Item(archive.access.name, t, take, partial(objects, archive, t, reference), keep)
+        yield Item(archive.access.name, t, partial(take_units, walk, t), partial(objects, archive, t), keep)
         with InFile(archive.access.name, repr(e.name)):
             walk.skip(record)
 
@@ -136,18 +119,14 @@ def ranges(entries: Sequence[Entry]) -> list[tuple[int, int]]:
 
 
 def load(
-    archive: Archive,
-    entries: Sequence[Entry],
-    engine: Engine | int = 1,
-    done: Callable[[Tensor], None] | None = None,
-    reference: bool = False,
+    archive: Archive, entries: Sequence[Entry], engine: Engine | int = 1, done: Callable[[Tensor], None] | None = None
 ) -> Iterator[tuple[Tensor, Any]]:
     """What `engine` (or a CPU engine of so many threads) makes of each entry, in order; all their bytes are checked."""
     if isinstance(engine, int):
-        engine = Cpu(engine, reference=reference)
-    feed = RangeRing(archive.access, ranges(entries), engine.ring // 2, engine.allocate, engine.trace)
+        engine = Cpu(engine)
+    feed = RangeRing(archive.access, ranges(entries), engine.ring // 2, trace=engine.trace)
     try:
-        for loaded in engine.run(items(archive, entries, feed, engine.reference)):
+        for loaded in engine.run(items(archive, entries, feed)):
             if done:
                 done(loaded[0])
             yield loaded

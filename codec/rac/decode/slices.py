@@ -6,7 +6,6 @@ import operator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.container.access import InFile
@@ -14,11 +13,11 @@ from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
 from rac.cpu.work import Place, Work
 from rac.decode import random
+from rac.decoder import Decoder
 from rac.grid import Box
+from rac.native.prototypes import Array
 from rac.records import Online
 from rac.tensor import Tensor, numbers
-
-Array = NDArray[Any]
 
 
 class Slice:
@@ -46,29 +45,29 @@ class Slice:
         return self._tensor.online
 
     def __getitem__(self, key: Any) -> Any:
-        """The part that `key` selects.
+        """The part that `key` selects; IndexError as in numpy, and for a slice that begins or ends outside.
 
-        IndexError as in numpy, and for a slice that begins or ends outside: fewer rows than were asked for would pass
-        for a tensor of another size.
+        Fewer rows than were asked for would pass for a tensor of another size.
         """
         t, shape = self._tensor, self._shape
         key = key if isinstance(key, tuple) else (key,)
         dots = [i for i, k in enumerate(key) if k is Ellipsis]
         if len(dots) > 1:
             raise IndexError("an index can only have a single ellipsis")
-        if dots:
-            i = dots[0]
-            key = (*key[:i], *(slice(None) for _ in range(len(shape) - len(key) + 1)), *key[i + 1 :])
-        if len(key) > len(shape):
-            raise IndexError(f"{len(key)} indices for a tensor of {len(shape)} dimensions")
-        key = (*key, *(slice(None) for _ in range(len(shape) - len(key))))
+        i = dots[0] if dots else len(key)
+        front, back = key[:i], key[i + 1 :]
+        if len(front) + len(back) > len(shape):
+            raise IndexError(f"{len(front) + len(back)} indices for a tensor of {len(shape)} dimensions")
+        key = (*front, *[slice(None)] * (len(shape) - len(front) - len(back)), *back)
         box: list[tuple[int, int]] = []
         rest: list[Any] = []
         for k, n in zip(key, shape, strict=True):
             if isinstance(k, slice):
                 for end in (k.start, k.stop):
                     if end is not None and not -n <= operator.index(end) <= n:
-                        raise IndexError(f"slice {_text(k)} leaves a dimension of {n}")
+                        parts = (k.start, k.stop) if k.step is None else (k.start, k.stop, k.step)
+                        text = ":".join("" if v is None else str(v) for v in parts)
+                        raise IndexError(f"slice {text} leaves a dimension of {n}")
                 inside = range(*k.indices(n))
                 low, high = sorted((inside[0], inside[-1])) if inside else (0, -1)
                 box.append((low, high + 1))
@@ -84,10 +83,10 @@ class Slice:
                 box.append((i % n, i % n + 1))
                 rest.append(0)
         found = self._read(box)[tuple(rest)]
-        part, shape = np.ascontiguousarray(found).reshape(-1), np.shape(found)
-        if t.dtype != "F4":
-            return frameworks.to_framework(part, t.dtype, shape, self._framework, self._device)
-        return frameworks.to_framework(part, t.dtype, (2 * part.size,), self._framework, self._device).reshape(shape)
+        part = np.ascontiguousarray(found).reshape(-1)
+        elements = (part.size * (2 if t.dtype == "F4" else 1),)
+        out = frameworks.to_framework(part, t.dtype, elements, self._framework, self._device)
+        return out.reshape(np.shape(found))
 
     def _read(self, box: list[tuple[int, int]]) -> Array:
         """Elements of the box, as unsigned integers or, for C64, as complex numbers."""
@@ -124,7 +123,8 @@ class Slice:
             rows = [t.first + a * g.across for a in range(a0, a1)]
             spans = [(0, t.first)] * (t.first > 0) + [(r + b0, r + b1) for r in rows]
             found = random.read_units(self._archive, t, spans)
-            dec = random.decoder(self._archive, t, found.pop(0) if t.first else [])
+            front = [unit.data for unit in found.pop(0)] if t.first else []
+            dec = Decoder(t, front, random.objects(self._archive, t))
             work = Work()
             for (first, _), units in zip(spans[t.first > 0 :], found, strict=True):
                 for i, unit in enumerate(units, first - t.first):
@@ -142,10 +142,3 @@ def _again(archive: Archive, name: str, framework: str, device: str) -> Slice:
     """A slice of an archive that was opened again."""
     entry = entries_by_name(archive.index)[name]
     return Slice(archive, random.parse(archive, archive.record(entry)), framework, device)
-
-
-def _text(k: slice) -> str:
-    """A slice as it was written."""
-    return ":".join(
-        "" if v is None else str(v) for v in ((k.start, k.stop) if k.step is None else (k.start, k.stop, k.step))
-    )

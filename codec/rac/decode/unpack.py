@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -29,25 +30,13 @@ GGUF_HEADER = "gguf.header"
 
 
 @dataclass
-class _Item:
-    """A tensor to write: its name, and where its bytes go."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-@dataclass
 class _Output:
     """One file to write."""
 
     path: str
     head: bytes = b""
-    items: dict[str, _Item] = field(default_factory=dict)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size of the bytes of each tensor
     end: int = 0
-    file: BinaryIO | None = None
 
 
 def unpack(
@@ -107,13 +96,7 @@ def unpack(
 
 def safe_name(name: str) -> str:
     """The name of a file below the target folder; FormatError for one that leads out of it."""
-    parts = name.split("/")
-    if (
-        not name
-        or any(p in ("", ".", "..") for p in parts)
-        or any(c in name for c in "\\:\0")
-        or name.endswith(".part")
-    ):
+    if {"", ".", ".."} & set(name.split("/")) or set("\\:\0") & set(name) or name.endswith(".part"):
         raise FormatError(f"the file name {name!r} is not allowed")
     return name
 
@@ -131,20 +114,20 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
             raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
         return [_plan_gguf(f, target if target.endswith(".gguf") else os.path.join(target, "model.gguf"))]
     rows: dict[str, list[tuple[str, Entry]]] = {}
-    sharded = not target.endswith(".safetensors") and origin.source == "hf"
+    single = target.endswith(".safetensors")
+    sharded = not single and origin.source == "hf"
     for archive, e in _tensors(f):
         extra = archive.record(e).head.get("extra", {}) if sharded else {}
         for name in (e.name, *(a for a, _ in e.aliases)):
             shard = str(extra_of(extra, name).get("shard", "model.safetensors"))
             rows.setdefault(shard, []).append((name, e))
-    if target.endswith(".safetensors"):
-        return [_plan_safetensors(target, rows.get("model.safetensors", []), f.metadata())]
     out = []
-    for shard, entries in rows.items():
+    for shard, entries in (rows or {"model.safetensors": []}).items():
         if not safe_name(shard).endswith(".safetensors"):
             raise FormatError(f"the shard name {shard!r} is not allowed", file=f.archives[0].access.name)
-        out.append(_plan_safetensors(os.path.join(target, *shard.split("/")), entries, f.metadata()))
-    return out or [_plan_safetensors(os.path.join(target, "model.safetensors"), [], f.metadata())]
+        path = target if single else os.path.join(target, *shard.split("/"))
+        out.append(_plan_safetensors(path, entries, f.metadata()))
+    return out
 
 
 def weights(e: Entry) -> int:
@@ -153,10 +136,7 @@ def weights(e: Entry) -> int:
 
 
 def quantised(entries: Iterable[Entry]) -> tuple[int, float]:
-    """Number of quantised tensors, and bytes of their records * 8 / their weights, everything counted.
-
-    Objects are there for quantised tensors, and count with them.
-    """
+    """Number of quantised tensors, and bits of their records, and of objects, which they use, over their weights."""
     mine = [e for e in entries if e.type == RECORD_OBJECT or is_quantised(e.method)]
     tensors = sum(e.type == RECORD_TENSOR for e in mine)
     return tensors, 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine))) if tensors else 0.0
@@ -172,75 +152,62 @@ def tensor_bytes(e: Entry) -> int:
 
 
 def _plan_safetensors(path: str, rows: list[tuple[str, Entry]], metadata: dict[str, str]) -> _Output:
-    out = _Output(path)
     head: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, e in rows:
         if name == "__metadata__":
             raise OutputError("a tensor has the name '__metadata__', which safetensors keeps for itself", file=path)
-        out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
         head[name] = {"dtype": e.dtype, "shape": list(e.shape), "data_offsets": [at, at + _size(e)]}
         at += _size(e)
     text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    out.head = len(text).to_bytes(8, "little") + text
-    for item in out.items.values():
-        item.offset += len(out.head)
-    out.end = len(out.head) + at
-    return out
+    start = 8 + len(text)
+    places = {name: (start + head[name]["data_offsets"][0], _size(e)) for name, e in rows}
+    return _Output(path, len(text).to_bytes(8, "little") + text, places, start + at)
 
 
 def _plan_gguf(f: RacFile, path: str) -> _Output:
     out = _Output(path, f.attachment(GGUF_HEADER))
     align = f.metadata().get("gguf.alignment", "32")
     step = int(align) if align.isdecimal() and 0 < int(align) <= 1 << 20 else 32
-    order: list[tuple[int, str, Entry]] = []
-    for _, e in _tensors(f):
-        order += [(len(order), name, e) for name in (e.name, *(a for a, _ in e.aliases))]
-    where = {name: e for _, name, e in order}
-    at = len(out.head)
+    where = {name: e for _, e in _tensors(f) for name in (e.name, *(a for a, _ in e.aliases))}
+    out.end = len(out.head)
     for name in Provenance.of(f.archives[0].header, f.archives[0].access.name).gguf_order(where):
-        e = where[name]
-        out.items[name] = _Item(name, e.dtype, e.shape, at, _size(e))
-        at += _size(e)
-        at += -at % step
-    out.end = at
+        out.places[name] = out.end, _size(where[name])
+        out.end += _size(where[name])
+        out.end += -out.end % step
     return out
 
 
 def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress | None) -> dict[str, str]:
     """Write all tensors; returns those whose layers need an online transform, and what that is."""
     online: dict[str, str] = {}
-    where = {name: o for o in outputs for name in o.items}
-    try:
+    files: list[BinaryIO] = []
+    where: dict[str, tuple[BinaryIO, tuple[int, int]]] = {}
+    with ExitStack() as stack:
         for o in outputs:
             os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
-            o.file = part(o.path)
-            o.file.truncate(0)
-            o.file.write(o.head)
-            o.file.truncate(o.end)
+            files.append(file := stack.enter_context(part(o.path)))
+            file.truncate(0)
+            file.write(o.head)
+            file.truncate(o.end)
+            where |= {name: (file, place) for name, place in o.places.items()}
         for archive in f.archives:
             entries = [e for e in archive.index.entries if e.type == RECORD_TENSOR]
             for t, words in random.load(archive, entries, threads):
                 for name in (t.name, *(a for a, _ in t.aliases)):
-                    o = where[name]
-                    item = o.items[name]
-                    if t.nbytes != item.size or o.file is None:
+                    file, (offset, size) = where[name]
+                    if t.nbytes != size:
                         raise FormatError("the record is not the one that the index names", unit=repr(name))
-                    o.file.seek(item.offset)
-                    o.file.write(words.data.cast("B") if words.size else b"")
+                    file.seek(offset)
+                    file.write(words.data.cast("B") if words.size else b"")
                     if t.online:
                         online[name] = describe(t.online, t.shape[1])
                 if progress:
                     progress(t.name, t.nbytes)
-        for o in outputs:
-            if o.file is not None:
-                o.file.flush()
-                os.fsync(o.file.fileno())
-                o.file.close()
-                os.replace(o.path + PART, o.path)
-        return online
-    finally:
-        for o in outputs:
-            if o.file is not None:
-                o.file.close()
+        for o, file in zip(outputs, files, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(o.path + PART, o.path)
+    return online

@@ -11,22 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import native
-from rac.container.zstd import xxh3
 from rac.decoder import Decoder
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.frameworks import torch_dtype, torch_module
 from rac.gpu.layout import Batch, Launch
 from rac.gpu.specs import KERNELS, constants, kernel
 from rac.gpu.stages import BandLayout, require
+from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
-Array = NDArray[Any]
 RING = 256 << 20
-OLDEST = (8, 0)
-"""Compute capability from which on kernels are compiled and tested."""
+OLDEST = (8, 0)  # compute capability from which on kernels are compiled and tested
 
 
 def interpreted() -> bool:
@@ -102,8 +99,7 @@ class DeviceDecoder:
         self._turn = 0
         self._work: Any = None
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)
-        """Where the offsets of tensors count from."""
+        self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)  # where the offsets of tensors count from
         self._batch: Batch | None = None
         self._alive: list[Any] = []
         self._states: list[tuple[Any, list[tuple[Decoder, int]]]] = []
@@ -119,25 +115,20 @@ class DeviceDecoder:
         """Take in a whole tensor, and return it; its content is there once the current stream has come so far.
 
         Args:
-            t: The tensor's record, parsed.
+            t: The tensor's record, parsed: the shape and data type of what is returned (F4: pairs).
             first: The units in front of the tiles.
             units: The tiles in order, bytes or uint8 arrays; used before the call returns.
             objects: The matrices that the tensor uses, float32: arrays, or torch tensors on the device.
             checked: Whether the checksums of the tiles were compared before.
 
-        Returns:
-            A torch tensor of the shape and data type of the record (F4: pairs) on the device.
-
-        Raises:
-            FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
-            LimitError: The memory of the device is too small for the tensor.
-            UnsupportedError: No kernel is for a stage of the tensor.
+        FormatError or ChecksumError where a unit breaks the format, and what only decoding shows out of `flush`;
+        LimitError where the device lacks the memory, UnsupportedError where it has no kernel for a stage.
         """
         require(t.chain)
         dec = Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
-        matrices = [self._object(o) for o in objects[: len(t.uses)]]
+        matrices = [self._torch.as_tensor(o).to(self.device).contiguous() for o in objects[: len(t.uses)]]
         try:
             self._tiles(dec, iter(units), matrices, base, checked)
         finally:
@@ -172,16 +163,12 @@ class DeviceDecoder:
         with dec.at(i + t.first):
             if len(unit) != t.units[i + t.first].size:
                 raise FormatError("unit does not have the size that the record states")
-            if not checked and xxh3(unit.data) != t.units[i + t.first].check:
-                raise ChecksumError("checksum does not match")
+            if not checked:
+                dec.check(i + t.first, unit.data)
             return dec.coder.plain(unit, t.grid.box(i))
 
     def flush(self) -> None:
-        """Decode what is waiting, wait for the device, and report what it has found.
-
-        Raises:
-            FormatError, ChecksumError: A tile is wrong; the first is named. Its tensor is not what was packed.
-        """
+        """Decode what is waiting, wait for the device; FormatError or ChecksumError of the first tile that is wrong."""
         self.launch()
         states, self._states = self._states, []
         for status, of in states:
@@ -250,8 +237,3 @@ class DeviceDecoder:
             return self._torch.empty(shape, dtype=torch_dtype(t.dtype), device=self.device)
         except self._torch.OutOfMemoryError as e:
             raise LimitError(f"{self.device} lacks the memory for {t.nbytes} bytes", unit=repr(t.name)) from e
-
-    def _object(self, o: Any) -> Any:
-        """A float32 matrix on the device, contiguous rows."""
-        m = self._torch.from_numpy(np.ascontiguousarray(o)) if isinstance(o, np.ndarray) else o
-        return m.to(self.device, non_blocking=False).contiguous()

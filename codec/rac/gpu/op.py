@@ -10,28 +10,28 @@ kernels beside `rac.gpu.decoder`.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rac import frameworks
-from rac.container.zstd import xxh3
 from rac.cpu.work import Place, Work, target
 from rac.decoder import Decoder
 from rac.errors import ChecksumError, UnsupportedError
 from rac.gpu import decoder
 from rac.gpu.layout import Batch, Launch
 from rac.gpu.stages import BandLayout, require
+from rac.grid import up16
+from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
-Array = NDArray[Any]
-SLACK = 128
-"""Bytes behind a tile that a kernel may read: a word for each lane of a warp."""
+SLACK = 128  # bytes behind a tile that a kernel may read: a word for each lane of a warp
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,7 @@ class _OnDevice:
     """What a device needs besides the bytes of the tiles."""
 
     aux: torch.Tensor
-    last: torch.Tensor
-    """The last tile once more, where less than SLACK is behind it."""
+    last: torch.Tensor  # the last tile once more, where less than SLACK is behind it
     objects: torch.Tensor
     status: torch.Tensor
     launches: list[Launch]
@@ -48,10 +47,10 @@ class _OnDevice:
 
 
 class Packed:
-    """A tensor that stays compressed.
+    """A tensor that stays compressed; its `handle` is good as long as this object lives.
 
     `data` (bytes,) uint8 are its tiles, checked, planes that were Zstandard frames expanded; move them to where they
-    are to be decoded, and hand them to the operator with `handle`. The handle is good as long as this object lives.
+    are to be decoded, and hand them to the operator with the handle.
 
     Args:
         t: The record, parsed.
@@ -79,17 +78,15 @@ class Packed:
         pieces, end = [], 0
         for i, data in enumerate(units):
             unit = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
-            with self.decoder.at(i + t.first):
-                if xxh3(unit.data) != t.units[i + t.first].check:
-                    raise ChecksumError("checksum does not match")
-                if at is None:
-                    unit = self.decoder.coder.plain(unit, t.grid.box(i))
+            self.decoder.check(i + t.first, unit.data)
             if at is not None:
                 self.at.append((at[i], at[i] + len(unit)))
                 continue
+            with self.decoder.at(i + t.first):
+                unit = self.decoder.coder.plain(unit, t.grid.box(i))
             self.at.append((end, end + len(unit)))
             pieces += [unit, np.zeros(-len(unit) % 16, np.uint8)]
-            end += len(unit) + -len(unit) % 16
+            end += up16(len(unit))
         if at is not None and (frames(t) or any(a % 16 for a in at)):
             raise ValueError("tiles that are read in their place have no frames and begin at multiples of 16")
         self.data = torch.from_numpy(np.concatenate([*pieces, np.zeros(SLACK, np.uint8)]))
@@ -97,7 +94,8 @@ class Packed:
         self.dtype = frameworks.torch_dtype(t.dtype)
         self.in_place = at is not None
         self._on: dict[tuple[torch.device, int], _OnDevice] = {}
-        self.handle = _register(self)
+        self.handle = next(_handles)
+        _packed[self.handle] = self
 
     def on(self, data: torch.Tensor) -> _OnDevice:
         """Tables and jobs on the device of `data`, made where they are not there yet."""
@@ -112,10 +110,8 @@ class Packed:
         require(self.tensor.chain)
         batch, host = Batch(), data.cpu().numpy()
         late, last = self._late(data)
-        places, end = [], 0
-        for o in self.objects:
-            places.append((end, o.shape[1]))
-            end += o.nbytes
+        starts = itertools.accumulate((o.nbytes for o in self.objects), initial=0)
+        places = [(start, o.shape[1]) for start, o in zip(starts, self.objects, strict=False)]
         objects = np.concatenate([o.reshape(-1) for o in self.objects] or [np.zeros(1, np.float32)])
         for band in self.tensor.bands():
             layout = BandLayout(batch, self.decoder, band, 0)
@@ -157,14 +153,7 @@ def frames(t: Tensor) -> bool:
 
 
 _packed: weakref.WeakValueDictionary[int, Packed] = weakref.WeakValueDictionary()
-_count = 0
-
-
-def _register(p: Packed) -> int:
-    global _count
-    _count += 1
-    _packed[_count] = p
-    return _count
+_handles = itertools.count(1)
 
 
 def _of(handle: int) -> Packed:
@@ -184,14 +173,9 @@ def decode(packed: torch.Tensor, handle: int) -> torch.Tensor:
 
 def into(packed: torch.Tensor, handle: int, out: torch.Tensor) -> None:
     """Decode into `out`, contiguous, of the shape and data type of the tensor, on the device of the data."""
-    p = _of(handle)
-    if packed.device.type == "cuda":
-        with torch.cuda.device(packed.device):
-            _kernels(p, packed, out)
-    elif decoder.interpreted():
-        _kernels(p, packed, out)
-    else:
-        _host(p, packed, out)
+    cuda = packed.device.type == "cuda"
+    with torch.cuda.device(packed.device) if cuda else nullcontext():
+        (_kernels if cuda or decoder.interpreted() else _host)(_of(handle), packed, out)
 
 
 def _host(p: Packed, packed: torch.Tensor, out: torch.Tensor) -> None:

@@ -16,40 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Jobs = NDArray[np.void]
-"""(n,) jobs of a kernel, of the dtype of its row."""
-Options = Mapping[str, Any]
-"""Constants that a kernel is compiled for, by the names that they have there."""
+Jobs = NDArray[np.void]  # (n,) jobs of a kernel, of the dtype of its row
+Options = Mapping[str, Any]  # constants that a kernel is compiled for, by the names that they have there
 MEMORIES = ("units", "aux", "work", "out", "objects", "status", "source")
-"""What a kernel may ask for: stored bytes of tiles, what the host lays out, what kernels leave for each other, the
-tensors, the objects, a status for each tile, and the one of these that a launch reads codes from. All are uint8 but for
-`status`, int32."""
+"""What a kernel may ask for: stored bytes of tiles, what the host lays out, what kernels leave for each other, tensors,
+objects, a status of each tile, int32, and the one of these, which are else uint8, that a launch reads codes from."""
 WARP = 32
 
 
-def _one(jobs: Jobs, options: Options) -> tuple[int, int]:
-    """A program for each job."""
-    return len(jobs), 1
-
-
-def _warps(jobs: Jobs, options: Options) -> tuple[int, int]:
-    """A program for as many jobs as its lanes take."""
-    return len(jobs) // (options["BLOCK"] // options["SPAN"]), 1
-
-
-def _blocks(jobs: Jobs, options: Options) -> tuple[int, int]:
-    """A program for BLOCK jobs."""
-    return len(jobs) // options["BLOCK"], 1
-
-
-def _parts(jobs: Jobs, options: Options) -> tuple[int, int]:
+def _parts(jobs: Jobs, options: Options) -> int:
     """A program for ROWS x COLS elements of each job."""
-    return len(jobs), int((-(-jobs["h"] // options["ROWS"]) * -(-jobs["w"] // options["COLS"])).max())
+    return int((-(-jobs["h"] // options["ROWS"]) * -(-jobs["w"] // options["COLS"])).max())
 
 
-def _columns(jobs: Jobs, options: Options) -> tuple[int, int]:
+def _columns(jobs: Jobs, options: Options) -> int:
     """A program for COLS columns of each job."""
-    return len(jobs), int((-(-jobs["w"] // options["COLS"])).max())
+    return int((-(-jobs["w"] // options["COLS"])).max())
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +39,20 @@ class KernelSpec:
     """A kernel, as the host knows it."""
 
     name: str
-    options: str
-    """Names of what it is compiled for, apart by spaces."""
+    options: str  # names of what it is compiled for, apart by spaces
     job: np.dtype[np.void]
     """Fields of a job, each int64 or several of them; offsets are in bytes from the memory that the kernel states."""
-    memories: tuple[str, ...]
-    """Some of `MEMORIES`, in the order of the kernel's parameters."""
-    grid: Callable[[Jobs, Options], tuple[int, int]]
-    """Programs along both axes."""
-    warps: Callable[[Options], int]
-    """Warps of a program."""
+    memories: tuple[str, ...]  # some of `MEMORIES`, in the order of the kernel's parameters
+    warps: Callable[[Options], int] = lambda options: 4  # warps of a program
+    parts: Callable[[Jobs, Options], int] = lambda jobs, options: 1
+    """Programs of a job, along the second axis of the grid."""
     whole: Callable[[Options], int] = lambda options: 1
-    """The number of jobs is to be a multiple of this; the last one is done again, with the same result, to fill up."""
-    longest: str = ""
-    """Field by which jobs are sorted, largest first, so that those of a warp are alike."""
+    """Jobs of a program: the last one is done again, with the same result, to fill up."""
+    longest: str = ""  # field by which jobs are sorted, largest first, so that those of a warp are alike
+
+    def grid(self, jobs: Jobs, options: Options) -> tuple[int, int]:
+        """Programs along both axes."""
+        return len(jobs) // self.whole(options), self.parts(jobs, options)
 
     def settings(self, options: Options) -> dict[str, Any]:
         """How it is compiled. The format asks for products and sums that are rounded one by one."""
@@ -85,53 +67,52 @@ def _job(names: str, **several: int) -> np.dtype[np.void]:
 KERNELS = {
     spec.name: spec
     for spec in (
-        KernelSpec(*("tables", "BLOCK"), _job("starts codes table"), ("aux", "work"), _one, lambda o: 8),
+        KernelSpec("tables", "BLOCK", _job("starts codes table"), ("aux", "work"), lambda o: 8),
         KernelSpec(
             *("lanes", "LANES SPAN PER BLOCK ENTRIES"),
             _job("states words tables symbols pieces status rows first places escapes"),
             ("units", "aux", "work", "status"),
-            _warps,
             lambda o: o["BLOCK"] // WARP,
-            lambda o: o["BLOCK"] // o["SPAN"],
-            "rows",
+            whole=lambda o: o["BLOCK"] // o["SPAN"],
+            longest="rows",
         ),
         KernelSpec(
             *("place", "WORD SHIFT SIGN ZERO RAW CODED ROWS COLS"),
             _job("rows columns tops symbols words stride h w", planes=6),
             ("units", "aux", "work", "out"),
-            *(_parts, lambda o: 4),
+            parts=_parts,
         ),
         KernelSpec(
             *("escapes", "WORD PLACED BLOCK"),
             _job("symbols first bases bytes count limit status codes blocks n rows columns words stride shift places"),
             ("units", "aux", "work", "out", "status"),
-            *(_one, lambda o: 1),
+            lambda o: 1,
         ),
         KernelSpec(
             *("trellis", "TO COLS PAIRS"),
             _job("rows columns entries column_scales row_scales codes numbers stride h w step"),
             ("source", "aux", "out"),
-            *(_columns, lambda o: o["COLS"] // (2 * WARP)),
+            lambda o: o["COLS"] // (2 * WARP),
+            _columns,
         ),
         KernelSpec(
             *("outliers", "WORD BLOCK"),
             _job("place word"),
             ("out",),
-            _blocks,
             lambda o: o["BLOCK"] // WARP,
-            lambda o: o["BLOCK"],
+            whole=lambda o: o["BLOCK"],
         ),
         KernelSpec(
             *("groups", "TO PAIRS SAME ROWS COLS"),
             _job("codes code_stride entries lists group left numbers stride h w bits_status"),
             ("source", "aux", "out", "status"),
-            *(_parts, lambda o: 4),
+            parts=_parts,
         ),
         KernelSpec(
             *("product", "WORD HALF ADDED ROWS COLS"),
             _job("numbers number_stride a a_stride b b_stride terms words stride h w"),
             ("work", "objects", "out"),
-            *(_parts, lambda o: 4),
+            parts=_parts,
         ),
     )
 }

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.native.linalg import cholesky
+from rac.native.product import cholesky
 
 
 @dataclass(frozen=True, slots=True)

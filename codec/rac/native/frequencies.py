@@ -1,22 +1,20 @@
-"""Frequency tables of lanes/1, between their bytes, integers and look-up entries: C kernels, or numpy."""
+"""Frequency tables of lanes/1, and classes of counts (encode/code/classes.py): C kernels, or numpy."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
 
-Array = NDArray[Any]
+Counts = NDArray[np.int64]
 
 
 def tables(data: bytes, out: NDArray[np.uint16], order: int) -> int:
     """Decode exp-Golomb frequency tables into `out` (T, n). 0 done, 1 bits missing or left over, 2 bad sum."""
     lib = library()
     if lib is not None:
-        return int(lib.rac_tables(data, len(data), out.shape[0], out.shape[1], order, out))
+        return int(lib.rac_tables(data, len(data), *out.shape, order, out))
     bits = "".join(f"{b:08b}" for b in data)
     at = 0
     for row in out:
@@ -42,26 +40,59 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
     out = np.empty((len(freq), 4096), np.uint32)
     lib = library()
     if lib is not None:
-        lib.rac_lookup(freq, freq.shape[0], freq.shape[1], np.ascontiguousarray(code), out)
+        lib.rac_lookup(freq, *freq.shape, np.ascontiguousarray(code), out)
         return out
     slot = np.arange(4096, dtype=np.uint32)
-    sym = code.astype(np.uint32)
     for k, f in enumerate(freq.astype(np.uint32)):
-        start = np.cumsum(f) - f
-        out[k] = np.repeat(sym | f << 20, f) | (slot - np.repeat(start, f)) << 8
+        out[k] = np.repeat(code | f << 20, f) | (slot - np.repeat(np.cumsum(f) - f, f)) << 8
     return out
 
 
-def golomb(freq: NDArray[np.uint16], order: int, write: bool = True) -> tuple[int, bytes] | None:
+def golomb(freq: NDArray[np.uint16], order: int) -> tuple[int, bytes] | None:
     """(bits, bytes) of the tables (T, n) in exponential-Golomb code; None where the C kernel is not there."""
     lib = library()
     if lib is None:
         return None
     freq = np.ascontiguousarray(freq)
-    args = (freq, freq.shape[0], freq.shape[1], order)
-    bits = int(lib.rac_golomb(*args, None))
-    if not write:
-        return bits, b""
-    out = np.zeros((bits + 7) // 8, np.uint8)
-    lib.rac_golomb(*args, out)
-    return bits, out.tobytes()
+    out = np.zeros(4 * freq.size, np.uint8)  # a frequency takes 29 bits at most
+    bits = int(lib.rac_golomb(freq, *freq.shape, order, out))
+    return bits, out[: (bits + 7) // 8].tobytes()
+
+
+def code_length(counts: Counts, fraction: Counts, weight: int) -> Counts | None:
+    """Twin of encode.classes.code_length for contiguous (n, S) counts; None where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return None
+    out = np.empty(len(counts), np.int64)
+    lib.rac_code_length(counts, *counts.shape, fraction, weight, out)
+    return out
+
+
+def sum_classes(hist: NDArray[np.uint32], classes: NDArray[np.uint8], out: Counts) -> bool:
+    """Add contiguous vectors (n, G, S) to the counts of their classes (K, G, S); False without the C kernel."""
+    lib = library()
+    if lib is not None:
+        lib.rac_sum(hist, classes, len(hist), hist[0].size, out)
+    return lib is not None
+
+
+def log2(n: Counts, fraction: Counts) -> Counts | None:
+    """Twin of encode.classes.log2; None where the C kernel is not there."""
+    lib = library()
+    if lib is None:
+        return None
+    n = np.ascontiguousarray(n)
+    out = np.empty(n.shape, np.int64)
+    lib.rac_log2(n, n.size, fraction, out)
+    return out
+
+
+def join(agg: Counts, size: Counts, alive: NDArray[np.bool_], groups: Counts, fraction: Counts, weight: int) -> bool:
+    """Twin of the loop of encode.classes.join, which works on its arguments; False where the C kernel is not there."""
+    lib = library()
+    if lib is not None:
+        k, g, s = agg.shape
+        own, gain, tmp = np.zeros(k, np.int64), np.empty((k, k), np.int64), np.empty((g, s), np.int64)
+        lib.rac_join(agg, size, alive, groups, own, gain, tmp, k, g, s, fraction, weight)
+    return lib is not None

@@ -12,7 +12,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class Library:
         self.path = path
         free, brief = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         ours = layout()
-        theirs = (ctypes.c_int64 * (len(ours) + 1)).in_dll(free, "rac_layout")
-        for (name, number), found in zip([*ours, ("end", -1)], theirs, strict=True):
+        theirs = (ctypes.c_int64 * len(ours)).in_dll(free, "rac_layout")
+        for (name, number), found in zip(ours, theirs, strict=True):
             if number != found:
                 raise RacError(f"{path.name} is not of this version of rac ({name}): install it again")
         for name, (result, *arguments) in FUNCTIONS.items():
@@ -48,10 +48,8 @@ class Library:
 def _load(cpu: str) -> Library | None:
     """The library of an instruction set, None where it was not built; the machine must have the set."""
     for path in sorted(Path(__file__).parent.glob(f"_{cpu}.*")):
-        try:
+        with suppress(OSError):  # of another machine
             return Library(path)
-        except OSError:  # of another machine
-            continue
     return None
 
 
@@ -82,10 +80,7 @@ _instead: list[Library | None] = []
 
 
 def library() -> Library | None:
-    """The library in use, or None (with one warning) where none was built, or RAC_NO_NATIVE is set.
-
-    UnsupportedError where RAC_CPU names an instruction set that is not there.
-    """
+    """The library in use; None, with one warning, where none was built, and without where RAC_NO_NATIVE is set."""
     return _instead[-1] if _instead else _chosen()
 
 

@@ -1,27 +1,19 @@
-"""Products in the one order of additions that the format allows, and numbers to words, in C or numpy."""
+"""Products and Cholesky factors in one order of additions, and numbers to words, in C or numpy."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
+from rac.native.prototypes import F32, Array
 
-Array = NDArray[Any]
+_BLOCK = 64  # columns of the kernel's scratch
 
 
-def add(t: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32], reference: bool = False) -> None:
-    """t[i, j] += a[i, k] * b[k, j] for k = 0, 1, ..., each product and each sum rounded to binary32.
-
-    Args:
-        t: (h, w) float32, unit column stride; changed.
-        a: (h, n) float32, unit column stride.
-        b: (n, w) float32, unit column stride.
-        reference: In numpy, whether the kernel is there or not.
-    """
-    lib = None if reference else library()
+def add(t: F32, a: F32, b: F32) -> None:
+    """t[i, j] += a[i, k] * b[k, j] for k = 0, 1, ..., each product and sum rounded; all have unit column stride."""
+    lib = library()
     if lib is not None:
         lib.rac_product(t, a, b)
         return
@@ -30,10 +22,33 @@ def add(t: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32], 
             t += a[:, k, None] * b[k]
 
 
-def rounded(v: NDArray[np.float32], dtype: str, dst: Array) -> bool:
+def rounded(v: F32, dtype: str, dst: Array) -> bool:
     """Contiguous numbers to as many words of the data type in `dst`; False where no kernel is there for it."""
     lib = library()
     if lib is None or dtype not in ("F32", "BF16"):
         return False
     lib.rac_round(v, v.size, dst, dst.itemsize)
     return True
+
+
+def cholesky(a: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The lower triangular L (n, n) with L L^T = `a` (n, n), the same bits on every machine.
+
+    For k = 0, 1, ..., L_kk = sqrt(a_kk), L_ik = a_ik / L_kk, and L_ik L_jk, rounded, is taken off a_ij for k < j <= i.
+    What is above the diagonal of `a` is not read. numpy.linalg.LinAlgError where it is not positive definite.
+    """
+    out, n, bad = np.array(a, np.float64, order="C"), len(a), 0
+    lib = library()
+    if lib is not None:
+        bad = lib.rac_factor(out, n, np.empty((_BLOCK, n)))
+    else:
+        for k in range(n):
+            if not out[k, k] > 0:
+                bad = k + 1
+                break
+            out[k, k] = np.sqrt(out[k, k])
+            out[k + 1 :, k] /= out[k, k]
+            out[k + 1 :, k + 1 :] -= out[k + 1 :, k, None] * out[k + 1 :, k]
+    if bad:
+        raise np.linalg.LinAlgError("matrix is not positive definite")
+    return np.tril(out)

@@ -1,22 +1,21 @@
 """Every function and structure that Python and the C kernels (native/src) share.
 
-The layout of the structures is compared with the library's when it is loaded (src/layout.c lists the same fields). An
-array is handed over by its address; who keeps an address in a structure keeps the array alive.
+Version and sizes of structures are compared with the library's when it is loaded (src/layout.c). An array is handed
+over by its address; who keeps an address in a structure keeps the array alive.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-VERSION = 17
-"""Changes with any function or structure."""
-
-
+F32 = NDArray[np.float32]
+VERSION = 19  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -31,10 +30,17 @@ def address(a: Array | None) -> int:
         return int(a.__array_interface__["data"][0])
 
 
+def _fields(text: str) -> list[tuple[str, Any]]:
+    """Fields of a structure: their types, each with the names that have it."""
+    kinds = {"at": c_void_p, "i32": c_int32, "i64": c_int64, "u32": c_uint32, "f32": c_float}
+    parts = [part.split() for part in text.split(";")]
+    return [(name, kinds[kind]) for kind, *names in parts for name in names]
+
+
 class Matrix(ctypes.Structure):
     """A matrix with columns side by side."""
 
-    _fields_ = (("at", c_void_p), ("rows", c_int64), ("cols", c_int64), ("stride", c_int64))
+    _fields_ = _fields("at at; i64 rows cols stride")
 
     @classmethod
     def from_param(cls, a: Array) -> Any:
@@ -58,80 +64,53 @@ class Flat:
 
 
 class Dequant(ctypes.Structure):
-    """What the words of a tensor stand for (stages/trellis.md): the same for all of its tiles.
+    """What the words of a tensor stand for, see src/rac.h."""
 
-    rec is (256,) float32, the magnitude of each word; even says whether it goes in equal steps; size is that of an
-    element in bytes, 4 for F32 and 2 for BF16.
-    """
-
-    _fields_ = (
-        ("rec", c_void_p),
-        ("h0", c_int32),
-        ("h1", c_int32),
-        ("zero", c_int32),
-        ("even", c_int32),
-        ("size", c_int32),
-    )
+    _fields_ = _fields("at rec; i32 h0 h1 zero even size")
 
 
 class TileShared(ctypes.Structure):
-    """What all tiles of a tensor share under lanes/1 (stages/lanes.md).
+    """What all tiles of a tensor share under lanes/1, see src/tile.h."""
 
-    luts is (T, 4096) uint32 as `lookup` makes it, values (256,) uint16 the top of each base symbol, bases uint32 that
-    of each escape, table (Kr, Kc) uint8 the table of each pair of classes; tops are below limit.
-    """
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("luts", "values", "bases", "table")),
-        *((name, c_int32) for name in ("row_classes", "col_classes", "skip", "lanes", "per", "word", "zero", "sign")),
-        *((name, c_int32) for name in ("shift", "raw", "base", "first")),
-        ("limit", c_uint32),
+    _fields_ = _fields(
+        "at luts values bases table;"
+        "i32 row_classes col_classes skip lanes per word zero sign shift raw base first; u32 limit"
     )
 
 
 class TileJob(ctypes.Structure):
-    """One tile to be decoded; all pointers are addresses.
+    """One tile to be decoded, see src/tile.h."""
 
-    unit and size are the bytes of its unit; row_class and col_class the classes of its rows and columns, 0 where there
-    is one; dst its first element in the dense tensor, stride the elements from row to row. shared is a TileShared.
-    numbers is a Dequant, with row and col the float32 scales of the tile's rows and columns; 0: the words are wanted.
-    """
-
-    _fields_ = (
-        ("unit", c_void_p),
-        ("size", c_int64),
-        ("row_class", c_void_p),
-        ("col_class", c_void_p),
-        ("dst", c_void_p),
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("stride", c_int64),
-        ("shared", c_void_p),
-        ("numbers", c_void_p),
-        ("row", c_void_p),
-        ("col", c_void_p),
-    )
+    _fields_ = _fields("at unit; i64 size; at row_class col_class dst; i64 rows cols stride; at shared numbers row col")
 
 
 class Quantiser(ctypes.Structure):
     """How the columns of a tensor are quantised (`trellis.Search`), as the kernel takes it."""
 
-    _fields_ = (
-        *((name, c_int32) for name in ("states", "h0", "h1", "low", "levels", "most", "tables", "lag")),
-        ("lane", c_int64),
-        *((name, c_void_p) for name in ("rec", "rate", "fine", "row", "below", "back")),
-        ("far", c_float),
+    _fields_ = _fields(
+        "i32 states h0 h1 low levels most tables lag; i64 lane; at rec rate fine row below back; f32 far"
     )
 
 
 class Columns(ctypes.Structure):
     """The columns of one block, (n, m) column-major, and what `rac_quantise` finds (`trellis.block`)."""
 
-    _fields_ = (
-        *((name, c_int64) for name in ("cols", "rows", "groups")),
-        *((name, c_void_p) for name in ("plain", "target", "feed", "step", "out", "recon", "wild", "fine_of")),
-    )
+    _fields_ = _fields("i64 cols rows groups; at plain target feed step out recon wild fine_of")
 
+
+TILE_ERRORS = (
+    "",
+    "tile streams do not fill the unit exactly",
+    "padding is not zero",
+    "ANS lane begins with a zero word",
+    "ANS lane does not end in its initial state",
+    "escape counts do not match the symbols",
+    "escaped value leaves the range of tops",
+    "plane ends in non-zero bits",
+    "not enough memory",
+    "a word is larger than groups/1 allows",
+)
+"""What a kernel has found, by its number; the last two are never those of a tile that the CPU decodes."""
 
 STRUCTURES = (Matrix, Dequant, TileShared, TileJob, Quantiser, Columns)
 
@@ -146,8 +125,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_tables": (c_int, Flat, c_int64, c_int64, c_int64, c_int, Flat),
     "rac_lookup": (None, Flat, c_int64, c_int64, Flat, Flat),
     "rac_golomb": (c_int64, Flat, c_int64, c_int64, c_int, Flat),
-    "rac_tiles": (c_int, Flat, c_int64, ctypes.POINTER(c_int64)),
-    "rac_untrellis": (None, Matrix, ctypes.POINTER(Dequant), Flat, Flat, Matrix, Flat),
+    "rac_tiles": (c_int, Flat, c_int64, POINTER(c_int64)),
+    "rac_untrellis": (None, Matrix, POINTER(Dequant), Flat, Flat, Matrix, Flat),
     "rac_ungroup": (c_int, Matrix, Matrix, Matrix, Matrix, c_int64, c_int64, c_int),
     "rac_unbits": (None, Flat, c_int64, c_int, Flat),
     "rac_product": (None, Matrix, Matrix, Matrix),
@@ -162,7 +141,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_pairs": (None, Flat, Flat, c_int64, Flat, Flat),
     "rac_find": (c_int64, Flat, Flat, c_int64, Flat, Flat),
     "rac_encode": (c_int64, Flat, c_int64, Flat, c_int64, Flat, Flat, c_int64, Flat),
-    "rac_quantise": (c_int, ctypes.POINTER(Quantiser), ctypes.POINTER(Columns)),
+    "rac_quantise": (c_int, POINTER(Quantiser), POINTER(Columns)),
     **{f"{name}{word}": types for name, types in _WORDS.items() for word in (1, 2, 4, 8)},
 }
 """Result and arguments of each function."""
@@ -171,9 +150,5 @@ BRIEF = {"rac_tables", "rac_lookup"}
 
 
 def layout() -> list[tuple[str, int]]:
-    """The version, and of each structure its bytes and the offsets of its fields, each with a name for errors."""
-    out = [("version", VERSION)]
-    for kind in STRUCTURES:
-        out.append((kind.__name__, ctypes.sizeof(kind)))
-        out += [(f"{kind.__name__}.{name}", getattr(kind, name).offset) for name, *_ in kind._fields_]
-    return out
+    """The version, and the bytes of each structure, each with a name for errors."""
+    return [("version", VERSION), *((kind.__name__, ctypes.sizeof(kind)) for kind in STRUCTURES), ("end", -1)]

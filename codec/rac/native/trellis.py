@@ -3,75 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import RacError
 from rac.native.library import library
-from rac.native.prototypes import Columns, Dequant, Quantiser, address
-
-Array = NDArray[Any]
+from rac.native.prototypes import F32, Array, Columns, Dequant, Quantiser, address
 
 _SIZES = {"F32": 4, "BF16": 2}
 
 
-def dequant(rec: NDArray[np.float32], even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
-    """What the words of a tensor stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
+def dequant(rec: F32, even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
+    """What words stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
 
-    Args:
-        rec: (256,) magnitude of each word; the caller keeps it alive.
-        even: Whether it goes in equal steps.
-        code: (H0, H1).
-        zero: The word that stands for 0.
-        dtype: Data type of the elements.
+    `rec` (256,) are their magnitudes, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1).
     """
     if library() is None or dtype not in _SIZES:
         return None
     return Dequant(address(rec), *code, zero, even, _SIZES[dtype])
 
 
-def decode(
-    words: NDArray[np.uint8], numbers: Dequant, cols: NDArray[np.float32], rows: NDArray[np.float32], dst: Array
-) -> None:
+def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst: Array) -> None:
     """Words (h, w), contiguous, which stand for `numbers`, to `dst` (h, w), unit column stride."""
     lib = library()
-    assert lib is not None  # noqa: S101 - the caller asked
+    assert lib is not None  # noqa: S101 - `dequant` asked
     lib.rac_untrellis(words, numbers, cols, rows, dst, np.empty(words.shape[1] + 31, np.uint16))
 
 
 @dataclass(slots=True)
 class Search:
-    """How the columns of a tensor are quantised.
+    """How the columns of a tensor are quantised (src/quantise.h)."""
 
-    Attributes:
-        states: States of the trellis, 4 to 256, or 1: none, each number alone.
-        code: (H0, H1).
-        lane: Rows after which the trellis begins anew.
-        rec: (2 K + 1,) magnitudes of the integers -K..K.
-        rate: (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row.
-        fine: (Q,) how many quarter octaves finer than its step a column of that deviation is coded; -1: not at all.
-        low: Quarter octaves of deviation / step of the first of the Q.
-        row: (m,) class of each row, or None for one class.
-        far: Units from which on a target is an outlier, whose value is the target itself.
-        below: (m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within
-            each block; None: rows know nothing of each other. 32 states and more.
-        lag: Blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors.
-    """
-
-    states: int
-    code: tuple[int, int]
-    lane: int
-    rec: NDArray[np.float32]
-    rate: NDArray[np.float32]
-    far: float
+    states: int  # of the trellis, 4 to 256; 1: none, each number alone
+    code: tuple[int, int]  # (H0, H1)
+    lane: int  # rows after which the trellis begins anew
+    rec: F32  # (2 K + 1,) magnitudes of the integers -K..K
+    rate: F32  # (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row
+    far: float  # units from which on a target is an outlier, whose value is the target itself
     fine: NDArray[np.int8] = field(default_factory=lambda: np.zeros(1, np.int8))
-    low: int = 0
-    row: NDArray[np.uint8] | None = None
-    below: NDArray[np.float32] | None = None
-    lag: int = 6
-    _back: NDArray[np.float32] | None = field(init=False)
+    """(Q,) how many quarter octaves finer than its step a column of that deviation is coded; -1: not at all."""
+    low: int = 0  # quarter octaves of deviation / step of the first of the Q
+    row: NDArray[np.uint8] | None = None  # (m,) class of each row; None: one class
+    below: F32 | None = None
+    """(m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within each
+    block; None: rows know nothing of each other. 32 states and more."""
+    lag: int = 6  # blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors
+    _back: F32 | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Transpose the weights of rows once, not for every block of columns."""
@@ -81,7 +60,7 @@ class Search:
         return Quantiser(
             *(self.states, *self.code, self.low, len(self.fine), len(self.rec) // 2, self.rate.shape[1], self.lag),
             self.lane,
-            *(address(a) for a in (self.rec, self.rate, self.fine, self.row, self.below, self._back)),
+            *map(address, (self.rec, self.rate, self.fine, self.row, self.below, self._back)),
             self.far,
         )
 
@@ -89,23 +68,13 @@ class Search:
 class Quantised(NamedTuple):
     """What a block of columns became."""
 
-    integers: NDArray[np.int16]
-    """(n, m)."""
-    values: NDArray[np.float32]
-    """(n, m)."""
-    outliers: NDArray[np.uint8]
-    """(n, m) whether the value is the target itself."""
-    fine: NDArray[np.int8]
-    """(n,) `Search.fine` of each column."""
+    integers: NDArray[np.int16]  # (n, m)
+    values: F32  # (n, m)
+    outliers: NDArray[np.uint8]  # (n, m) whether the value is the target itself
+    fine: NDArray[np.int8]  # (n,) `Search.fine` of each column
 
 
-def block(
-    search: Search,
-    plain: NDArray[np.float32],
-    target: NDArray[np.float32],
-    feed: NDArray[np.float32],
-    step: NDArray[np.float32],
-) -> Quantised:
+def block(search: Search, plain: F32, target: F32, feed: F32, step: F32) -> Quantised:
     """Quantise the columns of a block from the last to the first, each fed the errors of those after it.
 
     Args:
@@ -123,10 +92,9 @@ def block(
     if lib is None:
         raise RacError("lossy packing needs the C kernel, which was not built; reinstall with a C compiler")
     n, m = target.shape
-    out = Quantised(
-        np.empty((n, m), np.int16), np.empty((n, m), np.float32), np.empty((n, m), np.uint8), np.empty(n, np.int8)
-    )
-    arrays = (plain, target, feed, step, *out)
-    if lib.rac_quantise(search._arguments(), Columns(n, m, feed.size // (n * n), *(address(a) for a in arrays))):
+    integers, values = np.empty((n, m), np.int16), np.empty((n, m), np.float32)
+    out = Quantised(integers, values, np.empty((n, m), np.uint8), np.empty(n, np.int8))
+    arrays = [address(a) for a in (plain, target, feed, step, *out)]
+    if lib.rac_quantise(search._arguments(), Columns(n, m, feed.size // (n * n), *arrays)):
         raise MemoryError
     return out

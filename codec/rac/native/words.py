@@ -1,15 +1,12 @@
-"""Words of a tensor to symbols and bit planes, for the encoder: C kernels, or numpy."""
+"""Words of a tensor to symbols and bit planes and back, and codes of groups to numbers: C kernels, or numpy."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
-
-Array = NDArray[Any]
+from rac.native.prototypes import Array
 
 
 def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:
@@ -19,8 +16,7 @@ def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:
         t = words.dtype.type
         hist += np.bincount(((words & t(mask)) >> t(shift)).ravel(), minlength=65536).astype(np.uint32)
         return int(np.bitwise_or.reduce(words, axis=None)) if words.size else 0
-    f = getattr(lib, f"rac_scan{words.itemsize}")
-    return int(f(words, words.size, mask, shift, hist))
+    return int(getattr(lib, f"rac_scan{words.itemsize}")(words, words.size, mask, shift, hist))
 
 
 def tops(words: Array, zero: int, sign: bool, shift: int) -> Array:
@@ -34,12 +30,10 @@ def symbols(words: Array, zero: int, sign: bool, shift: int, lut: NDArray[np.uin
     """lut[top of word], shape kept; `lut` (65536,) uint8."""
     lib = library()
     if lib is None:
-        out: NDArray[np.uint8] = lut[tops(words, zero, sign, shift)]
-        return out
+        return np.asarray(lut[tops(words, zero, sign, shift)])
     words = np.ascontiguousarray(words)
     out = np.empty(words.shape, np.uint8)
-    f = getattr(lib, f"rac_symbols{words.itemsize}")
-    f(words, words.size, zero, sign, shift, lut, out)
+    getattr(lib, f"rac_symbols{words.itemsize}")(words, words.size, zero, sign, shift, lut, out)
     return out
 
 
@@ -48,10 +42,8 @@ def gather(tile: Array, rows: Array | None, cols: Array | None, blocks: Array) -
     lib = library()
     if lib is None:
         return None
-    size = tile.dtype.itemsize
-    out = np.empty(tile.size, tile.dtype)
-    f = getattr(lib, f"rac_gather{size}")
-    f(tile, tile.strides[0] // size, rows, cols, blocks, len(blocks), out)
+    size, out = tile.itemsize, np.empty(tile.size, tile.dtype)
+    getattr(lib, f"rac_gather{size}")(tile, tile.strides[0] // size, rows, cols, blocks, len(blocks), out)
     return out
 
 
@@ -60,11 +52,10 @@ def planes(
 ) -> NDArray[np.uint8]:
     """Raw planes of contiguous `words` (n,) in `total` bytes; `sizes` has (bits, lowest bit, start) of each."""
     out = np.zeros(total, np.uint8)
-    starts = np.array([s for *_, s in sizes], np.int64)
     lib = library()
     if lib is not None:
-        f = getattr(lib, f"rac_planes{words.itemsize}")
-        f(words, len(words), zero, sign, shift, out, starts)
+        starts = np.array([s for *_, s in sizes], np.int64)
+        getattr(lib, f"rac_planes{words.itemsize}")(words, len(words), zero, sign, shift, out, starts)
         return out
     t = words.dtype.type
     v = words >> t(zero)
@@ -81,3 +72,25 @@ def planes(
             packed = np.bitwise_or.reduce(each << (np.arange(per, dtype=np.uint8) * np.uint8(b)), axis=1)
         out[start : start + len(packed)] = packed
     return out
+
+
+def unpack(unit: NDArray[np.uint8], n: int, bits: int) -> NDArray[np.uint8] | None:
+    """`n` words of `bits` bits out of the planes of a unit, contiguous and of the right size; None without a kernel."""
+    lib = library()
+    if lib is None:
+        return None
+    out = np.empty(n, np.uint8)
+    lib.rac_unbits(unit, n, bits, out)
+    return out
+
+
+def ungroup(codes: Array, scales: Array, zeros: Array, group: tuple[int, int], dst: Array, dtype: str) -> int | None:
+    """Codes (h, w) of groups/1 to words of F32 or BF16 in `dst` (h, w); the bits that occur in any code.
+
+    All have unit column stride: `scales` (h, G) float32 of the groups that the columns lie in, `zeros` (h, G), or one
+    for all. `group`: columns of a group, and place of column 0 in its own. None where no kernel is there for the type.
+    """
+    lib = library()
+    if lib is None or dtype not in ("F32", "BF16"):
+        return None
+    return int(lib.rac_ungroup(codes, scales, zeros, dst, *group, dst.itemsize))

@@ -3,23 +3,27 @@
 A *coder* restores the words of a tile from its unit. *Numbers* turn words of one byte into the numbers that they
 stand for. A *product* computes the tensor from these numbers and from objects, matrices of the same file. A coder and
 numbers may have a unit of their own in front of the tiles; `open` parses it, and what it returns decodes tiles, in any
-order and from any thread. A new stage is a class of one of these kinds and a row in `rac.stages.table`.
+order and from any thread. A new stage is a class of one of these kinds and a row in `rac.stages.table`; what a
+protocol below says in code and not in words, a stage need not say again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.container import zstd
 from rac.errors import FormatError, UnsupportedError
-from rac.grid import Box, Grid
+from rac.grid import Box, Grid, is_int
+from rac.native.prototypes import F32, Array
 
-Array = NDArray[Any]
 Head = dict[str, Any]
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +33,32 @@ class Context:
     dtype: str
     rows: int
     cols: int
-    word: int
-    """Bytes of a word that the coder restores."""
+    word: int  # bytes of a word that the coder restores
 
 
-class Kernel(Protocol):
-    """Makes the jobs of the CPU kernel that decodes the tiles of one tensor (`rac.native.decode_tiles`)."""
+class Stage(Protocol):
+    """A frozen dataclass of parameters, by the names that the stage map has."""
 
-    def job(self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: Any) -> Any:
-        """The job of one tile.
+    id: ClassVar[str]
 
-        Args:
-            unit: Address and bytes of the tile's unit, without Zstandard frames.
-            box: The tile's part of the matrix.
-            place: Address of its first word, and words from row to row.
-            numbers: What the words stand for, `OpenNumbers.fused`; None: the words themselves are wanted.
-        """
+    def to_head(self) -> Head:
+        """The stage map: the id, and each parameter as an integer or a list of them."""
+        parameters = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"id": self.id, **{k: list(v) if isinstance(v, tuple) else int(v) for k, v in parameters.items()}}
+
+
+Job = Callable[[Pair, Box, Pair, Any], Any]
+"""Makes the job of the CPU kernel (`rac.native.decode_tiles`) that decodes a tile: from address and bytes of its unit,
+without Zstandard frames; its part of the matrix; the address of the first word, and words from row to row; and what the
+words stand for, `OpenNumbers.fused`, or None where the words themselves are wanted."""
 
 
 class OpenCoder(Protocol):
     """A coder whose front unit, if it has one, was parsed."""
 
     def plain(self, unit: Array, box: Box) -> Array:
-        """The unit (bytes,) uint8 of a tile with its Zstandard frames expanded, to be decoded with `plain=True`.
-
-        Raises FormatError.
-        """
+        """The unit (bytes,) of a tile, its Zstandard frames expanded, for `decode` with `plain=True`; FormatError."""
+        return unit
 
     def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
         """Decode the unit (bytes,) uint8 of a tile, checked before, into `dst`, a (h, w) view of words, in Python.
@@ -62,50 +66,51 @@ class OpenCoder(Protocol):
         FormatError or ChecksumError where the unit breaks the format; `dst` may then be partly written.
         """
 
-    def kernel(self) -> Kernel | None:
-        """What makes jobs of the CPU kernel, its tables made now; None where `decode` does the work."""
+    def kernel(self) -> Job | None:
+        """What makes jobs, its tables made now; None where `decode` does the work."""
+        return None
 
     def bare(self) -> Self:
         """A copy without the tables of the CPU kernel, which it makes again when it is asked for them."""
+        return self
 
 
-class Coder(Protocol):
+class Coder(Stage, Protocol):
     """The first stage of every record: restores words."""
 
-    id: ClassVar[str]
-    resident: ClassVar[bool]
-    """Whether a layer whose weight it stores is worth keeping compressed in memory."""
+    resident: ClassVar[bool] = False  # whether a layer whose weight it stores is worth keeping compressed in memory
 
     @property
     def front(self) -> int | None:
         """Bytes of the unit that all tiles share; None: there is no such unit."""
+        return None
 
     @property
     def directory(self) -> int:
         """Bytes at the beginning of a tile's unit that `parts` needs."""
+        return 0
 
     @property
     def framed(self) -> bool:
         """Whether units of tiles may hold Zstandard frames."""
+        return False
 
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """Check every parameter of the stage map; FormatError or UnsupportedError."""
+        check(head, {}, cls.id)
+        return cls()
 
-    def to_head(self) -> Head:
-        """The stage map."""
-
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> OpenCoder:
-        """Parse the front unit (empty where there is none); `reference`: decode without kernels.
-
-        FormatError where the unit breaks the format.
-        """
+    def open(self, unit: bytes, grid: Grid) -> OpenCoder:
+        """Parse the front unit (empty where there is none); FormatError where it breaks the format."""
 
     def details(self) -> Mapping[str, int]:
         """What `rac info` says of a quantised tensor: "row_classes", "column_classes", "tables" (0: none)."""
+        return {"row_classes": 0, "column_classes": 0, "tables": 0}
 
     def parts(self, first: bytes, size: int, n: int) -> tuple[int, int, int, int]:
         """Bytes of (directories, words, escapes, raw) of a tile of `n` words whose unit has `size` bytes."""
+        return 0, 0, 0, size
 
 
 class OpenNumbers(Protocol):
@@ -114,28 +119,30 @@ class OpenNumbers(Protocol):
     @property
     def fused(self) -> Any:
         """What the CPU kernel needs to make numbers of words as it decodes them; None: `decode` does that."""
+        return None
 
     def patch(self, box: Box, dst: Array) -> None:
         """Write into `dst` (h, w) what the fused kernel leaves out of a tile."""
+        return
 
     @property
     def patches(self) -> bool:
         """Whether `patch` ever has anything to do."""
+        return False
 
     def decode(self, words: NDArray[np.uint8], box: Box, dst: Array) -> None:
         """Words (h, w) of one tile, contiguous, to numbers in `dst` (h, w), words of the data type; FormatError."""
 
 
-class Numbers(Protocol):
+class Numbers(Stage, Protocol):
     """A stage behind the coder: words of one byte to numbers that are near those which were packed."""
 
-    id: ClassVar[str]
-    sections: ClassVar[tuple[str, ...]]
-    """What its unit consists of, for people, in the order of `section_sizes`."""
+    sections: ClassVar[tuple[str, ...]]  # what its unit consists of, for people, in the order of `section_sizes`
 
     @property
     def front(self) -> int:
         """Bytes of its unit."""
+        return sum(self.section_sizes)
 
     @property
     def section_sizes(self) -> tuple[int, ...]:
@@ -145,42 +152,31 @@ class Numbers(Protocol):
     def from_head(cls, head: Head, context: Context) -> Self:
         """Check every parameter of the stage map; FormatError or UnsupportedError."""
 
-    def to_head(self) -> Head:
-        """The stage map."""
-
-    def open(self, unit: bytes, context: Context, reference: bool) -> OpenNumbers:
+    def open(self, unit: bytes, context: Context) -> OpenNumbers:
         """Parse the unit; `context.dtype` is what the numbers become. FormatError where it breaks the format."""
 
     def details(self, dtype: str) -> Mapping[str, Any]:
         """What `rac info` says of a tensor of numbers of `dtype`: parameters, and "outliers"."""
 
 
-class Product(Protocol):
+class Product(Stage, Protocol):
     """A stage behind numbers of binary32: computes with objects, in an order that the format fixes."""
 
-    id: ClassVar[str]
-    behind: ClassVar[tuple[str, ...]]
-    """The numbers that it may follow."""
-    objects: ClassVar[int]
-    """How many objects it uses."""
-    column: ClassVar[tuple[str, Any]]
-    """A name for `detail`, and its value for tensors without this stage."""
-    whole_rows: ClassVar[bool]
-    """Whether any column of the result needs all columns of the numbers."""
+    behind: ClassVar[tuple[str, ...]]  # the numbers that it may follow
+    objects: ClassVar[int]  # how many objects it uses
+    column: ClassVar[tuple[str, Any]]  # a name for `detail`, and its value for tensors without this stage
+    whole_rows: ClassVar[bool]  # whether any column of the result needs all columns of the numbers
 
     @classmethod
     def from_head(cls, head: Head) -> Self:
         """Check the stage map; UnsupportedError."""
-
-    def to_head(self) -> Head:
-        """The stage map."""
+        check(head, {}, cls.id)
+        return cls()
 
     def check(self, shapes: Sequence[tuple[int, ...]], rows: int, cols: int) -> None:
         """FormatError unless objects of these shapes serve a tensor of rows x cols."""
 
-    def join(
-        self, v: NDArray[np.float32], objects: Sequence[NDArray[np.float32]], box: Box, reference: bool
-    ) -> NDArray[np.float32]:
+    def join(self, v: F32, objects: Sequence[F32], box: Box) -> F32:
         """The part `box` of the tensor, (h, w), from the numbers `v` of its rows, which may be changed.
 
         `v` is (h, w), or (h, C) where `whole_rows`.
@@ -197,8 +193,7 @@ class Chain:
     coder: Coder
     numbers: Numbers | None = None
     product: Product | None = None
-    fronts: tuple[int, ...] = field(init=False)
-    """Bytes of each unit in front of the tiles."""
+    fronts: tuple[int, ...] = field(init=False)  # bytes of each unit in front of the tiles
 
     def __post_init__(self) -> None:
         each = (self.coder.front, None if self.numbers is None else self.numbers.front)
@@ -215,15 +210,34 @@ class Chain:
         return last.id
 
 
-def check_keys(head: Head, keys: Set[str], name: str) -> None:
-    """FormatError where a stage map lacks a parameter, UnsupportedError where it has one that is not known."""
+def check(head: Head, ranges: Mapping[str, tuple[int, int]], name: str, others: Set[str] = frozenset()) -> None:
+    """Check the parameters of a stage map, whose integers have `ranges`; of `others` only that they are there.
+
+    FormatError where it lacks one or one is out of range, UnsupportedError where it has one that is not known.
+    """
+    keys = {"id", *ranges, *others}
     if keys - head.keys():
         raise FormatError(f"{name} parameters are incomplete")
     if head.keys() - keys:
         raise UnsupportedError(f"unknown {name} parameters: {', '.join(sorted(head.keys() - keys))}")
+    for key, (low, high) in ranges.items():
+        if not is_int(head[key], low, high):
+            raise FormatError(f"{name} parameter {key} is out of range")
 
 
-def only_id(head: Head) -> None:
-    """UnsupportedError unless a stage map has no parameters."""
-    if head.keys() != {"id"}:
-        raise UnsupportedError("unknown stage parameters")
+def sizes_of(head: Head, n: int, name: str) -> tuple[Any, ...]:
+    """The parameter "sizes", bytes of `n` sections; FormatError."""
+    sizes = head["sizes"]
+    if not isinstance(sizes, list) or len(sizes) != n or any(not is_int(v, 0, 1 << 40) for v in sizes):
+        raise FormatError(f"{name} parameter sizes is malformed")
+    return tuple(sizes)
+
+
+def pack_lists(lists: Iterable[Array]) -> list[bytes]:
+    """Lists of bytes as units hold them: nothing where all are 0, plain bytes, or a zstd frame where that is less."""
+    return [zstd.shorter(v.tobytes(), 19) if v.any() else b"" for v in lists]
+
+
+def unpack_list(data: bytes, n: int) -> NDArray[np.uint8]:
+    """Inverse of `pack_lists` for one list of `n` bytes; FormatError."""
+    return np.frombuffer(zstd.expand(data, n), np.uint8) if data else np.zeros(n, np.uint8)

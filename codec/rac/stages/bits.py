@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
-from rac.errors import FormatError, UnsupportedError
-from rac.grid import Box, is_int, up16
-from rac.native import groups as native_groups
+from rac.errors import FormatError
+from rac.grid import Box, up16
+from rac.native import words as native_words
+from rac.native.prototypes import Array
 from rac.stages.base import Context, Head
+from rac.stages.base import check as check_head
+from rac.stages.lanes.layout import unpack_planes
+from rac.stages.lanes.parameters import cut_planes
 from rac.stages.plain import Plain
-
-Array = NDArray[Any]
-KEYS = {"id", "bits"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +30,10 @@ class Bits(Plain):
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The coder of a stage map (stages/bits.md, section 1); FormatError or UnsupportedError."""
-        if KEYS - head.keys():
-            raise FormatError("bits/1 lacks its parameter bits")
-        if head.keys() - KEYS:
-            raise UnsupportedError(f"unknown parameters of bits/1: {', '.join(sorted(head.keys() - KEYS))}")
-        if not is_int(head["bits"], 1, 8):
-            raise FormatError("parameter bits is out of range")
+        check_head(head, {"bits": (1, 8)}, cls.id)
         if context.word != 1:
             raise FormatError("bits/1 is for words of one byte")
         return cls(head["bits"])
-
-    def to_head(self) -> Head:
-        """The stage map."""
-        return {"bits": self.bits, "id": self.id}
 
     def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
         """The unit (bytes,) uint8 of a tile into `dst` (h, w) uint8; FormatError unless it is that of so many words."""
@@ -50,11 +42,10 @@ class Bits(Plain):
 
 def planes(n: int, bits: int) -> tuple[list[tuple[int, int, int]], int]:
     """(bits, lowest bit, start) of the planes of `n` words, and the bytes of all."""
-    out, low, at = [], 0, 0
-    for b in (8, 4, 2, 1):
-        if bits & b:
-            out.append((b, low, at))
-            low, at = low + b, at + up16(-(-n * b // 8))
+    out, at = [], 0
+    for b, low in cut_planes(bits):
+        out.append((b, low, at))
+        at += up16(-(-n * b // 8))
     return out, at
 
 
@@ -77,17 +68,11 @@ def check(unit: NDArray[np.uint8], n: int, bits: int) -> None:
             raise FormatError("plane ends in non-zero bits")
 
 
-def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) -> NDArray[np.uint8]:
+def unpack(unit: NDArray[np.uint8], n: int, bits: int) -> NDArray[np.uint8]:
     """Words (n,) out of the unit (bytes,) of a tile; FormatError unless all of it fits."""
     check(unit, n, bits)
-    found = None if reference else native_groups.words(np.ascontiguousarray(unit), n, bits)
+    found = native_words.unpack(np.ascontiguousarray(unit), n, bits)
     if found is not None:
         return found
-    out = np.zeros(n, np.uint8)
-    for b, low, at in planes(n, bits)[0]:
-        data = unit[at : at - (-n * b // 8)]
-        each = np.empty((len(data), 8 // b), np.uint8)
-        for k in range(8 // b):
-            np.bitwise_and(data >> np.uint8(k * b), np.uint8((1 << b) - 1), out=each[:, k])
-        out |= each.reshape(-1)[:n] << np.uint8(low)
-    return out
+    cuts = planes(n, bits)[0]
+    return unpack_planes([unit[at : at - (-n * b // 8)] for b, _, at in cuts], n, cut_planes(bits), np.uint8)

@@ -11,19 +11,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from rac.container import zstd
 from rac.errors import FormatError
-from rac.grid import Box, is_int
-from rac.native import groups as native
-from rac.stages.base import Context, Head, check_keys
+from rac.grid import Box
+from rac.native import words as native
+from rac.native.prototypes import F32, Array
+from rac.stages.base import Context, Head, Numbers, OpenNumbers, check, pack_lists, sizes_of, unpack_list
 from rac.stages.words import DTYPES, to_words
 
-Array = NDArray[Any]
-LEAST, MOST = 2.0**-14, 65504.0
-"""The normal numbers of binary16."""
-KEYS = {"id", "bits", "group", "zero", "exponent", "sizes"}
-FAR = 60
-"""Exponents of the factor of all scales are -FAR to FAR."""
-_FIRST, _LAST = 0x0400, 0x7BFF
-"""Bits of LEAST and MOST as binary16."""
+LEAST, MOST = 2.0**-14, 65504.0  # the normal numbers of binary16
+FAR = 60  # exponents of the factor of all scales are -FAR to FAR
+_FIRST, _LAST = 0x0400, 0x7BFF  # bits of LEAST and MOST as binary16
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Grouped:
 
     codes: NDArray[np.uint8]
     """(R, C), 0 .. 2**bits - 1"""
-    scales: NDArray[np.float32]
+    scales: F32
     """(R, G), G = ceil(C / group); each one a number that `storable` gives back as it is."""
     zeros: NDArray[np.uint8]
     """(R, G), 0 .. 255"""
@@ -42,23 +38,19 @@ class Grouped:
     """1 .. 8"""
 
 
-def values(g: Grouped) -> NDArray[np.float32]:
+def values(g: Grouped) -> F32:
     """(R, C) the numbers that the codes stand for. Binary32 holds each exactly: 11 bits of the scale times 8."""
     k = g.codes.astype(np.float32) - spread(g.zeros, g.group, g.codes.shape[1])
     return k * spread(g.scales, g.group, g.codes.shape[1])
 
 
-def spread(x: NDArray[np.generic], group: int, cols: int) -> NDArray[np.float32]:
+def spread(x: NDArray[np.generic], group: int, cols: int) -> F32:
     """(R, G) numbers of groups to (R, cols) of columns, as float32."""
     return np.repeat(x.astype(np.float32), group, axis=1)[:, :cols]
 
 
-def storable(scales: ArrayLike) -> NDArray[np.float32]:
-    """Scales, shape kept, rounded to normal numbers of binary16: at least 2**-14, at most 65504.
-
-    Raises:
-        ValueError: One is not finite or negative.
-    """
+def storable(scales: ArrayLike) -> F32:
+    """Scales, shape kept, rounded to normal numbers of binary16, 2**-14 to 65504; ValueError for infinite, negative."""
     x = np.asarray(scales, np.float32)
     if not np.isfinite(x).all() or (x < 0).any():
         raise ValueError("scales must be finite and at least 0")
@@ -66,137 +58,76 @@ def storable(scales: ArrayLike) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class Groups(Numbers):
     """groups/1: words to numbers by a scale and a zero for each group of columns of a row."""
 
     id: ClassVar[str] = "groups/1"
     sections: ClassVar[tuple[str, ...]] = ("scales", "zeros")
     bits: int
     group: int
-    zero: int
-    """The zero point of all groups, where the unit has none."""
-    exponent: int
-    """log2 of a factor of all scales."""
-    sizes: tuple[int, int, int]
-    """Bytes of the upper bytes of the scales, of the lower ones, of the zeros."""
-
-    @property
-    def front(self) -> int:
-        """Bytes of the unit."""
-        return sum(self.sizes)
+    zero: int  # the zero point of all groups, where the unit has none
+    exponent: int  # log2 of a factor of all scales
+    sizes: tuple[int, int, int]  # bytes of the upper bytes of the scales, of the lower ones, of the zeros
 
     @property
     def section_sizes(self) -> tuple[int, ...]:
         """Bytes of the scales and of the zeros."""
         return self.sizes[0] + self.sizes[1], self.sizes[2]
 
-    def to_head(self) -> Head:
-        """The stage map."""
-        return {
-            "id": self.id,
-            "bits": self.bits,
-            "group": self.group,
-            "zero": self.zero,
-            "exponent": self.exponent,
-            "sizes": list(self.sizes),
-        }
-
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The stage of a stage map (stages/groups.md, section 1); FormatError or UnsupportedError."""
-        check_keys(head, KEYS, "groups")
         ranges = {"bits": (1, 8), "group": (1, max(1, context.cols)), "zero": (0, 255), "exponent": (-FAR, FAR)}
-        for key, (low, high) in ranges.items():
-            if not is_int(head[key], low, high):
-                raise FormatError(f"groups parameter {key} is out of range")
-        sizes = head["sizes"]
-        if not isinstance(sizes, list) or len(sizes) != 3 or any(not is_int(v, 0, 1 << 40) for v in sizes):
-            raise FormatError("groups parameter sizes is malformed")
+        check(head, ranges, "groups", {"sizes"})
+        sizes = sizes_of(head, 3, "groups")
         if head["zero"] and sizes[2]:
             raise FormatError("groups have one zero and a list of zeros")
         if context.dtype not in DTYPES:
             raise FormatError(f"groups cannot be of {context.dtype}")
-        return cls(head["bits"], head["group"], head["zero"], head["exponent"], tuple(sizes))
+        return cls(**{key: head[key] for key in ranges}, sizes=sizes)
 
-    def open(self, unit: bytes, context: Context, reference: bool = False) -> OpenGroups:
+    def open(self, unit: bytes, context: Context) -> OpenGroups:
         """Parse the unit (stages/groups.md, section 2); FormatError where it breaks the format."""
-        return OpenGroups(unit, self, context, reference)
+        return OpenGroups(unit, self, context)
 
     def details(self, dtype: str) -> Mapping[str, Any]:
         """Bits of a code, columns of a group, the zero of all groups (None: each has its own)."""
         return {"bits": self.bits, "group": self.group, "zero": None if self.sizes[2] else self.zero, "outliers": 0}
 
 
-class OpenGroups:
-    """The unit of a tensor under groups/1, ready for use.
+class OpenGroups(OpenNumbers):
+    """The unit of a tensor: `scales` (R, G) float32, and `zeros` (R, G) uint8, or (1, 1) where all are the same."""
 
-    Attributes:
-        p: The parameters.
-        dtype: Data type of the numbers.
-        scales: (R, G) float32.
-        zeros: (R, G) uint8, or (1, 1) where all are the same.
-    """
-
-    fused: None = None
-    patches = False
-
-    def __init__(self, unit: bytes, p: Groups, context: Context, reference: bool) -> None:
-        self.p, self.dtype, self._reference = p, context.dtype, reference
+    def __init__(self, unit: bytes, p: Groups, context: Context) -> None:
+        self.p, self.dtype = p, context.dtype
         if len(unit) != p.front:
             raise FormatError("groups unit does not have the size of its sections")
         shape = context.rows, -(-context.cols // p.group)
         a, b = p.sizes[0], p.sizes[0] + p.sizes[1]
-        high, low = _list(unit[:a], shape), _list(unit[a:b], shape)
+        parts = unit[:a], unit[a:b], unit[b:]
+        high, low, zeros = (unpack_list(data, shape[0] * shape[1]).reshape(shape) for data in parts)
         bits = high.astype(np.uint16) << np.uint16(8) | low
         if bits.min() < _FIRST or bits.max() > _LAST:
             raise FormatError("a scale is no normal number above 0")
         self.scales = np.ldexp(bits.view(np.float16).astype(np.float32), p.exponent)
-        self.zeros = _list(unit[b:], shape) if p.sizes[2] else np.array([[p.zero]], np.uint8)
-
-    def patch(self, box: Box, dst: Array) -> None:
-        """Nothing: no kernel leaves anything out."""
+        self.zeros = zeros if p.sizes[2] else np.array([[p.zero]], np.uint8)
 
     def decode(self, words: NDArray[np.uint8], box: Box, dst: Array) -> None:
-        """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type.
-
-        The C kernel does the same, bit for bit.
-
-        Raises:
-            FormatError: A word has more than `bits` bits.
-        """
+        """Words (h, w) of one tile to elements in `dst` (h, w); FormatError where one has more than `bits` bits."""
         p, (r0, r1, c0, c1) = self.p, box
-        first = c0 // p.group
+        first, left = divmod(c0, p.group)
         of = np.s_[r0:r1, first : -(-c1 // p.group)]
-        same = self.zeros.size == 1
-        seen = None
-        if not self._reference:
-            zeros = self.zeros if same else self.zeros[of]
-            left = c0 - first * p.group
-            seen = native.numbers(words, self.scales[of], zeros, p.group, left, dst, self.dtype)
+        scales, zeros = self.scales[of], self.zeros if self.zeros.size == 1 else self.zeros[of]
+        seen = native.ungroup(words, scales, zeros, (p.group, left), dst, self.dtype)
         if (words >> np.uint8(p.bits)).any() if seen is None else seen >> p.bits:
             raise FormatError("a word is larger than groups/1 allows")
-        if seen is not None:
-            return
-        cut = np.s_[:, c0 - first * p.group : c1 - first * p.group]
-        scale = np.repeat(self.scales[of], p.group, axis=1)[cut]
-        zero = self.zeros if same else np.repeat(self.zeros[of], p.group, axis=1)[cut]
-        dst[...] = to_words((words.astype(np.float32) - zero.astype(np.float32)) * scale, self.dtype)
-
-
-def _list(data: bytes, shape: tuple[int, int]) -> NDArray[np.uint8]:
-    """Bytes of all groups: nothing where all are 0, plain bytes, or else a zstd frame."""
-    if not data:
-        return np.zeros(shape, np.uint8)
-    return np.frombuffer(zstd.expand(data, shape[0] * shape[1]), np.uint8).reshape(shape)
+        if seen is None:
+            scale, zero = (spread(x, p.group, left + c1 - c0)[:, left:] for x in (scales, zeros))
+            dst[...] = to_words((words.astype(np.float32) - (zeros if zeros.size == 1 else zero)) * scale, self.dtype)
 
 
 def build_unit(g: Grouped) -> tuple[Groups, bytes]:
-    """Inverse of `parse_unit`: parameters and unit of a matrix.
-
-    Raises:
-        ValueError: A shape, code or scale is not as `Grouped` says. Scales may also be such numbers times one power of
-            two from 2**-60 to 2**60.
-    """
+    """Parameters and unit; ValueError unless `g` is as `Grouped` says, but for a power of two of all scales."""
     rows, cols = g.codes.shape
     shape = rows, -(-cols // g.group) if g.group >= 1 else 0
     if not (1 <= g.bits <= 8 and 1 <= g.group <= cols and g.scales.shape == g.zeros.shape == shape):
@@ -206,13 +137,12 @@ def build_unit(g: Grouped) -> tuple[Groups, bytes]:
     bits, exponent = _stored(np.asarray(g.scales, np.float32))
     same = bool((g.zeros == g.zeros.flat[0]).all())
     high, low = (bits >> np.uint16(8)).astype(np.uint8), bits.astype(np.uint8)
-    lists = [zstd.shorter(v.tobytes(), 19) if v.any() else b"" for v in (high, low)]
-    lists.append(b"" if same else zstd.shorter(g.zeros.tobytes(), 19))
+    lists = [*pack_lists((high, low)), b"" if same else zstd.shorter(g.zeros.tobytes(), 19)]
     a, b, c = map(len, lists)
     return Groups(g.bits, g.group, int(g.zeros.flat[0]) if same else 0, exponent, (a, b, c)), b"".join(lists)
 
 
-def _stored(scales: NDArray[np.float32]) -> tuple[NDArray[np.uint16], int]:
+def _stored(scales: F32) -> tuple[NDArray[np.uint16], int]:
     """Scales as bits of binary16 and the exponent of a factor of all; ValueError where there is none."""
     if scales.size and np.isfinite(scales).all() and scales.min() > 0:
         largest = int(np.frexp(scales.max())[1]) - 16  # which brings the largest to 2**15 and more

@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import Box, Grid
-from rac.stages.base import Context, Head, only_id
+from rac.native.prototypes import Array
+from rac.stages.base import Coder, Context, Head, OpenCoder, check
 
-Array = NDArray[Any]
 
+class Plain(Coder, OpenCoder):
+    """A coder without front unit and kernel, which is open as it is."""
 
-class Plain:
-    """A coder without front unit, parameters and kernel; what its subclasses share."""
-
-    id: ClassVar[str]
-    resident: ClassVar[bool] = False
-    front: ClassVar[int | None] = None
-    directory: ClassVar[int] = 0
-    framed: ClassVar[bool] = False
-
-    @classmethod
-    def from_head(cls, head: Head, context: Context) -> Self:
-        """The coder of a stage map; UnsupportedError where it has parameters."""
-        only_id(head)
-        return cls()
-
-    def to_head(self) -> Head:
-        """The stage map."""
-        return {"id": self.id}
-
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> Self:
+    def open(self, unit: bytes, grid: Grid) -> Self:
         """The coder itself: there is no unit to parse."""
         return self
-
-    def kernel(self) -> None:
-        """None: numpy is as fast."""
-
-    def bare(self) -> Self:
-        """The coder itself: it has no tables."""
-        return self
-
-    def plain(self, unit: Array, box: Box) -> Array:
-        """The unit (bytes,) uint8 itself."""
-        return unit
-
-    def details(self) -> dict[str, int]:
-        """No classes and no tables."""
-        return {"row_classes": 0, "column_classes": 0, "tables": 0}
-
-    def parts(self, first: bytes, size: int, n: int) -> tuple[int, int, int, int]:
-        """(0, 0, 0, bytes of the tile)."""
-        return 0, 0, 0, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +40,25 @@ class Zstd(Plain):
     """zstd/1: a Zstandard frame of the bytes of all words of a tile, lowest bytes first."""
 
     id: ClassVar[str] = "zstd/1"
-    framed: ClassVar[bool] = True
+    framed: ClassVar[bool] = True  # type: ignore[misc]
     word: int
 
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The coder of a stage map, for words of `context.word` bytes; UnsupportedError where it has parameters."""
-        only_id(head)
+        check(head, {}, cls.id)
         return cls(context.word)
+
+    def to_head(self) -> Head:
+        """The stage map, which has no parameters."""
+        return {"id": self.id}
 
     def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
         """The unit (bytes,) uint8 of a tile into `dst` (h, w) words; `plain`: it is these words already."""
-        if plain:
-            dst[...] = unit.view(dst.dtype).reshape(dst.shape)
-            return
-        data = np.frombuffer(zstd.decompress(unit.data, dst.size * self.word), np.uint8).reshape(self.word, dst.size)
-        dst[...] = np.ascontiguousarray(data.T).view(dst.dtype).reshape(dst.shape)
+        if not plain:
+            data = np.frombuffer(zstd.decompress(unit.data, dst.size * self.word), np.uint8)
+            unit = np.ascontiguousarray(data.reshape(self.word, dst.size).T)
+        dst[...] = unit.view(dst.dtype).reshape(dst.shape)
 
     def plain(self, unit: Array, box: Box) -> Array:
         """The words of the tile as bytes; FormatError where the frame is damaged."""

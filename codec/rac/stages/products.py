@@ -4,41 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import product
-from rac.stages.base import Head, only_id
-
-F32 = NDArray[np.float32]
-
-
-class _Product:
-    """What the two have in common: they have no parameters, and stand behind trellis/1."""
-
-    id: ClassVar[str]
-    behind: ClassVar[tuple[str, ...]] = ("trellis/1",)
-
-    @classmethod
-    def from_head(cls, head: Head) -> Self:
-        """The stage of a stage map; UnsupportedError where it has parameters."""
-        only_id(head)
-        return cls()
-
-    def to_head(self) -> Head:
-        """The stage map."""
-        return {"id": self.id}
+from rac.native.prototypes import F32
+from rac.stages.base import Product
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank(_Product):
+class LowRank(Product):
     """lowrank/1: the numbers plus a product A B of two thin matrices."""
 
     id: ClassVar[str] = "lowrank/1"
+    behind: ClassVar[tuple[str, ...]] = ("trellis/1",)
     objects: ClassVar[int] = 2
     column: ClassVar[tuple[str, Any]] = ("rank", 0)
     whole_rows: ClassVar[bool] = False
@@ -49,10 +31,10 @@ class LowRank(_Product):
         if not 1 <= r <= min(rows, cols) or list(shapes) != [(rows, r), (r, cols)]:
             raise FormatError(f"objects {list(shapes)} are no product of low rank of {rows} x {cols}")
 
-    def join(self, v: F32, objects: Sequence[F32], box: Box, reference: bool = False) -> F32:
+    def join(self, v: F32, objects: Sequence[F32], box: Box) -> F32:
         """V + A B for the part `box`, in the order of section 3; `v` (h, w) is changed and returned."""
         a, b = objects
-        product.add(v, a[box.r0 : box.r1], b[:, box.c0 : box.c1], reference)
+        product.add(v, a[box.r0 : box.r1], b[:, box.c0 : box.c1])
         return v
 
     def detail(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Any:
@@ -61,10 +43,11 @@ class LowRank(_Product):
 
 
 @dataclass(frozen=True, slots=True)
-class Basis(_Product):
+class Basis(Product):
     """basis/1: the numbers times a square matrix U, a basis of the columns."""
 
     id: ClassVar[str] = "basis/1"
+    behind: ClassVar[tuple[str, ...]] = ("trellis/1",)
     objects: ClassVar[int] = 1
     column: ClassVar[tuple[str, Any]] = ("basis", None)
     whole_rows: ClassVar[bool] = True
@@ -74,11 +57,11 @@ class Basis(_Product):
         if list(shapes) != [(cols, cols)]:
             raise FormatError(f"object {list(shapes)} is no basis of {cols} columns")
 
-    def join(self, v: F32, objects: Sequence[F32], box: Box, reference: bool = False) -> F32:
+    def join(self, v: F32, objects: Sequence[F32], box: Box) -> F32:
         """V U for the columns of the part `box`, in the order of section 3; `v` is (h, C), the result (h, w)."""
         u = objects[0][:, box.c0 : box.c1]
         out = np.zeros((len(v), u.shape[1]), np.float32)
-        product.add(out, v, u, reference)
+        product.add(out, v, u)
         return out
 
     def detail(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Any:

@@ -1,7 +1,4 @@
-"""Sign-symmetric trellis: small integers and scales to numbers (format_spec/stages/trellis.md).
-
-The numpy functions here are the reference; rac/native/trellis.c is held to them bit for bit.
-"""
+"""Sign-symmetric trellis: small integers and scales to numbers (format_spec/stages/trellis.md)."""
 
 from __future__ import annotations
 
@@ -14,97 +11,61 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.container import zstd
 from rac.errors import FormatError
-from rac.grid import Box, is_int
+from rac.grid import Box
 from rac.native import address
 from rac.native import trellis as native
-from rac.stages.base import Context, Head, check_keys
+from rac.native.prototypes import F32, Array
+from rac.stages.base import Context, Head, Numbers, check, pack_lists, sizes_of, unpack_list
 from rac.stages.words import DTYPES, to_words
 
-Array = NDArray[Any]
-KEYS = {"id", "states", "zero", "low", "scale", "sizes"}
-CODES = {
-    1: (0, 0),
-    4: (2, 1),
-    8: (5, 2),
-    16: (9, 2),
-    32: (18, 4),
-    64: (33, 10),
-    128: (78, 43),
-    256: (166, 121),
-}
+CODES = {1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
 """States to (H0, H1)."""
 DEAD, MOST = -128, 60
 _QUARTERS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)
 
 
-def power(e: Array) -> NDArray[np.float32]:
+def power(e: Array) -> F32:
     """2**(e / 4) of int8 exponents, the binary32 numbers of section 3."""
     e = e.astype(np.int32)
-    out: NDArray[np.float32] = np.ldexp(_QUARTERS[e & 3], e >> 2)
+    out: F32 = np.ldexp(_QUARTERS[e & 3], e >> 2)
     return out
 
 
 @dataclass(frozen=True, slots=True)
-class Trellis:
+class Trellis(Numbers):
     """trellis/1: words to numbers by a trellis of `states` states, scales of rows and columns, and outliers."""
 
     id: ClassVar[str] = "trellis/1"
     sections: ClassVar[tuple[str, ...]] = ("corrections", "rows", "columns", "outliers")
     states: int
-    zero: int
-    """The word that stands for 0."""
-    low: int
-    """First of the words that have corrections."""
-    scale: int
-    """Bits of the binary32 unit of all columns."""
-    sizes: tuple[int, int, int, int]
-    """Bytes of each section of the unit."""
-
-    @property
-    def front(self) -> int:
-        """Bytes of the unit."""
-        return sum(self.sizes)
+    zero: int  # the word that stands for 0
+    low: int  # first of the words that have corrections
+    scale: int  # bits of the binary32 unit of all columns
+    sizes: tuple[int, int, int, int]  # bytes of each section of the unit
 
     @property
     def section_sizes(self) -> tuple[int, ...]:
         """Bytes of each section."""
         return self.sizes
 
-    def to_head(self) -> Head:
-        """The stage map."""
-        return {
-            "id": self.id,
-            "states": self.states,
-            "zero": self.zero,
-            "low": self.low,
-            "scale": self.scale,
-            "sizes": list(self.sizes),
-        }
-
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The stage of a stage map (stages/trellis.md, section 1); FormatError or UnsupportedError."""
-        check_keys(head, KEYS, "trellis")
-        if type(head["states"]) is not int or head["states"] not in CODES:
+        ranges = {"states": (1, 256), "zero": (0, 255), "low": (0, 255), "scale": (0x21800000, 0x5D800000)}
+        check(head, ranges, "trellis", {"sizes"})
+        if head["states"] not in CODES:
             raise FormatError("trellis parameter states is out of range")
-        if not is_int(head["zero"], 0, 255) or not is_int(head["low"], 0, 255):
-            raise FormatError("trellis parameters zero or low are out of range")
-        if not is_int(head["scale"], 0x21800000, 0x5D800000):
-            raise FormatError("trellis parameter scale is out of range")
-        sizes = head["sizes"]
-        if not isinstance(sizes, list) or len(sizes) != 4 or any(not is_int(v, 0, 1 << 40) for v in sizes):
-            raise FormatError("trellis parameter sizes is malformed")
+        sizes = sizes_of(head, 4, "trellis")
         if context.dtype not in DTYPES:
             raise FormatError(f"trellis numbers cannot be {context.dtype}")
         if head["low"] + sizes[0] > 256:
             raise FormatError("trellis corrections leave the range of words")
-        return cls(head["states"], head["zero"], head["low"], head["scale"], tuple(sizes))
+        return cls(**{key: head[key] for key in ranges}, sizes=sizes)
 
-    def open(self, unit: bytes, context: Context, reference: bool = False) -> OpenTrellis:
+    def open(self, unit: bytes, context: Context) -> OpenTrellis:
         """Parse the unit (stages/trellis.md, section 2); FormatError where it breaks the format."""
-        return OpenTrellis(self, context.dtype, _lists(unit, self, context), reference)
+        return OpenTrellis(self, context.dtype, _lists(unit, self, context))
 
     def details(self, dtype: str) -> Mapping[str, Any]:
         """Number of states, of outliers and of corrections."""
@@ -113,7 +74,7 @@ class Trellis:
 
 
 @functools.lru_cache(16)
-def magnitudes(states: int, zero: int) -> NDArray[np.float32]:
+def magnitudes(states: int, zero: int) -> F32:
     """(256,) magnitude of each word without corrections. Not to be written to."""
     k = np.arange(256, dtype=np.float32) - np.float32(zero)
     return 2 * k + np.float32(0.5) if states > 1 else k
@@ -122,33 +83,25 @@ def magnitudes(states: int, zero: int) -> NDArray[np.float32]:
 class Lists(NamedTuple):
     """What the unit of trellis/1 holds."""
 
-    rec: NDArray[np.float32]
-    """(256,) magnitude of each word."""
-    rows: NDArray[np.float32]
-    """(R,) scale of each row, B(y)."""
-    cols: NDArray[np.float32]
-    """(C,) scale of each column, A(x)."""
-    places: NDArray[np.int64]
-    """(N, 2) row and column of each outlier, ascending."""
-    values: Array
-    """(N,) words of the data type: the outliers."""
+    rec: F32  # (256,) magnitude of each word
+    rows: F32  # (R,) scale of each row, B(y)
+    cols: F32  # (C,) scale of each column, A(x)
+    places: NDArray[np.int64]  # (N, 2) row and column of each outlier, ascending
+    values: Array  # (N,) words of the data type: the outliers
 
 
 class OpenTrellis:
     """The unit of a tensor under trellis/1, ready for use: the parameters `p`, the data type, and `Lists`."""
 
-    def __init__(self, p: Trellis, dtype: str, lists: Lists, reference: bool = False) -> None:
-        self.p, self.dtype, self._reference = p, dtype, reference
+    def __init__(self, p: Trellis, dtype: str, lists: Lists) -> None:
+        self.p, self.dtype = p, dtype
         self.rec, self.rows, self.cols, self.places, self.values = lists
         self._alive: list[Any] = []  # each that two threads made at once, since jobs have its address
 
     @functools.cached_property
     def _words(self) -> Any:
         """What the words stand for, for the CPU kernel alone: made when it first asks."""
-        p = self.p
-        words = (
-            None if self._reference else native.dequant(self.rec, not p.sizes[0], CODES[p.states], p.zero, self.dtype)
-        )
+        words = native.dequant(self.rec, not self.p.sizes[0], CODES[self.p.states], self.p.zero, self.dtype)
         self._alive.append(words)
         return words
 
@@ -173,9 +126,7 @@ class OpenTrellis:
             self._decode(words, cols, rows, dst)
         self.patch(box, dst)
 
-    def _decode(
-        self, words: NDArray[np.uint8], cols: NDArray[np.float32], rows: NDArray[np.float32], dst: Array
-    ) -> None:
+    def _decode(self, words: NDArray[np.uint8], cols: F32, rows: F32, dst: Array) -> None:
         """The reference (stages/trellis.md, section 4), all columns of a row at once."""
         h0, h1 = (np.uint8(h) for h in CODES[self.p.states])
         state: Array = np.zeros(len(cols), np.uint8)
@@ -202,10 +153,8 @@ def _lists(unit: bytes, p: Trellis, context: Context) -> Lists:
     a, b, c, _ = np.cumsum(p.sizes).tolist()
     rec = magnitudes(p.states, p.zero).copy()
     rec[p.low : p.low + p.sizes[0]] += np.frombuffer(unit[:a], np.int8).astype(np.float32) / np.float32(64)
-    by_row, by_col = _list(unit[a:b], rows), _list(unit[b:c], cols)
-    if (np.abs(by_row.astype(np.int16)) > MOST).any() or (
-        (np.abs(by_col.astype(np.int16)) > MOST) & (by_col != DEAD)
-    ).any():
+    by_row, by_col = (unpack_list(*of).view(np.int8) for of in ((unit[a:b], rows), (unit[b:c], cols)))
+    if max(np.abs(v.astype(np.int16)).max(initial=0) for v in (by_row, by_col[by_col != DEAD])) > MOST:
         raise FormatError("trellis scale is out of range")
     col = np.array(p.scale, np.uint32).view(np.float32) * power(by_col)
     col[by_col == DEAD] = 0
@@ -220,13 +169,6 @@ def _lists(unit: bytes, p: Trellis, context: Context) -> Lists:
     return Lists(rec, power(by_row), col, places, found["value"].copy())
 
 
-def _list(data: bytes, n: int) -> NDArray[np.int8]:
-    """Exponents of `n` rows or columns: nothing where all are 0, plain bytes of size n, or else a zstd frame."""
-    if not data:
-        return np.zeros(n, np.int8)
-    return np.frombuffer(zstd.expand(data, n), np.int8)
-
-
 def build_unit(
     corrections: NDArray[np.int8],
     rows: NDArray[np.int8],
@@ -234,11 +176,10 @@ def build_unit(
     places: NDArray[np.int64],
     values: Array,
 ) -> tuple[tuple[int, int, int, int], bytes]:
-    """Inverse of `parse_unit`: (sizes, unit). Outliers at `places` (N, 2), ascending, are `values` (N,), words."""
+    """(sizes, unit) of exponents (R,) and (C,). Outliers at `places` (N, 2), ascending, are `values` (N,), words."""
     outliers = np.zeros(len(places), _outliers(values.itemsize))
-    outliers["row"], outliers["col"], outliers["value"] = places[:, 0], places[:, 1], values
-    lists = [zstd.shorter(v.tobytes(), 19) if v.any() else b"" for v in (rows, cols)]
-    a, b, c, d = corrections.tobytes(), *lists, outliers.tobytes()
+    outliers["row"], outliers["col"], outliers["value"] = *places.T, values
+    a, b, c, d = corrections.tobytes(), *pack_lists((rows, cols)), outliers.tobytes()
     return (len(a), len(b), len(c), len(d)), a + b + c + d
 
 

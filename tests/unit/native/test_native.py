@@ -221,7 +221,7 @@ def test_planes(both, word, n):
         expected = v & np.uint64((1 << shift) - 1)
         if sign:
             expected |= v >> np.uint64(bits - zero - 1) << np.uint64(shift)
-        assert (ll.unpack_planes(views, n, p) == expected).all()
+        assert (ll.unpack_planes(views, n, p.planes()) == expected).all()
 
 
 @pytest.mark.parametrize("word", [1, 2, 4, 8])

@@ -92,7 +92,7 @@ def after(v: Array, dtype: str, objects: Sequence[Object]) -> Array:
         return v
     found = np.asarray(v).view(F32)
     whole = Box(0, len(found), 0, found.shape[1])
-    return to_words(product.join(found, [o.values for o in objects], whole, False), dtype)
+    return to_words(product.join(found, [o.values for o in objects], whole), dtype)
 
 
 def factors(name: str, w: NDArray[np.float32], a: Aligned, recipe: Recipe) -> tuple[Object, Object]:

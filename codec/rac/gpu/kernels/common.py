@@ -4,8 +4,6 @@ Plain triton cannot index shared memory, count a population or vote; the interpr
 memory is an array of numpy, and the same addresses are computed.
 """
 
-from __future__ import annotations
-
 import os
 
 import numpy as np
@@ -16,6 +14,14 @@ from triton.language.extra import libdevice
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _memory = np.zeros(1 << 15 if INTERPRETED else 0, np.uint8)
 _address = -(-_memory.ctypes.data // 16) * 16
+BALLOT = tl.constexpr("{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }")
+MULTIPLY_ADD = tl.constexpr("{ .reg .b64 t; mov.b64 t, {$4, $5}; mad.wide.u32 t, $2, $3, t; mov.b64 {$0, $1}, t; }")
+LESS_IF_ZERO = tl.constexpr("{ .reg .pred p; setp.eq.u32 p, $2, 0; mov.b32 $0, $1; @p add.s32 $0, $0, -1; }")
+COPY = tl.constexpr(
+    "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.ca.shared.global [$1], [$2], 16; mov.u32 $0, 0; }"
+)
+ARRIVED = tl.constexpr("cp.async.wait_all; mov.u32 $0, 0;")
+NEXT4 = tl.constexpr("ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5]; add.u64 $4, $5, 16;")
 
 
 @triton.constexpr_function
@@ -39,46 +45,27 @@ def popcount(v):
 @triton.jit
 def ballot(flags, bit):
     """One bit per lane of the warp, lane 0 the lowest; `bit` is that of the lane."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $1, 0; vote.sync.ballot.b32 $0, p, 0xffffffff; }",
-        "=r,r",
-        [flags.to(tl.uint32)],
-        dtype=tl.uint32,
-        is_pure=False,
-        pack=1,
-    )
+    return tl.inline_asm_elementwise(BALLOT, "=r,r", [flags.to(tl.uint32)], tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
 def low24(v):
     """The lowest 24 bits. Assembly, since the compiler would compute a part of them twice."""
-    return tl.inline_asm_elementwise("and.b32 $0, $1, 0xffffff;", "=r,r", [v], dtype=tl.uint32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise("and.b32 $0, $1, 0xffffff;", "=r,r", [v], tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
 def multiply_add(a, b, low, high):
     """(Low, high half) of a * b + low + high * 2^32, all of 32 bits."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b64 t; mov.b64 t, {$4, $5}; mad.wide.u32 t, $2, $3, t; mov.b64 {$0, $1}, t; }",
-        "=r,=r,r,r,r,r",
-        [a, b, low, high],
-        dtype=(tl.uint32, tl.uint32),
-        is_pure=True,
-        pack=1,
+        MULTIPLY_ADD, "=r,=r,r,r,r,r", [a, b, low, high], (tl.uint32, tl.uint32), is_pure=True, pack=1
     )
 
 
 @triton.jit
 def less_if_zero(n, v):
     """One less than `n` where `v` is 0."""
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.eq.u32 p, $2, 0; mov.b32 $0, $1; @p add.s32 $0, $0, -1; }",
-        "=r,r,r",
-        [n, v],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    return tl.inline_asm_elementwise(LESS_IF_ZERO, "=r,r,r", [n, v], tl.int32, is_pure=True, pack=1)
 
 
 @triton.constexpr_function
@@ -89,46 +76,33 @@ def _reservation(size):
 @triton.jit
 def reserve(BLOCK: tl.constexpr, BYTES: tl.constexpr):
     """Address of so many bytes of static shared memory, a multiple of 16, for every thread."""
-    return tl.inline_asm_elementwise(
-        _reservation(BYTES), "=r,r", [tl.zeros((BLOCK,), tl.uint32)], dtype=tl.uint32, is_pure=False, pack=1
-    )
+    each = tl.zeros((BLOCK,), tl.uint32)
+    return tl.inline_asm_elementwise(_reservation(BYTES), "=r,r", [each], tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
 def copy(to, source, flags):
     """Begin to copy 16 bytes of global memory into shared memory, in threads whose flag is set."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p cp.async.ca.shared.global [$1], [$2], 16; mov.u32 $0, 0; }",
-        "=r,r,l,r",
-        [to, source, flags.to(tl.uint32)],
-        dtype=tl.uint32,
-        is_pure=False,
-        pack=1,
-    )
+    flags = flags.to(tl.uint32)
+    tl.inline_asm_elementwise(COPY, "=r,r,l,r", [to, source, flags], tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
 def arrived(threads):
     """Wait for what this thread copies."""
-    tl.inline_asm_elementwise(
-        "cp.async.wait_all; mov.u32 $0, 0;", "=r,r", [threads], dtype=tl.uint32, is_pure=False, pack=1
-    )
+    tl.inline_asm_elementwise(ARRIVED, "=r,r", [threads], tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
 def shared_byte(address):
     """A byte of shared memory."""
-    return tl.inline_asm_elementwise(
-        "ld.shared.u8 $0, [$1];", "=r,r", [address], dtype=tl.uint32, is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise("ld.shared.u8 $0, [$1];", "=r,r", [address], tl.uint32, is_pure=False, pack=1)
 
 
 @triton.jit
 def shared_pair(address, OFFSET: tl.constexpr):
     """Two words of 32 bits of shared memory, OFFSET bytes behind an address."""
-    return tl.inline_asm_elementwise(
-        _pair(OFFSET), "=r,=r,r", [address], dtype=(tl.uint32, tl.uint32), is_pure=False, pack=1
-    )
+    return tl.inline_asm_elementwise(_pair(OFFSET), "=r,=r,r", [address], (tl.uint32, tl.uint32), is_pure=False, pack=1)
 
 
 @triton.constexpr_function
@@ -140,10 +114,10 @@ def _pair(offset):
 def next4(address):
     """(Four words of 32 bits at an address that is a multiple of 16, the address behind them). Nobody writes there."""
     return tl.inline_asm_elementwise(
-        "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$5]; add.u64 $4, $5, 16;",
+        NEXT4,
         "=r,=r,=r,=r,=l,l",
         [address],
-        dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint64),
+        (tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint64),
         is_pure=True,
         pack=1,
     )

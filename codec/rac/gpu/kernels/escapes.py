@@ -4,8 +4,6 @@ The kernel of the lanes has noted the places of the symbols that escape; here ea
 thread.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -28,18 +26,13 @@ def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.con
         jobs: `symbols`, the `first` that escapes, `bases`, `count` of `bytes`, `limit` that tops are below, place in
             `status`, `codes` unless PLACED; `n` `blocks`, lists of `rows` and `columns`, `words` and `stride` of them
             from row to row, `shift`, the bits below a top; `places`.
-        WORD: Bytes of a word.
-        PLACED: Whether words stand in their places already.
-        BLOCK: Escapes at once.
+        FORM: WORD, bytes of a word; PLACED, whether words stand in their places already; BLOCK, escapes at once.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     symbols, first = work + tl.load(job + JOB.symbols), tl.load(job + JOB.first).to(tl.uint32)
     bases, data = (aux + tl.load(job + JOB.bases)).to(tl.pointer_type(tl.uint32)), units + tl.load(job + JOB.bytes)
-    count, limit, mark = (
-        tl.load(job + JOB.count).to(tl.int32),
-        tl.load(job + JOB.limit).to(tl.uint32),
-        status + tl.load(job + JOB.status),
-    )
+    count, limit = tl.load(job + JOB.count).to(tl.int32), tl.load(job + JOB.limit).to(tl.uint32)
+    mark = status + tl.load(job + JOB.status)
     places = (work + tl.load(job + JOB.places)).to(tl.pointer_type(tl.int32))
     if tl.load(mark) == 0:  # else there may be too few places
         for base in range(0, count, FORM.BLOCK):
@@ -73,12 +66,10 @@ def _add(aux, out, job, k, top, some, JOB: tl.constexpr, FORM: tl.constexpr):
     block = blocks + low * 4
     k -= tl.load(block)
     cols = tl.load(block + 3)
-    y = tl.load(
-        (aux + tl.load(job + JOB.rows)).to(tl.pointer_type(tl.int32)) + tl.load(block + 1) + k // cols, mask=some
-    )
-    x = tl.load(
-        (aux + tl.load(job + JOB.columns)).to(tl.pointer_type(tl.int32)) + tl.load(block + 2) + k % cols, mask=some
-    )
+    rows = (aux + tl.load(job + JOB.rows)).to(tl.pointer_type(tl.int32)) + tl.load(block + 1)
+    y = tl.load(rows + k // cols, mask=some)
+    columns = (aux + tl.load(job + JOB.columns)).to(tl.pointer_type(tl.int32)) + tl.load(block + 2)
+    x = tl.load(columns + k % cols, mask=some)
     word = (out + tl.load(job + JOB.words)).to(tl.pointer_type(TYPE)) + y * tl.load(job + JOB.stride) + x
     bits = top.to(tl.uint64) << tl.load(job + JOB.shift).to(tl.uint64)
     tl.store(word, tl.load(word, mask=some) | bits.to(TYPE), mask=some)

@@ -4,8 +4,6 @@ A thread walks down two neighbouring columns. Codes and zeros become floats as t
 conversion, and whose difference is exact.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -42,11 +40,9 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
         jobs: `codes` and `code_stride` of them from row to row; the `entries` from the group on in which the tile
             begins, G `lists` of them a row, `group` columns each, `left` of the first are left of the tile; `numbers`
             and `stride` of them from row to row; `h`; `w`; `bits_status`, bits of a code | place in status << 8.
-        TO: Data type of the numbers.
-        PAIRS: Whether two codes and two numbers lie at multiples of their bytes, so that each are moved as one word.
-        SAME: Whether columns 2 k and 2 k + 1 have one group.
-        ROWS: Rows of the program, a multiple of 4.
-        COLS: Columns of the program.
+        FORM: TO, the data type of the numbers; PAIRS, whether two codes and two numbers lie at multiples of their
+            bytes, so that each are moved as one word; SAME, whether columns 2 k and 2 k + 1 have one group; ROWS, a
+            multiple of 4, and COLS of the program.
     """
     NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
@@ -80,14 +76,10 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
             p2, p3 = tl.load(entries), tl.load(entries + step)
             entries += 2 * step
             seen |= a0 | a1 | a2 | a3 | b0 | b1 | b2 | b3
-            put(dst, _number(a0, p0), _number(b0, p0), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            put(dst, _number(a1, p1), _number(b1, p1), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            put(dst, _number(a2, p2), _number(b2, p2), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            put(dst, _number(a3, p3), _number(b3, p3), inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
+            a, b, p = (a0, a1, a2, a3), (b0, b1, b2, b3), (p0, p1, p2, p3)
+            for y in tl.static_range(4):
+                put(dst, _number(a[y], p[y]), _number(b[y], p[y]), inside0, inside1, NUMBER, FORM.PAIRS)
+                dst += stride
         for _ in range(fours * 4, rest):
             a0, b0 = _codes(codes, inside1, FORM.PAIRS)
             p0 = tl.load(entries)

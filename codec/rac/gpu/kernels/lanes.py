@@ -8,8 +8,6 @@ that the table is copied into shared memory, where they wait for banks and not f
 than two tiles, each with a table of its own, it stays in global memory.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -116,11 +114,9 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
             another than that of their bytes.
         jobs: A multiple of BLOCK // SPAN: `states`, `words`, `tables`, `symbols`, `pieces`; place in `status`; `rows`
             of the tile, for the host to sort by; the `first` symbol that escapes; `places` of `escapes` elements.
-        LANES: Lanes of a tile.
-        SPAN: `LANES` rounded up to a power of two.
-        PER: Elements in a symbol; the code of a pair is a ^ b | b << 4, for which fewer threads meet in a bank.
-        BLOCK: Lanes of the program: 32, or SPAN where that is more.
-        ENTRIES: Codes are below; a power of two, at least 16.
+        FORM: LANES of a tile; SPAN, these rounded up to a power of two; PER, elements in a symbol, where the code of a
+            pair is a ^ b | b << 4, for which fewer threads meet in a bank; BLOCK, lanes of the program, 32 or a larger
+            SPAN; ENTRIES, which codes are below, a power of two, at least 16.
     """
     index = tl.arange(0, FORM.BLOCK)
     lane = index % FORM.SPAN
@@ -143,9 +139,9 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
         lut = (work + tl.load(job + JOB.tables)).to(tl.uint64)
     one = tl.full((FORM.BLOCK,), 1, tl.uint32)
     first = (index // FORM.SPAN * FORM.SPAN % 32).to(tl.uint32)
-    mine = (
-        (((one << (FORM.SPAN % 32)) - 1) << first) if FORM.SPAN < 32 else tl.full((FORM.BLOCK,), 0xFFFFFFFF, tl.uint32)
-    )
+    mine = tl.full((FORM.BLOCK,), 0xFFFFFFFF, tl.uint32)
+    if FORM.SPAN < 32:
+        mine = ((one << FORM.SPAN) - 1) << first
     below = ((one << (lane % 32).to(tl.uint32)) - 1) << first
     bit = one << index.to(tl.uint32) % 32
 

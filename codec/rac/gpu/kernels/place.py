@@ -1,7 +1,5 @@
 """Kernel: symbols and raw planes to words in their places (format_spec/stages/lanes.md, sections 8, 9 and 11)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -56,11 +54,9 @@ def place(units, aux, work, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         out: u8, takes the words.
         jobs: `rows`, `columns`, `tops`, `symbols`, `words` and `stride` of them from row to row; `h`; `w`; `planes`,
             largest first.
-        WORD: Bytes of a word.
-        SHIFT: Raw bits below the top; SIGN, ZERO, RAW as in the stage map.
-        CODED: False where there are no symbols, and the one plane holds whole words.
-        ROWS: Rows of the program, a multiple of 4.
-        COLS: Columns of the program.
+        FORM: WORD, bytes of a word; SHIFT, raw bits below the top; SIGN, ZERO, RAW as in the stage map; CODED, False
+            where there are no symbols, and the one plane holds whole words; ROWS, a multiple of 4, and COLS of the
+            program.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
@@ -89,18 +85,13 @@ def place(units, aux, work, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
             c = _word(units, planes, tops, symbols, more.to(tl.uint32) + rank, FORM)
             k = (more >> 32).to(tl.uint32)
             d = _word(units, planes, tops, symbols, k + rank, FORM)
-            tl.store(dst, a.to(TO), mask=inside)
-            dst += stride
-            tl.store(dst, b.to(TO), mask=inside)
-            dst += stride
-            tl.store(dst, c.to(TO), mask=inside)
-            dst += stride
-            tl.store(dst, d.to(TO), mask=inside)
-            dst += stride
+            four = (a, b, c, d)
+            for y in tl.static_range(4):
+                tl.store(dst, four[y].to(TO), mask=inside)
+                dst += stride
             rows += 2
         one = rows.to(tl.pointer_type(tl.uint32))
         for y in range(rest % 4):
-            k = tl.load(one + y) + rank
-            word = _word(units, planes, tops, symbols, k, FORM)
+            word = _word(units, planes, tops, symbols, tl.load(one + y) + rank, FORM)
             tl.store(dst, word.to(TO), mask=inside)
             dst += stride

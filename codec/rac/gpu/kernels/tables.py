@@ -1,7 +1,5 @@
 """Kernel: frequency tables to look-up tables (format_spec/stages/lanes.md, section 6)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -15,7 +13,7 @@ def tables(aux, work, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         work: u8, takes the code of each of 4096 slots, u8, and for each code that has a frequency (256, 2) u32:
             frequency << 12, -start << 12.
         jobs: `starts`, `codes`, `table`.
-        BLOCK: Slots at once.
+        FORM: BLOCK, slots at once.
     """
     job = jobs + tl.program_id(0) * JOB.size
     starts = (aux + tl.load(job + JOB.starts)).to(tl.pointer_type(tl.uint32))

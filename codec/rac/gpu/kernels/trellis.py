@@ -5,8 +5,6 @@ highest: that is the sign of the number, and the state moves on by a shift to th
 its magnitude and what the word does to the state; the entries are copied into shared memory.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -31,14 +29,8 @@ def _rounded(v, TO: tl.constexpr):
 @triton.jit
 def packed(low, high, TO: tl.constexpr):
     """Two numbers of 16 bits, rounded as above, as one word."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;" if tl.bfloat16 == TO else "cvt.rn.f16x2.f32 $0, $2, $1;",
-        "=r,f,f",
-        [low, high],
-        dtype=tl.uint32,
-        is_pure=True,
-        pack=1,
-    )
+    text: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if tl.bfloat16 == TO else "cvt.rn.f16x2.f32 $0, $2, $1;"
+    return tl.inline_asm_elementwise(text, "=r,f,f", [low, high], tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -82,17 +74,13 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         out: u8, takes the numbers.
         jobs: `rows`, `columns`, `entries`, `column_scales`, `row_scales`, `codes`, `numbers` and `stride` of them from
             row to row; `h`; `w`; `step`, what a negative sign does to the state.
-        TO: Data type of the numbers.
-        COLS: Columns of the program, 64 per warp, since a thread reserves shared memory once per column pair.
-        PAIRS: Whether two numbers have 32 bits and lie at multiples of that, so that they are stored as one word.
+        FORM: TO, the data type of the numbers; COLS of the program, 64 per warp, since a thread reserves shared memory
+            once per column pair; PAIRS, whether two numbers have 32 bits and lie at multiples of that: one store.
     """
     NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
-    h, w, step = (
-        tl.load(job + JOB.h).to(tl.int32),
-        tl.load(job + JOB.w).to(tl.int32),
-        tl.load(job + JOB.step).to(tl.uint32),
-    )
+    h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
+    step = tl.load(job + JOB.step).to(tl.uint32)
     index = tl.arange(0, FORM.COLS // 2)
     x = tl.program_id(1) * FORM.COLS + index * 2
     if tl.program_id(1) * FORM.COLS < w:
@@ -125,24 +113,14 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
             a0, b0 = tl.load(codes0 + k0), tl.load(codes1 + m0)
             a1, b1 = tl.load(codes0 + k1), tl.load(codes1 + m1)
             a2, b2 = tl.load(codes0 + k2), tl.load(codes1 + m2)
-            a3, b3 = tl.load(codes0 + k3), tl.load(codes1 + m3)
+            a, b = (a0, a1, a2, tl.load(codes0 + k3)), (b0, b1, b2, tl.load(codes1 + m3))
             s0, s1, s2, s3, scales = common.next4(scales)
-            v0, state0 = _number(a0, state0, lut, col0, s0, step)
-            v1, state1 = _number(b0, state1, lut, col1, s0, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            v0, state0 = _number(a1, state0, lut, col0, s1, step)
-            v1, state1 = _number(b1, state1, lut, col1, s1, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            v0, state0 = _number(a2, state0, lut, col0, s2, step)
-            v1, state1 = _number(b2, state1, lut, col1, s2, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
-            v0, state0 = _number(a3, state0, lut, col0, s3, step)
-            v1, state1 = _number(b3, state1, lut, col1, s3, step)
-            put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
-            dst += stride
+            s = (s0, s1, s2, s3)
+            for y in tl.static_range(4):
+                v0, state0 = _number(a[y], state0, lut, col0, s[y], step)
+                v1, state1 = _number(b[y], state1, lut, col1, s[y], step)
+                put(dst, v0, v1, inside0, inside1, NUMBER, FORM.PAIRS)
+                dst += stride
         one0, one1 = rows0.to(tl.pointer_type(tl.uint32)), rows1.to(tl.pointer_type(tl.uint32))
         last = scales.to(tl.pointer_type(tl.uint32))
         for y in range(h % 4):

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 
 from rac.decoder import Decoder
 from rac.errors import UnsupportedError
-from rac.gpu.layout import Array, Batch, Place
-from rac.gpu.stages.base import CoderLayout, NumbersLayout, Product, ProductLayout, Tile
-from rac.gpu.stages.groups import Groups
+from rac.gpu.layout import Batch, CoderLayout, NumbersLayout, Place, Rows, Tile
 from rac.gpu.stages.lanes import Lanes
+from rac.gpu.stages.numbers import Groups, Product, Trellis
 from rac.gpu.stages.plain import Bits, Plain
-from rac.gpu.stages.products import Basis, LowRank
-from rac.gpu.stages.trellis import Trellis
 from rac.grid import Band
+from rac.native.prototypes import Array
 from rac.stages.base import Chain
 
 CODERS: dict[str, CoderLayout] = {"raw/1": Plain(), "zstd/1": Plain(), "lanes/1": Lanes(), "bits/1": Bits()}
 NUMBERS: dict[str, NumbersLayout] = {"trellis/1": Trellis(), "groups/1": Groups()}
-PRODUCTS: dict[str, ProductLayout] = {"lowrank/1": LowRank(), "basis/1": Basis()}
+PRODUCTS: dict[str, Product] = {"lowrank/1": Product(True), "basis/1": Product(False)}
 
 
 def require(chain: Chain) -> None:
@@ -30,13 +28,9 @@ def require(chain: Chain) -> None:
 
 
 class BandLayout:
-    """Where the tiles of a band go, and what follows them.
+    """Where the tiles of a band go, and what follows them; `at`: offset of the tensor in `out`.
 
-    Args:
-        batch: What takes in the whole band, where the tensor has a product; else any batch may take each tile.
-        dec: The tensor.
-        band: One of `Tensor.bands`.
-        at: Offset in `out` of the tensor.
+    Where the tensor has a product, `batch` takes in the whole band; else any batch may take each tile.
     """
 
     def __init__(self, batch: Batch, dec: Decoder, band: Band, at: int) -> None:
@@ -49,17 +43,10 @@ class BandLayout:
             self._to = Place("work", batch.room(4 * rows * t.grid.cols), t.grid.cols)
 
     def tile(self, batch: Batch, i: int, unit: Array, at: int | None = None) -> None:
-        """Take in tile `i`.
+        """Make tile `i` a part of a batch; FormatError where it breaks the format, LimitError where it is too large.
 
-        Args:
-            batch: What it becomes a part of.
-            i: Number of the tile.
-            unit: The tile's unit (bytes,) uint8, checked against its checksum, without frames (`OpenCoder.plain`).
-            at: Offset of the unit in `units`, a multiple of 16, or None: it goes to `aux`, which is `units` too.
-
-        Raises:
-            FormatError: The unit breaks the format.
-            LimitError: The tile is too large.
+        `unit` (bytes,) uint8 was checked against its checksum, and has no frames (`OpenCoder.plain`). `at`: its offset
+        in `units`, a multiple of 16; None: it goes to `aux`, which is `units` too.
         """
         dec, chain, to = self._dec, self._dec.tensor.chain, self._to
         with dec.at(i + dec.tensor.first):
@@ -75,7 +62,8 @@ class BandLayout:
             numbers.lay(dec.numbers, tile, coder.codes(dec.coder, tile, numbers.anywhere), to)
 
     def finish(self, batch: Batch, objects: Sequence[tuple[int, int]]) -> None:
-        """The product behind all tiles, if there is one; `objects`: see `ProductLayout.lay`."""
+        """The product behind all tiles, if there is one; `objects`: see `Product.lay`."""
         product = self._dec.tensor.chain.product
         if product is not None:
-            PRODUCTS[product.id].lay(Product(batch, self._dec, self._band.box, self._to.at), objects, self._out)
+            rows = Rows(batch, self._dec, self._band.box, self._to.at)
+            PRODUCTS[product.id].lay(rows, objects, self._out)

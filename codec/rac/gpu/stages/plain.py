@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from rac.gpu.layout import Place
-from rac.gpu.stages.base import Codes, Tile, by_row, place
+from rac.gpu.layout import Codes, Place, Tile, by_row, place
 from rac.stages import bits
 from rac.stages.plain import Raw, Zstd
 
 
-def _words(tile: Tile, word: int, raw: int, planes: Sequence[int], to: Place) -> None:
+def _words(tile: Tile, word: int, raw: int, planes: list[int], to: Place) -> None:
     """Words of `word` bytes and `raw` bits out of the planes at these offsets."""
     h, w = tile.shape
     many = max(1, word // 4)  # there is no plane of 64 bits
     rows, columns = tile.batch.plain_map(h, w * many)
     form = {"WORD": word // many, "SHIFT": 0, "SIGN": 0, "ZERO": 0, "RAW": raw // many, "CODED": False}
-    fields = {"rows": rows, "columns": columns, "tops": 0, "symbols": 0, "planes": planes}
-    place(tile.batch, Place(to.memory, to.at, to.stride * many), form, (h, w * many), **fields)
+    fields = {"rows": rows, "columns": columns, "tops": 0, "symbols": 0}
+    place(tile, Place(to.memory, to.at, to.stride * many), form, (h, w * many), planes, **fields)
 
 
 class Plain:

@@ -1,5 +1,5 @@
-/* ANS lanes to coded symbols (stages/lanes.md). Twin: rac/native/fallback.py. */
-#include "lanes.h"
+/* ANS lanes to coded symbols (stages/lanes.md). Twin: rac/native/lanes.py. */
+#include "tile.h"
 
 static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const uint32_t **words, uint32_t *left) {
     const uint32_t e = lut[(x >> 12) & 4095];
@@ -153,33 +153,19 @@ INLINED void rows512_of(rac_lanes **tile, int64_t steps, const int N, const int 
 
 /* Ways to step several tiles; the most tiles at once come first */
 typedef struct { int64_t lanes; int tiles; void (*run)(rac_lanes **, int64_t); } way;
+#define WAYS(W) W(4, 1) W(4, 2) W(4, 4) W(2, 1) W(2, 2) W(2, 4)
 #define ROWS(n, l) static void rows_##n##x##l(rac_lanes **t, int64_t steps) { rows_of(t, steps, n, l); }
+#define WAY(n, l) {l, n, rows_##n##x##l},
+WAYS(ROWS)
+#ifdef AVX512
+#define WAYS512(W) W(16, 2) W(8, 2) W(8, 4) W(4, 4) W(4, 8) W(2, 8) W(1, 8) W(2, 16) W(1, 16) W(1, 32)
 #define ROWS512(n, l) static void rows512_##n##x##l(rac_lanes **t, int64_t steps) { rows512_of(t, steps, n, l); }
-ROWS(4, 1)
-ROWS(4, 2)
-ROWS(4, 4)
-ROWS(2, 1)
-ROWS(2, 2)
-ROWS(2, 4)
-#ifdef AVX512
-ROWS512(16, 2)
-ROWS512(8, 2)
-ROWS512(8, 4)
-ROWS512(4, 4)
-ROWS512(1, 8)
-ROWS512(2, 8)
-ROWS512(4, 8)
-ROWS512(1, 16)
-ROWS512(2, 16)
-ROWS512(1, 32)
+#define WAY512(n, l) {l, n, rows512_##n##x##l},
+WAYS512(ROWS512)
+static const way ways[] = {WAYS512(WAY512) WAYS(WAY) {0}};
+#else
+static const way ways[] = {WAYS(WAY) {0}};
 #endif
-static const way ways[] = {
-#ifdef AVX512
-    {2, 16, rows512_16x2}, {2, 8, rows512_8x2},   {4, 8, rows512_8x4},   {4, 4, rows512_4x4},  {8, 4, rows512_4x8},
-    {8, 2, rows512_2x8},   {8, 1, rows512_1x8},   {16, 2, rows512_2x16}, {16, 1, rows512_1x16}, {32, 1, rows512_1x32},
-#endif
-    {1, 4, rows_4x1}, {2, 4, rows_4x2}, {4, 4, rows_4x4}, {1, 2, rows_2x1}, {2, 2, rows_2x2}, {4, 2, rows_2x4}, {0},
-};
 
 /* What steps as many of n tiles at once as it can; tiles is 0 where there is nothing for so many lanes */
 static const way *way_of(int n, int64_t lanes) {

@@ -1,6 +1,5 @@
 /* Products and Cholesky factors whose order of additions is part of their contract, so that every CPU, compiler and
- * number of threads finds the same bits: no contraction (setup.py), no partial sums. Twins: rac/native/product.py,
- * linalg.py. */
+ * number of threads finds the same bits: no contraction (setup.py), no partial sums. Twin: rac/native/product.py. */
 #include <math.h>
 #include "rac.h"
 #ifdef __SSE__

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import up16
+from rac.native.prototypes import Array
 from rac.stages.lanes.parameters import Lanes
 
-Array = NDArray[Any]
 
-
-def unpack_planes(planes: list[memoryview], n: int, p: Lanes) -> NDArray[np.uint64]:
-    """Raw bits (n,) uint64 out of the planes. Padding bits of the last byte must be 0."""
-    raw = np.zeros(n, np.uint64)
-    for (b, low), data in zip(p.planes(), planes, strict=True):
+def unpack_planes(
+    planes: Sequence[memoryview | Array], n: int, cuts: list[tuple[int, int]], kind: type = np.uint64
+) -> Array:
+    """Bits (n,) of type `kind` out of the planes that `cut_planes` gives. Padding bits of the last byte must be 0."""
+    raw: Array = np.zeros(n, kind)
+    for (b, low), data in zip(cuts, planes, strict=True):
         if b >= 8:
-            v = np.frombuffer(data, f"<u{b // 8}")
+            v: Array = np.frombuffer(data, f"<u{b // 8}")
         else:
-            byte = np.frombuffer(data, np.uint8)
-            bits = np.arange(0, 8, b, dtype=np.uint8)
+            byte, bits = np.frombuffer(data, np.uint8), np.arange(0, 8, b, dtype=np.uint8)
             v = ((byte[:, None] >> bits) & np.uint8((1 << b) - 1)).ravel()
             if v[n:].any():
                 raise FormatError("plane ends in non-zero bits")
-        raw |= v[:n].astype(np.uint64) << np.uint64(low)
+        raw |= v[:n].astype(kind) << kind(low)
     return raw
 
 
@@ -48,8 +48,7 @@ class Tile:
     counts: NDArray[np.uint16]
     words: NDArray[np.uint32]
     escapes: NDArray[np.uint8]
-    planes: list[int]
-    """Offsets of the raw planes."""
+    planes: list[int]  # offsets of the raw planes
 
 
 def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
@@ -62,26 +61,24 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
     words = int(counts.sum(dtype=np.int64))
     e = w + up16(4 * words)
     at = e + up16(escapes)
-    planes = []
+    planes, ends = [], [(p.directory, w), (w + 4 * words, e), (e + escapes, at)]
     for size in p.plane_sizes(n):
         planes.append(at)
+        ends.append((at + size, at + up16(size)))
         at += up16(size)
     if at != len(unit):
         raise FormatError("tile streams do not fill the unit exactly")
-    ends = [(p.directory, w), (w + 4 * words, e), (e + escapes, planes[0] if planes else at)]
-    ends += [(s + size, s + up16(size)) for s, size in zip(planes, p.plane_sizes(n), strict=True)]
-    if any(unit[a:b].any() for a, b in ends if a < b):
+    if any(unit[a:b].any() for a, b in ends):
         raise FormatError("padding is not zero")
-    if len(counts) and words:
-        first = unit[w : w + 4 * words].view("<u4")
-        start = np.minimum(counts, 2).astype(np.int64)
-        if (first[(np.cumsum(start) - start)[counts > 0]] == 0).any():
-            raise FormatError("ANS lane begins with a zero word")
-    return Tile(counts, unit[w : w + 4 * words].view("<u4"), unit[e : e + escapes], planes)
+    coded = unit[w : w + 4 * words].view("<u4")
+    start = np.minimum(counts, 2).astype(np.int64)
+    if (coded[(np.cumsum(start) - start)[counts > 0]] == 0).any():
+        raise FormatError("ANS lane begins with a zero word")
+    return Tile(counts, coded, unit[e : e + escapes], planes)
 
 
-def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, int], bytes]) -> Array:
-    """`unit` with its compressed planes (frames shorter than the plane) replaced by plain ones."""
+def plain_tile(unit: Array, n: int, p: Lanes) -> Array:
+    """`unit` with its compressed planes (frames shorter than the plane) replaced by plain ones, and their sizes."""
     if len(unit) < p.directory:
         raise FormatError("tile is shorter than its directory")
     stored = unit[4 : 4 + p.skip].view("<u4").tolist()
@@ -95,12 +92,13 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
         raise FormatError("tile streams do not fill the unit exactly")
     out = np.zeros(at + sum(map(up16, sizes)), np.uint8)
     out[:at] = unit[:at]
+    out[4 : 4 + p.skip] = np.array(sizes, "<u4").view(np.uint8)
     to = at
     for a, b in zip(stored, sizes, strict=True):
         data = unit[at : at + a]
         if unit[at + a : at + up16(a)].any():
             raise FormatError("padding is not zero")
-        out[to : to + b] = data if a == b else np.frombuffer(decompress(data.data, b), np.uint8)
+        out[to : to + b] = data if a == b else np.frombuffer(zstd.decompress(data.data, b), np.uint8)
         at, to = at + up16(a), to + up16(b)
     return out
 
@@ -108,16 +106,13 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
 def build_tile(
     words: Array, counts: Array, escapes: bytes, planes: Sequence[bytes | memoryview], p: Lanes
 ) -> memoryview:
-    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, raw planes as stored.
-
-    The copies are numpy's, which makes them outside the interpreter's lock.
-    """
+    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, planes as stored."""
     directory = len(escapes).to_bytes(4, "little")
     if p.packed:
         directory += np.array([len(plane) for plane in planes], "<u4").tobytes()
     directory += counts.astype("<u2").tobytes()
     pieces = [np.frombuffer(d, np.uint8) for d in (directory, words.astype("<u4", copy=False), escapes, *planes)]
-    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)
+    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)  # numpy copies outside the interpreter's lock
     at = 0
     for piece in pieces:
         end = at + len(piece)
@@ -133,22 +128,12 @@ class Order:
 
     rows: NDArray[np.int32] | None
     cols: NDArray[np.int32] | None
-    blocks: NDArray[np.int64]
-    """(B, 5): table, first and last + 1 place in `rows`, the same in `cols`."""
-    sizes: NDArray[np.int64]
-    """(S,) elements of each segment: all blocks of one table."""
-    segments: NDArray[np.int64]
-    """(S, 2): coded symbols, table."""
+    blocks: NDArray[np.int64]  # (B, 5): table, first and last + 1 place in `rows`, the same in `cols`
+    sizes: NDArray[np.int64]  # (S,) elements of each segment: all blocks of one table
+    segments: NDArray[np.int64]  # (S, 2): coded symbols, table
 
 
-def order(
-    p: Lanes,
-    row_class: NDArray[np.uint8] | None,
-    col_class: NDArray[np.uint8] | None,
-    h: int,
-    w: int,
-    table: Array,
-) -> Order:
+def order(p: Lanes, row_class: Array | None, col_class: Array | None, h: int, w: int, table: Array) -> Order:
     """Order of a tile of h x w; classes of its rows and columns (None: all 0), `table` (Kr, Kc) uint8."""
     rows, re = _sorted(row_class, h, table.shape[0])
     cols, ce = _sorted(col_class, w, table.shape[1])
@@ -164,14 +149,8 @@ def order(
     return Order(rows, cols, blocks, sizes[used], np.stack([p.steps(sizes[used]), used], axis=1))
 
 
-def lane_steps(segments: NDArray[np.int64], lane: int, lanes: int) -> NDArray[np.int64]:
-    """Symbols of this lane per segment of (symbols, table): symbol i of a segment belongs to lane i mod L."""
-    out: NDArray[np.int64] = np.maximum(0, -(-(segments[:, 0] - lane) // lanes))
-    return out
-
-
 def lane_steps_all(segments: NDArray[np.int64], lanes: int) -> NDArray[np.int64]:
-    """(L, S) of `lane_steps`."""
+    """(L, S) symbols of each lane per segment of (symbols, table): symbol i of a segment belongs to lane i mod L."""
     out: NDArray[np.int64] = np.maximum(0, -(-(segments[:, 0] - np.arange(lanes)[:, None]) // lanes))
     return out
 

@@ -4,62 +4,60 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import FormatError
 from rac.grid import Grid, is_int
-from rac.stages.base import Context, Head, OpenCoder, check_keys
+from rac.native.prototypes import Array
+from rac.stages.base import Coder, Context, Head, OpenCoder, check
 
-Array = NDArray[Any]
 MAX_LANES = 1024
-_NAMES = "cols escapes id lanes order packed per rows runs shift sign sizes tables zero"
-KEYS = frozenset(_NAMES.split())
-MAX_BASE = 16
-"""Base symbols that pairs may be made of."""
+MAX_BASE = 16  # base symbols that pairs may be made of
 
 
 @functools.cache
-def _pairs(base: int, first_escape: int) -> NDArray[np.uint8]:
+def cut_planes(raw: int) -> list[tuple[int, int]]:
+    """(bits, position of its lowest bit) of each plane of `raw` bits, largest first. Not to be written to."""
+    sizes = [b for b in (32, 16, 8, 4, 2, 1) if raw & b]
+    return [(b, sum(sizes[:k])) for k, b in enumerate(sizes)]
+
+
+@functools.cache
+def _pairs(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+    if per == 1:
+        return np.arange(base, dtype=np.uint8)[:, None]
     both = [(a, b) for b in range(base) for a in range(base)]
-    both.sort(key=lambda ab: max(ab) >= first_escape)  # stable
-    return np.array(both, np.uint8)
-
-
-@functools.cache
-def _singles(base: int) -> NDArray[np.uint8]:
-    return np.arange(base, dtype=np.uint8)[:, None]
+    return np.array(sorted(both, key=lambda ab: max(ab) >= first_escape), np.uint8)  # which keeps their order
 
 
 @functools.lru_cache(64)
 def _values(runs: tuple[int, ...]) -> NDArray[np.uint16]:
     out = np.zeros(256, np.uint16)
-    at = 0
-    for start, n in zip(runs[::2], runs[1::2], strict=True):
-        out[at : at + n] = np.arange(start, start + n)
-        at += n
+    tops = [top for start, n in zip(runs[::2], runs[1::2], strict=True) for top in range(start, start + n)]
+    out[: len(tops)] = tops
     return out
 
 
 @functools.lru_cache(64)
-def _bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+def bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+    """(256,) base of each escape. Not to be written to."""
     out = np.zeros(256, np.uint32)
     out[: len(escapes)] = escapes
     return out
 
 
 @functools.lru_cache(64)
-def _codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
-    if per == 1:
-        return np.arange(base, dtype=np.uint8)
-    both = _pairs(base, first_escape)
-    return np.ascontiguousarray(both[:, 0] | both[:, 1] << np.uint8(4))
+def codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+    """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
+    both = _pairs(base, first_escape, per)
+    return np.ascontiguousarray(both[:, 0] | both[:, -1] << np.uint8(4) if per == 2 else both[:, 0])
 
 
 @dataclass(frozen=True, slots=True)
-class Lanes:
+class Lanes(Coder):
     """lanes/1: a coded top of each word in interleaved ANS lanes, its other bits in raw planes."""
 
     id: ClassVar[str] = "lanes/1"
@@ -125,15 +123,7 @@ class Lanes:
 
     def pairs(self) -> NDArray[np.uint8]:
         """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
-        return _pairs(self.base, self.first_escape) if self.per == 2 else _singles(self.base)
-
-    def bases(self) -> NDArray[np.uint32]:
-        """(256,) base of each escape. Not to be written to."""
-        return _bases(self.escapes)
-
-    def codes(self) -> NDArray[np.uint8]:
-        """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
-        return _codes(self.base, self.first_escape, self.per)
+        return _pairs(self.base, self.first_escape, self.per)
 
     def steps(self, elements: Array | int) -> Array:
         """Coded symbols of a segment of so many elements."""
@@ -146,52 +136,15 @@ class Lanes:
 
     def planes(self) -> list[tuple[int, int]]:
         """(bits, position of its lowest bit) of each raw plane, largest first."""
-        out, low = [], 0
-        for b in (32, 16, 8, 4, 2, 1):
-            if self.raw & b:
-                out.append((b, low))
-                low += b
-        return out
-
-    def to_head(self) -> Head:
-        """The stage map."""
-        return {
-            "id": self.id,
-            "lanes": self.lanes,
-            "packed": int(self.packed),
-            "per": self.per,
-            "zero": self.zero,
-            "sign": int(self.sign),
-            "shift": self.shift,
-            "runs": list(self.runs),
-            "escapes": list(self.escapes),
-            "tables": self.tables,
-            "order": self.order,
-            "rows": self.rows,
-            "cols": self.cols,
-            "sizes": list(self.sizes),
-        }
+        return cut_planes(self.raw)
 
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The coder of a stage map (stages/lanes.md, "Parameters"); FormatError or UnsupportedError."""
-        check_keys(head, KEYS, "lanes")
         bits = 8 * context.word
-        ranges = {
-            "lanes": (1, MAX_LANES),
-            "packed": (0, 1),
-            "per": (1, 2),
-            "zero": (0, bits - 1),
-            "sign": (0, 1),
-            "shift": (0, bits - 1),
-            "tables": (1, 256),
-            "order": (-8, 8),
-            "rows": (1, 256),
-            "cols": (1, 256),
-        }
-        for key, (low, high) in ranges.items():
-            if not is_int(head[key], low, high):
-                raise FormatError(f"lanes parameter {key} is out of range")
+        ranges = {"lanes": (1, MAX_LANES), "per": (1, 2), "zero": (0, bits - 1), "sign": (0, 1), "shift": (0, bits - 1)}
+        ranges |= {"tables": (1, 256), "order": (-8, 8), "rows": (1, 256), "cols": (1, 256), "packed": (0, 1)}
+        check(head, ranges, "lanes", {"runs", "escapes", "sizes"})
         top = bits - head["zero"] - head["sign"] - head["shift"]
         if not 1 <= top <= 64:
             raise FormatError("lanes parameters leave no top bits")
@@ -211,15 +164,15 @@ class Lanes:
             raise FormatError(f"base alphabet must have 2 to {most} symbols")
         if any(not is_int(v, 0, 1 << 40) for v in sizes) or head["rows"] * head["cols"] > 4096:
             raise FormatError("lanes parameters sizes, rows or cols are out of range")
-        small: dict[str, Any] = {key: head[key] for key in ranges}
-        lists: dict[str, Any] = {"runs": tuple(runs), "escapes": tuple(escapes), "sizes": tuple(sizes)}
-        return cls(**{**small, "sign": bool(head["sign"]), "packed": bool(head["packed"])}, **lists)
+        small = {key: head[key] for key in ranges}
+        small |= {"sign": bool(head["sign"]), "packed": bool(head["packed"])}
+        return cls(**small, runs=tuple(runs), escapes=tuple(escapes), sizes=tuple(sizes))
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> OpenCoder:
+    def open(self, unit: bytes, grid: Grid) -> OpenCoder:
         """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
         from rac.stages.lanes.opened import OpenLanes
 
-        return OpenLanes.parse(unit, self, grid, reference)
+        return OpenLanes(unit, self, grid)
 
     def details(self) -> dict[str, int]:
         """Number of classes and of tables."""
