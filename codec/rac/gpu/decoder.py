@@ -38,9 +38,11 @@ def why_not(device: Any) -> str | None:
     if kind != "cuda" and not (kind == "cpu" and interpreted()):
         return f"there are no kernels for {kind}"
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return "triton is not installed (pip install rac-codec[cuda])"
+    if not hasattr(triton, "constexpr_function"):
+        return f"triton {triton.__version__} is older than 3.5"
     if kind == "cpu":
         return None
     if torch.version.cuda is None or not torch.cuda.is_available():

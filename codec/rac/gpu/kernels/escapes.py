@@ -42,7 +42,7 @@ def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.con
             symbol = tl.load(symbols + k).to(tl.uint32)
             top = tl.load(bases + (symbol - first), mask=some, other=0)
             top += tl.load(data + index, mask=some, other=0).to(tl.uint32)
-            tl.store(mark + tl.zeros((FORM.BLOCK,), tl.int32), 6, mask=top >= limit)
+            tl.store(mark + tl.full((FORM.BLOCK,), 0, tl.int32), 6, mask=top >= limit)
             some = some & (top < limit)
             if FORM.PLACED:
                 _add(aux, out, job, k, top, some, JOB, FORM)

@@ -60,7 +60,7 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
         entries += (near + left) // group
         next_ = (tl.minimum(x + 1, w - 1) + left) // group - (near + left) // group  # from one column's to the other's
         dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + first * stride + x
-        seen = tl.zeros((FORM.COLS // 2,), tl.uint32)
+        seen = tl.full((FORM.COLS // 2,), 0, tl.uint32)
         rest = tl.minimum(h - first, FORM.ROWS)
         fours = rest // 4 if FORM.SAME else 0  # registers are too few for four rows of groups that are apart
         for _ in range(fours):
@@ -90,5 +90,5 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
             entries += step
             dst += stride
         last = tl.load(job + JOB.bits_status)
-        mark = status + (last >> 8) + tl.zeros((FORM.COLS // 2,), tl.int32)
+        mark = status + (last >> 8) + tl.full((FORM.COLS // 2,), 0, tl.int32)
         tl.store(mark, 9, mask=seen >> (last & 255).to(tl.uint32) != 0)

@@ -145,7 +145,7 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
     below = ((one << (lane % 32).to(tl.uint32)) - 1) << first
     bit = one << index.to(tl.uint32) % 32
 
-    rows = tl.zeros((FORM.BLOCK,), tl.int32)
+    rows = tl.full((FORM.BLOCK,), 0, tl.int32)
     found = rows
     n = 0
     while n < END:
@@ -172,11 +172,11 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
             whole = 0
             if FORM.BLOCK == 32:  # more lanes than a warp has are rare, and need fewer registers without
                 whole = tl.min(tl.where(on & (width == FORM.LANES * FORM.PER), tl.minimum(left, rows), 0), 0)
-            top = tl.zeros((FORM.BLOCK,), tl.uint32)
+            top = tl.full((FORM.BLOCK,), 0, tl.uint32)
             hit = 0
             if whole >= ROUND:
                 while (whole >= ROUND) & (hit == 0):
-                    top = tl.zeros((FORM.BLOCK,), tl.uint32)
+                    top = tl.full((FORM.BLOCK,), 0, tl.uint32)
                     for _ in tl.static_range(ROUND):
                         hi, lo, left, words, top = _row(
                             hi, lo, left, words, symbols, top, lut, on, second, below, mine, bit, FORM, True

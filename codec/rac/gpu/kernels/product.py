@@ -38,7 +38,7 @@ def product(work, objects, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
             t = tl.load(numbers[:, None] + col[None, :])
         else:
             a = numbers
-            t = tl.zeros((FORM.ROWS, FORM.COLS), tl.float32)
+            t = tl.full((FORM.ROWS, FORM.COLS), 0, tl.float32)
         b = (objects + tl.load(job + JOB.b)).to(tl.pointer_type(tl.float32)) + col
         stride = tl.load(job + JOB.b_stride)
         for _ in tl.range(tl.load(job + JOB.terms).to(tl.int32), loop_unroll_factor=1):

@@ -21,7 +21,7 @@ def tables(aux, work, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     table = work + tl.load(job + JOB.table)
     for base in range(0, 4096, FORM.BLOCK):
         slot = (base + tl.arange(0, FORM.BLOCK)).to(tl.uint32)
-        symbol = tl.zeros((FORM.BLOCK,), tl.int32)
+        symbol = tl.full((FORM.BLOCK,), 0, tl.int32)
         for k in tl.static_range(8):  # the last symbol whose start is not above the slot
             next_ = symbol + (128 >> k)
             symbol = tl.where(tl.load(starts + next_) <= slot, next_, symbol)

@@ -104,7 +104,7 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         stride = tl.load(job + JOB.stride)
         dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + x
         inside0, inside1 = x < w, x + 1 < w
-        state0 = tl.zeros((FORM.COLS // 2,), tl.uint32)
+        state0 = tl.full((FORM.COLS // 2,), 0, tl.uint32)
         state1 = state0
         for _ in range(h // 4):
             k0, k1, k2, k3, rows0 = common.next4(rows0)
