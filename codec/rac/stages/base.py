@@ -219,7 +219,7 @@ def check(head: Head, ranges: Mapping[str, tuple[int, int]], name: str, others: 
     if keys - head.keys():
         raise FormatError(f"{name} parameters are incomplete")
     if head.keys() - keys:
-        raise UnsupportedError(f"unknown {name} parameters: {', '.join(sorted(head.keys() - keys))}")
+        raise UnsupportedError(f"unknown {name} stage parameters: {', '.join(sorted(head.keys() - keys))}")
     for key, (low, high) in ranges.items():
         if not is_int(head[key], low, high):
             raise FormatError(f"{name} parameter {key} is out of range")
