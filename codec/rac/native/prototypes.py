@@ -1,7 +1,7 @@
 """Every function and structure that Python and the C kernels (native/src) share.
 
-Version and sizes of structures are compared with the library's when it is loaded (src/layout.c). An array is handed
-over by its address; who keeps an address in a structure keeps the array alive.
+Version and structures, field by field, are compared with the library's when it is loaded (src/layout.c). An array is
+handed over by its address; who keeps an address in a structure keeps the array alive.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-VERSION = 19  # changes with any function or structure
+VERSION = 20  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -150,5 +150,9 @@ BRIEF = {"rac_tables", "rac_lookup"}
 
 
 def layout() -> list[tuple[str, int]]:
-    """The version, and the bytes of each structure, each with a name for errors."""
-    return [("version", VERSION), *((kind.__name__, ctypes.sizeof(kind)) for kind in STRUCTURES), ("end", -1)]
+    """The version, and of each structure its bytes and the offsets of its fields, each with a name for errors."""
+    out = [("version", VERSION)]
+    for kind in STRUCTURES:
+        out.append((kind.__name__, ctypes.sizeof(kind)))
+        out += [(f"{kind.__name__}.{name}", getattr(kind, name).offset) for name, *_ in kind._fields_]
+    return [*out, ("end", -1)]
