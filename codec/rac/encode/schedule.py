@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from queue import SimpleQueue
 from typing import Any, Protocol
 
-from rac.encode import record, ties
+from rac.encode import record, ties, workers
 from rac.encode.code.plan import Encoder, Level
 from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import SourceTensor
@@ -89,6 +90,7 @@ class Schedule:
     done: Callable[[str], Encoded | None]  # gives a lossless tensor that is encoded already, by its name
     _waiting: deque[_Item] = field(default_factory=deque)
     _running: dict[Future[Any], tuple[_Item, int]] = field(default_factory=dict)
+    _finished: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
     _ready: list[tuple[int, int]] = field(default_factory=list)  # (number of the tensor, row of tiles; -1: begin it)
     _written: int = 0
 
@@ -111,8 +113,8 @@ class Schedule:
                     yield first.group, first.done or first.encoded()
                     held -= self._need(first.group.tensor)
                     continue
-                for job in wait(self._running, return_when=FIRST_COMPLETED).done:
-                    self._collect(job, *self._running.pop(job))
+                job = self._finished.get()
+                self._collect(job, *self._running.pop(job))
         finally:
             for job in self._running:
                 job.cancel()
@@ -127,7 +129,7 @@ class Schedule:
     def _submit(self, number: int, row: int) -> None:
         item = self._waiting[number - self._written]
         if row >= 0:
-            self._running[self.threads.submit(item.band, row)] = item, row
+            self._running[workers.submit(self.threads, self._finished, item.band, row)] = item, row
             return
         t = item.group.tensor
         quantiser = self._lossy(t)
@@ -135,7 +137,8 @@ class Schedule:
         if isinstance(job, Encoded):
             item.done, item.left = job, 0
         else:
-            self._running[(self.pool if quantiser else self.threads).submit(job[0], *job[1])] = item, row
+            pool = self.pool if quantiser else self.threads
+            self._running[workers.submit(pool, self._finished, job[0], *job[1])] = item, row
 
     def _collect(self, job: Future[Any], item: _Item, row: int) -> None:
         found = job.result()
