@@ -19,12 +19,13 @@ from rac.stages.base import Coder
 Array = NDArray[Any]
 Source = Callable[[Grid, int, int], Array]  # words (h, C) of the rows [start, stop) of the matrix
 
-CUTS = ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62))
-"""Tiles along each side up to which stored size: an eighth of the rows or columns then costs no more than 1.1 times its
-share of the stored bytes and 64 KB."""
-COARSE = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
-"""Tiles along each side up to which stored size, as in CUTS, but for 1 MB instead of 64 KB."""
-SLICES = ("fine", "coarse")
+CUTS = {
+    "fine": ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62)),
+    "coarse": ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62)),
+}
+"""Kinds of slices: tiles along each side up to which stored size. An eighth of the rows or columns then costs no more
+than 1.1 times its share of the stored bytes and 64 KB, or 1 MB. Rows may be exchanged, as tests of small tensors do."""
+SLICES = tuple(CUTS)
 CHUNK = 1 << 22
 HELD = 1 << 25  # bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks
 SAMPLE = {1: 1 << 17, 2: 1 << 15}  # per elements per symbol: bytes that general compressors are tried on
@@ -46,7 +47,7 @@ class Level:
     planes: int
     fixed: bool = False  # take `lanes` as it is, however small the tile
     tile: int = 1 << 20  # words of a tile at most
-    coarse: bool = False  # cut into tiles by COARSE
+    coarse: bool = False  # cut into coarse tiles
     sliced: float = 0.0  # stored bytes of a word, about, where tiles were asked for; 0: as its type has them
     density: float = 0.0  # stored bytes of a word, about, by which tiles are cut; 0: as its type has them
 
@@ -117,7 +118,7 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid
     d = DTYPES[dtype]
     share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
     stored = rows * cols * (level.density or d.word * share)
-    parts = next(n for n, most in (COARSE if level.coarse else CUTS) if stored <= most)
+    parts = next(n for n, most in CUTS["coarse" if level.coarse else "fine"] if stored <= most)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
     tc = -(-tc // -(-tc // level.tile))
     tr = max(1, -(-rows // parts))
