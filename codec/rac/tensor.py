@@ -92,13 +92,14 @@ class Tensor:
 
 
 _TYPES = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
+_VALUES = [*_TYPES.values()]
 _LISTS = {"stages": dict, "uses": str, "shape": int, "tile": int}
 
 
 def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) -> Tensor:
     """Check the head of a tensor or object in the order of format_spec/container.md; nothing larger is allocated."""
     head, is_object = record.head, record.type == RECORD_OBJECT
-    _check_keys(record)
+    aliases = _check_keys(record)
     name, dtype = head["name"], head["dtype"]
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r} is not known to this version", offset=record.at)
@@ -113,14 +114,14 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
     units = wire.parse_units(head["units"], record.payload_size)
     out = Tensor(
         *(name, dtype, shape, head["axis"], grid, chain, uses, DTYPES[dtype].word, units, head["digest"]),
-        *(index.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, mapped),
+        *(aliases, head.get("extra", {}), record, mapped),
     )
     _check_units(out, limits)
     return out
 
 
-def _check_keys(record: Record) -> None:
-    """The keys of a head, and the types of its values."""
+def _check_keys(record: Record) -> tuple[tuple[str, bool], ...]:
+    """Check the keys of a head and the types of its values; its aliases."""
     head = record.head
     if missing := _NEEDED - head.keys():
         raise FormatError(f"tensor head lacks {min(missing)!r}", offset=record.at)
@@ -129,21 +130,22 @@ def _check_keys(record: Record) -> None:
         raise UnsupportedError(f"tensor head has the unknown field {min(unknown)!r}", offset=record.at)
     if head.get("needs", []) != []:  # room for what later versions need to be known
         raise UnsupportedError(f"tensor needs {head['needs']!r}, which this version does not know", offset=record.at)
-    _check_types(head, record.at)
+    return _check_types(head, record.at)
 
 
-def _check_types(head: dict[str, Any], at: int) -> None:
+def _check_types(head: dict[str, Any], at: int) -> tuple[tuple[str, bool], ...]:
     """FormatError unless every value has its type (format_spec/maps.cddl); ranges come later, each in its turn."""
     if (
-        [type(head[k]) for k in _TYPES] != list(_TYPES.values())
-        or any(not isinstance(head.get(k, {}), dict) for k in ("extra", "online"))
+        [type(head[k]) for k in _TYPES] != _VALUES
+        or not isinstance(head.get("extra", {}), dict)
+        or not isinstance(head.get("online", {}), dict)
         or any(not isinstance(v := head.get(k, []), list) or set(map(type, v)) - {t} for k, t in _LISTS.items())
         or not index.are_counts((*head["shape"], *head["tile"]))
         or len(head["digest"]) != 16
         or len(head["tile"]) != 2
     ):
         raise FormatError("tensor head is malformed", offset=at)
-    index.parse_aliases(head.get("aliases", []))
+    return index.parse_aliases(head["aliases"]) if "aliases" in head else ()
 
 
 def _stage_ids(record: Record) -> list[str]:

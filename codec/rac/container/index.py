@@ -104,7 +104,7 @@ def _entry(row: Any, limits: Limits) -> Entry:
     shape = parse_shape(row["shape"], limits)
     if kind == RECORD_OBJECT and (len(shape) != 2 or 0 in shape):
         raise FormatError("the index row of an object has no shape of a matrix")
-    aliases = parse_aliases(row.get("aliases", []))
+    aliases = parse_aliases(row["aliases"]) if "aliases" in row else ()
     return Entry(kind, row["name"], *place, row["method"], row["dtype"], shape, tuple(parts), aliases)
 
 

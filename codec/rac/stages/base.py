@@ -218,7 +218,7 @@ def check(head: Head, ranges: Mapping[str, tuple[int, int]], name: str, others: 
     keys = {"id", *ranges, *others}
     if keys - head.keys():
         raise FormatError(f"{name} parameters are incomplete")
-    if head.keys() - keys:
+    if len(head) > len(keys):
         raise UnsupportedError(f"unknown {name} stage parameters: {', '.join(sorted(head.keys() - keys))}")
     for key, (low, high) in ranges.items():
         if not is_int(head[key], low, high):
