@@ -645,6 +645,29 @@ def test_pack_reports(run, tmp_path, model, folder):
 # --- import ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "command", ["pack", "unpack", "info", "verify", "load", "shard", "compare", "analyze", "generate"]
+)
+def test_commands_import_torch_when_they_need_it(command, model, packed, tmp_path):
+    """Its import takes a second: more than packing a small model."""
+    argv = {
+        "pack": [model, "-o", tmp_path / "m.rac"],
+        "unpack": [packed, "-o", tmp_path / "m.safetensors"],
+        "info": [packed],
+        "verify": [packed, "--against", model],
+        "load": [packed],
+        "shard": [packed, "-o", tmp_path / "shards", "--shard-size", "9000"],
+    }.get(command, ["--help"])
+    code = """if True:
+        import contextlib, sys
+        from rac.cli import main
+        with contextlib.suppress(SystemExit):
+            assert main(sys.argv[1:]) == 0
+        assert not {"torch", "transformers", "triton", "numba"} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code, command, *argv], check=True, capture_output=True)
+
+
 def test_import_is_light():
     code = """if True:
         import sys, time

@@ -9,17 +9,18 @@ import json
 import os
 import sys
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rac.cli.pack import GROUP
 from rac.cli.running import add_simulated, add_windows, offline, simulated, simulation
 from rac.cli.terminal import EFFORTS, Steps, argument, command
 from rac.container.output import write_whole
 from rac.encode.allocate.budget import read_text
-from rac.methods.named import Method
 from rac.study.analyze.svg import Axes, lines
-from rac.study.benchmark import ALL, Plan, points
 from rac.study.compare import Reading, Within, compare
+
+if TYPE_CHECKING:
+    from rac.study.benchmark import Plan
 
 HELP = """\
 Compare packed or quantised files of one model with their original: size, error, and with --text what they predict.
@@ -144,6 +145,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     reading = Reading(read_text(args.text), args.tokens, args.context)
     made = []
     with Steps() as note:
+        from rac.study.benchmark import points
+
         for point in points(args.original, args.out, plan, note):
             made.append(point)
             note(f"{point.path}: {point.coded:.3f} bits per quantised weight, {point.seconds:.0f} s", 0, 0)
@@ -169,6 +172,9 @@ def _benchmark(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> Plan:
     """What is to be made."""
+    from rac.methods.named import Method  # imports torch
+    from rac.study.benchmark import ALL, Plan
+
     recipes = ALL if args.recipes == "all" else tuple(args.recipes.split(","))
     bits, seeds = _whole("--bits", args.bits, 2, 8), _whole("--seeds", args.seeds, 0, 2**32 - 1)
     made = Method("rtn", 4, args.group, text=args.calibrate, tokens=args.calibration_tokens, steps=args.steps)

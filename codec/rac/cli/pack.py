@@ -23,7 +23,6 @@ from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
 from rac.encode.pack import ByTrellis, Packer, Summary
 from rac.encode.sources import open_source
 from rac.machine import threads_of
-from rac.methods.named import Method, pack_method
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare
 
@@ -319,6 +318,8 @@ def _named(args: argparse.Namespace) -> int:
     texts = [t for t in args.calibrate or () if t != "none"]
     if len(texts) > 1 or texts == ["self"]:
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
+    from rac.methods.named import Method, pack_method  # imports torch
+
     method = Method(args.recipe, int(bits), args.group, not args.fixed_rate, texts[0] if texts else None, args.tokens)
     method = replace(method, activations=args.activations, seed=args.seed, symmetric=args.symmetric, steps=args.steps)
     start, options = time.monotonic(), {"level": args.level, "jobs": threads_of(args.jobs), "force": args.force}
