@@ -651,8 +651,8 @@ def test_pack_reports(run, tmp_path, model, folder):
 def test_commands_import_torch_when_they_need_it(command, model, packed, tmp_path):
     """Its import takes a second: more than packing a small model."""
     argv = {
-        "pack": [model, "-o", tmp_path / "m.rac"],
-        "unpack": [packed, "-o", tmp_path / "m.safetensors"],
+        "pack": [model, "-o", tmp_path / "new.rac"],
+        "unpack": [packed, "-o", tmp_path / "new.safetensors"],
         "info": [packed],
         "verify": [packed, "--against", model],
         "load": [packed],
