@@ -26,7 +26,7 @@ import transformers
 from rac.calibrate.text import sequences, text_ids
 from rac.errors import RacError
 from rac.methods import rotations, transforms
-from rac.methods.rotations.spinquant import mean_loss, start
+from rac.methods.rotations.spinquant import start
 
 
 def ids_of(model: Path, text: Path, tokens: int, context: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -34,33 +34,15 @@ def ids_of(model: Path, text: Path, tokens: int, context: int) -> np.ndarray[Any
     return sequences(ids, tokens, context)
 
 
-def loss_of(
-    p: transforms.Parts,
-    ids: Any,
-    how: rotations.Simulated,
-    found: rotations.Rotations | None = None,
-    *,
-    r3: bool = True,
-) -> float:
-    """Mean loss, nats per token, of sequences (count, n), one after the other, with activations and cache quantised.
-
-    The norms of the model are fused where there are rotations, `found`: R1 and R2, and with them R4. With `r3` keys are
-    rotated.
-    """
-    of = () if found is None else (torch.from_numpy(found.r1), torch.from_numpy(found.r2))
-    with rotations.simulated(p, how, *of, r3=r3, r4=None if found is None else found.seed):
-        return mean_loss(p.model, torch.as_tensor(ids))
-
-
 def losses(p: transforms.Parts, found: rotations.Rotations, ids: Any, how: rotations.Simulated, seed: int) -> None:
     """Print the table of --test."""
     r1, r2 = (r.detach().numpy() for r in start(p, seed))
-    plain = loss_of(p, ids, rotations.Simulated(16, 16))
+    plain = rotations.loss_of(p, ids, rotations.Simulated(16, 16))
     rows = {
         "nothing quantised": plain,
-        "no rotation": loss_of(p, ids, how, r3=False),
-        "Hadamard": loss_of(p, ids, how, rotations.Rotations(r1, r2, seed)),
-        found.about["method"]: loss_of(p, ids, how, found),
+        "no rotation": rotations.loss_of(p, ids, how, r3=False),
+        "Hadamard": rotations.loss_of(p, ids, how, rotations.Rotations(r1, r2, seed)),
+        found.about["method"]: rotations.loss_of(p, ids, how, found),
     }
     print(f"| {ids.size} tokens, A{how.activations} KV{how.cache} | loss, nats | above | perplexity |")
     print("| --- | ---: | ---: | ---: |")

@@ -13,7 +13,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from learn_rotations import loss_of
 from rac.encode.pack import pack_source
 from rac.errors import DivergedError, SourceError, TransformError
 from rac.linalg.transform import hooked
@@ -251,7 +250,7 @@ def test_spinquant_learns_and_keeps_the_function():
     assert np.mean(found.history[-10:]) < 0.97 * np.mean(found.history[:10])
     assert np.abs(found.r1 @ found.r1.T - np.eye(96)).max() < 1e-12
     assert np.abs(found.r2 @ found.r2.transpose(0, 2, 1) - np.eye(16)).max() < 1e-12
-    assert loss_of(p, ids[-4:], how, found) == pytest.approx(about["end"], rel=1e-6)
+    assert ro.loss_of(p, ids[-4:], how, found) == pytest.approx(about["end"], rel=1e-6)
     again = ro.spinquant(p, ids, steps=60, batch=4, lr=0.2, how=how, seed=2)
     assert np.array_equal(again.r1, found.r1) and np.array_equal(again.r2, found.r2)
     other = ro.spinquant(p, ids, steps=1, batch=4, how=how, seed=3)

@@ -153,3 +153,16 @@ def _diverged(loss: float, first: float, step: int, lr: float, much: float) -> N
     if not math.isfinite(loss) or loss > much * first:
         what = f"loss {loss:.4g}, {first:.4g} at the start; try a smaller learning rate than {lr:g}"
         raise DivergedError(f"learning rotations diverged at step {step}: {what}")
+
+
+def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, *, r3: bool = True) -> float:
+    """Mean loss, nats per token, of sequences (count, n), one after the other, with activations and cache quantised.
+
+    The norms of the model are fused where there are rotations, `found`: R1 and R2, and with them R4. With `r3` keys are
+    rotated.
+    """
+    import torch
+
+    of = () if found is None else (torch.from_numpy(found.r1), torch.from_numpy(found.r2))
+    with simulated(p, how, *of, r3=r3, r4=None if found is None else found.seed):
+        return mean_loss(p.model, torch.as_tensor(ids))
