@@ -71,6 +71,18 @@ def test_functions_take_few_parameters() -> None:
     assert len(left) <= STILL_WIDE, left
 
 
+def test_calls_say_what_their_numbers_are() -> None:
+    """A row of numbers is readable by name only; the structures of C are filled tile by tile, and have none."""
+    found = []
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and not path.startswith("gpu/kernels/"):
+                numbers = [a for a in node.args if isinstance(a, ast.Constant) and type(a.value) in (int, float, bool)]
+                if len(numbers) > 4:
+                    found.append(f"{path}:{node.lineno} {ast.unparse(node)[:60]}")
+    assert not found, "\n".join(found)
+
+
 def test_functions_are_short() -> None:
     long = {name: n for name, f in functions() if (n := f.end_lineno - f.lineno + 1) > MOST_LINES}
     assert LONG.keys() <= long.keys(), "no longer: take it out of LONG"

@@ -96,7 +96,7 @@ def parse_record_body(at: int, fixed: bytes, body: bytes, padding: bytes, limits
         raise FormatError("padding is not zero", offset=at + RECORD_HEAD + size)
     head = msg.unpack(body, limits.depth)
     start = at + RECORD_HEAD + size + len(padding)
-    return Record(kind, flags, at, head, size, start, payload, check)
+    return Record(kind, flags, at, head, head_size=size, payload=start, payload_size=payload, check=check)
 
 
 def directory(units: Sequence[bytes | memoryview]) -> bytes:

@@ -65,7 +65,8 @@ class Writer:
         fixed, check, head_size = wire.record_head(kind, flags, head | {"units": wire.directory(units)}, payload_size)
         padded = (piece for u in units for piece in (u, bytes(wire.pad(len(u), wire.STREAM_ALIGN))))
         self.write(fixed, *padded, bytes(wire.pad(payload_size)))
-        self.entries.append(Entry(kind, head.get("name", ""), at, head_size, payload_size, check, flags, **fields))
+        sizes: Any = {"head_size": head_size, "payload_size": payload_size}
+        self.entries.append(Entry(kind, head.get("name", ""), at, check=check, flags=flags, **sizes, **fields))
         return self.entries[-1]
 
     def begin(self, entry: Entry, head: bytes) -> None:

@@ -88,7 +88,8 @@ class Encoded:
 def decoded(e: Encoded) -> NDArray[Any]:
     """(R, C) words of the data type that a decoder restores of a tensor or an object, out of its units."""
     payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in e.units)
-    record = Record(RECORD_TENSOR, 0, 0, e.head | {"units": wire.directory(e.units)}, 0, 0, payload, 0)
+    head = e.head | {"units": wire.directory(e.units)}
+    record = Record(RECORD_TENSOR, 0, 0, head, head_size=0, payload=0, payload_size=payload, check=0)
     objects = {o.name: o for o in e.objects}
     t = parse(record, Limits(), lambda name: tuple(objects[name].head["shape"]))
     used = [decoded(objects[name]).view(np.float32) for name in t.uses]

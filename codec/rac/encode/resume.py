@@ -96,9 +96,8 @@ def provenance(part: str) -> Provenance:
 
 
 def _entry(record: Record, **fields: Any) -> Entry:
-    return Entry(
-        record.type, record.head["name"], record.at, record.head_size, record.payload_size, record.check, **fields
-    )
+    sizes: Any = {"head_size": record.head_size, "payload_size": record.payload_size}
+    return Entry(record.type, record.head["name"], record.at, check=record.check, **sizes, **fields)
 
 
 def _file(forward: Forward, record: Record, file: Attachment) -> Entry | None:

@@ -160,4 +160,4 @@ def verify(
     if seen.source is not None:
         seen.compare(seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
-    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr)
+    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, lossy=len(seen.lossy), snr=snr)

@@ -130,7 +130,8 @@ class ByGroups:
         e = numbers.reshape(w.shape) - w
         energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
         snr = 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
-        fidelity = Fidelity(t.name, t.shape, "identity", 0, 1, snr, 0, 0, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        fidelity = Fidelity(t.name, t.shape, "identity", 0, 1, snr, outliers=0, dead=0, seconds=seconds)
         behind = rec.Behind(p, zstd.digest(words.reshape(-1).view(np.uint8).data), ties.digest(t))
         units: list[Bytes] = [*plan.fronts, unit, *tiles]
         objects = rec.matrix_of(t, LEVELS["default"])

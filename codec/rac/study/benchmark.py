@@ -86,7 +86,8 @@ def _aligned(src: str, path: str, method: Method, budget: float, effort: str, no
     text: dict[str, Any] = {"calibrate": method.text or "none", "tokens": method.tokens}
     done = pack(src, path, bits=budget, effort=effort, cache=os.path.dirname(path), force=True, note=note, **text)
     took = time.monotonic() - start
-    return Point("aligned", method.bits, method.seed, path, took, done.quantised_bits, None, done.stored)
+    coded = done.quantised_bits
+    return Point("aligned", method.bits, method.seed, path, took, coded=coded, fixed=None, size=done.stored)
 
 
 def _method(src: str, path: str, method: Method, known: Known, note: Note | None) -> Point:
@@ -96,7 +97,8 @@ def _method(src: str, path: str, method: Method, known: Known, note: Note | None
     took = time.monotonic() - start + made.spared
     plain = pack_grouped(made.source, made.matrices, f"{path}.fixed", False, made.about, force=True).quantised_bits
     os.unlink(f"{path}.fixed")
-    return Point(method.name, method.bits, method.seed, path, took, done.quantised_bits, plain, done.stored)
+    coded = done.quantised_bits
+    return Point(method.name, method.bits, method.seed, path, took, coded=coded, fixed=plain, size=done.stored)
 
 
 def _read(folder: str) -> dict[str, Any]:

@@ -41,10 +41,10 @@ class Level:
     row_classes: int
     col_classes: int
     rounds: int
-    again: bool
-    fewer_bits: int
     zstd: int
     planes: int
+    again: bool = False
+    fewer_bits: int = 0
     fixed: bool = False  # take `lanes` as it is, however small the tile
     tile: int = 1 << 20  # words of a tile at most
     coarse: bool = False  # cut into coarse tiles
@@ -53,16 +53,18 @@ class Level:
 
 
 LEVELS = {
-    level.name: level
-    for level in (
-        Level("fast", 32, 2, 1, 1, 0, False, 0, 3, 1),
-        Level("default", 32, 2, 8, 6, 2, False, 0, 9, 1),
-        Level("max", 16, 1, 16, 8, 5, True, 2, 19, 9, coarse=True),
-    )
+    "fast": Level("fast", 32, per=2, row_classes=1, col_classes=1, rounds=0, zstd=3, planes=1),
+    "default": Level("default", 32, per=2, row_classes=8, col_classes=6, rounds=2, zstd=9, planes=1),
+    "max": replace(
+        Level("max", 16, per=1, row_classes=16, col_classes=8, rounds=5, zstd=19, planes=9),
+        again=True,
+        fewer_bits=2,
+        coarse=True,
+    ),
 }
 """Effort levels by name. `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for."""
 
-CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18, coarse=True, sliced=0.5)
+CODER = replace(LEVELS["default"], per=1, tile=1 << 18, coarse=True, sliced=0.5)
 """How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
 each of them, not for two, and needs as many lanes at once as it can get (docs/gpu.md). But coarse: a trellis begins
 anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/streaming.md)."""

@@ -77,7 +77,8 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     behind = record.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
     objects = (*(o.encoded for o in coded.objects), *record.matrix_of(t, LEVELS["default"]))
     seconds = time.perf_counter() - start
-    fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, seconds)
+    counts = {"outliers": q.outliers, "dead": q.dead}
+    fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, **counts, seconds=seconds)
     return record.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
 
 
