@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "architectures.csv"
 CELLS = ("lossless", "dense", "compressed", "bits", "calibrated", "hf")
 VOCABULARY = 300
-WIDTH, INNER, LAYERS, HEADS = 64, 96, 2, 4
+WIDTH, INNER, LAYERS, HEADS = 128, 192, 2, 4
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size",), VOCABULARY),
     **dict.fromkeys(
@@ -53,14 +53,14 @@ SMALL: dict[str, Any] = {
         ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim"), INNER
     ),
     **dict.fromkeys(
-        ("ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32
+        ("ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 64
     ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "depth"), LAYERS),
     **dict.fromkeys(("decoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), HEADS),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "d_kv", "attention_head_size", "v_head_dim", "qk_nope_head_dim"), 16),
+    **dict.fromkeys(("head_dim", "d_kv", "attention_head_size", "v_head_dim", "qk_nope_head_dim"), 32),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
     **dict.fromkeys(("max_source_positions", "max_target_positions"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from rac.calibrate.layers import Layer, calibrate
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
-from rac.encode.allocate import budget
 from rac.encode.options import Budget
 from rac.encode.quantise.tensor import code
 from rac.encode.sources import from_arrays, open_source
+from solve import solve
 
 ROLES = ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj")
 
@@ -41,7 +41,7 @@ def loss(w: NDArray[np.float32], each: Sequence[Layer], shared: bool, bits: floa
     groups = ties.find(from_arrays({"w": stored}).tensors)
     layer = Layer(mean, np.concatenate(sensitivity), turned, True, known)
     recipe = rcp.calibrated(groups, {"w": layer}, (), "default")
-    solved = budget.solve(groups, recipe, Budget(bits=bits), 2)
+    solved = solve(groups, recipe, Budget(bits=bits), 2)
     e = code(groups[0].tensor, solved).dense.view(np.float32).reshape(stored.shape) - stored
     e = (e.swapaxes(1, 2) if turned else e).astype(np.float64)
     return sum(

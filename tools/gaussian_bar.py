@@ -20,10 +20,10 @@ import numpy as np
 import rac
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
-from rac.encode.allocate import budget
 from rac.encode.options import Budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
+from solve import solve
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
             for bits in args.bits:
                 start = time.perf_counter()
                 recipe = replace(rcp.data_free(groups, (), "default"), states=states, passes=args.passes)
-                recipe = budget.solve(groups, recipe, Budget(bits=bits), 2)
+                recipe = solve(groups, recipe, Budget(bits=bits), 2)
                 pack_source(source, path, recipe=recipe, force=True)
                 packed = time.perf_counter()
                 dense = rac.load_file(path)["w"]

@@ -43,10 +43,10 @@ from rac.calibrate.evaluate import Figures, Measure
 from rac.calibrate.layers import calibrate
 from rac.encode import ties
 from rac.encode.align.recipe import calibrated, matrix_of, quantisable
-from rac.encode.allocate import budget
 from rac.encode.options import Budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
+from solve import solve
 
 TYPES = (
     "Q8_0",
@@ -228,7 +228,7 @@ def main() -> None:
 
     def of_rac(bits: float) -> tuple[float, Figures]:
         recipe = calibrated(groups, layers, (), args.effort)
-        recipe = budget.solve(groups, recipe, Budget(bits=bits), args.jobs)
+        recipe = solve(groups, recipe, Budget(bits=bits), args.jobs)
         with tempfile.TemporaryDirectory() as temporary:
             path = os.path.join(temporary, "m.rac")
             done = pack_source(source, path, recipe=recipe, jobs=args.jobs)

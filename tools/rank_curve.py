@@ -31,6 +31,7 @@ from rac.encode.options import ALIGNMENTS, Budget
 from rac.encode.quantise.tensor import encode_with_words
 from rac.encode.sources import open_source
 from rac.linalg.triangular import damped
+from solve import solve
 
 LAYERS = ("0.attention.self.query", "0.intermediate.dense", "5.output.dense")
 SHARING = ("0.attention.self.query", "0.attention.self.key", "0.attention.self.value")
@@ -82,7 +83,7 @@ def main() -> None:
         t = mine[0].tensor
         plain = rcp.calibrated(mine, layers, (), args.effort)
         for bits in args.bits:
-            start = budget.solve(mine, plain, Budget(bits=bits), 1)
+            start = solve(mine, plain, Budget(bits=bits), 1)
             goal = measure(mine, start)[1]
             chosen = choose(start, mine, None, "triangular", bits).aligned[t.name].rank
             found = []
@@ -97,7 +98,7 @@ def main() -> None:
     weights = sum(math.prod(g.tensor.shape) for g in mine)
     plain = rcp.calibrated(mine, layers, (), args.effort)
     for bits in args.bits:
-        start = budget.solve(mine, plain, Budget(bits=bits), 1)
+        start = solve(mine, plain, Budget(bits=bits), 1)
         goal = measure(mine, start)[1]
         sizes = {a: at_error(mine, choose(start, mine, 0, a, bits), goal) for a in ALIGNMENTS[1:]}
         rate = {a: 8 * size / weights for a, (size, _) in sizes.items()}

@@ -114,7 +114,7 @@ def kept(layer: Any) -> int:
         while getattr(owner, "base", None) is not None:
             owner = owner.base
         memory[id(owner)] = owner.nbytes if hasattr(owner, "nbytes") else len(owner)
-    return sum(memory.values()) + sum(len(h) for h in (s.heads if s else ()))
+    return sum(memory.values()) + sum(len(h) for h in (s.heads.values() if s else ()))
 
 
 def decode(model: Any) -> dict[str, Any]:

@@ -25,10 +25,10 @@ from rac.calibrate.evaluate import Measure
 from rac.calibrate.layers import calibrate
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
-from rac.encode.allocate import budget
 from rac.encode.options import Budget
 from rac.encode.pack import Summary, pack_source
 from rac.encode.sources import open_source
+from solve import solve
 
 HEAD = (
     "| model | bits of quantised tensors | bits of the file | perplexity | KL | top-1 |\n"
@@ -96,7 +96,7 @@ def main() -> None:
                     recipe = rcp.data_free(groups, (), args.effort)
                 else:
                     recipe = rcp.calibrated(groups, layers, (), args.effort, sample=rcp.Sample(damp))
-                recipe = budget.solve(groups, recipe, Budget(bits=bits), 2)
+                recipe = solve(groups, recipe, Budget(bits=bits), 2)
                 done = pack_source(source, path, recipe=recipe, jobs=2, force=True)
                 seconds = time.perf_counter() - start
                 print(row(measure, f"{bits} bits, damping {damp}, packed in {seconds:.0f} s", done), flush=True)

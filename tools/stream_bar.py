@@ -102,7 +102,7 @@ def linear_only(path: Path, folder: Path) -> tuple[Path, Path] | None:
         archive.close()
         return None
     small, dense = folder / "linear.rac", folder / "linear.safetensors"
-    shards.copy([(archive, e) for e in chosen], str(small), dict(archive.header))
+    shards.write_all([shards.File(str(small), dict(archive.header), [(archive, e) for e in chosen])])
     archive.close()
     with rac.open(small, framework="pt") as f:
         safetensors.torch.save_file({n: t.contiguous() for n, t in f.load().items()}, dense)
@@ -110,7 +110,7 @@ def linear_only(path: Path, folder: Path) -> tuple[Path, Path] | None:
 
 
 def main() -> None:
-    from rac.cli.progress import parse_size, size
+    from rac.cli.terminal import parse_size, size
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("safetensors", type=Path)

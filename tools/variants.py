@@ -28,11 +28,11 @@ from rac.calibrate.evaluate import Measure
 from rac.calibrate.layers import Layer, calibrate, joined
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
-from rac.encode.allocate import budget
 from rac.encode.options import Budget
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
 from smollm2_bar import HEAD, row
+from solve import solve
 
 
 def shrunk(layers: Mapping[str, Layer], share: float) -> dict[str, Layer]:
@@ -83,7 +83,7 @@ def main() -> None:
         if options:
             parser.error(f"unknown: {', '.join(options)}")
         recipe = rcp.calibrated(groups, found, (), args.effort, sample=sample)
-        recipe = budget.solve(groups, recipe, Budget(bits=args.bits), 2)
+        recipe = solve(groups, recipe, Budget(bits=args.bits), 2)
         with tempfile.TemporaryDirectory() as temporary:
             done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
             print(row(measure, variant, done), flush=True)

@@ -43,68 +43,32 @@ if TYPE_CHECKING:
     from rac.encode.verify import verify
     from rac.runtime.model import load_model, load_tokenizer
 
-__all__ = [
-    "ChecksumError",
-    "DamagedError",
-    "FormatError",
-    "LimitError",
-    "MismatchError",
-    "MissingDependencyError",
-    "NameNotFoundError",
-    "OutputError",
-    "RacError",
-    "RacFile",
-    "SourceError",
-    "TruncatedError",
-    "UnsupportedError",
-    "__version__",
-    "align",
-    "entropy",
-    "iter_tensors",
-    "load",
-    "load_file",
-    "load_model",
-    "load_tokenizer",
-    "open",
-    "pack",
-    "quantize",
-    "save_file",
-    "split",
-    "stream",
-    "unpack",
-    "verify",
-]
+__all__ = ["ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError"]
+__all__ += ["NameNotFoundError", "OutputError", "RacError", "SourceError", "TruncatedError", "UnsupportedError"]
+__all__ += ["RacFile", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open", "stream"]
+__all__ += ["__version__", "align", "entropy", "pack", "quantize", "save_file", "split", "unpack", "verify"]
 
 _WHERE = {
-    "RacFile": "rac.decode.archive:RacFile",
-    "open": "rac.decode.archive:RacFile",
-    "iter_tensors": "rac.decode.stream:iter_tensors",
-    "load": "rac.decode.archive:load",
-    "load_file": "rac.decode.archive:load_file",
-    "load_model": "rac.runtime:load_model",
-    "load_tokenizer": "rac.runtime:load_tokenizer",
-    "pack": "rac.encode.pack:pack",
-    "save_file": "rac.encode.pack:save_file",
-    "stream": "rac.decode.stream:stream",
-    "unpack": "rac.decode.unpack:unpack",
-    "verify": "rac.encode.verify:verify",
+    "decode.archive": ("RacFile", "load", "load_file", "open"),
+    "decode.stream": ("iter_tensors", "stream"),
+    "decode.unpack": ("unpack",),
+    "encode.pack": ("pack", "save_file"),
+    "encode.verify": ("verify",),
+    "runtime": ("load_model", "load_tokenizer"),
 }
-_STAGES = ("align", "entropy", "quantize", "split")
-"""Packages that can be used without importing them by name."""
-
-
+_STAGES = ("align", "entropy", "quantize", "split")  # packages that can be used without importing them by name
 moved.install()
 
 
 def __getattr__(name: str) -> Any:
     if name in _STAGES:
         return importlib.import_module(f"rac.{name}")
-    if name not in _WHERE:
-        raise AttributeError(f"module 'rac' has no attribute {name!r}")
-    module, attribute = _WHERE[name].split(":")
-    value = getattr(importlib.import_module(module), attribute)
-    globals()[name] = value
-    return value
+    for module, names in _WHERE.items():
+        if name in names:
+            found = importlib.import_module(f"rac.{module}")
+            globals()[name] = value = getattr(found, "RacFile" if name == "open" else name)
+            return value
+    raise AttributeError(f"module 'rac' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

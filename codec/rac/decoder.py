@@ -9,11 +9,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.container import wire
+from rac.container.access import InFile
 from rac.container.zstd import xxh3
 from rac.errors import ChecksumError
 from rac.grid import Box
-from rac.stages.base import OpenNumbers
 from rac.stages.words import put_words
 from rac.tensor import Tensor
 
@@ -21,33 +20,23 @@ Array = NDArray[Any]
 
 
 class Decoder:
-    """Decodes the units of one tensor, in any order and from any thread.
-
-    Attributes:
-        tensor: Head of the tensor.
-        coder: The opened coder.
-        numbers: The opened stage behind it; None where there is none.
-    """
+    """Decodes the units of one tensor, in any order and from any thread: `coder`, and `numbers` behind it, are open."""
 
     def __init__(
-        self,
-        t: Tensor,
-        first: Sequence[bytes | memoryview],
-        reference: bool = False,
-        objects: Sequence[NDArray[np.float32]] = (),
+        self, t: Tensor, first: Sequence[bytes | memoryview], objects: Sequence[NDArray[np.float32]] = ()
     ) -> None:
         """`first` has the units in front of the tiles, `objects` the matrices that the tensor uses."""
-        self.tensor, self._reference, self._objects = t, reference, objects
+        self.tensor, self._objects = t, objects
         for i, unit in enumerate(first):
             self.check(i, unit)
         chain = t.chain
         with self.at(0):
             shared = b"" if chain.coder.front is None else bytes(first[0])
-            self.coder = chain.coder.open(shared, t.grid, reference)
-        self.numbers: OpenNumbers | None = None
+            self.coder = chain.coder.open(shared, t.grid)
+        self.numbers: Any = None  # OpenNumbers where the chain has numbers; who calls `finish` knows
         if chain.numbers is not None:
             with self.at(t.first - 1):
-                self.numbers = chain.numbers.open(bytes(first[-1]), t.context, reference)
+                self.numbers = chain.numbers.open(bytes(first[-1]), t.context)
 
     def bare(self) -> Self:
         """A copy without the large tables of the coder, which it makes when it first decodes: to keep, or to use."""
@@ -55,11 +44,11 @@ class Decoder:
         out.coder = self.coder.bare()
         return out
 
-    def at(self, i: int) -> wire.At:
+    def at(self, i: int) -> InFile:
         """Context that names unit `i` in the errors that pass."""
         t = self.tensor
         offset = t.units[i].offset if i < len(t.units) else 0
-        return wire.At(t.name, t.record.payload + offset, i)
+        return InFile(None, t.name, t.record.payload + offset, i)
 
     def check(self, i: int, data: bytes | memoryview) -> None:
         """ChecksumError unless the bytes of unit `i` are those that were written."""
@@ -69,16 +58,11 @@ class Decoder:
 
     def finish(self, i: int, words: Array, dst: Array, box: Box) -> None:
         """Make numbers of the words of tile `i`, decoded before."""
-        assert self.numbers is not None  # noqa: S101 - `Work` calls this for tensors that have numbers
         with self.at(i + self.tensor.first):
             self.numbers.decode(words, box, dst)
 
     def join(self, found: Array, dst: Array, box: Box) -> None:
-        """Compute the words `dst`, contiguous, of the part `box` of a tensor whose chain has a product.
-
-        `found` (h, w), or (h, C) where the product needs whole rows, are words of binary32; they may be changed.
-        """
-        product = self.tensor.chain.product
-        assert product is not None  # noqa: S101 - as above
+        """Words `dst` of the part `box` from binary32 `found` (h, w), or (h, C) for whole rows, which may change."""
+        product: Any = self.tensor.chain.product
         v = np.ascontiguousarray(found).view(np.float32)
-        put_words(product.join(v, self._objects, box, self._reference), self.tensor.dtype, dst, self._reference)
+        put_words(product.join(v, self._objects, box), self.tensor.dtype, dst)

@@ -1,21 +1,4 @@
-"""One exception tree for everything that can go wrong.
-
-RacError
- +-- FormatError            the bytes break the specification
- |    +-- TruncatedError    the bytes end too early
- |    +-- ChecksumError     a checksum or digest does not match
- |    +-- DamagedError      several tensors are damaged; `damaged` names them all
- +-- UnsupportedError       valid, but needs a newer or larger decoder
- +-- LimitError             more memory or structure than the reader allows
- +-- SourceError            the input of a pack is missing or is not a model
- +-- OutputError            the output exists, or cannot be written
- +-- TransformError         a transform does not fit a model, or would change what it computes
- +-- DivergedError          what was to be learned diverged
- +-- BudgetError            no file of the wanted size or quality can be made
- +-- NameNotFoundError      no such tensor or attachment (also a KeyError)
- +-- MismatchError          `verify --against` found a difference
- +-- MissingDependencyError an optional package is needed
-"""
+"""One exception tree for everything that can go wrong: all errors are RacErrors."""
 
 from __future__ import annotations
 

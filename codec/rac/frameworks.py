@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import LimitError, MissingDependencyError
+from rac.registry import DTYPES
 from rac.tensor import Tensor
-
-_NUMPY = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "C64": "<c8",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "i1",
-    "U64": "<u8",
-    "U32": "<u4",
-    "U16": "<u2",
-    "U8": "u1",
-    "BOOL": "?",
-    "F4": "u1",
-}
-_ML = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
-TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F4": "float4_e2m1fn_x2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-FRAMEWORKS = ("np", "pt")
 
 
 def check(framework: str, device: str = "cpu") -> None:
     """ValueError for an unknown framework, MissingDependencyError where torch is needed and not there."""
-    if framework not in FRAMEWORKS:
+    if framework not in ("np", "pt"):
         raise ValueError(f"framework must be 'np' or 'pt', not {framework!r}")
     if framework == "np" and str(device) != "cpu":
         raise ValueError("numpy arrays live on the CPU; use framework='pt' for another device")
@@ -84,23 +47,22 @@ def check_device(device: str) -> None:
 
 def torch_dtype(dtype: str) -> Any:
     """Return the torch dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
-    return getattr(torch_module(), TORCH[dtype])
+    return getattr(torch_module(), DTYPES[dtype].native)
 
 
+@functools.cache
 def numpy_dtype(dtype: str) -> Any:
     """Return the numpy dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
-    if dtype in _ML:
-        import ml_dtypes
+    name = "uint8" if dtype == "F4" else DTYPES[dtype].native
+    if hasattr(np, name):
+        return np.dtype(name).newbyteorder("<")
+    import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, _ML[dtype]))
-    return np.dtype(_NUMPY[dtype])
+    return np.dtype(getattr(ml_dtypes, name))
 
 
 def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], framework: str, device: str = "cpu") -> Any:
-    """Words (any shape, contiguous) as an array or tensor of `shape`; shares their memory on the CPU.
-
-    F4 tensors have half the last dimension: an element is a byte of two values, as in torch.
-    """
+    """Words (any shape, contiguous) as array or tensor of `shape`, on the CPU in their memory; F4 as packed bytes."""
     if dtype == "F4":
         shape = (*shape[:-1], shape[-1] // 2)
     if framework == "np":
@@ -108,16 +70,10 @@ def to_framework(matrix: NDArray[Any], dtype: str, shape: tuple[int, ...], frame
     torch = torch_module()
     flat = torch.from_numpy(matrix.reshape(-1).view(np.uint8))
     out = flat.view(torch_dtype(dtype)).reshape(shape)
-    return out if str(device) == "cpu" else on_device(out, device)
-
-
-def on_device(tensor: Any, device: str) -> Any:
-    """A torch tensor, copied to a device; LimitError that says how much was needed where it does not fit."""
-    torch = torch_module()
     try:
-        return tensor.to(device)
+        return out if str(device) == "cpu" else out.to(device)
     except torch.OutOfMemoryError as e:
-        raise LimitError(out_of_memory(device, tensor.nbytes)) from e
+        raise LimitError(out_of_memory(device, out.nbytes)) from e
 
 
 def out_of_memory(device: str, needed: int) -> str:
@@ -132,14 +88,14 @@ def out_of_memory(device: str, needed: int) -> str:
 
 def put(t: Tensor, value: Any, framework: str, device: str, out: dict[str, Any]) -> None:
     """What an engine yields (words, or a torch tensor) into `out`, under all names; tied names share it."""
-    if isinstance(value, np.ndarray):
-        out[t.name] = to_framework(value, t.dtype, t.shape, framework, device)
-    else:
-        out[t.name] = value
+
+    def made(words: Any) -> Any:
+        is_array = isinstance(words, np.ndarray)
+        return to_framework(words, t.dtype, t.shape, framework, device) if is_array else words
+
+    out[t.name] = made(value)
     for alias, tied in t.aliases:
         if tied:
             out[alias] = out[t.name]
-        elif isinstance(value, np.ndarray):
-            out[alias] = to_framework(value.copy(), t.dtype, t.shape, framework, device)
         else:
-            out[alias] = value.clone()
+            out[alias] = made(value.copy() if isinstance(value, np.ndarray) else value.clone())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,8 +26,7 @@ class Band:
     """Tiles that are finished together, and the part of the matrix that they cover."""
 
     box: Box
-    tiles: range
-    """Numbers of the tiles, in the order of the grid."""
+    tiles: range  # numbers of the tiles, in the order of the grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +35,7 @@ class Grid:
 
     rows: int
     cols: int
-    word: int
-    """Bytes of a word that the coder restores."""
+    word: int  # bytes of a word that the coder restores
     tr: int
     tc: int
 
@@ -60,12 +58,6 @@ class Grid:
         """The part of the matrix that tile `i` covers; tiles are numbered row by row."""
         r, c = divmod(i, self.across)
         return Box(r * self.tr, min(self.rows, (r + 1) * self.tr), c * self.tc, min(self.cols, (c + 1) * self.tc))
-
-    def rows_of_tiles(self, first: int = 0, last: int | None = None) -> Iterator[Band]:
-        """The rows first..last - 1 of the grid (by default all), each a band over all columns."""
-        for a in range(first, self.down if last is None else last):
-            box = Box(a * self.tr, min(self.rows, (a + 1) * self.tr), 0, self.cols)
-            yield Band(box, range(a * self.across, (a + 1) * self.across))
 
 
 @functools.lru_cache(64)

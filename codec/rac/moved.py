@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -17,7 +16,9 @@ MOVED = {
     "rac.encode.rotations": "rac.methods.rotations",
     "rac.encode.smoothquant": "rac.methods.smoothquant",
     "rac.encode.transforms": "rac.methods.transforms",
+    "rac.methods.recipes": "rac.methods.named",
     "rac.quantize.groups": "rac.stages.groups",
+    "rac.runtime.lazy": "rac.runtime.vllm_plugin",
 }
 """Old module to new one; what lies below a package moved with it."""
 
@@ -25,24 +26,19 @@ MOVED = {
 class _Finder:
     """Loads a moved module under its old name."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """A spec for the old name of a moved module; None for every other name."""
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         for old, new in MOVED.items():
-            if fullname == old or fullname.startswith(old + "."):
-                return ModuleSpec(fullname, self, origin=new + fullname[len(old) :])  # type: ignore[arg-type]
+            if name == old or name.startswith(old + "."):
+                return ModuleSpec(name, self, origin=new + name[len(old) :])  # type: ignore[arg-type]
         return None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """The module at its new place."""
         module = importlib.import_module(str(spec.origin))
         spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run: the module was imported at its new place, whose spec it keeps."""
-        given = module.__spec__
+        given = module.__spec__  # nothing to run: the module was imported at its new place, whose spec it keeps
         module.__spec__ = given and given.loader_state
 
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rac.errors import FormatError
 from rac.registry import VERSION
 
+T = TypeVar("T")
+
 
 def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(v, str) for v in value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _count(value: Any) -> bool:
@@ -29,18 +27,16 @@ def _count(value: Any) -> bool:
 class Provenance:
     """The provenance of one archive. A property raises FormatError where the key that it acts on is malformed."""
 
-    stated: Mapping[str, Any] = field(default_factory=dict)
-    """All keys as the header has them; what no property here reads decides nothing."""
-    file: str | None = None
-    """The file, for messages."""
+    stated: Mapping[str, Any] = field(default_factory=dict)  # all keys; what no property reads decides nothing
+    file: str | None = None  # the file, for messages
 
     @classmethod
     def of(cls, header: Mapping[str, Any], file: Any = None) -> Provenance:
         """The provenance that a checked header states."""
         return cls(header.get("provenance", {}), None if file is None else str(file))
 
-    def _typed(self, key: str, good: Callable[[Any], bool], usual: Any) -> Any:
-        value = self.stated.get(key, usual)
+    def _typed(self, key: str, good: Callable[[Any], bool], usual: T) -> T:
+        value: T = self.stated.get(key, usual)
         if key in self.stated and not good(value):
             raise FormatError(f"provenance: {key!r} is malformed", file=self.file, unit="header")
         return value
@@ -48,7 +44,7 @@ class Provenance:
     @property
     def source(self) -> str:
         """Kind of what was packed: "hf", "gguf", "safetensors", "memory" or another; empty where it is not stated."""
-        return str(self._typed("source", _text, ""))
+        return self._typed("source", lambda value: isinstance(value, str), "")
 
     @property
     def include(self) -> tuple[str, ...]:
@@ -91,8 +87,8 @@ class Provenance:
     @property
     def keys(self) -> int | None:
         """Seed of the rotation of queries and keys that a quantised cache is to have; None: there is none."""
-        found: int | None = self._typed("keys", _count, None)
-        return found
+        none: int | None = None
+        return self._typed("keys", _count, none)
 
     @property
     def transformed(self) -> bool:
@@ -102,21 +98,16 @@ class Provenance:
     @property
     def online(self) -> int:
         """Number of tensors whose layers need an online transform."""
-        return int(self._typed("online", _count, 0))
+        return self._typed("online", _count, 0)
 
     def scale(self, about: Mapping[str, Any], level: str) -> float | None:
-        """The common scale that an interrupted lossy pack has found; None where it was asked for anything else.
-
-        Args:
-            about: What the request states of itself.
-            level: The level of the tensors that stay lossless.
-        """
+        """The scale that an interrupted lossy pack of this request and level has found; None where it was another."""
         if {k: self.stated.get(k) for k in about} != dict(about) or self.stated.get("level") != level:
             return None
 
         def good(value: Any) -> bool:
             try:
-                return _text(value) and abs(float(value)) < 1000
+                return isinstance(value, str) and abs(float(value)) < 1000
             except ValueError:
                 return False
 
@@ -140,17 +131,12 @@ def state(
     gguf_order: Sequence[str] = (),
     tree: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The provenance that a pack writes.
+    """The provenance that a pack writes: kind of the source, level of the tensors that stay lossless.
 
-    Args:
-        source: Kind of the source.
-        level: Level of the tensors that stay lossless.
-        cut: Lanes of a tile and kind of slices, where they were asked for.
-        settings: What else the caller states: patterns, transforms, and so on; left out where all of it is empty.
-        about: What a quantiser states of itself; None: all is lossless.
-        online: Number of tensors with online transforms.
-        gguf_order: Names of all tensors, where the order of the records is not that of the GGUF file.
-        tree: What else the files of the source are made of: `headers`, `links`, `folders`.
+    `cut` are lanes of a tile and kind of slices, where they were asked for. `settings` are what else the caller states:
+    patterns, transforms, and so on; left out where all of it is empty. `about` is what a quantiser states of itself;
+    None: all is lossless. `online` counts tensors with online transforms; `gguf_order` names all tensors, where the
+    order of the records is not that of the GGUF file; `tree` has `headers`, `links` and `folders` of the source.
     """
     lanes, slices = cut
     known = {"lanes": lanes, "slices": slices, "online": online or None, "gguf_order": list(gguf_order) or None}

@@ -69,8 +69,7 @@ class Online:
     size: int
     inner: int = 1
     seed: int | None = None
-    object: str = ""
-    """Name of the object that M is, of "matrix/1"."""
+    object: str = ""  # name of the object that M is, of "matrix/1"
 
     @property
     def by_object(self) -> bool:
@@ -98,15 +97,18 @@ class Entry:
     method: str = ""
     dtype: str = ""
     shape: tuple[int, ...] = ()
-    parts: tuple[int, ...] = ()
-    """Payload bytes of: shared unit, lane directories, ANS words, escapes, raw planes, padding between streams."""
-    aliases: tuple[tuple[str, bool], ...] = ()
-    """More names of the same content, and whether they share its memory (tied) or merely equal it."""
+    parts: tuple[int, ...] = ()  # payload bytes by kind, those of PARTS
+    aliases: tuple[tuple[str, bool], ...] = ()  # more names, and whether they share memory (tied) or merely equal it
 
     @property
     def size(self) -> int:
         """All bytes of the record."""
         return record_size(self.head_size, self.payload_size)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name and the aliases."""
+        return (self.name, *(alias for alias, _ in self.aliases))
 
 
 PARTS = ("tables", "directories", "words", "escapes", "raw", "padding")

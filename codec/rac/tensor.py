@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import index, wire
-from rac.container.zstd import Digest
+from rac.container.zstd import digest
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.grid import Band, Box, Grid, dense_size, matrix, up16
 from rac.records import Limits, Online, Record, Unit
@@ -36,17 +36,14 @@ class Tensor:
     axis: int
     grid: Grid
     chain: Chain
-    uses: tuple[str, ...]
-    """Names of the objects that the product of the chain computes with."""
-    word: int
-    """Bytes of a word of the dense tensor; `grid.word` is that of the words that the coder restores."""
+    uses: tuple[str, ...]  # names of the objects that the product of the chain computes with
+    word: int  # bytes of a word of the dense tensor; `grid.word` is that of the words that the coder restores
     units: list[Unit]
     digest: bytes
     aliases: tuple[tuple[str, bool], ...]
     extra: dict[str, Any]
     record: Record
-    online: Online | None = None
-    """What the layer does to its input before this weight; the dense tensor does not depend on it."""
+    online: Online | None = None  # what the layer does to its input first; the dense tensor does not depend on it
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -86,30 +83,23 @@ class Tensor:
         return 2 * self.grid.tr * self.grid.tc * self.grid.word + 65536
 
     def bands(self, first: int = 0, last: int | None = None) -> Iterator[Band]:
-        """What is decoded in one piece, of the rows first..last - 1 of the grid (by default all).
-
-        In front of a product each row of tiles, since it computes whole rows of the matrix; else all tiles together.
-        """
+        """Rows first..last - 1 of the grid: each row of tiles where a product computes whole rows, else all in one."""
         grid, end = self.grid, self.grid.down if last is None else last
-        if self.chain.product is not None:
-            yield from grid.rows_of_tiles(first, end)
-        elif first < end:
-            box = Box(first * grid.tr, min(grid.rows, end * grid.tr), 0, grid.cols)
-            yield Band(box, range(first * grid.across, end * grid.across))
+        step = max(1, end - first) if self.chain.product is None else 1
+        for a in range(first, end, step):
+            box = Box(a * grid.tr, min(grid.rows, (a + step) * grid.tr), 0, grid.cols)
+            yield Band(box, range(a * grid.across, (a + step) * grid.across))
 
 
 _TYPES = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
+_VALUES = [*_TYPES.values()]
 _LISTS = {"stages": dict, "uses": str, "shape": int, "tile": int}
 
 
 def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) -> Tensor:
-    """Check the head of a tensor or an object; nothing larger than the head is allocated.
-
-    Raises:
-        FormatError, UnsupportedError, LimitError: In the order of format_spec/container.md.
-    """
+    """Check the head of a tensor or object in the order of format_spec/container.md; nothing larger is allocated."""
     head, is_object = record.head, record.type == RECORD_OBJECT
-    _check_keys(record)
+    aliases = _check_keys(record)
     name, dtype = head["name"], head["dtype"]
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype {dtype!r} is not known to this version", offset=record.at)
@@ -124,14 +114,14 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
     units = wire.parse_units(head["units"], record.payload_size)
     out = Tensor(
         *(name, dtype, shape, head["axis"], grid, chain, uses, DTYPES[dtype].word, units, head["digest"]),
-        *(index.parse_aliases(head.get("aliases", [])), head.get("extra", {}), record, mapped),
+        *(aliases, head.get("extra", {}), record, mapped),
     )
     _check_units(out, limits)
     return out
 
 
-def _check_keys(record: Record) -> None:
-    """The keys of a head, and the types of its values."""
+def _check_keys(record: Record) -> tuple[tuple[str, bool], ...]:
+    """Check the keys of a head and the types of its values; its aliases."""
     head = record.head
     if missing := _NEEDED - head.keys():
         raise FormatError(f"tensor head lacks {min(missing)!r}", offset=record.at)
@@ -140,21 +130,22 @@ def _check_keys(record: Record) -> None:
         raise UnsupportedError(f"tensor head has the unknown field {min(unknown)!r}", offset=record.at)
     if head.get("needs", []) != []:  # room for what later versions need to be known
         raise UnsupportedError(f"tensor needs {head['needs']!r}, which this version does not know", offset=record.at)
-    _check_types(head, record.at)
+    return _check_types(head, record.at)
 
 
-def _check_types(head: dict[str, Any], at: int) -> None:
+def _check_types(head: dict[str, Any], at: int) -> tuple[tuple[str, bool], ...]:
     """FormatError unless every value has its type (format_spec/maps.cddl); ranges come later, each in its turn."""
     if (
-        [type(head[k]) for k in _TYPES] != list(_TYPES.values())
-        or any(not isinstance(head.get(k, {}), dict) for k in ("extra", "online"))
+        [type(head[k]) for k in _TYPES] != _VALUES
+        or not isinstance(head.get("extra", {}), dict)
+        or not isinstance(head.get("online", {}), dict)
         or any(not isinstance(v := head.get(k, []), list) or set(map(type, v)) - {t} for k, t in _LISTS.items())
         or not index.are_counts((*head["shape"], *head["tile"]))
         or len(head["digest"]) != 16
         or len(head["tile"]) != 2
     ):
         raise FormatError("tensor head is malformed", offset=at)
-    index.parse_aliases(head.get("aliases", []))
+    return index.parse_aliases(head["aliases"]) if "aliases" in head else ()
 
 
 def _stage_ids(record: Record) -> list[str]:
@@ -164,9 +155,8 @@ def _stage_ids(record: Record) -> list[str]:
         raise FormatError("tensor has no stage", offset=record.at)
     ids = [s.get("id") for s in stages]
     tables: list[Any] = [CODERS, NUMBERS] if record.type == RECORD_OBJECT else [CODERS, NUMBERS, PRODUCTS]
-    known = len(ids) <= len(tables) and all(
-        isinstance(i, str) and i in table for i, table in zip(ids, tables, strict=False)
-    )
+    inside = (isinstance(i, str) and i in table for i, table in zip(ids, tables, strict=False))
+    known = len(ids) <= len(tables) and all(inside)
     if not known or (len(ids) > 2 and ids[1] not in PRODUCTS[ids[2]].behind):
         raise UnsupportedError(f"stages {', '.join(map(str, ids))!r} are not known to this version", offset=record.at)
     return ids
@@ -203,8 +193,7 @@ def _uses(names: list[str], chain: Chain, grid: Grid, shape_of: ShapeOf, at: int
         raise FormatError(f"tensor uses {len(names)} objects, its stages {wanted}", offset=at)
     shapes = []
     for n in names:
-        shape = shape_of(n)
-        if shape is None:
+        if (shape := shape_of(n)) is None:
             raise FormatError(f"object {n!r}, which the tensor uses, does not stand before it", offset=at)
         shapes.append(shape)
     if chain.product is not None:
@@ -235,28 +224,24 @@ def extra_of(extra: dict[str, Any], name: str) -> dict[str, Any]:
 
 def empty(t: Tensor) -> Array:
     """The dense matrix of words (R, C), not yet filled; LimitError where memory is short."""
-    try:
-        return np.empty((t.grid.rows, t.grid.cols), f"<u{t.word}")
-    except (MemoryError, ValueError) as e:
-        raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
+    return _room(t, (t.grid.rows, t.grid.cols), t.word)
 
 
 def numbers(t: Tensor, rows: int, cols: int) -> Array:
-    """Room for (rows, cols) words that the tiles are decoded to: binary32 in front of a product, else of the tensor.
+    """Room for (rows, cols) words that the tiles are decoded to: binary32 in front of a product, else of the tensor."""
+    return _room(t, (rows, cols), t.word if t.chain.product is None else 4)
 
-    LimitError where memory is short.
-    """
+
+def _room(t: Tensor, shape: tuple[int, int], word: int) -> Array:
     try:
-        return np.empty((rows, cols), f"<u{t.word}" if t.chain.product is None else "<u4")
-    except MemoryError as e:
+        return np.empty(shape, f"<u{word}")
+    except (MemoryError, ValueError) as e:
         raise LimitError(f"not enough memory for a tensor of {t.nbytes} bytes", unit=repr(t.name)) from e
 
 
 def check_digest(t: Tensor, words: Array) -> None:
     """ChecksumError unless the decoded content has the digest that the record states."""
-    d = Digest()
-    d.update(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data)
-    if d.value() != t.digest:
+    if digest(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data) != t.digest:
         raise ChecksumError("the decoded tensor is not the one that was packed", unit=repr(t.name), offset=t.record.at)
 
 

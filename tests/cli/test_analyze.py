@@ -169,7 +169,7 @@ def test_layers_are_in_the_order_of_their_numbers(tmp_path):
 
 def test_processes_find_what_threads_find(folder, monkeypatch):
     def bits():
-        found = md.analyze(folder / "hf", models.TEXT * 8, tokens=512, layers="*.mlp.*", jobs=2)
+        found = md.analyze(folder / "hf", models.TEXT * 8, md.Asked(512, "*.mlp.*", jobs=2))
         return [b["bits"] for t in found["tensors"] for b in t["bases"].values()]
 
     threads = bits()

@@ -17,7 +17,7 @@ from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import record as rec
 from rac.stages import trellis as tr
-from support import products, tiles
+from support import ROOT, products, tiles
 
 st = pytest.importorskip("safetensors.numpy")
 
@@ -181,3 +181,11 @@ def test_a_head_against_its_row_is_refused(joined, capsys, monkeypatch):
     assert main(["info", str(joined)]) == 1
     err = capsys.readouterr().err
     assert err.startswith("rac: ") and "'b'" in err and err.count("\n") == 1
+
+
+def test_bytes_of_a_provenance_are_digits(capsys):
+    path = ROOT / "format_spec" / "golden" / "good" / "metadata.rac"
+    stated = Archive(FileAccess(path)).header["provenance"]
+    found = json.loads(show(capsys, path, "--json"))["provenance"]
+    assert any(isinstance(v, bytes) for v in stated.values())
+    assert found == {k: v.hex() if isinstance(v, bytes) else v for k, v in stated.items()}

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 import rac
 from rac.cli import main
-from rac.methods.recipes import RECIPES
+from rac.methods.named import METHODS
 from support import models
 
 
@@ -27,7 +27,7 @@ def pack(folder, out, *more):
     return main(["pack", str(folder / "hf"), "-o", str(out), *more])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", METHODS)
 def test_every_recipe_is_packed_loaded_and_run(folder, tmp_path, capsys, name):
     text = ["--calibrate", str(folder / "text.txt"), "--tokens", "400"]
     path = tmp_path / f"{name}.rac"

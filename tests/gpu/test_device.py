@@ -135,7 +135,7 @@ def linears(model):
         workspace, layers = Workspace(), {}
         for e in archive.index.entries:
             data = rc.collect(archive, e)
-            layer = RacLinear(1024, 1024, Head(len(data), e.dtype, e.shape), workspace, dtype=torch.float32)
+            layer = RacLinear(Head(len(data), e.dtype, e.shape), workspace, dtype=torch.float32)
             layer.weight.data.copy_(torch.from_numpy(data))
             layers[e.name] = layer.cuda()
         found.append((workspace, layers))

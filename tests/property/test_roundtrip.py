@@ -22,6 +22,7 @@ from rac.decode import random as ld
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
 from support import tiles
+from support.reference import reference
 
 SETTINGS = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -361,9 +362,9 @@ def test_f4_from_numpy_is_packed_bytes():
 # --- C, numba and numpy, constriction --------------------------------------------------------------
 
 
-def _decoded(data, reference=False):
+def _decoded(data):
     archive = Archive(BytesAccess(data))
-    return [words.tobytes() for _, words in ld.load(archive, list(archive.index.entries), 1, reference=reference)]
+    return [words.tobytes() for _, words in ld.load(archive, list(archive.index.entries))]
 
 
 @given(st.data())
@@ -382,20 +383,21 @@ def test_kernels_agree(data):
             with native.using(cpu):
                 assert packed({"a": array}, level=level, lanes=lanes) == archive
                 assert _decoded(archive) == fast
-        exact = _decoded(archive, reference=True)
+        with reference():
+            exact = _decoded(archive)
     assert fast == exact == [array.tobytes()]
 
 
-def _outcome(unit, t, front, box, reference=False):
-    shared = t.chain.coder.open(front, t.grid, False)
+def _outcome(unit, t, front, box):
+    shared = t.chain.coder.open(front, t.grid)
     out = np.zeros((box[1] - box[0], box[3] - box[2]), f"<u{t.grid.word}")
     try:
-        if native.available() and not reference:
+        if native.available():
             unit = shared.plain(unit, box)
             place = native.address(out), out.shape[1]
-            job = shared.kernel().job((native.address(unit), len(unit)), box, place, None)
+            job = shared.kernel()((native.address(unit), len(unit)), box, place, None)
             return "refused" if native.decode_tiles([job]) else out.tobytes()
-        (t.chain.coder.open(front, t.grid, True) if reference else shared).decode(unit, box, out)
+        shared.decode(unit, box, out)
     except rac.RacError:
         return "refused"
     return out.tobytes()
@@ -422,7 +424,9 @@ def test_kernels_agree_on_damage(data):
         bad[rng.integers(0, end, rng.integers(1, 3))] ^= np.uint8(1 << rng.integers(0, 8))
         bad = bad[: len(bad) - rng.choice([0, 0, 0, 0, 0, 1, 16, 64])].copy()
         args = bad, t, shared_unit.tobytes(), t.grid.box(0)
-        fast, exact = _outcome(*args), _outcome(*args, reference=True)
+        fast = _outcome(*args)
+        with reference():
+            exact = _outcome(*args)
         assert fast == exact
         for cpu in native.cpus():
             with native.using(cpu):

@@ -30,7 +30,6 @@ def stored(archive, name):
 
 def linear(archive, name, workspace=None, transposed=False, bias=None):
     data, head = stored(archive, name)
-    a, b = head.shape if transposed else head.shape[::-1]
-    layer = RacLinear(a, b, head, workspace or Workspace(), bias, transposed, dtype=torch.float32)
+    layer = RacLinear(head, workspace or Workspace(), bias, transposed, dtype=torch.float32)
     layer.weight.data.copy_(torch.from_numpy(data))
     return layer

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import native
 from rac.container import zstd
 from rac.container.index import content_digest
 from rac.container.writer import Writer
@@ -60,10 +61,11 @@ def quantised(
     wild = np.frombuffer(rng.bytes(4 * len(flat)), np.uint32)
     sizes, unit = tr.build_unit(np.array([3, -4, 5], np.int8), rows, cols, places, wild)
     p = tr.Trellis(states, 128, 127, 0x3C800000, sizes)
-    values, numbers = np.empty((r, c), np.uint32), p.open(unit, Context("F32", r, c, 1), reference=True)
+    values, numbers = np.empty((r, c), np.uint32), p.open(unit, Context("F32", r, c, 1))
     for box in boxes(plan.grid):
         a, b, x, y = box
-        numbers.decode(np.ascontiguousarray(words[a:b, x:y]), box, values[a:b, x:y])
+        with native.using(None):
+            numbers.decode(np.ascontiguousarray(words[a:b, x:y]), box, values[a:b, x:y])
     return Coded(plan, [*plan.fronts, unit, *tiles], p, values.view(np.float32))
 
 
@@ -72,7 +74,8 @@ def joined(v: NDArray[np.float32], dtype: str, objects: Sequence[NDArray[np.floa
     if not objects:
         return to_words(v, dtype)
     product = LowRank() if len(objects) == 2 else Basis()
-    return to_words(product.join(v.copy(), objects, Box(0, len(v), 0, v.shape[1]), True), dtype)
+    with native.using(None):
+        return to_words(product.join(v.copy(), objects, Box(0, len(v), 0, v.shape[1])), dtype)
 
 
 class Maker:

@@ -24,6 +24,7 @@ from rac.container.access import BytesAccess
 from rac.decode import random as ld
 from rac.frameworks import numpy_dtype
 from support import ROOT
+from support.reference import reference
 
 GOLDEN = ROOT / "format_spec" / "golden"
 Content = dict[str, Any]
@@ -42,9 +43,9 @@ def rac_random(data: bytes) -> Content:
 
 def rac_reference(data: bytes) -> Content:
     """rac, random access, symbols through constriction; names without aliases."""
-    with rac.RacFile(BytesAccess(data), threads=1) as f:
+    with reference(), rac.RacFile(BytesAccess(data), threads=1) as f:
         entries = [e for e in f.archives[0].index.entries if e.type == 1]
-        found = {t.name: (t, w) for t, w in ld.load(f.archives[0], entries, 1, reference=True)}
+        found = {t.name: (t, w) for t, w in ld.load(f.archives[0], entries)}
         return {"tensors": {n: (t.dtype, t.shape, w.tobytes()) for n, (t, w) in found.items()}}
 
 

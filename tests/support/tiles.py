@@ -1,4 +1,4 @@
-"""Small tensors in many tiles: the one place where tests reach for how the encoder cuts."""
+"""Small tensors in many tiles."""
 
 import pytest
 
@@ -9,6 +9,6 @@ SMALL = ((1, 1 << 7), (3, 1 << 9), (4, 1 << 62))
 
 
 def cut(patch: pytest.MonkeyPatch, cuts: tuple[tuple[int, int], ...] = SMALL) -> None:
-    """Cut as `plan.CUTS` says, with other numbers: (tiles along each side, up to which stored size); all levels."""
-    for name in ("CUTS", "COARSE"):
-        patch.setattr(plan, name, cuts)
+    """Cut by other rows of the table `plan.CUTS`: (tiles along each side, up to which stored size)."""
+    for kind in plan.CUTS:
+        patch.setitem(plan.CUTS, kind, cuts)

@@ -36,7 +36,7 @@ class Masked(Plain):
     resident: ClassVar[bool] = True
     front: ClassVar[int | None] = 1
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> Any:
+    def open(self, unit: bytes, grid: Grid) -> Any:
         """The coder with its mask; FormatError unless the unit is one byte."""
         if len(unit) != 1:
             raise FormatError("masked unit is not one byte")
@@ -105,7 +105,7 @@ class Steps:
         """The stage map."""
         return {"id": self.id, "rows": self.rows}
 
-    def open(self, unit: bytes, context: Context, reference: bool = False) -> Any:
+    def open(self, unit: bytes, context: Context) -> Any:
         """The steps of a tensor."""
         if len(unit) != self.rows:
             raise FormatError("steps unit does not have a byte for each row")

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-import pytest
-
 from rac.registry import ONLINE
 from rac.stages.table import CODERS, NUMBERS, PRODUCTS
 from support import ROOT
@@ -19,15 +17,19 @@ MOST_PARAMETERS, MOST_LINES, MOST_IN_ALL = 7, 60, 26_165
 
 WIDE = {
     "encode/pack.py:pack": "public: the options of `rac pack`, by name",
+    "methods/gptq.py:gptq": "public: the choices of docs/methods/gptq.md, by name",
+    "methods/grouped.py:pack_grouped": "public: options as those of `pack`, by name (docs/groups.md)",
+    "runtime/simulate.py:simulated": "public: the choices of docs/methods/smoothquant.md, by name",
+    "methods/rotations/kurtail.py:kurtail": "public: settings of the learning, by name (docs/methods/kurtail.md)",
+    "methods/rotations/spinquant.py:spinquant": "public: settings of the learning, by name (docs/methods/spinquant.md)",
 }
 """Functions that may have more parameters, and why."""
 LONG = {
     "encode/pack.py:pack": "public: its docstring says what each option does",
-    "runtime/model.py:load_model": "public: its docstring says what each option does",
 }
 """Functions that may have more lines, and why. Kernels of triton (`gpu/kernels`) may: they cannot be cut in two."""
 
-STILL_WIDE, STILL_LONG = 21, 12
+STILL_WIDE, STILL_LONG = 0, 0
 STILL_COMPARED, STILL_GENITIVE, STILL_SHORT = 0, 0, 0
 """What is left of each offence, at most. At 0, a rule is kept."""
 
@@ -67,6 +69,18 @@ def test_functions_take_few_parameters() -> None:
     assert WIDE.keys() <= wide.keys(), "no longer: take it out of WIDE"
     left = {name: n for name, n in wide.items() if name not in WIDE}
     assert len(left) <= STILL_WIDE, left
+
+
+def test_calls_say_what_their_numbers_are() -> None:
+    """A row of numbers is readable by name only; the structures of C are filled tile by tile, and have none."""
+    found = []
+    for path, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and not path.startswith("gpu/kernels/"):
+                numbers = [a for a in node.args if isinstance(a, ast.Constant) and type(a.value) in (int, float, bool)]
+                if len(numbers) > 4:
+                    found.append(f"{path}:{node.lineno} {ast.unparse(node)[:60]}")
+    assert not found, "\n".join(found)
 
 
 def test_functions_are_short() -> None:
@@ -131,7 +145,6 @@ def test_modules_keep_their_names() -> None:
     assert len(found) <= STILL_SHORT, "\n".join(found)
 
 
-@pytest.mark.xfail(reason="29,900 lines: the formatter added 1,310, new kernels and types the rest", strict=True)
 def test_the_codec_is_no_larger_than_it_was() -> None:
     files = [p for p in CODEC.parent.rglob("*") if p.suffix in (".py", ".c", ".h") and "egg-info" not in str(p)]
     assert sum(p.read_bytes().count(b"\n") for p in files) < MOST_IN_ALL

@@ -28,11 +28,9 @@ class Pca:
 
 
 def pca(second: NDArray[np.floating], damp: float = 0.01) -> Pca:
-    """The directions for inputs of second moment `second` (n, n), symmetric.
+    """The directions for inputs of second moment E[x x^T] (n, n), symmetric, of any rank.
 
-    Args:
-        second: E[x x^T]. Need not have full rank.
-        damp: Share of the mean diagonal that is added to the diagonal.
+    `damp` is the share of the mean diagonal that is added to the diagonal.
     """
     s = np.asarray(second, np.float64)
     mean = max(float(np.trace(s)) / len(s), 1e-30)

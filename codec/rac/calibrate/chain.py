@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.moments import linears
 
-TAIL = 8
-"""Positions at the end of a sequence whose hidden states are compared."""
+TAIL = 8  # positions at the end of a sequence whose hidden states are compared
 _CLOSE = 1e-3
 
 
@@ -78,11 +77,7 @@ def _first(out: Any) -> Any:
 
 
 class Chain:
-    """A causal language model or an encoder, weights in their stored type, as blocks one after another.
-
-    UnfitError where it is none. The tensors of `model` are changed: all but the blocks, the embeddings and the output
-    embedding become float32.
-    """
+    """A language model or an encoder as blocks in a row, all around them in float32; UnfitError where it is none."""
 
     def __init__(self, model: Any, causal: bool, ids: NDArray[np.int64]) -> None:
         """`ids` is a sequence (1, context) of the text."""
@@ -204,7 +199,8 @@ class Chain:
             for b in self.blocks:
                 stack.enter_context(b.register_forward_hook(hook))
             out = self._whole(tokens, self.blocks)
-        self._logits = out.logits[0].float() if self._head is not None else None
+        if self._head is not None:
+            self._ends.append(out.logits[0].float())
 
     def start(self, tokens: Any) -> Any:
         """What the first block is given for `tokens` (n, context): (n, context, width) float32."""
@@ -250,11 +246,7 @@ class Chain:
         return 1
 
     def same(self, i: int, end: Any) -> None:
-        """UnfitError unless block `i` has made `end` (TAIL, width) of the text that the chain was made with."""
-        if not close(end, self._ends[i]):
-            raise UnfitError(f"{self.names[i]} alone is not what it is within the model")
-
-    def same_logits(self, logits: Any) -> None:
-        """UnfitError unless these are the model's own logits (TAIL, vocabulary) of that text."""
-        if self._logits is not None and not close(logits, self._logits):
-            raise UnfitError("the model's output does not come from its last block alone")
+        """UnfitError unless block `i`, or what comes behind the last, has made `end` (TAIL, n) of the chain's text."""
+        if i < len(self._ends) and not close(end, self._ends[i]):
+            alone = f"{self.names[i]} alone is not what it is within the model" if i < len(self.names) else ""
+            raise UnfitError(alone or "the model's output does not come from its last block alone")

@@ -21,6 +21,7 @@ from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.machine import room
 from rac.models.predictions import check, log_probabilities, loss, perplexity, quiet, windows
 
+Where = str | os.PathLike[str]
 _ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError)
 """What transformers raises for a folder or a GGUF file that it cannot make a model of."""
 
@@ -38,11 +39,7 @@ class Figures:
 
 
 def hold() -> int:
-    """Bytes of log-probabilities of the original that are held: half of what matrices at work may take.
-
-    8,192 tokens of a vocabulary of 49,152 are 805 MB. Beyond that the original runs again beside every file, which
-    nearly doubles the time.
-    """
+    """Bytes of log-probabilities of the original that are held: beyond that it runs again beside every file."""
     return room() // 2
 
 
@@ -90,12 +87,7 @@ class Measure:
     """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str],
-        text: str,
-        tokens: int = 8192,
-        context: int = 1024,
-        note: Note | None = None,
+        self, model: Where, text: str, tokens: int = 8192, context: int = 1024, note: Note | None = None
     ) -> None:
         check(tokens, context)
         self.torch, self._transformers = _modules()
@@ -107,37 +99,22 @@ class Measure:
                 return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
             cut = windows(encode, text, tokens, context, self._config, self._path)
-        self._context = len(cut[0])
+        self._context, self.tokens = len(cut[0]), len(cut) * len(cut[0])
         self._windows = [self.torch.tensor(ids) for ids in cut]
         self._held: list[Any] | None = None
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that are measured on."""
-        return len(self._windows) * self._context
-
     def load(self, state: Mapping[str, Any], name: str, tied: bool | None = None) -> Any:
-        """The model with other weights, arrays or tensors by name; MismatchError where they are not of this model.
-
-        `tied` says whether its output layer is tied to the embedding, where that may differ from the original.
-        """
-        torch = self.torch
-        config = copy.deepcopy(self._config)
+        """The model with other weights by name, `tied` or as the original; MismatchError where they do not fit."""
+        torch, config = self.torch, copy.deepcopy(self._config)
         if tied is not None:
             config.tie_word_embeddings = tied
-        tensors = {n: torch.as_tensor(v) for n, v in state.items()}
+        tensors, kind = {n: torch.as_tensor(v) for n, v in state.items()}, type(self.model)
+        how = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             with quiet(self._transformers):
-                model, found = type(self.model).from_pretrained(
-                    None,
-                    config=config,
-                    state_dict=tensors,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
+                model, found = kind.from_pretrained(None, config=config, state_dict=tensors, **how)
         except _ERRORS as e:
             raise MismatchError(f"no weights of the original's model: {e}", file=name) from e
         if missing := found["missing_keys"]:
@@ -199,12 +176,9 @@ class Measure:
 
 
 class Divergence:
-    """How far a model's predictions on a text are from its own once tensors were replaced.
+    """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
-    Both models are held in float32. At most `tokens` tokens of the text are used, and at most 8,192.
-    """
-
-    def __init__(self, model: str | os.PathLike[str], text: str, tokens: int, note: Note | None = None) -> None:
+    def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None) -> None:
         tokens = min(tokens, 8192)
         self._measure = Measure(model, text, tokens, min(1024, tokens), note)
         own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
@@ -228,14 +202,12 @@ def translated(path: str) -> dict[str, Callable[[], NDArray[np.float32]]]:
     """Tensors of a GGUF file under their Hugging Face names, as transformers reads them."""
     torch, transformers = _modules()
     folder, name = os.path.split(os.path.abspath(path))
-    how = {}
+    how = {"gguf_file": name, "dtype": torch.float32, "local_files_only": True}
     if hasattr(transformers, "GgufConfig"):
         how["quantization_config"] = transformers.GgufConfig(gguf_file=name, dequantize=True)
     try:
         with quiet(transformers), contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32, local_files_only=True, **how
-            )
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how)
     except ImportError as e:
         raise MissingDependencyError(f"transformers cannot read GGUF files: {e}", file=path) from e
     except _ERRORS as e:

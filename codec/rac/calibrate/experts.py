@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 Array = NDArray[Any]
+Arrays = Mapping[str, Array]
 
 Seen = Callable[[str, int, int, bool, Any, Any], None]
 """Called with the parameter's name, the expert, how many there are, whether they are stored (in, out), and a product's
@@ -31,11 +32,8 @@ _NAME = re.compile(r"(.+)\.([^.]+)\[(\d*)\]")
 
 def experts(modules: Mapping[str, Any]) -> dict[str, Any]:
     """The modules that own fused parameters, by name: floating-point, (experts, ., .), more than one expert."""
-    return {
-        name: module
-        for name, module in modules.items()
-        if not isinstance(module, _ConvNd) and any(_fused(p) for p in module.parameters(recurse=False))
-    }
+    own = {name: m.parameters(recurse=False) for name, m in modules.items() if not isinstance(m, _ConvNd)}
+    return {name: modules[name] for name, parameters in own.items() if any(map(_fused, parameters))}
 
 
 def _fused(p: Any) -> bool:
@@ -74,20 +72,14 @@ def _expert(w: Any, fused: Sequence[tuple[str, Any]]) -> tuple[str, int, int, bo
 
 
 def settled(
-    whole: str,
-    rows: Sequence[int],
-    sums: Mapping[str, Array],
-    weights: Mapping[str, float],
-    squares: Mapping[str, Array],
+    whole: str, rows: Sequence[int], sums: Arrays, weights: Mapping[str, float], squares: Arrays
 ) -> Iterator[tuple[str, Array, Array | None]]:
     """(name, second moment, sensitivity) of the parameter, as `whole[]`, and of each expert's matrix.
 
     An expert sees few tokens: its second moment, which is summed over the rows seen, goes towards the mean of all as if
-    it had seen as many more of these as the matrix has inputs, and what no token came to counts as if one had.
-
-    `rows` are those seen by each expert, `sums` weighted sums of x x^T (in, in) by the name of its matrix, or of
-    all by that of the parameter, `weights` the sums of the weights, `squares` sums of squared gradients (out,) by the
-    name of the expert's matrix; empty: not known.
+    it had seen as many more of these as the matrix has inputs, and what no token came to counts as if one had. `sums`
+    and `weights` are by the name of the expert's matrix, or of all by that of the parameter; without `squares`, sums of
+    squared gradients, no sensitivities are known.
     """
     n = np.maximum(np.asarray(rows, np.float64), 1)
     mean: Array = functools.reduce(np.add, sums.values()) / np.float32(max(sum(weights.values()), 1e-30))

@@ -26,22 +26,16 @@ class DamagedError(SourceError):
     """A file of the cache is not what was written."""
 
 
-def file_digest(path: str | os.PathLike[str], into: Digest | None = None) -> bytes:
-    """XXH3-128 of the bytes of a file, 16 bytes; `into` is fed with them too."""
-    own = Digest()
+def fed(digest: Digest, path: str | os.PathLike[str]) -> Digest:
+    """The digest, with the bytes of a file added."""
     with open(path, "rb") as f:
         while piece := f.read(_PIECE):
-            own.update(piece)
-            if into:
-                into.update(piece)
-    return own.value()
+            digest.update(piece)
+    return digest
 
 
 class Folder:
-    """.npy files and `state.json`, each written under another name and renamed.
-
-    A file counts once `commit` has named it in the state, with its size and digest.
-    """
+    """.npy files and `state.json`, renamed when written; a file counts once `commit` has named it with its digest."""
 
     def __init__(self, parent: str | os.PathLike[str] | None, name: str) -> None:
         """Open `parent/name`, made where it is missing; without a parent a folder that goes away with this object."""
@@ -132,15 +126,12 @@ class Folder:
 
     def check(self, name: str) -> None:
         """DamagedError unless the file is what was written; read once at most."""
-        if name in self._checked:
-            return
-        try:
-            same = file_digest(self.path / name).hex() == self._files[name][1]
-        except (OSError, KeyError):
-            same = False
-        if not same:
-            raise DamagedError("damaged file in the calibration cache: remove the folder", file=str(self.path / name))
-        self._checked.add(name)
+        with contextlib.suppress(OSError, KeyError):
+            known = name in self._checked
+            if known or fed(Digest(), self.path / name).value().hex() == self._files[name][1]:
+                self._checked.add(name)
+                return
+        raise DamagedError("damaged file in the calibration cache: remove the folder", file=str(self.path / name))
 
     def array(self, name: str) -> NDArray[Any]:
         """The array, mapped read-only, checked when it is first asked for."""

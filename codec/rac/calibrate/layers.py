@@ -22,31 +22,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.folder import DamagedError, Folder, file_digest
-from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
+from rac.calibrate.folder import DamagedError, Folder, fed
+from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
 
-_VERSION = 4
-"""Version of this code: counts up when it would find something else, so that nothing old is taken from a cache."""
-_SMALL = 1 << 31
-"""Bytes of weights up to which the model that writes its own text is held in float32."""
+_VERSION = 4  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
     """What calibration found for one weight matrix."""
 
-    moment: NDArray[np.float32] | Callable[[], NDArray[np.float32]]
-    """The second moment, or what reads it."""
-    sensitivity: NDArray[np.float64] | None
-    """(out,) float64, mean of squared gradients, or None where no backward pass was made."""
-    transposed: bool = False
-    """Whether the weight is stored as (in, out), as GPT-2's are, instead of (out, in)."""
-    finite: bool = True
-    """False where NaN or infinity was among the inputs or gradients."""
-    experts: Sequence[Layer] = ()
-    """What was found for each expert of a weight (experts, out, in) or (experts, in, out); otherwise empty."""
+    moment: NDArray[np.float32] | Callable[[], NDArray[np.float32]]  # the second moment, or what reads it
+    sensitivity: NDArray[np.float64] | None  # (out,) mean of squared gradients; None: no backward pass was made
+    transposed: bool = False  # whether the weight is stored as (in, out), as GPT-2's are
+    finite: bool = True  # False where NaN or infinity was among the inputs or gradients
+    experts: Sequence[Layer] = ()  # for each expert of a weight (experts, out, in) or (experts, in, out)
 
     @property
     def second(self) -> NDArray[np.float32]:
@@ -88,12 +80,8 @@ def calibrate(
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
     SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
     result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
-    finished block. Else it goes with the result.
-
-    Raises:
-        MissingDependencyError: torch or transformers are not installed.
-        OutputError: The cache cannot be written.
-        SourceError: No model or tokenizer there, the text is too short, or a model that is not causal has none.
+    finished block. Else it goes with the result. OutputError where the cache cannot be written, SourceError where there
+    is no model or tokenizer, the text is too short, or a model that is not causal has none.
     """
     if not os.path.isdir(path):
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
@@ -106,11 +94,16 @@ def calibrate(
     if folder.state.get("finished"):  # nothing to write: a cache that is read-only serves too
         with contextlib.suppress(DamagedError):
             return _layers(folder, digest)
+    try:
+        from rac.calibrate import passes
+    except ImportError as e:
+        why = "calibration needs torch and transformers: pip install rac-codec[calibrate]"
+        raise MissingDependencyError(why) from e
     with folder.alone(lambda: tell("another process is calibrating the same: waiting for it", 0, 0)):
         for again in (False, True):
             try:
                 if not folder.state.get("finished"):
-                    _find(os.fspath(path), text, tokens, context, fisher, folder, tell)
+                    passes.find(os.fspath(path), text, tokens, context, fisher, folder, tell)
                 return _layers(folder, digest)
             except DamagedError:
                 if again:
@@ -153,136 +146,10 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
         for file in sorted(path.iterdir()):
             if file.suffix in (".json", ".safetensors", ".model", ".txt") and file.is_file():
                 h.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-                file_digest(file, h)
+                fed(h, file)
     except OSError as e:
         raise SourceError(f"cannot be read: {e}", file=os.fspath(path)) from e
     return h.value().hex()
-
-
-def _find(
-    path: str, text: str | NDArray[np.int64] | None, tokens: int, context: int, fisher: bool, folder: Folder, note: Note
-) -> None:
-    """Do what is still to do, and write it into the folder."""
-    try:
-        import transformers
-
-        from rac.calibrate import passes
-        from rac.calibrate.chain import UnfitError
-    except ImportError as e:
-        why = "calibration needs torch and transformers: pip install rac-codec[calibrate]"
-        raise MissingDependencyError(why) from e
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as e:  # transformers raises whatever a broken file makes of it
-        raise SourceError(f"no model that transformers knows: {e}", file=path) from e
-    kind, causal = _kind(config)
-    context = min(context, getattr(config.get_text_config(), "max_position_embeddings", None) or context)
-    if "ids.npy" not in folder:
-        if text is not None:
-            ids = _ids(path, text, tokens, context, note)
-        elif causal:
-            # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
-            small = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) <= _SMALL
-            writer = _load(kind, path, "float32" if small else "auto")
-            ids = self_text_ids(writer, tokens, context, folder, note)
-            del writer
-        else:
-            raise SourceError("only a causal language model can write its own calibration text", file=path)
-        folder.put("ids.npy", np.ascontiguousarray(ids, np.int64))
-        folder.commit(drop=lambda name: name.startswith("own-"))
-    ids = np.array(folder.array("ids.npy"))
-    both, model = bool(config.is_encoder_decoder), None
-    try:
-        if both:
-            raise UnfitError("it has an encoder and a decoder")
-        model = _load(kind, path, "auto")
-        passes.stream(model, causal, ids, fisher and causal, folder, note)
-    except UnfitError as e:
-        note(f"running the model as a whole: {e}", 0, 0)
-        model = None  # its weights are no longer all of one type
-        model = _load(kind, path, "float32")
-        passes.whole(model, causal, ids, fisher and (causal or both), folder, note)
-    _rename(folder.state["layers"], model, Path(path))
-    folder.state.update(finished=True, tokens=int(ids.size))
-    folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
-
-
-def _ids(path: str, text: str | NDArray[np.int64], tokens: int, context: int, note: Note) -> NDArray[np.int64]:
-    """The sequences (count, context) of a text."""
-    if isinstance(text, str):
-        every, most = text_ids(path, text, tokens)
-    else:
-        every, most = np.asarray(text, np.int64), context
-    if len(every) < tokens:
-        note(f"the calibration text has {len(every)} tokens, {tokens} were asked for", 0, 0)
-    return sequences(every, tokens, min(context, most))
-
-
-def _kind(config: Any) -> tuple[Any, bool]:
-    """The class that the folder's weights are named after, and whether it is a causal language model."""
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name), name in causal and not config.is_encoder_decoder
-    return transformers.AutoModel, False
-
-
-def _load(kind: Any, path: str, dtype: str) -> Any:
-    """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # there is `note`
-    try:
-        model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
-    except Exception as e:  # transformers raises whatever a broken file makes of it
-        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # one expert after the other, so that its inputs can be seen
-    return model.eval()
-
-
-def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
-    """Module names to names of weights, as the files have them: some leave out the prefix of the base model.
-
-    Of fused experts the files may have each by itself, under names of their own.
-    """
-    from rac.calibrate.experts import Stored, parts
-    from rac.calibrate.moments import linears
-
-    modules = linears(model)
-    prefix = f"{model.base_model_prefix}."
-    stored = Stored(path)
-    matrices = []
-    fused: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for module in list(layers):
-        entry = layers.pop(module)
-        found = parts(module)
-        if found and found[2] is not None:
-            matrices.append((getattr(modules[found[0]], found[1])[found[2]].detach(), entry))
-            fused.setdefault(found[:2], []).append(entry)
-        elif found:
-            entry["experts"] = fused.setdefault(found[:2], [])
-            whole = stored.same(getattr(modules[found[0]], found[1]).detach(), layers)
-            if whole is not None:
-                layers[whole] = entry
-        else:
-            entry["transposed"] = type(modules[module]).__name__ == "Conv1D"
-            name = f"{module}.weight"
-            names = (name, name.removeprefix(prefix), prefix + name)
-            layers[next((n for n in names if n in stored), name)] = entry
-    for w, entry in matrices:
-        for name, *rows in stored.find(w, layers):
-            if not entry["transposed"]:
-                layers[name] = {**entry, "rows": rows}
-            elif rows == [0, len(w)]:
-                layers[name] = entry
 
 
 def _layers(folder: Folder, digest: str) -> Layers:

@@ -21,15 +21,11 @@ from rac.calibrate.folder import Folder
 from rac.models.linears import is_linear
 
 _RECENT = 8
-_OWN = 1 << 30
-"""Bytes of second moments of the experts of one parameter, up to which each has its own."""
+_OWN = 1 << 30  # bytes of second moments of the experts of one parameter, up to which each has its own
 
 
 def linears(model: Any) -> dict[str, Any]:
-    """Module names to linear layers, GPT-2's transposed ones and modules of fused experts among them.
-
-    Without the output embedding.
-    """
+    """Linear layers by name, transposed ones and modules of fused experts among them, without the output embedding."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     modules = dict(model.named_modules())
     named = {name: m for name, m in modules.items() if m is not head and not name.endswith("lm_head")}
@@ -37,31 +33,23 @@ def linears(model: Any) -> dict[str, Any]:
 
 
 class Collector:
-    """Hooks on linear layers, for as long as it is open (a context manager).
-
-    With `outputs` it needs a backward pass, and the inputs are taken from there.
-    """
+    """Hooks on linear layers while it is open; with `outputs` a backward pass brings the inputs too."""
 
     def __init__(self, modules: Mapping[str, Any], *, outputs: bool) -> None:
-        self.second: dict[str, NDArray[np.float32]] = {}
-        """Name to the sum of x x^T, (in, in): weighted for every layer, or plain for the first one with that input."""
-        self.key: dict[str, str] = {}
-        """Name to that of the first layer with the same input: query, key and value, for example."""
-        self.squares: dict[str, NDArray[np.float64]] = {}
-        """Name to the sum of squared output gradients, (out,)."""
+        self.second: dict[str, NDArray[np.float32]] = {}  # name, or the first with that input, to the sum of x x^T
+        self.key: dict[str, str] = {}  # name to the first layer with the same input: query, key and value, for example
+        self.squares: dict[str, NDArray[np.float64]] = {}  # name to the sum of squared output gradients, (out,)
         self._rows: dict[str, int] = {}
         self._weight: dict[str, float] = {}
         self._recent: list[tuple[Any, int, str]] = []
         self._outputs = outputs
         self._experts = calibration_experts.experts(modules)
-        self._fused: dict[str, int] = {}
-        """Parameter of experts to how many there are."""
-        self._turned: dict[str, bool] = {}
-        """Parameter of experts to whether it is stored (experts, in, out)."""
+        self._fused: dict[str, int] = {}  # parameter of experts to how many there are
+        self._turned: dict[str, bool] = {}  # whether it is stored (experts, in, out)
         self._open = contextlib.ExitStack()
         for name, m in modules.items():
             if name not in self._experts:
-                hook = functools.partial(self._layer, name)
+                hook = functools.partial(self._ran, name, name)
                 self._open.enter_context(m.register_forward_hook(hook))
 
     def __enter__(self) -> Collector:
@@ -72,20 +60,21 @@ class Collector:
         self._open.close()
         self._recent.clear()
 
-    def _layer(self, name: str, _: Any, args: Any, out: Any) -> None:
-        self._ran(name, name, args[0], out)
-
     def _expert(self, whole: str, number: int, count: int, turned: bool, x: Any, out: Any) -> None:
         self._fused[whole], self._turned[whole] = count, turned
         name = f"{whole}[{number}]"
-        self._ran(name, name if count * 4 * x.shape[-1] ** 2 <= _OWN else whole, x, out)
+        self._ran(name, name if count * 4 * x.shape[-1] ** 2 <= _OWN else whole, None, (x,), out)
 
-    def _ran(self, name: str, into: str, given: Any, out: Any) -> None:
-        """Layer `name` has made `out` of `given`, whose moments are added to those of `into`."""
+    def _ran(self, name: str, into: str, _: Any, args: Any, out: Any) -> None:
+        """Layer `name` has made `out` of its first argument, whose moments are added to those of `into`."""
+        given = args[0]
         if isinstance(out, tuple):  # a linear layer that does more than its product: a router
             return
         x = given.detach()
-        self.key.setdefault(name, self._first(name, given))
+        same = (k for y, version, k in self._recent if y is given and version == given._version)
+        key = next(same, name)  # the layer that had this very input first
+        self._recent = [*self._recent[1 - _RECENT :], (given, given._version, key)]
+        self.key.setdefault(name, key)
         if self._outputs and out.requires_grad:
             out.register_hook(lambda g: self._gradient(name, into, x, g))
         elif not self._outputs and self.key[name] == name:
@@ -93,12 +82,6 @@ class Collector:
             for n in {name, into}:
                 self._rows[n] = self._rows.get(n, 0) + len(rows)
             self._add(into, rows)
-
-    def _first(self, name: str, x: Any) -> str:
-        """The layer that had this very input first."""
-        key = next((k for y, version, k in self._recent if y is x and version == x._version), name)
-        self._recent = [*self._recent[1 - _RECENT :], (x, x._version, key)]
-        return key
 
     def _add(self, name: str, rows: NDArray[np.float32]) -> None:
         with np.errstate(all="ignore"):  # not finite is told by the result
@@ -119,9 +102,8 @@ class Collector:
     def save(self, folder: Folder, tag: str, tokens: int) -> None:
         """Write means into the folder and name them in its state.
 
-        The second moment is a mean over the tokens of the text, the sensitivity one over the rows that the layer saw:
-        their product is then the same whether a layer sees each token, few of them, or each several times. Weights of
-        tokens have a mean of 1 over the rows that the layer saw.
+        The second moment is a mean over the tokens of the text, sensitivities and weights of tokens are such over the
+        rows that the layer saw: products are the same whether it sees each token, few of them, or each several times.
         """
         layers = folder.state.setdefault("layers", {})
         self._save_experts(folder, tag, tokens)
@@ -133,10 +115,10 @@ class Collector:
             for name in having:
                 mean = self._rows[name] / max(self._weight[name], 1e-30) if self._outputs else 1.0
                 total += self.second.pop(name) * np.float32(mean / tokens / len(having))
-            finite = math.isfinite(float(np.abs(total).sum(dtype=np.float64)))
-            written = folder.put(f"second-{tag}-{i:03}.npy", total)
+            entry: dict[str, Any] = {"finite": math.isfinite(float(np.abs(total).sum(dtype=np.float64)))}
+            entry["second"] = folder.put(f"second-{tag}-{i:03}.npy", total)
             for name in sharing if not self._outputs else having:
-                layers[name] = {"second": written, "finite": finite}
+                layers[name] = entry.copy()
         for i, (name, squares) in enumerate(self.squares.items()):
             entry = layers.setdefault(name, {"finite": True})
             entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())
@@ -152,10 +134,10 @@ class Collector:
             rows = [self._rows.get(name, 0) for name in every]
             found = calibration_experts.settled(whole, rows, sums, weights, squares)
             for j, (name, second, sensitivity) in enumerate(found if sums else ()):
-                finite = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
-                entry: dict[str, Any] = {"finite": finite, "transposed": self._turned[whole]}
+                entry: dict[str, Any] = {"transposed": self._turned[whole]}
+                entry["finite"] = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
                 folder.state["layers"][name] = entry
                 entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second / np.float32(tokens))
                 if sensitivity is not None:
-                    entry["finite"] = finite and bool(np.isfinite(sensitivity).all())
+                    entry["finite"] = entry["finite"] and bool(np.isfinite(sensitivity).all())
                     entry["sensitivity"] = folder.put(f"sensitivity-{tag}-x{i:02}-{j:04}.npy", sensitivity)

@@ -4,22 +4,128 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
-from rac.calibrate import text
 from rac.calibrate.chain import TAIL, Chain, UnfitError, single
+from rac.calibrate.experts import Stored, parts
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
-from rac.calibrate.text import Note
+from rac.calibrate.text import SEED, Note, draw, self_text_ids, sequences, text_ids
+from rac.errors import SourceError
 
-_ROWS = 2048
-"""Tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are."""
-_CHUNK = 256
-"""Positions whose logits are made at once."""
+_SMALL = 1 << 31  # bytes of weights up to which the model that writes its own text is held in float32
+_ROWS = 2048  # tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are
+_CHUNK = 256  # positions whose logits are made at once
+
+
+def find(
+    path: str, text: str | NDArray[np.int64] | None, tokens: int, context: int, fisher: bool, folder: Folder, note: Note
+) -> None:
+    """Do what is still to do, and write it into the folder."""
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as e:  # transformers raises whatever a broken file makes of it
+        raise SourceError(f"no model that transformers knows: {e}", file=path) from e
+    kind, causal = _kind(config)
+    context = min(context, getattr(config.get_text_config(), "max_position_embeddings", None) or context)
+    if "ids.npy" not in folder:
+        if text is not None:
+            if isinstance(text, str):
+                every, most = text_ids(path, text, tokens)
+            else:
+                every, most = np.asarray(text, np.int64), context
+            if len(every) < tokens:
+                note(f"the calibration text has {len(every)} tokens, {tokens} were asked for", 0, 0)
+            ids = sequences(every, tokens, min(context, most))
+        elif causal:
+            # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
+            small = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) <= _SMALL
+            writer = _load(kind, path, "float32" if small else "auto")
+            ids = self_text_ids(writer, tokens, context, folder, note)
+            del writer
+        else:
+            raise SourceError("only a causal language model can write its own calibration text", file=path)
+        folder.put("ids.npy", np.ascontiguousarray(ids, np.int64))
+        folder.commit(drop=lambda name: name.startswith("own-"))
+    ids = np.array(folder.array("ids.npy"))
+    both, model = bool(config.is_encoder_decoder), None
+    try:
+        if both:
+            raise UnfitError("it has an encoder and a decoder")
+        model = _load(kind, path, "auto")
+        stream(model, causal, ids, fisher and causal, folder, note)
+    except UnfitError as e:
+        note(f"running the model as a whole: {e}", 0, 0)
+        model = None  # its weights are no longer all of one type
+        model = _load(kind, path, "float32")
+        whole(model, causal, ids, fisher and (causal or both), folder, note)
+    _rename(folder.state["layers"], model, Path(path))
+    folder.state.update(finished=True, tokens=int(ids.size))
+    folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
+
+
+def _kind(config: Any) -> tuple[Any, bool]:
+    """The class that the folder's weights are named after, and whether it is a causal language model."""
+    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name), name in causal and not config.is_encoder_decoder
+    return transformers.AutoModel, False
+
+
+def _load(kind: Any, path: str, dtype: str) -> Any:
+    """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # there is `note`
+    try:
+        model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    except Exception as e:  # transformers raises whatever a broken file makes of it
+        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # one expert after the other, so that its inputs can be seen
+    return model.eval()
+
+
+def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
+    """Module names to names of weights as the files have them: base model, and experts each by itself."""
+    modules = linears(model)
+    prefix = f"{model.base_model_prefix}."
+    stored = Stored(path)
+    matrices = []
+    fused: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for module in list(layers):
+        entry = layers.pop(module)
+        found = parts(module)
+        if found and found[2] is not None:
+            matrices.append((getattr(modules[found[0]], found[1])[found[2]].detach(), entry))
+            fused.setdefault(found[:2], []).append(entry)
+        elif found:
+            entry["experts"] = fused.setdefault(found[:2], [])
+            whole = stored.same(getattr(modules[found[0]], found[1]).detach(), layers)
+            if whole is not None:
+                layers[whole] = entry
+        else:
+            entry["transposed"] = type(modules[module]).__name__ == "Conv1D"
+            name = f"{module}.weight"
+            names = (name, name.removeprefix(prefix), prefix + name)
+            layers[next((n for n in names if n in stored), name)] = entry
+    for w, entry in matrices:
+        for name, *rows in stored.find(w, layers):
+            if not entry["transposed"]:
+                layers[name] = {**entry, "rows": rows}
+            elif rows == [0, len(w)]:
+                layers[name] = entry
 
 
 def stream(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
@@ -49,16 +155,17 @@ class _Passes:
         n = len(chain.blocks)
         size = sum(p.numel() for p in chain.blocks[0].parameters())
         head = chain.head_size() if fisher else 0
-        # steps, and what one sequence of them costs: about multiplications for each weight
-        self.steps: list[tuple[Callable[[int], None], int, int]] = [(self._start, 0, 1)]
-        self.steps += [(self._forward, i, 2 if fisher else 3) for i in range(n)]
+        # steps, the files that they read, and what one sequence of them costs: about multiplications for each weight
+        self.steps: list[tuple[Callable[[int], None], int, int, set[str]]] = [(self._start, 0, 1, set())]
+        self.steps += [(self._forward, i, 2 if fisher else 3, {_file("hidden", i)}) for i in range(n)]
         if fisher or chain.after:
-            self.steps.append((self._end, n, 1 + 4 * head // size))
+            self.steps.append((self._end, n, 1 + 4 * head // size, {_file("hidden", n)}))
         if fisher:
-            self.steps += [(self._backward, i, 5) for i in reversed(range(n))]
+            back = reversed(range(n))
+            self.steps += [(self._backward, i, 5, {_file("hidden", i), _file("gradient", i + 1)}) for i in back]
             if chain.before:
-                self.steps.append((self._back, 0, 1))
-        self.of = len(ids) * sum(cost for _, _, cost in self.steps)
+                self.steps.append((self._back, 0, 1, {_file("gradient", 0)}))
+        self.of = len(ids) * sum(cost for _, _, cost, _ in self.steps)
         self.done = self.cost = 0
 
     def go(self) -> None:
@@ -66,7 +173,7 @@ class _Passes:
         state = self.folder.state
         if state.setdefault("steps", 0) == 0:
             state["layers"] = {}
-        for number, (step, i, cost) in enumerate(self.steps):
+        for number, (step, i, cost, _) in enumerate(self.steps):
             self.cost = cost
             if number < state["steps"]:
                 self._tell(len(self.ids))
@@ -81,21 +188,15 @@ class _Passes:
 
     def _unneeded(self, name: str) -> bool:
         """Hidden states and gradients that no later step reads."""
-        kind, _, rest = name.partition("-")
-        if kind not in ("hidden", "gradient"):
-            return False
-        left = self.steps[self.folder.state["steps"] :]
-        reads = {("hidden", i) for step, i, _ in left if step in (self._forward, self._end, self._backward)}
-        reads |= {("gradient", i + 1) for step, i, _ in left if step == self._backward}
-        reads |= {("gradient", 0) for step, _, _ in left if step == self._back}
-        return (kind, int(rest[:4])) not in reads
+        left = (read for *_, reads in self.steps[self.folder.state["steps"] :] for read in reads)
+        return name.startswith(("hidden-", "gradient-")) and name not in left
 
     def _read(self, kind: str, i: int, start: int, end: int) -> Any:
         # a copy: a mapping that stays open would count as memory in use
-        return torch.from_numpy(np.array(self.folder.array(f"{kind}-{i:04}.npy")[start:end]))
+        return torch.from_numpy(np.array(self.folder.array(_file(kind, i))[start:end]))
 
     def _sink(self, kind: str, i: int) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
-        return self.folder.sink(f"{kind}-{i:04}.npy", (*self.ids.shape, self.chain.width))
+        return self.folder.sink(_file(kind, i), (*self.ids.shape, self.chain.width))
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         for a in range(0, len(self.ids), self.batch):
@@ -128,7 +229,7 @@ class _Passes:
 
     def _end(self, n: int) -> None:
         """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
-        generator = torch.Generator().manual_seed(text.SEED)
+        generator = torch.Generator().manual_seed(SEED)
         sink = self._sink("gradient", n) if self.fisher else contextlib.nullcontext()
         context = self.ids.shape[1]
         # what an encoder has behind its blocks may look at the whole sequence
@@ -146,7 +247,7 @@ class _Passes:
                         backward(out.logits[0], at[a : a + chunk])
                         gradient[:, a : a + chunk] = part.grad
                 if s == 0 and self.causal:
-                    self.chain.same_logits(out.logits[0, -TAIL:].detach().float())
+                    self.chain.same(n, out.logits[0, -TAIL:].detach().float())
                 if append is not None:
                     append(gradient.numpy())
                 self._tell(1)
@@ -169,11 +270,15 @@ class _Passes:
         self._save(outputs, "first")
 
 
+def _file(kind: str, i: int) -> str:
+    return f"{kind}-{i:04}.npy"
+
+
 def backward(logits: Any, at: Any) -> None:
     """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
     with torch.no_grad():
         gradient = torch.softmax(logits.float(), -1)
-        labels = text.draw(gradient, at)
+        labels = draw(gradient, at)
         gradient[torch.arange(len(labels)), labels] -= 1  # the derivative is known: no second softmax
     logits.backward(gradient.to(logits.dtype))
 
@@ -198,7 +303,7 @@ def whole(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder
     for p in model.parameters():
         p.requires_grad_(False)
     tokens = torch.from_numpy(ids)
-    generator = torch.Generator().manual_seed(text.SEED)
+    generator = torch.Generator().manual_seed(SEED)
     folder.state.update(layers={}, steps=0)
     folder.commit(drop=lambda name: name != "ids.npy")
     given: dict[str, Any] = {"use_cache": False} if causal or model.config.is_encoder_decoder else {}

@@ -12,25 +12,13 @@ from numpy.typing import NDArray
 from rac.calibrate.folder import Folder
 from rac.errors import SourceError
 
-LEAST = 128
-"""Tokens of the shortest sequence that is made of a text that is shorter than a sequence should be."""
-_TOKENIZERS = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "tekken.json",
-    "sentencepiece.bpe.model",
-)
+LEAST = 128  # tokens of the shortest sequence that is made of a text that is shorter than a sequence should be
+_FILES = "tokenizer.json, tokenizer.model, vocab.txt, vocab.json, spiece.model, tekken.json, sentencepiece.bpe.model"
 Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
-SEED = 0
-"""Seed of the text that a model writes, and of labels."""
-PIECE = 256
-"""Tokens that a model writes in one go: longer texts cost more for each token, and stray further."""
-_CACHE_BYTES = 1 << 31
-"""Memory for the keys and values of the sequences that are written at once."""
+SEED = 0  # seed of the text that a model writes, and of labels
+PIECE = 256  # tokens that a model writes in one go: longer texts cost more for each token, and stray further
+_CACHE_BYTES = 1 << 31  # memory for the keys and values of the sequences that are written at once
 _KEPT = ("cache", "past_key_values", "cache_params")
 """What models, and versions of transformers, call the keys and values of the tokens so far."""
 
@@ -40,8 +28,8 @@ def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]
     import transformers
 
     without = "`--calibrate none` works without a tokenizer"
-    if not any(os.path.exists(os.path.join(path, name)) for name in _TOKENIZERS):
-        raise SourceError(f"no tokenizer.json there (nor {', '.join(_TOKENIZERS[1:])}); {without}", file=path)
+    if not any(os.path.exists(os.path.join(path, name)) for name in _FILES.split(", ")):
+        raise SourceError(f"no tokenizer.json there (nor {_FILES.partition(', ')[2]}); {without}", file=path)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as e:  # whatever a damaged file makes of it
@@ -109,6 +97,5 @@ def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: N
 
 
 def draw(probabilities: Any, at: Any) -> Any:
-    """One index of each row of probabilities (rows, n), where its distribution function reaches `at` (rows, 1)."""
-    # much faster than torch.multinomial
+    """One index of each row of probabilities (rows, n), at `at` (rows, 1); much faster than torch.multinomial."""
     return (probabilities.cumsum(-1) < at).sum(-1).clamp_(max=probabilities.shape[-1] - 1)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from rac.cli import analyze, compare, generate, info, load, pack, perplexity, shard, unpack, verify
 from rac.errors import FormatError, MismatchError, OutputError, RacError, UnsupportedError
 from rac.registry import VERSION
 
-DAMAGED = (FormatError, MismatchError, UnsupportedError)
-"""Errors of the exit code 1."""
+DAMAGED = (FormatError, MismatchError, UnsupportedError)  # errors of the exit code 1
 
 DESCRIPTION = """\
 RAC, the rate-aligned container: model weights in one small, checked, streamable file.
@@ -37,23 +37,39 @@ exit codes:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    out = argparse.ArgumentParser(
-        "rac", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+COMMANDS = {
+    "pack": ("pack", "add", "pack a model"),
+    "unpack": ("archives", "add_unpack", "get the model back"),
+    "info": ("info", "add", "show what is inside"),
+    "verify": ("archives", "add_verify", "check an archive"),
+    "compare": ("compare", "add", "compare files with their original"),
+    "analyze": ("analyze", "add", "what rotation and alignment do to the weights of a model"),
+    "load": ("load", "add", "load all tensors and time it"),
+    "shard": ("archives", "add_shard", "cut an archive into shards"),
+    "merge": ("archives", "add_merge", "join shards"),
+    "generate": ("running", "add_generate", "let a packed model write"),
+    "perplexity": ("running", "add_perplexity", "how well a packed model predicts a text"),
+}
+"""Module, what adds the arguments, and what the command does."""
+
+
+def parser(argv: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """The command line. Only commands that `argv` names have arguments: no more is imported than they need."""
+    how: Any = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    out = argparse.ArgumentParser("rac", description=DESCRIPTION, **how)
     out.add_argument("--version", action="version", version=f"rac-codec {VERSION}")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (pack, unpack, info, verify, compare, analyze, load, shard, generate, perplexity):
-        module.add(commands)
-    for command in commands.choices.values():
-        command.epilog = EPILOG
+    for name, (module, add, about) in COMMANDS.items():
+        p = commands.add_parser(name, help=about, **how)
+        if name in argv:
+            getattr(importlib.import_module(f"rac.cli.{module}"), add)(p)
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one line on standard error."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv).parse_args(argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()

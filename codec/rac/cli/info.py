@@ -11,12 +11,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rac.records import Entry, Index
-    from rac.stages.base import Numbers
-    from rac.tensor import Tensor
+from rac.cli.archives import opened
+from rac.cli.terminal import argument, command, size
+from rac.container.access import InFile
+from rac.container.forward import Forward
+from rac.container.index import method_of
+from rac.decode.random import parse
+from rac.decode.stream import Objects
+from rac.decode.unpack import quantised, tensor_bytes, weights
+from rac.errors import FormatError
+from rac.linalg.transform import describe
+from rac.provenance import Provenance
+from rac.records import PARTS, Entry, Index
+from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
+from rac.stages.base import Numbers
+from rac.stages.table import PRODUCTS, is_quantised
+from rac.study import grouped, role
+from rac.tensor import Tensor
 
 HELP = """\
 Show what an archive holds and where its bytes went; the lines add up to the size of the file.
@@ -26,18 +39,12 @@ model need online transforms. "-" reads standard input to its
 end."""
 
 
-def add(commands: Any) -> None:
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = commands.add_parser(
-        "info",
-        help="show what is inside",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("src", metavar="IN.rac", help="the archive, one shard of a set, or a URL")
-    p.add_argument("--json", action="store_true", help="for programs")
-    p.add_argument("--tensors", action="store_true", help="a line for every tensor, and what quantised ones consist of")
-    p.set_defaults(run=run)
+    command(p, run, HELP)
+    argument(p, "src IN.rac", "the archive, one shard of a set, or a URL")
+    argument(p, "--json", "for programs")
+    argument(p, "--tensors", "a line for every tensor, and what quantised ones consist of")
 
 
 @dataclass(frozen=True)
@@ -46,15 +53,11 @@ class _File:
     header: dict[str, Any]
     index: Index
     size: int
-    heads: Mapping[int, Tensor]
-    """What the record heads state, by the offset of the record."""
+    heads: dict[int, Tensor]  # what the record heads state, by the offset of the record
 
 
 def _wanted(mapped: bool, kind: int, method: str) -> bool:
     """Whether the head of a record says more than its row: quantised, or of a model with online maps (`mapped`)."""
-    from rac.registry import RECORD_OBJECT, RECORD_TENSOR
-    from rac.stages.table import is_quantised
-
     return (mapped and kind == RECORD_TENSOR) or (kind in (RECORD_TENSOR, RECORD_OBJECT) and is_quantised(method))
 
 
@@ -62,37 +65,21 @@ def _files(src: str) -> list[_File]:
     """Header, index and heads of the archive, from its ends or from a stream."""
     if src == "-" or (os.path.exists(src) and not os.path.isfile(src) and not os.path.isdir(src)):
         return [_stream(src)]
-    from rac.container.access import InFile
-    from rac.decode.archive import open_archives
-    from rac.decode.random import parse
-    from rac.provenance import Provenance
-
-    archives, out = open_archives(src), []
-    try:
+    out = []
+    with opened(src) as archives:
         for a in archives:
-            heads = {}
+            out.append(_File(a.access.name, a.header, a.index, a.access.size, {}))
             mapped = Provenance.of(a.header, a.access.name).online > 0
             wanted = [e for e in a.index.entries if _wanted(mapped, e.type, e.method)]
             with ThreadPoolExecutor(a.access.parallel) as pool:
                 records = list(pool.map(a.record, wanted))
             for e, record in zip(wanted, records, strict=True):
                 with InFile(a.access.name, repr(e.name)):
-                    heads[e.at] = parse(a, record)
-            out.append(_File(a.access.name, a.header, a.index, a.access.size, heads))
-    finally:
-        for a in archives:
-            a.close()
+                    out[-1].heads[e.at] = parse(a, record)
     return out
 
 
 def _stream(src: str) -> _File:
-    from rac.container.access import InFile
-    from rac.container.forward import Forward
-    from rac.container.index import method_of
-    from rac.decode.stream import Objects
-    from rac.provenance import Provenance
-    from rac.registry import RECORD_OBJECT
-
     heads = {}
     with sys.stdin.buffer if src == "-" else open(src, "rb") as f:
         forward = Forward(f, "<stdin>" if src == "-" else src)
@@ -102,10 +89,9 @@ def _stream(src: str) -> _File:
             if wanted or record.type == RECORD_OBJECT:
                 with InFile(str(forward.name), repr(record.head.get("name"))):
                     t = objects.parse(record)
+                objects.keep(t, None)
                 if wanted:
                     heads[record.at] = t
-                if record.type == RECORD_OBJECT:
-                    objects.keep(t, None)
     assert forward.index is not None  # noqa: S101
     return _File(str(forward.name), forward.header, forward.index, forward.at, heads)
 
@@ -116,15 +102,10 @@ def _details(e: Entry, t: Tensor, numbers: Numbers, file: _File) -> dict[str, An
     "streams" are bytes, and add up to the record: its head, the front unit of the coder, the sections of the unit of
     its numbers, the streams of the tiles, and all padding.
     """
-    from rac.errors import FormatError
-    from rac.registry import RECORD_OBJECT
-    from rac.stages.table import PRODUCTS
-
     front = [u.size for u in t.units[: t.first]]
     if sum(front) != e.parts[0] or front[-1] != numbers.front:
-        raise FormatError(
-            "units do not have the sizes that head and index state", file=file.name, unit=repr(e.name), offset=e.at
-        )
+        why = "units do not have the sizes that head and index state"
+        raise FormatError(why, file=file.name, unit=repr(e.name), offset=e.at)
     head, sections = 32 + e.head_size, numbers.section_sizes
     sizes = (head, e.parts[0] - sum(sections), *sections, *e.parts[1:5], e.size - head - sum(e.parts[:5]))
     names = ("head", "tables", *numbers.sections, "directories", "words", "escapes", "raw", "padding")
@@ -146,129 +127,93 @@ def _details(e: Entry, t: Tensor, numbers: Numbers, file: _File) -> dict[str, An
 
 def report(src: str) -> dict[str, Any]:
     """Everything that `rac info` knows, as plain data. "bytes" adds up to "size" exactly."""
-    from rac.decode.unpack import quantised, tensor_bytes, weights
-    from rac.linalg.transform import describe
-    from rac.provenance import Provenance
-    from rac.records import PARTS
-    from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
-
     files = _files(src)
-    where = dict.fromkeys(
-        (
-            "header",
-            "record heads",
-            *PARTS[:5],
-            "padding",
-            "attachments",
-            "objects",
-            "other records",
-            "index",
-            "trailer",
-        ),
-        0,
-    )
-    tensors, attachments, objects = [], [], []
+    rows: dict[int, list[dict[str, Any]]] = {RECORD_TENSOR: [], RECORD_OBJECT: [], RECORD_ATTACHMENT: []}
     for f in files:
-        where["header"] += f.index.header_size
-        where["index"] += f.index.size
-        where["trailer"] += 32
         for e in f.index.entries:
-            detail: dict[str, Any] = {}
-            if (t := f.heads.get(e.at)) and t.chain.numbers is not None:
-                detail["quantised"] = _details(e, t, t.chain.numbers, f)
-            if t and t.online:
-                detail["online"] = describe(t.online, t.shape[1])
-            if e.type == RECORD_TENSOR:
-                where["record heads"] += 32 + e.head_size
-                for kind, n in zip(PARTS, e.parts, strict=True):
-                    where[kind] += n
-                where["padding"] += e.size - 32 - e.head_size - e.payload_size
-                dense, n = tensor_bytes(e) // (1 + len(e.aliases)), weights(e)
-                tensors.append(
-                    {
-                        "name": e.name,
-                        "dtype": e.dtype,
-                        "shape": list(e.shape),
-                        "method": e.method,
-                        "bytes": e.size,
-                        "dense": dense,
-                        "ratio": e.size / dense if dense else None,
-                        "bits_per_weight": 8 * e.size / n if n else None,
-                        "parts": dict(zip(PARTS, e.parts, strict=True)),
-                        "aliases": [{"name": a, "tied": t} for a, t in e.aliases],
-                        **detail,
-                    }
-                )
-            elif e.type == RECORD_OBJECT:
-                where["objects"] += e.size
-                n = math.prod(e.shape)
-                objects.append(
-                    {
-                        "name": e.name,
-                        "dtype": e.dtype,
-                        "shape": list(e.shape),
-                        "method": e.method,
-                        "bytes": e.size,
-                        "dense": 4 * n,
-                        "ratio": e.size / (4 * n) if n else None,
-                        "bits_per_weight": 8 * e.size / n if n else None,
-                        "parts": dict(zip(PARTS, e.parts, strict=True)),
-                        **detail,
-                    }
-                )
-            elif e.type == RECORD_ATTACHMENT:
-                where["attachments"] += e.size
-                attachments.append({"name": e.name, "method": e.method, "bytes": e.size})
-            else:
-                where["other records"] += e.size
-    names = sum(1 + len(e.aliases) for f in files for e in f.index.entries if e.type == RECORD_TENSOR)
-    total = sum(weights(e) * (1 + len(e.aliases)) for f in files for e in f.index.entries if e.type == RECORD_TENSOR)
-    dense = sum(tensor_bytes(e) for f in files for e in f.index.entries)
-    size = sum(f.size for f in files)
-    lossy, lossy_bits = quantised(e for f in files for e in f.index.entries)
+            if e.type in rows:
+                rows[e.type].append(_row(e, f))
+    entries = [e for f in files for e in f.index.entries]
+    tensors = [e for e in entries if e.type == RECORD_TENSOR]
+    total = sum(weights(e) * (1 + len(e.aliases)) for e in tensors)
+    dense, size = sum(map(tensor_bytes, entries)), sum(f.size for f in files)
+    lossy, lossy_bits = quantised(entries)
     return {
         "files": [f.name for f in files],
         "size": size,
         "dense": dense,
         "weights": total,
-        "tensor_names": names,
+        "tensor_names": sum(1 + len(e.aliases) for e in tensors),
         "bits_per_weight": 8 * size / total if total else None,
         "ratio": size / dense if dense else None,
         "quantised": lossy,
         "quantised_bits": lossy_bits,
-        "roles": _roles(tensors),
-        "bytes": where,
-        "tensors": tensors,
-        "objects": objects,
-        "attachments": attachments,
+        "roles": _roles(rows[RECORD_TENSOR]),
+        "bytes": _where(files, entries),
+        "tensors": rows[RECORD_TENSOR],
+        "objects": rows[RECORD_OBJECT],
+        "attachments": rows[RECORD_ATTACHMENT],
         "metadata": files[0].header.get("metadata", {}),
         "provenance": Provenance.of(files[0].header).stated,
         "content": [f.index.digest.hex() for f in files],
     }
 
 
+def _where(files: Sequence[_File], entries: Sequence[Entry]) -> dict[str, int]:
+    """Bytes of all files by what they are for."""
+    sizes: Counter[int] = Counter()
+    for e in entries:
+        sizes[e.type] += e.size
+    tensors = [e for e in entries if e.type == RECORD_TENSOR]
+    parts = {kind: sum(e.parts[i] for e in tensors) for i, kind in enumerate(PARTS[:5])}
+    heads = sum(32 + e.head_size for e in tensors)
+    known = {"attachments": sizes.pop(RECORD_ATTACHMENT, 0), "objects": sizes.pop(RECORD_OBJECT, 0)}
+    padding = sizes.pop(RECORD_TENSOR, 0) - heads - sum(parts.values())
+    return {
+        "header": sum(f.index.header_size for f in files),
+        "record heads": heads,
+        **parts,
+        "padding": padding,
+        **known,
+        "other records": sizes.total(),
+        "index": sum(f.index.size for f in files),
+        "trailer": 32 * len(files),
+    }
+
+
+def _row(e: Entry, f: _File) -> dict[str, Any]:
+    """What there is to say of a record."""
+    if e.type == RECORD_ATTACHMENT:
+        return {"name": e.name, "method": e.method, "bytes": e.size}
+    of_tensor, n = e.type == RECORD_TENSOR, math.prod(e.shape)
+    n, dense = (weights(e), tensor_bytes(e) // (1 + len(e.aliases))) if of_tensor else (n, 4 * n)
+    out = {
+        "name": e.name,
+        "dtype": e.dtype,
+        "shape": list(e.shape),
+        "method": e.method,
+        "bytes": e.size,
+        "dense": dense,
+        "ratio": e.size / dense if dense else None,
+        "bits_per_weight": 8 * e.size / n if n else None,
+        "parts": dict(zip(PARTS, e.parts, strict=True)),
+    }
+    if of_tensor:
+        out["aliases"] = [{"name": a, "tied": t} for a, t in e.aliases]
+    if (t := f.heads.get(e.at)) and t.chain.numbers is not None:
+        out["quantised"] = _details(e, t, t.chain.numbers, f)
+    if t and t.online:
+        out["online"] = describe(t.online, t.shape[1])
+    return out
+
+
 def _roles(tensors: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Sums over the quantised tensors of each role."""
-    from rac.cli.fidelity import role
-
-    roles: dict[str, list[Mapping[str, Any]]] = {}
-    for t in tensors:
-        if "quantised" in t:
-            roles.setdefault(role(t["name"]), []).append(t)
     out = []
-    for name, found in roles.items():
+    for name, found in grouped((t for t in tensors if "quantised" in t), lambda t: role(t["name"])).items():
         n, size = sum(math.prod(t["shape"]) for t in found), sum(t["bytes"] for t in found)
-        outliers = sum(t["quantised"]["outliers"] for t in found)
-        out.append(
-            {
-                "role": name,
-                "tensors": len(found),
-                "weights": n,
-                "bytes": size,
-                "bits_per_weight": 8 * size / n,
-                "outliers": outliers,
-            }
-        )
+        sums = {"role": name, "tensors": len(found), "weights": n, "bytes": size, "bits_per_weight": 8 * size / n}
+        out.append({**sums, "outliers": sum(t["quantised"]["outliers"] for t in found)})
     return out
 
 
@@ -294,42 +239,29 @@ def _tensors(r: Mapping[str, Any]) -> None:
         for a in t.get("aliases", ()):
             print(f"  {'=' if a['tied'] else '~'} {a['name']} ({'tied' if a['tied'] else 'equal'}, stored once)")
     print()
-    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for t in every:
-        if "quantised" in t:  # a table of those that have the same parameters
-            kinds.setdefault(tuple(t["quantised"]), []).append(t)
-    for keys, lossy in kinds.items():
-        at = keys.index("outliers")
-        shown = [*keys[:at], "classes", "tables", *(k for k in keys[at:] if k not in _CLASSES)]
-        rows = [["quantised", *shown]]
-        rows += [[t["name"], *(_text(k, t["quantised"]) for k in shown)] for t in lossy]
-        _streams(rows, 3, lossy)
-
-
-_CLASSES = ("row_classes", "column_classes", "tables", "streams")
+    # a table of those that have the same parameters
+    for keys, lossy in grouped((t for t in every if "quantised" in t), lambda t: tuple(t["quantised"])).items():
+        at, hidden = keys.index("outliers"), ("row_classes", "column_classes", "tables", "streams")
+        shown = [*keys[:at], "classes", "tables", *(k for k in keys[at:] if k not in hidden)]
+        rows = [[t["name"], *(_text(k, t["quantised"]) for k in shown)] for t in lossy]
+        _table([["quantised", *shown], *rows], 3)
+        print()
+        sizes = [["bits per weight", "sum", *lossy[0]["quantised"]["streams"]]]
+        for t in lossy:
+            n, streams = math.prod(t["shape"]), t["quantised"]["streams"].values()
+            sizes.append([t["name"], f"{t['bits_per_weight']:.4f}", *(f"{8 * v / n:.4f}" for v in streams)])
+        _table(sizes)
+        print()
 
 
 def _text(key: str, q: Mapping[str, Any]) -> str:
     """One parameter of a quantised tensor."""
-    from rac.stages.table import PRODUCTS
-
     if key == "classes":
         return f"{q['row_classes']}x{q['column_classes']}" if q["tables"] else "-"
     value = q[key] or None if key == "tables" else q[key]
     if value is None or any((key, value) == p.column for p in PRODUCTS.values()):  # nothing to say
         return "-"
     return value if isinstance(value, str) else f"{value:,}"
-
-
-def _streams(kinds: Sequence[Sequence[str]], left: int, lossy: Sequence[Mapping[str, Any]]) -> None:
-    """A table, and one of the bits per weight of each stream of the same tensors."""
-    sizes = [["bits per weight", "sum", *lossy[0]["quantised"]["streams"]]]
-    for t in lossy:
-        n, streams = math.prod(t["shape"]), t["quantised"]["streams"]
-        sizes.append([t["name"], f"{t['bits_per_weight']:.4f}", *(f"{8 * v / n:.4f}" for v in streams.values())])
-    for table, flush in ((kinds, left), (sizes, 1)):
-        _table(table, flush)
-        print()
 
 
 def _quantised(r: Mapping[str, Any]) -> None:
@@ -346,11 +278,9 @@ def _quantised(r: Mapping[str, Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    from rac.cli.progress import size
-
     r = report(args.src)
     if args.json:
-        print(json.dumps(r, indent=1, ensure_ascii=False))
+        print(json.dumps(r, indent=1, ensure_ascii=False, default=bytes.hex))
         return 0
     if args.tensors:
         _tensors(r)
@@ -365,12 +295,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"  online       {n:,} tensors: {about}")
     for a in r["attachments"]:
         print(f"  attachment   {a['name']} ({a['bytes']:,} bytes)")
-    by: dict[str, list[int]] = {}
-    for t in r["tensors"]:
-        sums = by.setdefault(f"{t['dtype']} {t['method']}", [0, 0, 0])
-        sums[0], sums[1], sums[2] = sums[0] + 1, sums[1] + t["bytes"], sums[2] + t["dense"]
-    for kind, (n, stored, dense) in by.items():
-        print(f"  {kind:<21} {n:>6,} tensors {stored:>16,} bytes {stored / dense if dense else 0:>8.2%}")
+    for kind, found in grouped(r["tensors"], lambda t: f"{t['dtype']} {t['method']}").items():
+        stored, dense = sum(t["bytes"] for t in found), sum(t["dense"] for t in found)
+        print(f"  {kind:<21} {len(found):>6,} tensors {stored:>16,} bytes {stored / dense if dense else 0:>8.2%}")
     if r["roles"]:
         _quantised(r)
     print("  bytes")

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import resource
+import sys
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from html import escape
+from typing import NamedTuple
+
+import rac
+from rac.cli.archives import dense
+from rac.cli.terminal import Progress, argument, command, parse_size, size
+from rac.container.output import write_whole
 
 HELP = """\
 Load every tensor, as a program would, and say how long what took.
@@ -14,26 +22,28 @@ Load every tensor, as a program would, and say how long what took.
 Three stages run side by side: reading (with checksums), copying to the device where there is one, and decoding. Each
 line gives the bytes of a stage, the time in which it was at work at all, and the rate in that time; decoding counts
 dense bytes. --bench loads three times and shows the fastest. --timeline draws which stage was at work when."""
-STAGES = ("read", "copy", "decode")
-Event = tuple[str, float, float, int, int]
-"""Stage, start, end (seconds from the beginning), bytes, number of the thread."""
+COLOURS = {"read": "#4477aa", "copy": "#ccbb44", "decode": "#ee6677"}  # by stage
 
 
-def add(commands: Any) -> None:
+class Event(NamedTuple):
+    """Something that was done; `start` and `end` are seconds from the beginning."""
+
+    stage: str
+    start: float
+    end: float
+    size: int
+    lane: int  # number of the thread
+
+
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = commands.add_parser(
-        "load",
-        help="load all tensors and time it",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("src", metavar="IN.rac", help="the archive, one shard of a set, or a URL")
-    p.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1, ...")
-    p.add_argument("-j", "--jobs", type=int, metavar="N", help="threads that decode (default: one per core, at most 8)")
-    p.add_argument("--ring", default="256MB", metavar="SIZE", help="memory beside the tensors (default: 256MB)")
-    p.add_argument("--bench", action="store_true", help="three times, and the fastest of them")
-    p.add_argument("--timeline", metavar="FILE.svg", help="draw it")
-    p.set_defaults(run=run)
+    command(p, run, HELP)
+    argument(p, "src IN.rac", "the archive, one shard of a set, or a URL")
+    argument(p, "--device DEVICE", "cpu (default), cuda, cuda:1, ...", default="cpu")
+    argument(p, "-j --jobs N", "threads that decode (default: one per core, at most 8)", type=int)
+    argument(p, "--ring SIZE", "memory beside the tensors (default: 256MB)", default="256MB")
+    argument(p, "--bench", "three times, and the fastest of them")
+    argument(p, "--timeline FILE.svg", "draw it")
 
 
 class _Trace:
@@ -47,49 +57,39 @@ class _Trace:
     def __call__(self, stage: str, start: float, end: float, size: int) -> None:
         """From any thread."""
         lane = self._lanes.setdefault(threading.get_ident(), len(self._lanes))
-        self.events.append((stage, start - self.begin, end - self.begin, size, lane))
+        self.events.append(Event(stage, start - self.begin, end - self.begin, size, lane))
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, and print the timeline."""
-    import rac
-    from rac.cli.progress import Progress, parse_size, size
-    from rac.decode.unpack import tensor_bytes
-
-    try:
-        ring = parse_size(args.ring)
-    except argparse.ArgumentTypeError as e:
-        raise ValueError(str(e)) from None
-    framework = "np" if args.device == "cpu" else "pt"
-    best: tuple[float, _Trace] | None = None
+    ring, framework = parse_size(args.ring), "np" if args.device == "cpu" else "pt"
+    on_gpu, found = args.device.split(":")[0] == "cuda", []
     for _ in range(3 if args.bench else 1):
         trace = _Trace()
         with rac.open(args.src, framework, args.device, args.jobs, ring=ring, trace=trace) as f:
-            stored = sum(a.access.size for a in f.archives)
-            dense = sum(tensor_bytes(e) for a in f.archives for e in a.index.entries)
-            with Progress("loading", dense) as progress:
+            stored, total = sum(a.access.size for a in f.archives), dense(f.archives)
+            with Progress("loading", total) as progress:
                 tensors = f.load(lambda t, p=progress: p(t.name, t.nbytes))  # type: ignore[misc]
-            if framework == "pt":
-                _wait(args.device)
-            seconds, decoder, names = time.monotonic() - trace.begin, f.decoder, len(tensors)
+            if on_gpu:
+                from torch import cuda
+
+                cuda.synchronize(args.device)
+            found.append((time.monotonic() - trace.begin, trace.events))
+            decoder, names = f.decoder, len(tensors)
             del tensors
-        if best is None or seconds < best[0]:
-            best = seconds, trace
-    assert best is not None  # noqa: S101
-    seconds, trace = best
-    print(
-        f"{args.src}: {names} tensors, {size(stored)} -> {size(dense)} in {seconds:.3f} s, "
-        f"{dense / seconds / 1e9:.2f} GB/s"
-    )
+    seconds, events = min(found, key=lambda one: one[0])
+    rate = f"in {seconds:.3f} s, {total / seconds / 1e9:.2f} GB/s"
+    print(f"{args.src}: {names} tensors, {size(stored)} -> {size(total)} {rate}")
     print(f"  decoder  {decoder}")
-    for stage in STAGES:
-        mine = [e for e in trace.events if e[0] == stage]
-        if mine:
-            busy, total = busy_time(mine), sum(e[3] for e in mine)
-            print(f"  {stage:<7} {size(total):>9} in {busy:6.3f} s  {total / max(busy, 1e-9) / 1e9:6.2f} GB/s")
-    print(f"  memory   {size(_peak())} at most" + _device_peak(args.device))
+    for stage in COLOURS:
+        if mine := [e for e in events if e.stage == stage]:
+            busy, n = busy_time(mine), sum(e.size for e in mine)
+            print(f"  {stage:<7} {size(n):>9} in {busy:6.3f} s  {n / max(busy, 1e-9) / 1e9:6.2f} GB/s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    there = f", {size(cuda.max_memory_allocated(args.device))} on {args.device}" if on_gpu else ""
+    print(f"  memory   {size(peak)} at most{there}")
     if args.timeline:
-        _draw(args.timeline, trace.events, seconds, f"{args.src}: {decoder}")
+        _draw(args.timeline, events, seconds, f"{args.src}: {decoder}")
         print(f"  timeline {args.timeline}")
     return 0
 
@@ -103,44 +103,10 @@ def busy_time(events: Iterable[Event]) -> float:
     return total
 
 
-def _wait(device: str) -> None:
-    import torch
-
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _peak() -> int:
-    """Most bytes that the process has had in memory."""
-    import resource
-    import sys
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _device_peak(device: str) -> str:
-    from rac.cli.progress import size
-
-    if device.split(":")[0] != "cuda":
-        return ""
-    import torch
-
-    return f", {size(torch.cuda.max_memory_allocated(device))} on {device}"
-
-
-COLOURS = {"read": "#4477aa", "copy": "#ccbb44", "decode": "#ee6677"}
-
-
 def _draw(path: str, events: list[Event], seconds: float, title: str) -> None:
     """A bar for each event, a line for each thread of a stage; OutputError where it cannot be written."""
-    from html import escape
-
-    from rac.container.output import write_whole
-
-    rows: dict[tuple[str, int], int] = {}
-    for stage in STAGES:
-        for lane in sorted({e[4] for e in events if e[0] == stage}):
-            rows[stage, lane] = len(rows)
+    lanes = sorted({(list(COLOURS).index(e.stage), e.lane) for e in events})
+    rows = {(list(COLOURS)[stage], lane): i for i, (stage, lane) in enumerate(lanes)}
     width, left, row, top = 900, 80, 18, 34
     scale, height = (width - left - 20) / seconds, top + row * len(rows) + 30
     out = [
@@ -148,12 +114,11 @@ def _draw(path: str, events: list[Event], seconds: float, title: str) -> None:
         f'font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/><text x="8" y="18">{escape(title)}</text>',
     ]
-    for (stage, _), y in rows.items():
-        out.append(f'<text x="8" y="{top + row * y + 12}">{stage}</text>')
-    for stage, a, b, size, lane in events:
+    out += [f'<text x="8" y="{top + row * y + 12}">{stage}</text>' for (stage, _), y in rows.items()]
+    for stage, a, b, n, lane in events:
         out.append(
             f'<rect x="{left + a * scale:.2f}" y="{top + row * rows[stage, lane] + 2}" height="{row - 4}" '
-            f'width="{max(0.3, (b - a) * scale):.2f}" fill="{COLOURS[stage]}"><title>{size} bytes</title></rect>'
+            f'width="{max(0.3, (b - a) * scale):.2f}" fill="{COLOURS[stage]}"><title>{n} bytes</title></rect>'
         )
     for i in range(6):
         x = left + (width - left - 20) * i / 5

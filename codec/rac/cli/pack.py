@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import argparse
 import glob
+import json
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import Any
 
-from rac.cli import recipe
-
-if TYPE_CHECKING:
-    from rac.encode.align.recipe import Recipe
-    from rac.encode.encoded import Fidelity
-    from rac.encode.options import Lossy, PackOptions
-    from rac.encode.pack import Summary
+from rac.cli.terminal import EFFORTS, Progress, Steps, argument, command, number, parse_size, size
+from rac.container.output import write_whole
+from rac.encode import workers
+from rac.encode.align.recipe import Recipe
+from rac.encode.allocate.budget import read_text
+from rac.encode.encoded import Fidelity
+from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
+from rac.encode.pack import ByTrellis, Packer, Summary
+from rac.encode.sources import open_source
+from rac.machine import threads_of
+from rac.study import grouped, role
+from rac.study.compare import Reading, compare
 
 HELP = """\
 Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --size to a budget in real bytes, or with
@@ -36,117 +44,106 @@ A folder for from_pretrained has ordinary safetensors files whose large matrices
 needs `import rac.runtime` first, and its layers stay compressed in memory (docs/loading.md)."""
 
 
-def add(commands: Any) -> None:
+NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
+"""The first is the ordinary lossy pack."""
+GROUP = number("row", 1, "a number of columns")  # columns of a group; None: a row
+NAMED = """\
+Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;
+embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run the file, with quantised
+activations too (--activations, --kv)."""
+RECIPE = """aligned (default: ours, by the budgets above), rtn (round to nearest), gptq, smoothquant, quarot, spinquant,
+kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
+_NOT: dict[str, Any] = {
+    **dict.fromkeys(("file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
+    **{name: [] for name in ("keep", "include", "exclude")},
+    **dict.fromkeys(("embeddings", "resume"), False),
+    "align": "auto",
+    "effort": "default",
+}
+"""Arguments that a named method does not take, as they are where nobody gave them."""
+BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
+ALARM = 10  # decibels of output signal to noise below which a layer is named
+LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
+JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
+lossless)"""
+SLICES = """tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond 1.1
+times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are 0.5 to 1 %%
+smaller then where they are small)"""
+CALIBRATE = """a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more
+than once: a text unlike what the model will read does better together with self"""
+CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
+ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
+RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
+
+
+def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
-    p = commands.add_parser(
-        "pack", help="pack a model", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("src", metavar="SRC", help="what to pack")
-    p.add_argument("-o", "--output", required=True, metavar="OUT.rac", help="the file to write")
-    p.add_argument(
-        "--level",
-        choices=("fast", "default", "max"),
-        default="default",
-        help="effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)",
-    )
-    p.add_argument(
-        "-j",
-        "--jobs",
-        type=int,
-        metavar="N",
-        help="threads; more than 8 are processes where matrices are quantised "
-        "(default: one per core, at most 8 where all is lossless)",
-    )
-    p.add_argument("--include", action="append", default=[], metavar="PATTERN", help="take only these tensors")
-    p.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these tensors out")
-    p.add_argument("--lanes", type=int, metavar="N", help="ANS lanes per tile: more for GPUs, fewer for size")
-    p.add_argument(
-        "--slices",
-        choices=("fine", "coarse"),
-        help="tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond "
-        "1.1 times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are "
-        "0.5 to 1 %% smaller then where they are small)",
-    )
-    p.add_argument("--shard-size", metavar="SIZE", help="start a new shard after SIZE of dense bytes, e.g. 5GB")
+    command(p, run, HELP)
+    p.set_defaults(left=_left)
+    many: dict[str, Any] = {"action": "append", "default": []}
+    argument(p, "src SRC", "what to pack")
+    argument(p, "-o --output OUT.rac", "the file to write", required=True)
+    argument(p, "--level", LEVEL, choices=EFFORTS, default="default")
+    argument(p, "-j --jobs N", JOBS, type=int)
+    argument(p, "--include PATTERN", "take only these tensors", **many)
+    argument(p, "--exclude PATTERN", "leave these tensors out", **many)
+    argument(p, "--lanes N", "ANS lanes per tile: more for GPUs, fewer for size", type=int)
+    argument(p, "--slices", SLICES, choices=("fine", "coarse"))
+    argument(p, "--shard-size SIZE", "start a new shard after SIZE of dense bytes, e.g. 5GB")
     lossy = p.add_argument_group(
         "lossy packing", "Large float matrices are quantised; embeddings, norms and small tensors stay lossless."
     )
-    lossy.add_argument("--bits", type=float, metavar="B", help="bits per weight of the quantised tensors, all counted")
-    lossy.add_argument("--file-bits", type=float, metavar="B", help="bits per weight of the whole file")
-    lossy.add_argument("--size", metavar="SIZE", help="size of the file, e.g. 80MB")
-    lossy.add_argument(
-        "--snr",
-        type=float,
-        metavar="DB",
-        help="signal to noise of the layers' outputs (none: of the weights), mean in dB",
-    )
-    lossy.add_argument("--kl", type=float, metavar="NATS", help="divergence per token on the calibration text")
-    lossy.add_argument(
-        "--calibrate",
-        action="append",
-        metavar="FILE|self|none",
-        help="a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more "
-        "than once: a text unlike what the model will read does better together with self",
-    )
-    lossy.add_argument("--tokens", type=int, default=40960, metavar="N", help="of each of these texts (default: 40960)")
-    lossy.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)",
-    )
-    lossy.add_argument(
-        "--effort",
-        choices=("fast", "default", "max"),
-        default="default",
-        help="trellis of 32 states, of 256, or of 256 searched twice",
-    )
-    lossy.add_argument(
-        "--align",
-        choices=("auto", "triangular", "pca", "identity"),
-        default="auto",
-        help="coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)",
-    )
-    lossy.add_argument(
-        "--rank",
-        type=_rank,
-        metavar="auto|N",
-        help="of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)",
-    )
-    lossy.add_argument("--embeddings", action="store_true", help="quantise embeddings and output layers too")
-    lossy.add_argument("--measure", metavar="FILE", help="when done, KL and perplexity on this text, not the one above")
-    lossy.add_argument("--report", metavar="FILE.json", help="write what became of every tensor")
-    lossy.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="keep these tensors lossless")
-    recipe.add(p)
-    p.add_argument(
-        "--format",
-        choices=("rac", "hf"),
-        default="rac",
-        help="what OUT is: one file (default), or a folder for from_pretrained of transformers",
-    )
-    p.add_argument("--resume", action="store_true", help="go on with an interrupted pack")
-    p.add_argument("--force", action="store_true", help="replace an existing file")
-    p.set_defaults(run=run, left=_left)
+    argument(lossy, "--bits B", "bits per weight of the quantised tensors, all counted", type=float)
+    argument(lossy, "--file-bits B", "bits per weight of the whole file", type=float)
+    argument(lossy, "--size SIZE", "size of the file, e.g. 80MB")
+    argument(lossy, "--snr DB", "signal to noise of the layers' outputs (none: of the weights), mean in dB", type=float)
+    argument(lossy, "--kl NATS", "divergence per token on the calibration text", type=float)
+    argument(lossy, "--calibrate FILE|self|none", CALIBRATE, action="append")
+    argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)
+    argument(lossy, "--cache DIR", CACHE)
+    effort = "trellis of 32 states, of 256, or of 256 searched twice"
+    argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
+    argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
+    argument(lossy, "--rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
+    argument(lossy, "--embeddings", "quantise embeddings and output layers too")
+    argument(lossy, "--measure FILE", "when done, KL and perplexity on this text, not the one above")
+    argument(lossy, "--report FILE.json", "write what became of every tensor")
+    argument(lossy, "--keep PATTERN", "keep these tensors lossless", **many)
+    _add_named(p)
+    out = "what OUT is: one file (default), or a folder for from_pretrained of transformers"
+    argument(p, "--format", out, choices=("rac", "hf"), default="rac")
+    argument(p, "--resume", "go on with an interrupted pack")
+    argument(p, "--force", "replace an existing file")
+
+
+def _add_named(p: argparse.ArgumentParser) -> None:
+    """The arguments of named methods."""
+    named = p.add_argument_group("named methods", NAMED)
+    argument(named, "--recipe", RECIPE, choices=NAMES, default="aligned")
+    argument(named, "--group N|row", "columns that share a scale (default: 128)", type=GROUP, default=128)
+    argument(named, "--fixed-rate", "store the integers at their fixed rate, not entropy-coded")
+    argument(named, "--symmetric", "grids about zero")
+    about = "bits of activations and cache that spinquant learns for (default: 4)"
+    argument(named, "--activations B", about, type=int, default=4)
+    argument(named, "--steps N", "of what learns (default: 100)", type=int, default=100)
+    argument(named, "--seed N", "of rotations (default: 0)", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
-    if args.format == "hf":
-        return _folder(args)
-    return _file(args)
+    return _folder(args) if args.format == "hf" else _file(args)
 
 
 def _folder(args: argparse.Namespace) -> int:
     """Pack to a file beside the folder, and write that as a folder; of an archive only the latter."""
-    from rac.cli.progress import Progress, parse_size, size
-    from rac.encode.sources import open_source
-    from rac.runtime.folder import SHARD, replaceable, write_folder
+    from rac.runtime.folder import SHARD, replaceable, write_folder  # needs torch
 
     shard = SHARD if args.shard_size is None else parse_size(args.shard_size)
     made = None
     if not args.src.endswith(".rac"):
         source = open_source(args.src, args.include, args.exclude)
         replaceable(os.path.realpath(args.output), args.force, [a.name for a in source.attachments])
-        made = _beside(args.output)
+        made = args.output.rstrip(os.sep) + BESIDE
         _file(argparse.Namespace(**vars(args) | {"output": made, "shard_size": None}))
     try:
         with Progress("writing", os.path.getsize(made or args.src)) as progress:
@@ -160,13 +157,8 @@ def _folder(args: argparse.Namespace) -> int:
 
 def _file(args: argparse.Namespace) -> int:
     """Pack to a file or to shards."""
-    if args.recipe != recipe.NAMES[0]:
-        return recipe.run(args)
-    from rac.cli.progress import Progress, Steps
-    from rac.encode.options import Hooks
-    from rac.encode.pack import ByTrellis, Packer
-    from rac.encode.sources import open_source
-
+    if args.recipe != NAMES[0]:
+        return _named(args)
     options, request = _asked(args)
     source = open_source(args.src, args.include, args.exclude)
     start = time.monotonic()
@@ -182,24 +174,16 @@ def _file(args: argparse.Namespace) -> int:
             done = packer.write(ByTrellis(found, packer.kept) if found else None)
     _say(args, done, time.monotonic() - start)
     if found and request:
-        _say_lossy(args, done, found, bool(request.calibration.texts))
+        _say_lossy(args, done, found, request)
     return 0
 
 
 def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     """What the arguments ask for; None: a lossless pack."""
-    from rac.cli.progress import parse_size
-    from rac.encode import workers
-    from rac.encode.options import Budget, Calibration, Lossy, PackOptions
-    from rac.machine import threads_of
-
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    try:
-        shard_size = None if args.shard_size is None else parse_size(args.shard_size)
-        whole = None if args.size is None else parse_size(args.size)
-    except argparse.ArgumentTypeError as e:
-        raise ValueError(str(e)) from None
+    shard_size = None if args.shard_size is None else parse_size(args.shard_size)
+    whole = None if args.size is None else parse_size(args.size)
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     lossy = any(v is not None for v in goals.values())
     texts = Calibration.texts_of(args.calibrate or "none")
@@ -211,22 +195,17 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
         )
     jobs = threads_of(args.jobs, most=None if lossy else workers.THREADS)
     settings = {"include": args.include, "exclude": args.exclude}
-    many = lossy and jobs > workers.THREADS
-    options = PackOptions(
-        args.level, jobs, args.lanes, args.slices, shard_size, args.resume, args.force, many, settings
-    )
+    cut, many = (args.lanes, args.slices, shard_size), lossy and jobs > workers.THREADS
+    options = PackOptions(args.level, jobs, *cut, args.resume, args.force, many, settings)
     if not lossy:
         return options, None
     budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
-    calibration = Calibration(texts, args.tokens, _cache(args.cache))
-    keep = tuple(args.keep)
-    return options, Lossy(budget, calibration, args.effort, keep, args.align, args.rank, args.embeddings)
+    calibration = Calibration(texts, args.tokens, cache(args.cache))
+    return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
 
 
 def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     """Print what any pack came to."""
-    from rac.cli.progress import size
-
     if done.skipped:
         print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)
     if args.resume:
@@ -240,67 +219,119 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     )
 
 
-def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, texts: bool) -> None:
+def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: Lossy) -> None:
     """Print what a lossy pack came to, and write and measure what was asked for."""
-    from rac.cli.fidelity import ALARM, by_role, write_report
-
-    if found.unreached and texts:
-        print(
-            f"rac: calibration did not reach {len(found.unreached)} tensors, which are quantised from the weights "
-            f"alone: {_some(found.unreached)}",
-            file=sys.stderr,
-        )
-    print(by_role(done.fidelity))
+    if found.unreached and request.calibration.texts:
+        these = f"{len(found.unreached)} tensors, which are quantised from the weights alone: {_some(found.unreached)}"
+        print(f"rac: calibration did not reach {these}", file=sys.stderr)
+    print(_by_role(done.fidelity))
     print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
         print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
     if args.report:
-        write_report(args.report, done, found)
+        _write_report(args.report, done, found)
     if args.measure:
         measure(args.src, done.paths[0], args.measure)
 
 
-def _rank(given: str) -> int | None:
-    if given == "auto":
-        return None
-    if not given.isdecimal():
-        raise argparse.ArgumentTypeError("must be auto or a number of 0 or more")
-    return int(given)
+def _by_role(layers: Sequence[Fidelity]) -> str:
+    """A table with one line per role."""
+    roles = grouped(layers, lambda f: role(f.name))
+    width = max([len(r) for r in roles] + [len("role")])
+    lines = [f"{'role':<{width}}  tensors       weights  bits/w  SNR dB   least  rank  outliers"]
+    for name, found in roles.items():
+        weights = sum(math.prod(f.shape) for f in found)
+        bits = 8 * sum(f.size for f in found) / weights
+        mean, least = sum(f.snr for f in found) / len(found), min(f.snr for f in found)
+        ranks = sorted({f.rank for f in found})
+        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        lines.append(
+            f"{name:<{width}}  {len(found):7,} {weights:13,} {bits:7.3f} {mean:7.2f} {least:7.2f} {rank:>5} "
+            f"{sum(f.outliers for f in found):9,}"
+        )
+    return "\n".join(lines)
+
+
+def _write_report(path: str, done: Summary, recipe: Recipe) -> None:
+    """Write a pack's totals and the fidelity of each quantised tensor to `path` as JSON; infinite ratios are null."""
+    tensors = [
+        asdict(f) | {"bits": f.bits, "role": role(f.name), "snr": f.snr if math.isfinite(f.snr) else None}
+        for f in done.fidelity
+    ]
+    report = {
+        "files": done.paths,
+        "size": done.stored,
+        "dense": done.dense,
+        "weights": done.weights,
+        "file_bits": 8 * done.stored / max(1, done.weights),
+        "quantised": done.quantised,
+        "quantised_bits": done.quantised_bits,
+        "states": recipe.states,
+        "passes": recipe.passes,
+        "scale": recipe.scale,
+        "about": dict(recipe.about),
+        "unreached": recipe.unreached,
+        "resumed": done.resumed,
+        "alarms": [f.name for f in done.fidelity if f.snr < ALARM],
+        "tensors": tensors,
+    }
+    write_whole(path, json.dumps(report, indent=1) + "\n")
 
 
 def measure(src: str, path: str, text: str) -> None:
     """Print what the packed model predicts on a text, beside the original."""
-    from rac.cli.progress import Steps
-    from rac.encode.allocate.budget import read_text
-    from rac.study.compare import compare
-
     with Steps() as note:
-        own, row = compare(src, [path], read_text(text), note=note)
+        own, row = compare(src, [path], Reading(read_text(text)), note)
     print(
         f"on {text}: KL {row.kl:.4f} nats, top-1 {row.top1:.2%}, perplexity {row.perplexity:.3f} "
         f"(original {own.perplexity:.3f})"
     )
 
 
-def _cache(given: str | None) -> str | None:
-    if given == "none":
-        return None
-    return given or os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "rac")
+def cache(given: str | None) -> str | None:
+    """The folder of calibrations that `--cache` means; None: nowhere."""
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "rac")
+    return None if given == "none" else given or default
 
 
 def _left(args: argparse.Namespace) -> str:
     """What an interrupted pack has left; nothing where it had not begun to write."""
-    out = _beside(args.output) if args.format == "hf" else os.path.realpath(args.output)
+    out = args.output.rstrip(os.sep) + BESIDE if args.format == "hf" else os.path.realpath(args.output)
     shards = glob.escape(out.removesuffix(".rac")) + "-*-of-*.rac.part"
     left = os.path.exists(f"{out}.part") or glob.glob(shards)
     return "; the finished part is kept, run again with --resume" if left else ""
 
 
-def _beside(folder: str) -> str:
-    """The file that is packed first where a folder is to be made."""
-    return folder.rstrip(os.sep) + ".packing.rac"
-
-
 def _some(names: Sequence[str]) -> str:
     """The first of many names."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
+def _named(args: argparse.Namespace) -> int:
+    """Pack by a named method, and say what came of it."""
+    for name, usual in _NOT.items():
+        if getattr(args, name) != usual:
+            raise ValueError(f"--recipe {args.recipe} does not take --{name.replace('_', '-')}")
+    bits = 4 if args.bits is None else args.bits
+    if bits != int(bits) or not 2 <= bits <= 8:
+        raise ValueError(f"--recipe {args.recipe} takes whole --bits from 2 to 8, not {bits:g}")
+    texts = [t for t in args.calibrate or () if t != "none"]
+    if len(texts) > 1 or texts == ["self"]:
+        raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
+    from rac.methods.named import Method, pack_method  # imports torch
+
+    method = Method(args.recipe, int(bits), args.group, not args.fixed_rate, texts[0] if texts else None, args.tokens)
+    method = replace(method, activations=args.activations, seed=args.seed, symmetric=args.symmetric, steps=args.steps)
+    start, options = time.monotonic(), {"level": args.level, "jobs": threads_of(args.jobs), "force": args.force}
+    with Steps() as note:
+        done = pack_method(args.src, args.output, method, note=note, **options)
+    seconds = time.monotonic() - start
+    weights = 8 * done.stored / max(1, done.weights)
+    print(_by_role(done.fidelity))
+    print(
+        f"{args.output}: {args.recipe}, {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per "
+        f"weight, all counted; the file {size(done.stored)}, {weights:.3f} bits per weight, in {seconds:.1f} s"
+    )
+    if args.measure:
+        measure(args.src, args.output, args.measure)
+    return 0

@@ -1,4 +1,4 @@
-"""What the commands that run a model have in common."""
+"""`rac generate` and `rac perplexity`: commands that run a model, and the arguments that they share with others."""
 
 from __future__ import annotations
 
@@ -6,30 +6,121 @@ import argparse
 import os
 import sys
 import time
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-if TYPE_CHECKING:
-    from rac.provenance import Provenance
+from rac.cli.terminal import Steps, argument, command
+from rac.decode.archive import RacFile
+from rac.encode.allocate.budget import read_text
+from rac.frameworks import check_device
+from rac.models.predictions import check
+from rac.provenance import Provenance
 
+GENERATE = """\
+Let a model write, straight from the archive: the simplest proof that it is whole and runs.
+
+The prompt is taken as it is, without a chat template, and continued greedily (the same text every time) unless
+--sample is given. The text goes to standard output, the speed to standard error.
+
+  rac generate m.rac "The capital of France is" --tokens 20
+  rac generate m.rac "Once upon a time" --resident compressed    weights stay compressed in memory
+  rac generate m.rac "Once upon a time" --sample --seed 7
+
+Needs rac-codec[transformers]."""
+PERPLEXITY = """\
+Perplexity of a packed causal language model on a text.
+
+The text is cut into windows that do not overlap; each is predicted by itself, without special tokens, and all its
+positions but the last count: the figures are those of `rac compare`, which computes in float32 (--dtype float32).
+
+  rac perplexity m.rac --text test.txt
+  rac perplexity m.rac --text test.txt --tokens 2048 --context 512 --resident compressed
+  rac perplexity m.rac --text test.txt --activations 4 --kv 4
+
+Needs rac-codec[transformers]."""
 RESIDENT = "keep the weights decoded (dense, the default: fast) or as the file has them (compressed: small)"
+KV = """quantise keys and values to B bits, a range for each token and head; keys are rotated before where the file says
+so (simulated)"""
+CLIP = "share of the largest activation that the grid goes to (default: 0.9 below 8 bits if symmetric, else 1)"
+GRID = "about zero (the default, as in QuaRot), or from the least to the largest of a token (SpinQuant)"
 
 
-def add_model(p: argparse.ArgumentParser) -> None:
-    """The arguments that say which model, and how it is held."""
-    p.add_argument("src", metavar="IN.rac", help="the archive of a Hugging Face folder, or one shard of a set")
-    p.add_argument("--resident", choices=("dense", "compressed"), default="dense", help=RESIDENT)
-    p.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default), cuda, cuda:1, mps")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the model says")
-    p.add_argument(
-        "--trust-remote-code", action="store_true", help="run the model code in the file; read it before (rac unpack)"
+def add_generate(p: argparse.ArgumentParser) -> None:
+    """Add `rac generate`."""
+    command(p, generate, GENERATE)
+    _add_model(p)
+    argument(p, "prompt PROMPT", "what the text begins with")
+    argument(p, "--tokens N", "write so many at most (default: 64)", type=int, default=64)
+    how = p.add_mutually_exclusive_group()
+    argument(how, "--greedy", "always the likeliest token (the default)")
+    argument(how, "--sample", "draw tokens, as the model's generation settings say")
+    argument(p, "--seed N", "of --sample (default: 0)", type=int, default=0)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Generate, and print the text as it comes."""
+    if args.tokens < 1:
+        raise ValueError("--tokens must be at least 1")
+    if not args.prompt:
+        raise ValueError("the prompt is empty")
+    model, tokenizer = _open_model(args)
+
+    from rac.runtime.text import generate
+
+    sys.stdout.write(args.prompt)
+    sys.stdout.flush()
+    start = time.monotonic()
+    ids = generate(model, tokenizer, args.prompt, args.tokens, args.seed if args.sample else None, stream=True)
+    seconds = time.monotonic() - start
+    print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / max(seconds, 1e-9):.1f} per second", file=sys.stderr)
+    return 0
+
+
+def add_perplexity(p: argparse.ArgumentParser) -> None:
+    """Add `rac perplexity`."""
+    command(p, perplexity, PERPLEXITY)
+    _add_model(p)
+    argument(p, "--text FILE", "the text, UTF-8", required=True)
+    add_windows(p)
+    add_simulated(p)
+
+
+def perplexity(args: argparse.Namespace) -> int:
+    """Measure, and print one line."""
+    check(args.tokens, args.context)
+    text = read_text(args.text)
+    model, tokenizer = _open_model(args)
+    from rac.runtime.text import perplexity
+
+    around: AbstractContextManager[Any] = nullcontext()
+    if simulated(args):
+        with RacFile(args.src) as f:
+            around = simulation(args, model, Provenance.of(f.archives[0].header, args.src))
+    start = time.monotonic()
+    with Steps() as note, around:
+        found, cut, context = perplexity(model, tokenizer, text, args.tokens, args.context, note)
+    seconds, count = time.monotonic() - start, cut * context
+    bits = "".join(f", {n}-bit {what}" for what, n in (("activations", args.activations), ("cache", args.kv)) if n)
+    print(
+        f"{args.src}: perplexity {found:.3f} on {count:,} tokens of {args.text} in windows of "
+        f"{context:,} ({args.resident}, {str(model.dtype).removeprefix('torch.')}{bits}, "
+        f"{count / max(seconds, 1e-9):.0f} tokens per second)"
     )
+    return 0
 
 
-def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
+def _add_model(p: Any) -> None:
+    """Which model, and how it is held."""
+    argument(p, "src IN.rac", "the archive of a Hugging Face folder, or one shard of a set")
+    argument(p, "--resident", RESIDENT, choices=("dense", "compressed"), default="dense")
+    argument(p, "--device NAME", "cpu (default), cuda, cuda:1, mps", default="cpu")
+    argument(p, "--dtype", "default: what the model says", choices=("float32", "bfloat16", "float16"))
+    argument(p, "--trust-remote-code", "run the model code in the file; read it before (rac unpack)")
+
+
+def _open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer). ValueError for a data type or device that there is not."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is in the file
-    from rac.frameworks import check_device
+    offline()
     from rac.runtime import load_model, load_tokenizer
 
     check_device(args.device)
@@ -43,45 +134,35 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def add_simulated(p: argparse.ArgumentParser) -> None:
-    """The arguments that say which activations are quantised."""
-    p.add_argument(
-        "--activations",
-        type=int,
-        metavar="B",
-        help="quantise the inputs of the linear layers of all blocks to B bits, a scale for each token (simulated)",
-    )
-    p.add_argument(
-        "--kv",
-        type=int,
-        metavar="B",
-        help="quantise keys and values to B bits, a range for each token and head; keys are rotated before where the "
-        "file says so (simulated)",
-    )
-    p.add_argument(
-        "--clip",
-        type=float,
-        metavar="R",
-        help="share of the largest activation that the grid goes to (default: 0.9 below 8 bits if symmetric, else 1)",
-    )
-    p.add_argument(
-        "--activation-grid",
-        choices=("symmetric", "asymmetric"),
-        default="symmetric",
-        help="about zero (the default, as in QuaRot), or from the least to the largest of a token (SpinQuant)",
-    )
+def offline() -> None:
+    """Keep transformers from asking its hub: all is on disk, or in the file."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def add_windows(p: Any) -> None:
+    """How much of a text is predicted, and in windows of what length."""
+    argument(p, "--tokens N", "of that text (default: 8192)", type=int, default=8192)
+    argument(p, "--context N", "tokens of one window (default: 1024)", type=int, default=1024)
+
+
+def add_simulated(p: Any) -> None:
+    """Which activations are quantised."""
+    about = "quantise the inputs of the linear layers of all blocks to B bits, a scale for each token (simulated)"
+    argument(p, "--activations B", about, type=int)
+    argument(p, "--kv B", KV, type=int)
+    argument(p, "--clip R", CLIP, type=float)
+    argument(p, "--activation-grid", GRID, choices=("symmetric", "asymmetric"), default="symmetric")
+
+
+def simulated(args: argparse.Namespace) -> bool:
+    """Whether any activations are to be quantised."""
+    return args.activations is not None or args.kv is not None
 
 
 def simulation(args: argparse.Namespace, model: Any, about: Provenance) -> AbstractContextManager[Any]:
     """What to enter so that a model computes with quantised activations; `about` is the provenance of its file."""
-    from rac.runtime.simulate import simulated
+    from rac.runtime import simulate
 
-    return simulated(
-        model,
-        args.activations,
-        args.kv,
-        clip=args.clip,
-        rotate_keys=about.keys is not None,
-        seed=about.keys,
-        asymmetric=args.activation_grid == "asymmetric",
-    )
+    how: dict[str, Any] = {"clip": args.clip, "rotate_keys": about.keys is not None, "seed": about.keys}
+    asymmetric = args.activation_grid == "asymmetric"
+    return simulate.simulated(model, args.activations, args.kv, asymmetric=asymmetric, **how)

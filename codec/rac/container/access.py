@@ -7,25 +7,53 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from rac.errors import RacError, SourceError, TruncatedError
 
 
-class Access(Protocol):
+@contextmanager
+def guarded(kind: type[RacError], file: str, offset: int | None = None, of: Any = OSError) -> Iterator[None]:
+    """Context in which errors of the system become a `kind` that names the file."""
+    try:
+        yield
+    except of as e:
+        raise kind(getattr(e, "strerror", None) or str(e), file=file, offset=offset) from e
+
+
+class InFile:
+    """Context that adds file, unit (number `i` of the tensor `unit`) and offset to RacErrors that do not have them."""
+
+    __slots__ = ("_file", "_i", "_offset", "_unit")
+
+    def __init__(
+        self, file: str | None, unit: str | None = None, offset: int | None = None, i: int | None = None
+    ) -> None:
+        self._file, self._unit, self._offset, self._i = file, unit, offset, i
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, e: BaseException | None, tb: object) -> None:
+        if isinstance(e, RacError):
+            e.file = e.file or self._file
+            e.unit = e.unit or (self._unit if self._i is None else f"{self._unit!r} unit {self._i}")
+            e.offset = self._offset if e.offset is None else e.offset
+
+
+class Access:
     """Bytes at an offset. Implementations may be used by several threads at once."""
 
     name: str
     size: int
-    parallel: int
-    """Reads that are worth having in flight at once."""
+    parallel = 1  # reads that are worth having in flight at once
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`; TruncatedError where the bytes end."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Release what is held."""
+        """Release what is held; what belongs to the caller stays open."""
 
 
 def read(access: Access, at: int, size: int) -> bytes:
@@ -37,22 +65,20 @@ def read(access: Access, at: int, size: int) -> bytes:
     return bytes(out)
 
 
-class FileAccess:
+class FileAccess(Access):
     """A regular file, read with pread. It is closed when nobody refers to it; copies and pickles open it again."""
 
     parallel = 4
 
     def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         self.name, self._path = name or os.fspath(path), os.path.abspath(path)
-        try:
+        with guarded(SourceError, self.name):
             if os.path.exists(self._path) and not os.path.isfile(self._path):  # opening a pipe would wait
                 raise SourceError("not a regular file", file=self.name)
             self._fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self._close = weakref.finalize(self, os.close, self._fd)
             self._close.atexit = False
             self.size = os.fstat(self._fd).st_size
-        except OSError as e:
-            raise SourceError(e.strerror or str(e), file=self.name) from e
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
@@ -73,16 +99,13 @@ class FileAccess:
         self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The path; whoever opens it again must see that it is the same file."""
         if not self._close.alive:
             raise SourceError("was closed before it was copied", file=self.name)
         return FileAccess, (self._path, self.name)
 
 
-class BytesAccess:
+class BytesAccess(Access):
     """Bytes in memory."""
-
-    parallel = 1
 
     def __init__(self, data: bytes | bytearray | memoryview, name: str = "<bytes>") -> None:
         self.name, self._data = name, memoryview(data).cast("B")
@@ -95,64 +118,29 @@ class BytesAccess:
             raise TruncatedError("bytes end early", file=self.name, offset=at + len(piece))
         out[:] = piece
 
-    def close(self) -> None:
-        """Nothing to release."""
-
     def __reduce__(self) -> tuple[Any, ...]:
-        """The bytes."""
         return BytesAccess, (bytes(self._data), self.name)
 
 
-class ObjectAccess:
+class ObjectAccess(Access):
     """A file object that can seek. It is read under a lock, and stays open."""
-
-    parallel = 1
 
     def __init__(self, stream: Any) -> None:
         self.name = str(getattr(stream, "name", None) or "<file object>")
         self._stream, self._lock = stream, threading.Lock()
-        with self._guard(0):
-            self.size: int = stream.seek(0, os.SEEK_END)
-
-    @contextmanager
-    def _guard(self, at: int) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as e:
-            raise SourceError(getattr(e, "strerror", None) or str(e), file=self.name, offset=at) from e
+        with guarded(SourceError, self.name, 0, (OSError, ValueError)):
+            self.size = stream.seek(0, os.SEEK_END)
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
         done = 0
-        with self._lock, self._guard(at):
+        with self._lock, guarded(SourceError, self.name, at, (OSError, ValueError)):
             self._stream.seek(at)
-            while done < len(out):
-                data = self._stream.read(len(out) - done)
-                if not data:
-                    break
+            while done < len(out) and (data := self._stream.read(len(out) - done)):
                 out[done : done + len(data)] = data
                 done += len(data)
         if done < len(out):
             raise TruncatedError("the file object ends early", file=self.name, offset=at + done)
 
-    def close(self) -> None:
-        """The file object belongs to the caller."""
-
     def __reduce__(self) -> tuple[Any, ...]:
-        """A file object has no name that another process could open."""
         raise SourceError("was opened from a file object, of which there are no copies; open its path", file=self.name)
-
-
-class InFile:
-    """Context that adds the file's name, and a unit where none is known, to the RacErrors that pass."""
-
-    def __init__(self, file: str, unit: str | None = None) -> None:
-        self._file, self._unit = file, unit
-
-    def __enter__(self) -> None:
-        """Nothing to set up."""
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        if isinstance(e, RacError):
-            e.file = e.file or self._file
-            e.unit = e.unit or self._unit

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from rac.container.access import Access
+from rac.container.access import Access, guarded
 from rac.errors import SourceError, TruncatedError
 
 try:
@@ -26,14 +26,12 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
-PIECE = 1 << 20
-"""Bytes that a claim of a length is worth before they arrive."""
-SLOT = 4 << 20
-"""Bytes of one read of a file, and of one buffer."""
-SPARE = 4
-"""Buffers beside those that are being filled."""
-JOIN = 5.0
-"""Seconds that closing waits for a read that cannot be interrupted."""
+PIECE = 1 << 20  # bytes that a claim of a length is worth before they arrive
+SLOT = 4 << 20  # bytes of one read of a file, and of one buffer
+SPARE = 4  # buffers beside those that are being filled
+JOIN = 5.0  # seconds that closing waits for a read that cannot be interrupted
+Ranges = Sequence[tuple[int, int]]
+Allocate = Callable[[int], memoryview]
 Trace = Callable[[str, float, float, int], None]
 """Called with ("read" | "copy" | "decode", start, end in seconds of time.monotonic, bytes)."""
 
@@ -45,29 +43,24 @@ class Readable(Protocol):
         """Up to `size` bytes; empty at the end."""
 
 
-class Held(Protocol):
-    """What a view was taken from."""
-
-    def give(self) -> None:
-        """Back: the view is not used any more."""
-
-
-class Feed(Protocol):
+class Feed:
     """Bytes one after another."""
 
     name: str
 
     def take(self, size: int) -> tuple[memoryview, Held | None]:
         """The next `size` bytes, fewer only at the end, and what to give back when they are done with."""
+        raise NotImplementedError
 
     def idle(self, size: int = 1) -> bool:
-        """True where `take(size)` would have to wait."""
+        """True where `take(size)` would have to wait, as far as that is known."""
+        return False
 
     def close(self) -> None:
         """End the threads, let go of the buffers."""
 
 
-class Memory:
+class Memory(Feed):
     """A feed of bytes that are there already."""
 
     def __init__(self, data: bytes | bytearray | memoryview, name: str = "<bytes>") -> None:
@@ -79,15 +72,8 @@ class Memory:
         self._at += len(out)
         return out, None
 
-    def idle(self, size: int = 1) -> bool:
-        """It is not known, or never so."""
-        return False
 
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-class Plain:
+class Plain(Feed):
     """A stream, read when asked and no further; no thread."""
 
     def __init__(self, stream: Readable, name: str) -> None:
@@ -97,26 +83,17 @@ class Plain:
         """Asked for in pieces, so that a false length allocates nothing."""
         out = bytearray()
         while len(out) < size:
-            try:
+            with guarded(SourceError, self.name, self._at + len(out)):
                 got = self._stream.read(min(PIECE, size - len(out)))
-            except OSError as e:
-                raise SourceError(e.strerror or str(e), file=self.name, offset=self._at + len(out)) from e
             if not got:
                 break
             out += got
         self._at += len(out)
         return memoryview(out), None
 
-    def idle(self, size: int = 1) -> bool:
-        """It is not known, or never so."""
-        return False
 
-    def close(self) -> None:
-        """The stream stays open."""
-
-
-class _Slot:
-    """A buffer of a ring."""
+class Held:
+    """A buffer of a ring; who took a view of it gives it back."""
 
     __slots__ = ("_ring", "data", "done", "filled", "uses")
 
@@ -128,7 +105,7 @@ class _Slot:
         self._ring.give(self)
 
 
-class _Ring:
+class _Ring(Feed):
     """Buffers that threads fill in the order of the file, at most `size` bytes and `count` of them.
 
     More would not help: who reads slower than the threads do finds a few full buffers, and memory that is touched for
@@ -136,19 +113,13 @@ class _Ring:
     """
 
     def __init__(
-        self,
-        name: str,
-        size: int,
-        slot: int,
-        count: int,
-        allocate: Callable[[int], memoryview] | None,
-        trace: Trace | None,
+        self, name: str, size: int, slot: int, count: int, allocate: Allocate | None, trace: Trace | None
     ) -> None:
         self.name, self._slot, self._most = name, slot, min(size // slot, count)
         self._allocate = allocate or (lambda n: memoryview(bytearray(n)))
         self._trace = trace
-        self._made, self._free, self._queue = 0, list[_Slot](), deque[_Slot]()
-        self._at, self._offset = 0, 0
+        self._made, self._free, self._queue = 0, list[Held](), deque[Held]()
+        self._at = 0
         self._ended = self._stopped = False
         self._error: BaseException | None = None
         self._change = threading.Condition()
@@ -184,7 +155,7 @@ class _Ring:
     def _fill(self) -> None:
         raise NotImplementedError
 
-    def _next(self) -> _Slot | None:
+    def _next(self) -> Held | None:
         """A free buffer, put into the queue; None when all is over. Called with the lock."""
         while not self._free and self._made >= self._most and not self._stopped:
             self._change.wait()
@@ -194,12 +165,12 @@ class _Ring:
             slot = self._free.pop()
             slot.filled, slot.done, slot.uses = 0, False, 1
         else:
-            slot = _Slot(self, self._allocate(self._slot))
+            slot = Held(self, self._allocate(self._slot))
             self._made += 1
         self._queue.append(slot)
         return slot
 
-    def give(self, slot: _Slot) -> None:
+    def give(self, slot: Held) -> None:
         """A use of a buffer is over."""
         with self._change:
             slot.uses -= 1
@@ -229,54 +200,38 @@ class _Ring:
                 got = min(want, slot.filled - self._at)
                 view = slot.data[self._at : self._at + got]
                 self._at += got
-                over = slot.done and self._at == slot.filled
-                if apart is None and got == size:
+                whole = apart is None and got == size
+                if whole:
                     slot.uses += 1
-                    if over:
-                        self._drop()
+                else:
+                    apart = apart or bytearray()
+                    apart += view
+                if slot.done and self._at == slot.filled:  # read to its end
+                    self._queue.popleft()
+                    self._at = 0
+                    self.give(slot)
+                if whole:
                     return view, slot
-                apart = bytearray() if apart is None else apart
-                apart += view
-                if over:
-                    self._drop()
-                if len(apart) == size:
+                if apart is not None and len(apart) == size:
                     return memoryview(apart), None
-
-    def _drop(self) -> None:
-        """The first buffer is read to its end."""
-        slot = self._queue.popleft()
-        self._at = 0
-        slot.uses -= 1
-        if not slot.uses:
-            self._free.append(slot)
-            self._change.notify_all()
 
     def close(self) -> None:
         """Stop the threads. One that hangs in a read of a foreign object ends with that read."""
         with self._change:
             self._stopped = self._ended = True
             self._change.notify_all()
-        self._wake()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(JOIN)
         self._queue.clear()
         self._free.clear()
 
-    def _wake(self) -> None:
-        """Interrupt a read that waits."""
-
 
 class RangeRing(_Ring):
     """Ranges of a file, each (offset, size), in their order; several reads in flight."""
 
     def __init__(
-        self,
-        access: Access,
-        ranges: Sequence[tuple[int, int]],
-        size: int,
-        allocate: Callable[[int], memoryview] | None = None,
-        trace: Trace | None = None,
+        self, access: Access, ranges: Ranges, size: int, allocate: Allocate | None = None, trace: Trace | None = None
     ) -> None:
         total = sum(n for _, n in ranges)
         slot = max(1, min(SLOT, size // 4, total))
@@ -315,17 +270,14 @@ class StreamRing(_Ring):
     """A stream, read ahead by one thread: a file object, a pipe, a socket; anything with `read` or `recv`."""
 
     def __init__(
-        self,
-        stream: Any,
-        name: str,
-        size: int,
-        allocate: Callable[[int], memoryview] | None = None,
-        trace: Trace | None = None,
+        self, stream: Any, name: str, size: int, allocate: Allocate | None = None, trace: Trace | None = None
     ) -> None:
         super().__init__(name, size, max(1, min(SLOT, size // 4)), 2 * SPARE, allocate, trace)
         self._read = _reader(stream, name)
         self._stream = stream
-        self._file = _waitable(stream)
+        # to wait on, where all that has arrived can be seen at it
+        raw = stream.raw if isinstance(stream, io.BufferedReader) else stream
+        self._file: int | None = raw.fileno() if isinstance(raw, io.FileIO | socket.socket) else None
         _widen(self._file)
         self._wakers = os.pipe() if self._file is not None else None
         # the first read is made here: it empties the buffer of a buffered reader, of which select knows nothing
@@ -370,25 +322,16 @@ class StreamRing(_Ring):
         poll.register(waker, select.POLLIN)
         return waker not in (fd for fd, _ in poll.poll())
 
-    def _wake(self) -> None:
-        if self._wakers:
-            os.write(self._wakers[1], b"x")
-
     def close(self) -> None:
         """Stop the thread; the stream stays open."""
+        self._stopped = True
+        if self._wakers:
+            os.write(self._wakers[1], b"x")  # interrupts a read that waits
         super().close()
         if self._wakers and not any(t.is_alive() for t in self._threads):
             for fd in self._wakers:
                 os.close(fd)
             self._wakers = None
-
-
-def _waitable(stream: Any) -> int | None:
-    """File descriptor to wait on, where all that has arrived can be seen at it."""
-    raw = stream.raw if isinstance(stream, io.BufferedReader) else stream
-    if isinstance(raw, io.FileIO | socket.socket):
-        return raw.fileno()
-    return None
 
 
 def _widen(file: int | None) -> None:
@@ -409,7 +352,7 @@ def _reader(stream: Any, name: str) -> Callable[[memoryview], int]:
 
     def fill(out: memoryview) -> int:
         nonlocal at
-        try:
+        with guarded(SourceError, name, at, (OSError, ValueError)):  # ValueError: closed under us
             if into is not None:
                 got = into(out)
                 if got is None:
@@ -418,8 +361,6 @@ def _reader(stream: Any, name: str) -> Callable[[memoryview], int]:
                 data = read(min(PIECE, len(out)))  # type: ignore[misc]
                 got = len(data)
                 out[:got] = data
-        except (OSError, ValueError) as e:  # ValueError: closed under us
-            raise SourceError(getattr(e, "strerror", None) or str(e), file=name, offset=at) from e
         at += got
         return int(got)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any
 
 from rac.container import index as index_format
 from rac.container import wire, zstd
@@ -15,19 +15,23 @@ from rac.records import Entry, Index, Limits, Record, Unit
 from rac.registry import RECORD_INDEX, RECORD_TENSOR
 
 
-class Walk:
-    """Records of a feed, one piece after the other, from offset `at` on."""
+def _give(held: Held | None) -> None:
+    if held:
+        held.give()
 
-    def __init__(self, feed: Feed, name: str, limits: Limits, at: int = 0) -> None:
-        self.feed, self.name, self.limits, self.at = feed, name, limits, at
+
+class Walk:
+    """Records of a feed, one piece after the other; `at` is the offset of the next."""
+
+    def __init__(self, feed: Feed, name: str, limits: Limits) -> None:
+        self.feed, self.name, self.limits, self.at = feed, name, limits, 0
 
     def piece(self, size: int, short: bool = False) -> tuple[memoryview, Held | None]:
         """A view of `size` bytes, and what to give back; TruncatedError where the stream ends early."""
         out, held = self.feed.take(size)
         self.at += len(out)
         if len(out) < size and not short:
-            if held:
-                held.give()
+            _give(held)
             raise TruncatedError("the stream ends early", file=self.name, offset=self.at)
         return out, held
 
@@ -35,14 +39,13 @@ class Walk:
         """A copy of `size` bytes."""
         view, held = self.piece(size, short)
         out = bytes(view)
-        if held:
-            held.give()
+        _give(held)
         return out
 
-    def padding(self, to: int = wire.ALIGN) -> None:
-        """Read up to the next multiple of `to`; the bytes must be 0."""
+    def padding(self) -> None:
+        """Read up to the next multiple of 64; the bytes must be 0."""
         at = self.at
-        if at % to and any(self.read(wire.pad(at, to))):
+        if at % wire.ALIGN and any(self.read(wire.pad(at))):
             raise FormatError("padding is not zero", file=self.name, offset=at)
 
     def head(self) -> Record:
@@ -57,9 +60,7 @@ class Walk:
         """Read on without a look."""
         end = self.at + size
         while self.at < end:
-            _, held = self.piece(min(PIECE, end - self.at))
-            if held:
-                held.give()
+            _give(self.piece(min(PIECE, end - self.at))[1])
 
     def skip(self, record: Record) -> None:
         """Go to the end of a record."""
@@ -67,10 +68,7 @@ class Walk:
         self.padding()
 
     def take(self, units: Sequence[Unit], record: Record, what: Callable[[int], str]) -> tuple[memoryview, Held | None]:
-        """The next units of a record with the padding between them, and what to give back.
-
-        The padding is checked, but not their checksums. `what(i)` names units[i] in errors.
-        """
+        """The next units of a record, padding checked, and what to give back; `what(i)` names units[i] in errors."""
         start, last = units[0].offset, units[-1]
         if self.at != record.payload + start:
             raise ValueError("units must be read in order")
@@ -79,8 +77,7 @@ class Walk:
         for i, unit in enumerate(units):
             behind = unit.offset - start + unit.size
             if behind % wire.STREAM_ALIGN and any(view[behind : behind + wire.pad(behind, wire.STREAM_ALIGN)]):
-                if held:
-                    held.give()
+                _give(held)
                 at = record.payload + start + behind
                 raise FormatError("padding is not zero", file=self.name, unit=what(i), offset=at)
         return view[:end], held
@@ -92,22 +89,17 @@ class Walk:
             raise LimitError(f"unit of {unit.size} bytes exceeds {most}", file=self.name, unit=what, offset=at)
         view, held = self.take([unit], record, lambda _: what)
         data = bytes(view)
-        if held:
-            held.give()
+        _give(held)
         if zstd.xxh3(data) != unit.check:
             raise ChecksumError("checksum does not match", file=self.name, unit=what, offset=at)
         return data
 
 
 class Forward(Walk):
-    """An archive read from front to back; holds one record head and one unit at a time.
-
-    Every byte is checked, padding included, and at the end the index must name the records that went by.
-    """
+    """An archive read front to back, every byte checked; at its end the index must name the records that went by."""
 
     def __init__(self, stream: Readable | Feed, name: str = "<stream>", limits: Limits | None = None) -> None:
-        feed: Feed = stream if _is_feed(stream) else Plain(stream, name)  # type: ignore[arg-type]
-        super().__init__(feed, name, limits or Limits())
+        super().__init__(stream if isinstance(stream, Feed) else Plain(stream, name), name, limits or Limits())
         pre = self.read(wire.PRELUDE, short=True)
         size = wire.parse_prelude(pre, self.limits)
         body = self.read(size)
@@ -127,9 +119,8 @@ class Forward(Walk):
             if index_format.check_type(record):
                 yield record
             self.skip(record)
-            self._seen.append(
-                replace(record, head={k: v for k, v in record.head.items() if k in index_format.HEAD_KEYS})
-            )
+            kept = {k: v for k, v in record.head.items() if k in index_format.HEAD_KEYS}
+            self._seen.append(replace(record, head=kept))
 
     def _finish(self, record: Record) -> None:
         if record.payload_size > self.limits.index:
@@ -152,10 +143,6 @@ class Forward(Walk):
         self.index = index
 
 
-def _is_feed(stream: Readable | Feed) -> TypeGuard[Feed]:
-    return hasattr(stream, "take")
-
-
 def entries_by_name(index: Index) -> dict[str, Entry]:
     """Tensor rows by each of their names."""
-    return {n: e for e in index.entries if e.type == RECORD_TENSOR for n in (e.name, *(a for a, _ in e.aliases))}
+    return {n: e for e in index.entries if e.type == RECORD_TENSOR for n in e.names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,8 @@ from rac.records import Entry, Index, Limits, Record
 from rac.registry import FLAG_ANCILLARY, RECORD_ATTACHMENT, RECORD_INDEX, RECORD_OBJECT, RECORD_TENSOR
 
 _ROW = {"at", "check", "flags", "head", "payload", "type"}
-HEAD_KEYS = ("name", "dtype", "shape", "aliases", "stages")
-"""What a record head and its index row both state."""
+HEAD_KEYS = ("name", "dtype", "shape", "aliases", "stages")  # what a record head and its index row both state
+_PLACE = operator.attrgetter("type", "flags", "at", "head_size", "payload_size", "check")
 _NAMED = _ROW | {"method", "name"}
 _KEYS = {
     RECORD_TENSOR: _NAMED | {"aliases", "dtype", "parts", "shape"},
@@ -23,14 +24,8 @@ _KEYS = {
 
 
 def _row(e: Entry) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "at": e.at,
-        "check": e.check.to_bytes(8, "little"),
-        "flags": e.flags,
-        "head": e.head_size,
-        "payload": e.payload_size,
-        "type": e.type,
-    }
+    row: dict[str, Any] = {"at": e.at, "flags": e.flags, "head": e.head_size, "payload": e.payload_size, "type": e.type}
+    row["check"] = e.check.to_bytes(8, "little")
     if e.type in _KEYS:
         row |= {"method": e.method, "name": e.name}
     if e.type in (RECORD_TENSOR, RECORD_OBJECT):
@@ -40,11 +35,10 @@ def _row(e: Entry) -> dict[str, Any]:
     return row
 
 
-def build(entries: list[Entry], digest: bytes) -> tuple[dict[str, Any], bytes]:
-    """(head, payload unit) of the index record."""
+def build(entries: list[Entry], digest: bytes) -> tuple[dict[str, Any], list[bytes]]:
+    """Head, and the one unit, of the index record."""
     body = msg.pack({"digest": digest, "records": [_row(e) for e in entries]})
-    unit = zstd.compress(body)
-    return {"size": len(body), "units": wire.directory([unit])}, unit
+    return {"size": len(body)}, [zstd.compress(body)]
 
 
 def content_digest(rows: list[list[Any]]) -> bytes:
@@ -79,50 +73,39 @@ def parse_shape(v: Any, limits: Limits) -> tuple[int, ...]:
 
 def parse_aliases(v: Any) -> tuple[tuple[str, bool], ...]:
     """A list of [name, tied]."""
-    if not isinstance(v, list) or not all(
-        isinstance(a, list) and len(a) == 2 and isinstance(a[0], str) and isinstance(a[1], bool) for a in v
-    ):
+    if not isinstance(v, list) or any(type(a) is not list or [*map(type, a)] != [str, bool] for a in v):
         raise FormatError("aliases are malformed")
     return tuple((a, b) for a, b in v)
 
 
+def _sound(well: bool) -> None:
+    if not well:
+        raise FormatError("index row is malformed")
+
+
 def _entry(row: Any, limits: Limits) -> Entry:
-    if not isinstance(row, dict) or _ROW - row.keys():
-        raise FormatError("index row is malformed")
+    _sound(isinstance(row, dict) and row.keys() >= _ROW)
     kind, check = row["type"], row["check"]
-    if not are_counts((row["at"], row["head"], row["payload"])) or not are_counts((kind, row["flags"]), 0xFFFF):
-        raise FormatError("index row is malformed")
-    if not isinstance(check, bytes) or len(check) != 8:
-        raise FormatError("index row is malformed")
+    _sound(are_counts((row["at"], row["head"], row["payload"])) and are_counts((kind, row["flags"]), 0xFFFF))
+    _sound(isinstance(check, bytes) and len(check) == 8)
     place = (row["at"], row["head"], row["payload"], int.from_bytes(check, "little"), row["flags"])
     if kind == RECORD_INDEX:
         raise FormatError("the index has a row of its own")
-    if needed(kind, row["flags"], row["at"]) is False:
-        if row.keys() != _ROW:
-            raise FormatError("index row is malformed")
+    if not needed(kind, row["flags"], row["at"]):
+        _sound(row.keys() == _ROW)
         return Entry(kind, "", *place)
-    if row.keys() != _KEYS[kind] or not isinstance(row["name"], str) or not isinstance(row["method"], str):
-        raise FormatError("index row is malformed")
+    _sound(row.keys() == _KEYS[kind] and isinstance(row["name"], str) and isinstance(row["method"], str))
     if kind == RECORD_ATTACHMENT:
-        return Entry(kind, row["name"], *place, method=row["method"])
+        return Entry(kind, row["name"], *place, row["method"])
     parts = row["parts"]
-    if not isinstance(row["dtype"], str) or not isinstance(parts, list) or len(parts) != 6:
-        raise FormatError("index row is malformed")
+    _sound(isinstance(row["dtype"], str) and isinstance(parts, list) and len(parts) == 6)
     if not are_counts(parts) or sum(parts) != row["payload"]:
         raise FormatError("parts of an index row do not add up to its payload")
     shape = parse_shape(row["shape"], limits)
     if kind == RECORD_OBJECT and (len(shape) != 2 or 0 in shape):
         raise FormatError("the index row of an object has no shape of a matrix")
-    return Entry(
-        kind,
-        row["name"],
-        *place,
-        method=row["method"],
-        dtype=row["dtype"],
-        shape=shape,
-        parts=tuple(parts),
-        aliases=parse_aliases(row.get("aliases", [])),
-    )
+    aliases = parse_aliases(row["aliases"]) if "aliases" in row else ()
+    return Entry(kind, row["name"], *place, row["method"], row["dtype"], shape, tuple(parts), aliases)
 
 
 def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Index:
@@ -138,37 +121,35 @@ def parse(record: Record, unit: bytes, header_size: int, limits: Limits) -> Inde
     if zstd.xxh3(unit) != units[0].check:
         raise ChecksumError("checksum does not match", unit="index", offset=record.at)
     body = msg.unpack(zstd.decompress(unit, size), limits.depth)
-    digest, rows = body.get("digest"), body.get("records")
-    if body.keys() != {"digest", "records"} or not isinstance(digest, bytes) or len(digest) != 16:
-        raise FormatError("index is malformed", unit="index", offset=record.at)
-    if not isinstance(rows, list):
+    stated: tuple[Any, Any] = body.get("digest"), body.get("records")
+    digest, rows = stated
+    well = body.keys() == {"digest", "records"} and isinstance(digest, bytes) and isinstance(rows, list)
+    if not well or len(digest) != 16:
         raise FormatError("index is malformed", unit="index", offset=record.at)
     entries = tuple(_entry(row, limits) for row in rows)
-    at, held = header_size, 0
-    tensors, files, objects = set[str](), set[str](), set[str]()
+    _check_rows(entries, header_size, record.at, limits)
+    return Index(entries, digest, record.at, record.end - record.at, header_size)
+
+
+def _check_rows(entries: Iterable[Entry], at: int, end: int, limits: Limits) -> None:
+    """The rows cover the file from `at` to `end`, no name is there twice, and the objects fit into memory."""
+    held = 0
+    kinds = {RECORD_TENSOR: "tensor", RECORD_ATTACHMENT: "attachment", RECORD_OBJECT: "object"}
+    seen: dict[int, set[str]] = {kind: set() for kind in kinds}
     for e in entries:
         if e.at != at:
             raise FormatError("index rows leave a hole or overlap", unit="index", offset=e.at)
         at += e.size
-        if e.type == RECORD_TENSOR:
-            for name in (e.name, *(a for a, _ in e.aliases)):
-                if name in tensors:
-                    raise FormatError(f"tensor {name!r} is there twice", unit="index", offset=e.at)
-                tensors.add(name)
-        elif e.type == RECORD_ATTACHMENT:
-            if e.name in files:
-                raise FormatError(f"attachment {e.name!r} is there twice", unit="index", offset=e.at)
-            files.add(e.name)
-        elif e.type == RECORD_OBJECT:
-            if e.name in objects:
-                raise FormatError(f"object {e.name!r} is there twice", unit="index", offset=e.at)
-            objects.add(e.name)
+        for name in e.names if e.type in seen else ():
+            if name in seen[e.type]:
+                raise FormatError(f"{kinds[e.type]} {name!r} is there twice", unit="index", offset=e.at)
+            seen[e.type].add(name)
+        if e.type == RECORD_OBJECT:
             held += 4 * math.prod(e.shape)
             if held > limits.objects:
                 raise LimitError(f"objects of more than {limits.objects} bytes", unit="index", offset=e.at)
-    if at != record.at:
+    if at != end:
         raise FormatError("index rows do not end where the index begins", unit="index", offset=at)
-    return Index(entries, digest, record.at, record.end - record.at, header_size)
 
 
 def needed(kind: int, flags: int, at: int) -> bool:
@@ -199,14 +180,7 @@ def method_of(record: Record) -> str:
 
 def match(e: Entry, record: Record) -> None:
     """FormatError unless the record at the place of an index row is the one that the row means."""
-    same = (e.type, e.flags, e.at, e.head_size, e.payload_size, e.check) == (
-        record.type,
-        record.flags,
-        record.at,
-        record.head_size,
-        record.payload_size,
-        record.check,
-    )
+    same = _PLACE(e) == _PLACE(record)
     if e.type in _KEYS:
         same = same and record.head.get("name") == e.name and method_of(record) == e.method
     if e.type in (RECORD_TENSOR, RECORD_OBJECT):

@@ -27,21 +27,13 @@ def _ordered(value: Any) -> Any:
     return value
 
 
-def _token(b: int) -> tuple[int, int, int]:
-    """(bytes that follow, items that follow, bytes of a length) of a first byte; (-1, ...) where it is not allowed."""
-    if b < 0x80 or b >= 0xE0 or b in (0xC0, 0xC2, 0xC3):
-        return 0, 0, 0
-    if b <= 0x9F:
-        return 0, (b & 15) * (2 if b <= 0x8F else 1), 0
-    if b <= 0xBF:
-        return b & 31, 0, 0
-    if 0xCC <= b <= 0xD3:
-        return 1 << (b - 0xCC & 3), 0, 0
-    lengths = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}
-    return (0, 0, lengths[b]) if b in lengths else (-1, 0, 0)
-
-
-_TOKENS = [_token(b) for b in range(256)]
+_PLAIN, _NOT = (0, 0, 0), (-1, 0, 0)
+_TOKENS = [_PLAIN] * 128 + [(0, 2 * n, 0) for n in range(16)] + [(0, n, 0) for n in range(16)]  # numbers, maps, lists
+_TOKENS += [(n, 0, 0) for n in range(32)] + [_PLAIN, _NOT, _PLAIN, _PLAIN]  # texts; nil, false and true
+_TOKENS += [(0, 0, 1), (0, 0, 2), (0, 0, 4)] + [_NOT] * 5  # bytes; extensions and floats
+_TOKENS += [(1, 0, 0), (2, 0, 0), (4, 0, 0), (8, 0, 0)] * 2 + [_NOT] * 5  # numbers; extensions
+_TOKENS += [(0, 0, n) for n in (1, 2, 4, 2, 4, 2, 4)] + [_PLAIN] * 32  # texts, lists, maps; numbers
+"""(bytes that follow, items that follow, bytes of a length) by first byte; _NOT where it is not allowed."""
 
 
 def _scan(data: bytes, depth: int) -> None:
@@ -79,7 +71,7 @@ def _scan(data: bytes, depth: int) -> None:
             left = items
 
 
-_PLAIN = frozenset((str, int, bytes, bool, type(None)))
+_SIMPLE = frozenset((str, int, bytes, bool, type(None)))
 
 
 def _check(value: dict[str, Any] | list[Any], depth: int) -> None:
@@ -96,7 +88,7 @@ def _check(value: dict[str, Any] | list[Any], depth: int) -> None:
         kind = type(v)
         if kind is dict or kind is list:
             _check(v, depth - 1)
-        elif kind not in _PLAIN:
+        elif kind not in _SIMPLE:
             raise FormatError(f"msgpack type {kind.__name__} is not allowed")
 
 

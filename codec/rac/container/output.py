@@ -5,38 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable
 from typing import BinaryIO
 
+from rac.container.access import guarded
 from rac.errors import OutputError
 
-PART = ".part"
-"""Ending of a file that is not whole yet."""
-_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
-    (stat.S_ISDIR, "is a directory; name a file"),
-    (stat.S_ISCHR, "is a character device, which is never replaced"),
-    (stat.S_ISBLK, "is a block device, which is never replaced"),
-    (stat.S_ISFIFO, "is a pipe, which is never replaced"),
-    (stat.S_ISSOCK, "is a socket, which is never replaced"),
-)
+PART = ".part"  # ending of a file that is not whole yet
+_KINDS = {stat.S_IFCHR: "character device", stat.S_IFBLK: "block device", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
 
 def destination(path: str | os.PathLike[str], force: bool = False) -> str:
     """The path of the file that will be written: `path`, or what it names where it is a symbolic link, which stays.
 
-    Raises:
-        OutputError: Something is there: anything without `force`, anything but a regular file with it.
+    OutputError where something is there: anything without `force`, anything but a regular file with it.
     """
     name = os.fspath(path)
-    try:
+    mode = stat.S_IFREG
+    with guarded(OutputError, name), contextlib.suppress(FileNotFoundError):  # or a link to nothing
         mode = os.stat(name).st_mode
-    except FileNotFoundError:  # or a link to nothing
-        mode = stat.S_IFREG
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=name) from e
-    for is_one, what in _KINDS:
-        if is_one(mode):
-            raise OutputError(what, file=name)
+    if stat.S_ISDIR(mode):
+        raise OutputError("is a directory; name a file", file=name)
+    if what := _KINDS.get(stat.S_IFMT(mode)):
+        raise OutputError(f"is a {what}, which is never replaced", file=name)
     if not force and os.path.lexists(name):
         raise OutputError("exists already; give --force to replace it", file=name)
     return os.path.realpath(name) if os.path.islink(name) else name
@@ -45,24 +35,18 @@ def destination(path: str | os.PathLike[str], force: bool = False) -> str:
 def part(path: str) -> BinaryIO:
     """The file `path` + PART, open for reading and writing from its start; OutputError for what is no regular file."""
     name = path + PART
-    try:
+    with guarded(OutputError, name):
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OutputError("is no regular file", file=name)
         return open(fd, "r+b")
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=name) from e
 
 
 def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write a small file, which replaces one that is there when it is whole; devices and pipes are written into.
-
-    Raises:
-        OutputError: It cannot be written. What was there before is still there then.
-    """
+    """Write a small file, which replaces one that is there when it is whole; devices and pipes are written into."""
     name, data = os.fspath(path), data.encode() if isinstance(data, str) else data
-    try:
+    with guarded(OutputError, name):
         if os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name):
             with open(name, "wb", buffering=0) as f:
                 f.write(data)
@@ -78,8 +62,6 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(name + PART)
                 raise
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=os.fspath(path)) from e
 
 
 def sync_folder(path: str) -> None:

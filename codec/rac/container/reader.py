@@ -26,12 +26,10 @@ def check_header(head: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(origin, dict):
         raise FormatError("header is malformed", unit="header", offset=0)
     shard = head.get("shard", [1, 1])
-    if not isinstance(shard, list) or len(shard) != 2 or not index.are_counts(shard):
+    well = isinstance(shard, list) and len(shard) == 2 and index.are_counts(shard)
+    if not well or not 1 <= shard[0] <= shard[1]:
         raise FormatError("shard is malformed", unit="header", offset=0)
-    if not 1 <= shard[0] <= shard[1]:
-        raise FormatError("shard is malformed", unit="header", offset=0)
-    unknown = [k for k in head if k not in _HEADER and not k.startswith("x-")]
-    if unknown:
+    if unknown := [k for k in head if k not in _HEADER and not k.startswith("x-")]:
         raise UnsupportedError(f"unknown header field {unknown[0]!r}", unit="header", offset=0)
     return head
 
@@ -69,7 +67,7 @@ class Archive:
         size = self.access.size
         tail_at = max(header_size, size - TAIL)
         tail = read(self.access, tail_at, size - tail_at)
-        with wire.At("trailer", size - wire.TRAILER):
+        with InFile(self.access.name, "trailer", size - wire.TRAILER):
             at, length = wire.parse_trailer(tail[-wire.TRAILER :])
         if at < header_size or at + length + wire.TRAILER != size:
             raise FormatError("the trailer points outside the file", unit="trailer", offset=size - wire.TRAILER)
@@ -90,15 +88,10 @@ class Archive:
 
     def parse_record(self, at: int, data: bytes) -> Record:
         """The record head that `data`, read from offset `at`, begins with."""
-        _, _, size, _, _ = wire.parse_record(at, data[: wire.RECORD_HEAD], self.limits)
-        end = wire.RECORD_HEAD + size
-        return wire.parse_record_body(
-            at,
-            data[: wire.RECORD_HEAD],
-            data[wire.RECORD_HEAD : end],
-            data[end : end + wire.pad(end)],
-            self.limits,
-        )
+        fixed = data[: wire.RECORD_HEAD]
+        end = wire.RECORD_HEAD + wire.parse_record(at, fixed, self.limits)[2]
+        body, padding = data[wire.RECORD_HEAD : end], data[end : end + wire.pad(end)]
+        return wire.parse_record_body(at, fixed, body, padding, self.limits)
 
     def record(self, entry: Entry) -> Record:
         """The record of an index row, its head read and checked."""
@@ -112,7 +105,6 @@ class Archive:
             return record
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles open the file again, and see that its content is the same."""
         return _again, (self.access, self.limits, self.index.digest)
 
     def close(self) -> None:

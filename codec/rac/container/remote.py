@@ -1,7 +1,4 @@
-"""Files behind a URL: HTTP(S) with range requests that go on where a connection broke, others through fsspec.
-
-The only door to fsspec (`pip install rac-codec[remote]`).
-"""
+"""Files behind a URL, by HTTP range requests that go on where a connection broke, or by fsspec, whose door this is."""
 
 from __future__ import annotations
 
@@ -17,14 +14,10 @@ from typing import Any
 from rac.container.access import Access
 from rac.errors import MissingDependencyError, SourceError
 
-RETRIES = 6
-"""Attempts in a row that may bring nothing."""
-BACKOFF = 0.1
-"""Seconds before the second of these; each next wait is twice as long, up to 5 s."""
-STALL = 30.0
-"""Seconds without a byte after which a connection counts as broken."""
-START = 4096
-"""Bytes that the first request fetches: the header of most archives is among them."""
+RETRIES = 6  # attempts in a row that may bring nothing
+BACKOFF = 0.1  # seconds before the second of these; each next wait is twice as long, up to 5 s
+STALL = 30.0  # seconds without a byte after which a connection counts as broken
+START = 4096  # bytes that the first request fetches: the header of most archives is among them
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 
 
@@ -48,23 +41,16 @@ def _system(url: str) -> tuple[Any, str]:
         raise SourceError(str(e), file=url) from e
 
 
-class _Retry(Exception):
-    """The server asks to come back later."""
-
-
-class _Remote:
+class _Remote(Access):
     """Reading again what did not come."""
 
     parallel = 8
-    _fs: Any
-    """The file system."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.size = name, 0
+    def __init__(self, name: str, fs: Any) -> None:
+        self.name, self.size, self._fs = name, 0, fs
         self._closed, self._pid = threading.Event(), os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The URL; whoever opens it again must see that it is the same file."""
         if self._closed.is_set():
             raise SourceError("was closed before it was copied", file=self.name)
         return open_url, (self.name,)
@@ -78,8 +64,6 @@ class _Remote:
                 self._fs, self._pid = _system(self.name)[0], os.getpid()
             try:
                 done += self._some(at + done, out[done:])
-            except SourceError:
-                raise
             except FileNotFoundError as e:
                 raise SourceError("no such file", file=self.name) from e
             except PermissionError as e:
@@ -93,7 +77,10 @@ class _Remote:
             if failed > RETRIES:
                 raise SourceError(f"{why}; gave up after {failed} attempts", file=self.name, offset=at + done)
             if failed:
-                self._closed.wait(min(5.0, BACKOFF * 2**failed) * (1 + random.random() / 4))
+                self._pause(failed)
+
+    def _pause(self, failed: int) -> None:
+        self._closed.wait(min(5.0, BACKOFF * 2**failed) * (1 + random.random() / 4))
 
     def _some(self, at: int, out: memoryview) -> int:
         """Fill the beginning of `out`, and say how much; _Broken where that failed on the way."""
@@ -116,22 +103,20 @@ class HttpAccess(_Remote):
     """A file on an HTTP server that answers range requests."""
 
     def __init__(self, fs: Any, url: str) -> None:
-        super().__init__(url)
-        self._fs, self._url, self._tag = fs, fs.encode_url(url), None
+        super().__init__(url, fs)
+        self._url, self._tag = fs.encode_url(url), None
         self._running = set[Future[int]]()
         self._start = b""
         start = bytearray(START)
         self.size = -1  # not known yet
-        got = 0
         for attempt in range(RETRIES + 1):
             try:
-                got = self._some(0, memoryview(start))
+                self._start = bytes(start[: self._some(0, memoryview(start))])
                 break
             except _Broken as e:
                 if attempt == RETRIES:
                     raise SourceError(f"cannot be reached: {e.__cause__ or e}", file=url) from e
-                self._closed.wait(min(5.0, BACKOFF * 2**attempt))
-        self._start = bytes(start[:got])
+                self._pause(attempt)
 
     def _some(self, at: int, out: memoryview) -> int:
         if at + len(out) <= len(self._start):
@@ -152,23 +137,17 @@ class HttpAccess(_Remote):
 
     async def _get(self, at: int, out: memoryview, got: list[int]) -> int:
         """One request; `got[0]` counts what has come of it."""
-        kwargs = dict(self._fs.kwargs)
-        kwargs["headers"] = {
-            **kwargs.get("headers", {}),
-            "Range": f"bytes={at}-{at + len(out) - 1}",
-            "Accept-Encoding": "identity",
-        }
+        wanted = {"Range": f"bytes={at}-{at + len(out) - 1}", "Accept-Encoding": "identity"}
+        kwargs = {**self._fs.kwargs, "headers": {**self._fs.kwargs.get("headers", {}), **wanted}}
         session = await self._fs.set_session()
-        r = await _timed(session.get(self._url, **kwargs))
-        async with r:
+        async with await _timed(session.get(self._url, **kwargs)) as r:
             if r.status in (408, 425, 429) or r.status >= 500:
-                raise _Retry(f"{r.status} {r.reason}")
+                raise OSError(f"{r.status} {r.reason}")
             self._check(at, r.status, r.reason, r.headers)
             if r.status == 416:  # an empty file
                 return 0
             while got[0] < len(out):
-                piece = await _timed(r.content.read(min(1 << 16, len(out) - got[0])))
-                if not piece:
+                if not (piece := await _timed(r.content.read(min(1 << 16, len(out) - got[0])))):
                     break
                 out[got[0] : got[0] + len(piece)] = piece
                 got[0] += len(piece)
@@ -178,10 +157,10 @@ class HttpAccess(_Remote):
         """SourceError unless this is the part of the file that was asked for, and the file is still the same."""
         if status == 200:
             raise SourceError("its server answers no range requests; download the file first", file=self.name)
-        if status == 416 and self.size <= 0 and headers.get("Content-Range") == "bytes */0":
-            self.size = 0
-            return
         if status == 416:
+            if self.size <= 0 and headers.get("Content-Range") == "bytes */0":
+                self.size = 0
+                return
             raise SourceError("became shorter while it was read; is it still being written?", file=self.name, offset=at)
         if status != 206:
             raise SourceError(f"the server answers {status} {reason}", file=self.name)
@@ -211,8 +190,8 @@ class ObjectStoreAccess(_Remote):
     """A file of any other file system that fsspec knows (S3 with `s3fs`, for example)."""
 
     def __init__(self, fs: Any, path: str, url: str) -> None:
-        super().__init__(url)
-        self._fs, self._path = fs, path
+        super().__init__(url, fs)
+        self._path = path
         try:
             self.size = fs.size(path)
         except FileNotFoundError as e:

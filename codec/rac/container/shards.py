@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rac.container import index, wire
-from rac.container.access import InFile
+from rac.container.access import InFile, guarded
 from rac.container.feed import PIECE, RangeRing
 from rac.container.forward import Walk
 from rac.container.output import destination
@@ -20,12 +21,19 @@ from rac.errors import ChecksumError, FormatError, OutputError
 from rac.records import Entry, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
-RING = 64 << 20
-"""Bytes of a file that are read ahead."""
+RING = 64 << 20  # bytes of a file that are read ahead
 SUFFIX = re.compile(r"(-\d{5}-of-\d{5})?\.rac$")
 MOST = 99999
 Progress = Callable[[str, int], None]
 Chosen = tuple[Archive, Entry]
+
+
+class File(NamedTuple):
+    """An archive to write."""
+
+    path: str
+    header: dict[str, Any]
+    chosen: Sequence[Chosen]
 
 
 @dataclass
@@ -36,10 +44,10 @@ class _Part:
     size: int = 0
     objects: dict[str, Chosen] = field(default_factory=dict)
 
-    def add(self, item: Chosen, size: int) -> None:
+    def add(self, item: Chosen) -> None:
         """One record more."""
         self.chosen.append(item)
-        self.size += size
+        self.size += _bytes(item[1])
         if item[1].type == RECORD_OBJECT:
             self.objects[item[1].name] = item
 
@@ -52,38 +60,37 @@ def shard(
     A record that is larger has a file of its own. Attachments are in the first; objects are in each that needs them.
     """
     stem = os.path.join(folder, SUFFIX.sub("", os.path.basename(archives[0].access.name)))
-    header = _header(archives)
+    header = {k: v for k, v in archives[0].header.items() if k != "shard"}
     overhead = len(wire.header(header | {"shard": [MOST, MOST]})) + 64 * 16
     parts = [_Part()]
     for needed in _in_order(archives):
         new = [item for item in needed if not _same(parts[-1].objects.get(item[1].name), item)]
         clash = any(item[1].type == RECORD_OBJECT and item[1].name in parts[-1].objects for item in new)
-        sizes = [_bytes(e) for _, e in new]
         tensor = needed[-1][1].type == RECORD_TENSOR
-        full = tensor and parts[-1].size + sum(sizes) + overhead > size
+        full = tensor and parts[-1].size + sum(_bytes(e) for _, e in new) + overhead > size
         if parts[-1].chosen and (clash or full):
             parts.append(_Part())
-            new, sizes = needed, [_bytes(e) for _, e in needed]
-        for item, n in zip(new, sizes, strict=True):
-            parts[-1].add(item, n)
+            new = needed
+        for item in new:
+            parts[-1].add(item)
     if len(parts) > MOST:
         raise OutputError(f"{len(parts)} shards are more than the {MOST} that their names can count", file=folder)
     made = not os.path.isdir(folder)
-    try:
+    with guarded(OutputError, folder):
         os.makedirs(folder, exist_ok=True)
-    except OSError as e:
-        raise OutputError(e.strerror or str(e), file=folder) from e
-    paths = [f"{stem}-{k:05d}-of-{len(parts):05d}.rac" for k in range(1, len(parts) + 1)]
-    if len(parts) == 1:
-        paths = [f"{stem}.rac"]
-    headers = [header | ({"shard": [k, len(parts)]} if len(parts) > 1 else {}) for k in range(1, len(parts) + 1)]
+    n = len(parts)
+    files = [
+        File(f"{stem}-{k:05d}-of-{n:05d}.rac", header | {"shard": [k, n]}, p.chosen) for k, p in enumerate(parts, 1)
+    ]
+    if n == 1:
+        files = [File(f"{stem}.rac", header, parts[0].chosen)]
     try:
-        _write_all(paths, headers, [p.chosen for p in parts], force, progress)
+        write_all(files, force, progress)
     except BaseException:
         if made and not os.listdir(folder):
             os.rmdir(folder)
         raise
-    return paths
+    return [file.path for file in files]
 
 
 def merge(archives: Sequence[Archive], path: str, *, force: bool = False, progress: Progress | None = None) -> None:
@@ -93,28 +100,12 @@ def merge(archives: Sequence[Archive], path: str, *, force: bool = False, progre
         for item in needed:
             there = part.objects.get(item[1].name) if item[1].type == RECORD_OBJECT else None
             if there is None:
-                part.add(item, 0)
+                part.add(item)
             elif not _same(there, item):
                 file = item[0].access.name
                 raise OutputError(f"the object {item[1].name!r} differs between shards; pack again to merge", file=file)
-    _write_all([path], [_header(archives)], [part.chosen], force, progress)
-
-
-def copy(
-    chosen: Sequence[Chosen],
-    path: str,
-    header: dict[str, Any],
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> None:
-    """These records, in this order, as an archive of their own; each unit is checked on the way."""
-    _write_all([path], [header], [list(chosen)], force, progress)
-
-
-def _header(archives: Sequence[Archive]) -> dict[str, Any]:
-    """The header of the first archive, without what makes it a shard."""
-    return {k: v for k, v in archives[0].header.items() if k != "shard"}
+    header = {k: v for k, v in archives[0].header.items() if k != "shard"}
+    write_all([File(path, header, part.chosen)], force, progress)
 
 
 def _bytes(e: Entry) -> int:
@@ -124,11 +115,8 @@ def _bytes(e: Entry) -> int:
 
 def _same(a: Chosen | None, b: Chosen) -> bool:
     """True for objects whose heads are equal: they state the digest, and the checksum of every unit."""
-    return a is not None and (a[1].check, a[1].head_size, a[1].payload_size) == (
-        b[1].check,
-        b[1].head_size,
-        b[1].payload_size,
-    )
+    stated = operator.attrgetter("check", "head_size", "payload_size")
+    return a is not None and stated(a[1]) == stated(b[1])
 
 
 def _in_order(archives: Sequence[Archive]) -> Iterator[list[Chosen]]:
@@ -151,21 +139,15 @@ def _in_order(archives: Sequence[Archive]) -> Iterator[list[Chosen]]:
             yield [(a, unused)]
 
 
-def _write_all(
-    paths: Sequence[str],
-    headers: Sequence[dict[str, Any]],
-    parts: Sequence[Sequence[Chosen]],
-    force: bool,
-    progress: Progress | None,
-) -> None:
+def write_all(files: Sequence[File], force: bool = False, progress: Progress | None = None) -> None:
     """All files, or none: they get their names, and replace others, when the last of them is whole."""
-    for path in paths:
-        destination(path, force)
+    for file in files:
+        destination(file.path, force)
     writers: list[Writer] = []
     try:
-        for path, header, chosen in zip(paths, headers, parts, strict=True):
-            writers.append(Writer(path, force))
-            _write(writers[-1], header, chosen, progress)
+        for file in files:
+            writers.append(Writer(file.path, force))
+            _write(writers[-1], file.header, file.chosen, progress)
         for writer in writers:
             writer.publish()
     finally:
@@ -177,19 +159,17 @@ def _write(writer: Writer, header: dict[str, Any], chosen: Sequence[Chosen], pro
     """Copy the records of one file, and seal it."""
     content: list[list[Any]] = []
     writer.start(header)
-    start = 0
-    while start < len(chosen):  # records of one archive that lie side by side are read in one go
-        end = start + 1
-        while end < len(chosen) and chosen[end][0] is chosen[start][0] and chosen[end][1].at >= chosen[end - 1][1].at:
-            end += 1
-        archive, entries = chosen[start][0], [e for _, e in chosen[start:end]]
+    runs: list[tuple[Archive, list[Entry]]] = []
+    for archive, e in chosen:  # records of one archive that lie one behind the other are read in one go
+        if not runs or runs[-1][0] is not archive or e.at < runs[-1][1][-1].at:
+            runs.append((archive, []))
+        runs[-1][1].append(e)
+    for archive, entries in runs:
         for e, record in _copy(writer, archive, entries):
             if e.type == RECORD_TENSOR:
-                for name in (e.name, *(a for a, _ in e.aliases)):
-                    content.append([name, e.dtype, list(e.shape), record.head.get("digest")])
+                content += [[name, e.dtype, list(e.shape), record.head.get("digest")] for name in e.names]
             if progress:
                 progress(e.name, e.size)
-        start = end
     writer.seal(index.content_digest(content))
 
 
@@ -213,14 +193,14 @@ def _copy(writer: Writer, archive: Archive, entries: Sequence[Entry]) -> Iterato
                         raise ChecksumError("checksum does not match", offset=record.payload + unit.offset)
                     if any(view[unit.size :]):
                         raise FormatError("padding is not zero", offset=record.payload + unit.offset + unit.size)
-                    writer.more(view)
+                    writer.write(view)
                     if held:
                         held.give()
                 while walk.at < record.payload + record.payload_size:  # of a record that only others understand
-                    writer.more(walk.read(min(PIECE, record.payload + record.payload_size - walk.at)))
+                    writer.write(walk.read(min(PIECE, record.payload + record.payload_size - walk.at)))
                 end = walk.at
                 walk.padding()
-                writer.more(bytes(walk.at - end))
+                writer.write(bytes(walk.at - end))
             yield e, record
     finally:
         feed.close()

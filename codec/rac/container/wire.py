@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from rac.container import msg
 from rac.container.zstd import xxh3
-from rac.errors import ChecksumError, FormatError, LimitError, RacError, TruncatedError, UnsupportedError
+from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError, UnsupportedError
 from rac.records import Limits, Record, Unit
 
 MAGIC = b"\x89RAC\r\n\x1a\n"
@@ -20,26 +19,6 @@ _PRELUDE = struct.Struct("<8sHHIII")
 _RECORD = struct.Struct("<4sHHIIQ")
 _TRAILER = struct.Struct("<QQ")
 _U64 = struct.Struct("<Q")
-
-
-class At:
-    """Context that adds unit and offset to the RacErrors that pass and do not have them.
-
-    With `i` the unit is number i of the tensor that `unit` names; the text is built for an error only.
-    """
-
-    __slots__ = ("_i", "_offset", "_unit")
-
-    def __init__(self, unit: str, offset: int, i: int | None = None) -> None:
-        self._unit, self._offset, self._i = unit, offset, i
-
-    def __enter__(self) -> None:
-        """Nothing to set up."""
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        if isinstance(e, RacError):
-            e.unit = e.unit or (self._unit if self._i is None else f"{self._unit!r} unit {self._i}")
-            e.offset = self._offset if e.offset is None else e.offset
 
 
 def pad(n: int, to: int = ALIGN) -> int:
@@ -117,7 +96,7 @@ def parse_record_body(at: int, fixed: bytes, body: bytes, padding: bytes, limits
         raise FormatError("padding is not zero", offset=at + RECORD_HEAD + size)
     head = msg.unpack(body, limits.depth)
     start = at + RECORD_HEAD + size + len(padding)
-    return Record(kind, flags, at, head, size, start, payload, check)
+    return Record(kind, flags, at, head, head_size=size, payload=start, payload_size=payload, check=check)
 
 
 def directory(units: Sequence[bytes | memoryview]) -> bytes:

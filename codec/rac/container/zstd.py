@@ -11,8 +11,7 @@ from rac.errors import FormatError
 
 WINDOW = 1 << 27
 _MAGIC = b"\x28\xb5\x2f\xfd"  # a skippable frame is not a frame of 0 bytes
-_local = threading.local()
-"""A (de)compressor for each thread: making one costs more than a small frame."""
+_local = threading.local()  # a (de)compressor for each thread: making one costs more than a small frame
 
 
 def compress(data: bytes | memoryview, level: int = 9) -> bytes:

@@ -12,7 +12,8 @@ import numpy as np
 from rac import native
 from rac.decoder import Decoder
 from rac.grid import Band, Box, boxes
-from rac.stages.base import Array, OpenNumbers
+from rac.native.prototypes import Array
+from rac.stages.base import OpenNumbers
 from rac.tensor import Tensor, numbers
 
 
@@ -123,7 +124,7 @@ class Work:
                     raw = dec.coder.plain(data[start : start + length], box)
                 self._alive.append(raw)
                 source = native.address(raw), len(raw)
-            self._jobs.append(kernel.job(source, box, where, fused))
+            self._jobs.append(kernel(source, box, where, fused))
             self._of.append((dec, k))
 
     def join(self, dec: Decoder, found: Array, dst: Array, box: Box) -> None:

@@ -6,8 +6,8 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from rac import frameworks
 from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
-from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
 from rac.decode import random
 from rac.decode.attachments import attachment_bytes, attachment_units
@@ -52,10 +51,9 @@ def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) ->
         if len(first) != 1:
             raise SourceError(f"{len(first)} archives in this folder; name the .rac file", file=name)
         name = os.path.join(name, first[0])
-    first_archive = Archive(open_access(name), limits)
-    out = [first_archive]
+    out = [Archive(open_access(name), limits)]
     try:
-        k, n = first_archive.header.get("shard", [1, 1])
+        k, n = out[0].header.get("shard", [1, 1])
         match = _SHARD.search(name)
         if n > 1 and (not match or (int(match[1]), int(match[2])) != (k, n)):
             raise SourceError(f"is shard {k} of {n}; its name must end in -{k:05d}-of-{n:05d}.rac", file=name)
@@ -73,7 +71,7 @@ def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) ->
     return out
 
 
-class RacFile:
+class RacFile(AbstractContextManager["RacFile"]):
     """An open archive, used like `safetensors.safe_open`.
 
     Args:
@@ -116,27 +114,24 @@ class RacFile:
         else:
             self.archives = [Archive(_access(path), limits)]
         try:
-            self._tensors = self._named("tensor", lambda archive: entries_by_name(archive.index))
-            self._files = self._named("attachment", _attached)
+            self._tensors = self._named("tensor", RECORD_TENSOR)
+            self._files = self._named("attachment", RECORD_ATTACHMENT)
         except BaseException:
             self.close()
             raise
 
-    def _named(self, what: str, names: Callable[[Archive], dict[str, Entry]]) -> dict[str, tuple[Archive, Entry]]:
-        """Where everything of a kind is, by name; FormatError where a name is in two shards."""
+    def _named(self, what: str, kind: int) -> dict[str, tuple[Archive, Entry]]:
+        """Where everything of a kind is, by each of its names; FormatError where one is in two shards."""
         out: dict[str, tuple[Archive, Entry]] = {}
-        for archive in self.archives:
-            for name, entry in names(archive).items():
+        rows = [(archive, e) for archive in self.archives for e in archive.index.entries if e.type == kind]
+        for archive, e in rows:
+            for name in (e.name, *(a for a, _ in e.aliases)):
                 if name in out:
                     raise FormatError(f"{what} {name!r} is in two shards", file=archive.access.name)
-                out[name] = archive, entry
+                out[name] = archive, e
         return out
 
-    def __enter__(self) -> RacFile:
-        """The file itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 
@@ -187,8 +182,7 @@ class RacFile:
         out: dict[str, Any] = {}
         ((stated, value),) = random.load(archive, [entry], self._engines["raise"])
         frameworks.put(replace(stated, aliases=()), value, self._framework, self._device, out)
-        (found,) = out.values()
-        return stated, found
+        return stated, out[stated.name]
 
     def online(self, name: str) -> Transform | None:
         """What the layer of a weight does to its input before it (format_spec/stages/online.md); None: nothing.
@@ -233,10 +227,6 @@ class RacFile:
         if self._damaged:
             raise DamagedError(self._damaged, file=self.archives[0].access.name)
         return {name: out[name] for name in self._tensors}
-
-
-def _attached(archive: Archive) -> dict[str, Entry]:
-    return {e.name: e for e in archive.index.entries if e.type == RECORD_ATTACHMENT}
 
 
 def _access(source: Any) -> Access:

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import native
 from rac.container.access import InFile
@@ -27,19 +26,16 @@ from rac.cpu.work import Place, Work, target
 from rac.decoder import Decoder
 from rac.errors import RacError, SourceError, TruncatedError
 from rac.grid import Band, Box, boxes
+from rac.native.prototypes import F32, Array
 from rac.registry import RECORD_OBJECT
 from rac.tensor import Tensor, empty
 
-Array = NDArray[Any]
 RING = 256 << 20
 """Bytes that may be held beyond the tensors themselves: half for what is read ahead, half for tensors in work."""
 LEAST = 1 << 16
-GROUP = 1 << 20
-"""Stored bytes of a job."""
-SCRATCH = 1 << 20
-"""Bytes of intermediate words of a job."""
-RUN = 1 << 17
-"""Stored bytes of small tiles that are taken in one go: each call costs some microseconds."""
+GROUP = 1 << 20  # stored bytes of a job
+SCRATCH = 1 << 20  # bytes of intermediate words of a job
+RUN = 1 << 17  # stored bytes of small tiles that are taken in one go: each call costs some microseconds
 Loaded = tuple[Tensor, Array]
 Damaged = dict[str, RacError]
 
@@ -57,21 +53,14 @@ class Item:
 
     file: str
     t: Tensor
-    take: Take
-    """`take_units` of it, but for the first two arguments."""
-    objects: Callable[[], list[NDArray[np.float32]]]
-    """The matrices that it uses."""
-    keep: Callable[[Array | None], None]
-    """Called with the words of an object, None where it is damaged."""
-    late: Callable[[], bool] = lambda: False
-    """True where taking it would have to wait for bytes to arrive."""
+    take: Take  # `take_units` of it, but for the first two arguments
+    objects: Callable[[], list[F32]]  # the matrices that it uses
+    keep: Callable[[Array | None], None]  # called with the words of an object, None where it is damaged
+    late: Callable[[], bool] = lambda: False  # True where taking it would have to wait for bytes to arrive
 
 
 def take_units(walk: Walk, t: Tensor, i: int, n: int = 1) -> tuple[memoryview, Held | None]:
-    """The bytes of the units i..i + n - 1 and the padding between them, each once and in their order, unchecked.
-
-    With them what is to be given back.
-    """
+    """The bytes of units i..i + n - 1, which come next, with the padding between them, unchecked; what to give back."""
     return walk.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
 
 
@@ -89,19 +78,15 @@ def first_units(item: Item) -> list[bytes]:
 class Engine(Protocol):
     """Decodes what goes by."""
 
-    name: str
-    """What decodes, for people."""
-    ring: int
-    """Bytes that may be held beyond the tensors."""
-    reference: bool
+    name: str  # what decodes, for people
+    ring: int  # bytes that may be held beyond the tensors
     trace: Trace | None
 
     def run(self, items: Iterator[Item | None]) -> Iterator[tuple[Tensor, Any]]:
         """(tensor, its words (R, C) as an array, or the finished torch tensor) of each item, in order.
 
-        Between items, None says that nothing more has arrived: time to hand out what is there.
-        Objects are among them, always as arrays. Tensors that are damaged are not: they are in the mapping that the
-        engine was made with, or end the run with their error.
+        An item None says that nothing more has arrived: time to hand out what is there. Objects come as arrays. Tensors
+        that are damaged are in the mapping that the engine was made with, or end the run with their error.
         """
 
 
@@ -195,19 +180,13 @@ class Cpu:
     """The decoder that runs on the CPU: C kernels, or numba in their place."""
 
     def __init__(
-        self,
-        threads: int,
-        ring: int = RING,
-        damaged: Damaged | None = None,
-        reference: bool = False,
-        trace: Trace | None = None,
+        self, threads: int, ring: int = RING, damaged: Damaged | None = None, trace: Trace | None = None
     ) -> None:
         """`damaged`: takes in the errors of tensors that are damaged, instead of raising the first."""
         if ring < LEAST:
             raise ValueError(f"ring must be at least {LEAST} bytes")
-        kernel = "constriction" if reference else native.kernel()
-        self.name = f"CPU ({kernel}, {threads} thread{'s' * (threads > 1)})"
-        self.ring, self.reference, self.trace = ring, reference, trace
+        self.name = f"CPU ({native.kernel()}, {threads} thread{'s' * (threads > 1)})"
+        self.ring, self.trace = ring, trace
         self._threads, self._damaged = threads, damaged
         self._window, self._apart, self._most = ring // 2, ring // 8, max(ring // 8, SCRATCH)
         self._reset()
@@ -271,7 +250,7 @@ class Cpu:
         p = _Pending(item)
         with InFile(item.file, repr(item.t.name)):
             try:
-                dec = _Later(partial(Decoder, item.t, first_units(item), self.reference, item.objects()))
+                dec = _Later(partial(Decoder, item.t, first_units(item), item.objects()))
                 p.out = empty(item.t)
                 for band in item.t.bands():
                     self._band(p, dec, band, p.out)

@@ -58,8 +58,6 @@ def engine_for(
 class Gpu:
     """Hands units to a device as they come, and tensors out in the order of the file."""
 
-    reference = False
-
     def __init__(self, cuda: Any, device: str, ring: int, damaged: Damaged | None, trace: Trace | None) -> None:
         self.name = f"Triton on {device}"
         self.ring, self.trace = ring, trace

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.container.access import InFile
 from rac.container.feed import Feed, RangeRing
@@ -19,13 +18,12 @@ from rac.container.reader import Archive
 from rac.decode.engine import Cpu, Engine, Item, take_units
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
+from rac.native.prototypes import F32, Array
 from rac.records import Entry, Record
 from rac.tensor import Tensor
 from rac.tensor import parse as parse_tensor
 
-Array = NDArray[Any]
-GAP = 1 << 16
-"""Bytes between two records that are read along: less than the cost of one more request."""
+GAP = 1 << 16  # bytes between two records that are read along: less than the cost of one more request
 
 
 def spans(pieces: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
@@ -73,16 +71,16 @@ def parse(archive: Archive, record: Record) -> Tensor:
     return parse_tensor(record, archive.limits, shape_of)
 
 
-def objects(archive: Archive, t: Tensor, reference: bool = False) -> list[NDArray[np.float32]]:
+def objects(archive: Archive, t: Tensor) -> list[F32]:
     """The matrices that a tensor uses, decoded once for an archive and kept (limits.objects bounds them all)."""
-    return [_object(archive, name, reference) for name in t.uses]
+    return [_object(archive, name) for name in t.uses]
 
 
-def _object(archive: Archive, name: str, reference: bool = False) -> NDArray[np.float32]:
+def _object(archive: Archive, name: str) -> F32:
     if name not in archive.kept:
-        for _ in load(archive, [archive.objects[name]], 1, reference=reference):
+        for _ in load(archive, [archive.objects[name]]):
             pass
-    found: NDArray[np.float32] = archive.kept[name]
+    found: F32 = archive.kept[name]
     return found
 
 
@@ -93,7 +91,7 @@ def transform(archive: Archive, t: Tensor) -> Transform | None:
     return Transform(t.online, t.shape[1], _object(archive, t.online.object) if t.online.object else None)
 
 
-def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: bool = False) -> Iterator[Item]:
+def items(archive: Archive, entries: Sequence[Entry], feed: Feed) -> Iterator[Item]:
     """What the records of `entries` hold, in their order; `feed` has the bytes of `ranges`."""
     walk = Walk(feed, archive.access.name, archive.limits)
     for e in entries:
@@ -110,7 +108,7 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed, reference: boo
             if words is not None:
                 archive.kept[name] = words.view(np.float32)
 
-        yield Item(archive.access.name, t, partial(take_units, walk, t), partial(objects, archive, t, reference), keep)
+        yield Item(archive.access.name, t, partial(take_units, walk, t), partial(objects, archive, t), keep)
         with InFile(archive.access.name, repr(e.name)):
             walk.skip(record)
 
@@ -121,18 +119,14 @@ def ranges(entries: Sequence[Entry]) -> list[tuple[int, int]]:
 
 
 def load(
-    archive: Archive,
-    entries: Sequence[Entry],
-    engine: Engine | int = 1,
-    done: Callable[[Tensor], None] | None = None,
-    reference: bool = False,
+    archive: Archive, entries: Sequence[Entry], engine: Engine | int = 1, done: Callable[[Tensor], None] | None = None
 ) -> Iterator[tuple[Tensor, Any]]:
     """What `engine` (or a CPU engine of so many threads) makes of each entry, in order; all their bytes are checked."""
     if isinstance(engine, int):
-        engine = Cpu(engine, reference=reference)
+        engine = Cpu(engine)
     feed = RangeRing(archive.access, ranges(entries), engine.ring // 2, trace=engine.trace)
     try:
-        for loaded in engine.run(items(archive, entries, feed, engine.reference)):
+        for loaded in engine.run(items(archive, entries, feed)):
             if done:
                 done(loaded[0])
             yield loaded

@@ -6,7 +6,6 @@ import operator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.container.access import InFile
@@ -16,10 +15,9 @@ from rac.cpu.work import Place, Work
 from rac.decode import random
 from rac.decoder import Decoder
 from rac.grid import Box
+from rac.native.prototypes import Array
 from rac.records import Online
 from rac.tensor import Tensor, numbers
-
-Array = NDArray[Any]
 
 
 class Slice:
@@ -47,10 +45,9 @@ class Slice:
         return self._tensor.online
 
     def __getitem__(self, key: Any) -> Any:
-        """The part that `key` selects.
+        """The part that `key` selects; IndexError as in numpy, and for a slice that begins or ends outside.
 
-        IndexError as in numpy, and for a slice that begins or ends outside: fewer rows than were asked for would pass
-        for a tensor of another size.
+        Fewer rows than were asked for would pass for a tensor of another size.
         """
         t, shape = self._tensor, self._shape
         key = key if isinstance(key, tuple) else (key,)
@@ -86,10 +83,10 @@ class Slice:
                 box.append((i % n, i % n + 1))
                 rest.append(0)
         found = self._read(box)[tuple(rest)]
-        part, shape = np.ascontiguousarray(found).reshape(-1), np.shape(found)
-        if t.dtype != "F4":
-            return frameworks.to_framework(part, t.dtype, shape, self._framework, self._device)
-        return frameworks.to_framework(part, t.dtype, (2 * part.size,), self._framework, self._device).reshape(shape)
+        part = np.ascontiguousarray(found).reshape(-1)
+        elements = (part.size * (2 if t.dtype == "F4" else 1),)
+        out = frameworks.to_framework(part, t.dtype, elements, self._framework, self._device)
+        return out.reshape(np.shape(found))
 
     def _read(self, box: list[tuple[int, int]]) -> Array:
         """Elements of the box, as unsigned integers or, for C64, as complex numbers."""
@@ -127,7 +124,7 @@ class Slice:
             spans = [(0, t.first)] * (t.first > 0) + [(r + b0, r + b1) for r in rows]
             found = random.read_units(self._archive, t, spans)
             front = [unit.data for unit in found.pop(0)] if t.first else []
-            dec = Decoder(t, front, objects=random.objects(self._archive, t))
+            dec = Decoder(t, front, random.objects(self._archive, t))
             work = Work()
             for (first, _), units in zip(spans[t.first > 0 :], found, strict=True):
                 for i, unit in enumerate(units, first - t.first):

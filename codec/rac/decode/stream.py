@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.container.access import InFile
@@ -23,18 +22,17 @@ from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, take_units
 from rac.decode.gpu import engine_for
 from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError
 from rac.machine import threads_of
+from rac.native.prototypes import F32, Array
 from rac.records import Limits, Record
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import Tensor
 from rac.tensor import parse as parse_tensor
 from rac.tensor import parts as tensor_parts
 
-Array = NDArray[Any]
-HEAD = 1 << 16
-"""Bytes that the head of a record is rarely larger than."""
+HEAD = 1 << 16  # bytes that the head of a record is rarely larger than
 
 
-class Stream(Iterator[tuple[str, Any]]):
+class Stream(Iterator[tuple[str, Any]], AbstractContextManager["Stream"]):
     """(name, tensor) of an archive that is read from front to back; see `stream`."""
 
     def __init__(
@@ -59,19 +57,11 @@ class Stream(Iterator[tuple[str, Any]]):
         """What decodes."""
         return self._engine.name
 
-    def __iter__(self) -> Stream:
-        """The stream itself."""
-        return self
-
     def __next__(self) -> tuple[str, Any]:
         """The next tensor under the next of its names."""
         return next(self._run)
 
-    def __enter__(self) -> Stream:
-        """The stream itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close."""
         self.close()
 
@@ -205,7 +195,7 @@ class Objects:
         if t.record.type == RECORD_OBJECT:
             self._found[t.name] = (t, words)
 
-    def of(self, t: Tensor) -> list[NDArray[np.float32]]:
+    def of(self, t: Tensor) -> list[F32]:
         """The matrices that a tensor uses."""
         out = []
         for name in t.uses:
@@ -217,10 +207,7 @@ class Objects:
 
 
 def forward_items(forward: Forward, other: Callable[[Record], None] | None = None) -> Iterator[Item | None]:
-    """Tensors and objects as they go by, None where the next has not arrived yet.
-
-    `other` is called for attachments, positioned at their payload.
-    """
+    """Tensors and objects as they go by, None where the next has not arrived yet; `other` is called at attachments."""
     held = Objects(forward.limits)
     for record in forward.records():
         if record.type not in (RECORD_TENSOR, RECORD_OBJECT):
@@ -244,14 +231,10 @@ Found = tuple[Tensor, Array, tuple[int, ...]]
 def forward_tensors(
     forward: Forward,
     other: Callable[[Record], None] | None = None,
-    reference: bool = False,
     of_object: Callable[[Found], None] | None = None,
     threads: int = 1,
 ) -> Iterator[Found]:
-    """(tensor, words, parts) of every tensor record.
-
-    `other` is called for attachments, positioned at their payload, `of_object` with every object.
-    """
+    """(tensor, words, parts) of every tensor record; `other` is called at attachments, `of_object` with objects."""
     heads: dict[int, list[bytes]] = {}
 
     def noted(item: Item | None) -> Item | None:
@@ -269,7 +252,7 @@ def forward_tensors(
 
         return replace(item, take=take)
 
-    for t, words in Cpu(threads, reference=reference).run(map(noted, forward_items(forward, other))):
+    for t, words in Cpu(threads).run(map(noted, forward_items(forward, other))):
         mine = heads.pop(t.record.at)
         with InFile(str(forward.name), repr(t.name)):
             sizes = [u.size for u in t.units]

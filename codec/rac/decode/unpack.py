@@ -9,6 +9,7 @@ import os
 import posixpath
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -35,10 +36,8 @@ class _Output:
 
     path: str
     head: bytes = b""
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Offset and size of the bytes of each tensor."""
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size of the bytes of each tensor
     end: int = 0
-    file: BinaryIO | None = None
 
 
 def unpack(
@@ -173,10 +172,7 @@ def weights(e: Entry) -> int:
 
 
 def quantised(entries: Iterable[Entry]) -> tuple[int, float]:
-    """Number of quantised tensors, and bytes of their records * 8 / their weights, everything counted.
-
-    Objects are there for quantised tensors, and count with them.
-    """
+    """Number of quantised tensors, and bits of their records, and of objects, which they use, over their weights."""
     mine = [e for e in entries if e.type == RECORD_OBJECT or is_quantised(e.method)]
     tensors = sum(e.type == RECORD_TENSOR for e in mine)
     return tensors, 8 * sum(e.size for e in mine) / max(1, sum(map(weights, mine))) if tensors else 0.0
@@ -242,36 +238,32 @@ def _plan_gguf(f: RacFile, path: str) -> _Output:
 def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress | None) -> dict[str, str]:
     """Write all tensors; returns those whose layers need an online transform, and what that is."""
     online: dict[str, str] = {}
-    where = {name: o for o in outputs for name in o.places}
-    try:
+    files: list[BinaryIO] = []
+    where: dict[str, tuple[BinaryIO, tuple[int, int]]] = {}
+    with ExitStack() as stack:
         for o in outputs:
             os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
-            o.file = part(o.path)
-            o.file.truncate(0)
-            o.file.write(o.head)
-            o.file.truncate(o.end)
+            files.append(file := stack.enter_context(part(o.path)))
+            file.truncate(0)
+            file.write(o.head)
+            file.truncate(o.end)
+            where |= {name: (file, place) for name, place in o.places.items()}
         for archive in f.archives:
             entries = [e for e in archive.index.entries if e.type == RECORD_TENSOR]
             for t, words in random.load(archive, entries, threads):
                 for name in (t.name, *(a for a, _ in t.aliases)):
-                    o = where[name]
-                    offset, size = o.places[name]
-                    if t.nbytes != size or o.file is None:
+                    file, (offset, size) = where[name]
+                    if t.nbytes != size:
                         raise FormatError("the record is not the one that the index names", unit=repr(name))
-                    o.file.seek(offset)
-                    o.file.write(words.data.cast("B") if words.size else b"")
+                    file.seek(offset)
+                    file.write(words.data.cast("B") if words.size else b"")
                     if t.online:
                         online[name] = describe(t.online, t.shape[1])
                 if progress:
                     progress(t.name, t.nbytes)
-        for o in outputs:
-            if o.file is not None:
-                o.file.flush()
-                os.fsync(o.file.fileno())
-                o.file.close()
-                os.replace(o.path + PART, o.path)
-        return online
-    finally:
-        for o in outputs:
-            if o.file is not None:
-                o.file.close()
+        for o, file in zip(outputs, files, strict=True):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(o.path + PART, o.path)
+    return online

@@ -21,8 +21,7 @@ from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import empty, parse
 
 Bytes = bytes | memoryview
-SPOOL = 1 << 24
-"""Bytes of units that are kept in memory; more go to a file."""
+SPOOL = 1 << 24  # bytes of units that are kept in memory; more go to a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +54,11 @@ class Fidelity:
 class Encoded:
     """A tensor or an object that is ready to be written: what a worker returns."""
 
-    head: dict[str, Any]
-    """The head of the record, but for its units."""
+    head: dict[str, Any]  # the head of the record, but for its units
     units: list[Bytes]
-    row: dict[str, Any]
-    """What the index row adds to the record."""
-    objects: tuple[Encoded, ...] = ()
-    """Objects that the tensor or its layer uses; their records come first."""
-    fidelity: Fidelity | None = None
-    """None: the tensor is lossless."""
+    row: dict[str, Any]  # what the index row adds to the record
+    objects: tuple[Encoded, ...] = ()  # objects that the tensor or its layer uses; their records come first
+    fidelity: Fidelity | None = None  # None: the tensor is lossless
 
     @property
     def name(self) -> str:
@@ -93,7 +88,8 @@ class Encoded:
 def decoded(e: Encoded) -> NDArray[Any]:
     """(R, C) words of the data type that a decoder restores of a tensor or an object, out of its units."""
     payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in e.units)
-    record = Record(RECORD_TENSOR, 0, 0, e.head | {"units": wire.directory(e.units)}, 0, 0, payload, 0)
+    head = e.head | {"units": wire.directory(e.units)}
+    record = Record(RECORD_TENSOR, 0, 0, head, head_size=0, payload=0, payload_size=payload, check=0)
     objects = {o.name: o for o in e.objects}
     t = parse(record, Limits(), lambda name: tuple(objects[name].head["shape"]))
     used = [decoded(objects[name]).view(np.float32) for name in t.uses]
@@ -112,8 +108,7 @@ def decoded(e: Encoded) -> NDArray[Any]:
 class Kept:
     """Encoded tensors by name, their units in memory while they are few, else in a file without a name."""
 
-    beside: str
-    """A path in whose folder that file is."""
+    beside: str  # a path in whose folder that file is
     _file: Any = None
     _end: int = 0
     _found: dict[str, tuple[int, Encoded, list[list[int]]]] = field(default_factory=dict)

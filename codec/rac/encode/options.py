@@ -15,13 +15,10 @@ from rac.stages.lanes.parameters import MAX_LANES
 if TYPE_CHECKING:
     from rac.encode.encoded import Fidelity
 
-EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}
-"""States of the trellis, and passes over each matrix."""
+EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
-DECIBELS = 6.020599913279624
-"""Signal to noise that one bit is worth: 20 log10 2."""
-Progress = Callable[[str, int], None]
-"""Called with the name of a finished tensor and its dense bytes."""
+DECIBELS = 6.020599913279624  # signal to noise that one bit is worth: 20 log10 2
+Progress = Callable[[str, int], None]  # called with the name of a finished tensor and its dense bytes
 
 
 def silent(*_: object) -> None:
@@ -34,8 +31,7 @@ class Hooks:
 
     progress: Progress = silent
     note: Note = silent
-    layer: Callable[[Fidelity], None] = silent
-    """Called after every quantised tensor that is written."""
+    layer: Callable[[Fidelity], None] = silent  # called after every quantised tensor that is written
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +72,7 @@ class PackOptions:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a lossy pack may cost, or how good it is to be: exactly one of these arguments of `pack`, above 0.
-
-    ValueError otherwise.
-    """
+    """What a lossy pack may cost, or how good it is to be: one of these arguments of `pack`, above 0, or ValueError."""
 
     bits: float | None = None
     file_bits: float | None = None

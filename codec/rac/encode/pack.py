@@ -7,6 +7,7 @@ interpreter's lock. Matrices may be quantised in processes (workers.py).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -20,8 +21,7 @@ from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
 from rac.decode.unpack import quantised, safetensors_header
-from rac.encode import record as rec
-from rac.encode import resume, ties, workers
+from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
@@ -151,11 +151,8 @@ def save_file(
 ) -> None:
     """Write numpy arrays or torch tensors to a .rac file, losslessly; tensors that share memory are tied.
 
-    An existing file is replaced, at once and only by a whole one.
-
-    Raises:
-        SourceError: A value cannot be stored.
-        OutputError: The file cannot be written.
+    An existing file is replaced, at once and only by a whole one. SourceError where a value cannot be stored,
+    OutputError where the file cannot be written.
     """
     with Packer(from_arrays(tensors, metadata), path, PackOptions(level, threads, force=True), Hooks()) as packer:
         packer.write(None)
@@ -181,13 +178,11 @@ def pack_source(
         return packer.write(quantiser if recipe is None else ByTrellis(recipe))
 
 
-class Packer:
-    """One pack of an open source: what its workers made stays at hand between the search for a scale and the writing.
-
-    Leave it by `with`, which ends the workers and drops what was kept.
-    """
+class Packer(contextlib.ExitStack):
+    """One pack of an open source: what the search for a scale has made is kept for the writing. Leave it by `with`."""
 
     def __init__(self, source: Source, out: str | os.PathLike[str], options: PackOptions, hooks: Hooks) -> None:
+        super().__init__()
         for t in source.tensors:
             try:
                 index.parse_shape(list(t.shape), Limits())
@@ -200,27 +195,16 @@ class Packer:
         self._headers = {file: head for file, head in source.headers.items() if head != usual[file]}
         self._files = (*source.attachments, *(Attachment(header_name(f), h) for f, h in self._headers.items()))
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
-        self._stack = contextlib.ExitStack()
-        self._threads = self._pool = self._stack.enter_context(workers.start(self._jobs))
+        self._threads = self._pool = self.enter_context(workers.start(self._jobs))
         if options.processes:
-            self._pool = self._stack.enter_context(workers.start(self._jobs, processes=True))
-
-    def __enter__(self) -> Packer:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._lossless.close()
-        self._lossy.close()
-        self._stack.close()
+            self._pool = self.enter_context(workers.start(self._jobs, processes=True))
+        self.callback(self._lossless.close)
+        self.callback(self._lossy.close)
 
     def allocate(self, src: str | os.PathLike[str], request: Lossy) -> Recipe:
-        """How a pack of the source, opened from `src`, meets a request.
+        """How a pack of the source, opened from `src`, meets a request; BudgetError where it cannot.
 
         With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
-
-        Raises:
-            OutputError: The output exists and must not be replaced.
-            BudgetError: The budget cannot be met.
         """
         options, note, calibration = self._options, self._hooks.note, request.calibration
         if os.path.isfile(self._out) and not options.force:  # said before the long work, not after it
@@ -244,14 +228,12 @@ class Packer:
         """About the bytes of all that is not quantised, with heads and index rows. It is kept, and not coded again."""
         groups = [g for g in self._groups if g.tensor.name not in recipe.aligned]
         jobs = ((g.tensor.nbytes, (g, self._options.lossless)) for g in groups)
+        every = ((e.name, e) for e in workers.run(self._threads, whole, jobs, WINDOW))
+        files = ((f"file {file.name}", record.attachment(file)) for file in self._files)
         size = 0
-        for e in workers.run(self._threads, whole, jobs, WINDOW):
+        for name, e in itertools.chain(every, files):
             size += sum(map(len, e.units)) + 512
-            self._lossless.put(e.name, e)
-        for file in self._files:
-            e = rec.attachment(file)
-            size += len(e.units[0]) + 512
-            self._lossless.put(f"file {e.name}", e)
+            self._lossless.put(name, e)
         return size
 
     def write(self, quantiser: Quantiser | None) -> Summary:
@@ -281,7 +263,11 @@ class Packer:
                 header["shard"] = [i + 1, len(shards)]
             contents = resume.Contents(path, header, () if i else self._files, shard)
             resumed += self._write(contents, schedule, fidelity)
-        lossy, bits = (0, 0.0) if quantiser is None else _quantised(paths)
+        lossy, bits = 0, 0.0
+        if quantiser is not None:
+            with contextlib.ExitStack() as stack:
+                archives = [stack.enter_context(contextlib.closing(Archive(FileAccess(p)))) for p in paths]
+                lossy, bits = quantised(e for a in archives for e in a.index.entries)
         return Summary(
             paths=tuple(paths),
             dense=sum(t.nbytes for t in tensors),
@@ -322,7 +308,7 @@ class Packer:
                 writer.start(contents.header)
                 found = resume.Found()
             for file in contents.files[found.files :]:
-                e = self._lossless.take(f"file {file.name}") or rec.attachment(file)
+                e = self._lossless.take(f"file {file.name}") or record.attachment(file)
                 writer.add(RECORD_ATTACHMENT, 0, e.head, e.units, **e.row)
                 writer.flush()
             start, there = len(found.digests), set(found.objects)
@@ -363,20 +349,12 @@ def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]
     return out
 
 
-def _quantised(paths: Sequence[str]) -> tuple[int, float]:
-    """Number of quantised tensors in archives, and bits of each of their weights."""
-    with contextlib.ExitStack() as stack:
-        archives = [stack.enter_context(contextlib.closing(Archive(FileAccess(p)))) for p in paths]
-        return quantised(e for a in archives for e in a.index.entries)
-
-
 @dataclass(frozen=True, slots=True)
 class ByTrellis:
     """Quantises by trellis/1, as a recipe says."""
 
     recipe: Recipe
-    done: Callable[[str], Encoded | None] = lambda _: None
-    """Gives a tensor that is encoded already at the scale of the recipe, by its name."""
+    done: Callable[[str], Encoded | None] = lambda _: None  # gives a tensor that the search has encoded, by its name
 
     @property
     def about(self) -> Mapping[str, Any]:

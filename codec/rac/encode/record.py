@@ -26,15 +26,11 @@ class Behind:
     """What stands behind the coder in the record of a quantised tensor."""
 
     numbers: Numbers
-    digest: bytes
-    """XXH3-128 of the dense bytes that a decoder restores."""
-    source: bytes
-    """XXH3-128 of the bytes that were packed."""
+    digest: bytes  # XXH3-128 of the dense bytes that a decoder restores
+    source: bytes  # XXH3-128 of the bytes that were packed
     product: Product | None = None
-    uses: tuple[str, ...] = ()
-    """Names of the objects that the product computes with; their records come first."""
-    alignment: str = ""
-    """A note for people: decoding needs to know nothing of it."""
+    uses: tuple[str, ...] = ()  # names of the objects that the product computes with; their records come first
+    alignment: str = ""  # a note for people: decoding needs to know nothing of it
 
 
 def lossless(t: SourceTensor, level: Level) -> Encoder:
@@ -79,15 +75,7 @@ def attachment(file: Attachment) -> Encoded:
 def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[str, Any]:
     """The head of a tensor record, but for its units."""
     t = group.tensor
-    out: dict[str, Any] = {
-        "axis": axis_of(t.shape),
-        "digest": plan.digest,
-        "dtype": t.dtype,
-        "name": t.name,
-        "shape": list(t.shape),
-        "stages": _chain(plan, behind).to_head(),
-        "tile": [plan.grid.tr, plan.grid.tc],
-    }
+    out = _head(t.name, t.dtype, t.shape, axis_of(t.shape), plan, _chain(plan, behind))
     if behind:
         out |= {"digest": behind.digest, "x-source": behind.source}
         if behind.alignment:
@@ -101,6 +89,11 @@ def head(group: ties.Group, plan: Plan, behind: Behind | None = None) -> dict[st
     if t.online:
         out["online"] = t.online.to_head()
     return out
+
+
+def _head(name: str, dtype: str, shape: tuple[int, ...], axis: int, plan: Plan, chain: Chain) -> dict[str, Any]:
+    out = {"name": name, "dtype": dtype, "shape": list(shape), "axis": axis, "digest": plan.digest}
+    return out | {"tile": [plan.grid.tr, plan.grid.tc], "stages": chain.to_head()}
 
 
 def _chain(plan: Plan, behind: Behind | None) -> Chain:
@@ -128,22 +121,12 @@ def _row(chain: Chain, dtype: str, shape: tuple[int, ...], plan: Plan, units: Se
 def encoded_object(
     name: str, plan: Plan, units: list[Bytes], numbers: Numbers | None = None, digest: bytes | None = None
 ) -> Encoded:
-    """An object (R, C) of F32 under a name that no other object of the file has.
-
-    Where it is quantised, `numbers` stand behind the coder of its words of one byte, and `digest` is that of the dense
-    F32 bytes.
-    """
-    chain, grid = Chain(plan.coder, numbers), plan.grid
-    head = {
-        "axis": 1,
-        "digest": plan.digest if digest is None else digest,
-        "dtype": "F32",
-        "name": name,
-        "shape": [grid.rows, grid.cols],
-        "stages": chain.to_head(),
-        "tile": [grid.tr, grid.tc],
-    }
-    return Encoded(head, units, _row(chain, "F32", (grid.rows, grid.cols), plan, units))
+    """An object (R, C) of F32; of a quantised one the numbers behind its coder, and the digest of its dense bytes."""
+    chain, shape = Chain(plan.coder, numbers), (plan.grid.rows, plan.grid.cols)
+    head = _head(name, "F32", shape, 1, plan, chain)
+    if digest is not None:
+        head["digest"] = digest
+    return Encoded(head, units, _row(chain, "F32", shape, plan, units))
 
 
 def matrix_of(t: SourceTensor, level: Level) -> tuple[Encoded, ...]:

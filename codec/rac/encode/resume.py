@@ -38,18 +38,15 @@ class Found:
     at: int = 0
     entries: list[Entry] = field(default_factory=list)
     files: int = 0
-    digests: list[bytes] = field(default_factory=list)
-    """Digests of what a decoder restores of the tensors among the entries, in order."""
-    objects: set[str] = field(default_factory=set)
-    """Names of the objects among the entries; the last ones may be of a tensor that is still to come."""
+    digests: list[bytes] = field(default_factory=list)  # of what a decoder restores of the tensors
+    objects: set[str] = field(default_factory=set)  # their names; the last may be of a tensor that is still to come
 
 
 def scan(part: str, contents: Contents) -> Found | None:
     """Records of `part` that are whole and equal to the first of the source; None where nothing can be kept.
 
-    Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Objects follow
-    from the tensors and from what the header says of the making, or have names that follow from their content, so that
-    any whole one is kept.
+    Contents are compared by digest, which costs one reading of the finished tensors and no encoding. Whole objects are
+    kept: they follow from the tensors and the header, or have names that follow from their content.
     """
     if not os.path.exists(part) or os.path.getsize(part) == 0:
         return None
@@ -67,7 +64,10 @@ def scan(part: str, contents: Contents) -> Found | None:
                 if found.files < len(contents.files):
                     entry = _file(forward, record, contents.files[found.files])
                 elif record.type == RECORD_OBJECT:
-                    entry = _object(forward, record, objects)
+                    t = objects.parse(record)
+                    fields = {"dtype": t.dtype, "shape": t.shape, "parts": _parts(forward, t)}
+                    entry = _entry(record, method=index.method_of(record), **fields)
+                    objects.keep(t, None)
                 elif len(found.digests) < len(contents.groups):
                     entry, digest = _tensor(forward, record, contents.groups[len(found.digests)], objects)
                 else:
@@ -96,9 +96,8 @@ def provenance(part: str) -> Provenance:
 
 
 def _entry(record: Record, **fields: Any) -> Entry:
-    return Entry(
-        record.type, record.head["name"], record.at, record.head_size, record.payload_size, record.check, **fields
-    )
+    sizes: Any = {"head_size": record.head_size, "payload_size": record.payload_size}
+    return Entry(record.type, record.head["name"], record.at, check=record.check, **sizes, **fields)
 
 
 def _file(forward: Forward, record: Record, file: Attachment) -> Entry | None:
@@ -107,13 +106,6 @@ def _file(forward: Forward, record: Record, file: Attachment) -> Entry | None:
     unit = attachment_units(record, forward.limits)[0]
     data = attachment_bytes(record, forward.unit(unit, record, forward.limits.attachment, file.name))
     return _entry(record, method=record.head["stages"][0]["id"]) if data == file.read() else None
-
-
-def _object(forward: Forward, record: Record, objects: Objects) -> Entry:
-    t = objects.parse(record)
-    entry = _entry(record, method=index.method_of(record), dtype=t.dtype, shape=t.shape, parts=_parts(forward, t))
-    objects.keep(t, None)
-    return entry
 
 
 def _parts(forward: Forward, t: Tensor) -> tuple[int, ...]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Container, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from queue import SimpleQueue
 from typing import Any, Protocol
 
-from rac.encode import record as rec
-from rac.encode import ties
+from rac.encode import record, ties, workers
 from rac.encode.code.plan import Encoder, Level
 from rac.encode.encoded import Bytes, Encoded
 from rac.encode.sources import SourceTensor
 from rac.machine import room
 
-WINDOW = 64 << 20
-"""Dense bytes in work beyond the largest tensor."""
-Job = tuple[Callable[..., Encoded], tuple[Any, ...]]
-"""A function and its arguments, for a thread or, where they pickle, a process."""
+WINDOW = 64 << 20  # dense bytes in work beyond the largest tensor
+Job = tuple[Callable[..., Encoded], tuple[Any, ...]]  # a function and its arguments, for a thread or a process
 
 
 class Quantiser(Protocol):
@@ -46,22 +44,16 @@ class _Item:
 
     group: ties.Group
     number: int
-    left: int = -1
-    """Rows of tiles that are still to come; -1: nothing is known of it."""
-    encoder: Encoder = field(init=False)
-    """What codes a lossless tensor."""
-    bands: list[list[Bytes]] = field(default_factory=list)
-    """Units in front of the tiles, then those of each row of tiles."""
+    left: int = -1  # rows of tiles that are still to come; -1: nothing is known of it
+    encoder: Encoder = field(init=False)  # what codes a lossless tensor
+    bands: list[list[Bytes]] = field(default_factory=list)  # units in front of the tiles, then those of each row
     objects: tuple[Encoded, ...] = ()
     done: Encoded | None = None
 
     def begin(self, level: Level) -> int:
-        """Plan a lossless tensor, and code it too where it has one row of tiles, which no other thread could share.
-
-        Returns how many rows are left; `left` is for the thread that hands out the work to set.
-        """
-        self.encoder = rec.lossless(self.group.tensor, level)
-        self.objects = rec.matrix_of(self.group.tensor, level)
+        """Plan a lossless tensor, and code it too where it has one row of tiles; returns how many rows are left."""
+        self.encoder = record.lossless(self.group.tensor, level)
+        self.objects = record.matrix_of(self.group.tensor, level)
         plan = self.encoder.plan
         down = plan.grid.down  # 0 where there are no weights
         left = down if down > 1 else 0
@@ -70,12 +62,12 @@ class _Item:
 
     def band(self, row: int) -> list[Bytes]:
         """The units of a row of tiles."""
-        return rec.band(self.group.tensor, self.encoder, row)
+        return record.band(self.group.tensor, self.encoder, row)
 
     def encoded(self) -> Encoded:
         """The tensor, all of whose bands are there."""
         units = [unit for band in self.bands for unit in band]
-        return rec.encoded(self.group, self.encoder.plan, units, objects=self.objects)
+        return record.encoded(self.group, self.encoder.plan, units, objects=self.objects)
 
 
 def whole(group: ties.Group, level: Level) -> Encoded:
@@ -90,19 +82,16 @@ def whole(group: ties.Group, level: Level) -> Encoded:
 class Schedule:
     """The tensors of an archive on their way from the source to the writer."""
 
-    level: Level
-    """How tensors that stay lossless are coded."""
+    level: Level  # how tensors that stay lossless are coded
     jobs: int
     threads: Executor
-    pool: Executor
-    """Quantises; the threads do all else."""
+    pool: Executor  # quantises; the threads do all else
     quantiser: Quantiser | None
-    done: Callable[[str], Encoded | None]
-    """Gives a lossless tensor that is encoded already, by its name."""
+    done: Callable[[str], Encoded | None]  # gives a lossless tensor that is encoded already, by its name
     _waiting: deque[_Item] = field(default_factory=deque)
     _running: dict[Future[Any], tuple[_Item, int]] = field(default_factory=dict)
-    _ready: list[tuple[int, int]] = field(default_factory=list)
-    """(number of the tensor, row of tiles; -1: begin it)"""
+    _finished: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
+    _ready: list[tuple[int, int]] = field(default_factory=list)  # (number of the tensor, row of tiles; -1: begin it)
     _written: int = 0
 
     def run(self, groups: Sequence[ties.Group]) -> Generator[tuple[ties.Group, Encoded]]:
@@ -124,8 +113,8 @@ class Schedule:
                     yield first.group, first.done or first.encoded()
                     held -= self._need(first.group.tensor)
                     continue
-                for job in wait(self._running, return_when=FIRST_COMPLETED).done:
-                    self._collect(job, *self._running.pop(job))
+                job = self._finished.get()
+                self._collect(job, *self._running.pop(job))
         finally:
             for job in self._running:
                 job.cancel()
@@ -140,7 +129,7 @@ class Schedule:
     def _submit(self, number: int, row: int) -> None:
         item = self._waiting[number - self._written]
         if row >= 0:
-            self._running[self.threads.submit(item.band, row)] = item, row
+            self._running[workers.submit(self.threads, self._finished, item.band, row)] = item, row
             return
         t = item.group.tensor
         quantiser = self._lossy(t)
@@ -148,7 +137,8 @@ class Schedule:
         if isinstance(job, Encoded):
             item.done, item.left = job, 0
         else:
-            self._running[(self.pool if quantiser else self.threads).submit(job[0], *job[1])] = item, row
+            pool = self.pool if quantiser else self.threads
+            self._running[workers.submit(pool, self._finished, job[0], *job[1])] = item, row
 
     def _collect(self, job: Future[Any], item: _Item, row: int) -> None:
         found = job.result()

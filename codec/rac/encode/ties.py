@@ -34,19 +34,13 @@ def digest(t: SourceTensor) -> bytes:
     return d.value()
 
 
-def _sample(t: SourceTensor) -> bytes:
-    """A few KiB of three places: most unequal tensors differ there, and need not be read whole."""
-    at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
-    return b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
-
-
 def find(tensors: Sequence[SourceTensor]) -> list[Group]:
     """Groups in the order of their first tensors. Empty tensors are on their own."""
     owner: dict[int, tuple[int, bool]] = {}
     """Tensors that are stored with another, which that is, and whether they are tied to it."""
     by_tie: dict[int, int] = {}
     same: dict[tuple[str, tuple[int, ...], Online | None], list[int]] = {}
-    uses = Counter(t.tie for t in tensors if t.tie is not None)
+    uses: Counter[int | None] = Counter(t.tie for t in tensors if t.tie is not None)
     for i, t in enumerate(tensors):
         first = i if t.tie is None else by_tie.setdefault(t.tie, i)
         if first != i:
@@ -58,7 +52,10 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
     for members in same.values():
         by_sample: dict[bytes, list[int]] = {}
         for i in members if len(members) > 1 else []:
-            by_sample.setdefault(_sample(tensors[i]), []).append(i)
+            t = tensors[i]  # most unequal ones differ in a few KiB of three places, and need not be read whole
+            at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
+            sample = b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
+            by_sample.setdefault(sample, []).append(i)
         for close in by_sample.values():
             by_digest: dict[bytes, int] = {}
             for i in close if len(close) > 1 else []:

@@ -54,8 +54,7 @@ class _Check:
     progress: Progress | None
     tensors: dict[str, tuple[str, tuple[int, ...], bytes, dict[str, Any]]] = field(default_factory=dict)
     """Names to (dtype, shape, digest, what else is stated)."""
-    files: dict[str, bytes] = field(default_factory=dict)
-    """Attachments to digests."""
+    files: dict[str, bytes] = field(default_factory=dict)  # attachments to digests
     metadata: dict[str, str] = field(default_factory=dict)
     dense: int = 0
     digest: bytes = b""
@@ -155,11 +154,8 @@ def verify(
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
     `path` may be "-" for standard input. Tensors that the archive was told to leave out are not missed. A quantised
-    tensor must have the type and shape of the source; its error is measured.
-
-    Raises:
-        FormatError: The archive is damaged; its subclass and message say how and where.
-        MismatchError: It is whole, but not equal to the source.
+    tensor must have the type and shape of the source; its error is measured. FormatError where the archive is damaged,
+    its subclass and message say how and where, MismatchError where it is whole, but not equal to the source.
     """
     seen, name = _Check(against, progress), os.fspath(path)
     if name == "-":
@@ -175,4 +171,4 @@ def verify(
     if seen.source is not None:
         seen.compare(seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
-    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr)
+    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, lossy=len(seen.lossy), snr=snr)

@@ -11,9 +11,10 @@ import itertools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from rac.encode.align.recipe import Recipe
@@ -22,10 +23,8 @@ from rac.encode.worker_begin import begin
 from rac.errors import OutputError
 
 T = TypeVar("T")
-THREADS = 8
-"""Jobs up to which threads are as good as processes."""
-PER_WEIGHT, PER_MOMENT = 16, 25
-"""Bytes that work takes for each weight of a matrix, and for each number of the second moment of its inputs."""
+THREADS = 8  # jobs up to which threads are as good as processes
+PER_WEIGHT, PER_MOMENT = 16, 25  # bytes for each weight of a matrix, and each number of its inputs' second moment
 
 
 def start(jobs: int, processes: bool = False) -> Executor:
@@ -34,6 +33,17 @@ def start(jobs: int, processes: bool = False) -> Executor:
         return ThreadPoolExecutor(jobs)
     # a fork would copy locks that other threads hold
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin)
+
+
+def submit(pool: Executor, done: SimpleQueue[Future[Any]], work: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Ask for work(*arguments); the future goes to `done` when it is done.
+
+    `concurrent.futures.wait` holds the locks of all futures for a moment, and an interrupt in it leaves them held:
+    then the workers never end.
+    """
+    job = pool.submit(work, *arguments)
+    job.add_done_callback(done.put)
+    return job
 
 
 @contextlib.contextmanager
@@ -61,20 +71,18 @@ def need(t: SourceTensor, recipe: Recipe) -> int:
 
 
 def run(pool: Executor, work: Callable[..., T], jobs: Iterable[tuple[int, Sequence[Any]]], limit: int) -> Iterator[T]:
-    """Results of work(*arguments) for each (bytes that it takes, arguments), as they come; within `limit` bytes or one.
-
-    What was not begun when the caller stops is not done.
-    """
+    """Results of work(*arguments) for each (bytes that it takes, arguments) as they come, in `limit` bytes or one."""
     running: dict[Future[T], int] = {}
+    done = SimpleQueue[Future[T]]()
     try:
         with named():
             for size, arguments in itertools.chain(jobs, [(math.inf, None)]):
                 while running and sum(running.values()) + size > limit:
-                    for job in wait(running, return_when=FIRST_COMPLETED).done:
-                        del running[job]
-                        yield job.result()
+                    job = done.get()
+                    del running[job]
+                    yield job.result()
                 if arguments is not None:
-                    running[pool.submit(work, *arguments)] = int(size)
+                    running[submit(pool, done, work, *arguments)] = int(size)
     finally:
         for job in running:
             job.cancel()

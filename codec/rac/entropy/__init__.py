@@ -25,15 +25,9 @@ _HEAD = struct.Struct("<QIHhBb")
 def encode(integers: ArrayLike) -> bytes:
     """Code integers of any shape with the table of their own frequencies; the shape is not stored.
 
-    Args:
-        integers: Array of an integer type, -32768 to 32767, the largest at most 255 above the least.
-
-    Returns:
-        A head of 18 bytes, the table, and the words of the coder, which take the entropy of the integers under
-        frequencies of 12 bits and up to 8 bytes.
-
-    Raises:
-        ValueError: The type or the range is another.
+    They are of an integer type, -32768 to 32767, the largest at most 255 above the least, ValueError otherwise. What
+    is returned are a head of 18 bytes, the table, and the words of the coder, which take the entropy of the integers
+    under frequencies of 12 bits and up to 8 bytes.
     """
     from rac.entropy import ans  # not above: constriction is loaded only where it codes
 
@@ -55,9 +49,8 @@ def encode(integers: ArrayLike) -> bytes:
 def decode(data: bytes, shape: Sequence[int]) -> NDArray[np.int16]:
     """The integers of `encode` in the shape given, int16.
 
-    Raises:
-        FormatError: The bytes are no such code, or one of another number of integers.
-        ChecksumError: The coder does not end in its initial state.
+    FormatError where the bytes are no such code, or one of another number of integers, ChecksumError where the coder
+    does not end in its initial state.
     """
     from rac.entropy import ans
 

@@ -17,8 +17,7 @@ from rac.entropy import tables
 from rac.errors import ChecksumError, FormatError
 
 Array = NDArray[Any]
-Segment = tuple[int, int]
-"""(steps of this lane, table) of one run of symbols under one table."""
+Segment = tuple[int, int]  # (steps of this lane, table) of one run of symbols under one table
 
 
 class Models:
@@ -26,8 +25,7 @@ class Models:
 
     def __init__(self, freq: NDArray[np.uint16]) -> None:
         self.symbols = [np.flatnonzero(t).astype(np.int32) for t in freq]
-        self.index = np.zeros((len(freq), 256), np.uint8)
-        """(T, 256) place of a symbol in the model of a table."""
+        self.index = np.zeros((len(freq), 256), np.uint8)  # (T, 256) place of a symbol in the model of a table
         for row, s in zip(self.index, self.symbols, strict=True):
             row[s] = np.arange(len(s), dtype=np.uint8)
         self._models: list[Any] = [
@@ -95,9 +93,8 @@ def _order(words: Array, counts: Array, freq: Array, segments: Array, merged: bo
         for n in range(total, 0, -lanes):
             v = x[:n]
             e = lut[table, (v >> np.uint64(12)) & np.uint64(4095)].astype(np.uint64)
-            v = ((v >> np.uint64(24)) * (e >> np.uint64(20)) + (e >> np.uint64(8) & np.uint64(4095))) << np.uint64(
-                12
-            ) | (v & np.uint64(4095))
+            slot = e >> np.uint64(8) & np.uint64(4095)
+            v = ((v >> np.uint64(24)) * (e >> np.uint64(20)) + slot) << np.uint64(12) | (v & np.uint64(4095))
             need = np.flatnonzero((v >> np.uint64(32) == 0) & (left[:n] > 0))
             if len(need):
                 new = words[at : at + len(need)] if merged else words[place[need]]

@@ -74,6 +74,4 @@ def from_bytes(data: bytes, count: int, size: int, order: int) -> NDArray[np.uin
     return out
 
 
-def lookup(tables: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint32]:
-    """(T, 4096) uint32 entries: code[symbol] | (slot - cumulative) << 8 | frequency << 20."""
-    return native.lookup(tables, code)
+lookup = native.lookup  # (T, 4096) uint32 entries: code[symbol] | (slot - cumulative) << 8 | frequency << 20

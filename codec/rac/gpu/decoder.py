@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac import native
 from rac.decoder import Decoder
@@ -20,12 +19,11 @@ from rac.frameworks import torch_dtype, torch_module
 from rac.gpu.layout import Batch, Launch
 from rac.gpu.specs import KERNELS, constants, kernel
 from rac.gpu.stages import BandLayout, require
+from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
-Array = NDArray[Any]
 RING = 256 << 20
-OLDEST = (8, 0)
-"""Compute capability from which on kernels are compiled and tested."""
+OLDEST = (8, 0)  # compute capability from which on kernels are compiled and tested
 
 
 def interpreted() -> bool:
@@ -40,9 +38,11 @@ def why_not(device: Any) -> str | None:
     if kind != "cuda" and not (kind == "cpu" and interpreted()):
         return f"there are no kernels for {kind}"
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return "triton is not installed (pip install rac-codec[cuda])"
+    if not hasattr(triton, "constexpr_function"):
+        return f"triton {triton.__version__} is older than 3.5"
     if kind == "cpu":
         return None
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -101,8 +101,7 @@ class DeviceDecoder:
         self._turn = 0
         self._work: Any = None
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)
-        """Where the offsets of tensors count from."""
+        self._origin = torch.empty(64, dtype=torch.uint8, device=self.device)  # where the offsets of tensors count from
         self._batch: Batch | None = None
         self._alive: list[Any] = []
         self._states: list[tuple[Any, list[tuple[Decoder, int]]]] = []
@@ -124,16 +123,14 @@ class DeviceDecoder:
             objects: The matrices that the tensor uses, float32: arrays, or torch tensors on the device.
             checked: Whether the checksums of the tiles were compared before.
 
-        Raises:
-            FormatError, ChecksumError: A unit breaks the format. What only decoding shows comes out of `flush`.
-            LimitError: The memory of the device is too small for the tensor.
-            UnsupportedError: No kernel is for a stage of the tensor.
+        FormatError or ChecksumError where a unit breaks the format, and what only decoding shows out of `flush`;
+        LimitError where the device lacks the memory, UnsupportedError where it has no kernel for a stage.
         """
         require(t.chain)
         dec = Decoder(t, first)
         out = self._empty(t)
         base = out.data_ptr() - self._origin.data_ptr() if out.numel() else 0
-        matrices = [self._object(o) for o in objects[: len(t.uses)]]
+        matrices = [self._torch.as_tensor(o).to(self.device).contiguous() for o in objects[: len(t.uses)]]
         try:
             self._tiles(dec, iter(units), matrices, base, checked)
         finally:
@@ -173,11 +170,7 @@ class DeviceDecoder:
             return dec.coder.plain(unit, t.grid.box(i))
 
     def flush(self) -> None:
-        """Decode what is waiting, wait for the device, and report what it has found.
-
-        Raises:
-            FormatError, ChecksumError: A tile is wrong; the first is named. Its tensor is not what was packed.
-        """
+        """Decode what is waiting, wait for the device; FormatError or ChecksumError of the first tile that is wrong."""
         self.launch()
         states, self._states = self._states, []
         for status, of in states:
@@ -246,8 +239,3 @@ class DeviceDecoder:
             return self._torch.empty(shape, dtype=torch_dtype(t.dtype), device=self.device)
         except self._torch.OutOfMemoryError as e:
             raise LimitError(f"{self.device} lacks the memory for {t.nbytes} bytes", unit=repr(t.name)) from e
-
-    def _object(self, o: Any) -> Any:
-        """A float32 matrix on the device, contiguous rows."""
-        m = self._torch.from_numpy(np.ascontiguousarray(o)) if isinstance(o, np.ndarray) else o
-        return m.to(self.device, non_blocking=False).contiguous()

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from rac import frameworks
 from rac.cpu.work import Place, Work, target
@@ -29,11 +28,10 @@ from rac.gpu import decoder
 from rac.gpu.layout import Batch, Launch
 from rac.gpu.stages import BandLayout, require
 from rac.grid import up16
+from rac.native.prototypes import Array
 from rac.tensor import Tensor
 
-Array = NDArray[Any]
-SLACK = 128
-"""Bytes behind a tile that a kernel may read: a word for each lane of a warp."""
+SLACK = 128  # bytes behind a tile that a kernel may read: a word for each lane of a warp
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class _OnDevice:
     """What a device needs besides the bytes of the tiles."""
 
     aux: torch.Tensor
-    last: torch.Tensor
-    """The last tile once more, where less than SLACK is behind it."""
+    last: torch.Tensor  # the last tile once more, where less than SLACK is behind it
     objects: torch.Tensor
     status: torch.Tensor
     launches: list[Launch]
@@ -113,10 +110,8 @@ class Packed:
         require(self.tensor.chain)
         batch, host = Batch(), data.cpu().numpy()
         late, last = self._late(data)
-        places, end = [], 0
-        for o in self.objects:
-            places.append((end, o.shape[1]))
-            end += o.nbytes
+        starts = itertools.accumulate((o.nbytes for o in self.objects), initial=0)
+        places = [(start, o.shape[1]) for start, o in zip(starts, self.objects, strict=False)]
         objects = np.concatenate([o.reshape(-1) for o in self.objects] or [np.zeros(1, np.float32)])
         for band in self.tensor.bands():
             layout = BandLayout(batch, self.decoder, band, 0)

@@ -16,14 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Jobs = NDArray[np.void]
-"""(n,) jobs of a kernel, of the dtype of its row."""
-Options = Mapping[str, Any]
-"""Constants that a kernel is compiled for, by the names that they have there."""
+Jobs = NDArray[np.void]  # (n,) jobs of a kernel, of the dtype of its row
+Options = Mapping[str, Any]  # constants that a kernel is compiled for, by the names that they have there
 MEMORIES = ("units", "aux", "work", "out", "objects", "status", "source")
-"""What a kernel may ask for: stored bytes of tiles, what the host lays out, what kernels leave for each other, the
-tensors, the objects, a status for each tile, and the one of these that a launch reads codes from. All are uint8 but for
-`status`, int32."""
+"""What a kernel may ask for: stored bytes of tiles, what the host lays out, what kernels leave for each other, tensors,
+objects, a status of each tile, int32, and the one of these, which are else uint8, that a launch reads codes from."""
 WARP = 32
 
 
@@ -42,20 +39,16 @@ class KernelSpec:
     """A kernel, as the host knows it."""
 
     name: str
-    options: str
-    """Names of what it is compiled for, apart by spaces."""
+    options: str  # names of what it is compiled for, apart by spaces
     job: np.dtype[np.void]
     """Fields of a job, each int64 or several of them; offsets are in bytes from the memory that the kernel states."""
-    memories: tuple[str, ...]
-    """Some of `MEMORIES`, in the order of the kernel's parameters."""
-    warps: Callable[[Options], int] = lambda options: 4
-    """Warps of a program."""
+    memories: tuple[str, ...]  # some of `MEMORIES`, in the order of the kernel's parameters
+    warps: Callable[[Options], int] = lambda options: 4  # warps of a program
     parts: Callable[[Jobs, Options], int] = lambda jobs, options: 1
     """Programs of a job, along the second axis of the grid."""
     whole: Callable[[Options], int] = lambda options: 1
     """Jobs of a program: the last one is done again, with the same result, to fill up."""
-    longest: str = ""
-    """Field by which jobs are sorted, largest first, so that those of a warp are alike."""
+    longest: str = ""  # field by which jobs are sorted, largest first, so that those of a warp are alike
 
     def grid(self, jobs: Jobs, options: Options) -> tuple[int, int]:
         """Programs along both axes."""

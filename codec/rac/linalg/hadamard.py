@@ -19,12 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_BASE = 512
-"""Largest order of a Paley matrix that is used: it costs so many multiplications for each element."""
-MOST_DCT = 4096
-"""Largest odd part whose DCT is: any weight may state any order, and the matrix takes memory when it runs."""
-RADIX = 64
-"""Sylvester factors are multiplied in pieces of this order: one product of matrices, not six passes over memory."""
+MOST_BASE = 512  # largest order of a Paley matrix that is used: it costs so many multiplications for each element
+MOST_DCT = 4096  # largest odd part whose DCT is: any weight may state any order, and its matrix takes memory
+RADIX = 64  # Sylvester factors are multiplied in pieces of this order: one product, not six passes over memory
 _WILLIAMSON = ("pppmmppmpmppmpmmmpmpp", "pmpmppppmmmmpmmmmpmmp", "pmmmpppppppmpmmppmmpm", "mmpppmmppmpmpmpmmpppp")
 """Order 43: elements 1 to 21 of the first rows of A, B, C, D; element 0 is 1, element 43 - i is element i."""
 
@@ -36,8 +33,7 @@ class Order:
     size: int
     power: int
     base: int
-    kind: str
-    """How the base is made: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"."""
+    kind: str  # how the base is made: "sylvester" (base 1), "paley1", "paley2", "williamson", or "dct"
 
     @property
     def hadamard(self) -> bool:
@@ -132,15 +128,11 @@ def _base(o: Order) -> NDArray[Any]:
     return np.ones((1, 1), np.int8)
 
 
-def _sylvester(power: int) -> NDArray[np.int8]:
-    two = np.array([[1, 1], [1, -1]], np.int8)
-    return functools.reduce(np.kron, [two] * power, np.ones((1, 1), np.int8))
-
-
 def matrix(m: int) -> NDArray[np.float64]:
     """(m, m) the orthonormal matrix of order `m`. For tests, and where m is small: it has m * m elements."""
     o = order(m)
-    h = np.kron(_sylvester(o.power), _base(o)).astype(np.float64)
+    two = np.array([[1, 1], [1, -1]], np.int8)
+    h = functools.reduce(np.kron, [*[two] * o.power, _base(o)]).astype(np.float64)
     return np.asarray(h / math.sqrt(m if o.hadamard else 1 << o.power))
 
 
@@ -164,22 +156,8 @@ def like(a: NDArray[Any], x: Any) -> Any:
         return torch.from_numpy(np.array(a)).to(x.device, x.dtype)
 
 
-def transform(x: Any, m: int, inner: int = 1, transposed: bool = False) -> Any:
-    """Multiply the last axis (..., a * m * inner) by I_a (x) H_m (x) I_inner, or by the transpose: its inverse.
-
-    float16 and bfloat16 are worked on in float32; the result is of the data type and on the device of `x`.
-    """
-    if x.shape[-1] % (m * inner):
-        raise ValueError(f"{m} x {inner} does not divide an axis of {x.shape[-1]}")
-    y = widen(x)
-    return cast(kronecker(y, [like(f, y) for f in factors(m)], inner, transposed), x.dtype)
-
-
 def kronecker(y: Any, by: Sequence[Any], inner: int, transposed: bool = False) -> Any:
-    """Multiply `y` (..., n), float32 or float64, by I_a (x) F_1 (x) F_2 ... (x) I_inner, or its transpose.
-
-    The square matrices F_1, F_2, ... are of the library, data type and device of `y`.
-    """
+    """Multiply `y` (..., n) by I_a (x) F_1 (x) F_2 ... (x) I_inner, matrices of its library and type; or transposed."""
     shape = tuple(y.shape)
     after = inner
     for f in reversed(by):

@@ -16,11 +16,7 @@ from rac.records import Online
 
 
 class Transform:
-    """T = I_a (x) M (x) I_inner of an input of `width`, and of hadamard/1 the signs in front of it.
-
-    `online` is what a record states, `matrix` the (size, size) M of matrix/1, None otherwise. ValueError where sizes do
-    not fit each other.
-    """
+    """T = I_a (x) M (x) I_inner of an input of `width`, signs in front of hadamard/1; `matrix` is the M of matrix/1."""
 
     def __init__(self, online: Online, width: int, matrix: NDArray[Any] | None = None) -> None:
         if online.inner < 1 or online.size < 1 or width % (online.size * online.inner):
@@ -28,8 +24,7 @@ class Transform:
         if (None if matrix is None else matrix.shape) != ((online.size, online.size) if online.by_object else None):
             raise ValueError(f"{online.id} of order {online.size} has no such matrix")
         self.online, self.width, self.matrix = online, width, matrix
-        self._kept: dict[Any, tuple[list[Any], Any]] = {}
-        """Factors and signs, by what they are multiplied with."""
+        self._kept: dict[Any, tuple[list[Any], Any]] = {}  # factors and signs, by what they are multiplied with
 
     def apply(self, x: Any) -> Any:
         """T x of each vector along the last axis: (..., n), data type and device kept."""

@@ -25,12 +25,9 @@ from rac.native.product import cholesky
 class Triangular:
     """The recursion of one second moment; or those of G blocks of rows that have inputs of their own (experts)."""
 
-    order: NDArray[np.int64]
-    """(n,) column at each place; places are quantised from the last to the first."""
-    weight: NDArray[np.float64]
-    """(n,) or (G, n), L_jj of each place: the square root of what a unit error of that column costs."""
-    feed: NDArray[np.float32]
-    """(n, n) or (G, n, n), [j, i], i > j: weight of the error at place i in the target at place j."""
+    order: NDArray[np.int64]  # (n,) column at each place; places are quantised from the last to the first
+    weight: NDArray[np.float64]  # (n,) or (G, n), L_jj: root of what a unit error of the column at a place costs
+    feed: NDArray[np.float32]  # (n, n) or (G, n, n), [j, i], i > j: weight of the error at i in the target at j
 
     @property
     def by_column(self) -> NDArray[np.float64]:
@@ -48,12 +45,10 @@ def damped(second: NDArray[np.floating], damp: float) -> NDArray[np.float64]:
 
 
 def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = True) -> Triangular:
-    """The recursion for inputs of second moment `second` (n, n), symmetric.
+    """The recursion for inputs of second moment E[x x^T] (n, n), symmetric, of any rank.
 
-    Args:
-        second: E[x x^T]. Need not have full rank.
-        damp: Share of the mean diagonal that is added to the diagonal.
-        sort: Quantise columns in descending order of their energy; else from the last to the first.
+    `damp` is the share of the mean diagonal that is added to the diagonal. With `sort` columns are quantised in
+    descending order of their energy, else from the last to the first.
     """
     order = np.argsort(np.diag(np.asarray(second, np.float64)), kind="stable") if sort else np.arange(len(second))
     return Triangular(order, *_factor(second, damp, order))
@@ -89,15 +84,11 @@ class Rows:
     block of rows."""
 
 
-LEAST = 1e-4
-"""Share of the mean that every output is taken to matter."""
+LEAST = 1e-4  # share of the mean that every output is taken to matter
 
 
 def rows(second: NDArray[np.floating], shrink: float) -> Rows:
-    """The recursion for outputs whose gradients have second moment E[g g^T] (m, m), of any rank.
-
-    A share `shrink`, above 0, of what lies off the diagonal is taken for chance: the text is but a sample.
-    """
+    """The recursion for gradients of second moment (m, m); a share `shrink` > 0 off the diagonal counts as chance."""
     g = np.asarray(second, np.float64)
     own = np.maximum(np.diag(g), max(np.diag(g).mean() * LEAST, 1e-30))
     g = (1 - shrink) * g

@@ -22,27 +22,24 @@ BLOCK = 128
 SHRINKS = np.linspace(1, 0.3, 36)
 """Shares of the range that `search` tries, the whole of it first."""
 Floats = NDArray[np.floating[Any]]
+Scales = NDArray[np.float32]
+Codes = NDArray[np.uint8]
 
 
 def rtn(w: Floats, bits: int, group: int | None = None, *, symmetric: bool = False, search: bool = False) -> Grouped:
-    """Round each weight to the nearest number of its group's grid.
+    """Round each weight of w (R, C) to the nearest number of its group's grid.
 
-    Args:
-        w: (R, C).
-        bits: Bits of a code, 1 to 8.
-        group: Columns that share a scale; None: all of them.
-        symmetric: The grid's zero is its middle, code 2**(bits - 1), and the range is that of the largest magnitude;
-            otherwise from the least to the largest weight, and 0.
-        search: Take the range with the least squared error, of SHRINKS of it.
+    `bits` are those of a code, 1 to 8; `group` columns share a scale (None: all of them). The zero of a `symmetric`
+    grid is its middle, code 2**(bits - 1), and the range is that of the largest magnitude; otherwise from the least to
+    the largest weight, and 0. With `search` the range is the one with the least squared error, of SHRINKS of it.
 
-    Raises:
-        SourceError: NaN or infinity among the weights, or some are too large for binary16 scales.
-        ValueError: `bits` or `group` is out of range, or `w` is no matrix.
+    SourceError where NaN or infinity is among the weights, or some are too large for binary16 scales; ValueError where
+    `bits` or `group` is out of range, or `w` is no matrix.
     """
     w, group = _checked(w, bits, group)
-    scales, zeros = grids(w, bits, group, symmetric, search)
+    scales, zeros = _grids(w, bits, group, symmetric, search)
     codes = np.empty(w.shape, np.uint8)
-    for g in range(scales.shape[1]):
+    for g in range(scales.shape[1]):  # a group after the other: little memory beside the weights
         at = slice(g * group, (g + 1) * group)
         codes[:, at] = _codes(w[:, at], scales[:, g, None], zeros[:, g, None], bits)
     return Grouped(codes, scales, zeros, group, bits)
@@ -65,24 +62,13 @@ def gptq(
 
     The error tr(E H E^T), E = w - what is stored, is made small. With U upper triangular and H^-1 = U^T U, a column's
     error over U[j, j] times row j of U is taken from the columns that follow. Columns whose inputs were always 0 are
-    made 0.
+    made 0. `w` is (R, C); `bits`, `group`, `symmetric` and `search` are those of `rtn`, and so are the errors, for NaN
+    or infinity among inputs too.
 
-    Args:
-        w: (R, C).
-        hessian: (C, C) second moment of the inputs, in any unit.
-        bits: Bits of a code, 1 to 8.
-        group: Columns that share a scale; None: all of them.
-        symmetric: As of `rtn`.
-        search: As of `rtn`.
-        act_order: Columns with large inputs first (descending diagonal).
-        static_groups: Grids of the weights as they were given; otherwise of a group as it is when its first column is
-            reached, which columns in another order do not allow.
-        damp: Share of the mean diagonal that is added to it.
-        block: Columns between updates of all the columns behind them: a matter of speed alone.
-
-    Raises:
-        SourceError: NaN or infinity among weights or inputs, or some weights are too large for binary16 scales.
-        ValueError: An argument is out of range, or the shapes do not fit.
+    `hessian` is the (C, C) second moment of the inputs, in any unit, to whose diagonal `damp` of its mean is added.
+    `act_order` takes columns with large inputs first (descending diagonal). `static_groups` are grids of the weights as
+    they were given; otherwise a group has the grid of what it is when its first column is reached, which columns in
+    another order do not allow. `block` columns lie between updates of all the columns behind them: speed alone.
     """
     w, group = _checked(w, bits, group)
     rows, cols = w.shape
@@ -94,7 +80,7 @@ def gptq(
         raise ValueError("block is at least 1, damp at least 0")
     live = np.diag(hessian) > 0
     rest = np.where(live, w, 0).T.copy()  # (C, R): what is left to store, a column in a row
-    scales, zeros = grids(rest.T, bits, group, symmetric, search)
+    scales, zeros = _grids(rest.T, bits, group, symmetric, search)
     order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(cols)
     u = _factor(hessian, live, order, damp)
     rest = rest[order]
@@ -103,38 +89,24 @@ def gptq(
         end = min(start + block, cols)
         errors = np.empty((end - start, rows))
         for i in range(start, end):
-            column = rest[i] - u[start:i, i] @ errors[: i - start]
-            j = int(order[i])
-            g = j // group
+            before, j = errors[: i - start], int(order[i])
+            column, g = rest[i] - u[start:i, i] @ before, j // group
             if not static_groups and j % group == 0:
-                now = rest[i : i + group] - _pending(u, errors, start, i, min(i + group, cols))
-                scales[:, g : g + 1], zeros[:, g : g + 1] = grids(now.T, bits, group, symmetric, search)
+                now = rest[i : i + group] - u[start:i, i : i + group].T @ before
+                scales[:, g : g + 1], zeros[:, g : g + 1] = _grids(now.T, bits, group, symmetric, search)
             codes[j] = _codes(column, scales[:, g], zeros[:, g], bits)
-            stored = (codes[j].astype(np.float64) - zeros[:, g]) * scales[:, g]
-            errors[i - start] = (column - stored) / u[i, i]
+            errors[i - start] = (column - _stored(codes[j], scales[:, g], zeros[:, g])) / u[i, i]
         rest[end:] -= u[start:end, end:].T @ errors
     return Grouped(np.ascontiguousarray(codes.T), scales, zeros, group, bits)
 
 
-def proxy(w: Floats, stored: Floats, hessian: Floats) -> float:
-    """tr(E H E^T) of E = w - stored (R, C): what GPTQ makes small, the squared error of the outputs."""
-    e = w.astype(np.float64) - stored
-    return float(np.vdot(e @ hessian, e))
-
-
-def grids(
-    w: Floats, bits: int, group: int, symmetric: bool, search: bool
-) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Scales and zeros (R, G) of groups of columns of finite weights (R, C); the ranges contain 0.
-
-    Raises:
-        SourceError: A scale is too large for binary16.
-    """
+def _grids(w: Floats, bits: int, group: int, symmetric: bool, search: bool) -> tuple[Scales, Codes]:
+    """Scales and zeros (R, G) of groups of columns of finite weights (R, C); the ranges contain 0."""
     found = [_grid(w[:, at : at + group], bits, symmetric, search) for at in range(0, w.shape[1], group)]
     return np.stack([s for s, _ in found], 1), np.stack([z for _, z in found], 1)
 
 
-def _grid(w: Floats, bits: int, symmetric: bool, search: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _grid(w: Floats, bits: int, symmetric: bool, search: bool) -> tuple[Scales, Codes]:
     """Scale and zero of each row of (R, n)."""
     low, high = np.minimum(w.min(1), 0.0), np.maximum(w.max(1), 0.0)
     if symmetric:
@@ -152,7 +124,7 @@ def _grid(w: Floats, bits: int, symmetric: bool, search: bool) -> tuple[NDArray[
     return scale, zero
 
 
-def _range(low: Floats, high: Floats, bits: int, symmetric: bool) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _range(low: Floats, high: Floats, bits: int, symmetric: bool) -> tuple[Scales, Codes]:
     """The grid from `low` to `high`, as it is stored: the zero fits the rounded scale."""
     top = 2**bits - 1
     exact = (high - low) / top
@@ -164,15 +136,19 @@ def _range(low: Floats, high: Floats, bits: int, symmetric: bool) -> tuple[NDArr
     return scale, np.clip(np.rint(-low / scale), 0, top).astype(np.uint8)
 
 
-def _codes(w: Floats, scale: NDArray[np.float32], zero: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    found: NDArray[np.uint8] = np.clip(np.rint(w / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
+def _codes(w: Floats, scale: Scales, zero: NDArray[Any], bits: int) -> Codes:
+    found: Codes = np.clip(np.rint(w / scale) + zero, 0, 2**bits - 1).astype(np.uint8)
     return found
 
 
-def _error(w: Floats, scale: NDArray[np.float32], zero: NDArray[np.uint8], bits: int) -> Floats:
+def _stored(codes: Codes, scale: Scales, zero: Codes) -> Floats:
+    return (codes.astype(np.float64) - zero) * scale
+
+
+def _error(w: Floats, scale: Scales, zero: Codes, bits: int) -> Floats:
     """Squared error of each row."""
-    stored = (_codes(w, scale[:, None], zero[:, None], bits).astype(np.float64) - zero[:, None]) * scale[:, None]
-    error: Floats = np.square(w - stored).sum(1)
+    scale, zero = scale[:, None], zero[:, None]
+    error: Floats = np.square(w - _stored(_codes(w, scale, zero, bits), scale, zero)).sum(1)
     return error
 
 
@@ -196,12 +172,6 @@ def _factor(hessian: Floats, live: NDArray[np.bool_], order: NDArray[np.int64], 
         raise ValueError(f"the Hessian is not positive definite with a damping of {damp:g}") from e
     u: NDArray[np.float64] = np.triu(np.linalg.inv(r))
     return u
-
-
-def _pending(u: Floats, errors: Floats, start: int, i: int, end: int) -> Floats:
-    """What the errors of columns `start` to `i` take from columns `i` to `end`."""
-    taken: Floats = u[start:i, i:end].T @ errors[: i - start]
-    return taken
 
 
 def _checked(w: Floats, bits: int, group: int | None) -> tuple[Floats, int]:

@@ -7,23 +7,22 @@ import glob
 import math
 import os
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.encode import record as rec
 from rac.encode import ties
 from rac.encode.align.recipe import matrix_of
 from rac.encode.code.plain import BitsEncoder
-from rac.encode.code.plan import CODER, LEVELS, Level, Plan, axis_of, tuned
+from rac.encode.code.plan import LEVELS, Level, Plan, axis_of
 from rac.encode.code.table import analyse
 from rac.encode.encoded import Bytes, Encoded, Fidelity
-from rac.encode.options import Progress
-from rac.encode.pack import Summary, pack_source
+from rac.encode.options import Hooks, PackOptions, Progress, silent
+from rac.encode.pack import Packer, Summary
 from rac.encode.schedule import Job
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import SourceError
@@ -54,47 +53,27 @@ def pack_grouped(
 ) -> Summary:
     """Pack a source; the tensors that `matrices` has as they are there, the others losslessly.
 
-    What a reader gets of a quantised tensor are `groups.values`, rounded to its data type once.
+    What a reader gets of a quantised tensor are `groups.values`, rounded to its data type once. `level`, `jobs`,
+    `lanes`, `slices`, `shard_size` and `force` are those of `rac.pack`.
 
-    Args:
-        source: As `open_source` or `transforms.source` gives it. Its online transforms are kept.
-        matrices: By names of tensors of F32, F16 or BF16; each is (R, C) as the tensor's matrix is: all dimensions but
-            the last are rows. A name that is tied to others stands for all of them; of names of equal content that of
-            the first counts. A mapping that makes its values when it is asked for them need not hold them all.
-        out: The .rac file to write; with `shard_size` the stem of a set.
-        entropy: Code the codes, with lanes/1 where that is smaller than bits/1. False: bits/1, at their fixed rate.
-        settings: For the provenance: the name of the recipe, bits, group and so on; numbers are whole or text.
-        level: Effort level of the tensors that stay lossless.
-        jobs: Threads; one per core up to 8 by default. The bytes do not depend on it.
-        lanes: ANS lanes per tile.
-        slices: "fine" or "coarse", as in `pack`.
-        shard_size: Dense bytes after which a new shard begins.
-        force: Replace a file that exists.
-        progress: Called after every tensor.
-        layer: Called after every quantised tensor.
+    `source` is what `open_source` or `transforms.source` gives; its online transforms are kept. `matrices` go by names
+    of tensors of F32, F16 or BF16; each is (R, C) as the tensor's matrix is: all dimensions but the last are rows. A
+    name that is tied to others stands for all of them; of names of equal content that of the first counts. A mapping
+    that makes its values when it is asked for them need not hold them all. With `entropy` codes are coded with lanes/1
+    where that is smaller than bits/1, their fixed rate. `settings` are for the provenance: the name of the recipe,
+    bits, group and so on; numbers are whole or text. `progress` is called after every tensor, `layer` after every
+    quantised one.
 
-    Raises:
-        SourceError: A name is not in the source, its tensor and matrix do not fit each other, or what the matrix stands
-            for is too large for the data type.
-        OutputError: The output exists, or cannot be written.
-        ValueError: A matrix is not as `Grouped` says.
+    SourceError where a name is not in the source, its tensor and matrix do not fit each other, or what the matrix
+    stands for is too large for the data type; OutputError where the output exists, or cannot be written; ValueError
+    where a matrix is not as `Grouped` says.
     """
-    found = _firsts(source, matrices)
-    quantiser = _ByGroups(matrices, found, tuned(CODER, lanes, slices), entropy, dict(settings or {}))
+    options = PackOptions(level, jobs, lanes, slices, shard_size, force=force)
+    about = {"entropy": entropy, **(settings or {})}
+    quantiser = ByGroups(matrices, _firsts(source, matrices), options.coder, entropy, about)
     try:
-        return pack_source(
-            source,
-            out,
-            level=level,
-            jobs=jobs,
-            lanes=lanes,
-            shard_size=shard_size,
-            force=force,
-            progress=progress,
-            layer=layer,
-            slices=slices,
-            quantiser=quantiser,
-        )
+        with Packer(source, out, options, Hooks(progress or silent, layer=layer or silent)) as packer:
+            return packer.write(quantiser)
     except KeyboardInterrupt:  # codes are not made twice alike for sure, so that nobody can go on with a part
         stem = glob.escape(os.fspath(out).removesuffix(".rac"))
         for part in (f"{os.fspath(out)}.part", *glob.glob(f"{stem}-*-of-*.rac.part")):
@@ -118,24 +97,15 @@ def _firsts(source: Source, matrices: Mapping[str, Grouped]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _ByGroups:
+class ByGroups:
     """Quantises by groups/1: gives the tensors that are on a grid already."""
 
     matrices: Mapping[str, Grouped]
-    found: Mapping[str, str]
+    names: Mapping[str, str]
+    """Names of records to those in `matrices`."""
     coder: Level
     entropy: bool
-    settings: Mapping[str, Any]
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        """What the provenance states: how the codes are stored, and what the caller says."""
-        return {"entropy": self.entropy, **self.settings}
-
-    @property
-    def names(self) -> Container[str]:
-        """The names of the records that are quantised."""
-        return self.found
+    about: Mapping[str, Any]
 
     def need(self, t: SourceTensor) -> int:
         """Bytes of memory that the work on a tensor takes, about."""
@@ -146,55 +116,35 @@ class _ByGroups:
         return self.encode, (group,)
 
     def encode(self, group: ties.Group) -> Encoded:
-        """A tensor with the codes of its matrix."""
-        t = group.tensor
-        return encode(group, self.matrices[self.found[t.name]], self.coder, self.entropy)
+        """A tensor whose numbers are those that its codes stand for. SourceError where they do not fit it."""
+        start, t = time.perf_counter(), group.tensor
+        g, shape = self.matrices[self.names[t.name]], matrix(t.dtype, t.shape, axis_of(t.shape))
+        if g.codes.shape != shape:
+            raise SourceError(f"tensor {t.name!r} is a matrix of {shape}, its codes are of {g.codes.shape}")
+        p, unit = groups.build_unit(g)
+        plan, tiles = self._coded(g)
+        words = to_words(groups.values(g), t.dtype)
+        numbers, w = from_words(words, t.dtype), matrix_of(t)
+        if not np.isfinite(numbers).all():
+            raise SourceError(f"tensor {t.name!r}: what its codes stand for is too large for {t.dtype}")
+        e = numbers.reshape(w.shape) - w
+        energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
+        snr = 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
+        seconds = time.perf_counter() - start
+        fidelity = Fidelity(t.name, t.shape, "identity", 0, 1, snr, outliers=0, dead=0, seconds=seconds)
+        behind = rec.Behind(p, zstd.digest(words.reshape(-1).view(np.uint8).data), ties.digest(t))
+        units: list[Bytes] = [*plan.fronts, unit, *tiles]
+        objects = rec.matrix_of(t, LEVELS["default"])
+        return rec.encoded(group, plan, units, behind, objects, fidelity)
 
-
-def encode(group: ties.Group, g: Grouped, coder: Level, entropy: bool) -> Encoded:
-    """A tensor whose numbers are those that `g` stands for. SourceError where they do not fit it."""
-    start, t = time.perf_counter(), group.tensor
-    shape = matrix(t.dtype, t.shape, axis_of(t.shape))
-    if g.codes.shape != shape:
-        raise SourceError(f"tensor {t.name!r} is a matrix of {shape}, its codes are of {g.codes.shape}")
-    p, unit = groups.build_unit(g)
-    plan, tiles = coded(g, coder, entropy)
-    words = to_words(groups.values(g), t.dtype)
-    numbers = from_words(words, t.dtype)
-    if not np.isfinite(numbers).all():
-        raise SourceError(f"tensor {t.name!r}: what its codes stand for is too large for {t.dtype}")
-    behind = rec.Behind(p, zstd.digest(words.reshape(-1).view(np.uint8).data), ties.digest(t))
-    fidelity = Fidelity(
-        t.name,
-        t.shape,
-        "identity",
-        0,
-        1,
-        _snr(matrix_of(t), numbers),
-        0,
-        0,
-        time.perf_counter() - start,
-    )
-    units: list[Bytes] = [*plan.fronts, unit, *tiles]
-    objects = rec.matrix_of(t, LEVELS["default"])
-    return rec.encoded(group, plan, units, behind, objects, fidelity)
-
-
-def coded(g: Grouped, coder: Level, entropy: bool) -> tuple[Plan, list[Bytes]]:
-    """How the codes are stored, and the units of their tiles: with `entropy` in the smaller way."""
-    codes = np.ascontiguousarray(g.codes)
-    encoder = analyse(lambda _, a, b: codes[a:b], "U8", codes.shape, coder)
-    flat = BitsEncoder.of(encoder.plan, codes, g.bits)
-    fixed = rec.tiles(flat, codes)
-    if entropy:
-        tiles = rec.tiles(encoder, codes)
-        if sum(map(len, tiles)) + len(encoder.plan.front) < sum(map(len, fixed)):
-            return encoder.plan, tiles
-    return flat.plan, fixed
-
-
-def _snr(w: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """Signal to noise of the weights, in dB."""
-    e = found.reshape(w.shape) - w
-    energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
-    return 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
+    def _coded(self, g: Grouped) -> tuple[Plan, list[Bytes]]:
+        """How the codes are stored, and the units of their tiles: with `entropy` in the smaller way."""
+        codes = np.ascontiguousarray(g.codes)
+        encoder = analyse(lambda _, a, b: codes[a:b], "U8", codes.shape, self.coder)
+        flat = BitsEncoder.of(encoder.plan, codes, g.bits)
+        fixed = rec.tiles(flat, codes)
+        if self.entropy:
+            tiles = rec.tiles(encoder, codes)
+            if sum(map(len, tiles)) + len(encoder.plan.front) < sum(map(len, fixed)):
+                return encoder.plan, tiles
+        return flat.plan, fixed

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from rac.calibrate import text as calibration_text
 from rac.calibrate.chain import Chain, UnfitError
 from rac.calibrate.moments import Collector
+from rac.calibrate.text import Note
+from rac.encode.options import silent
 from rac.errors import RacError, UnsupportedError
 from rac.methods import gptq
-from rac.models.linears import inside_blocks
+from rac.models.linears import frozen, inside_blocks
 from rac.stages.groups import Grouped, values
 
-Note = Callable[[str, int, int], None]
 ROWS = 2048
 """Tokens that a block takes at once."""
 
@@ -32,8 +33,7 @@ ROWS = 2048
 def calibration_ids(path: str, text: str, tokens: int = 40960, context: int = 1024) -> NDArray[np.int64]:
     """Token ids (n, context) of the beginning of a text, by the tokenizer in folder `path`.
 
-    Raises:
-        SourceError: There is no tokenizer, or the text is too short.
+    SourceError where there is no tokenizer, or the text is too short.
     """
     ids, most = calibration_text.text_ids(path, text, tokens)
     return calibration_text.sequences(ids, tokens, min(context, most))
@@ -53,27 +53,18 @@ def quantise_gptq(
 
     Embeddings and output layer are left alone. Memory: the hidden states of the text, and Hessians of one block.
 
-    Args:
-        model: A model of transformers, in float32 on the CPU. Its blocks must be a chain.
-        ids: Token ids (n, context) of the calibration text (`calibration_ids`).
-        bits: As of `gptq`.
-        group: As of `gptq`.
-        sequential: Layers whose inputs other layers of the block make see them quantised: one more pass of the block
-            for each set of layers with the same input.
-        note: Called with "gptq", blocks done, and all of them.
-        how: More for `gptq`.
+    `model` is one of transformers, in float32 on the CPU, whose blocks are a chain; `ids` (n, context) are token ids of
+    the calibration text (`calibration_ids`); `bits`, `group` and `how` go to `gptq`. With `sequential` layers whose
+    inputs other layers of the block make see them quantised: one more pass of the block for each set of layers with the
+    same input. `note` is called with "gptq", blocks done, and all of them. Returns names of weights to what is stored,
+    in the order of the model.
 
-    Returns:
-        Names of weights to what is stored, in the order of the model.
-
-    Raises:
-        UnsupportedError: The model is no chain of blocks, or a block has other weights than those of linear layers
-            (out, in).
-        SourceError: `gptq` raises it; the layer is named.
+    UnsupportedError where the model is no chain of blocks, or a block has other weights than those of linear layers
+    (out, in). Errors of `gptq` name the layer.
     """
     import torch
 
-    tell = note or (lambda *_: None)
+    tell = note or silent
     every = list(_linears(model))
     found: dict[str, Grouped] = {}
     with _chain(model, ids) as chain, torch.no_grad():
@@ -84,7 +75,8 @@ def quantise_gptq(
         hidden = torch.cat([chain.start(part) for part in tokens.split(batch)])
         for i, layers in enumerate(chain.inside):
             for names in _sets(chain, i, layers, hidden[:1], sequential):
-                with Collector({name: layers[name] for name in names}, outputs=False) as seen, _ends(layers[names[-1]]):
+                seeing = Collector({name: layers[name] for name in names}, outputs=False)
+                with seeing as seen, layers[names[-1]].register_forward_hook(_end):
                     for part in hidden.split(batch):
                         with contextlib.suppress(_End):
                             chain.run(i, part)
@@ -105,7 +97,7 @@ def quantise_rtn(
 
     Arguments, result and errors are those of `quantise_gptq`; `how` goes to `rtn`. The blocks need be no chain.
     """
-    tell = note or (lambda *_: None)
+    tell = note or silent
     layers = _linears(model)
     found = {}
     for i, (name, layer) in enumerate(layers.items(), 1):
@@ -123,11 +115,8 @@ def _linears(model: Any) -> dict[str, Any]:
         if type(module) is nn.Linear:
             found[name] = module
         elif wide := [p for p in module.parameters(recurse=False) if p.ndim > 1]:
-            raise UnsupportedError(
-                f"weights {list(wide[0].shape)} of a {type(module).__name__} are not (out, in); "
-                "the aligned recipe takes them",
-                unit=repr(name),
-            )
+            what = f"weights {list(wide[0].shape)} of a {type(module).__name__} are not (out, in)"
+            raise UnsupportedError(f"{what}; the aligned recipe takes them", unit=repr(name))
     if not found:
         raise UnsupportedError(f"{type(model).__name__} has no blocks of linear layers")
     if any(str(layer.weight.dtype) != "torch.float32" for layer in found.values()):
@@ -151,57 +140,39 @@ def _put(name: str, layer: Any, rounded: Callable[[NDArray[np.float32]], Grouped
 @contextlib.contextmanager
 def _chain(model: Any, ids: NDArray[np.int64]) -> Iterator[Chain]:
     """The model as a chain of blocks, in evaluation mode; what that changes of it is changed back."""
-    training = model.training
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
     hooks = [(m._forward_hooks, set(m._forward_hooks)) for m in model.modules()]
     try:
-        try:
-            chain = Chain(model.eval(), True, ids[:1])
-        except (UnfitError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
-            raise UnsupportedError(f"{type(model).__name__} cannot be run block by block: {e}") from e
-        yield chain
+        with frozen(model):
+            try:
+                chain = Chain(model, True, ids[:1])
+            except (UnfitError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+                raise UnsupportedError(f"{type(model).__name__} cannot be run block by block: {e}") from e
+            yield chain
     finally:
         for held, before in hooks:
             for key in set(held) - before:
                 del held[key]
-        for p, grad in wanted:
-            p.requires_grad_(grad)
-        model.train(training)
 
 
 class _End(Exception):
     """Nothing more of a block needs to run."""
 
 
-@contextlib.contextmanager
-def _ends(layer: Any) -> Iterator[None]:
-    """The block ends, with `_End`, behind this layer."""
-
-    def end(*_: Any) -> None:
-        raise _End
-
-    hook = layer.register_forward_hook(end)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _end(*_: Any) -> None:
+    raise _End
 
 
 def _sets(chain: Chain, i: int, layers: Mapping[str, Any], hidden: Any, sequential: bool) -> list[list[str]]:
     """Names of the layers of block `i` in sets that are calibrated together, both in the order in which they run."""
-    order: list[str] = []
-    hooks = [m.register_forward_hook(lambda *_, name=name: order.append(name)) for name, m in layers.items()]
-    try:
-        with Collector(layers, outputs=False) as seen:
-            chain.run(i, hidden)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if missing := layers.keys() - set(order):
+    order: dict[str, None] = {}
+    with contextlib.ExitStack() as stack:
+        for name, m in layers.items():
+            stack.enter_context(m.register_forward_hook(lambda *_, name=name: order.update({name: None})))
+        seen = stack.enter_context(Collector(layers, outputs=False))
+        chain.run(i, hidden)
+    if missing := layers.keys() - order:
         raise UnsupportedError("does not run on the calibration text", unit=repr(min(missing)))
-    if not sequential:
-        return [list(dict.fromkeys(order))]
     sets: dict[str, list[str]] = {}
-    for name in dict.fromkeys(order):
-        sets.setdefault(seen.key[name], []).append(name)
+    for name in order:
+        sets.setdefault(seen.key[name] if sequential else "", []).append(name)
     return list(sets.values())

@@ -1,7 +1,6 @@
 """Activations as if they were quantised: rounded to few bits and back, in the floating-point numbers of the model.
 
-Tensors of torch are met through their methods, torch and transformers are handed in or never seen. Rounding has no
-gradient here.
+Tensors of torch are met through their methods, transformers is handed in. Rounding has no gradient here.
 """
 
 from __future__ import annotations
@@ -14,20 +13,18 @@ from typing import Any
 
 from rac.errors import UnsupportedError
 
+Change = Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
+_LEAST = 1e-30
+"""Scale of a vector of zeros."""
 _count = itertools.count()
-Attention = Callable[..., Any]
 
 
 def per_token(x: Any, bits: int, clip: float = 1.0, most: Any = None) -> Any:
     """Each vector along the last axis on a symmetric grid of 2**bits - 1 or 2**bits numbers, `x` of any shape.
 
-    As of QuaRot (arXiv 2404.00456, section 5) with clip 0.9, of SmoothQuant (2211.10438) with 1.
-
-    Args:
-        x: Floating-point numbers; the data type is kept.
-        bits: 2 to 16.
-        clip: Share of the largest magnitude up to which the grid goes.
-        most: The largest magnitude, where it is known beforehand (a static scale); None: that of each vector.
+    As of QuaRot (arXiv 2404.00456, section 5) with clip 0.9, of SmoothQuant (2211.10438) with 1: the share of the
+    largest magnitude up to which the grid goes. `most` is that magnitude where it is known beforehand (a static scale);
+    None: that of each vector. The data type is kept; `bits` are 2 to 16.
     """
     wide = x.float() if x.dtype.itemsize < 4 else x
     half = 2 ** (bits - 1)
@@ -39,16 +36,8 @@ def per_token(x: Any, bits: int, clip: float = 1.0, most: Any = None) -> Any:
 def per_group(x: Any, bits: int, group: int | None = None, clip: float = 1.0) -> Any:
     """Groups of each vector along the last axis on a grid between their least and largest number, and 0.
 
-    As QuaRot's keys and values, with clip 0.95 and one group for each head.
-
-    Args:
-        x: Floating-point numbers; the data type is kept.
-        bits: 1 to 16.
-        group: Numbers of a group, which divide the vectors; None: all.
-        clip: Share of both that the grid goes to.
-
-    Raises:
-        ValueError: `group` does not divide the vectors.
+    As QuaRot's keys and values, with clip 0.95, the share of both that the grid goes to, and one group for each head.
+    The data type is kept; `bits` are 1 to 16. ValueError where `group` (None: all) does not divide the vectors.
     """
     n = x.shape[-1]
     group = group or n
@@ -65,19 +54,13 @@ def per_group(x: Any, bits: int, group: int | None = None, clip: float = 1.0) ->
 
 
 @contextlib.contextmanager
-def attention(model: Any, transformers: Any, around: Callable[[Attention], Attention]) -> Iterator[None]:
-    """Replace the attention of all layers of a model inside the `with` block.
+def attention(model: Any, transformers: Any, change: Change) -> Iterator[None]:
+    """Change what the attention of all layers of a model of `transformers`, the package, is given in the `with` block.
 
-    It is called with (module, queries, keys, values, mask, ...), keys and values (batch, key heads, n, head_dim), those
-    of the cache among them, behind the position embedding.
+    `change` is called with (module, queries, keys, values), keys and values (batch, key heads, n, head_dim), those of
+    the cache among them, behind the position embedding; it returns what takes the place of the three.
 
-    Args:
-        model: A model of transformers.
-        transformers: The package.
-        around: Called with the attention that the model has; returns what takes its place.
-
-    Raises:
-        UnsupportedError: The model's attention is no function that transformers lets one replace.
+    UnsupportedError where the model's attention is no function that transformers lets one replace.
     """
     masks = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     functions = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
@@ -88,7 +71,7 @@ def attention(model: Any, transformers: Any, around: Callable[[Attention], Atten
     if own is None or base not in masks:
         raise UnsupportedError(f"attention {base!r} of {type(model).__name__} is not one that can be replaced")
     name = f"rac-attention-{next(_count)}"
-    functions[name] = around(own)
+    functions[name] = lambda module, q, k, v, *args, **how: own(module, *change(module, q, k, v), *args, **how)
     masks.register(name, masks[base])  # masks are only made for names of all instances, which cannot be taken back
     config._attn_implementation = name
     try:
@@ -96,7 +79,3 @@ def attention(model: Any, transformers: Any, around: Callable[[Attention], Atten
     finally:
         config._attn_implementation = base
         del functions[name]
-
-
-_LEAST = 1e-30
-"""Scale of a vector of zeros."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,3 +25,16 @@ def inside_blocks(model: Any) -> Iterator[tuple[str, Any]]:
 def blocks_linears(model: Any) -> dict[str, Any]:
     """Names to the linear layers inside the blocks of a model."""
     return {name: module for name, module in inside_blocks(model) if is_linear(module)}
+
+
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, its weights without gradients; behind the `with` block it is as it was."""
+    training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, grad in wanted:
+            p.requires_grad_(grad)
+        model.train(training)

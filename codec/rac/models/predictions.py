@@ -38,10 +38,9 @@ def check(tokens: int, context: int) -> None:
 def windows(
     encode: Callable[[str], Sequence[int]], text: str, tokens: int, context: int, config: Any, file: str
 ) -> list[Sequence[int]]:
-    """At most `tokens` ids of `text` in windows of `context` (no longer than the model's positions).
+    """At most `tokens` ids of `text` in windows of `context`, no longer than the model's positions.
 
-    Raises:
-        SourceError: The text is shorter than one window; `file` is named.
+    SourceError, which names `file`, where the text is shorter than one window.
     """
     ids = encode(text)
     context = min(context, getattr(config, "max_position_embeddings", context))

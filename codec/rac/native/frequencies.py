@@ -1,7 +1,4 @@
-"""Frequency tables of lanes/1, between their bytes, integers and look-up entries, and what the encoder makes of counts.
-
-C kernels, or numpy: that of classes is in encode/code/classes.py, that of `golomb` in entropy/tables.py.
-"""
+"""Frequency tables of lanes/1, and classes of counts (encode/code/classes.py): C kernels, or numpy."""
 
 from __future__ import annotations
 
@@ -51,17 +48,15 @@ def lookup(freq: NDArray[np.uint16], code: NDArray[np.uint8]) -> NDArray[np.uint
     return out
 
 
-def golomb(freq: NDArray[np.uint16], order: int, write: bool = True) -> tuple[int, bytes] | None:
+def golomb(freq: NDArray[np.uint16], order: int) -> tuple[int, bytes] | None:
     """(bits, bytes) of the tables (T, n) in exponential-Golomb code; None where the C kernel is not there."""
     lib = library()
     if lib is None:
         return None
     freq = np.ascontiguousarray(freq)
-    bits = int(lib.rac_golomb(freq, *freq.shape, order, None))
-    out = np.zeros((bits + 7) // 8 * write, np.uint8)
-    if write:
-        lib.rac_golomb(freq, *freq.shape, order, out)
-    return bits, out.tobytes()
+    out = np.zeros(4 * freq.size, np.uint8)  # a frequency takes 29 bits at most
+    bits = int(lib.rac_golomb(freq, *freq.shape, order, out))
+    return bits, out[: (bits + 7) // 8].tobytes()
 
 
 def code_length(counts: Counts, fraction: Counts, weight: int) -> Counts | None:

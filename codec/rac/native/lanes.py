@@ -1,24 +1,89 @@
-"""Coded symbols to ANS lanes, and what the encoder counts and finds among them: C kernels, or numpy."""
+"""Tiles of lanes/1 to words or numbers, and symbols to lanes, counted and found: C kernels, or numba and numpy."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.errors import ChecksumError, FormatError
 from rac.native.library import library
+from rac.native.prototypes import TILE_ERRORS, Array, TileJob
 
-Array = NDArray[Any]
+
+def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumError], str] | None:
+    """Decode tiles, where kernels are `available`. None, or of the first that is wrong: its number and the error."""
+    lib = library()
+    assert lib is not None  # noqa: S101 - the caller asked
+    at = ctypes.c_int64()
+    bad = lib.rac_tiles(b"".join(jobs), len(jobs), ctypes.byref(at))
+    if bad == 8:
+        raise MemoryError
+    return (at.value, ChecksumError if bad == 4 else FormatError, TILE_ERRORS[bad]) if bad else None
+
+
+def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:
+    """Coded symbols (n,) of one tile in sequence order, in numba; ChecksumError where a lane does not end in state 0.
+
+    luts (T, 4096) uint32, words (W,) uint32 in the order of reading, counts (L,) words of each lane, which sum to W,
+    segments (S, 2) of (symbols, table), which sum to n.
+    """
+    out = np.empty(n, np.uint8)
+    if _compiled()(luts, words, counts, segments, out):
+        raise ChecksumError(TILE_ERRORS[4])
+    return out
+
+
+@functools.cache
+def _compiled() -> Any:
+    import numba  # its only door
+
+    return numba.njit(cache=True, nogil=True)(_decode)
+
+
+def _decode(luts: Array, words: Array, counts: Array, segments: Array, out: Array) -> bool:  # pragma: no cover
+    """Twin of src/lanes.c; whether a lane does not end empty in state 0."""
+    lanes = len(counts)
+    st = np.zeros(lanes, np.uint64)
+    left = counts.astype(np.int64)
+    at = 0
+    for i in range(lanes):
+        for _ in range(min(2, left[i])):
+            st[i] = st[i] << np.uint64(32) | np.uint64(words[at])
+            at += 1
+            left[i] -= 1
+    o = 0
+    for k in range(len(segments)):
+        todo = segments[k, 0]
+        table = segments[k, 1]
+        while todo > 0:
+            for i in range(min(lanes, todo)):
+                x = st[i]
+                e = luts[table, (x >> np.uint64(12)) & np.uint64(4095)]
+                out[o + i] = e & np.uint32(255)
+                x = ((x >> np.uint64(24)) * np.uint64(e >> 20) + np.uint64((e >> 8) & 4095)) << np.uint64(12) | (
+                    x & np.uint64(4095)
+                )
+                if x >> np.uint64(32) == 0 and left[i]:
+                    x = x << np.uint64(32) | np.uint64(words[at])
+                    at += 1
+                    left[i] -= 1
+                st[i] = x
+            o += min(lanes, todo)
+            todo -= lanes
+    bad = False
+    for i in range(lanes):
+        bad |= st[i] != 0 or left[i] != 0
+    return bad
 
 
 def encode_lanes(
     symbols: NDArray[np.uint8], lanes: int, segments: NDArray[np.int64], model: NDArray[np.uint64]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]] | None:
-    """(words in the order of reading, words of each lane) of coded symbols; `model` as `symbol_model` makes it.
-
-    None where the C kernel is not there.
-    """
+    """(words in the order of reading, words of each lane) of symbols, by `symbol_model`; None without a kernel."""
     lib = library()
     if lib is None:
         return None
@@ -44,10 +109,7 @@ def symbol_model(freq: NDArray[np.uint16], same: NDArray[np.uint8]) -> NDArray[n
 
 
 def pair(sym: NDArray[np.uint8], sizes: NDArray[np.int64], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Base symbols (n,) below 16 to pairs table[a + 16 b], segment by segment of `sizes` elements.
-
-    An odd last one is paired with symbol 0.
-    """
+    """Base symbols (n,) below 16 to pairs table[a + 16 b], by segments of `sizes`; an odd last one is paired with 0."""
     lib = library()
     if lib is not None:
         out = np.empty(int(((sizes + 1) // 2).sum()), np.uint8)

@@ -12,7 +12,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,8 @@ class Library:
 def _load(cpu: str) -> Library | None:
     """The library of an instruction set, None where it was not built; the machine must have the set."""
     for path in sorted(Path(__file__).parent.glob(f"_{cpu}.*")):
-        try:
+        with suppress(OSError):  # of another machine
             return Library(path)
-        except OSError:  # of another machine
-            continue
     return None
 
 
@@ -82,10 +80,7 @@ _instead: list[Library | None] = []
 
 
 def library() -> Library | None:
-    """The library in use, or None (with one warning) where none was built, or RAC_NO_NATIVE is set.
-
-    UnsupportedError where RAC_CPU names an instruction set that is not there.
-    """
+    """The library in use; None, with one warning, where none was built, and without where RAC_NO_NATIVE is set."""
     return _instead[-1] if _instead else _chosen()
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
+from rac.native.prototypes import F32, Array
 
-F32 = NDArray[np.float32]
-_BLOCK = 64
-"""Columns of the kernel's scratch."""
+_BLOCK = 64  # columns of the kernel's scratch
 
 
-def add(t: F32, a: F32, b: F32, reference: bool = False) -> None:
-    """t[i, j] += a[i, k] * b[k, j] for k = 0, 1, ..., each product and each sum rounded to binary32.
-
-    `t` (h, w), changed, `a` (h, n) and `b` (n, w) have unit column stride; `reference`: in numpy in any case.
-    """
-    lib = None if reference else library()
+def add(t: F32, a: F32, b: F32) -> None:
+    """t[i, j] += a[i, k] * b[k, j] for k = 0, 1, ..., each product and sum rounded; all have unit column stride."""
+    lib = library()
     if lib is not None:
         lib.rac_product(t, a, b)
         return
@@ -28,7 +22,7 @@ def add(t: F32, a: F32, b: F32, reference: bool = False) -> None:
             t += a[:, k, None] * b[k]
 
 
-def rounded(v: F32, dtype: str, dst: NDArray[Any]) -> bool:
+def rounded(v: F32, dtype: str, dst: Array) -> bool:
     """Contiguous numbers to as many words of the data type in `dst`; False where no kernel is there for it."""
     lib = library()
     if lib is None or dtype not in ("F32", "BF16"):
@@ -37,14 +31,14 @@ def rounded(v: F32, dtype: str, dst: NDArray[Any]) -> bool:
     return True
 
 
-def cholesky(a: NDArray[np.float64], reference: bool = False) -> NDArray[np.float64]:
+def cholesky(a: NDArray[np.float64]) -> NDArray[np.float64]:
     """The lower triangular L (n, n) with L L^T = `a` (n, n), the same bits on every machine.
 
     For k = 0, 1, ..., L_kk = sqrt(a_kk), L_ik = a_ik / L_kk, and L_ik L_jk, rounded, is taken off a_ij for k < j <= i.
     What is above the diagonal of `a` is not read. numpy.linalg.LinAlgError where it is not positive definite.
     """
     out, n, bad = np.array(a, np.float64, order="C"), len(a), 0
-    lib = None if reference else library()
+    lib = library()
     if lib is not None:
         bad = lib.rac_factor(out, n, np.empty((_BLOCK, n)))
     else:

@@ -1,7 +1,7 @@
 """Every function and structure that Python and the C kernels (native/src) share.
 
-Version and sizes of structures are compared with the library's when it is loaded (src/layout.c). An array is handed
-over by its address; who keeps an address in a structure keeps the array alive.
+Version and structures, field by field, are compared with the library's when it is loaded (src/layout.c). An array is
+handed over by its address; who keeps an address in a structure keeps the array alive.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import ctypes
 from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-VERSION = 18
-"""Changes with any function or structure."""
+F32 = NDArray[np.float32]
+VERSION = 20  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -63,21 +64,13 @@ class Flat:
 
 
 class Dequant(ctypes.Structure):
-    """What the words of a tensor stand for (stages/trellis.md): the same for all of its tiles.
-
-    rec is (256,) float32, the magnitude of each word; even says whether it goes in equal steps; size is that of an
-    element in bytes, 4 for F32 and 2 for BF16.
-    """
+    """What the words of a tensor stand for, see src/rac.h."""
 
     _fields_ = _fields("at rec; i32 h0 h1 zero even size")
 
 
 class TileShared(ctypes.Structure):
-    """What all tiles of a tensor share under lanes/1 (stages/lanes.md).
-
-    luts is (T, 4096) uint32 as `lookup` makes it, values (256,) uint16 the top of each base symbol, bases uint32 that
-    of each escape, table (Kr, Kc) uint8 the table of each pair of classes; tops are below limit.
-    """
+    """What all tiles of a tensor share under lanes/1, see src/tile.h."""
 
     _fields_ = _fields(
         "at luts values bases table;"
@@ -86,12 +79,7 @@ class TileShared(ctypes.Structure):
 
 
 class TileJob(ctypes.Structure):
-    """One tile to be decoded; all pointers are addresses.
-
-    unit and size are the bytes of its unit; row_class and col_class the classes of its rows and columns, 0 where there
-    is one; dst its first element in the dense tensor, stride the elements from row to row. shared is a TileShared.
-    numbers is a Dequant, with row and col the float32 scales of the tile's rows and columns; 0: the words are wanted.
-    """
+    """One tile to be decoded, see src/tile.h."""
 
     _fields_ = _fields("at unit; i64 size; at row_class col_class dst; i64 rows cols stride; at shared numbers row col")
 
@@ -109,6 +97,20 @@ class Columns(ctypes.Structure):
 
     _fields_ = _fields("i64 cols rows groups; at plain target feed step out recon wild fine_of")
 
+
+TILE_ERRORS = (
+    "",
+    "tile streams do not fill the unit exactly",
+    "padding is not zero",
+    "ANS lane begins with a zero word",
+    "ANS lane does not end in its initial state",
+    "escape counts do not match the symbols",
+    "escaped value leaves the range of tops",
+    "plane ends in non-zero bits",
+    "not enough memory",
+    "a word is larger than groups/1 allows",
+)
+"""What a kernel has found, by its number; the last two are never those of a tile that the CPU decodes."""
 
 STRUCTURES = (Matrix, Dequant, TileShared, TileJob, Quantiser, Columns)
 
@@ -148,5 +150,9 @@ BRIEF = {"rac_tables", "rac_lookup"}
 
 
 def layout() -> list[tuple[str, int]]:
-    """The version, and the bytes of each structure, each with a name for errors."""
-    return [("version", VERSION), *((kind.__name__, ctypes.sizeof(kind)) for kind in STRUCTURES), ("end", -1)]
+    """The version, and of each structure its bytes and the offsets of its fields, each with a name for errors."""
+    out = [("version", VERSION)]
+    for kind in STRUCTURES:
+        out.append((kind.__name__, ctypes.sizeof(kind)))
+        out += [(f"{kind.__name__}.{name}", getattr(kind, name).offset) for name, *_ in kind._fields_]
+    return [*out, ("end", -1)]

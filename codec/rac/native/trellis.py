@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import RacError
 from rac.native.library import library
-from rac.native.prototypes import Columns, Dequant, Quantiser, address
+from rac.native.prototypes import F32, Array, Columns, Dequant, Quantiser, address
 
-F32 = NDArray[np.float32]
 _SIZES = {"F32": 4, "BF16": 2}
 
 
-def dequant(rec: NDArray[np.float32], even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
-    """What the words of a tensor stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
+def dequant(rec: F32, even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
+    """What words stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
 
-    `rec` (256,) are the magnitudes of words, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1),
-    `zero` the word that stands for 0, `dtype` that of the elements.
+    `rec` (256,) are their magnitudes, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1).
     """
     if library() is None or dtype not in _SIZES:
         return None
     return Dequant(address(rec), *code, zero, even, _SIZES[dtype])
 
 
-def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst: NDArray[Any]) -> None:
+def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst: Array) -> None:
     """Words (h, w), contiguous, which stand for `numbers`, to `dst` (h, w), unit column stride."""
     lib = library()
     assert lib is not None  # noqa: S101 - `dequant` asked
@@ -36,35 +34,23 @@ def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst
 
 @dataclass(slots=True)
 class Search:
-    """How the columns of a tensor are quantised.
+    """How the columns of a tensor are quantised (src/quantise.h)."""
 
-    Attributes:
-        states: States of the trellis, 4 to 256, or 1: none, each number alone.
-        code: (H0, H1).
-        lane: Rows after which the trellis begins anew.
-        rec: (2 K + 1,) magnitudes of the integers -K..K.
-        rate: (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row.
-        fine: (Q,) how many quarter octaves finer than its step a column of that deviation is coded; -1: not at all.
-        low: Quarter octaves of deviation / step of the first of the Q.
-        row: (m,) class of each row, or None for one class.
-        far: Units from which on a target is an outlier, whose value is the target itself.
-        below: (m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within
-            each block; None: rows know nothing of each other. 32 states and more.
-        lag: Blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors.
-    """
-
-    states: int
-    code: tuple[int, int]
-    lane: int
-    rec: NDArray[np.float32]
-    rate: NDArray[np.float32]
-    far: float
+    states: int  # of the trellis, 4 to 256; 1: none, each number alone
+    code: tuple[int, int]  # (H0, H1)
+    lane: int  # rows after which the trellis begins anew
+    rec: F32  # (2 K + 1,) magnitudes of the integers -K..K
+    rate: F32  # (Q, Tr, 2 K + 1) cost of each in squared units, by deviation of the column and class of the row
+    far: float  # units from which on a target is an outlier, whose value is the target itself
     fine: NDArray[np.int8] = field(default_factory=lambda: np.zeros(1, np.int8))
-    low: int = 0
-    row: NDArray[np.uint8] | None = None
-    below: NDArray[np.float32] | None = None
-    lag: int = 6
-    _back: NDArray[np.float32] | None = field(init=False)
+    """(Q,) how many quarter octaves finer than its step a column of that deviation is coded; -1: not at all."""
+    low: int = 0  # quarter octaves of deviation / step of the first of the Q
+    row: NDArray[np.uint8] | None = None  # (m,) class of each row; None: one class
+    below: F32 | None = None
+    """(m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within each
+    block; None: rows know nothing of each other. 32 states and more."""
+    lag: int = 6  # blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors
+    _back: F32 | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Transpose the weights of rows once, not for every block of columns."""
@@ -82,14 +68,10 @@ class Search:
 class Quantised(NamedTuple):
     """What a block of columns became."""
 
-    integers: NDArray[np.int16]
-    """(n, m)."""
-    values: NDArray[np.float32]
-    """(n, m)."""
-    outliers: NDArray[np.uint8]
-    """(n, m) whether the value is the target itself."""
-    fine: NDArray[np.int8]
-    """(n,) `Search.fine` of each column."""
+    integers: NDArray[np.int16]  # (n, m)
+    values: F32  # (n, m)
+    outliers: NDArray[np.uint8]  # (n, m) whether the value is the target itself
+    fine: NDArray[np.int8]  # (n,) `Search.fine` of each column
 
 
 def block(search: Search, plain: F32, target: F32, feed: F32, step: F32) -> Quantised:

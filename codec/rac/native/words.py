@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
-
-Array = NDArray[Any]
+from rac.native.prototypes import Array
 
 
 def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:

@@ -1,24 +1,14 @@
-"""Models that run from a .rac file, in transformers; `dcp` for torch.distributed.checkpoint.
+"""Models that run from a .rac file, in transformers (docs/loading.md); `dcp` for torch.distributed.checkpoint.
 
-    import rac.runtime                                          # from_pretrained knows "rac" from now on
-    model = rac.load_model("m.rac", resident="compressed")      # does not need that import
-    model = AutoModelForCausalLM.from_pretrained("folder")      # one that `rac pack --format hf` wrote
-
-Needs torch and transformers; nothing else of the package does, but for calibration and evaluation.
+Importing this lets `from_pretrained` load a folder that `rac pack --format hf` wrote. Needs torch and transformers;
+nothing else of the package does, but for calibration and evaluation.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rac.errors import MissingDependencyError
-
-if TYPE_CHECKING:
-    from rac.runtime.layers import RacEmbedding, RacLinear
-    from rac.runtime.model import load_model, load_tokenizer
-    from rac.runtime.online import fold
-    from rac.runtime.quantizer import RacConfig
-    from rac.runtime.workspace import Workspace
 
 __all__ = ["RacConfig", "RacEmbedding", "RacLinear", "Workspace", "fold", "load_model", "load_tokenizer"]
 
@@ -38,6 +28,6 @@ except ImportError as _why:  # rac.runtime.dcp does without
 else:
     from rac.runtime.layers import RacEmbedding, RacLinear
     from rac.runtime.model import load_model, load_tokenizer
-    from rac.runtime.online import fold
     from rac.runtime.quantizer import RacConfig
+    from rac.runtime.replace import fold
     from rac.runtime.workspace import Workspace

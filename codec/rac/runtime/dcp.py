@@ -12,14 +12,7 @@ from rac.registry import RECORD_TENSOR
 
 try:
     import torch
-    from torch.distributed.checkpoint import StorageReader
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+    from torch.distributed.checkpoint import StorageReader, metadata
     from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
     from torch.futures import Future
 except ImportError as e:
@@ -33,15 +26,13 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
 
     Sharded tensors are read by slices: a rank reads the tiles that its part touches, and no others.
 
-    Args:
-        checkpoint_id: A .rac file, one shard of a set, a folder that holds one, or a URL. Every rank opens it.
-        threads: Threads that decode, for each rank.
+    `checkpoint_id` is a .rac file, one shard of a set, a folder that holds one, or a URL; every rank opens it, and
+    decodes by so many `threads`.
     """
 
     def __init__(self, checkpoint_id: str | os.PathLike[str], threads: int | None = None) -> None:
         super().__init__()
         self._path, self._threads = checkpoint_id, threads
-        self._load_id = ""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -50,28 +41,21 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin anew, with another archive where one is given."""
-        if checkpoint_id is not None:
-            self._path = checkpoint_id
+        self._path = self._path if checkpoint_id is None else checkpoint_id
 
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:
         """Names, shapes and data types, from the index alone; each tensor is one chunk."""
         tensors: dict[str, Any] = {}
         with RacFile(self._path, "pt") as f:
-            for archive in f.archives:
-                for e in archive.index.entries:
-                    if e.type != RECORD_TENSOR:
-                        continue
-                    shape = (*e.shape[:-1], e.shape[-1] // 2) if e.dtype == "F4" else e.shape
-                    size = torch.Size(shape)
-                    for name in (e.name, *(a for a, _ in e.aliases)):
-                        tensors[name] = TensorStorageMetadata(
-                            properties=TensorProperties(dtype=frameworks.torch_dtype(e.dtype)),
-                            size=size,
-                            chunks=[ChunkStorageMetadata(torch.Size([0] * len(shape)), size)],
-                        )
-        return Metadata(tensors, storage_meta=StorageMeta(load_id=self._load_id))
+            for e in (e for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR):
+                size = torch.Size((*e.shape[:-1], e.shape[-1] // 2) if e.dtype == "F4" else e.shape)
+                for name in (e.name, *(a for a, _ in e.aliases)):
+                    properties = metadata.TensorProperties(dtype=frameworks.torch_dtype(e.dtype))
+                    chunk = metadata.ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+                    tensors[name] = metadata.TensorStorageMetadata(properties=properties, size=size, chunks=[chunk])
+        return metadata.Metadata(tensors, storage_meta=metadata.StorageMeta(load_id=""))
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
+    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
         """Nothing to set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -85,8 +69,7 @@ class RacStorageReader(StorageReader):  # type: ignore[misc]
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read and decode what the plan of this rank asks for.
 
-        Raises:
-            SourceError: The plan asks for something that is not a tensor, or for another size than there is.
+        SourceError where that is something that is not a tensor, or of another size than there is.
         """
         with RacFile(self._path, "pt", threads=self._threads) as f:
             for item in plan.items:

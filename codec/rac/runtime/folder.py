@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import transformers
 from safetensors import SafetensorError
@@ -21,9 +22,8 @@ from safetensors.torch import save_file
 from rac.decode.archive import RacFile
 from rac.errors import OutputError, UnsupportedError
 from rac.models.predictions import quiet
-from rac.runtime.model import State, model_class, skeleton, write_attachments
+from rac.runtime.model import State, model_class, write_attachments
 from rac.runtime.quantizer import METHOD, RacConfig
-from rac.runtime.replace import places
 
 Progress = Callable[[str, int], None]
 SHARD = 5 * 10**9
@@ -53,35 +53,23 @@ def write_folder(
 ) -> Written:
     """Write the model of an archive as a folder for `from_pretrained`, which appears when it is whole.
 
-    Args:
-        path: A .rac file that was made of a Hugging Face folder, or one shard of a set.
-        out: The folder.
-        force: Replace it where it exists, this program wrote it, and nothing else is in it.
-        shard: Bytes after which another safetensors file begins.
-        trust_remote_code: As of `load_model`.
-        progress: Called with the name of a tensor and the bytes written for it.
+    `force` replaces it where it exists, this program wrote it, and nothing else is in it. After `shard` bytes another
+    safetensors file begins. `progress` is called with the name of a tensor and the bytes written for it.
 
-    Raises:
-        RacError: The archive is damaged or no model that transformers knows; the folder exists or cannot be written.
-            What was there before is still there then.
+    RacError where the archive is damaged or no model that transformers knows, or the folder exists or cannot be
+    written. What was there before is still there then.
     """
     target = os.path.realpath(os.fspath(out))  # a link stays, and what it names is replaced
     with RacFile(path, framework="pt") as f, quiet(transformers):
         replaceable(target, force, f.attachments())
+        part = f"{target}.{secrets.token_hex(4)}.part"
         try:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            part = tempfile.mkdtemp(prefix=os.path.basename(target) + ".", suffix=".part", dir=os.path.dirname(target))
-        except OSError as e:
-            raise OutputError(e.strerror or str(e), file=target) from e
-        try:
-            records, count = _fill(f, part, shard, trust_remote_code, progress)
-            size = sum(os.path.getsize(os.path.join(d, n)) for d, _, names in os.walk(part) for n in names)
-            os.chmod(part, 0o777 & ~_umask())
+            os.makedirs(part)
+            records, count = _fill(f, part, shard, trust_remote_code, progress or (lambda *_: None))
+            size = sum(p.stat().st_size for p in Path(part).rglob("*") if p.is_file())
             _swap(part, target, lambda there: replaceable(there, force, f.attachments()))
-        except OSError as e:
-            raise OutputError(e.strerror or str(e), file=target) from e
-        except SafetensorError as e:  # which has no error number
-            raise OutputError(str(e), file=target) from e
+        except (OSError, SafetensorError) as e:  # the latter has no error number
+            raise OutputError(getattr(e, "strerror", None) or str(e), file=target) from e
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return Written(records, count, size)
@@ -98,10 +86,8 @@ def replaceable(folder: str, force: bool, names: Iterable[str]) -> None:
         raise OutputError("exists already; give --force to replace it", file=folder)
     if not os.path.isdir(folder):
         raise OutputError("is no folder", file=folder)
-    found: list[str] = []
-    for at, folders, files in os.walk(folder):
-        inside = (os.path.join(at, name) for name in (*files, *folders))
-        found += [os.path.relpath(p, folder) for p in inside if os.path.islink(p) or not os.path.isdir(p)]
+    inside = Path(folder).rglob("*")
+    found = [os.path.relpath(p, folder) for p in inside if p.is_symlink() or not p.is_dir()]
     if found and not _written(folder):
         raise OutputError("is a folder that rac did not write, and is not replaced; name another one", file=folder)
     own = {*names, "config.json"}
@@ -114,8 +100,8 @@ def replaceable(folder: str, force: bool, names: Iterable[str]) -> None:
 def _written(folder: str) -> bool:
     """Whether the configuration in a folder is one that `write_folder` wrote."""
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            return bool(json.load(f)["quantization_config"]["quant_method"] == METHOD)
+        stated = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        return bool(stated["quantization_config"]["quant_method"] == METHOD)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -137,21 +123,13 @@ def _swap(new: str, target: str, check: Callable[[str], None]) -> None:
             os.rename(old, target)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress | None) -> tuple[int, int]:
+def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) -> tuple[int, int]:
     """Write everything below the folder; returns the number of records, and of tensors."""
     file = f.archives[0].access.name
     write_attachments(f, folder)
     config, cls = model_class(folder, file, trust)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedError("is quantised by another method already", file=file)
     state = State(f)
-    heads = state.hold(list(places(skeleton(cls, config, file), state.worth())))
+    heads = state.hold(cls, config, file)
     files: list[list[str]] = [[]]
     size = 0
     for name, lazy in state.lazy.items():
@@ -160,30 +138,25 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress |
             size = 0
         files[-1].append(name)
         size += lazy.nbytes
-    where, total = {}, 0
+    where: dict[str, str] = {}
     for i, names in enumerate(files, 1):
         weights = "model.safetensors" if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        where |= dict.fromkeys(names, weights)
         content = {}
         for name in names:
-            content[name] = state.lazy[name][...].clone() if state.lazy[name].several else state.lazy[name][...]
-            where[name] = weights
-            total += state.lazy[name].nbytes
-            if progress:
-                progress(name, state.lazy[name].nbytes)
+            lazy = state.lazy[name]
+            content[name] = lazy[...].clone() if lazy.entry.aliases else lazy[...]
+            progress(name, lazy.nbytes)
         if online := sorted(state.online().keys() & set(names)):
             what = "has an online transform and cannot stay compressed; a folder cannot state it"
             raise UnsupportedError(what, file=file, unit=repr(online[0]))
         save_file(content, os.path.join(folder, weights), metadata={"format": "pt"})
         del content
     if len(files) > 1:
+        total = sum(lazy.nbytes for lazy in state.lazy.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as g:
-            json.dump(index, g, indent=2, sort_keys=True)
-    path = os.path.join(folder, "config.json")
-    with open(path, encoding="utf-8") as g:
-        stated = json.load(g)
-    stated["quantization_config"] = RacConfig().to_dict()
-    with open(path, "w", encoding="utf-8") as g:
-        json.dump(stated, g, indent=2, sort_keys=True, ensure_ascii=False)
-        g.write("\n")
+        Path(folder, "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    path = Path(folder, "config.json")
+    stated = json.loads(path.read_text("utf-8")) | {"quantization_config": RacConfig().to_dict()}
+    path.write_text(json.dumps(stated, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
     return len(heads), len(state.lazy)

@@ -10,6 +10,7 @@ for bit: the same product with the same weight.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,10 @@ from torch.nn import functional
 from rac import frameworks
 from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
+from rac.registry import DTYPES
 from rac.runtime import device
 from rac.runtime import record as stored_record
 from rac.runtime.workspace import Workspace
-from rac.tensor import empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +38,22 @@ class Head:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the decoded tensor."""
-        return int(np.prod(self.shape, dtype=np.int64)) * int(frameworks.numpy_dtype(self.dtype).itemsize)
-
 
 class Compressed(nn.Module):
     """What linear layers and embeddings have in common. `weight`: (bytes of the record,) uint8, no gradient."""
 
     weight: torch.Tensor
 
-    def _hold(self, head: Head, workspace: Workspace, at: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.head, self.workspace, self.dense_bytes = head, workspace, head.dense_bytes
+    def _hold(self, head: Head, workspace: Workspace, dtype: torch.dtype | None) -> None:
+        nn.Module.__init__(self)
+        self.head, self.workspace = head, workspace
+        self.dense_bytes = math.prod(head.shape) * DTYPES[head.dtype].bits // 8
         self._stored: stored_record.Stored | None = None
         self._resident = device.Resident()
         self._online: tuple[tuple[int, int], Transform | None] | None = None
         self._is_hf_initialized = True  # a record is never filled with random numbers
-        self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8, device=at), requires_grad=False)
-        self.register_buffer("_as", torch.empty(0, dtype=dtype, device=at), persistent=False)
+        self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8), requires_grad=False)
+        self.register_buffer("_as", torch.empty(0, dtype=dtype), persistent=False)
 
     def settle(self) -> None:
         """Make the record a buffer, once it is loaded; what an offloader has is still offloaded."""
@@ -85,25 +83,23 @@ class Compressed(nn.Module):
         """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
         data: stored_record.Bytes = self.weight.detach().cpu().numpy()
         if self._stored is None or not self._stored.describes(data):
-            found = stored_record.parse(data)
-            if found.tensor.shape != self.head.shape or found.tensor.dtype != self.head.dtype:
-                what = f"is {found.tensor.dtype} {list(found.tensor.shape)}"
-                raise MismatchError(
-                    f"{what}, the layer needs {self.head.dtype} {list(self.head.shape)}", unit=repr(found.tensor.name)
-                )
+            found, head = stored_record.parse(data), self.head
+            if ((t := found.tensor).dtype, t.shape) != (head.dtype, head.shape):
+                what = f"is {t.dtype} {list(t.shape)}, the layer needs {head.dtype} {list(head.shape)}"
+                raise MismatchError(what, unit=repr(t.name))
             self._stored = found
         return self._stored, data
 
     def online(self) -> Transform | None:
         """What the layer does to its input, as the record states it; read once for the bytes that are there."""
-        key = self.weight.data_ptr(), self.weight._version
+        key = device.version(self.weight)
         if self._online is None or self._online[0] != key:
             self._online = key, stored_record.transform(*self.stored())
         return self._online[1]
 
     def version(self) -> tuple[int, int] | None:
         """Changes when the bytes do; None where they are not on the host."""
-        return (self.weight.data_ptr(), self.weight._version) if self.weight.device.type == "cpu" else None
+        return device.version(self.weight) if self.weight.device.type == "cpu" else None
 
     def dense(self) -> torch.Tensor:
         """The weight as the file has it, in memory of its own, on the device of the layer.
@@ -114,10 +110,7 @@ class Compressed(nn.Module):
             raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
         if self.weight.device.type != "cpu":
             return self._resident.dense(self.weight.detach(), self.stored)
-        s, data = self.stored()
-        words = empty(s.tensor)
-        stored_record.decode(s, data, words, pool=self.workspace.executor())
-        return frameworks.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt")  # type: ignore[no-any-return]
+        return device.decoded(*self.stored(), pool=self.workspace.executor())
 
     def resident(self) -> tuple[int, int] | None:
         """Changes when the record on a device does; None where `decode_into` cannot be used, or not yet."""
@@ -136,6 +129,10 @@ class Compressed(nn.Module):
             return
         with self.workspace.weight(self) as words:
             yield frameworks.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
+
+    def extra_repr(self) -> str:
+        """As of the dense layer, and the bytes."""
+        return f"{super().extra_repr()}, {self.head.nbytes} bytes"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was parsed is parsed again."""
@@ -165,37 +162,17 @@ class _Product(torch.autograd.Function):
 class RacLinear(Compressed, nn.Linear):
     """A linear layer, with the online transform that its record states.
 
-    With `transposed` it is the Conv1D of GPT-2, whose weight (in, out) is the other way round.
-
-    Args:
-        in_features: Numbers of an input (..., in).
-        out_features: Numbers of an output (..., out).
-        head: Head of the record that `weight` will hold, (out, in) or, transposed, (in, out).
-        workspace: Shared by the layers of the model.
-        bias: The parameter (out,), or None.
-        transposed: The record holds (in, out).
-        device: Device of the weight until it is loaded.
-        dtype: Data type of the numbers that go in.
+    `head` is that of the record that `weight` will hold, (out, in) or, `transposed` as the Conv1D of GPT-2 has it, (in,
+    out); `workspace` is shared by the layers of the model, `bias` the parameter (out,), `dtype` the torch data type of
+    the numbers that go in.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        head: Head,
-        workspace: Workspace,
-        bias: nn.Parameter | None = None,
-        transposed: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, head: Head, workspace: Workspace, bias: Any = None, transposed: bool = False, dtype: Any = None
     ) -> None:
-        nn.Module.__init__(self)
-        shape = (in_features, out_features) if transposed else (out_features, in_features)
-        if head.shape != shape:
-            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {list(shape)}")
-        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
-        self._hold(head, workspace, device, dtype)
-        self.bias = bias
+        self._hold(head, workspace, dtype)
+        self.in_features, self.out_features = head.shape if transposed else head.shape[::-1]
+        self.transposed, self.bias = transposed, bias
         workspace.expect(self.dense_bytes)
 
     @torch.compiler.disable  # a graph break; decoding is no operation of torch
@@ -216,40 +193,18 @@ class RacLinear(Compressed, nn.Linear):
             mine = bias if bias is None or len(bias) == self.out_features else bias[: self.out_features]
             return functional.linear(x, w.t() if self.transposed else w, mine)
 
-    def extra_repr(self) -> str:
-        """As of nn.Linear, and the bytes."""
-        return f"{nn.Linear.extra_repr(self)}, {self.head.nbytes} bytes"
-
 
 class RacEmbedding(Compressed, nn.Embedding):
     """An embedding; the tiles that hold the rows asked for are decoded, the others are not.
 
-    Args:
-        num_embeddings: Rows.
-        embedding_dim: Columns.
-        head: Head of the record that `weight` will hold, (rows, columns).
-        workspace: Shared by the layers of the model; its threads are used here, not its buffer.
-        padding_idx: As nn.Embedding has it.
-        device: Device of the weight until it is loaded.
-        dtype: Data type of what comes out.
+    `head` is that of the record that `weight` will hold, (rows, columns); of the `workspace` that the layers of the
+    model share threads are used, not the buffer; `dtype` is the data type of what comes out.
     """
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        head: Head,
-        workspace: Workspace,
-        padding_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        if head.shape != (num_embeddings, embedding_dim):
-            raise MismatchError(f"the file has {list(head.shape)}, the layer needs {[num_embeddings, embedding_dim]}")
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+    def __init__(self, head: Head, workspace: Workspace, padding_idx: int | None = None, dtype: Any = None) -> None:
+        self._hold(head, workspace, dtype)
+        (self.num_embeddings, self.embedding_dim), self.padding_idx = head.shape, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self._hold(head, workspace, device, dtype)
 
     @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -276,7 +231,3 @@ class RacEmbedding(Compressed, nn.Embedding):
             mine = rows // step == a
             out[mine] = band[rows[mine] - a * step]
         return frameworks.to_framework(out, t.dtype, out.shape, "pt")  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        """As of nn.Embedding, and the bytes."""
-        return f"{nn.Embedding.extra_repr(self)}, {self.head.nbytes} bytes"

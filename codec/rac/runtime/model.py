@@ -9,7 +9,9 @@ import os
 import tempfile
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from rac.machine import threads_of
 from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
-from rac.runtime import online, record, replace
+from rac.runtime import record, replace
 from rac.runtime.layers import Head
 from rac.runtime.quantizer import METHOD
 
@@ -50,7 +52,7 @@ def load_model(
 
     Class, configuration and generation configuration are those of the attachments. Every tensor is decoded straight
     to where the model keeps it; tied weights stay tied. Layers whose weight states an online transform apply it to
-    their input (rac.runtime.online).
+    their input (rac.runtime.replace).
 
     Args:
         path: The .rac file, one shard of a set, or a folder that holds one.
@@ -77,43 +79,18 @@ def load_model(
     with RacFile(path, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name
         config, cls = model_class(folder, name, trust_remote_code)
-        dtype = dtype or getattr(config, "dtype", None) or _dtype(f)
+        kwargs["dtype"] = dtype or getattr(config, "dtype", None) or _dtype(f)
         state = State(f)
         if resident == "compressed":
-            if getattr(config, "quantization_config", None) is not None:
-                raise UnsupportedError("is quantised by another method already; load it dense", file=name)
-            where = replace.places(skeleton(cls, config, name), state.worth())
-            config.quantization_config = {
-                "quant_method": METHOD,
-                "threads": threads,
-                "records": state.hold(list(where)),
-            }
-        made = os.path.exists(os.path.join(folder, "generation_config.json"))
-        try:
-            model, info = cls.from_pretrained(
-                None,
-                config=config,
-                state_dict=state.lazy,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **kwargs,
-            )
-            if made and model.can_generate():
+            records = state.hold(cls, config, name)
+            config.quantization_config = {"quant_method": METHOD, "threads": threads, "records": records}
+        with _mapped("cannot load it", name), state.blamed(name):
+            how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+            model, info = cls.from_pretrained(None, config=config, state_dict=state.lazy, **how)
+            if Path(folder, "generation_config.json").exists() and model.can_generate():
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        except RacError as e:
-            e.file = e.file or name
-            raise
-        except torch.OutOfMemoryError as e:
-            raise LimitError(f"not enough memory on the device: {said(e)}", file=name) from e
-        except ERRORS as e:
-            if state.errors:
-                raise state.errors[0] from None
-            raise UnsupportedError(
-                f"transformers {transformers.__version__} cannot load it: {said(e)}", file=name
-            ) from e
         _complete(info, cls.__name__, name)
-        state.attach(model, name)
+        replace.attach(model, state.online(), name)
     model.config.name_or_path = model.name_or_path = name
     return model
 
@@ -121,9 +98,8 @@ def load_model(
 def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False, **kwargs: Any) -> Any:
     """The tokenizer of an archive that was made of a Hugging Face folder; `kwargs` go to `from_pretrained`.
 
-    Raises:
-        RacError: The file is missing or damaged, or holds no tokenizer that transformers can load; it needs code of its
-            own, and `trust_remote_code` is not given.
+    RacError where the file is missing or damaged, or holds no tokenizer that transformers can load, or it needs code of
+    its own, and `trust_remote_code` is not given.
     """
     with RacFile(path) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name
@@ -131,15 +107,24 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
             raise SourceError("holds no tokenizer; pack the Hugging Face folder of the model", file=name)
         for part in ("tokenizer_config.json", "config.json"):
             refuse_code(folder, part, name, trust_remote_code)
-        try:
+        with _mapped("knows no tokenizer for it", name):
             return transformers.AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True, **kwargs
             )
-        except ERRORS as e:
-            raise UnsupportedError(f"no tokenizer that transformers can load: {said(e)}", file=name) from e
 
 
-def said(e: Exception) -> str:
+@contextlib.contextmanager
+def _mapped(what: str, file: str) -> Iterator[None]:
+    """What transformers raises inside, as an UnsupportedError that says what it cannot do."""
+    try:
+        yield
+    except RacError:
+        raise
+    except ERRORS as e:
+        raise UnsupportedError(f"transformers {transformers.__version__} {what}: {_said(e)}", file=file) from e
+
+
+def _said(e: Exception) -> str:
     """What an error says, on one line."""
     return " ".join(str(e).split()) or type(e).__name__
 
@@ -155,37 +140,32 @@ def attached(f: RacFile) -> Iterator[str]:
 def write_attachments(f: RacFile, folder: str) -> None:
     """Write the attachments below a folder; FormatError for names that lead out of it."""
     for name in names_of_files(f):
-        path = os.path.join(folder, *safe_name(name).split("/"))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as g:
-            g.write(f.attachment(name))
+        path = Path(folder, *safe_name(name).split("/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f.attachment(name))
 
 
 def refuse_code(folder: str, part: str, file: str, trust: bool) -> dict[str, Any]:
     """The map in a JSON file of the folder, {} where there is none; UnsupportedError where it names code to run."""
-    path = os.path.join(folder, part)
-    if not os.path.exists(path):
+    path = Path(folder, part)
+    if not path.exists():
         return {}
     try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
+        found = json.loads(path.read_text("utf-8"))
     except ValueError as e:
         raise SourceError(f"{part} is no JSON: {e}", file=file) from e
     if not isinstance(found, dict):
         raise SourceError(f"{part} is no JSON object", file=file)
     if found.get("auto_map") and not trust:
-        raise UnsupportedError(
-            f"{part} names code that came with the model; read it, and give trust_remote_code=True to run it", file=file
-        )
+        what = f"{part} names code that came with the model; read it, and give trust_remote_code=True to run it"
+        raise UnsupportedError(what, file=file)
     return found
 
 
 def model_class(folder: str, file: str, trust: bool) -> tuple[Any, Any]:
-    """(configuration, class of the model) of the attachments.
+    """(configuration, class of the model) of the attachments; SourceError where there is no config.json.
 
-    Raises:
-        SourceError: There is no config.json.
-        UnsupportedError: transformers does not know the model, or it is code that is not trusted.
+    UnsupportedError where transformers does not know the model, or it is code that is not trusted.
     """
     found = refuse_code(folder, "config.json", file, trust)
     if not found:
@@ -194,49 +174,31 @@ def model_class(folder: str, file: str, trust: bool) -> tuple[Any, Any]:
     if not isinstance(kinds, list) or not kinds or not isinstance(kinds[0], str):
         raise UnsupportedError("config.json names no architecture", file=file)
     kind, auto = kinds[0], found.get("auto_map") or {}
-    try:
+    with _mapped("cannot read its config.json", file):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
         for reference in auto.values():
             if isinstance(reference, str) and reference.split(".")[-1] == kind:
                 return config, get_class_from_dynamic_module(reference, folder, local_files_only=True)
-    except ERRORS as e:
-        version = transformers.__version__
-        raise UnsupportedError(f"transformers {version} cannot read its config.json: {said(e)}", file=file) from e
     cls = getattr(transformers, kind, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         raise UnsupportedError(f"transformers {transformers.__version__} knows no model class {kind!r}", file=file)
     return config, cls
 
 
-def skeleton(cls: Any, config: Any, file: str) -> Any:
-    """The model without memory for its weights."""
-    try:
-        with torch.device("meta"):
-            return cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
-    except ERRORS as e:
-        version = transformers.__version__
-        raise UnsupportedError(f"transformers {version} cannot make its model: {said(e)}", file=file) from e
-
-
 def _dtype(f: RacFile) -> Any:
     """The floating data type of most of the weights."""
-    sizes: dict[str, int] = {}
-    for archive in f.archives:
-        for e in archive.index.entries:
-            if e.dtype in ("F64", *replace.FLOATS):
-                sizes[e.dtype] = sizes.get(e.dtype, 0) + e.size
-    return frameworks.torch_dtype(max(sizes, key=lambda d: sizes[d])) if sizes else torch.float32
+    sizes = Counter[str]()
+    for e in (e for archive in f.archives for e in archive.index.entries if e.dtype in ("F64", *replace.FLOATS)):
+        sizes[e.dtype] += e.size
+    return frameworks.torch_dtype(sizes.most_common(1)[0][0]) if sizes else torch.float32
 
 
 def _complete(info: dict[str, Any], kind: str, file: str) -> None:
     """MismatchError unless every tensor of the model was there in its shape; a warning about those that it has not."""
     if info["mismatched_keys"]:
         tensor, theirs, ours = min(info["mismatched_keys"], key=lambda row: str(row[0]))
-        raise MismatchError(
-            f"is {list(theirs)}, the configuration asks for {list(ours)}{_more(info['mismatched_keys'])}",
-            file=file,
-            unit=repr(tensor),
-        )
+        what = f"is {list(theirs)}, the configuration asks for {list(ours)}{_more(info['mismatched_keys'])}"
+        raise MismatchError(what, file=file, unit=repr(tensor))
     if missing := sorted(info["missing_keys"]):
         raise MismatchError(f"holds no tensor {missing[0]!r}, which {kind} needs{_more(missing)}", file=file)
     if unused := sorted(info["unexpected_keys"]):
@@ -248,108 +210,102 @@ def _more(names: Any) -> str:
 
 
 class Lazy:
-    """A tensor that transformers loads by `[...]`, as it does those of safetensors."""
+    """The tensor of one record, read once for all its names; transformers loads it by `[...]`, as from safetensors."""
 
-    def __init__(self, state: State, source: _Shared, copy: bool) -> None:
-        self._state, self._source, self._copy = state, source, copy
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is loaded."""
-        e = self._source.entry
-        return self._source.head.nbytes if self._source.head else math.prod(e.shape) * DTYPES[e.dtype].bits // 8
-
-    @property
-    def several(self) -> bool:
-        """Whether its memory is that of other names too."""
-        return bool(self._source.entry.aliases)
-
-    def get_dtype(self) -> str:
-        """Data type, as safetensors names them; of a record that is held, U8."""
-        return "U8" if self._source.head else self._source.entry.dtype
-
-    def get_shape(self) -> list[int]:
-        """Shape; of a record that is held, the number of its bytes."""
-        return [self._source.head.nbytes] if self._source.head else list(self._source.entry.shape)
-
-    def __getitem__(self, key: Any) -> torch.Tensor:
-        """The whole tensor."""
-        try:
-            tensor = self._source.tensor()[key]
-            return tensor.clone() if self._copy else tensor
-        except RacError as e:
-            self._state.errors.append(e)
-            raise
-
-
-class _Shared:
-    """The tensor of one record, read once for all its names."""
-
-    def __init__(self, f: RacFile, archive: Archive, entry: Entry) -> None:
-        self._file, self.archive, self.entry = f, archive, entry
+    def __init__(self, f: RacFile, archive: Archive, entry: Entry, errors: list[RacError]) -> None:
+        self._file, self.archive, self.entry, self._errors = f, archive, entry, errors
         self.head: Head | None = None
         """Head of the record, where its bytes are given instead of the tensor."""
         self.online: Transform | None = None
         """What the layer does to its input, once the dense tensor was read."""
         self._lock, self._kept = threading.Lock(), None
 
-    def tensor(self) -> Any:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is loaded."""
+        return math.prod(self.get_shape()) * DTYPES[self.get_dtype()].bits // 8
+
+    def get_dtype(self) -> str:
+        """Data type, as safetensors names them; of a record that is held, U8."""
+        return "U8" if self.head else self.entry.dtype
+
+    def get_shape(self) -> list[int]:
+        """Shape; of a record that is held, the number of its bytes."""
+        return [self.head.nbytes] if self.head else list(self.entry.shape)
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        """The whole tensor; `errors` gets what is wrong with it."""
         with self._lock:
             if self._kept is not None:
-                return self._kept
-            if self.head:
-                found = torch.from_numpy(record.collect(self.archive, self.entry))
-            else:
-                stated, found = self._file.read(self.entry.name)
-                self.online = random.transform(self.archive, stated)
+                return self._kept[key]
+            try:
+                if self.head:
+                    found = torch.from_numpy(record.collect(self.archive, self.entry))
+                else:
+                    stated, found = self._file.read(self.entry.name)
+                    self.online = random.transform(self.archive, stated)
+            except RacError as e:
+                self._errors.append(e)
+                raise
             if self.entry.aliases:
                 self._kept = found
-            return found
+            return found[key]
+
+
+class _Copied:
+    """A name whose tensor is equal to that of another one, but not tied to it."""
+
+    def __init__(self, of: Lazy) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._of, name)
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return self._of[key].clone()
 
 
 class State:
     """The tensors of an archive by name, lazily."""
 
     def __init__(self, f: RacFile) -> None:
-        self.errors: list[RacError] = []
-        """What was wrong with tensors, in the order of loading."""
-        self.lazy: dict[str, Lazy] = {}
-        self._shared: dict[str, _Shared] = {}
-        for archive, entry in tensors(f):
-            source = _Shared(f, archive, entry)
-            for name, tied in ((entry.name, True), *entry.aliases):
-                self._shared[name] = source
-                self.lazy[name] = Lazy(self, source, not tied)
+        self.lazy: dict[str, Any] = {}
+        self._errors: list[RacError] = []
+        every = ((archive, e) for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR)
+        for archive, entry in every:
+            source = Lazy(f, archive, entry, self._errors)
+            self.lazy[entry.name] = source
+            self.lazy |= {name: source if tied else _Copied(source) for name, tied in entry.aliases}
+
+    @contextlib.contextmanager
+    def blamed(self, file: str) -> Iterator[None]:
+        """What was wrong with the first tensor that could not be loaded, whatever transformers makes of it."""
+        try:
+            yield
+        except RacError as e:
+            e.file = e.file or file
+            raise
+        except torch.OutOfMemoryError as e:
+            raise LimitError(f"not enough memory on the device: {_said(e)}", file=file) from e
+        except ERRORS:
+            if self._errors:
+                raise self._errors[0] from None
+            raise
 
     def online(self) -> dict[str, Transform]:
         """What layers do to their inputs, of the dense tensors that were read."""
-        return {name: source.online for name, source in self._shared.items() if source.online}
+        return {name: source.online for name, source in self.lazy.items() if source.online}
 
-    def attach(self, model: Any, file: str) -> None:
-        """Let the layers of a model do it; UnsupportedError where there is no plain linear layer for one."""
-        found = self.online()
-        where = replace.places(model, found) if found else {}
-        if homeless := sorted(found.keys() - where.keys()):
-            what = f"has an online transform, and no layer of {type(model).__name__} that could run it"
-            raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
-        online.attach(model, {where[name]: transform for name, transform in found.items()}, file)
-
-    def worth(self) -> list[str]:
-        """Names whose records can be held as they are."""
-        return [name for name, source in self._shared.items() if replace.worth(source.entry)]
-
-    def hold(self, names: list[str]) -> dict[str, Head]:
-        """Give these as records from now on; returns their heads."""
+    def hold(self, cls: Any, config: Any, file: str) -> dict[str, Head]:
+        """Give the records of layers that can stay compressed as they are from now on; returns their heads, by name."""
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnsupportedError("is quantised by another method already; load it dense", file=file)
+        with _mapped("cannot make its model", file), torch.device("meta"):  # without memory for its weights
+            model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
         out = {}
-        for name in names:
-            source = self._shared[name]
-            e, archive = source.entry, source.archive
+        for name in replace.places(model, [n for n, source in self.lazy.items() if replace.worth(source.entry)]):
+            e, archive = self.lazy[name].entry, self.lazy[name].archive
             needs = random.parse(archive, archive.record(e)).needs if archive.objects else ()
             size = e.size + sum(archive.objects[n].size for n in needs) + record.TAIL
-            out[name] = source.head = Head(size, e.dtype, e.shape)
+            out[name] = self.lazy[e.name].head = Head(size, e.dtype, e.shape)
         return out
-
-
-def tensors(f: RacFile) -> list[tuple[Archive, Entry]]:
-    """The tensors of all archives of a file."""
-    return [(a, e) for a in f.archives for e in a.index.entries if e.type == RECORD_TENSOR]

@@ -16,34 +16,24 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rac.container.wire import MAJOR, MINOR
 from rac.errors import MismatchError, UnsupportedError
-from rac.machine import threads_of
 from rac.runtime import record, replace
-from rac.runtime.dense import dequantize, resizable
 from rac.runtime.layers import Compressed, Head, RacLinear
 from rac.runtime.workspace import Workspace
 
-METHOD = "rac"
+METHOD, FORMAT = "rac", f"{MAJOR}.{MINOR}"
 
 
 @register_quantization_config(METHOD)
 class RacConfig(QuantizationConfigMixin):
     """`quantization_config` of a model whose weights are records.
 
-    Args:
-        format_version: Version of the .rac format that the records are in.
-        threads: Threads that decode; one per core up to 8 by default. Not saved.
-        records: Heads of the records, by names of the file, for models that are made of an archive. Not saved.
-
-    Raises:
-        UnsupportedError: The version is not known.
+    `format_version` is that of the .rac format that the records are in; UnsupportedError where it is not known. Not
+    saved are `threads` that decode, one per core up to 8 by default, and the heads of `records`, by names of the file,
+    for models that are made of an archive.
     """
 
     def __init__(
-        self,
-        format_version: str = f"{MAJOR}.{MINOR}",
-        threads: int | None = None,
-        records: dict[str, Head] | None = None,
-        **_: Any,
+        self, format_version: str = FORMAT, threads: int | None = None, records: dict[str, Head] | None = None, **_: Any
     ) -> None:
         self.quant_method = METHOD
         if format_version.split(".")[0] != str(MAJOR):
@@ -69,8 +59,8 @@ class RacHfQuantizer(HfQuantizer):
         where = replace.places(model, records)
         if homeless := sorted(records.keys() - where.keys()):
             raise MismatchError(f"no layer of {type(model).__name__} can hold the record of {homeless[0]!r}")
-        threads = threads_of(config.threads)
-        replace.replace(model, {where[n]: h for n, h in records.items()}, Workspace(threads), torch.get_default_dtype())
+        new, workspace = {where[n]: h for n, h in records.items()}, Workspace(config.threads)
+        replace.replace(model, new, workspace, torch.get_default_dtype())
         config.records = None
         return model
 
@@ -80,11 +70,11 @@ class RacHfQuantizer(HfQuantizer):
                 layer.settle()
             if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
                 layer.bias.data = layer.bias.data[: layer.out_features]
-        resizable(model)
+        replace.resizable(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        return replace.dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes the records again."""

@@ -7,6 +7,7 @@ it, which kernels may read: what `collect` takes out of an archive. Everything a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,11 @@ class Stored:
     """What the bytes of a tensor state, checked."""
 
     tensor: Tensor
-    objects: tuple[Tensor, ...]
+    objects: Mapping[str, Tensor]
     size: int
     """Length in bytes of what was parsed: the records and the TAIL zeros behind them."""
-    heads: tuple[bytes, ...]
-    """The fixed head of each record, whose checksum covers the rest of the head, and so the checksums of all units."""
+    heads: Mapping[int, bytes]
+    """The fixed head at each record's place: its checksum covers the rest of the head, and so those of all units."""
     parsed: Decoder | None = None
     """What the units in front of the tiles state, once the tensor was decoded; not kept where objects are used."""
 
@@ -55,10 +56,8 @@ class Stored:
 
     def describes(self, data: Bytes) -> bool:
         """Whether these are the bytes that were parsed, as far as the heads say; units are checked when decoded."""
-        records = (*(o.record for o in self.objects), self.tensor.record)
-        return len(data) == self.size and all(
-            data[r.at : r.at + wire.RECORD_HEAD].tobytes() == head for r, head in zip(records, self.heads, strict=True)
-        )
+        same = (data[at : at + wire.RECORD_HEAD].tobytes() == head for at, head in self.heads.items())
+        return len(data) == self.size and all(same)
 
 
 def collect(archive: Archive, entry: Entry) -> Bytes:
@@ -87,19 +86,18 @@ def _record(data: Bytes, at: int, limits: Limits) -> Record:
     return record
 
 
-def parse(data: Bytes, limits: Limits | None = None) -> Stored:
+def parse(data: Bytes) -> Stored:
     """Read the heads in bytes (n,) that `collect` made.
 
-    Raises:
-        RacError: They are damaged or cut off, or hold anything but objects and then one tensor.
+    RacError where they are damaged or cut off, or hold anything but objects and then one tensor.
     """
-    limits, at = limits or Limits(), 0
+    limits, at = Limits(), 0
     objects: dict[str, Tensor] = {}
-    heads: list[bytes] = []
+    heads: dict[int, bytes] = {}
     while True:
         record = _record(data, at, limits)
         t = parse_tensor(record, limits, lambda name: objects[name].shape if name in objects else None)
-        heads.append(data[at : at + wire.RECORD_HEAD].tobytes())
+        heads[at] = data[at : at + wire.RECORD_HEAD].tobytes()
         at = record.end
         if record.type == RECORD_TENSOR:
             break
@@ -108,7 +106,7 @@ def parse(data: Bytes, limits: Limits | None = None) -> Stored:
         objects[t.name] = t
     if len(data) - at != TAIL or data[at:].any() or tuple(objects) != t.needs:
         raise FormatError(f"{len(data) - at} bytes behind the tensor, or objects that it does not need", offset=at)
-    return Stored(t, tuple(objects.values()), len(data), tuple(heads))
+    return Stored(t, objects, len(data), heads)
 
 
 def unit(data: Bytes, t: Tensor, i: int, n: int = 1) -> Bytes:
@@ -119,13 +117,12 @@ def unit(data: Bytes, t: Tensor, i: int, n: int = 1) -> Bytes:
 
 def matrices(s: Stored, data: Bytes) -> list[NDArray[np.float32]]:
     """The objects that the tensor uses, decoded."""
-    found = {o.name: _matrix(s, o, data) for o in s.objects if o.name in s.tensor.uses}
-    return [found[name] for name in s.tensor.uses]
+    return [_matrix(s, name, data) for name in s.tensor.uses]
 
 
-def _matrix(s: Stored, o: Tensor, data: Bytes) -> NDArray[np.float32]:
-    words = empty(o)
-    decode(Stored(o, (), s.size, ()), data, words)
+def _matrix(s: Stored, name: str, data: Bytes) -> NDArray[np.float32]:
+    words = empty(s.objects[name])
+    decode(Stored(s.objects[name], {}, s.size, {}), data, words)
     return words.view(np.float32)
 
 
@@ -134,8 +131,7 @@ def transform(s: Stored, data: Bytes) -> Transform | None:
     online = s.tensor.online
     if online is None:
         return None
-    m = [_matrix(s, o, data) for o in s.objects if o.name == online.object and online.object]
-    return Transform(online, s.tensor.shape[1], m[0] if m else None)
+    return Transform(online, s.tensor.shape[1], _matrix(s, online.object, data) if online.object else None)
 
 
 def _decoder(s: Stored, data: Bytes) -> Decoder:
@@ -151,18 +147,10 @@ def _decoder(s: Stored, data: Bytes) -> Decoder:
 def decode(
     s: Stored, data: Bytes, out: Array, first: int = 0, last: int | None = None, pool: Executor | None = None
 ) -> None:
-    """Decode the rows of tiles first..last - 1 (by default all) into `out`.
+    """Decode the rows of tiles first..last - 1 (by default all) into `out`; RacError where a unit is damaged.
 
-    Args:
-        s: What `parse` made of `data`.
-        data: (n,) bytes.
-        out: (rows, C) words of the tensor, contiguous; row 0 is the first one of the tiles `first`.
-        first: Row of the grid of tiles.
-        last: Row of the grid of tiles behind the last one.
-        pool: Threads that help the caller's.
-
-    Raises:
-        RacError: A unit is damaged; `out` may then be partly written.
+    `s` is what `parse` made of `data`. `out` are (rows, C) words of the tensor, contiguous; row 0 is the first one of
+    the tiles `first`. Threads of `pool` help the caller's.
     """
     t, dec = s.tensor, _decoder(s, data)
     works, work, size = [], Work(), 0
@@ -182,18 +170,18 @@ def decode(
             works.append(work)
             work, size = Work(), 0
     works.append(work)
-    if pool:
-        jobs = [pool.submit(work.run) for work in works]
-        try:
-            for job, work in zip(jobs, works, strict=True):
-                if job.cancel():  # nobody has begun with it
-                    work.run()
-        finally:
-            # nobody writes to `out` any more when one has failed; of those taken back `wait` would wait for a thread
-            wait([job for job in jobs if not job.cancel()])
-        for job in jobs:
-            if not job.cancelled():
-                job.result()
+    if not pool:
+        for work in works:
+            work.run()
         return
-    for work in works:
-        work.run()
+    jobs = [pool.submit(work.run) for work in works]
+    try:
+        for job, work in zip(jobs, works, strict=True):
+            if job.cancel():  # nobody has begun with it
+                work.run()
+    finally:
+        # nobody writes to `out` any more when one has failed; of those taken back `wait` would wait for a thread
+        wait([job for job in jobs if not job.cancel()])
+    for job in jobs:
+        if not job.cancelled():
+            job.result()

@@ -1,8 +1,5 @@
 """W4A4 and the like: a model whose layers and attention see quantised activations, simulated in its own data type.
 
-    with simulated(model, activations=4, kv=4) as found:
-        ...                        # found.linears layers, found.heads attentions are quantised
-
 Inputs of the linear layers of the decoder blocks are rounded behind the online transform of the layer, where it has
 one; keys behind their position embedding, rotated first if `rotate_keys` says so. The output layer sees all bits.
 """
@@ -12,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,14 +17,13 @@ import transformers
 
 from rac.errors import UnsupportedError
 from rac.linalg.transform import Transform
-from rac.models.activations import Attention, attention, per_group, per_token
+from rac.models.activations import attention, per_group, per_token
 from rac.models.linears import blocks_linears
 from rac.records import Online
 from rac.runtime.layers import RacLinear
 
 CLIP, KV_CLIP = 0.9, 0.95
 """QuaRot's clip ratios (arXiv 2404.00456): of activations below 8 bits, of keys and values below 8 bits."""
-Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 @dataclass
@@ -35,9 +32,13 @@ class Simulation:
 
     linears: int = 0
     """Layers whose inputs are."""
-    heads: int = 0
-    """Attentions whose keys and values were, so far: those that have run."""
-    _seen: set[int] = field(default_factory=set, repr=False)
+    attentions: set[int] = field(default_factory=set, repr=False)
+    """Those whose keys and values were, so far: those that have run."""
+
+    @property
+    def heads(self) -> int:
+        """How many attentions these are."""
+        return len(self.attentions)
 
 
 @contextlib.contextmanager
@@ -54,28 +55,22 @@ def simulated(
     static: Mapping[str, float] | None = None,
     asymmetric: bool = False,
 ) -> Iterator[Simulation]:
-    """Quantise activations, keys and values of a model inside the `with` block.
+    """Quantise activations, keys and values of a model inside the `with` block; its weights are left alone.
 
     Activations: a grid for each token, per_token of rac.models.activations or, asymmetric, per_group. Keys and values:
     a grid from least to largest for each token and head, or groups of it, per_group.
 
-    Args:
-        model: A causal language model of transformers; its weights are left alone.
-        activations: Bits, 2 to 16; None: as they are.
-        kv: Bits of keys and values, 1 to 16; None: as they are.
-        clip: Share of the range of an activation grid; None: CLIP if it is symmetric and below 8 bits, otherwise 1.
-        kv_clip: Share of the range of a grid of keys or values; None: KV_CLIP below 8 bits, otherwise 1.
-        kv_group: Numbers of a group; None: all of a head.
-        rotate_keys: Rotate queries and keys by a Hadamard matrix of the head before (QuaRot; SpinQuant's R3).
-        seed: Seed of the Hadamard matrix's signs; None: no random signs.
-        static: Largest magnitude of the inputs of each layer (`largest`): one symmetric grid for all tokens.
-        asymmetric: Grids of activations go from the least to the largest number of a token (SpinQuant), not about zero
-            (QuaRot, SmoothQuant).
+    `activations` are 2 to 16 bits, `kv` (keys and values) 1 to 16; None: as they are. `clip` is the share of the range
+    of an activation grid (None: CLIP if it is symmetric and below 8 bits, otherwise 1), `kv_clip` that of keys or
+    values (None: KV_CLIP below 8 bits, otherwise 1), in groups of `kv_group` numbers (None: all of a head).
+    `rotate_keys` rotates queries and keys by a Hadamard matrix of the head before (QuaRot; SpinQuant's R3), with signs
+    of `seed` (None: no random ones). `static` is the largest magnitude of the inputs of each layer (`largest`): one
+    symmetric grid for all tokens. `asymmetric` grids of activations go from the least to the largest number of a token
+    (SpinQuant), not about zero (QuaRot, SmoothQuant).
 
-    Raises:
-        UnsupportedError: There is nothing to quantise in such a model, it runs past what is replaced, or it is
-            compressed with layers that map their input themselves.
-        ValueError: Nothing is asked for, or numbers are out of range.
+    UnsupportedError where there is nothing to quantise in such a model, it runs past what is replaced, or it is
+    compressed with layers that map their input themselves; ValueError where nothing is asked for, or numbers are out of
+    range.
     """
     _check(activations, kv, clip, kv_clip)
     if static is not None and asymmetric:
@@ -84,19 +79,19 @@ def simulated(
     with contextlib.ExitStack() as stack:
         if activations is not None:
             share = clip or (CLIP if activations < 8 and not asymmetric else 1.0)
-            last = _Last(activations, share, asymmetric)
-            for name, layer in _quantisable(model).items():
-                if static is not None and name not in static:
-                    raise ValueError(f"no static scale for {name!r}")
-                hook = _before(last, static[name] if static is not None else None)
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                found.linears += 1
+            made = partial(per_group if asymmetric else per_token, bits=activations, clip=share)
+            last = _Last(made)
+            if static is not None and (lacking := blocks_linears(model).keys() - static.keys()):
+                raise ValueError(f"no static scale for {min(lacking)!r}")
+            scales = static or {}
+            found.linears = _before(stack, model, lambda name, x: last(x, scales.get(name)))
             if not found.linears:
                 raise UnsupportedError(f"{type(model).__name__} has no linear layers in blocks to quantise inputs of")
         if kv is not None:
-            around = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate_keys, seed)
-            stack.enter_context(attention(model, transformers, around))
-            stack.callback(model.register_forward_hook(lambda *_: _has_run(model, found)).remove)
+            rotate = _rotation(seed) if rotate_keys else lambda x: x
+            change = _cache(found, kv, kv_clip or (KV_CLIP if kv < 8 else 1.0), kv_group, rotate)
+            stack.enter_context(attention(model, transformers, change))
+            stack.enter_context(model.register_forward_hook(lambda *_: _has_run(model, found)))
         yield found
 
 
@@ -104,16 +99,12 @@ def largest(model: Any, sequences: Iterable[Any]) -> dict[str, float]:
     """Run a model over sequences of token ids, (batch, n) each; the largest input of each layer, for `static`."""
     found: dict[str, float] = {}
 
-    def watch(name: str) -> Hook:
-        def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            found[name] = max(found.get(name, 0.0), float(x.detach().abs().max()))
-
-        return see
+    def see(name: str, x: Any) -> Any:
+        found[name] = max(found.get(name, 0.0), float(x.detach().abs().max()))
+        return x
 
     with contextlib.ExitStack() as stack, torch.no_grad():
-        for name, layer in _quantisable(model).items():
-            stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
+        _before(stack, model, see)
         for ids in sequences:
             model(ids, use_cache=False)
     return found
@@ -122,79 +113,67 @@ def largest(model: Any, sequences: Iterable[Any]) -> dict[str, float]:
 def _check(activations: int | None, kv: int | None, clip: float | None, kv_clip: float | None) -> None:
     if activations is None and kv is None:
         raise ValueError("say what to quantise: activations, keys and values, or both")
-    if activations is not None and not 2 <= activations <= 16:
-        raise ValueError(f"activations have 2 to 16 bits, not {activations}")
-    if kv is not None and not 1 <= kv <= 16:
-        raise ValueError(f"keys and values have 1 to 16 bits, not {kv}")
+    for what, bits, least in (("activations", activations, 2), ("keys and values", kv, 1)):
+        if bits is not None and not least <= bits <= 16:
+            raise ValueError(f"{what} have {least} to 16 bits, not {bits}")
     for share in (clip, kv_clip):
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"a clip ratio is above 0, at most 1, not {share}")
 
 
-def _quantisable(model: Any) -> dict[str, Any]:
-    """The layers; UnsupportedError where one would map its input after the hook."""
+def _before(stack: contextlib.ExitStack, model: Any, change: Callable[[str, Any], Any]) -> int:
+    """Hooks of the linear layers in blocks: what `change` makes of name and input, in its place; returns their number.
+
+    UnsupportedError where a layer would map its input after the hook.
+    """
     layers = blocks_linears(model)
     for name, layer in layers.items():
         if isinstance(layer, RacLinear) and layer.online() is not None:
             what = "maps its input by itself; load the model dense to quantise what the map gives"
             raise UnsupportedError(what, unit=repr(name))
-    return layers
+
+        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> Any:
+            if args:
+                return (change(name, args[0]), *args[1:]), kwargs
+            return args, kwargs | {"input": change(name, kwargs["input"])}
+
+        stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    return len(layers)
 
 
 class _Last:
-    """Quantises inputs, once for layers that follow each other with the same."""
+    """Quantises inputs by `made`, once for layers that follow each other with the same."""
 
-    def __init__(self, bits: int, clip: float, asymmetric: bool) -> None:
-        self.bits, self.clip, self.asymmetric = bits, clip, asymmetric
-        self._given: tuple[Any, int, float | None] = None, 0, None
-        self._made: Any = None
+    def __init__(self, made: Callable[..., Any]) -> None:
+        self.made = made
+        self._given: tuple[Any, ...] = (None,)
+        self._found: Any = None
 
     def __call__(self, x: Any, most: float | None) -> Any:
+        how = {} if most is None else {"most": most}
         if torch.is_grad_enabled() or x.is_inference():  # of the latter no version says whether they have changed
-            return self._round(x, most)
-        before, version, scale = self._given
-        if before is not x or (version, scale) != (x._version, most):
-            self._made = self._round(x, most)
-            self._given = x, x._version, most
-        return self._made
-
-    def _round(self, x: Any, most: float | None) -> Any:
-        if self.asymmetric:
-            return per_group(x, self.bits, clip=self.clip)
-        return per_token(x, self.bits, self.clip, most)
-
-
-def _before(last: _Last, most: float | None) -> Hook:
-    """A pre-hook of a linear layer: the quantised input in its place."""
-
-    def quantise(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (last(args[0], most), *args[1:]), kwargs
-        return args, kwargs | {"input": last(kwargs["input"], most)}
-
-    return quantise
+            return self.made(x, **how)
+        if self._given[0] is not x or self._given[1:] != (x._version, most):
+            self._found, self._given = self.made(x, **how), (x, x._version, most)
+        return self._found
 
 
 def _cache(
-    found: Simulation, bits: int, clip: float, group: int | None, rotate: bool, seed: int | None
-) -> Callable[[Attention], Attention]:
-    """Attention with quantised keys and values, both rotated before."""
-    maps: dict[int, Transform] = {}
+    found: Simulation, bits: int, clip: float, group: int | None, rotate: Callable[[Any], Any]
+) -> Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]:
+    """What attention is given with quantised keys and values, keys and queries rotated before."""
 
-    def around(own: Attention) -> Attention:
-        def quantised(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
-            found._seen.add(id(module))
-            found.heads = len(found._seen)
-            if rotate:
-                width = q.shape[-1]
-                if width not in maps:
-                    maps[width] = Transform(Online("hadamard/1", width, 1, seed), width)
-                q, k = maps[width].apply(q), maps[width].apply(k)
-            return own(module, q, *(per_group(x, bits, group, clip) for x in (k, v)), *args, **kwargs)
+    def quantised(module: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        found.attentions.add(id(module))
+        return rotate(q), per_group(rotate(k), bits, group, clip), per_group(v, bits, group, clip)
 
-        return quantised
+    return quantised
 
-    return around
+
+def _rotation(seed: int | None) -> Callable[[Any], Any]:
+    """Applies the Hadamard matrix of the last axis."""
+    of = cache(lambda width: Transform(Online("hadamard/1", width, 1, seed), width))
+    return lambda x: of(x.shape[-1]).apply(x)
 
 
 def _has_run(model: Any, found: Simulation) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,18 +28,13 @@ def perplexity(
 
     The protocol of docs/lossy.md: windows that do not overlap, no special tokens, all positions but the last of each.
 
-    Raises:
-        ValueError: `context` is below 2 or above `tokens`.
-        SourceError: The text is shorter than one window.
-        UnsupportedError: The model is no causal language model.
+    ValueError where `context` is below 2 or above `tokens`, SourceError where the text is shorter than one window,
+    UnsupportedError where the model is no causal language model.
     """
     check(tokens, context)
     _causal(model)
-
-    def encode(t: str) -> Any:
-        return tokenizer(t, add_special_tokens=False, verbose=False).input_ids
-
-    cut = windows(encode, text, tokens, context, model.config, model.name_or_path)
+    encode = partial(tokenizer, add_special_tokens=False, verbose=False)
+    cut = windows(lambda t: encode(t).input_ids, text, tokens, context, model.config, model.name_or_path)
     total = 0.0
     for i, ids in enumerate(cut, 1):
         window = torch.tensor(ids, device=model.device)
@@ -52,19 +48,12 @@ def perplexity(
 def generate(
     model: Any, tokenizer: Any, prompt: str, tokens: int = 64, seed: int | None = None, stream: bool = False
 ) -> Any:
-    """Ids (n,) that the model writes behind the prompt, at most `tokens`.
+    """At most `tokens` ids (n,) that the model writes behind the prompt, which has no chat template put around it.
 
-    Args:
-        model: A causal language model.
-        tokenizer: Tokenizer of the model.
-        prompt: Taken as it is, without a chat template.
-        tokens: How many at most.
-        seed: Draw tokens, as the model's generation settings say; None: always the likeliest one.
-        stream: Write the text to standard output as it comes.
+    With a `seed` tokens are drawn, as the model's generation settings say, else the likeliest one is taken. `stream`
+    writes the text to standard output as it comes.
 
-    Raises:
-        ValueError: The prompt has no token.
-        UnsupportedError: The model is no causal language model.
+    ValueError where the prompt has no token, UnsupportedError where the model is no causal language model.
     """
     _causal(model)
     given = tokenizer(prompt, return_tensors="pt").to(model.device)

@@ -9,23 +9,27 @@ layers is one of those that decode: where it would wait, it takes what no other 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import RacError
 from rac.machine import threads_of
-from rac.runtime import ahead, record
+from rac.runtime import record
+from rac.runtime.device import MOST, Ahead
+
+if TYPE_CHECKING:
+    from rac.runtime.layers import Compressed as Layer
 
 Array = NDArray[Any]
 AHEAD = 32 << 20
@@ -33,18 +37,6 @@ AHEAD = 32 << 20
 PIECE = 4 << 20
 """Dense bytes from which on a layer is decoded in pieces, its rows of tiles, by several threads."""
 _ALIGN = 64
-
-
-class Layer(Protocol):
-    """What the workspace asks of a layer."""
-
-    dense_bytes: int
-
-    def stored(self) -> tuple[record.Stored, record.Bytes]:
-        """The record, and its bytes in the memory of the host."""
-
-    def version(self) -> tuple[int, int] | None:
-        """Changes when the bytes do; None: they are not in the memory of the host now."""
 
 
 @dataclass(slots=True)
@@ -56,24 +48,23 @@ class _Slot:
     """None: decoding has failed."""
     start: int
     stop: int
-    pieces: list[tuple[Future[None], Callable[[], None]]]
+    pieces: list[tuple[Future[None], partial[None]]]
     """What threads were asked to do. Who cancels one does it itself."""
 
 
 class Workspace:
     """Shared by the layers of one model. One layer at a time runs, whatever the number of threads that call.
 
-    Args:
-        threads: Threads that decode, with the one that runs the layers; one per core up to 8 by default. None are
-            started before the first layer runs.
+    `threads` decode, with the one that runs the layers; one per core up to 8 by default. None are started before the
+    first layer runs.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads_of(threads)
         self._clear()
-        _alive.add(self)
 
     def _clear(self) -> None:
+        _alive.add(self)
         self._lock, self._busy = threading.RLock(), False
         self._largest = 0
         self._buffer = np.empty(0, np.uint8)
@@ -82,21 +73,18 @@ class Workspace:
         """The running layer, and then those that are decoded ahead."""
         self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[Any] | None = None
-        self._ahead: dict[Any, ahead.Ahead] = {}
+        self._ahead: dict[Any, Ahead] = {}
         """Buffers for layers that are decoded ahead, by device."""
         self._on_device = 0
         """Dense bytes of the largest layer that is decoded ahead there."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the settings, and room for the same layers. Its buffer and threads are its own."""
-        return {"threads": self._threads, "largest": self._largest, "on_device": self._on_device}
+        return {"_threads": self._threads, "_largest": self._largest, "_on_device": self._on_device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As `__getstate__` gives it."""
-        self._threads = state["threads"]
         self._clear()
-        _alive.add(self)
-        self._largest, self._on_device = state["largest"], state["on_device"]
+        self.__dict__ |= state
 
     @property
     def nbytes(self) -> int:
@@ -107,7 +95,7 @@ class Workspace:
         """A layer of `size` dense bytes will use this."""
         with self._lock:
             self._largest = max(self._largest, size)
-            if size <= ahead.MOST:
+            if size <= MOST:
                 self._on_device = max(self._on_device, size)
 
     def forget(self, layer: Layer) -> None:
@@ -150,11 +138,10 @@ class Workspace:
         """The weight of a layer whose record is on a device, valid inside for launches on the current stream."""
         with self._running():
             self._learn(layer)
-            found, device = self._next.get(layer), layer.weight.device
+            device = layer.weight.device
             if device not in self._ahead:
-                self._ahead[device] = ahead.Ahead(device)
-            then = found() if found else None
-            with self._ahead[device].weight(layer, then, self._on_device) as weight:
+                self._ahead[device] = Ahead(device)
+            with self._ahead[device].weight(layer, self._after(layer), self._on_device) as weight:
                 yield weight
 
     @contextlib.contextmanager
@@ -173,6 +160,11 @@ class Workspace:
         if self._last and (last := self._last()) is not None:
             self._next[last] = weakref.ref(layer)
         self._last = weakref.ref(layer)
+
+    def _after(self, layer: Layer) -> Layer | None:
+        """The layer that came after this one the last time, if it is still there."""
+        found = self._next.get(layer)
+        return found() if found else None
 
     def _drop(self, count: int | None = None) -> None:
         """Forget the first `count` slots, by default all."""
@@ -204,12 +196,10 @@ class Workspace:
     ) -> _Slot:
         """Ask threads for the weight of a layer."""
         grid, words, pool = s.tensor.grid, self._words(s, start), self.executor()
-        runs: list[Callable[[], None]] = [functools.partial(record.decode, s, data, words)]
+        runs = [partial(record.decode, s, data, words)]
         if pool and s.tensor.nbytes >= PIECE:
-            runs = [
-                functools.partial(record.decode, s, data, words[i * grid.tr : (i + 1) * grid.tr], i, i + 1)
-                for i in range(grid.down)
-            ]
+            each = ((words[i * grid.tr : (i + 1) * grid.tr], i, i + 1) for i in range(grid.down))
+            runs = [partial(record.decode, s, data, *part) for part in each]
         pieces = [(pool.submit(run) if pool else Future[None](), run) for run in runs]
         return _Slot(weakref.ref(layer), version, start, start + s.tensor.nbytes, pieces)
 
@@ -246,27 +236,23 @@ class Workspace:
         known = {id(slot.layer()) for slot in self._slots}
         tail = self._slots[-1].layer()
         while self._threads > 1 and len(self._slots) <= 2 * self._threads and tail is not None:
-            found = self._next.get(tail)
-            tail = found() if found else None
+            tail = self._after(tail)
             if tail is None or id(tail) in known or (version := tail.version()) is None:
                 return
             try:
                 s, data = tail.stored()
             except RacError:  # it will say so itself
                 return
-            start = self._free(s.tensor.nbytes)
-            if start is None:
+            if (start := self._free(s.tensor.nbytes)) is None:
                 return
             self._slots.append(self._slot(tail, version, s, data, start))
             known.add(id(tail))
 
     def _free(self, size: int) -> int | None:
         """The lowest place where `size` bytes are free, which caches may still hold; None: there is none."""
-        for start in sorted((0, *(-(-slot.stop // _ALIGN) * _ALIGN for slot in self._slots))):
-            stop = start + size
-            if stop <= len(self._buffer) and all(stop <= x.start or start >= x.stop for x in self._slots):
-                return start
-        return None
+        starts = sorted((0, *(-(-slot.stop // _ALIGN) * _ALIGN for slot in self._slots)))
+        fits = (a for a in starts if all(a + size <= x.start or a >= x.stop for x in self._slots))
+        return next((a for a in fits if a + size <= len(self._buffer)), None)
 
 
 _alive: weakref.WeakSet[Workspace] = weakref.WeakSet()

@@ -7,30 +7,22 @@ from numpy.typing import NDArray
 
 __all__ = ["low_rank"]
 
-_MORE = 8
-"""Directions beyond the rank that are carried along: they make the others converge."""
-_ENOUGH = 1e-10
-"""Relative change of the explained energy at which the search ends."""
+_MORE = 8  # directions beyond the rank that are carried along: they make the others converge
+_ENOUGH = 1e-10  # relative change of the explained energy at which the search ends
 
 
 def low_rank(
     w: NDArray[np.floating], second: NDArray[np.floating], rank: int, rounds: int = 200
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A (R, r) and B (r, C) with the least output error tr(E S E^T), E = W - A B, for r = `rank`.
+    """A (R, r) and B (r, C), float64, with the least output error tr(E S E^T), E = W - A B, for r = `rank`.
 
     They are the truncated singular value decomposition of W S^1/2 = P diag(s) Q^T (Eckart & Young, 1936; with these
     weights QERA, arXiv 2410.06040, and SVD-LLM, arXiv 2403.07378; quantised factors: CALDERA, arXiv 2405.18886):
     A = P s and B = Q^T S^-1/2 = s^-1 P^T W, so that only P is to be found, the first directions of W S W^T: by subspace
-    iteration (Halko, Martinsson & Tropp, SIAM Review 53, 2011) from a fixed start.
+    iteration (Halko, Martinsson & Tropp, SIAM Review 53, 2011) from a fixed start, of so many `rounds` at most.
 
-    Args:
-        w: (R, C)
-        second: (C, C) S, symmetric; need not have full rank.
-        rank: 1 to min(R, C).
-        rounds: Most rounds of the iteration.
-
-    Returns:
-        A, whose columns have the singular values as norms, descending, and B, float64.
+    `w` is (R, C), `second` (C, C) is S, symmetric, of any rank; `rank` is 1 to min(R, C), ValueError otherwise. Columns
+    of A have the singular values as norms, descending.
     """
     if not 1 <= rank <= min(w.shape):
         raise ValueError(f"rank must be 1 to {min(w.shape)}, not {rank}")

@@ -1,1 +1,1 @@
-"""The stages of the format, one place each: parameters, unit, reference decoding. Nothing in here encodes a model."""
+"""The stages of the format, one place each: parameters, unit, decoding. Nothing in here encodes a model."""

@@ -10,7 +10,7 @@ protocol below says in code and not in words, a stage need not say again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from rac.container import zstd
 from rac.errors import FormatError, UnsupportedError
 from rac.grid import Box, Grid, is_int
+from rac.native.prototypes import F32, Array
 
-Array = NDArray[Any]
-F32 = NDArray[np.float32]
 Head = dict[str, Any]
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,7 @@ class Context:
     dtype: str
     rows: int
     cols: int
-    word: int
-    """Bytes of a word that the coder restores."""
+    word: int  # bytes of a word that the coder restores
 
 
 class Stage(Protocol):
@@ -48,15 +47,10 @@ class Stage(Protocol):
         return {"id": self.id, **{k: list(v) if isinstance(v, tuple) else int(v) for k, v in parameters.items()}}
 
 
-class Kernel(Protocol):
-    """Makes the jobs of the CPU kernel that decodes the tiles of one tensor (`rac.native.decode_tiles`)."""
-
-    def job(self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: Any) -> Any:
-        """The job of one tile, which is the part `box` of the matrix.
-
-        `unit`: address and bytes, without Zstandard frames; `place`: address of the first word, and words from row to
-        row; `numbers`: what the words stand for, `OpenNumbers.fused`, or None where the words themselves are wanted.
-        """
+Job = Callable[[Pair, Box, Pair, Any], Any]
+"""Makes the job of the CPU kernel (`rac.native.decode_tiles`) that decodes a tile: from address and bytes of its unit,
+without Zstandard frames; its part of the matrix; the address of the first word, and words from row to row; and what the
+words stand for, `OpenNumbers.fused`, or None where the words themselves are wanted."""
 
 
 class OpenCoder(Protocol):
@@ -72,8 +66,8 @@ class OpenCoder(Protocol):
         FormatError or ChecksumError where the unit breaks the format; `dst` may then be partly written.
         """
 
-    def kernel(self) -> Kernel | None:
-        """What makes jobs of the CPU kernel, its tables made now; None where `decode` does the work."""
+    def kernel(self) -> Job | None:
+        """What makes jobs, its tables made now; None where `decode` does the work."""
         return None
 
     def bare(self) -> Self:
@@ -84,8 +78,7 @@ class OpenCoder(Protocol):
 class Coder(Stage, Protocol):
     """The first stage of every record: restores words."""
 
-    resident: ClassVar[bool] = False
-    """Whether a layer whose weight it stores is worth keeping compressed in memory."""
+    resident: ClassVar[bool] = False  # whether a layer whose weight it stores is worth keeping compressed in memory
 
     @property
     def front(self) -> int | None:
@@ -108,8 +101,8 @@ class Coder(Stage, Protocol):
         check(head, {}, cls.id)
         return cls()
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> OpenCoder:
-        """Parse the front unit (empty where there is none), FormatError; `reference`: decode without kernels."""
+    def open(self, unit: bytes, grid: Grid) -> OpenCoder:
+        """Parse the front unit (empty where there is none); FormatError where it breaks the format."""
 
     def details(self) -> Mapping[str, int]:
         """What `rac info` says of a quantised tensor: "row_classes", "column_classes", "tables" (0: none)."""
@@ -144,8 +137,7 @@ class OpenNumbers(Protocol):
 class Numbers(Stage, Protocol):
     """A stage behind the coder: words of one byte to numbers that are near those which were packed."""
 
-    sections: ClassVar[tuple[str, ...]]
-    """What its unit consists of, for people, in the order of `section_sizes`."""
+    sections: ClassVar[tuple[str, ...]]  # what its unit consists of, for people, in the order of `section_sizes`
 
     @property
     def front(self) -> int:
@@ -160,7 +152,7 @@ class Numbers(Stage, Protocol):
     def from_head(cls, head: Head, context: Context) -> Self:
         """Check every parameter of the stage map; FormatError or UnsupportedError."""
 
-    def open(self, unit: bytes, context: Context, reference: bool) -> OpenNumbers:
+    def open(self, unit: bytes, context: Context) -> OpenNumbers:
         """Parse the unit; `context.dtype` is what the numbers become. FormatError where it breaks the format."""
 
     def details(self, dtype: str) -> Mapping[str, Any]:
@@ -170,14 +162,10 @@ class Numbers(Stage, Protocol):
 class Product(Stage, Protocol):
     """A stage behind numbers of binary32: computes with objects, in an order that the format fixes."""
 
-    behind: ClassVar[tuple[str, ...]]
-    """The numbers that it may follow."""
-    objects: ClassVar[int]
-    """How many objects it uses."""
-    column: ClassVar[tuple[str, Any]]
-    """A name for `detail`, and its value for tensors without this stage."""
-    whole_rows: ClassVar[bool]
-    """Whether any column of the result needs all columns of the numbers."""
+    behind: ClassVar[tuple[str, ...]]  # the numbers that it may follow
+    objects: ClassVar[int]  # how many objects it uses
+    column: ClassVar[tuple[str, Any]]  # a name for `detail`, and its value for tensors without this stage
+    whole_rows: ClassVar[bool]  # whether any column of the result needs all columns of the numbers
 
     @classmethod
     def from_head(cls, head: Head) -> Self:
@@ -188,7 +176,7 @@ class Product(Stage, Protocol):
     def check(self, shapes: Sequence[tuple[int, ...]], rows: int, cols: int) -> None:
         """FormatError unless objects of these shapes serve a tensor of rows x cols."""
 
-    def join(self, v: F32, objects: Sequence[F32], box: Box, reference: bool) -> F32:
+    def join(self, v: F32, objects: Sequence[F32], box: Box) -> F32:
         """The part `box` of the tensor, (h, w), from the numbers `v` of its rows, which may be changed.
 
         `v` is (h, w), or (h, C) where `whole_rows`.
@@ -205,8 +193,7 @@ class Chain:
     coder: Coder
     numbers: Numbers | None = None
     product: Product | None = None
-    fronts: tuple[int, ...] = field(init=False)
-    """Bytes of each unit in front of the tiles."""
+    fronts: tuple[int, ...] = field(init=False)  # bytes of each unit in front of the tiles
 
     def __post_init__(self) -> None:
         each = (self.coder.front, None if self.numbers is None else self.numbers.front)
@@ -231,8 +218,8 @@ def check(head: Head, ranges: Mapping[str, tuple[int, int]], name: str, others: 
     keys = {"id", *ranges, *others}
     if keys - head.keys():
         raise FormatError(f"{name} parameters are incomplete")
-    if head.keys() - keys:
-        raise UnsupportedError(f"unknown {name} parameters: {', '.join(sorted(head.keys() - keys))}")
+    if len(head) > len(keys):
+        raise UnsupportedError(f"unknown {name} stage parameters: {', '.join(sorted(head.keys() - keys))}")
     for key, (low, high) in ranges.items():
         if not is_int(head[key], low, high):
             raise FormatError(f"{name} parameter {key} is out of range")

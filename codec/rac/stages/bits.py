@@ -12,7 +12,8 @@ from rac import native
 from rac.errors import FormatError
 from rac.grid import Box, up16
 from rac.native import words as native_words
-from rac.stages.base import Array, Context, Head
+from rac.native.prototypes import Array
+from rac.stages.base import Context, Head
 from rac.stages.base import check as check_head
 from rac.stages.lanes.layout import unpack_planes
 from rac.stages.lanes.parameters import cut_planes
@@ -67,10 +68,10 @@ def check(unit: NDArray[np.uint8], n: int, bits: int) -> None:
             raise FormatError("plane ends in non-zero bits")
 
 
-def unpack(unit: NDArray[np.uint8], n: int, bits: int, reference: bool = False) -> NDArray[np.uint8]:
+def unpack(unit: NDArray[np.uint8], n: int, bits: int) -> NDArray[np.uint8]:
     """Words (n,) out of the unit (bytes,) of a tile; FormatError unless all of it fits."""
     check(unit, n, bits)
-    found = None if reference else native_words.unpack(np.ascontiguousarray(unit), n, bits)
+    found = native_words.unpack(np.ascontiguousarray(unit), n, bits)
     if found is not None:
         return found
     cuts = planes(n, bits)[0]

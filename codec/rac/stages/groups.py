@@ -13,15 +13,13 @@ from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import words as native
-from rac.stages.base import Array, Context, Head, Numbers, OpenNumbers, check, pack_lists, sizes_of, unpack_list
+from rac.native.prototypes import F32, Array
+from rac.stages.base import Context, Head, Numbers, OpenNumbers, check, pack_lists, sizes_of, unpack_list
 from rac.stages.words import DTYPES, to_words
 
-LEAST, MOST = 2.0**-14, 65504.0
-"""The normal numbers of binary16."""
-FAR = 60
-"""Exponents of the factor of all scales are -FAR to FAR."""
-_FIRST, _LAST = 0x0400, 0x7BFF
-"""Bits of LEAST and MOST as binary16."""
+LEAST, MOST = 2.0**-14, 65504.0  # the normal numbers of binary16
+FAR = 60  # exponents of the factor of all scales are -FAR to FAR
+_FIRST, _LAST = 0x0400, 0x7BFF  # bits of LEAST and MOST as binary16
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Grouped:
 
     codes: NDArray[np.uint8]
     """(R, C), 0 .. 2**bits - 1"""
-    scales: NDArray[np.float32]
+    scales: F32
     """(R, G), G = ceil(C / group); each one a number that `storable` gives back as it is."""
     zeros: NDArray[np.uint8]
     """(R, G), 0 .. 255"""
@@ -40,18 +38,18 @@ class Grouped:
     """1 .. 8"""
 
 
-def values(g: Grouped) -> NDArray[np.float32]:
+def values(g: Grouped) -> F32:
     """(R, C) the numbers that the codes stand for. Binary32 holds each exactly: 11 bits of the scale times 8."""
     k = g.codes.astype(np.float32) - spread(g.zeros, g.group, g.codes.shape[1])
     return k * spread(g.scales, g.group, g.codes.shape[1])
 
 
-def spread(x: NDArray[np.generic], group: int, cols: int) -> NDArray[np.float32]:
+def spread(x: NDArray[np.generic], group: int, cols: int) -> F32:
     """(R, G) numbers of groups to (R, cols) of columns, as float32."""
     return np.repeat(x.astype(np.float32), group, axis=1)[:, :cols]
 
 
-def storable(scales: ArrayLike) -> NDArray[np.float32]:
+def storable(scales: ArrayLike) -> F32:
     """Scales, shape kept, rounded to normal numbers of binary16, 2**-14 to 65504; ValueError for infinite, negative."""
     x = np.asarray(scales, np.float32)
     if not np.isfinite(x).all() or (x < 0).any():
@@ -67,12 +65,9 @@ class Groups(Numbers):
     sections: ClassVar[tuple[str, ...]] = ("scales", "zeros")
     bits: int
     group: int
-    zero: int
-    """The zero point of all groups, where the unit has none."""
-    exponent: int
-    """log2 of a factor of all scales."""
-    sizes: tuple[int, int, int]
-    """Bytes of the upper bytes of the scales, of the lower ones, of the zeros."""
+    zero: int  # the zero point of all groups, where the unit has none
+    exponent: int  # log2 of a factor of all scales
+    sizes: tuple[int, int, int]  # bytes of the upper bytes of the scales, of the lower ones, of the zeros
 
     @property
     def section_sizes(self) -> tuple[int, ...]:
@@ -91,9 +86,9 @@ class Groups(Numbers):
             raise FormatError(f"groups cannot be of {context.dtype}")
         return cls(**{key: head[key] for key in ranges}, sizes=sizes)
 
-    def open(self, unit: bytes, context: Context, reference: bool = False) -> OpenGroups:
+    def open(self, unit: bytes, context: Context) -> OpenGroups:
         """Parse the unit (stages/groups.md, section 2); FormatError where it breaks the format."""
-        return OpenGroups(unit, self, context, reference)
+        return OpenGroups(unit, self, context)
 
     def details(self, dtype: str) -> Mapping[str, Any]:
         """Bits of a code, columns of a group, the zero of all groups (None: each has its own)."""
@@ -101,13 +96,10 @@ class Groups(Numbers):
 
 
 class OpenGroups(OpenNumbers):
-    """The unit of a tensor under groups/1, ready for use: parameters `p`, the data type of the numbers `dtype`.
+    """The unit of a tensor: `scales` (R, G) float32, and `zeros` (R, G) uint8, or (1, 1) where all are the same."""
 
-    `scales` are (R, G) float32, `zeros` (R, G) uint8, or (1, 1) where all are the same.
-    """
-
-    def __init__(self, unit: bytes, p: Groups, context: Context, reference: bool) -> None:
-        self.p, self.dtype, self._reference = p, context.dtype, reference
+    def __init__(self, unit: bytes, p: Groups, context: Context) -> None:
+        self.p, self.dtype = p, context.dtype
         if len(unit) != p.front:
             raise FormatError("groups unit does not have the size of its sections")
         shape = context.rows, -(-context.cols // p.group)
@@ -121,16 +113,12 @@ class OpenGroups(OpenNumbers):
         self.zeros = zeros if p.sizes[2] else np.array([[p.zero]], np.uint8)
 
     def decode(self, words: NDArray[np.uint8], box: Box, dst: Array) -> None:
-        """Words (h, w) of one tile, contiguous, to elements in `dst` (h, w), words of the data type.
-
-        The C kernel does the same, bit for bit. FormatError where a word has more than `bits` bits.
-        """
+        """Words (h, w) of one tile to elements in `dst` (h, w); FormatError where one has more than `bits` bits."""
         p, (r0, r1, c0, c1) = self.p, box
         first, left = divmod(c0, p.group)
         of = np.s_[r0:r1, first : -(-c1 // p.group)]
         scales, zeros = self.scales[of], self.zeros if self.zeros.size == 1 else self.zeros[of]
-        group = p.group, left
-        seen = None if self._reference else native.ungroup(words, scales, zeros, group, dst, self.dtype)
+        seen = native.ungroup(words, scales, zeros, (p.group, left), dst, self.dtype)
         if (words >> np.uint8(p.bits)).any() if seen is None else seen >> p.bits:
             raise FormatError("a word is larger than groups/1 allows")
         if seen is None:
@@ -139,10 +127,7 @@ class OpenGroups(OpenNumbers):
 
 
 def build_unit(g: Grouped) -> tuple[Groups, bytes]:
-    """Parameters and unit of a matrix; ValueError where a shape, code or scale is not as `Grouped` says.
-
-    Scales may also be such numbers times one power of two from 2**-60 to 2**60.
-    """
+    """Parameters and unit; ValueError unless `g` is as `Grouped` says, but for a power of two of all scales."""
     rows, cols = g.codes.shape
     shape = rows, -(-cols // g.group) if g.group >= 1 else 0
     if not (1 <= g.bits <= 8 and 1 <= g.group <= cols and g.scales.shape == g.zeros.shape == shape):
@@ -157,7 +142,7 @@ def build_unit(g: Grouped) -> tuple[Groups, bytes]:
     return Groups(g.bits, g.group, int(g.zeros.flat[0]) if same else 0, exponent, (a, b, c)), b"".join(lists)
 
 
-def _stored(scales: NDArray[np.float32]) -> tuple[NDArray[np.uint16], int]:
+def _stored(scales: F32) -> tuple[NDArray[np.uint16], int]:
     """Scales as bits of binary16 and the exponent of a factor of all; ValueError where there is none."""
     if scales.size and np.isfinite(scales).all() and scales.min() > 0:
         largest = int(np.frexp(scales.max())[1]) - 16  # which brings the largest to 2**15 and more

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from rac.container import index
 from rac.errors import FormatError, UnsupportedError
 from rac.linalg import hadamard
 from rac.records import Online
 from rac.registry import ONLINE
+from rac.stages.base import Head
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def parse(
-    value: Any, dtype: str, shape: tuple[int, ...], shape_of: Callable[[str], tuple[int, ...] | None], at: int
+    value: Head, dtype: str, shape: tuple[int, ...], shape_of: Callable[[str], tuple[int, ...] | None], at: int
 ) -> Online:
-    """The map under the key `online` of a tensor of `shape`, whose record is at `at`.
+    """The map `online` of a tensor of `shape` at `at`; `shape_of` an object that stands before it, None: there is none.
 
-    `shape_of` gives the shape of an object that stands before the record, None where there is no such object.
-
-    Raises:
-        UnsupportedError: The kind or a key of it is not known.
-        FormatError: Anything else is wrong.
+    UnsupportedError where the kind or a key of it is not known, FormatError where anything else is wrong.
     """
-    if not isinstance(value, dict):
-        raise FormatError("online is malformed", offset=at)
     kind = value.get("id")
     if not isinstance(kind, str) or kind not in ONLINE:
         raise UnsupportedError(f"online transform {kind!r} is not known to this version", offset=at)

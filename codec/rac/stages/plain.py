@@ -10,13 +10,14 @@ import numpy as np
 from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import Box, Grid
-from rac.stages.base import Array, Coder, Context, Head, OpenCoder, check
+from rac.native.prototypes import Array
+from rac.stages.base import Coder, Context, Head, OpenCoder, check
 
 
 class Plain(Coder, OpenCoder):
     """A coder without front unit and kernel, which is open as it is."""
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> Self:
+    def open(self, unit: bytes, grid: Grid) -> Self:
         """The coder itself: there is no unit to parse."""
         return self
 

@@ -11,7 +11,8 @@ import numpy as np
 from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import product
-from rac.stages.base import F32, Product
+from rac.native.prototypes import F32
+from rac.stages.base import Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,10 @@ class LowRank(Product):
         if not 1 <= r <= min(rows, cols) or list(shapes) != [(rows, r), (r, cols)]:
             raise FormatError(f"objects {list(shapes)} are no product of low rank of {rows} x {cols}")
 
-    def join(self, v: F32, objects: Sequence[F32], box: Box, reference: bool = False) -> F32:
+    def join(self, v: F32, objects: Sequence[F32], box: Box) -> F32:
         """V + A B for the part `box`, in the order of section 3; `v` (h, w) is changed and returned."""
         a, b = objects
-        product.add(v, a[box.r0 : box.r1], b[:, box.c0 : box.c1], reference)
+        product.add(v, a[box.r0 : box.r1], b[:, box.c0 : box.c1])
         return v
 
     def detail(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Any:
@@ -56,11 +57,11 @@ class Basis(Product):
         if list(shapes) != [(cols, cols)]:
             raise FormatError(f"object {list(shapes)} is no basis of {cols} columns")
 
-    def join(self, v: F32, objects: Sequence[F32], box: Box, reference: bool = False) -> F32:
+    def join(self, v: F32, objects: Sequence[F32], box: Box) -> F32:
         """V U for the columns of the part `box`, in the order of section 3; `v` is (h, C), the result (h, w)."""
         u = objects[0][:, box.c0 : box.c1]
         out = np.zeros((len(v), u.shape[1]), np.float32)
-        product.add(out, v, u, reference)
+        product.add(out, v, u)
         return out
 
     def detail(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Any:

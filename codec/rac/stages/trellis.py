@@ -1,7 +1,4 @@
-"""Sign-symmetric trellis: small integers and scales to numbers (format_spec/stages/trellis.md).
-
-The numpy functions here are the reference; rac/native/src/dequant.c is held to them bit for bit.
-"""
+"""Sign-symmetric trellis: small integers and scales to numbers (format_spec/stages/trellis.md)."""
 
 from __future__ import annotations
 
@@ -18,7 +15,8 @@ from rac.errors import FormatError
 from rac.grid import Box
 from rac.native import address
 from rac.native import trellis as native
-from rac.stages.base import F32, Array, Context, Head, Numbers, check, pack_lists, sizes_of, unpack_list
+from rac.native.prototypes import F32, Array
+from rac.stages.base import Context, Head, Numbers, check, pack_lists, sizes_of, unpack_list
 from rac.stages.words import DTYPES, to_words
 
 CODES = {1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
@@ -41,14 +39,10 @@ class Trellis(Numbers):
     id: ClassVar[str] = "trellis/1"
     sections: ClassVar[tuple[str, ...]] = ("corrections", "rows", "columns", "outliers")
     states: int
-    zero: int
-    """The word that stands for 0."""
-    low: int
-    """First of the words that have corrections."""
-    scale: int
-    """Bits of the binary32 unit of all columns."""
-    sizes: tuple[int, int, int, int]
-    """Bytes of each section of the unit."""
+    zero: int  # the word that stands for 0
+    low: int  # first of the words that have corrections
+    scale: int  # bits of the binary32 unit of all columns
+    sizes: tuple[int, int, int, int]  # bytes of each section of the unit
 
     @property
     def section_sizes(self) -> tuple[int, ...]:
@@ -69,9 +63,9 @@ class Trellis(Numbers):
             raise FormatError("trellis corrections leave the range of words")
         return cls(**{key: head[key] for key in ranges}, sizes=sizes)
 
-    def open(self, unit: bytes, context: Context, reference: bool = False) -> OpenTrellis:
+    def open(self, unit: bytes, context: Context) -> OpenTrellis:
         """Parse the unit (stages/trellis.md, section 2); FormatError where it breaks the format."""
-        return OpenTrellis(self, context.dtype, _lists(unit, self, context), reference)
+        return OpenTrellis(self, context.dtype, _lists(unit, self, context))
 
     def details(self, dtype: str) -> Mapping[str, Any]:
         """Number of states, of outliers and of corrections."""
@@ -89,31 +83,25 @@ def magnitudes(states: int, zero: int) -> F32:
 class Lists(NamedTuple):
     """What the unit of trellis/1 holds."""
 
-    rec: F32
-    """(256,) magnitude of each word."""
-    rows: F32
-    """(R,) scale of each row, B(y)."""
-    cols: F32
-    """(C,) scale of each column, A(x)."""
-    places: NDArray[np.int64]
-    """(N, 2) row and column of each outlier, ascending."""
-    values: Array
-    """(N,) words of the data type: the outliers."""
+    rec: F32  # (256,) magnitude of each word
+    rows: F32  # (R,) scale of each row, B(y)
+    cols: F32  # (C,) scale of each column, A(x)
+    places: NDArray[np.int64]  # (N, 2) row and column of each outlier, ascending
+    values: Array  # (N,) words of the data type: the outliers
 
 
 class OpenTrellis:
     """The unit of a tensor under trellis/1, ready for use: the parameters `p`, the data type, and `Lists`."""
 
-    def __init__(self, p: Trellis, dtype: str, lists: Lists, reference: bool = False) -> None:
-        self.p, self.dtype, self._reference = p, dtype, reference
+    def __init__(self, p: Trellis, dtype: str, lists: Lists) -> None:
+        self.p, self.dtype = p, dtype
         self.rec, self.rows, self.cols, self.places, self.values = lists
         self._alive: list[Any] = []  # each that two threads made at once, since jobs have its address
 
     @functools.cached_property
     def _words(self) -> Any:
         """What the words stand for, for the CPU kernel alone: made when it first asks."""
-        p, even = self.p, not self.p.sizes[0]
-        words = None if self._reference else native.dequant(self.rec, even, CODES[p.states], p.zero, self.dtype)
+        words = native.dequant(self.rec, not self.p.sizes[0], CODES[self.p.states], self.p.zero, self.dtype)
         self._alive.append(words)
         return words
 

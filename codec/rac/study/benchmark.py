@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from rac.calibrate.text import Note
 from rac.encode.pack import pack
 from rac.methods.grouped import pack_grouped
-from rac.methods.recipes import RECIPES, Known, Method, Note, make
+from rac.methods.named import METHODS, Known, Method, make
 
-ALL = (*RECIPES, "aligned")
-DRAW = ("quarot", "spinquant", "kurtail")
-"""Recipes that the seed makes a difference to."""
+ALL = (*METHODS, "aligned")
+DRAW = ("quarot", "spinquant", "kurtail")  # recipes that the seed makes a difference to
 LIST = "points.json"
 
 
@@ -28,91 +28,66 @@ class Point:
     bits: int
     seed: int
     path: str
-    seconds: float
-    """Seconds to make the file, with what was learned once for all bits."""
-    coded: float
-    """Bits of a quantised weight, entropy-coded, everything counted."""
-    fixed: float | None
-    """Bits of a quantised weight at the fixed rate of the integers, everything counted; None: there is no such rate."""
-    size: int
-    """Bytes of the file."""
+    seconds: float  # seconds to make the file, with what was learned once for all bits
+    coded: float  # bits of a quantised weight, entropy-coded, everything counted
+    fixed: float | None  # the same at the fixed rate of the integers; None: there is no such rate
+    size: int  # bytes of the file
 
 
-def points(
-    src: str,
-    folder: str,
-    recipes: Sequence[str],
-    bits: Sequence[int],
-    method: Method,
-    note: Note | None = None,
-    *,
-    seeds: Sequence[int] = (0,),
-    effort: str = "default",
-    reuse: bool = False,
-) -> Iterator[Point]:
-    """Pack a model by each recipe at each number of bits.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be made of a model."""
 
-    What was made is listed in "points.json" beside the files, with the settings that made it.
+    recipes: Sequence[str]  # names from ALL
+    bits: Sequence[int]
+    """2 to 8 each. The aligned recipe, whose bits can be any number, gets those of the first other recipe at the same
+    bits, all counted, or these where there is none."""
+    method: Method  # everything but name, bits and seed
+    seeds: Sequence[int] = (0,)  # recipes that draw come once for each, the others for the first
+    effort: str = "default"  # effort of the aligned recipe
+    reuse: bool = False  # take files of an earlier call with the same settings; otherwise all are made again
 
-    Args:
-        src: Hugging Face folder of a causal language model.
-        folder: Where the files go, as "recipe-bits.rac", with "-seed" behind for seeds other than the first; and the
-            calibrations of the aligned recipe.
-        recipes: Names from ALL.
-        bits: 2 to 8 each. The aligned recipe, whose bits can be any number, gets those of the first other recipe at
-            the same bits, all counted, or these where there is none.
-        method: Everything but name, bits and seed.
-        note: Called with (what, done, of).
-        seeds: Recipes that draw come once for each, the others for the first.
-        effort: Effort of the aligned recipe.
-        reuse: Take files that were made by an earlier call with the same settings; otherwise all are made again.
 
-    Raises:
-        RacError: As `make` and `pack`.
+def points(src: str, folder: str, plan: Plan, note: Note | None = None) -> Iterator[Point]:
+    """Pack a model, the Hugging Face folder `src` of a causal language model, by each recipe at each number of bits.
+
+    Files go into `folder` as "recipe-bits.rac", with "-seed" behind for seeds other than the first; calibrations of
+    the aligned recipe do too, and "points.json", the list of what was made with the settings that made it.
     """
-    if unknown := [r for r in recipes if r not in ALL]:
+    if unknown := [r for r in plan.recipes if r not in ALL]:
         raise ValueError(f"recipes are {', '.join(ALL)}, not {unknown[0]!r}")
     os.makedirs(folder, exist_ok=True)
     there = _read(folder)  # of other files the list is kept
-    known: dict[int, Known] = {seed: {} for seed in seeds}
-    for b in bits:
+    known: dict[int, Known] = {seed: {} for seed in plan.seeds}
+    order = sorted(plan.recipes, key=lambda r: r == "aligned")
+    for b in plan.bits:
         budget = float(b)
-        order = sorted(recipes, key=lambda r: r == "aligned")
-        for name, seed in [(n, s) for n in order for s in (seeds if n in DRAW else seeds[:1])]:
-            path = os.path.join(folder, f"{name}-{b}{f'-{seed}' if seed != seeds[0] else ''}.rac")
-            own = replace(method, name=name, bits=b, seed=seed)
-            asked = {"model": os.path.realpath(src), "effort": effort, "budget": budget, **asdict(own)}
-            if name != "aligned":
-                asked |= {"effort": None, "budget": None}
-            point = _same(there.get(os.path.basename(path)), asked, path) if reuse else None
+        for name, seed in [(n, s) for n in order for s in (plan.seeds if n in DRAW else plan.seeds[:1])]:
+            file = f"{name}-{b}{f'-{seed}' if seed != plan.seeds[0] else ''}.rac"
+            path, own = os.path.join(folder, file), replace(plan.method, name=name, bits=b, seed=seed)
+            how = {"effort": plan.effort, "budget": budget} if name == "aligned" else {"effort": None, "budget": None}
+            asked = {"model": os.path.realpath(src), **how, **asdict(own)}
+            point = _same(there.get(file), asked, path) if plan.reuse else None
             if point is None:
                 if name == "aligned":
-                    point = _aligned(src, path, own, budget, effort, folder, note)
+                    point = _aligned(src, path, own, budget, plan.effort, note)
                 else:
                     point = _method(src, path, own, known[seed], note)
-                there[os.path.basename(path)] = {"asked": asked, "point": asdict(point)}
+                there[file] = {"asked": asked, "point": asdict(point)}
                 with open(os.path.join(folder, LIST), "w", encoding="utf-8") as f:
                     json.dump(there, f, indent=1)
-            if name == order[0] and seed == seeds[0]:
+            if name == order[0] and seed == plan.seeds[0]:
                 budget = point.coded
             yield point
 
 
-def _aligned(src: str, path: str, method: Method, budget: float, effort: str, cache: str, note: Note | None) -> Point:
+def _aligned(src: str, path: str, method: Method, budget: float, effort: str, note: Note | None) -> Point:
     start = time.monotonic()
-    done = pack(
-        src,
-        path,
-        bits=budget,
-        calibrate=method.text or "none",
-        tokens=method.tokens,
-        effort=effort,
-        cache=cache,
-        force=True,
-        note=note,
-    )
+    text: dict[str, Any] = {"calibrate": method.text or "none", "tokens": method.tokens}
+    done = pack(src, path, bits=budget, effort=effort, cache=os.path.dirname(path), force=True, note=note, **text)
     took = time.monotonic() - start
-    return Point("aligned", method.bits, method.seed, path, took, done.quantised_bits, None, done.stored)
+    coded = done.quantised_bits
+    return Point("aligned", method.bits, method.seed, path, took, coded=coded, fixed=None, size=done.stored)
 
 
 def _method(src: str, path: str, method: Method, known: Known, note: Note | None) -> Point:
@@ -120,11 +95,10 @@ def _method(src: str, path: str, method: Method, known: Known, note: Note | None
     made = make(src, method, note, known)
     done = pack_grouped(made.source, made.matrices, path, True, made.about, force=True)
     took = time.monotonic() - start + made.spared
-    plain = pack_grouped(made.source, made.matrices, f"{path}.fixed", False, made.about, force=True)
+    plain = pack_grouped(made.source, made.matrices, f"{path}.fixed", False, made.about, force=True).quantised_bits
     os.unlink(f"{path}.fixed")
-    return Point(
-        method.name, method.bits, method.seed, path, took, done.quantised_bits, plain.quantised_bits, done.stored
-    )
+    coded = done.quantised_bits
+    return Point(method.name, method.bits, method.seed, path, took, coded=coded, fixed=plain, size=done.stored)
 
 
 def _read(folder: str) -> dict[str, Any]:

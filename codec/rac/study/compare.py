@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -34,6 +34,9 @@ _NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
 Floats = NDArray[np.float32]
 Within = Callable[[Any, Provenance], contextlib.AbstractContextManager[Any]]
 """Called with a file's model and what is known of the file's making; entered while the model predicts."""
+Ways = Sequence[Within | None]
+Path = str | os.PathLike[str]
+Files = Sequence[Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,92 +44,95 @@ class Row:
     """One file of a comparison. Ratios are in dB; None is no error at all, or, of the last four, not measured."""
 
     file: str
-    size: int
-    """Bytes on disk: all shards, and the files that travel along."""
-    bits: float
-    """Bits on disk per weight: `size` * 8 / all weights."""
-    quantised_bits: float | None
-    """Bytes of the quantised matrices * 8 / their weights; None where there are none."""
-    snr: float | None
-    """Energy of the matrices of the original to that of their error, over all."""
-    weighted_snr: float | None = None
-    """Energy of the linear layers' outputs to that of their error: sum tr(W S W') / sum tr(E S E'), S second moments on
-    the text."""
-    kl: float | None = None
-    """KL(original || file) per token, nats, mean over all positions."""
-    top1: float | None = None
-    """Share of positions where both predict the same token."""
-    perplexity: float | None = None
-    """Over all positions but the last of each window."""
-    turned: bool = False
-    """Whether the weights are those of a transformed model, which are in other coordinates: no SNR is measured."""
+    size: int  # bytes on disk: all shards, and the files that travel along
+    bits: float  # bits on disk per weight: `size` * 8 / all weights
+    quantised_bits: float | None  # bytes of the quantised matrices * 8 / their weights; None where there are none
+    snr: float | None  # energy of the matrices of the original to that of their error, over all
+    weighted_snr: float | None = None  # of the outputs: sum tr(W S W') / sum tr(E S E'), S moments on the text
+    kl: float | None = None  # KL(original || file) per token, nats, mean over all positions
+    top1: float | None = None  # share of positions where both predict the same token
+    perplexity: float | None = None  # over all positions but the last of each window
+    turned: bool = False  # whether the model was transformed, its weights in other coordinates: no SNR is measured
 
 
 @dataclass(slots=True)
 class _File:
     """The content of a file: its floating-point tensors under all their names, read when called."""
 
-    row: Row
+    path: str
     kind: str
-    floats: dict[str, Callable[[], Floats]]
-    matrices: list[str]
-    tied: bool | None = None
-    """Whether its configuration ties the output layer to the embedding; None: it has none of its own."""
-    about: Provenance = field(default_factory=Provenance)
-    """The provenance of an archive."""
-    maps: dict[str, Transform] | None = None
-    """Online transforms of the tensors that were read, by their names; None: they are folded."""
+    size: int = 0
+    floats: dict[str, Callable[[], Floats]] = field(default_factory=dict)
+    matrices: list[str] = field(default_factory=list)
+    quantised_bits: float | None = None
+    tied: bool | None = None  # whether its configuration ties output layer and embedding; None: it has none
+    about: Provenance = field(default_factory=Provenance)  # the provenance of an archive
+    maps: dict[str, Transform] | None = None  # online transforms of tensors that were read; None: they are folded
+    weights: int = 0
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # (bytes, weights) of matrices of GGUF blocks
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], size: int, extra: Any, read: Any) -> None:
+        """Take in a tensor of `size` stored bytes, 0 of an alias; `extra` says what GGUF blocks the bytes of U8 are."""
+        blocks = extra.get("gguf") if dtype == "U8" else None
+        if isinstance(blocks, dict):
+            shape = tuple(int(n) for n in blocks.get("shape", shape))
+            self.floats[name] = partial(_numbers_of, read, str(blocks.get("type")), shape)
+        elif dtype in DTYPES or dtype == "F64":
+            self.floats[name] = lambda: read().astype(np.float32)
+        n, kept = math.prod(shape), any(fnmatchcase(name, p) for p in _NOT_LINEAR)
+        linear = len(shape) >= 2 and n >= SMALLEST and not kept
+        if linear and name in self.floats:
+            self.matrices.append(name)
+        self.weights += n
+        if size and blocks and linear:
+            self.blocks.append((size, n))
+
+    def row(self, ratio: float | None) -> Row:
+        """What is known of the file before it predicts anything."""
+        bits, turned = self.quantised_bits, self.about.transformed
+        if bits is None and self.blocks:
+            bits = 8 * sum(size for size, _ in self.blocks) / sum(n for _, n in self.blocks)
+        return Row(self.path, self.size, 8 * self.size / max(1, self.weights), bits, ratio, turned=turned)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A text that the models predict."""
+
+    text: str
+    tokens: int = 8192  # most of its tokens
+    context: int = 1024  # tokens of one window; what is left behind the last whole window is not measured
+    snr: bool = False  # whether the weighted SNR is measured too, which takes one more pass of the original
 
 
 def compare(
-    original: str | os.PathLike[str],
-    files: Sequence[str | os.PathLike[str]],
-    text: str | None = None,
-    *,
-    tokens: int = 8192,
-    context: int = 1024,
-    snr: bool = False,
-    note: Note | None = None,
-    within: Sequence[Within | None] = (None,),
+    original: Path, files: Files, reading: Reading | None = None, note: Note | None = None, within: Ways = (None,)
 ) -> Iterator[Row]:
-    """Rows for the original and for each file, as they are found.
+    """Rows for the original, whatever can be packed, and for each file of any such kind, as they are found.
 
-    Args:
-        original: Whatever can be packed; with `text` the Hugging Face folder of a causal language model.
-        files: .rac and .gguf files, .safetensors files, Hugging Face folders.
-        text: Measure predictions on this text.
-        tokens: On so many of its tokens at most.
-        context: Tokens of one window; what is left behind the last whole window is not measured.
-        snr: Measure the weighted SNR too, which takes one more pass of the original.
-        note: Called with a model's name, windows done, and all of them.
-        within: Ways in which the model of each file predicts, not that of the original; a row for each. None: as it is.
-            Others are called with the model: simulated activations, for example; layers then apply their online
-            transforms, which are folded into the weights otherwise.
-
-    Raises:
-        MismatchError: A file lacks a tensor of the original, or has it in another shape.
-        SourceError: A file is missing or no model, the tokenizer is missing, or the text is too short.
-        FormatError: An archive is damaged.
-        MissingDependencyError: torch, transformers, accelerate or gguf are needed and not installed.
+    With `reading` the original is the Hugging Face folder of a causal language model, and predictions are measured.
+    `note` is called with a model's name, windows done, and all of them. `within` are ways in which the model of each
+    file predicts, not that of the original, a row for each: None as it is; others, such as simulated activations, are
+    called with the model, whose layers then apply the online transforms that are folded into the weights otherwise.
+    MismatchError where a file lacks a tensor of the original, or has it in another shape.
     """
-    names = [os.fspath(f) for f in files]
-    with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(_opened(os.fspath(original)))
+    with _opened(os.fspath(original)) as ours:
         measure = None
-        if text is not None:
-            measure = Measure(original, text, tokens, context, note)
-            if snr:
+        if reading is not None:
+            measure = Measure(original, reading.text, reading.tokens, reading.context, note)
+            if reading.snr:
                 measure.moments()
-        yield _row(ours.row, measure, None)
-        for name in names:
+        yield _row(ours.row(None), measure, None)
+        for file in files:
+            name = os.fspath(file)
             ratio: float | None = None
             for i, way in enumerate(within):
                 with _opened(name, way is not None) as theirs:
                     if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
                         theirs.floats = translated(name)
-                    if not i and not theirs.row.turned:
+                    if not i and not theirs.about.transformed:
                         ratio = _snr(ours, theirs)
-                    yield _row(replace(theirs.row, snr=ratio), measure, theirs, way)
+                    yield _row(theirs.row(ratio), measure, theirs, way)
 
 
 def _row(row: Row, measure: Measure | None, file: _File | None, within: Within | None = None) -> Row:
@@ -152,11 +158,11 @@ def _snr(ours: _File, theirs: _File) -> float | None:
     energy = error = 0.0
     for name in ours.matrices:
         if name not in theirs.floats:
-            raise MismatchError(f"holds no tensor {name!r} of numbers, which the original has", file=theirs.row.file)
+            raise MismatchError(f"holds no tensor {name!r} of numbers, which the original has", file=theirs.path)
         a, b = ours.floats[name](), theirs.floats[name]()
         if a.shape != b.shape:
             what = f"tensor {name!r} is {list(b.shape)}, the original has {list(a.shape)}"
-            raise MismatchError(what, file=theirs.row.file)
+            raise MismatchError(what, file=theirs.path)
         energy += float(np.square(a, dtype=np.float64).sum())
         error += float(np.square(a - b, dtype=np.float64).sum())
     return decibels(energy, error)
@@ -177,95 +183,48 @@ def _opened(path: str, mapped: bool = False) -> Iterator[_File]:
 
 
 def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _File:
-    found = _Content("rac")
+    size = sum(archive.access.size for archive in f.archives)
+    out = _File(path, "rac", size, about=Provenance.of(f.archives[0].header, path), maps=maps)
     for archive in f.archives:
         for e in archive.index.entries:
-            if e.type != RECORD_TENSOR:
-                continue
-            extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
-            for name in (e.name, *(a for a, _ in e.aliases)):
-                size = e.size if name == e.name else 0
-                found.add(name, e.dtype, e.shape, extra_of(extra, name), size, partial(_unmapped, f, name, maps))
-    out = found.file(path, sum(archive.access.size for archive in f.archives))
+            if e.type == RECORD_TENSOR:
+                extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
+                for name in e.names:
+                    size, read = e.size if name == e.name else 0, partial(_unmapped, f, name, maps)
+                    out.add(name, e.dtype, e.shape, size, extra_of(extra, name), read)
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
-    out.about, out.maps = Provenance.of(f.archives[0].header, path), maps
-    out.row = replace(out.row, turned=out.about.transformed)
+    out.quantised_bits = bits if count else None
     with contextlib.suppress(ValueError):
         stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
         out.tied = stated.get("tie_word_embeddings")
-    return replace(out, row=replace(out.row, quantised_bits=bits)) if count else out
+    return out
 
 
 def _unmapped(f: RacFile, name: str, maps: dict[str, Transform] | None) -> NDArray[Any]:
     """A tensor, the online transform of its layer folded into it, or put apart."""
-    found: NDArray[Any]
     stated, found = f.read(name)
     online = f.online(name) if stated.online else None
-    if online is None:
-        return found
-    if maps is not None:
+    if online is not None and maps is not None:
         maps[name] = online
-        return found
-    return online.fold(found.astype(np.float32))  # type: ignore[no-any-return]
+    elif online is not None:
+        found = online.fold(found.astype(np.float32))
+    return found  # type: ignore[no-any-return]
 
 
 def _of_source(path: str) -> _File:
     source = open_source(path)
-    found = _Content(source.kind)
-    for t in source.tensors:
-        found.add(t.name, t.dtype, t.shape, t.extra or {}, t.nbytes, partial(_dense, t))
     parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
-    paths = {part.path for part in parts if isinstance(part, Extent)}
-    return found.file(path, sum(map(os.path.getsize, paths)))
+    out = _File(path, source.kind, sum(map(os.path.getsize, {part.path for part in parts if isinstance(part, Extent)})))
+    for t in source.tensors:
+        out.add(t.name, t.dtype, t.shape, t.nbytes, t.extra or {}, partial(_dense, t))
+    return out
 
 
 def _dense(t: SourceTensor) -> NDArray[Any]:
     return to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")  # type: ignore[no-any-return]
 
 
-class _Content:
-    """Collects the tensors of a file."""
-
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._floats: dict[str, Callable[[], Floats]] = {}
-        self._matrices: list[str] = []
-        self._weights = self._bytes = self._of = 0
-
-    def add(
-        self,
-        name: str,
-        dtype: str,
-        shape: tuple[int, ...],
-        extra: Mapping[str, Any],
-        size: int,
-        read: Callable[[], NDArray[Any]],
-    ) -> None:
-        """A tensor of `size` stored bytes, 0 for an alias; `extra` says what GGUF blocks the bytes of U8 are."""
-        blocks = extra.get("gguf") if dtype == "U8" else None
-        if isinstance(blocks, dict):
-            shape = tuple(int(n) for n in blocks.get("shape", shape))
-            self._floats[name] = partial(_blocks, read, str(blocks.get("type")), shape)
-        elif dtype in DTYPES or dtype == "F64":
-            self._floats[name] = partial(_numbers, read)
-        linear = len(shape) >= 2 and math.prod(shape) >= SMALLEST and not any(fnmatchcase(name, p) for p in _NOT_LINEAR)
-        if linear and name in self._floats:
-            self._matrices.append(name)
-        self._weights += math.prod(shape)
-        if size and blocks and linear:
-            self._bytes, self._of = self._bytes + size, self._of + math.prod(shape)
-
-    def file(self, path: str, size: int) -> _File:
-        """All of it, in a file of `size` bytes."""
-        row = Row(path, size, 8 * size / max(1, self._weights), 8 * self._bytes / self._of if self._of else None, None)
-        return _File(row, self._kind, self._floats, self._matrices)
-
-
-def _numbers(read: Callable[[], NDArray[Any]]) -> Floats:
-    return read().astype(np.float32)
-
-
-def _blocks(read: Callable[[], NDArray[Any]], kind: str, shape: tuple[int, ...]) -> Floats:
+def _numbers_of(read: Callable[[], NDArray[Any]], kind: str, shape: tuple[int, ...]) -> Floats:
     """Numbers of GGUF blocks."""
     try:
         import gguf

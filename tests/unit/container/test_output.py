@@ -43,7 +43,9 @@ def writers(packed, path):
     return {
         "save_file": lambda: rac.save_file({"w": np.zeros(3)}, path),
         "merge": lambda: shards.merge([archive], str(path), force=True),
-        "copy": lambda: shards.copy([(archive, archive.index.entries[0])], str(path), archive.header, force=True),
+        "copy": lambda: shards.write_all(
+            [shards.File(str(path), archive.header, [(archive, archive.index.entries[0])])], force=True
+        ),
         "unpack": lambda: unpack(packed, path, force=True),
     }
 

@@ -67,6 +67,14 @@ def test_why_not():
             cuda.DeviceDecoder("cuda")
 
 
+def test_a_triton_that_lacks_what_kernels_need(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(cuda, "interpreted", lambda: True)
+    assert cuda.why_not("cpu") is None
+    monkeypatch.delattr(triton, "constexpr_function")
+    assert "older than 3.5" in cuda.why_not("cpu")
+
+
 def test_nothing_loads_triton_before_it_is_asked_for():
     code = "import sys, rac.gpu.decoder, rac.decode.archive; sys.exit(bool({'triton', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -159,7 +159,7 @@ def test_resume_keeps_objects(tmp_path):
     part = Path(f"{path}.part")
 
     def scan():
-        found = rs.scan(str(part), products.HEADER, (), source.groups)
+        found = rs.scan(str(part), rs.Contents("", products.HEADER, (), source.groups))
         assert found is not None
         return found
 

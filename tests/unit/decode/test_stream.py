@@ -347,7 +347,7 @@ class FakeDecoder:
     def add(self, t, first, units, objects):
         import torch
 
-        dec, words, work = Decoder(t, first, False, objects), empty(t), Work()
+        dec, words, work = Decoder(t, first, objects), empty(t), Work()
         for i, unit in enumerate(units):
             work.add(dec, range(i, i + 1), unit.copy(), Place(words))
         work.run()

@@ -13,7 +13,8 @@ from rac.methods import rotations
 from rac.study.analyze import bases as bs
 from rac.study.analyze import bits as bt
 from rac.study.analyze import measures as ms
-from rac.study.analyze import read_rotations, svg
+from rac.study.analyze import svg
+from rac.study.analyze.bases import read_rotations
 
 pytest.importorskip("safetensors.numpy")
 
@@ -221,8 +222,8 @@ def test_ticks_are_round_and_inside():
 
 
 def test_lines_leave_gaps_and_escape():
-    out = svg.lines([("b0", [(0, 1.0), (1, None), (2, 3.0)])], "a<b", "y")
+    out = svg.lines([("b0", [(0, 1.0), (1, None), (2, 3.0)])], svg.Axes("a<b", "y"))
     path = out.split('class="line b0" d="')[1].split('"')[0]
     assert path.count("M") == 2 and "L" not in path and "a&lt;b" in out
-    assert svg.lines([("b0", [(0, None)])], "x", "y") == "<p>Nothing to plot.</p>"
-    assert svg.lines([("b0", [(0, 5.0)])], "x", "y").count("nan") == 0
+    assert svg.lines([("b0", [(0, None)])], svg.Axes("x", "y")) == "<p>Nothing to plot.</p>"
+    assert svg.lines([("b0", [(0, 5.0)])], svg.Axes("x", "y")).count("nan") == 0

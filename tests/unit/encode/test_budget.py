@@ -12,7 +12,6 @@ from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
-from rac.encode.allocate import budget
 from rac.encode.options import Budget, Calibration, Lossy
 from rac.encode.pack import pack, pack_source
 from rac.encode.quantise import trellis as lossy
@@ -22,6 +21,7 @@ from rac.encode.verify import verify
 from rac.errors import BudgetError, OutputError, SourceError
 from rac.linalg.triangular import triangular
 from rac.stages import trellis as tr
+from solve import solve
 
 
 def model(dtype=np.float32):
@@ -74,7 +74,7 @@ def test_types_and_jobs(tmp_path, dtype):
     arrays = {k: v.astype(dtype) if v.dtype.kind == "f" else v for k, v in model().items()}
     source = from_arrays(arrays)
     groups = ties.find(source.tensors)
-    recipe = budget.solve(groups, rcp.data_free(groups, (), "fast"), Budget(bits=4), 2)
+    recipe = solve(groups, rcp.data_free(groups, (), "fast"), Budget(bits=4), 2)
     for jobs in (1, 3):
         pack_source(source, tmp_path / f"{jobs}.rac", recipe=recipe, jobs=jobs)
     assert (tmp_path / "1.rac").read_bytes() == (tmp_path / "3.rac").read_bytes()
@@ -118,7 +118,7 @@ def stop(name, _):
 def test_resume_gives_the_same_bytes(tmp_path):
     source = from_arrays(model())
     groups = ties.find(source.tensors)
-    recipe = budget.solve(groups, rcp.data_free(groups, (), "fast"), Budget(bits=3), 2)
+    recipe = solve(groups, rcp.data_free(groups, (), "fast"), Budget(bits=3), 2)
     pack_source(source, tmp_path / "whole.rac", recipe=recipe)
 
     with pytest.raises(Stop):
@@ -206,7 +206,7 @@ def test_alignment_pays():
         "plain": rcp.data_free(groups, (), "default"),
         "triangular": rcp.calibrated(groups, {"w": Layer(s, None)}, (), "default"),
     }.items():
-        solved = budget.solve(groups, recipe, Budget(bits=3.2), 2)
+        solved = solve(groups, recipe, Budget(bits=3.2), 2)
         q = code(groups[0].tensor, solved).quantised
         e = q.dense.view(np.float32).astype(np.float64) - w
         error[name] = float(np.einsum("ij,jk,ik->", e, s.astype(np.float64), e))
@@ -227,7 +227,7 @@ def test_experts_with_inputs_of_their_own(turned):
     for name, each in (("own", own), ("shared", [Layer(mean, one.sensitivity, turned) for one in own])):
         recipe = rcp.calibrated(groups, {"w": Layer(mean, of_all, turned, True, each)}, (), "default")
         assert recipe.aligned["w"].layer is not None
-        solved = budget.solve(groups, recipe, Budget(bits=3.2), 2)
+        solved = solve(groups, recipe, Budget(bits=3.2), 2)
         e = (code(groups[0].tensor, solved).dense.view(np.float32).reshape(w.shape) - w).astype(np.float64)
         e = e.swapaxes(1, 2) if turned else e
         found[name] = sum(
@@ -261,7 +261,7 @@ def test_rows_that_count_more_are_finer():
     less = tr.power(rcp.calibrated(groups, layers, (), "default").aligned["w"].scales.rows)
     assert less[64] / less[0] == pytest.approx(8 ** rcp.Sample().trust, rel=0.1)
     recipe = rcp.calibrated(groups, layers, (), "default", sample=rcp.Sample(trust=1.0))
-    q = code(groups[0].tensor, budget.solve(groups, recipe, Budget(bits=4), 1)).quantised
+    q = code(groups[0].tensor, solve(groups, recipe, Budget(bits=4), 1)).quantised
     e = (q.dense.view(np.float32) - w) ** 2
     assert e[64:].mean() > 30 * e[:64].mean()
     assert (tr.power(recipe.aligned["w"].scales.rows)[64] / tr.power(recipe.aligned["w"].scales.rows)[0]) == 8
@@ -276,10 +276,10 @@ def test_inputs_that_are_rows():
     for transposed in (False, True):
         groups = ties.find(from_arrays({"w": np.ascontiguousarray(w.T) if transposed else w}).tensors)
         layers = {"w": Layer(s, np.geomspace(1, 4, 256), transposed)}
-        recipe = budget.solve(groups, rcp.calibrated(groups, layers, (), "default"), Budget(bits=3.2), 1)
+        recipe = solve(groups, rcp.calibrated(groups, layers, (), "default"), Budget(bits=3.2), 1)
         q = code(groups[0].tensor, recipe).quantised
         found[transposed] = snr(groups[0].tensor, q.dense, recipe)
-        even = budget.solve(groups, rcp.data_free(groups, (), "default"), Budget(bits=3.2), 1)
+        even = solve(groups, rcp.data_free(groups, (), "default"), Budget(bits=3.2), 1)
         plain = snr(groups[0].tensor, code(groups[0].tensor, even).dense, recipe)
         assert found[transposed] > plain + 6
     assert abs(found[True] - found[False]) < 0.8

@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from rac.calibrate import chain as calibration_blocks
-from rac.calibrate import layers as calibrate_module
 from rac.calibrate import moments as calibration_moments
 from rac.calibrate import passes as calibration_stream
 from rac.calibrate import text as calibration_text
@@ -410,14 +409,14 @@ def test_killed_goes_on(saved, tmp_path, when):
 def test_two_processes_with_one_cache(saved, tmp_path, monkeypatch):
     folder, cache = saved(llama), tmp_path / "cache"
     held, free = threading.Event(), threading.Event()
-    find = calibrate_module._find
+    find = calibration_stream.find
 
     def slow(*args):
         held.set()
         assert free.wait(60)
         find(*args)
 
-    monkeypatch.setattr(calibrate_module, "_find", slow)
+    monkeypatch.setattr(calibration_stream, "find", slow)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, folder, cache=cache)
         assert held.wait(60)

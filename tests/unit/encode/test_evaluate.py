@@ -15,7 +15,7 @@ from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode.pack import pack
 from rac.errors import MismatchError, SourceError
-from rac.study.compare import compare
+from rac.study.compare import Reading, compare
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -69,7 +69,7 @@ def packed(folder, tmp_path_factory):
 
 
 def test_rows_of_archives(folder, state, packed):
-    own, lossless, five, two = compare(folder, packed, TEXT, tokens=300, context=64, snr=True)
+    own, lossless, five, two = compare(folder, packed, Reading(TEXT, 300, 64, snr=True))
     assert (own.kl, own.top1, own.snr, own.quantised_bits) == (0, 1, None, None)
     assert (lossless.kl, lossless.top1, lossless.perplexity) == (0, 1, own.perplexity)
     assert lossless.snr is None and lossless.weighted_snr is None and lossless.size == packed[0].stat().st_size
@@ -97,9 +97,9 @@ def test_figures_are_those_of_the_definition(folder, state):
 
 
 def test_nothing_held_gives_the_same(folder, packed, monkeypatch):
-    held = list(compare(folder, packed[2:], TEXT, tokens=128, context=64))
+    held = list(compare(folder, packed[2:], Reading(TEXT, 128, 64)))
     monkeypatch.setattr("rac.calibrate.evaluate.hold", lambda: 0)
-    assert list(compare(folder, packed[2:], TEXT, tokens=128, context=64)) == held
+    assert list(compare(folder, packed[2:], Reading(TEXT, 128, 64))) == held
     assert torch.is_grad_enabled()
 
 
@@ -159,7 +159,7 @@ def test_gguf_under_its_own_names(folder, state, tmp_path):
         else:
             w.add_tensor(name, np.ascontiguousarray(a))
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
-    _, row = compare(folder, [tmp_path / "m.gguf"], TEXT, tokens=128, context=64)
+    _, row = compare(folder, [tmp_path / "m.gguf"], Reading(TEXT, 128, 64))
     assert row.quantised_bits == 8.5 and row.snr > 40 and row.kl < 0.01
     pack(tmp_path / "m.gguf", tmp_path / "m.rac")
     own, again = compare(tmp_path / "m.gguf", [tmp_path / "m.rac"])
@@ -170,7 +170,7 @@ def test_other_models_are_refused_by_a_tensor(folder, state, tmp_path):
     def refused(tensors, match, text=None):
         st.save_file(tensors, tmp_path / "m.safetensors")
         with pytest.raises(MismatchError, match=match):
-            list(compare(folder, [tmp_path / "m.safetensors"], text, tokens=64, context=64))
+            list(compare(folder, [tmp_path / "m.safetensors"], text and Reading(text, 64, 64)))
 
     first, norm = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
     refused({n: t for n, t in state.items() if n != first}, f"no tensor '{first}'")
@@ -184,15 +184,15 @@ def test_other_models_are_refused_by_a_tensor(folder, state, tmp_path):
 
 def test_texts_and_folders_that_cannot_be_used(folder, tmp_path):
     with pytest.raises(SourceError, match="the text has 5 tokens, 8192 are asked for, one window needs 64"):
-        next(compare(folder, [], "short", context=64))
+        next(compare(folder, [], Reading("short", context=64)))
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(SourceError, match="no tokenizer"):
-        next(compare(tmp_path, [], TEXT, context=64))
+        next(compare(tmp_path, [], Reading(TEXT, context=64)))
     with pytest.raises(SourceError, match="needs the Hugging Face folder"):
-        next(compare(folder / "model.safetensors", [], TEXT))
+        next(compare(folder / "model.safetensors", [], Reading(TEXT)))
     with pytest.raises(ValueError, match="window"):
-        next(compare(folder, [], TEXT, tokens=10, context=64))
+        next(compare(folder, [], Reading(TEXT, 10, 64)))
 
 
 def test_pack_to_a_divergence(folder, tmp_path):
@@ -200,7 +200,7 @@ def test_pack_to_a_divergence(folder, tmp_path):
     text.write_text(TEXT)
     goal = 0.02
     pack(folder, tmp_path / "m.rac", kl=goal, calibrate=str(text), tokens=256, effort="fast")
-    _, row = compare(folder, [tmp_path / "m.rac"], TEXT, tokens=256, context=128)
+    _, row = compare(folder, [tmp_path / "m.rac"], Reading(TEXT, 256, 128))
     assert 0.9 * goal < row.kl <= goal * 1.001
     with pytest.raises(ValueError, match="text"):
         pack(folder, tmp_path / "n.rac", kl=goal)

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from rac.errors import SourceError
-from rac.methods.gptq import gptq, proxy, rtn
+from rac.methods.gptq import gptq, rtn
 from rac.stages.groups import storable, values
 
 
@@ -16,6 +16,12 @@ def layer(rows=12, cols=70, seed=0, tokens=400):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((tokens, cols)) @ rng.standard_normal((cols, cols)) * rng.lognormal(0, 1, cols)
     return rng.standard_normal((rows, cols)) * rng.lognormal(0, 0.3, (rows, 1)), 2 / tokens * x.T @ x
+
+
+def proxy(w, stored, hessian):
+    """tr(E H E^T) of E = w - stored (R, C): what GPTQ makes small, the squared error of the outputs."""
+    e = w - stored
+    return float(np.vdot(e @ hessian, e))
 
 
 def plain_grid(part, bits, symmetric):

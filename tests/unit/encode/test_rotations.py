@@ -121,13 +121,21 @@ def test_procrustes(make_it):
     assert float((x.detach() - u @ v).abs().max()) < 1e-3
 
 
+def iterated(x, w, step, iterations):
+    """What `cayley` gives, by the paper's fixed-point iterations; orthogonal as far as they have converged."""
+    y = x + step * (w @ x)
+    for _ in range(iterations):
+        y = x + step / 2 * (w @ (x + y))
+    return y
+
+
 def test_the_iteration_of_the_paper_converges_to_the_closed_form():
     x = torch.linalg.qr(random(12, 12))[0]
     w = ca.skew(random(12, 12, seed=1), x)
     assert float((w + w.mT).abs().max()) < 1e-12
     step = float(2 * ca.Q / w.abs().sum(0).max())
     exact = ca.cayley(x, w, step)
-    off = [float((ca.iterated(x, w, step, n) - exact).abs().max()) for n in (0, 2, 5, 60)]
+    off = [float((iterated(x, w, step, n) - exact).abs().max()) for n in (0, 2, 5, 60)]
     assert far(exact) < 1e-12 and off[0] > off[1] > off[2] > 1e-9 and off[3] < 1e-12
     eps = 1e-6  # and the curve leaves x along W x
     assert torch.allclose((ca.cayley(x, w, eps) - x) / eps, w @ x, atol=1e-4)
@@ -148,10 +156,8 @@ def test_each_matrix_of_a_batch_moves_by_itself():
 
 def test_settings_that_make_no_sense():
     for wrong in ({"lr": 0}, {"lr": 1, "momentum": 1}):
-        with pytest.raises(ValueError, match="lr"):
+        with pytest.raises(ValueError, match="lr|momentum"):
             ca.CayleySGD([], **wrong)
-    with pytest.raises(ValueError, match="betas"):
-        ca.CayleyAdam([], 1, (1, 0))
     with pytest.raises(ValueError, match="bits"):
         ro.Simulated(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,11 +61,15 @@ def by_hand(model, alpha, bits, activations):
     return np.mean(errors)
 
 
+def how(bits=8, activations=8):
+    return partial(rtn, bits=bits, group=None, symmetric=True), activations
+
+
 def test_errors_are_those_of_a_smoothed_model():
     model = make(20)
     before = {n: w.clone() for n, w in model.state_dict().items()}
     p = tf.parts(model)
-    best, errors = choose(p, tf.maxima(p, [IDS]), [IDS], [0.0, 0.5, 1.0], bits=6, activations=5)
+    best, errors = choose(p, tf.maxima(p, [IDS]), [IDS], *how(6, 5), [0.0, 0.5, 1.0])
     for alpha, error in errors.items():
         assert error == pytest.approx(by_hand(model, alpha, 6, 5), rel=0.02)
     assert best == min(errors, key=errors.get)
@@ -76,21 +81,21 @@ def test_outliers_go_into_the_weights():
     """With outliers, and activations quantised, smoothing pays; with weights alone it does not pay to go as far."""
     p = tf.parts(make(50))
     found = tf.maxima(p, [IDS])
-    best, errors = choose(p, found, [IDS])
+    best, errors = choose(p, found, [IDS], *how())
     assert best >= 0.4 and errors[best] < 0.3 * errors[0.0]
-    only, errors = choose(p, found, [IDS], [0.0, 0.5, 0.9], bits=4, activations=None)
+    only, errors = choose(p, found, [IDS], *how(4, None), [0.0, 0.5, 0.9])
     assert only <= best and errors[0.9] > errors[only]
 
 
 def test_all_places():
     p = tf.parts(make(20))
-    _, errors = choose(p, tf.maxima(p, [IDS]), [IDS], [0.5], places=PLACES)
+    _, errors = choose(p, tf.maxima(p, [IDS]), [IDS], *how(), [0.5], PLACES)
     assert 0 < errors[0.5] < 0.1
 
 
 def test_the_whole_method():
     """What is found is what is done, and the model computes what it did."""
-    want, _ = choose(tf.parts(make(50)), tf.maxima(tf.parts(make(50)), [IDS]), [IDS])
+    want, _ = choose(tf.parts(make(50)), tf.maxima(tf.parts(make(50)), [IDS]), [IDS], *how())
     model = make(50)
     before, p = tf.logits(model, IDS), tf.parts(model)
     assert smoothquant(p, iter([IDS])) == want
@@ -101,10 +106,10 @@ def test_the_whole_method():
 def test_what_is_refused():
     p = tf.parts(make())
     found = tf.maxima(p, [IDS])
-    for how in ({"alphas": []}, {"alphas": [1.5]}, {"places": ["nowhere"]}):
+    for wrong in ({"alphas": []}, {"alphas": [1.5]}, {"places": ["nowhere"]}):
         with pytest.raises(ValueError, match="alphas"):
-            choose(p, found, [IDS], **how)
+            choose(p, found, [IDS], *how(), **wrong)
     with pytest.raises(TransformError, match="sequences"):
-        choose(p, found, [])
+        choose(p, found, [], *how())
     with pytest.raises(TransformError, match="not known"):
-        choose(p, {}, [IDS])
+        choose(p, {}, [IDS], *how())

@@ -33,6 +33,7 @@ from rac.records import Limits
 from rac.registry import RECORD_OBJECT
 from rac.split import low_rank
 from rac.stages.table import is_quantised
+from solve import solve
 
 
 def moment(n, seed):
@@ -307,7 +308,7 @@ def test_shards(made, tmp_path):
 @pytest.mark.parametrize("way", WAYS)
 def test_bits_are_met_with_objects(tmp_path, way):
     source, groups, recipe = recipe_of(way)
-    recipe = budget.solve(groups, recipe, Budget(bits=4.5), 2)
+    recipe = solve(groups, recipe, Budget(bits=4.5), 2)
     done = pack_source(source, tmp_path / "m.rac", recipe=recipe)
     assert 4.5 * 0.995 <= done.quantised_bits <= 4.5
 

@@ -25,6 +25,7 @@ from rac.encode.quantise.tensor import encode
 from rac.encode.sources import from_arrays
 from rac.errors import OutputError, SourceError
 from rac.machine import room
+from solve import solve
 
 
 def arrays():
@@ -51,7 +52,7 @@ def test_the_same_bytes(tmp_path):
     with workers.start(2, processes=True) as pool:
         ours = budget.Search(groups, recipe, pool).meet(Budget(bits=3))
     done = pack_source(source, tmp_path / "p.rac", recipe=ours, jobs=2, processes=True)
-    theirs = budget.solve(groups, recipe, Budget(bits=3), 2)
+    theirs = solve(groups, recipe, Budget(bits=3), 2)
     again = pack_source(source, tmp_path / "t.rac", recipe=theirs, jobs=3)
     assert ours.scale == theirs.scale
     assert (tmp_path / "p.rac").read_bytes() == (tmp_path / "t.rac").read_bytes()

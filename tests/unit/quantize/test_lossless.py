@@ -260,11 +260,11 @@ def test_packed_planes():
     stored = [zstd.compress(planes[0]), planes[1]]
     unit = np.frombuffer(ll.build_tile(np.zeros(0, np.uint32), np.zeros(2), b"", stored, p), np.uint8)
     assert p.plane_sizes(1000) == [2000, 1000]
-    plain = ll.plain_tile(unit, 1000, p, zstd.decompress)
+    plain = ll.plain_tile(unit, 1000, p)
     tile = ll.parse_tile(plain, 1000, p)
     assert [plain[a : a + n].tobytes() for a, n in zip(tile.planes, (2000, 1000), strict=True)] == planes
     as_it_is = np.frombuffer(ll.build_tile(np.zeros(0, np.uint32), np.zeros(2), b"", planes, p), np.uint8)
-    assert ll.plain_tile(as_it_is, 1000, p, zstd.decompress) is as_it_is
+    assert ll.plain_tile(as_it_is, 1000, p) is as_it_is
     assert p.parts(unit, len(unit), 1000) == (16, 0, 0, len(stored[0]) + 1000)
     for at, value, match in (
         (4, 255, "fill the unit"),
@@ -274,14 +274,14 @@ def test_packed_planes():
         broken = unit.copy()
         broken[at] = value
         with pytest.raises(FormatError, match=match):
-            ll.parse_tile(ll.plain_tile(broken, 1000, p, zstd.decompress), 1000, p)
+            ll.parse_tile(ll.plain_tile(broken, 1000, p), 1000, p)
     for size in (0, 10, 16, len(unit) - 16):
         with pytest.raises(FormatError):
-            ll.parse_tile(ll.plain_tile(unit[:size], 1000, p, zstd.decompress), 1000, p)
+            ll.parse_tile(ll.plain_tile(unit[:size], 1000, p), 1000, p)
     broken = unit.copy()
     broken[16 + len(stored[0])] = 1
     with pytest.raises(FormatError, match="padding"):
-        ll.plain_tile(broken, 1000, p, zstd.decompress)
+        ll.plain_tile(broken, 1000, p)
 
 
 @pytest.mark.parametrize("word", [1, 2, 4, 8])

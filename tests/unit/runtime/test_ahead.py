@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from rac.runtime import Workspace, ahead, device
-from rac.runtime.ahead import Ahead
+from rac.runtime import Workspace, device
+from rac.runtime import workspace as ws
+from rac.runtime.device import Ahead
 from rac.runtime.layers import Compressed
 from support.layers import archive_of, linear
 
@@ -40,25 +41,24 @@ class Stream:
 
 
 class Device:
-    """As `ahead.Cuda`; `run` does what was launched."""
+    """As `torch.cuda`; `run` does what was launched."""
 
     def __init__(self, seed):
         self.random, self.streams, self.now, self.kept = random.Random(seed), [], None, set()
         self.graph = False
-        self.now = self.stream()
+        self.now = self.Stream()
 
-    def current(self):
+    Event = Event
+
+    def current_stream(self, device):
         return self.now
 
-    def stream(self):
+    def Stream(self, device=None):
         self.streams.append(Stream())
         return self.streams[-1]
 
-    def event(self):
-        return Event()
-
     @contextlib.contextmanager
-    def on(self, stream):
+    def stream(self, stream):
         before, self.now = self.now, stream
         yield
         self.now = before
@@ -66,7 +66,7 @@ class Device:
     def keep(self, tensor, stream):
         self.kept.add((id(tensor), id(stream)))
 
-    def capturing(self):
+    def is_current_stream_capturing(self):
         return self.graph
 
     def launch(self, what):
@@ -119,9 +119,9 @@ def test_any_order_that_streams_allow(seed):
     CONTENT.clear()
     api = Device(seed)
     rng, wrong = random.Random(seed), []
-    ours = Ahead(HOST, api)
+    ours = Ahead(HOST, api, api.keep)
     layers = [Layer(api, f"w{i}") for i in range(5)]
-    main, second = api.now, api.stream()
+    main, second = api.now, api.Stream()
     for step in range(120):
         i = step % 5 if rng.random() < 0.8 else rng.randrange(5)  # some guesses are wrong
         layer, then = layers[i], layers[(i + 1) % 5]
@@ -140,7 +140,7 @@ def test_any_order_that_streams_allow(seed):
 
 def test_in_a_row_every_layer_but_the_first_is_decoded_ahead():
     api = Device(0)
-    ours, layers = Ahead(HOST, api), [Layer(api, f"w{i}") for i in range(6)]
+    ours, layers = Ahead(HOST, api, api.keep), [Layer(api, f"w{i}") for i in range(6)]
     for layer, then in zip(layers, [*layers[1:], None], strict=True):
         with ours.weight(layer, then, 64):
             pass
@@ -152,7 +152,7 @@ def test_in_a_row_every_layer_but_the_first_is_decoded_ahead():
 
 def test_what_is_not_decoded_ahead():
     api = Device(0)
-    ours = Ahead(HOST, api)
+    ours = Ahead(HOST, api, api.keep)
     first, large, strange = Layer(api, "first"), Layer(api, "large", 65), Layer(api, "strange")
     far = Layer(api, "far", 64, torch.device("meta"))
     strange.known = False
@@ -173,7 +173,7 @@ def test_what_is_not_decoded_ahead():
 def test_an_error_in_the_product_leaves_the_buffers_in_order():
     CONTENT.clear()
     api, wrong = Device(1), []
-    ours, layers = Ahead(HOST, api), [Layer(api, f"w{i}") for i in range(3)]
+    ours, layers = Ahead(HOST, api, api.keep), [Layer(api, f"w{i}") for i in range(3)]
     for step in range(30):
         layer = layers[step % 3]
         with contextlib.suppress(KeyError), ours.weight(layer, layers[(step + 1) % 3], 64) as w:
@@ -187,7 +187,7 @@ def test_an_error_in_the_product_leaves_the_buffers_in_order():
 def test_larger_layers_later():
     CONTENT.clear()
     api, wrong = Device(2), []
-    ours, small, big = Ahead(HOST, api), Layer(api, "small"), Layer(api, "big", 128)
+    ours, small, big = Ahead(HOST, api, api.keep), Layer(api, "small"), Layer(api, "big", 128)
     for size, layer, then in ((64, small, big), (128, big, small), (128, small, big), (128, big, small)):
         with ours.weight(layer, then, size) as w:
             assert len(w) == size
@@ -196,20 +196,13 @@ def test_larger_layers_later():
     assert not wrong
 
 
-class Immediate(Device):
-    """Does everything at once."""
-
-    def __init__(self, at):
-        super().__init__(0)
-        self.device = at
-
-
 def test_real_layers_through_their_workspace(tmp_path, monkeypatch):
     torch.manual_seed(1)
     weights = {f"w{i}": torch.randn(96 + 32 * i, 64) for i in range(4)}
     archive = archive_of(tmp_path, weights)
     monkeypatch.setattr(device, "_why_not", lambda name: None)
-    monkeypatch.setattr(ahead, "Cuda", Immediate)
+    api = Device(0)
+    monkeypatch.setattr(ws, "Ahead", lambda at: Ahead(at, api, api.keep))
     monkeypatch.setattr(Compressed, "dense", lambda self: self._resident.dense(self.weight.detach(), self.stored))
     workspace = Workspace()
     layers = [linear(archive, n, workspace) for n in weights]

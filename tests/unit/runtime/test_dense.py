@@ -158,7 +158,7 @@ def test_one_layer(archive):
     name = min(compressed(model) - {"lm_head"})
     layer = model.get_submodule(name)
     assert isinstance(layer, RacLinear | RacEmbedding)
-    from rac.runtime.dense import densify
+    from rac.runtime.replace import densify
 
     densify(layer, torch.nn.Linear(1, 1))
     assert model.get_submodule(name) is layer and type(layer) is type(dense.get_submodule(name))

@@ -17,9 +17,10 @@ import rac
 from rac.container.access import BytesAccess
 from rac.container.reader import Archive
 from rac.errors import ChecksumError, FormatError, MismatchError, TruncatedError
-from rac.runtime import RacEmbedding, RacLinear, Workspace, device
+from rac.runtime import RacEmbedding, Workspace, device
 from rac.runtime import record as rc
 from rac.runtime import workspace as ws
+from rac.runtime.replace import replace
 from support import products, tiles
 from support.layers import archive_of, linear, stored
 
@@ -85,7 +86,7 @@ def test_gradients(archive, weights, transposed):
 def test_embedding_rows(tmp_path, rows):
     w = torch.randn(1024, 32).to(torch.bfloat16)
     data, head = stored(archive_of(tmp_path, {"e": w}), "e")
-    layer = RacEmbedding(1024, 32, head, Workspace(2), dtype=torch.float32)
+    layer = RacEmbedding(head, Workspace(2), dtype=torch.float32)
     layer.weight.data.copy_(torch.from_numpy(data))
     ids = torch.tensor([rows, rows], dtype=torch.int64)
     assert torch.equal(layer(ids), w[ids].float())
@@ -98,7 +99,7 @@ def test_embedding_of_many_tiles(tmp_path):
     archive = archive_of(tmp_path, {"e": w})
     data, head = stored(archive, "e")
     assert rc.parse(data).tensor.grid.down > 1
-    layer = RacEmbedding(40_000, 64, head, Workspace(2), dtype=torch.bfloat16)
+    layer = RacEmbedding(head, Workspace(2), dtype=torch.bfloat16)
     layer.weight.data.copy_(torch.from_numpy(data))
     ids = torch.randint(40_000, (50,))
     assert torch.equal(layer(ids), w[ids])
@@ -125,7 +126,7 @@ def test_objects_travel_with_the_tensor(tmp_path, monkeypatch, threads):
         for _ in range(2):
             assert torch.equal(layer(x), torch.nn.functional.linear(x, w.float()))
         data, head = stored(archive, name)
-        rows_of = RacEmbedding(rows, cols, head, workspace, dtype=w.dtype)
+        rows_of = RacEmbedding(head, workspace, dtype=w.dtype)
         rows_of.weight.data.copy_(torch.from_numpy(data))
         ids = torch.tensor([149, 0, 77])
         assert torch.equal(rows_of(ids), w[ids])
@@ -153,8 +154,10 @@ def test_bytes_are_checked(archive):
             rc.parse(data[:cut])
     with pytest.raises(FormatError):
         rc.parse(np.append(data, np.zeros(64, np.uint8)))
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128))
     with pytest.raises(MismatchError, match=r"96.*128"):
-        RacLinear(64, 128, head, Workspace())
+        replace(model, {"0.weight": head}, Workspace(), torch.float32)
     other = linear(archive, "w1")
     other.weight = torch.nn.Parameter(torch.from_numpy(data), requires_grad=False)
     with pytest.raises(MismatchError, match="w0"):

@@ -14,9 +14,9 @@ import rac
 from rac.encode.pack import pack
 from rac.errors import UnsupportedError
 from rac.runtime import RacEmbedding, RacLinear
-from rac.runtime.dense import dequantize
 from rac.runtime.layers import Compressed
 from rac.runtime.record import TAIL
+from rac.runtime.replace import dequantize
 from support import models
 
 

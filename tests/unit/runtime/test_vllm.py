@@ -17,7 +17,7 @@ import rac
 from rac.container.access import FileAccess
 from rac.errors import SourceError
 from rac.runtime import vllm_plugin
-from rac.runtime.lazy import LazyTensor
+from rac.runtime.vllm_plugin import LazyTensor
 
 
 class BaseModelLoader(ABC):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.align import Pca, pca
+from rac.align import pca
 from rac.container import zstd
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, matrix_of
@@ -20,58 +20,53 @@ from rac.encode.sources import SourceTensor
 from rac.encode.split.objects import HARM, Array, basis_of, inverse, share_of
 from rac.errors import BudgetError
 from rac.linalg import exact
-from rac.linalg.triangular import Triangular
 from rac.records import Limits
 from rac.split import low_rank
 from rac.stages import trellis
 
 F32 = np.float32
-RANKS = (1, 2, 4, 8, 16, 32)
-"""Ranks that `choose_rank` considers, beside 0."""
-MARGIN = 0.25 + 0.05
-"""Bits per weight by which a scalar, and by which a coded trellis, stay above what `_price` says: of short objects."""
-GAUSSIAN = 0.9166
-"""log2 of the deviation of a Gaussian less the mean of log2 of its magnitudes."""
-HEADS = 2 * 8 * 320
-"""Bits of two object records beside their weights and lists: heads, tables, padding."""
-TALL = 16
-"""Rows for each column from which on auto looks at PCA: a basis takes 3 bits per entry and more."""
+RANKS = (1, 2, 4, 8, 16, 32)  # ranks that `choose_rank` considers, beside 0
+MARGIN = 0.25 + 0.05  # bits per weight by which a scalar, and a coded trellis, stay above `_bits`: of short objects
+GAUSSIAN = 0.9166  # log2 of the deviation of a Gaussian less the mean of log2 of its magnitudes
+HEADS = 2 * 8 * 320  # bits of two object records beside their weights and lists: heads, tables, padding
+TALL = 16  # rows for each column from which on auto looks at PCA: a basis takes 3 bits per entry and more
 
 
 def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align: str, rate: float) -> Recipe:
-    """The recipe with the alignment (one of ALIGNMENTS) and the ranks that were asked for, where the inputs are known.
-
-    `rank` None: what pays at so many bits per weight. BudgetError where objects would be more than a reader takes.
-    """
+    """The recipe with the alignment (of ALIGNMENTS) and rank (None: what pays at `rate` bits) that were asked for."""
     out = dict(recipe.aligned)
     known = {
         g.tensor.name: g.tensor
         for g in groups
         if (a := out.get(g.tensor.name)) and a.layer and not a.layer.transposed and not a.layer.experts
     }
-    if align == "identity":
-        out |= {name: _plain(out[name]) for name in known}
-    elif align in ("auto", "pca"):
-        for sharing in _sharing(known, out):
-            out |= _turned(sharing, out, recipe.states, rate if align == "auto" else None)
+    sharing: dict[bytes, dict[str, SourceTensor]] = {}  # tensors by their input
+    for name, t in ({} if align == "triangular" else known).items():
+        a, second = out[name], np.ascontiguousarray(out[name].second())
+        if align == "identity":  # no steps of columns, no feedback; errors cost on average what they did
+            base = a.base + exact.middle(a.triangular().weight) - 0.5 * float(exact.log2(np.diag(second).mean()))
+            flat = replace(a.scales, cols=np.zeros_like(a.scales.cols))
+            out[name] = replace(a, base=base, scales=flat, alignment="identity")
+        else:
+            sharing.setdefault(zstd.digest(second.view(np.uint8).reshape(-1).data), {})[name] = t
+    for tensors in sharing.values():
+        out |= _turned(tensors, out, recipe.states, rate if align == "auto" else None)
     for name, t in known.items():
         a = out[name]
         if a.alignment == "triangular" and rank != 0:
             w = matrix_of(t)
             out[name] = replace(a, rank=choose_rank(w, a, rate) if rank is None else min(rank, *w.shape))
-    shapes = [(a, len(a.scales.rows), len(a.scales.cols)) for a in out.values()]
-    size = sum(4 * cols**2 for name, (a, _, cols) in zip(out, shapes, strict=True) if a.basis and a.basis.first == name)
-    size += sum(4 * a.rank * (rows + cols) for a, rows, cols in shapes)
+    size = 0
+    for name, a in out.items():
+        rows, cols = len(a.scales.rows), len(a.scales.cols)
+        size += 4 * a.rank * (rows + cols) + (4 * cols**2 if a.basis and a.basis.first == name else 0)
     if size > Limits().objects:
         raise BudgetError(f"matrices beside the tensors would take {size} bytes of memory, more than readers allow")
     return replace(recipe, aligned=out)
 
 
 def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:
-    """The rank of RANKS, or 0, with the fewest bits at equal error, of a matrix whose inputs are known.
-
-    Ranks cost less where all is finer: `rate` is about the bits per weight at which the model is coded.
-    """
+    """The rank of RANKS, or 0, with the fewest bits at equal error where the model takes about `rate` bits a weight."""
     rows, cols = w.shape
     weight = a.triangular().by_column
     level = 2.0 ** (a.base - rate + exact.middle(weight))  # root of the error where columns count 1
@@ -103,23 +98,6 @@ def _bits(m: Array, weight: Array, level: float) -> float:
     return float(price.sum()) * len(m)
 
 
-def _plain(a: Aligned) -> Aligned:
-    """Without steps of columns and feedback; its errors cost on average what they did."""
-    base = a.base + exact.middle(a.triangular().weight) - 0.5 * float(exact.log2(np.diag(a.second()).mean()))
-    return replace(a, base=base, scales=replace(a.scales, cols=np.zeros_like(a.scales.cols)), alignment="identity")
-
-
-def _sharing(known: Mapping[str, SourceTensor], aligned: Mapping[str, Aligned]) -> list[dict[str, SourceTensor]]:
-    """The tensors whose layers share an input, for each input."""
-    out: dict[tuple[bytes, float], dict[str, SourceTensor]] = {}
-    for name, t in known.items():
-        a = aligned[name]
-        assert a.layer is not None  # noqa: S101
-        second = np.ascontiguousarray(a.layer.second)
-        out.setdefault((zstd.digest(second.view(np.uint8).reshape(-1).data), a.damp), {})[name] = t
-    return list(out.values())
-
-
 def _turned(
     sharing: Mapping[str, SourceTensor], every: Mapping[str, Aligned], states: int, rate: float | None
 ) -> dict[str, Aligned]:
@@ -131,8 +109,17 @@ def _turned(
         return {}
     assert a.layer is not None  # noqa: S101
     p, r = pca(a.layer.second, a.damp), a.triangular()
-    if rate is not None and _saved(sharing, aligned, p, r, rate) <= 0:
-        return {}
+    if (
+        rate is not None
+    ):  # bits that are saved against triangular alignment at equal error, those of the basis taken off
+        n, share = len(p.weight), share_of(len(p.weight), rows)
+        saved = -n * n * (0.15 - 0.5 * math.log2(share)) - HARM * share * n * rows - HEADS / 2
+        for name, b in aligned.items():
+            w = matrix_of(sharing[name]) / trellis.power(b.scales.rows)[:, None].astype(np.float64)
+            level = 2.0 ** (b.base - rate + exact.middle(r.weight))
+            saved += _bits(w[:, r.order], r.weight, level) - _bits(w @ p.basis.T, p.weight, level)
+        if saved <= 0:
+            return {}
     basis = basis_of(first, p, r, rows, states)
     s, u = a.second(), basis.object.values.astype(np.float64)
     weight = np.sqrt(np.einsum("ij,ij->i", u @ s, u))  # of the directions that a decoder has
@@ -141,17 +128,3 @@ def _turned(
         name: replace(b, base=b.base + base, scales=replace(b.scales, cols=cols), alignment="pca", basis=basis)
         for name, b in aligned.items()
     }
-
-
-def _saved(
-    sharing: Mapping[str, SourceTensor], aligned: Mapping[str, Aligned], p: Pca, r: Triangular, rate: float
-) -> float:
-    """Bits that PCA saves against triangular alignment at equal error, those of the basis taken off."""
-    n, total, saved = len(p.weight), 0, 0.0
-    for name, b in aligned.items():
-        w = matrix_of(sharing[name]) / trellis.power(b.scales.rows)[:, None].astype(np.float64)
-        level = 2.0 ** (b.base - rate + exact.middle(r.weight))
-        saved += _bits(w[:, r.order], r.weight, level) - _bits(w @ p.basis.T, p.weight, level)
-        total += len(w)
-    share = share_of(n, total)
-    return saved - n * n * (0.15 - 0.5 * math.log2(share)) - HARM * share * n * total - HEADS / 2

@@ -29,21 +29,14 @@ if TYPE_CHECKING:
 
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
-EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")
-"""Kept lossless unless the user says otherwise."""
-FINER = 1.0
-"""Bits that quantised embeddings get beyond the rest: they are read as they are, and tied ones make the logits too."""
+EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")  # lossless unless asked otherwise
+FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 SMALLEST = 1 << 14
-DAMP = 0.03
-"""Share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample."""
-FAR = 16
-"""Medians beyond which a weight counts no more in the energies."""
-LEAST_ENERGY = 0.05
-"""Share of the deviation of a matrix that every column and row is taken to have."""
-LEAST = 1e-4
-"""Share of the mean sensitivity that every output is taken to have."""
-SPREAD = 1.5
-"""Bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)."""
+DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
+FAR = 16  # medians beyond which a weight counts no more in the energies
+LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
+LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
+SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,28 +44,21 @@ class Sample:
     """How far a recipe follows what a text has shown (docs/lossy.md)."""
 
     damp: float = DAMP
-    strength: float = 0.5
-    """How far bits follow the sensitivity of a tensor."""
-    trust: float = 0.8
-    """Exponent of the sensitivities of a tensor's outputs, about their mean: on another text they are others."""
+    strength: float = 0.5  # how far bits follow the sensitivity of a tensor
+    trust: float = 0.8  # exponent of sensitivities of outputs, about their mean: on another text they are others
 
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
     """What the alignment found for one matrix: everything about its quantisation but the common scale."""
 
-    base: float
-    """log2 of the unit at common scale 0."""
+    base: float  # log2 of the unit at common scale 0
     scales: lossy.Scales
-    layer: Layer | None = None
-    """What calibration found of the inputs; None: not known, and no errors are fed back."""
+    layer: Layer | None = None  # what calibration found of the inputs; None: not known, and no errors are fed back
     damp: float = DAMP
-    alignment: str = "triangular"
-    """Alignment of a tensor that has a layer: "triangular", "pca", or "identity", where all columns count alike."""
-    rank: int = 0
-    """Rank of the low-rank part beside the trellis; 0: there is none."""
-    basis: Basis | None = None
-    """The basis that "pca" turns the columns into; None with any other alignment."""
+    alignment: str = "triangular"  # of a tensor with a layer; "pca", or "identity", where all columns count alike
+    rank: int = 0  # rank of the low-rank part beside the trellis; 0: there is none
+    basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
 
     @property
     def name(self) -> str:
@@ -92,7 +78,7 @@ class Aligned:
         return triangular(self.layer.second, self.damp)
 
     def columns(self) -> Triangular | None:
-        """The same where errors of columns are fed back; None elsewhere."""
+        """That recursion where errors of columns are fed back; None elsewhere."""
         fed = self.layer and not self.layer.transposed and self.alignment == "triangular"
         return self.triangular() if fed else None
 
@@ -110,18 +96,13 @@ class Aligned:
 class Recipe:
     """How the tensors of a model are quantised."""
 
-    aligned: Mapping[str, Aligned]
-    """By name; tensors that are not in it stay lossless."""
+    aligned: Mapping[str, Aligned]  # by name; tensors that are not in it stay lossless
     states: int
     passes: int
-    scale: float = 0.0
-    """log2 of the common factor of all units."""
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """What the file's provenance says of the recipe."""
-    coder: Level = CODER
-    """How the integers are coded."""
-    unreached: tuple[str, ...] = ()
-    """Tensors that the calibration did not reach: they are quantised from the weights alone."""
+    scale: float = 0.0  # log2 of the common factor of all units
+    about: Mapping[str, Any] = field(default_factory=dict)  # what the file's provenance says of the recipe
+    coder: Level = CODER  # how the integers are coded
+    unreached: tuple[str, ...] = ()  # tensors that the calibration did not reach, quantised from the weights alone
 
     @property
     def effort(self) -> lossy.Effort:
@@ -158,11 +139,7 @@ def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, em
 
 
 def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
-    """Units by the energies of columns and rows; None where all is zeros.
-
-    Training makes columns small whose inputs are large: units that follow the deviation of the column come nearer to
-    equal errors of the output than equal units do. Of rows the same is half true (exponents 1 and 1/2: docs/lossy.md).
-    """
+    """Units by the energies of columns and rows (exponents 1 and 1/2: docs/lossy.md); None where all is zeros."""
     square = np.abs(w)
     if most := FAR * float(np.median(square)):  # single weights far out are no energy of their column
         np.minimum(square, most, out=square)
@@ -196,7 +173,12 @@ def calibrated(
         if even is None:
             continue
         found[t.name] = even
-        if layer is None or not _fits(layer, w):
+        if layer is None:
+            continue
+        inputs, outputs = w.shape[:: 1 if layer.transposed else -1]
+        inputs //= max(1, len(layer.experts)) if layer.transposed else 1
+        known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
+        if len(layer.second) != inputs or not known:  # a layer of another matrix
             continue
         if not layer.finite:
             raise SourceError(
@@ -218,15 +200,6 @@ def calibrated(
     unreached = tuple(name for name in found if name not in needs and not _matches(name, EMBEDDINGS))
     about = {"calibrate": "text", "effort": effort}
     return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached)
-
-
-def _fits(layer: Layer, w: NDArray[np.float32]) -> bool:
-    """Whether a layer is one of the matrix."""
-    inputs, outputs = w.shape if layer.transposed else w.shape[::-1]
-    if layer.transposed:
-        inputs //= max(1, len(layer.experts))
-    known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
-    return len(layer.second) == inputs and known
 
 
 def _weights(

@@ -25,8 +25,7 @@ from rac.stages.words import from_words
 
 T = TypeVar("T")
 TOLERANCE = 0.005
-CLOSE = 0.1
-"""Decibels that a file may have beyond the --snr that was asked for."""
+CLOSE = 0.1  # decibels that a file may have beyond the --snr that was asked for
 
 
 def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: Note = silent) -> Recipe:
@@ -58,19 +57,10 @@ def read_text(path: str) -> str:
 
 
 def size_of(e: Encoded, recipe: Recipe) -> int:
-    """Bytes of the record of a quantised tensor and of the objects that it is decoded with.
-
-    An object that tensors share counts with the first of them, though it is in each of several shards.
-    """
+    """Bytes of a quantised tensor and its objects; an object that tensors share counts with the first of them."""
     basis = recipe.aligned[e.name].basis
     own = e.head.get("uses", ()) if basis is None or basis.first == e.name else ()
     return e.size + sum(o.size for o in e.objects if o.name in own)
-
-
-def solve(groups: Sequence[ties.Group], recipe: Recipe, budget: Budget, jobs: int = 1) -> Recipe:
-    """`Search.meet` by so many threads, where the budget is of the tensors alone."""
-    with workers.start(jobs) as threads:
-        return Search(groups, recipe, threads).meet(budget)
 
 
 @dataclass(slots=True)
@@ -79,30 +69,34 @@ class Search:
 
     groups: Sequence[ties.Group]
     recipe: Recipe
-    pool: Executor
-    """Does the work."""
+    pool: Executor  # does the work
     note: Note = silent
-    kept: Kept | None = None
-    """Gets what the quantised tensors are at the scale that was tried last; None: that is not wanted."""
+    kept: Kept | None = None  # gets the quantised tensors of the last try; None: they are not wanted
     tried: int = 0
 
     def meet(
-        self, budget: Budget, rest: Callable[[], int] = int, judge: Callable[[], Divergence] | None = None
+        self, budget: Budget, rest: Callable[[], int] | None = None, judge: Callable[[], Divergence] | None = None
     ) -> Recipe:
-        """The recipe with the scale that meets a budget: real bytes from below, to half a percent.
-
-        `rest` gives the bytes of all that is not quantised, for a budget of the whole file, `judge` what measures the
-        model, for a divergence. BudgetError where no scale meets it.
-        """
+        """The recipe at the scale that meets a budget, real bytes from below, to half a percent; or BudgetError."""
         if not self._mine:
             raise BudgetError("no tensor is large enough to be quantised, or --keep keeps them all")
         if budget.snr is not None:
             scale = self._snr(budget.snr)
         elif budget.kl is not None:
-            assert judge is not None  # noqa: S101
+            assert judge is not None  # noqa: S101 - it gives what measures the model
             scale = self._kl(budget.kl, judge())
         else:
-            scale = self._bits(self._rate(budget, rest()) if budget.bits is None else budget.bits)
+            bits = budget.bits
+            if bits is None:  # what a budget of the whole file leaves
+                assert rest is not None  # noqa: S101 - it gives the bytes of all that is not quantised
+                everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
+                size = budget.size if budget.size is not None else int((budget.file_bits or 0) * everything / 8)
+                bits = 8 * (size - (other := rest())) / self._weights
+                if bits <= 0:
+                    raise BudgetError(
+                        f"what stays lossless takes {other} bytes, more than the {size} of the whole file"
+                    )
+            scale = self._bits(bits)
         return replace(self.recipe, scale=scale)
 
     @property
@@ -115,31 +109,21 @@ class Search:
         """Number of their elements."""
         return sum(math.prod(g.tensor.shape) for g in self._mine)
 
-    def _rate(self, budget: Budget, rest: int) -> float:
-        """Bits per quantised weight that a budget of the whole file leaves."""
-        everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
-        size = budget.size if budget.size is not None else int((budget.file_bits or 0) * everything / 8)
-        bits = 8 * (size - rest) / self._weights
-        if bits <= 0:
-            raise BudgetError(f"what stays lossless takes {rest} bytes, more than the {size} of the whole file")
-        return bits
-
     def _bits(self, bits: float) -> float:
         def rate(scale: float) -> float:
             found = self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits")
             return 8 * sum(size_of(self._keep(e), self.recipe) for e in found) / self._weights
 
-        goal, slope = (bits * (1 - TOLERANCE), bits), 1.0 if bits > 1 else 1.5
-        return _meet(rate, goal, 1.03 - bits, slope, f"{bits:.3f} bits per weight", "{:.3f}".format)
+        missed = f"{bits:.3f} bits per weight cannot be met: the nearest is {{:.3f}}".format
+        return _meet(rate, (bits * (1 - TOLERANCE), bits), 1.03 - bits, 1.0 if bits > 1 else 1.5, missed)
 
     def _snr(self, goal: float) -> float:
         def mean(scale: float) -> float:
             found = [self._keep(e).fidelity for e in self._at(scale, encode, f"{goal:g} dB")]
             return math.fsum(min(100.0, f.snr) for f in found if f) / len(found)
 
-        return _meet(
-            mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS, f"{goal:g} dB", "{:.2f} dB".format
-        )
+        missed = f"{goal:g} dB cannot be met: the nearest is {{:.2f}} dB".format
+        return _meet(mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS, missed)
 
     def _kl(self, nats: float, judge: Divergence) -> float:
         by_name = {g.tensor.name: g for g in self._mine}
@@ -151,7 +135,7 @@ class Search:
             return -math.log2(max(judge.kl(), 1e-9))
 
         goal = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
-        return _meet(loss, goal, -2.0, 0.5, f"{nats:g} nats", lambda got: f"{2**-got:.4f}")
+        return _meet(loss, goal, -2.0, 0.5, lambda x: f"{nats:g} nats cannot be met: the nearest is {2**-x:.4f}")
 
     def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         """Results of the work on every quantised tensor at a scale, as they come."""
@@ -171,17 +155,12 @@ class Search:
 
 
 def _meet(
-    measure: Callable[[float], float],
-    goal: tuple[float, float],
-    scale: float,
-    slope: float,
-    what: str,
-    say: Callable[[float], str],
+    at: Callable[[float], float], goal: tuple[float, float], scale: float, slope: float, say: Callable[[float], str]
 ) -> float:
-    """A scale at which the measure, falling in it, is within the goal; BudgetError where there is none."""
+    """A scale at which what is measured there, falling in it, is within the goal; BudgetError where there is none."""
     low, high = -math.inf, math.inf  # coarser than `low`, finer than `high`
     for _ in range(16):
-        got = measure(scale)
+        got = at(scale)
         if goal[0] <= got <= goal[1]:
             return scale
         if got > goal[1]:
@@ -194,4 +173,4 @@ def _meet(
         if abs(step) > 80 or abs(step - scale) < 1e-5:
             break
         scale = step
-    raise BudgetError(f"{what} cannot be met: the nearest is {say(got)}")
+    raise BudgetError(say(got))

@@ -68,8 +68,7 @@ def _sum(hist: NDArray[Any], classes: NDArray[np.uint8], k: int) -> Counts:
     return out
 
 
-ONE_THREAD = 1 << 18
-"""Multiplications up to which a BLAS starts no threads of its own: they would fight with those that pack."""
+ONE_THREAD = 1 << 18  # multiplications up to which a BLAS starts no threads, which would fight with those that pack
 
 
 def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint8]:
@@ -86,10 +85,8 @@ def nearest(hist: NDArray[Any], agg: Counts, members: Counts) -> NDArray[np.uint
     return out
 
 
-Vectors = Callable[[int, int], NDArray[Any]]
-"""Histograms (b - a, G, S) of the vectors [a, b)."""
-HELD = 1 << 24
-"""Counters that are held at once; where there are more, histograms are counted again in every round."""
+Vectors = Callable[[int, int], NDArray[Any]]  # histograms (b - a, G, S) of the vectors [a, b)
+HELD = 1 << 24  # counters that are held at once; where there are more, histograms are counted again in every round
 
 
 def cluster(
@@ -115,7 +112,8 @@ def cluster(
     k = min(k, n)
     classes = np.zeros(n, np.uint8)
     if k > 1:
-        mean = np.concatenate([_mean(vectors(a, b)) for a, b in bounds])
+        plain = np.concatenate([vectors(a, b).sum(1, dtype=np.int64) for a, b in bounds])
+        mean = (plain @ np.arange(plain.shape[1], dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
         classes[np.argsort(mean, kind="stable")] = np.arange(n) * k // n
     agg = count(classes)
     for _ in range(rounds if k > 1 else 0):
@@ -129,13 +127,6 @@ def cluster(
     return groups[classes], sum_groups(agg, groups, int(groups.max()) + 1)
 
 
-def _mean(hist: NDArray[Any]) -> Counts:
-    """(n,) mean symbol of vectors (n, G, S), in 2**-16."""
-    plain = hist.sum(1, dtype=np.int64)
-    out: Counts = (plain @ np.arange(plain.shape[1], dtype=np.int64) << 16) // np.maximum(1, plain.sum(1))
-    return out
-
-
 def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
     """(kept, ...) counts of the groups of the classes that `agg` (K, ...) counts."""
     out = np.zeros((kept, *agg.shape[1:]), np.int64)
@@ -144,11 +135,7 @@ def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
 
 
 def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray[np.uint8]:
-    """Group (K,) of each class of counts `agg` (K, G, S): pairs are joined while the total length falls.
-
-    `members` (K,) adds the length of the list that names each member's class; a table is
-    `weight` times as long as one of S symbols. Empty classes go first.
-    """
+    """Group (K,) of each class of counts (K, G, S): joined while lists of members and `weight` tables get shorter."""
     k = len(agg)
     groups = np.arange(k)
     agg = agg.astype(np.int64).copy()

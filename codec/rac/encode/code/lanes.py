@@ -22,29 +22,21 @@ from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import MAX_BASE, Lanes
 
 Array = NDArray[Any]
-PAIR_RARE = 45000
-"""A pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits."""
-RARE = {1: 65536, 2: 4096}
-"""Per elements per symbol: one top in so many occurrences is too rare for a symbol of its own."""
-_CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}
-"""Bits of a mantissa in the top, at most."""
+PAIR_RARE = 45000  # a pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits
+RARE = {1: 65536, 2: 4096}  # per elements per symbol: a top that is rarer has no symbol of its own
+_CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}  # bits of a mantissa in the top, at most
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
-_LEAST = 2048
-"""Words below which tables would cost more than they gain."""
+_LEAST = 2048  # words below which tables would cost more than they gain
 
 
 @dataclass(frozen=True, slots=True)
 class Symbols:
     """What the analysis of a tensor has found, and the encoding of its tiles needs."""
 
-    base: NDArray[np.uint8]
-    """(R, C) base symbols."""
-    rows: NDArray[np.uint8] | None
-    """(R,) classes of rows; None: one."""
-    cols: NDArray[np.uint8] | None
-    """(C,) classes of columns; None: one."""
-    table: NDArray[np.uint8]
-    """(Kr, Kc) table of each pair of classes."""
+    base: NDArray[np.uint8]  # (R, C) base symbols
+    rows: NDArray[np.uint8] | None  # (R,) classes of rows; None: one
+    cols: NDArray[np.uint8] | None  # (C,) classes of columns; None: one
+    table: NDArray[np.uint8]  # (Kr, Kc) table of each pair of classes
 
     def sequence(self, p: Lanes, grid: Grid, i: int) -> tuple[layout.Order, NDArray[np.uint8]]:
         """(order, coded symbols in sequence order) of tile `i`."""
@@ -107,7 +99,8 @@ class LanesEncoder:
         if found is None:
             return None
         runs, escapes = found
-        symbols, cells = _symbols(view, (zero, signed, down - zero), found, per)
+        kept = np.concatenate([np.arange(a, a + k) for a, k in zip(runs[::2], runs[1::2], strict=True)])
+        symbols, cells = _symbols(view, (zero, signed, down - zero), kept, escapes, per)
         n, (kr, kc), group = cells.shape[2], cells.shape[:2], symbols.table.reshape(-1)
         p = Lanes(
             lanes=_lane_count(view.level, min(view.total, grid.tr * grid.tc)),
@@ -138,7 +131,7 @@ class LanesEncoder:
         out = cls(view.plan(p, front), p, symbols, freq, rare, view)
         out._coded = held
         each = clusters.log2(np.full(1, 4096)) - clusters.log2(freq.astype(np.int64))  # units of a symbol of each table
-        escaped = int(tops.sum()) - int(sum(tops[a : a + k].sum() for a, k in zip(runs[::2], runs[1::2], strict=True)))
+        escaped = int(tops.sum()) - int(tops[kept].sum())
         return out, int((counts * each).sum()) // clusters.UNIT // 8 + escaped + _around(view, p)
 
     def encode(self, words: Array, i: int) -> Bytes:
@@ -154,8 +147,10 @@ class LanesEncoder:
             total += up16(size)
         raw = native.planes(flat, p.zero, p.sign, p.shift, cuts, total)
         planes: list[Bytes] = [raw[at : at + size].data for (*_, at), size in zip(cuts, sizes, strict=True)]
-        if p.packed:
-            planes = [self._smaller(plane) for plane in planes]
+        if p.packed:  # where that pays for its time: low bits of float32 are often zero in whole rows
+            frames = [zstd.compress(plane, self._level) for plane in planes]
+            pairs = zip(planes, frames, strict=True)
+            planes = [frame if len(frame) < len(plane) - len(plane) // 128 else plane for plane, frame in pairs]
         return layout.build_tile(coded, counts, escapes, planes, p)
 
     def _reference(self, sym: Array, order: layout.Order) -> tuple[Array, Array]:
@@ -172,11 +167,6 @@ class LanesEncoder:
             todo = list(zip(steps.tolist(), table.tolist(), strict=True))
             streams.append(models.encode(np.ascontiguousarray(np.concatenate(mine)), todo))
         return merge(streams, freq, order.segments), np.array([len(s) for s in streams])
-
-    def _smaller(self, plane: Bytes) -> Bytes:
-        """The plane compressed where that pays for its time: low bits of float32 are often zero in whole rows."""
-        packed = zstd.compress(plane, self._level)
-        return packed if len(packed) < len(plane) - len(plane) // 128 else plane
 
     def _escapes(self, order: layout.Order, sym: Array, flat: Array) -> bytes:
         """Escape bytes in sequence order; few symbols have any."""
@@ -196,15 +186,14 @@ class LanesEncoder:
 
 
 def _symbols(
-    view: View, cut: tuple[int, bool, int], alphabet: tuple[list[int], list[int]], per: int
+    view: View, cut: tuple[int, bool, int], kept: Array, escapes: list[int], per: int
 ) -> tuple[Symbols, clusters.Counts]:
-    """Base symbols and their classes; the counts (Kr, Kc, n) of each pair of classes.
-
-    `cut` is (zero bits, signed, shift) of a word.
-    """
+    """Base symbols, classes and counts (Kr, Kc, n); `cut`: (zero bits, signed, shift), `kept`: tops with symbols."""
     (zero, signed, shift), grid, level = cut, view.grid, view.level
-    n = sum(alphabet[0][1::2]) + len(alphabet[1])
-    lut = _lut(*alphabet)
+    n, lut = len(kept) + len(escapes), np.zeros(65536, np.uint8)
+    for j in reversed(range(len(escapes))):
+        lut[escapes[j] : escapes[j] + 256] = len(kept) + j
+    lut[kept] = np.arange(len(kept))
     base = np.empty((grid.rows, grid.cols), np.uint8)
     for a, b in chunks(grid):
         base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
@@ -234,10 +223,7 @@ def _both(p: Lanes) -> int:
 
 
 def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int]] | None:
-    """Symbol runs and escape bases for the tops counted in `hist`: a rare top costs less as an escape.
-
-    None where `most` base symbols cannot hold them without many escapes.
-    """
+    """Symbol runs, and escape bases of the rarer tops counted in `hist`; None where `most` base symbols are too few."""
     used = np.flatnonzero(hist)
     keep = np.flatnonzero(hist > entries)
     if not len(keep):
@@ -285,10 +271,7 @@ def _pair_map(p: Lanes) -> NDArray[np.uint8]:
 def _pair_counts(
     held: list[tuple[layout.Order, NDArray[np.uint8]]], p: Lanes
 ) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
-    """(T, symbols) how often each pair occurs under each table, in the order in which tiles code them.
-
-    The rarest pairs are counted as two escapes; they are set in the other array.
-    """
+    """(T, symbols) how often each pair occurs under each table, the rarest as two escapes; and which these are."""
     found = np.zeros((p.tables, p.symbols), np.uint32)
     for order, sym in held:
         native.count_segments(sym, order.segments, found)
@@ -316,24 +299,11 @@ def gather(order: layout.Order, tile: Array) -> Array:
 
 
 def _lane_count(level: Level, elements: int) -> int:
-    """Lanes of at least 4500 elements each, as a power of two; never more than 2**17 elements in one.
-
-    A lane of so many elements has at most 2**17 * 12 / 32 words, which its 16-bit count can hold.
-    """
+    """Lanes of 4500 elements and more each, a power of two; a lane of 2**17 is the longest that 16 bits can count."""
     lanes = level.lanes if level.fixed else 1
     while (lanes < level.lanes and elements >= 9000 * lanes) or elements > lanes << 17:
         lanes *= 2
     return lanes
-
-
-def _lut(runs: list[int], escapes: list[int]) -> NDArray[np.uint8]:
-    """(65536,) base symbol of each top."""
-    lut = np.zeros(65536, np.uint8)
-    tops = np.concatenate([np.arange(start, start + n) for start, n in zip(runs[::2], runs[1::2], strict=True)])
-    for j in reversed(range(len(escapes))):
-        lut[escapes[j] : escapes[j] + 256] = len(tops) + j
-    lut[tops] = np.arange(len(tops))
-    return lut
 
 
 def _classes(
@@ -364,12 +334,11 @@ def _classes(
     rows = cols = None
     kr = kc = 1
     enough = min(r, c) >= 16 and symbols.size >= 8192
-    can_rows = level.row_classes > 1 and enough
-    if can_rows:
+    if enough and level.row_classes > 1:
         rows, kr = cluster(of_rows, r, 1, level.row_classes)
-    if level.col_classes > 1 and enough:
+    if enough and level.col_classes > 1:
         cols, kc = cluster(of_cols, c, kr, level.col_classes)
-        if level.again and kc > 1 and can_rows:
+        if level.again and kc > 1:
             rows, kr = cluster(of_rows, r, kc, level.row_classes)
     cells = native.histogram(symbols, key(rows, kc), key(cols, 1), kr * kc, n)
     return rows, cols, cells.astype(np.int64).reshape(kr, kc, n)

@@ -17,20 +17,18 @@ from rac.registry import DTYPES
 from rac.stages.base import Coder
 
 Array = NDArray[Any]
-Source = Callable[[Grid, int, int], Array]
-"""Words (h, C) of the rows [start, stop) of the matrix."""
+Source = Callable[[Grid, int, int], Array]  # words (h, C) of the rows [start, stop) of the matrix
 
-CUTS = ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62))
-"""Tiles along each side up to which stored size: an eighth of the rows or columns then costs no more than 1.1 times its
-share of the stored bytes and 64 KB."""
-COARSE = ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62))
-"""Tiles along each side up to which stored size, as in CUTS, but for 1 MB instead of 64 KB."""
-SLICES = ("fine", "coarse")
+CUTS = {
+    "fine": ((1, 74_000), (2, 178_000), (4, 578_000), (8, 1 << 62)),
+    "coarse": ((1, 1_150_000), (2, 2_700_000), (4, 8_800_000), (8, 1 << 62)),
+}
+"""Kinds of slices: tiles along each side up to which stored size. An eighth of the rows or columns then costs no more
+than 1.1 times its share of the stored bytes and 64 KB, or 1 MB. Rows may be exchanged, as tests of small tensors do."""
+SLICES = tuple(CUTS)
 CHUNK = 1 << 22
-HELD = 1 << 25
-"""Bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks."""
-SAMPLE = {1: 1 << 17, 2: 1 << 15}
-"""Per elements per symbol: bytes that general compressors are tried on."""
+HELD = 1 << 25  # bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks
+SAMPLE = {1: 1 << 17, 2: 1 << 15}  # per elements per symbol: bytes that general compressors are tried on
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,43 +41,37 @@ class Level:
     row_classes: int
     col_classes: int
     rounds: int
-    again: bool
-    fewer_bits: int
     zstd: int
     planes: int
-    fixed: bool = False
-    """Take `lanes` as it is, however small the tile."""
-    tile: int = 1 << 20
-    """Words of a tile at most."""
-    coarse: bool = False
-    """Cut into tiles by COARSE."""
-    sliced: float = 0.0
-    """Stored bytes of a word, about, where tiles were asked for; 0: as its type has them."""
-    density: float = 0.0
-    """Stored bytes of a word, about, by which tiles are cut; 0: as its type has them."""
+    again: bool = False
+    fewer_bits: int = 0
+    fixed: bool = False  # take `lanes` as it is, however small the tile
+    tile: int = 1 << 20  # words of a tile at most
+    coarse: bool = False  # cut into coarse tiles
+    sliced: float = 0.0  # stored bytes of a word, about, where tiles were asked for; 0: as its type has them
+    density: float = 0.0  # stored bytes of a word, about, by which tiles are cut; 0: as its type has them
 
 
 LEVELS = {
-    level.name: level
-    for level in (
-        Level("fast", 32, 2, 1, 1, 0, False, 0, 3, 1),
-        Level("default", 32, 2, 8, 6, 2, False, 0, 9, 1),
-        Level("max", 16, 1, 16, 8, 5, True, 2, 19, 9, coarse=True),
-    )
+    "fast": Level("fast", 32, per=2, row_classes=1, col_classes=1, rounds=0, zstd=3, planes=1),
+    "default": Level("default", 32, per=2, row_classes=8, col_classes=6, rounds=2, zstd=9, planes=1),
+    "max": replace(
+        Level("max", 16, per=1, row_classes=16, col_classes=8, rounds=5, zstd=19, planes=9),
+        again=True,
+        fewer_bits=2,
+        coarse=True,
+    ),
 }
 """Effort levels by name. `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for."""
 
-CODER = Level("default", 32, 1, 8, 6, 2, False, 0, 9, 1, tile=1 << 18, coarse=True, sliced=0.5)
+CODER = replace(LEVELS["default"], per=1, tile=1 << 18, coarse=True, sliced=0.5)
 """How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
 each of them, not for two, and needs as many lanes at once as it can get (docs/gpu.md). But coarse: a trellis begins
 anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/streaming.md)."""
 
 
 def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
-    """A level with the lanes per tile and the tiles ("fine" or "coarse") that were asked for; None: its own.
-
-    Where only lanes are given, tiles are coarse, since each has so many lanes.
-    """
+    """A level with the lanes per tile and the tiles that were asked for; where only lanes are, tiles are coarse."""
     if lanes is not None:
         level = replace(level, lanes=lanes, fixed=True, coarse=True)
     if slices is not None:
@@ -94,10 +86,8 @@ class Plan:
     coder: Coder
     grid: Grid
     axis: int
-    digest: bytes
-    """XXH3-128 of the words."""
-    front: bytes = b""
-    """The unit in front of the tiles; empty where the coder has none."""
+    digest: bytes  # XXH3-128 of the words
+    front: bytes = b""  # the unit in front of the tiles; empty where the coder has none
 
     @property
     def fronts(self) -> list[Bytes]:
@@ -109,8 +99,7 @@ class Encoder(Protocol):
     """Codes the tiles of one tensor under its plan."""
 
     plan: Plan
-    words: Array | None
-    """(R, C) words of a small tensor, which need not be read again."""
+    words: Array | None  # (R, C) words of a small tensor, which need not be read again
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
@@ -122,9 +111,7 @@ class Encoder(Protocol):
 
 def axis_of(shape: tuple[int, ...]) -> int:
     """Dimensions that count as rows: all but the last, or the first alone where the last ones are short."""
-    if len(shape) > 1 and shape[-1] < 64:
-        return 1
-    return max(0, len(shape) - 1)
+    return 1 if len(shape) > 1 and shape[-1] < 64 else max(0, len(shape) - 1)
 
 
 def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid:
@@ -133,7 +120,7 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid
     d = DTYPES[dtype]
     share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
     stored = rows * cols * (level.density or d.word * share)
-    parts = next(n for n, most in (COARSE if level.coarse else CUTS) if stored <= most)
+    parts = next(n for n, most in CUTS["coarse" if level.coarse else "fine"] if stored <= most)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
     tc = -(-tc // -(-tc // level.tile))
     tr = max(1, -(-rows // parts))
@@ -152,20 +139,19 @@ def chunks(grid: Grid) -> Iterator[tuple[int, int]]:
 class View:
     """A tensor as coders look at it: read once or a few times, some MiB at a time."""
 
-    words: Array | None = None
-    """All of a small tensor, (R, C); None of a larger one."""
-    union = 0
-    """The OR of all words."""
+    words: Array | None = None  # all of a small tensor, (R, C); None of a larger one
+    union = 0  # the OR of all words
 
     def __init__(self, source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> None:
         self.dtype, self.level, self.axis = dtype, level, axis_of(shape)
         self.grid = grid = grid_of(dtype, shape, self.axis, level)
         self._source = source
-        self.mask = (1 << (8 * grid.word - DTYPES[dtype].signed_float)) - 1
-        """Bits of a word without its sign."""
-        # pairs of exponents need no more than these; their histogram is small and counted fast
+        self.total = grid.rows * grid.cols  # words
+        self.size = self.total * grid.word  # their bytes
+        self.mask = (1 << (8 * grid.word - DTYPES[dtype].signed_float)) - 1  # bits of a word without its sign
+        self.least_base = max(self.mask.bit_length() - 16, 0)  # lowest bit that `hist` could count
+        # lowest bit that it counts: pairs of exponents need no more; their histogram is small and counted fast
         self.base = max(MANTISSA.get(dtype, 0) if level.per == 2 else 0, self.least_base)
-        """Lowest bit that `hist` counts."""
         self.hist = np.zeros(65536, np.uint32)
         digest = zstd.Digest()
         if self.total:
@@ -175,25 +161,9 @@ class View:
                 self.union |= native.scan(words, self.mask, self.base, self.hist)
                 if b - a == grid.rows:
                     self.words = words
-        self.digest = digest.value()
-        """XXH3-128 of all words."""
+        self.digest = digest.value()  # XXH3-128 of all words
         self.sample = self._sample(SAMPLE[level.per]) if self.total else np.empty((1, 0), f"<u{grid.word}")
         """(1, n) words: all of a small tensor, or rows of eight places of a large one."""
-
-    @property
-    def total(self) -> int:
-        """Number of words."""
-        return self.grid.rows * self.grid.cols
-
-    @property
-    def size(self) -> int:
-        """Bytes of all words."""
-        return self.total * self.grid.word
-
-    @property
-    def least_base(self) -> int:
-        """Lowest bit that `hist` could count, with 16 bits below the sign."""
-        return max(self.mask.bit_length() - 16, 0)
 
     def read(self, a: int, b: int) -> Array:
         """Words (b - a, C) of rows a..b - 1."""
@@ -225,5 +195,4 @@ class View:
         return np.concatenate(parts).reshape(1, -1)
 
 
-MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}
-"""Bits of the mantissa."""
+MANTISSA = {"F64": 52, "F32": 23, "C64": 23, "BF16": 7, "F16": 10}  # bits of the mantissa

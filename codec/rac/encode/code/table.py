@@ -15,10 +15,7 @@ ENCODERS: dict[str, type[Encoder]] = {
 
 
 def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> Encoder:
-    """Choose the coder of a tensor and its parameters; reads it once or a few times, some MiB at a time.
-
-    Each coder sees the size of the best proposal so far. An empty tensor is stored by the first.
-    """
+    """The encoder with the smallest proposal: each sees the best so far; an empty tensor is stored by the first."""
     view = View(source, dtype, shape, level)
     best: Encoder | None = None
     size = 0

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.container import zstd
-from rac.encode import record as rec
-from rac.encode import ties
+from rac.encode import record, ties
 from rac.encode.align.recipe import Recipe, matrix_of
 from rac.encode.code.plan import LEVELS
 from rac.encode.encoded import Encoded, Fidelity, decoded
@@ -24,19 +23,16 @@ from rac.linalg import exact
 from rac.native import product
 from rac.stages.words import from_words
 
-SHAPED = 32
-"""States of the trellis where errors of rows are fed back: every state carries its own."""
+SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
 
 
 @dataclass(frozen=True, slots=True)
 class Coded:
     """A quantised tensor."""
 
-    quantised: lossy.Quantised
-    """By trellis/1: the tensor, or what the objects leave to it."""
+    quantised: lossy.Quantised  # by trellis/1: the tensor, or what the objects leave to it
     dtype: str
-    objects: tuple[split.Object, ...]
-    """What a third stage computes with."""
+    objects: tuple[split.Object, ...]  # what a third stage computes with
 
     @property
     def dense(self) -> NDArray[Any]:
@@ -78,18 +74,16 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     plan, units = q.coded()
     uses = tuple(o.encoded.name for o in coded.objects)
     digest = zstd.digest(dense.reshape(-1).view(np.uint8).data)
-    behind = rec.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
-    objects = (*(o.encoded for o in coded.objects), *rec.matrix_of(t, LEVELS["default"]))
+    behind = record.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
+    objects = (*(o.encoded for o in coded.objects), *record.matrix_of(t, LEVELS["default"]))
     seconds = time.perf_counter() - start
-    fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, q.outliers, q.dead, seconds)
-    return rec.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
+    counts = {"outliers": q.outliers, "dead": q.dead}
+    fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, **counts, seconds=seconds)
+    return record.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
 
 
 def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
-    """Output signal to noise in dB, tr(W S W^T) / tr(E S E^T), S the second moment of the inputs, or 1 if not known.
-
-    `dense` (R, C) has the words that a decoder restores.
-    """
+    """Output signal to noise of restored words (R, C), dB: tr(W S W^T) / tr(E S E^T); S is 1 where none is known."""
     w = matrix_of(t)
     e = from_words(dense, t.dtype) - w
     layer = recipe.aligned[t.name].layer

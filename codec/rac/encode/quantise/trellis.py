@@ -23,8 +23,7 @@ from rac.encode.record import coded
 from rac.grid import Box
 from rac.linalg import exact
 from rac.linalg.triangular import Triangular
-from rac.native import product
-from rac.native import trellis as native
+from rac.native import product, trellis
 from rac.quantize import MOST, ZERO, magnitudes
 from rac.stages import trellis as trellis_stage
 from rac.stages.base import Context
@@ -32,15 +31,11 @@ from rac.stages.words import DTYPES, to_words
 
 Array = NDArray[Any]
 F32 = np.float32
-LAMBDA = 0.35
-"""Squared units that a bit is worth; best at every rate (docs/lossy.md)."""
-SCALAR = 0.35 / 3
-"""Squared units that a bit is worth without a trellis."""
+LAMBDA = 0.35  # squared units that a bit is worth; best at every rate (docs/lossy.md)
+SCALAR = 0.35 / 3  # squared units that a bit is worth without a trellis
 BLOCK = 64
-LEAST = 0.6
-"""Deviation of a row in units below which it is coded finer than its sensitivity asks."""
-LOW, HIGH = -12, 40
-"""Quarter octaves of the deviation in units for which there are rate tables."""
+LEAST = 0.6  # deviation of a row in units below which it is coded finer than its sensitivity asks
+LOW, HIGH = -12, 40  # quarter octaves of the deviation in units for which there are rate tables
 SAMPLES = 1 << 14
 
 
@@ -49,18 +44,15 @@ class Scales:
     """How fine a matrix is quantised: unit of column j and row i is 2**(scale + cols[j] / 4 + rows[i] / 4)."""
 
     rows: NDArray[np.int8]
-    cols: NDArray[np.int8]
-    """DEAD for a column that no input reaches."""
+    cols: NDArray[np.int8]  # DEAD for a column that no input reaches
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How hard a matrix is searched, and how its integers are coded."""
 
-    states: int
-    """States of the trellis, 4 to 256, or 1: none. A scalar's units of the same cost are larger (`worth`)."""
-    passes: int = 1
-    """1, or 2: again with the centroids of the first. With feedback, which would be of other values then, 1."""
+    states: int  # states of the trellis, 4 to 256, or 1: none, at larger units of the same cost
+    passes: int = 1  # 1, or 2: again with the centroids of the first, where nothing is fed back
     coder: Level = CODER
 
 
@@ -68,15 +60,13 @@ class Effort:
 class Quantised:
     """A matrix as trellis/1 stores it."""
 
-    words: NDArray[np.uint8]
-    """(R, C)"""
+    words: NDArray[np.uint8]  # (R, C)
     trellis: trellis_stage.Trellis
     unit: bytes
     dtype: str
     coder: Level
     outliers: int
-    dead: int
-    """Columns that got no bits."""
+    dead: int  # columns that got no bits
 
     @property
     def dense(self) -> Array:
@@ -106,36 +96,26 @@ def _lane(shape: tuple[int, ...], coder: Level) -> int:
     return grid_of("U8", shape, 1, coder).tr
 
 
-_LOCK = threading.Lock()
-"""Threads wait for what one of them finds, rather than find it too."""
-
-
-def _run(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
-    with _LOCK:
-        return _found(states, q, fine)
+_LOCK = threading.Lock()  # threads wait for what one of them finds, rather than find it too
 
 
 @functools.cache
 def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
-    """What the trellis does to a Gaussian of deviation `q`, coded `fine` finer: found by running it, once in a process.
-
-    Deviations are in quarter octaves of the step at which a column of high rate is coded. Returns the probabilities
-    (2 MOST + 1,) of the integers, and distortion + bits times their worth in squared steps.
-    """
-    finer = float(exact.exp2(fine / 2))  # squares of the unit by which it is finer
+    """(probabilities of the integers, distortion + bits * worth) of a Gaussian of deviation `q`, coded `fine` finer."""
+    finer, worth = float(exact.exp2(fine / 2)), LAMBDA if states > 1 else SCALAR
     x = (_samples() * trellis_stage.power(np.array(q + fine)))[None]
     rec, p = magnitudes(states), _cells(q + fine, 1, states)
     for _ in range(4):
-        rate = (-worth(states) * finer * exact.log2(p)).astype(F32).reshape(1, 1, -1)
-        search = native.Search(states, trellis_stage.CODES[states], 1024, rec, rate, _far(states))
-        k, value, *_ = native.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
+        rate = (-worth * finer * exact.log2(p)).astype(F32).reshape(1, 1, -1)
+        search = trellis.Search(states, trellis_stage.CODES[states], 1024, rec, rate, _far(states))
+        k, value, *_ = trellis.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
         counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
         p = (counts + 32 * p) / (SAMPLES + 32)
     share = counts / SAMPLES
     used = share > 0
     bits = -float((share[used] * exact.log2(share[used])).sum())
     error = float(((x - value) ** 2).mean()) / finer
-    return 0.98 * p + 0.02 * _cells(q + fine, 3, states), error + worth(states) * bits
+    return 0.98 * p + 0.02 * _cells(q + fine, 3, states), error + worth * bits
 
 
 @functools.cache
@@ -161,7 +141,7 @@ def _fine(states: int, q: int) -> int:
     """
     if q >= 8:
         return 0
-    costs = {-1: float(exact.exp2(q / 2))} | {a: _run(states, q, a)[1] for a in range(0, 9, 2)}
+    costs = {-1: float(exact.exp2(q / 2))} | {a: _found(states, q, a)[1] for a in range(0, 9, 2)}
     return min(costs, key=lambda a: costs[a])
 
 
@@ -188,7 +168,11 @@ def quantise(
     bits = exact.exp2(min(max(scale, -60), 60)).astype(F32)
     step = bits * trellis_stage.power(scales.cols)
     step[scales.cols == trellis_stage.DEAD] = 0
-    row_list = _near(w, step, scales.rows)
+    live = step > 0
+    # the smallest magnitude is half a unit: a row must not lie far below it
+    near = np.sqrt(np.mean((w[:, live] / step[live]) ** 2, axis=1)) if live.any() else np.ones(len(w))
+    most = np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
+    row_list = np.minimum(scales.rows, most).astype(np.int8)
     row_unit = trellis_stage.power(row_list)
     if below is not None:
         u = row_unit.reshape(*below.shape[:-2], 1, -1)
@@ -199,7 +183,7 @@ def quantise(
     rec, low, corrections = magnitudes(states), 0, np.zeros(0, np.int8)
     rate, fine, row = _rates(plain, step, states)
     lane = _lane(w.shape, effort.coder)
-    search = native.Search(states, trellis_stage.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
+    search = trellis.Search(states, trellis_stage.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
     k, value, wild, fine_of = _columns(search, plain, step, feed)
     if effort.passes > 1 and feed is None:
         finer = np.where(fine_of < 0, F32(0), trellis_stage.power(-fine_of))
@@ -218,34 +202,21 @@ def quantise(
     return Quantised(words, p, unit, dtype, effort.coder, len(places), int((cols == trellis_stage.DEAD).sum()))
 
 
-def _near(w: NDArray[np.float32], step: NDArray[np.float32], rows: NDArray[np.int8]) -> NDArray[np.int8]:
-    """Exponents of the rows: the smallest magnitude is half a unit, and a row must not lie far below it."""
-    live = step > 0
-    near = np.sqrt(np.mean((w[:, live] / step[live]) ** 2, axis=1)) if live.any() else np.ones(len(w))
-    most = np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
-    return np.minimum(rows, most).astype(np.int8)
-
-
 def _rates(plain: Array, step: Array, states: int) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8]]:
-    """`rate`, `fine` and `row` of a search (native.Search) among columns (C, R)."""
+    """`rate`, `fine` and `row` of a search (trellis.Search) among columns (C, R)."""
     live = step > 0
     x = plain[live] / step[live][:, None]
     x /= np.sqrt(np.maximum((x * x).mean(1, keepdims=True), F32(1e-30)))
     by_row = np.sqrt((x * x).mean(0)) if x.size else np.ones(plain.shape[1])
     rows, row = np.unique(np.clip(_quarters(by_row), -16, 16), return_inverse=True)
-    levels = range(LOW, HIGH + 1)
-    fine = np.array([_fine(states, q) for q in levels], np.int8)
-    share = [
-        [_run(states, min(HIGH, max(LOW, q + int(o))), max(0, int(f)))[0] for o in rows]
-        for q, f in zip(levels, fine, strict=True)
-    ]
-    slope = worth(states) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
+    with _LOCK:
+        fine = np.array([_fine(states, q) for q in range(LOW, HIGH + 1)], np.int8)
+        share = [
+            [_found(states, min(HIGH, max(LOW, q + int(o))), max(0, int(f)))[0] for o in rows]
+            for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
+        ]
+    slope = (LAMBDA if states > 1 else SCALAR) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
     return (-slope * exact.log2(np.array(share))).astype(F32), fine, row.astype(np.uint8)
-
-
-def worth(states: int) -> float:
-    """Squared units that a bit is worth."""
-    return LAMBDA if states > 1 else SCALAR
 
 
 def _far(states: int) -> float:
@@ -254,14 +225,12 @@ def _far(states: int) -> float:
 
 
 def _columns(
-    search: native.Search, plain: NDArray[np.float32], step: NDArray[np.float32], feed: NDArray[np.float32] | None
-) -> native.Quantised:
+    search: trellis.Search, plain: NDArray[np.float32], step: NDArray[np.float32], feed: NDArray[np.float32] | None
+) -> trellis.Quantised:
     """The columns (C, R), quantised block by block from the last to the first."""
     c, r = plain.shape
-    out = native.Quantised(
-        np.empty((c, r), np.int16), np.empty((c, r), F32), np.empty((c, r), np.uint8), np.empty(c, np.int8)
-    )
-    error = np.empty((c, r), F32)
+    k, value, wild, error = (np.empty((c, r), kind) for kind in (np.int16, F32, np.uint8, F32))
+    out = trellis.Quantised(k, value, wild, np.empty(c, np.int8))
     each = np.zeros((1, c, c), F32) if feed is None else feed.reshape(-1, c, c)
     if search.below is not None and search.below.ndim == 3:
         each = np.broadcast_to(each, (len(search.below), c, c))
@@ -274,7 +243,7 @@ def _columns(
                 mine = slice(g * own, (g + 1) * own)
                 product.add(target[:, mine], one[a:b, b:], error[b:, mine])
         inner = np.ascontiguousarray(each[:, a:b, a:b])
-        found = native.block(search, plain[a:b], target, inner, step[a:b])
+        found = trellis.block(search, plain[a:b], target, inner, step[a:b])
         out.integers[a:b], out.values[a:b], out.outliers[a:b], out.fine[a:b] = found
         error[a:b] = target
     return out

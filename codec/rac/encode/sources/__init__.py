@@ -23,13 +23,8 @@ __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "ope
 def open_source(path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Source:
     """Open a safetensors file, a GGUF file, or a directory with safetensors files.
 
-    Args:
-        path: The file or directory.
-        include: Patterns (fnmatch, case-sensitive) of the tensors to take; none means all.
-        exclude: Patterns of the tensors to leave out; wins over `include`.
-
-    Raises:
-        SourceError: The path is missing, damaged or no model, or a pattern leaves nothing.
+    `include` are patterns (fnmatch, case-sensitive) of the tensors to take, none means all; `exclude` wins over it.
+    SourceError where the path is missing, damaged or no model, or a pattern leaves nothing.
     """
     where = os.path.abspath(os.fspath(path))
     try:
@@ -39,12 +34,8 @@ def open_source(path: str | os.PathLike[str], include: Sequence[str] = (), exclu
     for pattern in include:
         if not any(fnmatchcase(t.name, pattern) for t in source.tensors):
             raise SourceError(f"no tensor matches the include pattern {pattern!r}", file=where)
-
-    def wanted(name: str) -> bool:
-        taken = not include or any(fnmatchcase(name, p) for p in include)
-        return taken and not any(fnmatchcase(name, p) for p in exclude)
-
-    tensors = tuple(t for t in source.tensors if wanted(t.name))
+    taken = (t for t in source.tensors if not include or any(fnmatchcase(t.name, p) for p in include))
+    tensors = tuple(t for t in taken if not any(fnmatchcase(t.name, p) for p in exclude))
     if not tensors:
         raise SourceError("no tensor is left to pack" if source.tensors else "holds no tensor", file=where)
     whole = len(tensors) == len(source.tensors)

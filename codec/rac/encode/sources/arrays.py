@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from rac.encode.sources.model import Source, SourceTensor
 from rac.errors import SourceError
-from rac.frameworks import TORCH
 from rac.registry import DTYPES
 
-_DTYPES = {name: dtype for dtype, name in TORCH.items()}  # numpy, ml_dtypes and torch agree on these names
+_DTYPES = {d.native: name for name, d in DTYPES.items()}  # numpy, ml_dtypes and torch agree on these names
 
 
 def _dtype(kind: str) -> str:
@@ -49,11 +48,7 @@ def _array(value: Any) -> tuple[str, tuple[int, ...], tuple[Any, ...] | None, ND
 
 
 def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Source:
-    """Numpy arrays or torch tensors as a source; copied only where not contiguous or not little-endian.
-
-    Raises:
-        SourceError: A name or a value cannot be stored.
-    """
+    """Arrays or torch tensors as a source, copied where not contiguous or not little-endian; or SourceError."""
     for key, text in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise SourceError(f"metadata maps text to text, not {key!r} to {text!r}")
@@ -66,9 +61,6 @@ def from_arrays(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None =
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as e:
             raise SourceError(f"tensor {name!r} cannot be packed: {e}") from e
     uses = Counter(identity for *_, identity, _ in arrays if identity)
-    ids = {identity: i for i, identity in enumerate(i for i, n in uses.items() if n > 1)}
-    found = (
-        SourceTensor(name, dtype, shape, raw, tie=ids.get(identity) if identity else None)
-        for name, dtype, shape, identity, raw in arrays
-    )
-    return Source("memory", tuple(found), (), dict(metadata or {}))
+    ids: dict[Any, int] = {identity: i for i, identity in enumerate(i for i, n in uses.items() if n > 1)}
+    found = tuple(SourceTensor(n, dtype, shape, raw, tie=ids.get(i)) for n, dtype, shape, i, raw in arrays)
+    return Source("memory", found, (), dict(metadata or {}))

@@ -45,14 +45,12 @@ def _tensors(path: str, reader: Any, sizes: Mapping[Any, tuple[int, int]], littl
     if reader.endianess != little:
         raise SourceError("big-endian GGUF files are not supported", file=path)
     tensors = []
-    total, align = len(reader.data), int(reader.alignment)
-    at = int(reader.data_offset)
+    total, align, at = len(reader.data), int(reader.alignment), int(reader.data_offset)
     for t in reader.tensors:
         kind, shape = t.tensor_type.name, tuple(reversed([int(n) for n in t.shape]))
         block, block_size = sizes[t.tensor_type]
         if kind in _DENSE:
-            stored, dtype, extra = shape, kind, None
-            size = math.prod(shape) * block_size
+            stored, dtype, extra, size = shape, kind, None, math.prod(shape) * block_size
         else:
             stored, dtype = (*shape[:-1], shape[-1] // block * block_size), "U8"
             extra, size = {"gguf": {"type": kind, "shape": list(shape)}}, math.prod(stored)
@@ -61,8 +59,7 @@ def _tensors(path: str, reader: Any, sizes: Mapping[Any, tuple[int, int]], littl
             raise SourceError(f"damaged GGUF file: tensor {t.name!r} is misplaced", file=path, offset=at)
         tensors.append(SourceTensor(t.name, dtype, stored, Extent(path, at, size), extra))
         at += size
-        gap = reader.data[at : at + -size % align]
-        if gap.any():
+        if reader.data[at : at + -size % align].any():
             raise SourceError("damaged GGUF file: padding is not zero", file=path, offset=at)
         at += -size % align
     if at < total:

@@ -51,12 +51,9 @@ class SourceTensor:
     shape: tuple[int, ...]
     data: Extent | NDArray[np.uint8]
     extra: dict[str, Any] | None = None
-    tie: int | None = None
-    """Shared by the tensors of a memory source that are one memory; None for a tensor on its own."""
-    online: Online | None = None
-    """What the layer does to its input before this weight (rac.linalg.transform)."""
-    matrix: NDArray[np.float32] | None = None
-    """(h, h) the object that `online` names; tensors that name one object have one matrix."""
+    tie: int | None = None  # shared by the tensors of a memory source that are one memory
+    online: Online | None = None  # what the layer does to its input before this weight (rac.linalg.transform)
+    matrix: NDArray[np.float32] | None = None  # (h, h) the object that `online` names, one for each name
 
     @property
     def nbytes(self) -> int:
@@ -79,9 +76,7 @@ class Attachment:
 
     def read(self) -> bytes:
         """All its bytes."""
-        if isinstance(self.data, Extent):
-            return self.data.read(0, self.data.size).tobytes()
-        return self.data
+        return self.data if isinstance(self.data, bytes) else self.data.read(0, self.data.size).tobytes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +87,8 @@ class Source:
     tensors: tuple[SourceTensor, ...]
     attachments: tuple[Attachment, ...]
     metadata: dict[str, str]
-    skipped: tuple[str, ...] = ()
-    """Files of a directory that are not packed: too large, or bookkeeping of downloads."""
+    skipped: tuple[str, ...] = ()  # files that are not packed: too large, or bookkeeping of downloads
     headers: Mapping[str, bytes] = field(default_factory=dict)
     """Bytes in front of the tensors of each safetensors file, by its name; "" for a file that was named itself."""
-    links: Mapping[str, str] = field(default_factory=dict)
-    """Targets of the symbolic links of a directory that stay inside it."""
-    folders: tuple[str, ...] = ()
-    """Directories with nothing in them."""
+    links: Mapping[str, str] = field(default_factory=dict)  # of a directory, to targets inside it
+    folders: tuple[str, ...] = ()  # directories with nothing in them

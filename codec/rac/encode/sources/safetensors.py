@@ -54,9 +54,7 @@ def read(path: str, extra: dict[str, Any] | None = None) -> tuple[list[SourceTen
     if not raw.startswith(b"{"):
         raise SourceError("damaged safetensors file: the header does not start with '{'", file=path)
     head = parse_json(raw, "safetensors header", path)
-    metadata = head.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
+    metadata = {} if (given := head.pop("__metadata__", None)) is None else given
     if not is_text_map(metadata):
         raise SourceError("damaged safetensors file: __metadata__ does not map text to text", file=path)
     found: list[tuple[int, int, SourceTensor]] = []

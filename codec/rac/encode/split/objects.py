@@ -26,16 +26,11 @@ from rac.stages.words import to_words
 
 Array = NDArray[Any]
 F32 = np.float32
-SHORT = 64
-"""Rows below which an object has no trellis: its lanes would be too short to gain anything."""
-CELL = lossy.LAMBDA / (2 * math.log(2))
-"""Mean squared error in squared units of a column of high rate: where a bit is worth LAMBDA."""
-WIDE = 24
-"""Most units that are the deviation of a row of B or a column of A."""
-COARSE = 1 / 64
-"""Most that the error of a basis may add to the output error, as a share of it."""
-HARM = 4.5
-"""Bits per weight that such a share costs, per share: weak directions are no longer free of strong ones."""
+SHORT = 64  # rows below which an object has no trellis: its lanes would be too short to gain anything
+CELL = lossy.LAMBDA / (2 * math.log(2))  # mean squared error in squared units of a column of high rate
+WIDE = 24  # most units that are the deviation of a row of B or a column of A
+COARSE = 1 / 64  # most that the error of a basis may add to the output error, as a share of it
+HARM = 4.5  # bits per weight that such a share costs, per share: weak directions are no longer free of strong ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +51,13 @@ class Basis:
     """A basis that tensors of the same input share."""
 
     object: Object
-    first: str
-    """Name of the first tensor that uses the basis: its bytes include those of the basis."""
+    first: str  # name of the first tensor that uses the basis: its bytes include those of the basis
 
 
 def _object(name: str, w: Array, scale: float, scales: lossy.Scales, states: int, r: Triangular | None) -> Object:
     """Quantise an object (R, C) by a trellis, or at units that cost the same."""
     if len(w) < SHORT or states == 1:
-        states, scale = 1, scale + 0.5 * math.log2(lossy.LAMBDA / lossy.worth(1))
+        states, scale = 1, scale + 0.5 * math.log2(lossy.LAMBDA / lossy.SCALAR)
     q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lossy.Effort(states), r)
     return Object(rec.encoded_object(name, *q.coded(), q.trellis, q.digest), q)
 
@@ -98,7 +92,7 @@ def after(v: Array, dtype: str, objects: Sequence[Object]) -> Array:
         return v
     found = np.asarray(v).view(F32)
     whole = Box(0, len(found), 0, found.shape[1])
-    return to_words(product.join(found, [o.values for o in objects], whole, False), dtype)
+    return to_words(product.join(found, [o.values for o in objects], whole), dtype)
 
 
 def factors(name: str, w: NDArray[np.float32], a: Aligned, recipe: Recipe) -> tuple[Object, Object]:

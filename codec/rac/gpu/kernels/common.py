@@ -4,8 +4,6 @@ Plain triton cannot index shared memory, count a population or vote; the interpr
 memory is an array of numpy, and the same addresses are computed.
 """
 
-from __future__ import annotations
-
 import os
 
 import numpy as np
@@ -78,7 +76,7 @@ def _reservation(size):
 @triton.jit
 def reserve(BLOCK: tl.constexpr, BYTES: tl.constexpr):
     """Address of so many bytes of static shared memory, a multiple of 16, for every thread."""
-    each = tl.zeros((BLOCK,), tl.uint32)
+    each = tl.full((BLOCK,), 0, tl.uint32)
     return tl.inline_asm_elementwise(_reservation(BYTES), "=r,r", [each], tl.uint32, is_pure=False, pack=1)
 
 

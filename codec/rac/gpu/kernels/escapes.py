@@ -4,8 +4,6 @@ The kernel of the lanes has noted the places of the symbols that escape; here ea
 thread.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -28,9 +26,7 @@ def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.con
         jobs: `symbols`, the `first` that escapes, `bases`, `count` of `bytes`, `limit` that tops are below, place in
             `status`, `codes` unless PLACED; `n` `blocks`, lists of `rows` and `columns`, `words` and `stride` of them
             from row to row, `shift`, the bits below a top; `places`.
-        WORD: Bytes of a word.
-        PLACED: Whether words stand in their places already.
-        BLOCK: Escapes at once.
+        FORM: WORD, bytes of a word; PLACED, whether words stand in their places already; BLOCK, escapes at once.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     symbols, first = work + tl.load(job + JOB.symbols), tl.load(job + JOB.first).to(tl.uint32)
@@ -46,7 +42,7 @@ def escapes(units, aux, work, out, status, jobs, JOB: tl.constexpr, FORM: tl.con
             symbol = tl.load(symbols + k).to(tl.uint32)
             top = tl.load(bases + (symbol - first), mask=some, other=0)
             top += tl.load(data + index, mask=some, other=0).to(tl.uint32)
-            tl.store(mark + tl.zeros((FORM.BLOCK,), tl.int32), 6, mask=top >= limit)
+            tl.store(mark + tl.full((FORM.BLOCK,), 0, tl.int32), 6, mask=top >= limit)
             some = some & (top < limit)
             if FORM.PLACED:
                 _add(aux, out, job, k, top, some, JOB, FORM)

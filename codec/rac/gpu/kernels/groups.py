@@ -4,8 +4,6 @@ A thread walks down two neighbouring columns. Codes and zeros become floats as t
 conversion, and whose difference is exact.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -42,11 +40,9 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
         jobs: `codes` and `code_stride` of them from row to row; the `entries` from the group on in which the tile
             begins, G `lists` of them a row, `group` columns each, `left` of the first are left of the tile; `numbers`
             and `stride` of them from row to row; `h`; `w`; `bits_status`, bits of a code | place in status << 8.
-        TO: Data type of the numbers.
-        PAIRS: Whether two codes and two numbers lie at multiples of their bytes, so that each are moved as one word.
-        SAME: Whether columns 2 k and 2 k + 1 have one group.
-        ROWS: Rows of the program, a multiple of 4.
-        COLS: Columns of the program.
+        FORM: TO, the data type of the numbers; PAIRS, whether two codes and two numbers lie at multiples of their
+            bytes, so that each are moved as one word; SAME, whether columns 2 k and 2 k + 1 have one group; ROWS, a
+            multiple of 4, and COLS of the program.
     """
     NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
@@ -64,7 +60,7 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
         entries += (near + left) // group
         next_ = (tl.minimum(x + 1, w - 1) + left) // group - (near + left) // group  # from one column's to the other's
         dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + first * stride + x
-        seen = tl.zeros((FORM.COLS // 2,), tl.uint32)
+        seen = tl.full((FORM.COLS // 2,), 0, tl.uint32)
         rest = tl.minimum(h - first, FORM.ROWS)
         fours = rest // 4 if FORM.SAME else 0  # registers are too few for four rows of groups that are apart
         for _ in range(fours):
@@ -94,5 +90,5 @@ def groups(source, aux, out, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr
             entries += step
             dst += stride
         last = tl.load(job + JOB.bits_status)
-        mark = status + (last >> 8) + tl.zeros((FORM.COLS // 2,), tl.int32)
+        mark = status + (last >> 8) + tl.full((FORM.COLS // 2,), 0, tl.int32)
         tl.store(mark, 9, mask=seen >> (last & 255).to(tl.uint32) != 0)

@@ -8,8 +8,6 @@ that the table is copied into shared memory, where they wait for banks and not f
 than two tiles, each with a table of its own, it stays in global memory.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -116,11 +114,9 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
             another than that of their bytes.
         jobs: A multiple of BLOCK // SPAN: `states`, `words`, `tables`, `symbols`, `pieces`; place in `status`; `rows`
             of the tile, for the host to sort by; the `first` symbol that escapes; `places` of `escapes` elements.
-        LANES: Lanes of a tile.
-        SPAN: `LANES` rounded up to a power of two.
-        PER: Elements in a symbol; the code of a pair is a ^ b | b << 4, for which fewer threads meet in a bank.
-        BLOCK: Lanes of the program: 32, or SPAN where that is more.
-        ENTRIES: Codes are below; a power of two, at least 16.
+        FORM: LANES of a tile; SPAN, these rounded up to a power of two; PER, elements in a symbol, where the code of a
+            pair is a ^ b | b << 4, for which fewer threads meet in a bank; BLOCK, lanes of the program, 32 or a larger
+            SPAN; ENTRIES, which codes are below, a power of two, at least 16.
     """
     index = tl.arange(0, FORM.BLOCK)
     lane = index % FORM.SPAN
@@ -149,7 +145,7 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
     below = ((one << (lane % 32).to(tl.uint32)) - 1) << first
     bit = one << index.to(tl.uint32) % 32
 
-    rows = tl.zeros((FORM.BLOCK,), tl.int32)
+    rows = tl.full((FORM.BLOCK,), 0, tl.int32)
     found = rows
     n = 0
     while n < END:
@@ -176,11 +172,11 @@ def lanes(units, aux, work, status, jobs, JOB: tl.constexpr, FORM: tl.constexpr)
             whole = 0
             if FORM.BLOCK == 32:  # more lanes than a warp has are rare, and need fewer registers without
                 whole = tl.min(tl.where(on & (width == FORM.LANES * FORM.PER), tl.minimum(left, rows), 0), 0)
-            top = tl.zeros((FORM.BLOCK,), tl.uint32)
+            top = tl.full((FORM.BLOCK,), 0, tl.uint32)
             hit = 0
             if whole >= ROUND:
                 while (whole >= ROUND) & (hit == 0):
-                    top = tl.zeros((FORM.BLOCK,), tl.uint32)
+                    top = tl.full((FORM.BLOCK,), 0, tl.uint32)
                     for _ in tl.static_range(ROUND):
                         hi, lo, left, words, top = _row(
                             hi, lo, left, words, symbols, top, lut, on, second, below, mine, bit, FORM, True

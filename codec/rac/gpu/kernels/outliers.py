@@ -1,7 +1,5 @@
 """Kernel: outliers to their places (format_spec/stages/trellis.md, section 5)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -10,14 +8,7 @@ from rac.gpu.kernels import common
 
 @triton.jit
 def outliers(out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
-    """BLOCK outliers per program, of any tensors.
-
-    Args:
-        out: u8, takes words.
-        jobs: A multiple of BLOCK; `place` of a `word`.
-        WORD: Bytes of a word.
-        BLOCK: Outliers of a program.
-    """
+    """BLOCK outliers per program, of any tensors: jobs, a multiple of BLOCK, are the `place` of a `word` in `out`."""
     job = jobs + (tl.program_id(0) * FORM.BLOCK + tl.arange(0, FORM.BLOCK)) * JOB.size
     TYPE: tl.constexpr = common.word(FORM.WORD)
     word = tl.load(job + JOB.word).to(TYPE)

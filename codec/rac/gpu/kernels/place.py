@@ -1,7 +1,5 @@
 """Kernel: symbols and raw planes to words in their places (format_spec/stages/lanes.md, sections 8, 9 and 11)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -56,11 +54,9 @@ def place(units, aux, work, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         out: u8, takes the words.
         jobs: `rows`, `columns`, `tops`, `symbols`, `words` and `stride` of them from row to row; `h`; `w`; `planes`,
             largest first.
-        WORD: Bytes of a word.
-        SHIFT: Raw bits below the top; SIGN, ZERO, RAW as in the stage map.
-        CODED: False where there are no symbols, and the one plane holds whole words.
-        ROWS: Rows of the program, a multiple of 4.
-        COLS: Columns of the program.
+        FORM: WORD, bytes of a word; SHIFT, raw bits below the top; SIGN, ZERO, RAW as in the stage map; CODED, False
+            where there are no symbols, and the one plane holds whole words; ROWS, a multiple of 4, and COLS of the
+            program.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)

@@ -4,8 +4,6 @@ Every term is rounded before it is added, so that there are no tensor cores and 
 launched with enable_fp_fusion=False.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -22,11 +20,8 @@ def product(work, objects, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         out: u8, takes words.
         jobs: `numbers`, `a` (ADDED) and `b`, each with numbers from row to row; `terms`; `words` and `stride` of them
             from row to row; `h`; `w`.
-        WORD: Bytes of a word.
-        HALF: Two bytes are F16 and not BF16.
-        ADDED: Whether t starts as numbers (lowrank/1) or as 0 (basis/1).
-        ROWS: Rows of the program.
-        COLS: Columns of the program.
+        FORM: WORD, bytes of a word; HALF, two bytes are F16 and not BF16; ADDED, whether t starts as numbers
+            (lowrank/1) or as 0 (basis/1); ROWS and COLS of the program.
     """
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
     h, w = tl.load(job + JOB.h).to(tl.int32), tl.load(job + JOB.w).to(tl.int32)
@@ -43,7 +38,7 @@ def product(work, objects, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
             t = tl.load(numbers[:, None] + col[None, :])
         else:
             a = numbers
-            t = tl.zeros((FORM.ROWS, FORM.COLS), tl.float32)
+            t = tl.full((FORM.ROWS, FORM.COLS), 0, tl.float32)
         b = (objects + tl.load(job + JOB.b)).to(tl.pointer_type(tl.float32)) + col
         stride = tl.load(job + JOB.b_stride)
         for _ in tl.range(tl.load(job + JOB.terms).to(tl.int32), loop_unroll_factor=1):

@@ -1,7 +1,5 @@
 """Kernel: frequency tables to look-up tables (format_spec/stages/lanes.md, section 6)."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -15,7 +13,7 @@ def tables(aux, work, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         work: u8, takes the code of each of 4096 slots, u8, and for each code that has a frequency (256, 2) u32:
             frequency << 12, -start << 12.
         jobs: `starts`, `codes`, `table`.
-        BLOCK: Slots at once.
+        FORM: BLOCK, slots at once.
     """
     job = jobs + tl.program_id(0) * JOB.size
     starts = (aux + tl.load(job + JOB.starts)).to(tl.pointer_type(tl.uint32))
@@ -23,7 +21,7 @@ def tables(aux, work, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
     table = work + tl.load(job + JOB.table)
     for base in range(0, 4096, FORM.BLOCK):
         slot = (base + tl.arange(0, FORM.BLOCK)).to(tl.uint32)
-        symbol = tl.zeros((FORM.BLOCK,), tl.int32)
+        symbol = tl.full((FORM.BLOCK,), 0, tl.int32)
         for k in tl.static_range(8):  # the last symbol whose start is not above the slot
             next_ = symbol + (128 >> k)
             symbol = tl.where(tl.load(starts + next_) <= slot, next_, symbol)

@@ -5,8 +5,6 @@ highest: that is the sign of the number, and the state moves on by a shift to th
 its magnitude and what the word does to the state; the entries are copied into shared memory.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -76,9 +74,8 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         out: u8, takes the numbers.
         jobs: `rows`, `columns`, `entries`, `column_scales`, `row_scales`, `codes`, `numbers` and `stride` of them from
             row to row; `h`; `w`; `step`, what a negative sign does to the state.
-        TO: Data type of the numbers.
-        COLS: Columns of the program, 64 per warp, since a thread reserves shared memory once per column pair.
-        PAIRS: Whether two numbers have 32 bits and lie at multiples of that, so that they are stored as one word.
+        FORM: TO, the data type of the numbers; COLS of the program, 64 per warp, since a thread reserves shared memory
+            once per column pair; PAIRS, whether two numbers have 32 bits and lie at multiples of that: one store.
     """
     NUMBER: tl.constexpr = common.number(FORM.TO)
     job = jobs + tl.program_id(0).to(tl.int64) * JOB.size
@@ -107,7 +104,7 @@ def trellis(source, aux, out, jobs, JOB: tl.constexpr, FORM: tl.constexpr):
         stride = tl.load(job + JOB.stride)
         dst = (out + tl.load(job + JOB.numbers)).to(tl.pointer_type(NUMBER)) + x
         inside0, inside1 = x < w, x + 1 < w
-        state0 = tl.zeros((FORM.COLS // 2,), tl.uint32)
+        state0 = tl.full((FORM.COLS // 2,), 0, tl.uint32)
         state1 = state0
         for _ in range(h // 4):
             k0, k1, k2, k3, rows0 = common.next4(rows0)

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 
 from rac.decoder import Decoder
 from rac.errors import UnsupportedError
-from rac.gpu.layout import Array, Batch, Place
-from rac.gpu.stages import base
-from rac.gpu.stages.base import CoderLayout, NumbersLayout, ProductLayout, Tile
+from rac.gpu.layout import Batch, CoderLayout, NumbersLayout, Place, Rows, Tile
 from rac.gpu.stages.lanes import Lanes
-from rac.gpu.stages.numbers import Groups, Trellis
+from rac.gpu.stages.numbers import Groups, Product, Trellis
 from rac.gpu.stages.plain import Bits, Plain
-from rac.gpu.stages.products import Product
 from rac.grid import Band
+from rac.native.prototypes import Array
 from rac.stages.base import Chain
 
 CODERS: dict[str, CoderLayout] = {"raw/1": Plain(), "zstd/1": Plain(), "lanes/1": Lanes(), "bits/1": Bits()}
 NUMBERS: dict[str, NumbersLayout] = {"trellis/1": Trellis(), "groups/1": Groups()}
-PRODUCTS: dict[str, ProductLayout] = {"lowrank/1": Product(True), "basis/1": Product(False)}
+PRODUCTS: dict[str, Product] = {"lowrank/1": Product(True), "basis/1": Product(False)}
 
 
 def require(chain: Chain) -> None:
@@ -30,7 +28,7 @@ def require(chain: Chain) -> None:
 
 
 class BandLayout:
-    """Where the tiles of a band, one of `Tensor.bands`, go, and what follows them; `at`: offset in `out` of the tensor.
+    """Where the tiles of a band go, and what follows them; `at`: offset of the tensor in `out`.
 
     Where the tensor has a product, `batch` takes in the whole band; else any batch may take each tile.
     """
@@ -64,8 +62,8 @@ class BandLayout:
             numbers.lay(dec.numbers, tile, coder.codes(dec.coder, tile, numbers.anywhere), to)
 
     def finish(self, batch: Batch, objects: Sequence[tuple[int, int]]) -> None:
-        """The product behind all tiles, if there is one; `objects`: see `ProductLayout.lay`."""
+        """The product behind all tiles, if there is one; `objects`: see `Product.lay`."""
         product = self._dec.tensor.chain.product
         if product is not None:
-            rows = base.Band(batch, self._dec, self._band.box, self._to.at)
+            rows = Rows(batch, self._dec, self._band.box, self._to.at)
             PRODUCTS[product.id].lay(rows, objects, self._out)

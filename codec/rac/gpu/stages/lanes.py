@@ -8,20 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import LimitError
-from rac.gpu.layout import DEEP, Batch, Call, Place, columns, power_of_two, up
+from rac.gpu.layout import DEEP, Batch, Call, Codes, Place, Tile, by_row, call, columns, place, power_of_two
 from rac.gpu.specs import WARP
-from rac.gpu.stages.base import Codes, Tile, by_row, place
 from rac.grid import Box, up16
-from rac.stages.base import Array
+from rac.native.prototypes import Array
 from rac.stages.lanes import layout
 from rac.stages.lanes.opened import OpenLanes
 
-TABLE = 4096 + 8 * 256
-"""Bytes of a look-up table."""
-FOREVER = 1 << 30
-"""Rows of the piece behind the last one of a tile, which no lane decodes."""
-MOST = 1 << 24
-"""Elements of a tile up to which its places fit."""
+TABLE = 4096 + 8 * 256  # bytes of a look-up table
+FOREVER = 1 << 30  # rows of the piece behind the last one of a tile, which no lane decodes
+MOST = 1 << 24  # elements of a tile up to which its places fit
 
 
 class Lanes:
@@ -54,8 +50,7 @@ class _Tables(NamedTuple):
     luts: int
     tops: int
     bases: int
-    entries: int
-    """Codes are below; a power of two."""
+    entries: int  # codes are below; a power of two
 
 
 def _tables(batch: Batch, s: OpenLanes) -> _Tables:
@@ -66,7 +61,7 @@ def _tables(batch: Batch, s: OpenLanes) -> _Tables:
     code = s.code ^ s.code >> 4 if s.p.per == 2 else s.code
     luts, at, each = batch.room(len(starts) * TABLE), batch.put(starts), np.arange(len(starts))
     codes = np.full(len(each), batch.put(np.append(code, np.zeros(256 - len(code), np.uint8))))
-    batch.add(Call("tables", (("BLOCK", 2048),)), starts=at + 4 * 257 * each, codes=codes, table=luts + TABLE * each)
+    batch.add(call("tables", BLOCK=2048), starts=at + 4 * 257 * each, codes=codes, table=luts + TABLE * each)
     return _Tables(luts, batch.put(s.values), batch.put(s.bases), power_of_two(max(16, int(code.max()) + 1)))
 
 
@@ -83,7 +78,7 @@ class _Sequence:
         first = np.cumsum((b - a) * (d - c)) - (b - a) * (d - c)
         self.blocks = np.stack([first, a, c, d - c], axis=1).astype(np.int32)
         """Each pair of classes: place of its first element, of its row and column in the lists, columns."""
-        self.rows = np.zeros((s.p.cols, up(h, DEEP)), np.uint32)
+        self.rows = np.zeros((s.p.cols, h + -h % DEEP), np.uint32)
         """Place of the first element of each row, for each class of columns."""
         ranks = np.empty(w, np.int64)
         for at, r0, r1, c0, c1 in zip(*(v.tolist() for v in (first, a, b, c, d)), strict=True):
@@ -105,9 +100,8 @@ class _Coded:
         self.tables = batch.once((id(tile.dec), "lanes"), lambda: _tables(batch, s))
         self.parsed = layout.parse_tile(tile.unit, h * w, p)
         self.sequence = _Sequence(s, tile.box)
-        self.symbols = batch.room(up(h * w + 4, 16))
-        self.escaped = batch.room(4 * len(self.parsed.escapes))
-        """Places of the elements that escape."""
+        self.symbols = batch.room(h * w + 4)
+        self.escaped = batch.room(4 * len(self.parsed.escapes))  # places of the elements that escape
         self.places = batch.put(self.sequence.rows), batch.put(self.sequence.columns)
         words = tile.at + up16(p.directory)
         self._escapes = words + up16(4 * len(self.parsed.words))
@@ -117,14 +111,13 @@ class _Coded:
         """The job of the lanes, whose words are at this offset."""
         tile, batch, p = self.tile, self.tile.batch, self.opened.p
         span = power_of_two(p.lanes)
-        options = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span)}
-        options["ENTRIES"] = self.tables.entries
+        form = {"LANES": p.lanes, "SPAN": span, "PER": p.per, "BLOCK": max(WARP, span)}
         states, taken = _states(self.parsed)
         pieces = _pieces(self.sequence.segments, p.lanes, p.per)
         fields = {"words": words + 4 * taken, "tables": self.tables.luts, "symbols": self.symbols}
         fields |= {"states": batch.put(states), "pieces": batch.put(pieces), "rows": int(pieces[:-1, 0].sum())}
         fields |= {"first": p.first_escape, "places": self.escaped, "escapes": len(self.parsed.escapes)}
-        batch.add(Call("lanes", tuple(options.items())), **fields, status=tile.status)
+        batch.add(call("lanes", **form, ENTRIES=self.tables.entries), **fields, status=tile.status)
 
     def find_escapes(self, words: NDArray[np.uint8]) -> None:
         """Give the symbols that escape the codes of their tops; `words` (256,): the word of each code."""
@@ -133,7 +126,7 @@ class _Coded:
         code_of[words] = np.arange(256)
         codes = batch.once((id(self.tile.dec), "codes"), lambda: batch.put(code_of))
         unused = dict.fromkeys(("blocks", "n", "rows", "columns", "words", "stride", "shift"), 0)
-        self._add("work", {"WORD": 1, "PLACED": False}, codes=codes, **unused)
+        self._add(call("escapes", "", "work", WORD=1, PLACED=False, BLOCK=64), codes=codes, **unused)
 
     def add_escapes(self, to: Place) -> None:
         """Add the tops of the symbols that escape to words that stand in their places."""
@@ -142,17 +135,17 @@ class _Coded:
             fields = {"blocks": batch.put(sequence.blocks), "n": len(sequence.blocks), "shift": p.shift + p.zero}
             fields["rows"] = batch.put(sequence.row_list.astype(np.int32))
             fields["columns"] = batch.put(sequence.col_list.astype(np.int32))
-            options = {"WORD": self.tile.dec.tensor.grid.word, "PLACED": True}
-            self._add(to.memory, options, codes=0, **fields, words=to.at, stride=to.stride)
+            launch = call("escapes", "", to.memory, WORD=self.tile.dec.tensor.grid.word, PLACED=True, BLOCK=64)
+            self._add(launch, codes=0, **fields, words=to.at, stride=to.stride)
 
-    def _add(self, memory: str, options: dict[str, int], **fields: int) -> None:
+    def _add(self, launch: Call, **fields: int) -> None:
         """A job of the escapes, if there can be any."""
         p = self.opened.p
         if p.base > p.first_escape:
             fields |= {"symbols": self.symbols, "places": self.escaped, "status": self.tile.status}
             fields |= {"first": p.first_escape, "bases": self.tables.bases, "limit": self.opened.limit}
             fields |= {"bytes": self._escapes, "count": len(self.parsed.escapes)}
-            self.tile.batch.add(Call("escapes", (*options.items(), ("BLOCK", 64)), out=memory), **fields)
+            self.tile.batch.add(launch, **fields)
 
 
 def _states(parsed: layout.Tile) -> tuple[NDArray[np.uint32], int]:
@@ -170,10 +163,7 @@ def _states(parsed: layout.Tile) -> tuple[NDArray[np.uint32], int]:
 
 
 def _pieces(segments: list[tuple[int, int]], lanes: int, per: int) -> NDArray[np.int32]:
-    """(n, 4) rows, lanes that decode, elements in a row, table: whole rows of a segment, then the rest.
-
-    In front is one without rows and table, and behind the last one that never ends.
-    """
+    """(n, 4) rows, lanes that decode, elements in a row, table: whole rows of each segment, the rest; two ends."""
     out = [(0, 0, 0, -1)]
     for table, n in segments:
         rows, rest = divmod(n, lanes * per)

@@ -1,21 +1,22 @@
-"""trellis/1 and groups/1 for a GPU: look-up entries, scales, walks and outliers; scale and zero of each group."""
+"""trellis/1 and groups/1 for a GPU, and the products behind them, lowrank/1 and basis/1."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from rac.gpu.layout import DEEP, Array, Call, Place, across, padded, steps
-from rac.gpu.stages.base import Codes, Tile
+from rac.gpu.layout import DEEP, Codes, Place, Rows, Tile, across, call, padded, steps
+from rac.native.prototypes import Array
 from rac.stages.groups import OpenGroups
 from rac.stages.trellis import CODES, OpenTrellis
 from rac.stages.words import DTYPES
 
-COLS = 64
-"""Columns of a program of `trellis`."""
-BLOCK = 128
-"""Outliers of a program."""
-GROUP_ROWS, GROUP_COLS = 32, 256
-"""Codes of a program of `groups`."""
+COLS = 64  # columns of a program of `trellis`
+BLOCK = 128  # outliers of a program
+GROUP_ROWS, GROUP_COLS = 32, 256  # codes of a program of `groups`
+PRODUCT_ROWS, PRODUCT_COLS = 16, 32  # words of a program of `product`
 
 
 class Trellis:
@@ -31,11 +32,11 @@ class Trellis:
         rows, columns = codes.places or batch.plain_map(h, w)
         cols = across(COLS, w)
         pairs = DTYPES[opened.dtype].itemsize == 2 and not (w % 2 or to.stride % 2 or to.at % 4)
-        call = Call("trellis", (("TO", opened.dtype), ("COLS", cols), ("PAIRS", pairs)), codes.source, to.memory)
+        launch = call("trellis", codes.source, to.memory, TO=opened.dtype, COLS=cols, PAIRS=pairs)
         fields = {"rows": rows, "columns": columns, "codes": codes.at, "entries": entries, "step": step}
         fields["column_scales"] = batch.put(padded(opened.cols[c0:c1], cols))
         fields["row_scales"] = batch.put(padded(opened.rows[r0:r1], DEEP))
-        batch.add(call, **fields, numbers=to.at, stride=to.stride, h=h, w=w)
+        batch.add(launch, **fields, numbers=to.at, stride=to.stride, h=h, w=w)
         _outliers(tile, opened, to)
 
 
@@ -47,8 +48,7 @@ def _outliers(tile: Tile, s: OpenTrellis, to: Place) -> None:
     mine = (x >= c0) & (x < c1)
     if mine.any():
         at = to.at + ((y[mine] - r0) * to.stride + x[mine] - c0) * size
-        call = Call("outliers", (("WORD", size), ("BLOCK", BLOCK)), out=to.memory)
-        tile.batch.add(call, place=at, word=words[mine])
+        tile.batch.add(call("outliers", "", to.memory, WORD=size, BLOCK=BLOCK), place=at, word=words[mine])
 
 
 def _entries(s: OpenTrellis, codes: Codes, turn: int) -> Array:
@@ -75,9 +75,8 @@ class Groups:
         lists, group, size = opened.scales.shape[1], opened.p.group, DTYPES[opened.dtype].itemsize
         first, left = divmod(c0, group)
         pairs = size == 2 and not (w % 2 or codes.at % 2 or to.stride % 2 or to.at % 4)
-        options = {"TO": opened.dtype, "PAIRS": pairs, "SAME": not (group % 2 or left % 2)}
-        options |= {"ROWS": GROUP_ROWS, "COLS": GROUP_COLS}
-        call = Call("groups", tuple(options.items()), codes.source, to.memory)
+        form = {"TO": opened.dtype, "PAIRS": pairs, "SAME": not (group % 2 or left % 2)}
+        launch = call("groups", codes.source, to.memory, **form, ROWS=GROUP_ROWS, COLS=GROUP_COLS)
         for y, deep in steps(h, w, GROUP_ROWS, GROUP_COLS):
             fields = {"codes": codes.at + y * w, "code_stride": w, "bits_status": opened.p.bits | tile.status << 8}
             fields |= {
@@ -86,10 +85,32 @@ class Groups:
                 "group": group,
                 "left": left,
             }
-            batch.add(call, **fields, numbers=to.at + y * to.stride * size, stride=to.stride, h=deep, w=w)
+            batch.add(launch, **fields, numbers=to.at + y * to.stride * size, stride=to.stride, h=deep, w=w)
 
 
 def _groups(tile: Tile, s: OpenGroups) -> int:
     """Offset in `aux` of the groups of the matrix, (R, G, 2) float32: scale, 2^23 + zero."""
     biased = s.zeros.astype(np.float32) + np.float32(2**23)
     return tile.batch.put(np.stack(np.broadcast_arrays(s.scales, biased), axis=-1))
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The numbers plus a product of two thin matrices (`added`, lowrank/1), or times a square one (basis/1)."""
+
+    added: bool
+
+    def lay(self, band: Rows, objects: Sequence[tuple[int, int]], to: Place) -> None:
+        """Words of the tensor in their places, in jobs of as many rows as a grid takes.
+
+        `objects`: of each its offset in the memory `objects`, and numbers from row to row.
+        """
+        batch, t, (r0, r1, c0, c1) = band.batch, band.dec.tensor, band.box
+        w, (b, b_stride), (at, terms) = c1 - c0, objects[-1], objects[0] if self.added else (0, c1 - c0)
+        stride = terms if self.added else 0
+        form = {"WORD": t.word, "HALF": t.dtype == "F16", "ADDED": self.added}
+        launch = call("product", "", to.memory, **form, ROWS=PRODUCT_ROWS, COLS=PRODUCT_COLS)
+        for y, deep in steps(r1 - r0, w, PRODUCT_ROWS, PRODUCT_COLS):
+            fields = {"numbers": band.numbers + 4 * y * w, "number_stride": w, "terms": terms}
+            fields |= {"a": at + 4 * (r0 + y) * stride, "a_stride": stride, "b": b, "b_stride": b_stride}
+            batch.add(launch, **fields, words=to.at + y * to.stride * t.word, stride=to.stride, h=deep, w=w)

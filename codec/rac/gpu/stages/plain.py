@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rac.gpu.layout import Place
-from rac.gpu.stages.base import Codes, Tile, by_row, place
+from rac.gpu.layout import Codes, Place, Tile, by_row, place
 from rac.stages import bits
 from rac.stages.plain import Raw, Zstd
 

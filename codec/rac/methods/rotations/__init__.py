@@ -1,12 +1,6 @@
 """Rotations that are learned: by the model's loss (SpinQuant), by the kurtosis of its activations (KurTail), by rate.
 
-    p = transforms.parts(model)
-    transforms.fuse_norms(p)
-    found = rotations.spinquant(p, ids)     # or rotations.kurtail(p, ids)
-    rotations.fuse(p, found)                # R1 and R2 into the weights, R4 online
-    transforms.require_same(before, p, tokens)
-
-torch is met through the model, and imported only where a function needs it.
+docs/methods/spinquant.md shows how they are used. torch is imported only where a function needs it.
 """
 
 from rac.methods.rotations.kurtail import kurtail, kurtosis
@@ -15,20 +9,5 @@ from rac.methods.rotations.result import Rotations, attached, fuse, load, save
 from rac.methods.rotations.simulate import Simulated, quantised, simulated
 from rac.methods.rotations.spinquant import loss_of, spinquant
 
-__all__ = [
-    "Axis",
-    "Rotations",
-    "Simulated",
-    "attached",
-    "compare_axes",
-    "fuse",
-    "kurtail",
-    "kurtosis",
-    "learn_axis",
-    "load",
-    "loss_of",
-    "quantised",
-    "save",
-    "simulated",
-    "spinquant",
-]
+__all__ = ["Axis", "Rotations", "Simulated", "attached", "compare_axes", "fuse", "kurtail", "kurtosis", "learn_axis"]
+__all__ += ["load", "loss_of", "quantised", "save", "simulated", "spinquant"]

@@ -20,6 +20,8 @@ from typing import Any
 
 Q = 0.5
 """The paper's q: a step is at most 2 q / |W|."""
+BETAS = 0.9, 0.99
+"""Decay of the mean of gradients, and of the mean of their squared lengths."""
 _TINY = 1e-8
 
 
@@ -39,82 +41,62 @@ def cayley(x: Any, w: Any, step: Any) -> Any:
     return torch.linalg.solve(eye - half, x + half @ x)
 
 
-def iterated(x: Any, w: Any, step: Any, iterations: int = 2) -> Any:
-    """What `cayley` gives, by the paper's fixed-point iterations; orthogonal as far as they have converged."""
-    y = x + step * (w @ x)
-    for _ in range(iterations):
-        y = x + step / 2 * (w @ (x + y))
-    return y
+class _Cayley:
+    """Matrices of a batch (..., n, n), each with a step length of its own."""
 
-
-def _length(w: Any, lr: float) -> Any:
-    """(..., 1, 1) min(lr, 2 q / |W|), the norm being the largest sum of magnitudes of a column."""
-    return (2 * Q / (w.abs().sum(-2, keepdim=True).amax(-1, keepdim=True) + _TINY)).clamp(max=lr)
-
-
-class CayleySGD:
-    """Algorithm 1: SGD with momentum. Each matrix of a batch (..., n, n) has a step length of its own.
-
-    Args:
-        params: Orthogonal matrices (..., n, n), leaves that gradients are taken of; float64 keeps them orthogonal best.
-        lr: Longest step.
-        momentum: Share of the last direction that is kept.
-    """
-
-    def __init__(self, params: Sequence[Any], lr: float, momentum: float = 0.0) -> None:
-        if lr <= 0 or not 0 <= momentum < 1:
-            raise ValueError("lr must be above 0, momentum from 0 to below 1")
-        self.params, self.lr, self.momentum = list(params), lr, momentum
-        self._directions: list[Any] = [None] * len(self.params)
+    def __init__(self, params: Sequence[Any], lr: float) -> None:
+        if lr <= 0:
+            raise ValueError("lr must be above 0")
+        self.params, self.lr, self._steps = list(params), lr, 0
+        self._directions: list[Any] = [0.0] * len(self.params)
 
     def step(self) -> None:
         """Move every matrix along its gradient, and forget the gradient."""
         import torch
 
-        with torch.no_grad():
-            for i, x in enumerate(self.params):
-                m = -x.grad
-                if self.momentum and self._directions[i] is not None:
-                    m += self.momentum * self._directions[i]
-                w = skew(m, x)
-                self._directions[i] = w @ x
-                x.copy_(cayley(x, w, _length(w, self.lr)))
-                x.grad = None
-
-
-class CayleyAdam:
-    """Algorithm 2: the direction is divided by the root of the mean squared length of gradients.
-
-    Args:
-        params: Parameters, as for CayleySGD.
-        lr: Longest step.
-        betas: Decay, 0 to below 1, of the mean of gradients, and of the mean of their squared lengths.
-    """
-
-    def __init__(self, params: Sequence[Any], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> None:
-        if lr <= 0 or not all(0 <= b < 1 for b in betas):
-            raise ValueError("lr must be above 0, betas from 0 to below 1")
-        self.params, self.lr, self.betas = list(params), lr, betas
-        self._directions: list[Any] = [None] * len(self.params)
-        self._squares: list[Any] = [0.0] * len(self.params)
-        self._steps = 0
-
-    def step(self) -> None:
-        """Move every matrix along its gradient, and forget the gradient."""
-        import torch
-
-        first, second = self.betas
         self._steps += 1
         with torch.no_grad():
             for i, x in enumerate(self.params):
-                m = (first - 1) * x.grad
-                if self._directions[i] is not None:
-                    m += first * self._directions[i]
-                square = x.grad.square().sum((-2, -1), keepdim=True)
-                self._squares[i] = second * self._squares[i] + (1 - second) * square
-                mean = self._squares[i] / (1 - second**self._steps)
-                r = (1 - first**self._steps) * (mean + _TINY**2).sqrt()
-                w = skew(m, x) / r
+                w, r = self._way(i, x)
                 self._directions[i] = r * (w @ x)
-                x.copy_(cayley(x, w, _length(w, self.lr)))
+                norm = w.abs().sum(-2, keepdim=True).amax(-1, keepdim=True)  # the largest sum of a column
+                x.copy_(cayley(x, w, (2 * Q / (norm + _TINY)).clamp(max=self.lr)))
                 x.grad = None
+
+    def _way(self, i: int, x: Any) -> tuple[Any, Any]:
+        """Skew-symmetric W of matrix `i`, and the factor that makes W x the direction that is remembered."""
+        raise NotImplementedError
+
+
+class CayleySGD(_Cayley):
+    """Algorithm 1: SGD with `momentum`, the share of the last direction that is kept.
+
+    `params` are orthogonal matrices (..., n, n), leaves that gradients are taken of; float64 keeps them orthogonal
+    best. `lr` is the longest step.
+    """
+
+    def __init__(self, params: Sequence[Any], lr: float, momentum: float = 0.0) -> None:
+        super().__init__(params, lr)
+        if not 0 <= momentum < 1:
+            raise ValueError("momentum must be from 0 to below 1")
+        self.momentum = momentum
+
+    def _way(self, i: int, x: Any) -> tuple[Any, Any]:
+        return skew(self.momentum * self._directions[i] - x.grad, x), 1
+
+
+class CayleyAdam(_Cayley):
+    """Algorithm 2: the direction is divided by the root of the mean squared length of gradients."""
+
+    def __init__(self, params: Sequence[Any], lr: float) -> None:
+        super().__init__(params, lr)
+        self._squares: list[Any] = [0.0] * len(self.params)
+
+    def _way(self, i: int, x: Any) -> tuple[Any, Any]:
+        first, second = BETAS
+        m = first * self._directions[i] + (first - 1) * x.grad
+        square = x.grad.square().sum((-2, -1), keepdim=True)
+        self._squares[i] = second * self._squares[i] + (1 - second) * square
+        mean = self._squares[i] / (1 - second**self._steps)
+        r = (1 - first**self._steps) * (mean + _TINY**2).sqrt()
+        return skew(m, x) / r, r

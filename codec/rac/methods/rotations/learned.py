@@ -4,10 +4,8 @@ W' = W U^T is quantised instead of W, with U S U^T the second moment of its inpu
 errors fed back (align/triangular.py): with steps inverse to the diagonal of the Cholesky factor the output error is the
 same for every U as long as steps are small, and what U can change is the entropy of the coefficients alone.
 
-The rate is differentiable: uniform noise in the place of rounding, and the likelihood of a mixture of logistic laws
-whose scale is the product of a row's and a column's (Balle et al., arXiv 1611.01704; 1802.01436 for the scales). To it
-comes what is saved, or lost, where a step exceeds what it quantises. What is reported is not that rate: codes are
-really made, and counted by the entropy of the codes of similar scale.
+The rate is differentiable: uniform noise in the place of rounding, and a mixture of logistic laws (Balle et al., arXiv
+1611.01704; 1802.01436 for the scales). What is reported is not that rate: codes are really made and counted.
 """
 
 from __future__ import annotations
@@ -22,9 +20,14 @@ from rac.align import pca
 from rac.errors import DivergedError
 from rac.linalg import hadamard
 from rac.linalg.triangular import Triangular, damped, triangular
+from rac.methods.gptq import Floats
 from rac.methods.rotations.cayley import CayleyAdam
 
 Array = NDArray[np.float64]
+Coordinates = tuple[Array, Array, Triangular]
+"""Coefficients (R, C), the second moment (C, C) of what they are multiplied by, and the order of its columns."""
+LR = 1.0
+"""Longest step of Cayley Adam at the start; it falls linearly to 0."""
 STORED = 16
 """Bits of an element of U in a file."""
 SCALE = 8
@@ -49,31 +52,22 @@ class Axis(NamedTuple):
 
 
 def learn_axis(
-    w: NDArray[np.floating[Any]],
-    second: NDArray[np.floating[Any]],
+    w: Floats,
+    second: Floats,
     *,
     bits: float = 3.0,
     block: int | None = None,
     steps: int = 300,
-    lr: float = 1.0,
     rows: int = 1024,
     seed: int = 0,
 ) -> Axis:
-    """Learn U of a weight.
+    """Learn U of a weight w (R, C) whose inputs have the second moment E[x x^T], (C, C), by `steps` of Cayley Adam.
 
-    Args:
-        w: (R, C).
-        second: (C, C), E[x x^T] of its inputs.
-        bits: Bits per weight of W as it is, with feedback: they set the output error at which both are compared.
-        block: U is block-diagonal, of blocks of so many columns, a divisor of C; None: one block.
-        steps: Steps of Cayley Adam.
-        lr: Longest step at the start; it falls linearly to 0.
-        rows: Rows of W that one step looks at, drawn anew for each.
-        seed: Seed of rows and noise.
+    `bits` per weight of W as it is, with feedback, set the output error at which both are compared. U has blocks of
+    `block` columns, a divisor of C, on its diagonal; None: one block. A step looks at so many `rows` of W, drawn anew
+    for each by `seed`, as the noise is.
 
-    Raises:
-        DivergedError: The rate is no number.
-        ValueError: `block` does not divide C.
+    DivergedError where the rate is no number, ValueError where `block` does not divide C.
     """
     wide, s = _checked(w, second)
     columns = wide.shape[1]
@@ -81,56 +75,37 @@ def learn_axis(
     if columns % block:
         raise ValueError(f"blocks of {block} do not divide {columns} columns")
     step, error, before = _at_bits(wide, s, bits)
-    u = _learn(wide, damped(s, DAMP), step, block, steps, lr, rows, seed)
-    after = _at_error(wide, s, u, error, step)
+    u = _learn(wide, damped(s, DAMP), step, block, steps, rows, seed)
+    after = _at_error(_coordinates(wide, s, u), error, step)
     return Axis(u, (before - after) * wide.size, float(columns * block * STORED))
 
 
 def compare_axes(
-    w: NDArray[np.floating[Any]],
-    second: NDArray[np.floating[Any]],
-    u: Array | None = None,
-    *,
-    bits: float = 3.0,
-    seed: int = 0,
+    w: Floats, second: Floats, u: Array | None = None, *, bits: float = 3.0, seed: int = 0
 ) -> dict[str, float]:
-    """Bits per weight at one output error, that of `triangular` at `bits`; no transform's own bytes are in it.
+    """Bits per weight of w (R, C) at one output error, that of "triangular" at `bits`; no transform's own are in it.
 
-    Args:
-        w: (R, C).
-        second: (C, C), E[x x^T] of its inputs.
-        u: A learned transform; None: there is no "learned".
-        bits: Bits per weight of "triangular".
-        seed: Seed of "hadamard".
-
-    Returns:
-        "original" (steps inverse to the root of each input's energy, nothing fed back), "triangular" (the same
-        coordinates with feedback), "hadamard" (a randomised Hadamard matrix, with feedback), "pca" (principal
-        directions, in which feedback has nothing to do) and "learned" (with feedback).
+    `second` (C, C) is E[x x^T] of the inputs. Steps of "original" are inverse to the root of each input's energy, and
+    nothing is fed back; "triangular" are the same coordinates with feedback, "hadamard" those of a randomised Hadamard
+    matrix of `seed`, with feedback, "pca" principal directions, in which feedback has nothing to do. "learned" is there
+    where there is a `u`, with feedback.
     """
     wide, s = _checked(w, second)
     step, error, own = _at_bits(wide, s, bits)
-    signs = hadamard.signs(seed, wide.shape[1])
-    mixed = hadamard.matrix(wide.shape[1]) * signs
-    out = {
-        "original": _at_error(wide, s, None, error, step, feedback=False),
-        "triangular": own,
-        "hadamard": _at_error(wide, s, mixed, error, step),
-        "pca": _at_error(wide, s, pca(s, DAMP).basis, error, step),
-    }
-    return out if u is None else out | {"learned": _at_error(wide, s, u, error, step)}
+    mixed = hadamard.matrix(wide.shape[1]) * hadamard.signs(seed, wide.shape[1])
+    turned = {"hadamard": mixed, "pca": pca(s, DAMP).basis} | ({} if u is None else {"learned": u})
+    plain = wide, s, triangular(np.diag(np.diag(s)), DAMP)
+    out = {"original": _at_error(plain, error, step), "triangular": own}
+    return out | {name: _at_error(_coordinates(wide, s, v), error, step) for name, v in turned.items()}
 
 
-def _checked(w: NDArray[Any], second: NDArray[Any]) -> tuple[Array, Array]:
+def _checked(w: Floats, second: Floats) -> tuple[Array, Array]:
     wide, s = np.asarray(w, np.float64), np.asarray(second, np.float64)
     if wide.ndim != 2 or s.shape != (wide.shape[1],) * 2:
         raise ValueError(f"a weight {wide.shape} and a second moment {s.shape} do not fit")
     if not np.isfinite(wide).all() or not np.isfinite(s).all() or not wide.any():
         raise ValueError("a weight of nothing but zeros, or NaN or infinity")
     return wide, s
-
-
-# what is really coded
 
 
 def quantise(v: Array, t: Triangular, step: float) -> tuple[NDArray[np.int32], Array]:
@@ -145,8 +120,7 @@ def quantise(v: Array, t: Triangular, step: float) -> tuple[NDArray[np.int32], A
         width = step / t.weight[j]
         codes[j] = np.rint(wanted / width)
         error[j] = codes[j] * width - target[j]
-    back = np.empty_like(t.order)
-    back[t.order] = np.arange(len(t.order))
+    back = np.argsort(t.order)
     return codes[back].T, error[back].T
 
 
@@ -168,44 +142,41 @@ def coded_bits(codes: NDArray[np.int32]) -> float:
     return float((counts * np.log2(in_class / counts) + np.log2(in_class) / 2).sum()) + SCALE * sum(codes.shape)
 
 
-def _tried(v: Array, s: Array, t: Triangular, step: float) -> tuple[float, float]:
-    """Bits per weight, and output error, in coordinates in which the second moment is s."""
+def _tried(at: Coordinates, step: float) -> tuple[float, float]:
+    """Bits per weight, and output error."""
+    v, s, t = at
     codes, error = quantise(v, t, step)
     return coded_bits(codes) / v.size, float(((error @ s) * error).sum())
 
 
-def _coordinates(w: Array, s: Array, u: Array | None, feedback: bool = True) -> tuple[Array, Array, Triangular]:
+def _coordinates(w: Array, s: Array, u: Array | None = None) -> Coordinates:
     v, turned = (w, s) if u is None else (w @ u.T, u @ s @ u.T)
-    return v, turned, triangular(turned if feedback else np.diag(np.diag(turned)), DAMP)
+    return v, turned, triangular(turned, DAMP)
 
 
 def _at_bits(w: Array, s: Array, bits: float) -> tuple[float, float, float]:
     """Step, output error and bits per weight of W as it is, near `bits` per weight."""
-    v, turned, t = _coordinates(w, s, None)
+    v, _, t = at = _coordinates(w, s)
     step = float(np.exp(np.log(np.maximum(np.abs(v[:, t.order]) * t.weight, 1e-30)).mean()))
     for _ in range(12):
-        rate, error = _tried(v, turned, t, step)
+        rate, error = _tried(at, step)
         if abs(rate - bits) < 0.01:
             break
         step *= 2 ** (rate - bits)
     return step, error, rate
 
 
-def _at_error(w: Array, s: Array, u: Array | None, error: float, step: float, feedback: bool = True) -> float:
+def _at_error(at: Coordinates, error: float, step: float) -> float:
     """Bits per weight at which an output error is reached."""
-    v, turned, t = _coordinates(w, s, u, feedback)
     for _ in range(12):
-        rate, found = _tried(v, turned, t, step)
+        rate, found = _tried(at, step)
         if abs(found / error - 1) < _NEAR:
             break
         step *= math.sqrt(error / max(found, 1e-300))
     return rate + math.log2(found / error) / 2  # what little is left, at 6 dB per bit
 
 
-# what is learned
-
-
-def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, rows: int, seed: int) -> Array:
+def _learn(w: Array, s: Array, step: float, block: int, steps: int, rows: int, seed: int) -> Array:
     """(C, C) U, from the identity."""
     import torch
 
@@ -215,7 +186,7 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
     law = torch.zeros(2, _COMPONENTS, dtype=torch.float64)
     law[1] = torch.linspace(-2, 0, _COMPONENTS)
     law.requires_grad_()
-    optimiser, laws = CayleyAdam([blocks], lr), torch.optim.Adam([law], 0.02)
+    optimiser, laws = CayleyAdam([blocks], LR), torch.optim.Adam([law], 0.02)
     noise, order = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     for k in range(steps):
         chosen = torch.from_numpy(order.choice(len(w), min(rows, len(w)), replace=False))
@@ -223,9 +194,9 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
         weight = torch.linalg.cholesky(u @ moment @ u.mT).diagonal()
         loss = rate(weights[chosen] @ (u * (weight / step)[:, None]).float().mT, law.float(), noise)
         if not bool(torch.isfinite(loss)):
-            raise DivergedError(f"learning an axis diverged at step {k + 1}: the rate is {float(loss)} (lr {lr:g})")
+            raise DivergedError(f"learning an axis diverged at step {k + 1}: the rate is {float(loss)} (lr {LR:g})")
         loss.backward()
-        optimiser.lr = lr * (1 - k / steps)
+        optimiser.lr = LR * (1 - k / steps)
         optimiser.step()
         laws.step()
         laws.zero_grad()
@@ -235,10 +206,8 @@ def _learn(w: Array, s: Array, step: float, block: int, steps: int, lr: float, r
 def rate(z: Any, law: Any, noise: Any = None) -> Any:
     """Bits per coefficient of z (R, C), in steps, and what the error is worth beyond that of small steps.
 
-    Args:
-        z: A torch tensor.
-        law: (2, K): logits of the shares of K logistic laws, and the logarithms of their scales.
-        noise: Generator of the noise; None: there is none.
+    `z` is a torch tensor; `law` (2, K) are logits of the shares of K logistic laws, and the logarithms of their scales.
+    `noise` is the generator of the noise; None: there is none.
     """
     import torch
 

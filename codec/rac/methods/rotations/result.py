@@ -36,39 +36,31 @@ class Rotations:
     """What was minimised, at every step."""
 
 
-def fuse(p: Parts, found: Rotations, *, down: bool = True) -> None:
+def fuse(p: Parts, found: Rotations) -> None:
     """Put rotations into a model whose norms are fused: R1 and R2 into weights, R4 online in front of the second half.
 
-    R3 changes no weight: `transforms.rotated_keys` runs it.
+    R3 changes no weight: `transforms.rotated_keys` runs it. `require_same` finds whether nothing else has changed.
 
-    Args:
-        p: The model; `require_same` finds whether it computes what it did.
-        found: Learned on this model.
-        down: Whether there is an R4.
-
-    Raises:
-        TransformError: As `rotate_residual`, `rotate_values` and `online_down`; nothing of the model is right then.
-        ValueError: The rotations are those of another number of layers.
+    ValueError where the rotations are those of another number of layers; TransformError as of `rotate_residual`,
+    `rotate_values` and `online_down`: nothing of the model is right then.
     """
     if len(found.r2) != len(p.layers):
         raise ValueError(f"rotations of {len(found.r2)} layers, the model has {len(p.layers)}")
     rotate_residual(p, matrix(found.r1))
     for i, layer in enumerate(p.layers):
         rotate_values(p, layer, matrix(found.r2[i]))
-        if down:
-            online_down(p, layer, found.seed + i)
+        online_down(p, layer, found.seed + i)
     p.notes.append(f"R2, the values of each head: {len(found.r2)} learned matrices of order {p.head_dim}")
-    if down:
-        p.notes.append(f"R4, online, in front of {p.rules.mlp_out}: {hadamard(p.inner, None).describe()}")
+    p.notes.append(f"R4, online, in front of {p.rules.mlp_out}: {hadamard(p.inner, None).describe()}")
     p.about["rotations"] = json.dumps(found.about)  # files hold no floats
 
 
 def to_bytes(found: Rotations) -> bytes:
     """A safetensors file of R1 and R2 in float32, the rest in its metadata, always the same bytes."""
-    numpy = _safetensors()
     kept = {"r1": found.r1.astype(np.float32), "r2": found.r2.astype(np.float32)}
     stated = {"about": found.about, "history": found.history, "seed": found.seed}
-    return bytes(numpy.save(kept, {"rotations": json.dumps(stated)}))  # one key: several come in no fixed order
+    meta = {"rotations": json.dumps(stated)}  # one key: several come in no fixed order
+    return bytes(_safetensors().save(kept, meta))
 
 
 def save(found: Rotations, path: str | os.PathLike[str]) -> None:
@@ -79,17 +71,13 @@ def save(found: Rotations, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> Rotations:
     """What `save` wrote, or what a .rac file of a learned method carries, orthogonal in float64 again.
 
-    Raises:
-        SourceError: It is not there, or no such file.
-        FormatError: The archive is damaged.
-        MissingDependencyError: safetensors is not installed.
+    SourceError where it is not there, or no such file; FormatError where the archive is damaged.
     """
     name = os.fspath(path)
     try:
         with open(name, "rb") as f:
             data = f.read(len(MAGIC))
-            if data != MAGIC:
-                data += f.read()
+            data += b"" if data == MAGIC else f.read()
     except OSError as e:
         raise SourceError(f"no file of learned rotations: {e}", file=name) from e
     if data == MAGIC:
@@ -113,12 +101,11 @@ def _parse(data: bytes, file: str) -> Rotations:
     except (SafetensorError, KeyError, ValueError, TypeError) as e:
         what = f"it lacks {e}" if isinstance(e, KeyError) else str(e)
         raise SourceError(f"no file of learned rotations: {what}", file=file) from e
-    square = r1.ndim == 2 and r1.shape[0] == r1.shape[1] and r2.ndim == 3 and r2.shape[1] == r2.shape[2]
+    square = all(r.ndim == n and r.shape[-1] == r.shape[-2] for n, r in ((2, r1), (3, r2)))
     if not square or not np.isfinite(r1).all() or not np.isfinite(r2).all() or not isinstance(about, dict):
         raise SourceError(f"no rotations: r1 is {r1.shape}, r2 is {r2.shape}", file=file)
-    for r in (r1, *r2):
-        if np.abs(r @ r.T - np.eye(len(r))).max() > 1e-4:
-            raise SourceError("a matrix is not orthogonal", file=file)
+    if any(np.abs(r @ r.T - np.eye(len(r))).max() > 1e-4 for r in (r1, *r2)):
+        raise SourceError("a matrix is not orthogonal", file=file)
     return Rotations(nearest(r1), nearest(r2), seed, about, history)
 
 

@@ -8,17 +8,18 @@ step has to rotate every weight.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rac.errors import TransformError
 from rac.linalg.transform import Transform, hooked
 from rac.methods.transforms import hadamard, rotated_keys
-from rac.methods.transforms.fuse import fused
+from rac.methods.transforms.rotate import require_fused
 from rac.methods.transforms.rules import Parts
 from rac.models.activations import per_group
 
+Way = Callable[[Any], Any]
 PLAIN = 16
 """Bits from which nothing is quantised."""
 
@@ -49,115 +50,69 @@ def quantised(x: Any, bits: int) -> Any:
 def simulated(
     p: Parts, how: Simulated, r1: Any = None, r2: Any = None, *, r3: bool = True, r4: int | None = None
 ) -> Iterator[None]:
-    """Quantise activations and cache inside the `with` block, in rotated coordinates.
+    """Quantise activations and cache of a model, its weights left alone, inside the `with` block.
 
-    Where layers have online maps, what is quantised is what comes out of them: a model that has been transformed needs
-    no `r1`, `r2` and `r4`.
+    Coordinates are those of `r1` (width, width) of the residual stream, `r2` (layers, head_dim, head_dim) of the
+    values, torch tensors of any float type, `r3`, a Hadamard matrix for keys, and `r4`: inputs of the second half of
+    the MLP, in layer i by the Hadamard matrix of seed r4 + i. None: not rotated. Where layers have online maps, what is
+    quantised is what comes out of them: a model that has been transformed needs no `r1`, `r2` and `r4`.
 
-    Args:
-        p: A model; its weights are left alone.
-        how: What is quantised.
-        r1: (width, width) of the residual stream, a torch tensor of any float type; None: not rotated.
-        r2: (layers, head_dim, head_dim) of the values; None: not rotated.
-        r3: Keys are rotated by a Hadamard matrix.
-        r4: Inputs of the second half of the MLP are rotated, in layer i by the Hadamard matrix of seed r4 + i; None:
-            they are not.
-
-    Raises:
-        TransformError: There is an `r1` and the norms are not fused, an `r2` or `r4` and layers have online maps, or
-            the attention cannot be replaced.
+    TransformError where there is an `r1` and the norms are not fused, an `r2` or `r4` and layers have online maps, or
+    the attention cannot be replaced.
     """
-    if r1 is not None and not fused(p):
-        raise TransformError("the gains of the norms are not fused; call fuse_norms first")
+    if r1 is not None:
+        require_fused(p)
     for layer in p.layers:
         if (r2 is not None and hooked(layer.attention_out)) or (r4 is not None and hooked(layer.mlp_out)):
             raise TransformError(f"{layer.name} has an online transform; rotate before it is there")
     like = p.layers[0].mlp_out.weight
-    r1 = None if r1 is None else r1.to(like)
-    r2 = None if r2 is None else r2.to(like)
-    norm = _Behind(r1, how.activations)
+    r1, r2 = (None if r is None else r.to(like) for r in (r1, r2))
+    bits, norm = how.activations, _through(how.activations, *_by_matrix(r1))
     with contextlib.ExitStack() as stack:
         for i, layer in enumerate(p.layers):
-            r = None if r2 is None else r2[i]
-            down = _Inner(None if r4 is None else hadamard(p.inner, r4 + i), how.activations)
-            heads = _Heads(r, p.head_dim, how.activations)
-            values = _Values(r, p.head_dim, how.cache, layer.value.start)
+            ways = _by_matrix(None if r2 is None else r2[i])
+            value, start = _by_head(_through(how.cache, *ways), p.head_dim), layer.value.start
+            heads = _through(bits, *(_by_head(way, p.head_dim) for way in ways))
+            down = _through(bits, *_by_map(None if r4 is None else hadamard(p.inner, r4 + i)))
             for handle in (
-                layer.attention_norm.register_forward_hook(norm),
-                layer.mlp_norm.register_forward_hook(norm),
-                layer.value.layer.register_forward_hook(values),
-                layer.attention_out.register_forward_pre_hook(heads),
-                layer.mlp_out.register_forward_pre_hook(down),
+                layer.attention_norm.register_forward_hook(lambda _, args, out: norm(out)),
+                layer.mlp_norm.register_forward_hook(lambda _, args, out: norm(out)),
+                layer.value.layer.register_forward_hook(_behind(value, start)),
+                layer.attention_out.register_forward_pre_hook(lambda _, args, f=heads: (f(args[0]),)),
+                layer.mlp_out.register_forward_pre_hook(lambda _, args, f=down: (f(args[0]),)),
             ):
-                stack.callback(handle.remove)
-        if how.cache < PLAIN:
-            turn = None if r3 else hadamard(p.head_dim, None)
-            stack.enter_context(rotated_keys(p, None, _Keys(turn, how.cache)))
+                stack.enter_context(handle)
+        if how.cache < PLAIN:  # keys are rotated already
+            back, into = _by_map(None if r3 else hadamard(p.head_dim, None))
+            stack.enter_context(rotated_keys(p, None, _through(how.cache, into, back)))
         yield
 
 
-class _Behind:
-    """Hook behind a norm: quantises what attention or MLP reads, in the coordinates of `r`."""
-
-    def __init__(self, r: Any, bits: int) -> None:
-        self.r, self.bits = r, bits
-
-    def __call__(self, module: Any, args: Any, out: Any) -> Any:
-        return turned(out, self.r, self.bits)
+def _through(bits: int, into: Way, back: Way) -> Way:
+    """Quantises in other coordinates: `into` leads there, `back` from there."""
+    return lambda x: back(quantised(into(x), bits))
 
 
-class _Values:
-    """Hook of the layer that gives the values: quantises what goes into the cache, in the coordinates of `r`."""
-
-    def __init__(self, r: Any, width: int, bits: int, start: int) -> None:
-        self.r, self.width, self.bits, self.start = r, width, bits, start
-
-    def __call__(self, module: Any, args: Any, out: Any) -> Any:
-        import torch
-
-        v = turned(out[..., self.start :].unflatten(-1, (-1, self.width)), self.r, self.bits).flatten(-2)
-        return torch.cat((out[..., : self.start], v), -1) if self.start else v
+def _by_matrix(r: Any) -> tuple[Way, Way]:
+    """R x of vectors along the last axis, and its inverse; None: nothing is rotated."""
+    return (_same, _same) if r is None else (lambda x: x @ r.mT, lambda x: x @ r)
 
 
-class _Heads:
-    """In front of the output projection: every head is rotated, all share a scale."""
-
-    def __init__(self, r: Any, width: int, bits: int) -> None:
-        self.r, self.width, self.bits = r, width, bits
-
-    def __call__(self, module: Any, args: Any) -> Any:
-        x = args[0]
-        if self.r is None:
-            return (quantised(x, self.bits),)
-        y = (x.unflatten(-1, (-1, self.width)) @ self.r.mT).flatten(-2)
-        return ((quantised(y, self.bits).unflatten(-1, (-1, self.width)) @ self.r).flatten(-2),)
+def _by_map(t: Transform | None) -> tuple[Way, Way]:
+    return (_same, _same) if t is None else (t.apply, t.fold)
 
 
-class _Inner:
-    """In front of the second half of the MLP."""
-
-    def __init__(self, r4: Transform | None, bits: int) -> None:
-        self.r4, self.bits = r4, bits
-
-    def __call__(self, module: Any, args: Any) -> Any:
-        x = args[0]
-        if self.r4 is None:
-            return (quantised(x, self.bits),)
-        return (self.r4.fold(quantised(self.r4.apply(x), self.bits)),)
+def _by_head(way: Way, width: int) -> Way:
+    """What a function of heads makes of all of them, side by side."""
+    return way if way is _same else lambda x: way(x.unflatten(-1, (-1, width))).flatten(-2)
 
 
-class _Keys:
-    """Quantises keys that are rotated already; as they were before where `back` undoes that."""
+def _behind(value: Way, start: int) -> Callable[..., Any]:
+    """Hook of the layer that gives the values, from output `start` on: quantises what goes into the cache."""
+    import torch
 
-    def __init__(self, back: Transform | None, bits: int) -> None:
-        self.back, self.bits = back, bits
-
-    def __call__(self, k: Any) -> Any:
-        if self.back is None:
-            return quantised(k, self.bits)
-        return self.back.apply(quantised(self.back.fold(k), self.bits))
+    return lambda _, args, out: torch.cat((out[..., :start], value(out[..., start:])), -1) if start else value(out)
 
 
-def turned(x: Any, r: Any, bits: int) -> Any:
-    """R^T Q(R x) of each vector along the last axis; Q(x) where `r` is None."""
-    return quantised(x, bits) if r is None else quantised(x @ r.mT, bits) @ r
+def _same(x: Any) -> Any:
+    return x

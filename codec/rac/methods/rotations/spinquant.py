@@ -1,30 +1,30 @@
 """SpinQuant: rotations of the residual stream and of the values, learned on the model's loss (arXiv 2405.16406).
 
 R1 and every R2 start as randomised Hadamard matrices and follow, by Cayley SGD, the cross-entropy of the next token,
-activations and cache quantised, the rounding passed through by the straight-through estimator; 100 steps, the step
-length falling linearly from `rate` to 0. Weights are not quantised while rotations are learned: the paper's setting for
-weights that GPTQ quantises afterwards. R3 and R4 are Hadamard matrices, run online.
+activations and cache quantised. Weights are not quantised meanwhile: the paper's setting for weights that GPTQ
+quantises afterwards. R3 and R4 are Hadamard matrices, run online (docs/methods/spinquant.md).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate.text import Note
+from rac.encode.options import silent
 from rac.errors import DivergedError, SourceError
 from rac.methods.rotations.cayley import CayleySGD
 from rac.methods.rotations.result import Rotations, nearest
 from rac.methods.rotations.simulate import Simulated, simulated
 from rac.methods.transforms import Parts, hadamard
 from rac.methods.transforms.rotate import require_rotatable
-
-Note = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and how much there is."""
+from rac.models.linears import frozen
 
 RATE, TOKENS = 1.5, 16384
 """Longest step of the authors' scripts, and tokens of one of their steps: 8 sequences of 2,048."""
@@ -44,27 +44,19 @@ def spinquant(
     seed: int = 0,
     note: Note | None = None,
 ) -> Rotations:
-    """Learn R1 and R2 of a model whose norms are fused; its weights are left alone.
+    """Learn R1 and R2 of a model (`transforms.parts`) whose norms are fused; its weights are left alone.
 
-    Args:
-        p: The model (`transforms.parts`), norms fused, no online maps.
-        ids: Token ids (count, context) of a calibration text. The last `batch` sequences are held out: on them the loss
-            is found before and after.
-        steps: Steps of SGD.
-        batch: Sequences of one step.
-        lr: Longest step at the start; it falls linearly to 0. None: `rate` of the tokens of a step.
-        momentum: Momentum of Cayley SGD.
-        how: What is quantised while learning; 4 bits for activations and cache if None.
-        seed: Seed of the Hadamard matrices that are the start, of R4, and of the order of sequences.
-        note: Progress.
+    `ids` (count, context) are token ids of a calibration text. The last `batch` sequences are held out: on them the
+    loss is found before and after. `steps` of Cayley SGD with `momentum` take `batch` sequences each; the longest falls
+    linearly from `lr` (None: `rate` of the tokens of a step) to 0. `how` says what is quantised meanwhile; None: 4 bits
+    for activations and cache. `seed` is that of the Hadamard matrices that are the start, of R4, and of the order of
+    sequences.
 
-    Returns:
-        `about` has the loss of the held-out sequences: "plain" (nothing quantised), "start", "end", nats per token.
+    `about` of what is returned has the loss of the held-out sequences: "plain" (nothing quantised), "start", "end",
+    nats per token.
 
-    Raises:
-        DivergedError: A loss is not finite, or stays above that of the start.
-        SourceError: Too few sequences.
-        TransformError: The model does not fit.
+    DivergedError where a loss is not finite, or stays above that of the start; SourceError where there are too few
+    sequences, TransformError where the model does not fit.
     """
     import torch
 
@@ -73,54 +65,46 @@ def spinquant(
         raise SourceError(f"{len(ids)} sequences of {ids.shape[1]} tokens, at least {2 * batch} are needed")
     how, began = how or Simulated(), time.perf_counter()
     lr = rate(batch * ids.shape[1]) if lr is None else lr
+    about: dict[str, Any] = {"method": "spinquant", "steps": steps, "batch": batch, "context": ids.shape[1], "lr": lr}
+    about |= {"momentum": momentum, "activations": how.activations, "cache": how.cache, "seed": seed}
     data = torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(p.embedding.weight.device)
     held, data = data[-batch:], data[:-batch]
+    few, order = len(data) < batch, np.random.default_rng(seed)
+    batches = [data[torch.from_numpy(order.choice(len(data), batch, replace=few))] for _ in range(steps)]
     r1, r2 = start(p, seed)
     optimiser = CayleySGD([r1, r2], lr, momentum)
-    order = np.random.default_rng(seed)
-    frozen = [w for w in p.model.parameters() if w.requires_grad]
-    training, losses = p.model.training, []
-    p.model.eval()
-    for w in frozen:
-        w.requires_grad_(False)
-    try:
-        plain = _mean_loss(p.model, held)
-        first = last = _held(p, how, r1, r2, held, seed)
-        for k in range(steps):
-            at = order.choice(len(data), batch, replace=len(data) < batch)
-            with simulated(p, how, r1, r2, r4=seed):
-                loss = next_token_loss(p.model, data[torch.from_numpy(at)])
-                loss.backward()
-            losses.append(float(loss.detach()))
-            _diverged(losses[-1], first, k + 1, lr, 2)
-            optimiser.lr = lr * (1 - k / steps)
-            optimiser.step()
-            if (k + 1) % PATIENCE == 0 or k + 1 == steps:
-                last = _held(p, how, r1, r2, held, seed)
-                _diverged(last, first, k + 1, lr, 1.1)
-            if note:
-                note(f"spinquant, loss {losses[-1]:.4f}", k + 1, steps)
-    finally:
-        for w in frozen:
-            w.requires_grad_(True)
-        p.model.train(training)
-    about = {
-        "method": "spinquant",
-        "steps": steps,
-        "batch": batch,
-        "context": ids.shape[1],
-        "lr": lr,
-        "momentum": momentum,
-        "activations": how.activations,
-        "cache": how.cache,
-        "seed": seed,
-        "plain": plain,
-        "start": first,
-        "end": last,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+    with frozen(p.model):
+        about["plain"] = mean_loss(p.model, held)
+        within = partial(simulated, p, how, r1, r2, r4=seed)
+        losses, ends = _learn(p.model, within, batches, held, optimiser, note or silent)
+    about |= {"start": ends[0], "end": ends[-1], "seconds": round(time.perf_counter() - began, 1)}
     one, each = (nearest(r.detach().cpu().numpy()) for r in (r1, r2))
     return Rotations(one, each, seed, about, tuple(losses))
+
+
+def _learn(
+    model: Any, within: Callable[[], Any], batches: Sequence[Any], held: Any, optimiser: CayleySGD, note: Note
+) -> tuple[list[float], list[float]]:
+    """Losses of the steps, `within` what is simulated; and of the held-out sequences, from the start to the end."""
+
+    def judged() -> float:
+        with within():
+            return mean_loss(model, held)
+
+    lr, losses, ends = optimiser.lr, [], [judged()]
+    for k, ids in enumerate(batches):
+        with within():
+            loss = next_token_loss(model, ids)
+            loss.backward()
+        losses.append(float(loss.detach()))
+        _diverged(losses[-1], ends[0], k + 1, lr, 2)
+        optimiser.lr = lr * (1 - k / len(batches))
+        optimiser.step()
+        if (k + 1) % PATIENCE == 0 or k + 1 == len(batches):
+            ends.append(judged())
+            _diverged(ends[-1], ends[0], k + 1, lr, 1.1)
+        note(f"spinquant, loss {losses[-1]:.4f}", k + 1, len(batches))
+    return losses, ends
 
 
 def rate(tokens: int) -> float:
@@ -156,32 +140,8 @@ def next_token_loss(model: Any, ids: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, *, r3: bool = True) -> float:
-    """Mean loss, nats per token, of sequences (count, n) with activations and cache quantised.
-
-    Args:
-        p: A model; its norms are fused where there are rotations.
-        ids: Token ids; one sequence after the other is run.
-        how: What is quantised.
-        found: R1 and R2, and with them R4; None: none of them.
-        r3: Keys are rotated.
-    """
-    import torch
-
-    if found is None:
-        with simulated(p, how, r3=r3):
-            return _mean_loss(p.model, torch.as_tensor(ids))
-    r1, r2 = torch.from_numpy(found.r1), torch.from_numpy(found.r2)
-    with simulated(p, how, r1, r2, r3=r3, r4=found.seed):
-        return _mean_loss(p.model, torch.as_tensor(ids))
-
-
-def _held(p: Parts, how: Simulated, r1: Any, r2: Any, ids: Any, seed: int) -> float:
-    with simulated(p, how, r1.detach(), r2.detach(), r4=seed):
-        return _mean_loss(p.model, ids)
-
-
-def _mean_loss(model: Any, ids: Any) -> float:
+def mean_loss(model: Any, ids: Any) -> float:
+    """Mean loss, nats per token, of sequences (count, n), one after the other."""
     import torch
 
     with torch.no_grad():
@@ -191,7 +151,18 @@ def _mean_loss(model: Any, ids: Any) -> float:
 def _diverged(loss: float, first: float, step: int, lr: float, much: float) -> None:
     """DivergedError where a loss is not finite, or more than `much` times that of the start."""
     if not math.isfinite(loss) or loss > much * first:
-        raise DivergedError(
-            f"learning rotations diverged at step {step}: loss {loss:.4g}, {first:.4g} at the start; "
-            f"try a smaller learning rate than {lr:g}"
-        )
+        what = f"loss {loss:.4g}, {first:.4g} at the start; try a smaller learning rate than {lr:g}"
+        raise DivergedError(f"learning rotations diverged at step {step}: {what}")
+
+
+def loss_of(p: Parts, ids: Any, how: Simulated, found: Rotations | None = None, *, r3: bool = True) -> float:
+    """Mean loss, nats per token, of sequences (count, n), one after the other, with activations and cache quantised.
+
+    The norms of the model are fused where there are rotations, `found`: R1 and R2, and with them R4. With `r3` keys are
+    rotated.
+    """
+    import torch
+
+    of = () if found is None else (torch.from_numpy(found.r1), torch.from_numpy(found.r2))
+    with simulated(p, how, *of, r3=r3, r4=None if found is None else found.seed):
+        return mean_loss(p.model, torch.as_tensor(ids))

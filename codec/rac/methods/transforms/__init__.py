@@ -1,18 +1,11 @@
 """Transforms of a causal language model that leave what it computes as it is: fused, rotated, smoothed, mapped online.
 
-    p = transforms.parts(model)                      # in float32; everything works on it in place, in float64
-    before = transforms.logits(model, tokens)
-    transforms.quarot(p, seed=0)                     # or fuse_norms, rotate_residual, rotate_values, ... one by one
-    transforms.require_same(before, p, tokens)       # TransformError; without it there is no source
-    pack_source(transforms.source(p, folder), "m.rac", settings=p.about)
-
-torch and transformers are met through the model, and imported only where a function needs them.
+docs/transforms.md shows how they are used: on a model in float32, in place, in float64. torch and transformers are met
+through the model, and imported only where a function needs them.
 """
 
-from rac.methods.transforms.check import deviation, logits, require_same
-from rac.methods.transforms.fuse import fuse_norms, untie
-from rac.methods.transforms.keys import rotated_keys
 from rac.methods.transforms.rotate import (
+    fuse_norms,
     hadamard,
     matrix,
     online,
@@ -21,30 +14,13 @@ from rac.methods.transforms.rotate import (
     quarot,
     rotate_residual,
     rotate_values,
+    rotated_keys,
+    untie,
 )
 from rac.methods.transforms.rules import RULES, Parts, parts
 from rac.methods.transforms.smooth import maxima, smooth
-from rac.methods.transforms.source import source
+from rac.methods.transforms.source import deviation, logits, require_same, source
 
-__all__ = [
-    "RULES",
-    "Parts",
-    "deviation",
-    "fuse_norms",
-    "hadamard",
-    "logits",
-    "matrix",
-    "maxima",
-    "online",
-    "online_down",
-    "online_heads",
-    "parts",
-    "quarot",
-    "require_same",
-    "rotate_residual",
-    "rotate_values",
-    "rotated_keys",
-    "smooth",
-    "source",
-    "untie",
-]
+__all__ = ["RULES", "Parts", "deviation", "fuse_norms", "hadamard", "logits", "matrix", "maxima", "online"]
+__all__ += ["online_down", "online_heads", "parts", "quarot", "require_same", "rotate_residual", "rotate_values"]
+__all__ += ["rotated_keys", "smooth", "source", "untie"]

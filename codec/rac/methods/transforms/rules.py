@@ -6,6 +6,8 @@ a transform that misses one would change what the model computes.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +21,11 @@ class Rules:
 
     attention_norm: str = "input_layernorm"
     attention_in: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    value: str = "self_attn.v_proj"
-    """The last rows are the values: all of them, or those behind queries and keys."""
+    """The last rows of the last one are the values: all of them, or those behind queries and keys."""
     attention_out: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    up: str = "mlp.up_proj"
-    """The last rows are what the gate multiplies."""
+    """The last rows of the last one are what the gate multiplies."""
     mlp_out: str = "mlp.down_proj"
     of_heads: tuple[str, ...] = ()
     """Norms of queries and keys, which no transform touches."""
@@ -46,12 +46,7 @@ RULES = {
     "gemma": Rules(unit=1.0),
     "gemma2": Rules(mlp_norm="pre_feedforward_layernorm", behind=_BEHIND, unit=1.0),
     "gemma3_text": Rules(mlp_norm="pre_feedforward_layernorm", of_heads=_OF_HEADS, behind=_BEHIND, unit=1.0),
-    "phi3": Rules(
-        attention_in=("self_attn.qkv_proj",),
-        value="self_attn.qkv_proj",
-        mlp_in=("mlp.gate_up_proj",),
-        up="mlp.gate_up_proj",
-    ),
+    "phi3": Rules(attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
 }
 """By `model_type`. All have `model.embed_tokens`, `model.layers`, `model.norm` and `lm_head`."""
 INSTEAD = "recipes that leave the model as it is (aligned, gptq) work"
@@ -109,8 +104,7 @@ class Parts:
     """What was done, for people."""
     about: dict[str, Any] = field(default_factory=dict)
     """What was done, for the provenance of a file (`settings` of `pack_source`): "transforms", names of functions with
-    what they were given, and whatever a recipe adds."""
-
+    what they were given, and whatever a method adds."""
     deviation: float | None = None
     """Largest difference of logits from the original model's, over the largest logit; None: not measured since the last
     transform (`require_same`)."""
@@ -144,9 +138,8 @@ class Parts:
 def parts(model: Any) -> Parts:
     """The parts of a causal language model of transformers, in float32 or float64.
 
-    Raises:
-        TransformError: There are no rules for its architecture, or it is not what they say; the message says what is
-            lacking and what works instead.
+    TransformError, which says what is lacking and what works instead, where there are no rules for its architecture, or
+    it is not what they say.
     """
     config = model.config
     kind = getattr(config, "model_type", type(model).__name__)
@@ -155,84 +148,60 @@ def parts(model: Any) -> Parts:
         raise TransformError(f"no rules for the architecture {kind!r}: {_lacking(model)}; {INSTEAD}")
     if narrow := [n for n, p in model.named_parameters() if str(p.dtype) not in ("torch.float32", "torch.float64")]:
         raise TransformError(f"transforms need a model in float32; {narrow[0]!r} is not")
-    known = {"model.embed_tokens": "embedding", "model.norm": "norm", "lm_head": "head"}
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    ends = ("model.embed_tokens", "model.norm", "lm_head")
+    known = set(ends)
     try:
-        found = {name: model.get_submodule(name) for name in known}
-        layers = [_layer(model, f"model.layers.{i}", rules, known) for i in range(len(model.model.layers))]
+        embedding, norm, head = map(model.get_submodule, ends)
+        every = range(len(model.model.layers))
+        layers = [_layer(model, f"model.layers.{i}", rules, kv_heads * width, known) for i in every]
     except AttributeError as e:
         raise TransformError(f"{kind!r} is not what its rules say: {e}; {INSTEAD}") from e
-    for name, _ in model.named_parameters():
-        if name.rpartition(".")[0] not in known:
-            raise TransformError(f"the rules of {kind!r} do not know {name!r}; {INSTEAD}")
-    heads = config.num_attention_heads
-    out = Parts(
-        model,
-        rules,
-        found["model.embed_tokens"],
-        layers,
-        found["model.norm"],
-        found["lm_head"],
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or config.hidden_size // heads,
-    )
+    if strange := [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in known]:
+        raise TransformError(f"the rules of {kind!r} do not know {strange[0]!r}; {INSTEAD}")
     for layer in layers:
-        if (layer.attention_out.in_features, len(layer.value.weight)) != (
-            out.heads * out.head_dim,
-            out.kv_heads * out.head_dim,
-        ):
+        if (layer.attention_out.in_features, len(layer.value.weight)) != (heads * width, kv_heads * width):
             raise TransformError(f"{layer.name}: values and output projection are not of {heads} heads")
     if not layers:
         raise TransformError("the model has no layers")
-    return out
+    return Parts(model, rules, embedding, layers, norm, head, heads, kv_heads, width)
 
 
 def _lacking(model: Any) -> str:
     """Why rules could not be as simple as those of the table."""
     kinds = {type(m).__name__ for m in model.modules()}
-    why = []
-    if any(k.endswith("LayerNorm") for k in kinds):
-        why.append("LayerNorm subtracts a mean and adds a bias, which a rotation does not keep")
-    if "Conv1D" in kinds:
-        why.append("weights of Conv1D are stored (in, out)")
-    if any("Experts" in k or "SparseMoe" in k for k in kinds):
-        why.append("experts share their norm")
-    return "; ".join(why) or "nobody has said where its norms and projections are"
+    why = {
+        "LayerNorm subtracts a mean and adds a bias, which a rotation does not keep": r".*LayerNorm",
+        "weights of Conv1D are stored (in, out)": "Conv1D",
+        "experts share their norm": r".*(Experts|SparseMoe).*",
+    }
+    found = [text for text, kind in why.items() if any(re.fullmatch(kind, k) for k in kinds)]
+    return "; ".join(found) or "nobody has said where its norms and projections are"
 
 
-def _layer(model: Any, name: str, rules: Rules, known: dict[str, str]) -> Layer:
-    """One layer; its modules are added to `known`."""
+def _layer(model: Any, name: str, rules: Rules, values: int, known: set[str]) -> Layer:
+    """One layer, whose values are so many; the names of its modules are added to `known`."""
+
+    def take(path: str, what: str, fits: Callable[[Any], bool]) -> Any:
+        module = model.get_submodule(f"{name}.{path}")
+        if not fits(module):
+            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no {what}; {INSTEAD}")
+        known.add(f"{name}.{path}")
+        return module
 
     def linear(path: str) -> Any:
-        module = model.get_submodule(f"{name}.{path}")
-        if type(module).__name__ != "Linear":
-            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no linear layer; {INSTEAD}")
-        known[f"{name}.{path}"] = path
-        return module
+        return take(path, "linear layer", lambda m: type(m).__name__ == "Linear")
 
     def norm(path: str) -> Any:
-        module = model.get_submodule(f"{name}.{path}")
-        if not type(module).__name__.endswith("RMSNorm") or getattr(module, "bias", None) is not None:
-            raise TransformError(f"{name}.{path} is a {type(module).__name__}, no RMSNorm without a bias; {INSTEAD}")
-        known[f"{name}.{path}"] = path
-        return module
+        plain = "RMSNorm without a bias"
+        return take(path, plain, lambda m: type(m).__name__.endswith("RMSNorm") and getattr(m, "bias", None) is None)
 
     for path in (*rules.of_heads, *rules.behind):
         norm(path)
     into, mlp = tuple(map(linear, rules.attention_in)), tuple(map(linear, rules.mlp_in))
     out, down = linear(rules.attention_out), linear(rules.mlp_out)
-    value, up = linear(rules.value), linear(rules.up)
-    config = model.config
-    kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    values = kv * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return Layer(
-        name,
-        norm(rules.attention_norm),
-        into,
-        Rows(value, value.out_features - values),
-        out,
-        norm(rules.mlp_norm),
-        mlp,
-        Rows(up, up.out_features - down.in_features),
-        down,
-    )
+    value = Rows(into[-1], into[-1].out_features - values)
+    up = Rows(mlp[-1], mlp[-1].out_features - down.in_features)
+    return Layer(name, norm(rules.attention_norm), into, value, out, norm(rules.mlp_norm), mlp, up, down)

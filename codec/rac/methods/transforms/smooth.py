@@ -6,6 +6,8 @@ makes it (the gain of a norm, the values, the gated half of the MLP), and the co
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,82 +16,67 @@ from numpy.typing import NDArray
 
 from rac.errors import TransformError
 from rac.linalg.transform import hooked
-from rac.methods.transforms.rules import Layer, Parts, Rows
+from rac.methods.transforms.rules import Layer, Parts
 
 PLACES = ("attention", "mlp", "heads", "down")
 """Where inputs are made smooth: of the projections behind the two norms, of the output projection, of the MLP's
 second half."""
 LEAST = 1e-5
 """Smallest maximum that counts, as in the authors' method: a channel without inputs or weights is left alone."""
-Maxima = Mapping[tuple[str, str], NDArray[np.float64]]
-"""(name of the layer, place) to the largest magnitude of each input (n,)."""
+Place = tuple[str, str]
+"""Name of a layer, and one of PLACES."""
+Maxima = Mapping[Place, NDArray[np.float64]]
+"""The largest magnitude of each input (n,) of a place."""
 
 
-def maxima(p: Parts, sequences: Iterable[Any]) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """Run the model over sequences of token ids, each (batch, n), and note the largest magnitude of each input."""
+def inputs(p: Parts, places: Iterable[str], sequences: Iterable[Any], see: Callable[[Place, Any], None]) -> None:
+    """Run the model over sequences of token ids; `see` gets a place and inputs (tokens, n) of it."""
     import torch
 
-    found: dict[tuple[str, str], NDArray[np.float64]] = {}
+    def watch(key: Place) -> Callable[..., None]:
+        return lambda _, args: see(key, args[0].detach().reshape(-1, args[0].shape[-1]))
 
-    def watch(key: tuple[str, str]) -> Callable[..., None]:
-        def see(_: Any, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().abs()
-            most = x.reshape(-1, x.shape[-1]).amax(0).double().cpu().numpy()
-            found[key] = np.maximum(found[key], most) if key in found else most
-
-        return see
-
-    held = []
-    for layer in p.layers:
-        for place, reader in (
-            ("attention", layer.attention_in[0]),
-            ("mlp", layer.mlp_in[0]),
-            ("heads", layer.attention_out),
-            ("down", layer.mlp_out),
-        ):
-            held.append(reader.register_forward_pre_hook(watch((layer.name, place))))
-    try:
-        with torch.no_grad():
-            for ids in sequences:
-                p.model(ids, use_cache=False)
-    finally:
-        for h in held:
-            h.remove()
-    if not found:
+    if not (sequences := list(sequences)):
         raise TransformError("smoothing needs sequences to run the model on")
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for layer, place in itertools.product(p.layers, places):
+            stack.enter_context(readers(layer, place)[0].register_forward_pre_hook(watch((layer.name, place))))
+        for ids in sequences:
+            p.model(ids, use_cache=False)
+
+
+def maxima(p: Parts, sequences: Iterable[Any]) -> dict[Place, NDArray[np.float64]]:
+    """Run the model over sequences of token ids, each (batch, n), and note the largest magnitude of each input."""
+    found: dict[Place, NDArray[np.float64]] = {}
+
+    def see(key: Place, x: Any) -> None:
+        most = x.abs().amax(0).double().cpu().numpy()
+        found[key] = np.maximum(found[key], most) if key in found else most
+
+    inputs(p, PLACES, sequences, see)
     return found
 
 
 def smooth(p: Parts, found: Maxima, alpha: float = 0.5, places: Iterable[str] = ("attention", "mlp")) -> None:
     """Divide inputs by their scale, and multiply weights by it, at some of PLACES of every layer.
 
-    Args:
-        p: The model; gains of norms need not be fused, and are 1 no longer.
-        found: What `maxima` found for this model, before any change of it.
-        alpha: 0 to 1: how much of the outliers goes into the weights.
-        places: Names from PLACES; the paper's are the first two.
+    `found` is what `maxima` found for this model before any change of it; gains of norms need not be fused, and are 1
+    no longer. `alpha`, 0 to 1, is how much of the outliers goes into the weights. The paper's places are the first two.
 
-    Raises:
-        TransformError: Inputs are not known, not finite, or mapped online.
-        ValueError: `alpha` or a place is not known.
+    TransformError where inputs are not known, not finite, or mapped online; ValueError where `alpha` or a place is not
+    known.
     """
     places = tuple(places)
     if not 0 <= alpha <= 1 or set(places) - set(PLACES):
         raise ValueError(f"alpha is 0 to 1, places are {', '.join(PLACES)}, not {alpha}, {places}")
-    for layer in p.layers:
-        for place in places:
-            _smooth(p, layer, place, scales(p, layer, place, found, alpha))
+    for layer, place in itertools.product(p.layers, places):
+        _smooth(p, layer, place, scales(p, layer, place, found, alpha))
     p.did(f"smooth {alpha:g} {' '.join(places)}", f"smoothed with alpha {alpha:g}: {', '.join(places)}")
 
 
 def readers(layer: Layer, place: str) -> tuple[Any, ...]:
     """The linear layers whose inputs are made smooth at a place."""
-    return {
-        "attention": layer.attention_in,
-        "mlp": layer.mlp_in,
-        "heads": (layer.attention_out,),
-        "down": (layer.mlp_out,),
-    }[place]
+    return (layer.attention_in, layer.mlp_in, (layer.attention_out,), (layer.mlp_out,))[PLACES.index(place)]
 
 
 def scales(p: Parts, layer: Layer, place: str, found: Maxima, alpha: float) -> NDArray[np.float64]:
@@ -117,14 +104,10 @@ def _smooth(p: Parts, layer: Layer, place: str, by: NDArray[np.float64]) -> None
     if place in ("attention", "mlp"):
         norm = layer.attention_norm if place == "attention" else layer.mlp_norm
         p.set_gain(norm, p.gain(norm) / s)
-    elif place == "heads":
-        _divide(layer.value, s.reshape(p.kv_heads, -1, p.head_dim)[:, 0].reshape(-1))
-    else:
-        _divide(layer.up, s)
-
-
-def _divide(rows: Rows, s: Any) -> None:
-    """Outputs of a linear layer by `s`."""
+        return
+    if place == "heads":
+        s = s.reshape(p.kv_heads, -1, p.head_dim)[:, 0].reshape(-1)
+    rows = layer.value if place == "heads" else layer.up
     rows.weight.copy_(rows.weight.double() / s[:, None])
     if rows.bias is not None:
         rows.bias.copy_(rows.bias.double() / s)

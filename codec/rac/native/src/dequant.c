@@ -4,9 +4,11 @@
 #include "rac.h"
 
 #ifndef AVX512
-/* Columns one after the other */
-static void numbers(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
-                    const rac_matrix *dst) {
+/* A tile of words to numbers: sign rec[word] col[j] row[i], the state of each column beginning at 0. `states`: room for
+ * one of each column and 31 more. Columns one after the other. */
+void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
+                   const rac_matrix *dst, uint16_t *states) {
+    (void)states;
     for (int64_t j = 0; j < words->cols; j++) {
         unsigned s = 0;
         for (int64_t i = 0; i < words->rows; i++) {
@@ -71,16 +73,17 @@ INLINED void store(void *dst, int64_t at, int size, const __m512 v[2], __mmask32
     else _mm512_mask_storeu_epi16(d, some, both);
 }
 
-/* 32 columns side by side, their states in one register. STRIP rows of all columns, then the next: whole columns
- * would touch as many pages as there are rows. */
-static void numbers(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
-                    const rac_matrix *dst, uint16_t *states) {
+/* The same, 32 columns side by side, their states in one register. STRIP rows of all columns, then the next: whole
+ * columns would touch as many pages as there are rows. */
+void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
+                   const rac_matrix *dst, uint16_t *states) {
     enum { STRIP = 16 };
     const int64_t h = words->rows, w = words->cols;
     const magnitudes m = magnitudes_of(words, q);
     const __m512i one = _mm512_set1_epi16(1), sign = _mm512_set1_epi32(INT32_MIN);
     const __m512i h0 = _mm512_set1_epi16((short)q->h0), h1 = _mm512_set1_epi16((short)q->h1);
     const __mmask32 flip = q->zero & 1 ? ~0u : 0;
+    memset(states, 0, 2 * (size_t)w);
     for (int64_t top = 0; top < h; top += STRIP)
         for (int64_t j = 0; j < w; j += 32) {
             const __mmask32 some = (__mmask32)(w - j < 32 ? (1u << (w - j)) - 1 : ~0u);
@@ -107,19 +110,6 @@ static void numbers(const rac_matrix *words, const rac_dequant *q, const float *
         }
 }
 #endif
-
-/* A tile of words to numbers: sign rec[word] col[j] row[i], the state of each column beginning at 0. `states`: room
- * for one of each column and 31 more. */
-void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
-                   const rac_matrix *dst, uint16_t *states) {
-#ifdef AVX512
-    memset(states, 0, 2 * (size_t)words->cols);
-    numbers(words, q, col, row, dst, states);
-#else
-    (void)states;
-    numbers(words, q, col, row, dst);
-#endif
-}
 
 /* n numbers to words of F32 (kind 4) or BF16 (kind 2), to the nearest, ties to even; a NaN to the canonical one */
 void rac_round(const uint32_t *v, int64_t n, void *dst, int kind) {

@@ -28,10 +28,10 @@ static void highest(const uint8_t *sym, int64_t n, int per, uint8_t *blocks) {
     }
 }
 
+#ifdef AVX512
 /* Tops below 256 of pairs a | b << 4, 32 at a time; returns how many pairs are done */
 static int64_t pairs512(const uint8_t *sym, int64_t n, const uint8_t *table, uint16_t *val) {
     int64_t i = 0;
-#ifdef AVX512
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)), m = _mm256_set1_epi8(15);
     for (; i + 32 <= n; i += 32) {
         const __m256i s = _mm256_loadu_si256((const void *)(sym + i));
@@ -43,11 +43,11 @@ static int64_t pairs512(const uint8_t *sym, int64_t n, const uint8_t *table, uin
             _mm512_storeu_si512(val + 2 * i + 32 * h, _mm512_or_si512(x, _mm512_slli_epi32(y, 16)));
         }
     }
-#else
-    (void)sym, (void)n, (void)table, (void)val;
-#endif
     return i;
 }
+#else
+#define pairs512(...) 0
+#endif
 
 /* Tops of `n` elements out of their coded symbols */
 static int tops(rac_tile *w, const uint8_t *sym, int64_t n, uint16_t *val) {
@@ -222,17 +222,14 @@ static int float16(rac_tile *w, const uint8_t *sym, int64_t n, int64_t at, uint1
     }
     return 0;
 }
-#endif
 
 /* 16-bit floats out of symbols, where the tile is `fast` */
 static int join(rac_tile *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t *out) {
-#ifdef AVX512
     return w->bf16 ? bf16(w, sym, n, at, out) : float16(w, sym, n, at, out);
-#else
-    (void)w, (void)sym, (void)n, (void)at, (void)out;
-    return 0;
-#endif
 }
+#else
+#define join(...) 0
+#endif
 
 /* The next m words of a tile without classes of columns, joined, to their places */
 static void put_runs(const rac_tile *w, const uint16_t *val, int64_t m, rac_cursor *at) {

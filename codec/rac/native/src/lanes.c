@@ -1,5 +1,5 @@
-/* ANS lanes to coded symbols (stages/lanes.md). Twin: rac/native/fallback.py. */
-#include "lanes.h"
+/* ANS lanes to coded symbols (stages/lanes.md). Twin: rac/native/lanes.py. */
+#include "tile.h"
 
 static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const uint32_t **words, uint32_t *left) {
     const uint32_t e = lut[(x >> 12) & 4095];

@@ -2,8 +2,7 @@
  * releases the GIL. Every source is compiled once for each instruction set (setup.py); what is written for AVX-512
  * alone is under #ifdef AVX512. Every loop has a numpy or numba twin in the package that the tests hold it to, bit
  * for bit, under each instruction set. */
-#ifndef RAC_H
-#define RAC_H
+#pragma once
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -45,4 +44,3 @@ static inline uint16_t bf16_of(float v) {
     memcpy(&bits, &v, 4);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-#endif

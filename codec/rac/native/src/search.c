@@ -74,18 +74,9 @@ static void search_small(const rac_search *t, const float *cost, int64_t n, uint
 
 /* 32 states and more: states by parity, since all predecessors of one half of the states are even, of the other odd */
 static void search_large(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
-    const int half = t->states / 2, blocks = half / 16, low = t->h0 & (half - 1), both = low ^ t->h1;
+    const int half = t->states / 2, blocks = half / 16;
+    const rac_order to = rac_order_of(t);
     float e[128], o[128], next[256];
-    int32_t x1[16], x0[16], x2[16], even[16], odd[16];
-    for (int i = 0; i < 16; i++) {
-        x1[i] = i ^ (t->h1 & 15);
-        x0[i] = i ^ (low & 15);
-        x2[i] = i ^ (both & 15);
-        even[i] = 2 * i;
-        odd[i] = 2 * i + 1;
-    }
-    const __m512i p1 = _mm512_loadu_si512(x1), p0 = _mm512_loadu_si512(x0), p2 = _mm512_loadu_si512(x2);
-    const __m512i ev = _mm512_loadu_si512(even), od = _mm512_loadu_si512(odd);
     for (int u = 0; u < half; u++) {
         e[u] = c[2 * u];
         o[u] = c[2 * u + 1];
@@ -94,20 +85,20 @@ static void search_large(const rac_search *t, const float *cost, int64_t n, uint
         const __m512 s0 = _mm512_set1_ps(cost[0]), s1 = _mm512_set1_ps(cost[1]);
         const __m512 s2 = _mm512_set1_ps(cost[2]), s3 = _mm512_set1_ps(cost[3]);
         for (int q = 0; q < blocks; q++) {
-            const __m512 a = _mm512_add_ps(_mm512_loadu_ps(e + 16 * q), s0);
-            const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(p1, _mm512_loadu_ps(e + 16 * (q ^ (t->h1 >> 4)))), s1);
+            const __m512 a = _mm512_add_ps(AT(e, q), s0);
+            const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(to.h1, AT(e, q ^ to.b1)), s1);
             choice[q] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ);
             _mm512_storeu_ps(next + 16 * q, _mm512_min_ps(b, a));
-            const __m512 f = _mm512_add_ps(_mm512_permutexvar_ps(p0, _mm512_loadu_ps(o + 16 * (q ^ (low >> 4)))), s2);
-            const __m512 g = _mm512_add_ps(_mm512_permutexvar_ps(p2, _mm512_loadu_ps(o + 16 * (q ^ (both >> 4)))), s3);
+            const __m512 f = _mm512_add_ps(_mm512_permutexvar_ps(to.low, AT(o, q ^ to.b0)), s2);
+            const __m512 g = _mm512_add_ps(_mm512_permutexvar_ps(to.both, AT(o, q ^ to.b2)), s3);
             choice[blocks + q] = _mm512_cmp_ps_mask(g, f, _CMP_LT_OQ);
             _mm512_storeu_ps(next + half + 16 * q, _mm512_min_ps(g, f));
         }
         const __m512 base = _mm512_set1_ps((i & 63) == 63 ? next[0] : 0.0f);
         for (int q = 0; q < blocks; q++) {
-            const __m512 a = _mm512_loadu_ps(next + 32 * q), b = _mm512_loadu_ps(next + 32 * q + 16);
-            _mm512_storeu_ps(e + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, ev, b), base));
-            _mm512_storeu_ps(o + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, od, b), base));
+            const __m512 a = AT(next, 2 * q), b = AT(next, 2 * q + 1);
+            _mm512_storeu_ps(e + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, to.even, b), base));
+            _mm512_storeu_ps(o + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, to.odd, b), base));
         }
     }
     for (int u = 0; u < half; u++) {

@@ -146,27 +146,9 @@ static void branches(survivors *s, const sample *row, const float *fed, int n, i
     }
 }
 
-/* Order of the predecessors within 16, and which 16: a xor, as everything in a linear trellis */
-typedef struct { __m512i h1, low, both, even, odd; int b1, b0, b2; } order;
-
-INLINED order order_of(const rac_search *t) {
-    const int n = t->states / 2, low = t->h0 & (n - 1), both = low ^ t->h1;
-    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i d = _mm512_slli_epi32(i, 1);
-    return (order){.h1 = _mm512_xor_si512(i, _mm512_set1_epi32(t->h1 & 15)),
-                   .low = _mm512_xor_si512(i, _mm512_set1_epi32(low & 15)),
-                   .both = _mm512_xor_si512(i, _mm512_set1_epi32(both & 15)),
-                   .even = d,
-                   .odd = _mm512_add_epi32(d, _mm512_set1_epi32(1)),
-                   .b1 = t->h1 >> 4,
-                   .b0 = low >> 4,
-                   .b2 = both >> 4};
-}
-
-#define AT(array, q) _mm512_loadu_ps((array) + 16 * (q))
 static void merge(const rac_search *t, survivors *s, uint16_t *choice) {
     const int n = t->states / 2, blocks = n / 16;
-    const order o = order_of(t);
+    const rac_order o = rac_order_of(t);
     for (int q = 0; q < blocks; q++) {
         __m512 a = AT(s->branch[0][0], q), b = _mm512_permutexvar_ps(o.h1, AT(s->branch[0][1], q ^ o.b1));
         __mmask16 c = choice[q] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ);
@@ -188,7 +170,7 @@ static void merge(const rac_search *t, survivors *s, uint16_t *choice) {
     }
 }
 
-INLINED void carry_all(int blocks, order o, const uint16_t *choice, ring *of, int64_t from, int64_t to,
+INLINED void carry_all(int blocks, rac_order o, const uint16_t *choice, ring *of, int64_t from, int64_t to,
                        const float *error, const float *weight) {
     for (int64_t i = from; i < to; i++) {
         half *own = of[i % AHEAD];
@@ -209,7 +191,7 @@ INLINED void carry_all(int blocks, order o, const uint16_t *choice, ring *of, in
 
 static void carry(const rac_search *t, const uint16_t *choice, ring *of, int64_t from, int64_t to, const float *error,
                   const float *weight) {
-    const order o = order_of(t);
+    const rac_order o = rac_order_of(t);
     if (t->states == 32) carry_all(1, o, choice, of, from, to, error, weight);
     else if (t->states == 64) carry_all(2, o, choice, of, from, to, error, weight);
     else carry_all(t->states / 32, o, choice, of, from, to, error, weight);

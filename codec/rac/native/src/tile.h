@@ -1,6 +1,5 @@
-/* Tiles of lanes/1 (stages/lanes.md, "Tile"): jobs, and a tile that is being decoded. */
-#ifndef RAC_TILE_H
-#define RAC_TILE_H
+/* Tiles of lanes/1 (stages/lanes.md, "Tile"): jobs, a tile that is being decoded, and its lanes. */
+#pragma once
 #include "rac.h"
 
 /* What all tiles of a tensor share */
@@ -53,7 +52,7 @@ typedef struct {
     int64_t in_block, in_tile;
 } rac_cursor;
 
-/* What is wrong with a tile (native/tiles.py, TILE_ERRORS) */
+/* What is wrong with a tile (native/prototypes.py, TILE_ERRORS) */
 enum { BAD_FILL = 1, BAD_PADDING, BAD_WORD, BAD_STATE, BAD_ESCAPES, BAD_TOP, BAD_PLANE, NO_MEMORY };
 
 void rac_place1(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
@@ -77,4 +76,19 @@ static inline void copy_run(void *to, const void *from, int64_t n) {
 }
 
 static inline uint64_t first_bits(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
-#endif
+
+/* The lanes of a tile under one table */
+typedef struct {
+    uint64_t *st;
+    uint32_t *left;              /* words of each lane */
+    const uint32_t *words, *end; /* the next, and as far as memory may be read */
+    const uint32_t *lut;
+    uint8_t *out; /* place of the next symbol; row by row, the first of lane 0 */
+    int64_t rest; /* symbols left under this table */
+} rac_lanes;
+
+enum { FEW = 16, SIDE_BY_SIDE = 16 }; /* most lanes of a tile that has few; most such tiles at once */
+
+int rac_few(int64_t lanes);
+void rac_rows(rac_lanes *t, int64_t n, int64_t lanes);
+void rac_side_by_side(rac_lanes **tile, int n, int64_t lanes);

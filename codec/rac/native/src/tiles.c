@@ -1,6 +1,5 @@
 /* Tiles of lanes/1 to words (stages/lanes.md, "Tile"), and on to the numbers that these stand for. Twin:
  * rac/stages/lanes. */
-#include "lanes.h"
 #include "tile.h"
 
 enum { SYMBOLS_AT_ONCE = 16384, MOST_LANES = 1024 };

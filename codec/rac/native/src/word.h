@@ -57,16 +57,11 @@ void OF(rac_gather)(const WORD *src, int64_t stride, const int32_t *row, const i
 
 /* Bits `at` and on of m words, elements `first` and on, to their plane of b bits */
 static void OF(put_plane)(const WORD *raw, int64_t first, int64_t m, int b, int at, uint8_t *plane) {
-    if (b == 32) {
-        uint32_t *q = (uint32_t *)plane + first;
-        for (int64_t i = 0; i < m; i++) q[i] = (uint32_t)((uint64_t)raw[i] >> at);
-    } else if (b == 16) {
-        uint16_t *q = (uint16_t *)plane + first;
-        for (int64_t i = 0; i < m; i++) q[i] = (uint16_t)(raw[i] >> at);
-    } else if (b == 8) {
-        uint8_t *q = plane + first;
-        for (int64_t i = 0; i < m; i++) q[i] = (uint8_t)(raw[i] >> at);
-    } else {
+#define WHOLE(kind, as) for (int64_t i = 0; i < m; i++) ((kind *)plane)[first + i] = (kind)((as)raw[i] >> at)
+    if (b == 32) WHOLE(uint32_t, uint64_t);
+    else if (b == 16) WHOLE(uint16_t, WORD);
+    else if (b == 8) WHOLE(uint8_t, WORD);
+    else {
         const int each = 8 / b;
         const uint8_t mask = (uint8_t)((1 << b) - 1);
         for (int64_t i = 0; i < m; i += each) {
@@ -76,6 +71,7 @@ static void OF(put_plane)(const WORD *raw, int64_t first, int64_t m, int b, int 
             plane[(first + i) / each] = byte;
         }
     }
+#undef WHOLE
 }
 
 /* Raw bits of n words to their planes, largest plane first, which begin at out + start[0], ... */
@@ -102,15 +98,11 @@ void OF(rac_planes)(const WORD *v, int64_t n, int zero, int sign, int shift, uin
 
 /* Plane of b bits to the bits `low` and on of n words, elements `at` and on of the plane */
 static void OF(add_plane)(const uint8_t *p, int b, int low, int64_t at, int64_t n, WORD *raw) {
-    if (b == 32) {
-        const uint32_t *q = (const uint32_t *)p + at;
-        for (int64_t i = 0; i < n; i++) raw[i] |= (WORD)((uint64_t)q[i] << low);
-    } else if (b == 16) {
-        const uint16_t *q = (const uint16_t *)p + at;
-        for (int64_t i = 0; i < n; i++) raw[i] |= (WORD)q[i] << low;
-    } else if (b == 8) {
-        for (int64_t i = 0; i < n; i++) raw[i] |= (WORD)((WORD)p[at + i] << low);
-    } else if (b == 4 && !(at & 1)) {
+#define WHOLE(kind, as) for (int64_t i = 0; i < n; i++) raw[i] |= (WORD)((as)((const kind *)p)[at + i] << low)
+    if (b == 32) WHOLE(uint32_t, uint64_t);
+    else if (b == 16) WHOLE(uint16_t, WORD);
+    else if (b == 8) WHOLE(uint8_t, WORD);
+    else if (b == 4 && !(at & 1)) {
         const uint8_t *q = p + (at >> 1);
         for (int64_t i = 0; i < n >> 1; i++) {
             raw[2 * i] |= (WORD)((WORD)(q[i] & 15) << low);
@@ -122,6 +114,7 @@ static void OF(add_plane)(const uint8_t *p, int b, int low, int64_t at, int64_t 
         for (int64_t i = 0; i < n; i++)
             raw[i] |= (WORD)((WORD)(p[(at + i) >> lg] >> ((at + i) & (per - 1)) * b & mask) << low);
     }
+#undef WHOLE
 }
 
 /* raw[i] = bits of element at + i from the planes of `r` bits together, largest first, lowest bits in the largest */

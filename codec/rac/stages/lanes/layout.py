@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.container import zstd
 from rac.errors import FormatError
 from rac.grid import up16
-from rac.stages.base import Array
+from rac.native.prototypes import Array
 from rac.stages.lanes.parameters import Lanes
 
 
@@ -47,8 +48,7 @@ class Tile:
     counts: NDArray[np.uint16]
     words: NDArray[np.uint32]
     escapes: NDArray[np.uint8]
-    planes: list[int]
-    """Offsets of the raw planes."""
+    planes: list[int]  # offsets of the raw planes
 
 
 def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
@@ -77,8 +77,8 @@ def parse_tile(unit: Array, n: int, p: Lanes) -> Tile:
     return Tile(counts, coded, unit[e : e + escapes], planes)
 
 
-def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, int], bytes]) -> Array:
-    """`unit` with its compressed planes (frames shorter than the plane) replaced by plain ones."""
+def plain_tile(unit: Array, n: int, p: Lanes) -> Array:
+    """`unit` with its compressed planes (frames shorter than the plane) replaced by plain ones, and their sizes."""
     if len(unit) < p.directory:
         raise FormatError("tile is shorter than its directory")
     stored = unit[4 : 4 + p.skip].view("<u4").tolist()
@@ -92,12 +92,13 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
         raise FormatError("tile streams do not fill the unit exactly")
     out = np.zeros(at + sum(map(up16, sizes)), np.uint8)
     out[:at] = unit[:at]
+    out[4 : 4 + p.skip] = np.array(sizes, "<u4").view(np.uint8)
     to = at
     for a, b in zip(stored, sizes, strict=True):
         data = unit[at : at + a]
         if unit[at + a : at + up16(a)].any():
             raise FormatError("padding is not zero")
-        out[to : to + b] = data if a == b else np.frombuffer(decompress(data.data, b), np.uint8)
+        out[to : to + b] = data if a == b else np.frombuffer(zstd.decompress(data.data, b), np.uint8)
         at, to = at + up16(a), to + up16(b)
     return out
 
@@ -105,16 +106,13 @@ def plain_tile(unit: Array, n: int, p: Lanes, decompress: Callable[[memoryview, 
 def build_tile(
     words: Array, counts: Array, escapes: bytes, planes: Sequence[bytes | memoryview], p: Lanes
 ) -> memoryview:
-    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, raw planes as stored.
-
-    The copies are numpy's, which makes them outside the interpreter's lock.
-    """
+    """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, planes as stored."""
     directory = len(escapes).to_bytes(4, "little")
     if p.packed:
         directory += np.array([len(plane) for plane in planes], "<u4").tobytes()
     directory += counts.astype("<u2").tobytes()
     pieces = [np.frombuffer(d, np.uint8) for d in (directory, words.astype("<u4", copy=False), escapes, *planes)]
-    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)
+    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)  # numpy copies outside the interpreter's lock
     at = 0
     for piece in pieces:
         end = at + len(piece)
@@ -130,12 +128,9 @@ class Order:
 
     rows: NDArray[np.int32] | None
     cols: NDArray[np.int32] | None
-    blocks: NDArray[np.int64]
-    """(B, 5): table, first and last + 1 place in `rows`, the same in `cols`."""
-    sizes: NDArray[np.int64]
-    """(S,) elements of each segment: all blocks of one table."""
-    segments: NDArray[np.int64]
-    """(S, 2): coded symbols, table."""
+    blocks: NDArray[np.int64]  # (B, 5): table, first and last + 1 place in `rows`, the same in `cols`
+    sizes: NDArray[np.int64]  # (S,) elements of each segment: all blocks of one table
+    segments: NDArray[np.int64]  # (S, 2): coded symbols, table
 
 
 def order(p: Lanes, row_class: Array | None, col_class: Array | None, h: int, w: int, table: Array) -> Order:

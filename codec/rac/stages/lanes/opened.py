@@ -1,11 +1,12 @@
-"""lanes/1: the shared unit, and tiles to words: jobs of the C kernel, numba, or the reference (constriction)."""
+"""lanes/1: the shared unit, and tiles to words: jobs of the C kernel, or numba and numpy."""
 
 from __future__ import annotations
 
 import copy
 import ctypes
 import threading
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,42 +16,31 @@ from rac.container import zstd
 from rac.entropy import tables
 from rac.errors import FormatError
 from rac.grid import Box, Grid
-from rac.stages.base import Array, OpenCoder
+from rac.native.prototypes import Array
+from rac.stages.base import Job, OpenCoder, Pair
 from rac.stages.lanes import layout
-from rac.stages.lanes.parameters import Lanes
+from rac.stages.lanes.parameters import Lanes, bases, codes
 
 
 class OpenLanes(OpenCoder):
-    """The shared unit of a record: frequency tables, class of every row and column, class pair to table.
+    """The shared unit of a record: frequency tables, class of every row and column, class pair to table."""
 
-    Attributes:
-        p: The parameters.
-        freq: (T, symbols) uint16 frequency tables, each of sum 4096.
-        rows: (R,) uint8 class of every row; None where there is one class.
-        cols: (C,) uint8 class of every column; None where there is one class.
-        table: (Kr, Kc) uint8 table of each pair of classes.
-        values: (256,) uint16 top of each base symbol.
-        bases: (256,) uint32 base of each escape.
-        code: (symbols,) uint8 a coded symbol as its base symbol, or as a | b << 4 for a pair.
-        limit: Tops are below it.
-    """
-
-    def __init__(self, unit: bytes, p: Lanes, grid: Grid, reference: bool = False) -> None:
+    def __init__(self, unit: bytes, p: Lanes, grid: Grid) -> None:
         """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
         t, r, c = p.sizes
         if len(unit) != p.front:
             raise FormatError("shared unit does not have the size of its sections")
-        self.p, self.freq = p, tables.from_bytes(unit[:t], p.tables, p.symbols, p.order)
-        self.rows = _classes(unit[t : t + r], grid.rows, p.rows)
-        self.cols = _classes(unit[t + r : t + r + c], grid.cols, p.cols)
-        self.table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)
+        self.p, self.freq = p, tables.from_bytes(unit[:t], p.tables, p.symbols, p.order)  # (T, symbols) uint16
+        self.rows = _classes(unit[t : t + r], grid.rows, p.rows)  # (R,) uint8; None where there is one class
+        self.cols = _classes(unit[t + r : t + r + c], grid.cols, p.cols)  # (C,) uint8; None where there is one class
+        self.table = np.frombuffer(unit, np.uint8, offset=t + r + c).reshape(p.rows, p.cols)  # of each pair of classes
         if (self.table >= p.tables).any():
             raise FormatError("class map names a table that is not there")
-        self.values, self.bases, self.code = p.values(), p.bases(), p.codes()
-        self.limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)
-        self._word, self._reference = grid.word, reference
+        self.values, self.bases, self.code = p.values(), bases(p.escapes), codes(p.base, p.first_escape, p.per)
+        self.limit = 1 << min(16, 8 * grid.word - p.zero - p.sign - p.shift)  # tops are below it
+        self._word = grid.word
         self._lut: NDArray[np.uint32] | None = None
-        self._kernel: LanesKernel | None = None
+        self._kernel: Job | None = None
         self._lock = threading.Lock()
 
     def bare(self) -> Self:
@@ -65,31 +55,34 @@ class OpenLanes(OpenCoder):
             self._lut = tables.lookup(self.freq, self.code)
         return self._lut
 
-    def kernel(self) -> LanesKernel | None:
-        """What makes jobs of the C kernel; None where it was not built, or the reference was asked for."""
-        if self._reference or not native.available():
+    def kernel(self) -> Job | None:
+        """What makes jobs of the C kernel; None where it was not built."""
+        if not native.available():
             return None
         with self._lock:  # a second set of tables would be freed while jobs have its address
             if self._kernel is None:
-                self._kernel = LanesKernel(self, self._word)
+                p, kept = self.p, (self.lut(), self.values, self.bases, self.table)
+                form = p.rows, p.cols, p.skip, p.lanes, p.per, self._word, p.zero, p.sign, p.shift, p.raw
+                shared = native.TileShared(
+                    *[native.address(a) for a in kept], *form, p.base, p.first_escape, self.limit
+                )
+                at = native.address(self.rows), native.address(self.cols), ctypes.addressof(shared)
+                self._kernel = partial(_job, (shared, *kept, self.rows, self.cols), at)
             return self._kernel
 
     def plain(self, unit: Array, box: Box) -> Array:
         """The unit (bytes,) uint8 of a tile with plain planes; FormatError where a frame is damaged."""
-        p, n = self.p, (box.r1 - box.r0) * (box.c1 - box.c0)
-        if not p.packed or not p.raw:
+        if not self.p.skip:
             return unit
-        out = layout.plain_tile(unit, n, p, zstd.decompress)
-        if out is not unit:
-            out[4 : 4 + p.skip] = np.array(p.plane_sizes(n), "<u4").view(np.uint8)
-        return out
+        return layout.plain_tile(unit, (box.r1 - box.r0) * (box.c1 - box.c0), self.p)
 
     def decode(self, unit: Array, box: Box, dst: Array, plain: bool = False) -> None:
         """Decode one tile unit (bytes,) uint8 into `dst`, a (h, w) view of words, without the C kernel."""
         p, (h, w) = self.p, dst.shape
         unit, order = self.plain(unit, box), self.order(box)
         tile = layout.parse_tile(unit, h * w, p)
-        tops = self._tops(_elements(self._symbols(tile, order), p, order), tile)
+        coded = native.ans_decode(self.lut(), tile.words, tile.counts, order.segments, int(order.segments[:, 0].sum()))
+        tops = self._tops(_elements(coded, p, order), tile)
         planes = [unit.data[a : a + n] for a, n in zip(tile.planes, p.plane_sizes(h * w), strict=True)]
         flat = layout.join(tops, layout.unpack_planes(planes, h * w, p.planes()), p, dst.itemsize)
         rows = np.arange(h) if order.rows is None else order.rows
@@ -106,15 +99,6 @@ class OpenLanes(OpenCoder):
         cols = None if self.cols is None else self.cols[c0:c1]
         return layout.order(self.p, rows, cols, r1 - r0, c1 - c0, self.table)
 
-    def _symbols(self, tile: layout.Tile, order: layout.Order) -> Array:
-        """`code` of every coded symbol, in sequence order."""
-        coded = int(order.segments[:, 0].sum())
-        if self._reference:
-            from rac.stages.lanes.reference import lanes
-
-            return self.code[lanes(tile, self.freq, order.segments, coded)]
-        return native.ans_decode(self.lut(), tile.words, tile.counts, order.segments, coded)
-
     def _tops(self, base: Array, tile: layout.Tile) -> NDArray[np.uint64]:
         """Tops (n,) of base symbols (n,) in sequence order."""
         tops = self.values[base].astype(np.uint64)
@@ -127,31 +111,12 @@ class OpenLanes(OpenCoder):
         return tops
 
 
-class LanesKernel:
-    """Makes jobs of the C kernel for the tiles of one tensor; keeps alive what their addresses point to."""
-
-    def __init__(self, of: OpenLanes, word: int) -> None:
-        p = of.p
-        self._kept = (of.lut(), of.values, of.bases, of.table, of.rows, of.cols)
-        self._rows, self._cols = native.address(of.rows), native.address(of.cols)
-        self._shared = native.TileShared(
-            *(native.address(a) for a in self._kept[:4]),
-            *(p.rows, p.cols, p.skip, p.lanes, p.per, word, p.zero, p.sign, p.shift, p.raw, p.base, p.first_escape),
-            of.limit,
-        )
-        self._at = ctypes.addressof(self._shared)
-
-    def job(
-        self, unit: tuple[int, int], box: Box, place: tuple[int, int], numbers: tuple[int, int, int] | None
-    ) -> native.TileJob:
-        """The job of one tile, see `rac.stages.base.Kernel`."""
-        r0, r1, c0, c1 = box
-        rows, cols = self._rows and self._rows + r0, self._cols and self._cols + c0
-        row, col, what = numbers or (0, 0, 0)
-        to, stride = place
-        return native.TileJob(
-            *unit, rows, cols, to, r1 - r0, c1 - c0, stride, self._at, what, row + 4 * r0, col + 4 * c0
-        )
+def _job(kept: Any, at: tuple[int, int, int], unit: Pair, box: Box, place: Pair, numbers: Any) -> native.TileJob:
+    """A `Job`; the addresses `at`, of classes of rows and of columns and of TileShared, lead to what is `kept`."""
+    (by_row, by_col, shared), (r0, r1, c0, c1), (to, stride) = at, box, place
+    rows, cols = by_row and by_row + r0, by_col and by_col + c0
+    row, col, what = numbers or (0, 0, 0)
+    return native.TileJob(*unit, rows, cols, to, r1 - r0, c1 - c0, stride, shared, what, row + 4 * r0, col + 4 * c0)
 
 
 def _classes(data: bytes, n: int, k: int) -> NDArray[np.uint8] | None:

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from rac.errors import FormatError
 from rac.grid import Grid, is_int
-from rac.stages.base import Array, Coder, Context, Head, OpenCoder, check
+from rac.native.prototypes import Array
+from rac.stages.base import Coder, Context, Head, OpenCoder, check
 
 MAX_LANES = 1024
-MAX_BASE = 16
-"""Base symbols that pairs may be made of."""
+MAX_BASE = 16  # base symbols that pairs may be made of
 
 
+@functools.cache
 def cut_planes(raw: int) -> list[tuple[int, int]]:
-    """(bits, position of its lowest bit) of each plane of `raw` bits, largest first."""
+    """(bits, position of its lowest bit) of each plane of `raw` bits, largest first. Not to be written to."""
     sizes = [b for b in (32, 16, 8, 4, 2, 1) if raw & b]
     return [(b, sum(sizes[:k])) for k, b in enumerate(sizes)]
 
@@ -41,14 +42,16 @@ def _values(runs: tuple[int, ...]) -> NDArray[np.uint16]:
 
 
 @functools.lru_cache(64)
-def _bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+def bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
+    """(256,) base of each escape. Not to be written to."""
     out = np.zeros(256, np.uint32)
     out[: len(escapes)] = escapes
     return out
 
 
 @functools.lru_cache(64)
-def _codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+def codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+    """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
     both = _pairs(base, first_escape, per)
     return np.ascontiguousarray(both[:, 0] | both[:, -1] << np.uint8(4) if per == 2 else both[:, 0])
 
@@ -122,14 +125,6 @@ class Lanes(Coder):
         """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
         return _pairs(self.base, self.first_escape, self.per)
 
-    def bases(self) -> NDArray[np.uint32]:
-        """(256,) base of each escape. Not to be written to."""
-        return _bases(self.escapes)
-
-    def codes(self) -> NDArray[np.uint8]:
-        """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
-        return _codes(self.base, self.first_escape, self.per)
-
     def steps(self, elements: Array | int) -> Array:
         """Coded symbols of a segment of so many elements."""
         out: Array = -(-np.asarray(elements) // self.per)
@@ -173,11 +168,11 @@ class Lanes(Coder):
         small |= {"sign": bool(head["sign"]), "packed": bool(head["packed"])}
         return cls(**small, runs=tuple(runs), escapes=tuple(escapes), sizes=tuple(sizes))
 
-    def open(self, unit: bytes, grid: Grid, reference: bool) -> OpenCoder:
+    def open(self, unit: bytes, grid: Grid) -> OpenCoder:
         """Parse the shared unit (stages/lanes.md, "Shared unit"); FormatError where it breaks the format."""
         from rac.stages.lanes.opened import OpenLanes
 
-        return OpenLanes(unit, self, grid, reference)
+        return OpenLanes(unit, self, grid)
 
     def details(self) -> dict[str, int]:
         """Number of classes and of tables."""

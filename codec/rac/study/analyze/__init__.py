@@ -1,11 +1,1 @@
-"""What bases do to the weights of a model: `rac analyze`.
-
-report = analyze("model", text)          # a map of plain numbers: json.dumps(report)
-html(report), draw(report, "report.png")
-"""
-
-from rac.study.analyze.bases import Rotations, read_rotations
-from rac.study.analyze.model import analyze
-from rac.study.analyze.report import html
-
-__all__ = ["Rotations", "analyze", "html", "read_rotations"]
+"""What bases do to the weights of a model (`rac analyze`): a map of plain numbers, a page and a picture of it."""

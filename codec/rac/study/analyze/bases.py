@@ -19,15 +19,13 @@ from numpy.typing import NDArray
 
 from rac.align import Pca, pca
 from rac.errors import SourceError
-from rac.linalg import hadamard
+from rac.linalg.transform import Transform
 from rac.linalg.triangular import Triangular, damped, triangular
+from rac.records import Online
 
 Array = NDArray[Any]
 F32 = np.float32
-SEED = 0
-"""Seed of the signs of the Hadamard matrix of the inputs; that of the outputs has the next."""
-ORTHOGONAL = 1e-3
-"""Most that R^T R of a given rotation may be off 1."""
+SEED = 0  # seed of the signs of the Hadamard matrix of the inputs; that of the outputs has the next
 NAMES = {
     "original": "original",
     "hadamard": "Hadamard, inputs",
@@ -49,8 +47,7 @@ TEXTS = {
     "triangular": "The columns as they are, errors fed back through the Cholesky factor L of the inputs' second "
     "moment, steps inverse to L_jj (WaterSIC, arXiv 2603.04956). A file needs nothing more.",
 }
-ALIGNED = ("pca", "triangular")
-"""Those that follow the inputs."""
+ALIGNED = ("pca", "triangular")  # those that follow the inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +55,13 @@ class Basis:
     """A matrix in one basis, and what errors cost there."""
 
     id: str
-    matrix: NDArray[np.float32]
-    """(R, C) V."""
-    weight: NDArray[np.float64]
-    """(C,) what steps are inverse to."""
-    second: Array
-    """(C, C), or (C,) where it is diagonal: second moment of T x."""
-    cost: float
-    """Mean cost of an error of one step in each element, steps being 1 / weight: less where errors are fed back."""
+    matrix: NDArray[np.float32]  # (R, C) V
+    weight: NDArray[np.float64]  # (C,) what steps are inverse to
+    second: Array  # (C, C), or (C,) where it is diagonal: second moment of T x
+    cost: float  # mean cost of an error of one step, 1 / weight, in each element: less where errors are fed back
     recursion: Triangular | None = None
-    whitened: NDArray[np.float32] | None = None
-    """(R, C) whose singular values are those of the outputs; None: those of `coded` are meant."""
-    entries: int = 0
-    """Numbers that a file must hold for this basis alone."""
+    whitened: NDArray[np.float32] | None = None  # (R, C) with the singular values of the outputs; None: `coded` has
+    entries: int = 0  # numbers that a file must hold for this basis alone
 
     @property
     def coded(self) -> NDArray[np.float32]:
@@ -96,18 +87,12 @@ class Rotations:
     """Learned rotations of one file: R1 of the residual stream, R2 of the values of each layer's heads."""
 
     name: str
-    r1: NDArray[np.float32]
-    """(hidden, hidden): what reads the stream has W R1^T, its input is R1 x."""
-    r2: Mapping[str, NDArray[np.float32]]
-    """By layer number: (head, head), of the inputs of the output projection, head by head."""
+    r1: NDArray[np.float32]  # (hidden, hidden): what reads the stream has W R1^T, its input is R1 x
+    r2: Mapping[str, NDArray[np.float32]]  # by layer: (head, head), of the output projection's inputs, head by head
 
 
 def read_rotations(path: str, name: str) -> Rotations:
-    """Rotations that `rac.methods.rotations` has learned: a .rac file that carries them, or a file of theirs alone.
-
-    Raises:
-        RacError: As `rac.methods.rotations.load`.
-    """
+    """Rotations that `rac.methods.rotations` has learned: a .rac file that carries them, or a file of theirs alone."""
     from rac.methods.rotations import load
 
     found = load(path)
@@ -117,7 +102,7 @@ def read_rotations(path: str, name: str) -> Rotations:
 def turned(x: Array, seed: int) -> Array:
     """Multiply x (..., n) by the randomised Hadamard matrix, (D H^T) on the right."""
     n = x.shape[-1]
-    return np.asarray(hadamard.transform(x * hadamard.signs(seed, n), n))
+    return np.asarray(Transform(Online("hadamard/1", n, 1, seed), n).apply(x))
 
 
 def _both(x: Array, seed: int) -> NDArray[np.float32]:
@@ -135,18 +120,17 @@ def _mean_cost(second: Array) -> float:
 
 
 class Inputs:
-    """What is known of the inputs of matrices that share them; what is made of it is made once.
+    """What is known of the C = `width` inputs of matrices that share them; what is made of it is made once.
 
-    Args:
-        width: C.
-        fit: (C, C) second moment, from which bases are made; None: not known, errors of weights count.
-        judge: (C, C) second moment on other text, by which errors are measured; None as `fit` is.
-        gain: (C,) of the norm in front; one with an element near 0 is not fused.
-        damp: As of `rac.linalg.triangular`.
+    `fit` is their second moment (C, C), from which bases are made, `judge` that on other text, by which errors are
+    measured; both None: not known, errors of weights count. `gain` (C,) is that of the norm in front; one with an
+    element near 0 is not fused. `damp` is as in `rac.linalg.triangular`.
     """
 
     def __init__(self, width: int, fit: Array | None, judge: Array | None, gain: Array | None, damp: float) -> None:
-        self.width, self.fit, self.judge, self.damp = width, fit, judge, damp
+        self.width, self.damp = width, damp
+        self.fit: Any = fit
+        self.judge: Any = judge
         near = gain is None or float(np.abs(gain).min()) <= 1e-6 * float(np.abs(gain).max())
         self.gain = None if near or gain is None else gain.astype(np.float64)
 
@@ -173,19 +157,16 @@ class Inputs:
     @functools.cached_property
     def feedback(self) -> Triangular:
         """The recursion behind a Hadamard matrix."""
-        assert self.fit is not None  # noqa: S101
         return triangular(_both(self.without_gain(damped(self.fit, self.damp)), SEED), 0.0)
 
     @functools.cached_property
     def triangular(self) -> Triangular:
         """The recursion of the columns as they are."""
-        assert self.fit is not None  # noqa: S101
         return triangular(self.fit, self.damp)
 
     @functools.cached_property
     def pca(self) -> tuple[Pca, NDArray[np.float32]]:
         """Principal directions, and `judge` in their coordinates."""
-        assert self.fit is not None and self.judge is not None  # noqa: PT018, S101
         p = pca(self.fit, self.damp)
         return p, _conjugate(p.basis.astype(F32), self.judge)
 
@@ -194,15 +175,11 @@ class Inputs:
 class Matrix:
     """A weight matrix and what is known of its place in the model."""
 
-    w: NDArray[np.float32]
-    """(R, C)"""
+    w: NDArray[np.float32]  # (R, C)
     inputs: Inputs
-    layer: str = ""
-    """Number of the layer, as text."""
-    values: bool = False
-    """Whether it reads the values of the heads."""
-    reads: bool = False
-    """Whether it reads the residual stream."""
+    layer: str = ""  # number of the layer, as text
+    values: bool = False  # whether it reads the values of the heads
+    reads: bool = False  # whether it reads the residual stream
 
 
 def bases(m: Matrix, rotations: Sequence[Rotations] = ()) -> list[Basis]:
@@ -216,7 +193,7 @@ def bases(m: Matrix, rotations: Sequence[Rotations] = ()) -> list[Basis]:
     v, cost = turned(x.fused(w), SEED), _mean_cost(x.turned)
     out.append(Basis("hadamard", v, one, x.turned, cost))
     out.append(Basis("hadamard2", np.ascontiguousarray(turned(v.T, SEED + 1).T), one, x.turned, cost))
-    out += [b for r in rotations if (b := _learned(m, r)) is not None]
+    out += [_learned(m, r) for r in rotations]
     if x.fit is None or x.judge is None:
         return out
     t = x.feedback
@@ -234,7 +211,7 @@ def _conjugate(u: Array, s: Array) -> NDArray[np.float32]:
     return np.asarray(u @ s @ u.T, F32)
 
 
-def _learned(m: Matrix, r: Rotations) -> Basis | None:
+def _learned(m: Matrix, r: Rotations) -> Basis:
     """The matrix behind learned rotations; the Hadamard matrix where the file has none for its inputs."""
     x, c = m.inputs, m.w.shape[1]
     v = x.fused(m.w)

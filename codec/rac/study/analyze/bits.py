@@ -9,7 +9,7 @@ what it takes at high rate; below LOW bits nothing is corrected.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from rac.study.analyze.bases import Basis, exponents
 from rac.study.analyze.measures import GAUSSIAN, rms
 
 STATES = 8
-NEAR = 0.25
-"""Decibels that the error may be off the reference's."""
+NEAR = 0.25  # decibels that the error may be off the reference's
 LOW = 1.0
+DOUBLE = 10 * math.log10(2)  # decibels of twice the energy
 TRIES = 6
 
 
@@ -28,25 +28,15 @@ TRIES = 6
 class Point:
     """A matrix, quantised and coded."""
 
-    bits: float
-    """Bytes of the units * 8 / weights."""
-    error: float
-    """tr(E S E^T)"""
-    scale: float
-    """log2 of the step, in units of which columns of weight 1 are."""
+    measured: float  # bytes of the units * 8 / weights
+    error: float  # tr(E S E^T)
+    scale: float  # log2 of the step, in units of which columns of weight 1 are
+    off: float = 0.0  # decibels by which the error is above the reference's
 
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Bits of a basis at the error of the reference."""
-
-    bits: float
-    measured: float
-    """Bits of the last try, whose error is `off` decibels above the reference's."""
-    off: float
-    """Decibels by which the error of the last try is above the reference's."""
-    scale: float
-    """log2 of its step."""
+    @property
+    def bits(self) -> float:
+        """Bits at the error of the reference."""
+        return self.measured + self.off / DOUBLE / 2 if self.measured >= LOW else self.measured
 
 
 def at(b: Basis, scale: float) -> Point:
@@ -65,20 +55,20 @@ def reference(b: Basis, rate: float) -> Point:
     return at(b, math.log2(size) + GAUSSIAN - 1 - rate)
 
 
-def equal(b: Basis, ref: Point, first: Basis) -> Found:
-    """The step of basis `b` at the error of `ref`, a point of the basis `first`."""
+def equal(b: Basis, ref: Point, first: Basis) -> Point:
+    """Basis `b` at the error of `ref`, a point of the basis `first`."""
     if b is first:
-        return Found(ref.bits, ref.bits, 0.0, ref.scale)
+        return ref
     scale = ref.scale + 0.5 * math.log2(max(first.cost, 1e-300) / max(b.cost, 1e-300))
     seen: list[tuple[float, float]] = []
     for _ in range(TRIES):
         p = at(b, scale)
         off = math.log2(p.error / ref.error) if p.error > 0 and ref.error > 0 else 0.0
-        if abs(off) <= NEAR / (10 * math.log10(2)):
+        if abs(off) <= NEAR / DOUBLE:
             break
         seen.append((scale, off))
         slope = 2.0  # of log2 of the error, at high rate
         if len(seen) > 1 and (more := scale - seen[-2][0]):
             slope = min(4.0, max(0.5, (off - seen[-2][1]) / more))
         scale -= off / slope
-    return Found(p.bits + off / 2 if p.bits >= LOW else p.bits, p.bits, off * 10 * math.log10(2), p.scale)
+    return replace(p, off=off * DOUBLE)

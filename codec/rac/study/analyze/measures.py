@@ -1,7 +1,4 @@
-"""What is measured of a matrix: its distribution, its spectrum, and where its energy lies.
-
-All take a matrix (R, C), or what is said, of finite floats, and none of them depends on its scale.
-"""
+"""What is measured of a matrix (R, C) of finite floats, whatever its scale: distribution, spectrum, energy."""
 
 from __future__ import annotations
 
@@ -12,14 +9,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)
-"""Differential entropy in bits of a Gaussian of deviation 1."""
-CURVE = 32
-"""Points of an energy curve behind its first, 0."""
-EDGES = np.linspace(-8, 8, 65)
-"""Edges of the bins of `histogram`, in units of the root mean square."""
-TIE = 2.0**-12
-"""Least spacing that counts, in units of the root mean square: weights of 16 bits have ties."""
+GAUSSIAN = 0.5 * math.log2(2 * math.pi * math.e)  # differential entropy in bits of a Gaussian of deviation 1
+CURVE = 32  # points of an energy curve behind its first, 0
+EDGES = np.linspace(-8, 8, 65)  # edges of the bins of `histogram`, in units of the root mean square
+FIGURES = (
+    ("bits", "bits", "bits", ".3f"),
+    ("kurtosis", "kurtosis", "kurtosis", ".2f"),
+    ("kurtosis_rows", "of rows", "of rows", ".2f"),
+    ("outlier", "max / rms", "max/rms", ".1f"),
+    ("effective_rank", "effective rank", "eff. rank", ".0f"),
+    ("stable_rank", "stable rank", "stable", ".1f"),
+    ("top10", "energy, top 10 %", "top 10%", ".1%"),
+    ("gini", "Gini", "Gini", ".3f"),
+    ("output_top10", "output energy, top 10 %", "", ".1%"),
+    ("output_gini", "output Gini", "", ".3f"),
+    ("entropy", "entropy", "entropy", ".3f"),
+    ("entropy_columns", "of columns", "", ".3f"),
+    ("estimate", "bits estimated", "", ".3f"),
+)
+"""Columns of tables: key, head on a page, head on a terminal ("": not there), format."""
+TIE = 2.0**-12  # least spacing that counts, in units of the root mean square: weights of 16 bits have ties
 
 
 def rms(x: Array) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,211 +26,161 @@ from rac.errors import SourceError
 from rac.frameworks import to_framework
 from rac.machine import room
 from rac.methods.transforms.rules import RULES, Rules
+from rac.study import grouped
+from rac.study import role as role_of
 from rac.study.analyze import bits, measures
 from rac.study.analyze.bases import ALIGNED, NAMES, SEED, TEXTS, Basis, Inputs, Matrix, Rotations, bases
 
-VERSION = 1
-"""Version of the report's keys."""
-RATE = 4.0
-TOKENS = 16384
-LARGE = 1 << 22
-"""Weights from which on matrices are measured in processes of their own."""
+Layers = Mapping[str, Layer]
+VERSION = 1  # version of the report's keys
+LARGE = 1 << 22  # weights from which on matrices are measured in processes of their own
 LEARNED = "Columns behind learned rotations, of inputs that the file has none for behind Hadamard; one step for all."
-SAME = {"hadamard-feedback": "hadamard"}
-"""Bases whose matrix is that of another."""
+SAME = {"hadamard-feedback": "hadamard"}  # bases whose matrix is that of another
 SPECTRUM = {"hadamard2": "hadamard", "hadamard-feedback": "hadamard", "triangular": "pca"}
 """Bases whose singular values are those of another."""
-LEVELS = (
-    "kurtosis",
-    "kurtosis_rows",
-    "outlier",
-    "effective_rank",
-    "stable_rank",
-    "top1",
-    "top10",
-    "gini",
-    "output_top10",
-    "output_gini",
-    "entropy",
-    "entropy_columns",
-    "bits",
-    "estimate",
-)
+LEVELS = (*(key for key, *_ in measures.FIGURES), "top1")
 """Figures of a basis that have means; `bits` and `estimate` by weights, the others by matrices."""
-FINE = (2.7, 3.3)
-"""Kurtosis of what counts as Gaussian: 3 +- 0.3."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a matrix stands in a model."""
-
-    block: str
-    role: str
-    gain: str | None
-    add: float
-    values: bool
-    reads: bool
+FINE = (2.7, 3.3)  # kurtosis of what counts as Gaussian: 3 +- 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A matrix to measure."""
+    """A matrix to measure, and where it stands in the model."""
 
     tensor: SourceTensor
-    place: _Place
+    block: str
+    role: str
+    norm: str | None  # name of the gain in front of its inputs
     gain: measures.Array | None
+    values: bool
+    reads: bool
     fit: Layer | None
     judge: Layer | None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is measured, and how."""
+
+    tokens: int = 16384  # most tokens of the text to use
+    layers: str = "*"  # pattern (fnmatch) of the names of matrices
+    rotations: tuple[Rotations, ...] = ()  # learned ones
+    rate: float = 4.0  # bits per weight of the original basis, about, whose error is that of all
+    seen: bool = False  # find the bases on all tokens, and judge by the same: what is learned by heart counts then
+    cache: str | None = None  # where calibrations are kept; None: nowhere
+    jobs: int | None = None  # matrices at a time; None: one for each core, at most 8
+
+
 def analyze(
-    path: str | os.PathLike[str],
-    text: str | None = None,
-    *,
-    tokens: int = TOKENS,
-    layers: str = "*",
-    rotations: Sequence[Rotations] = (),
-    rate: float = RATE,
-    seen: bool = False,
-    cache: str | None = None,
-    jobs: int | None = None,
-    note: Note | None = None,
+    path: str | os.PathLike[str], text: str | None = None, asked: Asked | None = None, note: Note | None = None
 ) -> dict[str, Any]:
     """Measure every large matrix of a model in every basis.
 
-    With a text the model reads `tokens` of it, half of them to find the bases and half to judge their errors by.
-
-    Args:
-        path: What can be packed; with `text` a Hugging Face model folder.
-        text: A text; None: errors of weights count alike, and there are no aligned bases.
-        tokens: Most tokens of the text to use.
-        layers: Pattern (fnmatch) of the names of matrices.
-        rotations: Learned ones.
-        rate: Bits per weight of the original basis, about, whose error is that of all.
-        seen: Find the bases on all tokens, and judge by the same: what is learned by heart counts then.
-        cache: Where calibrations are kept; None: nowhere.
-        jobs: Matrices at a time; None: one for each core, at most 8.
-        note: Progress.
-
-    Returns:
-        The report, of numbers, texts, lists and maps; figures that there are not (of a matrix of zeros) are None.
-
-    Raises:
-        SourceError: No model, no matrix to measure, a text that is too short, NaN or infinity.
-        MissingDependencyError: As of `calibrate`.
+    With a text `path` is a Hugging Face model folder, and the model reads some of the text, half of it to find the
+    bases and half to judge their errors by. Without one errors of weights count alike, and there are no aligned bases.
+    The report is of numbers, texts, lists and maps; figures that there are not (of a matrix of zeros) are None.
+    SourceError where there is no model, no matrix to measure, a text that is too short, NaN or infinity.
     """
-    start, tell = time.monotonic(), note or (lambda *_: None)
-    if tokens < 2 or not 1 <= rate <= 7:
+    start, tell, asked = time.monotonic(), note or (lambda *_: None), asked or Asked()
+    if asked.tokens < 2 or not 1 <= asked.rate <= 7:
         raise ValueError("tokens must be at least 2, and bits within 1 and 7")
     source = open_source(path)
     every = [t for t in source.tensors if quantisable(t)]
-    wanted = [t for t in every if fnmatchcase(t.name, layers)]
+    wanted = [t for t in every if fnmatchcase(t.name, asked.layers)]
     if not wanted:
-        why = f"none of its {len(every)} matrices matches {layers!r}" if every else "holds no large matrix of floats"
-        raise SourceError(why, file=os.fspath(path))
-    fit: Mapping[str, Layer] = {}
-    judge: Mapping[str, Layer] = {}
-    read = 0
-    if text is not None:
-        each: dict[str, Any] = {"fisher": False, "cache": cache, "note": tell}
-        if seen:
-            fit = judge = all_of = calibrate(path, text, tokens=tokens, **each)
-            read = all_of.tokens
-        else:
-            middle = len(text) // 2
-            one, two = (calibrate(path, t, tokens=tokens // 2, **each) for t in (text[:middle], text[middle:]))
-            fit, judge, read = one, two, one.tokens + two.tokens
+        why = f"none of its {len(every)} matrices matches {asked.layers!r}"
+        raise SourceError(why if every else "holds no large matrix of floats", file=os.fspath(path))
+    fit, judge, read = ({}, {}, 0) if text is None else _calibrated(path, text, asked, tell)
     calibrated = time.monotonic()
-    rules, places = _rules(source), {t.name: _place(t.name, _rules(source)) for t in wanted}
-    by_name = {t.name: t for t in source.tensors}
-    gains: dict[str | None, measures.Array] = {
-        p.gain: _gain(by_name[p.gain], p.add) for p in places.values() if p.gain in by_name
-    }
-    groups: dict[Any, list[_Job]] = {}
-    for t in wanted:
-        layer, other, place = fit.get(t.name), judge.get(t.name), places[t.name]
-        key = t.name if layer is None else (_digest(layer), place.gain)
-        groups.setdefault(key, []).append(_Job(t, place, gains.get(place.gain), layer, other))
-    work = [(_need(jobs_), (jobs_, tuple(rotations), rate)) for jobs_ in groups.values()]
-    total, done, found = sum(math.prod(t.shape) for t in wanted), 0, []
-    tell("measuring weights", 0, total)
-    jobs = max(1, jobs or min(os.cpu_count() or 1, workers.THREADS))
-    # Processes have one BLAS thread each; those of one process wait for each other in loops, which took 4 times as long
-    pool = workers.start(jobs, jobs > 1 and total >= LARGE)
-    try:
-        for some in workers.run(pool, _group, work, room()):
-            found += some
-            done += sum(math.prod(one["shape"]) for one in some)
-            tell("measuring weights", done, total)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    order = {t.name: (int(places[t.name].block or -1), i) for i, t in enumerate(wanted)}  # files sort 10 before 2
-    found.sort(key=lambda one: order[one["name"]])
+    rules, named = _rules(source), {t.name: t for t in source.tensors}
+    found = _measured([_job(t, named, rules, fit, judge) for t in wanted], asked, tell)
     about: dict[str, Any] = {
         "version": VERSION,
         "model": os.path.basename(os.path.normpath(os.fspath(path))),
         "matrices": len(found),
         "of": len(every),
-        "layers": layers,
-        "weights": total,
+        "layers": asked.layers,
+        "weights": sum(math.prod(t.shape) for t in wanted),
         "tokens": read,
         "second_moment": "text" if text is not None else "identity",
-        "unreached": _unreached(found) if read else [],
-        "seen": seen,
+        "unreached": [one["name"] for one in found if not one["inputs"]] if read else [],
+        "seen": asked.seen,
         "damp": DAMP,
-        "rate": rate,
+        "rate": asked.rate,
         "states": bits.STATES,
         "seed": SEED,
         "fused": rules is not None,
         "seconds": {"calibration": round(calibrated - start, 1), "all": 0.0},
     }
-    report = summary(about, found, [r.name for r in rotations])
+    report = summary(about, found, [r.name for r in asked.rotations])
     about["seconds"]["all"] = round(time.monotonic() - start, 1)
     return report
 
 
-def _unreached(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [one["name"] for one in found if not one["inputs"]]
+def _calibrated(path: Any, text: str, asked: Asked, note: Note) -> tuple[Layers, Layers, int]:
+    """Layers to find the bases by, layers to judge them by, and the tokens that were read."""
+
+    def read(part: str, tokens: int) -> Any:
+        return calibrate(path, part, tokens=tokens, fisher=False, cache=asked.cache, note=note)
+
+    if asked.seen:
+        every = read(text, asked.tokens)
+        return every, every, every.tokens
+    middle = len(text) // 2
+    one, two = (read(part, asked.tokens // 2) for part in (text[:middle], text[middle:]))
+    return one, two, one.tokens + two.tokens
+
+
+def _job(t: SourceTensor, named: Mapping[str, SourceTensor], rules: Rules | None, fit: Layers, judge: Layers) -> _Job:
+    numbers = re.search(r"(?:^|\.)(\d+)\.", t.name)
+    block = numbers[1] if numbers else ""
+    role = role_of(t.name).removesuffix(".weight").rpartition("*.")[2]
+    norm, gain, values = None, None, False
+    if rules is not None and numbers:
+        path = t.name[numbers.end() :].removesuffix(".weight")
+        norms = ((rules.attention_in, rules.attention_norm), (rules.mlp_in, rules.mlp_norm))
+        norm = next((f"{t.name[: numbers.end()]}{norm}.weight" for into, norm in norms if norm and path in into), None)
+        values = path == rules.attention_out
+        if of := named.get(norm or ""):
+            gain = to_framework(of.read(0, of.nbytes), of.dtype, of.shape, "np").astype(np.float64) + rules.unit
+    return _Job(t, block, role, norm, gain, values, norm is not None, fit.get(t.name), judge.get(t.name))
+
+
+def _measured(jobs: Sequence[_Job], asked: Asked, tell: Note) -> list[dict[str, Any]]:
+    """The figures of all matrices in the order of the blocks; those of one input are measured together."""
+
+    def of_input(job: _Job) -> Any:
+        if job.fit is None:
+            return job.tensor.name
+        return zstd.digest(np.ascontiguousarray(job.fit.second).reshape(-1).view(np.uint8).data), job.norm
+
+    work = []
+    for some in grouped(jobs, of_input).values():
+        need = max(64 * math.prod(j.tensor.shape) + 100 * j.tensor.shape[-1] ** 2 for j in some)  # bytes, about
+        work.append((need, (some, asked.rotations, asked.rate)))
+    total, done = sum(math.prod(job.tensor.shape) for job in jobs), 0
+    found: dict[str, dict[str, Any]] = {}
+    tell("measuring weights", 0, total)
+    threads = max(1, asked.jobs or min(os.cpu_count() or 1, workers.THREADS))
+    # Processes have one BLAS thread each; those of one process wait for each other in loops, which took 4 times as long
+    pool = workers.start(threads, threads > 1 and total >= LARGE)
+    try:
+        for ones in workers.run(pool, _group, work, room()):
+            found |= {one["name"]: one for one in ones}
+            done += sum(math.prod(one["shape"]) for one in ones)
+            tell("measuring weights", done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    in_order = sorted(jobs, key=lambda job: int(job.block or -1))  # files sort 10 before 2
+    return [found[job.tensor.name] for job in in_order]
 
 
 def _rules(source: Source) -> Rules | None:
     """Rules of the architecture that the folder's config.json states; None where it states none that is known."""
-    for a in source.attachments:
-        if a.name == "config.json":
-            try:
-                return RULES.get(json.loads(a.read()).get("model_type"))
-            except (ValueError, AttributeError):
-                return None
+    with contextlib.suppress(ValueError, AttributeError, StopIteration):
+        config = next(a for a in source.attachments if a.name == "config.json")
+        return RULES.get(json.loads(config.read()).get("model_type"))
     return None
-
-
-def _place(name: str, rules: Rules | None) -> _Place:
-    numbers = re.search(r"(?:^|\.)(\d+)\.", name)
-    block = numbers[1] if numbers else ""
-    role = re.sub(r"(?<![^.])\d+(?![^.])", "*", name).removesuffix(".weight").rpartition("*.")[2]
-    if rules is None or not numbers:
-        return _Place(block, role, None, 0.0, False, False)
-    prefix = name[: numbers.end()]
-    path = name.removeprefix(prefix).removesuffix(".weight")
-    norms = [(rules.attention_in, rules.attention_norm), (rules.mlp_in, rules.mlp_norm)]
-    norm = next((n for into, n in norms if path in into), None)
-    gain = f"{prefix}{norm}.weight" if norm else None
-    return _Place(block, role, gain, rules.unit, path == rules.attention_out, norm is not None)
-
-
-def _gain(t: SourceTensor, add: float) -> measures.Array:
-    return np.asarray(to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")).astype(np.float64) + add
-
-
-def _digest(layer: Layer) -> bytes:
-    """XXH3-128 of the second moment: matrices of one input are measured together."""
-    return zstd.digest(np.ascontiguousarray(layer.second).reshape(-1).view(np.uint8).data)
-
-
-def _need(jobs: Sequence[_Job]) -> int:
-    """About the bytes that measuring matrices of one input takes."""
-    return max(64 * math.prod(j.tensor.shape) + 100 * j.tensor.shape[-1] ** 2 for j in jobs)
 
 
 def _group(jobs: Sequence[_Job], rotations: tuple[Rotations, ...], rate: float) -> list[dict[str, Any]]:
@@ -253,27 +204,21 @@ def _tensor(
     job: _Job, first: str, w: NDArray[np.float32], inputs: Inputs, rotations: tuple[Rotations, ...], rate: float
 ) -> dict[str, Any]:
     """All of one matrix; `first` of its input names that."""
-    place = job.place
-    made = bases(Matrix(w, inputs, place.block, place.values, place.reads), rotations) if w.any() else []
+    made = bases(Matrix(w, inputs, job.block, job.values, job.reads), rotations) if w.any() else []
     out: dict[str, Any] = {}
     ref = bits.reference(made[0], rate) if made else None
     for b in made:
         assert ref is not None  # noqa: S101
         at, mine = bits.equal(b, ref, made[0]), _measures(b, out)
-        mine |= {
-            "bits": at.bits,
-            "measured": at.measured,
-            "off": at.off,
-            "basis_entries": b.entries,
-            "estimate": mine["entropy_columns"] + math.log2(mine["rms"]) - at.scale - 1,
-        }
+        mine |= {"bits": at.bits, "measured": at.measured, "off": at.off, "basis_entries": b.entries}
+        mine["estimate"] = mine["entropy_columns"] + math.log2(mine["rms"]) - at.scale - 1
         out[b.id] = {key: _plain(v) for key, v in mine.items()}
     snr = 10 * math.log10(made[0].output(w) / ref.error) if ref and ref.error > 0 else None
     return {
         "name": job.tensor.name,
         "input": first,
-        "block": place.block,
-        "role": place.role,
+        "block": job.block,
+        "role": job.role,
         "shape": list(w.shape),
         "inputs": inputs.fit is not None,
         "gain": inputs.gain is not None,
@@ -325,9 +270,7 @@ def summary(about: dict[str, Any], found: list[dict[str, Any]], learned: Sequenc
     whole = [one for one in found if one["bases"]]
     names = {**NAMES, **{name: f"learned: {name}" for name in learned}}
     used = [key for key in names if any(key in one["bases"] for one in whole)]
-    blocks: dict[str, list[dict[str, Any]]] = {}
-    for one in whole:
-        blocks.setdefault(one["block"], []).append(one)
+    blocks = grouped(whole, lambda one: str(one["block"]))
     rotated = [key for key in used if key not in ("original", *ALIGNED)]
     known = [one for one in whole if one["inputs"]]
     shown = _shown(whole)
@@ -340,13 +283,7 @@ def summary(about: dict[str, Any], found: list[dict[str, Any]], learned: Sequenc
         "bases": [{"id": key, "name": names[key], "text": TEXTS.get(key, LEARNED)} for key in used],
         "model": {key: _means(whole, key) for key in used},
         "blocks": [{"block": b, "bases": {key: _means(ones, key) for key in used}} for b, ones in blocks.items()],
-        "gaussian": {
-            key: {
-                m: sum(_fine(one["bases"][key][m]) for one in whole if key in one["bases"])
-                for m in ("kurtosis", "kurtosis_rows")
-            }
-            for key in used
-        },
+        "gaussian": {key: {m: _fine(whole, key, m) for m in ("kurtosis", "kurtosis_rows")} for key in used},
         "counts": [_count(known, blocks, a, r) for a in ALIGNED for r in rotated if known],
         "histograms": shown,
         "edges": measures.EDGES.tolist(),
@@ -354,8 +291,10 @@ def summary(about: dict[str, Any], found: list[dict[str, Any]], learned: Sequenc
     }
 
 
-def _fine(x: float | None) -> bool:
-    return x is not None and FINE[0] <= x <= FINE[1]
+def _fine(ones: Sequence[Mapping[str, Any]], key: str, figure: str) -> int:
+    """Matrices whose kurtosis in a basis is that of a Gaussian."""
+    found = [one["bases"][key][figure] for one in ones if key in one["bases"]]
+    return sum(x is not None and FINE[0] <= x <= FINE[1] for x in found)
 
 
 def _means(ones: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
@@ -375,22 +314,17 @@ def _count(
     known: Sequence[Mapping[str, Any]], blocks: Mapping[str, Sequence[Mapping[str, Any]]], a: str, r: str
 ) -> dict[str, Any]:
     """Where aligned coordinates take fewer bits than rotated ones."""
-    have = [one for one in known if a in one["bases"] and r in one["bases"]]
-    more = {one["name"]: _plain(one["bases"][a]["bits"] - one["bases"][r]["bits"]) for one in have}
-    by_block = {
-        b: _plain(float(np.average([more[n["name"]] for n in mine], weights=[math.prod(n["shape"]) for n in mine])))
-        for b, ones in blocks.items()
+    have = [(one["name"], one["bases"]) for one in known if a in one["bases"] and r in one["bases"]]
+    more = {name: _plain(found[a]["bits"] - found[r]["bits"]) for name, found in have}
+    means = [
+        _plain(float(np.average([more[n["name"]] for n in mine], weights=[math.prod(n["shape"]) for n in mine])))
+        for ones in blocks.values()
         if (mine := [one for one in ones if one["name"] in more])
-    }
-    return {
-        "aligned": a,
-        "rotated": r,
-        "fewer": sum(v < 0 for v in more.values()),
-        "matrices": len(more),
-        "blocks_fewer": sum(v < 0 for v in by_block.values()),
-        "blocks": len(by_block),
-        "not": {name: v for name, v in more.items() if v >= 0},
-    }
+    ]
+    fewer = {"fewer": sum(v < 0 for v in more.values()), "matrices": len(more)}
+    by_block = {"blocks_fewer": sum(v < 0 for v in means), "blocks": len(means)}
+    worse = {name: v for name, v in more.items() if v >= 0}
+    return {"aligned": a, "rotated": r, **fewer, **by_block, "not": worse}
 
 
 def _shown(ones: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,9 +10,7 @@ from typing import Any
 
 from rac.errors import MissingDependencyError
 from rac.study.analyze.measures import CURVE
-from rac.study.analyze.page import COLOURS
-
-_KNOWN = ("original", "hadamard", "hadamard2", "hadamard-feedback", "pca", "triangular")
+from rac.study.analyze.report import COLOURS, classes
 
 
 def require() -> None:
@@ -22,11 +20,7 @@ def require() -> None:
 
 
 def png(report: Mapping[str, Any]) -> bytes:
-    """Bits by layer, energy curves, a distribution and the map of layers and bases.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
+    """Bits by layer, energy curves, a distribution and the map of layers and bases."""
     require()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -34,16 +28,14 @@ def png(report: Mapping[str, Any]) -> bytes:
     figure = Figure(figsize=(13, 9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     ((bits, energy), (spread, heat)) = figure.subplots(2, 2)
-    learned = [b["id"] for b in report["bases"] if b["id"] not in _KNOWN]
-    every = (*_KNOWN, *learned)
-    colour = {key: COLOURS[f"b{min(i, 8)}"][0] for i, key in enumerate(every)}
+    kinds = classes(b["id"] for b in report["bases"])
     blocks = report["blocks"]
     layers = [x for x in blocks if x["block"]]
     shown = report["histograms"][-1] if report["histograms"] else None
     one = next((t for t in report["tensors"] if t["name"] == shown), None)
     middles = [(a + b) / 2 for a, b in itertools.pairwise(report["edges"])]
     for b in report["bases"]:
-        key, how = b["id"], {"color": colour[b["id"]], "label": b["name"], "lw": 1.4}
+        key, how = b["id"], {"color": COLOURS[kinds[b["id"]]][0], "label": b["name"], "lw": 1.4}
         bits.plot([int(x["block"]) for x in layers], [_number(x["bases"][key]["bits"]) for x in layers], **how)
         if report["model"][key]["curve"] is not None:
             energy.plot([i / CURVE for i in range(CURVE + 1)], report["model"][key]["curve"], **how)
@@ -63,9 +55,8 @@ def png(report: Mapping[str, Any]) -> bytes:
     if values and others:
         most = max((abs(v) for row in values for v in row if v == v), default=1.0) or 1.0
         image = heat.imshow(values, aspect="auto", cmap="BrBG_r", vmin=-most, vmax=most)
-        heat.set_xticks(
-            range(len(others)), [b["name"].replace(" + ", " +\n").replace(", ", ",\n") for b in others], fontsize=8
-        )
+        names = [b["name"].replace(" + ", " +\n").replace(", ", ",\n") for b in others]
+        heat.set_xticks(range(len(others)), names, fontsize=8)
         heat.set(title="bits beyond the original", ylabel="layer")
         figure.colorbar(image, ax=heat)
     figure.suptitle(f"Bases of {report['about']['model']}")

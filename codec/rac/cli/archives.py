@@ -1,0 +1,143 @@
+"""`rac unpack`, `rac verify`, `rac shard` and `rac merge`: commands on whole archives."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import rac
+from rac.cli.terminal import Progress, argument, command, parse_size, size
+from rac.container import shards
+from rac.container.reader import Archive
+from rac.decode.archive import open_archives
+from rac.decode.unpack import tensor_bytes
+
+UNPACK = """\
+Unpack an archive: every tensor bit for bit, every attachment byte for byte.
+
+OUT is a folder, or a single file that ends in .safetensors or .gguf. A weight whose layer needs an online transform is
+written as it is stored, and named: what is written runs only where something applies the transform. `rac.load_model`
+does, and `rac.runtime.fold` puts it into the weights."""
+VERIFY = """\
+Check every checksum and every padding byte, decode everything, and compare the digest of each tensor.
+
+With --against the archive is also compared with its source, tensor for tensor and file for file; of quantised tensors
+the error is measured.
+Exit code 0 means whole (and equal), 1 damaged or different. "-" reads standard input."""
+SHARD = """\
+Cut an archive into shards of at most SIZE bytes each. Records are copied as they are, and checked on the way; a
+tensor that is larger than SIZE has a shard of its own."""
+MERGE = """\
+Join a set of shards. Records are copied as they are, and checked on the way; what `rac shard` has cut comes back byte
+for byte."""
+
+
+@contextmanager
+def opened(src: str) -> Iterator[list[Archive]]:
+    """The archives of a set, closed behind."""
+    archives = open_archives(src)
+    try:
+        yield archives
+    finally:
+        for archive in archives:
+            archive.close()
+
+
+def dense(archives: Sequence[Archive]) -> int:
+    """Bytes of all tensors, decoded."""
+    return sum(tensor_bytes(e) for a in archives for e in a.index.entries)
+
+
+def add_unpack(p: argparse.ArgumentParser) -> None:
+    """Add `rac unpack`."""
+    command(p, unpack, UNPACK)
+    argument(p, "src IN.rac", "the archive, or one shard of a set")
+    argument(p, "-o --output OUT", "folder or file to write", required=True)
+    argument(p, "-j --jobs N", "threads (default: one per core, at most 8)", type=int)
+    argument(p, "--force", "replace existing files")
+
+
+def unpack(args: argparse.Namespace) -> int:
+    """Unpack, and name what was written."""
+    with opened(args.src) as archives:
+        total = dense(archives)
+    online: dict[str, list[str]] = {}
+
+    def needs(name: str, about: str) -> None:
+        online.setdefault(about, []).append(name)
+
+    with Progress("unpacking", total) as progress:
+        paths = rac.unpack(args.src, args.output, force=args.force, threads=args.jobs, progress=progress, online=needs)
+    for path in paths:
+        print(path)
+    for about, names in online.items():
+        print(f"needs an online transform ({about}): {', '.join(names)}", file=sys.stderr)
+    return 0
+
+
+def add_verify(p: argparse.ArgumentParser) -> None:
+    """Add `rac verify`."""
+    command(p, verify, VERIFY)
+    argument(p, "src IN.rac", "the archive, or one shard of a set")
+    argument(p, "--against SRC", "the source that it must be equal to")
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Verify, and say what was seen."""
+    total = 0
+    if args.src != "-":
+        with opened(args.src) as archives:
+            total = dense(archives)
+    start = time.monotonic()
+    with Progress("verifying", total) as progress:
+        seen = rac.verify(args.src, args.against, progress=progress)
+    seconds = time.monotonic() - start
+    equal = f", equal to {args.against}" if args.against else ""
+    if seen.lossy:
+        snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {args.against}"
+        rest = f", the others{equal[1:]}" if args.against and seen.lossy < seen.tensors else ""
+        equal = f", lossy: {seen.lossy} tensors quantised{snr}{rest}"
+    print(
+        f"{args.src}: whole{equal}. {seen.tensors} tensors ({size(seen.dense)}), {seen.attachments} attachments, "
+        f"content {seen.digest.hex()}, {size(seen.dense / max(seconds, 1e-9))}/s"
+    )
+    return 0
+
+
+def add_shard(p: argparse.ArgumentParser) -> None:
+    """Add `rac shard`."""
+    command(p, shard, SHARD)
+    argument(p, "src IN.rac", "the archive, or one shard of a set that is to be cut anew")
+    argument(p, "-o --output DIR", "folder to write to", required=True)
+    argument(p, "--size SIZE", "bytes of a shard, such as 2GB", required=True)
+    argument(p, "--force", "replace existing files")
+
+
+def add_merge(p: argparse.ArgumentParser) -> None:
+    """Add `rac merge`."""
+    command(p, merge, MERGE)
+    argument(p, "src DIR", "folder of the shards, or one of them")
+    argument(p, "-o --output OUT.rac", "archive to write", required=True)
+    argument(p, "--force", "replace an existing file")
+
+
+def shard(args: argparse.Namespace) -> int:
+    """Cut, and name what was written."""
+    limit = parse_size(args.size)
+    if limit < 1:
+        raise ValueError("--size must be at least 1 byte")
+    with opened(args.src) as archives, Progress("copying", sum(a.access.size for a in archives)) as progress:
+        paths = shards.shard(archives, args.output, limit, force=args.force, progress=progress)
+    print("\n".join(paths))
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Join, and name what was written."""
+    with opened(args.src) as archives, Progress("copying", sum(a.access.size for a in archives)) as progress:
+        shards.merge(archives, args.output, force=args.force, progress=progress)
+    print(args.output)
+    return 0

@@ -1,0 +1,139 @@
+"""What commands have in common: how arguments are stated, sizes for people, lines of progress on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+EFFORTS = ("fast", "default", "max")
+
+
+def number(word: str, least: int, what: str) -> Callable[[str], int | None]:
+    """Type of an argument that is `word`, which is None, or a number of at least `least`: `what` in the error."""
+
+    def parse(given: str) -> int | None:
+        if given != word and (not given.isdecimal() or int(given) < least):
+            raise argparse.ArgumentTypeError(f"must be {word} or {what}")
+        return None if given == word else int(given)
+
+    return parse
+
+
+def command(p: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], about: str) -> None:
+    """Make a parser that of a command."""
+    p.description = about
+    p.set_defaults(run=run)
+
+
+def argument(p: Any, stated: str, about: str, **how: Any) -> None:
+    """Add an argument, stated as help shows it: "src IN.rac", "-j --jobs N"; an option without a value is a switch."""
+    words = stated.split()
+    names = [w for w in words if w.startswith("-")] or words[:1]
+    if words[len(names) :]:
+        how["metavar"] = words[-1]
+    elif "choices" not in how:
+        how["action"] = "store_true"
+    p.add_argument(*names, help=about, **how)
+
+
+def size(n: float) -> str:
+    """Bytes for people, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "500MB", "2GiB" or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 500MB or 2GiB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+class _Line:
+    """A line that is written over, on terminals only."""
+
+    END = "\n"  # leaves the last line
+
+    def __init__(self) -> None:
+        self._on, self._drawn = sys.stderr.isatty(), False
+        self._start = self._shown = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawn:
+            sys.stderr.write(self.END)
+            sys.stderr.flush()
+
+    def _draw(self, now: float, line: str) -> None:
+        self._shown, self._drawn = now, True
+        sys.stderr.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+        sys.stderr.flush()
+
+
+class Progress(_Line):
+    """Counts bytes. Shows itself after half a second."""
+
+    END = "\r\x1b[K"  # wipes the line
+
+    def __init__(self, what: str, total: int) -> None:
+        super().__init__()
+        self._what, self._total, self._done = what, max(1, total), 0
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the one that moves."""
+        if self._on:
+            sys.stderr.write(("\r\x1b[K" if self._drawn else "") + text + "\n")
+
+    def __call__(self, name: str, n: int) -> None:
+        """`n` more bytes are done; `name` is what they belong to."""
+        self._done += n
+        now = time.monotonic()
+        if not self._on or now - self._start < 0.5 or now - self._shown < 0.1:
+            return
+        rate = self._done / (now - self._start)
+        left = (self._total - self._done) / rate if rate else 0
+        share = min(1.0, self._done / self._total)
+        bar = f"{self._what} [{'#' * int(20 * share):<20}] {share:4.0%}"
+        self._draw(now, f"{bar} {size(self._done)}  {size(rate)}/s  ETA {_clock(left)}  {name}")
+
+
+class Steps(_Line):
+    """A line for each step of a long preparation: what, how much of it, time left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._what, self._first = "", 0
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        """`done` of `of` parts of step `what` are done; 0 of 0: a remark."""
+        if not self._on:
+            return
+        now, line = time.monotonic(), what
+        if what != self._what:
+            if self._what:
+                sys.stderr.write("\n")
+            self._what, self._start, self._first = what, now, done
+        elif now - self._shown < 0.1 and done < of:
+            return
+        if of:
+            new = done - self._first
+            left = f"  ETA {_clock((now - self._start) / new * (of - done))}" if new > 0 and done < of else ""
+            line += f"  {done:,} of {of:,}{left or f'  in {_clock(now - self._start)}'}"
+        self._draw(now, line)
+
+
+def _clock(seconds: float) -> str:
+    s = max(0, round(seconds))
+    return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"
