@@ -5,7 +5,7 @@ Which program may act on which key, and what it does where one is malformed: for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -128,18 +128,18 @@ def state(
     settings: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
     online: int = 0,
-    gguf_order: Sequence[str] = (),
     tree: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The provenance that a pack writes: kind of the source, level of the tensors that stay lossless.
 
     `cut` are lanes of a tile and kind of slices, where they were asked for. `settings` are what else the caller states:
     patterns, transforms, and so on; left out where all of it is empty. `about` is what a quantiser states of itself;
-    None: all is lossless. `online` counts tensors with online transforms; `gguf_order` names all tensors, where the
-    order of the records is not that of the GGUF file; `tree` has `headers`, `links` and `folders` of the source.
+    None: all is lossless. `online` counts tensors with online transforms; `tree` has what else the files of the source
+    are made of: `headers`, `links` and `folders`, and as `gguf_order` the names of all tensors of a GGUF file, where
+    the order of its records is another.
     """
     lanes, slices = cut
-    known = {"lanes": lanes, "slices": slices, "online": online or None, "gguf_order": list(gguf_order) or None}
+    known = {"lanes": lanes, "slices": slices, "online": online or None}
     known |= {k: v or None for k, v in (tree or {}).items()}
     out = {"level": level, "lossless": about is None, "source": source, "tool": f"rac-codec {VERSION}"}
     more = settings if settings and any(settings.values()) else {}

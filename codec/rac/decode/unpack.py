@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import posixpath
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -65,7 +64,8 @@ def unpack(
         single = target.endswith((".safetensors", ".gguf"))
         origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
         files = [] if single else names_of_files(f)
-        folders, links = ([], []) if single else _tree(origin)
+        folders, links = ([], {}) if single else (origin.folders, checked_links(origin.links))
+        folders = [os.path.join(target, *safe_name(n).split("/")) for n in folders]
         paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
         if len(set(paths)) != len(paths):
             raise FormatError("an attachment has the name of a weight file", file=f.archives[0].access.name)
@@ -78,14 +78,7 @@ def unpack(
             for name, place in zip(files, places[len(outputs) :], strict=True):
                 os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
                 write_whole(place, f.attachment(name))
-            for parts in folders:
-                os.makedirs(os.path.join(target, *parts), exist_ok=True)
-            for parts, to in links:
-                path = os.path.join(target, *parts)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                if force and os.path.islink(path):
-                    os.unlink(path)
-                os.symlink(to, path)
+            _make(target, folders, links, force)
             made = False
         except OSError as e:
             why = "no space left" if e.errno == errno.ENOSPC else e.strerror or str(e)
@@ -113,15 +106,32 @@ def names_of_files(f: RacFile) -> list[str]:
     return [n for n in f.attachments() if n not in {GGUF_HEADER, *map(header_name, heads)}]
 
 
-def _tree(origin: Provenance) -> tuple[list[list[str]], list[tuple[list[str], str]]]:
-    """Parts of the names of empty folders, and of links with their targets; FormatError for one that leads out."""
-    links = []
-    for name, to in origin.links.items():
-        end = posixpath.normpath(posixpath.join(posixpath.dirname(safe_name(name)), to))
-        if end.startswith(("/", "..")) or set("\\:\0") & set(to):
+def checked_links(links: Mapping[str, str]) -> Mapping[str, str]:
+    """The links; FormatError for one that could lead out of the folder.
+
+    A target goes up first and then down, to a place inside, and no link lies below another one: what is meant by its
+    words is then where it leads.
+    """
+    for name, to in links.items():
+        parts, down = safe_name(name).split("/")[:-1], to.split("/")
+        while down and down[0] == ".." and parts:
+            parts, down = parts[:-1], down[1:]
+        below = any("/".join(name.split("/")[:i]) in links for i in range(1, name.count("/") + 1))
+        if below or not down or {"", ".", ".."} & set(down) or set("\\:\0") & set(to):
             raise FormatError(f"the link {name!r} to {to!r} is not allowed")
-        links.append((name.split("/"), to))
-    return [safe_name(name).split("/") for name in origin.folders], links
+    return links
+
+
+def _make(target: str, folders: Iterable[str], links: Mapping[str, str], force: bool) -> None:
+    """Make folders, and links inside `target`."""
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+    for name, to in links.items():
+        path = os.path.join(target, *name.split("/"))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if force and os.path.islink(path):
+            os.unlink(path)
+        os.symlink(to, path)
 
 
 def safe_name(name: str) -> str:

@@ -251,8 +251,12 @@ class Packer(contextlib.ExitStack):
             settings=options.settings,
             about=None if quantiser is None else quantiser.about,
             online=sum(t.online is not None for t in tensors),
-            gguf_order=[t.name for t in tensors] if unordered else (),  # a GGUF file has no names for places
-            tree={"headers": [*self._headers], "links": dict(source.links), "folders": [*source.folders]},
+            tree={
+                "gguf_order": [t.name for t in tensors] if unordered else [],  # a GGUF file has no names for places
+                "headers": [*self._headers],
+                "links": dict(source.links),
+                "folders": [*source.folders],
+            },
         )
         schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
         resumed = 0
