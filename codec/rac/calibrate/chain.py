@@ -221,12 +221,15 @@ class Chain:
         return _first(self.blocks[i](*((hidden,) if by_place else ()), *args, **given))
 
     def end(self, tokens: Any, hidden: Any) -> Any:
-        """The model's output where the blocks have made `hidden` (n, positions, width) of `tokens` (n, context)."""
+        """The model's output where the blocks have made `hidden` (n, positions, width) of `tokens` (n, positions)."""
         with contextlib.ExitStack() as stack:
             for block, rest in zip(self.blocks, self._rest, strict=True):
                 value = hidden if rest is None else (hidden, *rest)
                 stack.enter_context(_patched(block, lambda *_, value=value, **__: value))
-            return self.model(input_ids=tokens, **self._feed)
+            try:
+                return self.model(input_ids=tokens, **self._feed)
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+                raise UnfitError(f"what comes behind its blocks does not run alone: {e}") from e
 
     def head(self) -> contextlib.AbstractContextManager[None]:
         """The output embedding in float32."""

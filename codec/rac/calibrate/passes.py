@@ -20,6 +20,7 @@ from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
 from rac.calibrate.text import SEED, Note, draw, self_text_ids, sequences, text_ids
 from rac.errors import SourceError
+from rac.models.predictions import positions
 
 _SMALL = 1 << 31  # bytes of weights up to which the model that writes its own text is held in float32
 _ROWS = 2048  # tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are
@@ -35,7 +36,7 @@ def find(
     except Exception as e:  # transformers raises whatever a broken file makes of it
         raise SourceError(f"no model that transformers knows: {e}", file=path) from e
     kind, causal = _kind(config)
-    context = min(context, getattr(config.get_text_config(), "max_position_embeddings", None) or context)
+    context = positions(config.get_text_config(), context)
     if "ids.npy" not in folder:
         if text is not None:
             if isinstance(text, str):
@@ -242,7 +243,7 @@ class _Passes:
                 gradient = torch.empty(1, context, self.chain.width)
                 for a in range(0, context, chunk):
                     part = hidden[:, a : a + chunk].detach().requires_grad_(self.fisher)
-                    out = self.chain.end(self.ids[s : s + 1], part)
+                    out = self.chain.end(self.ids[s : s + 1, a : a + chunk], part)
                     if self.fisher:
                         backward(out.logits[0], at[a : a + chunk])
                         gradient[:, a : a + chunk] = part.grad

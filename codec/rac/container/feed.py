@@ -31,7 +31,6 @@ SLOT = 4 << 20  # bytes of one read of a file, and of one buffer
 SPARE = 4  # buffers beside those that are being filled
 JOIN = 5.0  # seconds that closing waits for a read that cannot be interrupted
 Ranges = Sequence[tuple[int, int]]
-Allocate = Callable[[int], memoryview]
 Trace = Callable[[str, float, float, int], None]
 """Called with ("read" | "copy" | "decode", start, end in seconds of time.monotonic, bytes)."""
 
@@ -112,11 +111,8 @@ class _Ring(Feed):
     the first time costs more than the copy into it.
     """
 
-    def __init__(
-        self, name: str, size: int, slot: int, count: int, allocate: Allocate | None, trace: Trace | None
-    ) -> None:
+    def __init__(self, name: str, size: int, slot: int, count: int, trace: Trace | None) -> None:
         self.name, self._slot, self._most = name, slot, min(size // slot, count)
-        self._allocate = allocate or (lambda n: memoryview(bytearray(n)))
         self._trace = trace
         self._made, self._free, self._queue = 0, list[Held](), deque[Held]()
         self._at = 0
@@ -165,7 +161,7 @@ class _Ring(Feed):
             slot = self._free.pop()
             slot.filled, slot.done, slot.uses = 0, False, 1
         else:
-            slot = Held(self, self._allocate(self._slot))
+            slot = Held(self, memoryview(bytearray(self._slot)))
             self._made += 1
         self._queue.append(slot)
         return slot
@@ -230,12 +226,10 @@ class _Ring(Feed):
 class RangeRing(_Ring):
     """Ranges of a file, each (offset, size), in their order; several reads in flight."""
 
-    def __init__(
-        self, access: Access, ranges: Ranges, size: int, allocate: Allocate | None = None, trace: Trace | None = None
-    ) -> None:
+    def __init__(self, access: Access, ranges: Ranges, size: int, trace: Trace | None = None) -> None:
         total = sum(n for _, n in ranges)
         slot = max(1, min(SLOT, size // 4, total))
-        super().__init__(access.name, size, slot, access.parallel + SPARE, allocate, trace)
+        super().__init__(access.name, size, slot, access.parallel + SPARE, trace)
         self._access = access
         self._pieces = deque((a, min(slot, at + n - a)) for at, n in ranges for a in range(at, at + n, slot))
         for at, n in ranges:
@@ -269,10 +263,8 @@ class RangeRing(_Ring):
 class StreamRing(_Ring):
     """A stream, read ahead by one thread: a file object, a pipe, a socket; anything with `read` or `recv`."""
 
-    def __init__(
-        self, stream: Any, name: str, size: int, allocate: Allocate | None = None, trace: Trace | None = None
-    ) -> None:
-        super().__init__(name, size, max(1, min(SLOT, size // 4)), 2 * SPARE, allocate, trace)
+    def __init__(self, stream: Any, name: str, size: int, trace: Trace | None = None) -> None:
+        super().__init__(name, size, max(1, min(SLOT, size // 4)), 2 * SPARE, trace)
         self._read = _reader(stream, name)
         self._stream = stream
         # to wait on, where all that has arrived can be seen at it

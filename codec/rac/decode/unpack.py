@@ -160,10 +160,10 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
         for name in (e.name, *(a for a, _ in e.aliases)):
             own = extra_of(extra, name)
             file = rows.setdefault(str(own.get("shard", "model.safetensors")), {})
-            if name == "__metadata__" or str(own.get("name", name)) in file:
-                why = f"a tensor has the name {name!r}, which safetensors keeps for itself, or two have one name"
-                raise OutputError(why, file=target)
-            file[str(own.get("name", name))] = name, e
+            inside = str(own.get("name", name))
+            if inside == "__metadata__" or inside in file:
+                raise OutputError(f"no safetensors file can hold a tensor {name!r}, or two of them", file=target)
+            file[inside] = name, e
     out = []
     for name, found in (rows or {"model.safetensors": {}}).items():
         path = os.path.join(target, *safe_name(name).split("/")) if whole else target

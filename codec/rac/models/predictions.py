@@ -13,6 +13,9 @@ from typing import Any
 
 from rac.errors import SourceError
 
+_BEHIND = {"camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"}
+_BEHIND |= {"xlm-roberta", "xlm-roberta-xl", "xmod"}
+
 
 @contextlib.contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
@@ -29,6 +32,16 @@ def quiet(transformers: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
+def positions(config: Any, context: int) -> int:
+    """The longest sequence of at most `context` tokens that a model has positions for, as its text configuration says.
+
+    Models after RoBERTa count positions from behind the padding token.
+    """
+    most = getattr(config, "max_position_embeddings", None) or context
+    padding = getattr(config, "pad_token_id", None) if getattr(config, "model_type", "") in _BEHIND else None
+    return min(context, most if padding is None else most - padding - 1)
+
+
 def check(tokens: int, context: int) -> None:
     """ValueError where `tokens` tokens have no window of `context`, or a window has nothing to predict."""
     if not 2 <= context <= tokens:
@@ -43,7 +56,7 @@ def windows(
     SourceError, which names `file`, where the text is shorter than one window.
     """
     ids = encode(text)
-    context = min(context, getattr(config, "max_position_embeddings", context))
+    context = positions(config, context)
     count = min(tokens, len(ids)) // context
     if not count:
         what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {context}"

@@ -177,6 +177,26 @@ def test_blocks_find_what_the_whole_model_finds(saved, monkeypatch, make, dtype)
     assert done == sorted(done) and said[-1][1] == said[-1][2]
 
 
+@pytest.mark.parametrize("make", [llama, gpt2, gpt_oss])
+def test_more_positions_than_logits_are_made_at_once(saved, monkeypatch, make):
+    """GPT-2 gives its output the shape of its input."""
+    folder = saved(make)
+    found, said = run(folder, context=320)
+    assert not [what for what, _, of in said if not of]
+    monkeypatch.setattr(calibration_stream, "_CHUNK", 1000)
+    equal(run(folder, context=320)[0], found, 1e-4)
+
+
+def test_positions_that_begin_behind_the_padding(saved):
+    """RoBERTa has two positions fewer than it says."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    settings = {**SMALL, **sizes, "pad_token_id": 1, "max_position_embeddings": 66}
+    folder = saved(lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**settings)))
+    found, said = run(folder, context=1024)
+    assert not [what for what, _, of in said if not of]
+    assert found.tokens == 320  # five times 64
+
+
 def backward(model, seed):
     """What `run` does, with autograd alone."""
     generator = torch.Generator().manual_seed(seed)
