@@ -67,7 +67,11 @@ def find(
         note(f"running the model as a whole: {e}", 0, 0)
         model = None  # its weights are no longer all of one type
         model = _load(kind, path, "float32")
-        whole(model, causal, ids, fisher and (causal or both), folder, note)
+        try:
+            whole(model, causal, ids, fisher and (causal or both), folder, note)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as why:
+            what = f"{type(model).__name__} cannot be calibrated on a text ({why})"
+            raise SourceError(f"{what}; `--calibrate none` works", file=path) from why
     _rename(folder.state["layers"], model, Path(path))
     folder.state.update(finished=True, tokens=int(ids.size))
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))

@@ -187,6 +187,13 @@ def test_more_positions_than_logits_are_made_at_once(saved, monkeypatch, make):
     equal(run(folder, context=320)[0], found, 1e-4)
 
 
+def test_a_model_that_reads_no_text(saved):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = saved(lambda: transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8)))
+    with pytest.raises(SourceError, match=r"ViTModel cannot be calibrated on a text .*`--calibrate none` works"):
+        run(folder)
+
+
 def test_positions_that_begin_behind_the_padding(saved):
     """RoBERTa has two positions fewer than it says."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
