@@ -274,8 +274,8 @@ class State:
         every = ((archive, e) for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR)
         for archive, entry in every:
             source = Lazy(f, archive, entry, self._errors)
-            self.lazy[entry.name] = source
-            self.lazy |= {name: source if tied else _Copied(source) for name, tied in entry.aliases}
+            names = {entry.name: source} | {name: source if tied else _Copied(source) for name, tied in entry.aliases}
+            self.lazy |= {n: t for n, t in names.items() if ".safetensors::" not in n}  # of files beside it
 
     @contextlib.contextmanager
     def blamed(self, file: str) -> Iterator[None]:

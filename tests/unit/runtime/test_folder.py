@@ -79,6 +79,23 @@ def test_records_are_those_of_the_file(packed):
     assert count == 15
 
 
+@pytest.mark.filterwarnings("error")
+def test_files_beside_the_model(tmp_path):
+    """Weights of other files travel, but are not the model's."""
+    from safetensors.torch import load_file, save_file
+
+    model = models.write("llama-untied", tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file({n.removeprefix("model."): w for n, w in weights.items()}, tmp_path / "hf" / "consolidated.safetensors")
+    save_file({n: w.half() for n, w in weights.items()}, tmp_path / "hf" / "model.fp16.safetensors")
+    path = tmp_path / "m.rac"
+    pack(tmp_path / "hf", path)
+    for resident in ("dense", "compressed"):
+        assert torch.equal(models.logits(rac.load_model(path, resident=resident)), models.logits(model))
+    assert write_folder(path, tmp_path / "folder").tensors == len(weights)
+    assert torch.equal(models.logits(load(tmp_path / "folder")), models.logits(model))
+
+
 def test_several_files(packed, tmp_path):
     path, _ = packed["llama"]
     done = write_folder(path, tmp_path / "folder", shard=100_000)

@@ -88,7 +88,7 @@ def read(root: str) -> Source:
     """A directory, with all its safetensors files.
 
     The names of the model come first: those of the files that its index lists, or of `model.safetensors`. A tensor of
-    another file that has a name of these is called `FILE::NAME` in the archive.
+    a file beside these, or one whose name another has already, is called `FILE::NAME` in the archive.
     """
     tree = _walk(root)
     weight_map = _weight_map(root, tree.files)
@@ -106,8 +106,9 @@ def read(root: str) -> Source:
     for file in files:
         extra = None if files == ["model.safetensors"] else {"shard": file}
         found, meta, headers[file] = safetensors.read(os.path.join(root, file), extra)
+        beside = files[0] in listed and file not in listed and "/" not in file
         for t in found:
-            name = f"{file}::{t.name}" if t.name in owner else t.name
+            name = f"{file}::{t.name}" if beside or t.name in owner else t.name
             if file in weight_map.values() and weight_map.get(t.name) != file:
                 why = f"the index does not place tensor {t.name!r} in this file"
                 raise SourceError(why, file=os.path.join(root, file))
