@@ -158,18 +158,17 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
     for archive, e in _tensors(f):
         extra = archive.record(e).head.get("extra", {}) if whole and origin.source == "hf" else {}
         for name in (e.name, *(a for a, _ in e.aliases)):
-            own = extra_of(extra, name)
-            file = rows.setdefault(str(own.get("shard", "model.safetensors")), {})
-            inside = str(own.get("name", name))
+            where, inside = place(name, extra_of(extra, name))
+            file = rows.setdefault(where, {})
             if inside == "__metadata__" or inside in file:
                 raise OutputError(f"no safetensors file can hold a tensor {name!r}, or two of them", file=target)
             file[inside] = name, e
     out = []
     for name, found in (rows or {"model.safetensors": {}}).items():
         path = os.path.join(target, *safe_name(name).split("/")) if whole else target
-        stated = [h for h in origin.headers if h == ("" if origin.source == "safetensors" else name)]
-        if stated and (whole or origin.source == "safetensors"):
-            head = f.attachment(header_name(stated[0]))
+        key = "" if origin.source == "safetensors" else name
+        if key in origin.headers and (whole or not key):
+            head = f.attachment(header_name(key))
         else:
             head = safetensors_header(((n, e.dtype, e.shape) for n, (_, e) in found.items()), f.metadata())
         out.append(_plan_safetensors(path, found, head))
@@ -195,6 +194,22 @@ def _size(dtype: str, shape: Sequence[int]) -> int:
 def tensor_bytes(e: Entry) -> int:
     """Dense bytes of a tensor under all its names."""
     return _size(e.dtype, e.shape) * (1 + len(e.aliases))
+
+
+def place(name: str, extra: Mapping[str, Any]) -> tuple[str, str]:
+    """The safetensors file that a tensor belongs to, as what it carries says, and its name there."""
+    return str(extra.get("shard", "model.safetensors")), str(extra.get("name", name))
+
+
+def usual_headers(
+    tensors: Iterable[tuple[str, Mapping[str, Any], str, Sequence[int]]], metadata: Mapping[str, str]
+) -> dict[str, bytes]:
+    """Header of each file where none is stored, from (name, what it carries, dtype, shape) in the order of records."""
+    rows: dict[str, list[tuple[str, str, Sequence[int]]]] = {}
+    for name, extra, dtype, shape in tensors:
+        file, inside = place(name, extra)
+        rows.setdefault(file, []).append((inside, dtype, shape))
+    return {file: safetensors_header(found, metadata) for file, found in rows.items()}
 
 
 def safetensors_header(rows: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:

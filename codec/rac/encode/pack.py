@@ -20,7 +20,7 @@ from rac.container import index
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.container.writer import Writer
-from rac.decode.unpack import quantised, safetensors_header
+from rac.decode.unpack import quantised, usual_headers
 from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
@@ -191,8 +191,10 @@ class Packer(contextlib.ExitStack):
         self._source, self._out, self._options, self._hooks = source, os.fspath(out), options, hooks
         self._jobs = threads_of(options.jobs)
         self._groups = ties.find(source.tensors)
-        usual = {file: _usual_header(file, self._groups, source.metadata) for file in source.headers}
-        self._headers = {file: head for file, head in source.headers.items() if head != usual[file]}
+        every = ((name, g) for g in self._groups for name in (g.tensor.name, *(a for a, _ in g.aliases)))
+        tensors = ((name, extra_of(g.extra, name), g.tensor.dtype, g.tensor.shape) for name, g in every)
+        usual = usual_headers(tensors, dict(sorted(source.metadata.items(), key=lambda item: item[0].encode())))
+        self._headers = {f: h for f, h in source.headers.items() if h != usual.get(f or "model.safetensors")}
         self._files = (*source.attachments, *(Attachment(header_name(f), h) for f, h in self._headers.items()))
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
         self._threads = self._pool = self.enter_context(workers.start(self._jobs))
@@ -328,17 +330,6 @@ class Packer(contextlib.ExitStack):
             raise OutputError("not enough memory", file=contents.path) from e
         finally:
             writer.close()
-
-
-def _usual_header(file: str, groups: Sequence[ties.Group], metadata: Mapping[str, str]) -> bytes:
-    """The header that unpacking makes of a file where none is stored."""
-    rows = []
-    for g in groups:
-        for name in (g.tensor.name, *(a for a, _ in g.aliases)):
-            own = extra_of(g.extra, name)
-            if str(own.get("shard", "" if not file else "model.safetensors")) == file:
-                rows.append((str(own.get("name", name)), g.tensor.dtype, g.tensor.shape))
-    return safetensors_header(rows, dict(sorted(metadata.items(), key=lambda item: item[0].encode())))
 
 
 def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]]:

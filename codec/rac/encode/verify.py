@@ -19,7 +19,7 @@ from rac.decode.archive import open_archives
 from rac.decode.attachments import forward_attachment
 from rac.decode.engine import RING
 from rac.decode.stream import Found, forward_tensors
-from rac.decode.unpack import safetensors_header
+from rac.decode.unpack import usual_headers
 from rac.encode import ties
 from rac.encode.options import Progress
 from rac.encode.sources import Source, SourceTensor, open_source
@@ -135,13 +135,11 @@ class _Check:
         if source.metadata != self.metadata:
             raise MismatchError("metadata differs from the source", file=name, unit="metadata")
         files = {a.name: zstd.digest(a.read()) for a in source.attachments}
+        usual = usual_headers(((n, extra, d, s) for n, (d, s, _, extra) in ours.items()), self.metadata)
         for file, header in source.headers.items():
             if header_name(file) in self.files:
                 files[header_name(file)] = zstd.digest(header)
-                continue
-            usual = "" if not file else "model.safetensors"
-            rows = [(e.get("name", n), d, s) for n, (d, s, _, e) in ours.items() if e.get("shard", usual) == file]
-            if safetensors_header(rows, self.metadata) != header:
+            elif header != usual.get(file or "model.safetensors"):
                 raise MismatchError("the header differs from that of the source", file=name, unit=repr(file))
         if files != self.files:
             other = min(k for k in files.keys() | self.files.keys() if files.get(k) != self.files.get(k))

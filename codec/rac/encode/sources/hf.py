@@ -12,8 +12,7 @@ from rac.errors import SourceError
 
 MAX_ATTACHMENT = 64 << 20
 _INDEX = ".safetensors.index.json"
-_BOOKS = (".git", ".cache")
-"""Directories of what downloaded the model."""
+_BOOKS = (".git", ".cache")  # directories of what downloaded the model
 
 
 @dataclass
@@ -109,7 +108,7 @@ def read(root: str) -> Source:
         beside = files[0] in listed and file not in listed and "/" not in file
         for t in found:
             name = f"{file}::{t.name}" if beside or t.name in owner else t.name
-            if file in weight_map.values() and weight_map.get(t.name) != file:
+            if weight_map and file in listed and weight_map.get(t.name) != file:
                 why = f"the index does not place tensor {t.name!r} in this file"
                 raise SourceError(why, file=os.path.join(root, file))
             owner[name] = file
@@ -118,14 +117,11 @@ def read(root: str) -> Source:
     for name, file in weight_map.items():
         if owner.get(name) != file:
             raise SourceError(f"tensor {name!r} of the index is not in {file!r}", file=root)
-    attachments, skipped = [], tree.skipped
-    for name in sorted(set(tree.files) - set(files)):
-        size = os.path.getsize(path := os.path.join(root, name))
-        if size > MAX_ATTACHMENT:
-            skipped.append(name)
-        else:
-            attachments.append(Attachment(name, Extent(path, 0, size)))
+    sizes = {f: os.path.getsize(os.path.join(root, f)) for f in sorted(set(tree.files) - set(files))}
+    small = {f: n for f, n in sizes.items() if n <= MAX_ATTACHMENT}
+    attachments = (Attachment(f, Extent(os.path.join(root, f), 0, n)) for f, n in small.items())
+    skipped = (*tree.skipped, *(f for f in sizes if f not in small))
     return Source(
-        *("hf", tuple(tensors), tuple(attachments), metadata, tuple(skipped)),
+        *("hf", tuple(tensors), tuple(attachments), metadata, skipped),
         *(headers, tree.links, tuple(sorted(tree.folders))),
     )
