@@ -2,7 +2,9 @@
 
     python tools/arch_matrix.py                     all of them, a table row each
     python tools/arch_matrix.py llama mamba -v      these, and what was said
-    python tools/arch_matrix.py --write             the same, and write their rows into docs/architectures.csv
+    python tools/arch_matrix.py --write             the same, and write what was found into docs/architectures.csv
+    python tools/arch_matrix.py --cells dense,hf    only these columns, also with --write
+    python tools/arch_matrix.py --summary           no run: the tables of docs/compatibility.md; --write puts them there
 
 Columns: `lossless` packs, verifies and unpacks, and compares files; `dense` loads with `rac.load_model` and compares
 the output with that of the original, bit for bit; `compressed` the same with layers that stay compressed; `bits` packs
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import filecmp
 import io
 import logging
@@ -25,7 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers.models.auto import configuration_auto, modeling_auto
 
+import arch_table
 import rac
 import rac.runtime
 from rac.cli import main as rac_main
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "docs" / "architectures.csv"
-CELLS = ("lossless", "dense", "compressed", "bits", "calibrated", "hf")
+CELLS = arch_table.CELLS
 VOCABULARY = 300
 WIDTH, INNER, LAYERS, HEADS = 128, 192, 2, 4
 SMALL: dict[str, Any] = {
@@ -352,8 +352,8 @@ def kinds() -> list[str]:
     return causal + [k for k in OTHERS if k in modeling_auto.MODEL_MAPPING_NAMES and k not in causal]
 
 
-def row(kind: str, verbose: bool) -> dict[str, str] | None:
-    """The cells of an architecture; None where no tiny model of it runs here."""
+def row(kind: str, verbose: bool, cells: Sequence[str] = CELLS) -> dict[str, str] | None:
+    """Cells of an architecture; None where no tiny model of it runs here."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             case = Case(kind, Path(folder))
@@ -362,24 +362,10 @@ def row(kind: str, verbose: bool) -> dict[str, str] | None:
                 traceback.print_exc()
             print(f"{kind}: not made: {type(e).__name__}: {str(e).splitlines()[:1]}", file=sys.stderr)
             return None
-        cells = {cell: run(getattr(case, cell), verbose) for cell in CELLS}
-        return {"architecture": kind} | {c: v.replace(folder, "").replace("- rac: ", "- ") for c, v in cells.items()}
-
-
-def stated() -> dict[str, dict[str, str]]:
-    """Rows of docs/architectures.csv."""
-    if not TABLE.exists():
-        return {}
-    with TABLE.open(newline="") as file:
-        return {r["architecture"]: r for r in csv.DictReader(file)}
-
-
-def write(rows: dict[str, dict[str, str]]) -> None:
-    """Replace docs/architectures.csv."""
-    with TABLE.open("w", newline="") as file:
-        out = csv.DictWriter(file, ["architecture", *CELLS], lineterminator="\n")
-        out.writeheader()
-        out.writerows(row for _, row in sorted(rows.items()))
+        if "lossless" not in cells:  # the others read the archive that it makes
+            command("pack", str(case.source), "-o", str(case.archive))
+        found = {cell: run(getattr(case, cell), verbose) for cell in cells}
+        return {"architecture": kind} | {c: v.replace(folder, "").replace("- rac: ", "- ") for c, v in found.items()}
 
 
 def main() -> int:
@@ -387,30 +373,46 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types of transformers (default: all that can be made)")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="every Nth of them, from the Kth on")
+    parser.add_argument("--cells", default=",".join(CELLS), help="columns, with commas between them (default: all)")
     parser.add_argument("--write", action="store_true", help="write what was found into docs/architectures.csv")
+    parser.add_argument("--summary", action="store_true", help="print the tables of docs/compatibility.md, run nothing")
     parser.add_argument("-v", "--verbose", action="store_true", help="print tracebacks")
     args = parser.parse_args()
+    if args.summary:
+        print(arch_table.summary(arch_table.stated()), end="")
+        if args.write:
+            arch_table.write_page()
+        return 0
+    cells = [c for c in CELLS if c in args.cells.split(",")]
+    if unknown := set(args.cells.split(",")) - set(CELLS):
+        parser.error(f"--cells: no column {sorted(unknown)[0]!r}; there are {', '.join(CELLS)}")
+    quiet()
+    k, n = map(int, args.part.split("/"))
+    found, start = {}, time.time()
+    for kind in (args.kinds or kinds())[k - 1 :: n]:
+        if (made := row(kind, args.verbose, cells)) is None:
+            continue
+        found[kind] = made
+        print(f"{kind:<24} " + " | ".join(made[c][:60] for c in cells), flush=True)
+    whole = sum(all(made[c] == "ok" for c in cells) for made in found.values())
+    print(f"{len(found)} architectures, {whole} of them ok in all of these cells, {time.time() - start:.0f} s")
+    known = arch_table.stated()  # now: another part may have written in the meantime
+    merged = {kind: known.get(kind, dict.fromkeys(CELLS, "")) | made for kind, made in found.items()}
+    if args.write:
+        arch_table.write(known | merged)
+        return 0
+    wrong = [kind for kind in found if merged[kind] != known.get(kind)]
+    print("not as stated: " + (", ".join(wrong) or "none"))
+    return int(bool(wrong))
+
+
+def quiet() -> None:
+    """No warnings, logs or progress of the libraries, and no network."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    k, n = map(int, args.part.split("/"))
-    found, start = {}, time.time()
-    for kind in (args.kinds or kinds())[k - 1 :: n]:
-        if (made := row(kind, args.verbose)) is None:
-            continue
-        found[kind] = made
-        print(f"{kind:<24} " + " | ".join(made[c][:60] for c in CELLS), flush=True)
-    whole = sum(all(made[c] == "ok" for c in CELLS) for made in found.values())
-    print(f"{len(found)} architectures, {whole} of them ok in all cells, {time.time() - start:.0f} s")
-    known = stated()
-    if args.write:
-        write(known | found)
-        return 0
-    wrong = [kind for kind, made in found.items() if made != known.get(kind)]
-    print("not as stated: " + (", ".join(wrong) or "none"))
-    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import arch_matrix
+import arch_table
 
 CUT = ["llama", "gpt2", "mixtral", "bert", "opt", "gemma2"]
 CUT += ["qwen3_moe", "bloom", "phi3", "roberta", "gpt_neox", "falcon"]
@@ -16,4 +17,4 @@ CUT += ["qwen3_moe", "bloom", "phi3", "roberta", "gpt_neox", "falcon"]
 @pytest.mark.parametrize("kind", CUT)
 @pytest.mark.filterwarnings("ignore")
 def test_architecture(kind):
-    assert arch_matrix.row(kind, True) == arch_matrix.stated()[kind]
+    assert arch_matrix.row(kind, True) == arch_table.stated()[kind]
