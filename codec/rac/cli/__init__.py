@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
+from rac.cli import terminal
 from rac.errors import FormatError, MismatchError, OutputError, RacError, UnsupportedError
 from rac.registry import VERSION
 
@@ -19,6 +21,8 @@ RAC, the rate-aligned container: model weights in one small, checked, streamable
 
   rac pack model/ -o model.rac        a model folder, .safetensors or .gguf to one file, losslessly
   rac info model.rac                  what is inside, and where the bytes went
+  rac ls model.rac                    its tensors, a line each; rac cat model.rac NAME > x.npy
+  rac diff a.rac b.safetensors        what differs, tensor by tensor
   rac verify model.rac --against model/
   rac unpack model.rac -o restored/   every bit back
   rac compare model/ a.rac b.gguf --text test.txt   size and error, in one table
@@ -42,6 +46,9 @@ COMMANDS = {
     "unpack": ("archives", "add_unpack", "get the model back"),
     "info": ("info", "add", "show what is inside"),
     "verify": ("archives", "add_verify", "check an archive"),
+    "ls": ("tensors", "add_ls", "list tensors"),
+    "cat": ("tensors", "add_cat", "write one tensor or file to standard output"),
+    "diff": ("tensors", "add_diff", "what differs between two files"),
     "compare": ("compare", "add", "compare files with their original"),
     "analyze": ("analyze", "add", "what rotation and alignment do to the weights of a model"),
     "load": ("load", "add", "load all tensors and time it"),
@@ -49,14 +56,33 @@ COMMANDS = {
     "merge": ("archives", "add_merge", "join shards"),
     "generate": ("running", "add_generate", "let a packed model write"),
     "perplexity": ("running", "add_perplexity", "how well a packed model predicts a text"),
+    "completion": ("completion", "add", "print what makes a shell complete these commands"),
 }
 """Module, what adds the arguments, and what the command does."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong use is one line, with what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with exit code 2."""
+        given = message.rpartition("invalid choice: ")[2].split("'")[1:2]
+        if "COMMAND: invalid choice" in message and given:
+            message = f"no command {given[0]!r}" + meant(given[0], COMMANDS)
+        print(f"{self.prog}: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """A question that names what is closest to a word; nothing where nothing is close."""
+    close = difflib.get_close_matches(given, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def parser(argv: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """The command line. Only commands that `argv` names have arguments: no more is imported than they need."""
     how: Any = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    out = argparse.ArgumentParser("rac", description=DESCRIPTION, **how)
+    out = _Parser("rac", description=DESCRIPTION, **how)
     out.add_argument("--version", action="version", version=f"rac-codec {VERSION}")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module, add, about) in COMMANDS.items():
@@ -69,7 +95,15 @@ def parser(argv: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser(argv).parse_args(argv)
+    if not argv:
+        parser().print_help()
+        return 2
+    args, unknown = parser(argv).parse_known_args(argv)
+    if unknown:
+        options = [o for action in args.parser._actions for o in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        args.parser.error(f"unknown argument {unknown[0]!r}{meant(word, options) if word[0] == '-' else ''}")
+    terminal.set_volume(args)
     try:
         code: int = args.run(args)
         sys.stdout.flush()

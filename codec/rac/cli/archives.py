@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import rac
-from rac.cli.terminal import Progress, argument, command, parse_size, size
+from rac.cli.terminal import Progress, argument, command, parse_size, say, size, tell
 from rac.container import shards
 from rac.container.reader import Archive
 from rac.decode.archive import open_archives
 from rac.decode.unpack import tensor_bytes
+from rac.errors import OutputError
 
 UNPACK = """\
 Unpack an archive: every tensor bit for bit, every attachment byte for byte.
@@ -55,9 +58,10 @@ def add_unpack(p: argparse.ArgumentParser) -> None:
     """Add `rac unpack`."""
     command(p, unpack, UNPACK)
     argument(p, "src IN.rac", "the archive, or one shard of a set")
-    argument(p, "-o --output OUT", "folder or file to write", required=True)
+    argument(p, "-o --output OUT", "folder or file to write (default: a folder with the name of the archive)")
     argument(p, "-j --jobs N", "threads (default: one per core, at most 8)", type=int)
     argument(p, "--force", "replace existing files")
+    argument(p, "--json", "for programs")
 
 
 def unpack(args: argparse.Namespace) -> int:
@@ -70,12 +74,22 @@ def unpack(args: argparse.Namespace) -> int:
         online.setdefault(about, []).append(name)
 
     with Progress("unpacking", total) as progress:
-        paths = rac.unpack(args.src, args.output, force=args.force, threads=args.jobs, progress=progress, online=needs)
+        paths = rac.unpack(args.src, _place(args), force=args.force, threads=args.jobs, progress=progress, online=needs)
     for path in paths:
-        print(path)
+        say(path)
+    tell({"files": paths, "bytes": total, "online": online})
     for about, names in online.items():
         print(f"needs an online transform ({about}): {', '.join(names)}", file=sys.stderr)
     return 0
+
+
+def _place(args: argparse.Namespace) -> str:
+    """Where to unpack to: what was named, or the name of the archive without its ending, in this folder."""
+    if args.output is None:
+        args.output = os.path.basename(os.path.normpath(args.src)).removesuffix(".rac")
+        if os.path.lexists(args.output) and not args.force:
+            raise OutputError("exists already; name a place by --output, or give --force", file=args.output)
+    return str(args.output)
 
 
 def add_verify(p: argparse.ArgumentParser) -> None:
@@ -83,6 +97,7 @@ def add_verify(p: argparse.ArgumentParser) -> None:
     command(p, verify, VERIFY)
     argument(p, "src IN.rac", "the archive, or one shard of a set")
     argument(p, "--against SRC", "the source that it must be equal to")
+    argument(p, "--json", "for programs")
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -100,10 +115,11 @@ def verify(args: argparse.Namespace) -> int:
         snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {args.against}"
         rest = f", the others{equal[1:]}" if args.against and seen.lossy < seen.tensors else ""
         equal = f", lossy: {seen.lossy} tensors quantised{snr}{rest}"
-    print(
+    say(
         f"{args.src}: whole{equal}. {seen.tensors} tensors ({size(seen.dense)}), {seen.attachments} attachments, "
         f"content {seen.digest.hex()}, {size(seen.dense / max(seconds, 1e-9))}/s"
     )
+    tell({"file": args.src, "against": args.against, "seconds": seconds, **asdict(seen)})
     return 0
 
 
@@ -114,6 +130,7 @@ def add_shard(p: argparse.ArgumentParser) -> None:
     argument(p, "-o --output DIR", "folder to write to", required=True)
     argument(p, "--size SIZE", "bytes of a shard, such as 2GB", required=True)
     argument(p, "--force", "replace existing files")
+    argument(p, "--json", "for programs")
 
 
 def add_merge(p: argparse.ArgumentParser) -> None:
@@ -122,6 +139,7 @@ def add_merge(p: argparse.ArgumentParser) -> None:
     argument(p, "src DIR", "folder of the shards, or one of them")
     argument(p, "-o --output OUT.rac", "archive to write", required=True)
     argument(p, "--force", "replace an existing file")
+    argument(p, "--json", "for programs")
 
 
 def shard(args: argparse.Namespace) -> int:
@@ -131,7 +149,8 @@ def shard(args: argparse.Namespace) -> int:
         raise ValueError("--size must be at least 1 byte")
     with opened(args.src) as archives, Progress("copying", sum(a.access.size for a in archives)) as progress:
         paths = shards.shard(archives, args.output, limit, force=args.force, progress=progress)
-    print("\n".join(paths))
+    say("\n".join(paths))
+    tell({"files": paths})
     return 0
 
 
@@ -139,5 +158,6 @@ def merge(args: argparse.Namespace) -> int:
     """Join, and name what was written."""
     with opened(args.src) as archives, Progress("copying", sum(a.access.size for a in archives)) as progress:
         shards.merge(archives, args.output, force=args.force, progress=progress)
-    print(args.output)
+    say(args.output)
+    tell({"files": [args.output]})
     return 0

@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
     for row in compare(
         args.original, args.files, reading, note, [partial(simulation, args) if simulated(args) else None]
     ):
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not args.quiet:
             sys.stderr.write("\r\x1b[K")
         lines.append(Steps())
         values = dataclasses.asdict(row)
         rows.append({key: values[key] for key in ("file", *(c[0] for c in columns))})
-        if args.json:
+        if args.json or args.quiet:
             continue
         if len(rows) == 1:
             print(f"{'file':<{width}}" + "".join(f"  {head:>{max(len(head), 8)}}" for _, head, _, _ in columns))

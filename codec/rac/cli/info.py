@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rac.cli.archives import opened
-from rac.cli.terminal import argument, command, size
+from rac.cli.terminal import argument, command, size, tell
 from rac.container.access import InFile
 from rac.container.forward import Forward
 from rac.container.index import method_of
@@ -279,8 +278,8 @@ def _quantised(r: Mapping[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     r = report(args.src)
-    if args.json:
-        print(json.dumps(r, indent=1, ensure_ascii=False, default=bytes.hex))
+    if args.json or args.quiet:
+        tell(r)
         return 0
     if args.tensors:
         _tensors(r)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import rac
 from rac.cli.archives import dense
-from rac.cli.terminal import Progress, argument, command, parse_size, size
+from rac.cli.terminal import Progress, argument, command, parse_size, say, size, tell
 from rac.container.output import write_whole
 
 HELP = """\
@@ -44,6 +44,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "--ring SIZE", "memory beside the tensors (default: 256MB)", default="256MB")
     argument(p, "--bench", "three times, and the fastest of them")
     argument(p, "--timeline FILE.svg", "draw it")
+    argument(p, "--json", "for programs")
 
 
 class _Trace:
@@ -79,18 +80,22 @@ def run(args: argparse.Namespace) -> int:
             del tensors
     seconds, events = min(found, key=lambda one: one[0])
     rate = f"in {seconds:.3f} s, {total / seconds / 1e9:.2f} GB/s"
-    print(f"{args.src}: {names} tensors, {size(stored)} -> {size(total)} {rate}")
-    print(f"  decoder  {decoder}")
+    say(f"{args.src}: {names} tensors, {size(stored)} -> {size(total)} {rate}")
+    say(f"  decoder  {decoder}")
+    stages: dict[str, dict[str, float]] = {}
     for stage in COLOURS:
         if mine := [e for e in events if e.stage == stage]:
             busy, n = busy_time(mine), sum(e.size for e in mine)
-            print(f"  {stage:<7} {size(n):>9} in {busy:6.3f} s  {n / max(busy, 1e-9) / 1e9:6.2f} GB/s")
+            stages[stage] = {"bytes": n, "seconds": busy}
+            say(f"  {stage:<7} {size(n):>9} in {busy:6.3f} s  {n / max(busy, 1e-9) / 1e9:6.2f} GB/s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     there = f", {size(cuda.max_memory_allocated(args.device))} on {args.device}" if on_gpu else ""
-    print(f"  memory   {size(peak)} at most{there}")
+    say(f"  memory   {size(peak)} at most{there}")
     if args.timeline:
         _draw(args.timeline, events, seconds, f"{args.src}: {decoder}")
-        print(f"  timeline {args.timeline}")
+        say(f"  timeline {args.timeline}")
+    about = {"file": args.src, "tensors": names, "stored": stored, "bytes": total, "decoder": decoder}
+    tell(about | {"seconds": seconds, "stages": stages, "peak": peak})
     return 0
 
 

@@ -9,7 +9,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from rac.cli.terminal import Steps, argument, command
+from rac.cli.terminal import Steps, argument, command, say, tell
 from rac.decode.archive import RacFile
 from rac.encode.allocate.budget import read_text
 from rac.frameworks import check_device
@@ -55,6 +55,7 @@ def add_generate(p: argparse.ArgumentParser) -> None:
     argument(how, "--greedy", "always the likeliest token (the default)")
     argument(how, "--sample", "draw tokens, as the model's generation settings say")
     argument(p, "--seed N", "of --sample (default: 0)", type=int, default=0)
+    argument(p, "--json", "the text and its token ids as one JSON value, when it is whole")
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -67,12 +68,17 @@ def generate(args: argparse.Namespace) -> int:
 
     from rac.runtime.text import generate
 
-    sys.stdout.write(args.prompt)
-    sys.stdout.flush()
+    if not args.json:
+        sys.stdout.write(args.prompt)
+        sys.stdout.flush()
     start = time.monotonic()
-    ids = generate(model, tokenizer, args.prompt, args.tokens, args.seed if args.sample else None, stream=True)
+    seed = args.seed if args.sample else None
+    ids = generate(model, tokenizer, args.prompt, args.tokens, seed, stream=not args.json)
     seconds = time.monotonic() - start
-    print(f"{len(ids)} tokens in {seconds:.1f} s, {len(ids) / max(seconds, 1e-9):.1f} per second", file=sys.stderr)
+    if not args.quiet:
+        rate = len(ids) / max(seconds, 1e-9)
+        print(f"{len(ids)} tokens in {seconds:.1f} s, {rate:.1f} per second", file=sys.stderr)
+    tell({"prompt": args.prompt, "text": tokenizer.decode(ids), "ids": list(map(int, ids)), "seconds": seconds})
     return 0
 
 
@@ -83,6 +89,7 @@ def add_perplexity(p: argparse.ArgumentParser) -> None:
     argument(p, "--text FILE", "the text, UTF-8", required=True)
     add_windows(p)
     add_simulated(p)
+    argument(p, "--json", "for programs")
 
 
 def perplexity(args: argparse.Namespace) -> int:
@@ -101,11 +108,12 @@ def perplexity(args: argparse.Namespace) -> int:
         found, cut, context = perplexity(model, tokenizer, text, args.tokens, args.context, note)
     seconds, count = time.monotonic() - start, cut * context
     bits = "".join(f", {n}-bit {what}" for what, n in (("activations", args.activations), ("cache", args.kv)) if n)
-    print(
+    say(
         f"{args.src}: perplexity {found:.3f} on {count:,} tokens of {args.text} in windows of "
         f"{context:,} ({args.resident}, {str(model.dtype).removeprefix('torch.')}{bits}, "
         f"{count / max(seconds, 1e-9):.0f} tokens per second)"
     )
+    tell({"file": args.src, "perplexity": found, "tokens": count, "context": context, "seconds": seconds})
     return 0
 
 
@@ -128,7 +136,7 @@ def _open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(args.src, **how)
     start = time.monotonic()
     model = load_model(args.src, args.resident, None if args.device == "cpu" else args.device, args.dtype, **how)
-    if sys.stderr.isatty():
+    if args.verbose or (sys.stderr.isatty() and not args.quiet):
         held = model.get_memory_footprint() / 1e6
         print(f"{args.src}: {held:.1f} MB of weights, loaded in {time.monotonic() - start:.1f} s", file=sys.stderr)
     return model, tokenizer

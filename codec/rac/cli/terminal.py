@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -11,6 +12,47 @@ from collections.abc import Callable
 from typing import Any, Self
 
 EFFORTS = ("fast", "default", "max")
+QUIET, NORMAL, VERBOSE = range(3)
+PLAIN_SECONDS = 30.0  # between two lines of progress where standard error is no terminal; a tenth with --verbose
+
+
+class _Volume:
+    """How much the commands of this process say."""
+
+    level = NORMAL
+    json = False  # standard output is one JSON value
+    piped = False  # standard output is the archive
+
+
+def set_volume(args: argparse.Namespace) -> None:
+    """Take --quiet, --verbose and --json, where a command has them."""
+    _Volume.level = QUIET if args.quiet else VERBOSE if args.verbose else NORMAL
+    _Volume.json = getattr(args, "json", False) is True
+    _Volume.piped = getattr(args, "output", None) == "-"
+
+
+def say(text: str) -> None:
+    """Print a result for people: nothing with --quiet or --json, to standard error where the archive goes to output."""
+    if _Volume.level > QUIET and not _Volume.json:
+        print(text, file=sys.stderr if _Volume.piped else sys.stdout)
+
+
+def tell(value: Any) -> None:
+    """Print a result for programs, where --json was given."""
+    if _Volume.json:
+        what = json.dumps(value, indent=1, ensure_ascii=False, default=_plain)
+        print(what, file=sys.stderr if _Volume.piped else sys.stdout)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for."""
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def detail(text: str) -> None:
+    """Print what only --verbose asks for, to standard error."""
+    if _Volume.level == VERBOSE:
+        print(text, file=sys.stderr)
 
 
 def number(word: str, least: int, what: str) -> Callable[[str], int | None]:
@@ -27,7 +69,9 @@ def number(word: str, least: int, what: str) -> Callable[[str], int | None]:
 def command(p: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], about: str) -> None:
     """Make a parser that of a command."""
     p.description = about
-    p.set_defaults(run=run)
+    p.set_defaults(run=run, parser=p)
+    argument(p, "-q --quiet", "no progress, no summary: errors and warnings alone")
+    argument(p, "-v --verbose", "progress in plain lines where standard error is no terminal, and details")
 
 
 def argument(p: Any, stated: str, about: str, **how: Any) -> None:
@@ -60,13 +104,15 @@ def parse_size(text: str) -> int:
 
 
 class _Line:
-    """A line that is written over, on terminals only."""
+    """A line that is written over on terminals; elsewhere plain lines, far apart, of what takes long."""
 
     END = "\n"  # leaves the last line
 
     def __init__(self) -> None:
-        self._on, self._drawn = sys.stderr.isatty(), False
+        self._terminal, self._drawn = sys.stderr.isatty(), False
+        self._on = _Volume.level > QUIET
         self._start = self._shown = time.monotonic()
+        self._every = 0.1 if self._terminal else PLAIN_SECONDS / (10 if _Volume.level == VERBOSE else 1)
 
     def __enter__(self) -> Self:
         return self
@@ -77,8 +123,13 @@ class _Line:
             sys.stderr.flush()
 
     def _draw(self, now: float, line: str) -> None:
-        self._shown, self._drawn = now, True
-        sys.stderr.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+        self._shown = now
+        if self._terminal:
+            self._drawn = True
+            line = "\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1]
+        else:
+            line += "\n"
+        sys.stderr.write(line)
         sys.stderr.flush()
 
 
@@ -93,14 +144,14 @@ class Progress(_Line):
 
     def line(self, text: str) -> None:
         """A line that stays, above the one that moves."""
-        if self._on:
+        if self._on and (self._terminal or _Volume.level == VERBOSE):
             sys.stderr.write(("\r\x1b[K" if self._drawn else "") + text + "\n")
 
     def __call__(self, name: str, n: int) -> None:
         """`n` more bytes are done; `name` is what they belong to."""
         self._done += n
         now = time.monotonic()
-        if not self._on or now - self._start < 0.5 or now - self._shown < 0.1:
+        if not self._on or now - self._start < 0.5 or now - self._shown < self._every:
             return
         rate = self._done / (now - self._start)
         left = (self._total - self._done) / rate if rate else 0
@@ -118,14 +169,14 @@ class Steps(_Line):
 
     def __call__(self, what: str, done: int, of: int) -> None:
         """`done` of `of` parts of step `what` are done; 0 of 0: a remark."""
-        if not self._on:
-            return
         now, line = time.monotonic(), what
+        if not self._on or (not self._terminal and now - self._shown < self._every):
+            return
         if what != self._what:
-            if self._what:
+            if self._what and self._terminal:
                 sys.stderr.write("\n")
             self._what, self._start, self._first = what, now, done
-        elif now - self._shown < 0.1 and done < of:
+        elif now - self._shown < self._every and done < of:
             return
         if of:
             new = done - self._first

@@ -114,3 +114,36 @@ class Writer:
             self._file.close()
         if not self._named and os.path.exists(self.part):
             os.unlink(self.part)
+
+
+class PipeWriter(Writer):
+    """Writes an archive forward into a stream: nothing to resume, and a reader knows by the trailer that it is whole."""
+
+    def __init__(self, stream: BinaryIO, name: str = "<stdout>") -> None:
+        self.path = self.part = name
+        self.entries = []
+        self.at, self._named = 0, True
+        self._file = stream
+
+    def start(self, header: dict[str, Any]) -> None:
+        """Begin."""
+        self.write(wire.header(header))
+
+    def go_on(self, entries: list[Entry], at: int) -> None:
+        """OutputError: there is nothing to go on with."""
+        raise OutputError("a pipe cannot be resumed", file=self.path)
+
+    def seal(self, digest: bytes) -> None:
+        """Write index and trailer."""
+        e = self.add(RECORD_INDEX, 0, *index.build(self.entries, digest))
+        self.write(wire.trailer(e.at, e.size))
+        self.flush()
+
+    def publish(self) -> None:
+        """Nothing: it has no name."""
+
+    def close(self) -> None:
+        """Nothing: whoever opened the stream closes it."""
+
+    def discard(self) -> None:
+        """Nothing: what was written cannot be taken back, and has no trailer."""

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,9 +18,7 @@ from typing import Any
 from rac.calibrate.evaluate import Divergence
 from rac.calibrate.text import Note
 from rac.container import index
-from rac.container.access import FileAccess
-from rac.container.reader import Archive
-from rac.container.writer import Writer
+from rac.container.writer import PipeWriter, Writer
 from rac.decode.unpack import quantised, usual_headers
 from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe
@@ -32,10 +31,12 @@ from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, op
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import threads_of
 from rac.provenance import Provenance, header_name, state
-from rac.records import Limits
+from rac.records import Entry, Limits
 from rac.registry import RECORD_ATTACHMENT
 from rac.tensor import extra_of
 
+PIPE = "-"
+"""As the name of the output: standard output."""
 __all__ = ["Fidelity", "Packer", "Progress", "Summary", "pack", "pack_source", "save_file"]
 
 
@@ -91,7 +92,7 @@ def pack(
 
     Args:
         src: What to pack.
-        out: The .rac file to write; with `shard_size` the stem of a set "stem-00001-of-0000N.rac".
+        out: The .rac file to write, "-" for standard output; with `shard_size` the stem of a set "stem-00001-of-0000N.rac".
         level: "fast", "default" or "max".
         jobs: Threads, or processes; one per core up to 8 by default. The bytes do not depend on it.
         include: Patterns (fnmatch) of tensors to take; none means all.
@@ -261,23 +262,21 @@ class Packer(contextlib.ExitStack):
             },
         )
         schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
-        resumed = 0
-        fidelity: list[Fidelity] = []
+        resumed, stored = 0, 0
+        fidelity, entries = list[Fidelity](), list[Entry]()
         for i, (shard, path) in enumerate(zip(shards, paths, strict=True)):
             header: dict[str, Any] = {"features": [], "metadata": dict(source.metadata), "provenance": provenance}
             if len(shards) > 1:
                 header["shard"] = [i + 1, len(shards)]
             contents = resume.Contents(path, header, () if i else self._files, shard)
-            resumed += self._write(contents, schedule, fidelity)
-        lossy, bits = 0, 0.0
-        if quantiser is not None:
-            with contextlib.ExitStack() as stack:
-                archives = [stack.enter_context(contextlib.closing(Archive(FileAccess(p)))) for p in paths]
-                lossy, bits = quantised(e for a in archives for e in a.index.entries)
+            there, end, rows = self._write(contents, schedule, fidelity)
+            resumed, stored = resumed + there, stored + end
+            entries += rows
+        lossy, bits = (0, 0.0) if quantiser is None else quantised(entries)
         return Summary(
             paths=tuple(paths),
             dense=sum(t.nbytes for t in tensors),
-            stored=sum(os.path.getsize(p) for p in paths),
+            stored=stored,
             weights=sum(math.prod(t.shape) for t in tensors),
             tensors=len(tensors),
             resumed=resumed,
@@ -287,8 +286,10 @@ class Packer(contextlib.ExitStack):
             fidelity=tuple(fidelity),
         )
 
-    def _write(self, contents: resume.Contents, schedule: Schedule, fidelity: list[Fidelity]) -> int:
-        """Write one archive; returns how many tensors were there already. `fidelity` gets what was quantised."""
+    def _write(
+        self, contents: resume.Contents, schedule: Schedule, fidelity: list[Fidelity]
+    ) -> tuple[int, int, list[Entry]]:
+        """Write one archive: tensors that were there already, its size, and its index. `fidelity` gets what is lossy."""
         options, groups, content = self._options, contents.groups, list[list[Any]]()
 
         def done(group: ties.Group, digest: bytes) -> None:
@@ -302,8 +303,8 @@ class Packer(contextlib.ExitStack):
         if found and (found.files, len(found.digests)) == (len(contents.files), len(groups)):
             for group, digest in zip(groups, found.digests, strict=True):
                 done(group, digest)
-            return len(groups)
-        writer = Writer(contents.path, options.force)
+            return len(groups), os.path.getsize(contents.path), found.entries
+        writer = PipeWriter(sys.stdout.buffer) if contents.path == PIPE else Writer(contents.path, options.force)
         try:
             found = resume.scan(writer.part, contents) if options.resume else None
             if found:
@@ -325,7 +326,7 @@ class Packer(contextlib.ExitStack):
                         self._hooks.layer(of)
                     done(group, e.head["digest"])
             writer.finish(index.content_digest(content))
-            return start
+            return start, writer.at, writer.entries
         except MemoryError as e:
             raise OutputError("not enough memory", file=contents.path) from e
         finally:
