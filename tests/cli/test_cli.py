@@ -172,24 +172,29 @@ def test_options_that_are_refused(run, tmp_path, model, options, match):
 @pytest.mark.parametrize(
     "args",
     [
-        [],
         ["melt"],
         ["pack"],
-        ["pack", "m"],
         ["pack", "m", "-o", "x", "--level", "extreme"],
         ["pack", "m", "-o", "x", "--jobs", "two"],
         ["pack", "m", "-o", "x", "--lanes", "1.5"],
-        ["unpack", "m"],
         ["unpack", "m", "-o", "x", "--jobs", "two"],
         ["info"],
         ["verify", "m", "--against"],
+        ["pack", "m", "--bist", "3"],
     ],
 )
 def test_usage(run, args):
     code, out, err = run(*args)
     assert (code, out) == (2, "")
-    assert err.startswith("usage: rac")
-    assert re.match(r"rac[a-z ]*: error: ", err.splitlines()[-1])
+    assert re.fullmatch(r"rac[a-z ]*: .* \(see `rac[a-z ]* --help`\)\n", err)
+
+
+def test_what_was_meant(run):
+    assert "did you mean '--bits'?" in run("pack", "m", "--bist=3")[2]
+    assert "did you mean 'verify'?" in run("verfy", "m")[2]
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert "rac pack model/" in err
 
 
 def test_archives_that_are_refused(run, tmp_path, packed, model):

@@ -41,6 +41,9 @@ COMMANDS = {
     "unpack": "unpack {file} -o {out}",
     "info": "info {file}",
     "verify": "verify {file}",
+    "ls": "ls {file}",
+    "cat": "cat {file} a",
+    "diff": "diff {files}/m.safetensors {file}",
     "against": "verify {files}/good.rac --against {file}",
     "compare": "compare {files}/m.safetensors {file}",
     "analyze": "analyze {file}",
@@ -66,7 +69,7 @@ def one_line(err):
 
 def test_the_table_has_every_command():
     commands = next(a for a in parser()._actions if a.choices and "pack" in a.choices).choices
-    assert {line.split()[0] for line in COMMANDS.values()} == set(commands)
+    assert {line.split()[0] for line in COMMANDS.values()} == set(commands) - {"completion"}  # which opens no file
     for command in commands.values():  # and each says what its exit codes mean
         assert EPILOG in command.format_help()
 
@@ -85,7 +88,9 @@ MODELS = ("generate", "perplexity", "hf")  # these say first that the file holds
 PARTS = ("unpack", "verify", "load", "merge", "shard")
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("cut", n) for n in (*PARTS, *MODELS)), *(("flipped", n) for n in PARTS)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("cut", n) for n in (*PARTS, *MODELS, "ls", "cat", "diff")), *(("flipped", n) for n in PARTS)]
+)
 def test_damage(files, tmp_path, capsys, name, kind):
     if name in MODELS:
         pytest.importorskip("transformers")

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
-        parser().print_help()
+        parser().print_help(sys.stderr)
         return 2
     args, unknown = parser(argv).parse_known_args(argv)
     if unknown:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rac.cli.terminal import EFFORTS, Progress, Steps, argument, command, number, parse_size, size
+from rac.cli.terminal import EFFORTS, Progress, Steps, argument, command, number, parse_size, say, size, tell
 from rac.container.output import write_whole
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
 from rac.encode.encoded import Fidelity
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
-from rac.encode.pack import ByTrellis, Packer, Summary
+from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import open_source
 from rac.machine import threads_of
 from rac.study import grouped, role
@@ -33,7 +33,8 @@ Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --si
 SRC is a .safetensors file, a Hugging Face model folder (its small files travel as attachments) or a .gguf file.
 The file gets its name only when it is whole; an interrupted pack goes on with --resume.
 
-  rac pack model/ -o model.rac                                          every bit kept
+  rac pack model/                                                       every bit kept, in model.rac
+  rac pack model/ -o - | ssh host 'cat > model.rac'                     into a pipe
   rac pack model/ -o model.rac --bits 3 --calibrate text.txt            3 bits per weight where it matters least
   rac pack model/ -o model.rac --kl 0.05 --calibrate text.txt           as small as that divergence allows
   rac pack weights.safetensors -o weights.rac --size 80MB               from the weights alone
@@ -63,6 +64,7 @@ _NOT: dict[str, Any] = {
 """Arguments that a named method does not take, as they are where nobody gave them."""
 BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
 ALARM = 10  # decibels of output signal to noise below which a layer is named
+OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
 LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
 JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
 lossless)"""
@@ -82,7 +84,7 @@ def add(p: argparse.ArgumentParser) -> None:
     p.set_defaults(left=_left)
     many: dict[str, Any] = {"action": "append", "default": []}
     argument(p, "src SRC", "what to pack")
-    argument(p, "-o --output OUT.rac", "the file to write", required=True)
+    argument(p, "-o --output OUT.rac", OUTPUT)
     argument(p, "--level", LEVEL, choices=EFFORTS, default="default")
     argument(p, "-j --jobs N", JOBS, type=int)
     argument(p, "--include PATTERN", "take only these tensors", **many)
@@ -114,6 +116,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "--format", out, choices=("rac", "hf"), default="rac")
     argument(p, "--resume", "go on with an interrupted pack")
     argument(p, "--force", "replace an existing file")
+    argument(p, "--json", "print totals and tensors as one JSON value")
 
 
 def _add_named(p: argparse.ArgumentParser) -> None:
@@ -131,7 +134,29 @@ def _add_named(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
+    if args.output is None:
+        args.output = _usual(args.src, args.format)
+    if args.output == PIPE:
+        _check_pipe(args)
     return _folder(args) if args.format == "hf" else _file(args)
+
+
+def _usual(src: str, form: str) -> str:
+    """The name of the output where none is given: that of the source, in this folder."""
+    name = os.path.basename(os.path.normpath(os.path.abspath(src)))
+    for ending in (".rac", ".safetensors", ".gguf"):
+        name = name.removesuffix(ending)
+    return name + (".rac" if form == "rac" else "-rac")
+
+
+def _check_pipe(args: argparse.Namespace) -> None:
+    """ValueError where what is asked for cannot go to standard output."""
+    given = {"--format hf": args.format == "hf", "--resume": args.resume, "--shard-size": args.shard_size}
+    given |= {"--recipe": args.recipe != NAMES[0], "--measure": args.measure}
+    if wrong := [option for option, there in given.items() if there]:
+        raise ValueError(f"-o - writes one file, forward: it does not go with {', '.join(wrong)}")
+    if sys.stdout.isatty():
+        raise ValueError("-o - writes an archive to standard output: send it to a file or a program")
 
 
 def _folder(args: argparse.Namespace) -> int:
@@ -151,7 +176,8 @@ def _folder(args: argparse.Namespace) -> int:
     finally:
         if made and os.path.exists(made):
             os.unlink(made)
-    print(f"{args.output}: {done.tensors} tensors, {done.records} of them compressed, {size(done.size)} in all files")
+    say(f"{args.output}: {done.tensors} tensors, {done.records} of them compressed, {size(done.size)} in all files")
+    tell({"folder": args.output, "tensors": done.tensors, "records": done.records, "size": done.size})
     return 0
 
 
@@ -172,9 +198,12 @@ def _file(args: argparse.Namespace) -> int:
             found = packer.allocate(args.src, request) if request else None
         with Progress("packing", sum(t.nbytes for t in source.tensors)) as progress:
             done = packer.write(ByTrellis(found, packer.kept) if found else None)
-    _say(args, done, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    _say(args, done, seconds)
     if found and request:
         _say_lossy(args, done, found, request)
+    if args.format == "rac":  # a folder is told of when it is there
+        tell({"seconds": seconds, **report(done, found)})
     return 0
 
 
@@ -209,10 +238,10 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     if done.skipped:
         print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)
     if args.resume:
-        print(f"{done.resumed} of {done.tensors} tensors were finished already")
+        say(f"{done.resumed} of {done.tensors} tensors were finished already")
     bits = 8 * done.stored / max(1, done.weights)
     what = done.paths[0] if len(done.paths) == 1 else f"{len(done.paths)} shards, {done.paths[0]} ..."
-    print(
+    say(
         f"{what}: {done.tensors} tensors, {size(done.dense)} -> {size(done.stored)} "
         f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
         f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
@@ -224,12 +253,12 @@ def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: 
     if found.unreached and request.calibration.texts:
         these = f"{len(found.unreached)} tensors, which are quantised from the weights alone: {_some(found.unreached)}"
         print(f"rac: calibration did not reach {these}", file=sys.stderr)
-    print(_by_role(done.fidelity))
-    print(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
+    say(_by_role(done.fidelity))
+    say(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
         print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
     if args.report:
-        _write_report(args.report, done, found)
+        write_whole(args.report, json.dumps(report(done, found), indent=1) + "\n")
     if args.measure:
         measure(args.src, done.paths[0], args.measure)
 
@@ -252,13 +281,13 @@ def _by_role(layers: Sequence[Fidelity]) -> str:
     return "\n".join(lines)
 
 
-def _write_report(path: str, done: Summary, recipe: Recipe) -> None:
-    """Write a pack's totals and the fidelity of each quantised tensor to `path` as JSON; infinite ratios are null."""
+def report(done: Summary, recipe: Recipe | None) -> dict[str, Any]:
+    """Totals of a pack, and the fidelity of each quantised tensor; infinite ratios are None."""
     tensors = [
         asdict(f) | {"bits": f.bits, "role": role(f.name), "snr": f.snr if math.isfinite(f.snr) else None}
         for f in done.fidelity
     ]
-    report = {
+    totals = {
         "files": done.paths,
         "size": done.stored,
         "dense": done.dense,
@@ -266,23 +295,27 @@ def _write_report(path: str, done: Summary, recipe: Recipe) -> None:
         "file_bits": 8 * done.stored / max(1, done.weights),
         "quantised": done.quantised,
         "quantised_bits": done.quantised_bits,
+        "resumed": done.resumed,
+        "skipped": done.skipped,
+    }
+    if recipe is None:
+        return totals
+    return totals | {
         "states": recipe.states,
         "passes": recipe.passes,
         "scale": recipe.scale,
         "about": dict(recipe.about),
         "unreached": recipe.unreached,
-        "resumed": done.resumed,
         "alarms": [f.name for f in done.fidelity if f.snr < ALARM],
         "tensors": tensors,
     }
-    write_whole(path, json.dumps(report, indent=1) + "\n")
 
 
 def measure(src: str, path: str, text: str) -> None:
     """Print what the packed model predicts on a text, beside the original."""
     with Steps() as note:
         own, row = compare(src, [path], Reading(read_text(text)), note)
-    print(
+    say(
         f"on {text}: KL {row.kl:.4f} nats, top-1 {row.top1:.2%}, perplexity {row.perplexity:.3f} "
         f"(original {own.perplexity:.3f})"
     )
@@ -327,8 +360,8 @@ def _named(args: argparse.Namespace) -> int:
         done = pack_method(args.src, args.output, method, note=note, **options)
     seconds = time.monotonic() - start
     weights = 8 * done.stored / max(1, done.weights)
-    print(_by_role(done.fidelity))
-    print(
+    say(_by_role(done.fidelity))
+    say(
         f"{args.output}: {args.recipe}, {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per "
         f"weight, all counted; the file {size(done.stored)}, {weights:.3f} bits per weight, in {seconds:.1f} s"
     )

@@ -6,7 +6,6 @@ import argparse
 import math
 import sys
 from fnmatch import fnmatchcase
-from typing import Any
 
 from rac.cli import meant
 from rac.cli.terminal import Progress, argument, command, say, size, tell
@@ -95,7 +94,7 @@ def _npy(found: Contents, name: str) -> bytes:
     import numpy as np
 
     array = found.tensors[name].read()
-    if array.dtype.kind == "V" or not array.dtype.isbuiltin:  # a type of ml_dtypes
+    if np.dtype(array.dtype.str) != array.dtype:  # a type of ml_dtypes
         print(f"rac: {name} is {found.tensors[name].dtype}; written as float32", file=sys.stderr)
         array = array.astype(np.float32)
     out = io.BytesIO()
@@ -153,5 +152,3 @@ def _text(one: Difference) -> str:
         return one.what
     snr = "" if one.snr is None or not math.isfinite(one.snr) else f"{one.snr:.2f} dB, "
     return f"{one.what}: {snr}at most {one.largest:.3g}, {one.unequal:,} values"
-
-

@@ -117,7 +117,7 @@ class Writer:
 
 
 class PipeWriter(Writer):
-    """Writes an archive forward into a stream: nothing to resume, and a reader knows by the trailer that it is whole."""
+    """Writes an archive forward into a stream: nothing to resume; a reader knows by the trailer that it is whole."""
 
     def __init__(self, stream: BinaryIO, name: str = "<stdout>") -> None:
         self.path = self.part = name

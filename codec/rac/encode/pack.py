@@ -92,7 +92,7 @@ def pack(
 
     Args:
         src: What to pack.
-        out: The .rac file to write, "-" for standard output; with `shard_size` the stem of a set "stem-00001-of-0000N.rac".
+        out: The .rac file to write, or "-": standard output; with `shard_size` the stem of "stem-00001-of-0000N.rac".
         level: "fast", "default" or "max".
         jobs: Threads, or processes; one per core up to 8 by default. The bytes do not depend on it.
         include: Patterns (fnmatch) of tensors to take; none means all.
@@ -289,7 +289,7 @@ class Packer(contextlib.ExitStack):
     def _write(
         self, contents: resume.Contents, schedule: Schedule, fidelity: list[Fidelity]
     ) -> tuple[int, int, list[Entry]]:
-        """Write one archive: tensors that were there already, its size, and its index. `fidelity` gets what is lossy."""
+        """Write one archive: tensors that were there already, its size, its index. `fidelity` gets what is lossy."""
         options, groups, content = self._options, contents.groups, list[list[Any]]()
 
         def done(group: ties.Group, digest: bytes) -> None:

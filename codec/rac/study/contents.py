@@ -1,4 +1,4 @@
-"""What a file holds, one view of archives and of everything that can be packed: tensors by name, read when asked for."""
+"""What a file holds: tensors by name, read when asked for; of archives and of everything that can be packed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Stated:
     read: Callable[[], NDArray[Any]]
     stored: int | None = None  # bytes of its record; 0: stored with another name; None: not in an archive
     method: str | None = None  # that of the record
-    digest: Callable[[], bytes | None] = lambda: None  # XXH3-128 of its bytes, where it is stated and need not be counted
+    digest: Callable[[], bytes | None] = lambda: None  # XXH3-128 of its bytes, where stated
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,152 @@
+"""`rac ls`, `rac cat`, `rac diff`, `rac completion`, and what all commands share: --json, --quiet, pipes, names."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import rac
+from rac.cli import COMMANDS, main
+
+RAC = [sys.executable, "-m", "rac"]
+
+
+@pytest.fixture
+def run(capsysbinary):
+    def call(*args):
+        try:
+            code = main([str(a) for a in args])
+        except SystemExit as e:
+            code = e.code
+        out, err = capsysbinary.readouterr()
+        return code, out, err.decode()
+
+    return call
+
+
+@pytest.fixture
+def packed(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a.weight": rng.standard_normal((64, 32)).astype(np.float32),
+        "b.weight": rng.standard_normal((8, 8)).astype(ml_dtypes.bfloat16),
+        "c": np.arange(5),
+    }
+    rac.save_file(tensors, tmp_path / "m.rac")
+    return tmp_path / "m.rac", tensors
+
+
+def test_ls(run, packed):
+    path, _ = packed
+    code, out, _ = run("ls", path)
+    assert code == 0
+    assert [line.split()[:3] for line in out.decode().splitlines()] == [
+        ["a.weight", "F32", "64x32"],
+        ["b.weight", "BF16", "8x8"],
+        ["c", "I64", "5"],
+    ]
+    rows = json.loads(run("ls", path, "--match", "*.weight", "--json")[1])
+    assert [(r["name"], r["nbytes"]) for r in rows] == [("a.weight", 8192), ("b.weight", 128)]
+    code, _, err = run("ls", path, "--match", "nothing")
+    assert code == 2
+    assert "holds no tensor that matches 'nothing'" in err
+
+
+def test_cat(run, packed):
+    path, tensors = packed
+    code, out, err = run("cat", path, "a.weight")
+    assert (code, err) == (0, "")
+    assert np.array_equal(np.load(io.BytesIO(out)), tensors["a.weight"])
+    code, out, err = run("cat", path, "b.weight")
+    assert "written as float32" in err
+    assert np.array_equal(np.load(io.BytesIO(out)), tensors["b.weight"].astype(np.float32))
+    assert run("cat", path, "b.weight", "--raw")[1] == tensors["b.weight"].tobytes()
+    code, out, err = run("cat", path, "a.wieght")
+    assert (code, out) == (2, b"")
+    assert "did you mean 'a.weight'?" in err
+
+
+def test_diff(run, packed, tmp_path):
+    path, tensors = packed
+    assert run("diff", path, path)[:2] == (0, b"3 tensors: 3 equal, 0 differ; 0 files differ\n")
+    other = dict(tensors)
+    other["a.weight"] = tensors["a.weight"].copy()
+    other["a.weight"][3, 4] += 0.5
+    other["b.weight"] = tensors["b.weight"].astype(np.float32)
+    other["d"] = other.pop("c")
+    rac.save_file(other, tmp_path / "n.rac")
+    code, out, _ = run("diff", path, tmp_path / "n.rac", "--json")
+    assert code == 1
+    found = {d["name"]: d for d in json.loads(out)["differences"]}
+    assert found["a.weight"]["largest"] == pytest.approx(0.5, rel=1e-5)
+    assert found["a.weight"]["unequal"] == 1
+    assert found["a.weight"]["snr"] == pytest.approx(
+        10 * np.log10(np.square(tensors["a.weight"]).sum() / 0.25), abs=0.01
+    )
+    assert (found["b.weight"]["what"], found["b.weight"]["unequal"]) == ("BF16 in A, F32 in B", 0)
+    assert (found["c"]["what"], found["d"]["what"]) == ("only in A", "only in B")
+    assert b"a.weight: differs: " in run("diff", path, tmp_path / "n.rac")[1]
+
+
+def test_a_pipe_takes_an_archive_and_gives_it(packed, tmp_path, run):
+    path, _ = packed
+    run("unpack", path, "-o", tmp_path / "m.safetensors")
+    made = subprocess.run([*RAC, "pack", tmp_path / "m.safetensors", "-o", "-"], capture_output=True, check=True)
+    assert b"3 tensors" in made.stderr
+    (tmp_path / "piped.rac").write_bytes(made.stdout)
+    assert rac.verify(tmp_path / "piped.rac", tmp_path / "m.safetensors").tensors == 3
+    assert not (tmp_path / "-").exists()
+    code, _, err = run("pack", tmp_path / "m.safetensors", "-o", "-", "--resume")
+    assert code == 2
+    assert "does not go with --resume" in err
+
+
+def test_names_where_none_are_given(packed, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("unpack", "m.rac")[:2] == (0, b"m/model.safetensors\n")
+    assert run("unpack", "m.rac")[0] == 2  # it is there already
+    assert run("pack", "m", "-q")[:2] == (2, b"")  # m.rac too
+    (tmp_path / "m.rac").unlink()
+    assert run("pack", "m", "-q")[:2] == (0, b"")
+    assert rac.verify("m.rac", "m").tensors == 3
+
+
+def test_json_is_all_of_standard_output(packed, tmp_path, run):
+    path, _ = packed
+    calls = (
+        ["info", path],
+        ["verify", path],
+        ["load", path],
+        ["unpack", path, "-o", tmp_path / "out"],
+        ["pack", tmp_path / "out", "-o", tmp_path / "again.rac"],
+        ["shard", path, "-o", tmp_path / "shards", "--size", "5kB"],
+        ["merge", tmp_path / "shards", "-o", tmp_path / "merged.rac"],
+    )
+    for call in calls:
+        code, out, err = run(*call, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(out)
+
+
+def test_quiet(packed, run):
+    assert run("verify", packed[0], "-q") == (0, b"", "")
+    assert run("ls", packed[0], "-q") == (0, b"", "")
+
+
+def test_completion(packed, tmp_path):
+    script = tmp_path / "rac.bash"
+    for shell in ("bash", "zsh", "fish"):
+        out = subprocess.run([*RAC, "completion", shell], capture_output=True, check=True, text=True).stdout
+        assert all(name in out for name in COMMANDS)
+        if shell == "bash":
+            script.write_text(out)
+    ask = f'source {script}; COMP_WORDS=(rac pack --lev); COMP_CWORD=2; _rac; echo "${{COMPREPLY[@]}}"'
+    ask += '; COMP_WORDS=(rac pack --level ""); COMP_CWORD=3; _rac; echo "${COMPREPLY[@]}"'
+    out = subprocess.run(["bash", "-c", ask], capture_output=True, check=True, text=True).stdout
+    assert out.splitlines() == ["--level", "fast default max"]
