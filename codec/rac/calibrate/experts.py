@@ -51,6 +51,11 @@ def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextM
     class Watching(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
+            if func is torch.bmm and (found := next(((k, p) for k, p in fused if p is args[1]), None)):
+                each = out.unbind()  # one product for each expert; what follows depends on these
+                for e, one in enumerate(each):
+                    seen(found[0], e, len(each), True, args[0][e], one)
+                return torch.stack(each)
             if func in products and len(args) > 1 and args[1].dim() == 2 and (found := _expert(args[1], fused)):
                 name, number, count, turned = found
                 seen(name, number, count, turned == (func is linear), args[0], out)
@@ -115,8 +120,22 @@ class Stored:
         self._first: dict[tuple[int, bytes], list[str]] | None = None
         self._rows: dict[int, set[int]] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._parts
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._parts[name].get_shape())
+
+    def floats(self, name: str) -> bool:
+        """Whether a tensor is of floating-point numbers that are no scales or codes of others."""
+        return self._parts[name].get_dtype() in ("F32", "F16", "BF16")
+
+    def read(self, name: str) -> Any:
+        """A tensor."""
+        return self._parts[name][:]
 
     def same(self, p: Any, taken: Container[str]) -> str | None:
         """The name of the tensor, not taken, with the shape and, by three rows, the values of `p`; None: none has."""
@@ -134,7 +153,7 @@ class Stored:
         if self._first is None:
             self._first = {}
             for name, part in self._parts.items():
-                if len(part.get_shape()) == 2 and part.get_dtype() in ("F32", "F16", "BF16"):
+                if len(part.get_shape()) == 2 and self.floats(name):
                     rows, columns = part.get_shape()
                     self._rows.setdefault(columns, set()).add(rows)
                     self._first.setdefault((rows, _bytes(part[0])), []).append(name)
@@ -147,6 +166,10 @@ class Stored:
                         break
 
 
+def bits(w: Any) -> Array:
+    """Words of numbers rounded to bfloat16: equal for numbers of wider types of which one was rounded from the other."""
+    return w.to(torch.bfloat16).contiguous().view(torch.int16).numpy()  # type: ignore[no-any-return]
+
+
 def _bytes(row: Any) -> bytes:
-    """Bytes of a row rounded to bfloat16: equal for two rows of wider types of which one was rounded from the other."""
-    return row.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()  # type: ignore[no-any-return]
+    return bits(row).tobytes()

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rac.calibrate import experts as calibration_experts
@@ -43,6 +44,8 @@ class Collector:
         self._weight: dict[str, float] = {}
         self._recent: list[tuple[Any, int, str]] = []
         self._outputs = outputs
+        self._waiting: dict[str, list[Any]] = {}  # layers to inputs, where no gradient has come yet
+        self._alone: set[str] = set()  # layers on which the loss has not depended: their inputs count alike
         self._experts = calibration_experts.experts(modules)
         self._fused: dict[str, int] = {}  # parameter of experts to how many there are
         self._turned: dict[str, bool] = {}  # whether it is stored (experts, in, out)
@@ -58,14 +61,23 @@ class Collector:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+        self.settle()
         self._recent.clear()
+
+    def settle(self) -> None:
+        """To be called after each backward pass: layers that it did not come to count all their inputs alike."""
+        for name, inputs in self._waiting.items():
+            self._alone.add(name)
+            for x in inputs:
+                self._forward(name, name, x)
+        self._waiting.clear()
 
     def _expert(self, whole: str, number: int, count: int, turned: bool, x: Any, out: Any) -> None:
         self._fused[whole], self._turned[whole] = count, turned
         name = f"{whole}[{number}]"
         self._ran(name, name if count * 4 * x.shape[-1] ** 2 <= _OWN else whole, None, (x,), out)
 
-    def _ran(self, name: str, into: str, _: Any, args: Any, out: Any) -> None:
+    def _ran(self, name: str, into: str, module: Any, args: Any, out: Any) -> None:
         """Layer `name` has made `out` of its first argument, whose moments are added to those of `into`."""
         given = args[0]
         if isinstance(out, tuple):  # a linear layer that does more than its product: a router
@@ -75,24 +87,38 @@ class Collector:
         key = next(same, name)  # the layer that had this very input first
         self._recent = [*self._recent[1 - _RECENT :], (given, given._version, key)]
         self.key.setdefault(name, key)
-        if self._outputs and out.requires_grad:
-            out.register_hook(lambda g: self._gradient(name, into, x, g))
-        elif not self._outputs and self.key[name] == name:
-            rows = x.float().reshape(-1, x.shape[-1]).contiguous().numpy()
-            for n in {name, into}:
-                self._rows[n] = self._rows.get(n, 0) + len(rows)
-            self._add(into, rows)
+        if not self._outputs:
+            if self.key[name] == name:
+                self._forward(name, into, x)
+            return
+        if module is not None and name not in self.squares:
+            self._waiting.setdefault(name, []).append(x)
+        if out.requires_grad:
+            outs = len(module.weight) if isinstance(module, torch.nn.Linear) else out.shape[-1]
+            out.register_hook(lambda g: self._gradient(name, into, x, g, outs))
+
+    def _forward(self, name: str, into: str, x: Any) -> None:
+        rows = x.float().reshape(-1, x.shape[-1]).contiguous().numpy()
+        for n in {name, into}:
+            self._rows[n] = self._rows.get(n, 0) + len(rows)
+        self._add(into, rows)
 
     def _add(self, name: str, rows: NDArray[np.float32]) -> None:
         with np.errstate(all="ignore"):  # not finite is told by the result
             product = rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
             self.second[name] = np.add(self.second[name], product, product) if name in self.second else product
 
-    def _gradient(self, name: str, into: str, x: Any, gradient: Any) -> None:
+    def _gradient(self, name: str, into: str, x: Any, gradient: Any, outs: int) -> None:
+        """What the loss depends on in the output of a layer, whose weight has `outs` rows: of groups, all of them."""
+        self._waiting.pop(name, None)
+        if name in self._alone:  # in an earlier pass no gradient came
+            self._alone.discard(name)
+            del self.second[name], self._rows[name]
         g = gradient.detach().float().reshape(-1, gradient.shape[-1])
         self._rows[name] = self._rows.get(name, 0) + g.shape[0]
         square = g.square()
-        self.squares[name] = self.squares.get(name, 0.0) + square.sum(0).double().numpy()
+        each = square if outs == square.shape[1] else square.reshape(-1, outs)
+        self.squares[name] = self.squares.get(name, 0.0) + each.sum(0).double().numpy()
         length = square.sum(1).sqrt().numpy()
         with np.errstate(all="ignore"):  # not finite is told by the result
             rows = x.float().reshape(-1, x.shape[-1]).numpy() * np.sqrt(length)[:, None]
@@ -113,7 +139,7 @@ class Collector:
             having = [name for name in sharing if name in self.second]
             total = np.zeros_like(self.second[having[0]])
             for name in having:
-                mean = self._rows[name] / max(self._weight[name], 1e-30) if self._outputs else 1.0
+                mean = self._rows[name] / max(self._weight[name], 1e-30) if name in self._weight else 1.0
                 total += self.second.pop(name) * np.float32(mean / tokens / len(having))
             entry: dict[str, Any] = {"finite": math.isfinite(float(np.abs(total).sum(dtype=np.float64)))}
             entry["second"] = folder.put(f"second-{tag}-{i:03}.npy", total)

@@ -15,9 +15,9 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from rac.calibrate.chain import TAIL, Chain, UnfitError, single
-from rac.calibrate.experts import Stored, parts
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
+from rac.calibrate.names import rename
 from rac.calibrate.text import SEED, Note, draw, self_text_ids, sequences, text_ids
 from rac.errors import SourceError
 from rac.models.predictions import positions
@@ -72,8 +72,8 @@ def find(
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as why:
             what = f"{type(model).__name__} cannot be calibrated on a text ({why})"
             raise SourceError(f"{what}; `--calibrate none` works", file=path) from why
-    _rename(folder.state["layers"], model, Path(path))
-    folder.state.update(finished=True, tokens=int(ids.size))
+    missing = rename(model, Path(path), folder)
+    folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
 
 
@@ -100,37 +100,6 @@ def _load(kind: Any, path: str, dtype: str) -> Any:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # one expert after the other, so that its inputs can be seen
     return model.eval()
-
-
-def _rename(layers: dict[str, Any], model: Any, path: Path) -> None:
-    """Module names to names of weights as the files have them: base model, and experts each by itself."""
-    modules = linears(model)
-    prefix = f"{model.base_model_prefix}."
-    stored = Stored(path)
-    matrices = []
-    fused: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for module in list(layers):
-        entry = layers.pop(module)
-        found = parts(module)
-        if found and found[2] is not None:
-            matrices.append((getattr(modules[found[0]], found[1])[found[2]].detach(), entry))
-            fused.setdefault(found[:2], []).append(entry)
-        elif found:
-            entry["experts"] = fused.setdefault(found[:2], [])
-            whole = stored.same(getattr(modules[found[0]], found[1]).detach(), layers)
-            if whole is not None:
-                layers[whole] = entry
-        else:
-            entry["transposed"] = type(modules[module]).__name__ == "Conv1D"
-            name = f"{module}.weight"
-            names = (name, name.removeprefix(prefix), prefix + name)
-            layers[next((n for n in names if n in stored), name)] = entry
-    for w, entry in matrices:
-        for name, *rows in stored.find(w, layers):
-            if not entry["transposed"]:
-                layers[name] = {**entry, "rows": rows}
-            elif rows == [0, len(w)]:
-                layers[name] = entry
 
 
 def stream(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
@@ -250,6 +219,7 @@ class _Passes:
                     out = self.chain.end(self.ids[s : s + 1, a : a + chunk], part)
                     if self.fisher:
                         backward(out.logits[0], at[a : a + chunk])
+                        found.settle()
                         gradient[:, a : a + chunk] = part.grad
                 if s == 0 and self.causal:
                     self.chain.same(n, out.logits[0, -TAIL:].detach().float())
@@ -264,6 +234,7 @@ class _Passes:
             for a, b in self._batches():
                 hidden = self._read("hidden", i, a, b).requires_grad_(True)
                 self.chain.run(i, hidden).backward(self._read("gradient", i + 1, a, b))
+                outputs.settle()
                 append(hidden.grad.numpy())
         self._save(outputs, f"{i:04}")
 
@@ -272,6 +243,7 @@ class _Passes:
         with outputs, leaves(self.chain.model):
             for a, b in self._batches():
                 self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
+                outputs.settle()
         self._save(outputs, "first")
 
 
@@ -322,6 +294,7 @@ def whole(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder
             out = model(input_ids=tokens[s : s + 1], **given)
             if fisher:
                 backward(out.logits[0], torch.rand(ids.shape[1], 1, generator=generator))
+                found.settle()
             del out
             note("calibrating", s + 1, len(ids))
     found.save(folder, "whole", ids.size)
