@@ -51,10 +51,10 @@ def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextM
     class Watching(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if func is torch.bmm and (found := next(((k, p) for k, p in fused if p is args[1]), None)):
+            if func is torch.bmm and (whole := next((k for k, p in fused if p is args[1]), "")):
                 each = out.unbind()  # one product for each expert; what follows depends on these
                 for e, one in enumerate(each):
-                    seen(found[0], e, len(each), True, args[0][e], one)
+                    seen(whole, e, len(each), True, args[0][e], one)
                 return torch.stack(each)
             if func in products and len(args) > 1 and args[1].dim() == 2 and (found := _expert(args[1], fused)):
                 name, number, count, turned = found
@@ -167,7 +167,7 @@ class Stored:
 
 
 def bits(w: Any) -> Array:
-    """Words of numbers rounded to bfloat16: equal for numbers of wider types of which one was rounded from the other."""
+    """Words of numbers in bfloat16: equal for numbers of wider types of which one was rounded from the other."""
     return w.to(torch.bfloat16).contiguous().view(torch.int16).numpy()  # type: ignore[no-any-return]
 
 

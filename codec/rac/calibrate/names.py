@@ -60,7 +60,7 @@ def rename(model: Any, path: Path, folder: Folder) -> dict[str, str]:
         if found and not names:
             names = [n for n in (stored.same(w, layers),) if n is not None]
         if names:
-            layers |= {name: entry for name in names}
+            layers |= dict.fromkeys(names, entry)
         elif not found:
             loose.append((w, entry))
     layers |= _blocks(loose, stored, layers)

@@ -623,3 +623,61 @@ def test_calibrations_joined():
 def test_layer_takes_an_array():
     layer = Layer(np.eye(3, dtype=np.float32), None)
     assert layer.second.shape == (3, 3) and layer.finite and not layer.transposed
+
+
+def named(saved, make, rows=None):
+    """What a model's files hold of matrices, and what a calibration of it finds."""
+    from safetensors.torch import load_file
+
+    folder = saved(make)
+    weights = load_file(folder / "model.safetensors")
+    found = run(folder)[0]
+    assert set(found) <= set(weights)
+    return {k for k, v in weights.items() if v.dim() > 1 and "embed" not in k and "head" not in k}, found
+
+
+def test_names_that_transformers_changes_and_rows_that_it_cuts(saved):
+    """`Wqkv` of the files is three layers of the module, `self_attn.q_proj` and so on."""
+    config = {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": 97}
+
+    def nomic():
+        return transformers.NomicBertModel(transformers.NomicBertConfig(**config, type_vocab_size=2))
+
+    stored, found = named(saved, nomic)
+    assert any("Wqkv" in name for name in stored) and set(found) == stored
+
+
+def test_experts_multiplied_all_at_once(saved):
+    """Llama 4 multiplies the tokens of all experts in one product."""
+    sizes = {
+        **MIXTURE,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "head_dim": 8,
+        "interleave_moe_layer_step": 1,
+    }
+
+    def llama4():
+        return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes))
+
+    stored, found = named(saved, llama4)
+    layer = found["model.layers.0.feed_forward.experts.gate_up_proj"]
+    assert len(layer.experts) == 4 and layer.transposed and layer.experts[1].second.shape == (32, 32)
+    assert layer.experts[0].sensitivity.shape == (96,) and stored - set(found) == {
+        f"model.layers.{i}.feed_forward.router.weight" for i in range(2)
+    }
+
+
+def test_what_the_loss_does_not_depend_on_counts_by_its_inputs(saved):
+    def pooled():
+        return transformers.BigBirdForCausalLM(
+            transformers.BigBirdConfig(
+                **{k: v for k, v in MIXTURE.items() if "experts" not in k and "key_value" not in k},
+                attention_type="original_full",
+                is_decoder=True,
+            )
+        )
+
+    found = run(saved(pooled))[0]
+    assert found["bert.pooler.weight"].sensitivity is None and found["bert.pooler.weight"].second.trace() > 0
+    assert found["bert.encoder.layer.0.output.dense.weight"].sensitivity is not None
