@@ -150,3 +150,40 @@ def test_completion(packed, tmp_path):
     ask += '; COMP_WORDS=(rac pack --level ""); COMP_CWORD=3; _rac; echo "${COMPREPLY[@]}"'
     out = subprocess.run(["bash", "-c", ask], capture_output=True, check=True, text=True).stdout
     assert out.splitlines() == ["--level", "fast default max"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of one file: matrices that are quantised, and some that are not."""
+    where, rng = tmp_path_factory.mktemp("model"), np.random.default_rng(1)
+    tensors = {f"l.{i}.weight": rng.standard_normal((256, 192)).astype(ml_dtypes.bfloat16) for i in range(4)}
+    tensors["embed.weight"] = rng.standard_normal((512, 64)).astype(ml_dtypes.bfloat16)
+    rac.save_file(tensors, where / "m.rac")
+    rac.unpack(where / "m.rac", where / "m.safetensors")
+    return where
+
+
+@pytest.mark.parametrize("asked", [(), ("--level", "max"), ("--bits", "3"), ("--size", "90kB"), ("--quality", "good")])
+def test_a_dry_run_says_what_the_pack_then_takes(folder, tmp_path, run, asked):
+    calibration = () if asked in ((), ("--level", "max")) else ("--calibrate", "none")
+    call = ("pack", folder / "m.safetensors", "-o", tmp_path / "out.rac", *asked, *calibration, "--json")
+    code, out, _ = run(*call, "--dry-run")
+    assert code == 0
+    assert not list(tmp_path.iterdir())
+    stated = json.loads(out)
+    assert run(*call)[0] == 0
+    really = (tmp_path / "out.rac").stat().st_size
+    assert stated["size"] == pytest.approx(really, rel=0.05)
+    assert stated["seconds"] > 0
+    assert bool(calibration) == any(p["how"] == "quantised" for p in stated["parts"])
+    assert sum(p["weights"] for p in stated["parts"]) == stated["weights"]
+
+
+def test_presets_are_announced_and_choose_one_budget(folder, tmp_path, run):
+    call = ("pack", folder / "m.safetensors", "-o", tmp_path / "out.rac", "--calibrate", "none")
+    code, _, err = run(*call, "--quality", "small")
+    assert code == 0
+    assert "--quality small is --bits 3 --embeddings" in err
+    code, _, err = run(*call, "--quality", "small", "--bits", "2")
+    assert code == 2
+    assert "does not go with --bits" in err

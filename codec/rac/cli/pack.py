@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rac.cli.terminal import EFFORTS, Progress, Steps, argument, command, number, parse_size, say, size, tell
+from rac.cli.terminal import EFFORTS, Progress, Steps, argument, clock, command, number, parse_size, say, size, tell
 from rac.container.output import write_whole
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
 from rac.encode.encoded import Fidelity
+from rac.encode.estimate import Estimate, estimate
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import open_source
@@ -47,6 +48,13 @@ needs `import rac.runtime` first, and its layers stay compressed in memory (docs
 
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
+GOALS = ("bits", "file_bits", "size", "snr", "kl")
+QUALITIES = {
+    "small": (3.0, True, "about a fifth of a BF16 file"),
+    "good": (4.0, True, "about a quarter of a BF16 file"),
+    "best": (5.0, False, "embeddings and output layer exact; about a third of the others' bytes"),
+}
+"""Bits per weight, whether embeddings are quantised too, and what it means."""
 GROUP = number("row", 1, "a number of columns")  # columns of a group; None: a row
 NAMED = """\
 Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;
@@ -55,7 +63,7 @@ activations too (--activations, --kv)."""
 RECIPE = """aligned (default: ours, by the budgets above), rtn (round to nearest), gptq, smoothquant, quarot, spinquant,
 kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
-    **dict.fromkeys(("file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
+    **dict.fromkeys(("quality", "file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
     **{name: [] for name in ("keep", "include", "exclude")},
     **dict.fromkeys(("embeddings", "resume"), False),
     "align": "auto",
@@ -64,6 +72,7 @@ _NOT: dict[str, Any] = {
 """Arguments that a named method does not take, as they are where nobody gave them."""
 BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
 ALARM = 10  # decibels of output signal to noise below which a layer is named
+QUALITY = "a choice of the budgets below, said when it is made: small --bits 3, good --bits 4, best --bits 5"
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
 LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
 JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
@@ -95,6 +104,7 @@ def add(p: argparse.ArgumentParser) -> None:
     lossy = p.add_argument_group(
         "lossy packing", "Large float matrices are quantised; embeddings, norms and small tensors stay lossless."
     )
+    argument(lossy, "--quality small|good|best", QUALITY, choices=tuple(QUALITIES))
     argument(lossy, "--bits B", "bits per weight of the quantised tensors, all counted", type=float)
     argument(lossy, "--file-bits B", "bits per weight of the whole file", type=float)
     argument(lossy, "--size SIZE", "size of the file, e.g. 80MB")
@@ -114,6 +124,7 @@ def add(p: argparse.ArgumentParser) -> None:
     _add_named(p)
     out = "what OUT is: one file (default), or a folder for from_pretrained of transformers"
     argument(p, "--format", out, choices=("rac", "hf"), default="rac")
+    argument(p, "--dry-run", "write nothing: what would become of which tensors, size and time, from a sample")
     argument(p, "--resume", "go on with an interrupted pack")
     argument(p, "--force", "replace an existing file")
     argument(p, "--json", "print totals and tensors as one JSON value")
@@ -136,6 +147,8 @@ def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
     if args.output is None:
         args.output = _usual(args.src, args.format)
+    if args.recipe == NAMES[0]:
+        _preset(args)
     if args.output == PIPE:
         _check_pipe(args)
     return _folder(args) if args.format == "hf" else _file(args)
@@ -187,6 +200,8 @@ def _file(args: argparse.Namespace) -> int:
         return _named(args)
     options, request = _asked(args)
     source = open_source(args.src, args.include, args.exclude)
+    if args.dry_run:
+        return _estimate(args, estimate(source, options, request))
     start = time.monotonic()
 
     def layer(f: Fidelity) -> None:
@@ -204,6 +219,40 @@ def _file(args: argparse.Namespace) -> int:
         _say_lossy(args, done, found, request)
     if args.format == "rac":  # a folder is told of when it is there
         tell({"seconds": seconds, **report(done, found)})
+    return 0
+
+
+def _preset(args: argparse.Namespace) -> None:
+    """Put what --quality means into the arguments, and say it."""
+    if args.quality is None:
+        return
+    if given := [f"--{g.replace('_', '-')}" for g in GOALS if getattr(args, g) is not None]:
+        raise ValueError(f"--quality is a choice of a budget: it does not go with {', '.join(given)}")
+    args.bits, args.embeddings, about = QUALITIES[args.quality]
+    if not args.quiet:
+        how = f"--bits {args.bits:g}" + (" --embeddings" if args.embeddings else "")
+        print(f"rac: --quality {args.quality} is {how}: {about}", file=sys.stderr)
+
+
+def _estimate(args: argparse.Namespace, found: Estimate) -> int:
+    """Print what the pack would come to."""
+    rows = sorted(found.parts, key=lambda p: -p.dense)
+    for p in rows if args.verbose else rows[:20]:
+        there = "?" if p.size is None else f"{size(p.size)} ({8 * p.size / max(1, p.weights):.2f} bits per weight)"
+        shape = "x".join(map(str, p.shape)) or "scalar"
+        say(f"{p.how:<9}  {p.dtype:<8} {shape:<16} {p.tensors:5,} tensors  {size(p.dense):>9} -> about {there}")
+    if len(rows) > 20 and not args.verbose:
+        say(f"... and {len(rows) - 20} more shapes (-v shows them)")
+    size_of = "not known before the model is run"
+    if found.size is not None:
+        bits = 8 * found.size / max(1, found.weights)
+        size_of = f"{size(found.size)} ({found.size / max(1, found.dense):.1%}, {bits:.2f} bits per weight)"
+    part = f", {clock(found.calibration)} of it calibration" if found.calibration else ""
+    say(
+        f"{args.output}: {size(found.dense)} -> about {size_of}, in about {clock(found.seconds)}{part}; "
+        f"estimated from {size(found.sampled)} that were packed in memory, nothing was written"
+    )
+    tell(asdict(found))
     return 0
 
 

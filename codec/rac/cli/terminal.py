@@ -157,7 +157,7 @@ class Progress(_Line):
         left = (self._total - self._done) / rate if rate else 0
         share = min(1.0, self._done / self._total)
         bar = f"{self._what} [{'#' * int(20 * share):<20}] {share:4.0%}"
-        self._draw(now, f"{bar} {size(self._done)}  {size(rate)}/s  ETA {_clock(left)}  {name}")
+        self._draw(now, f"{bar} {size(self._done)}  {size(rate)}/s  ETA {clock(left)}  {name}")
 
 
 class Steps(_Line):
@@ -180,11 +180,12 @@ class Steps(_Line):
             return
         if of:
             new = done - self._first
-            left = f"  ETA {_clock((now - self._start) / new * (of - done))}" if new > 0 and done < of else ""
-            line += f"  {done:,} of {of:,}{left or f'  in {_clock(now - self._start)}'}"
+            left = f"  ETA {clock((now - self._start) / new * (of - done))}" if new > 0 and done < of else ""
+            line += f"  {done:,} of {of:,}{left or f'  in {clock(now - self._start)}'}"
         self._draw(now, line)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some."""
     s = max(0, round(seconds))
     return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if s >= 3600 else f"{s // 60}:{s % 60:02d}"

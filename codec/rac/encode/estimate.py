@@ -1,0 +1,205 @@
+"""What a pack would come to, from a sample of its tensors that is really packed: size and time before the work."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from rac.calibrate.layers import Layer
+from rac.encode import ties, workers
+from rac.encode.align.choose import choose
+from rac.encode.align.recipe import Recipe, calibrated, data_free, quantisable
+from rac.encode.allocate.budget import Search, size_of
+from rac.encode.code.plan import axis_of
+from rac.encode.options import Budget, Lossy, PackOptions
+from rac.encode.quantise.tensor import encode
+from rac.encode.schedule import WINDOW, whole
+from rac.encode.sources import Extent, Source, SourceTensor
+from rac.errors import BudgetError
+from rac.grid import matrix
+from rac.machine import room, threads_of
+
+PIECE = 4 << 20  # bytes of a tensor that are coded for a sample
+SAMPLE = 64 << 20  # bytes of all lossless ones
+WEIGHTS = 12 << 20  # weights that are quantised for a sample
+TEXT = 3  # to which share attached files shrink, about
+HEADS = 512  # bytes of a record beside its units, about: head, index row, padding
+FLOPS = 9.0  # floating-point operations of a calibration for each weight and token: both passes, and the moments
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors of one type and shape, and what they would become."""
+
+    how: str  # "lossless" or "quantised"
+    dtype: str
+    shape: tuple[int, ...]
+    tensors: int
+    weights: int
+    dense: int
+    size: int | None  # None: not known before the work
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a pack would come to."""
+
+    parts: tuple[Part, ...]
+    dense: int
+    weights: int
+    size: int | None
+    """Bytes of the file; None where a divergence is asked for, which is known when the model has been run."""
+    seconds: float
+    calibration: float
+    """Of these seconds, about: what the calibration takes, from the speed of a matrix product here."""
+    sampled: int
+    """Dense bytes that were packed to find this out."""
+
+
+Kind = tuple[bool, str, tuple[int, ...]]
+"""Whether tensors are quantised, their type and shape."""
+
+
+def estimate(source: Source, options: PackOptions, request: Lossy | None) -> Estimate:
+    """Size and time of a pack that is asked for so, from a sample; nothing is written.
+
+    A few tensors of each type and shape are packed in memory, as they would be, and counted for the others. The time
+    is that of this machine as busy as it is now.
+    """
+    kinds: dict[Kind, list[ties.Group]] = {}
+    for g in ties.find(source.tensors):
+        lossy = request is not None and quantisable(g.tensor, request.keep, request.embeddings)
+        kinds.setdefault((lossy, g.tensor.dtype, g.tensor.shape), []).append(g)
+    rest = {k: groups for k, groups in kinds.items() if not k[0]}
+    mine = {k: groups for k, groups in kinds.items() if k[0]}
+    with workers.start(threads_of(options.jobs)) as pool:
+        sizes, seconds, sampled = _lossless(rest, options, pool)
+        files = sum(len(a.data) if isinstance(a.data, bytes) else a.data.size for a in source.attachments) // TEXT
+        fixed = sum(sizes.values()) + files
+        every = sum(math.prod(t.shape) for t in source.tensors)
+        calibration = 0.0
+        if request is not None and mine:
+            bits = _bits(request.budget, fixed, every, _weights(mine))
+            found, took, seen = _quantised(mine, request, bits, options, pool)
+            calibration = _calibration(mine, request)
+            seconds, sampled = seconds + took + calibration, sampled + seen
+            sizes |= found
+    parts = tuple(_part(k, groups, sizes.get(k)) for k, groups in kinds.items())
+    total = None if len(sizes) < len(kinds) else sum(sizes.values()) + files
+    dense = sum(t.nbytes for t in source.tensors)
+    return Estimate(parts, dense, every, total, seconds, calibration, sampled)
+
+
+def _part(kind: Kind, groups: Sequence[ties.Group], size: int | None) -> Part:
+    names, n = sum(1 + len(g.aliases) for g in groups), math.prod(kind[2])
+    how = "quantised" if kind[0] else "lossless"
+    return Part(how, kind[1], kind[2], names, n * names, names * groups[0].tensor.nbytes, size)
+
+
+def _weights(kinds: dict[Kind, list[ties.Group]]) -> int:
+    return sum(math.prod(shape) * len(groups) for (_, _, shape), groups in kinds.items())
+
+
+def _piece(t: SourceTensor) -> SourceTensor:
+    """The first rows of a large tensor, about a third of the way down, where it can be cut there."""
+    row = t.nbytes // max(1, t.shape[0]) if t.shape else 0
+    if t.nbytes <= PIECE or not row or not isinstance(t.data, Extent):
+        return t
+    rows = max(1, min(t.shape[0], PIECE // row))
+    at = (t.shape[0] - rows) // 3 * row
+    part = replace(t.data, offset=t.data.offset + at, size=rows * row)
+    return replace(t, shape=(rows, *t.shape[1:]), data=part)
+
+
+def _spread(groups: Sequence[ties.Group], most: int) -> Iterable[ties.Group]:
+    """At most `most` of the groups, spread evenly."""
+    n = min(most, len(groups))
+    return [groups[(2 * i + 1) * len(groups) // (2 * n)] for i in range(n)]
+
+
+def _lossless(
+    kinds: dict[Kind, list[ties.Group]], options: PackOptions, pool: Executor
+) -> tuple[dict[Kind, int], float, int]:
+    """Bytes of each kind, seconds of all, and dense bytes of the sample."""
+    each = max(1, SAMPLE // PIECE // max(1, len(kinds)))
+    samples = {k: [replace(g, tensor=_piece(g.tensor)) for g in _spread(groups, each)] for k, groups in kinds.items()}
+    jobs = [(g.tensor.nbytes, (g, options.lossless)) for groups in samples.values() for g in groups]
+    start = time.monotonic()
+    stored = {e.name: sum(map(len, e.units)) for e in workers.run(pool, whole, jobs, WINDOW)}
+    seconds = time.monotonic() - start
+    seen, total, out = sum(n for n, _ in jobs), 0, {}
+    for k, groups in kinds.items():
+        dense = sum(g.tensor.nbytes for g in groups)
+        mine = sum(g.tensor.nbytes for g in samples[k])
+        out[k] = HEADS * len(groups) + round(sum(stored[g.tensor.name] for g in samples[k]) * dense / max(1, mine))
+        total += dense
+    return out, seconds * total / max(1, seen), seen
+
+
+def _bits(budget: Budget, fixed: int, every: int, mine: int) -> float | None:
+    """Bits per quantised weight that a budget leaves; None where it is one of quality."""
+    if budget.bits is not None or (budget.size is None and budget.file_bits is None):
+        return budget.bits
+    size = budget.size if budget.size is not None else (budget.file_bits or 0) * every / 8
+    if size <= fixed:
+        raise BudgetError(f"what stays lossless takes about {fixed} bytes, more than the {size:.0f} of the whole file")
+    return 8 * (size - fixed) / mine
+
+
+def _quantised(
+    kinds: dict[Kind, list[ties.Group]], request: Lossy, bits: float | None, options: PackOptions, pool: Executor
+) -> tuple[dict[Kind, int], float, int]:
+    """Bytes of each kind, seconds of the search and the last pass, and dense bytes of the sample."""
+    sample, taken = list[ties.Group](), 0
+    for groups in sorted(kinds.values(), key=lambda groups: -groups[0].tensor.nbytes * len(groups)):
+        n = math.prod(groups[0].tensor.shape)
+        if not sample or taken + n <= WEIGHTS:
+            sample.append(groups[len(groups) // 2])
+            taken += n
+    start = time.monotonic()
+    recipe = replace(_recipe(sample, request), coder=options.coder)
+    budget = replace(request.budget, bits=bits, file_bits=None, size=None) if bits else request.budget
+    if budget.kl is not None:
+        budget = Budget(bits=3.0)  # for the time
+    recipe = Search(sample, recipe, pool).meet(budget)
+    jobs = ((workers.need(g.tensor, recipe), (g, workers.only(recipe, g.tensor.name))) for g in sample)
+    size = sum(size_of(e, recipe) for e in workers.run(pool, partial(encode, measured=False), jobs, room()))
+    seconds = (time.monotonic() - start) * _weights(kinds) / taken
+    rate = bits / 8 if bits else size / taken
+    sizes = {k: round(math.prod(k[2]) * len(groups) * rate) for k, groups in kinds.items()}
+    if request.budget.kl is not None:  # known when the model has been run
+        sizes = {}
+    return sizes, seconds, sum(g.tensor.nbytes for g in sample)
+
+
+def _recipe(sample: Sequence[ties.Group], request: Lossy) -> Recipe:
+    """The recipe of the sample: with a calibration one of inputs that are not known yet, which takes as long."""
+    if not request.calibration.texts:
+        return data_free(sample, request.keep, request.effort, request.embeddings)
+    layers = {}
+    for g in sample:
+        rows, cols = matrix(g.tensor.dtype, g.tensor.shape, axis_of(g.tensor.shape))
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((2 * cols, cols), dtype=np.float32)
+        layers[g.tensor.name] = Layer((x.T @ x / len(x)).astype(np.float32), np.ones(rows))
+    recipe = calibrated(sample, layers, request.keep, request.effort, embeddings=request.embeddings)
+    rank = 0 if request.rank is None and request.effort != "max" else request.rank
+    return choose(recipe, sample, rank, request.align, request.budget.expected)
+
+
+def _calibration(kinds: dict[Kind, list[ties.Group]], request: Lossy) -> float:
+    """Seconds of a calibration, about, by the speed of a product of matrices."""
+    if not (texts := request.calibration.texts):
+        return 0.0
+    a = np.ones((1024, 1024), np.float32)
+    a @ a
+    start = time.monotonic()
+    a @ a
+    rate = 2 * 1024**3 / (time.monotonic() - start)
+    return FLOPS * _weights(kinds) * request.calibration.tokens * len(texts) / rate
