@@ -57,7 +57,7 @@ class Estimate:
     """Bytes of the file; None where a divergence is asked for, which is known when the model has been run."""
     seconds: float
     calibration: float
-    """Of these seconds, about: what the calibration takes, from the speed of a matrix product here."""
+    """Seconds among these that the calibration takes, about: from the speed of a matrix product here."""
     sampled: int
     """Dense bytes that were packed to find this out."""
 
