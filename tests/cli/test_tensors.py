@@ -187,3 +187,13 @@ def test_presets_are_announced_and_choose_one_budget(folder, tmp_path, run):
     code, _, err = run(*call, "--quality", "small", "--bits", "2")
     assert code == 2
     assert "does not go with --bits" in err
+
+
+def test_names_are_cut_to_a_terminal_only(monkeypatch):
+    from rac.cli import terminal
+
+    names = ["model.layers.*.self_attn.q_proj.weight", "short"]
+    assert terminal.fitted(names, 60) == names
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert terminal.fitted(names, 60) == ["…" + names[0][-19:], "short"]

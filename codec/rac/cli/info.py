@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rac.cli.archives import opened
-from rac.cli.terminal import argument, command, size, tell
+from rac.cli.terminal import argument, command, fitted, size, tell
 from rac.container.access import InFile
 from rac.container.forward import Forward
 from rac.container.index import method_of
@@ -271,7 +271,11 @@ def _quantised(r: Mapping[str, Any]) -> None:
         outliers = sum(o["quantised"]["outliers"] for o in r["objects"] if "quantised" in o)
         found.append(("(objects)", len(r["objects"]), 0, share, outliers))
     rows = [["role", "tensors", "weights", "bits/w", "outliers"]]
-    rows += [[name, f"{n:,}", f"{w:,}" if w else "-", f"{b:.4f}", f"{o:,}"] for name, n, w, b, o in found]
+    names = fitted((name for name, *_ in found), beside=50)
+    rows += [
+        [name, f"{n:,}", f"{w:,}" if w else "-", f"{b:.4f}", f"{o:,}"]
+        for name, (_, n, w, b, o) in zip(names, found, strict=True)
+    ]
     _table(rows, indent="  ")
 
 

@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rac.cli.terminal import EFFORTS, Progress, Steps, argument, clock, command, number, parse_size, say, size, tell
+from rac.cli.terminal import (
+    EFFORTS,
+    Progress,
+    Steps,
+    argument,
+    clock,
+    command,
+    fitted,
+    number,
+    parse_size,
+    say,
+    size,
+    tell,
+)
 from rac.container.output import write_whole
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
@@ -315,7 +328,8 @@ def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: 
 def _by_role(layers: Sequence[Fidelity]) -> str:
     """A table with one line per role."""
     roles = grouped(layers, lambda f: role(f.name))
-    width = max([len(r) for r in roles] + [len("role")])
+    names = dict(zip(roles, fitted(roles, beside=66), strict=True))
+    width = max(map(len, ("role", *names.values())))
     lines = [f"{'role':<{width}}  tensors       weights  bits/w  SNR dB   least  rank  outliers"]
     for name, found in roles.items():
         weights = sum(math.prod(f.shape) for f in found)
@@ -324,7 +338,7 @@ def _by_role(layers: Sequence[Fidelity]) -> str:
         ranks = sorted({f.rank for f in found})
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         lines.append(
-            f"{name:<{width}}  {len(found):7,} {weights:13,} {bits:7.3f} {mean:7.2f} {least:7.2f} {rank:>5} "
+            f"{names[name]:<{width}}  {len(found):7,} {weights:13,} {bits:7.3f} {mean:7.2f} {least:7.2f} {rank:>5} "
             f"{sum(f.outliers for f in found):9,}"
         )
     return "\n".join(lines)

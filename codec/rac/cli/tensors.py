@@ -8,7 +8,7 @@ import sys
 from fnmatch import fnmatchcase
 
 from rac.cli import meant
-from rac.cli.terminal import Progress, argument, command, say, size, tell
+from rac.cli.terminal import Progress, argument, command, fitted, say, size, tell
 from rac.errors import NameNotFoundError
 from rac.study.contents import Contents, Difference, contents, difference
 
@@ -50,11 +50,12 @@ def ls(args: argparse.Namespace) -> int:
     """List, a line for each tensor."""
     with contents(args.src) as found:
         rows = [t for t in found.tensors.values() if fnmatchcase(t.name, args.match)]
-    width = max((len(t.name) for t in rows), default=0)
-    for t in rows:
+    names = fitted((t.name for t in rows), beside=55)
+    width = max(map(len, names), default=0)
+    for name, t in zip(names, rows, strict=True):
         shape = "x".join(map(str, t.shape)) or "scalar"
         stored = "" if t.stored is None else f"  {size(t.stored):>9}  {t.method}"
-        say(f"{t.name:<{width}}  {t.dtype:<8} {shape:<16} {size(t.nbytes):>9}{stored}")
+        say(f"{name:<{width}}  {t.dtype:<8} {shape:<16} {size(t.nbytes):>9}{stored}")
     keys = ("name", "dtype", "shape", "nbytes", "stored", "method")
     tell([{key: getattr(t, key) for key in keys} for t in rows])
     if not rows:

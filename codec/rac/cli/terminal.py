@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 EFFORTS = ("fast", "default", "max")
@@ -101,6 +101,15 @@ def parse_size(text: str) -> int:
         raise ValueError(f"{text!r} is not a size such as 500MB or 2GiB")
     power = " kmgt".index(match[2].lower() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def fitted(names: Iterable[str], beside: int, least: int = 12) -> list[str]:
+    """Names for a column of a table that has `beside` more characters: on a terminal cut in front to fit its width."""
+    every = list(names)
+    if not sys.stdout.isatty():
+        return every
+    most = max(least, shutil.get_terminal_size().columns - beside)
+    return [n if len(n) <= most else "…" + n[1 - most :] for n in every]
 
 
 class _Line:
