@@ -5,6 +5,7 @@ Which program may act on which key, and what it does where one is malformed: for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,6 +14,10 @@ from rac.errors import FormatError
 from rac.registry import VERSION
 
 T = TypeVar("T")
+MOST_PIECES = 1 << 20
+REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")  # namespace and name
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def _texts(value: Any) -> bool:
@@ -85,6 +90,35 @@ class Provenance:
         return tuple(self._typed("folders", _texts, ()))
 
     @property
+    def pieces(self) -> dict[str, int]:
+        """Files that are stored in several attachments (`piece_name`), and how many these are."""
+
+        def good(value: Any) -> bool:
+            return isinstance(value, dict) and all(_count(n) and 0 < n <= MOST_PIECES for n in value.values())
+
+        return dict(self._typed("pieces", good, {}))
+
+    @property
+    def hub(self) -> tuple[str, str] | None:
+        """Repository of the Hub that was packed, and its commit; None where it was another source."""
+
+        def good(value: Any) -> bool:
+            texts = isinstance(value, dict) and _texts([*value.values()]) and value.keys() >= {"repository", "revision"}
+            return texts and bool(REPOSITORY.fullmatch(value["repository"]) and COMMIT.fullmatch(value["revision"]))
+
+        found: dict[str, str] = self._typed("hub", good, {})
+        return (found["repository"], found["revision"]) if found else None
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of files of the source, in hexadecimal, by name; "" is the file where it was named itself."""
+
+        def good(value: Any) -> bool:
+            return isinstance(value, dict) and all(isinstance(v, str) and SHA256.fullmatch(v) for v in value.values())
+
+        return dict(self._typed("sha256", good, {}))
+
+    @property
     def keys(self) -> int | None:
         """Seed of the rotation of queries and keys that a quantised cache is to have; None: there is none."""
         none: int | None = None
@@ -118,6 +152,11 @@ class Provenance:
 def header_name(file: str) -> str:
     """Name of the attachment that holds the bytes in front of the tensors of a safetensors file; "": the only file."""
     return f"{file or 'safetensors'}.header"
+
+
+def piece_name(file: str, i: int) -> str:
+    """Name of the attachment with piece `i` of a file: no file has it, as it lies below a file."""
+    return f"{file}/{i:05d}"
 
 
 def state(

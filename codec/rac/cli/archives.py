@@ -7,23 +7,27 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 import rac
 from rac.cli.terminal import Progress, argument, command, parse_size, say, size, tell
 from rac.container import shards
+from rac.container.access import NoRangesError
 from rac.container.reader import Archive
 from rac.decode.archive import open_archives
+from rac.decode.spool import at_random
 from rac.decode.unpack import tensor_bytes
 from rac.errors import OutputError
 
 UNPACK = """\
 Unpack an archive: every tensor bit for bit, every attachment byte for byte.
 
-OUT is a folder, or a single file that ends in .safetensors or .gguf. A weight whose layer needs an online transform is
-written as it is stored, and named: what is written runs only where something applies the transform. `rac.load_model`
-does, and `rac.runtime.fold` puts it into the weights."""
+OUT is a folder, or a single file that ends in .safetensors or .gguf; "-" reads standard input, which is kept in an
+unnamed file beside OUT meanwhile. --only names files of the folder, or patterns: no others are written.
+
+A weight whose layer needs an online transform is written as it is stored, and named: what is written runs only where
+something applies the transform. `rac.load_model` does, and `rac.runtime.fold` puts it into the weights."""
 VERIFY = """\
 Check every checksum and every padding byte, decode everything, and compare the digest of each tensor.
 
@@ -57,8 +61,9 @@ def dense(archives: Sequence[Archive]) -> int:
 def add_unpack(p: argparse.ArgumentParser) -> None:
     """Add `rac unpack`."""
     command(p, unpack, UNPACK)
-    argument(p, "src IN.rac", "the archive, or one shard of a set")
+    argument(p, "src IN.rac", "the archive, one shard of a set, a URL, or -")
     argument(p, "-o --output OUT", "folder or file to write (default: a folder with the name of the archive)")
+    argument(p, "--only NAME", "write only these files", action="extend", nargs="+", default=[])
     argument(p, "-j --jobs N", "threads (default: one per core, at most 8)", type=int)
     argument(p, "--force", "replace existing files")
     argument(p, "--json", "for programs")
@@ -66,15 +71,15 @@ def add_unpack(p: argparse.ArgumentParser) -> None:
 
 def unpack(args: argparse.Namespace) -> int:
     """Unpack, and name what was written."""
-    with opened(args.src) as archives:
-        total = dense(archives)
     online: dict[str, list[str]] = {}
 
     def needs(name: str, about: str) -> None:
         online.setdefault(about, []).append(name)
 
-    with Progress("unpacking", total) as progress:
-        paths = rac.unpack(args.src, _place(args), force=args.force, threads=args.jobs, progress=progress, online=needs)
+    how = {"force": args.force, "threads": args.jobs, "online": needs, "only": args.only}
+    place = _place(args)
+    with at_random(args.src, place) as archives, Progress("unpacking", total := dense(archives)) as progress:
+        paths = rac.unpack(archives, place, progress=progress, **how)
     for path in paths:
         say(path)
     tell({"files": paths, "bytes": total, "online": online})
@@ -86,6 +91,8 @@ def unpack(args: argparse.Namespace) -> int:
 def _place(args: argparse.Namespace) -> str:
     """Where to unpack to: what was named, or the name of the archive without its ending, in this folder."""
     if args.output is None:
+        if args.src == "-":
+            raise ValueError("standard input has no name: name a place by --output")
         args.output = os.path.basename(os.path.normpath(args.src)).removesuffix(".rac")
         if os.path.lexists(args.output) and not args.force:
             raise OutputError("exists already; name a place by --output, or give --force", file=args.output)
@@ -104,7 +111,7 @@ def verify(args: argparse.Namespace) -> int:
     """Verify, and say what was seen."""
     total = 0
     if args.src != "-":
-        with opened(args.src) as archives:
+        with suppress(NoRangesError), opened(args.src) as archives:  # such a URL is read forward
             total = dense(archives)
     start = time.monotonic()
     with Progress("verifying", total) as progress:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import rac
 from rac.cli.archives import dense
 from rac.cli.terminal import Progress, argument, command, parse_size, say, size, tell
+from rac.container.access import NoRangesError
 from rac.container.output import write_whole
 
 HELP = """\
@@ -38,7 +39,7 @@ class Event(NamedTuple):
 def add(p: argparse.ArgumentParser) -> None:
     """Add the command."""
     command(p, run, HELP)
-    argument(p, "src IN.rac", "the archive, one shard of a set, or a URL")
+    argument(p, "src IN.rac", "the archive, one shard of a set, a URL, or - for standard input")
     argument(p, "--device DEVICE", "cpu (default), cuda, cuda:1, ...", default="cpu")
     argument(p, "-j --jobs N", "threads that decode (default: one per core, at most 8)", type=int)
     argument(p, "--ring SIZE", "memory beside the tensors (default: 256MB)", default="256MB")
@@ -61,8 +62,30 @@ class _Trace:
         self.events.append(Event(stage, start - self.begin, end - self.begin, size, lane))
 
 
+def _forward(args: argparse.Namespace) -> int:
+    """Load from standard input, or from a server without ranges, as it comes."""
+    if args.bench or args.timeline:
+        raise ValueError(f"{args.src} can be read forward once only, without --bench and --timeline")
+    source, start = sys.stdin.buffer if args.src == "-" else args.src, time.monotonic()
+    with rac.stream(source, args.device, threads=args.jobs, ring=parse_size(args.ring)) as arriving:
+        tensors = dict(arriving)
+        seconds, total = time.monotonic() - start, sum(t.nbytes for t in tensors.values())
+    say(f"{args.src}: {len(tensors)} tensors, {size(total)} in {seconds:.3f} s, {total / seconds / 1e9:.2f} GB/s")
+    say(f"  decoder  {arriving.decoder}")
+    about = {"file": args.src, "tensors": len(tensors), "bytes": total, "decoder": arriving.decoder}
+    tell(about | {"seconds": seconds})
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
     """Load, and print the timeline."""
+    try:
+        return _forward(args) if args.src == "-" else _at_random(args)
+    except NoRangesError:
+        return _forward(args)
+
+
+def _at_random(args: argparse.Namespace) -> int:
     ring, framework = parse_size(args.ring), "np" if args.device == "cpu" else "pt"
     on_gpu, found = args.device.split(":")[0] == "cuda", []
     for _ in range(3 if args.bench else 1):

@@ -12,6 +12,10 @@ from typing import Any
 from rac.errors import RacError, SourceError, TruncatedError
 
 
+class NoRangesError(SourceError):
+    """The server of a URL sends whole files only: it can be read forward, not at random."""
+
+
 @contextmanager
 def guarded(kind: type[RacError], file: str, offset: int | None = None, of: Any = OSError) -> Iterator[None]:
     """Context in which errors of the system become a `kind` that names the file."""
@@ -125,8 +129,8 @@ class BytesAccess(Access):
 class ObjectAccess(Access):
     """A file object that can seek. It is read under a lock, and stays open."""
 
-    def __init__(self, stream: Any) -> None:
-        self.name = str(getattr(stream, "name", None) or "<file object>")
+    def __init__(self, stream: Any, name: str | None = None) -> None:
+        self.name = name or str(getattr(stream, "name", None) or "<file object>")
         self._stream, self._lock = stream, threading.Lock()
         with guarded(SourceError, self.name, 0, (OSError, ValueError)):
             self.size = stream.seek(0, os.SEEK_END)

@@ -351,6 +351,8 @@ def _reader(stream: Any, name: str) -> Callable[[memoryview], int]:
                     raise BlockingIOError("the stream does not wait for its bytes; make it blocking")
             else:
                 data = read(min(PIECE, len(out)))  # type: ignore[misc]
+                if isinstance(data, str):
+                    raise SourceError("gives text; open it in binary mode", file=name)
                 got = len(data)
                 out[:got] = data
         at += got

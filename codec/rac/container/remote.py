@@ -11,7 +11,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from rac.container.access import Access
+from rac.container.access import Access, NoRangesError
 from rac.errors import MissingDependencyError, SourceError
 
 RETRIES = 6  # attempts in a row that may bring nothing
@@ -22,7 +22,7 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 
 
 def open_url(url: str) -> Access:
-    """What the URL names; SourceError where it is not there, or its server has no ranges."""
+    """What the URL names; SourceError where it is not there, NoRangesError where its server has no ranges."""
     fs, path = _system(url)
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     return HttpAccess(fs, path) if "http" in protocols else ObjectStoreAccess(fs, path, url)
@@ -156,7 +156,8 @@ class HttpAccess(_Remote):
     def _check(self, at: int, status: int, reason: str, headers: Any) -> None:
         """SourceError unless this is the part of the file that was asked for, and the file is still the same."""
         if status == 200:
-            raise SourceError("its server answers no range requests; download the file first", file=self.name)
+            why = "its server answers no range requests; read it with rac.stream, or download the file first"
+            raise NoRangesError(why, file=self.name)
         if status == 416:
             if self.size <= 0 and headers.get("Content-Range") == "bytes */0":
                 self.size = 0
@@ -179,6 +180,49 @@ class HttpAccess(_Remote):
         super().close()
         for job in list(self._running):
             job.cancel()
+
+
+def open_body(url: str) -> Body:
+    """What an HTTP URL names, to be read forward once."""
+    return Body(_system(url)[0], url)
+
+
+class Body:
+    """The body of one answer, as it comes: a stream for `rac.container.feed.StreamRing`."""
+
+    def __init__(self, fs: Any, url: str) -> None:
+        self.name, self._fs = url, fs
+        self._job: Future[Any] | None = None
+        self._response = self._do(self._open())
+
+    async def _open(self) -> Any:
+        kwargs = {**self._fs.kwargs, "headers": {**self._fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}}
+        session = await self._fs.set_session()
+        return await _timed(session.get(self._fs.encode_url(self.name), **kwargs))
+
+    def _do(self, what: Coroutine[Any, Any, Any]) -> Any:
+        """The result of a coroutine of the file system; SourceError where the connection breaks."""
+        self._job = asyncio.run_coroutine_threadsafe(what, self._fs.loop)
+        try:
+            return self._job.result()
+        except KeyboardInterrupt:
+            self._job.cancel()
+            raise
+        except BaseException as e:  # aiohttp's errors, timeouts, a close
+            why = f"the connection broke ({e or type(e).__name__}), and its server has no ranges to go on by"
+            raise SourceError(why, file=self.name) from e
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; empty at the end."""
+        if self._response.status != 200:
+            raise SourceError(f"the server answers {self._response.status} {self._response.reason}", file=self.name)
+        return bytes(self._do(_timed(self._response.content.read(size))))
+
+    def close(self) -> None:
+        """Let go of the connection; a read that is under way ends with an error."""
+        if self._job:
+            self._job.cancel()
+        self._fs.loop.call_soon_threadsafe(self._response.close)
 
 
 async def _timed(what: Coroutine[Any, Any, Any]) -> Any:

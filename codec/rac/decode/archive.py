@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rac import frameworks
-from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess
+from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess, guarded
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
 from rac.container.reader import Archive
@@ -30,7 +31,7 @@ from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 from rac.tensor import Tensor
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.rac$")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+://")  # fsspec has chains: simplecache::https://
 
 
 def open_access(path: str) -> Access:
@@ -112,7 +113,7 @@ class RacFile(AbstractContextManager["RacFile"]):
         elif isinstance(path, str | os.PathLike):
             self.archives = open_archives(path, limits)
         else:
-            self.archives = [Archive(_access(path), limits)]
+            self.archives = [Archive(access_of(path), limits)]
         try:
             self._tensors = self._named("tensor", RECORD_TENSOR)
             self._files = self._named("attachment", RECORD_ATTACHMENT)
@@ -229,14 +230,17 @@ class RacFile(AbstractContextManager["RacFile"]):
         return {name: out[name] for name in self._tensors}
 
 
-def _access(source: Any) -> Access:
-    """Bytes, a file object that can seek, or an Access, as an Access."""
+def access_of(source: Any) -> Access:
+    """Bytes (or a mapped file), a file object that can seek, or an Access, as an Access; SourceError for others."""
     if hasattr(source, "read_into"):
         return source  # type: ignore[no-any-return]
-    if isinstance(source, bytes | bytearray | memoryview):
-        return BytesAccess(source)
-    if not hasattr(source, "seek") or not getattr(source, "seekable", lambda: True)():
-        raise SourceError(f"a {type(source).__name__} cannot seek; read it with rac.stream")
+    with contextlib.suppress(TypeError), guarded(SourceError, "<bytes>", of=ValueError):  # no buffer; a closed map
+        return BytesAccess(memoryview(source))
+    name = str(getattr(source, "name", None) or "<file object>")
+    with guarded(SourceError, name, of=ValueError):  # closed
+        if not hasattr(source, "seek") or not getattr(source, "seekable", lambda: True)():
+            where = "; a path is for load_file" if isinstance(source, str) else "; read it with rac.stream"
+            raise SourceError(f"a {type(source).__name__} cannot seek{where}")
     return ObjectAccess(source)
 
 
@@ -260,6 +264,6 @@ def load_file(
         return f.load(on_error=on_error)
 
 
-def load(data: bytes, device: str = "cpu", framework: str | None = None) -> dict[str, Any]:
-    """All tensors of an archive that is in memory; as `load_file`."""
-    return load_file(BytesAccess(data), device, framework)
+def load(data: Any, device: str = "cpu", framework: str | None = None) -> dict[str, Any]:
+    """All tensors of an archive that is in memory, or behind a file object that can seek; as `load_file`."""
+    return load_file(access_of(data), device, framework)

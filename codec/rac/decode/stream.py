@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -13,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from rac import frameworks
-from rac.container.access import InFile
-from rac.container.feed import Feed, Memory, RangeRing, StreamRing
+from rac.container.access import InFile, NoRangesError, guarded
+from rac.container.feed import Feed, Memory, RangeRing, StreamRing, Trace
 from rac.container.forward import Forward
 from rac.decode.archive import open_access
 from rac.decode.attachments import forward_attachment
 from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, take_units
 from rac.decode.gpu import engine_for
-from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError
+from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError, SourceError
 from rac.machine import threads_of
 from rac.native.prototypes import F32, Array
 from rac.records import Limits, Record
@@ -74,7 +75,7 @@ def _tensors(
     source: Any, engine: Engine, framework: str, device: str, damaged: Damaged | None, limits: Limits | None
 ) -> Generator[tuple[str, Any]]:
     """What a `Stream` yields; it does not refer to the stream, so that both end when nobody refers to that."""
-    feed, close = open_feed(source, engine)
+    feed, close = open_feed(source, engine.ring // 2, engine.trace)
     try:
         forward = Forward(feed, feed.name, limits)
         for t, value in engine.run(forward_items(forward, partial(_attachment, forward, damaged))):
@@ -147,24 +148,35 @@ def iter_tensors(
     return Stream(stream, device, framework, "raise", None, RING, limits)
 
 
-def open_feed(source: Any, engine: Engine) -> tuple[Feed, Callable[[], None]]:
-    """The bytes of a source, and what closes that which was opened for it."""
-    size = engine.ring // 2
+def open_feed(source: Any, size: int, trace: Trace | None = None) -> tuple[Feed, Callable[[], None]]:
+    """The bytes of a source, of which `size` may be read ahead, and what closes that which was opened for it."""
     name = str(getattr(source, "name", None) or "<stream>")
-    if type(source) is io.BytesIO:
-        source = source.read()
-    if isinstance(source, bytes | bytearray | memoryview):
-        return Memory(source, name), _nothing
+    with guarded(SourceError, name, of=ValueError):  # closed
+        if type(source) is io.BytesIO:
+            source = source.read()
+        with contextlib.suppress(TypeError):  # it has no buffer
+            return Memory(memoryview(source), name), _nothing
     if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a named pipe, a device
-            file = open(path, "rb", buffering=0)  # noqa: SIM115
-            return StreamRing(file, path, size, trace=engine.trace), file.close
-        source = access = open_access(path)
-        return RangeRing(access, [(0, access.size)], size, trace=engine.trace), access.close
+        return _open_path(os.fspath(source), size, trace)
     if hasattr(source, "read_into"):
-        return RangeRing(source, [(0, source.size)], size, trace=engine.trace), _nothing
-    return StreamRing(source, name, size, trace=engine.trace), _nothing
+        return RangeRing(source, [(0, source.size)], size, trace=trace), _nothing
+    with guarded(SourceError, name, of=ValueError):  # closed
+        return StreamRing(source, name, size, trace=trace), _nothing
+
+
+def _open_path(path: str, size: int, trace: Trace | None) -> tuple[Feed, Callable[[], None]]:
+    """The bytes of a file, a pipe, a device, or what a URL names."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a named pipe, a device
+        file = open(path, "rb", buffering=0)  # noqa: SIM115
+        return StreamRing(file, path, size, trace=trace), file.close
+    try:
+        access = open_access(path)
+    except NoRangesError:
+        from rac.container.remote import open_body
+
+        body = open_body(path)
+        return StreamRing(body, path, size, trace=trace), body.close
+    return RangeRing(access, [(0, access.size)], size, trace=trace), access.close
 
 
 def _nothing() -> None:

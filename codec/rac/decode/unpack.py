@@ -6,20 +6,23 @@ import errno
 import json
 import math
 import os
+import posixpath
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
-from rac.container.output import PART, destination, part, write_whole
+from rac.container.output import PART, destination, part
 from rac.container.reader import Archive
 from rac.decode import random
 from rac.decode.archive import RacFile
-from rac.errors import FormatError, OutputError
+from rac.decode.spool import at_random
+from rac.errors import FormatError, NameNotFoundError, OutputError
 from rac.linalg.transform import describe
 from rac.machine import threads_of
-from rac.provenance import Provenance, header_name
+from rac.provenance import Provenance, header_name, piece_name
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.table import is_quantised
@@ -33,6 +36,7 @@ GGUF_HEADER = "gguf.header"
 class _Output:
     """One file to write."""
 
+    name: str  # below the folder, as the archive has it
     path: str
     head: bytes = b""
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size of the bytes of each tensor
@@ -40,13 +44,14 @@ class _Output:
 
 
 def unpack(
-    src: str | os.PathLike[str],
+    src: Any,
     out: str | os.PathLike[str],
     *,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
     online: Callable[[str, str], None] | None = None,
+    only: Sequence[str] = (),
 ) -> list[str]:
     """Unpack to a folder, or to the one file that `out` names (.safetensors or .gguf); returns the paths written.
 
@@ -55,55 +60,116 @@ def unpack(
     transform (format_spec/stages/online.md), which these files cannot state, `online` is called with the name of the
     tensor and what the transform is; without `online` there is one warning for all of them.
 
+    `src` is a path, a URL, bytes, a file object, or "-" for standard input; what cannot be read at random is kept in an
+    unnamed file beside `out` meanwhile. `only` are names or patterns (fnmatch) of files: no others are written.
+
     Raises:
-        RacError: The archive is damaged, or the output exists or cannot be written.
+        RacError: The archive is damaged, a name of `only` is not there, or the output exists or cannot be written.
     """
     target = os.fspath(out)
-    with RacFile(src, threads=threads) as f:
-        outputs = _plan(f, target)
-        single = target.endswith((".safetensors", ".gguf"))
-        origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
-        files = [] if single else names_of_files(f)
-        folders, links = ([], {}) if single else (origin.folders, checked_links(origin.links))
-        folders = [os.path.join(target, *safe_name(n).split("/")) for n in folders]
-        paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
-        if len(set(paths)) != len(paths):
-            raise FormatError("an attachment has the name of a weight file", file=f.archives[0].access.name)
-        places = [destination(path, force) for path in paths]
-        for o, place in zip(outputs, places, strict=False):
+    with at_random(src, target) as source, RacFile(source, threads=threads) as f:
+        chosen = _Chosen.of(f, target, only)
+        places = [destination(path, force) for path in chosen.paths]
+        for o, place in zip(chosen.outputs, places, strict=False):
             o.path = place
         made = not os.path.exists(target)
         try:
-            needed = _write(f, outputs, threads_of(threads), progress)
-            for name, place in zip(files, places[len(outputs) :], strict=True):
+            needed = _write(f, chosen.outputs, threads_of(threads), progress)
+            for name, place in zip(chosen.files, places[len(chosen.outputs) :], strict=True):
                 os.makedirs(os.path.dirname(place) or ".", exist_ok=True)
-                write_whole(place, f.attachment(name))
-            _make(target, folders, links, force)
+                write_file(place, f, name)
+            _make(target, chosen.folders, chosen.links, force)
             made = False
         except OSError as e:
             why = "no space left" if e.errno == errno.ENOSPC else e.strerror or str(e)
             raise OutputError(why, file=e.filename or target) from e
         finally:
-            for leftover in (p + PART for p in places):
-                if os.path.lexists(leftover):
-                    os.unlink(leftover)
-            if made:  # and something went wrong
-                for folder, _, _ in os.walk(target, topdown=False):
-                    if not os.listdir(folder):  # made for a file that did not come
-                        os.rmdir(folder)
+            _clear(places, target if made else None)
     for name, about in needed.items():
         if online is None:
             what = f"rac: {len(needed)} tensors are unpacked whose layers need an online transform, {name!r} for one: "
             warnings.warn(what + about, stacklevel=2)
             break
         online(name, about)
-    return paths
+    return chosen.paths
+
+
+@dataclass
+class _Chosen:
+    """What is unpacked, and where to."""
+
+    outputs: list[_Output]
+    files: list[str]  # attachments, and files that are stored in pieces
+    folders: list[str]
+    links: Mapping[str, str]
+    paths: list[str]  # of the outputs, and then of the files
+
+    @classmethod
+    def of(cls, f: RacFile, target: str, only: Sequence[str]) -> _Chosen:
+        """Everything, or what `only` names; NameNotFoundError where it names nothing."""
+        outputs, archive = _plan(f, target), f.archives[0].access.name
+        single = target.endswith((".safetensors", ".gguf"))
+        if single and only:
+            raise OutputError("is one file; name a folder to write chosen files to", file=target)
+        origin = Provenance.of(f.archives[0].header, archive)
+        files = [] if single else [*names_of_files(f), *origin.pieces]
+        folders, links = ([], {}) if single or only else (list(origin.folders), checked_links(origin.links))
+        if only:
+            links = checked_links(origin.links)
+            taken = _named([*(o.name for o in outputs), *files], links, only, archive)
+            outputs, files = [o for o in outputs if o.name in taken], [n for n in files if n in taken]
+            links = {n: to for n, to in links.items() if n in taken}
+        folders = [os.path.join(target, *safe_name(n).split("/")) for n in folders]
+        paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
+        if len(set(paths)) != len(paths):
+            raise FormatError("an attachment has the name of a weight file", file=archive)
+        return cls(outputs, files, folders, links, paths)
+
+
+def _named(names: Sequence[str], links: Mapping[str, str], only: Sequence[str], archive: str) -> set[str]:
+    """Those of the files and links that a pattern matches, and the files that these links lead to."""
+    taken = set[str]()
+    for pattern in only:
+        found = {n for n in (*names, *links) if n == pattern or fnmatchcase(n, pattern)}
+        if not found:
+            some = ", ".join(sorted([*names, *links])[:8]) + (", ..." if len(names) + len(links) > 8 else "")
+            raise NameNotFoundError(f"holds no file {pattern!r}; it has {some}", file=archive)
+        taken |= found
+    for name in [n for n in taken if n in links]:
+        for _ in links:  # a link may lead to a link
+            if name in links:
+                name = posixpath.normpath(posixpath.join(posixpath.dirname(name), links[name]))
+                taken.add(name)
+    return taken
+
+
+def _clear(places: Sequence[str], target: str | None) -> None:
+    """Take parts away, and the folders below `target` that were made for files that did not come."""
+    for leftover in (p + PART for p in places):
+        if os.path.lexists(leftover):
+            os.unlink(leftover)
+    for folder, _, _ in os.walk(target, topdown=False) if target else ():
+        if not os.listdir(folder):
+            os.rmdir(folder)
 
 
 def names_of_files(f: RacFile) -> list[str]:
-    """Names of the attachments that are files of the source."""
-    heads = Provenance.of(f.archives[0].header, f.archives[0].access.name).headers
-    return [n for n in f.attachments() if n not in {GGUF_HEADER, *map(header_name, heads)}]
+    """Names of the attachments that are files of the source, each whole."""
+    origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
+    others = {GGUF_HEADER, *map(header_name, origin.headers)}
+    others |= {piece_name(file, i) for file, n in origin.pieces.items() for i in range(min(n, len(f.attachments())))}
+    return [n for n in f.attachments() if n not in others]
+
+
+def write_file(path: str, f: RacFile, name: str) -> None:
+    """Write an attachment, or a file that is stored in several; it gets its name when it is whole."""
+    pieces = Provenance.of(f.archives[0].header, f.archives[0].access.name).pieces
+    with part(path) as file:
+        file.truncate(0)
+        for n in (piece_name(name, i) for i in range(pieces[name])) if name in pieces else [name]:
+            file.write(f.attachment(n))
+        file.flush()
+        os.replace(path + PART, path)
 
 
 def checked_links(links: Mapping[str, str]) -> Mapping[str, str]:
@@ -152,7 +218,8 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
     if target.endswith(".gguf") or (gguf and not target.endswith(".safetensors") and origin.whole):
         if not gguf or not origin.whole:
             raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
-        return [_plan_gguf(f, target if target.endswith(".gguf") else os.path.join(target, "model.gguf"))]
+        path = target if target.endswith(".gguf") else os.path.join(target, "model.gguf")
+        return [_plan_gguf(f, _Output("model.gguf", path, f.attachment(GGUF_HEADER)))]
     whole = not target.endswith(".safetensors")
     rows: dict[str, dict[str, tuple[str, Entry]]] = {}
     for archive, e in _tensors(f):
@@ -171,7 +238,7 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
             head = f.attachment(header_name(key))
         else:
             head = safetensors_header(((n, e.dtype, e.shape) for n, (_, e) in found.items()), f.metadata())
-        out.append(_plan_safetensors(path, found, head))
+        out.append(_plan_safetensors(_Output(name, path, head, end=len(head)), found))
     return out
 
 
@@ -225,8 +292,9 @@ def safetensors_header(rows: Iterable[tuple[str, str, Sequence[int]]], metadata:
     return len(text).to_bytes(8, "little") + text
 
 
-def _plan_safetensors(path: str, rows: Mapping[str, tuple[str, Entry]], head: bytes) -> _Output:
-    """A file that begins with `head`; `rows` has, by the names there, those of the archive and index rows."""
+def _plan_safetensors(out: _Output, rows: Mapping[str, tuple[str, Entry]]) -> _Output:
+    """A file and its places; `rows` has, by the names there, those of the archive and index rows."""
+    path, head = out.path, out.head
     try:
         stated = json.loads(head[8:])
         stated.pop("__metadata__", None)
@@ -236,7 +304,6 @@ def _plan_safetensors(path: str, rows: Mapping[str, tuple[str, Entry]], head: by
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise FormatError(f"the stored header of {os.path.basename(path)!r} is malformed") from e
-    out = _Output(path, head, end=len(head))
     for start, stop, name in offsets if same else [(-1, -1, next(iter(rows)))]:
         size = _size(rows[name][1].dtype, rows[name][1].shape)
         if (start, stop) != (out.end - len(head), out.end - len(head) + size):
@@ -246,8 +313,7 @@ def _plan_safetensors(path: str, rows: Mapping[str, tuple[str, Entry]], head: by
     return out
 
 
-def _plan_gguf(f: RacFile, path: str) -> _Output:
-    out = _Output(path, f.attachment(GGUF_HEADER))
+def _plan_gguf(f: RacFile, out: _Output) -> _Output:
     align = f.metadata().get("gguf.alignment", "32")
     step = int(align) if align.isdecimal() and 0 < int(align) <= 1 << 20 else 32
     where = {name: e for _, e in _tensors(f) for name in (e.name, *(a for a, _ in e.aliases))}
@@ -274,9 +340,10 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
             file.truncate(o.end)
             where |= {name: (file, place) for name, place in o.places.items()}
         for archive in f.archives:
-            entries = [e for e in archive.index.entries if e.type == RECORD_TENSOR]
+            rows = (e for e in archive.index.entries if e.type == RECORD_TENSOR)
+            entries = [e for e in rows if not where.keys().isdisjoint(e.names)]
             for t, words in random.load(archive, entries, threads):
-                for name in (t.name, *(a for a, _ in t.aliases)):
+                for name in (n for n in (t.name, *(a for a, _ in t.aliases)) if n in where):
                     file, (offset, size) = where[name]
                     if t.nbytes != size:
                         raise FormatError("the record is not the one that the index names", unit=repr(name))

@@ -59,7 +59,7 @@ class Summary:
 
 
 def pack(
-    src: str | os.PathLike[str],
+    src: Any,
     out: str | os.PathLike[str],
     *,
     level: str = "default",
@@ -91,7 +91,7 @@ def pack(
     """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
 
     Args:
-        src: What to pack.
+        src: What to pack: a path; or the bytes of a safetensors file, or a file object with them.
         out: The .rac file to write, or "-": standard output; with `shard_size` the stem of "stem-00001-of-0000N.rac".
         level: "fast", "default" or "max".
         jobs: Threads, or processes; one per core up to 8 by default. The bytes do not depend on it.
@@ -204,7 +204,7 @@ class Packer(contextlib.ExitStack):
         self.callback(self._lossless.close)
         self.callback(self._lossy.close)
 
-    def allocate(self, src: str | os.PathLike[str], request: Lossy) -> Recipe:
+    def allocate(self, src: Any, request: Lossy) -> Recipe:
         """How a pack of the source, opened from `src`, meets a request; BudgetError where it cannot.
 
         With `resume` the scale that an interrupted pack has found for the same request is taken from its part.
@@ -212,7 +212,10 @@ class Packer(contextlib.ExitStack):
         options, note, calibration = self._options, self._hooks.note, request.calibration
         if os.path.isfile(self._out) and not options.force:  # said before the long work, not after it
             raise OutputError("exists already; give --force to replace it", file=self._out)
-        recipe = replace(recipe_for(self._groups, os.fspath(src), request, note), coder=options.coder)
+        if not isinstance(src, str | os.PathLike) and calibration.texts:
+            raise SourceError("calibration runs the model: name its folder", file=str(getattr(src, "name", "<bytes>")))
+        named = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
+        recipe = replace(recipe_for(self._groups, named, request, note), coder=options.coder)
         before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
             return replace(recipe, scale=scale)

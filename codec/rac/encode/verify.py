@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from rac.container import zstd
-from rac.container.feed import Feed, RangeRing, StreamRing
+from rac.container.access import NoRangesError
+from rac.container.feed import Feed, RangeRing
 from rac.container.forward import Forward, entries_by_name
 from rac.container.index import content_digest
 from rac.decode.archive import open_archives
 from rac.decode.attachments import forward_attachment
 from rac.decode.engine import RING
-from rac.decode.stream import Found, forward_tensors
+from rac.decode.stream import Found, forward_tensors, open_feed
 from rac.decode.unpack import usual_headers
 from rac.encode import ties
 from rac.encode.options import Progress
@@ -146,26 +147,31 @@ class _Check:
             raise MismatchError("attachment differs from the source", file=name, unit=repr(other))
 
 
-def verify(
-    path: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
-) -> Verified:
+def verify(path: Any, against: str | os.PathLike[str] | None = None, *, progress: Progress | None = None) -> Verified:
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
-    `path` may be "-" for standard input. Tensors that the archive was told to leave out are not missed. A quantised
-    tensor must have the type and shape of the source; its error is measured. FormatError where the archive is damaged,
-    its subclass and message say how and where, MismatchError where it is whole, but not equal to the source.
+    `path` is a path, a URL, bytes, or a file object, which is read forward; "-" is standard input. Tensors that the
+    archive was told to leave out are not missed. A quantised tensor must have the type and shape of the source; its
+    error is measured. FormatError where the archive is damaged, its subclass and message say how and where,
+    MismatchError where it is whole, but not equal to the source.
     """
-    seen, name = _Check(against, progress), os.fspath(path)
-    if name == "-":
-        seen.read(StreamRing(sys.stdin.buffer, "<stdin>", RING // 2))
-    else:
-        archives = open_archives(name)
+    seen, named = _Check(against, progress), isinstance(path, str | os.PathLike)
+    name = os.fspath(path) if named else str(getattr(path, "name", None) or "<stream>")
+    archives = []
+    with contextlib.suppress(NoRangesError):  # it is read forward, as a pipe is
+        archives = open_archives(name) if named and name != "-" else []
+    try:
+        for archive in archives:
+            seen.read(RangeRing(archive.access, [(0, archive.access.size)], RING // 2))
+    finally:
+        for archive in archives:
+            archive.close()
+    if not archives:
+        feed, close = open_feed(sys.stdin.buffer if named and name == "-" else path, RING // 2)
         try:
-            for archive in archives:
-                seen.read(RangeRing(archive.access, [(0, archive.access.size)], RING // 2))
+            seen.read(feed)
         finally:
-            for archive in archives:
-                archive.close()
+            close()
     if seen.source is not None:
         seen.compare(seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rac
+from rac.cli import main
 from rac.container import remote
 from rac.container.remote import open_url
 
@@ -92,11 +93,24 @@ def test_what_is_not_there(data):
         rac.open("nosuch://bucket/m.rac")
 
 
-def test_a_server_without_ranges(data):
-    with Server({"m.rac": data}, ranges=False) as server:
-        for read in (rac.load_file, lambda url: list(rac.stream(url))):
-            with pytest.raises(rac.SourceError, match="no range requests"):
-                read(server.url("m.rac"))
+def test_a_server_without_ranges(data, tmp_path, capsys):
+    with Server({"m.rac": data, "cut.rac": data[:90_000]}, ranges=False) as server:
+        url = server.url("m.rac")
+        with pytest.raises(rac.SourceError, match=r"no range requests; read it with rac\.stream"):
+            rac.load_file(url)
+        assert equal(dict(rac.stream(url)))
+        assert rac.verify(url).tensors == 12
+        rac.unpack(url, tmp_path / "m.safetensors")
+        assert main(["load", url]) == 0 and "12 tensors" in capsys.readouterr().out
+        with pytest.raises(rac.TruncatedError):
+            list(rac.stream(server.url("cut.rac")))
+        with pytest.raises(rac.SourceError, match="404"):
+            list(rac.stream(server.url("other.rac")))
+    rac.pack(tmp_path / "m.safetensors", tmp_path / "m.rac")
+    assert equal(rac.load_file(tmp_path / "m.rac"))
+    with Server({"m.rac": data}, ranges=False, drops=1) as server:
+        with pytest.raises(rac.SourceError, match="the connection broke .*no ranges to go on by"):
+            list(rac.stream(server.url("m.rac")))
 
 
 def test_a_file_that_is_still_being_written(data):
@@ -134,6 +148,14 @@ def test_other_file_systems(data):
             rac.open("memory://rac-test/other.rac")
     finally:
         fs.rm("/rac-test", recursive=True)
+
+
+def test_chains_of_file_systems(data, tmp_path):
+    import fsspec
+
+    with Server({"m.rac": data}) as server:
+        fsspec.filesystem("simplecache", target_protocol="http", cache_storage=str(tmp_path))
+        assert equal(rac.load_file(f"simplecache::{server.url('m.rac')}"))
 
 
 def test_a_missing_extra(monkeypatch):

@@ -10,8 +10,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy as np
+
+from rac.container.access import read as access_read
 from rac.container.wire import MAGIC
+from rac.decode.archive import access_of
 from rac.encode.sources import gguf, hf, safetensors
 from rac.encode.sources.arrays import from_arrays
 from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
@@ -20,15 +25,16 @@ from rac.errors import SourceError
 __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source"]
 
 
-def open_source(path: str | os.PathLike[str], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Source:
-    """Open a safetensors file, a GGUF file, or a directory with safetensors files.
+def open_source(path: Any, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Source:
+    """Open a safetensors file (by path, its bytes, or a file object), a GGUF file, or a directory with safetensors files.
 
     `include` are patterns (fnmatch, case-sensitive) of the tensors to take, none means all; `exclude` wins over it.
     SourceError where the path is missing, damaged or no model, or a pattern leaves nothing.
     """
-    where = os.path.abspath(os.fspath(path))
+    named = isinstance(path, str | os.PathLike)
+    where = os.path.abspath(os.fspath(path)) if named else str(getattr(path, "name", None) or "<bytes>")
     try:
-        source = hf.read(where) if os.path.isdir(where) else _file(where)
+        source = _held(path, where) if not named else hf.read(where) if os.path.isdir(where) else _file(where)
     except OSError as e:
         raise SourceError(e.strerror or str(e), file=e.filename or where) from e
     for pattern in include:
@@ -40,6 +46,18 @@ def open_source(path: str | os.PathLike[str], include: Sequence[str] = (), exclu
         raise SourceError("no tensor is left to pack" if source.tensors else "holds no tensor", file=where)
     whole = len(tensors) == len(source.tensors)
     return replace(source, tensors=tensors, headers=source.headers if whole else {})
+
+
+def _held(data: Any, name: str) -> Source:
+    """A safetensors file whose bytes are in memory, or behind a file object, which is read whole."""
+    access = access_of(data)
+    raw = np.frombuffer(access_read(access, 0, access.size), np.uint8)
+    if raw[:8].tobytes().startswith((MAGIC, b"GGUF")):
+        raise SourceError("only the bytes of a safetensors file can be packed; name a file", file=name)
+    size = safetensors.header_size(raw[:8].tobytes(), raw.size, name)
+    front = raw[: 8 + size].tobytes()
+    found, metadata, header = safetensors.parse(front, raw.size, name, lambda at, n: raw[at : at + n])
+    return Source("safetensors", tuple(found), (), metadata, headers={"": header})
 
 
 def _file(path: str) -> Source:

@@ -42,6 +42,9 @@ class Extent:
         return out
 
 
+Data = Extent | NDArray[np.uint8]
+
+
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
     """One tensor; its bytes are in C order and little-endian."""
@@ -49,7 +52,7 @@ class SourceTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: Extent | NDArray[np.uint8]
+    data: Data
     extra: dict[str, Any] | None = None
     tie: int | None = None  # shared by the tensors of a memory source that are one memory
     online: Online | None = None  # what the layer does to its input before this weight (rac.linalg.transform)

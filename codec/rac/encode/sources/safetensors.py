@@ -6,9 +6,10 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-from rac.encode.sources.model import Extent, SourceTensor
+from rac.encode.sources.model import Data, Extent, SourceTensor
 from rac.errors import SourceError
 from rac.records import Limits
 from rac.registry import DTYPES
@@ -44,13 +45,27 @@ def read(path: str, extra: dict[str, Any] | None = None) -> tuple[list[SourceTen
     """Tensors in the order of their offsets, each with `extra`; the metadata; the bytes in front of the tensors."""
     with open(path, "rb") as f:
         total = os.fstat(f.fileno()).st_size
-        size = int.from_bytes(f.read(8), "little")
-        if total < 8:
-            raise SourceError("damaged safetensors file: shorter than 8 bytes", file=path)
-        if size > min(_MAX_HEADER, total - 8):
-            why = "ends inside the header" if size <= _MAX_HEADER else "header is larger than 100 MB"
-            raise SourceError(f"damaged safetensors file: {why}", file=path)
-        raw = f.read(size)
+        start = f.read(8)
+        head = start + f.read(header_size(start, total, path))
+    return parse(head, total, path, lambda at, size: Extent(path, at, size), extra)
+
+
+def header_size(start: bytes, total: int, path: str) -> int:
+    """Bytes of the header of a file of `total` bytes, behind its first 8, which `start` begins with."""
+    if total < 8:
+        raise SourceError("damaged safetensors file: shorter than 8 bytes", file=path)
+    size = int.from_bytes(start[:8], "little")
+    if size > min(_MAX_HEADER, total - 8):
+        why = "ends inside the header" if size <= _MAX_HEADER else "header is larger than 100 MB"
+        raise SourceError(f"damaged safetensors file: {why}", file=path)
+    return size
+
+
+def parse(
+    front: bytes, total: int, path: str, place: Callable[[int, int], Data], extra: dict[str, Any] | None = None
+) -> tuple[list[SourceTensor], dict[str, str], bytes]:
+    """What `read` gives, from the bytes in front of the tensors; `place` gives the data at an offset, of a size."""
+    raw, size = front[8:], len(front) - 8
     if not raw.startswith(b"{"):
         raise SourceError("damaged safetensors file: the header does not start with '{'", file=path)
     head = parse_json(raw, "safetensors header", path)
@@ -73,8 +88,8 @@ def read(path: str, extra: dict[str, Any] | None = None) -> tuple[list[SourceTen
         if math.prod(dims) * DTYPES[dtype].bits != 8 * (end - begin):
             why = f"tensor {name!r} has {end - begin} bytes, which is not what {dtype} {dims} needs"
             raise SourceError(f"damaged safetensors file: {why}", file=path)
-        where = Extent(path, 8 + size + begin, end - begin)
-        found.append((begin, end, SourceTensor(name, dtype, tuple(dims), where, extra)))
+        data = place(8 + size + begin, end - begin)
+        found.append((begin, end, SourceTensor(name, dtype, tuple(dims), data, extra)))
     found.sort(key=lambda entry: entry[:2])
     at = 0
     for begin, end, tensor in found:
@@ -85,4 +100,4 @@ def read(path: str, extra: dict[str, Any] | None = None) -> tuple[list[SourceTen
     if at != total - 8 - size:
         why = f"the tensors take {at} bytes, the file has {total - 8 - size}"
         raise SourceError(f"damaged safetensors file: {why}", file=path)
-    return [tensor for *_, tensor in found], metadata, size.to_bytes(8, "little") + raw
+    return [tensor for *_, tensor in found], metadata, front
