@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rac.errors import RacError, SourceError, TruncatedError
@@ -117,10 +117,16 @@ class BytesAccess(Access):
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
-        piece = self._data[at : at + len(out)]
+        with guarded(SourceError, self.name, at, ValueError):  # closed
+            piece = self._data[at : at + len(out)]
         if len(piece) != len(out):
             raise TruncatedError("bytes end early", file=self.name, offset=at + len(piece))
         out[:] = piece
+
+    def close(self) -> None:
+        """Let go of the bytes: a map that they are of can be closed."""
+        with suppress(BufferError):  # somebody has a part of them
+            self._data.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BytesAccess, (bytes(self._data), self.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 import struct
 from dataclasses import replace
@@ -145,3 +146,31 @@ def test_a_header_of_other_tensors_is_refused(tmp_path, head):
     pack_source(source, tmp_path / "m.rac")
     with pytest.raises(FormatError, match="header"):
         rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+
+
+def test_only_chosen_files(tmp_path):
+    rng = np.random.default_rng(3)
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    st = pytest.importorskip("safetensors.numpy")
+    st.save_file({"a": rng.standard_normal((40, 30)).astype(np.float32)}, folder / "model.safetensors")
+    st.save_file({"b": rng.standard_normal((40, 30)).astype(np.float32)}, folder / "sub" / "other.safetensors")
+    (folder / "config.json").write_text("{}")
+    (folder / "link.safetensors").symlink_to("sub/other.safetensors")
+    rac.pack(folder, tmp_path / "m.rac")
+
+    def tree(*only):
+        rac.unpack(tmp_path / "m.rac", tmp_path / "out", only=only)
+        found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if not p.is_dir()}
+        assert all((tmp_path / "out" / p).read_bytes() == (folder / p).read_bytes() for p in found)
+        shutil.rmtree(tmp_path / "out")
+        return found
+
+    assert tree("model.safetensors") == {"model.safetensors"}
+    assert tree("*.json", "sub/*") == {"config.json", "sub/other.safetensors"}
+    assert tree("link.*") == {"link.safetensors", "sub/other.safetensors"}
+    with pytest.raises(rac.NameNotFoundError, match=r"holds no file 'nosuch'; it has config\.json, link"):
+        tree("nosuch")
+    with pytest.raises(rac.OutputError, match="name a folder"):
+        rac.unpack(tmp_path / "m.rac", tmp_path / "one.safetensors", only=["model.safetensors"])
+    assert not (tmp_path / "out").exists()

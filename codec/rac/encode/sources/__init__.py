@@ -26,7 +26,7 @@ __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "ope
 
 
 def open_source(path: Any, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Source:
-    """Open a safetensors file (by path, its bytes, or a file object), a GGUF file, or a directory with safetensors files.
+    """Open a safetensors file (by path, bytes, or a file object), a GGUF file, or a directory with safetensors files.
 
     `include` are patterns (fnmatch, case-sensitive) of the tensors to take, none means all; `exclude` wins over it.
     SourceError where the path is missing, damaged or no model, or a pattern leaves nothing.
