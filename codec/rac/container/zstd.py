@@ -44,6 +44,17 @@ def decompress(data: bytes | memoryview, size: int) -> bytes:
     return out
 
 
+def content_size(data: bytes) -> int:
+    """The size of content that the head of a frame states; FormatError where there is none."""
+    try:
+        size = zstandard.frame_content_size(data)
+    except zstandard.ZstdError as e:
+        raise FormatError(f"zstd frame is damaged: {e}") from None
+    if size < 0:
+        raise FormatError("zstd frame does not state the size of its content")
+    return int(size)
+
+
 def shorter(data: bytes, level: int = 9) -> bytes:
     """A frame of `data`, or `data` itself where that is no longer."""
     frame = compress(data, level)

@@ -1,0 +1,69 @@
+"""Build the mix of texts that `--calibrate auto` uses: tools/mix/*.txt to codec/rac/calibrate/texts/mix.txt.zst.
+
+Every piece is cut into passages of whole paragraphs, and the passages of all pieces are dealt out evenly, so that any
+beginning of the mix holds all of them in nearly the proportions of the whole. What each piece is and under which
+licence: codec/rac/calibrate/texts/README.md.
+
+  python tools/calibration_mix.py            # write it
+  python tools/calibration_mix.py --check    # say whether the file there is what these pieces make
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rac.calibrate.builtin import FILE, mix
+from rac.container.output import write_whole
+from rac.container.zstd import compress
+
+PIECES = Path(__file__).parent / "mix"
+PASSAGE = 2500  # characters of a passage, at least: a few hundred tokens
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread the beginnings of the pieces
+
+
+def passages(text: str) -> list[str]:
+    """Whole paragraphs together until there are enough characters; a short rest goes with the last."""
+    out: list[str] = []
+    held = ""
+    for paragraph in text.strip().split("\n\n"):
+        held += paragraph.rstrip() + "\n\n"
+        if len(held) >= PASSAGE:
+            out.append(held)
+            held = ""
+    if held and out and len(held) < PASSAGE // 2:
+        out[-1] += held
+    elif held:
+        out.append(held)
+    return out
+
+
+def build() -> str:
+    """The mix."""
+    dealt = []
+    for i, path in enumerate(sorted(PIECES.glob("*.txt"))):
+        cut = passages(path.read_text(encoding="utf-8"))
+        start = (i * GOLDEN) % 1
+        dealt += [((k + start) / len(cut), path.name, passage) for k, passage in enumerate(cut)]
+    return "".join(passage for *_, passage in sorted(dealt))
+
+
+def main() -> int:
+    """Write the file, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    if parser.parse_args().check:
+        same = mix() == build()
+        print("the mix is what its pieces make" if same else "the mix is not what its pieces make: build it again")
+        return not same
+    text = build()
+    frame = compress(text.encode(), level=19)
+    target = Path(__file__).parent.parent / "codec" / "rac" / "calibrate" / "texts" / FILE
+    write_whole(str(target), frame)
+    print(f"{target.name}: {len(text):,} characters, {len(frame):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
