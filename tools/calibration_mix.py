@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rac.calibrate.builtin import FILE, mix
+from rac.calibrate.builtin import FILE, whole
 from rac.container.output import write_whole
 from rac.container.zstd import compress
 
@@ -54,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:
-        same = mix() == build()
+        same = whole() == build()
         print("the mix is what its pieces make" if same else "the mix is not what its pieces make: build it again")
         return not same
     text = build()
