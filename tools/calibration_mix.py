@@ -1,8 +1,8 @@
-"""Build the mix of texts that `--calibrate auto` uses: tools/mix/*.txt to codec/rac/calibrate/texts/mix.txt.zst.
+"""Build the mix of texts that `--calibrate auto` uses: tools/mix/KIND/*.txt to codec/rac/calibrate/texts/mix.txt.zst.
 
-Every piece is cut into passages of whole paragraphs, and the passages of all pieces are dealt out evenly, so that any
-beginning of the mix holds all of them in nearly the proportions of the whole. What each piece is and under which
-licence: codec/rac/calibrate/texts/README.md.
+Every piece is cut into passages of whole paragraphs. Those of the pieces of a kind are dealt out evenly, and so are
+those of all kinds: any part of the mix holds all kinds in nearly the proportions of the whole. What each piece is, and
+under which licence: codec/rac/calibrate/texts/README.md.
 
   python tools/calibration_mix.py            # write it
   python tools/calibration_mix.py --check    # say whether the file there is what these pieces make
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rac.calibrate.builtin import FILE, whole
@@ -19,34 +20,44 @@ from rac.container.output import write_whole
 from rac.container.zstd import compress
 
 PIECES = Path(__file__).parent / "mix"
-PASSAGE = 2500  # characters of a passage, at least: a few hundred tokens
+PASSAGE = 2500  # bytes of a passage, at least: a few hundred tokens
 GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, spread the beginnings of the pieces
 
 
 def passages(text: str) -> list[str]:
-    """Whole paragraphs together until there are enough characters; a short rest goes with the last."""
+    """Whole paragraphs together until there are enough bytes; a short rest goes with the last."""
     out: list[str] = []
     held = ""
+
+    def long(text: str) -> int:
+        return len(text.encode())
+
     for paragraph in text.strip().split("\n\n"):
         held += paragraph.rstrip() + "\n\n"
-        if len(held) >= PASSAGE:
+        if long(held) >= PASSAGE:
             out.append(held)
             held = ""
-    if held and out and len(held) < PASSAGE // 2:
+    if held and out and long(held) < PASSAGE // 2:
         out[-1] += held
     elif held:
         out.append(held)
     return out
 
 
+def dealt(hands: Sequence[Sequence[str]]) -> list[str]:
+    """All passages of several lists, each list in its order and spread evenly over the whole."""
+    every = []
+    for i, hand in enumerate(hands, 1):
+        start = i * GOLDEN % 1
+        every += [((k + start) / len(hand), i, passage) for k, passage in enumerate(hand)]
+    return [passage for *_, passage in sorted(every)]
+
+
 def build() -> str:
     """The mix."""
-    dealt = []
-    for i, path in enumerate(sorted(PIECES.glob("*.txt"))):
-        cut = passages(path.read_text(encoding="utf-8"))
-        start = (i * GOLDEN) % 1
-        dealt += [((k + start) / len(cut), path.name, passage) for k, passage in enumerate(cut)]
-    return "".join(passage for *_, passage in sorted(dealt))
+    kinds = sorted(path for path in PIECES.iterdir() if path.is_dir())
+    pieces = [[passages(path.read_text(encoding="utf-8")) for path in sorted(kind.glob("*.txt"))] for kind in kinds]
+    return "".join(dealt([dealt(kind) for kind in pieces]))
 
 
 def main() -> int:
