@@ -119,6 +119,11 @@ class Provenance:
         return dict(self._typed("sha256", good, {}))
 
     @property
+    def dequantised(self) -> tuple[str, ...]:
+        """What the weights of the source are stored as, for people; none: the tensors are those that it stores."""
+        return tuple(self._typed("dequantised", _texts, ()))
+
+    @property
     def keys(self) -> int | None:
         """Seed of the rotation of queries and keys that a quantised cache is to have; None: there is none."""
         none: int | None = None
@@ -174,8 +179,8 @@ def state(
     `cut` are lanes of a tile and kind of slices, where they were asked for. `settings` are what else the caller states:
     patterns, transforms, and so on; left out where all of it is empty. `about` is what a quantiser states of itself;
     None: all is lossless. `online` counts tensors with online transforms; `tree` has what else the files of the source
-    are made of: `headers`, `links` and `folders`, and as `gguf_order` the names of all tensors of a GGUF file, where
-    the order of its records is another.
+    are made of: `headers`, `links`, `folders`, `dequantised`, and as `gguf_order` the names of all tensors of a GGUF
+    file, where the order of its records is another.
     """
     lanes, slices = cut
     known = {"lanes": lanes, "slices": slices, "online": online or None}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate.given import Given
 from rac.calibrate.layers import Layer, calibrate
 from rac.calibrate.text import Note
 from rac.errors import MismatchError, MissingDependencyError, SourceError
@@ -59,8 +60,11 @@ def _modules() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def load_original(path: str) -> tuple[Any, Any, Any]:
-    """Configuration, model in float32 and tokenizer of the folder of a causal language model; or SourceError."""
+def load_original(path: str, given: Given | None = None) -> tuple[Any, Any, Any]:
+    """Configuration, model in float32 and tokenizer of the folder of a causal language model; or SourceError.
+
+    `given` takes the place of the weights in the files.
+    """
     torch, auto = _modules()
     if not os.path.isdir(path):
         raise SourceError("a text needs the Hugging Face folder of the original", file=path)
@@ -69,7 +73,11 @@ def load_original(path: str) -> tuple[Any, Any, Any]:
         kinds = config.architectures or ()
         if not any("CausalLM" in a or "LMHead" in a for a in kinds):
             raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=path)
-        model: Any = auto.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+        kind: Any = auto.AutoModelForCausalLM
+        if given is not None:
+            model = given.load(kind, config, torch.float32).eval()
+        else:
+            model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
     except _ERRORS as e:
         raise SourceError(f"no model that transformers can load: {e}", file=path) from e
     try:
@@ -83,17 +91,24 @@ class Measure:
 
     At most `tokens` tokens are used, in windows of `context`; `note` is called with a model's name, windows done, and
     all of them. SourceError where there is no causal language model or no tokenizer in the Hugging Face folder `model`,
-    or the text is shorter than one window; ValueError where `context` is below 2 or above `tokens`.
+    or the text is shorter than one window; ValueError where `context` is below 2 or above `tokens`. `given` takes the
+    place of the weights in the folder's files.
     """
 
     def __init__(
-        self, model: Where, text: str, tokens: int = 8192, context: int = 1024, note: Note | None = None
+        self,
+        model: Where,
+        text: str,
+        tokens: int = 8192,
+        context: int = 1024,
+        note: Note | None = None,
+        given: Given | None = None,
     ) -> None:
         check(tokens, context)
         self.torch, self._transformers = _modules()
-        self._path, self._text, self._note = os.fspath(model), text, note
+        self._path, self._text, self._note, self._given = os.fspath(model), text, note, given
         with quiet(self._transformers):
-            self._config, self.model, tokenizer = load_original(self._path)
+            self._config, self.model, tokenizer = load_original(self._path, given)
 
             def encode(text: str) -> Sequence[int]:
                 return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
@@ -155,9 +170,8 @@ class Measure:
     def moments(self) -> None:
         """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
         with quiet(self._transformers):
-            layers = calibrate(
-                self._path, self._text, tokens=self.tokens, context=self._context, fisher=False, note=self._note
-            )
+            how: dict[str, Any] = {"tokens": self.tokens, "context": self._context, "fisher": False}
+            layers = calibrate(self._path, self._text, **how, note=self._note, given=self._given)
         mine = dict(self.model.named_parameters())  # experts have other names in files
         self._layers = {name: layer for name, layer in layers.items() if name in mine}
         self._energy = sum(self._trace(name, self.model.get_parameter(name)) for name in self._layers)
@@ -178,9 +192,11 @@ class Measure:
 class Divergence:
     """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
-    def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None) -> None:
+    def __init__(
+        self, model: Where, text: str, tokens: int, note: Note | None = None, given: Given | None = None
+    ) -> None:
         tokens = min(tokens, 8192)
-        self._measure = Measure(model, text, tokens, min(1024, tokens), note)
+        self._measure = Measure(model, text, tokens, min(1024, tokens), note, given)
         own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
         self._other = self._measure.load(own, os.fspath(model))
         self._lock = threading.Lock()

@@ -108,13 +108,13 @@ def parts(name: str) -> tuple[str, str, int | None] | None:
 
 
 class Stored:
-    """The tensors in the safetensors files of a folder, whose matrices can be found by their values."""
+    """The tensors in the safetensors files of a folder, or given ones: their matrices can be found by their values."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | Mapping[str, Any]) -> None:
         from safetensors import safe_open
 
-        self._parts: dict[str, Any] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        self._parts: dict[str, Any] = {} if isinstance(folder, Path) else dict(folder)
+        for file in sorted(folder.glob("*.safetensors")) if isinstance(folder, Path) else ():
             held: Any = safe_open(file, "pt")
             self._parts |= {name: held.get_slice(name) for name in held.keys()}  # noqa: SIM118
         self._first: dict[tuple[int, bytes], list[str]] | None = None

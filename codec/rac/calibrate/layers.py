@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.calibrate.folder import DamagedError, Folder, fed
+from rac.calibrate.given import Given
 from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
@@ -69,6 +70,7 @@ def calibrate(
     fisher: bool = True,
     note: Note | None = None,
     cache: str | os.PathLike[str] | None = None,
+    given: Given | None = None,
 ) -> Layers:
     """Run the model in a Hugging Face folder `path` over a text, or its token ids (n,); None: over text of its own.
 
@@ -80,14 +82,17 @@ def calibrate(
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
     SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
     result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
-    finished block. Else it goes with the result. OutputError where the cache cannot be written, SourceError where there
+    finished block. Else it goes with the result. `given` takes the place of the weights in the files.
+
+    OutputError where the cache cannot be written, SourceError where there
     is no model or tokenizer, the text is too short, or a model that is not causal has none.
     """
     if not os.path.isdir(path):
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
     if tokens < 1 or context < 1:
         raise ValueError("tokens and context must be at least 1")
-    settings = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher, "seed": SEED}
+    settings: dict[str, Any] = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher}
+    settings |= {"seed": SEED} if given is None else {"seed": SEED, "given": given.about}
     digest = _digest(Path(path), text, settings)
     folder = Folder(cache, digest)
     tell = note or (lambda *_: None)
@@ -103,7 +108,8 @@ def calibrate(
         for again in (False, True):
             try:
                 if not folder.state.get("finished"):
-                    passes.find(os.fspath(path), text, tokens, context, fisher, folder, tell)
+                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given)
+                    passes.find(asked, text, folder, tell)
                 return _layers(folder, digest)
             except DamagedError:
                 if again:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,13 +30,13 @@ PARTS = (
 _SEES = {"pixel_values": "vision tower", "input_features": "audio tower", "input_values": "audio tower"}
 
 
-def rename(model: Any, path: Path, folder: Folder) -> dict[str, str]:
-    """Turn the names of modules in the state of a calibration's `folder` to those of weights in the files in `path`.
+def rename(model: Any, stored: Stored, folder: Folder) -> dict[str, str]:
+    """Turn the names of modules in the state of a calibration's `folder` to those of the stored weights.
 
     Returns the names of the float matrices in the files that were not reached, to the part of the model of each.
     """
     layers: dict[str, Entry] = folder.state["layers"]
-    modules, stored = linears(model), Stored(path)
+    modules = linears(model)
     known = renamed(model, stored.names)
     by_key: dict[str, list[str]] = {}
     for name, (key, _) in known.items():

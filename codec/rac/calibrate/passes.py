@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from rac.calibrate.chain import TAIL, Chain, UnfitError, single
+from rac.calibrate.experts import Stored
 from rac.calibrate.folder import Folder
+from rac.calibrate.given import Given
 from rac.calibrate.moments import Collector, linears
 from rac.calibrate.names import rename
 from rac.calibrate.text import SEED, Note, draw, self_text_ids, sequences, text_ids
@@ -27,10 +30,20 @@ _ROWS = 2048  # tokens that a block takes at once: the symmetric product of the 
 _CHUNK = 256  # positions whose logits are made at once
 
 
-def find(
-    path: str, text: str | NDArray[np.int64] | None, tokens: int, context: int, fisher: bool, folder: Folder, note: Note
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What `calibrate` was asked for."""
+
+    path: str
+    tokens: int
+    context: int
+    fisher: bool
+    given: Given | None = None  # the weights, where they are not those in the files
+
+
+def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, note: Note) -> None:
     """Do what is still to do, and write it into the folder."""
+    path, tokens, context, fisher = asked.path, asked.tokens, asked.context, asked.fisher
     try:
         config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     except Exception as e:  # transformers raises whatever a broken file makes of it
@@ -49,7 +62,7 @@ def find(
         elif causal:
             # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
             small = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) <= _SMALL
-            writer = _load(kind, path, "float32" if small else "auto")
+            writer = _load(kind, asked, config, "float32" if small else "auto")
             ids = self_text_ids(writer, tokens, context, folder, note)
             del writer
         else:
@@ -61,18 +74,19 @@ def find(
     try:
         if both:
             raise UnfitError("it has an encoder and a decoder")
-        model = _load(kind, path, "auto")
+        model = _load(kind, asked, config, "auto")
         stream(model, causal, ids, fisher and causal, folder, note)
     except UnfitError as e:
         note(f"running the model as a whole: {e}", 0, 0)
         model = None  # its weights are no longer all of one type
-        model = _load(kind, path, "float32")
+        model = _load(kind, asked, config, "float32")
         try:
             whole(model, causal, ids, fisher and (causal or both), folder, note)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as why:
             what = f"{type(model).__name__} cannot be calibrated on a text ({why})"
             raise SourceError(f"{what}; `--calibrate none` works", file=path) from why
-    missing = rename(model, Path(path), folder)
+    stored = Stored(Path(path) if asked.given is None else asked.given.parts)
+    missing = rename(model, stored, folder)
     folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
 
@@ -86,14 +100,17 @@ def _kind(config: Any) -> tuple[Any, bool]:
     return transformers.AutoModel, False
 
 
-def _load(kind: Any, path: str, dtype: str) -> Any:
+def _load(kind: Any, asked: Asked, config: Any, dtype: str) -> Any:
     """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # there is `note`
     try:
-        model = kind.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        if asked.given is not None:
+            model = asked.given.load(kind, config, dtype)
+        else:
+            model = kind.from_pretrained(asked.path, dtype=dtype, local_files_only=True, use_safetensors=True)
     except Exception as e:  # transformers raises whatever a broken file makes of it
-        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+        raise SourceError(f"no model that transformers can load: {e}", file=asked.path) from e
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -35,7 +35,8 @@ from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
-from rac.encode.sources import open_source
+from rac.encode.sources import Source, open_source
+from rac.encode.sources.quantised.found import Dequantised
 from rac.machine import threads_of
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare
@@ -212,7 +213,7 @@ def _file(args: argparse.Namespace) -> int:
     if args.recipe != NAMES[0]:
         return _named(args)
     options, request = _asked(args)
-    source = open_source(args.src, args.include, args.exclude)
+    source = open_source(args.src, args.include, args.exclude, dequantise=request is not None)
     if args.dry_run:
         return _estimate(args, estimate(source, options, request))
     start = time.monotonic()
@@ -228,6 +229,8 @@ def _file(args: argparse.Namespace) -> int:
             done = packer.write(ByTrellis(found, packer.kept) if found else None)
     seconds = time.monotonic() - start
     _say(args, done, seconds)
+    if source.dequantised:
+        say(f"dequantised: {_numbers(source)}")
     if found and request:
         _say_lossy(args, done, found, request)
     if args.format == "rac":  # a folder is told of when it is there
@@ -308,6 +311,14 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
         f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
         f"in {seconds:.1f} s, {size(done.dense / max(seconds, 1e-9))}/s"
     )
+
+
+def _numbers(source: Source) -> str:
+    """What the weights of a source were, and as what they were packed."""
+    made = [t for t in source.tensors if isinstance(t.data, Dequantised)]
+    kinds = ", ".join(sorted({t.dtype for t in made}))
+    what = f"{len(made)} tensors read as {kinds}; stored were {_some(source.dequantised)}"
+    return f"{what}; config.json states no quantisation now" if source.kind == "hf" else what
 
 
 def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: Lossy) -> None:

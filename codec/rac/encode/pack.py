@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rac.calibrate.evaluate import Divergence
+from rac.calibrate.given import Given
 from rac.calibrate.text import Note
 from rac.container import index
 from rac.container.writer import PipeWriter, Writer
@@ -56,6 +57,7 @@ class Summary:
     """Bytes of the quantised tensors * 8 / their weights, everything counted."""
     fidelity: tuple[Fidelity, ...] = ()
     """Fidelity of each quantised tensor, in the order of the file, without those that an earlier run had finished."""
+    dequantised: tuple[str, ...] = ()  # what weights were stored as, where the numbers that they stand for were packed
 
 
 def pack(
@@ -128,9 +130,9 @@ def pack(
         OutputError: The output exists, or cannot be written.
         BudgetError: The budget cannot be met.
     """
-    source = open_source(src, include, exclude)
-    settings = {"exclude": list(exclude), "include": list(include)}
     lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
+    source = open_source(src, include, exclude, dequantise=lossy)
+    settings = {"exclude": list(exclude), "include": list(include)}
     options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, processes and lossy, settings)
     request = None
     if lossy:
@@ -215,13 +217,14 @@ class Packer(contextlib.ExitStack):
         if not isinstance(src, str | os.PathLike) and calibration.texts:
             raise SourceError("calibration runs the model: name its folder", file=str(getattr(src, "name", "<bytes>")))
         named = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
-        recipe = replace(recipe_for(self._groups, named, request, note), coder=options.coder)
+        given = Given.of(self._source.every) if self._source.every else None
+        recipe = replace(recipe_for(self._groups, named, request, note, given), coder=options.coder)
         before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
             return replace(recipe, scale=scale)
 
         def judge() -> Divergence:
-            return Divergence(src, read_text(calibration.texts[0]), calibration.tokens, note)
+            return Divergence(src, read_text(calibration.texts[0]), calibration.tokens, note, given)
 
         search = Search(self._groups, recipe, self._pool, note, self._lossy)
         return search.meet(request.budget, lambda: self._rest(recipe), judge)
@@ -262,6 +265,7 @@ class Packer(contextlib.ExitStack):
                 "headers": [*self._headers],
                 "links": dict(source.links),
                 "folders": [*source.folders],
+                "dequantised": [*source.dequantised],
             },
         )
         schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
@@ -287,6 +291,7 @@ class Packer(contextlib.ExitStack):
             quantised=lossy,
             quantised_bits=bits,
             fidelity=tuple(fidelity),
+            dequantised=source.dequantised,
         )
 
     def _write(

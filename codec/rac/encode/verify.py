@@ -73,7 +73,7 @@ class _Check:
     def _records(self, forward: Forward, name: str) -> None:
         if self.against is not None and self.source is None:
             origin = Provenance.of(forward.header, name)
-            self.source = open_source(self.against, origin.include, origin.exclude)
+            self.source = open_source(self.against, origin.include, origin.exclude, dequantise=bool(origin.dequantised))
             if origin.source != self.source.kind:  # there is no such file
                 self.source = replace(self.source, headers={})
             self.theirs = {t.name: t for t in self.source.tensors}

@@ -16,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.calibrate.evaluate import Measure, decibels, translated
+from rac.calibrate.given import Given
 from rac.calibrate.text import Note
 from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile
 from rac.decode.unpack import quantised
-from rac.encode.align.recipe import EMBEDDINGS, KEEP, SMALLEST
+from rac.encode.align.recipe import EMBEDDINGS, KEEP
 from rac.encode.sources import Extent, SourceTensor, open_source
+from rac.encode.sources.model import SMALLEST
 from rac.errors import FormatError, MismatchError, MissingDependencyError
 from rac.frameworks import to_framework
 from rac.linalg.transform import Transform, hook
@@ -70,6 +72,7 @@ class _File:
     maps: dict[str, Transform] | None = None  # online transforms of tensors that were read; None: they are folded
     weights: int = 0
     blocks: list[tuple[int, int]] = field(default_factory=list)  # (bytes, weights) of matrices of GGUF blocks
+    given: Given | None = None  # the weights of a folder, where its files hold codes and scales
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], size: int, extra: Any, read: Any) -> None:
         """Take in a tensor of `size` stored bytes, 0 of an alias; `extra` says what GGUF blocks the bytes of U8 are."""
@@ -119,7 +122,7 @@ def compare(
     with _opened(os.fspath(original)) as ours:
         measure = None
         if reading is not None:
-            measure = Measure(original, reading.text, reading.tokens, reading.context, note)
+            measure = Measure(original, reading.text, reading.tokens, reading.context, note, ours.given)
             if reading.snr:
                 measure.moments()
         yield _row(ours.row(None), measure, None)
@@ -215,6 +218,9 @@ def _of_source(path: str) -> _File:
     source = open_source(path)
     parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
     out = _File(path, source.kind, sum(map(os.path.getsize, {part.path for part in parts if isinstance(part, Extent)})))
+    if source.kind != "gguf":  # its blocks are read as numbers below
+        source = open_source(path, dequantise=True)
+        out.given = Given.of(source.every) if source.dequantised else None
     for t in source.tensors:
         out.add(t.name, t.dtype, t.shape, t.nbytes, t.extra or {}, partial(_dense, t))
     return out

@@ -16,7 +16,7 @@ from rac.encode import ties
 from rac.encode.code.plan import CODER, Level, axis_of
 from rac.encode.options import EFFORTS
 from rac.encode.quantise import trellis as lossy
-from rac.encode.sources import SourceTensor
+from rac.encode.sources.model import SMALLEST, SourceTensor
 from rac.errors import SourceError
 from rac.grid import matrix
 from rac.linalg import exact
@@ -31,7 +31,6 @@ KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
 EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")  # lossless unless asked otherwise
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
-SMALLEST = 1 << 14
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
 FAR = 16  # medians beyond which a weight counts no more in the energies
 LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
@@ -120,11 +119,20 @@ def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
 
 def quantisable(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) -> bool:
     """True for float matrices of some size whose name no pattern keeps, and that are no embeddings."""
-    if t.dtype not in DTYPES or len(t.shape) < 2 or math.prod(t.shape) < SMALLEST:
-        return False
-    rows, cols = matrix(t.dtype, t.shape, axis_of(t.shape))
-    kept = (*KEEP, *keep) if embeddings else (*KEEP, *EMBEDDINGS, *keep)
-    return min(rows, cols) >= 16 and not _matches(t.name, kept)
+    return not kept(t, keep, embeddings)
+
+
+def kept(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) -> str:
+    """Why a tensor is not quantised, as what it is; empty where it is."""
+    if t.dtype not in DTYPES:
+        return f"of {t.dtype}"
+    if len(t.shape) < 2 or math.prod(t.shape) < SMALLEST or min(matrix(t.dtype, t.shape, axis_of(t.shape))) < 16:
+        return f"vectors or small (below {SMALLEST:,} weights, or 16 rows or columns)"
+    if _matches(t.name, keep):
+        return "kept by --keep"
+    if _matches(t.name, KEEP):
+        return "norms, biases or routers by their name"
+    return "embeddings or output layers (--embeddings)" if not embeddings and _matches(t.name, EMBEDDINGS) else ""
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -10,12 +11,13 @@ from functools import partial
 from typing import TypeVar
 
 from rac.calibrate.evaluate import Divergence
+from rac.calibrate.given import Given
 from rac.calibrate.layers import calibrate, joined
 from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
 from rac.encode.align.choose import choose
-from rac.encode.align.recipe import Recipe, calibrated, data_free
+from rac.encode.align.recipe import Recipe, calibrated, data_free, kept
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import DECIBELS, Budget, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words
@@ -28,14 +30,19 @@ TOLERANCE = 0.005
 CLOSE = 0.1  # decibels that a file may have beyond the --snr that was asked for
 
 
-def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: Note = silent) -> Recipe:
-    """The recipe that the request and the weights (and the calibration, if any) give, at common scale 0."""
+def recipe_for(
+    groups: Sequence[ties.Group], path: str, request: Lossy, note: Note = silent, given: Given | None = None
+) -> Recipe:
+    """The recipe that the request and the weights (and the calibration, if any) give, at common scale 0.
+
+    `given` are the weights of the model, where they are not those in the files of its folder `path`.
+    """
     c, effort = request.calibration, request.effort
     if not c.texts:
         recipe = data_free(groups, request.keep, effort, request.embeddings)
         return replace(recipe, about={**recipe.about, **request.about})
     texts = [None if name == "self" else read_text(name) for name in c.texts]
-    found = [calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache) for text in texts]
+    found = [calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache, given=given) for text in texts]
     layers = found[0] if len(found) == 1 else joined(found)
     recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
@@ -45,6 +52,13 @@ def recipe_for(groups: Sequence[ties.Group], path: str, request: Lossy, note: No
         for text, one in zip(texts, found, strict=True)
     ]
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used})
+
+
+def _nothing(groups: Sequence[ties.Group], recipe: Recipe) -> str:
+    """What tensors are of which none is quantised."""
+    keep, embeddings = recipe.about.get("keep", ()), bool(recipe.about.get("embeddings"))
+    every = Counter(kept(g.tensor, keep, embeddings) or "all zeros" for g in groups)
+    return f"of {len(groups)} tensors " + ", ".join(f"{n} are {why}" for why, n in every.most_common())
 
 
 def read_text(path: str) -> str:
@@ -79,7 +93,7 @@ class Search:
     ) -> Recipe:
         """The recipe at the scale that meets a budget, real bytes from below, to half a percent; or BudgetError."""
         if not self._mine:
-            raise BudgetError("no tensor is large enough to be quantised, or --keep keeps them all")
+            raise BudgetError(f"no tensor can be quantised: {_nothing(self.groups, self.recipe)}")
         if budget.snr is not None:
             scale = self._snr(budget.snr)
         elif budget.kl is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from rac.container.access import read as access_read
 from rac.container.wire import MAGIC
 from rac.decode.archive import access_of
-from rac.encode.sources import gguf, hf, safetensors
+from rac.encode.sources import gguf, hf, quantised, safetensors
 from rac.encode.sources.arrays import from_arrays
 from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
 from rac.errors import SourceError
@@ -25,9 +25,12 @@ from rac.errors import SourceError
 __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source"]
 
 
-def open_source(path: Any, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Source:
+def open_source(
+    path: Any, include: Sequence[str] = (), exclude: Sequence[str] = (), dequantise: bool = False
+) -> Source:
     """Open a safetensors file (by path, bytes, or a file object), a GGUF file, or a directory with safetensors files.
 
+    With `dequantise` codes and scales are read as the numbers that they stand for (rac.encode.sources.quantised).
     `include` are patterns (fnmatch, case-sensitive) of the tensors to take, none means all; `exclude` wins over it.
     SourceError where the path is missing, damaged or no model, or a pattern leaves nothing.
     """
@@ -37,6 +40,9 @@ def open_source(path: Any, include: Sequence[str] = (), exclude: Sequence[str] =
         source = _held(path, where) if not named else hf.read(where) if os.path.isdir(where) else _file(where)
     except OSError as e:
         raise SourceError(e.strerror or str(e), file=e.filename or where) from e
+    if dequantise:
+        source = quantised.logical(source, where)
+        source = replace(source, every=source.tensors) if source.dequantised else source
     for pattern in include:
         if not any(fnmatchcase(t.name, pattern) for t in source.tensors):
             raise SourceError(f"no tensor matches the include pattern {pattern!r}", file=where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,19 @@ from rac.errors import SourceError
 from rac.records import Online
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+SMALLEST = 1 << 14  # weights of the smallest matrix that is quantised
 REFUSE_PICKLE = "pickled weights are refused because loading them runs code; convert them to .safetensors first"
+
+
+class Bytes(Protocol):
+    """Bytes that are read when they are asked for; it pickles."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop), in a fresh writable array."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +54,7 @@ class Extent:
         return out
 
 
-Data = Extent | NDArray[np.uint8]
+Data = Bytes | NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,7 @@ class SourceTensor:
         """Bytes [start, stop): fresh and writable out of a file, a view of an array in memory."""
         if not 0 <= start <= stop <= self.nbytes:
             raise ValueError(f"bytes {start}..{stop} are not inside the {self.nbytes} of tensor {self.name!r}")
-        return self.data.read(start, stop) if isinstance(self.data, Extent) else self.data[start:stop]
+        return self.data[start:stop] if isinstance(self.data, np.ndarray) else self.data.read(start, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +107,5 @@ class Source:
     """Bytes in front of the tensors of each safetensors file, by its name; "" for a file that was named itself."""
     links: Mapping[str, str] = field(default_factory=dict)  # of a directory, to targets inside it
     folders: tuple[str, ...] = ()  # directories with nothing in them
+    dequantised: tuple[str, ...] = ()  # what the stored weights are, where tensors are the numbers that they stand for
+    every: tuple[SourceTensor, ...] = ()  # all tensors, also those that patterns leave out, of a dequantised source
