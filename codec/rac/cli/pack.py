@@ -371,6 +371,7 @@ def report(done: Summary, recipe: Recipe | None) -> dict[str, Any]:
         "quantised_bits": done.quantised_bits,
         "resumed": done.resumed,
         "skipped": done.skipped,
+        "dequantised": done.dequantised,
     }
     if recipe is None:
         return totals

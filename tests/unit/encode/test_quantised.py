@@ -1,0 +1,212 @@
+"""Quantised sources: codes and scales are the numbers that they stand for, and a pack to a budget takes these."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+st = pytest.importorskip("safetensors.torch")
+
+import quantised_models  # noqa: E402
+import rac  # noqa: E402
+from rac.cli import main  # noqa: E402
+from rac.encode.sources import open_source  # noqa: E402
+from rac.errors import BudgetError, SourceError  # noqa: E402
+from rac.frameworks import to_framework  # noqa: E402
+from support import models  # noqa: E402
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A tiny model with matrices whose sides no block divides."""
+    folder = tmp_path_factory.mktemp("plain")
+    models.write("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(plain, tmp_path_factory):
+    """Makes the quantised versions of the model, once each."""
+    there = {}
+
+    def make(scheme):
+        if scheme not in there:
+            there[scheme] = quantised_models.make(scheme, plain, tmp_path_factory.mktemp("made") / scheme)
+        return there[scheme]
+
+    return make
+
+
+def scaled(t, codes, scale):
+    """Element by element, in float64."""
+    w, s = t[codes].double(), t[scale].double()
+    s = s.reshape(s.shape if s.dim() == 2 else (1, 1))
+    out = torch.empty_like(w)
+    high, wide = (n if s.shape[i] == 1 else (1 if s.shape[i] == n else 128) for i, n in enumerate(w.shape))
+    for i in range(w.shape[0]):
+        for j in range(0, w.shape[1], wide):
+            out[i, j : j + wide] = w[i, j : j + wide] * s[i // high, j // wide]
+    return out
+
+
+REFERENCES = {
+    "fp8": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale_inv"),
+    "fp8-row": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
+    "fp8-tensor": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
+    "fp8-e5m2": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
+    "int8": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
+}
+
+
+def dense(folder):
+    """Logical tensors of a folder, by name."""
+    source = open_source(folder, dequantise=True)
+    return {t.name: to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "pt") for t in source.tensors}, source
+
+
+def test_every_scheme_has_a_reference():
+    assert REFERENCES.keys() == quantised_models.SCHEMES.keys()
+
+
+@pytest.mark.parametrize("scheme", REFERENCES)
+def test_numbers_are_those_of_the_reference(scheme, made, plain):
+    stored = st.load_file(made(scheme) / "model.safetensors")
+    found, source = dense(made(scheme))
+    original = st.load_file(plain / "model.safetensors")
+    assert found.keys() == original.keys()
+    for name, w in original.items():
+        if name in stored and stored[name].dtype == w.dtype:  # not quantised
+            assert torch.equal(found[name], stored[name])
+            continue
+        want = REFERENCES[scheme](stored, name.removesuffix(".weight"))
+        # one rounding to BF16, or two where the product was rounded to float32 before
+        assert torch.allclose(found[name].double(), want, rtol=2**-8 + 2**-20, atol=0), name
+        assert (found[name].double() - want).norm() / want.norm() < 2**-8
+        assert (found[name].float() - w.float()).norm() / w.float().norm() < 0.2  # and close to the original
+    q = next(t for t in source.tensors if t.name == f"{Q}.weight")
+    for a, b in ((0, 1), (3, 1000), (254, 260), (q.nbytes - 7, q.nbytes)):  # bytes from anywhere
+        assert q.read(a, b).tobytes() == q.read(0, q.nbytes)[a:b].tobytes()
+
+
+@pytest.mark.parametrize("scheme", REFERENCES)
+def test_lossless_and_lossy(scheme, made, tmp_path, capsys):
+    folder = made(scheme)
+    assert main(["pack", str(folder), "-o", str(tmp_path / "whole.rac")]) == 0
+    rac.verify(tmp_path / "whole.rac", folder)
+    assert "dequantised" not in capsys.readouterr().out
+    assert main(["pack", str(folder), "-o", str(tmp_path / "m.rac"), "--bits", "5", "--effort", "fast"]) == 0
+    assert "tensors read as BF16; stored were" in capsys.readouterr().out
+    found = rac.verify(tmp_path / "m.rac", folder)
+    assert found.lossy == 10
+    assert found.snr > 20
+    model, numbers = rac.load_model(tmp_path / "m.rac"), dense(folder)[0]
+    assert model.state_dict().keys() >= numbers.keys()
+    error = sum(float((model.get_parameter(n).detach().float() - w.float()).square().sum()) for n, w in numbers.items())
+    assert error < 0.01 * sum(float(w.float().square().sum()) for w in numbers.values())
+    rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_calibrated_is_what_the_dequantised_folder_gives(made, tmp_path):
+    folder, numbers = made("fp8"), dense(made("fp8"))[0]
+    (tmp_path / "text.txt").write_text(models.TEXT)
+    shutil.copytree(folder, tmp_path / "dense")
+    st.save_file(numbers, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config, indent=2))
+    asked = {"calibrate": tmp_path / "text.txt", "tokens": 300, "bits": 4, "effort": "fast"}
+    for name, src in (("a", folder), ("b", tmp_path / "dense")):
+        rac.pack(src, tmp_path / f"{name}.rac", **asked)
+    a, b = (rac.load_file(tmp_path / f"{name}.rac") for name in "ab")
+    assert a.keys() == b.keys()
+    for name, w in a.items():
+        assert np.array_equal(w.view(np.uint16), b[name].view(np.uint16)), name
+
+
+def test_a_divergence_is_from_the_dequantised_model(made, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(models.TEXT)
+    text = str(tmp_path / "text.txt")
+    asked = ["--kl", "0.2", "--calibrate", text, "--tokens", "128", "--effort", "fast", "--cache", "none"]
+    assert main(["pack", str(made("fp8")), "-o", str(tmp_path / "m.rac"), *asked, "--measure", text]) == 0
+    assert "KL 0." in capsys.readouterr().out
+
+
+def broken(source, out, change):
+    shutil.copytree(source, out)
+    tensors = st.load_file(out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    change(tensors, config)
+    st.save_file(tensors, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def no_scale(tensors, config):
+    del tensors[f"{Q}.weight_scale_inv"]
+
+
+def odd_scale(tensors, config):
+    tensors[f"{Q}.weight_scale_inv"] = torch.ones(3, 5)
+
+
+def unknown(tensors, config):
+    config["quantization_config"] = {"quant_method": "hqq"}
+
+
+def unexplained(tensors, config):
+    tensors["model.codes"] = torch.zeros(256, 256, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (no_scale, f"'{Q}.weight' (F8_E4M3 [128, 128]) has no scale: '{Q}.weight_scale_inv' or"),
+        (odd_scale, "does not fit the shape [3, 5] of its scales"),
+        (unknown, "names the quantisation 'hqq', known are"),
+        (unexplained, "'model.codes' (U8 [256, 256]) is not understood as weights of 'fp8'"),
+    ],
+)
+def test_refused_in_one_line(change, what, made, tmp_path, capsys):
+    folder = broken(made("fp8"), tmp_path / "m", change)
+    with pytest.raises(SourceError) as e:
+        rac.pack(folder, tmp_path / "m.rac", bits=4)
+    assert what in str(e.value)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "m.rac").exists()
+    rac.pack(folder, tmp_path / "m.rac")  # lossless asks nothing
+    rac.verify(tmp_path / "m.rac", folder)
+
+
+def test_eight_bit_floats_without_scales_are_numbers(tmp_path):
+    w = torch.randn(160, 128).to(torch.float8_e4m3fn)
+    st.save_file({"w": w}, tmp_path / "w.safetensors")
+    assert torch.equal(dense(tmp_path / "w.safetensors")[0]["w"], w.bfloat16())
+
+
+def test_f64_is_quantised_like_f32(tmp_path):
+    w = torch.randn(160, 128, dtype=torch.float64)
+    st.save_file({"w": w, "small": w[0].clone()}, tmp_path / "a.safetensors")
+    st.save_file({"w": w.float(), "small": w[0].clone()}, tmp_path / "b.safetensors")
+    for name in "ab":
+        rac.pack(tmp_path / f"{name}.safetensors", tmp_path / f"{name}.rac", bits=4)
+        rac.verify(tmp_path / f"{name}.rac", tmp_path / f"{name}.safetensors")
+    a, b = (rac.load_file(tmp_path / f"{name}.rac") for name in "ab")
+    assert a["small"].dtype == np.float64
+    assert np.array_equal(a["w"], b["w"])
+
+
+def test_what_is_there_is_said_where_nothing_can_be_quantised(tmp_path):
+    tensors = {"i": torch.zeros(200, 200, dtype=torch.int32), "embed": torch.randn(200, 200), "v": torch.randn(9)}
+    st.save_file({**tensors, "w": torch.randn(200, 200)}, tmp_path / "w.safetensors")
+    with pytest.raises(BudgetError) as e:
+        rac.pack(tmp_path / "w.safetensors", tmp_path / "w.rac", bits=4, keep=["w"])
+    for what in ("of 4 tensors", "1 are of I32", "1 are kept by --keep", "1 are embeddings", "1 are vectors or small"):
+        assert what in str(e.value)
