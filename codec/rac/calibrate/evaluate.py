@@ -60,11 +60,9 @@ def _modules() -> tuple[Any, Any]:
     return torch, transformers
 
 
-def load_original(path: str, given: Given | None = None) -> tuple[Any, Any, Any]:
-    """Configuration, model in float32 and tokenizer of the folder of a causal language model; or SourceError.
-
-    `given` takes the place of the weights in the files.
-    """
+def load_original(model: Where) -> tuple[Any, Any, Any]:
+    """Configuration, model in float32 and tokenizer of the folder of a causal language model; or SourceError."""
+    path = os.fspath(model)
     torch, auto = _modules()
     if not os.path.isdir(path):
         raise SourceError("a text needs the Hugging Face folder of the original", file=path)
@@ -74,14 +72,14 @@ def load_original(path: str, given: Given | None = None) -> tuple[Any, Any, Any]
         if not any("CausalLM" in a or "LMHead" in a for a in kinds):
             raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=path)
         kind: Any = auto.AutoModelForCausalLM
-        if given is not None:
-            model = given.load(kind, config, torch.float32).eval()
+        if isinstance(model, Given):
+            made: Any = model.load(kind, config, torch.float32).eval()
         else:
-            model = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+            made = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
     except _ERRORS as e:
         raise SourceError(f"no model that transformers can load: {e}", file=path) from e
     try:
-        return config, model, auto.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return config, made, auto.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except _ERRORS as e:
         raise SourceError(f"no tokenizer that transformers can load: {e}", file=path) from e
 
@@ -91,8 +89,7 @@ class Measure:
 
     At most `tokens` tokens are used, in windows of `context`; `note` is called with a model's name, windows done, and
     all of them. SourceError where there is no causal language model or no tokenizer in the Hugging Face folder `model`,
-    or the text is shorter than one window; ValueError where `context` is below 2 or above `tokens`. `given` takes the
-    place of the weights in the folder's files.
+    or the text is shorter than one window; ValueError where `context` is below 2 or above `tokens`.
     """
 
     def __init__(
@@ -102,13 +99,12 @@ class Measure:
         tokens: int = 8192,
         context: int = 1024,
         note: Note | None = None,
-        given: Given | None = None,
     ) -> None:
         check(tokens, context)
         self.torch, self._transformers = _modules()
-        self._path, self._text, self._note, self._given = os.fspath(model), text, note, given
+        self._path, self._text, self._note, self._model = os.fspath(model), text, note, model
         with quiet(self._transformers):
-            self._config, self.model, tokenizer = load_original(self._path, given)
+            self._config, self.model, tokenizer = load_original(model)
 
             def encode(text: str) -> Sequence[int]:
                 return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
@@ -171,7 +167,7 @@ class Measure:
         """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
         with quiet(self._transformers):
             how: dict[str, Any] = {"tokens": self.tokens, "context": self._context, "fisher": False}
-            layers = calibrate(self._path, self._text, **how, note=self._note, given=self._given)
+            layers = calibrate(self._model, self._text, **how, note=self._note)
         mine = dict(self.model.named_parameters())  # experts have other names in files
         self._layers = {name: layer for name, layer in layers.items() if name in mine}
         self._energy = sum(self._trace(name, self.model.get_parameter(name)) for name in self._layers)
@@ -192,11 +188,9 @@ class Measure:
 class Divergence:
     """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
-    def __init__(
-        self, model: Where, text: str, tokens: int, note: Note | None = None, given: Given | None = None
-    ) -> None:
+    def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None) -> None:
         tokens = min(tokens, 8192)
-        self._measure = Measure(model, text, tokens, min(1024, tokens), note, given)
+        self._measure = Measure(model, text, tokens, min(1024, tokens), note)
         own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
         self._other = self._measure.load(own, os.fspath(model))
         self._lock = threading.Lock()

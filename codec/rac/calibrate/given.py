@@ -44,9 +44,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """All tensors of a model, by name: they take the place of those in the files of its folder."""
+    """A model folder with other weights than those in its files: all tensors, by name. It is a path, the folder's."""
 
+    path: str
     parts: Mapping[str, Part]
+
+    def __fspath__(self) -> str:
+        return self.path
 
     @property
     def about(self) -> str:
@@ -54,10 +58,10 @@ class Given:
         return "dequantised"
 
     @classmethod
-    def of(cls, tensors: Iterable[Any]) -> Given:
+    def of(cls, path: str, tensors: Iterable[Any]) -> Given:
         """Tensors with `name`, `dtype`, `shape` and `read`, but for those of files beside the model's."""
         mine = (t for t in tensors if ".safetensors::" not in t.name)
-        return cls({t.name: Part(t.dtype, tuple(t.shape), t.read) for t in mine})
+        return cls(path, {t.name: Part(t.dtype, tuple(t.shape), t.read) for t in mine})
 
     def load(self, kind: Any, config: Any, dtype: Any) -> Any:
         """A model of a class of transformers; `dtype` "auto": that of the configuration, else of most weights."""

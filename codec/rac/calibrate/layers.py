@@ -70,7 +70,6 @@ def calibrate(
     fisher: bool = True,
     note: Note | None = None,
     cache: str | os.PathLike[str] | None = None,
-    given: Given | None = None,
 ) -> Layers:
     """Run the model in a Hugging Face folder `path` over a text, or its token ids (n,); None: over text of its own.
 
@@ -82,7 +81,7 @@ def calibrate(
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
     SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
     result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
-    finished block. Else it goes with the result. `given` takes the place of the weights in the files.
+    finished block. Else it goes with the result. The weights of a `Given` take the place of those in the files.
 
     OutputError where the cache cannot be written, SourceError where there
     is no model or tokenizer, the text is too short, or a model that is not causal has none.
@@ -91,6 +90,7 @@ def calibrate(
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
     if tokens < 1 or context < 1:
         raise ValueError("tokens and context must be at least 1")
+    given = path if isinstance(path, Given) else None
     settings: dict[str, Any] = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher}
     settings |= {"seed": SEED} if given is None else {"seed": SEED, "given": given.about}
     digest = _digest(Path(path), text, settings)

@@ -216,15 +216,16 @@ class Packer(contextlib.ExitStack):
             raise OutputError("exists already; give --force to replace it", file=self._out)
         if not isinstance(src, str | os.PathLike) and calibration.texts:
             raise SourceError("calibration runs the model: name its folder", file=str(getattr(src, "name", "<bytes>")))
-        named = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
-        given = Given.of(self._source.every) if self._source.every else None
-        recipe = replace(recipe_for(self._groups, named, request, note, given), coder=options.coder)
+        named: str | Given = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
+        if self._source.every:
+            named = Given.of(os.fspath(named), self._source.every)
+        recipe = replace(recipe_for(self._groups, named, request, note), coder=options.coder)
         before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
             return replace(recipe, scale=scale)
 
         def judge() -> Divergence:
-            return Divergence(src, read_text(calibration.texts[0]), calibration.tokens, note, given)
+            return Divergence(named, read_text(calibration.texts[0]), calibration.tokens, note)
 
         search = Search(self._groups, recipe, self._pool, note, self._lossy)
         return search.meet(request.budget, lambda: self._rest(recipe), judge)

@@ -122,7 +122,7 @@ def compare(
     with _opened(os.fspath(original)) as ours:
         measure = None
         if reading is not None:
-            measure = Measure(original, reading.text, reading.tokens, reading.context, note, ours.given)
+            measure = Measure(ours.given or original, reading.text, reading.tokens, reading.context, note)
             if reading.snr:
                 measure.moments()
         yield _row(ours.row(None), measure, None)
@@ -220,7 +220,7 @@ def _of_source(path: str) -> _File:
     out = _File(path, source.kind, sum(map(os.path.getsize, {part.path for part in parts if isinstance(part, Extent)})))
     if source.kind != "gguf":  # its blocks are read as numbers below
         source = open_source(path, dequantise=True)
-        out.given = Given.of(source.every) if source.dequantised else None
+        out.given = Given.of(path, source.every) if source.dequantised else None
     for t in source.tensors:
         out.add(t.name, t.dtype, t.shape, t.nbytes, t.extra or {}, partial(_dense, t))
     return out

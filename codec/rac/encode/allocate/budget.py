@@ -30,19 +30,17 @@ TOLERANCE = 0.005
 CLOSE = 0.1  # decibels that a file may have beyond the --snr that was asked for
 
 
-def recipe_for(
-    groups: Sequence[ties.Group], path: str, request: Lossy, note: Note = silent, given: Given | None = None
-) -> Recipe:
+def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note = silent) -> Recipe:
     """The recipe that the request and the weights (and the calibration, if any) give, at common scale 0.
 
-    `given` are the weights of the model, where they are not those in the files of its folder `path`.
+    `path` is the folder of the model, which a calibration runs.
     """
     c, effort = request.calibration, request.effort
     if not c.texts:
         recipe = data_free(groups, request.keep, effort, request.embeddings)
         return replace(recipe, about={**recipe.about, **request.about})
     texts = [None if name == "self" else read_text(name) for name in c.texts]
-    found = [calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache, given=given) for text in texts]
+    found = [calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache) for text in texts]
     layers = found[0] if len(found) == 1 else joined(found)
     recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
