@@ -31,17 +31,17 @@ class _Scaled:
 
     codes: SourceTensor
     cols: int
-    scale: SourceTensor | None
-    blocks: Blocks
+    scale: SourceTensor | None = None
+    blocks: Blocks | None = None  # how it is shared
     zero: SourceTensor | None = None
     factor: float = 1.0
 
     def __call__(self, a: int, b: int) -> F32:
         raw = band(self.codes, a, b, self.cols)
         out: F32 = raw.view(np.int8).astype(np.float32) if self.codes.dtype == "I8" else TABLES[self.codes.dtype][raw]
-        if self.zero is not None:
+        if self.zero is not None and self.blocks is not None:
             out -= self.blocks.spread(numbers(self.zero), a, b, self.cols)
-        if self.scale is not None:
+        if self.scale is not None and self.blocks is not None:
             out *= self.blocks.spread(numbers(self.scale, powers=True), a, b, self.cols)
         if self.factor != 1:
             out *= np.float32(self.factor)
@@ -64,8 +64,7 @@ def eight(scope: Scope) -> Iterator[Logical]:
         if scale is None and (t.dtype == "I8" or not scope.scaled):
             if t.dtype == "I8":
                 continue
-            plain = Blocks(1, 1, 1, 1, 1, 1)
-            yield Logical(name, t.shape, _Scaled(t, t.shape[-1], None, plain), (name,), f"{t.dtype} without scales")
+            yield Logical(name, t.shape, _Scaled(t, t.shape[-1]), (name,), f"{t.dtype} without scales")
             continue
         scale = scope.need("scale", name, *names)
         blocks = blocks_of(scope, name, t.shape, scale, stated)
