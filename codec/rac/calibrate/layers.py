@@ -40,6 +40,7 @@ class Layer:
     transposed: bool = False  # whether the weight is stored as (in, out), as GPT-2's are
     finite: bool = True  # False where NaN or infinity was among the inputs or gradients
     experts: Sequence[Layer] = ()  # for each expert of a weight (experts, out, in) or (experts, in, out)
+    sketch: NDArray[np.float32] | None = None  # what the weight's rows are known by (rac.calibrate.sketch)
 
     @property
     def second(self) -> NDArray[np.float32]:
@@ -50,15 +51,33 @@ class Layer:
         return self.moment() if callable(self.moment) else self.moment
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kron:
+    """A second moment (n, n) of a convolution's patches as the product of those of its channels and of its places."""
+
+    channels: NDArray[np.float32]
+    places: NDArray[np.float32]
+
+    def __call__(self) -> NDArray[np.float32]:
+        """The product."""
+        return np.kron(self.channels, self.places)
+
+
 class Layers(dict[str, Layer]):
     """Weight names, as they are in the model's files, to what was found; layers that were never run are missing."""
 
     def __init__(self, layers: Mapping[str, Layer], tokens: int, digest: str) -> None:
         super().__init__(layers)
         self.tokens = tokens
-        """Tokens really used."""
+        """Tokens really used; batches, where a module was run on these."""
         self.digest = digest
-        """Digest of model, text, settings and this code: 32 hexadecimal digits, the folder's name in a cache."""
+        """Digest of model, text, settings and this code, or of what was found: 32 hexadecimal digits."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all into one file, for `rac pack --calibration`; a file there is replaced. Or OutputError."""
+        from rac.calibrate.file import save  # which reads Layers
+
+        save(self, path)
 
 
 def calibrate(

@@ -1,0 +1,136 @@
+"""A calibration that was made beforehand, brought to the tensors that are packed.
+
+A module's names are often others than those in the files (prefixes, several files of a pipeline, query, key and value
+in one parameter), so a tensor whose name does not say it is found by its values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.calibrate.file import load
+from rac.calibrate.layers import Layer, Layers, joined
+from rac.calibrate.sketch import places, sketch
+from rac.encode import ties
+from rac.encode.code.plan import axis_of
+from rac.encode.sources import SourceTensor
+from rac.errors import SourceError
+from rac.grid import matrix
+from rac.stages.words import DTYPES, from_words
+
+Given = str | os.PathLike[str] | Layers
+"""A file that `Layers.save` has written, or what `rac.calibrate` has returned."""
+_LOOKED_AT = 12  # rows of a tensor that are compared
+
+
+def given(groups: Sequence[ties.Group], calibrations: Sequence[Given]) -> tuple[dict[str, Layer], list[dict[str, Any]]]:
+    """What calibrations say of the tensors, by their names; and what the provenance says of each.
+
+    Where several reach a tensor they count alike. SourceError for a file that is none, is damaged, or is of other
+    weights than these.
+    """
+    found, used = [], []
+    for one in calibrations:
+        layers, file = (one, "") if isinstance(one, Layers) else (load(one), os.fspath(one))
+        found.append(_matched(groups, layers, file))
+        used.append({"calibration": layers.digest, "tokens": layers.tokens})
+    return joined(found), used
+
+
+def _matched(groups: Sequence[ties.Group], layers: Layers, file: str) -> dict[str, Layer]:
+    """The layers by the names of the tensors that they are about."""
+    out: dict[str, Layer] = {}
+    differ: dict[str, str] = {}  # tensors of a layer's name that are others, and how they differ
+    for g in groups:
+        t = g.tensor
+        if t.dtype not in DTYPES or len(t.shape) < 2:
+            continue
+        rows, cols = matrix(t.dtype, t.shape, axis_of(t.shape))
+        look = _Look(t, rows, cols)
+        own = next((layers[n] for n in (t.name, *(a for a, _ in g.aliases)) if n in layers), None)
+        if own is not None and look.is_whole(own):
+            out[t.name] = own
+        elif (part := look.among(layers)) is not None:
+            out[t.name] = part
+        elif own is not None:
+            differ[t.name] = look.difference(own)
+    if not out or len(differ) > len(out):
+        raise SourceError(_why(layers, differ), file=file or None)
+    return out
+
+
+class _Look:
+    """A tensor that is compared with layers, of which a few rows are read, once."""
+
+    def __init__(self, t: SourceTensor, rows: int, cols: int) -> None:
+        self._t, self._rows, self._cols = t, rows, cols
+        self._at = np.unique(np.linspace(0, rows - 1, min(rows, _LOOKED_AT)).astype(np.int64))
+        self._found: NDArray[np.float32] | None = None
+
+    def _sketch(self) -> NDArray[np.float32]:
+        if self._found is None:
+            word = DTYPES[self._t.dtype]
+            size = self._cols * word.itemsize
+            read = [self._t.read(int(a) * size, (int(a) + 1) * size) for a in self._at]
+            flat = from_words(np.stack(read).view(f"<u{word.itemsize}"), self._t.dtype)
+            self._found = sketch(flat.reshape(len(self._at), 1, self._cols)) if self._cols < 64 else sketch(flat)
+        return self._found
+
+    def is_whole(self, layer: Layer) -> bool:
+        """Whether the layer, which has the tensor's name, is about it: by shape, and by values where it knows them."""
+        if layer.sketch is None:
+            known = layer.experts or layer.transposed or layer.sensitivity is None
+            return bool(known) or len(layer.sensitivity or ()) == self._rows
+        return len(layer.sketch) == self._rows and len(places(layer.sketch, self._at, self._sketch(), self._rows)) > 0
+
+    def among(self, layers: Mapping[str, Layer]) -> Layer | None:
+        """The layer, or the part of one, that has the tensor's values."""
+        for layer in layers.values():
+            if layer.sketch is None:
+                continue
+            for start in places(layer.sketch, self._at, self._sketch(), self._rows):
+                if (part := _part(layer, int(start), self._rows)) is not None and self._fits(part):
+                    return part
+        return None
+
+    def _fits(self, layer: Layer) -> bool:
+        width = self._rows // max(1, len(layer.experts)) if layer.transposed else self._cols
+        return len(layer.second) == width
+
+    def difference(self, layer: Layer) -> str:
+        """How the layer of the tensor's name is about another."""
+        rows = len(layer.sketch) if layer.sketch is not None else len(layer.sensitivity or ())
+        return f"has {rows} rows there, {self._rows} here" if rows != self._rows else "has other values there"
+
+
+def _part(layer: Layer, start: int, rows: int) -> Layer | None:
+    """The layer of `rows` rows of a matrix from `start` on; None where they have no second moment of their own."""
+    assert layer.sketch is not None  # noqa: S101
+    if start == 0 and rows == len(layer.sketch):
+        return layer
+    height = len(layer.sketch) // max(1, len(layer.experts))
+    first, within = divmod(start, height)
+    if layer.experts and within + rows > height:  # several of them
+        each = layer.experts[first : first + rows // height]
+        return None if within or rows % height else replace(layer, experts=each, sensitivity=None)
+    one = layer.experts[first] if layer.experts else layer
+    if one.transposed:
+        return one if rows == height else None
+    s = one.sensitivity
+    return replace(one, sensitivity=None if s is None else s[within : within + rows])
+
+
+def _why(layers: Layers, differ: Mapping[str, str]) -> str:
+    if differ:
+        name = next(iter(differ))
+        return f"a calibration of another model: {name!r} {differ[name]} ({len(differ)} tensors differ)"
+    return (
+        f"no tensor has a name or the values of one of this calibration's {len(layers)} weights, such as "
+        f"{min(layers, default='none')!r}: is it of another model? rac.calibrate takes names={{...}}"
+    )
