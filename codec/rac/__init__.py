@@ -35,6 +35,7 @@ from rac.registry import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from rac import align, entropy, quantize, split
+    from rac.calibrate.module import calibrate
     from rac.decode.archive import RacFile, load, load_file
     from rac.decode.archive import RacFile as open  # noqa: A004, N813
     from rac.decode.stream import iter_tensors, stream
@@ -46,7 +47,18 @@ if TYPE_CHECKING:
 __all__ = ["ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError"]
 __all__ += ["NameNotFoundError", "OutputError", "RacError", "SourceError", "TruncatedError", "UnsupportedError"]
 __all__ += ["RacFile", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open", "stream"]
-__all__ += ["__version__", "align", "entropy", "pack", "quantize", "save_file", "split", "unpack", "verify"]
+__all__ += [
+    "__version__",
+    "align",
+    "calibrate",
+    "entropy",
+    "pack",
+    "quantize",
+    "save_file",
+    "split",
+    "unpack",
+    "verify",
+]
 
 _WHERE = {
     "decode.archive": ("RacFile", "load", "load_file", "open"),
@@ -56,7 +68,7 @@ _WHERE = {
     "encode.verify": ("verify",),
     "runtime": ("load_model", "load_tokenizer"),
 }
-_STAGES = ("align", "entropy", "quantize", "split")  # packages that can be used without importing them by name
+_STAGES = ("align", "calibrate", "entropy", "quantize", "split")  # packages, used without importing them by name
 moved.install()
 
 

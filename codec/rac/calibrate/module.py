@@ -183,7 +183,7 @@ def _eager(module: Any) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     held = []
     for m in module.modules():
-        config = getattr(m, "config", None)
+        config: Any = getattr(m, "config", None)
         if hasattr(m, "set_experts_implementation") and hasattr(config, "_experts_implementation"):
             held.append((m, config._experts_implementation))
             m.set_experts_implementation("eager")

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,9 +81,9 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             named = dict(zip(_DEFAULTS, args, strict=False)) | kwargs
             yield from self._matrix(named["input"], named["weight"], out)
         elif func in _PRODUCTS and len(args) == 2:
-            yield from self._factors(*args, out)
+            yield from self._factors(args[0], args[1], out)
         elif func in _ADDED and len(args) == 3:
-            yield from self._factors(*args[1:], out)
+            yield from self._factors(args[1], args[2], out)
 
     def _factors(self, x: Any, w: Any, out: Any) -> Iterator[Product]:
         if isinstance(w, torch.Tensor) and w.dim() == 2:
@@ -92,7 +93,7 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
                 for one in self._matrix(x[e], w[e].T, out[e]):
                     yield Product(
                         *(one.name, one.part, one.turned, x, (*one.key, e), one.count, one.inputs),
-                        outputs=lambda g, e=e: g[e].reshape(-1, g.shape[-1]),
+                        outputs=partial(_of_expert, e),
                         block=one.block,
                         many=one.many,
                     )
@@ -112,8 +113,8 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
                 part, turned = found
                 yield Product(
                     *(name, part, turned, x, (), math.prod(x.shape[:-1])),
-                    inputs=lambda at, x=x: _taken(x.reshape(-1, x.shape[-1]), at),
-                    outputs=lambda g: g.reshape(-1, g.shape[-1]),
+                    inputs=partial(_rows, x),
+                    outputs=_flat,
                     block=tuple(w.T.shape if turned else w.shape),
                     many=len(p) if p.dim() == 3 and part is not None else 1,
                 )
@@ -136,6 +137,18 @@ def _placed(p: Any, w: Any) -> tuple[int | None, bool] | None:
         if p.dim() == 2 and not turned and rest == 0 and 0 <= row <= rows - len(v):
             return row, turned
     return None
+
+
+def _flat(x: Any) -> Any:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _of_expert(e: int, g: Any) -> Any:
+    return _flat(g[e])
+
+
+def _rows(x: Any, at: Any) -> Any:
+    return _taken(_flat(x), at)
 
 
 def _taken(rows: Any, at: Any) -> Any:

@@ -76,7 +76,8 @@ def _gram(x: Any) -> NDArray[np.float32]:
         return (x.T @ x).cpu().numpy()  # type: ignore[no-any-return]
     rows = np.ascontiguousarray(x.numpy())
     with np.errstate(all="ignore"):  # not finite is told by the result
-        return rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
+        product: NDArray[np.float32] = rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
+    return product
 
 
 def _version(x: Any) -> int:
@@ -226,7 +227,7 @@ class Sums:
         seen = [parts[e].count if e in parts else 0 for e in range(count)]
         turned = next(iter(parts.values())).turned
         whole, *each = (
-            Layer(second / np.float32(batches), sensitivity, turned, _finite(second, sensitivity))
+            Layer((second / np.float32(batches)).astype(np.float32), sensitivity, turned, _finite(second, sensitivity))
             for _, second, sensitivity in settled(name, seen, sums, weights, squares)
         )
         return Layer(whole.moment, whole.sensitivity, turned, all(e.finite for e in each), each, rows)

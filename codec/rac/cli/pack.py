@@ -78,7 +78,7 @@ RECIPE = """aligned (default: ours, by the budgets above), rtn (round to nearest
 kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
     **dict.fromkeys(("quality", "file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
-    **{name: [] for name in ("keep", "include", "exclude")},
+    **{name: [] for name in ("keep", "include", "exclude", "calibration")},
     **dict.fromkeys(("embeddings", "resume"), False),
     "align": "auto",
     "effort": "default",
@@ -96,6 +96,8 @@ times its share (default: fine; coarse at --level max, with --lanes, and for qua
 smaller then where they are small)"""
 CALIBRATE = """a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more
 than once: a text unlike what the model will read does better together with self"""
+CALIBRATION = """what rac.calibrate(module, batches).save(FILE) has written in Python: of images, audio, latents, any
+forward; may be given more than once: one for each component of a pipeline"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
 ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
 RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
@@ -125,6 +127,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--snr DB", "signal to noise of the layers' outputs (none: of the weights), mean in dB", type=float)
     argument(lossy, "--kl NATS", "divergence per token on the calibration text", type=float)
     argument(lossy, "--calibrate FILE|self|none", CALIBRATE, action="append")
+    argument(lossy, "--calibration FILE", CALIBRATION, **many)
     argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)
     argument(lossy, "--cache DIR", CACHE)
     effort = "trellis of 32 states, of 256, or of 256 searched twice"
@@ -282,10 +285,10 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     lossy = any(v is not None for v in goals.values())
     texts = Calibration.texts_of(args.calibrate or "none")
     shaped = args.align != "auto" or args.rank is not None or args.embeddings
-    if not lossy and (texts or args.keep or args.report or args.measure or shaped):
+    if not lossy and (texts or args.calibration or args.keep or args.report or args.measure or shaped):
         raise ValueError(
-            "--calibrate, --align, --rank, --embeddings, --keep, --measure and --report are for lossy packing: "
-            f"give one of {', '.join(goals)} too"
+            "--calibrate, --calibration, --align, --rank, --embeddings, --keep, --measure and --report are for lossy "
+            f"packing: give one of {', '.join(goals)} too"
         )
     jobs = threads_of(args.jobs, most=None if lossy else workers.THREADS)
     settings = {"include": args.include, "exclude": args.exclude}
@@ -294,7 +297,7 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     if not lossy:
         return options, None
     budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
-    calibration = Calibration(texts, args.tokens, cache(args.cache))
+    calibration = Calibration(texts, args.tokens, cache(args.cache), tuple(args.calibration))
     return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
 
 
@@ -323,7 +326,7 @@ def _numbers(source: Source) -> str:
 
 def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: Lossy) -> None:
     """Print what a lossy pack came to, and write and measure what was asked for."""
-    if found.unreached and request.calibration.texts:
+    if found.unreached and request.calibration.any:
         these = f"{len(found.unreached)} tensors, which are quantised from the weights alone: {_some(found.unreached)}"
         print(f"rac: calibration did not reach {these}", file=sys.stderr)
     say(_by_role(done.fidelity))

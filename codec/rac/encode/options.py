@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rac.calibrate.layers import Layers
 from rac.calibrate.text import Note
 from rac.encode.code.plan import CODER, LEVELS, SLICES, Level, tuned
 from rac.stages.lanes.parameters import MAX_LANES
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 DECIBELS = 6.020599913279624  # signal to noise that one bit is worth: 20 log10 2
+Made = str | Layers
+"""A calibration made beforehand: the file that it was saved to, or itself."""
 Progress = Callable[[str, int], None]  # called with the name of a finished tensor and its dense bytes
 
 
@@ -103,10 +106,23 @@ class Calibration:
     """Text files, and "self" for text that the model writes: each counts alike. Empty: nothing is learned."""
     tokens: int = 40960
     cache: str | None = None
+    made: tuple[Made, ...] = ()
+    """What `rac.calibrate` has returned, and files that it was saved to: each counts as a text does."""
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is learned."""
+        return bool(self.texts or self.made)
 
     def __post_init__(self) -> None:
         if "none" in self.texts:
             raise ValueError("none is no text: it cannot be among those to calibrate on")
+
+    @staticmethod
+    def made_of(given: Made | os.PathLike[str] | Sequence[Made | os.PathLike[str]] | None) -> tuple[Made, ...]:
+        """The calibrations that a caller hands over: none, one or several."""
+        several = (given,) if isinstance(given, str | os.PathLike | Layers) else given or ()
+        return tuple(one if isinstance(one, Layers) else os.fspath(one) for one in several)
 
     @staticmethod
     def texts_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
@@ -136,7 +152,7 @@ class Lossy:
             raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}, not {self.align!r}")
         if self.rank is not None and (self.rank < 0 or (self.rank and self.align in ("pca", "identity"))):
             raise ValueError("a rank is 0 or more, and above 0 only with triangular alignment")
-        if not texts and (self.rank or self.align in ("triangular", "pca")):
+        if not self.calibration.any and (self.rank or self.align in ("triangular", "pca")):
             raise ValueError("ranks and alignments follow from the inputs of layers: give --calibrate too")
         if self.budget.kl is not None and texts[:1] in ((), ("self",)):
             raise ValueError("a divergence is measured on the first calibration text: give a text file to calibrate on")

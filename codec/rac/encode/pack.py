@@ -17,6 +17,7 @@ from typing import Any
 
 from rac.calibrate.evaluate import Divergence
 from rac.calibrate.given import Given
+from rac.calibrate.layers import Layers
 from rac.calibrate.text import Note
 from rac.container import index
 from rac.container.writer import PipeWriter, Writer
@@ -25,7 +26,7 @@ from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
-from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions, Progress, silent
+from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOptions, Progress, silent
 from rac.encode.quantise.tensor import encode, measure
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule, whole
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
@@ -79,6 +80,7 @@ def pack(
     snr: float | None = None,
     kl: float | None = None,
     calibrate: str | os.PathLike[str] | Sequence[str] = "none",
+    calibration: str | os.PathLike[str] | Layers | Sequence[Made] | None = None,
     tokens: int = 40960,
     effort: str = "default",
     keep: Sequence[str] = (),
@@ -111,6 +113,8 @@ def pack(
         kl: Or divergence per token from the original on the (first) calibration text, in nats.
         calibrate: A text file to calibrate on, "self": text that the model writes, or several of these, which count
             alike; "none": from the weights alone.
+        calibration: What `rac.calibrate(module, batches)` has returned, a file that it was saved to, or several of
+            either: of the components of a pipeline, for example.
         tokens: Tokens of each of these texts.
         effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
         keep: Patterns of tensors that stay lossless, beside norms, small tensors and embeddings.
@@ -137,8 +141,8 @@ def pack(
     request = None
     if lossy:
         budget = Budget(bits, file_bits, size, snr, kl)
-        calibration = Calibration(Calibration.texts_of(calibrate), tokens, cache)
-        request = Lossy(budget, calibration, effort, tuple(keep), align, rank, embeddings)
+        texts, made = Calibration.texts_of(calibrate), Calibration.made_of(calibration)
+        request = Lossy(budget, Calibration(texts, tokens, cache, made), effort, tuple(keep), align, rank, embeddings)
     with Packer(source, out, options, Hooks(progress or silent, note or silent)) as packer:
         quantiser = ByTrellis(packer.allocate(src, request), packer.kept) if request else None
         return packer.write(quantiser)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rac.calibrate.evaluate import Divergence
+from rac.calibrate.file import load
 from rac.calibrate.given import Given
-from rac.calibrate.layers import calibrate, joined
+from rac.calibrate.layers import Layer, Layers, calibrate, joined
 from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
 from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, calibrated, data_free, kept
+from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
-from rac.encode.options import DECIBELS, Budget, Lossy, silent
+from rac.encode.options import DECIBELS, Budget, Calibration, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
@@ -36,19 +38,14 @@ def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, 
     `path` is the folder of the model, which a calibration runs.
     """
     c, effort = request.calibration, request.effort
-    if not c.texts:
+    if not c.any:
         recipe = data_free(groups, request.keep, effort, request.embeddings)
         return replace(recipe, about={**recipe.about, **request.about})
-    texts = [None if name == "self" else read_text(name) for name in c.texts]
-    found = [calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache) for text in texts]
+    found, used = _calibrations(groups, path, c, note)
     layers = found[0] if len(found) == 1 else joined(found)
     recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
-    used = [
-        {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
-        for text, one in zip(texts, found, strict=True)
-    ]
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used})
 
 
@@ -57,6 +54,24 @@ def _nothing(groups: Sequence[ties.Group], recipe: Recipe) -> str:
     keep, embeddings = recipe.about.get("keep", ()), bool(recipe.about.get("embeddings"))
     every = Counter(kept(g.tensor, keep, embeddings) or "all zeros" for g in groups)
     return f"of {len(groups)} tensors " + ", ".join(f"{n} are {why}" for why, n in every.most_common())
+
+
+def _calibrations(
+    groups: Sequence[ties.Group], path: str | Given, c: Calibration, note: Note
+) -> tuple[list[Mapping[str, Layer]], list[dict[str, Any]]]:
+    """What each text, and each calibration made beforehand, says of the tensors; and what the provenance says of it."""
+    found: list[Mapping[str, Layer]] = []
+    used: list[dict[str, Any]] = []
+    for name in c.texts:
+        text = None if name == "self" else read_text(name)
+        one = calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache)
+        found.append(one)
+        used.append({"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens})
+    for made in c.made:
+        layers = made if isinstance(made, Layers) else load(made)
+        found.append(matched(groups, layers, "" if isinstance(made, Layers) else made))
+        used.append({"calibration": layers.digest, "tokens": layers.tokens})
+    return found, used
 
 
 def read_text(path: str) -> str:

@@ -6,16 +6,13 @@ in one parameter), so a tensor whose name does not say it is found by its values
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.file import load
-from rac.calibrate.layers import Layer, Layers, joined
+from rac.calibrate.layers import Layer, Layers
 from rac.calibrate.sketch import places, sketch
 from rac.encode import ties
 from rac.encode.code.plan import axis_of
@@ -24,27 +21,11 @@ from rac.errors import SourceError
 from rac.grid import matrix
 from rac.stages.words import DTYPES, from_words
 
-Given = str | os.PathLike[str] | Layers
-"""A file that `Layers.save` has written, or what `rac.calibrate` has returned."""
 _LOOKED_AT = 12  # rows of a tensor that are compared
 
 
-def given(groups: Sequence[ties.Group], calibrations: Sequence[Given]) -> tuple[dict[str, Layer], list[dict[str, Any]]]:
-    """What calibrations say of the tensors, by their names; and what the provenance says of each.
-
-    Where several reach a tensor they count alike. SourceError for a file that is none, is damaged, or is of other
-    weights than these.
-    """
-    found, used = [], []
-    for one in calibrations:
-        layers, file = (one, "") if isinstance(one, Layers) else (load(one), os.fspath(one))
-        found.append(_matched(groups, layers, file))
-        used.append({"calibration": layers.digest, "tokens": layers.tokens})
-    return joined(found), used
-
-
-def _matched(groups: Sequence[ties.Group], layers: Layers, file: str) -> dict[str, Layer]:
-    """The layers by the names of the tensors that they are about."""
+def matched(groups: Sequence[ties.Group], layers: Layers, file: str = "") -> dict[str, Layer]:
+    """The layers by the names of the tensors that they are about; SourceError, of `file`, where they are of others."""
     out: dict[str, Layer] = {}
     differ: dict[str, str] = {}  # tensors of a layer's name that are others, and how they differ
     for g in groups:
