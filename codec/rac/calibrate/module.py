@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,12 @@ def calibrate(
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, a function or None, not {loss!r}")
         loss = LOSSES[loss](torch.Generator().manual_seed(SEED))
     parameters = dict(module.named_parameters())
-    seen, count = Sums(loss is not None), 0
+    seen, count, failed = Sums(loss is not None), 0, None
     with frozen(module), _eager(module), Watch(parameters, seen):
         for batch in batches:
-            failed = _one(module, batch, forward, loss if seen.backward else None, count)
+            failed = _one(module, batch, forward, loss if seen.backward else None, count) or failed
             seen.end()
-            if failed:
-                seen.backward = False
-                warnings.warn(f"rac: no backward pass ({failed}): all outputs count alike", stacklevel=3)
+            seen.backward = seen.backward and not failed
             count += 1
             if note:
                 note("calibrating", count, 0)
@@ -126,11 +125,13 @@ def calibrate(
     layers, wanted = seen.layers(parameters, count), _wanted(module)
     if not layers:
         raise SourceError(f"the batches reach none of the weights of {type(module).__name__} ({_some(wanted)})")
+    if failed:
+        warnings.warn(f"rac: no backward pass ({failed}): all outputs count alike", stacklevel=3)
     if left := [name for name in wanted if name not in layers]:
         warnings.warn(
             f"rac: the batches do not reach {len(left)} of {len(wanted)} weights: {_some(left)}", stacklevel=2
         )
-    named = {_renamed(name, names or {}): layer for name, layer in layers.items()}
+    named = dict(_renamed(name, layer, names or {}) for name, layer in layers.items())
     return Layers(named, count, _digest(named))
 
 
@@ -146,10 +147,10 @@ def _digest(layers: Mapping[str, Layer]) -> str:
     return h.value().hex()
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name with the longest beginning that `names` has replaced."""
+def _renamed(name: str, layer: Layer, names: Mapping[str, str]) -> tuple[str, Layer]:
+    """The name with the longest beginning that `names` has replaced; the layer of such a one goes by its name alone."""
     start = max((key for key in names if name.startswith(key)), key=len, default=None)
-    return name if start is None else names[start] + name[len(start) :]
+    return (name, layer) if start is None else (names[start] + name[len(start) :], replace(layer, sketch=None))
 
 
 def _some(names: list[str]) -> str:

@@ -66,8 +66,8 @@ class _Look:
     def is_whole(self, layer: Layer) -> bool:
         """Whether the layer, which has the tensor's name, is about it: by shape, and by values where it knows them."""
         if layer.sketch is None:
-            known = layer.experts or layer.transposed or layer.sensitivity is None
-            return bool(known) or len(layer.sensitivity or ()) == self._rows
+            known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == self._rows
+            return known and self._fits(layer)
         return len(layer.sketch) == self._rows and len(places(layer.sketch, self._at, self._sketch(), self._rows)) > 0
 
     def among(self, layers: Mapping[str, Layer]) -> Layer | None:
@@ -86,8 +86,10 @@ class _Look:
 
     def difference(self, layer: Layer) -> str:
         """How the layer of the tensor's name is about another."""
-        rows = len(layer.sketch) if layer.sketch is not None else len(layer.sensitivity or ())
-        return f"has {rows} rows there, {self._rows} here" if rows != self._rows else "has other values there"
+        rows = layer.sketch if layer.sketch is not None else layer.sensitivity
+        if rows is not None and len(rows) != self._rows:
+            return f"has {len(rows)} rows there, {self._rows} here"
+        return "has other values there" if layer.sketch is not None else f"has {len(layer.second)} inputs there"
 
 
 def _part(layer: Layer, start: int, rows: int) -> Layer | None:
