@@ -105,7 +105,7 @@ def vit(s: Sizes) -> tuple[Any, Callable[[torch.Generator], Batch]]:
 
 def clip(s: Sizes) -> tuple[Any, Callable[[torch.Generator], Batch]]:
     """An encoder of images and one of text."""
-    tower = {"hidden_size": s.width, "intermediate_size": 2 * s.width, "num_hidden_layers": s.layers}
+    tower: dict[str, Any] = {"hidden_size": s.width, "intermediate_size": 2 * s.width, "num_hidden_layers": s.layers}
     tower |= {"num_attention_heads": 4, "initializer_range": 0.08}
     config = transformers.CLIPConfig(
         text_config=tower | {"vocab_size": 512, "max_position_embeddings": 32, "eos_token_id": 2},
@@ -154,8 +154,9 @@ def unet(s: Sizes) -> tuple[Any, Callable[[torch.Generator], Batch]]:
     """What denoises latents under a text, by convolutions and attention."""
     import diffusers
 
+    kind: Any = diffusers.UNet2DConditionModel
     width = s.width // (4 if s.small else 2)
-    model = diffusers.UNet2DConditionModel(
+    model = kind(
         sample_size=s.image // 4,
         block_out_channels=(width, 2 * width),
         layers_per_block=1,

@@ -20,7 +20,7 @@ from rac.calibrate import sums  # noqa: E402
 from rac.calibrate.file import load  # noqa: E402
 from rac.cli import main  # noqa: E402
 from rac.encode import ties  # noqa: E402
-from rac.encode.allocate.given import matched  # noqa: E402
+from rac.encode.allocate.made import matched  # noqa: E402
 from rac.encode.sources import from_arrays  # noqa: E402
 from rac.errors import OutputError, SourceError  # noqa: E402
 
