@@ -6,6 +6,7 @@
     with rac.open("model.rac", framework="pt", device="cpu") as f:
         part = f.get_slice("w")[10:20, :]
 
+`rac.torch`, `rac.numpy` and `rac.safe_open` have the names, arguments and results of safetensors' modules.
 The stages as functions of numpy arrays are in `rac.align`, `rac.split`, `rac.quantize` and `rac.entropy`.
 
 Importing this loads neither numpy nor torch, triton, numba or constriction: names arrive when they are used.
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rac.calibrate.module import calibrate
     from rac.decode.archive import RacFile, load, load_file
     from rac.decode.archive import RacFile as open  # noqa: A004, N813
+    from rac.decode.handle import safe_open
     from rac.decode.stream import iter_tensors, stream
     from rac.decode.unpack import unpack
     from rac.encode.pack import pack, save_file
@@ -46,34 +48,25 @@ if TYPE_CHECKING:
 
 __all__ = ["ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError"]
 __all__ += ["NameNotFoundError", "OutputError", "RacError", "SourceError", "TruncatedError", "UnsupportedError"]
-__all__ += ["RacFile", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open", "stream"]
-__all__ += [
-    "__version__",
-    "align",
-    "calibrate",
-    "entropy",
-    "pack",
-    "quantize",
-    "save_file",
-    "split",
-    "unpack",
-    "verify",
-]
+__all__ += ["RacFile", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open", "safe_open"]
+__all__ += ["__version__", "align", "calibrate", "entropy", "pack", "quantize", "save_file", "split", "stream"]
+__all__ += ["unpack", "verify"]
 
 _WHERE = {
     "decode.archive": ("RacFile", "load", "load_file", "open"),
+    "decode.handle": ("safe_open",),
     "decode.stream": ("iter_tensors", "stream"),
     "decode.unpack": ("unpack",),
     "encode.pack": ("pack", "save_file"),
     "encode.verify": ("verify",),
     "runtime": ("load_model", "load_tokenizer"),
 }
-_STAGES = ("align", "calibrate", "entropy", "quantize", "split")  # packages, used without importing them by name
+_MODULES = ("align", "calibrate", "entropy", "numpy", "quantize", "split", "torch")  # used without an import of theirs
 moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _STAGES:
+    if name in _MODULES:
         return importlib.import_module(f"rac.{name}")
     for module, names in _WHERE.items():
         if name in names:

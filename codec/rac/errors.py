@@ -1,10 +1,37 @@
-"""One exception tree for everything that can go wrong: all errors are RacErrors."""
+"""One exception tree for everything that can go wrong: all errors are RacErrors.
+
+Where a program has imported safetensors, they are SafetensorErrors as well: who catches those catches these.
+"""
 
 from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from typing import Any, Self
+
+
+@functools.cache
+def _as_theirs(kind: type[RacError], theirs: type[Exception]) -> type[RacError]:
+    """A subclass of both under the name of the first, which is what copies and pickles are made of."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "_ours": kind}
+    return type(kind.__name__, (kind, theirs), names)
 
 
 class RacError(Exception):
     """Base of all errors of this package; names file, unit and offset where they are known."""
+
+    _ours: type[RacError] | None = None  # of a subclass that is a SafetensorError too: the class without that
+
+    def __new__(cls, *args: Any, **_: Any) -> Self:
+        """An error of this class, and of safetensors' where that is imported: else nobody can be waiting for it."""
+        theirs = getattr(sys.modules.get("safetensors"), "SafetensorError", None)
+        both = isinstance(theirs, type) and cls._ours is None and not issubclass(cls, theirs)
+        return super().__new__(_as_theirs(cls, theirs) if both else cls, *args)  # type: ignore[arg-type, return-value]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (self._ours or type(self), self.args, self.__dict__)
 
     def __init__(
         self, message: str, *, file: str | None = None, unit: str | None = None, offset: int | None = None
@@ -42,6 +69,9 @@ class DamagedError(FormatError):
             file=file,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (self._ours or type(self), (self.damaged,), self.__dict__)
+
 
 class UnsupportedError(RacError):
     """The file is well formed but needs something that this version does not know."""
@@ -53,6 +83,29 @@ class LimitError(RacError):
 
 class SourceError(RacError):
     """The input of a pack is missing, damaged, or not a model."""
+
+
+class MissingFileError(SourceError, FileNotFoundError):
+    """No file has that name."""
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.file}" if self.file else self.message
+
+    def __init__(self, message: str = os.strerror(errno.ENOENT), *, file: str | None = None) -> None:
+        super().__init__(message, file=file)
+        self.errno, self.strerror, self.filename = errno.ENOENT, message, file
+
+
+class UnstorableError(SourceError, ValueError):
+    """A value that cannot be stored: no tensor, or one without plain memory."""
+
+
+class StateDictError(SourceError, RuntimeError):
+    """Tensors that a file or a model cannot take as they are: common memory, none at all, other names."""
+
+
+class SliceError(RacError, IndexError):
+    """An index that selects no part of a tensor."""
 
 
 class OutputError(RacError):

@@ -45,6 +45,14 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {str(device)!r}: {str(e).splitlines()[0]}") from None
 
 
+def device_name(device: Any) -> str:
+    """What torch calls a device that is given by name, by number or as `torch.device`; ValueError for anything else."""
+    try:
+        return str(torch_module().device(device))
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"device {device!r}: {str(e).splitlines()[0]}") from None
+
+
 def torch_dtype(dtype: str) -> Any:
     """Return the torch dtype of a RAC dtype; F4 comes as packed bytes, two values each."""
     return getattr(torch_module(), DTYPES[dtype].native)

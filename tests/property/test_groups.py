@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import basic_indices
 
 import rac
 from rac.container.access import BytesAccess
@@ -19,6 +18,7 @@ from rac.methods.grouped import pack_grouped
 from rac.stages import groups as gr
 from rac.stages.words import from_words, to_words
 from support import grids, readers, tiles
+from support.indices import indices
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -63,7 +63,7 @@ def test_round_trip(data):
         assert (done.tensors, done.lossy) == (len(dense), len(dense))
         name = data.draw(st.sampled_from(sorted(dense)))
         with rac.RacFile(BytesAccess(archive)) as f:
-            key = data.draw(basic_indices(dense[name].shape))
+            key = data.draw(indices(dense[name].shape))
             part = f.get_slice(name)[key]
             whole = dict(rac.iter_tensors(io.BytesIO(archive)))[name]
             assert np.array_equal(part.view(f"u{part.itemsize}"), whole[key].view(f"u{part.itemsize}"))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import basic_indices
 
 import rac
 from rac.container.access import BytesAccess
 from support import products, readers, tiles
+from support.indices import indices
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -59,5 +59,5 @@ def test_round_trip(data):
     assert {name: t[2] for name, t in readers.decoder.decode(archive).tensors.items()} == expected
     with rac.RacFile(BytesAccess(archive)) as f:
         for name, words in maker.dense.items():
-            index = data.draw(basic_indices(words.shape, allow_newaxis=False))
+            index = data.draw(indices(words.shape))
             assert f.get_slice(name)[index].tobytes() == words[index].tobytes()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rac.errors import RacError, SourceError, TruncatedError
+from rac.errors import MissingFileError, RacError, SourceError, TruncatedError
 
 
 class NoRangesError(SourceError):
@@ -18,10 +18,14 @@ class NoRangesError(SourceError):
 
 @contextmanager
 def guarded(kind: type[RacError], file: str, offset: int | None = None, of: Any = OSError) -> Iterator[None]:
-    """Context in which errors of the system become a `kind` that names the file."""
+    """Context in which errors of the system become a `kind` that names the file; a missing source has its own."""
     try:
         yield
+    except RacError:
+        raise
     except of as e:
+        if kind is SourceError and isinstance(e, FileNotFoundError):
+            raise MissingFileError(file=file) from e
         raise kind(getattr(e, "strerror", None) or str(e), file=file, offset=offset) from e
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import operator
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rac.container.forward import entries_by_name
 from rac.container.reader import Archive
 from rac.cpu.work import Place, Work
 from rac.decode import random
+from rac.decode.selection import Runs, select
 from rac.decoder import Decoder
 from rac.grid import Box
 from rac.native.prototypes import Array
@@ -21,7 +23,7 @@ from rac.tensor import Tensor, numbers
 
 
 class Slice:
-    """A tensor that is read where it is indexed: integers, slices and one ellipsis, as in numpy."""
+    """A tensor that is read where it is indexed: as in numpy, but for negative steps."""
 
     def __init__(self, archive: Archive, t: Tensor, framework: str, device: str) -> None:
         self._archive, self._tensor, self._framework, self._device = archive, t, framework, device
@@ -45,50 +47,35 @@ class Slice:
         return self._tensor.online
 
     def __getitem__(self, key: Any) -> Any:
-        """The part that `key` selects; IndexError as in numpy, and for a slice that begins or ends outside.
-
-        Fewer rows than were asked for would pass for a tensor of another size.
-        """
-        t, shape = self._tensor, self._shape
-        key = key if isinstance(key, tuple) else (key,)
-        dots = [i for i, k in enumerate(key) if k is Ellipsis]
-        if len(dots) > 1:
-            raise IndexError("an index can only have a single ellipsis")
-        i = dots[0] if dots else len(key)
-        front, back = key[:i], key[i + 1 :]
-        if len(front) + len(back) > len(shape):
-            raise IndexError(f"{len(front) + len(back)} indices for a tensor of {len(shape)} dimensions")
-        key = (*front, *[slice(None)] * (len(shape) - len(front) - len(back)), *back)
-        box: list[tuple[int, int]] = []
-        rest: list[Any] = []
-        for k, n in zip(key, shape, strict=True):
-            if isinstance(k, slice):
-                for end in (k.start, k.stop):
-                    if end is not None and not -n <= operator.index(end) <= n:
-                        parts = (k.start, k.stop) if k.step is None else (k.start, k.stop, k.step)
-                        text = ":".join("" if v is None else str(v) for v in parts)
-                        raise IndexError(f"slice {text} leaves a dimension of {n}")
-                inside = range(*k.indices(n))
-                low, high = sorted((inside[0], inside[-1])) if inside else (0, -1)
-                box.append((low, high + 1))
-                # a negative step that ends at the first element has no stop to name
-                stop = inside.stop - low if inside and inside.stop >= low else None
-                rest.append(slice(inside.start - low, stop, inside.step) if inside else slice(0, 0))
-            else:
-                if isinstance(k, bool):
-                    raise IndexError("masks are not supported; load the tensor and index that")
-                i = operator.index(k)  # TypeError for anything else
-                if not -n <= i < n:
-                    raise IndexError(f"index {i} is out of range for dimension of {n}")
-                box.append((i % n, i % n + 1))
-                rest.append(0)
-        found = self._read(box)[tuple(rest)]
+        """The part that `key` selects, in its own memory; SliceError, an IndexError, for what is no index of it."""
+        t = self._tensor
+        chosen = select(key, self._shape, self._gaps())
+        found = chosen.of(self._read_runs(chosen.runs), self._framework)
         part = np.ascontiguousarray(found).reshape(-1)
         elements = (part.size * (2 if t.dtype == "F4" else 1),)
         out = frameworks.to_framework(part, t.dtype, elements, self._framework, self._device)
         return out.reshape(np.shape(found))
 
-    def _read(self, box: list[tuple[int, int]]) -> Array:
+    def _gaps(self) -> list[int]:
+        """Elements of each axis after which another tile begins; without end where tiles do not cut the axis."""
+        t, shape = self._tensor, self._shape
+        out = [1 << 63] * len(shape)
+        if math.prod(shape):
+            if t.axis < len(shape):
+                out[t.axis] = max(1, t.grid.tc // (t.grid.cols // shape[t.axis]))
+            if t.axis > 0:
+                out[0] = max(1, t.grid.tr // (t.grid.rows // shape[0]))
+        return out
+
+    def _read_runs(self, runs: Sequence[Runs]) -> Array:
+        """Elements of the ranges, which are several along one axis at most, joined."""
+        axis = next((i for i, r in enumerate(runs) if len(r) > 1), None)
+        if axis is None:
+            return self._read([r for (r,) in runs])
+        rest = [r[0] for r in runs]
+        return np.concatenate([self._read([*rest[:axis], r, *rest[axis + 1 :]]) for r in runs[axis]], axis)
+
+    def _read(self, box: Sequence[tuple[int, int]]) -> Array:
         """Elements of the box, as unsigned integers or, for C64, as complex numbers."""
         t, shape, axis = self._tensor, list(self._shape), self._tensor.axis
         r0, r1, c0, c1 = 0, t.grid.rows, 0, t.grid.cols

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,7 +40,7 @@ from rac.tensor import extra_of
 
 PIPE = "-"
 """As the name of the output: standard output."""
-__all__ = ["Fidelity", "Packer", "Progress", "Summary", "pack", "pack_source", "save_file"]
+__all__ = ["Fidelity", "Packer", "Progress", "Summary", "pack", "pack_source", "save", "save_file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,15 @@ def save_file(
     """
     with Packer(from_arrays(tensors, metadata), path, PackOptions(level, threads, force=True), Hooks()) as packer:
         packer.write(None)
+
+
+def save(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of the file that `save_file` writes, which lies in the folder of temporary files meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="rac-") as folder:
+        path = os.path.join(folder, "m.rac")
+        save_file(tensors, path, metadata)
+        with open(path, "rb") as f:
+            return f.read()
 
 
 def pack_source(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rac.decode.archive import RacFile
-from rac.errors import OutputError, UnsupportedError
+from rac.errors import OutputError, RacError, UnsupportedError
 from rac.models.predictions import quiet
 from rac.runtime.model import State, model_class, write_attachments
 from rac.runtime.quantizer import METHOD, RacConfig
@@ -68,6 +68,8 @@ def write_folder(
             records, count = _fill(f, part, shard, trust_remote_code, progress or (lambda *_: None))
             size = sum(p.stat().st_size for p in Path(part).rglob("*") if p.is_file())
             _swap(part, target, lambda there: replaceable(there, force, f.attachments()))
+        except RacError:
+            raise
         except (OSError, SafetensorError) as e:  # the latter has no error number
             raise OutputError(getattr(e, "strerror", None) or str(e), file=target) from e
         finally:

@@ -20,7 +20,7 @@ from rac.decode.archive import access_of
 from rac.encode.sources import gguf, hf, quantised, safetensors
 from rac.encode.sources.arrays import from_arrays
 from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
-from rac.errors import SourceError
+from rac.errors import MissingFileError, SourceError
 
 __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source"]
 
@@ -38,6 +38,10 @@ def open_source(
     where = os.path.abspath(os.fspath(path)) if named else str(getattr(path, "name", None) or "<bytes>")
     try:
         source = _held(path, where) if not named else hf.read(where) if os.path.isdir(where) else _file(where)
+    except MissingFileError:
+        raise
+    except FileNotFoundError as e:
+        raise MissingFileError(file=e.filename or where) from e
     except OSError as e:
         raise SourceError(e.strerror or str(e), file=e.filename or where) from e
     if dequantise:
