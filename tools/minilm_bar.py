@@ -23,8 +23,7 @@ import numpy as np
 from rac.calibrate.layers import calibrate
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
-from rac.encode.allocate import budget
-from rac.encode.quantise.tensor import code, encode
+from rac.encode.quantise.tensor import code, encode, size_of
 from rac.encode.sources import open_source
 
 GROUP = 64
@@ -115,7 +114,7 @@ def main() -> None:
                 dense = code(g.tensor, tried).dense.view(np.float32).astype(np.float64)
                 reached = snr(w, dense, s)
                 low, high = (middle, high) if reached >= args.snr else (low, middle)
-            size += budget.size_of(encode(g, replace(tried, scale=low)), replace(tried, scale=low))
+            size += size_of(encode(g, replace(tried, scale=low)), replace(tried, scale=low))
             got.append(reached)
         bits = 8 * size / sum(math.prod(g.tensor.shape) for g in groups)
         print(f"| rac, triangular, {effort} | {bits:.3f} | {np.mean(got):.2f} |", flush=True)

@@ -26,9 +26,8 @@ from rac.encode import ties
 from rac.encode.align import recipe as rcp
 from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe
-from rac.encode.allocate import budget
 from rac.encode.options import ALIGNMENTS, Budget
-from rac.encode.quantise.tensor import encode_with_words
+from rac.encode.quantise.tensor import encode_with_words, size_of
 from rac.encode.sources import open_source
 from rac.linalg.triangular import damped
 from solve import solve
@@ -46,7 +45,7 @@ def measure(groups: Sequence[ties.Group], recipe: Recipe) -> tuple[int, float, i
         coded, words = encode_with_words(g, recipe)
         e = words.view(np.float32).astype(np.float64) - rcp.matrix_of(g.tensor)
         error += float(np.vdot(e @ damped(a.layer.second, a.damp), e))
-        size += budget.size_of(coded, recipe)
+        size += size_of(coded, recipe)
         if a.basis is not None and a.basis.first == g.tensor.name:
             bases += a.basis.object.encoded.size
     return size, error, bases

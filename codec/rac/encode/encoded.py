@@ -41,6 +41,10 @@ class Fidelity:
     dead: int
     """Columns that got no bits."""
     seconds: float
+    lossless: int = 0
+    """Bytes that it would take losslessly, about."""
+    zeros: int = 0
+    """Zeros of the source that are other numbers now."""
     size: int = 0
     """Bytes of the record, and of the objects that are written in front of it."""
 

@@ -29,7 +29,7 @@ from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOptions, Progress, silent
 from rac.encode.quantise.tensor import encode, measure
-from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule, whole
+from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import threads_of
@@ -234,6 +234,7 @@ class Packer(contextlib.ExitStack):
         if self._source.every:
             named = Given.of(os.fspath(named), self._source.every)
         recipe = replace(recipe_for(self._groups, named, request, note), coder=options.coder)
+        recipe = replace(recipe, lossless=options.lossless)
         before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
             return replace(recipe, scale=scale)
@@ -252,7 +253,7 @@ class Packer(contextlib.ExitStack):
         """About the bytes of all that is not quantised, with heads and index rows. It is kept, and not coded again."""
         groups = [g for g in self._groups if g.tensor.name not in recipe.aligned]
         jobs = ((g.tensor.nbytes, (g, self._options.lossless)) for g in groups)
-        every = ((e.name, e) for e in workers.run(self._threads, whole, jobs, WINDOW))
+        every = ((e.name, e) for e in workers.run(self._threads, record.whole, jobs, WINDOW))
         files = ((f"file {file.name}", record.attachment(file)) for file in self._files)
         size = 0
         for name, e in itertools.chain(every, files):
@@ -393,6 +394,6 @@ class ByTrellis:
         """What the search has kept, or measuring it, or all of the work."""
         t, only = group.tensor, workers.only(self.recipe, group.tensor.name)
         e = self.done(t.name)
-        if e is None or e.fidelity is None:
+        if e is None:
             return encode, (group, only)
-        return (measure, (e, t, only)) if math.isnan(e.fidelity.snr) else e
+        return (measure, (e, t, only)) if e.fidelity and math.isnan(e.fidelity.snr) else e

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rac.container import zstd
 from rac.encode import ties
 from rac.encode.code.plan import Encoder, Level, Plan, axis_of
-from rac.encode.code.table import analyse
+from rac.encode.code.table import analyse, proposed
 from rac.encode.encoded import Bytes, Encoded, Fidelity
 from rac.encode.sources import Attachment, SourceTensor
 from rac.errors import SourceError
@@ -36,6 +36,19 @@ class Behind:
 def lossless(t: SourceTensor, level: Level) -> Encoder:
     """What encodes a tensor losslessly."""
     return analyse(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)
+
+
+def estimate(t: SourceTensor, level: Level) -> int:
+    """About the bytes that a tensor takes losslessly."""
+    return proposed(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)[1]
+
+
+def whole(group: ties.Group, level: Level) -> Encoded:
+    """A lossless tensor, coded by one thread."""
+    t = group.tensor
+    encoder = lossless(t, level)
+    units = [unit for row in range(encoder.plan.grid.down) for unit in band(t, encoder, row)]
+    return encoded(group, encoder.plan, [*encoder.plan.fronts, *units], objects=matrix_of(t, level))
 
 
 def band(t: SourceTensor, encoder: Encoder, a: int) -> list[Bytes]:

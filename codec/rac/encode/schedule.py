@@ -70,14 +70,6 @@ class _Item:
         return record.encoded(self.group, self.encoder.plan, units, objects=self.objects)
 
 
-def whole(group: ties.Group, level: Level) -> Encoded:
-    """A lossless tensor, coded by one thread."""
-    item = _Item(group, 0)
-    for row in range(item.begin(level)):
-        item.bands[row + 1] = item.band(row)
-    return item.encoded()
-
-
 @dataclass(slots=True)
 class Schedule:
     """The tensors of an archive on their way from the source to the writer."""

@@ -88,7 +88,7 @@ class Quantiser(ctypes.Structure):
     """How the columns of a tensor are quantised (`trellis.Search`), as the kernel takes it."""
 
     _fields_ = _fields(
-        "i32 states h0 h1 low levels most tables lag; i64 lane; at rec rate fine row below back; f32 far"
+        "i32 states h0 h1 low levels most tables lag; i64 lane; at rec rate fine row below back; f32 far; i32 sparse"
     )
 
 

@@ -48,8 +48,9 @@ class Search:
     row: NDArray[np.uint8] | None = None  # (m,) class of each row; None: one class
     below: F32 | None = None
     """(m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within each
-    block; None: rows know nothing of each other. 32 states and more."""
+    block; None: rows know nothing of each other. 32 states and more, or 1."""
     lag: int = 6  # blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors
+    sparse: bool = False  # numbers that are 0 stay 0, and deviations are those of the others; with 1 state only
     _back: F32 | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class Search:
             *(self.states, *self.code, self.low, len(self.fine), len(self.rec) // 2, self.rate.shape[1], self.lag),
             self.lane,
             *map(address, (self.rec, self.rate, self.fine, self.row, self.below, self._back)),
-            self.far,
+            *(self.far, self.sparse),
         )
 
 

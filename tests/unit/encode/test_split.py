@@ -25,7 +25,7 @@ from rac.encode.allocate import budget
 from rac.encode.options import Budget, Calibration, Lossy
 from rac.encode.pack import pack_source
 from rac.encode.quantise import trellis as lossy
-from rac.encode.quantise.tensor import code, encode, encode_with_words
+from rac.encode.quantise.tensor import code, encode, encode_with_words, size_of
 from rac.encode.sources import from_arrays
 from rac.errors import BudgetError
 from rac.native import trellis as native
@@ -148,7 +148,7 @@ def one(w, s, rate, rank=0, align="triangular"):
     recipe = choose(rcp.calibrated(groups, {"w": Layer(s, None)}, (), "fast"), groups, rank, align, rate)
     recipe = replace(recipe, scale=1.03 - rate)
     encoded, words = encode_with_words(groups[0], recipe)
-    return budget.size_of(encoded, recipe), cost(words.view(np.float32).astype(np.float64) - w, s)
+    return size_of(encoded, recipe), cost(words.view(np.float32).astype(np.float64) - w, s)
 
 
 def test_all_alignments_and_ranks_leave_the_same_error():
@@ -248,7 +248,7 @@ def test_every_byte_counts_once(made):
     _, groups, recipe, path = made
     entries = Archive(BytesAccess(path.read_bytes())).index.entries
     mine = [g for g in groups if g.tensor.name in recipe.aligned]
-    size = sum(budget.size_of(encode(g, recipe), recipe) for g in mine)
+    size = sum(size_of(encode(g, recipe), recipe) for g in mine)
     assert quantised(entries) == (6, 8 * size / sum(g.tensor.shape[0] * g.tensor.shape[1] for g in mine))
     objects = [e.name for e in entries if e.type == RECORD_OBJECT]
     if any(a.rank for a in recipe.aligned.values()):

@@ -107,3 +107,24 @@ def blocks_of_rows():
         apart[g * n : g * n + n, g * n : g * n + n] = below[g]
     one, other = (search(x, 32, b, 3 * n) for b in (below, apart))
     assert (one[0] == other[0]).mean() > 0.999  # sums of other lengths are rounded otherwise
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_zeros_stay_in_sparse_columns(fed):
+    """Without a trellis, in all versions; and each number is what rounding leaves of what it is fed."""
+    m = 150
+    x = np.where(np.random.default_rng(3).random((4, m)) < 0.6, np.float32(0), columns(4, m))
+    g = gradients(m)
+    below = rows((g + g.T) / 2 + 4 * np.eye(m), 0.1).feed.astype(np.float32) if fed else None
+    rec = np.arange(-MOST, MOST + 1, dtype=np.float32)
+    free = np.zeros((1, 1, len(rec)), np.float32)
+    how = trellis.Search(1, tr.CODES[1], m, rec, free, MOST + 0.5, below=below, sparse=True)
+    found = []
+    for cpu in native.cpus():
+        with native.using(cpu):
+            k, value, *_ = trellis.block(how, x, x.copy(), np.zeros((4, 4), np.float32), np.ones(4, np.float32))
+        found.append((k.tobytes(), value.tobytes()))
+    assert len(set(found)) == 1 and (value == k).all() and not k[x == 0].any()
+    error = np.where(x == 0, np.float32(0), x - value)
+    target = x + (0 if below is None else error @ np.tril(below, -1).T)
+    assert np.abs(target - value)[x != 0].max() <= 0.5 + 1e-3

@@ -38,7 +38,7 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
     known = {
         g.tensor.name: g.tensor
         for g in groups
-        if (a := out.get(g.tensor.name)) and a.layer and not a.layer.transposed and not a.layer.experts
+        if (a := out.get(g.tensor.name)) and a.layer and not (a.layer.transposed or a.layer.experts or a.zeros)
     }
     sharing: dict[bytes, dict[str, SourceTensor]] = {}  # tensors by their input
     for name, t in ({} if align == "triangular" else known).items():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.layers import Layer
 from rac.encode import ties
-from rac.encode.code.plan import CODER, Level, axis_of
+from rac.encode.code.plan import CODER, LEVELS, Level, axis_of
 from rac.encode.options import EFFORTS
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources.model import SMALLEST, SourceTensor
@@ -33,6 +33,9 @@ EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")  # los
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
 FAR = 16  # medians beyond which a weight counts no more in the energies
+FEW = 1 / 32  # share of the weights that may lie so far out: where more do, the median says nothing of the energies
+FINER_FEW = 0.5  # bits at most that weights among zeros get beyond the rest
+ZEROS = 0.2  # share of zeros from which on they are kept: without a trellis, and worth its 0.22 bit (docs/lossy.md)
 LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
 LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
 SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
@@ -58,6 +61,8 @@ class Aligned:
     alignment: str = "triangular"  # of a tensor with a layer; "pca", or "identity", where all columns count alike
     rank: int = 0  # rank of the low-rank part beside the trellis; 0: there is none
     basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
+    zeros: float = 0.0  # share of zeros that stay zeros: no trellis then, no low-rank part, no basis; 0: they do not
+    lossless: int | None = None  # bytes that it takes losslessly, about; None: nobody has counted yet
 
     @property
     def name(self) -> str:
@@ -101,6 +106,7 @@ class Recipe:
     scale: float = 0.0  # log2 of the common factor of all units
     about: Mapping[str, Any] = field(default_factory=dict)  # what the file's provenance says of the recipe
     coder: Level = CODER  # how the integers are coded
+    lossless: Level = LEVELS["default"]  # how tensors are coded that are no larger so
     unreached: tuple[str, ...] = ()  # tensors that the calibration did not reach, quantised from the weights alone
 
     @property
@@ -149,8 +155,8 @@ def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, em
 def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     """Units by the energies of columns and rows (exponents 1 and 1/2: docs/lossy.md); None where all is zeros."""
     square = np.abs(w)
-    if most := FAR * float(np.median(square)):  # single weights far out are no energy of their column
-        np.minimum(square, most, out=square)
+    zeros = _zeros(w)
+    np.minimum(square, _farthest(square, zeros > 0), out=square)
     np.square(square, out=square)
     rms = math.sqrt(float(square.mean(dtype=np.float64)))
     if rms == 0:
@@ -161,7 +167,33 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     square /= np.square(trellis.power(scales.rows))[:, None]
     square /= np.square(trellis.power(scales.cols))
     finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
-    return Aligned(0.5 * float(exact.log2(square.mean(dtype=np.float64))) - finer, scales)
+    base = 0.5 * float(exact.log2(square.mean(dtype=np.float64)))
+    return Aligned(base + _few(zeros) - finer, scales, zeros=zeros)
+
+
+def _zeros(w: NDArray[np.float32]) -> float:
+    """Share of zeros, where it pays to keep them; columns of nothing else do not count: any quantiser keeps these."""
+    by_col = np.count_nonzero(w, 0)
+    share = 1 - int(by_col.sum()) / max(1, int(np.count_nonzero(by_col)) * len(w))
+    return share if ZEROS <= share < 1 else 0.0
+
+
+def _few(zeros: float) -> float:
+    """log2 of the units of what zeros leave: a weight counts more where there are few (docs/lossy.md)."""
+    return max(-FINER_FEW, 0.5 * float(exact.log2(1 - zeros)))
+
+
+def _farthest(size: NDArray[np.float32], sparse: bool) -> float:
+    """The magnitude beyond which a weight counts no more: single ones far out are no energy of their column."""
+    median = float(np.median(size))
+    if sparse or not median:
+        size = size[size > 0]
+        median = float(np.median(size)) if size.size else 0.0
+    most = FAR * median
+    if np.count_nonzero(size > most) <= FEW * size.size:
+        return most
+    last = size.size - 1 - int(FEW * size.size)
+    return float(np.partition(size.reshape(-1), last)[last])
 
 
 def calibrated(
@@ -196,10 +228,12 @@ def calibrated(
         by_row, by_col = _weights(a, layer, w.shape, sample.trust)
         scales = lossy.Scales(exponents(by_row), exponents(by_col))
         scaled = w.astype(np.float64) / trellis.power(scales.rows)[:, None] / trellis.power(scales.cols)
-        deviation = exact.middle(np.sqrt(np.maximum((scaled**2).mean(0), 1e-30)))
+        square = (scaled**2).mean(0)
+        deviation = exact.middle(np.sqrt(np.maximum(square[square > 0], 1e-30)))
+        scales.cols[square == 0] = trellis.DEAD  # what is fed to columns of nothing but zeros would bring them to life
         # bits, up to a constant, where all count in full
         needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), w.size
-        found[t.name] = replace(a, base=deviation, scales=scales)
+        found[t.name] = replace(a, base=deviation + _few(a.zeros), scales=scales)
     total = max(1, sum(n for _, n in needs.values()))
     mean = sum(need * n for need, n in needs.values()) / total
     for name, (need, _) in needs.items():

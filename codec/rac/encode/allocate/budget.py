@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from rac.encode.align.recipe import Recipe, calibrated, data_free, kept
 from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import DECIBELS, Budget, Calibration, Lossy, silent
-from rac.encode.quantise.tensor import encode, encode_with_words
+from rac.encode.quantise.tensor import encode, encode_with_words, size_of
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
 from rac.stages.words import from_words
@@ -30,6 +30,8 @@ from rac.stages.words import from_words
 T = TypeVar("T")
 TOLERANCE = 0.005
 CLOSE = 0.1  # decibels that a file may have beyond the --snr that was asked for
+FINEST = 12.0  # bits at which a search begins at most: words have 8, and beyond them most tensors are lossless
+LOSSLESS = 100.0  # decibels that a tensor counts for at most
 
 
 def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note = silent) -> Recipe:
@@ -83,13 +85,6 @@ def read_text(path: str) -> str:
         raise SourceError(f"the text cannot be read: {e}", file=path) from e
 
 
-def size_of(e: Encoded, recipe: Recipe) -> int:
-    """Bytes of a quantised tensor and its objects; an object that tensors share counts with the first of them."""
-    basis = recipe.aligned[e.name].basis
-    own = e.head.get("uses", ()) if basis is None or basis.first == e.name else ()
-    return e.size + sum(o.size for o in e.objects if o.name in own)
-
-
 @dataclass(slots=True)
 class Search:
     """The search for the common scale of a recipe."""
@@ -100,6 +95,7 @@ class Search:
     note: Note = silent
     kept: Kept | None = None  # gets the quantised tensors of the last try; None: they are not wanted
     tried: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)  # what tensors take losslessly, about; counted once
 
     def meet(
         self, budget: Budget, rest: Callable[[], int] | None = None, judge: Callable[[], Divergence] | None = None
@@ -138,19 +134,25 @@ class Search:
 
     def _bits(self, bits: float) -> float:
         def rate(scale: float) -> float:
-            found = self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits")
-            return 8 * sum(size_of(self._keep(e), self.recipe) for e in found) / self._weights
+            size, exact = 0, True
+            for e in self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits"):
+                size += size_of(self._keep(e), self.recipe)
+                exact &= e.fidelity is None
+            got = 8 * size / self._weights
+            return bits if exact and got < bits else got  # nothing is finer than lossless
 
         missed = f"{bits:.3f} bits per weight cannot be met: the nearest is {{:.3f}}".format
-        return _meet(rate, (bits * (1 - TOLERANCE), bits), 1.03 - bits, 1.0 if bits > 1 else 1.5, missed)
+        goal, first = (bits * (1 - TOLERANCE), bits), 1.03 - min(bits, FINEST)
+        return _meet(rate, goal, first, 1.0 if bits > 1 else 1.5, missed)
 
     def _snr(self, goal: float) -> float:
         def mean(scale: float) -> float:
             found = [self._keep(e).fidelity for e in self._at(scale, encode, f"{goal:g} dB")]
-            return math.fsum(min(100.0, f.snr) for f in found if f) / len(found)
+            return math.fsum(min(LOSSLESS, f.snr if f else LOSSLESS) for f in found) / len(found)
 
         missed = f"{goal:g} dB cannot be met: the nearest is {{:.2f}} dB".format
-        return _meet(mean, (goal, goal + CLOSE), 0.8 - goal / DECIBELS, 1 / DECIBELS, missed)
+        least, first = min(goal, LOSSLESS), 0.8 - min(goal / DECIBELS, FINEST)
+        return _meet(mean, (least, least + CLOSE), first, 1 / DECIBELS, missed, above=True)
 
     def _kl(self, nats: float, judge: Divergence) -> float:
         by_name = {g.tensor.name: g for g in self._mine}
@@ -162,11 +164,13 @@ class Search:
             return -math.log2(max(judge.kl(), 1e-9))
 
         goal = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
-        return _meet(loss, goal, -2.0, 0.5, lambda x: f"{nats:g} nats cannot be met: the nearest is {2**-x:.4f}")
+        missed = f"{nats:g} nats cannot be met: the nearest is {{:.4f}}".format
+        return _meet(loss, goal, -2.0, 0.5, lambda x: missed(2**-x), above=True)
 
     def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         """Results of the work on every quantised tensor at a scale, as they come."""
-        now, mine = replace(self.recipe, scale=scale), self._mine
+        known = {name: replace(a, lossless=self.sizes.get(name)) for name, a in self.recipe.aligned.items()}
+        now, mine = replace(self.recipe, scale=scale, aligned=known), self._mine
         self.tried += 1
         if self.kept is not None:
             self.kept.clear()
@@ -176,15 +180,26 @@ class Search:
             yield result
 
     def _keep(self, e: Encoded) -> Encoded:
+        if e.fidelity:
+            self.sizes[e.name] = e.fidelity.lossless
         if self.kept is not None:
             self.kept.put(e.name, e)
         return e
 
 
 def _meet(
-    at: Callable[[float], float], goal: tuple[float, float], scale: float, slope: float, say: Callable[[float], str]
+    at: Callable[[float], float],
+    goal: tuple[float, float],
+    scale: float,
+    slope: float,
+    say: Callable[[float], str],
+    above: bool = False,
 ) -> float:
-    """A scale at which what is measured there, falling in it, is within the goal; BudgetError where there is none."""
+    """A scale at which what is measured there, falling in it, is within the goal.
+
+    Where it jumps over the goal, the nearest scale on the side that was asked for: below it, or `above`. BudgetError
+    where there is none.
+    """
     low, high = -math.inf, math.inf  # coarser than `low`, finer than `high`
     for _ in range(16):
         got = at(scale)
@@ -197,7 +212,11 @@ def _meet(
         step = scale + (got - sum(goal) / 2) * slope
         if not low < step < high:
             step = (low + high) / 2 if math.isfinite(low + high) else step
-        if abs(step) > 80 or abs(step - scale) < 1e-5:
+        if abs(step) > 80 or abs(step - scale) < (1e-3 if above else 1e-5):
             break
         scale = step
-    raise BudgetError(say(got))
+    if not math.isfinite(best := low if above else high):
+        raise BudgetError(say(got))
+    if best != scale:
+        at(best)
+    return best

@@ -16,6 +16,11 @@ ENCODERS: dict[str, type[Encoder]] = {
 
 def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> Encoder:
     """The encoder with the smallest proposal: each sees the best so far; an empty tensor is stored by the first."""
+    return proposed(source, dtype, shape, level)[0]
+
+
+def proposed(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> tuple[Encoder, int]:
+    """That encoder, and the bytes that it would take, about."""
     view = View(source, dtype, shape, level)
     best: Encoder | None = None
     size = 0
@@ -25,4 +30,4 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
         if found := kind.propose(view, size):
             best, size = found
     assert best is not None  # noqa: S101 - the first always proposes
-    return best
+    return best, size

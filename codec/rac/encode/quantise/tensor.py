@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate.layers import Layer
 from rac.container import zstd
 from rac.encode import record, ties
 from rac.encode.align.recipe import Recipe, matrix_of
@@ -23,6 +24,11 @@ from rac.linalg import exact
 from rac.native import product
 from rac.stages.words import from_words
 
+CLOSE = 0.9  # share of the bytes that lossless coding is thought to take from which on it is tried
+ODD = (
+    0.25  # the same where these are fewer than half of the tensor's: what repeats or has few values is hard to foretell
+)
+SLIGHT = 256  # share of a tensor's bytes, one in so many, that is not worth a loss
 SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
 
 
@@ -45,29 +51,38 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
     a, effort = recipe.aligned[t.name], recipe.effort
     w, dtype, objects = split.before(t, recipe)
     below = None if (rows := a.rows()) is None else rows.feed
-    if below is not None:
+    scale = a.base + recipe.scale
+    if a.zeros:
+        effort, scale = replace(effort, states=1, sparse=True), scale + lossy.ALONE
+    elif below is not None:
         effort = replace(effort, states=SHAPED)
-    q = lossy.quantise(w, dtype, a.base + recipe.scale, a.scales, effort, a.columns(), below)
+    q = lossy.quantise(w, dtype, scale, a.scales, effort, a.columns(), below)
     return Coded(q, t.dtype, objects)
 
 
 def encode(group: ties.Group, recipe: Recipe, measured: bool = True) -> Encoded:
     """Quantise a tensor of the recipe; the result is all that is written of it, its SNR NaN unless `measured`."""
     e, dense = encode_with_words(group, recipe)
-    return measure(e, group.tensor, recipe, dense) if measured else e
+    return measure(e, group.tensor, recipe, dense) if measured and e.fidelity else e
 
 
 def measure(e: Encoded, t: SourceTensor, recipe: Recipe, dense: NDArray[Any] | None = None) -> Encoded:
     """A quantised tensor with its SNR, which costs products as large as those of the search; the words are decoded."""
     start = time.perf_counter()
-    ratio = snr(t, decoded(e) if dense is None else dense, recipe)
+    w, restored = matrix_of(t), from_words(decoded(e) if dense is None else dense, t.dtype)
+    ratio, zeros = _ratio(w, restored, recipe.aligned[t.name].layer), np.count_nonzero(restored[w == 0])
     assert e.fidelity is not None  # noqa: S101 - it was quantised
     seconds = e.fidelity.seconds + time.perf_counter() - start
-    return replace(e, fidelity=replace(e.fidelity, snr=ratio, seconds=seconds))
+    return replace(e, fidelity=replace(e.fidelity, snr=ratio, zeros=int(zeros), seconds=seconds))
+
+
+def _words(t: SourceTensor, like: NDArray[Any]) -> NDArray[Any]:
+    """The words of a tensor in the shape and type of others."""
+    return t.read(0, t.nbytes).view(like.dtype).reshape(like.shape)
 
 
 def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArray[Any]]:
-    """A quantised tensor, not measured, and the words (R, C) that a decoder restores."""
+    """A quantised tensor, not measured, or lossless where that is no larger, and the words (R, C) of a decoder."""
     start, t = time.perf_counter(), group.tensor
     a, coded = recipe.aligned[t.name], code(t, recipe)
     dense, q = coded.dense, coded.quantised
@@ -77,16 +92,32 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     behind = record.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
     objects = (*(o.encoded for o in coded.objects), *record.matrix_of(t, LEVELS["default"]))
     seconds = time.perf_counter() - start
-    counts = {"outliers": q.outliers, "dead": q.dead}
+    size = record.estimate(t, recipe.lossless) if a.lossless is None else a.lossless
+    counts = {"outliers": q.outliers, "dead": q.dead, "lossless": size}
     fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, **counts, seconds=seconds)
-    return record.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity), dense
+    e = record.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity)
+    most = size_of(e, recipe) + t.nbytes // SLIGHT
+    if most >= size * (CLOSE if 2 * size > t.nbytes else ODD):
+        exact = record.whole(group, recipe.lossless)
+        if exact.size <= most:
+            return exact, _words(t, dense)
+    return e, dense
+
+
+def size_of(e: Encoded, recipe: Recipe) -> int:
+    """Bytes of a quantised tensor and its objects; an object that tensors share counts with the first of them."""
+    basis = recipe.aligned[e.name].basis
+    own = e.head.get("uses", ()) if basis is None or basis.first == e.name else ()
+    return e.size + sum(o.size for o in e.objects if o.name in own)
 
 
 def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
     """Output signal to noise of restored words (R, C), dB: tr(W S W^T) / tr(E S E^T); S is 1 where none is known."""
-    w = matrix_of(t)
-    e = from_words(dense, t.dtype) - w
-    layer = recipe.aligned[t.name].layer
+    return _ratio(matrix_of(t), from_words(dense, t.dtype), recipe.aligned[t.name].layer)
+
+
+def _ratio(w: NDArray[np.float32], restored: NDArray[np.float32], layer: Layer | None) -> float:
+    e = restored - w
     if layer is None:
         energy, error = _energy(w, w), _energy(e, e)
     else:

@@ -33,6 +33,7 @@ Array = NDArray[Any]
 F32 = np.float32
 LAMBDA = 0.35  # squared units that a bit is worth; best at every rate (docs/lossy.md)
 SCALAR = 0.35 / 3  # squared units that a bit is worth without a trellis
+ALONE = 0.7924812503605781  # log2 of the units without a trellis that cost the same: of the root of LAMBDA / SCALAR
 BLOCK = 64
 LEAST = 0.6  # deviation of a row in units below which it is coded finer than its sensitivity asks
 LOW, HIGH = -12, 40  # quarter octaves of the deviation in units for which there are rate tables
@@ -54,6 +55,7 @@ class Effort:
     states: int  # states of the trellis, 4 to 256, or 1: none, at larger units of the same cost
     passes: int = 1  # 1, or 2: again with the centroids of the first, where nothing is fed back
     coder: Level = CODER
+    sparse: bool = False  # what is 0 stays 0; without a trellis only, which has no 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ def quantise(
     step[scales.cols == trellis_stage.DEAD] = 0
     live = step > 0
     # the smallest magnitude is half a unit: a row must not lie far below it
-    near = np.sqrt(np.mean((w[:, live] / step[live]) ** 2, axis=1)) if live.any() else np.ones(len(w))
+    near = _deviation(w[:, live] / step[live], 1, effort.sparse) if live.any() else np.ones(len(w))
     most = np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
     row_list = np.minimum(scales.rows, most).astype(np.int8)
     row_unit = trellis_stage.power(row_list)
@@ -181,13 +183,13 @@ def quantise(
     plain = np.ascontiguousarray((w / row_unit[:, None]).T)
     plain, step = np.ascontiguousarray(plain[order]), step[order]
     rec, low, corrections = magnitudes(states), 0, np.zeros(0, np.int8)
-    rate, fine, row = _rates(plain, step, states)
-    lane = _lane(w.shape, effort.coder)
-    search = trellis.Search(states, trellis_stage.CODES[states], lane, rec, rate, _far(states), fine, LOW, row, below)
+    rate, fine, row = _rates(plain, step, effort)
+    lane, far, code = _lane(w.shape, effort.coder), _far(states), trellis_stage.CODES[states]
+    search = trellis.Search(states, code, lane, rec, rate, far, fine, LOW, row, below, sparse=effort.sparse)
     k, value, wild, fine_of = _columns(search, plain, step, feed)
     if effort.passes > 1 and feed is None:
         finer = np.where(fine_of < 0, F32(0), trellis_stage.power(-fine_of))
-        low, corrections = _centroids(k, value, plain, step * finer, rec)
+        low, corrections = _centroids(k, value, plain, step * finer, rec, effort.sparse)
         rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
         k, value, wild, fine_of = _columns(search, plain, step, feed)
     back = np.argsort(order)
@@ -202,12 +204,22 @@ def quantise(
     return Quantised(words, p, unit, dtype, effort.coder, len(places), int((cols == trellis_stage.DEAD).sum()))
 
 
-def _rates(plain: Array, step: Array, states: int) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8]]:
+def _deviation(x: Array, axis: int, sparse: bool) -> Array:
+    """Roots of the mean squares along an axis, of what is not 0 there where the matrix is sparse."""
+    square = np.mean(x**2, axis=axis)
+    if sparse:
+        square *= x.shape[axis] / np.maximum(1, np.count_nonzero(x, axis))
+    return np.asarray(np.sqrt(square))
+
+
+def _rates(
+    plain: Array, step: Array, effort: Effort
+) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8]]:
     """`rate`, `fine` and `row` of a search (trellis.Search) among columns (C, R)."""
-    live = step > 0
+    live, states = step > 0, effort.states
     x = plain[live] / step[live][:, None]
-    x /= np.sqrt(np.maximum((x * x).mean(1, keepdims=True), F32(1e-30)))
-    by_row = np.sqrt((x * x).mean(0)) if x.size else np.ones(plain.shape[1])
+    x /= np.maximum(_deviation(x, 1, effort.sparse), F32(1e-15))[:, None]
+    by_row = _deviation(x, 0, effort.sparse) if x.size else np.ones(plain.shape[1])
     rows, row = np.unique(np.clip(_quarters(by_row), -16, 16), return_inverse=True)
     with _LOCK:
         fine = np.array([_fine(states, q) for q in range(LOW, HIGH + 1)], np.int8)
@@ -216,7 +228,11 @@ def _rates(plain: Array, step: Array, states: int) -> tuple[NDArray[np.float32],
             for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
         ]
     slope = (LAMBDA if states > 1 else SCALAR) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
-    return (-slope * exact.log2(np.array(share))).astype(F32), fine, row.astype(np.uint8)
+    p = np.array(share)
+    if effort.sparse and x.size:  # of what is 0 the coder is told by the integers too
+        p *= np.count_nonzero(x) / x.size
+        p[..., MOST] += 1 - np.count_nonzero(x) / x.size
+    return (-slope * exact.log2(p)).astype(F32), fine, row.astype(np.uint8)
 
 
 def _far(states: int) -> float:
@@ -249,7 +265,9 @@ def _columns(
     return out
 
 
-def _centroids(k: Array, value: Array, plain: Array, step: Array, rec: Array) -> tuple[int, NDArray[np.int8]]:
+def _centroids(
+    k: Array, value: Array, plain: Array, step: Array, rec: Array, sparse: bool
+) -> tuple[int, NDArray[np.int8]]:
     """First index and corrections, in 1/64, of the integers that occur often enough."""
     unit = np.where(step > 0, step, 1)[:, None]
     sign = np.sign(value) * np.sign(rec[k + MOST])
@@ -257,6 +275,7 @@ def _centroids(k: Array, value: Array, plain: Array, step: Array, rec: Array) ->
     n = np.bincount(at, minlength=2 * MOST + 1)
     mean = np.bincount(at, weights=(plain / unit * sign).ravel(), minlength=2 * MOST + 1) / np.maximum(n, 1)
     off = np.clip(np.rint((mean - rec) * 64), -48, 48) * (n >= 100)
+    off[MOST] *= not sparse
     used = np.flatnonzero(off)
     if not len(used):
         return 0, np.zeros(0, np.int8)

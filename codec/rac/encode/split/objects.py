@@ -57,7 +57,7 @@ class Basis:
 def _object(name: str, w: Array, scale: float, scales: lossy.Scales, states: int, r: Triangular | None) -> Object:
     """Quantise an object (R, C) by a trellis, or at units that cost the same."""
     if len(w) < SHORT or states == 1:
-        states, scale = 1, scale + 0.5 * math.log2(lossy.LAMBDA / lossy.SCALAR)
+        states, scale = 1, scale + lossy.ALONE
     q = lossy.quantise(np.ascontiguousarray(w, F32), "F32", scale, scales, lossy.Effort(states), r)
     return Object(rec.encoded_object(name, *q.coded(), q.trellis, q.digest), q)
 

@@ -20,7 +20,7 @@ const int64_t rac_layout[] = {
     SIZE(rac_search), AT(rac_search, states), AT(rac_search, h0), AT(rac_search, h1), AT(rac_search, low),
     AT(rac_search, levels), AT(rac_search, most), AT(rac_search, tables), AT(rac_search, lag), AT(rac_search, lane),
     AT(rac_search, rec), AT(rac_search, rate), AT(rac_search, fine), AT(rac_search, row), AT(rac_search, below),
-    AT(rac_search, back), AT(rac_search, far),
+    AT(rac_search, back), AT(rac_search, far), AT(rac_search, sparse),
     SIZE(rac_columns), AT(rac_columns, cols), AT(rac_columns, rows), AT(rac_columns, groups), AT(rac_columns, plain),
     AT(rac_columns, target), AT(rac_columns, feed), AT(rac_columns, step), AT(rac_columns, out), AT(rac_columns, recon),
     AT(rac_columns, wild), AT(rac_columns, fine_of),

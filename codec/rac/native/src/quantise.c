@@ -33,11 +33,17 @@ static float power(int e) {
     return ldexpf(within[e & 3], e >> 2);
 }
 
-/* Which of the levels the deviation of targets in steps falls to; -1 where there is none */
-static int level_of(const rac_search *s, const float *g, int64_t rows, float step) {
+/* Which of the levels the deviation of targets in steps falls to, of a sparse column those of what is not 0 in it; -1
+ * where there is none */
+static int level_of(const rac_search *s, const float *plain, const float *g, int64_t rows, float step) {
     double square = 0;
-    for (int64_t r = 0; r < rows; r++) square += (double)g[r] * g[r];
-    const double ratio = step > 0 ? sqrt(square / (double)rows) / step : 0;
+    int64_t n = s->sparse ? 0 : rows;
+    for (int64_t r = 0; r < rows; r++) {
+        if (s->sparse && plain[r] == 0.0f) continue;
+        square += (double)g[r] * g[r];
+        n += s->sparse;
+    }
+    const double ratio = step > 0 && n > 0 ? sqrt(square / (double)n) / step : 0;
     if (!(step > 0 && ratio > 0)) return -1;
     const int q = quarters(ratio) - s->low;
     return q < 0 ? 0 : q < s->levels ? q : s->levels - 1;
@@ -52,18 +58,19 @@ int rac_quantise(const rac_search *s, const rac_columns *b) {
     int bad = !x || !room.best || !room.choice;
     for (int64_t j = b->cols - 1; j >= 0 && !bad; j--) {
         float *g = b->target + j * m, *v = b->recon + j * m;
+        const float *plain = b->plain + j * m;
         feed(b, j, g);
-        const int q = level_of(s, g, m, b->step[j]);
+        const int q = level_of(s, plain, g, m, b->step[j]);
         b->fine_of[j] = q < 0 ? -1 : s->fine[q];
         memset(b->wild + j * m, 0, (size_t)m);
         if (b->fine_of[j] < 0) { /* not coded: its values are 0 */
             memset(b->out + j * m, 0, (size_t)m * 2);
             memset(v, 0, (size_t)m * 4);
-            memcpy(g, b->plain + j * m, (size_t)m * 4);
+            memcpy(g, plain, (size_t)m * 4);
             continue;
         }
         const float unit = b->step[j] * power(-b->fine_of[j]), inverse = 1.0f / unit;
-        for (int64_t r = 0; r < m; r++) x[r] = g[r] * inverse;
+        for (int64_t r = 0; r < m; r++) x[r] = s->sparse && plain[r] == 0.0f ? 0.0f : g[r] * inverse;
         const float *rate = s->rate + (int64_t)q * s->tables * wide + s->most;
         const rac_column c = {m, m / b->groups, x, rate, b->out + j * m, v};
         if (s->below) bad = rac_shaped(s, &c);
@@ -72,7 +79,7 @@ int rac_quantise(const rac_search *s, const rac_columns *b) {
             const int out_of_range = fabsf(x[r]) > s->far;
             b->wild[j * m + r] = (uint8_t)out_of_range;
             v[r] = out_of_range ? g[r] : v[r] * unit;
-            g[r] = b->plain[j * m + r] - v[r];
+            g[r] = plain[r] - v[r];
         }
     }
     free(x);

@@ -1,5 +1,6 @@
 /* Trellis-coded quantisation, for the encoder: what search.c, shape.c and quantise.c share. */
 #pragma once
+#include <math.h>
 #include "rac.h"
 
 /* How the columns of a tensor are quantised (native/trellis.py, Search) */
@@ -14,6 +15,7 @@ typedef struct {
     const uint8_t *row;          /* class of each row, or null: one */
     const float *below, *back;   /* weights of the errors of rows in later rows, and their transposes, or null */
     float far;                   /* units from which on a target is an outlier */
+    int32_t sparse;              /* whether numbers that are 0 stay 0; without a trellis only, which has no 0 */
 } rac_search;
 
 /* The columns of one block, (cols, rows) column-major, and what becomes of them */
@@ -46,6 +48,15 @@ typedef struct {
 /* Costs of the integers of a row */
 static inline const float *rac_rate(const rac_search *s, const rac_column *c, int64_t i) {
     return c->rate + (s->row ? s->row[i] : 0) * (2 * s->most + 1);
+}
+
+/* Without a trellis: the integer nearest to x or the next one towards zero, whichever costs less */
+static inline int rac_alone(const rac_search *s, const float *rate, float x) {
+    const float *v = s->rec + s->most, near = floorf(x + 0.5f);
+    const int most = s->most, k = near > (float)most ? most : near < (float)-most ? -most : (int)near;
+    const int in = k > 0 ? k - 1 : k < 0 ? k + 1 : 0;
+    const float e = x - v[k], f = x - v[in];
+    return f * f + rate[in] < e * e + rate[k] ? in : k;
 }
 
 /* The state that a branch of parity b to state `to` comes from */

@@ -113,17 +113,11 @@ static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *
 }
 #endif
 
-/* Without a trellis (states 1), each sample alone: the nearest integer or the next one towards zero. As rac_viterbi. */
+/* Without a trellis (states 1), each sample alone. As rac_viterbi. */
 static void scalar(const rac_search *s, const rac_column *c) {
-    const float *v = s->rec + s->most;
-    const int most = s->most;
     for (int64_t i = 0; i < c->rows; i++) {
-        const float *r = rac_rate(s, c, i), x = c->x[i], near = floorf(x + 0.5f);
-        const int k = near > (float)most ? most : near < (float)-most ? -most : (int)near;
-        const int in = k > 0 ? k - 1 : k < 0 ? k + 1 : 0;
-        const float e = x - v[k], f = x - v[in];
-        c->out[i] = (int16_t)(f * f + r[in] < e * e + r[k] ? in : k);
-        c->value[i] = v[c->out[i]];
+        c->out[i] = (int16_t)rac_alone(s, rac_rate(s, c, i), c->x[i]);
+        c->value[i] = s->rec[s->most + c->out[i]];
     }
 }
 

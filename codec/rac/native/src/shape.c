@@ -289,9 +289,25 @@ static void shape_lane(shaping *h) {
     }
 }
 
-/* Integers and values of a column, of 32 states and more. Rows further than `far` out are outliers: they have no
+/* Without a trellis (states 1): a row after the other. What is 0 stays so in a sparse column, and has no error. */
+static int shape_alone(const rac_search *t, const rac_column *c) {
+    float *z = calloc((size_t)c->rows, 4);
+    for (int64_t i = 0; i < c->rows && z; i++) {
+        const int64_t start = i - i % c->own;
+        const int kept = t->sparse && c->x[i] == 0.0f;
+        const float x = kept ? 0.0f : c->x[i] + dot(t->below + i * c->own, z + start, i - start);
+        c->out[i] = (int16_t)rac_alone(t, rac_rate(t, c, i), x);
+        c->value[i] = t->rec[t->most + c->out[i]];
+        z[i] = kept || fabsf(c->x[i]) > t->far ? 0.0f : c->x[i] - c->value[i];
+    }
+    free(z);
+    return !z;
+}
+
+/* Integers and values of a column, of 32 states and more, or 1. Rows further than `far` out are outliers: they have no
  * error, whatever their integer. Returns 0, or 1 without memory. */
 int rac_shaped(const rac_search *t, const rac_column *c) {
+    if (t->states == 1) return shape_alone(t, c);
     const size_t longest = (size_t)least(t->lane, c->rows), states = (size_t)t->states;
     shaping h = {t, c, malloc(sizeof *h.s), malloc(longest * states * 4), malloc(longest * states / 8),
                  calloc((size_t)c->rows, 4), 0, 0, 0};
