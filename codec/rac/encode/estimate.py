@@ -12,14 +12,14 @@ from functools import partial
 import numpy as np
 
 from rac.calibrate.layers import Layer
-from rac.encode import ties, workers
+from rac.encode import record, ties, workers
 from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, calibrated, data_free, quantisable
-from rac.encode.allocate.budget import Search, size_of
+from rac.encode.allocate.budget import Search
 from rac.encode.code.plan import axis_of
 from rac.encode.options import Budget, Lossy, PackOptions
-from rac.encode.quantise.tensor import encode
-from rac.encode.schedule import WINDOW, whole
+from rac.encode.quantise.tensor import encode, size_of
+from rac.encode.schedule import WINDOW
 from rac.encode.sources import Extent, Source, SourceTensor
 from rac.errors import BudgetError
 from rac.grid import matrix
@@ -131,7 +131,7 @@ def _lossless(
     samples = {k: [replace(g, tensor=_piece(g.tensor)) for g in _spread(groups, each)] for k, groups in kinds.items()}
     jobs = [(g.tensor.nbytes, (g, options.lossless)) for groups in samples.values() for g in groups]
     start = time.monotonic()
-    stored = {e.name: sum(map(len, e.units)) for e in workers.run(pool, whole, jobs, WINDOW)}
+    stored = {e.name: sum(map(len, e.units)) for e in workers.run(pool, record.whole, jobs, WINDOW)}
     seconds = time.monotonic() - start
     seen, total, out = sum(n for n, _ in jobs), 0, {}
     for k, groups in kinds.items():
@@ -163,7 +163,7 @@ def _quantised(
             sample.append(groups[len(groups) // 2])
             taken += n
     start = time.monotonic()
-    recipe = replace(_recipe(sample, request), coder=options.coder)
+    recipe = replace(_recipe(sample, request), coder=options.coder, lossless=options.lossless)
     budget = replace(request.budget, bits=bits, file_bits=None, size=None) if bits else request.budget
     if budget.kl is not None:
         budget = Budget(bits=3.0)  # for the time
@@ -171,7 +171,7 @@ def _quantised(
     jobs = ((workers.need(g.tensor, recipe), (g, workers.only(recipe, g.tensor.name))) for g in sample)
     size = sum(size_of(e, recipe) for e in workers.run(pool, partial(encode, measured=False), jobs, room()))
     seconds = (time.monotonic() - start) * _weights(kinds) / taken
-    rate = bits / 8 if bits else size / taken
+    rate = min(bits / 8, size / taken) if bits else size / taken  # less where lossless is finer than what was asked
     sizes = {k: round(math.prod(k[2]) * len(groups) * rate) for k, groups in kinds.items()}
     if request.budget.kl is not None:  # known when the model has been run
         sizes = {}
