@@ -56,12 +56,100 @@ def scaled(t, codes, scale):
     return out
 
 
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+E2M1 += [-x for x in E2M1]
+
+
+def bits_of(word, i, bits):
+    """Integer `i` of words that are read as one number."""
+    whole = sum((int(w) & 0xFFFFFFFF) << 32 * k for k, w in enumerate(word))
+    return whole >> bits * i & (1 << bits) - 1
+
+
+def table(shape, value):
+    """A matrix from a function of row and column."""
+    return torch.tensor([[float(value(i, j)) for j in range(shape[1])] for i in range(shape[0])], dtype=torch.float64)
+
+
+def floats4(t, codes, scale, group):
+    """E2M1 in halves of bytes."""
+    c, s = t[codes].tolist(), scale.double().tolist()
+    return table((len(c), 2 * len(c[0])), lambda i, j: E2M1[c[i][j // 2] >> 4 * (j % 2) & 15] * s[i][j // group])
+
+
+def modelopt(t, n):
+    return floats4(t, f"{n}.weight", t[f"{n}.weight_scale"].double() * t[f"{n}.weight_scale_2"].double(), 16)
+
+
+def divided(t, n):
+    scale = t[f"{n}.weight_scale"].double() / t[f"{n}.weight_global_scale"].double()
+    return floats4(t, f"{n}.weight_packed", scale, 16)
+
+
+def gptq(t, n, bits, more):
+    columns, zeros = t[f"{n}.qweight"].T.tolist(), t[f"{n}.qzeros"].tolist()
+    scales, groups = t[f"{n}.scales"].double().tolist(), t[f"{n}.g_idx"].tolist()
+    high = [bits_of(row, j, bits) for row in zeros for j in range(len(columns))]
+
+    def value(i, j):
+        g = groups[j]
+        return scales[g][i] * (bits_of(columns[i], j, bits) - high[g * len(columns) + i] - more)
+
+    return table((len(columns), len(groups)), value)
+
+
+def awq(t, n):
+    codes, zeros, scales = (t[f"{n}.{p}"].tolist() for p in ("qweight", "qzeros", "scales"))
+    place = {c: p for p, c in enumerate([0, 2, 4, 6, 1, 3, 5, 7])}  # column in nibble p
+
+    def at(rows, i, j):
+        return rows[i][j // 8] >> 4 * place[j % 8] & 15
+
+    return table(
+        (len(scales[0]), len(codes)), lambda j, i: scales[i // 32][j] * (at(codes, i, j) - at(zeros, i // 32, j))
+    )
+
+
+def int4(t, n):
+    codes, scales = t[f"{n}.weight_packed"].tolist(), t[f"{n}.weight_scale"].double().tolist()
+    zero = t.get(f"{n}.weight_zero_point")
+
+    def value(i, j):
+        z = 8 if zero is None else int(zero[i // 8, j // 32]) >> 4 * (i % 8) & 15
+        return scales[i][j // 32] * ((codes[i][j // 8] >> 4 * (j % 8) & 15) - z)
+
+    return table(t[f"{n}.weight_shape"].tolist(), value)
+
+
+def nf4(t, n):
+    w = f"{n}.weight"
+    state = json.loads(bytes(t[f"{w}.quant_state.bitsandbytes__nf4"].tolist()))
+    codes, most, (rows, cols) = t[w].flatten().tolist(), t[f"{w}.absmax"].tolist(), state["shape"]
+    outer, inner, top = (t[f"{w}.{p}"].double().tolist() for p in ("quant_map", "nested_quant_map", "nested_absmax"))
+
+    def value(i, j):
+        k = i * cols + j
+        scale = inner[most[k // 64]] * top[k // 64 // 256] + state["nested_offset"]
+        return outer[codes[k // 2] >> 4 * (1 - k % 2) & 15] * scale
+
+    return table((rows, cols), value)
+
+
 REFERENCES = {
     "fp8": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale_inv"),
     "fp8-row": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
     "fp8-tensor": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
     "fp8-e5m2": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
     "int8": lambda t, n: scaled(t, f"{n}.weight", f"{n}.weight_scale"),
+    "mxfp4": lambda t, n: floats4(t, f"{n}.weight_packed", 2.0 ** (t[f"{n}.weight_scale"].double() - 127), 32),
+    "nvfp4": modelopt,
+    "nvfp4-packed": divided,
+    "gptq": lambda t, n: gptq(t, n, 4, 1),
+    "gptq-3": lambda t, n: gptq(t, n, 3, 0),
+    "awq": awq,
+    "int4": int4,
+    "int4-zero": int4,
+    "nf4": nf4,
 }
 
 
@@ -89,27 +177,27 @@ def test_numbers_are_those_of_the_reference(scheme, made, plain):
         # one rounding to BF16, or two where the product was rounded to float32 before
         assert torch.allclose(found[name].double(), want, rtol=2**-8 + 2**-20, atol=0), name
         assert (found[name].double() - want).norm() / want.norm() < 2**-8
-        assert (found[name].float() - w.float()).norm() / w.float().norm() < 0.2  # and close to the original
+        assert (found[name].float() - w.float()).norm() / w.float().norm() < 0.25  # and close to the original
     q = next(t for t in source.tensors if t.name == f"{Q}.weight")
     for a, b in ((0, 1), (3, 1000), (254, 260), (q.nbytes - 7, q.nbytes)):  # bytes from anywhere
         assert q.read(a, b).tobytes() == q.read(0, q.nbytes)[a:b].tobytes()
 
 
-@pytest.mark.parametrize("scheme", REFERENCES)
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-tensor", "mxfp4", "nvfp4", "gptq", "awq", "nf4"])
 def test_lossless_and_lossy(scheme, made, tmp_path, capsys):
     folder = made(scheme)
     assert main(["pack", str(folder), "-o", str(tmp_path / "whole.rac")]) == 0
     rac.verify(tmp_path / "whole.rac", folder)
     assert "dequantised" not in capsys.readouterr().out
-    assert main(["pack", str(folder), "-o", str(tmp_path / "m.rac"), "--bits", "5", "--effort", "fast"]) == 0
+    assert main(["pack", str(folder), "-o", str(tmp_path / "m.rac"), "--bits", "3", "--effort", "fast"]) == 0
     assert "tensors read as BF16; stored were" in capsys.readouterr().out
     found = rac.verify(tmp_path / "m.rac", folder)
     assert found.lossy == 10
-    assert found.snr > 20
+    assert found.snr > 10
     model, numbers = rac.load_model(tmp_path / "m.rac"), dense(folder)[0]
     assert model.state_dict().keys() >= numbers.keys()
     error = sum(float((model.get_parameter(n).detach().float() - w.float()).square().sum()) for n, w in numbers.items())
-    assert error < 0.01 * sum(float(w.float().square().sum()) for w in numbers.values())
+    assert error < 0.1 * sum(float(w.float().square().sum()) for w in numbers.values())
     rac.unpack(tmp_path / "m.rac", tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
@@ -210,3 +298,35 @@ def test_what_is_there_is_said_where_nothing_can_be_quantised(tmp_path):
         rac.pack(tmp_path / "w.safetensors", tmp_path / "w.rac", bits=4, keep=["w"])
     for what in ("of 4 tensors", "1 are of I32", "1 are kept by --keep", "1 are embeddings", "1 are vectors or small"):
         assert what in str(e.value)
+
+
+def test_experts_of_gpt_oss(tmp_path):
+    transformers_mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    w = torch.randn(3, 96, 64)
+    stored = {n: t.contiguous() for n, t in quantised_models.experts("layers.0.mlp.experts.gate_up_proj", w).items()}
+    st.save_file(stored, tmp_path / "m.safetensors")
+    found, source = dense(tmp_path / "m.safetensors")
+    (name,) = found
+    assert name == "layers.0.mlp.experts.gate_up_proj"
+    assert torch.equal(found[name], transformers_mxfp4.convert_moe_packed_tensors(*stored.values()))
+    (t,) = source.tensors
+    for a, b in ((1, 2), (1000, 20000), (5, 36001)):
+        assert t.read(a, b).tobytes() == t.read(0, t.nbytes)[a:b].tobytes()
+    rac.pack(tmp_path / "m.safetensors", tmp_path / "m.rac", bits=4, effort="fast")
+    assert rac.verify(tmp_path / "m.rac", tmp_path / "m.safetensors").lossy == 1
+    assert list(rac.load_file(tmp_path / "m.rac")) == [name]
+
+
+@pytest.mark.parametrize("missing", ["scales", "absmax", "quant_map", "weight_scale", "blocks"])
+def test_a_part_that_is_missing_is_named(missing, tmp_path):
+    w = torch.randn(64, 128)
+    parts = quantised_models.gptq("a", w) | quantised_models.nf4("b", w) | quantised_models.mxfp4("c", w)
+    parts |= quantised_models.experts("d", torch.randn(2, 32, 16))
+    name = next(n for n in (f"a.{missing}", f"b.weight.{missing}", f"c.{missing}", f"d_{missing}") if n in parts)
+    del parts[name]
+    st.save_file({n: t.contiguous() for n, t in parts.items()}, tmp_path / "m.safetensors")
+    if missing == "blocks":  # scales alone are no matrix
+        assert {"a.weight", "b.weight", "c.weight", "d_scales"} == dense(tmp_path / "m.safetensors")[0].keys()
+        return
+    with pytest.raises(SourceError, match=f"'{name}'.* is missing"):
+        open_source(tmp_path / "m.safetensors", dequantise=True)

@@ -15,18 +15,22 @@ from dataclasses import replace
 from typing import Any
 
 from rac.encode.sources.model import SMALLEST, Attachment, Source, SourceTensor
-from rac.encode.sources.quantised import floats
+from rac.encode.sources.quantised import floats, four, integers, tables
 from rac.encode.sources.quantised.found import Dequantised, Logical, Scope
 from rac.encode.sources.safetensors import parse_json
 from rac.errors import SourceError
 
-METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "bitsandbytes")
-_FINDERS: tuple[Callable[[Scope], Iterator[Logical]], ...] = (floats.eight, floats.wide)
+METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "gptq", "awq", "bitsandbytes")
+_FINDERS: tuple[Callable[[Scope], Iterator[Logical]], ...] = (
+    *(tables.indexed, four.blocks, four.pairs, integers.words, integers.packed),
+    *(floats.eight, floats.wide),
+)
 _STATED = ("quantization_config", "compression_config")
 _OTHERS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # of modelopt, GPTQ and AWQ
 _INDEX = ".safetensors.index.json"
 _CODES = ("U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2")
-_BESIDE = re.compile(r"(.*[._])?(input|output|activation|k|v|q|prob|softmax)_scale(_ub|_inv)?|(.*\.)?qscale_act")
+_OF = "input|output|activation|k|v|q|prob|softmax"
+_BESIDE = re.compile(rf"(.*[._])?({_OF})(_global)?_(scale|zero_point)(_ub|_inv)?|(.*\.)?qscale_act")
 """Scales of activations and caches, which nobody needs where weights are numbers."""
 
 

@@ -135,7 +135,6 @@ def _powers() -> F32:
 
 
 TABLES = {"F8_E4M3": _table(4, 3, True), "F8_E5M2": _table(5, 2, False), "F8_E8M0": _powers()}
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # F4, E2M1
 
 
 def numbers(t: SourceTensor, powers: bool = False) -> F32:
