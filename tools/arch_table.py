@@ -12,7 +12,11 @@ PAGE = ROOT / "docs" / "compatibility.md"
 CELLS = ("lossless", "dense", "compressed", "bits", "calibrated", "hf")
 TITLES = {"bits": "4 bits", "hf": "`--format hf`"}
 BEGIN, END = "<!-- python tools/arch_matrix.py --summary --write -->\n", "<!-- until here -->\n"
+PART = r"text does not reach: .*(tower|attention|pooler)"
 REASONS = {
+    PART: "a text does not reach a part of the model, which is quantised "
+    "from its weights alone, and the pack says so: ",
+    r"text does not reach": "to be mended: a text does not reach: ",
     r"WRONG .*did not reach": "a text does not reach all layers; these are quantised from their weights alone, "
     "and the pack says so",
     r"- .*no tensor is large enough": "refused, meant: the tiny model has no matrix that is large enough",
@@ -44,6 +48,7 @@ def write(rows: Rows) -> None:
 
 def _reason(value: str) -> str:
     found = next(text for pattern, text in REASONS.items() if re.match(pattern, value))
+    value = value.removeprefix("text does not reach:")
     more = re.sub(r"\s*\[[^]]*\]$", "", value.split(" ", 1)[1]).replace("|", "\\|") if found.endswith(": ") else ""
     return found + more
 
@@ -53,6 +58,7 @@ def summary(rows: Rows) -> str:
     cells = {c: [r[c] for r in rows.values()] for c in CELLS}
     counts = {
         "ok": {c: sum(v == "ok" for v in found) for c, found in cells.items()},
+        "but for a part": {c: sum(bool(re.match(PART, v)) for v in found) for c, found in cells.items()},
         "refused in one line": {c: sum(v.startswith("- ") for v in found) for c, found in cells.items()},
     }
     counts["to be mended"] = {c: len(rows) - sum(n[c] for n in counts.values()) for c in CELLS}

@@ -21,12 +21,15 @@ def test_every_cell_is_counted_and_explained():
             "b": row(calibrated=line.replace("AModel", "BModel")),
             "c": row(hf="ERROR KeyError: x", compressed="- c cannot be held [/m.rac]"),
             "d": row(),
+            "e": row(calibrated="text does not reach: cross attention"),
         }
     )
-    assert "4 architectures, 1 of them ok in all six cells." in found
-    assert "| ok | 4 | 4 | 3 | 4 | 2 | 3 |" in found
+    assert "5 architectures, 1 of them ok in all six cells." in found
+    assert "| ok | 5 | 5 | 4 | 5 | 2 | 4 |" in found
     assert "| refused in one line | 0 | 0 | 1 | 0 | 2 | 0 |" in found
+    assert "| but for a part | 0 | 0 | 0 | 0 | 1 | 0 |" in found
     assert "| to be mended | 0 | 0 | 0 | 0 | 0 | 1 |" in found
+    assert "and the pack says so: cross attention | e |" in found
     assert "| calibrated: refused in one line, which names `--calibrate none` | a, b |" in found
     assert "| compressed: refused: c cannot be held | c |" in found
     assert "| `--format hf`: to be mended: KeyError: x | c |" in found

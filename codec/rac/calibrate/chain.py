@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from rac.calibrate.moments import linears
+from rac.calibrate.reader import feed
 
 TAIL = 8  # positions at the end of a sequence whose hidden states are compared
 _CLOSE = 1e-3
@@ -82,7 +83,7 @@ class Chain:
     def __init__(self, model: Any, causal: bool, ids: NDArray[np.int64]) -> None:
         """`ids` is a sequence (1, context) of the text."""
         self.model = model
-        self._feed = {"use_cache": False} if causal else {}
+        self._feed = functools.partial(feed, model, causal)
         self._head = model.get_output_embeddings() if causal else None
         lists: dict[str, list[Any]] = {}
         for name, module in model.named_modules():
@@ -107,7 +108,7 @@ class Chain:
             if p.is_floating_point() and id(p) not in stay:
                 p.data = p.data.float()
         for table in tables:
-            table.register_forward_hook(lambda _, __, out: out.float())
+            table.register_forward_hook(lambda _, __, out: out.float() if isinstance(out, torch.Tensor) else out)
 
     def _watch(self, lists: dict[str, list[Any]], tokens: Any) -> tuple[str, list[tuple[str, int]]]:
         """The list that is a chain, and in which order linear layers and blocks ran. Keeps the blocks' arguments."""
@@ -186,7 +187,7 @@ class Chain:
                 head = self._head.forward
                 stack.enter_context(single(self._head))
                 stack.enter_context(_patched(self._head, lambda h: head(h[:, -TAIL:])))
-            return self.model(input_ids=tokens, **self._feed)
+            return self.model(**self._feed(tokens))
 
     def _reference(self, tokens: Any) -> None:
         """What each block and the model itself make of the end of `tokens`, when the model runs as a whole."""
@@ -211,7 +212,7 @@ class Chain:
             raise _Stop
 
         with _patched(self.blocks[0], stop), contextlib.suppress(_Stop):
-            self.model(input_ids=tokens, **self._feed)
+            self.model(**self._feed(tokens))
         return found[0].float()
 
     def run(self, i: int, hidden: Any) -> Any:
@@ -227,7 +228,7 @@ class Chain:
                 value = hidden if rest is None else (hidden, *rest)
                 stack.enter_context(_patched(block, lambda *_, value=value, **__: value))
             try:
-                return self.model(input_ids=tokens, **self._feed)
+                return self.model(**self._feed(tokens))
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
                 raise UnfitError(f"what comes behind its blocks does not run alone: {e}") from e
 

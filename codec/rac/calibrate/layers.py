@@ -28,7 +28,7 @@ from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
 
-_VERSION = 4  # of this code: counts up when it would find something else, so that no cache gives anything old
+_VERSION = 5  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,8 +66,12 @@ class Kron:
 class Layers(dict[str, Layer]):
     """Weight names, as they are in the model's files, to what was found; layers that were never run are missing."""
 
-    def __init__(self, layers: Mapping[str, Layer], tokens: int, digest: str) -> None:
+    def __init__(
+        self, layers: Mapping[str, Layer], tokens: int, digest: str, missing: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(layers)
+        self.missing = dict(missing or {})
+        """Float matrices of the files that were not reached, to the part of the model that each is in."""
         self.tokens = tokens
         """Tokens really used; batches, where a module was run on these."""
         self.digest = digest
@@ -94,16 +98,17 @@ def calibrate(
 
     A causal language model gets a forward and, for the sensitivities (`fisher`), a backward pass; an encoder a forward
     pass only; an encoder-decoder model reads each sequence with its encoder and once more with its decoder, and is run
-    as a whole, like other models that are no chain of blocks (`note` then says so): that needs the memory of the model
-    in float32 and of one sequence's activations.
+    as a whole, like other models that are no chain of blocks (`note` then says so, and how much memory that needs: that
+    of the weights as they are stored, and of one sequence's activations). Of a model that sees or hears too, the part
+    that reads text is run. `context` is the longest sequence, less where the model has positions for fewer tokens.
 
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
     SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
     result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
     finished block. Else it goes with the result. The weights of a `Given` take the place of those in the files.
 
-    OutputError where the cache cannot be written, SourceError where there
-    is no model or tokenizer, the text is too short, or a model that is not causal has none.
+    OutputError where the cache cannot be written, SourceError where there is no model or tokenizer, the text is too
+    short, no part of the model reads text, or a model that is not causal has none.
     """
     if not os.path.isdir(path):
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
@@ -180,7 +185,7 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
 def _layers(folder: Folder, digest: str) -> Layers:
     every = folder.state["layers"].items()
     found = {name: _layer(folder, entry) for name, entry in every if "second" in entry}
-    return Layers(found, folder.state["tokens"], digest)
+    return Layers(found, folder.state["tokens"], digest, folder.state.get("missing"))
 
 
 def _layer(folder: Folder, entry: Mapping[str, Any]) -> Layer:

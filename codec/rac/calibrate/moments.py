@@ -30,7 +30,14 @@ def linears(model: Any) -> dict[str, Any]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     modules = dict(model.named_modules())
     named = {name: m for name, m in modules.items() if m is not head and not name.endswith("lm_head")}
-    return {name: m for name, m in named.items() if is_linear(m)} | calibration_experts.experts(modules)
+    return {name: m for name, m in named.items() if is_linear(m) or _pointwise(m)} | calibration_experts.experts(
+        modules
+    )
+
+
+def _pointwise(module: Any) -> bool:
+    """Whether a convolution sees one position at a time: a linear layer, channels first."""
+    return isinstance(module, torch.nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
 
 
 class Collector:
@@ -82,7 +89,8 @@ class Collector:
         given = args[0]
         if isinstance(out, tuple):  # a linear layer that does more than its product: a router
             return
-        x = given.detach()
+        first = module is not None and _pointwise(module)  # channels come first
+        x = given.detach().mT if first else given.detach()
         same = (k for y, version, k in self._recent if y is given and version == given._version)
         key = next(same, name)  # the layer that had this very input first
         self._recent = [*self._recent[1 - _RECENT :], (given, given._version, key)]
@@ -94,8 +102,8 @@ class Collector:
         if module is not None and name not in self.squares:
             self._waiting.setdefault(name, []).append(x)
         if out.requires_grad:
-            outs = len(module.weight) if isinstance(module, torch.nn.Linear) else out.shape[-1]
-            out.register_hook(lambda g: self._gradient(name, into, x, g, outs))
+            outs = len(module.weight) if isinstance(module, torch.nn.Linear) or first else out.shape[-1]
+            out.register_hook(lambda g: self._gradient(name, into, x, g.mT if first else g, outs))
 
     def _forward(self, name: str, into: str, x: Any) -> None:
         rows = x.float().reshape(-1, x.shape[-1]).contiguous().numpy()

@@ -19,6 +19,8 @@ from rac.models.names import renamed
 
 Entry = dict[str, Any]
 Found = list[tuple[Any, Entry]]
+EMBEDDINGS, BUFFERS = "embeddings", "buffers"
+"""What no product is made with."""
 PARTS = (
     ("vision tower", r"vision|visual|image|patch|pixel|vit\b"),
     ("audio tower", r"audio|speech|mel_|feature_extractor"),
@@ -118,11 +120,13 @@ def _counts(stored: Stored, name: str) -> bool:
 
 
 def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str) -> str:
-    """The part of the model that a tensor of its files is in: one of PARTS, "embeddings", or the module's name."""
+    """The part of the model that a tensor of its files is in: EMBEDDINGS, BUFFERS, one of PARTS, or its module."""
     key = known.get(name, (name, True))[0]
     owners = list(_owners(model, key))
     if owners and owners[-1] in _tables(model):
-        return "embeddings"
+        return EMBEDDINGS
+    if owners and key.rpartition(".")[2] in owners[-1]._buffers:
+        return BUFFERS
     for owner in owners[1:]:
         if hasattr(owner, "config") and (sees := _SEES.get(getattr(owner, "main_input_name", ""))):
             return sees

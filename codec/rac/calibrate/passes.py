@@ -12,16 +12,20 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
+from rac.calibrate import whole
 from rac.calibrate.chain import TAIL, Chain, UnfitError, single
 from rac.calibrate.experts import Stored
 from rac.calibrate.folder import Folder
 from rac.calibrate.given import Given
-from rac.calibrate.moments import Collector, linears
+from rac.calibrate.moments import Collector
 from rac.calibrate.names import rename
-from rac.calibrate.text import SEED, Note, draw, self_text_ids, sequences, text_ids
+from rac.calibrate.reader import Reader, is_causal
+from rac.calibrate.reader import find as find_reader
+from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
+from rac.calibrate.whole import backward, leaves
+from rac.calibrate.wide import Wide
 from rac.errors import SourceError
 from rac.models.predictions import positions
 
@@ -43,61 +47,69 @@ class Asked:
 
 def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, note: Note) -> None:
     """Do what is still to do, and write it into the folder."""
-    path, tokens, context, fisher = asked.path, asked.tokens, asked.context, asked.fisher
-    try:
-        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    except Exception as e:  # transformers raises whatever a broken file makes of it
-        raise SourceError(f"no model that transformers knows: {e}", file=path) from e
-    kind, causal = _kind(config)
+    path, context, fisher = asked.path, asked.context, asked.fisher
+    kind, config = _kind(path)
+    causal = is_causal(kind, config)
     context = positions(config.get_text_config(), context)
-    if "ids.npy" not in folder:
-        if text is not None:
-            if isinstance(text, str):
-                every, most = text_ids(path, text, tokens)
-            else:
-                every, most = np.asarray(text, np.int64), context
-            if len(every) < tokens:
-                note(f"the calibration text has {len(every)} tokens, {tokens} were asked for", 0, 0)
-            ids = sequences(every, tokens, min(context, most))
-        elif causal:
-            # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
-            small = sum(f.stat().st_size for f in Path(path).glob("*.safetensors")) <= _SMALL
-            writer = _load(kind, asked, config, "float32" if small else "auto")
-            ids = self_text_ids(writer, tokens, context, folder, note)
-            del writer
+    if text is None and "ids.npy" not in folder:
+        _own_text(kind, config, asked, context if causal else 0, folder, note)
+    model = _load(kind, asked, config, "auto")
+    if "ids.npy" in folder:
+        name = folder.state.get("reader", "")
+        part = model.get_submodule(name)
+        reader = Reader(part, name, is_causal(type(part), part.config), context)
+    else:
+        assert text is not None  # noqa: S101 - else the ids are there
+        reader = find_reader(model, causal, min(context, asked.tokens), path)
+        if isinstance(text, str):
+            every, most = text_ids(path, text, asked.tokens)
         else:
-            raise SourceError("only a causal language model can write its own calibration text", file=path)
-        folder.put("ids.npy", np.ascontiguousarray(ids, np.int64))
-        folder.commit(drop=lambda name: name.startswith("own-"))
+            every, most = np.asarray(text, np.int64), context
+        if len(every) < asked.tokens:
+            note(f"the calibration text has {len(every)} tokens, {asked.tokens} were asked for", 0, 0)
+        folder.put("ids.npy", sequences(every, asked.tokens, min(reader.context, most)))
+        folder.state["reader"] = reader.name
+        folder.commit()
     ids = np.array(folder.array("ids.npy"))
-    both, model = bool(config.is_encoder_decoder), None
-    try:
-        if both:
-            raise UnfitError("it has an encoder and a decoder")
-        model = _load(kind, asked, config, "auto")
-        stream(model, causal, ids, fisher and causal, folder, note)
-    except UnfitError as e:
-        note(f"running the model as a whole: {e}", 0, 0)
-        model = None  # its weights are no longer all of one type
-        model = _load(kind, asked, config, "float32")
+    with Wide():
         try:
-            whole(model, causal, ids, fisher and (causal or both), folder, note)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as why:
-            what = f"{type(model).__name__} cannot be calibrated on a text ({why})"
-            raise SourceError(f"{what}; `--calibrate none` works", file=path) from why
+            if getattr(reader.model.config, "is_encoder_decoder", False):
+                raise UnfitError("it has an encoder and a decoder")
+            stream(reader.model, reader.causal, ids, fisher and reader.causal, folder, note)
+        except UnfitError as e:
+            note(f"running the model as a whole: {e}", 0, 0)
+            whole.calibrate(reader, ids, fisher, folder, note, path)
+    if reader.name:
+        folder.state["layers"] = {f"{reader.name}.{name}": entry for name, entry in folder.state["layers"].items()}
     stored = Stored(Path(path) if asked.given is None else asked.given.parts)
     missing = rename(model, stored, folder)
     folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
 
 
-def _kind(config: Any) -> tuple[Any, bool]:
-    """The class that the folder's weights are named after, and whether it is a causal language model."""
-    causal = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name), name in causal and not config.is_encoder_decoder
-    return transformers.AutoModel, False
+def _own_text(kind: Any, config: Any, asked: Asked, context: int, folder: Folder, note: Note) -> None:
+    """Let the model write its tokens, in sequences of `context` (0: it cannot write)."""
+    if not context:
+        raise SourceError("only a causal language model can write its own calibration text", file=asked.path)
+    # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
+    small = sum(f.stat().st_size for f in Path(asked.path).glob("*.safetensors")) <= _SMALL
+    writer = _load(kind, asked, config, "float32" if small else "auto")
+    ids = self_text_ids(writer, asked.tokens, context, folder, note)
+    folder.put("ids.npy", np.ascontiguousarray(ids, np.int64))
+    folder.commit(drop=lambda name: name.startswith("own-"))
+
+
+def _kind(path: str) -> tuple[Any, Any]:
+    """The class that the folder's weights are named after, and its configuration."""
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except Exception as e:  # transformers raises whatever a broken file makes of it
+        if "trust_remote_code" in str(e):
+            what = "the model needs code of its own, which is not run here; rac.calibrate takes a model that you loaded"
+            raise SourceError(f"{what}, `--calibrate none` works", file=path) from e
+        raise SourceError(f"no model that transformers knows: {e}", file=path) from e
+    found = next((name for name in config.architectures or () if hasattr(transformers, name)), "AutoModel")
+    return getattr(transformers, found), config
 
 
 def _load(kind: Any, asked: Asked, config: Any, dtype: str) -> Any:
@@ -266,52 +278,3 @@ class _Passes:
 
 def _file(kind: str, i: int) -> str:
     return f"{kind}-{i:04}.npy"
-
-
-def backward(logits: Any, at: Any) -> None:
-    """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
-    with torch.no_grad():
-        gradient = torch.softmax(logits.float(), -1)
-        labels = draw(gradient, at)
-        gradient[torch.arange(len(labels)), labels] -= 1  # the derivative is known: no second softmax
-    logits.backward(gradient.to(logits.dtype))
-
-
-@contextlib.contextmanager
-def leaves(model: Any) -> Any:
-    """Gradients begin at the embeddings: those of the weights are not wanted."""
-    tables = set()
-    for module in model.modules():
-        if hasattr(module, "get_input_embeddings"):
-            with contextlib.suppress(NotImplementedError, AttributeError):  # parts that read no tokens
-                tables.add(module.get_input_embeddings())
-    tables.discard(None)
-    with contextlib.ExitStack() as stack:
-        for t in tables:
-            stack.enter_context(t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)))
-        yield
-
-
-def whole(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
-    """Calibrate with one pass of the whole model, in float32, for each sequence; nothing is kept in between."""
-    for p in model.parameters():
-        p.requires_grad_(False)
-    tokens = torch.from_numpy(ids)
-    generator = torch.Generator().manual_seed(SEED)
-    folder.state.update(layers={}, steps=0)
-    folder.commit(drop=lambda name: name != "ids.npy")
-    given: dict[str, Any] = {"use_cache": False} if causal or model.config.is_encoder_decoder else {}
-    with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
-        if fisher:
-            stack.enter_context(leaves(model))
-        stack.enter_context(torch.set_grad_enabled(fisher))
-        for s in range(len(ids)):
-            if model.config.is_encoder_decoder:
-                given["decoder_input_ids"] = tokens[s : s + 1]
-            out = model(input_ids=tokens[s : s + 1], **given)
-            if fisher:
-                backward(out.logits[0], torch.rand(ids.shape[1], 1, generator=generator))
-                found.settle()
-            del out
-            note("calibrating", s + 1, len(ids))
-    found.save(folder, "whole", ids.size)

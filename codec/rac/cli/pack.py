@@ -88,6 +88,9 @@ BESIDE = ".packing.rac"  # ending of the file that is packed first where a folde
 ALARM = 10  # decibels of output signal to noise below which a layer is named
 QUALITY = "a choice of the budgets below, said when it is made: small --bits 3, good --bits 4, best --bits 5"
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
+OTHERS = {"vision tower": "`--calibrate images/` does", "audio tower": "`--calibrate audio/` does"}
+ANY = "rac.calibrate does, where you run the model on inputs that use them"
+"""What reaches parts of a model that a text does not."""
 LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
 JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
 lossless)"""
@@ -326,9 +329,9 @@ def _numbers(source: Source) -> str:
 
 def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: Lossy) -> None:
     """Print what a lossy pack came to, and write and measure what was asked for."""
-    if found.unreached and request.calibration.any:
-        these = f"{len(found.unreached)} tensors, which are quantised from the weights alone: {_some(found.unreached)}"
-        print(f"rac: calibration did not reach {these}", file=sys.stderr)
+    for part, names in grouped(found.unreached, lambda name: found.parts.get(name, "the rest")).items():
+        these = f"{part}: {len(names)} tensors, which are quantised from the weights alone: {_some(names)}"
+        print(f"rac: text does not reach: {these}; {OTHERS.get(part, ANY)}", file=sys.stderr)
     say(_by_role(done.fidelity))
     say(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:

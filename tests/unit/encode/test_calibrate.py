@@ -190,7 +190,7 @@ def test_more_positions_than_logits_are_made_at_once(saved, monkeypatch, make):
 def test_a_model_that_reads_no_text(saved):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     folder = saved(lambda: transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8)))
-    with pytest.raises(SourceError, match=r"ViTModel cannot be calibrated on a text .*`--calibrate none` works"):
+    with pytest.raises(SourceError, match=r"ViTModel .*it reads images.* rac.calibrate .*`--calibrate none` works"):
         run(folder)
 
 
@@ -327,8 +327,69 @@ def test_encoder_has_moments_alone(saved, monkeypatch):
 def test_encoder_and_decoder_run_as_a_whole(saved):
     found, said = run(saved(t5))
     assert any("encoder and a decoder" in what for what, _, _ in said)
+    assert any("MB, its weights and what it makes of 64 tokens" in what for what, _, _ in said)
     assert {name.split(".")[0] for name in found} == {"encoder", "decoder"}
     assert all(np.isfinite(v.sensitivity).all() and v.finite for v in found.values())
+
+
+def test_encoder_and_decoder_without_a_head(saved):
+    """Nothing is predicted, so that there is no gradient."""
+
+    config = transformers.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, **SMALL)
+    found, _ = run(saved(lambda: transformers.T5Model(config)))
+    assert all(v.sensitivity is None for v in found.values())
+    assert any("EncDecAttention" in name for name in found)
+
+
+def test_stored_types_stay_as_they_are_in_a_run_of_the_whole(saved):
+    """What the float32 copy of a BF16 model finds, without one."""
+    from rac.calibrate.wide import Wide
+
+    folder = saved(t5, "bfloat16")
+    found, _ = run(folder)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    name, ids = "decoder.block.1.layer.2.DenseReluDense.wi", torch.from_numpy(IDS[None, :64])
+    seen = []
+    model.get_submodule(name).register_forward_hook(lambda m, a, out: seen.append(a[0].detach()))
+    with torch.no_grad():
+        exact = model(input_ids=ids, decoder_input_ids=ids).logits
+    narrow = transformers.T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad(), Wide():
+        logits = narrow(input_ids=ids, decoder_input_ids=ids).logits
+    np.testing.assert_allclose(logits.numpy(), exact.numpy(), rtol=1e-4, atol=1e-4 * float(exact.abs().max()))
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    assert found[f"{name}.weight"].second.shape == (32, 32)
+
+
+def test_positions_are_found_by_running(saved):
+    """MPNet counts them from behind its padding token, as its configuration does not say."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MPNetConfig(**sizes, vocab_size=97, max_position_embeddings=66, pad_token_id=0)
+    found, said = run(saved(lambda: transformers.MPNetModel(config)), context=1024)
+    assert found.tokens == 320 and not [what for what, _, of in said if not of]
+
+
+def test_the_part_that_reads_text(saved):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text, vision = {**small, **SMALL}, {**small, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    found, _ = run(saved(lambda: transformers.CLIPModel(config)))
+    assert all(name.startswith("text_model.") for name in found)
+    assert found.missing["vision_model.encoder.layers.0.mlp.fc1.weight"] == "vision tower"
+
+
+def test_cross_attention_without_an_encoder(saved):
+    config = transformers.BartConfig(
+        d_model=32,
+        decoder_ffn_dim=48,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        max_position_embeddings=512,
+        **SMALL,
+    )
+    found, _ = run(saved(lambda: transformers.BartForCausalLM(config)))
+    assert found.missing["model.decoder.layers.1.encoder_attn.k_proj.weight"] == "cross attention"
+    assert "model.decoder.layers.1.self_attn.k_proj.weight" in found
 
 
 def test_forward_alone(saved):

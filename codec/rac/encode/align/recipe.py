@@ -108,6 +108,7 @@ class Recipe:
     coder: Level = CODER  # how the integers are coded
     lossless: Level = LEVELS["default"]  # how tensors are coded that are no larger so
     unreached: tuple[str, ...] = ()  # tensors that the calibration did not reach, quantised from the weights alone
+    parts: Mapping[str, str] = field(default_factory=dict)  # these to the part of the model that each is in
 
     @property
     def effort(self) -> lossy.Effort:
@@ -203,11 +204,19 @@ def calibrated(
     effort: str,
     embeddings: bool = False,
     sample: Sample = Sample(),
+    missing: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity."""
+    """A recipe from what a calibration has found: triangular, water-filled, rows and tensors by their sensitivity.
+
+    `missing` are tensors that were not reached, to the part of the model that each is in: buffers stay lossless, as do
+    embeddings under any name unless `embeddings` asks for them.
+    """
     found: dict[str, Aligned] = {}
     needs: dict[str, tuple[float, int]] = {}
+    parts = missing or {}
     for t in (g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)):
+        if parts.get(t.name) == "buffers" or (parts.get(t.name) == "embeddings" and not embeddings):
+            continue
         w = matrix_of(t)
         even, layer = _even(t, w), layers.get(t.name)
         if even is None:
@@ -240,8 +249,10 @@ def calibrated(
         more = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
         found[name] = replace(found[name], base=found[name].base - more)
     unreached = tuple(name for name in found if name not in needs and not _matches(name, EMBEDDINGS))
+    unreached = tuple(name for name in unreached if parts.get(name) != "embeddings")
     about = {"calibrate": "text", "effort": effort}
-    return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached)
+    mine = {name: parts.get(name, "the rest") for name in unreached}
+    return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine)
 
 
 def _weights(

@@ -45,7 +45,9 @@ def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, 
         return replace(recipe, about={**recipe.about, **request.about})
     found, used = _calibrations(groups, path, c, note)
     layers = found[0] if len(found) == 1 else joined(found)
-    recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings)
+    every = (one.missing.items() for one in found if isinstance(one, Layers))
+    missing = {name: part for one in every for name, part in one if name not in layers}
+    recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings, missing=missing)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used})

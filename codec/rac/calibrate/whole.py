@@ -1,0 +1,101 @@
+"""A calibration by passes of a whole model, one for each sequence: of what is no chain of blocks."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rac.calibrate.folder import Folder
+from rac.calibrate.moments import Collector, linears
+from rac.calibrate.reader import ERRORS, Reader, feed
+from rac.calibrate.text import SEED, Note, draw
+from rac.errors import SourceError
+
+
+def backward(logits: Any, at: Any) -> None:
+    """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
+    with torch.no_grad():
+        gradient = torch.softmax(logits.float(), -1)
+        labels = draw(gradient, at)
+        gradient[torch.arange(len(labels)), labels] -= 1  # the derivative is known: no second softmax
+    logits.backward(gradient.to(logits.dtype))
+
+
+@contextlib.contextmanager
+def leaves(model: Any) -> Any:
+    """Gradients begin at the embeddings: those of the weights are not wanted."""
+    tables = set()
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            with contextlib.suppress(NotImplementedError, AttributeError):  # parts that read no tokens
+                tables.add(module.get_input_embeddings())
+    tables.discard(None)
+    with contextlib.ExitStack() as stack:
+        for t in tables:
+            stack.enter_context(t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)))
+        yield
+
+
+def calibrate(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note, path: str) -> None:
+    """Calibrate with passes of the whole model: backward where it can, else forward alone."""
+    try:
+        need, scored = _tried(reader, torch.from_numpy(ids[:1]))
+        note(f"it needs about {need / 1e6:.0f} MB, its weights and what it makes of {ids.shape[1]} tokens", 0, 0)
+        for again in (False, True):
+            try:
+                return whole(reader, ids, fisher and scored and not again, folder, note)
+            except ERRORS as why:
+                if again or not fisher or not scored:
+                    raise
+                note(f"no backward pass, so no sensitivities: {_said(why)}", 0, 0)
+    except ERRORS as why:
+        what = f"{type(reader.model).__name__} cannot be calibrated on a text ({_said(why)})"
+        raise SourceError(f"{what}; `--calibrate none` works", file=path) from why
+
+
+def _said(e: Exception) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def _tried(reader: Reader, tokens: Any) -> tuple[int, bool]:
+    """Bytes of weights and of what the modules make of one sequence, and whether that ends in scores of tokens."""
+    made = [sum(p.numel() * p.element_size() for p in reader.model.parameters())]
+
+    def count(_: Any, __: Any, out: Any) -> None:
+        made[0] += 8 * sum(
+            t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)
+        )
+
+    leaves_of = [m for m in reader.model.modules() if not any(True for _ in m.children())]
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for module in leaves_of:
+            stack.enter_context(module.register_forward_hook(count))
+        out = reader.model(**feed(reader.model, reader.causal, tokens))
+    logits = getattr(out, "logits", None)
+    return made[0], logits is not None and logits.dim() == 3 and logits.shape[1] == tokens.shape[1]
+
+
+def whole(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
+    """Calibrate with one pass of the whole model for each sequence; nothing is kept in between."""
+    model, tokens = reader.model, torch.from_numpy(ids)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    generator = torch.Generator().manual_seed(SEED)
+    folder.state.update(layers={}, steps=0)
+    folder.commit(drop=lambda name: name != "ids.npy")
+    with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
+        if fisher:
+            stack.enter_context(leaves(model))
+        stack.enter_context(torch.set_grad_enabled(fisher))
+        for s in range(len(ids)):
+            out = model(**feed(model, reader.causal, tokens[s : s + 1]))
+            if fisher:
+                backward(out.logits[0], torch.rand(ids.shape[1], 1, generator=generator))
+                found.settle()
+            del out
+            note("calibrating", s + 1, len(ids))
+    found.save(folder, "whole", ids.size)
