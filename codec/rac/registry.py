@@ -28,6 +28,8 @@ DTYPES = {
         DType("C64", 64, 4, True, "complex64"),
         DType("F8_E4M3", 8, 1, False, "float8_e4m3fn"),
         DType("F8_E5M2", 8, 1, False, "float8_e5m2"),
+        DType("F8_E4M3FNUZ", 8, 1, False, "float8_e4m3fnuz"),
+        DType("F8_E5M2FNUZ", 8, 1, False, "float8_e5m2fnuz"),
         DType("F8_E8M0", 8, 1, False, "float8_e8m0fnu"),
         DType("F4", 4, 1, False, "float4_e2m1fn_x2"),
         DType("I64", 64, 8, False, "int64"),

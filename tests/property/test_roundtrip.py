@@ -29,6 +29,7 @@ SETTINGS = settings(
 )
 PLAIN = ["f8", "f4", "f2", "c8", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?"]
 ML = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu)
+ML += (ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2fnuz)
 DTYPES = [np.dtype(d) for d in (*PLAIN, *ML)]
 NAMES = {
     "float64": "F64",
@@ -39,6 +40,8 @@ NAMES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
     "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
     "int64": "I64",
     "int32": "I32",
     "int16": "I16",
@@ -267,6 +270,8 @@ TORCH = [
     "float8_e4m3fn",
     "float8_e5m2",
     "float8_e8m0fnu",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
     "float4_e2m1fn_x2",
     "int64",
     "int32",

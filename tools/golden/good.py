@@ -173,6 +173,22 @@ def _() -> Archive:
     return archive(*records)
 
 
+FNUZ = ("F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FIRST = [d for d in DTYPES.values() if d.name not in FNUZ]
+"""The data types in files that were there before the others."""
+
+
+@good("fnuz", "The 8-bit floats without negative zero under raw/1, zstd/1 and lanes/1: every byte, as it was.")
+def _() -> Archive:
+    records = []
+    for i, dtype in enumerate(FNUZ):
+        records.append(tensor(f"{dtype} raw", dtype, [16, 16], list(range(256)), tile=(5, 16)))
+        words = weights(60 + i, dtype, 256)
+        records.append(tensor(f"{dtype} zstd", dtype, [16, 16], words, "zstd/1", tile=(9, 7)))
+        records.append(tensor(f"{dtype} lanes", dtype, [16, 16], words, fit(Lanes(8, 2, shift=i), words, 10)))
+    return archive(*records)
+
+
 @good("empty", "No records at all.")
 def _() -> Archive:
     return archive()
@@ -183,7 +199,7 @@ def _() -> Archive:
 )
 def _() -> Archive:
     records = []
-    for d in DTYPES.values():
+    for d in FIRST:
         words = specials(d.name)
         words += weights(1, d.name, -len(words) % 2)
         shape = [2, len(words) // 2] if d.name != "F4" else [2, len(words)]
@@ -196,7 +212,7 @@ def _() -> Archive:
 @good("zstd-dtypes", "Every data type under zstd/1 in several tiles with smaller ones at the edges.")
 def _() -> Archive:
     records = []
-    for d in DTYPES.values():
+    for d in FIRST:
         words = specials(d.name)[:6] + weights(2, d.name, 7 * 10 - 6)
         shape = {"C64": [7, 5], "F4": [7, 20]}.get(d.name, [7, 10])
         records.append(tensor(d.name, d.name, shape, words, "zstd/1", tile=(4, 6)))
@@ -234,7 +250,7 @@ CHECKED = bytes.fromhex("28b52ffd241b4d0000186162630100826e08e2aa308e")
 @good("lanes-dtypes", "Every data type under lanes/1, one base symbol per coded symbol, words as in trained weights.")
 def _() -> Archive:
     records = []
-    for i, d in enumerate(DTYPES.values()):
+    for i, d in enumerate(FIRST):
         words = weights(3 + i, d.name, 12 * 14)
         bits = 8 * d.word
         if d.name in EXPONENT:

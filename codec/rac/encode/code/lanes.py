@@ -25,7 +25,7 @@ Array = NDArray[Any]
 PAIR_RARE = 45000  # a pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits
 RARE = {1: 65536, 2: 4096}  # per elements per symbol: a top that is rarer has no symbol of its own
 _CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}  # bits of a mantissa in the top, at most
-_BYTES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")
+_BYTES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "I8", "U8")
 _LEAST = 2048  # words below which tables would cost more than they gain
 
 
