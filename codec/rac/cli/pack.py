@@ -28,6 +28,7 @@ from rac.cli.terminal import (
     tell,
 )
 from rac.container.output import write_whole
+from rac.dequantise import Dequantised
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
@@ -36,7 +37,6 @@ from rac.encode.estimate import Estimate, estimate
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source
-from rac.encode.sources.quantised.found import Dequantised
 from rac.machine import threads_of
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare

@@ -21,9 +21,9 @@ from rac.calibrate.text import Note
 from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile
 from rac.decode.unpack import quantised
+from rac.dequantise import SMALLEST
 from rac.encode.align.recipe import EMBEDDINGS, KEEP
 from rac.encode.sources import Extent, SourceTensor, open_source
-from rac.encode.sources.model import SMALLEST
 from rac.errors import FormatError, MismatchError, MissingDependencyError
 from rac.frameworks import to_framework
 from rac.linalg.transform import Transform, hook

@@ -330,3 +330,39 @@ def test_a_part_that_is_missing_is_named(missing, tmp_path):
         return
     with pytest.raises(SourceError, match=f"'{name}'.* is missing"):
         open_source(tmp_path / "m.safetensors", dequantise=True)
+
+
+def test_blocks_of_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    rng, q = np.random.default_rng(0), gguf.GGMLQuantizationType
+    w = {f"blk.{i}.ffn_up.weight": rng.standard_normal((160, 256)).astype(np.float32) for i in range(3)}
+    kinds = dict(zip(w, (q.Q8_0, q.Q4_1, q.Q6_K), strict=True))
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_file_type(15)
+    numbers = {}
+    for name, kind in kinds.items():
+        if kind is q.Q6_K:  # gguf cannot make these: six-bit codes and eight-bit scales are what they are
+            blocks = rng.integers(0, 255, (160, 210)).astype(np.uint8)
+            blocks[:, -2:] = np.full(160, 1e-3, "<f2").view(np.uint8).reshape(160, 2)
+        else:
+            blocks = gguf.quants.quantize(w[name], kind)
+        numbers[name] = gguf.quants.dequantize(blocks, kind)
+        writer.add_tensor(name, blocks, raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", np.ones(7, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found, source = dense(tmp_path / "m.gguf")
+    assert source.dequantised == ("GGUF Q4_1", "GGUF Q6_K", "GGUF Q8_0")
+    for name, want in numbers.items():
+        assert torch.equal(found[name], torch.from_numpy(want).bfloat16())
+    rac.pack(tmp_path / "m.gguf", tmp_path / "m.rac", bits=4, effort="fast")
+    assert rac.verify(tmp_path / "m.rac", tmp_path / "m.gguf").lossy == 3
+    (out,) = rac.unpack(tmp_path / "m.rac", tmp_path / "out.gguf")
+    reader = gguf.GGUFReader(out)
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_BF16
+    packed = rac.load_file(tmp_path / "m.rac", framework="pt")
+    for t in reader.tensors:
+        assert t.tensor_type == (q.F32 if t.name == "output_norm.weight" else q.BF16)
+        assert t.data.tobytes() == packed[t.name].contiguous().view(torch.uint8).numpy().tobytes()

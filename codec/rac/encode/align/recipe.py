@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.calibrate.layers import Layer
+from rac.dequantise import SMALLEST
 from rac.encode import ties
 from rac.encode.code.plan import CODER, LEVELS, Level, axis_of
 from rac.encode.options import EFFORTS
 from rac.encode.quantise import trellis as lossy
-from rac.encode.sources.model import SMALLEST, SourceTensor
+from rac.encode.sources import SourceTensor
 from rac.errors import SourceError
 from rac.grid import matrix
 from rac.linalg import exact
@@ -29,7 +30,16 @@ if TYPE_CHECKING:
 
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
-EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight")  # lossless unless asked otherwise
+EMBEDDINGS = ("*embed*", "*token_embd*", "*lm_head*", "output.weight", "*wte*", "*wpe*", "*shared.weight")
+"""Lossless unless asked otherwise; GGUF files have names of their own."""
+    "*embed*",
+    "*token_embd*",
+    "*lm_head*",
+    "output.weight",
+    "*wte*",
+    "*wpe*",
+    "*shared.weight",
+)  # lossless unless asked otherwise
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
 FAR = 16  # medians beyond which a weight counts no more in the energies

@@ -13,7 +13,6 @@ from rac.errors import SourceError
 from rac.records import Online
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SMALLEST = 1 << 14  # weights of the smallest matrix that is quantised
 REFUSE_PICKLE = "pickled weights are refused because loading them runs code; convert them to .safetensors first"
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from rac.encode.sources.model import SMALLEST, SourceTensor
-from rac.encode.sources.quantised.found import (
+from rac.dequantise.found import (
     F32,
+    SMALLEST,
     TABLES,
     Blocks,
     Logical,
     Scope,
+    Stored,
     band,
     blocks_of,
     numbers,
@@ -29,11 +30,11 @@ _CODES = ("F8_E4M3", "F8_E5M2", "I8")
 class _Scaled:
     """Codes of one byte times their scales, less a zero point where there is one."""
 
-    codes: SourceTensor
+    codes: Stored
     cols: int
-    scale: SourceTensor | None = None
+    scale: Stored | None = None
     blocks: Blocks | None = None  # how it is shared
-    zero: SourceTensor | None = None
+    zero: Stored | None = None
     factor: float = 1.0
 
     def __call__(self, a: int, b: int) -> F32:
@@ -102,7 +103,7 @@ def _how(b: Blocks) -> str:
 class _Wide:
     """F64 to the nearest F32."""
 
-    source: SourceTensor
+    source: Stored
     cols: int
 
     def __call__(self, a: int, b: int) -> F32:

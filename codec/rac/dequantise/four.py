@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rac.encode.sources.model import SourceTensor
-from rac.encode.sources.quantised.found import F32, Blocks, Logical, Scope, band, blocks_of, numbers
+from rac.dequantise.found import F32, Blocks, Logical, Scope, Stored, band, blocks_of, numbers
 
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # E2M1
 _VALUES = np.concatenate([_VALUES, -_VALUES])
@@ -19,7 +18,7 @@ _PAIRS = np.stack([_VALUES[np.arange(256) & 15], _VALUES[np.arange(256) >> 4]], 
 class _Second:
     """A second scale, of a whole matrix or of each expert."""
 
-    scale: SourceTensor
+    scale: Stored
     blocks: Blocks
     divides: bool  # as compressed-tensors has it; modelopt's multiplies
 
@@ -28,9 +27,9 @@ class _Second:
 class _Scaled:
     """Pairs of codes in bytes times their scales."""
 
-    codes: SourceTensor
+    codes: Stored
     cols: int  # numbers of a row
-    scale: SourceTensor
+    scale: Stored
     blocks: Blocks
     second: _Second | None = None
 
@@ -48,8 +47,8 @@ class _Scaled:
 class _Experts:
     """Experts (E, R, G, B) of blocks of pairs, with scales (E, R, G), as the matrices (E, 2 G B, R) of GPT-OSS."""
 
-    codes: SourceTensor
-    scale: SourceTensor
+    codes: Stored
+    scale: Stored
 
     def __call__(self, a: int, b: int) -> F32:
         _, rows, groups, width = self.codes.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,17 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from rac.encode.sources.model import SourceTensor
-from rac.encode.sources.quantised.found import F32, Logical, Scope, numbers, whole
-from rac.encode.sources.safetensors import parse_json
+from rac.dequantise.found import F32, Logical, Scope, Stored, numbers, whole
 
 
 @dataclass(frozen=True, slots=True)
 class _Nested:
     """Largest magnitudes of blocks that are indices of a table themselves."""
 
-    table: SourceTensor
-    most: SourceTensor
+    table: Stored
+    most: Stored
     size: int  # blocks that share one
     offset: float
 
@@ -28,9 +27,9 @@ class _Nested:
 class _Indexed:
     """Indices of four bits, the high half of a byte first, times the largest magnitude of their block."""
 
-    codes: SourceTensor
-    table: SourceTensor
-    most: SourceTensor
+    codes: Stored
+    table: Stored
+    most: Stored
     size: int  # weights that share one
     cols: int
     nested: _Nested | None
@@ -58,7 +57,7 @@ def indexed(scope: Scope) -> Iterator[Logical]:
         state = scope.need("state", name, *states)
         most = scope.tensors[scope.need("scale", name, f"{name}.absmax")]
         table = scope.tensors[scope.need("table", name, f"{name}.quant_map")]
-        said = parse_json(whole(scope.tensors[state]).tobytes(), f"state of {name!r}", scope.where)
+        said = _state(scope, state)
         shape, size = _shape(said.get("shape")), _count(said.get("blocksize"))
         weights = math.prod(shape)
         fits = len(shape) > 1 and 0 < math.prod(most.shape) * size >= weights and math.prod(table.shape) == 16
@@ -67,7 +66,7 @@ def indexed(scope: Scope) -> Iterator[Logical]:
             second = [scope.need("scale", name, f"{name}.{p}") for p in ("nested_quant_map", "nested_absmax")]
             parts += second
             of, top = (scope.tensors[n] for n in second)
-            nested = _Nested(of, top, _count(said.get("nested_blocksize")), float(said.get("nested_offset") or 0))
+            nested = _Nested(of, top, _count(said.get("nested_blocksize")), _number(said.get("nested_offset")))
             fits = math.prod(of.shape) == 256 and math.prod(top.shape) * nested.size * size >= weights
         if t.dtype not in ("U8", "I8") or 2 * t.nbytes < weights or not fits:
             raise scope.wrong(name, f"does not fit the shape {list(shape)} and blocks of {size} that its state has")
@@ -76,9 +75,24 @@ def indexed(scope: Scope) -> Iterator[Logical]:
         yield Logical(name, shape, rows, tuple(parts), f"bitsandbytes {kind} in blocks of {size}")
 
 
+def _state(scope: Scope, name: str) -> dict[str, Any]:
+    """The JSON object in a tensor of bytes."""
+    try:
+        if isinstance(said := json.loads(whole(scope.tensors[name]).tobytes().decode()), dict):
+            return said
+    except (ValueError, RecursionError) as e:
+        raise scope.wrong(name, f"is no JSON: {e}") from e
+    raise scope.wrong(name, "is no JSON object")
+
+
 def _count(value: Any) -> int:
     """A number of things, or 0 where it is none."""
     return value if type(value) is int and 0 < value < 1 << 40 else 0
+
+
+def _number(value: Any) -> float:
+    """A number, or 0 where it is none."""
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.encode.sources.model import SourceTensor
-from rac.encode.sources.quantised.found import F32, Blocks, Logical, Scope, band, blocks_of, numbers, whole
+from rac.dequantise.found import F32, Blocks, Logical, Scope, Stored, band, blocks_of, numbers, whole
 
 _WORDS = ("I32", "U32")
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where AWQ keeps each of eight columns
@@ -31,7 +30,7 @@ def unpacked(raw: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return out
 
 
-def _turned(t: SourceTensor, a: int, b: int) -> NDArray[np.uint8]:
+def _turned(t: Stored, a: int, b: int) -> NDArray[np.uint8]:
     """Columns [a, b) of a matrix of words as rows of bytes."""
     words = whole(t).view("<u4").reshape(t.shape)[:, a:b]
     return np.ascontiguousarray(words.T).view(np.uint8)
@@ -41,9 +40,9 @@ def _turned(t: SourceTensor, a: int, b: int) -> NDArray[np.uint8]:
 class _Grouped:
     """Scales and zero points (groups, out) of a matrix (in, out), and the group of each input."""
 
-    scale: SourceTensor
-    zero: SourceTensor | None
-    groups: SourceTensor | None
+    scale: Stored
+    zero: Stored | None
+    groups: Stored | None
     inputs: int
     bits: int
     more: int = 0  # what is added to zero points
@@ -71,7 +70,7 @@ class _Grouped:
 class _Gptq:
     """Words that are packed along the inputs."""
 
-    codes: SourceTensor
+    codes: Stored
     grouped: _Grouped
 
     def __call__(self, a: int, b: int) -> F32:
@@ -95,7 +94,7 @@ class _Places(_Grouped):
 class _Awq:
     """Words that are packed along the outputs, eight in an order of their own."""
 
-    codes: SourceTensor
+    codes: Stored
     grouped: _Grouped
 
     def __call__(self, a: int, b: int) -> F32:
@@ -144,13 +143,13 @@ def words(scope: Scope) -> Iterator[Logical]:
 class _Packed:
     """Words that are packed along the inputs of a matrix (out, in)."""
 
-    codes: SourceTensor
+    codes: Stored
     cols: int
     bits: int
-    scale: SourceTensor
+    scale: Stored
     blocks: Blocks
-    zero: SourceTensor | None
-    index: SourceTensor | None  # group of each input
+    zero: Stored | None
+    index: Stored | None  # group of each input
 
     def __call__(self, a: int, b: int) -> F32:
         out = unpacked(band(self.codes, a, b, 4 * self.codes.shape[-1]), self.bits)[:, : self.cols].astype(np.float32)

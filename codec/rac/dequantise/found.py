@@ -6,18 +6,43 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.encode.sources.model import SourceTensor
 from rac.errors import SourceError
 from rac.stages.words import DTYPES, from_words, to_words
 
 F32 = NDArray[np.float32]
 Rows = Callable[[int, int], F32]  # rows [a, b) of a matrix, (b - a, C); it pickles
 BLOCKS = (128, 64, 32, 16, 256, 512)  # sides of blocks that are tried where the configuration states none
+
+
+SMALLEST = 1 << 14  # weights of the smallest matrix that is quantised
+
+
+class Stored(Protocol):
+    """A stored tensor; its bytes are in C order and little-endian."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+
+    @property
+    def dtype(self) -> str:
+        """Data type, as the registry names it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """All its bytes."""
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +82,7 @@ class Logical:
 class Scope:
     """The stored tensors of one folder, by their names in its files, and what its configuration says of them."""
 
-    tensors: Mapping[str, SourceTensor]
+    tensors: Mapping[str, Stored]
     stated: Mapping[str, Any]  # `quantization_config`; empty where there is none
     where: str  # the folder or file, for messages
     used: set[str] = field(default_factory=set)  # names of tensors that belong to a matrix that was found
@@ -73,7 +98,7 @@ class Scope:
         codes = [n for n, t in self.tensors.items() if t.dtype.startswith("F8_E") and len(t.shape) > 1]
         return bool(self.method) or any(name in self.tensors for n in codes for name in scale_names(n))
 
-    def left(self) -> Iterator[tuple[str, SourceTensor]]:
+    def left(self) -> Iterator[tuple[str, Stored]]:
         """Tensors that belong to no matrix yet."""
         return ((n, t) for n, t in self.tensors.items() if n not in self.used)
 
@@ -88,6 +113,10 @@ class Scope:
             raise self.wrong(of, f"has no {what}: {tried} is missing")
         return found
 
+    def error(self, what: str) -> SourceError:
+        """An error about the whole."""
+        return SourceError(what, file=self.where)
+
     def wrong(self, name: str, what: str) -> SourceError:
         """An error about a stored tensor."""
         t = self.tensors[name]
@@ -101,12 +130,12 @@ def scale_names(codes: str) -> tuple[str, ...]:
     return (f"{codes}_scale_inv", f"{codes}_scale", *others)
 
 
-def whole(t: SourceTensor) -> NDArray[np.uint8]:
+def whole(t: Stored) -> NDArray[np.uint8]:
     """All bytes of a tensor, (bytes,)."""
     return t.read(0, t.nbytes)
 
 
-def band(t: SourceTensor, a: int, b: int, cols: int, word: str = "u1") -> NDArray[Any]:
+def band(t: Stored, a: int, b: int, cols: int, word: str = "u1") -> NDArray[Any]:
     """Rows [a, b) of a stored matrix of `cols` words each."""
     width = cols * np.dtype(word).itemsize
     return t.read(a * width, b * width).view(f"<{word}").reshape(b - a, cols)
@@ -137,7 +166,7 @@ def _powers() -> F32:
 TABLES = {"F8_E4M3": _table(4, 3, True), "F8_E5M2": _table(5, 2, False), "F8_E8M0": _powers()}
 
 
-def numbers(t: SourceTensor, powers: bool = False) -> F32:
+def numbers(t: Stored, powers: bool = False) -> F32:
     """A small stored tensor in float32, flat; `powers`: bytes of U8 are exponents, as of F8_E8M0."""
     raw = whole(t)
     if t.dtype in DTYPES:
