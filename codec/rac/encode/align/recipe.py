@@ -32,14 +32,6 @@ KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
 EMBEDDINGS = ("*embed*", "*token_embd*", "*lm_head*", "output.weight", "*wte*", "*wpe*", "*shared.weight")
 """Lossless unless asked otherwise; GGUF files have names of their own."""
-    "*embed*",
-    "*token_embd*",
-    "*lm_head*",
-    "output.weight",
-    "*wte*",
-    "*wpe*",
-    "*shared.weight",
-)  # lossless unless asked otherwise
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
 FAR = 16  # medians beyond which a weight counts no more in the energies
