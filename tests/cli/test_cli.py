@@ -295,7 +295,7 @@ def test_interrupt_before_anything_is_written(tmp_path):
     large = tmp_path / "large.safetensors"
     st.save_file({f"{i:02}": weights(i, 512, 512) for i in range(40)}, large)
     with subprocess.Popen(
-        [*RAC, "pack", large, "-o", tmp_path / "m.rac", "--bits", "3", "--effort", "max", "-j1"],
+        [*RAC, "pack", large, "-o", tmp_path / "m.rac", "--bits", "3", "--calibrate", "none", "-j1", "--effort", "max"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -106,6 +106,14 @@ def test_bytes_of_quantised_tensors(lossy, capsys):
         assert abs(float(total) - stated) < 1e-4 and abs(sum(map(float, parts)) - stated) < 1e-3
 
 
+def test_whether_a_file_is_lossy(lossy, capsys, tmp_path):
+    rac.pack(lossy.with_name("m.safetensors"), tmp_path / "all.rac")
+    for path, said in ((lossy, "LOSSY"), (tmp_path / "all.rac", "lossless")):
+        with rac.open(path) as f:
+            assert f.lossy == (said == "LOSSY")
+        assert f"\n  {said} " in show(capsys, path)
+
+
 def test_plain_output_has_one_table_by_role(lossy, capsys):
     out = show(capsys, lossy)
     lines = out.splitlines()

@@ -65,9 +65,9 @@ def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, not
             every, most = text_ids(path, text, asked.tokens)
         else:
             every, most = np.asarray(text, np.int64), context
+        folder.put("ids.npy", sequences(every, asked.tokens, min(reader.context, most)))
         if len(every) < asked.tokens:
             note(f"the calibration text has {len(every)} tokens, {asked.tokens} were asked for", 0, 0)
-        folder.put("ids.npy", sequences(every, asked.tokens, min(reader.context, most)))
         folder.state["reader"] = reader.name
         folder.commit()
     ids = np.array(folder.array("ids.npy"))

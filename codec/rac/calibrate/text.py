@@ -13,7 +13,16 @@ from rac.calibrate.folder import Folder
 from rac.errors import SourceError
 
 LEAST = 128  # tokens of the shortest sequence that is made of a text that is shorter than a sequence should be
-_FILES = "tokenizer.json, tokenizer.model, vocab.txt, vocab.json, spiece.model, tekken.json, sentencepiece.bpe.model"
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tekken.json",
+    "sentencepiece.bpe.model",
+)
+"""Files that a folder with a tokenizer has one of."""
 Note = Callable[[str, int, int], None]
 """Called with what is done, how much of it, and how much there is (0: what is said is not progress)."""
 SEED = 0  # seed of the text that a model writes, and of labels
@@ -28,8 +37,8 @@ def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]
     import transformers
 
     without = "`--calibrate none` works without a tokenizer"
-    if not any(os.path.exists(os.path.join(path, name)) for name in _FILES.split(", ")):
-        raise SourceError(f"no tokenizer.json there (nor {_FILES.partition(', ')[2]}); {without}", file=path)
+    if not any(os.path.exists(os.path.join(path, name)) for name in TOKENIZERS):
+        raise SourceError(f"no tokenizer.json there (nor {', '.join(TOKENIZERS[1:])}); {without}", file=path)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as e:  # whatever a damaged file makes of it

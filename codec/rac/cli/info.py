@@ -292,6 +292,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"  made by      {p.get('tool', '?')}, level {p.get('level', '?')}, from {p.get('source', '?')}")
     if n := r["quantised"]:
         print(f"  LOSSY        {n} tensors quantised at {r['quantised_bits']:.4f} bits per weight, all counted")
+    else:
+        print("  lossless     every tensor comes back bit for bit as it was packed")
     print(f"  content      {', '.join(r['content'])}")
     print(f"  tensors      {r['tensor_names']:,} names, {len(r['tensors']):,} stored, {r['weights']:,} weights")
     for about, n in Counter(t["online"] for t in r["tensors"] if "online" in t).items():

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from rac.calibrate.builtin import AUTO
 from rac.cli.terminal import (
     EFFORTS,
     Progress,
@@ -32,9 +33,10 @@ from rac.dequantise import Dequantised
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
+from rac.encode.allocate.texts import calibration_for
 from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
-from rac.encode.options import Budget, Calibration, Hooks, Lossy, PackOptions
+from rac.encode.options import Budget, Hooks, Lossy, PackOptions
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source
 from rac.machine import threads_of
@@ -50,7 +52,7 @@ The file gets its name only when it is whole; an interrupted pack goes on with -
 
   rac pack model/                                                       every bit kept, in model.rac
   rac pack model/ -o - | ssh host 'cat > model.rac'                     into a pipe
-  rac pack model/ -o model.rac --bits 3 --calibrate text.txt            3 bits per weight where it matters least
+  rac pack model/ -o model.rac --bits 3                                 3 bits per weight where it matters least
   rac pack model/ -o model.rac --kl 0.05 --calibrate text.txt           as small as that divergence allows
   rac pack weights.safetensors -o weights.rac --size 80MB               from the weights alone
   rac pack model/ -o folder --format hf                                 for from_pretrained of transformers
@@ -97,8 +99,9 @@ lossless)"""
 SLICES = """tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond 1.1
 times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are 0.5 to 1 %%
 smaller then where they are small)"""
-CALIBRATE = """a text to calibrate on; self: the model writes one; none (default): the weights alone; may be given more
-than once: a text unlike what the model will read does better together with self"""
+CALIBRATE = """a text to calibrate on; self: the model writes one; auto (default for the folder of a causal language
+model): the built-in mix of texts, and self; none (default otherwise): the weights alone, which loses several times as
+much; may be given more than once: a text unlike what the model will read does better together with self"""
 CALIBRATION = """what rac.calibrate(module, batches).save(FILE) has written in Python: of images, audio, latents, any
 forward; may be given more than once: one for each component of a pipeline"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
@@ -129,7 +132,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--size SIZE", "size of the file, e.g. 80MB")
     argument(lossy, "--snr DB", "signal to noise of the layers' outputs (none: of the weights), mean in dB", type=float)
     argument(lossy, "--kl NATS", "divergence per token on the calibration text", type=float)
-    argument(lossy, "--calibrate FILE|self|none", CALIBRATE, action="append")
+    argument(lossy, "--calibrate auto|FILE|self|none", CALIBRATE, action="append")
     argument(lossy, "--calibration FILE", CALIBRATION, **many)
     argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)
     argument(lossy, "--cache DIR", CACHE)
@@ -138,7 +141,8 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
     argument(lossy, "--rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
     argument(lossy, "--embeddings", "quantise embeddings and output layers too")
-    argument(lossy, "--measure FILE", "when done, KL and perplexity on this text, not the one above")
+    about = "when done, KL and perplexity on this text, not the one above; auto: a part of the mix kept for it"
+    argument(lossy, "--measure FILE|auto", about)
     argument(lossy, "--report FILE.json", "write what became of every tensor")
     argument(lossy, "--keep PATTERN", "keep these tensors lossless", **many)
     _add_named(p)
@@ -286,7 +290,7 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     whole = None if args.size is None else parse_size(args.size)
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     lossy = any(v is not None for v in goals.values())
-    texts = Calibration.texts_of(args.calibrate or "none")
+    texts = args.calibrate and args.calibrate != ["none"]
     shaped = args.align != "auto" or args.rank is not None or args.embeddings
     if not lossy and (texts or args.calibration or args.keep or args.report or args.measure or shaped):
         raise ValueError(
@@ -300,7 +304,7 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     if not lossy:
         return options, None
     budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
-    calibration = Calibration(texts, args.tokens, cache(args.cache), tuple(args.calibration))
+    calibration = calibration_for(args.calibrate, args.src, args.tokens, cache(args.cache), tuple(args.calibration))
     return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
 
 
@@ -430,7 +434,7 @@ def _named(args: argparse.Namespace) -> int:
     if bits != int(bits) or not 2 <= bits <= 8:
         raise ValueError(f"--recipe {args.recipe} takes whole --bits from 2 to 8, not {bits:g}")
     texts = [t for t in args.calibrate or () if t != "none"]
-    if len(texts) > 1 or texts == ["self"]:
+    if len(texts) > 1 or texts[:1] in (["self"], [AUTO]):
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
     from rac.methods.named import Method, pack_method  # imports torch
 

@@ -178,7 +178,10 @@ class Steps(_Line):
 
     def __call__(self, what: str, done: int, of: int) -> None:
         """`done` of `of` parts of step `what` are done; 0 of 0: a remark."""
-        now, line = time.monotonic(), what
+        now = time.monotonic()
+        if not of and self._on:
+            self._remark(what)
+            return
         if not self._on or (not self._terminal and now - self._shown < self._every):
             return
         if what != self._what:
@@ -187,11 +190,15 @@ class Steps(_Line):
             self._what, self._start, self._first = what, now, done
         elif now - self._shown < self._every and done < of:
             return
-        if of:
-            new = done - self._first
-            left = f"  ETA {clock((now - self._start) / new * (of - done))}" if new > 0 and done < of else ""
-            line += f"  {done:,} of {of:,}{left or f'  in {clock(now - self._start)}'}"
-        self._draw(now, line)
+        new = done - self._first
+        left = f"  ETA {clock((now - self._start) / new * (of - done))}" if new > 0 and done < of else ""
+        self._draw(now, f"{what}  {done:,} of {of:,}{left or f'  in {clock(now - self._start)}'}")
+
+    def _remark(self, what: str) -> None:
+        """A whole line that stays, at once: it may be the only one that is said of a choice."""
+        sys.stderr.write(("\n" if self._what and self._terminal else "") + what + "\n")
+        sys.stderr.flush()
+        self._what, self._drawn = "", False
 
 
 def clock(seconds: float) -> str:

@@ -28,6 +28,7 @@ from rac.linalg.transform import Transform
 from rac.machine import threads_of
 from rac.records import Entry, Limits
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
+from rac.stages.table import is_quantised
 from rac.tensor import Tensor
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.rac$")
@@ -152,6 +153,11 @@ class RacFile(AbstractContextManager["RacFile"]):
     def metadata(self) -> dict[str, str]:
         """Text to text, as the source had it."""
         return dict(self.archives[0].header.get("metadata", {}))
+
+    @property
+    def lossy(self) -> bool:
+        """Whether any tensor was quantised: what comes back of it is near what was packed, not equal to it."""
+        return any(e.type == RECORD_TENSOR and is_quantised(e.method) for a in self.archives for e in a.index.entries)
 
     def attachments(self) -> list[str]:
         """Names of the files that travel along."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rac.calibrate.builtin import AUTO
 from rac.calibrate.layers import Layers
 from rac.calibrate.text import Note
 from rac.encode.code.plan import CODER, LEVELS, SLICES, Level, tuned
@@ -103,11 +104,16 @@ class Calibration:
     """What the inputs of layers are learned from; `tokens` and `cache` as `pack` has them."""
 
     texts: tuple[str, ...] = ()
-    """Text files, and "self" for text that the model writes: each counts alike. Empty: nothing is learned."""
+    """Text files, "auto" for the built-in mix, "self" for text that the model writes: each counts alike. Empty: nothing
+    is learned."""
     tokens: int = 40960
     cache: str | None = None
     made: tuple[Made, ...] = ()
     """What `rac.calibrate` has returned, and files that it was saved to: each counts as a text does."""
+    remark: str = ""
+    """What the user is told of this choice before the work."""
+    named: bool = True
+    """Whether the caller has named what to learn from: then what cannot be learned is an error."""
 
     @property
     def any(self) -> bool:
@@ -126,9 +132,11 @@ class Calibration:
 
     @staticmethod
     def texts_of(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
-        """The texts that a caller names: one or several; "none" alone is no text."""
+        """The texts that a caller names: one or several; "none" alone is no text, "auto" brings "self" with it."""
         several = (given,) if isinstance(given, str | os.PathLike) else given
         names = tuple(os.fspath(name) for name in several)
+        if AUTO in names:
+            names = tuple(dict.fromkeys((*names, "self")))
         return () if names == ("none",) else names
 
 
@@ -156,6 +164,11 @@ class Lossy:
             raise ValueError("ranks and alignments follow from the inputs of layers: give --calibrate too")
         if self.budget.kl is not None and texts[:1] in ((), ("self",)):
             raise ValueError("a divergence is measured on the first calibration text: give a text file to calibrate on")
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether the request means nothing without texts."""
+        return bool(self.rank or self.align in ("triangular", "pca") or self.budget.kl is not None)
 
     @property
     def about(self) -> dict[str, Any]:

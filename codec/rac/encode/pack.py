@@ -26,6 +26,7 @@ from rac.decode.unpack import quantised, usual_headers
 from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
+from rac.encode.allocate.texts import calibration_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOptions, Progress, silent
 from rac.encode.quantise.tensor import encode, measure
@@ -80,7 +81,7 @@ def pack(
     size: int | None = None,
     snr: float | None = None,
     kl: float | None = None,
-    calibrate: str | os.PathLike[str] | Sequence[str] = "none",
+    calibrate: str | os.PathLike[str] | Sequence[str] | None = None,
     calibration: str | os.PathLike[str] | Layers | Sequence[Made] | None = None,
     tokens: int = 40960,
     effort: str = "default",
@@ -113,7 +114,8 @@ def pack(
         snr: Or output signal to noise, mean over the quantised tensors, in dB.
         kl: Or divergence per token from the original on the (first) calibration text, in nats.
         calibrate: A text file to calibrate on, "self": text that the model writes, or several of these, which count
-            alike; "none": from the weights alone.
+            alike; "auto": the built-in mix and "self"; "none": from the weights alone. None: "auto" for the folder of a
+            causal language model, where no `calibration` is given, else "none".
         calibration: What `rac.calibrate(module, batches)` has returned, a file that it was saved to, or several of
             either: of the components of a pipeline, for example.
         tokens: Tokens of each of these texts.
@@ -134,6 +136,7 @@ def pack(
         SourceError: The source is missing, damaged or no model.
         OutputError: The output exists, or cannot be written.
         BudgetError: The budget cannot be met.
+        MissingDependencyError: A language model is to be calibrated, and torch or transformers is not installed.
     """
     lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
     source = open_source(src, include, exclude, dequantise=lossy)
@@ -142,8 +145,8 @@ def pack(
     request = None
     if lossy:
         budget = Budget(bits, file_bits, size, snr, kl)
-        texts, made = Calibration.texts_of(calibrate), Calibration.made_of(calibration)
-        request = Lossy(budget, Calibration(texts, tokens, cache, made), effort, tuple(keep), align, rank, embeddings)
+        learned = calibration_for(calibrate, src, tokens, cache, Calibration.made_of(calibration))
+        request = Lossy(budget, learned, effort, tuple(keep), align, rank, embeddings)
     with Packer(source, out, options, Hooks(progress or silent, note or silent)) as packer:
         quantiser = ByTrellis(packer.allocate(src, request), packer.kept) if request else None
         return packer.write(quantiser)

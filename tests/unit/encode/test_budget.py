@@ -305,7 +305,7 @@ def test_lanes_of_quantised_tensors(tmp_path):
 def test_resume_goes_on_only_with_what_was_asked(tmp_path):
     """The scale is taken from the part of the same request; another --keep begins anew."""
     src = source_file(tmp_path / "m.safetensors", model())
-    want = {"bits": 3.0, "effort": "fast"}
+    want = {"bits": 3.0, "effort": "fast", "calibrate": "none"}
     pack(src, tmp_path / "whole.rac", **want)
 
     with pytest.raises(Stop):

@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "loading.md"
 def test_every_block(tmp_path, monkeypatch, capsys):
     models.write("llama", tmp_path / "smollm2")
     pack(tmp_path / "smollm2", tmp_path / "smollm2.rac")
-    pack(tmp_path / "smollm2", tmp_path / "smollm2-3bit.rac", bits=4, effort="fast")
+    pack(tmp_path / "smollm2", tmp_path / "smollm2-3bit.rac", bits=4, effort="fast", calibrate="none")
     (tmp_path / "test.txt").write_text(models.TEXT * 4)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(python|console)\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)

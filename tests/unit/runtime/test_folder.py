@@ -30,7 +30,7 @@ def packed(tmp_path_factory):
     for kind in ("llama", "llama-untied", "gpt2", "bert", "t5"):
         root = tmp_path_factory.mktemp(kind)
         models.write(kind, root / "hf")
-        pack(root / "hf", root / "m.rac", bits=4, effort="fast")
+        pack(root / "hf", root / "m.rac", bits=4, effort="fast", calibrate="none")
         write_folder(root / "m.rac", root / "folder")
         out[kind] = (root / "m.rac", root / "folder")
     return out

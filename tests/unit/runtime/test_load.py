@@ -29,7 +29,7 @@ def packed(tmp_path_factory):
         root = tmp_path_factory.mktemp(kind)
         model = models.write(kind, root / "hf")
         pack(root / "hf", root / "m.rac")
-        pack(root / "hf", root / "4.rac", bits=4, effort="fast")
+        pack(root / "hf", root / "4.rac", bits=4, effort="fast", calibrate="none")
         out[kind] = (model, root / "m.rac", root / "4.rac")
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from rac.calibrate.builtin import AUTO, learned, measured
 from rac.calibrate.evaluate import Divergence
 from rac.calibrate.file import load
 from rac.calibrate.given import Given
@@ -37,13 +39,32 @@ LOSSLESS = 100.0  # decibels that a tensor counts for at most
 def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note = silent) -> Recipe:
     """The recipe that the request and the weights (and the calibration, if any) give, at common scale 0.
 
-    `path` is the folder of the model, which a calibration runs.
+    `path` is the folder of the model, which a calibration runs. Where nobody has named the texts, and the model cannot
+    be run over them, that is said, and it is from the weights alone.
     """
-    c, effort = request.calibration, request.effort
-    if not c.any:
-        recipe = data_free(groups, request.keep, effort, request.embeddings)
-        return replace(recipe, about={**recipe.about, **request.about})
-    found, used = _calibrations(groups, path, c, note)
+    c = request.calibration
+    if c.remark:
+        note(c.remark, 0, 0)
+    failed: dict[str, str] = {}
+    if c.any:
+        try:
+            return _learned(groups, path, request, note)
+        except SourceError as e:
+            if c.named or request.needs_texts:
+                raise
+            why = f"the model could not be calibrated, and is quantised from the weights alone: {e}"
+            failed = {"uncalibrated": e.message}
+            note(why, 0, 0)
+            if note is silent:
+                warnings.warn(why, stacklevel=2)
+    recipe = data_free(groups, request.keep, request.effort, request.embeddings)
+    return replace(recipe, about={**recipe.about, **request.about, **failed})
+
+
+def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note) -> Recipe:
+    """The recipe that the calibration gives."""
+    effort = request.effort
+    found, used = _calibrations(groups, path, request.calibration, note)
     layers = found[0] if len(found) == 1 else joined(found)
     every = (one.missing.items() for one in found if isinstance(one, Layers))
     missing = {name: part for one in every for name, part in one if name not in layers}
@@ -67,10 +88,11 @@ def _calibrations(
     found: list[Mapping[str, Layer]] = []
     used: list[dict[str, Any]] = []
     for name in c.texts:
-        text = None if name == "self" else read_text(name)
+        text = None if name == "self" else learned() if name == AUTO else read_text(name)
         one = calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache)
         found.append(one)
         used.append({"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens})
+        used[-1] |= {"name": AUTO} if name == AUTO else {}
     for made in c.made:
         layers = made if isinstance(made, Layers) else load(made)
         found.append(matched(groups, layers, "" if isinstance(made, Layers) else made))
@@ -79,7 +101,12 @@ def _calibrations(
 
 
 def read_text(path: str) -> str:
-    """A text to calibrate or to measure on; SourceError where it cannot be read."""
+    """A text to calibrate or to measure on, "auto" the part of the built-in mix that no calibration has seen.
+
+    SourceError where it cannot be read.
+    """
+    if path == AUTO:
+        return measured()
     try:
         with open(path, encoding="utf-8") as f:
             return f.read()

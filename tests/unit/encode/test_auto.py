@@ -1,0 +1,117 @@
+"""What a lossy pack is calibrated on where nobody says: the built-in mix and the model's own text, or why not."""
+
+import json
+import shutil
+
+import pytest
+
+import rac
+from rac.calibrate import builtin
+from rac.cli import main
+from rac.container import zstd
+from rac.encode.allocate import texts
+from rac.encode.allocate.budget import read_text
+from rac.encode.allocate.texts import calibration_for
+from rac.errors import MissingDependencyError, SourceError
+
+pytest.importorskip("transformers")
+from support import models  # needs transformers
+
+FAST = {"bits": 5.0, "effort": "fast", "tokens": 256}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A language model with a tokenizer."""
+    path = tmp_path_factory.mktemp("llama")
+    models.write("llama", path)
+    return path
+
+
+def choice(given, src):
+    c = calibration_for(given, src, 256, None)
+    return c.texts, c.remark, c.named
+
+
+def provenance(path):
+    with rac.open(path) as f:
+        return f.archives[0].header["provenance"]
+
+
+def test_what_suits_the_source(folder, tmp_path, monkeypatch):
+    names, remark, named = choice(None, folder)
+    assert names == ("auto", "self") and not named
+    assert remark.startswith("calibrated on the built-in mix and the model's own text") and "--calibrate none" in remark
+    assert choice("auto", folder) == (("auto", "self"), "", True)
+    assert choice(["auto", "self", "x.txt"], folder)[0] == ("auto", "self", "x.txt")
+    assert choice("none", folder)[0] == () and "several times" in choice("none", folder)[1]
+    assert choice("x.txt", folder) == (("x.txt",), "", True)
+
+    for src, why in ((folder / "model.safetensors", "only the folder"), (tmp_path, "no config.json"), (b"", "only")):
+        assert choice(None, src)[0] == () and why in choice(None, src)[1] and choice("none", src)[1] == ""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    assert choice(None, tmp_path) == (
+        (),
+        "quantised from the weights alone: BertModel is no causal language model",
+        False,
+    )
+    assert choice("auto", tmp_path)[:2] == (
+        ("auto",),
+        "calibrated on the built-in mix alone: BertModel is no causal language model",
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
+    assert choice(None, tmp_path)[0] == ("self",) and "no tokenizer" in choice(None, tmp_path)[1]
+
+    monkeypatch.setattr(texts, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(
+        MissingDependencyError, match=r"needs torch: pip install rac-codec\[calibrate\]; --calibrate none"
+    ):
+        calibration_for(None, folder, 256, None)
+    assert choice("none", folder)[0] == ()
+
+
+def test_unasked_is_auto_and_both_are_said(folder, tmp_path, capsys):
+    cache, said = tmp_path / "cache", []
+    rac.pack(folder, tmp_path / "a.rac", **FAST, cache=str(cache), note=lambda what, *_: said.append(what))
+    assert said[0].startswith("calibrated on the built-in mix")
+    used = provenance(tmp_path / "a.rac")["calibrate"]
+    digest = zstd.digest(builtin.learned().encode()).hex()
+    assert used == [{"name": "auto", "text": digest, "tokens": 256}, {"text": "self", "tokens": 256}]
+
+    how = ["--bits", "5", "--effort", "fast", "--tokens", "256", "--cache", str(cache)]
+    assert main(["pack", str(folder), "-o", str(tmp_path / "b.rac"), *how]) == 0
+    assert capsys.readouterr().err.startswith(
+        "calibrated on the built-in mix and the model's own text; --calibrate none"
+    )
+    assert main(["pack", str(folder), "-o", str(tmp_path / "c.rac"), *how, "--calibrate", "auto"]) == 0
+    assert (tmp_path / "a.rac").read_bytes() == (tmp_path / "b.rac").read_bytes() == (tmp_path / "c.rac").read_bytes()
+
+    capsys.readouterr()
+    assert main(["pack", str(folder), "-o", str(tmp_path / "d.rac"), *how, "--calibrate", "none"]) == 0
+    assert "quantised from the weights alone: the divergence is several times" in capsys.readouterr().err
+    assert provenance(tmp_path / "d.rac")["calibrate"] == "none"
+
+
+def test_a_divergence_is_measured_on_text_that_was_not_learned(folder, tmp_path):
+    assert read_text("auto") == builtin.measured() and builtin.measured() not in builtin.learned()
+    rac.pack(folder, tmp_path / "m.rac", kl=0.05, effort="fast", tokens=256)
+    assert provenance(tmp_path / "m.rac")["goal"] == {"kl": "0.05"}
+
+
+def test_a_model_that_cannot_be_run_is_said_and_recorded(folder, tmp_path):
+    src = tmp_path / "hf"
+    shutil.copytree(folder, src)
+    about = json.loads((src / "config.json").read_text()) | {"architectures": ["NewForCausalLM"], "model_type": "new"}
+    (src / "config.json").write_text(json.dumps(about))
+    said = []
+    rac.pack(src, tmp_path / "m.rac", **FAST, note=lambda what, *_: said.append(what))
+    assert any(
+        line.startswith("the model could not be calibrated, and is quantised from the weights alone") for line in said
+    )
+    assert "no model that transformers knows" in provenance(tmp_path / "m.rac")["uncalibrated"]
+    with pytest.warns(UserWarning, match="from the weights alone"):
+        rac.pack(src, tmp_path / "n.rac", **FAST)
+    with pytest.raises(SourceError, match="transformers"):
+        rac.pack(src, tmp_path / "o.rac", **FAST, calibrate="auto")
+    with pytest.raises(SourceError, match="transformers"):
+        rac.pack(src, tmp_path / "o.rac", **FAST, align="triangular")
