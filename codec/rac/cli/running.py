@@ -130,6 +130,7 @@ def _open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """(model, tokenizer). ValueError for a data type or device that there is not."""
     offline()
     from rac.runtime import load_model, load_tokenizer
+    from rac.runtime.replace import residency
 
     check_device(args.device)
     how = {"trust_remote_code": args.trust_remote_code}
@@ -137,8 +138,10 @@ def _open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     start = time.monotonic()
     model = load_model(args.src, args.resident, None if args.device == "cpu" else args.device, args.dtype, **how)
     if args.verbose or (sys.stderr.isatty() and not args.quiet):
-        held = model.get_memory_footprint() / 1e6
-        print(f"{args.src}: {held:.1f} MB of weights, loaded in {time.monotonic() - start:.1f} s", file=sys.stderr)
+        held = f"{model.get_memory_footprint() / 1e6:.1f} MB of weights"
+        if args.resident == "compressed":
+            held = str(residency(model))
+        print(f"{args.src}: {held}; loaded in {time.monotonic() - start:.1f} s", file=sys.stderr)
     return model, tokenizer
 
 

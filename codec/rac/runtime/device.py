@@ -171,12 +171,12 @@ class Ahead:
 
     def _begin(self, layer: Layer, place: _Place) -> None:
         """Decode a layer beside the one that runs now."""
-        version = layer.resident() if layer.weight.device == self.device else None
+        version = layer.resident() if layer.record.device == self.device else None
         if version is None or layer.dense_bytes > self._size or place.holds(layer):
             return
         with self.api.stream(self._side):
             self._fill(place, layer, version, self._side)
-        self.keep(layer.weight, self._side)
+        self.keep(layer.record, self._side)
 
     def _make(self, size: int, stream: Any) -> None:
         """Buffers of this size at least."""

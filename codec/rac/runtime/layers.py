@@ -1,21 +1,15 @@
 """Layers whose weight stays compressed in memory and is decoded when they run.
 
-`weight` is uint8, (bytes,): the record of the tensor as it lies in the file (runtime/record.py). So state dictionaries,
-`.to()`, device maps, offloading and tied weights work as for any other tensor, and their bytes are the bytes that are
-held. It is a parameter while transformers loads it, and a buffer from then on: the parameters of a model, which many
-programs ask for its data type, are all floating-point numbers. What a layer computes is what the dense one does, bit
-for bit: the same product with the same weight.
+Under `weight` they hold the record of the tensor as it lies in the file (runtime/held.py). What a layer computes is
+what the dense one does, bit for bit: the same product with the same weight.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -23,56 +17,57 @@ from torch.nn import functional
 from rac import frameworks
 from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
-from rac.registry import DTYPES
 from rac.runtime import device
 from rac.runtime import record as stored_record
+from rac.runtime.held import Head, Holding, Named, decoded_rows, size_of
 from rac.runtime.workspace import Workspace
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What must be known of a record before its bytes are there."""
+class Compressed(Holding):
+    """What linear layers and embeddings have in common. `record`: (bytes of the record,) uint8, no gradient."""
 
-    nbytes: int
-    """Bytes of the record, of those of the objects that it uses, and the TAIL zeros behind them."""
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class Compressed(nn.Module):
-    """What linear layers and embeddings have in common. `weight`: (bytes of the record,) uint8, no gradient."""
-
-    weight: torch.Tensor
+    _names = ("weight",)
+    weight: Any = Named("weight")
 
     def _hold(self, head: Head, workspace: Workspace, dtype: torch.dtype | None) -> None:
         nn.Module.__init__(self)
         self.head, self.workspace = head, workspace
-        self.dense_bytes = math.prod(head.shape) * DTYPES[head.dtype].bits // 8
+        self.dense_bytes = size_of(head.shape, head.dtype)
         self._stored: stored_record.Stored | None = None
         self._resident = device.Resident()
         self._online: tuple[tuple[int, int], Transform | None] | None = None
         self._is_hf_initialized = True  # a record is never filled with random numbers
-        self.weight = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8), requires_grad=False)
+        self._parameters["weight"] = nn.Parameter(torch.empty(head.nbytes, dtype=torch.uint8), requires_grad=False)
         self.register_buffer("_as", torch.empty(0, dtype=dtype), persistent=False)
 
-    def settle(self) -> None:
-        """Make the record a buffer, once it is loaded; what an offloader has is still offloaded."""
-        if (record := self._parameters.pop("weight", None)) is not None:
-            self.register_buffer("weight", record)
-        own: Any = getattr(self, "_hf_hook", None)  # of accelerate
-        for hook in getattr(own, "hooks", (own,)):
-            if hasattr(hook, "offload_buffers"):
-                hook.offload_buffers = True
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As of any module; a record that several layers share stays one, as parameters do."""
-        before = self._buffers.get("weight")
-        super()._apply(fn, recurse)
-        moved = self._buffers.get("weight")
-        if before is not None and moved is not before and torch._has_compatible_shallow_copy_type(before, moved):
-            before.data = moved
-            self._buffers["weight"] = before
+    def source(self, name: str) -> Compressed:
+        """What decodes the weight."""
         return self
+
+    @property
+    def record(self) -> torch.Tensor:
+        """(bytes,) uint8."""
+        return self.record_of("weight")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.head.shape
+
+    def rows(self, found: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight with these indices, ascending, in the data type of the file."""
+        if self.record.device.type != "cpu":
+            return self.dense()[found]
+        s, data = self.stored()
+        return decoded_rows(s, data, found.cpu().numpy(), self.workspace.executor())
+
+    def write(self) -> nn.Parameter:
+        """Make the layer dense."""
+        from rac.runtime.replace import densify
+
+        densify(self)
+        found: nn.Parameter = self.weight
+        return found
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -81,7 +76,7 @@ class Compressed(nn.Module):
 
     def stored(self) -> tuple[stored_record.Stored, stored_record.Bytes]:
         """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
-        data: stored_record.Bytes = self.weight.detach().cpu().numpy()
+        data: stored_record.Bytes = self.record.detach().cpu().numpy()
         if self._stored is None or not self._stored.describes(data):
             found, head = stored_record.parse(data), self.head
             if ((t := found.tensor).dtype, t.shape) != (head.dtype, head.shape):
@@ -92,38 +87,38 @@ class Compressed(nn.Module):
 
     def online(self) -> Transform | None:
         """What the layer does to its input, as the record states it; read once for the bytes that are there."""
-        key = device.version(self.weight)
+        key = device.version(self.record)
         if self._online is None or self._online[0] != key:
             self._online = key, stored_record.transform(*self.stored())
         return self._online[1]
 
     def version(self) -> tuple[int, int] | None:
         """Changes when the bytes do; None where they are not on the host."""
-        return device.version(self.weight) if self.weight.device.type == "cpu" else None
+        return device.version(self.record) if self.record.device.type == "cpu" else None
 
     def dense(self) -> torch.Tensor:
         """The weight as the file has it, in memory of its own, on the device of the layer.
 
         RacError where the record is damaged, or its bytes are not in memory: an offloader has them.
         """
-        if self.weight.device.type == "meta":
+        if self.record.device.type == "meta":
             raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
-        if self.weight.device.type != "cpu":
-            return self._resident.dense(self.weight.detach(), self.stored)
+        if self.record.device.type != "cpu":
+            return self._resident.dense(self.record.detach(), self.stored)
         return device.decoded(*self.stored(), pool=self.workspace.executor())
 
     def resident(self) -> tuple[int, int] | None:
         """Changes when the record on a device does; None where `decode_into` cannot be used, or not yet."""
-        return self._resident.ready(self.weight.detach())
+        return self._resident.ready(self.record.detach())
 
     def decode_into(self, buffer: torch.Tensor) -> torch.Tensor:
         """The weight in the first bytes of a buffer of the same device, by launches alone."""
-        return self._resident.into(self.weight.detach(), buffer)
+        return self._resident.into(self.record.detach(), buffer)
 
     @contextlib.contextmanager
     def opened(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The weight in a data type, on the device of the layer; only valid inside."""
-        if self.weight.device.type != "cpu":
+        if self.record.device.type != "cpu":
             with self.workspace.on_device(self) as found:
                 yield found.to(dtype)
             return
@@ -214,20 +209,4 @@ class RacEmbedding(Compressed, nn.Embedding):
         found, inverse = torch.unique(ids, return_inverse=True)
         if len(found) and not (int(found[0]) >= 0 and int(found[-1]) < self.num_embeddings):
             raise IndexError(f"index out of range: {int(found[0])} to {int(found[-1])} of {self.num_embeddings} rows")
-        if self.weight.device.type != "cpu":
-            return self.dense()[found].to(self.compute_dtype)[inverse]
-        return self._rows(found.cpu().numpy()).to(self.compute_dtype)[inverse]
-
-    def _rows(self, rows: np.ndarray[Any, Any]) -> torch.Tensor:
-        """The rows of the weight, ascending, in the data type of the file; one row of tiles in memory at a time."""
-        s, data = self.stored()
-        grid, t = s.tensor.grid, s.tensor
-        if s.shape != t.shape:  # a row of the matrix is no row of the tensor
-            return self.dense()[torch.from_numpy(rows)]
-        out, step = np.empty((len(rows), grid.cols), f"<u{t.word}"), grid.tr
-        for a in np.unique(rows // step).tolist():
-            band = np.empty((min(step, grid.rows - a * step), grid.cols), out.dtype)
-            stored_record.decode(s, data, band, a, a + 1, self.workspace.executor())
-            mine = rows // step == a
-            out[mine] = band[rows[mine] - a * step]
-        return frameworks.to_framework(out, t.dtype, out.shape, "pt")  # type: ignore[no-any-return]
+        return self.rows(found).to(self.compute_dtype)[inverse]

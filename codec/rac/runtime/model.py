@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import tempfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
 from rac.runtime import record, replace
-from rac.runtime.layers import Head
+from rac.runtime.held import Head, size_of
 from rac.runtime.quantizer import METHOD
+from rac.tensor import Tensor
 
+_log = logging.getLogger(__name__)
 RESIDENT = ("dense", "compressed")
 ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, NotImplementedError)
 """What transformers raises for files that it cannot make a model or a tokenizer of."""
@@ -91,6 +94,8 @@ def load_model(
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         _complete(info, cls.__name__, name)
         replace.attach(model, state.online(), name)
+    if resident == "compressed":
+        _log.info("%s: %s", name, replace.residency(model))
     model.config.name_or_path = model.name_or_path = name
     return model
 
@@ -205,6 +210,16 @@ def _complete(info: dict[str, Any], kind: str, file: str) -> None:
         warnings.warn(f"rac: {file}: {kind} has no use for tensor {unused[0]!r}{_more(unused)}", stacklevel=3)
 
 
+def _warn_of_reads(found: replace.Places, names: Mapping[str, Entry], file: str) -> None:
+    """Say which layers are dense though their records could stay, since others read their weights at each step."""
+    mine = {n: p for p in found.read for n in names if f".{n}".endswith(f".{p}.weight")}
+    if mine:
+        dense = sum(size_of(names[n].shape, names[n].dtype) for n in mine)
+        methods = ", ".join(sorted({found.read[path] for path in mine.values()}))
+        what = f"{min(mine.values())}{_more(mine)} stay dense ({replace.megabytes(dense)})"
+        warnings.warn(f"rac: {file}: {what}: {methods} reads the weight at each step", stacklevel=4)
+
+
 def _more(names: Any) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
@@ -233,6 +248,19 @@ class Lazy:
         """Shape; of a record that is held, the number of its bytes."""
         return [self.head.nbytes] if self.head else list(self.entry.shape)
 
+    def _parsed(self) -> Tensor:
+        return random.parse(self.archive, self.archive.record(self.entry))
+
+    def online_stated(self) -> bool:
+        """Whether the layer does something to its input before this weight."""
+        return bool(self.archive.objects) and self._parsed().online is not None
+
+    def head_of_record(self) -> Head:
+        """What must be known of its record."""
+        needs = self._parsed().needs if self.archive.objects else ()
+        size = self.entry.size + sum(self.archive.objects[n].size for n in needs) + record.TAIL
+        return Head(size, self.entry.dtype, tuple(self.entry.shape))
+
     def __getitem__(self, key: Any) -> torch.Tensor:
         """The whole tensor; `errors` gets what is wrong with it."""
         with self._lock:
@@ -250,6 +278,44 @@ class Lazy:
             if self.entry.aliases:
                 self._kept = found
             return found[key]
+
+
+class Fused:
+    """The records of the tensors that a parameter is made of, one after the other, as one tensor."""
+
+    online = None
+
+    def __init__(self, parts: Sequence[Any], errors: list[RacError]) -> None:
+        self._parts, self._errors = parts, errors
+        self.entry = parts[0].entry
+        heads = [part.head_of_record() for part in parts]
+        self.head = Head(sum(h.nbytes for h in heads), heads[0].dtype, heads[0].shape, len(heads))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is loaded."""
+        return self.head.nbytes
+
+    def get_dtype(self) -> str:
+        """That of bytes."""
+        return "U8"
+
+    def get_shape(self) -> list[int]:
+        """The number of bytes."""
+        return [self.head.nbytes]
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        """All of it; `errors` gets what is wrong with a record."""
+        out, at = torch.empty(self.head.nbytes, dtype=torch.uint8), 0
+        for part in self._parts:
+            try:
+                found = record.collect(part.archive, part.entry)
+            except RacError as e:
+                self._errors.append(e)
+                raise
+            out[at : at + len(found)] = torch.from_numpy(found)
+            at += len(found)
+        return out[key]
 
 
 class _Copied:
@@ -297,15 +363,29 @@ class State:
         return {name: source.online for name, source in self.lazy.items() if source.online}
 
     def hold(self, cls: Any, config: Any, file: str) -> dict[str, Head]:
-        """Give the records of layers that can stay compressed as they are from now on; returns their heads, by name."""
+        """Give the records of layers that can stay compressed as they are from now on; returns their heads, by name.
+
+        What transformers makes one parameter of is one tensor, under the name of the parameter.
+        """
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedError("is quantised by another method already; load it dense", file=file)
         with _mapped("cannot make its model", file), torch.device("meta"):  # without memory for its weights
             model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
-        out = {}
-        for name in replace.places(model, [n for n, source in self.lazy.items() if replace.worth(source.entry)]):
-            e, archive = self.lazy[name].entry, self.lazy[name].archive
-            needs = random.parse(archive, archive.record(e)).needs if archive.objects else ()
-            size = e.size + sum(archive.objects[n].size for n in needs) + record.TAIL
-            out[name] = self.lazy[e.name].head = Head(size, e.dtype, e.shape)
-        return out
+        worthy = [n for n, source in self.lazy.items() if replace.worth(source.entry)]
+        shapes = {n: tuple(source.entry.shape) for n, source in self.lazy.items()}
+        found = replace.places(model, worthy, shapes)
+        _warn_of_reads(found, {n: self.lazy[n].entry for n in worthy}, file)
+        heads: dict[str, Head] = {}
+        for name, key in found.single.items():
+            source = self.lazy[name]
+            with_it = {n for n in (source.entry.name, *(a for a, _ in source.entry.aliases)) if n in self.lazy}
+            if with_it <= found.single.keys() and (replace.plain(model, key) or not source.online_stated()):
+                heads[name] = self.lazy[source.entry.name].head = source.head_of_record()
+        for key, names in found.fused.items():
+            parts = [self.lazy[n] for n in names]
+            if not any(part.online_stated() for part in parts):
+                for n in names:
+                    del self.lazy[n]
+                self.lazy[key] = Fused(parts, self._errors)
+                heads[key] = self.lazy[key].head
+        return heads

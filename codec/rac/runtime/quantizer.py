@@ -6,10 +6,13 @@ of one dimension: the record, byte for byte (runtime/record.py). All other tenso
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers.core_model_loading import WeightConverter
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -17,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rac.container.wire import MAJOR, MINOR
 from rac.errors import MismatchError, UnsupportedError
 from rac.runtime import record, replace
-from rac.runtime.layers import Compressed, Head, RacLinear
+from rac.runtime.held import Head, Holding
+from rac.runtime.layers import RacLinear
 from rac.runtime.workspace import Workspace
 
 METHOD, FORMAT = "rac", f"{MAJOR}.{MINOR}"
@@ -51,26 +55,36 @@ class RacHfQuantizer(HfQuantizer):
     """Puts compressed layers in their places before the weights are loaded, which then are the records."""
 
     quantization_config: RacConfig
+    _names: Sequence[str] = ()
+    """Of the tensors that are records."""
     requires_calibration = True  # weights are packed by `rac pack`, not here
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         records = config.records if config.records is not None else heads(kwargs.get("checkpoint_files") or [])
-        where = replace.places(model, records)
+        where = replace.places(model, records).single
         if homeless := sorted(records.keys() - where.keys()):
             raise MismatchError(f"no layer of {type(model).__name__} can hold the record of {homeless[0]!r}")
         new, workspace = {where[n]: h for n, h in records.items()}, Workspace(config.threads)
         replace.replace(model, new, workspace, torch.get_default_dtype())
-        config.records = None
+        config.records, self._names = None, list(records)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without those that would make something else of a record."""
+        found = [c for c in weight_conversions if isinstance(c, WeightConverter)]
+        dropped = [c for c in found if any(c.rename_source_key(n)[1] is not None for n in self._names)]
+        return [c for c in weight_conversions if c not in dropped]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for layer in model.modules():
-            if isinstance(layer, Compressed):
+            if isinstance(layer, Holding):
                 layer.settle()
             if isinstance(layer, RacLinear) and layer.bias is not None:  # what tying has padded
                 layer.bias.data = layer.bias.data[: layer.out_features]
-        replace.resizable(model)
+            if isinstance(layer, PreTrainedModel):  # it computes what the dense one does, in every branch
+                vars(layer.config).pop("_is_quantized", None)
+        replace.adapt(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -95,6 +109,10 @@ def heads(files: list[str]) -> dict[str, Head]:
                 part = f.get_slice(name)
                 shape = part.get_shape()
                 if part.get_dtype() == "U8" and len(shape) == 1 and part[0:4].tobytes() == b"RREC":
-                    t = record.parse(part[0 : shape[0]]).tensor
-                    out[name] = Head(shape[0], t.dtype, t.shape)
+                    data = part[0 : shape[0]]
+                    spans = record.split(data)
+                    found = {((t := record.parse(data[a:b]).tensor).dtype, t.shape) for a, b in spans}
+                    if len(found) > 1:
+                        raise MismatchError("holds records of tensors of several shapes", file=file, unit=repr(name))
+                    out[name] = Head(shape[0], *found.pop(), len(spans))
     return out

@@ -109,6 +109,23 @@ def parse(data: Bytes) -> Stored:
     return Stored(t, objects, len(data), heads)
 
 
+def split(data: Bytes) -> list[tuple[int, int]]:
+    """Where each of several tensors begins and ends in bytes that are those of `collect`, one after the other.
+
+    FormatError where a record is cut off; what the records hold is looked at by `parse`.
+    """
+    limits, at, out = Limits(), 0, []
+    while at < len(data):
+        start, record = at, _record(data, at, limits)
+        while record.type == RECORD_OBJECT:
+            record = _record(data, record.end, limits)
+        at = record.end + TAIL
+        if at > len(data):
+            raise FormatError("the bytes end behind a record", offset=record.end)
+        out.append((start, at))
+    return out
+
+
 def unit(data: Bytes, t: Tensor, i: int, n: int = 1) -> Bytes:
     """Bytes of unit `i` of a tensor, or of the n from there on with the padding between them."""
     last = t.units[i + n - 1]

@@ -12,22 +12,36 @@ folded: its weights then do it too.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rac.errors import MismatchError, UnsupportedError
 from rac.linalg.transform import Transform, hook, hooked, unhook
 from rac.records import Entry
-from rac.runtime.layers import Compressed, Head, RacEmbedding, RacLinear
+from rac.runtime.held import Head, Held, Holding, hold, release, size_of
+from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
+from rac.runtime.reads import read_by_others
 from rac.runtime.workspace import Workspace
 from rac.stages.table import is_resident
 
@@ -36,47 +50,151 @@ _OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "
 
 
 def worth(e: Entry) -> bool:
-    """Whether the record of an index row is a matrix of floats that the coder made smaller."""
-    return e.dtype in FLOATS and len(e.shape) == 2 and is_resident(e.method)
+    """Whether the record of an index row is a matrix of floats, or one for each expert, that the coder made smaller."""
+    return e.dtype in FLOATS and len(e.shape) in (2, 3) and is_resident(e.method)
 
 
-def places(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Names of a file to the names of the parameters that they are, as transformers loads them.
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the tensors of a file can stay compressed in a model."""
 
-    Only weights of plain linear layers, embeddings and Conv1D are listed: subclasses may look at their weight, and
-    so do the layers that transformers wants in float32 (the T5 feed-forward output). What transformers makes of
-    several tensors is not listed either, nor what is tied to a weight that is not.
+    single: Mapping[str, str]
+    """Names of tensors to those of the parameters that they are."""
+    fused: Mapping[str, tuple[str, ...]]
+    """Names of parameters (experts, ., .) to those of the tensors that they are made of, expert after expert."""
+    read: Mapping[str, str]
+    """Paths of layers that are dense since another module reads their weight at each step, and the method that does."""
+
+
+class _Names:
+    """Names of a file as transformers loads them into a model."""
+
+    def __init__(self, model: Any) -> None:
+        known = get_model_conversion_mapping(model)
+        self.renamings = [c for c in known if isinstance(c, WeightRenaming)]
+        self.converters = [c for c in known if isinstance(c, WeightConverter)]
+        self.state, self.prefix = model.state_dict(), model.base_model_prefix
+
+    def key(self, name: str) -> tuple[str, WeightConverter | None, str]:
+        """The parameter, what makes it of this and other tensors, and the pattern of the name; "" and None: nothing."""
+        key, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
+        if key not in self.state and name in self.state:
+            key, pattern = rename_source_key(name, [], [], self.prefix, self.state)
+        converter = next((c for c in self.converters if pattern in c.source_patterns), None) if pattern else None
+        return key, converter, pattern or ""
+
+
+def places(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Places:
+    """Where tensors of a file, by these names, can stay compressed.
+
+    These are weights of linear layers, embeddings and Conv1D, and of classes derived from them, and parameters with a
+    matrix for each expert. Not those that transformers wants in float32 (the T5 feed-forward output), that others than
+    their layer read at each step, or that transformers computes of what the file has, nor what is tied to one of these.
+    `shapes` are of all tensors of the file: those that a parameter (experts, ., .) is made of are found with them.
     """
-    known = get_model_conversion_mapping(model)
-    renamings = [c for c in known if isinstance(c, WeightRenaming)]
-    converters = [c for c in known if isinstance(c, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
+    names, read, found = list(names), read_by_others(model), _Names(model)
     kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    out: dict[str, str] = {}
+
+    def can(key: str) -> bool:
+        return _can(model, key, kept) and key.rpartition(".")[0] not in read
+
+    single: dict[str, str] = {}
     for name in names:
-        key, converter = rename_source_key(name, renamings, converters, prefix, state)
-        if key not in state and name in state:
-            key, converter = rename_source_key(name, [], [], prefix, state)
-        if converter is None and key in state and _plain(model, key, kept):
-            out[name] = key
-    tied = list(getattr(model, "all_tied_weights_keys", {}).items())
+        key, converter, _ = found.key(name)
+        if key in found.state and can(key) and (converter is None or (name == key and not shapes)):
+            single[name] = key
+    fused = _fused(found, set(names), shapes or {}, can)
     dense: set[str] = set()
+    tied = list(getattr(model, "all_tied_weights_keys", {}).items())
     for _ in tied:  # what is tied to a dense weight is dense, and so on
         for pair in tied:
-            if not all(_plain(model, key, kept) for key in pair) or dense & set(pair):
+            if not all(can(key) for key in pair) or dense & set(pair):
                 dense |= set(pair)
-    return {name: key for name, key in out.items() if key not in dense}
+    single = {name: key for name, key in single.items() if key not in dense}
+    _leave_parameters(model, single, fused)
+    spared = {path: where for path, where in read.items() if _can(model, f"{path}.weight", kept)}
+    return Places(single, {key: parts for key, parts in fused.items() if key not in dense}, spared)
 
 
-def _plain(model: Any, key: str, kept: list[str]) -> bool:
-    """Whether a parameter is the weight of a layer that can be replaced."""
+def _leave_parameters(model: Any, single: dict[str, str], fused: Mapping[str, Any]) -> None:
+    """Take from `single` the smallest layer of each model, of the ones in it too, that no parameter would be left of.
+
+    transformers, and many programs, ask the first parameter of a model for its data type.
+    """
+    tied = dict(getattr(model, "all_tied_weights_keys", {}))
+    inner = [(path, m) for path, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    for path, module in reversed(inner):
+        prefix = f"{path}." if path else ""
+        held = {*single.values(), *fused}
+        mine = {f"{prefix}{n}": p for n, p in module.named_parameters() if p.is_floating_point()}
+        if not mine or any(key not in held and tied.get(key) not in held for key in mine):
+            continue
+        free = [k for k in mine if k in single.values() and k not in tied and k not in tied.values()]
+        if free:
+            least = min(free, key=lambda k: mine[k].numel())
+            for name in [n for n, key in single.items() if key == least]:
+                del single[name]
+
+
+def _fused(
+    found: _Names, worthy: set[str], shapes: Mapping[str, tuple[int, ...]], can: Callable[[str], bool]
+) -> dict[str, tuple[str, ...]]:
+    """Parameters that transformers stacks, or finds as they are: all that one of its conversions makes, or none."""
+    made: dict[str, dict[str, list[str]]] = {}
+    by: dict[str, WeightConverter] = {}
+    for name in sorted(shapes, key=dot_natural_key):
+        key, converter, pattern = found.key(name)
+        if converter is not None:
+            by[key] = converter
+            made.setdefault(key, {}).setdefault(pattern, []).append(name)
+    out: dict[str, tuple[str, ...]] = {}
+    refused: set[int] = set()
+    for key, parts in made.items():
+        names = tuple(itertools.chain(*zip(*(parts.get(p, []) for p in by[key].source_patterns), strict=False)))
+        whole = (key in found.state and tuple(found.state[key].shape)) or ()
+        fits = (
+            len(names) == sum(map(len, parts.values()))
+            and set(names) <= worthy
+            and len({shapes[n] for n in names}) == 1
+        )
+        if fits and can(key) and _stacks(by[key], [shapes[n] for n in names], whole):
+            out[key] = names
+        else:
+            refused.add(id(by[key]))
+    return {key: names for key, names in out.items() if id(by[key]) not in refused}
+
+
+def _stacks(converter: WeightConverter, parts: list[tuple[int, ...]], whole: tuple[int, ...]) -> bool:
+    """Whether a conversion stacks the matrices of experts, one below the other, or leaves a tensor of this shape."""
+    kinds = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
+    if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        return Head(0, "", parts[0], len(parts)).fits(whole)
+    op = converter.operations[0]
+    return len(kinds) == len(parts) == 1 and type(op) is Transpose and op.check_dims and parts[0] == whole
+
+
+def _can(model: Any, key: str, kept: list[str]) -> bool:
+    """Whether a parameter can be held as a record."""
     path, _, leaf = key.rpartition(".")
-    if leaf != "weight" or any(re.search(rf"(?:^|\.){k}(?:\.|$)", path) for k in kept):
+    if any(re.search(rf"(?:^|\.){k}(?:\.|$)", path) for k in kept):
         return False
     module = model.get_submodule(path)
-    if type(module) is nn.Embedding:
-        return module.max_norm is None and not module.sparse
-    return type(module) in (nn.Linear, Conv1D)
+    if leaf == "weight" and isinstance(module, nn.Embedding):
+        return module.max_norm is None and not module.sparse and (type(module) is nn.Embedding or not _torch(module))
+    if leaf == "weight" and isinstance(module, nn.Linear | Conv1D):
+        return type(module) in (nn.Linear, Conv1D) or not _torch(module)
+    own = module._parameters.get(leaf)
+    return own is not None and own.dim() == 3 and own.shape[0] > 1 and not _torch(module)
+
+
+def plain(model: Any, key: str) -> bool:
+    """Whether a parameter is the weight of a layer that applies what a record states of its input."""
+    return type(model.get_submodule(key.rpartition(".")[0])) in (nn.Linear, nn.Embedding, Conv1D)
+
+
+def _torch(module: nn.Module) -> bool:
+    """Whether the class of a module is torch's own, which others of its classes may know too well."""
+    return type(module).__module__.startswith("torch.")
 
 
 def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: torch.dtype) -> None:
@@ -89,22 +207,29 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
     heads = dict(heads)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():  # one record for all that are tied
         for a, b in ((target, source), (source, target)):
-            if a in heads and b not in heads and _plain(model, b, []):
+            if a in heads and b not in heads and _can(model, b, []):
                 heads[b] = heads[a]
     new: dict[int, nn.Module] = {}
+    others: dict[str, dict[str, Head]] = {}
     for key, head in heads.items():
-        old = model.get_submodule(key.removesuffix(".weight"))
-        if tuple(old.weight.shape) != head.shape:
-            what = f"the file has {list(head.shape)}, the layer needs {list(old.weight.shape)}"
+        path, _, leaf = key.rpartition(".")
+        old = model.get_submodule(path)
+        if not head.fits(tuple(old._parameters[leaf].shape)):
+            what = f"the file has {list(head.shape)}, the layer needs {list(old._parameters[leaf].shape)}"
             raise MismatchError(what, unit=repr(key))
-        with old.weight.device:
-            if isinstance(old, nn.Embedding):
+        with old._parameters[leaf].device:
+            if type(old) is nn.Embedding:
                 layer: Compressed = RacEmbedding(head, workspace, old.padding_idx, dtype)
-            else:
+            elif type(old) in (nn.Linear, Conv1D):
                 layer = RacLinear(head, workspace, old.bias, isinstance(old, Conv1D), dtype)
+            else:
+                others.setdefault(path, {})[leaf] = head
+                continue
         new[id(old)] = layer.train(old.training)
     for parent in list(model.modules()):
         parent._modules |= {name: new[id(child)] for name, child in parent._modules.items() if id(child) in new}
+    for path, mine in others.items():
+        hold(model.get_submodule(path), mine, workspace, dtype)
 
 
 def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False) -> bool:
@@ -116,31 +241,89 @@ def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False
     """
     hooks = False
     made: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # of the record, which keeps it and so its id alive
-    for layer in layers:
-        if not isinstance(layer, Compressed):
-            continue
-        record, online = layer.weight, layer.online() if isinstance(layer, RacLinear) else None
-        if id(record) not in made:
-            dense = layer.dense().to(dtype or layer.compute_dtype)
-            if folded and online is not None:
-                dense = online.fold(dense.float()).to(dense.dtype)
-            made[id(record)] = record, nn.Parameter(dense, requires_grad=False)
-        layer.workspace.forget(layer)
-        kind: type[nn.Module] = nn.Embedding if isinstance(layer, RacEmbedding) else nn.Linear
-        if isinstance(layer, RacLinear) and layer.transposed:
-            kind = Conv1D
-            layer.nx, layer.nf = layer.in_features, layer.out_features
-            del layer.in_features, layer.out_features
-        del layer.weight  # which may be a buffer
-        layer.weight = made[id(record)][1]
-        for name in _OWN:
-            layer.__dict__.pop(name, None)
-        del layer._as
-        layer.__class__ = kind  # type: ignore[assignment]
+    for layer in (layer for layer in layers if isinstance(layer, Holding)):
+        online = layer.online() if isinstance(layer, RacLinear) else None
+        for name in layer._names:
+            source, record = layer.source(name), layer.record_of(name)
+            if id(record) not in made:
+                dense = source.dense().to(dtype or source.compute_dtype)
+                if folded and online is not None:
+                    dense = online.fold(dense.float()).to(dense.dtype)
+                made[id(record)] = record, nn.Parameter(dense, requires_grad=False)
+                if (read := source.workspace.weights.pop(id(record), None)) is not None:
+                    read.become(made[id(record)][1])
+        _bared(layer, {name: made[id(layer.record_of(name))][1] for name in layer._names})
         if online is not None and not folded:
             hook(layer, online)
             hooks = True
     return hooks
+
+
+def _bared(layer: Any, weights: dict[str, nn.Parameter]) -> None:
+    """Make a layer one of its dense class, with these weights."""
+    if isinstance(layer, Held):
+        release(layer, weights)
+        return
+    layer.workspace.forget(layer)
+    kind: type[nn.Module] = nn.Embedding if isinstance(layer, RacEmbedding) else nn.Linear
+    if isinstance(layer, RacLinear) and layer.transposed:
+        kind = Conv1D
+        layer.nx, layer.nf = layer.in_features, layer.out_features
+        del layer.in_features, layer.out_features
+    del layer.weight  # which may be a buffer
+    for name in _OWN:
+        layer.__dict__.pop(name, None)
+    del layer._as
+    layer.__class__ = kind
+    layer.weight = weights["weight"]
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """What a model holds in memory."""
+
+    records: int
+    """Weights that are records."""
+    held: int
+    """Bytes of records."""
+    instead: int
+    """Bytes of these weights, dense, in the data type of the file."""
+    weights: int
+    """Numbers of all weights, those that are records too."""
+    others: Mapping[str, int]
+    """Bytes of all other parameters, by name; what is tied once."""
+
+    def __str__(self) -> str:
+        """One line."""
+        dense = sum(self.others.values())
+        most = sorted(self.others, key=lambda name: -self.others[name])[:3]
+        named = ", ".join(f"{name} {megabytes(self.others[name])}" for name in most)
+        held = f"{self.records} weights stay compressed, {megabytes(self.held)} instead of {megabytes(self.instead)}"
+        return f"{held}; dense: {megabytes(dense)}" + (
+            f" ({named}{', ...' if len(self.others) > 3 else ''})" if most else ""
+        )
+
+
+def megabytes(n: int) -> str:
+    """A number of bytes, for people."""
+    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
+
+
+def residency(model: Any) -> Residency:
+    """What a model holds as records and what dense; buffers that are no records are left out."""
+    seen: set[int] = set()
+    records = held = instead = weights = 0
+    for module in model.modules():
+        for name in getattr(module, "_names", ()) if isinstance(module, Holding) else ():
+            if id(record := module.record_of(name)) not in seen:
+                seen.add(id(record))
+                source = module.source(name)
+                numbers = math.prod(source.shape)
+                records, held, weights = records + 1, held + record.numel(), weights + numbers
+                instead += size_of(source.shape, source.head.dtype)
+    others = {n: p.nbytes for n, p in model.named_parameters() if id(p) not in seen}
+    weights += sum(p.numel() for p in model.parameters() if id(p) not in seen)
+    return Residency(records, held, instead, weights, others)
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -157,7 +340,7 @@ def attach(model: Any, found: Mapping[str, Transform], file: str) -> None:
     """
     if not found:
         return
-    where = places(model, found)
+    where = places(model, found).single
     if homeless := sorted(found.keys() - where.keys()):
         what = f"has an online transform, and no layer of {type(model).__name__} that could run it"
         raise UnsupportedError(what, file=file, unit=repr(homeless[0]))
@@ -201,9 +384,29 @@ def _fold(layer: Any) -> None:
         unhook(layer)
 
 
-def resizable(model: Any) -> None:
-    """Let `resize_token_embeddings` of a model make the embeddings, and an output layer, dense first."""
+def adapt(model: Any) -> None:
+    """Let `resize_token_embeddings` of a model make the embeddings, and an output layer, dense first.
+
+    And `num_parameters` count the weights that are records.
+    """
     model.resize_token_embeddings = functools.partial(_resize, model)
+    model.num_parameters = functools.partial(_count, model)
+
+
+def _count(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """As of transformers; a weight that is a record has as many numbers as it stands for, none of them trainable."""
+    left: set[int] = set()
+    found: dict[int, int] = {}
+    for m in model.modules():
+        mine = {id(p): p.numel() for p in m._parameters.values() if p is not None}
+        if only_trainable:
+            mine = {id(p): p.numel() for p in m._parameters.values() if p is not None and p.requires_grad}
+        elif isinstance(m, Holding):
+            mine |= {id(m.record_of(name)): math.prod(m.source(name).shape) for name in m._names}
+        found |= mine
+        if exclude_embeddings and isinstance(m, nn.Embedding):
+            left |= mine.keys()
+    return sum(n for key, n in found.items() if key not in left)
 
 
 def _resize(
@@ -229,7 +432,7 @@ def _wrapped(module: nn.Module, name: str, layer: nn.Module | None) -> None:
         return
     if name == "original_module":
         densify(*layer.modules())
-    if name != "base_layer" or not (isinstance(layer, Compressed) or hooked(layer) is not None):
+    if name != "base_layer" or not (isinstance(layer, Holding) or hooked(layer) is not None):
         return
     if where[2] not in _OUTPUTS:
         if getattr(layer, "transposed", False):

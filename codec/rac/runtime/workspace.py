@@ -71,6 +71,8 @@ class Workspace:
         self._pool: ThreadPoolExecutor | None = None
         self._slots: deque[_Slot] = deque()
         """The running layer, and then those that are decoded ahead."""
+        self.weights: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        """Weights that somebody has read and has still, by the identity of the record."""
         self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[Any] | None = None
         self._ahead: dict[Any, Ahead] = {}
@@ -138,7 +140,7 @@ class Workspace:
         """The weight of a layer whose record is on a device, valid inside for launches on the current stream."""
         with self._running():
             self._learn(layer)
-            device = layer.weight.device
+            device = layer.record.device
             if device not in self._ahead:
                 self._ahead[device] = Ahead(device)
             with self._ahead[device].weight(layer, self._after(layer), self._on_device) as weight:

@@ -86,7 +86,7 @@ class Layer:
 
     def __init__(self, api, name, size=64, device=HOST):
         self.api, self.name, self.dense_bytes, self.known, self.number = api, name, size, True, 0
-        self.weight = torch.empty(1, device=device)
+        self.record = torch.empty(1, device=device)
         self.asked = []
 
     def resident(self):
@@ -147,7 +147,7 @@ def test_in_a_row_every_layer_but_the_first_is_decoded_ahead():
     assert [layer.asked for layer in layers] == [["now"], *[["ahead"]] * 5]
     side = next(s for s in api.streams if s is not api.now)
     assert {(id(p.buffer), id(side)) for p in ours._places} <= api.kept  # not given to others while it is written to
-    assert (id(layers[3].weight), id(side)) in api.kept
+    assert (id(layers[3].record), id(side)) in api.kept
 
 
 def test_what_is_not_decoded_ahead():
@@ -203,7 +203,7 @@ def test_real_layers_through_their_workspace(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "_why_not", lambda name: None)
     api = Device(0)
     monkeypatch.setattr(ws, "Ahead", lambda at: Ahead(at, api, api.keep))
-    monkeypatch.setattr(Compressed, "dense", lambda self: self._resident.dense(self.weight.detach(), self.stored))
+    monkeypatch.setattr(Compressed, "dense", lambda self: self._resident.dense(self.record.detach(), self.stored))
     workspace = Workspace()
     layers = [linear(archive, n, workspace) for n in weights]
     for turn in range(3):

@@ -75,7 +75,7 @@ def test_every_matrix_of_a_plain_layer_stays_compressed(packed):
     assert sum(isinstance(m, RacLinear) for m in model.modules()) == 15
     assert sum(isinstance(m, RacEmbedding) for m in model.modules()) == 1
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert all(m.weight.dtype == torch.uint8 for m in held(model))
+    assert all(m.record.dtype == torch.uint8 for m in held(model))
     gpt2 = rac.load_model(packed["gpt2"][1], resident="compressed")
     assert sum(isinstance(m, RacLinear) and m.transposed for m in gpt2.modules()) == 8
 
@@ -85,7 +85,7 @@ def test_t5_keeps_what_looks_at_its_weight(packed):
     assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is torch.nn.Linear
 
 
-def test_what_is_tied_to_a_dense_weight_is_dense(packed, tmp_path):
+def test_layers_of_derived_classes_and_what_is_tied_to_them_stay_compressed(packed, tmp_path):
     st = pytest.importorskip("safetensors.torch")
     original, path, _ = packed["gemma"]
     shutil.copytree(path.parent / "hf", tmp_path / "hf")
@@ -95,8 +95,10 @@ def test_what_is_tied_to_a_dense_weight_is_dense(packed, tmp_path):
     pack(tmp_path / "hf", tmp_path / "m.rac")
     for file in (path, tmp_path / "m.rac"):
         model = rac.load_model(file, resident="compressed")
-        assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
-        assert len(held(model)) == 14
+        assert "RacGemma3TextScaledWordEmbedding" in repr(model) and isinstance(model.lm_head, RacLinear)
+        assert model.lm_head.record is model.model.embed_tokens.record_of("weight")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert len(held(model)) == 15
         assert torch.equal(models.logits(model), models.logits(original))
 
 

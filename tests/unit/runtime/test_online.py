@@ -172,7 +172,7 @@ def test_a_layer_alone(made):
     x = torch.randn(3, 160)
     first = layers[0](x)
     assert torch.equal(first, layers[0].online().apply(x) @ layers[0].dense().t())
-    layers[0].weight.data = layers[1].weight.data.clone()
+    layers[0].record.data = layers[1].record.data.clone()
     layers[0].head = layers[1].head
     assert torch.equal(layers[0](x), layers[1](x))
     dense = dict(rac.load_model(made[2]).named_modules())["model.layers.0.mlp.down_proj"]

@@ -55,7 +55,7 @@ def test_state_dict(small):
 def test_to(small):
     _, _, path = small
     model = rac.load_model(path, resident="compressed").to(torch.float32)
-    assert model.dtype == torch.float32 and model.lm_head.weight.dtype == torch.uint8
+    assert model.dtype == torch.float32 and model.lm_head.record.dtype == torch.uint8
     assert model.model.embed_tokens(torch.tensor([1])).dtype == torch.float32
     wide = rac.load_model(path, dtype=torch.float32)
     assert torch.equal(models.logits(model), models.logits(wide))
@@ -98,9 +98,9 @@ def test_memory_is_the_records(small):
         sizes = {e.name: e.size for e in f.archives[0].index.entries}
     for name, module in model.named_modules():
         if isinstance(module, RacLinear | RacEmbedding) and name != "lm_head":
-            assert module.weight.numel() == sizes[f"{name}.weight"] + TAIL
+            assert module.record.numel() == sizes[f"{name}.weight"] + TAIL
             own = sum(t.numel() * t.element_size() for t in (*module.buffers(), *module.parameters()))
-            assert own == module.weight.numel()
+            assert own == module.record.numel()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -183,7 +183,7 @@ def test_what_asks_the_first_parameter_is_told_the_data_type(small):
     assert next(model.parameters()).dtype == model.dtype == layer.compute_dtype == torch.bfloat16
     model.to(torch.float16)
     assert next(model.parameters()).dtype == model.dtype == layer.compute_dtype == torch.float16
-    assert layer.weight.dtype == torch.uint8 and "model.layers.0.mlp.up_proj.weight" in model.state_dict()
+    assert layer.record.dtype == torch.uint8 and "model.layers.0.mlp.up_proj.weight" in model.state_dict()
     again = copy.deepcopy(model).to(torch.float32)
     assert next(again.parameters()).dtype == torch.float32
     assert torch.isfinite(models.logits(again)).all()

@@ -1,0 +1,385 @@
+"""Modules of which some parameters are records of a file, and the names under which these are kept.
+
+A parameter that is held is uint8, (bytes,), under its own name: the records of its tensor, or of the tensors that it is
+made of, as they lie in the file (runtime/record.py). So state dictionaries, `.to()`, device maps and offloading work as
+for any other tensor, and their bytes are the bytes that are held. It is a parameter while transformers loads it, and a
+buffer from then on: the parameters of a model, which many programs ask for its data type, are all floating-point
+numbers. Who asks the module for the name gets a `Weight` (runtime/weight.py), but for the libraries that move and load
+what is held: they get the record.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rac import frameworks
+from rac.errors import MismatchError, SourceError
+from rac.registry import DTYPES
+from rac.runtime import device
+from rac.runtime import record as stored_record
+from rac.runtime.weight import Weight
+from rac.runtime.workspace import Workspace
+from rac.tensor import empty
+
+_MOVERS = ("accelerate.", "torch.nn.modules.module", "transformers.modeling_utils", "transformers.core_model_loading")
+"""Modules of libraries that load, tie and move what is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What must be known of a record before its bytes are there."""
+
+    nbytes: int
+    """Bytes of the record, of those of the objects that it uses, and the TAIL zeros behind them; of all parts."""
+    dtype: str
+    shape: tuple[int, ...]
+    """Of each part."""
+    parts: int = 1
+    """Records: the matrices of experts, of one after the other, and all of one expert together."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter of this shape can be made of the records.
+
+        It is that of the record or, of several, (experts, R, C): equally many for each expert, one below the other.
+        """
+        if self.parts == 1:
+            return self.shape == shape
+        if len(shape) != 3 or len(self.shape) != 2 or self.parts % shape[0]:
+            return False
+        return (self.parts // shape[0] * self.shape[0], self.shape[1]) == shape[1:]
+
+
+class Named:
+    """A name of a module under which a record is kept: what reads it gets the weight."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Holding | None, owner: type) -> Any:
+        """The weight; the record for who moves it, and until it is loaded."""
+        if module is None:
+            return self
+        if (loading := module._parameters.get(self.name)) is not None or _moves(sys._getframe(1)):
+            return loading if loading is not None else module._buffers.get(self.name)
+        if self.name not in module._buffers:
+            raise AttributeError(self.name)
+        return module.weight_of(self.name)
+
+    def __set__(self, module: Holding, value: Any) -> None:
+        """Through the module, which knows what to do."""
+        setattr(module, self.name, value)
+
+
+def _moves(frame: Any) -> bool:
+    """Whether the caller is one of the libraries that move what is held."""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch._dynamo"):
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__", "").startswith(_MOVERS)
+
+
+class Holding(nn.Module):
+    """A module that holds records under some of its names."""
+
+    _names: tuple[str, ...] = ()
+
+    def source(self, name: str) -> Any:
+        """What the weight under a name is decoded from (rac.runtime.weight.Source)."""
+        raise NotImplementedError
+
+    def record_of(self, name: str) -> torch.Tensor:
+        """(bytes,) uint8, as it is kept under a name."""
+        found = self._parameters.get(name)
+        out: Any = found if found is not None else self._buffers[name]
+        return out
+
+    def weight_of(self, name: str) -> Weight:
+        """The weight under a name; those who share a record share it, as long as somebody has it."""
+        source, record = self.source(name), self.record_of(name)
+        kept = source.workspace.weights
+        found: Weight | None = kept.get(id(record))
+        if found is None or found.source.record is not record or found.dtype != source.compute_dtype:
+            found = kept[id(record)] = Weight(source)
+        return found
+
+    def settle(self) -> None:
+        """Make records buffers, once they are loaded; what an offloader has is still offloaded."""
+        for name in self._names:
+            if (record := self._parameters.pop(name, None)) is not None:
+                self._buffers[name] = record
+        own: Any = getattr(self, "_hf_hook", None)  # of accelerate
+        for hook in getattr(own, "hooks", (own,)):
+            if hasattr(hook, "offload_buffers"):
+                hook.offload_buffers = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As of any module; a record that several layers share stays one, as parameters do."""
+        before = {name: self._buffers.get(name) for name in self._names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            moved = self._buffers.get(name)
+            if old is not None and moved is not old and torch._has_compatible_shallow_copy_type(old, moved):  # type: ignore[arg-type]
+                old.data = moved  # type: ignore[assignment]
+                self._buffers[name] = old
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A record takes the place of a record; any other weight makes the module dense."""
+        if name not in self._names:
+            super().__setattr__(name, value)
+            return
+        if isinstance(value, Weight):
+            value = value.source.record
+        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
+            kind: Any = self._parameters if name in self._parameters else self._buffers
+            kind[name] = value
+            return
+        self.source(name).write()
+        setattr(self, name, value)
+
+
+@dataclass(slots=True)
+class Kept:
+    """What was parsed of a record, or of several, for the bytes that are there."""
+
+    head: Head
+    shape: tuple[int, ...]
+    """Of the weight."""
+    spans: list[tuple[int, int]] | None = None
+    """Where each part begins and ends."""
+    parsed: dict[int, stored_record.Stored] = field(default_factory=dict)
+    residents: dict[int, device.Resident] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> Kept:
+        """What was parsed is parsed again."""
+        return Kept(self.head, self.shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, (self.head, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A name of a module that holds a record under it: a `Source`."""
+
+    module: Any
+    name: str
+
+    @property
+    def kept(self) -> Kept:
+        """What was parsed."""
+        found: Kept = self.module._kept[self.name]
+        return found
+
+    @property
+    def head(self) -> Head:
+        """What was known of the record before its bytes were there."""
+        return self.kept.head
+
+    @property
+    def record(self) -> torch.Tensor:
+        """(bytes,) uint8."""
+        found: torch.Tensor = self.module.record_of(self.name)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.kept.shape
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Follows `.to()` of the module."""
+        found: torch.dtype = self.module._as.dtype
+        return found
+
+    @property
+    def workspace(self) -> Workspace:
+        """Threads."""
+        found: Workspace = self.module.workspace
+        return found
+
+    def write(self) -> nn.Parameter:
+        """Make the module dense."""
+        from rac.runtime.replace import densify
+
+        densify(self.module)
+        found: nn.Parameter = getattr(self.module, self.name)
+        return found
+
+    def dense(self) -> torch.Tensor:
+        """All of it."""
+        return self.rows(torch.arange(self.shape[0]))
+
+    def rows(self, found: torch.Tensor) -> torch.Tensor:
+        """Those of the first dimension with these indices, ascending: rows, or experts."""
+        record, kept = self.record, self.kept
+        if record.device.type == "meta":
+            raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
+        if record.device.type != "cpu":
+            return self._on_device(record, found)
+        data: stored_record.Bytes = record.detach().numpy()
+        if kept.head.parts == 1:
+            return decoded_rows(self._stored(data, 0), data, found.cpu().numpy(), self.workspace.executor())
+        each, pool = kept.head.parts // kept.shape[0], self.workspace.executor()
+        out = np.empty((len(found), *kept.shape[1:]), f"<u{DTYPES[kept.head.dtype].bits // 8}")
+        for i, expert in enumerate(found.tolist()):
+            for j, words in enumerate(np.split(out[i], each)):
+                part = expert * each + j
+                a, b = self._spans(data)[part]
+                stored_record.decode(self._stored(data[a:b], part), data[a:b], words, pool=pool)
+        dense: torch.Tensor = frameworks.to_framework(out, kept.head.dtype, out.shape, "pt")
+        return dense
+
+    def _on_device(self, record: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        kept = self.kept
+        each = kept.head.parts // kept.shape[0] if kept.head.parts > 1 else 1
+        spans = self._spans(record.detach().cpu().numpy()) if kept.spans is None else kept.spans
+
+        def whole(part: int) -> torch.Tensor:
+            a, b = spans[part]
+            mine = record.detach()[a:b]
+
+            def fetch() -> tuple[stored_record.Stored, stored_record.Bytes]:
+                data = mine.cpu().numpy()
+                return self._stored(data, part), data
+
+            return kept.residents.setdefault(part, device.Resident()).dense(mine, fetch)
+
+        if kept.head.parts == 1:
+            return whole(0)[found.to(record.device)]
+        return torch.stack([torch.cat([whole(e * each + j) for j in range(each)]) for e in found.tolist()])
+
+    def _spans(self, data: stored_record.Bytes) -> list[tuple[int, int]]:
+        kept = self.kept
+        if kept.spans is None:
+            kept.spans = stored_record.split(data)
+            if len(kept.spans) != kept.head.parts:
+                what = f"holds {len(kept.spans)} records, {self.name!r} is made of {kept.head.parts}"
+                raise MismatchError(what, unit=repr(self.name))
+        return kept.spans
+
+    def _stored(self, data: stored_record.Bytes, part: int) -> stored_record.Stored:
+        kept = self.kept
+        found = kept.parsed.get(part)
+        if found is None or not found.describes(data):
+            found = stored_record.parse(data)
+            if ((t := found.tensor).dtype, t.shape) != (kept.head.dtype, kept.head.shape):
+                what = f"is {t.dtype} {list(t.shape)}, the layer needs {kept.head.dtype} {list(kept.head.shape)}"
+                raise MismatchError(what, unit=repr(t.name))
+            kept.parsed[part] = found
+        return found
+
+
+def decoded_rows(
+    s: stored_record.Stored, data: stored_record.Bytes, found: np.ndarray[Any, Any], pool: Executor | None
+) -> torch.Tensor:
+    """Those of the first dimension of a tensor with these indices, ascending, on the host, in the file's data type.
+
+    The tiles that hold them are decoded, one row of tiles after the other.
+    """
+    grid, t = s.tensor.grid, s.tensor
+    if grid.rows % t.shape[0] or len(found) == t.shape[0]:  # its rows lie across those of the matrix, or all are wanted
+        words = empty(t)
+        stored_record.decode(s, data, words, pool=pool)
+        whole: torch.Tensor = frameworks.to_framework(words, t.dtype, t.shape, "pt")
+        return whole if len(found) == t.shape[0] else whole[torch.from_numpy(found)]
+    each, step = grid.rows // t.shape[0], grid.tr
+    rows = (found[:, None] * each + np.arange(each)).reshape(-1)
+    out = np.empty((len(rows), grid.cols), f"<u{t.word}")
+    for a in np.unique(rows // step).tolist():
+        band = np.empty((min(step, grid.rows - a * step), grid.cols), out.dtype)
+        stored_record.decode(s, data, band, a, a + 1, pool)
+        mine = rows // step == a
+        out[mine] = band[rows[mine] - a * step]
+    shape = (len(found), *t.shape[1:])
+    part: torch.Tensor = frameworks.to_framework(out, t.dtype, shape, "pt")
+    return part
+
+
+class Held(Holding):
+    """A module of any class of which the weights under some names are records; its own `forward` reads them.
+
+    Made by `hold`, which changes the class of a module.
+    """
+
+    workspace: Workspace
+    _kept: dict[str, Kept]
+    _as: torch.Tensor
+
+    def source(self, name: str) -> Place:
+        """The place."""
+        return Place(self, name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class was made here, and is made again."""
+        return _again, (type(self).__bases__[1], self._names), self.__getstate__()
+
+    def extra_repr(self) -> str:
+        """As of the dense module, and the bytes."""
+        held = ", ".join(f"{name}: {kept.head.nbytes} bytes" for name, kept in self._kept.items())
+        return f"{super().extra_repr()}{', ' if super().extra_repr() else ''}{held}"
+
+
+def _class(base: Any, names: tuple[str, ...]) -> Any:
+    """The class of modules of a class that hold records under these names; one for all of them."""
+    if (base, names) not in _CLASSES:
+        content: dict[str, Any] = {name: Named(name) for name in names}
+        content |= {"_names": names, "__module__": base.__module__}
+        _CLASSES[base, names] = type(f"Rac{base.__name__}", (Held, base), content)
+    return _CLASSES[base, names]
+
+
+_CLASSES: dict[tuple[Any, tuple[str, ...]], Any] = {}
+
+
+def _again(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    made = _class(base, names)
+    module: nn.Module = made.__new__(made)
+    return module
+
+
+def hold(module: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: torch.dtype | None) -> None:
+    """Let a module hold records under these names, which are its own parameters; their bytes are yet to be loaded.
+
+    The class of the module changes. MismatchError where the records do not make up the parameter.
+    """
+    shapes = {name: tuple(module._parameters[name].shape) for name in heads}
+    for name, head in heads.items():
+        if not head.fits(shapes[name]):
+            parts = f"{head.parts} times " if head.parts > 1 else ""
+            what = f"the file has {parts}{list(head.shape)}, the layer needs {list(shapes[name])}"
+            raise MismatchError(what, unit=repr(name))
+    module.__class__ = _class(type(module), tuple(heads))
+    module.workspace, module._kept = workspace, {n: Kept(head, shapes[n]) for n, head in heads.items()}
+    for name, head in heads.items():
+        where = module._parameters[name].device
+        data = torch.empty(head.nbytes, dtype=torch.uint8, device=where)
+        module._parameters[name] = record = nn.Parameter(data, requires_grad=False)
+        record._is_hf_initialized = True  # type: ignore[attr-defined]  # never filled with random numbers
+    module.register_buffer("_as", torch.empty(0, dtype=dtype), persistent=False)
+
+
+def release(module: Held, weights: Mapping[str, nn.Parameter]) -> None:
+    """Make a module one of its own class again, with these weights."""
+    names = module._names
+    del module._as
+    module.__class__ = type(module).__bases__[1]  # type: ignore[assignment]
+    for name in names:
+        module._buffers.pop(name, None)
+        module._parameters[name] = weights[name]
+    for name in ("workspace", "_kept"):
+        module.__dict__.pop(name, None)
+
+
+def size_of(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a dense tensor."""
+    return math.prod(shape) * DTYPES[dtype].bits // 8
