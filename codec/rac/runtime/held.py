@@ -42,7 +42,7 @@ class Head:
     """Bytes of the record, of those of the objects that it uses, and the TAIL zeros behind them; of all parts."""
     dtype: str
     shape: tuple[int, ...]
-    """Of each part."""
+    """Shape of the tensor, and with several records of each of them."""
     parts: int = 1
     """Records: the matrices of experts, of one after the other, and all of one expert together."""
 
@@ -152,7 +152,7 @@ class Kept:
 
     head: Head
     shape: tuple[int, ...]
-    """Of the weight."""
+    """Shape of the weight."""
     spans: list[tuple[int, int]] | None = None
     """Where each part begins and ends."""
     parsed: dict[int, stored_record.Stored] = field(default_factory=dict)
@@ -192,7 +192,7 @@ class Place:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return self.kept.shape
 
     @property
@@ -220,7 +220,7 @@ class Place:
         return self.rows(torch.arange(self.shape[0]))
 
     def rows(self, found: torch.Tensor) -> torch.Tensor:
-        """Those of the first dimension with these indices, ascending: rows, or experts."""
+        """The rows, or the experts, with these indices, ascending."""
         record, kept = self.record, self.kept
         if record.device.type == "meta":
             raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
@@ -282,9 +282,9 @@ class Place:
 def decoded_rows(
     s: stored_record.Stored, data: stored_record.Bytes, found: np.ndarray[Any, Any], pool: Executor | None
 ) -> torch.Tensor:
-    """Those of the first dimension of a tensor with these indices, ascending, on the host, in the file's data type.
+    """The parts along the first dimension of a tensor with these indices, ascending, on the host.
 
-    The tiles that hold them are decoded, one row of tiles after the other.
+    The data type is that of the file. The tiles that hold them are decoded, one row of tiles after the other.
     """
     grid, t = s.tensor.grid, s.tensor
     if grid.rows % t.shape[0] or len(found) == t.shape[0]:  # its rows lie across those of the matrix, or all are wanted

@@ -51,7 +51,7 @@ class Compressed(Holding):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return self.head.shape
 
     def rows(self, found: torch.Tensor) -> torch.Tensor:

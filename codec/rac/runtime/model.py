@@ -297,7 +297,7 @@ class Fused:
         return self.head.nbytes
 
     def get_dtype(self) -> str:
-        """That of bytes."""
+        """Data type of bytes."""
         return "U8"
 
     def get_shape(self) -> list[int]:

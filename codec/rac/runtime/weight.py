@@ -23,7 +23,7 @@ class Source(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -33,7 +33,7 @@ class Source(Protocol):
         """All of it, in memory of its own, in the data type of the file."""
 
     def rows(self, found: torch.Tensor) -> torch.Tensor:
-        """Of the first dimension those with these indices, ascending and without repetition."""
+        """The parts along the first dimension with these indices, ascending and without repetition."""
 
     def write(self) -> torch.nn.Parameter:
         """Make the module dense; the parameter that it has from then on."""
@@ -92,7 +92,7 @@ class Weight(torch.Tensor):
         self._found = weight.transpose(-2, -1) if self.turned else weight
 
     def some(self, index: torch.Tensor) -> torch.Tensor:
-        """Those of the first dimension with these indices, of any shape, repeated as they are there."""
+        """The parts along the first dimension with these indices, of any shape, repeated as they are there."""
         if self._found is not None:
             return self._found[index]
         count = self.source.shape[0]
