@@ -27,7 +27,9 @@ def model(tmp_path):
 
 def test_table_of_sizes(model, capsys):
     assert main(["compare", *(str(model.with_name(n)) for n in ("m.safetensors", "same.rac", "three.rac"))]) == 0
-    head, own, same, three = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    head, own, same, three = printed.out.splitlines()
+    assert "SNR of weights does not rank lossy files" in printed.err and "--text auto" in printed.err
     assert head.split() == ["file", "bytes", "bits", "per", "weight", "of", "quantised", "SNR,", "dB"]
     assert own.split()[0] == "m.safetensors" and own.split()[1] == f"{model.stat().st_size:,}"
     assert own.split()[3:] == ["-", "-"] and same.split()[3:] == ["-", "exact"]

@@ -36,7 +36,11 @@ def add(p: argparse.ArgumentParser) -> None:
     command(p, run, HELP)
     argument(p, "original ORIGINAL", "what they were made of")
     argument(p, "files FILE", "what to compare with it", nargs="*")
-    argument(p, "--text FILE", "measure KL, top-1 agreement and perplexity on this text")
+    argument(
+        p,
+        "--text FILE|auto",
+        "measure KL, top-1 agreement and perplexity on this text; auto: a part of the built-in mix",
+    )
     add_windows(p)
     argument(p, "--snr", "the SNR of the layers' outputs on the text too: one more pass")
     add_simulated(p)
@@ -85,9 +89,15 @@ def run(args: argparse.Namespace) -> int:
         print(line, flush=True)
     if args.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
+    if reading is None and not args.quiet and any(row["quantised_bits"] is not None for row in rows[1:]):
+        print(f"rac: {BY_WEIGHTS}", file=sys.stderr)
     return 0
 
 
+BY_WEIGHTS = (
+    "the SNR of weights does not rank lossy files: a calibrated one has more error in its weights and predicts better; "
+    "--text FILE, or --text auto for a part of the built-in mix, measures what they predict"
+)
 _COLUMNS = (
     ("size", "         bytes", ",", False),
     ("bits", "bits per weight", ".3f", False),

@@ -86,7 +86,7 @@ def add_perplexity(p: argparse.ArgumentParser) -> None:
     """Add `rac perplexity`."""
     command(p, perplexity, PERPLEXITY)
     _add_model(p)
-    argument(p, "--text FILE", "the text, UTF-8", required=True)
+    argument(p, "--text FILE|auto", "the text, UTF-8; auto: a part of the built-in mix", required=True)
     add_windows(p)
     add_simulated(p)
     argument(p, "--json", "for programs")
