@@ -106,15 +106,33 @@ def calibrate(
     A warning names the weights that no batch has reached. SourceError where the module does not run on a batch, where
     there is none, or where none reaches a weight.
     """
+    found, remarks = gather(module, batches, forward=forward, loss=loss, note=note)
+    for remark in remarks:
+        warnings.warn(f"rac: {remark}", stacklevel=3)
+    named = dict(_renamed(name, layer, names or {}) for name, layer in found.items())
+    return Layers(named, found.tokens, found.digest)
+
+
+def gather(
+    module: Any,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[Any, Any], Any],
+    loss: str | Loss | None,
+    note: Note | None,
+) -> tuple[Layers, list[str]]:
+    """What `calibrate` finds, by the module's own names, and what is to be said of it."""
     if isinstance(loss, str):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, a function or None, not {loss!r}")
         loss = LOSSES[loss](torch.Generator().manual_seed(SEED))
     parameters = dict(module.named_parameters())
     seen, count, failed = Sums(loss is not None), 0, None
-    with frozen(module), _eager(module), Watch(parameters, seen):
-        for batch in batches:
-            failed = _one(module, batch, forward, loss if seen.backward else None, count) or failed
+    watch = Watch(parameters, seen)
+    with frozen(module), _eager(module):
+        for batch in batches:  # what makes them is not watched
+            with watch:
+                failed = _one(module, batch, forward, loss if seen.backward else None, count) or failed
             seen.end()
             seen.backward = seen.backward and not failed
             count += 1
@@ -125,14 +143,10 @@ def calibrate(
     layers, wanted = seen.layers(parameters, count), _wanted(module)
     if not layers:
         raise SourceError(f"the batches reach none of the weights of {type(module).__name__} ({_some(wanted)})")
-    if failed:
-        warnings.warn(f"rac: no backward pass ({failed}): all outputs count alike", stacklevel=3)
+    remarks = [f"no backward pass ({failed}): all outputs count alike"] if failed else []
     if left := [name for name in wanted if name not in layers]:
-        warnings.warn(
-            f"rac: the batches do not reach {len(left)} of {len(wanted)} weights: {_some(left)}", stacklevel=2
-        )
-    named = dict(_renamed(name, layer, names or {}) for name, layer in layers.items())
-    return Layers(named, count, _digest(named))
+        remarks.append(f"the batches do not reach {len(left)} of {len(wanted)} weights: {_some(left)}")
+    return Layers(layers, count, _digest(layers)), remarks
 
 
 def _digest(layers: Mapping[str, Layer]) -> str:

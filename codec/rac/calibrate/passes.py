@@ -48,12 +48,12 @@ class Asked:
 def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, note: Note) -> None:
     """Do what is still to do, and write it into the folder."""
     path, context, fisher = asked.path, asked.context, asked.fisher
-    kind, config = _kind(path)
+    kind, config = model_class(path)
     causal = is_causal(kind, config)
     context = positions(config.get_text_config(), context)
     if text is None and "ids.npy" not in folder:
         _own_text(kind, config, asked, context if causal else 0, folder, note)
-    model = _load(kind, asked, config, "auto")
+    model = load_model(kind, asked, config, "auto")
     if "ids.npy" in folder:
         name = folder.state.get("reader", "")
         part = model.get_submodule(name)
@@ -93,13 +93,13 @@ def _own_text(kind: Any, config: Any, asked: Asked, context: int, folder: Folder
         raise SourceError("only a causal language model can write its own calibration text", file=asked.path)
     # on a CPU attention to a long cache is twice as fast in float32 as in bfloat16; a large model would not fit
     small = sum(f.stat().st_size for f in Path(asked.path).glob("*.safetensors")) <= _SMALL
-    writer = _load(kind, asked, config, "float32" if small else "auto")
+    writer = load_model(kind, asked, config, "float32" if small else "auto")
     ids = self_text_ids(writer, asked.tokens, context, folder, note)
     folder.put("ids.npy", np.ascontiguousarray(ids, np.int64))
     folder.commit(drop=lambda name: name.startswith("own-"))
 
 
-def _kind(path: str) -> tuple[Any, Any]:
+def model_class(path: str) -> tuple[Any, Any]:
     """The class that the folder's weights are named after, and its configuration."""
     try:
         config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
@@ -112,7 +112,7 @@ def _kind(path: str) -> tuple[Any, Any]:
     return getattr(transformers, found), config
 
 
-def _load(kind: Any, asked: Asked, config: Any, dtype: str) -> Any:
+def load_model(kind: Any, asked: Asked, config: Any, dtype: str) -> Any:
     """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # there is `note`

@@ -180,7 +180,7 @@ def _quantised(
 
 def _recipe(sample: Sequence[ties.Group], request: Lossy) -> Recipe:
     """The recipe of the sample: with a calibration one of inputs that are not known yet, which takes as long."""
-    if not request.calibration.texts:
+    if not request.calibration.any:
         return data_free(sample, request.keep, request.effort, request.embeddings)
     layers = {}
     for g in sample:

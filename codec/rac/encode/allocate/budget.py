@@ -15,6 +15,8 @@ from rac.calibrate.builtin import AUTO, learned, measured
 from rac.calibrate.evaluate import Divergence
 from rac.calibrate.file import load
 from rac.calibrate.given import Given
+from rac.calibrate.inputs import calibrate as calibrate_on
+from rac.calibrate.inputs import inputs_of
 from rac.calibrate.layers import Layer, Layers, calibrate, joined
 from rac.calibrate.text import Note
 from rac.container import zstd
@@ -88,6 +90,11 @@ def _calibrations(
     found: list[Mapping[str, Layer]] = []
     used: list[dict[str, Any]] = []
     for name in c.texts:
+        if (media := inputs_of(path, name)) is not None:
+            parts = calibrate_on(path, media, note, c.cache)
+            found.append(joined([matched(groups, layers, name) for layers in parts]))
+            used.append({media.kind: media.digest, "tokens": max(layers.tokens for layers in parts)})
+            continue
         text = None if name == "self" else learned() if name == AUTO else read_text(name)
         one = calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache)
         found.append(one)
