@@ -333,9 +333,10 @@ def _numbers(source: Source) -> str:
 
 def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: Lossy) -> None:
     """Print what a lossy pack came to, and write and measure what was asked for."""
+    what = "text does not reach" if request.calibration.texts and found.parts else "calibration does not reach"
     for part, names in grouped(found.unreached, lambda name: found.parts.get(name, "the rest")).items():
         these = f"{part}: {len(names)} tensors, which are quantised from the weights alone: {_some(names)}"
-        print(f"rac: text does not reach: {these}; {OTHERS.get(part, ANY)}", file=sys.stderr)
+        print(f"rac: {what}: {these}; {OTHERS.get(part, ANY)}", file=sys.stderr)
     say(_by_role(done.fidelity))
     say(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
     if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:

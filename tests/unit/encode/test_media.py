@@ -105,7 +105,7 @@ def test_the_command_on_pictures(given, tmp_path, capsys, monkeypatch):
     how = ["--effort", "fast", "--force", "--cache", str(tmp_path / "cache")]
     pack = ["pack", str(tmp_path / "m"), "-o", str(out), "--bits", "4", *how, "--calibrate"]
     assert main([*pack, str(given / "images")]) == 0
-    assert "did not reach" not in capsys.readouterr().err
+    assert "does not reach" not in capsys.readouterr().err
     first = out.read_bytes()
     with monkeypatch.context() as without:
         without.setattr("rac.calibrate.media.model_on", lambda *_: pytest.fail("it is in the cache"))
