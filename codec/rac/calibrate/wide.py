@@ -18,7 +18,44 @@ _NARROW = (torch.float16, torch.bfloat16)
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "bilinear"}
 _PRODUCTS |= {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
 _AS_IS = {"__get__", "__set__", "__setitem__", "to", "type", "type_as", "float", "half", "bfloat16", "double"}
+_LONG, _LOOPS = 32, 8  # steps of the shortest loop, and tensors that one goes over, at most
 _CASTS = {"to", "type", "type_as", "half", "bfloat16"}
+
+
+class Steps:
+    """Indices of a loop over a long dimension, cut at once: backward from each alone fills a gradient of all of them.
+
+    Time is linear in the steps then, not quadratic (the scan of Mamba); the numbers are the same.
+    """
+
+    def __init__(self) -> None:
+        self._cut: dict[tuple[int, int], tuple[Any, int, Any]] = {}  # of a tensor: itself, its version, its pieces
+
+    def get(self, x: Any, index: Any) -> Any:
+        """`x[index]`."""
+        at = _step(index) if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled() else None
+        if at is None or x.dim() <= at[0] or x.shape[at[0]] < _LONG or not 0 <= at[1] < x.shape[at[0]]:
+            return x[index]
+        key, n = (id(x), at[0]), x.shape[at[0]]
+        held, version, pieces = self._cut.pop(key, (None, 0, None))
+        if held is not x or version != x._version:
+            while len(self._cut) > _LOOPS:
+                self._cut.pop(next(iter(self._cut)))
+            self._cut[key] = x, x._version, None  # one index is no loop yet
+            return x[index]
+        pieces = x.unbind(at[0]) if pieces is None else pieces
+        if at[1] < n - 1:
+            self._cut[key] = x, version, pieces
+        return pieces[at[1]]
+
+
+def _step(index: Any) -> tuple[int, int] | None:
+    """(dimension, position) of an index that takes one position of one dimension, and all of the others."""
+    every = index if isinstance(index, tuple) else (index,)
+    found = [(d, i) for d, i in enumerate(every) if type(i) is int]
+    whole = all(type(i) is int or i == slice(None) for i in every if isinstance(i, int | slice))
+    known = all(isinstance(i, int | slice) for i in every)
+    return found[0] if known and whole and len(found) == 1 else None
 
 
 class Wide(TorchFunctionMode):  # type: ignore[misc]
@@ -27,6 +64,7 @@ class Wide(TorchFunctionMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._stored: dict[int, Any] = {}  # of the operation that runs: where a widened weight is, to the weight
+        self._steps = Steps()
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> Any:
@@ -39,6 +77,8 @@ class Wide(TorchFunctionMode):  # type: ignore[misc]
 
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name == "__getitem__":
+            return self._steps.get(*args)
         if name in _AS_IS:
             out = func(*args, **kwargs)
             rounded = name in _CASTS and getattr(out, "dtype", None) in _NARROW and args[0].dtype == torch.float32

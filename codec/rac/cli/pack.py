@@ -36,7 +36,7 @@ from rac.encode.allocate.budget import read_text
 from rac.encode.allocate.texts import calibration_for
 from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
-from rac.encode.options import Budget, Hooks, Lossy, PackOptions
+from rac.encode.options import CONTEXT, Budget, Hooks, Lossy, PackOptions
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source
 from rac.machine import threads_of
@@ -81,8 +81,9 @@ kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
     **dict.fromkeys(("quality", "file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
     **{name: [] for name in ("keep", "include", "exclude", "calibration")},
-    **dict.fromkeys(("embeddings", "resume"), False),
+    **dict.fromkeys(("embeddings", "no_backward", "resume"), False),
     "align": "auto",
+    "context": CONTEXT,
     "effort": "default",
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
@@ -104,6 +105,10 @@ model): the built-in mix of texts, and self; none (default otherwise): the weigh
 much; may be given more than once: a text unlike what the model will read does better together with self"""
 CALIBRATION = """what rac.calibrate(module, batches).save(FILE) has written in Python: of images, audio, latents, any
 forward; may be given more than once: one for each component of a pipeline"""
+SEQUENCE = """tokens of a sequence, as many as the model has positions for at most (default: 1024); shorter ones take
+less memory"""
+BACKWARD = """run forward only: a third to a half of the time, but how much outputs matter is not known then, and all
+tokens count alike (encoders are run so anyway)"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
 ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
 RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
@@ -135,6 +140,8 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--calibrate auto|FILE|self|none", CALIBRATE, action="append")
     argument(lossy, "--calibration FILE", CALIBRATION, **many)
     argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)
+    argument(lossy, "--context N", SEQUENCE, type=int, default=CONTEXT)
+    argument(lossy, "--no-backward", BACKWARD)
     argument(lossy, "--cache DIR", CACHE)
     effort = "trellis of 32 states, of 256, or of 256 searched twice"
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
@@ -305,6 +312,9 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
         return options, None
     budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
     calibration = calibration_for(args.calibrate, args.src, args.tokens, cache(args.cache), tuple(args.calibration))
+    if not calibration.texts and (args.context != CONTEXT or args.no_backward):
+        raise ValueError("--context and --no-backward say how a model reads a text: give one with --calibrate")
+    calibration = replace(calibration, context=args.context, backward=not args.no_backward)
     return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
+CONTEXT = 1024  # tokens of a sequence that a model is calibrated on, at most
 DECIBELS = 6.020599913279624  # signal to noise that one bit is worth: 20 log10 2
 Made = str | Layers
 """A calibration made beforehand: the file that it was saved to, or itself."""
@@ -101,7 +102,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the inputs of layers are learned from; `tokens` and `cache` as `pack` has them."""
+    """What the inputs of layers are learned from; `tokens`, `cache`, `context`, `backward` as `pack` has them."""
 
     texts: tuple[str, ...] = ()
     """Text files, "auto" for the built-in mix, "self" for text that the model writes: each counts alike. Empty: nothing
@@ -114,6 +115,8 @@ class Calibration:
     """What the user is told of this choice before the work."""
     named: bool = True
     """Whether the caller has named what to learn from: then what cannot be learned is an error."""
+    context: int = CONTEXT
+    backward: bool = True
 
     @property
     def any(self) -> bool:
@@ -121,6 +124,8 @@ class Calibration:
         return bool(self.texts or self.made)
 
     def __post_init__(self) -> None:
+        if self.tokens < 1 or self.context < 1:
+            raise ValueError("tokens and context must be at least 1")
         if "none" in self.texts:
             raise ValueError("none is no text: it cannot be among those to calibrate on")
 

@@ -84,6 +84,8 @@ def pack(
     calibrate: str | os.PathLike[str] | Sequence[str] | None = None,
     calibration: str | os.PathLike[str] | Layers | Sequence[Made] | None = None,
     tokens: int = 40960,
+    context: int = 1024,
+    backward: bool = True,
     effort: str = "default",
     keep: Sequence[str] = (),
     cache: str | None = None,
@@ -119,6 +121,8 @@ def pack(
         calibration: What `rac.calibrate(module, batches)` has returned, a file that it was saved to, or several of
             either: of the components of a pipeline, for example.
         tokens: Tokens of each of these texts.
+        context: Tokens of a sequence, as many as the model has positions for at most.
+        backward: Find out how much outputs matter, by a backward pass where the model predicts tokens.
         effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
         keep: Patterns of tensors that stay lossless, beside norms, small tensors and embeddings.
         cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
@@ -146,6 +150,7 @@ def pack(
     if lossy:
         budget = Budget(bits, file_bits, size, snr, kl)
         learned = calibration_for(calibrate, src, tokens, cache, Calibration.made_of(calibration))
+        learned = replace(learned, context=context, backward=backward)
         request = Lossy(budget, learned, effort, tuple(keep), align, rank, embeddings)
     with Packer(source, out, options, Hooks(progress or silent, note or silent)) as packer:
         quantiser = ByTrellis(packer.allocate(src, request), packer.kept) if request else None

@@ -742,3 +742,35 @@ def test_what_the_loss_does_not_depend_on_counts_by_its_inputs(saved):
     found = run(saved(pooled))[0]
     assert found["bert.pooler.weight"].sensitivity is None and found["bert.pooler.weight"].second.trace() > 0
     assert found["bert.encoder.layer.0.output.dense.weight"].sensitivity is not None
+
+
+def test_loops_over_positions_are_cut_at_once():
+    """The scan of Mamba takes its steps one by one: the same numbers and gradients, in linear time."""
+    from rac.calibrate import wide
+
+    x = torch.randn(2, 3, 40, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for mode in (wide.Wide, torch.no_grad):
+        leaf = x.clone().requires_grad_(True)
+        with mode() if mode is wide.Wide else torch.enable_grad():
+            a, state, cut = leaf * 2, torch.zeros(2, 3, 4), 0
+            for i in range(40):
+                piece = a[:, :, i]
+                cut += type(piece.grad_fn).__name__ == "UnbindBackward0"
+                state = (state + piece).tanh()
+            state.sum().backward()
+        found.append((state.detach(), leaf.grad, cut))
+    (one, g, cuts), (other, h, none) = found
+    assert torch.equal(one, other) and torch.equal(g, h) and (cuts, none) == (39, 0)
+
+
+def test_mamba_backward_is_what_autograd_alone_finds(saved):
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **SMALL)
+    folder = saved(lambda: transformers.MambaForCausalLM(config))
+    model, gradients = transformers.MambaForCausalLM.from_pretrained(folder), []
+    layer = model.backbone.layers[0].mixer.in_proj
+    layer.register_forward_hook(lambda m, a, out: out.register_hook(gradients.append) and None)
+    backward(model, 0)
+    square = (torch.cat(gradients).reshape(320, -1).double() ** 2).mean(0).numpy()
+    found = run(folder)[0]["backbone.layers.0.mixer.in_proj.weight"]
+    np.testing.assert_allclose(found.sensitivity, square, rtol=1e-3)

@@ -25,7 +25,7 @@ from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, calibrated, data_free, kept
 from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
-from rac.encode.options import DECIBELS, Budget, Calibration, Lossy, silent
+from rac.encode.options import CONTEXT, DECIBELS, Budget, Calibration, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words, size_of
 from rac.errors import BudgetError, SourceError
 from rac.machine import room
@@ -96,10 +96,12 @@ def _calibrations(
             used.append({media.kind: media.digest, "tokens": max(layers.tokens for layers in parts)})
             continue
         text = None if name == "self" else learned() if name == AUTO else read_text(name)
-        one = calibrate(path, text, tokens=c.tokens, note=note, cache=c.cache)
+        one = calibrate(path, text, tokens=c.tokens, context=c.context, fisher=c.backward, note=note, cache=c.cache)
         found.append(one)
-        used.append({"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens})
-        used[-1] |= {"name": AUTO} if name == AUTO else {}
+        about = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
+        unusual = {"context": c.context} if c.context != CONTEXT else {}
+        unusual |= {} if c.backward else {"backward": False}
+        used.append(about | unusual | ({"name": AUTO} if name == AUTO else {}))
     for made in c.made:
         layers = made if isinstance(made, Layers) else load(made)
         found.append(matched(groups, layers, "" if isinstance(made, Layers) else made))

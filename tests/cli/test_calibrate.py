@@ -1,0 +1,54 @@
+"""`rac pack --calibrate`: what a text does not reach is named, and how a model reads it can be said."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import rac
+from rac.cli import main
+from support import models
+
+SIZES = {"d_model": 128, "decoder_ffn_dim": 160, "decoder_layers": 2, "decoder_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    models.write("llama", root / "hf")
+    torch.manual_seed(0)
+    words = transformers.AutoTokenizer.from_pretrained(root / "hf")
+    config = transformers.BartConfig(vocab_size=len(words), max_position_embeddings=64, pad_token_id=0, **SIZES)
+    transformers.BartForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "bart")
+    words.save_pretrained(root / "bart")
+    (root / "text.txt").write_text(models.TEXT)
+    return root
+
+
+def pack(folder, kind, out, *more):
+    text = ["--calibrate", str(folder / "text.txt"), "--tokens", "256", "--cache", "none", "--effort", "fast"]
+    return main(["pack", str(folder / kind), "-o", str(out), "--bits", "4", *text, *more])
+
+
+def test_what_a_text_does_not_reach(folder, tmp_path, capsys):
+    assert pack(folder, "bart", tmp_path / "m.rac") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "does not reach" in line]
+    assert len(said) == 1 and said[0].startswith("rac: text does not reach: cross attention: 8 tensors, ")
+    assert "rac.calibrate does" in said[0] and "encoder_attn.k_proj" in said[0]
+
+
+def test_how_a_model_reads_the_text(folder, tmp_path, capsys):
+    found = {}
+    for name, more in {"usual": [], "short": ["--context", "32"], "forward": ["--no-backward"]}.items():
+        assert pack(folder, "hf", tmp_path / f"{name}.rac", *more) == 0
+        with rac.open(tmp_path / f"{name}.rac") as f:
+            found[name] = f.archives[0].header["provenance"]["calibrate"]
+    assert found["short"] == [found["usual"][0] | {"context": 32}]
+    assert found["forward"] == [found["usual"][0] | {"backward": False}]
+    assert len({(tmp_path / f"{name}.rac").stat().st_size for name in found}) > 1
+    capsys.readouterr()
+    source, out = str(folder / "hf"), str(tmp_path / "x.rac")
+    assert main(["pack", source, "-o", out, "--bits", "4", "--calibrate", "none", "--no-backward"]) == 2
+    assert "give one with --calibrate" in capsys.readouterr().err
