@@ -232,6 +232,8 @@ def _file(args: argparse.Namespace) -> int:
     options, request = _asked(args)
     source = open_source(args.src, args.include, args.exclude, dequantise=request is not None)
     if args.dry_run:
+        if request and request.calibration.remark and not args.quiet:
+            print(request.calibration.remark, file=sys.stderr)
         return _estimate(args, estimate(source, options, request))
     start = time.monotonic()
 

@@ -92,6 +92,21 @@ def test_unasked_is_auto_and_both_are_said(folder, tmp_path, capsys):
     assert provenance(tmp_path / "d.rac")["calibrate"] == "none"
 
 
+def test_an_interrupted_pack_goes_on(folder, tmp_path):
+    how = FAST | {"cache": str(tmp_path / "cache")}
+    rac.pack(folder, tmp_path / "whole.rac", **how)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rac.pack(folder, tmp_path / "m.rac", progress=stop, **how)
+    said = []
+    rac.pack(folder, tmp_path / "m.rac", resume=True, note=lambda what, *_: said.append(what), **how)
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "whole.rac").read_bytes()
+    assert len(said) == 1 and said[0].startswith("calibrated on the built-in mix")  # no calibration, no search
+
+
 def test_a_divergence_is_measured_on_text_that_was_not_learned(folder, tmp_path):
     assert read_text("auto") == builtin.measured() and builtin.measured() not in builtin.learned()
     rac.pack(folder, tmp_path / "m.rac", kl=0.05, effort="fast", tokens=256)

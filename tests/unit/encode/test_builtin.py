@@ -1,6 +1,7 @@
 """The mix of texts of `--calibrate auto`: what is in it, in every part of it, and that its pieces make it."""
 
 import re
+import tomllib
 
 import pytest
 
@@ -18,6 +19,12 @@ def test_the_file_is_what_the_pieces_make_and_is_small():
     assert (TEXTS / builtin.FILE).stat().st_size < 1 << 20
     assert builtin.learned() + builtin.measured() == builtin.whole()
     assert 5 * len(builtin.measured()) == pytest.approx(len(builtin.whole()), rel=0.05)
+
+
+def test_the_wheel_holds_it_with_its_licences():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["rac"]
+    shipped = {path for pattern in patterns for path in (ROOT / "codec" / "rac").glob(pattern)}
+    assert {TEXTS / builtin.FILE, TEXTS / "README.md"} <= shipped
 
 
 def test_any_part_is_a_mix():
