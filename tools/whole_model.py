@@ -13,7 +13,6 @@ import json
 import math
 import os
 import tempfile
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import rac
 from rac.calibrate.evaluate import Measure
-from rac.encode.align.recipe import EMBEDDINGS, quantisable
+from rac.encode.align.recipe import quantisable
 from rac.encode.sources import Source, open_source
+from rac.encode.sources.tables import is_table
 
 Q6_K = 6.5625
 """Bits per weight."""
@@ -34,7 +34,7 @@ def rest(source: Source) -> tuple[int, float]:
     size = 0.0
     for t in source.tensors:
         if not quantisable(t):
-            embedding = any(fnmatchcase(t.name, p) for p in EMBEDDINGS)
+            embedding = is_table(t)
             size += math.prod(t.shape) * Q6_K / 8 if embedding else t.nbytes
     return linear, size + sum(len(file.read()) for file in source.attachments)
 

@@ -88,6 +88,7 @@ _NOT: dict[str, Any] = {
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
 BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
+LOST = 0.01  # share of lost zeros from which on a tensor is named
 ALARM = 10  # decibels of output signal to noise below which a layer is named
 QUALITY = "a choice of the budgets below, said when it is made: small --bits 3, good --bits 4, best --bits 5"
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
@@ -349,14 +350,34 @@ def _say_lossy(args: argparse.Namespace, done: Summary, found: Recipe, request: 
     for part, names in grouped(found.unreached, lambda name: found.parts.get(name, "the rest")).items():
         these = f"{part}: {len(names)} tensors, which are quantised from the weights alone: {_some(names)}"
         print(f"rac: {what}: {these}; {OTHERS.get(part, ANY)}", file=sys.stderr)
-    say(_by_role(done.fidelity))
-    say(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
+    if done.fidelity:
+        say(_by_role(done.fidelity))
+    say(_weights(done))
+    if done.quantised:
+        say(f"lossy: {done.quantised} tensors quantised at {done.quantised_bits:.4f} bits per weight, all counted")
+    else:
+        say("lossy: nothing; what the budget allows is more than lossless coding takes")
     if low := [f"{f.name} ({f.snr:.1f} dB)" for f in done.fidelity if f.snr < ALARM]:
         print(f"rac: {len(low)} layers keep less than {ALARM} dB of their output: {_some(low)}", file=sys.stderr)
+    if lost := [f for f in done.fidelity if f.zeros >= LOST * math.prod(f.shape)]:
+        share = sum(f.zeros for f in lost) / sum(math.prod(f.shape) for f in lost)
+        these = f"{len(lost)} tensors ({share:.1%} of their weights)"
+        print(
+            f"rac: zeros come back as small numbers in {these}, too few to be kept: {_some([f.name for f in lost])}",
+            file=sys.stderr,
+        )
     if args.report:
         write_whole(args.report, json.dumps(report(done, found), indent=1) + "\n")
     if args.measure:
         measure(args.src, done.paths[0], args.measure)
+
+
+def _weights(done: Summary) -> str:
+    """How many weights are quantised, and why the others are not."""
+    quantised = done.weights - sum(one.weights for one in done.lossless)
+    kept = "; ".join(f"{one.weights:,} in {len(one.names)} {one.why}" for one in done.lossless)
+    share = quantised / max(1, done.weights)
+    return f"weights: {quantised:,} of {done.weights:,} quantised ({share:.2%}); lossless: {kept or 'none'}"
 
 
 def _by_role(layers: Sequence[Fidelity]) -> str:
@@ -392,6 +413,7 @@ def report(done: Summary, recipe: Recipe | None) -> dict[str, Any]:
         "file_bits": 8 * done.stored / max(1, done.weights),
         "quantised": done.quantised,
         "quantised_bits": done.quantised_bits,
+        "lossless": [asdict(one) for one in done.lossless],
         "resumed": done.resumed,
         "skipped": done.skipped,
         "dequantised": done.dequantised,

@@ -30,6 +30,7 @@ from rac.encode.allocate.texts import calibration_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
 from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOptions, Progress, silent
 from rac.encode.quantise.tensor import encode, measure
+from rac.encode.reasons import Lossless, reasons
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
 from rac.errors import OutputError, RacError, SourceError
@@ -60,6 +61,8 @@ class Summary:
     """Bytes of the quantised tensors * 8 / their weights, everything counted."""
     fidelity: tuple[Fidelity, ...] = ()
     """Fidelity of each quantised tensor, in the order of the file, without those that an earlier run had finished."""
+    lossless: tuple[Lossless, ...] = ()
+    """Of a lossy pack the tensors that are lossless, by the reason; most weights first."""
     dequantised: tuple[str, ...] = ()  # what weights were stored as, where the numbers that they stand for were packed
 
 
@@ -315,6 +318,7 @@ class Packer(contextlib.ExitStack):
             quantised=lossy,
             quantised_bits=bits,
             fidelity=tuple(fidelity),
+            lossless=reasons(self._groups, quantiser.recipe.why, entries) if isinstance(quantiser, ByTrellis) else (),
             dequantised=source.dequantised,
         )
 

@@ -22,8 +22,9 @@ from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile
 from rac.decode.unpack import quantised
 from rac.dequantise import SMALLEST
-from rac.encode.align.recipe import EMBEDDINGS, KEEP
+from rac.encode.align.recipe import KEEP
 from rac.encode.sources import Extent, SourceTensor, open_source
+from rac.encode.sources.tables import by_name
 from rac.errors import FormatError, MismatchError, MissingDependencyError
 from rac.frameworks import to_framework
 from rac.linalg.transform import Transform, hook
@@ -32,7 +33,6 @@ from rac.registry import RECORD_TENSOR
 from rac.stages.words import DTYPES
 from rac.tensor import extra_of
 
-_NOT_LINEAR = (*KEEP, *EMBEDDINGS, "*token_embd*", "output.weight")
 Floats = NDArray[np.float32]
 Within = Callable[[Any, Provenance], contextlib.AbstractContextManager[Any]]
 """Called with a file's model and what is known of the file's making; entered while the model predicts."""
@@ -82,7 +82,7 @@ class _File:
             self.floats[name] = partial(_numbers_of, read, str(blocks.get("type")), shape)
         elif dtype in DTYPES or dtype == "F64":
             self.floats[name] = lambda: read().astype(np.float32)
-        n, kept = math.prod(shape), any(fnmatchcase(name, p) for p in _NOT_LINEAR)
+        n, kept = math.prod(shape), by_name(name, shape) or any(fnmatchcase(name, p) for p in KEEP)
         linear = len(shape) >= 2 and n >= SMALLEST and not kept
         if linear and name in self.floats:
             self.matrices.append(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from rac.encode.code.plan import CODER, LEVELS, Level, axis_of
 from rac.encode.options import EFFORTS
 from rac.encode.quantise import trellis as lossy
 from rac.encode.sources import SourceTensor
+from rac.encode.sources.tables import is_table
 from rac.errors import SourceError
 from rac.grid import matrix
 from rac.linalg import exact
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
-EMBEDDINGS = ("*embed*", "*token_embd*", "*lm_head*", "output.weight", "*wte*", "*wpe*", "*shared.weight")
-"""Lossless unless asked otherwise; GGUF files have names of their own."""
+TABLES = "embeddings or output layers (--embeddings)"  # as what they are lossless
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
 FAR = 16  # medians beyond which a weight counts no more in the energies
@@ -111,6 +111,7 @@ class Recipe:
     lossless: Level = LEVELS["default"]  # how tensors are coded that are no larger so
     unreached: tuple[str, ...] = ()  # tensors that the calibration did not reach, quantised from the weights alone
     parts: Mapping[str, str] = field(default_factory=dict)  # these to the part of the model that each is in
+    why: Mapping[str, str] = field(default_factory=dict)  # what keeps the other tensors lossless, by name
 
     @property
     def effort(self) -> lossy.Effort:
@@ -120,9 +121,14 @@ class Recipe:
 
 def matrix_of(t: SourceTensor) -> NDArray[np.float32]:
     """The tensor as a float32 matrix (R, C); SourceError where it holds NaN or infinity."""
-    w = from_words(t.read(0, t.nbytes).view(f"<u{DTYPES[t.dtype].itemsize}"), t.dtype)
+    w = _numbers(t)
     if not np.isfinite(w).all():
         raise SourceError(f"tensor {t.name!r} holds NaN or infinity; keep it lossless with --keep {t.name!r}")
+    return w
+
+
+def _numbers(t: SourceTensor) -> NDArray[np.float32]:
+    w = from_words(t.read(0, t.nbytes).view(f"<u{DTYPES[t.dtype].itemsize}"), t.dtype)
     return w.reshape(matrix(t.dtype, t.shape, axis_of(t.shape)))
 
 
@@ -141,7 +147,7 @@ def kept(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) ->
         return "kept by --keep"
     if _matches(t.name, KEEP):
         return "norms, biases or routers by their name"
-    return "embeddings or output layers (--embeddings)" if not embeddings and _matches(t.name, EMBEDDINGS) else ""
+    return TABLES if not embeddings and is_table(t) else ""
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -150,9 +156,24 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False) -> Recipe:
     """A recipe from the weights alone: units by the energies of columns and rows."""
-    wanted = [g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)]
-    found = {t.name: a for t in wanted if (a := _even(t, matrix_of(t)))}
-    return Recipe(found, *EFFORTS[effort], about={"calibrate": "none", "effort": effort})
+    why: dict[str, str] = {}
+    found = {t.name: even for t, _, even in _each(groups, keep, embeddings, why)}
+    return Recipe(found, *EFFORTS[effort], about={"calibrate": "none", "effort": effort}, why=why)
+
+
+def _each(
+    groups: Sequence[ties.Group], keep: Sequence[str], embeddings: bool, why: dict[str, str]
+) -> Iterator[tuple[SourceTensor, NDArray[np.float32], Aligned]]:
+    """Tensors that can be quantised, with units by their energies; `why` gets what keeps the others lossless."""
+    for t in (g.tensor for g in groups):
+        if reason := kept(t, keep, embeddings):
+            why[t.name] = reason
+        elif not np.isfinite(w := _numbers(t)).all():
+            why[t.name] = "with NaN or infinity"
+        elif even := _even(t, w):
+            yield t, w, even
+        else:
+            why[t.name] = "all zeros"
 
 
 def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
@@ -169,7 +190,7 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     scales = lossy.Scales(exponents(1 / by_row), exponents(1 / by_col))
     square /= np.square(trellis.power(scales.rows))[:, None]
     square /= np.square(trellis.power(scales.cols))
-    finer = FINER if _matches(t.name, EMBEDDINGS) else 0.0
+    finer = FINER if is_table(t) else 0.0
     base = 0.5 * float(exact.log2(square.mean(dtype=np.float64)))
     return Aligned(base + _few(zeros) - finer, scales, zeros=zeros)
 
@@ -216,14 +237,14 @@ def calibrated(
     found: dict[str, Aligned] = {}
     needs: dict[str, tuple[float, int]] = {}
     parts = missing or {}
-    for t in (g.tensor for g in groups if quantisable(g.tensor, keep, embeddings)):
+    why: dict[str, str] = {}
+    tables: set[str] = set()
+    for t, w, even in _each(groups, keep, embeddings, why):
         if parts.get(t.name) == "buffers" or (parts.get(t.name) == "embeddings" and not embeddings):
+            why[t.name] = "buffers" if parts[t.name] == "buffers" else TABLES
             continue
-        w = matrix_of(t)
-        even, layer = _even(t, w), layers.get(t.name)
-        if even is None:
-            continue
-        found[t.name] = even
+        found[t.name], layer = even, layers.get(t.name)
+        tables |= {t.name} if is_table(t) else set()
         if layer is None:
             continue
         inputs, outputs = w.shape[:: 1 if layer.transposed else -1]
@@ -250,11 +271,11 @@ def calibrated(
     for name, (need, _) in needs.items():
         more = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
         found[name] = replace(found[name], base=found[name].base - more)
-    unreached = tuple(name for name in found if name not in needs and not _matches(name, EMBEDDINGS))
+    unreached = tuple(name for name in found if name not in needs and name not in tables)
     unreached = tuple(name for name in unreached if parts.get(name) != "embeddings")
     about = {"calibrate": "text", "effort": effort}
     mine = {name: parts.get(name, "the rest") for name in unreached}
-    return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine)
+    return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine, why=why)
 
 
 def _weights(

@@ -22,7 +22,7 @@ from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
 from rac.encode.align.choose import choose
-from rac.encode.align.recipe import Recipe, calibrated, data_free, kept
+from rac.encode.align.recipe import Recipe, calibrated, data_free
 from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import CONTEXT, DECIBELS, Budget, Calibration, Lossy, silent
@@ -74,13 +74,6 @@ def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, no
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used})
-
-
-def _nothing(groups: Sequence[ties.Group], recipe: Recipe) -> str:
-    """What tensors are of which none is quantised."""
-    keep, embeddings = recipe.about.get("keep", ()), bool(recipe.about.get("embeddings"))
-    every = Counter(kept(g.tensor, keep, embeddings) or "all zeros" for g in groups)
-    return f"of {len(groups)} tensors " + ", ".join(f"{n} are {why}" for why, n in every.most_common())
 
 
 def _calibrations(
@@ -140,7 +133,9 @@ class Search:
     ) -> Recipe:
         """The recipe at the scale that meets a budget, real bytes from below, to half a percent; or BudgetError."""
         if not self._mine:
-            raise BudgetError(f"no tensor can be quantised: {_nothing(self.groups, self.recipe)}")
+            every = Counter(self.recipe.why.values()).most_common()
+            these = ", ".join(f"{n} are {why}" for why, n in every)
+            raise BudgetError(f"no tensor can be quantised: of {len(self.groups)} tensors {these}")
         if budget.snr is not None:
             scale = self._snr(budget.snr)
         elif budget.kl is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from rac.encode.sources import safetensors
 from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
+from rac.encode.sources.tables import marked
 from rac.errors import SourceError
 
 MAX_ATTACHMENT = 64 << 20
@@ -119,9 +120,9 @@ def read(root: str) -> Source:
             raise SourceError(f"tensor {name!r} of the index is not in {file!r}", file=root)
     sizes = {f: os.path.getsize(os.path.join(root, f)) for f in sorted(set(tree.files) - set(files))}
     small = {f: n for f, n in sizes.items() if n <= MAX_ATTACHMENT}
-    attachments = (Attachment(f, Extent(os.path.join(root, f), 0, n)) for f, n in small.items())
+    attachments = tuple(Attachment(f, Extent(os.path.join(root, f), 0, n)) for f, n in small.items())
     skipped = (*tree.skipped, *(f for f in sizes if f not in small))
     return Source(
-        *("hf", tuple(tensors), tuple(attachments), metadata, skipped),
+        *("hf", marked(tensors, attachments), attachments, metadata, skipped),
         *(headers, tree.links, tuple(sorted(tree.folders))),
     )

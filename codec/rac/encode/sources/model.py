@@ -68,6 +68,7 @@ class SourceTensor:
     tie: int | None = None  # shared by the tensors of a memory source that are one memory
     online: Online | None = None  # what the layer does to its input before this weight (rac.linalg.transform)
     matrix: NDArray[np.float32] | None = None  # (h, h) the object that `online` names, one for each name
+    table: bool | None = None  # whether it is an embedding or an output layer; None: its name says (tables.py)
 
     @property
     def nbytes(self) -> int:
