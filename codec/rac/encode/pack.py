@@ -62,7 +62,7 @@ class Summary:
     fidelity: tuple[Fidelity, ...] = ()
     """Fidelity of each quantised tensor, in the order of the file, without those that an earlier run had finished."""
     lossless: tuple[Lossless, ...] = ()
-    """Of a lossy pack the tensors that are lossless, by the reason; most weights first."""
+    """Lossless tensors of a lossy pack by their reason, most weights first."""
     dequantised: tuple[str, ...] = ()  # what weights were stored as, where the numbers that they stand for were packed
 
 
