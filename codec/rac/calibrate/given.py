@@ -2,44 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from rac.frameworks import to_framework, torch_dtype
-from rac.registry import DTYPES
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One tensor, made when it is read, as a slice of a safetensors file is: `part[...]`, `part[0]`, `part[2, 5]`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[int, int], NDArray[np.uint8]]  # its bytes [start, stop)
-
-    def get_dtype(self) -> str:
-        """Data type, as safetensors names them."""
-        return self.dtype
-
-    def get_shape(self) -> list[int]:
-        """Its shape."""
-        return list(self.shape)
-
-    def __getitem__(self, key: Any) -> Any:
-        """A torch tensor; of one or more leading integers only these rows are made."""
-        size = math.prod(self.shape) * DTYPES[self.dtype].bits // 8
-        at = key if isinstance(key, tuple) else (key,)
-        if self.shape and len(at) < len(self.shape) and all(type(i) is int for i in at):
-            inner = self.shape[len(at) :]
-            width = size // math.prod(self.shape[: len(at)])
-            start = int(np.ravel_multi_index(at, self.shape[: len(at)])) * width
-            return to_framework(np.ascontiguousarray(self.read(start, start + width)), self.dtype, inner, "pt")
-        return to_framework(np.ascontiguousarray(self.read(0, size)), self.dtype, self.shape, "pt")[key]
+from rac.frameworks import Part, torch_dtype
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from rac.machine import threads_of
 from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
-from rac.runtime import record, replace
+from rac.runtime import quantised, record, replace
 from rac.runtime.held import Head, size_of
 from rac.runtime.quantizer import METHOD
 from rac.tensor import Tensor
@@ -84,6 +84,8 @@ def load_model(
         config, cls = model_class(folder, name, trust_remote_code)
         kwargs["dtype"] = dtype or getattr(config, "dtype", None) or _dtype(f)
         state = State(f)
+        with state.blamed(name):
+            quantised.settle(state.lazy, config, folder, resident, kwargs.get("device_map"))
         if resident == "compressed":
             records = state.hold(cls, config, name)
             config.quantization_config = {"quant_method": METHOD, "threads": threads, "records": records}
