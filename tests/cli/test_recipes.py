@@ -67,6 +67,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (folder / "hf", ["--recipe", "gptq", "--kl", "0.1", *text], "does not take --kl"),
         (folder / "hf", ["--recipe", "gptq", "--bits", "3.5", *text], "whole --bits"),
         (folder / "hf", ["--recipe", "kurtail", "--calibrate", "self"], "one text file"),
+        (folder / "hf", ["--recipe", "gptq", "--calibrate", "auto"], "one text file"),
         (folder / "hf", ["--recipe", "gptq", "--calibrate", str(tmp_path / "none.txt")], "cannot be read"),
         (tmp_path / "gpt2", ["--recipe", "quarot"], "gpt2"),
     ]

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rac.calibrate.builtin import AUTO
 from rac.cli.terminal import (
     EFFORTS,
     Progress,
@@ -469,7 +468,7 @@ def _named(args: argparse.Namespace) -> int:
     if bits != int(bits) or not 2 <= bits <= 8:
         raise ValueError(f"--recipe {args.recipe} takes whole --bits from 2 to 8, not {bits:g}")
     texts = [t for t in args.calibrate or () if t != "none"]
-    if len(texts) > 1 or texts[:1] in (["self"], [AUTO]):
+    if len(texts) > 1:
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
     from rac.methods.named import Method, pack_method  # imports torch
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate.builtin import AUTO
 from rac.calibrate.evaluate import load_original
 from rac.calibrate.text import Note
 from rac.encode.allocate.budget import read_text
@@ -64,6 +65,10 @@ class Method:
     """Optimiser steps of the methods that learn: SpinQuant and KurTail."""
     dtype: str = "BF16"
     """What a reader gets, and what tensors that are not quantised are stored in where the model was transformed."""
+
+    def __post_init__(self) -> None:
+        if self.text in ("self", AUTO):
+            raise ValueError(f"named methods calibrate on one text file, not on {self.text!r}")
 
 
 @dataclass(frozen=True, slots=True)
