@@ -28,6 +28,7 @@ MALFORMED = {
     "keys": -1,
     "online": "many",
     "bits_scale": "fine",
+    "pieces": {"w.bin": 0},
 }
 REQUEST = {"bits": 4.0, "effort": "fast"}
 
@@ -78,6 +79,7 @@ ACTS = {
     "keys": cache,
     "online": info,
     "bits_scale": resume,
+    "pieces": lambda path, dense, tmp_path: rac.unpack(path, tmp_path / "out"),
 }
 
 
@@ -87,7 +89,7 @@ def test_malformed(key, dense, tmp_path):
     kind = "gguf" if key in ("gguf_order", "exclude") else "safetensors"
     with pytest.raises(rac.FormatError, match=f"provenance: '{key}' is malformed"):
         ACTS[key](archive(tmp_path / "m.rac", kind, **{key: MALFORMED[key]}), dense, tmp_path)
-    others = {k: v for k, v in MALFORMED.items() if k != key}
+    others = {k: v for k, v in MALFORMED.items() if k not in (key, "pieces")}  # to unpack acts on that too
     if key in ("source", "transforms"):
         ACTS[key](archive(tmp_path / "o.rac", kind, **others), dense, tmp_path)
 

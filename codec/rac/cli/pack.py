@@ -37,7 +37,7 @@ from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
 from rac.encode.options import CONTEXT, Budget, Hooks, Lossy, PackOptions
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
-from rac.encode.sources import Source, open_source
+from rac.encode.sources import Source, open_source, ready
 from rac.machine import threads_of
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare
@@ -46,10 +46,15 @@ HELP = """\
 Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --size to a budget in real bytes, or with
 --snr or --kl to a quality.
 
-SRC is a .safetensors file, a Hugging Face model folder (its small files travel as attachments) or a .gguf file.
+SRC is a .safetensors file, a Hugging Face model folder (its small files travel as attachments), a .gguf file, or a
+repository of the Hub, ORG/NAME[@REVISION], also written hf://ORG/NAME (docs/hub.md). A path that exists wins. Of a
+repository nothing is kept: losslessly it is read by ranges, a shard at a time; with a budget it is downloaded to a
+temporary folder beside the output.
+
 The file gets its name only when it is whole; an interrupted pack goes on with --resume.
 
   rac pack model/                                                       every bit kept, in model.rac
+  rac pack org/name                                                     the same of a repository, in name.rac
   rac pack model/ -o - | ssh host 'cat > model.rac'                     into a pipe
   rac pack model/ -o model.rac --bits 3                                 3 bits per weight where it matters least
   rac pack model/ -o model.rac --kl 0.05 --calibrate text.txt           as small as that divergence allows
@@ -80,7 +85,7 @@ kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
     **dict.fromkeys(("quality", "file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
     **{name: [] for name in ("keep", "include", "exclude", "calibration")},
-    **dict.fromkeys(("embeddings", "no_backward", "resume"), False),
+    **dict.fromkeys(("all_files", "embeddings", "no_backward", "resume"), False),
     "align": "auto",
     "context": CONTEXT,
     "effort": "default",
@@ -125,6 +130,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "-j --jobs N", JOBS, type=int)
     argument(p, "--include PATTERN", "take only these tensors", **many)
     argument(p, "--exclude PATTERN", "leave these tensors out", **many)
+    argument(p, "--all-files", "take other files above 64 MB too")
     argument(p, "--lanes N", "ANS lanes per tile: more for GPUs, fewer for size", type=int)
     argument(p, "--slices", SLICES, choices=("fine", "coarse"))
     argument(p, "--shard-size SIZE", "start a new shard after SIZE of dense bytes, e.g. 5GB")
@@ -187,7 +193,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _usual(src: str, form: str) -> str:
     """The name of the output where none is given: that of the source, in this folder."""
-    name = os.path.basename(os.path.normpath(os.path.abspath(src)))
+    named = src if os.path.lexists(src) else src.removeprefix("hf://").split("@")[0]  # of the Hub
+    name = os.path.basename(os.path.normpath(os.path.abspath(named)))
     for ending in (".rac", ".safetensors", ".gguf"):
         name = name.removesuffix(ending)
     return name + (".rac" if form == "rac" else "-rac")
@@ -230,11 +237,27 @@ def _file(args: argparse.Namespace) -> int:
     if args.recipe != NAMES[0]:
         return _named(args)
     options, request = _asked(args)
-    source = open_source(args.src, args.include, args.exclude, dequantise=request is not None)
+    how: Any = {"include": args.include, "exclude": args.exclude, "all_files": args.all_files}
     if args.dry_run:
         if request and request.calibration.remark and not args.quiet:
             print(request.calibration.remark, file=sys.stderr)
+        source = open_source(args.src, dequantise=request is not None, **how)
         return _estimate(args, estimate(source, options, request))
+    with Steps() as steps:
+
+        def brought(name: str, _: int) -> None:
+            steps(f"downloaded {name}", 0, 0)
+
+        opened = ready(args.src, args.output, lossy=request is not None, progress=brought, **how)
+        with opened as (src, source):
+            if src != args.src:  # downloaded: now there is a configuration that says how to calibrate
+                args.src = src
+                options, request = _asked(args)
+            return _packed(args, source, options, request)
+
+
+def _packed(args: argparse.Namespace, source: Source, options: PackOptions, request: Lossy | None) -> int:
+    """Pack an open source, and say what came of it."""
     start = time.monotonic()
 
     def layer(f: Fidelity) -> None:
@@ -323,7 +346,8 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
 def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     """Print what any pack came to."""
     if done.skipped:
-        print(f"rac: not packed: {_some(done.skipped)}", file=sys.stderr)
+        more = "" if all(n.endswith("/") for n in done.skipped) else "; --all-files takes files above 64 MB"
+        print(f"rac: not packed: {_some(done.skipped)}{more}", file=sys.stderr)
     if args.resume:
         say(f"{done.resumed} of {done.tensors} tensors were finished already")
     bits = 8 * done.stored / max(1, done.weights)

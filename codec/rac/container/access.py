@@ -16,6 +16,10 @@ class NoRangesError(SourceError):
     """The server of a URL sends whole files only: it can be read forward, not at random."""
 
 
+class ChangedError(SourceError):
+    """What is read is not what it was, or not what it was stated to be: nothing that was made of it is kept."""
+
+
 @contextmanager
 def guarded(kind: type[RacError], file: str, offset: int | None = None, of: Any = OSError) -> Iterator[None]:
     """Context in which errors of the system become a `kind` that names the file; a missing source has its own."""

@@ -41,7 +41,7 @@ def _system(url: str) -> tuple[Any, str]:
         raise SourceError(str(e), file=url) from e
 
 
-class _Remote(Access):
+class Remote(Access):
     """Reading again what did not come."""
 
     parallel = 8
@@ -60,15 +60,16 @@ class _Remote(Access):
         done = failed = 0
         while done < len(out):
             before, why = done, "the connection broke"
-            if self._pid != os.getpid():  # forked: the thread that serves the connections stays with the parent
-                self._fs, self._pid = _system(self.name)[0], os.getpid()
+            if self._pid != os.getpid():
+                self._pid = os.getpid()
+                self._forked()
             try:
                 done += self._some(at + done, out[done:])
             except FileNotFoundError as e:
                 raise SourceError("no such file", file=self.name) from e
             except PermissionError as e:
                 raise SourceError(f"no permission: {e}", file=self.name) from e
-            except _Broken as e:
+            except Broken as e:
                 done += e.got
                 why = str(e.__cause__ or e)
             if self._closed.is_set():
@@ -79,11 +80,15 @@ class _Remote(Access):
             if failed:
                 self._pause(failed)
 
+    def _forked(self) -> None:
+        """The thread that serves the connections stays with the parent."""
+        self._fs = _system(self.name)[0]
+
     def _pause(self, failed: int) -> None:
         self._closed.wait(min(5.0, BACKOFF * 2**failed) * (1 + random.random() / 4))
 
     def _some(self, at: int, out: memoryview) -> int:
-        """Fill the beginning of `out`, and say how much; _Broken where that failed on the way."""
+        """Fill the beginning of `out`, and say how much; Broken where that failed on the way."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -91,7 +96,7 @@ class _Remote(Access):
         self._closed.set()
 
 
-class _Broken(Exception):
+class Broken(Exception):
     """A read that failed on the way; `got` bytes have come."""
 
     def __init__(self, got: int) -> None:
@@ -99,7 +104,7 @@ class _Broken(Exception):
         self.got = got
 
 
-class HttpAccess(_Remote):
+class HttpAccess(Remote):
     """A file on an HTTP server that answers range requests."""
 
     def __init__(self, fs: Any, url: str) -> None:
@@ -113,7 +118,7 @@ class HttpAccess(_Remote):
             try:
                 self._start = bytes(start[: self._some(0, memoryview(start))])
                 break
-            except _Broken as e:
+            except Broken as e:
                 if attempt == RETRIES:
                     raise SourceError(f"cannot be reached: {e.__cause__ or e}", file=url) from e
                 self._pause(attempt)
@@ -131,7 +136,7 @@ class HttpAccess(_Remote):
             job.cancel()
             raise
         except BaseException as e:  # aiohttp's errors, timeouts, a close
-            raise _Broken(got[0]) from e
+            raise Broken(got[0]) from e
         finally:
             self._running.discard(job)
 
@@ -230,7 +235,7 @@ async def _timed(what: Coroutine[Any, Any, Any]) -> Any:
         return await what
 
 
-class ObjectStoreAccess(_Remote):
+class ObjectStoreAccess(Remote):
     """A file of any other file system that fsspec knows (S3 with `s3fs`, for example)."""
 
     def __init__(self, fs: Any, path: str, url: str) -> None:
@@ -252,7 +257,7 @@ class ObjectStoreAccess(_Remote):
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as e:  # whatever the file system raises
-            raise _Broken(0) from e
+            raise Broken(0) from e
         if len(data) > size:
             raise SourceError("its file system returns more than the range that was asked for", file=self.name)
         out[: len(data)] = data

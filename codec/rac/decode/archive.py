@@ -37,6 +37,10 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+://")  # 
 
 def open_access(path: str) -> Access:
     """A local file, or what a URL names."""
+    if path.startswith("hf://"):
+        from rac.container import hub
+
+        return hub.open_file(path)
     if _URL.match(path):
         from rac.container.remote import open_url
 
@@ -44,9 +48,23 @@ def open_access(path: str) -> Access:
     return FileAccess(path)
 
 
-def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) -> list[Archive]:
-    """The archive at `path`, or all shards of the set that it belongs to; `path` may be a folder of one set."""
+def of_repository(path: str | os.PathLike[str], keep: bool = False) -> str:
+    """The path; where it names a repository of the Hub, the URL of the archive in it.
+
+    With `keep` its place in the Hub's cache, where it is downloaded to.
+    """
     name = os.fspath(path)
+    if not os.path.lexists(name):
+        from rac.container import hub  # imports more than a local path needs
+
+        if (where := hub.address(name)) and not where.file:
+            return hub.archive_of(where, keep)
+    return name
+
+
+def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) -> list[Archive]:
+    """The archive at `path`, or all shards of its set; `path` may be a folder of one set, or a repository."""
+    name = of_repository(path)
     if os.path.isdir(name):
         found = sorted(f for f in os.listdir(name) if f.endswith(".rac"))
         first = [f for f in found if not (m := _SHARD.search(f)) or int(m[1]) == 1]

@@ -21,6 +21,7 @@ from rac.calibrate.given import Given
 from rac.calibrate.layers import Layers
 from rac.calibrate.text import Note
 from rac.container import index
+from rac.container.access import ChangedError
 from rac.container.writer import PipeWriter, Writer
 from rac.decode.unpack import quantised, usual_headers
 from rac.encode import record, resume, ties, workers
@@ -32,7 +33,7 @@ from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOpti
 from rac.encode.quantise.tensor import encode, measure
 from rac.encode.reasons import Lossless, reasons
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
-from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, open_source
+from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, ready
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import threads_of
 from rac.provenance import Provenance, header_name, state
@@ -98,11 +99,13 @@ def pack(
     note: Note | None = None,
     processes: bool = False,
     slices: str | None = None,
+    all_files: bool = False,
 ) -> Summary:
-    """Pack a safetensors file, a Hugging Face directory or a GGUF file; losslessly unless a budget is given.
+    """Pack a safetensors file, a Hugging Face directory or repository, or a GGUF file; losslessly without a budget.
 
     Args:
-        src: What to pack: a path; or the bytes of a safetensors file, or a file object with them.
+        src: What to pack: a path; "ORG/NAME[@REVISION]" (also behind hf://) of the Hub, of which nothing is kept; or
+            the bytes of a safetensors file, or a file object with them.
         out: The .rac file to write, or "-": standard output; with `shard_size` the stem of "stem-00001-of-0000N.rac".
         level: "fast", "default" or "max".
         jobs: Threads, or processes; one per core up to 8 by default. The bytes do not depend on it.
@@ -138,6 +141,7 @@ def pack(
         slices: "fine": an eighth of the rows or columns of any tensor costs a reader at most 1.1 times its share of the
             stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse at level "max", where `lanes` are given,
             and for quantised tensors, which are 0.5 to 1 % smaller so where they are small.
+        all_files: Take other files above 64 MB too, in pieces.
 
     Raises:
         SourceError: The source is missing, damaged or no model.
@@ -145,18 +149,20 @@ def pack(
         BudgetError: The budget cannot be met.
         MissingDependencyError: A language model is to be calibrated, and torch or transformers is not installed.
     """
-    lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
-    source = open_source(src, include, exclude, dequantise=lossy)
     settings = {"exclude": list(exclude), "include": list(include)}
+    lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
     options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, processes and lossy, settings)
-    request = None
-    if lossy:
-        budget = Budget(bits, file_bits, size, snr, kl)
-        learned = calibration_for(calibrate, src, tokens, cache, Calibration.made_of(calibration))
-        learned = replace(learned, context=context, backward=backward)
-        request = Lossy(budget, learned, effort, tuple(keep), align, rank, embeddings)
-    with Packer(source, out, options, Hooks(progress or silent, note or silent)) as packer:
-        quantiser = ByTrellis(packer.allocate(src, request), packer.kept) if request else None
+    budget = Budget(bits, file_bits, size, snr, kl) if lossy else None
+    how: Any = {"include": include, "exclude": exclude, "all_files": all_files}
+    with contextlib.ExitStack() as stack:
+        path, source = stack.enter_context(ready(src, os.fspath(out), lossy=lossy, **how))
+        request = None
+        if budget:
+            learned = calibration_for(calibrate, path, tokens, cache, Calibration.made_of(calibration))
+            learned = replace(learned, context=context, backward=backward)
+            request = Lossy(budget, learned, effort, tuple(keep), align, rank, embeddings)
+        packer = stack.enter_context(Packer(source, out, options, Hooks(progress or silent, note or silent)))
+        quantiser = ByTrellis(packer.allocate(path, request), packer.kept) if request else None
         return packer.write(quantiser)
 
 
@@ -225,11 +231,14 @@ class Packer(contextlib.ExitStack):
         self._headers = {f: h for f, h in source.headers.items() if h != usual.get(f or "model.safetensors")}
         self._files = (*source.attachments, *(Attachment(header_name(f), h) for f, h in self._headers.items()))
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
+        self._left: list[ties.Group] | None = None  # what the tape is to bring, until it is asked to
         self._threads = self._pool = self.enter_context(workers.start(self._jobs))
         if options.processes:
             self._pool = self.enter_context(workers.start(self._jobs, processes=True))
         self.callback(self._lossless.close)
         self.callback(self._lossy.close)
+        if source.tape:
+            self.callback(source.tape.close)  # first of all: threads may wait for it
 
     def allocate(self, src: Any, request: Lossy) -> Recipe:
         """How a pack of the source, opened from `src`, meets a request; BudgetError where it cannot.
@@ -293,9 +302,14 @@ class Packer(contextlib.ExitStack):
                 "links": dict(source.links),
                 "folders": [*source.folders],
                 "dequantised": [*source.dequantised],
+                "pieces": dict(source.pieces),
+                "hub": dict(source.hub),
+                "sha256": dict(source.sha256),
             },
         )
         schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
+        if source.tape and quantiser is None:
+            schedule.window, self._left = min(WINDOW, source.tape.limit), list(self._groups)
         resumed, stored = 0, 0
         fidelity, entries = list[Fidelity](), list[Entry]()
         for i, (shard, path) in enumerate(zip(shards, paths, strict=True)):
@@ -303,7 +317,12 @@ class Packer(contextlib.ExitStack):
             if len(shards) > 1:
                 header["shard"] = [i + 1, len(shards)]
             contents = resume.Contents(path, header, () if i else self._files, shard)
-            there, end, rows = self._write(contents, schedule, fidelity)
+            try:
+                there, end, rows = self._write(contents, schedule, fidelity)
+            except ChangedError:
+                for finished in paths[:i]:
+                    os.unlink(finished)
+                raise
             resumed, stored = resumed + there, stored + end
             entries += rows
         lossy, bits = (0, 0.0) if quantiser is None else quantised(entries)
@@ -332,6 +351,8 @@ class Packer(contextlib.ExitStack):
             t = group.tensor
             for name in (t.name, *(a for a, _ in group.aliases)):
                 content.append([name, t.dtype, list(t.shape), digest])
+            if self._source.tape:
+                self._source.tape.release(t)
             self._hooks.progress(t.name, t.nbytes * (1 + len(group.aliases)))
 
         # a shard may be finished
@@ -339,6 +360,7 @@ class Packer(contextlib.ExitStack):
         if found and (found.files, len(found.digests)) == (len(contents.files), len(groups)):
             for group, digest in zip(groups, found.digests, strict=True):
                 done(group, digest)
+            self._bring(len(groups), wait=True)
             return len(groups), os.path.getsize(contents.path), found.entries
         writer = PipeWriter(sys.stdout.buffer) if contents.path == PIPE else Writer(contents.path, options.force)
         try:
@@ -355,18 +377,37 @@ class Packer(contextlib.ExitStack):
                 writer.add(RECORD_ATTACHMENT, 0, e.head, e.units, **e.row)
                 writer.flush()
             start, there = len(found.digests), set(found.objects)
+            self._bring(start)
             with workers.named(), contextlib.closing(schedule.run(groups[start:])) as results:
                 for group, e in results:
                     if of := e.write(writer, there):
                         fidelity.append(of)
                         self._hooks.layer(of)
                     done(group, e.head["digest"])
+            self._bring_rest(contents.header)
             writer.finish(index.content_digest(content))
             return start, writer.at, writer.entries
+        except ChangedError:
+            writer.discard()
+            raise
         except MemoryError as e:
             raise OutputError("not enough memory", file=contents.path) from e
         finally:
             writer.close()
+
+    def _bring(self, done: int, wait: bool = False) -> None:
+        """Let the tape begin behind the first `done` tensors of what is left; with `wait` only leave these out."""
+        if self._left is not None and self._source.tape:
+            self._left = self._left[done:]
+            if not wait:
+                self._source.tape.start([g.tensor for g in self._left], self._out)
+                self._left = None
+
+    def _bring_rest(self, header: Mapping[str, Any]) -> None:
+        """With the last archive: ChangedError where a file that the tape has brought is not what it is listed as."""
+        k, n = header.get("shard", (1, 1))
+        if self._source.tape and k == n:
+            self._source.tape.finish()
 
 
 def _shards(groups: list[ties.Group], size: int | None) -> list[list[ties.Group]]:

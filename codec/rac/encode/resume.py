@@ -13,7 +13,7 @@ from rac.container.forward import Forward
 from rac.decode.attachments import attachment_bytes, attachment_units
 from rac.decode.stream import Objects
 from rac.encode import ties
-from rac.encode.sources import Attachment
+from rac.encode.sources import Attachment, Extent
 from rac.errors import RacError
 from rac.provenance import Provenance
 from rac.records import Entry, Record
@@ -124,7 +124,8 @@ def _tensor(forward: Forward, record: Record, group: ties.Group, objects: Object
     if stated != (t.name, t.dtype, t.shape, group.aliases, group.extra, t.online):
         return None, b""
     parts = _parts(forward, found)
-    if ties.digest(t) != (record.head.get("x-source") if found.quantised else found.digest):
+    pinned = isinstance(t.data, Extent) and t.data.pinned  # the header has the SHA-256 of its file
+    if not pinned and ties.digest(t) != (record.head.get("x-source") if found.quantised else found.digest):
         return None, b""
     method = index.method_of(record)
     entry = _entry(record, method=method, dtype=t.dtype, shape=t.shape, parts=parts, aliases=found.aliases)

@@ -80,6 +80,7 @@ class Schedule:
     pool: Executor  # quantises; the threads do all else
     quantiser: Quantiser | None
     done: Callable[[str], Encoded | None]  # gives a lossless tensor that is encoded already, by its name
+    window: int = WINDOW  # dense bytes of lossless tensors in work beyond the largest
     _waiting: deque[_Item] = field(default_factory=deque)
     _running: dict[Future[Any], tuple[_Item, int]] = field(default_factory=dict)
     _finished: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
@@ -89,7 +90,7 @@ class Schedule:
     def run(self, groups: Sequence[ties.Group]) -> Generator[tuple[ties.Group, Encoded]]:
         """Each tensor in order; what is taken next is worked on first, what is not taken is cancelled."""
         coming, held = deque(groups), 0
-        limit = max([WINDOW if self.quantiser is None else room(), *(self._need(g.tensor) for g in groups)])
+        limit = max([self.window if self.quantiser is None else room(), *(self._need(g.tensor) for g in groups)])
         try:
             while coming or self._waiting:
                 while coming and (not self._waiting or held + self._need(coming[0].tensor) <= limit):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from rac.container import zstd
-from rac.encode.sources import SourceTensor
+from rac.encode.sources import Extent, SourceTensor
 from rac.errors import SourceError
 from rac.records import Online
 
 PIECE = 1 << 22
 SAMPLE = 4096
+AT_ONCE = 16  # samples of remote tensors that are fetched at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,19 @@ def digest(t: SourceTensor) -> bytes:
     return d.value()
 
 
+def _samples(tensors: Mapping[int, SourceTensor]) -> dict[int, bytes]:
+    """A few KiB of three places of each: most unequal ones differ there, and need not be read whole."""
+
+    def sample(t: SourceTensor) -> bytes:
+        at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
+        return b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
+
+    if not any(isinstance(t.data, Extent) and t.data.pinned for t in tensors.values()):
+        return {i: sample(t) for i, t in tensors.items()}
+    with ThreadPoolExecutor(AT_ONCE) as pool:  # far away: waiting is most of it
+        return dict(zip(tensors, pool.map(sample, tensors.values()), strict=True))
+
+
 def find(tensors: Sequence[SourceTensor]) -> list[Group]:
     """Groups in the order of their first tensors. Empty tensors are on their own."""
     owner: dict[int, tuple[int, bool]] = {}
@@ -49,13 +64,11 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
             owner[i] = first, True
         elif t.nbytes:
             same.setdefault((t.dtype, t.shape, t.online), []).append(i)
+    samples = _samples({i: tensors[i] for members in same.values() if len(members) > 1 for i in members})
     for members in same.values():
         by_sample: dict[bytes, list[int]] = {}
         for i in members if len(members) > 1 else []:
-            t = tensors[i]  # most unequal ones differ in a few KiB of three places, and need not be read whole
-            at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
-            sample = b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
-            by_sample.setdefault(sample, []).append(i)
+            by_sample.setdefault(samples[i], []).append(i)
         for close in by_sample.values():
             by_digest: dict[bytes, int] = {}
             for i in close if len(close) > 1 else []:

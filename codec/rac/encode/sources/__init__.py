@@ -6,11 +6,12 @@ worker process can read by itself, until `SourceTensor.read` asks for them.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,14 +23,69 @@ from rac.encode.sources.arrays import from_arrays
 from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
 from rac.errors import MissingFileError, SourceError
 
-__all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source"]
+if TYPE_CHECKING:
+    from rac.container.hub import Address
+    from rac.decode.unpack import Progress
+
+__all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source", "ready"]
+
+
+@contextlib.contextmanager
+def ready(
+    path: Any,
+    beside: str,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    lossy: bool = False,
+    all_files: bool = False,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Any, Source]]:
+    """A source, opened for a pack, and the path by which its model can be run, if it is one.
+
+    A lossy pack reads the source more than once: a repository of the Hub is downloaded to a temporary folder beside
+    the path `beside` then, and `progress` is called with each file.
+    """
+    where = _address(path)
+    if where is None or not lossy:
+        source = open_source(path, include, exclude, lossy, all_files)
+        try:
+            yield path, source
+        finally:
+            if source.tape:
+                source.tape.close()
+        return
+    from rac.encode.sources import hub
+
+    with hub.downloaded(where, beside, progress) as (folder, origin):
+        source = open_source(folder, include, exclude, lossy)
+        sha256 = {f: h for f, h in origin.sha256.items() if source.headers or not f.endswith(".safetensors")}
+        yield folder, replace(source, hub=origin.hub, sha256=sha256, skipped=origin.skipped)
+
+
+def _address(path: Any) -> Address | None:
+    """What a name means on the Hub; None for what is no name of a repository, or is there as a path."""
+    if not isinstance(path, str) or os.path.lexists(path):
+        return None
+    from rac.container import hub  # imports more than a local path needs
+
+    where = hub.address(path)
+    if where and where.file:
+        raise SourceError("names a file; name the repository, hf://ORG/NAME", file=path)
+    return where
 
 
 def open_source(
-    path: Any, include: Sequence[str] = (), exclude: Sequence[str] = (), dequantise: bool = False
+    path: Any,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dequantise: bool = False,
+    all_files: bool = False,
 ) -> Source:
     """Open a safetensors file (by path, bytes, or a file object), a GGUF file, or a directory with safetensors files.
 
+    `ORG/NAME[@REVISION]`, also behind `hf://`, is a repository of the Hub where no such path exists.
+    With `all_files`, other files of any size are taken, too; else those up to 64 MB.
     With `dequantise` codes and scales are read as the numbers that they stand for (rac.encode.sources.quantised).
     `include` are patterns (fnmatch, case-sensitive) of the tensors to take, none means all; `exclude` wins over it.
     SourceError where the path is missing, damaged or no model, or a pattern leaves nothing.
@@ -37,7 +93,7 @@ def open_source(
     named = isinstance(path, str | os.PathLike)
     where = os.path.abspath(os.fspath(path)) if named else str(getattr(path, "name", None) or "<bytes>")
     try:
-        source = _held(path, where) if not named else hf.read(where) if os.path.isdir(where) else _file(where)
+        source = _held(path, where) if not named else _found(os.fspath(path), where, all_files)
     except MissingFileError:
         raise
     except FileNotFoundError as e:
@@ -55,7 +111,29 @@ def open_source(
     if not tensors:
         raise SourceError("no tensor is left to pack" if source.tensors else "holds no tensor", file=where)
     whole = len(tensors) == len(source.tensors)
-    return replace(source, tensors=tensors, headers=source.headers if whole else {})
+    if whole:
+        return replace(source, tensors=tensors)
+    if source.tape:
+        source.tape.check = False  # these files are not read whole
+    sha256 = {f: h for f, h in source.sha256.items() if f not in source.headers}
+    return replace(source, tensors=tensors, headers={}, sha256=sha256)
+
+
+def _found(path: str, where: str, all_files: bool) -> Source:
+    """What a path names, or a repository of the Hub."""
+    address = _address(path)
+    if address is not None:
+        from rac.encode.sources import hub
+
+        return hub.read(address, all_files)
+    if not os.path.isdir(where):
+        return _file(where)
+    source = hf.read(where, all_files)
+    if "/snapshots/" in where.replace(os.sep, "/"):
+        from rac.encode.sources import hub
+
+        return hub.of_cache(where, source)
+    return source
 
 
 def _held(data: Any, name: str) -> Source:

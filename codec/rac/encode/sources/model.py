@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class Extent:
     path: str
     offset: int
     size: int
+    pinned: ClassVar[bool] = False  # whether the bytes follow from the address
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop) of the range, in a fresh writable array."""
@@ -94,6 +95,29 @@ class Attachment:
         return self.data if isinstance(self.data, bytes) else self.data.read(0, self.data.size).tobytes()
 
 
+class Tape(Protocol):
+    """Brings the data of tensors near, one after the other, before they are read."""
+
+    check: bool
+    """Whether whole files are read and compared with what they are listed as."""
+
+    @property
+    def limit(self) -> int:
+        """Bytes of tensors that it holds at once."""
+
+    def start(self, tensors: Sequence[SourceTensor], beside: str) -> None:
+        """Bring these from now on; what is kept of them lies in the folder of the path `beside`."""
+
+    def release(self, tensor: SourceTensor) -> None:
+        """A tensor is done with."""
+
+    def finish(self) -> None:
+        """Wait for what is left; ChangedError where files are not what they are listed as."""
+
+    def close(self) -> None:
+        """End it, and leave nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """The input of a pack. `kind` is "safetensors", "hf", "gguf" or "memory"."""
@@ -109,3 +133,7 @@ class Source:
     folders: tuple[str, ...] = ()  # directories with nothing in them
     dequantised: tuple[str, ...] = ()  # what the stored weights are, where tensors are the numbers that they stand for
     every: tuple[SourceTensor, ...] = ()  # all tensors, also those that patterns leave out, of a dequantised source
+    pieces: Mapping[str, int] = field(default_factory=dict)  # large files, and of how many attachments each consists
+    hub: Mapping[str, str] = field(default_factory=dict)  # "repository" and "revision", where it came from the Hub
+    sha256: Mapping[str, str] = field(default_factory=dict)  # of files, by name
+    tape: Tape | None = None  # what brings the tensors in their order, where they are far away
