@@ -244,11 +244,7 @@ def _file(args: argparse.Namespace) -> int:
         source = open_source(args.src, dequantise=request is not None, **how)
         return _estimate(args, estimate(source, options, request))
     with Steps() as steps:
-
-        def brought(name: str, _: int) -> None:
-            steps(f"downloaded {name}", 0, 0)
-
-        opened = ready(args.src, args.output, lossy=request is not None, progress=brought, **how)
+        opened = ready(args.src, args.output, lossy=request is not None, note=steps, **how)
         with opened as (src, source):
             if src != args.src:  # downloaded: now there is a configuration that says how to calibrate
                 args.src = src

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rac.calibrate.text import Note
 from rac.container.access import read as access_read
 from rac.container.wire import MAGIC
 from rac.decode.archive import access_of
@@ -25,9 +26,12 @@ from rac.errors import MissingFileError, SourceError
 
 if TYPE_CHECKING:
     from rac.container.hub import Address
-    from rac.decode.unpack import Progress
 
 __all__ = ["Attachment", "Extent", "Source", "SourceTensor", "from_arrays", "open_source", "ready"]
+
+
+def _nobody(*_: object) -> None:
+    """Tell nobody."""
 
 
 @contextlib.contextmanager
@@ -39,12 +43,12 @@ def ready(
     exclude: Sequence[str] = (),
     lossy: bool = False,
     all_files: bool = False,
-    progress: Progress | None = None,
+    note: Note = _nobody,
 ) -> Iterator[tuple[Any, Source]]:
     """A source, opened for a pack, and the path by which its model can be run, if it is one.
 
     A lossy pack reads the source more than once: a repository of the Hub is downloaded to a temporary folder beside
-    the path `beside` then, and `progress` is called with each file.
+    the path `beside` then, and `note` is called with (what, done, of).
     """
     where = _address(path)
     if where is None or not lossy:
@@ -57,7 +61,7 @@ def ready(
         return
     from rac.encode.sources import hub
 
-    with hub.downloaded(where, beside, progress) as (folder, origin):
+    with hub.downloaded(where, beside, note) as (folder, origin):
         source = open_source(folder, include, exclude, lossy)
         sha256 = {f: h for f, h in origin.sha256.items() if source.headers or not f.endswith(".safetensors")}
         yield folder, replace(source, hub=origin.hub, sha256=sha256, skipped=origin.skipped)

@@ -17,11 +17,12 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate.text import Note
 from rac.container.access import Access, ChangedError, guarded
 from rac.container.access import read as access_read
 from rac.container.feed import RangeRing
 from rac.container.hub import Address, HubFile, Snapshot
-from rac.decode.unpack import Progress, safe_name
+from rac.decode.unpack import safe_name
 from rac.encode.sources import hf, safetensors
 from rac.encode.sources.model import Extent, Source, SourceTensor
 from rac.errors import OutputError, SourceError
@@ -304,7 +305,7 @@ def _origin(snapshot: Snapshot) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def downloaded(where: Address, beside: str, progress: Progress | None = None) -> Iterator[tuple[str, Source]]:
+def downloaded(where: Address, beside: str, note: Note) -> Iterator[tuple[str, Source]]:
     """A temporary folder beside a path with the files of a repository that are packed, and a source without tensors.
 
     The source states what the provenance is to. Files of the cache are linked.
@@ -313,14 +314,14 @@ def downloaded(where: Address, beside: str, progress: Progress | None = None) ->
     folder = tempfile.mkdtemp(prefix=".rac-", suffix=".download", dir=os.path.dirname(os.path.abspath(beside)))
     sha256 = {}
     try:
-        for name, f in sorted(snapshot.files.items()):
-            if f.size > hf.MAX_ATTACHMENT and not name.lower().endswith(".safetensors"):
-                continue
-            path = os.path.join(folder, *safe_name(name).split("/"))
+        wanted = [
+            f for n, f in sorted(snapshot.files.items()) if f.size <= hf.MAX_ATTACHMENT or n.lower().endswith(_WEIGHTS)
+        ]
+        for i, f in enumerate(wanted):
+            note("downloading files to a temporary folder", i, len(wanted))
+            path = os.path.join(folder, *safe_name(f.name).split("/"))
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            sha256[name] = _download(f, path)
-            if progress:
-                progress(name, f.size)
+            sha256[f.name] = _download(f, path)
         skipped = tuple(sorted(snapshot.files.keys() - sha256.keys()))
         yield folder, Source("hf", (), (), {}, skipped, hub=_origin(snapshot), sha256=sha256)
     finally:
@@ -348,6 +349,7 @@ def _download(file: HubFile, path: str) -> str:
     return found
 
 
+_WEIGHTS = ".safetensors"
 _SNAPSHOT = re.compile(r"/models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})$")
 
 
