@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.builtin import AUTO
 from rac.calibrate.evaluate import load_original
+from rac.calibrate.given import Given
 from rac.calibrate.text import Note
 from rac.encode.allocate.budget import read_text
 from rac.encode.options import silent
@@ -113,8 +114,9 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
     tell("loading", 0, 1)
     import transformers
 
+    source = open_source(path, dequantise=True)
     with quiet(transformers):
-        _, model, _ = load_original(path)
+        _, model, _ = load_original(Given.of(path, source.every) if source.dequantised else path)
     if method.text is None:  # some tokens to compare the transformed model on
         words = model.get_input_embeddings().num_embeddings
         ids = np.random.default_rng(0).integers(0, words, (1, CHECKED))
@@ -129,8 +131,8 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
     exact = by_gptq and method.text is not None
     rounded = partial(quantise_gptq, model, ids) if exact else partial(quantise_rtn, model)
     matrices = rounded(method.bits, method.group, symmetric=method.symmetric, note=tell)
-    source = open_source(path) if p is None else transforms.source(p, path, method.dtype)
     if p is not None:
+        source = transforms.source(p, path, method.dtype)
         about |= p.about
     if method.name in known:
         source = attached(source, known[method.name][0])

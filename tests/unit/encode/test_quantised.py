@@ -18,6 +18,7 @@ from rac.cli import main  # noqa: E402
 from rac.encode.sources import open_source  # noqa: E402
 from rac.errors import BudgetError, SourceError  # noqa: E402
 from rac.frameworks import to_framework  # noqa: E402
+from rac.study.compare import compare  # noqa: E402
 from support import models  # noqa: E402
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -382,3 +383,18 @@ def test_blocks_of_gguf(tmp_path):
     for t in reader.tensors:
         assert t.tensor_type == (q.F32 if t.name == "output_norm.weight" else q.BF16)
         assert t.data.tobytes() == packed[t.name].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def test_named_methods_and_comparisons_take_the_numbers(made, tmp_path, capsys):
+    folder, text = made("nvfp4"), tmp_path / "text.txt"
+    text.write_text(models.TEXT)
+    rac.pack(folder, tmp_path / "whole.rac")
+    with pytest.warns(UserWarning, match="NVFP4 .* loaded as the numbers"):
+        want = models.logits(rac.load_model(tmp_path / "whole.rac")).float()
+    for recipe in ("rtn", "quarot"):
+        out = tmp_path / f"{recipe}.rac"
+        asked = ["--recipe", recipe, "--bits", "8", "--group", "32", "--calibrate", str(text), "--tokens", "256"]
+        assert main(["pack", str(folder), "-o", str(out), *asked]) == 0
+        assert (models.logits(rac.load_model(out)).float() - want).norm() < 0.05 * want.norm()
+    *_, row = compare(folder, [tmp_path / "rtn.rac"])
+    assert row.snr > 35

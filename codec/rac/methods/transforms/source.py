@@ -70,8 +70,9 @@ def source(p: Parts, folder: str | os.PathLike[str], dtype: str = "F32") -> Sour
         arrays[name] = made[key]
     maps: dict[str, dict[str, Any]] = {name: {"online": t.online, "matrix": t.matrix} for name, t in p.online.items()}
     tensors = [replace(t, **maps.get(t.name, {})) for t in from_arrays(arrays).tensors]
-    files = [_config(p, a, _DTYPES[dtype]) for a in open_source(folder).attachments]
-    return Source("hf", tuple(tensors), tuple(files), {"format": "pt"})
+    stored = open_source(folder, dequantise=True)
+    files = tuple(_config(p, a, _DTYPES[dtype]) for a in stored.attachments)
+    return Source("hf", tuple(tensors), files, {"format": "pt"}, dequantised=stored.dequantised)
 
 
 def _config(p: Parts, file: Attachment, dtype: str) -> Attachment:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.calibrate.given import Given
 from rac.calibrate.layers import Layer, calibrate
 from rac.calibrate.text import Note
 from rac.container import zstd
@@ -84,13 +85,13 @@ def analyze(
     start, tell, asked = time.monotonic(), note or (lambda *_: None), asked or Asked()
     if asked.tokens < 2 or not 1 <= asked.rate <= 7:
         raise ValueError("tokens must be at least 2, and bits within 1 and 7")
-    source = open_source(path)
+    source = open_source(path, dequantise=True)
     every = [t for t in source.tensors if quantisable(t)]
     wanted = [t for t in every if fnmatchcase(t.name, asked.layers)]
     if not wanted:
         why = f"none of its {len(every)} matrices matches {asked.layers!r}"
         raise SourceError(why if every else "holds no large matrix of floats", file=os.fspath(path))
-    fit, judge, read = ({}, {}, 0) if text is None else _calibrated(path, text, asked, tell)
+    fit, judge, read = ({}, {}, 0) if text is None else _calibrated(_model(path, source), text, asked, tell)
     calibrated = time.monotonic()
     rules, named = _rules(source), {t.name: t for t in source.tensors}
     found = _measured([_job(t, named, rules, fit, judge) for t in wanted], asked, tell)
@@ -115,6 +116,11 @@ def analyze(
     report = summary(about, found, [r.name for r in asked.rotations])
     about["seconds"]["all"] = round(time.monotonic() - start, 1)
     return report
+
+
+def _model(path: str | os.PathLike[str], source: Source) -> str | Given:
+    """What a calibration runs."""
+    return Given.of(os.fspath(path), source.every) if source.dequantised else os.fspath(path)
 
 
 def _calibrated(path: Any, text: str, asked: Asked, note: Note) -> tuple[Layers, Layers, int]:
