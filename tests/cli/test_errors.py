@@ -194,3 +194,36 @@ def test_an_interrupt_in_a_pipe_that_stands_still(files):
         process.wait(30)
         assert (process.returncode, process.stdout.read()) == (130, b"")
         assert process.stderr.read() == b"rac: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--bits 0", "--bits is a number above 0, not 0"),
+        ("--snr nan", "--snr is a number above 0, not nan"),
+        ("--bits 3 --size 9MB", "--bits and --size are 2 budgets: give one of them"),
+        ("--effort max --tokens 9", "--tokens, --effort: for lossy packing; give one of --bits"),
+        ("--bits 3 --keep nosuch", "no tensor matches the pattern 'nosuch' of what is to be kept"),
+        ("--bits 3 --measure {root}/nofile", "the text cannot be read"),
+        ("--bits 3 --report {root}/no/r.json", "the folder of the report is not there"),
+        ("--size 1000", "1000 bytes cannot be met: the nearest is about"),
+    ],
+)
+def test_what_a_lossy_pack_is_asked_for(files, tmp_path, capsys, options, said):
+    argv = ["pack", str(files / "m.safetensors"), "-o", str(tmp_path / "m.rac"), *options.format(root=files).split()]
+    assert main(argv) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bits": 0}, "^bits is a number above 0, not 0$"),
+        ({"bits": 3, "kl": 0.1}, "^bits and kl are 2 budgets: give one of them$"),
+        ({"effort": "max", "keep": ["w0"]}, "^effort, keep: for a lossy pack; give one of bits"),
+    ],
+)
+def test_what_python_asks_of_a_lossy_pack(files, tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        rac.pack(files / "m.safetensors", tmp_path / "m.rac", **options)

@@ -35,9 +35,10 @@ from rac.encode.allocate.budget import read_text
 from rac.encode.allocate.texts import calibration_for
 from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
-from rac.encode.options import CONTEXT, Budget, Hooks, Lossy, PackOptions
+from rac.encode.options import CONTEXT, GOALS, Budget, Hooks, Lossy, PackOptions, one_goal
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source, ready
+from rac.errors import OutputError
 from rac.machine import threads_of
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare
@@ -68,7 +69,6 @@ needs `import rac.runtime` first, and its layers stay compressed in memory (docs
 
 NAMES = ("aligned", "rtn", "gptq", "smoothquant", "quarot", "spinquant", "kurtail")
 """The first is the ordinary lossy pack."""
-GOALS = ("bits", "file_bits", "size", "snr", "kl")
 QUALITIES = {
     "small": (3.0, True, "about a fifth of a BF16 file"),
     "good": (4.0, True, "about a quarter of a BF16 file"),
@@ -91,6 +91,16 @@ _NOT: dict[str, Any] = {
     "effort": "default",
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
+LOSSY: dict[str, Any] = {
+    **dict.fromkeys(("calibrate", "rank", "cache", "measure", "report")),
+    **{name: [] for name in ("calibration", "keep")},
+    **dict.fromkeys(("embeddings", "no_backward"), False),
+    "tokens": 40960,
+    "context": CONTEXT,
+    "effort": "default",
+    "align": "auto",
+}
+"""Arguments that say nothing of a lossless pack, as they are where nobody gave them."""
 BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
 LOST = 0.01  # share of lost zeros from which on a tensor is named
 ALARM = 10  # decibels of output signal to noise below which a layer is named
@@ -318,13 +328,13 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     whole = None if args.size is None else parse_size(args.size)
     goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
     lossy = any(v is not None for v in goals.values())
-    texts = args.calibrate and args.calibrate != ["none"]
-    shaped = args.align != "auto" or args.rank is not None or args.embeddings
-    if not lossy and (texts or args.calibration or args.keep or args.report or args.measure or shaped):
-        raise ValueError(
-            "--calibrate, --calibration, --align, --rank, --embeddings, --keep, --measure and --report are for lossy "
-            f"packing: give one of {', '.join(goals)} too"
-        )
+    if lossy:
+        one_goal(goals)
+    elif given := [
+        f"--{name.replace('_', '-')}" for name, usual in LOSSY.items() if getattr(args, name) not in (usual, ["none"])
+    ]:
+        raise ValueError(f"{', '.join(given)}: for lossy packing; give one of {', '.join(goals)} too")
+    _ready(args)
     jobs = threads_of(args.jobs, most=None if lossy else workers.THREADS)
     settings = {"include": args.include, "exclude": args.exclude}
     cut, many = (args.lanes, args.slices, shard_size), lossy and jobs > workers.THREADS
@@ -337,6 +347,14 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
         raise ValueError("--context and --no-backward say how a model reads a text: give one with --calibrate")
     calibration = replace(calibration, context=args.context, backward=not args.no_backward)
     return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
+
+
+def _ready(args: argparse.Namespace) -> None:
+    """Look at what is read and written after the pack, before the long work."""
+    if args.measure and args.measure != "auto":
+        read_text(args.measure)
+    if args.report and not os.path.isdir(os.path.dirname(os.path.abspath(args.report))):
+        raise OutputError("the folder of the report is not there", file=args.report)
 
 
 def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:

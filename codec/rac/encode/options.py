@@ -17,6 +17,7 @@ from rac.stages.lanes.parameters import MAX_LANES
 if TYPE_CHECKING:
     from rac.encode.encoded import Fidelity
 
+GOALS = ("bits", "file_bits", "size", "snr", "kl")  # budgets of a lossy pack
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 CONTEXT = 1024  # tokens of a sequence that a model is calibrated on, at most
@@ -75,6 +76,24 @@ class PackOptions:
         return tuned(CODER, self.lanes, self.slices)
 
 
+def one_goal(given: Mapping[str, float | None]) -> None:
+    """Check budgets by their names, None where one is not given; ValueError unless there is one, a number above 0."""
+    there = {name: value for name, value in given.items() if value is not None}
+    if len(there) > 1:
+        raise ValueError(f"{' and '.join(there)} are {len(there)} budgets: give one of them")
+    if not there:
+        raise ValueError(f"a lossy pack has a budget: give one of {', '.join(given)}")
+    for name, value in there.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is a number above 0, not {value:g}")
+
+
+def no_goal(given: Mapping[str, bool]) -> None:
+    """Check that no argument of a lossy pack is given, by their names, where no budget is; ValueError."""
+    if there := [name for name, is_there in given.items() if is_there]:
+        raise ValueError(f"{', '.join(there)}: for a lossy pack; give one of {', '.join(GOALS)} too")
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a lossy pack may cost, or how good it is to be: one of these arguments of `pack`, above 0, or ValueError."""
@@ -86,8 +105,7 @@ class Budget:
     kl: float | None = None
 
     def __post_init__(self) -> None:
-        if [0 < value < math.inf for value in self.goal.values()] != [True]:
-            raise ValueError("give one of bits, file_bits, size, snr and kl, above 0")
+        one_goal(asdict(self))
 
     @property
     def goal(self) -> dict[str, float]:

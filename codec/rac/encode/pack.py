@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rac.calibrate.evaluate import Divergence
@@ -29,7 +30,7 @@ from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.allocate.texts import calibration_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
-from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOptions, Progress, silent
+from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOptions, Progress, no_goal, silent
 from rac.encode.quantise.tensor import encode, measure
 from rac.encode.reasons import Lossless, reasons
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
@@ -153,6 +154,10 @@ def pack(
     lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
     options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, processes and lossy, settings)
     budget = Budget(bits, file_bits, size, snr, kl) if lossy else None
+    if budget is None:
+        shaped = {"calibrate": calibrate not in (None, "none"), "calibration": calibration is not None}
+        shaped |= {"effort": effort != "default", "keep": len(keep) > 0, "align": align != "auto"}
+        no_goal(shaped | {"rank": rank is not None, "embeddings": embeddings})
     how: Any = {"include": include, "exclude": exclude, "all_files": all_files}
     with contextlib.ExitStack() as stack:
         path, source = stack.enter_context(ready(src, os.fspath(out), lossy=lossy, **how))
@@ -250,6 +255,10 @@ class Packer(contextlib.ExitStack):
             raise OutputError("exists already; give --force to replace it", file=self._out)
         if not isinstance(src, str | os.PathLike) and calibration.texts:
             raise SourceError("calibration runs the model: name its folder", file=str(getattr(src, "name", "<bytes>")))
+        names = [t.name for t in self._source.tensors]
+        for pattern in request.keep:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SourceError(f"no tensor matches the pattern {pattern!r} of what is to be kept")
         named: str | Given = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
         if self._source.every:
             named = Given.of(os.fspath(named), self._source.every)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
 TABLES = "embeddings or output layers (--embeddings)"  # as what they are lossless
+KEPT = "kept by --keep"
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
 FAR = 16  # medians beyond which a weight counts no more in the energies
@@ -144,7 +145,7 @@ def kept(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) ->
     if len(t.shape) < 2 or math.prod(t.shape) < SMALLEST or min(matrix(t.dtype, t.shape, axis_of(t.shape))) < 16:
         return f"vectors or small (below {SMALLEST:,} weights, or 16 rows or columns)"
     if _matches(t.name, keep):
-        return "kept by --keep"
+        return KEPT
     if _matches(t.name, KEEP):
         return "norms, biases or routers by their name"
     return TABLES if not embeddings and is_table(t) else ""
@@ -165,9 +166,12 @@ def _each(
     groups: Sequence[ties.Group], keep: Sequence[str], embeddings: bool, why: dict[str, str]
 ) -> Iterator[tuple[SourceTensor, NDArray[np.float32], Aligned]]:
     """Tensors that can be quantised, with units by their energies; `why` gets what keeps the others lossless."""
-    for t in (g.tensor for g in groups):
+    for g in groups:
+        t = g.tensor
         if reason := kept(t, keep, embeddings):
             why[t.name] = reason
+        elif any(_matches(name, keep) for name, _ in g.aliases):
+            why[t.name] = KEPT
         elif not np.isfinite(w := _numbers(t)).all():
             why[t.name] = "with NaN or infinity"
         elif even := _even(t, w):

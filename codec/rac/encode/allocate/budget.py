@@ -142,7 +142,7 @@ class Search:
             assert judge is not None  # noqa: S101 - it gives what measures the model
             scale = self._kl(budget.kl, judge())
         else:
-            bits = budget.bits
+            bits, other, everything = budget.bits, 0, self._weights
             if bits is None:  # what a budget of the whole file leaves
                 assert rest is not None  # noqa: S101 - it gives the bytes of all that is not quantised
                 everything = sum(math.prod(g.tensor.shape) * (1 + len(g.aliases)) for g in self.groups)
@@ -150,9 +150,18 @@ class Search:
                 bits = 8 * (size - (other := rest())) / self._weights
                 if bits <= 0:
                     raise BudgetError(
-                        f"what stays lossless takes {other} bytes, more than the {size} of the whole file"
+                        f"what stays lossless takes {other} bytes, more than the {size} of the whole file: allow more, "
+                        "or quantise embeddings too"
                     )
-            scale = self._bits(bits)
+
+            def missed(got: float) -> str:
+                size = other + got * self._weights / 8
+                if budget.size is not None:
+                    return f"{budget.size} bytes cannot be met: the nearest is about {size:.0f}"
+                asked = budget.bits or budget.file_bits
+                return f"{asked:.3f} bits per weight cannot be met: the nearest is {8 * size / everything:.3f}"
+
+            scale = self._bits(bits, missed)
         return replace(self.recipe, scale=scale)
 
     @property
@@ -165,7 +174,7 @@ class Search:
         """Number of their elements."""
         return sum(math.prod(g.tensor.shape) for g in self._mine)
 
-    def _bits(self, bits: float) -> float:
+    def _bits(self, bits: float, missed: Callable[[float], str]) -> float:
         def rate(scale: float) -> float:
             size, exact = 0, True
             for e in self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits"):
@@ -174,7 +183,6 @@ class Search:
             got = 8 * size / self._weights
             return bits if exact and got < bits else got  # nothing is finer than lossless
 
-        missed = f"{bits:.3f} bits per weight cannot be met: the nearest is {{:.3f}}".format
         goal, first = (bits * (1 - TOLERANCE), bits), 1.03 - min(bits, FINEST)
         return _meet(rate, goal, first, 1.0 if bits > 1 else 1.5, missed)
 
