@@ -38,7 +38,7 @@ def two_of_four(r: np.random.Generator, n: int) -> NDArray[np.float64]:
 
 def thinned(share: float) -> Make:
     """A Gaussian of which that share is 0, anywhere."""
-    return lambda r, n: np.where(r.random((n, n)) < share, 0.0, r.standard_normal((n, n)))
+    return lambda r, n: np.asarray(np.where(r.random((n, n)) < share, 0.0, r.standard_normal((n, n))))
 
 
 def decay(r: np.random.Generator, n: int) -> NDArray[np.float64]:
