@@ -43,7 +43,7 @@ def thinned(share: float) -> Make:
 
 def decay(r: np.random.Generator, n: int) -> NDArray[np.float64]:
     """A matrix that falls off from its diagonal, as decays of linear attention do."""
-    return r.standard_normal((n, n)) * 2.0 ** -np.abs(np.arange(n)[:, None] - np.arange(n))
+    return np.asarray(r.standard_normal((n, n)) * 2.0 ** -np.abs(np.arange(n)[:, None] - np.arange(n)))
 
 
 MATRICES: dict[str, Make] = {
