@@ -143,7 +143,7 @@ def test_budgets_that_cannot_be_met(tmp_path):
     with pytest.raises(BudgetError, match="stays lossless"):
         pack(src, tmp_path / "m.rac", size=1000)
     for wrong in ({}, {"bits": 3, "size": 5}, {"bits": -1}, {"bits": 3, "effort": "some"}):
-        with pytest.raises(ValueError, match="give one|effort"):
+        with pytest.raises(ValueError, match="give one|effort|above 0"):
             Lossy(Budget(**{k: v for k, v in wrong.items() if k != "effort"}), effort=wrong.get("effort", "fast"))
     with pytest.raises(ValueError, match="none is no text"):
         Calibration(("a.txt", "none"))
