@@ -74,7 +74,19 @@ def _moved(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple | list) else out
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether the tensors among two calls' arguments are equal but for rounding."""
+    if isinstance(a, torch.Tensor):
+        exact = not a.is_floating_point()
+        return isinstance(b, torch.Tensor) and (torch.equal(a, b) if exact else close(a.float(), b.float()))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(_alike(a[k], b.get(k)) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return True
 
 
 class Chain:
@@ -135,8 +147,8 @@ class Chain:
             (bool(args), args[1:], {k: v for k, v in kwargs.items() if args or k != "hidden_states"})
             for _, args, kwargs, _ in calls[best]
         ]
-        self._rest = [out[1:] if isinstance(out, tuple) else None for _, _, _, out in calls[best]]
-        self.width = int(_moved(*calls[best][0][1:3]).shape[-1])
+        self._rest = [out[1:] if isinstance(out, tuple | list) else None for _, _, _, out in calls[best]]
+        self.inner = tuple(_moved(*calls[best][0][1:3]).shape[2:])  # shape of the hidden state of one position
         return best, log
 
     @staticmethod
@@ -149,10 +161,9 @@ class Chain:
             if _moved(args, kwargs) is not before:
                 return False
             before = _first(out)
-            rest = out[1:] if isinstance(out, tuple) else ()
-            if not isinstance(before, torch.Tensor) or before.shape != shape or any(r is not None for r in rest):
+            if not isinstance(before, torch.Tensor) or before.shape != shape:
                 return False
-        return shape is not None and len(shape) == 3 and shape[:2] == (1, context)
+        return shape is not None and len(shape) >= 3 and shape[:2] == (1, context)
 
     def _sort_linears(self, log: list[tuple[str, int]]) -> None:
         """Which linear layers run in which block, before the blocks and after them."""
@@ -193,12 +204,15 @@ class Chain:
         """What each block and the model itself make of the end of `tokens`, when the model runs as a whole."""
         self._ends: list[Any] = []
 
-        def hook(_: Any, __: Any, out: Any) -> None:
+        def hook(_: Any, args: Any, kwargs: Any, out: Any, i: int) -> None:
             self._ends.append(_first(out)[0, -TAIL:].clone())
+            mine = (args[1:], {k: v for k, v in kwargs.items() if args or k != "hidden_states"})
+            if not _alike(mine, self._calls[i][1:]):  # of the text that arguments were taken from
+                raise UnfitError(f"{self.names[i]} is given more of the text than its hidden state")
 
         with contextlib.ExitStack() as stack:
-            for b in self.blocks:
-                stack.enter_context(b.register_forward_hook(hook))
+            for i, b in enumerate(self.blocks):
+                stack.enter_context(b.register_forward_hook(functools.partial(hook, i=i), with_kwargs=True))
             out = self._whole(tokens, self.blocks)
         if self._head is not None:
             self._ends.append(out.logits[0].float())

@@ -114,8 +114,7 @@ class Folder:
 
             write(head.getvalue())
             yield lambda piece: write(np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data)
-            size = f.tell()
-        self._files[name] = [size, digest.value().hex()]
+        self._files[name] = [f.size, digest.value().hex()]
         self._checked.add(name)
 
     def put(self, name: str, array: NDArray[Any]) -> str:
@@ -143,13 +142,40 @@ class Folder:
         return found
 
     @contextlib.contextmanager
-    def _renamed(self, name: str) -> Iterator[Any]:
-        part = self.path / f"{name}.{os.getpid()}.part"
+    def _renamed(self, name: str) -> Iterator[_Part]:
+        part = _Part(self.path / f"{name}.{os.getpid()}.part")
         try:
-            with open(part, "wb") as f:
-                yield f
-            os.replace(part, self.path / name)
-        except OSError as e:
-            raise OutputError(f"the calibration cache cannot be written: {e}", file=str(part)) from e
+            yield part
+            part.finish(self.path / name)
         finally:
-            part.unlink(missing_ok=True)
+            part.drop()
+
+
+class _Part:
+    """A file under another name until it is whole: OutputError where it cannot be written, and for nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.size = path, 0
+        with self._mapped():
+            self._file = open(path, "wb")  # noqa: SIM115 - closed by `finish` and `drop`
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise OutputError(f"the calibration cache cannot be written: {e}", file=str(self._path)) from e
+
+    def write(self, data: bytes | memoryview) -> None:
+        with self._mapped():
+            self.size += self._file.write(data)
+
+    def finish(self, name: Path) -> None:
+        with self._mapped():
+            self._file.close()
+            os.replace(self._path, name)
+
+    def drop(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._path.unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def _own_text(kind: Any, config: Any, asked: Asked, context: int, folder: Folder
 def model_class(path: str) -> tuple[Any, Any]:
     """The class that the folder's weights are named after, and its configuration."""
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers raises whatever a broken file makes of it
         if "trust_remote_code" in str(e):
             what = "the model needs code of its own, which is not run here; rac.calibrate takes a model that you loaded"
@@ -199,7 +199,7 @@ class _Passes:
         return torch.from_numpy(np.array(self.folder.array(_file(kind, i))[start:end]))
 
     def _sink(self, kind: str, i: int) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
-        return self.folder.sink(_file(kind, i), (*self.ids.shape, self.chain.width))
+        return self.folder.sink(_file(kind, i), (*self.ids.shape, *self.chain.inner))
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         for a in range(0, len(self.ids), self.batch):
@@ -242,7 +242,7 @@ class _Passes:
             for s in range(len(self.ids)):
                 hidden = self._read("hidden", n, s, s + 1)
                 at = torch.rand(context, 1, generator=generator)
-                gradient = torch.empty(1, context, self.chain.width)
+                gradient = torch.empty(1, context, *self.chain.inner)
                 for a in range(0, context, chunk):
                     part = hidden[:, a : a + chunk].detach().requires_grad_(self.fisher)
                     out = self.chain.end(self.ids[s : s + 1, a : a + chunk], part)

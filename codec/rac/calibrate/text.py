@@ -40,8 +40,14 @@ def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]
     if not any(os.path.exists(os.path.join(path, name)) for name in TOKENIZERS):
         raise SourceError(f"no tokenizer.json there (nor {', '.join(TOKENIZERS[1:])}); {without}", file=path)
     try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     except Exception as e:  # whatever a damaged file makes of it
+        if "trust_remote_code" in str(e):
+            raise SourceError(
+                f"the tokenizer needs code of its own, which is not run here; {without}", file=path
+            ) from e
         raise SourceError(f"the tokenizer cannot be loaded: {e}; {without}", file=path) from e
     ids: list[int] = []
     for part in (text[: 32 * tokens], text):  # no need to read a long text to its end

@@ -774,3 +774,37 @@ def test_mamba_backward_is_what_autograd_alone_finds(saved):
     square = (torch.cat(gradients).reshape(320, -1).double() ** 2).mean(0).numpy()
     found = run(folder)[0]["backbone.layers.0.mixer.in_proj.weight"]
     np.testing.assert_allclose(found.sensitivity, square, rtol=1e-3)
+
+
+def test_blocks_that_return_lists_or_more(saved):
+    """Bloom and GPT return attention weights beside the hidden state, GPT in a list."""
+    bloom = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **SMALL)
+    gpt = transformers.OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, n_positions=512, **SMALL)
+    for make in (lambda: transformers.BloomForCausalLM(bloom), lambda: transformers.OpenAIGPTLMHeadModel(gpt)):
+        found, said = run(saved(make))
+        assert not [what for what, _, of in said if not of] and len(found) == 8
+
+
+def test_only_what_failed_to_be_written_is_called_that(tmp_path):
+    """An error of the work, or of telling about it, is no full disk."""
+    from rac.calibrate.folder import Folder
+    from rac.errors import OutputError
+
+    folder = Folder(tmp_path, "x")
+    with pytest.raises(BrokenPipeError), folder.sink("a.npy", (4,)) as append:
+        append(np.zeros(2, np.float32))
+        raise BrokenPipeError("the terminal is gone")
+    assert not list((tmp_path / "x").iterdir())
+    shutil.rmtree(tmp_path / "x")
+    with pytest.raises(OutputError, match="cannot be written"):
+        folder.put("a.npy", np.zeros(2, np.float32))
+
+
+def test_a_model_with_code_of_its_own(saved, tmp_path):
+    folder = saved(llama)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise RuntimeError('this was run')")
+    with pytest.raises(SourceError, match=r"code of its own, which is not run here; rac\.calibrate .*calibrate none"):
+        run(folder)

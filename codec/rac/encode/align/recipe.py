@@ -271,7 +271,7 @@ def calibrated(
         needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), w.size
         found[t.name] = replace(a, base=deviation + _few(a.zeros), scales=scales)
     total = max(1, sum(n for _, n in needs.values()))
-    mean = sum(need * n for need, n in needs.values()) / total
+    mean = math.fsum(need * n for need, n in needs.values()) / total  # the same in any order of the tensors
     for name, (need, _) in needs.items():
         more = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
         found[name] = replace(found[name], base=found[name].base - more)
