@@ -80,6 +80,11 @@ class Provenance:
         return tuple(self._typed("headers", _texts, ()))
 
     @property
+    def frames(self) -> tuple[str, ...]:
+        """Files of other kinds whose bytes around the tensors are an attachment (`frame_name`)."""
+        return tuple(self._typed("frames", _texts, ()))
+
+    @property
     def links(self) -> dict[str, str]:
         """Symbolic links of the folder that was packed, and their targets, which are relative."""
         return dict(self._typed("links", lambda v: isinstance(v, dict) and _texts([*v.values()]), {}))
@@ -164,6 +169,11 @@ def piece_name(file: str, i: int) -> str:
     return f"{file}/{i:05d}"
 
 
+def frame_name(file: str) -> str:
+    """Name of the attachment that holds the size of a file, and its bytes around the tensors."""
+    return f"{file}.frame"
+
+
 def state(
     source: str,
     level: str,
@@ -179,8 +189,8 @@ def state(
     `cut` are lanes of a tile and kind of slices, where they were asked for. `settings` are what else the caller states:
     patterns, transforms, and so on; left out where all of it is empty. `about` is what a quantiser states of itself;
     None: all is lossless. `online` counts tensors with online transforms; `tree` has what else the files of the source
-    are made of: `headers`, `links`, `folders`, `dequantised`, and as `gguf_order` the names of all tensors of a GGUF
-    file, where the order of its records is another.
+    are made of: `headers`, `frames`, `links`, `folders`, `dequantised`, and as `gguf_order` the names of all tensors of
+    a GGUF file, where the order of its records is another.
     """
     lanes, slices = cut
     known = {"lanes": lanes, "slices": slices, "online": online or None}

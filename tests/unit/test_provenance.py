@@ -23,6 +23,7 @@ MALFORMED = {
     "include": "a*",
     "exclude": [1],
     "gguf_order": ["w"],
+    "frames": "m.npz",
     "dequantised": "fp8",
     "transforms": "quarot",
     "keys": -1,
@@ -74,6 +75,7 @@ ACTS = {
     "include": lambda path, dense, tmp_path: rac.verify(path, dense),
     "exclude": lambda path, dense, tmp_path: rac.unpack(path, tmp_path / "out.gguf"),
     "gguf_order": lambda path, dense, tmp_path: rac.unpack(path, tmp_path / "out.gguf"),
+    "frames": lambda path, dense, tmp_path: rac.unpack(path, tmp_path / "out"),
     "dequantised": lambda path, dense, tmp_path: rac.verify(path, dense),
     "transforms": lambda path, dense, tmp_path: list(compare(dense, [path])),
     "keys": cache,
@@ -89,7 +91,7 @@ def test_malformed(key, dense, tmp_path):
     kind = "gguf" if key in ("gguf_order", "exclude") else "safetensors"
     with pytest.raises(rac.FormatError, match=f"provenance: '{key}' is malformed"):
         ACTS[key](archive(tmp_path / "m.rac", kind, **{key: MALFORMED[key]}), dense, tmp_path)
-    others = {k: v for k, v in MALFORMED.items() if k not in (key, "pieces")}  # to unpack acts on that too
+    others = {k: v for k, v in MALFORMED.items() if k not in (key, "pieces", "frames")}  # unpack acts on those too
     if key in ("source", "transforms"):
         ACTS[key](archive(tmp_path / "o.rac", kind, **others), dense, tmp_path)
 

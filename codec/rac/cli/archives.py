@@ -17,14 +17,16 @@ from rac.container.access import NoRangesError
 from rac.container.reader import Archive
 from rac.decode.archive import open_archives
 from rac.decode.spool import at_random
-from rac.decode.unpack import tensor_bytes
+from rac.decode.unpack import LIBRARIES, tensor_bytes
 from rac.errors import OutputError
+from rac.provenance import Provenance
 
 UNPACK = """\
 Unpack an archive: every tensor bit for bit, every attachment byte for byte.
 
-OUT is a folder, or a single file that ends in .safetensors or .gguf; "-" reads standard input, which is kept in an
-unnamed file beside OUT meanwhile. --only names files of the folder, or patterns: no others are written.
+OUT is a folder, or a single file that ends in .safetensors, .gguf or as the file that was packed; "-" reads standard
+input, which is kept in an unnamed file beside OUT meanwhile. --only names files of the folder, or patterns: no others
+are written.
 
 A weight whose layer needs an online transform is written as it is stored, and named: what is written runs only where
 something applies the transform. `rac.load_model` does, and `rac.runtime.fold` puts it into the weights."""
@@ -80,8 +82,11 @@ def unpack(args: argparse.Namespace) -> int:
     place = _place(args)
     with at_random(args.src, place) as archives, Progress("unpacking", total := dense(archives)) as progress:
         paths = rac.unpack(archives, place, progress=progress, **how)
+        kind = Provenance.of(archives[0].header).source
     for path in paths:
         say(path)
+    if kind in LIBRARIES and not place.endswith(".safetensors") and any(p.endswith(".safetensors") for p in paths):
+        print(f"rac: a safetensors file, since the archive does not have the {kind} file whole", file=sys.stderr)
     tell({"files": paths, "bytes": total, "online": online})
     for about, names in online.items():
         print(f"needs an online transform ({about}): {', '.join(names)}", file=sys.stderr)
@@ -104,6 +109,7 @@ def add_verify(p: argparse.ArgumentParser) -> None:
     command(p, verify, VERIFY)
     argument(p, "src IN.rac", "the archive, or one shard of a set")
     argument(p, "--against SRC", "the source that it must be equal to")
+    argument(p, "--allow-pickle-weights", "SRC may be a .pt, .pth or .bin file: torch.load(weights_only=True) reads it")
     argument(p, "--json", "for programs")
 
 
@@ -115,7 +121,7 @@ def verify(args: argparse.Namespace) -> int:
             total = dense(archives)
     start = time.monotonic()
     with Progress("verifying", total) as progress:
-        seen = rac.verify(args.src, args.against, progress=progress)
+        seen = rac.verify(args.src, args.against, progress=progress, pickles=args.allow_pickle_weights)
     seconds = time.monotonic() - start
     equal = f", equal to {args.against}" if args.against else ""
     if seen.lossy:

@@ -47,7 +47,8 @@ HELP = """\
 Pack a model into one .rac file: losslessly, or with --bits, --file-bits or --size to a budget in real bytes, or with
 --snr or --kl to a quality.
 
-SRC is a .safetensors file, a Hugging Face model folder (its small files travel as attachments), a .gguf file, or a
+SRC is a .safetensors file, a Hugging Face model folder (its small files travel as attachments), a .gguf file, one of
+numpy (.npy, .npz), ONNX, Keras (.h5), Flax (.msgpack) or torch (docs/compatibility.md), or a
 repository of the Hub, ORG/NAME[@REVISION], also written hf://ORG/NAME (docs/hub.md). A path that exists wins. Of a
 repository nothing is kept: losslessly it is read by ranges, a shard at a time; with a budget it is downloaded to a
 temporary folder beside the output.
@@ -106,6 +107,7 @@ LOST = 0.01  # share of lost zeros from which on a tensor is named
 ALARM = 10  # decibels of output signal to noise below which a layer is named
 QUALITY = "a choice of the budgets below, said when it is made: small --bits 3, good --bits 4, best --bits 5"
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
+PICKLES = "take .pt, .pth and .bin files: torch.load(weights_only=True) reads them"
 OTHERS = {"vision tower": "`--calibrate images/` does", "audio tower": "`--calibrate audio/` does"}
 ANY = "rac.calibrate does, where you run the model on inputs that use them"
 """What reaches parts of a model that a text does not."""
@@ -141,6 +143,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "--include PATTERN", "take only these tensors", **many)
     argument(p, "--exclude PATTERN", "leave these tensors out", **many)
     argument(p, "--all-files", "take other files above 64 MB too")
+    argument(p, "--allow-pickle-weights", PICKLES)
     argument(p, "--lanes N", "ANS lanes per tile: more for GPUs, fewer for size", type=int)
     argument(p, "--slices", SLICES, choices=("fine", "coarse"))
     argument(p, "--shard-size SIZE", "start a new shard after SIZE of dense bytes, e.g. 5GB")
@@ -248,6 +251,7 @@ def _file(args: argparse.Namespace) -> int:
         return _named(args)
     options, request = _asked(args)
     how: Any = {"include": args.include, "exclude": args.exclude, "all_files": args.all_files}
+    how["pickles"] = args.allow_pickle_weights
     if args.dry_run:
         if request and request.calibration.remark and not args.quiet:
             print(request.calibration.remark, file=sys.stderr)
@@ -362,6 +366,8 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     if done.skipped:
         more = "" if all(n.endswith("/") for n in done.skipped) else "; --all-files takes files above 64 MB"
         print(f"rac: not packed: {_some(done.skipped)}{more}", file=sys.stderr)
+    if done.lost:
+        print(f"rac: {args.src} does not come back as it was: {done.lost}", file=sys.stderr)
     if args.resume:
         say(f"{done.resumed} of {done.tensors} tensors were finished already")
     bits = 8 * done.stored / max(1, done.weights)

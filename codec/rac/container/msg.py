@@ -1,4 +1,4 @@
-"""Canonical msgpack: the only door to the msgpack package (format_spec/container.md, "Structure").
+"""Canonical msgpack, and that of others: the only door to the msgpack package (format_spec/container.md, "Structure").
 
 Canonical means: shortest integer and length forms, map keys are strings in strictly ascending order of their
 UTF-8 bytes, no floats, no extension types. One value has one encoding, so re-encoding is the check.
@@ -7,11 +7,26 @@ UTF-8 bytes, no floats, no extension types. One value has one encoding, so re-en
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
 from rac.errors import FormatError
+
+
+class Extension(NamedTuple):
+    """A value of an extension type, in msgpack of others."""
+
+    kind: int
+    data: bytes
+
+
+def foreign(data: bytes) -> Any:
+    """A value of any msgpack, as other programs write it; FormatError where it is damaged."""
+    try:
+        return msgpack.unpackb(data, ext_hook=Extension, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as e:
+        raise FormatError(str(e) or type(e).__name__) from e
 
 
 def pack(value: Any) -> bytes:

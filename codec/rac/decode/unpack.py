@@ -22,7 +22,7 @@ from rac.decode.spool import at_random
 from rac.errors import FormatError, NameNotFoundError, OutputError
 from rac.linalg.transform import describe
 from rac.machine import threads_of
-from rac.provenance import Provenance, header_name, piece_name
+from rac.provenance import Provenance, frame_name, header_name, piece_name
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.table import is_quantised
@@ -30,6 +30,10 @@ from rac.tensor import extra_of
 
 Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
+LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax")
+"""Kinds of sources that are files of other libraries."""
+CHECKED = ("npz", "torch")
+"""Those that are zip files."""
 
 
 @dataclass
@@ -41,6 +45,19 @@ class _Output:
     head: bytes = b""
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size of the bytes of each tensor
     end: int = 0
+    around: list[tuple[int, bytes]] = field(default_factory=list)  # what else is written, and where
+
+    def cut(self) -> None:
+        """Take the head for a frame: the size of the file, and its bytes around the tensors. Or FormatError."""
+        self.end, rest, at = int.from_bytes(self.head[:8], "little"), memoryview(self.head)[8:], 0
+        self.head = b""
+        for begin, size in [*sorted(self.places.values()), (self.end, 0)]:
+            if begin < at or begin - at > len(rest):
+                raise FormatError(f"the frame of {self.name!r} does not fit its tensors")
+            self.around.append((at, bytes(rest[: begin - at])))
+            rest, at = rest[begin - at :], begin + size
+        if rest or at != self.end:
+            raise FormatError(f"the frame of {self.name!r} does not fit its tensors")
 
 
 def unpack(
@@ -53,10 +70,11 @@ def unpack(
     online: Callable[[str, str], None] | None = None,
     only: Sequence[str] = (),
 ) -> list[str]:
-    """Unpack to a folder, or to the one file that `out` names (.safetensors or .gguf); returns the paths written.
+    """Unpack to a folder, or to the one file that `out` names (by its ending); returns the paths written.
 
     Tensors come back bit for bit, attachments byte for byte. A sharded Hugging Face model gets its shards again, a
-    GGUF model its GGUF file. What is written is the content of the file: where the layer of a weight needs an online
+    GGUF model its GGUF file, a file of another library that file, byte for byte, where the archive has its frame, and a
+    safetensors file otherwise. What is written is the content of the file: where the layer of a weight needs an online
     transform (format_spec/stages/online.md), which these files cannot state, `online` is called with the name of the
     tensor and what the transform is; without `online` there is one warning for all of them.
 
@@ -108,10 +126,10 @@ class _Chosen:
     def of(cls, f: RacFile, target: str, only: Sequence[str]) -> _Chosen:
         """Everything, or what `only` names; NameNotFoundError where it names nothing."""
         outputs, archive = _plan(f, target), f.archives[0].access.name
-        single = target.endswith((".safetensors", ".gguf"))
+        origin = Provenance.of(f.archives[0].header, archive)
+        single = target.endswith((".safetensors", ".gguf")) or (framed(f, target) and _one_file(origin.frames, target))
         if single and only:
             raise OutputError("is one file; name a folder to write chosen files to", file=target)
-        origin = Provenance.of(f.archives[0].header, archive)
         files = [] if single else [*names_of_files(f), *origin.pieces]
         folders, links = ([], {}) if single or only else (list(origin.folders), checked_links(origin.links))
         if only:
@@ -157,6 +175,7 @@ def names_of_files(f: RacFile) -> list[str]:
     """Names of the attachments that are files of the source, each whole."""
     origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
     others = {GGUF_HEADER, *map(header_name, origin.headers)}
+    others |= set(map(frame_name, origin.frames))
     others |= {piece_name(file, i) for file, n in origin.pieces.items() for i in range(min(n, len(f.attachments())))}
     return [n for n in f.attachments() if n not in others]
 
@@ -220,6 +239,8 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
             raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
         path = target if target.endswith(".gguf") else os.path.join(target, "model.gguf")
         return [_plan_gguf(f, _Output("model.gguf", path, f.attachment(GGUF_HEADER)))]
+    if framed(f, target):
+        return _plan_framed(f, origin, target)
     whole = not target.endswith(".safetensors")
     rows: dict[str, dict[str, tuple[str, Entry]]] = {}
     for archive, e in _tensors(f):
@@ -313,6 +334,43 @@ def _plan_safetensors(out: _Output, rows: Mapping[str, tuple[str, Entry]]) -> _O
     return out
 
 
+def framed(f: RacFile, target: str) -> bool:
+    """Whether the files that are written are those of another library, which the archive has the frames of.
+
+    They hold checksums of their tensors where they are zip files: then they are not written with other numbers.
+    """
+    origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
+    if not origin.frames or not origin.whole or target.endswith(".safetensors"):
+        return False
+    return origin.source not in CHECKED or not any(is_quantised(e.method) for _, e in _tensors(f))
+
+
+def _one_file(frames: Sequence[str], target: str) -> bool:
+    """Whether `target` is the name of the only file, and not of a folder for it."""
+    return len(frames) == 1 and target.endswith(os.path.splitext(frames[0])[1] or os.sep)
+
+
+def _plan_framed(f: RacFile, origin: Provenance, target: str) -> list[_Output]:
+    """The files of the source: frames, and tensors at the places that they state."""
+    out = {}
+    for file in origin.frames:
+        single = _one_file(origin.frames, target)
+        path = target if single else os.path.join(target, *safe_name(file).split("/"))
+        out[file] = _Output(file, path, f.attachment(frame_name(file)))
+    for archive, e in _tensors(f):
+        extra = archive.record(e).head.get("extra", {})
+        for name in (e.name, *(a for a, _ in e.aliases)):
+            own = extra_of(extra, name)
+            if "at" in own:
+                at, file = own["at"], str(own.get("shard"))
+                if file not in out or type(at) is not int:
+                    raise FormatError("states no place in a file of the source", unit=repr(name))
+                out[file].places[name] = at, _size(e.dtype, e.shape)
+    for o in out.values():
+        o.cut()
+    return list(out.values())
+
+
 def _plan_gguf(f: RacFile, out: _Output) -> _Output:
     align = f.metadata().get("gguf.alignment", "32")
     step = int(align) if align.isdecimal() and 0 < int(align) <= 1 << 20 else 32
@@ -338,6 +396,9 @@ def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress 
             file.truncate(0)
             file.write(o.head)
             file.truncate(o.end)
+            for at, piece in o.around:
+                file.seek(at)
+                file.write(piece)
             where |= {name: (file, place) for name, place in o.places.items()}
         for archive in f.archives:
             rows = (e for e in archive.index.entries if e.type == RECORD_TENSOR)

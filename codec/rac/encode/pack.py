@@ -37,7 +37,7 @@ from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, ready
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import threads_of
-from rac.provenance import Provenance, header_name, state
+from rac.provenance import Provenance, frame_name, header_name, state
 from rac.records import Entry, Limits
 from rac.registry import RECORD_ATTACHMENT
 from rac.tensor import extra_of
@@ -65,6 +65,7 @@ class Summary:
     """Fidelity of each quantised tensor, in the order of the file, without those that an earlier run had finished."""
     lossless: tuple[Lossless, ...] = ()
     """Lossless tensors of a lossy pack by their reason, most weights first."""
+    lost: str = ""  # why the source does not come back as the file that it was
     dequantised: tuple[str, ...] = ()  # what weights were stored as, where the numbers that they stand for were packed
 
 
@@ -101,8 +102,11 @@ def pack(
     processes: bool = False,
     slices: str | None = None,
     all_files: bool = False,
+    pickles: bool = False,
 ) -> Summary:
-    """Pack a safetensors file, a Hugging Face directory or repository, or a GGUF file; losslessly without a budget.
+    """Pack a safetensors file, a Hugging Face directory or repository, a GGUF file or one of another library.
+
+    Losslessly without a budget. The other libraries: docs/compatibility.md.
 
     Args:
         src: What to pack: a path; "ORG/NAME[@REVISION]" (also behind hf://) of the Hub, of which nothing is kept; or
@@ -143,6 +147,7 @@ def pack(
             stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse at level "max", where `lanes` are given,
             and for quantised tensors, which are 0.5 to 1 % smaller so where they are small.
         all_files: Take other files above 64 MB too, in pieces.
+        pickles: Allow files that torch pickled (.pt, .pth, .bin); they are read by `torch.load(weights_only=True)`.
 
     Raises:
         SourceError: The source is missing, damaged or no model.
@@ -158,7 +163,7 @@ def pack(
         shaped = {"calibrate": calibrate not in (None, "none"), "calibration": calibration is not None}
         shaped |= {"effort": effort != "default", "keep": len(keep) > 0, "align": align != "auto"}
         no_goal(shaped | {"rank": rank is not None, "embeddings": embeddings})
-    how: Any = {"include": include, "exclude": exclude, "all_files": all_files}
+    how: Any = {"include": include, "exclude": exclude, "all_files": all_files, "pickles": pickles}
     with contextlib.ExitStack() as stack:
         path, source = stack.enter_context(ready(src, os.fspath(out), lossy=lossy, **how))
         request = None
@@ -235,6 +240,7 @@ class Packer(contextlib.ExitStack):
         usual = usual_headers(tensors, dict(sorted(source.metadata.items(), key=lambda item: item[0].encode())))
         self._headers = {f: h for f, h in source.headers.items() if h != usual.get(f or "model.safetensors")}
         self._files = (*source.attachments, *(Attachment(header_name(f), h) for f, h in self._headers.items()))
+        self._files += tuple(Attachment(frame_name(f), frame) for f, frame in source.frames.items())
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
         self._left: list[ties.Group] | None = None  # what the tape is to bring, until it is asked to
         self._threads = self._pool = self.enter_context(workers.start(self._jobs))
@@ -290,6 +296,22 @@ class Packer(contextlib.ExitStack):
             self._lossless.put(name, e)
         return size
 
+    def _tree(self) -> dict[str, Any]:
+        """What the files of the source are made of beside tensors, for the provenance."""
+        source = self._source
+        unordered = source.kind == "gguf" and any(g.aliases for g in self._groups)
+        return {
+            "gguf_order": [t.name for t in source.tensors] if unordered else [],  # the file has no names for places
+            "headers": [*self._headers],
+            "frames": [*source.frames],
+            "links": dict(source.links),
+            "folders": [*source.folders],
+            "dequantised": [*source.dequantised],
+            "pieces": dict(source.pieces),
+            "hub": dict(source.hub),
+            "sha256": dict(source.sha256),
+        }
+
     def write(self, quantiser: Quantiser | None) -> Summary:
         """Write the archive, or the shards."""
         source, options, tensors = self._source, self._options, self._source.tensors
@@ -297,7 +319,6 @@ class Packer(contextlib.ExitStack):
         if options.shard_size is not None:
             stem = self._out.removesuffix(".rac")
             paths = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.rac" for i in range(len(shards))]
-        unordered = source.kind == "gguf" and any(g.aliases for g in self._groups)
         provenance = state(
             source.kind,
             options.level,
@@ -305,16 +326,7 @@ class Packer(contextlib.ExitStack):
             settings=options.settings,
             about=None if quantiser is None else quantiser.about,
             online=sum(t.online is not None for t in tensors),
-            tree={
-                "gguf_order": [t.name for t in tensors] if unordered else [],  # a GGUF file has no names for places
-                "headers": [*self._headers],
-                "links": dict(source.links),
-                "folders": [*source.folders],
-                "dequantised": [*source.dequantised],
-                "pieces": dict(source.pieces),
-                "hub": dict(source.hub),
-                "sha256": dict(source.sha256),
-            },
+            tree=self._tree(),
         )
         schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
         if source.tape and quantiser is None:
@@ -343,6 +355,7 @@ class Packer(contextlib.ExitStack):
             tensors=len(tensors),
             resumed=resumed,
             skipped=source.skipped,
+            lost=source.lost,
             quantised=lossy,
             quantised_bits=bits,
             fidelity=tuple(fidelity),

@@ -26,7 +26,7 @@ from rac.encode.options import Progress
 from rac.encode.sources import Source, SourceTensor, open_source
 from rac.errors import ChecksumError, FormatError, MismatchError
 from rac.machine import threads_of
-from rac.provenance import Provenance, header_name
+from rac.provenance import Provenance, frame_name, header_name
 from rac.records import Record
 from rac.registry import RECORD_OBJECT
 from rac.stages.words import from_words
@@ -53,6 +53,7 @@ class _Check:
 
     against: str | os.PathLike[str] | None
     progress: Progress | None
+    pickles: bool = False
     tensors: dict[str, tuple[str, tuple[int, ...], bytes, dict[str, Any]]] = field(default_factory=dict)
     """Names to (dtype, shape, digest, what else is stated)."""
     files: dict[str, bytes] = field(default_factory=dict)  # attachments to digests
@@ -73,9 +74,10 @@ class _Check:
     def _records(self, forward: Forward, name: str) -> None:
         if self.against is not None and self.source is None:
             origin = Provenance.of(forward.header, name)
-            self.source = open_source(self.against, origin.include, origin.exclude, dequantise=bool(origin.dequantised))
+            how = {"dequantise": bool(origin.dequantised), "pickles": self.pickles}
+            self.source = open_source(self.against, origin.include, origin.exclude, **how)
             if origin.source != self.source.kind:  # there is no such file
-                self.source = replace(self.source, headers={})
+                self.source = replace(self.source, headers={}, frames={})
             self.theirs = {t.name: t for t in self.source.tensors}
         content: list[list[Any]] = []
         parts: dict[str, tuple[int, ...]] = {}
@@ -136,6 +138,7 @@ class _Check:
         if source.metadata != self.metadata:
             raise MismatchError("metadata differs from the source", file=name, unit="metadata")
         files = {a.name: zstd.digest(a.read()) for a in source.attachments}
+        files |= {frame_name(file): zstd.digest(frame) for file, frame in source.frames.items()}
         usual = usual_headers(((n, extra, d, s) for n, (d, s, _, extra) in ours.items()), self.metadata)
         for file, header in source.headers.items():
             if header_name(file) in self.files:
@@ -147,15 +150,22 @@ class _Check:
             raise MismatchError("attachment differs from the source", file=name, unit=repr(other))
 
 
-def verify(path: Any, against: str | os.PathLike[str] | None = None, *, progress: Progress | None = None) -> Verified:
+def verify(
+    path: Any,
+    against: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+    pickles: bool = False,
+) -> Verified:
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
     `path` is a path, a URL, bytes, or a file object, which is read forward; "-" is standard input. Tensors that the
     archive was told to leave out are not missed. A quantised tensor must have the type and shape of the source; its
-    error is measured. FormatError where the archive is damaged, its subclass and message say how and where,
+    error is measured. `pickles` is as `pack` has it. FormatError where the archive is damaged, its subclass and message
+    say how and where,
     MismatchError where it is whole, but not equal to the source.
     """
-    seen, named = _Check(against, progress), isinstance(path, str | os.PathLike)
+    seen, named = _Check(against, progress, pickles), isinstance(path, str | os.PathLike)
     name = os.fspath(path) if named else str(getattr(path, "name", None) or "<stream>")
     archives = []
     with contextlib.suppress(NoRangesError):  # it is read forward, as a pipe is

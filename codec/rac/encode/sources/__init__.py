@@ -19,9 +19,9 @@ from rac.calibrate.text import Note
 from rac.container.access import read as access_read
 from rac.container.wire import MAGIC
 from rac.decode.archive import access_of
-from rac.encode.sources import gguf, hf, quantised, safetensors
+from rac.encode.sources import gguf, hf, others, quantised, safetensors
 from rac.encode.sources.arrays import from_arrays
-from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
+from rac.encode.sources.model import Attachment, Extent, Source, SourceTensor
 from rac.errors import MissingFileError, SourceError
 
 if TYPE_CHECKING:
@@ -39,20 +39,18 @@ def ready(
     path: Any,
     beside: str,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     lossy: bool = False,
-    all_files: bool = False,
     note: Note = _nobody,
+    **how: Any,
 ) -> Iterator[tuple[Any, Source]]:
     """A source, opened for a pack, and the path by which its model can be run, if it is one.
 
     A lossy pack reads the source more than once: a repository of the Hub is downloaded to a temporary folder beside
-    the path `beside` then, and `note` is called with (what, done, of).
+    the path `beside` then, and `note` is called with (what, done, of). `how` are other arguments of `open_source`.
     """
     where = _address(path)
     if where is None or not lossy:
-        source = open_source(path, include, exclude, lossy, all_files)
+        source = open_source(path, dequantise=lossy, **how)
         try:
             yield path, source
         finally:
@@ -62,7 +60,7 @@ def ready(
     from rac.encode.sources import hub
 
     with hub.downloaded(where, beside, note) as (folder, origin):
-        source = open_source(folder, include, exclude, lossy)
+        source = open_source(folder, dequantise=lossy, **how | {"all_files": False})
         sha256 = {f: h for f, h in origin.sha256.items() if source.headers or not f.endswith(".safetensors")}
         yield folder, replace(source, hub=origin.hub, sha256=sha256, skipped=origin.skipped)
 
@@ -85,9 +83,11 @@ def open_source(
     exclude: Sequence[str] = (),
     dequantise: bool = False,
     all_files: bool = False,
+    pickles: bool = False,
 ) -> Source:
     """Open a safetensors file (by path, bytes, or a file object), a GGUF file, or a directory with safetensors files.
 
+    Or a file of numpy, ONNX, Keras, Flax, or with `pickles` of torch (rac.encode.sources.others).
     `ORG/NAME[@REVISION]`, also behind `hf://`, is a repository of the Hub where no such path exists.
     With `all_files`, other files of any size are taken, too; else those up to 64 MB.
     With `dequantise` codes and scales are read as the numbers that they stand for (rac.encode.sources.quantised).
@@ -97,7 +97,7 @@ def open_source(
     named = isinstance(path, str | os.PathLike)
     where = os.path.abspath(os.fspath(path)) if named else str(getattr(path, "name", None) or "<bytes>")
     try:
-        source = _held(path, where) if not named else _found(os.fspath(path), where, all_files)
+        source = _held(path, where) if not named else _found(os.fspath(path), where, all_files, pickles)
     except MissingFileError:
         raise
     except FileNotFoundError as e:
@@ -120,10 +120,10 @@ def open_source(
     if source.tape:
         source.tape.check = False  # these files are not read whole
     sha256 = {f: h for f, h in source.sha256.items() if f not in source.headers}
-    return replace(source, tensors=tensors, headers={}, sha256=sha256)
+    return replace(source, tensors=tensors, headers={}, frames={}, sha256=sha256)
 
 
-def _found(path: str, where: str, all_files: bool) -> Source:
+def _found(path: str, where: str, all_files: bool, pickles: bool) -> Source:
     """What a path names, or a repository of the Hub."""
     address = _address(path)
     if address is not None:
@@ -131,7 +131,8 @@ def _found(path: str, where: str, all_files: bool) -> Source:
 
         return hub.read(address, all_files)
     if not os.path.isdir(where):
-        return _file(where)
+        return _file(where, pickles)
+    others.refuse_folder(where)
     source = hf.read(where, all_files)
     if "/snapshots/" in where.replace(os.sep, "/"):
         from rac.encode.sources import hub
@@ -152,7 +153,7 @@ def _held(data: Any, name: str) -> Source:
     return Source("safetensors", tuple(found), (), metadata, headers={"": header})
 
 
-def _file(path: str) -> Source:
+def _file(path: str, pickles: bool) -> Source:
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait
         raise SourceError("not a regular file", file=path)
     with open(path, "rb") as f:
@@ -162,9 +163,11 @@ def _file(path: str) -> Source:
         raise SourceError("already a .rac archive; unpack it first", file=path)
     if magic.startswith(b"GGUF"):
         return gguf.read(path)
-    if suffix in PICKLES:
-        raise SourceError(REFUSE_PICKLE, file=path)
+    if suffix != ".safetensors" and (found := others.of_file(path, magic, pickles)):
+        return found
     if suffix != ".safetensors" and magic[8:] != b"{":
-        raise SourceError("neither a safetensors nor a GGUF file; convert it to safetensors", file=path)
+        raise SourceError(
+            "no file of weights that rac knows (docs/compatibility.md); convert it to safetensors", file=path
+        )
     tensors, metadata, header = safetensors.read(path)
     return Source("safetensors", tuple(tensors), (), metadata, headers={"": header})

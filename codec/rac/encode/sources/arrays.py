@@ -14,13 +14,13 @@ from rac.encode.sources.model import Source, SourceTensor
 from rac.errors import SourceError
 from rac.registry import DTYPES
 
-_DTYPES = {d.native: name for name, d in DTYPES.items()}  # numpy, ml_dtypes and torch agree on these names
+BY_NATIVE = {d.native: name for name, d in DTYPES.items()}  # numpy, ml_dtypes and torch agree on these names
 
 
 def _dtype(kind: str) -> str:
-    if kind not in _DTYPES:
+    if kind not in BY_NATIVE:
         raise ValueError(f"unsupported dtype {kind}")
-    return _DTYPES[kind]
+    return BY_NATIVE[kind]
 
 
 def _array(value: Any) -> tuple[str, tuple[int, ...], tuple[Any, ...] | None, NDArray[np.uint8]]:

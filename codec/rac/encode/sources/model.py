@@ -13,7 +13,10 @@ from rac.errors import SourceError
 from rac.records import Online
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-REFUSE_PICKLE = "pickled weights are refused because loading them runs code; convert them to .safetensors first"
+REFUSE_PICKLE = (
+    "pickled weights are refused because loading them runs code; convert them to .safetensors first, or name the file "
+    "with --allow-pickle-weights, which loads nothing but tensors (torch.load, weights_only)"
+)
 
 
 class Bytes(Protocol):
@@ -120,7 +123,7 @@ class Tape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The input of a pack. `kind` is "safetensors", "hf", "gguf" or "memory"."""
+    """The input of a pack. `kind` is "safetensors", "hf", "gguf", "memory", or one of `sources.others`."""
 
     kind: str
     tensors: tuple[SourceTensor, ...]
@@ -132,6 +135,9 @@ class Source:
     links: Mapping[str, str] = field(default_factory=dict)  # of a directory, to targets inside it
     folders: tuple[str, ...] = ()  # directories with nothing in them
     dequantised: tuple[str, ...] = ()  # what the stored weights are, where tensors are the numbers that they stand for
+    frames: Mapping[str, bytes] = field(default_factory=dict)
+    """Size and all bytes but those of tensors of each file of another kind, by its name (rac.encode.sources.others)."""
+    lost: str = ""  # why the source does not come back as the file that it is
     every: tuple[SourceTensor, ...] = ()  # all tensors, also those that patterns leave out, of a dequantised source
     pieces: Mapping[str, int] = field(default_factory=dict)  # large files, and of how many attachments each consists
     hub: Mapping[str, str] = field(default_factory=dict)  # "repository" and "revision", where it came from the Hub

@@ -1,0 +1,61 @@
+"""Weights of other libraries: numpy, ONNX, torch, Keras, Flax. What a file is, its ending and first bytes say."""
+
+from __future__ import annotations
+
+import os
+
+from rac.encode.sources.model import PICKLES, Source
+from rac.errors import SourceError
+
+_ZIP = b"PK\3\4"
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "ocdbt.process_0")
+DCP = (
+    "a checkpoint of torch.distributed, whose .metadata is a pickle that only a full unpickler reads: make a file of "
+    "it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR model.pt`, and pack that with "
+    "--allow-pickle-weights"
+)
+ORBAX = (
+    "a checkpoint of Orbax, which needs JAX to be read: restore it, and save its arrays with numpy.savez or safetensors"
+)
+
+
+def of_file(path: str, magic: bytes, pickles: bool) -> Source | None:
+    """A file of another library; None where it is none that is known. `pickles` allows weights that torch pickled."""
+    suffix = os.path.splitext(path)[1].lower()
+    if magic.startswith(b"\x93NUMPY") or suffix == ".npy":
+        from rac.encode.sources.others import npz
+
+        return npz.read_npy(path)
+    if suffix == ".npz":
+        from rac.encode.sources.others import npz
+
+        return npz.read_npz(path)
+    if suffix in PICKLES:
+        from rac.encode.sources.others import torch
+
+        return torch.read(path, pickles)
+    if suffix == ".onnx":
+        from rac.encode.sources.others import onnx
+
+        return onnx.read(path)
+    if magic.startswith(_HDF5) or suffix in (".h5", ".hdf5"):
+        from rac.encode.sources.others import keras
+
+        return keras.read(path)
+    if suffix == ".msgpack":
+        from rac.encode.sources.others import flax
+
+        return flax.read(path)
+    return None
+
+
+def refuse_folder(path: str) -> None:
+    """SourceError for folders of checkpoints that cannot be read, which says what to do."""
+    names = set(os.listdir(path))
+    if any(n.endswith(".safetensors") for n in names):
+        return
+    if ".metadata" in names and any(n.endswith(".distcp") for n in names):
+        raise SourceError(DCP, file=path)
+    if names & set(_ORBAX):
+        raise SourceError(ORBAX, file=path)
