@@ -155,7 +155,12 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--file-bits B", "bits per weight of the whole file", type=float)
     argument(lossy, "--size SIZE", "size of the file, e.g. 80MB")
     argument(lossy, "--snr DB", "signal to noise of the layers' outputs (none: of the weights), mean in dB", type=float)
-    argument(lossy, "--kl NATS", "divergence per token on the calibration text", type=float)
+    argument(
+        lossy,
+        "--kl NATS",
+        "divergence per token on the calibration text; auto: on a part of the mix kept for it",
+        type=float,
+    )
     argument(lossy, "--calibrate auto|FILE|self|none", CALIBRATE, action="append")
     argument(lossy, "--calibration FILE", CALIBRATION, **many)
     argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)

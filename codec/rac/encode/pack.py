@@ -125,7 +125,8 @@ def pack(
         file_bits: Or bytes of the file * 8 / all weights.
         size: Or bytes of the file.
         snr: Or output signal to noise, mean over the quantised tensors, in dB.
-        kl: Or divergence per token from the original on the (first) calibration text, in nats.
+        kl: Or divergence per token from the original on the (first) calibration text, in nats; of "auto" on a part of
+            the mix that is kept for it.
         calibrate: A text file to calibrate on, "self": text that the model writes, or several of these, which count
             alike; "auto": the built-in mix and "self"; "none": from the weights alone. None: "auto" for the folder of a
             causal language model, where no `calibration` is given, else "none".
