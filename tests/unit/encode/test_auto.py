@@ -62,6 +62,8 @@ def test_what_suits_the_source(folder, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     assert choice(None, tmp_path)[0] == ("self",) and "no tokenizer" in choice(None, tmp_path)[1]
 
+    assert choice(None, "org/name")[0] == ("auto", "self")  # a repository: asked again when it was downloaded
+
     monkeypatch.setattr(texts, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(
         MissingDependencyError, match=r"needs torch: pip install rac-codec\[calibrate\]; --calibrate none"

@@ -54,13 +54,15 @@ def _usual(src: Any, why_not: str | None) -> tuple[tuple[str, ...], str]:
             "pip install rac-codec[calibrate]; --calibrate none packs from the weights alone"
         )
     other = "--calibrate none: from the weights alone"
-    if not any(os.path.exists(os.path.join(src, name)) for name in TOKENIZERS):
+    if os.path.isdir(src) and not any(os.path.exists(os.path.join(src, name)) for name in TOKENIZERS):
         return (SELF,), f"calibrated on the model's own text, as the folder has no tokenizer for the mix; {other}"
     return (AUTO, SELF), f"calibrated on the built-in mix and the model's own text; {other}"
 
 
 def _no_language_model(src: Any) -> str | None:
     """Why `src` is no folder of a causal language model; None: it is one, as far as its configuration says."""
+    if isinstance(src, str) and not os.path.lexists(src):
+        return None  # a repository, or nothing: what it is shows when it is there
     if not isinstance(src, str | os.PathLike) or not os.path.isdir(src):
         return "only the folder of a language model is calibrated unasked"
     try:
