@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rac.dequantise import floats, four, integers, tables
-from rac.dequantise.found import SMALLEST, Dequantised, Logical, Scope, Stored
+from rac.dequantise.found import SMALLEST, TABLES, Dequantised, Logical, Scope, Stored
 
 __all__ = ["METHODS", "SMALLEST", "Dequantised", "Logical", "Stored", "dtype_of", "find", "plain", "stated_in", "wide"]
 
@@ -23,7 +23,7 @@ _FINDERS: tuple[Callable[[Scope], Iterator[Logical]], ...] = (
     floats.eight,
 )
 _STATED = ("quantization_config", "compression_config")
-_CODES = ("U8", "I8", "I32", "F4", "F8_E4M3", "F8_E5M2")
+_CODES = ("U8", "I8", "I32", "F4", *TABLES)
 _OF = "input|output|activation|k|v|q|prob|softmax"
 _BESIDE = re.compile(rf"(.*[._])?({_OF})(_global)?_(scale|zero_point)(_ub|_inv)?|(.*\.)?qscale_act")
 """Scales of activations and caches, which nobody needs where weights are numbers."""

@@ -23,7 +23,7 @@ from rac.dequantise.found import (
     scale_names,
 )
 
-_CODES = ("F8_E4M3", "F8_E5M2", "I8")
+_CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
 
 
 @dataclass(frozen=True, slots=True)

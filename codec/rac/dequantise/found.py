@@ -141,18 +141,20 @@ def band(t: Stored, a: int, b: int, cols: int, word: str = "u1") -> NDArray[Any]
     return t.read(a * width, b * width).view(f"<{word}").reshape(b - a, cols)
 
 
-def _table(exponent: int, mantissa: int, finite: bool) -> F32:
-    """(256,) values of eight-bit floats of so many bits each; `finite`: there is no infinity, and one NaN."""
+def _table(exponent: int, mantissa: int, kind: str = "") -> F32:
+    """(256,) values of eight-bit floats of so many bits each; "fn": one NaN and no infinity; "fnuz": and no -0."""
     code = np.arange(256)
     e, m = code >> mantissa & (1 << exponent) - 1, code & (1 << mantissa) - 1
-    bias = (1 << exponent - 1) - 1
+    bias = (1 << exponent - 1) - (kind != "fnuz")
     value = np.where(e > 0, (1 + m / (1 << mantissa)) * 2.0 ** (e - bias), m * 2.0 ** (1 - bias - mantissa))
-    last = e == (1 << exponent) - 1
-    if finite:
-        value[last & (m == (1 << mantissa) - 1)] = np.nan
-    else:
-        value[last] = np.where(m[last] == 0, np.inf, np.nan)
+    last = (1 << exponent) - 1
+    if kind == "fn":
+        value[(e == last) & (m == (1 << mantissa) - 1)] = np.nan
+    elif not kind:
+        value[e == last] = np.where(m[e == last] == 0, np.inf, np.nan)
     out: F32 = np.where(code >> 7, -value, value).astype(np.float32)
+    if kind == "fnuz":
+        out[128] = np.nan
     return out
 
 
@@ -163,7 +165,14 @@ def _powers() -> F32:
     return out.astype(np.float32)
 
 
-TABLES = {"F8_E4M3": _table(4, 3, True), "F8_E5M2": _table(5, 2, False), "F8_E8M0": _powers()}
+TABLES = {
+    "F8_E4M3": _table(4, 3, "fn"),
+    "F8_E5M2": _table(5, 2),
+    "F8_E4M3FNUZ": _table(4, 3, "fnuz"),
+    "F8_E5M2FNUZ": _table(5, 2, "fnuz"),
+    "F8_E8M0": _powers(),
+}
+"""Values of the codes of data types of eight bits."""
 
 
 def numbers(t: Stored, powers: bool = False) -> F32:

@@ -91,7 +91,8 @@ def pairs(scope: Scope) -> Iterator[Logical]:
         kinds = {"U8": ("F8_E4M3", "F8_E8M0", "U8"), "I8": ("F8_E8M0",), "F4": ("F8_E4M3", "F8_E8M0", "U8")}
         if len(t.shape) < 2 or not t.nbytes or not (packed or kind in kinds.get(t.dtype, ())):
             continue
-        scale = scope.need("scale", name, f"{base}_scale")
+        if scale is None:
+            scale = scope.need("scale", name, f"{base}_scale")
         shape = t.shape if t.dtype == "F4" else (*t.shape[:-1], 2 * t.shape[-1])
         group = blocks_of(scope, name, shape, scale)
         parts, second = [name, scale], None

@@ -15,6 +15,7 @@ st = pytest.importorskip("safetensors.torch")
 import quantised_models  # noqa: E402
 import rac  # noqa: E402
 from rac.cli import main  # noqa: E402
+from rac.dequantise.found import TABLES  # noqa: E402
 from rac.encode.sources import open_source  # noqa: E402
 from rac.errors import BudgetError, SourceError  # noqa: E402
 from rac.frameworks import to_framework  # noqa: E402
@@ -398,3 +399,57 @@ def test_named_methods_and_comparisons_take_the_numbers(made, tmp_path, capsys):
         assert (models.logits(rac.load_model(out)).float() - want).norm() < 0.05 * want.norm()
     *_, row = compare(folder, [tmp_path / "rtn.rac"])
     assert row.snr > 35
+
+
+@pytest.mark.parametrize(
+    "kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"]
+)
+def test_values_of_eight_bit_floats(kind):
+    dtype = getattr(torch, kind)
+    name = {"float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0"}.get(kind, f"F8_{kind[7:].upper()}")
+    want = torch.arange(256).to(torch.uint8).view(dtype).float().numpy()
+    assert np.array_equal(TABLES[name], want, equal_nan=True)
+
+
+def powers(*shape):
+    return torch.randint(120, 130, shape, dtype=torch.uint8)
+
+
+E8M0 = torch.float8_e8m0fnu
+OTHERS = {
+    "a scale for each expert": (torch.randn(3, 160, 96).to(torch.float8_e4m3fn), torch.rand(3)),
+    "blocks of each expert": (torch.randn(2, 160, 96).to(torch.float8_e4m3fn), torch.rand(2, 2, 1)),
+    "columns of each expert": (torch.randn(2, 96, 160).to(torch.float8_e5m2), torch.rand(2, 1, 160)),
+    "exponents": (torch.randn(256, 160).to(torch.float8_e4m3fn), powers(2, 2).view(E8M0)),
+    "exponents in bytes": (torch.randn(160, 96).to(torch.float8_e4m3fn), powers(160, 3)),
+    "FNUZ": (torch.randn(160, 96).to(torch.float8_e4m3fnuz), torch.rand(160, 1)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_scales(what, tmp_path):
+    codes, scale = OTHERS[what]
+    st.save_file({"w.weight": codes, "w.weight_scale": scale}, tmp_path / "m.safetensors")
+    found = dense(tmp_path / "m.safetensors")[0]["w.weight"].float()
+    s = scale.float() if scale.dtype != torch.uint8 else 2.0 ** (scale.float() - 127)
+    s = s.reshape(*s.shape, *[1] * (codes.dim() - s.dim()))
+    for axis in (-2, -1):
+        n = codes.shape[axis]
+        side = {1: n, n: 1}.get(s.shape[axis], 128 if what != "exponents in bytes" else 32)
+        s = s.repeat_interleave(side, axis).narrow(axis, 0, n)
+    assert torch.equal(found, (codes.float() * s).bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["F4", "I8"])
+def test_pairs_of_other_types(kind, tmp_path):
+    """F4 of torch, and DeepSeek-V4's experts: I8 with `.scale`."""
+    want = quantised_models.mxfp4("w", torch.randn(96, 128))
+    st.save_file(want, tmp_path / "a.safetensors")
+    codes, scale = want["w.weight_packed"], want["w.weight_scale"].view(E8M0)
+    parts = {"w.weight": codes.view(torch.int8), "w.scale": scale}
+    if kind == "F4":
+        parts = {"w.weight": codes.view(torch.float4_e2m1fn_x2), "w.weight_scale": scale}
+    st.save_file(parts, tmp_path / "b.safetensors")
+    a, b = (dense(tmp_path / f"{n}.safetensors")[0] for n in "ab")
+    assert list(b) == ["w.weight"]
+    assert torch.equal(a["w.weight"], b["w.weight"])

@@ -49,7 +49,9 @@ def logical(source: Source, where: str) -> Source:
     dtype = dequantise.dtype_of(_json(configs[""], where) if "" in configs else {})
     made = tuple(_tensors(source, found, dropped, dtype))
     schemes = tuple(sorted({one.scheme for one, _ in found.values()}))
-    return replace(source, tensors=made, attachments=(*_files(source, made, where),), headers={}, dequantised=schemes)
+    sums = {file: digest for file, digest in source.sha256.items() if file not in source.headers}
+    files = tuple(_files(source, made, where))
+    return replace(source, tensors=made, attachments=files, headers={}, sha256=sums, dequantised=schemes)
 
 
 def _places(source: Source) -> dict[tuple[str, str], dict[str, SourceTensor]]:
