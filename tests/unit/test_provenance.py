@@ -30,6 +30,8 @@ MALFORMED = {
     "online": "many",
     "bits_scale": "fine",
     "pieces": {"w.bin": 0},
+    "hub": {"repository": "org/model", "revision": "main"},
+    "sha256": {"model.safetensors": "0"},
 }
 REQUEST = {"bits": 4.0, "effort": "fast"}
 
@@ -82,6 +84,8 @@ ACTS = {
     "online": info,
     "bits_scale": resume,
     "pieces": lambda path, dense, tmp_path: rac.unpack(path, tmp_path / "out"),
+    "hub": lambda path, dense, tmp_path: rac.verify(path, hub=True),
+    "sha256": lambda path, dense, tmp_path: rac.verify(path),
 }
 
 
@@ -97,7 +101,7 @@ def test_malformed(key, dense, tmp_path):
 
 
 def test_reading_does_not_depend_on_it(tmp_path):
-    path = archive(tmp_path / "m.rac", **MALFORMED)
+    path = archive(tmp_path / "m.rac", **{k: v for k, v in MALFORMED.items() if k != "sha256"})  # verify acts on that
     assert rac.load_file(path)["w"].tobytes() == W.tobytes()
     assert dict(rac.iter_tensors(path)).keys() == {"w", "v"}
     assert rac.verify(path).tensors == 2

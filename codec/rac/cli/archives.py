@@ -34,7 +34,8 @@ VERIFY = """\
 Check every checksum and every padding byte, decode everything, and compare the digest of each tensor.
 
 With --against the archive is also compared with its source, tensor for tensor and file for file; of quantised tensors
-the error is measured.
+the error is measured. Where the archive states the SHA-256 of its files (what came from the Hub does), each file is put
+together and compared; with --hub by what the Hub lists.
 Exit code 0 means whole (and equal), 1 damaged or different. "-" reads standard input."""
 SHARD = """\
 Cut an archive into shards of at most SIZE bytes each. Records are copied as they are, and checked on the way; a
@@ -110,6 +111,7 @@ def add_verify(p: argparse.ArgumentParser) -> None:
     argument(p, "src IN.rac", "the archive, or one shard of a set")
     argument(p, "--against SRC", "the source that it must be equal to")
     argument(p, "--allow-pickle-weights", "SRC may be a .pt, .pth or .bin file: torch.load(weights_only=True) reads it")
+    argument(p, "--hub", "compare its files with what the Hub lists for the commit that was packed")
     argument(p, "--json", "for programs")
 
 
@@ -121,17 +123,23 @@ def verify(args: argparse.Namespace) -> int:
             total = dense(archives)
     start = time.monotonic()
     with Progress("verifying", total) as progress:
-        seen = rac.verify(args.src, args.against, progress=progress, pickles=args.allow_pickle_weights)
+        how = {"pickles": args.allow_pickle_weights, "hub": args.hub}
+        seen = rac.verify(args.src, args.against, progress=progress, **how)
     seconds = time.monotonic() - start
     equal = f", equal to {args.against}" if args.against else ""
     if seen.lossy:
         snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {args.against}"
         rest = f", the others{equal[1:]}" if args.against and seen.lossy < seen.tensors else ""
         equal = f", lossy: {seen.lossy} tensors quantised{snr}{rest}"
+    if seen.files:
+        equal += f", {seen.files} files with the SHA-256 that " + (f"{seen.hub} has" if seen.hub else "was packed")
     say(
         f"{args.src}: whole{equal}. {seen.tensors} tensors ({size(seen.dense)}), {seen.attachments} attachments, "
         f"content {seen.digest.hex()}, {size(seen.dense / max(seconds, 1e-9))}/s"
     )
+    if seen.others:
+        some = ", ".join(seen.others[:5]) + (" ..." if len(seen.others) > 5 else "")
+        print(f"rac: not compared, as they were not packed or are quantised: {some}", file=sys.stderr)
     tell({"file": args.src, "against": args.against, "seconds": seconds, **asdict(seen)})
     return 0
 

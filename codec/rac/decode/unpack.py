@@ -37,8 +37,8 @@ CHECKED = ("npz", "torch")
 
 
 @dataclass
-class _Output:
-    """One file to write."""
+class File:
+    """One file of tensors."""
 
     name: str  # below the folder, as the archive has it
     path: str
@@ -116,7 +116,7 @@ def unpack(
 class _Chosen:
     """What is unpacked, and where to."""
 
-    outputs: list[_Output]
+    outputs: list[File]
     files: list[str]  # attachments, and files that are stored in pieces
     folders: list[str]
     links: Mapping[str, str]
@@ -125,7 +125,7 @@ class _Chosen:
     @classmethod
     def of(cls, f: RacFile, target: str, only: Sequence[str]) -> _Chosen:
         """Everything, or what `only` names; NameNotFoundError where it names nothing."""
-        outputs, archive = _plan(f, target), f.archives[0].access.name
+        outputs, archive = planned(f, target), f.archives[0].access.name
         origin = Provenance.of(f.archives[0].header, archive)
         single = target.endswith((".safetensors", ".gguf")) or (framed(f, target) and _one_file(origin.frames, target))
         if single and only:
@@ -230,15 +230,15 @@ def _tensors(f: RacFile) -> list[tuple[Archive, Entry]]:
     return [(a, e) for a in f.archives for e in a.index.entries if e.type == RECORD_TENSOR]
 
 
-def _plan(f: RacFile, target: str) -> list[_Output]:
-    """Files to write, and the place of every tensor in them."""
+def planned(f: RacFile, target: str = "") -> list[File]:
+    """The files that hold the tensors where an archive is unpacked to `target`, and the place of each tensor there."""
     origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
     gguf = GGUF_HEADER in f.attachments()
     if target.endswith(".gguf") or (gguf and not target.endswith(".safetensors") and origin.whole):
         if not gguf or not origin.whole:
             raise OutputError("the archive does not hold a whole GGUF model; unpack to .safetensors", file=target)
         path = target if target.endswith(".gguf") else os.path.join(target, "model.gguf")
-        return [_plan_gguf(f, _Output("model.gguf", path, f.attachment(GGUF_HEADER)))]
+        return [_plan_gguf(f, File("model.gguf", path, f.attachment(GGUF_HEADER)))]
     if framed(f, target):
         return _plan_framed(f, origin, target)
     whole = not target.endswith(".safetensors")
@@ -259,7 +259,7 @@ def _plan(f: RacFile, target: str) -> list[_Output]:
             head = f.attachment(header_name(key))
         else:
             head = safetensors_header(((n, e.dtype, e.shape) for n, (_, e) in found.items()), f.metadata())
-        out.append(_plan_safetensors(_Output(name, path, head, end=len(head)), found))
+        out.append(_plan_safetensors(File(name, path, head, end=len(head)), found))
     return out
 
 
@@ -313,7 +313,7 @@ def safetensors_header(rows: Iterable[tuple[str, str, Sequence[int]]], metadata:
     return len(text).to_bytes(8, "little") + text
 
 
-def _plan_safetensors(out: _Output, rows: Mapping[str, tuple[str, Entry]]) -> _Output:
+def _plan_safetensors(out: File, rows: Mapping[str, tuple[str, Entry]]) -> File:
     """A file and its places; `rows` has, by the names there, those of the archive and index rows."""
     path, head = out.path, out.head
     try:
@@ -350,13 +350,13 @@ def _one_file(frames: Sequence[str], target: str) -> bool:
     return len(frames) == 1 and target.endswith(os.path.splitext(frames[0])[1] or os.sep)
 
 
-def _plan_framed(f: RacFile, origin: Provenance, target: str) -> list[_Output]:
+def _plan_framed(f: RacFile, origin: Provenance, target: str) -> list[File]:
     """The files of the source: frames, and tensors at the places that they state."""
     out = {}
     for file in origin.frames:
         single = _one_file(origin.frames, target)
         path = target if single else os.path.join(target, *safe_name(file).split("/"))
-        out[file] = _Output(file, path, f.attachment(frame_name(file)))
+        out[file] = File(file, path, f.attachment(frame_name(file)))
     for archive, e in _tensors(f):
         extra = archive.record(e).head.get("extra", {})
         for name in (e.name, *(a for a, _ in e.aliases)):
@@ -371,7 +371,7 @@ def _plan_framed(f: RacFile, origin: Provenance, target: str) -> list[_Output]:
     return list(out.values())
 
 
-def _plan_gguf(f: RacFile, out: _Output) -> _Output:
+def _plan_gguf(f: RacFile, out: File) -> File:
     align = f.metadata().get("gguf.alignment", "32")
     step = int(align) if align.isdecimal() and 0 < int(align) <= 1 << 20 else 32
     where = {name: e for _, e in _tensors(f) for name in (e.name, *(a for a, _ in e.aliases))}
@@ -384,7 +384,7 @@ def _plan_gguf(f: RacFile, out: _Output) -> _Output:
     return out
 
 
-def _write(f: RacFile, outputs: list[_Output], threads: int, progress: Progress | None) -> dict[str, str]:
+def _write(f: RacFile, outputs: list[File], threads: int, progress: Progress | None) -> dict[str, str]:
     """Write all tensors; returns those whose layers need an online transform, and what that is."""
     online: dict[str, str] = {}
     files: list[BinaryIO] = []

@@ -16,15 +16,17 @@ from rac.container.access import NoRangesError
 from rac.container.feed import Feed, RangeRing
 from rac.container.forward import Forward, entries_by_name
 from rac.container.index import content_digest
-from rac.decode.archive import open_archives
+from rac.container.reader import Archive
+from rac.decode.archive import RacFile, open_archives
 from rac.decode.attachments import forward_attachment
+from rac.decode.digests import files_of
 from rac.decode.engine import RING
 from rac.decode.stream import Found, forward_tensors, open_feed
 from rac.decode.unpack import usual_headers
 from rac.encode import ties
 from rac.encode.options import Progress
 from rac.encode.sources import Source, SourceTensor, open_source
-from rac.errors import ChecksumError, FormatError, MismatchError
+from rac.errors import ChecksumError, FormatError, MismatchError, SourceError
 from rac.machine import threads_of
 from rac.provenance import Provenance, frame_name, header_name
 from rac.records import Record
@@ -45,6 +47,12 @@ class Verified:
     """Tensors that were quantised."""
     snr: float | None = None
     """Signal to noise of these against the source, in dB over all; None where there is no source or no error."""
+    files: int = 0
+    """Files whose SHA-256 is the one that the archive, or the Hub, states."""
+    hub: str = ""
+    """Repository and commit of the Hub whose files these were compared with."""
+    others: tuple[str, ...] = ()
+    """Files of the Hub that were not compared: not packed, or their tensors quantised."""
 
 
 @dataclass
@@ -74,7 +82,7 @@ class _Check:
     def _records(self, forward: Forward, name: str) -> None:
         if self.against is not None and self.source is None:
             origin = Provenance.of(forward.header, name)
-            how = {"dequantise": bool(origin.dequantised), "pickles": self.pickles}
+            how = {"dequantise": bool(origin.dequantised), "all_files": bool(origin.pieces), "pickles": self.pickles}
             self.source = open_source(self.against, origin.include, origin.exclude, **how)
             if origin.source != self.source.kind:  # there is no such file
                 self.source = replace(self.source, headers={}, frames={})
@@ -150,33 +158,69 @@ class _Check:
             raise MismatchError("attachment differs from the source", file=name, unit=repr(other))
 
 
+def _compare_files(archives: list[Archive], hub: bool, progress: Progress | None) -> tuple[int, str, tuple[str, ...]]:
+    """Files that are as the archive states, or with `hub` as the Hub lists them; where it does; those not compared."""
+    name, origin = archives[0].access.name, Provenance.of(archives[0].header, archives[0].access.name)
+    want = {file or "model.safetensors": ("sha256", digest) for file, digest in origin.sha256.items()}
+    where, by = "", "that was packed"
+    if hub:
+        if origin.hub is None:
+            raise SourceError("states no repository of the Hub: it was not packed from one", file=name)
+        from rac.container.hub import Address, Snapshot
+
+        listed = Snapshot.of(Address(*origin.hub)).files
+        want = {n: ("sha256", f.sha256) if f.sha256 else ("blob", str(f.blob)) for n, f in listed.items()}
+        where, by = "@".join(origin.hub), "that the Hub lists"
+    if not want:
+        return 0, where, ()
+    same, seen = 0, set[str]()
+    rewritten = bool(origin.dequantised) or origin.transformed or not origin.whole
+    with RacFile(archives) as f:
+        for found in files_of(f, progress):
+            if isinstance(found, str) or found.name not in want or (rewritten and found.weights):
+                continue
+            kind, digest = want[found.name]
+            seen.add(found.name)
+            if getattr(found, kind) != digest:
+                raise MismatchError(f"is not the file {by}: another SHA-256", file=name, unit=repr(found.name))
+            same += 1
+    return same, where, tuple(sorted(want.keys() - seen)) if hub else ()
+
+
 def verify(
     path: Any,
     against: str | os.PathLike[str] | None = None,
     *,
     progress: Progress | None = None,
     pickles: bool = False,
+    hub: bool = False,
 ) -> Verified:
     """Check every byte, decode everything, compare each digest; with `against`, compare with a source too.
 
     `path` is a path, a URL, bytes, or a file object, which is read forward; "-" is standard input. Tensors that the
     archive was told to leave out are not missed. A quantised tensor must have the type and shape of the source; its
-    error is measured. `pickles` is as `pack` has it. FormatError where the archive is damaged, its subclass and message
-    say how and where,
-    MismatchError where it is whole, but not equal to the source.
+    error is measured; `pickles` is as `pack` has it. Where the archive states the SHA-256 of its files, or with `hub`
+    by what the Hub lists for its repository and commit, each file is put together once more and compared; not of a
+    stream. FormatError where the archive is damaged, its subclass and message say how and where, MismatchError where it
+    is whole, but not equal to the source.
     """
     seen, named = _Check(against, progress, pickles), isinstance(path, str | os.PathLike)
     name = os.fspath(path) if named else str(getattr(path, "name", None) or "<stream>")
     archives = []
     with contextlib.suppress(NoRangesError):  # it is read forward, as a pipe is
         archives = open_archives(name) if named and name != "-" else []
+    files: tuple[int, str, tuple[str, ...]] = (0, "", ())
     try:
         for archive in archives:
             seen.read(RangeRing(archive.access, [(0, archive.access.size)], RING // 2))
+        if archives:
+            files = _compare_files(archives, hub, progress)
     finally:
         for archive in archives:
             archive.close()
     if not archives:
+        if hub:
+            raise SourceError("a stream goes by once: its files cannot be compared with the Hub's", file=name)
         feed, close = open_feed(sys.stdin.buffer if named and name == "-" else path, RING // 2)
         try:
             seen.read(feed)
@@ -185,4 +229,4 @@ def verify(
     if seen.source is not None:
         seen.compare(seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
-    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, lossy=len(seen.lossy), snr=snr)
+    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr, *files)

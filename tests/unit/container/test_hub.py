@@ -337,3 +337,73 @@ def test_archives_on_the_hub(hub, tmp_path, packed):
         rac.open("org/two")
     with pytest.raises(rac.SourceError, match=r"has no \.rac file"):
         rac.open("org/model")
+
+
+# --- verifying -------------------------------------------------------------------------------------
+
+
+def test_files_are_compared_with_those_that_were_packed(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rac.pack("org/model", "m.rac")
+    assert (seen := rac.verify("m.rac")).files == len(FILES) and not seen.hub
+    hub.requests.clear()
+    seen = rac.verify("m.rac", hub=True)
+    assert (seen.files, seen.hub, seen.others) == (len(FILES), f"org/model@{hub.commit}", ())
+    assert not hub.asked("/resolve/")  # the list is enough
+    assert main(["verify", "m.rac", "--hub"]) == 0
+    assert f"{len(FILES)} files with the SHA-256 that org/model@" in capsys.readouterr().out
+    rac.pack("org/model", "lossy.rac", bits=4, calibrate="none")
+    seen = rac.verify("lossy.rac", hub=True)
+    assert seen.others == tuple(sorted(shard(k)[0] for k in range(SHARDS))) and seen.files == 4
+    rac.pack("org/model", "part.rac", include=["layer.1.*"])
+    assert rac.verify("part.rac", hub=True).files == 4
+    other = dict(FILES)
+    other["config.json"] = b"{}"
+    hub.repos["org/model"].commits[hub.commit] = other
+    with pytest.raises(rac.MismatchError, match="is not the file that the Hub lists: another SHA-256") as e:
+        rac.verify("m.rac", hub=True)
+    assert e.value.unit == "'config.json'"
+    assert main(["verify", "m.rac", "--hub"]) == 1
+    capsys.readouterr()
+    rac.save_file({"w": np.zeros(3)}, "own.rac")
+    refused(capsys, "verify", "own.rac", "--hub", match="states no repository of the Hub")
+
+
+def test_files_that_are_not_those_that_were_packed(hub, tmp_path):
+    """A packer that states a SHA-256 and packs other bytes is found out without the Hub."""
+    from dataclasses import replace
+
+    from rac.encode.pack import pack_source
+    from rac.encode.sources import open_source
+
+    given = open_source("org/model")
+    for name in (shard(0)[0], INDEX, "sub/tokens.txt"):
+        wrong = {**given.sha256, name: hashlib.sha256(b"").hexdigest()}
+        pack_source(replace(given, sha256=wrong, tape=None), tmp_path / "m.rac", force=True)
+        with pytest.raises(rac.MismatchError, match="is not the file that was packed") as e:
+            rac.verify(tmp_path / "m.rac")
+        assert e.value.unit == repr(name)
+
+
+def test_large_files_in_pieces(hub, tmp_path, monkeypatch):
+    from rac.encode.sources import hf
+
+    monkeypatch.setattr(hf, "MAX_ATTACHMENT", 40_000)
+    large = rng.integers(0, 255, 130_001, np.uint8).tobytes()
+    commit = hub.add("org/both", FILES | {"other.bin": large, "sub/more.bin": b"x" * 40_001})
+    assert rac.pack("org/both", tmp_path / "small.rac").skipped == ("other.bin", "sub/more.bin")
+    assert "other.bin" not in provenance(tmp_path / "small.rac")["sha256"]
+    assert rac.pack("org/both", tmp_path / "m.rac", all_files=True).skipped == ()
+    assert provenance(tmp_path / "m.rac")["pieces"] == {"other.bin": 4, "sub/more.bin": 2}
+    rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+    assert tree(tmp_path / "out") == FILES | {"other.bin": large, "sub/more.bin": b"x" * 40_001}
+    assert rac.verify(tmp_path / "m.rac", hub=True).hub.endswith(commit)
+    rac.unpack(tmp_path / "m.rac", tmp_path / "one", only=["*.bin"])
+    assert set(tree(tmp_path / "one")) == {"other.bin", "sub/more.bin"}
+    hub.lies["other.bin"] = large[:-1] + b"\0"
+    with pytest.raises(rac.SourceError, match="SHA-256 is not the one that the Hub lists"):
+        rac.pack("org/both", tmp_path / "bad.rac", all_files=True)
+    assert not list(tmp_path.glob("bad*"))
+    hub.lies.clear()
+    rac.pack(tmp_path / "out", tmp_path / "folder.rac", all_files=True)
+    assert rac.verify(tmp_path / "folder.rac", against="org/both").tensors == 16

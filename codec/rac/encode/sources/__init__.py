@@ -107,6 +107,8 @@ def open_source(
     if dequantise:
         source = quantised.logical(source, where)
         source = replace(source, every=source.tensors) if source.dequantised else source
+        if source.dequantised:
+            source = replace(source, sha256={f: h for f, h in source.sha256.items() if f not in source.headers})
     for pattern in include:
         if not any(fnmatchcase(t.name, pattern) for t in source.tensors):
             raise SourceError(f"no tensor matches the include pattern {pattern!r}", file=where)

@@ -58,9 +58,8 @@ class HubExtent(Extent):
         out = np.empty(stop - start, np.uint8)
         if not self.tape.read(self, start, out.data):
             self.tape.access(self.file).read_into(self.offset + start, out.data)
-            whole = (self.offset, start, stop) == (0, 0, self.file.size)
-            if whole and self.file.sha256 and hashlib.sha256(out.data).hexdigest() != self.file.sha256:
-                raise _differs(self.file, "its SHA-256")
+            if (start, stop) == (0, self.size):
+                self.tape.add(self, out.data)
         return out
 
 
@@ -76,6 +75,7 @@ class HubTape:
         self.check = True  # whether whole files are read, for their SHA-256; else what is asked for alone
         self._change = threading.Condition()
         self._open: dict[HubFile, Access] = {}
+        self._sums: dict[HubFile, tuple[Any, int]] = {}  # SHA-256 of the beginnings of files, and where these end
         self._thread: threading.Thread | None = None
         self._file: BinaryIO | None = None
         self._extents: dict[int, int] = {}  # identities, to where they begin in the sequence of all that is kept
@@ -98,6 +98,18 @@ class HubTape:
             if file not in self._open:
                 self._open[file] = file.open()
             return self._open[file]
+
+    def add(self, extent: HubExtent, data: memoryview) -> None:
+        """Hash an extent that was read whole, where extents are read from the beginning of a file to its end."""
+        file, at = extent.file, extent.offset
+        sha256, end = self._sums.pop(file, (None, 0)) if at else (hashlib.sha256(), 0)
+        if sha256 is None or end != at or file.sha256 is None:
+            return
+        sha256.update(data)
+        if at + len(data) < file.size:
+            self._sums[file] = sha256, at + len(data)
+        elif sha256.hexdigest() != file.sha256:
+            raise _differs(file, "its SHA-256")
 
     def start(self, tensors: Sequence[SourceTensor], beside: str) -> None:
         """Bring tensors from now on; what is left of the files that they are in is read too, for their SHA-256."""
