@@ -94,7 +94,7 @@ def memory(model: Any) -> dict[str, Any]:
         model(torch.arange(8)[None])
         model(torch.arange(8)[None])
     return {
-        "linear": sum(m.weight.nbytes + sum(b.nbytes for b in m.buffers()) for m in layers),
+        "linear": sum(sum(b.nbytes for b in m.buffers()) for m in layers),
         "kept": sum(kept(m) for m in layers),
         "dense": sum(m.dense_bytes for m in layers),
         "workspace": layers[0].workspace.nbytes,
@@ -104,8 +104,12 @@ def memory(model: Any) -> dict[str, Any]:
 
 
 def kept(layer: Any) -> int:
-    """Bytes that a layer keeps of what it has parsed: heads, frequencies, classes, scales, outliers."""
-    s = layer._stored
+    """Bytes that a layer keeps of what it has parsed."""
+    return parsed_bytes(layer._stored)
+
+
+def parsed_bytes(s: Any) -> int:
+    """Bytes that are kept of a parsed record: heads, frequencies, classes, scales, outliers."""
     opened = [s.parsed.coder, s.parsed.numbers] if s and s.parsed else []
     arrays = [a for one in opened for a in getattr(one, "__dict__", {}).values() if hasattr(a, "nbytes")]
     memory = {}
