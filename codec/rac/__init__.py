@@ -19,17 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 from rac import moved
 from rac.errors import (
+    BudgetError,
     ChecksumError,
     DamagedError,
+    DivergedError,
     FormatError,
     LimitError,
     MismatchError,
     MissingDependencyError,
+    MissingFileError,
     NameNotFoundError,
     OutputError,
     RacError,
+    SliceError,
     SourceError,
+    StateDictError,
+    TransformError,
     TruncatedError,
+    UnstorableError,
     UnsupportedError,
 )
 from rac.registry import VERSION as __version__  # noqa: N811
@@ -46,8 +53,10 @@ if TYPE_CHECKING:
     from rac.encode.verify import verify
     from rac.runtime.model import load_model, load_tokenizer
 
-__all__ = ["ChecksumError", "DamagedError", "FormatError", "LimitError", "MismatchError", "MissingDependencyError"]
-__all__ += ["NameNotFoundError", "OutputError", "RacError", "SourceError", "TruncatedError", "UnsupportedError"]
+__all__ = ["BudgetError", "ChecksumError", "DamagedError", "DivergedError", "FormatError", "LimitError"]
+__all__ += ["MismatchError", "MissingDependencyError", "MissingFileError", "NameNotFoundError", "OutputError"]
+__all__ += ["RacError", "SliceError", "SourceError", "StateDictError", "TransformError", "TruncatedError"]
+__all__ += ["UnstorableError", "UnsupportedError"]
 __all__ += ["RacFile", "iter_tensors", "load", "load_file", "load_model", "load_tokenizer", "open", "safe_open"]
 __all__ += ["__version__", "align", "calibrate", "entropy", "pack", "quantize", "save_file", "split", "stream"]
 __all__ += ["unpack", "verify"]

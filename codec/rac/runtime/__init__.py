@@ -1,6 +1,7 @@
 """Models that run from a .rac file, in transformers (docs/loading.md); `dcp` for torch.distributed.checkpoint.
 
-Importing this lets `from_pretrained` load a folder that `rac pack --format hf` wrote. Needs torch and transformers;
+Importing this lets `from_pretrained` load a folder that `rac pack --format hf` wrote, and other libraries an archive
+(rac.runtime.libraries). Needs torch and transformers;
 nothing else of the package does, but for calibration and evaluation.
 """
 
@@ -26,8 +27,11 @@ except ImportError as _why:  # rac.runtime.dcp does without
             )
         raise AttributeError(f"module 'rac.runtime' has no attribute {name!r}")
 else:
+    from rac.runtime import libraries
     from rac.runtime.layers import RacEmbedding, RacLinear
     from rac.runtime.model import load_model, load_tokenizer
     from rac.runtime.quantizer import RacConfig
     from rac.runtime.replace import fold
     from rac.runtime.workspace import Workspace
+
+    libraries.install()

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rac import frameworks
-from rac.errors import MismatchError, SourceError
+from rac.errors import MismatchError, SourceError, UnsupportedError
 from rac.registry import DTYPES
 from rac.runtime import device
 from rac.runtime import record as stored_record
@@ -222,6 +223,7 @@ class Place:
     def rows(self, found: torch.Tensor) -> torch.Tensor:
         """The rows, or the experts, with these indices, ascending."""
         record, kept = self.record, self.kept
+        real(record)
         if record.device.type == "meta":
             raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
         if record.device.type != "cpu":
@@ -277,6 +279,14 @@ class Place:
                 raise MismatchError(what, unit=repr(t.name))
             kept.parsed[part] = found
         return found
+
+
+def real(record: torch.Tensor) -> None:
+    """UnsupportedError where a record is not there but traced: decoding is no operation of torch."""
+    if torch.compiler.is_exporting() or isinstance(record, FakeTensor):
+        raise UnsupportedError(
+            "layers that stay compressed cannot be exported: load the model dense, or call model.dequantize() first"
+        )
 
 
 def decoded_rows(

@@ -19,7 +19,7 @@ from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
 from rac.runtime import device
 from rac.runtime import record as stored_record
-from rac.runtime.held import Head, Holding, Named, decoded_rows, size_of
+from rac.runtime.held import Head, Holding, Named, decoded_rows, real, size_of
 from rac.runtime.workspace import Workspace
 
 
@@ -76,6 +76,7 @@ class Compressed(Holding):
 
     def stored(self) -> tuple[stored_record.Stored, stored_record.Bytes]:
         """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
+        real(self.record)
         data: stored_record.Bytes = self.record.detach().cpu().numpy()
         if self._stored is None or not self._stored.describes(data):
             found, head = stored_record.parse(data), self.head
@@ -87,6 +88,7 @@ class Compressed(Holding):
 
     def online(self) -> Transform | None:
         """What the layer does to its input, as the record states it; read once for the bytes that are there."""
+        real(self.record)
         key = device.version(self.record)
         if self._online is None or self._online[0] != key:
             self._online = key, stored_record.transform(*self.stored())

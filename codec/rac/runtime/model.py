@@ -11,7 +11,7 @@ import tempfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def load_model(
         resident: "dense", or "compressed": linear layers and embeddings keep their weights as the file has them and
             decode them when they run (rac.runtime.layers).
         device: Where the model goes; the CPU by default.
-        dtype: Data type of the numbers between layers, and of dense weights; that of the configuration by default.
+        dtype: Data type of the numbers between layers, and of dense weights; that of the configuration by default, and
+            for "auto". `torch_dtype`, its earlier name in transformers, is the same.
         threads: Threads that decode for compressed layers; one per core up to 8 by default.
         trust_remote_code: Run the model code that travels with the file. Without it such a file is refused.
         kwargs: For `from_pretrained` of transformers: device_map, attn_implementation, ...
@@ -71,9 +72,28 @@ def load_model(
         RacError: The file is missing or damaged, transformers does not know its model, it needs code of its own, or
             tensors are missing or have other shapes than the configuration says. No model is left behind then.
     """
+    how = {"resident": resident, "device": device, "dtype": dtype, "threads": threads, **kwargs}
+    return load_as(lambda config, own: own, path, trust_remote_code=trust_remote_code, **how)
+
+
+def load_as(
+    kind: Callable[[Any, Any], Any],
+    path: str | os.PathLike[str],
+    *,
+    resident: str = "dense",
+    dtype: str | torch.dtype | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """As `load_model`, of the class that `kind` makes of the configuration and of the class that it names."""
     if resident not in RESIDENT:
         raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, not {resident!r}")
-    if device is not None:
+    if (earlier := kwargs.pop("torch_dtype", None)) is not None:
+        if dtype is not None:
+            raise ValueError("dtype and torch_dtype are the same; give one of them")
+        dtype = earlier
+    if (device := kwargs.pop("device", None)) is not None:
         if "device_map" in kwargs:
             raise ValueError("device and device_map exclude each other")
         frameworks.check_device(str(device))
@@ -81,8 +101,9 @@ def load_model(
     threads = threads_of(threads)
     with RacFile(path, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name
-        config, cls = model_class(folder, name, trust_remote_code)
-        kwargs["dtype"] = dtype or getattr(config, "dtype", None) or _dtype(f)
+        config, own = model_class(folder, name, trust_remote_code)
+        cls = kind(config, own)
+        kwargs["dtype"] = (dtype if dtype != "auto" else None) or getattr(config, "dtype", None) or _dtype(f)
         state = State(f)
         with state.blamed(name):
             quantised.settle(state.lazy, config, folder, resident, kwargs.get("device_map"))
