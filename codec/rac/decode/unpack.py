@@ -32,8 +32,8 @@ Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
 LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax")
 """Kinds of sources that are files of other libraries."""
-CHECKED = ("npz", "torch")
-"""Those that are zip files."""
+CHECKED = ("npz", "torch", "hf")
+"""Those that are zip files, or of which the frames are."""
 
 
 @dataclass
@@ -244,7 +244,7 @@ def planned(f: RacFile, target: str = "") -> list[File]:
     whole = not target.endswith(".safetensors")
     rows: dict[str, dict[str, tuple[str, Entry]]] = {}
     for archive, e in _tensors(f):
-        extra = archive.record(e).head.get("extra", {}) if whole and origin.source == "hf" else {}
+        extra = archive.record(e).head.get("extra", {}) if whole and origin.source == "hf" and not origin.frames else {}
         for name in (e.name, *(a for a, _ in e.aliases)):
             where, inside = place(name, extra_of(extra, name))
             file = rows.setdefault(where, {})

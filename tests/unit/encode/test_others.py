@@ -221,6 +221,39 @@ def test_pickles_are_loaded_where_they_are_allowed_alone(tmp_path, capsys):
     assert not ran.exists()
 
 
+def test_a_folder_with_pickled_weights(tmp_path, capsys):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    sizes = {"hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=300, architectures=["LlamaForCausalLM"], **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.config.save_pretrained(folder)
+    state = list(model.state_dict().items())
+    torch.save(dict(state[:5]), folder / "pytorch_model-00001-of-00002.bin")
+    torch.save(dict(state[5:]), folder / "pytorch_model-00002-of-00002.bin")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    torch.save({"lr": torch.ones(99), "step": 3}, folder / "optimizer.pt")
+    with pytest.raises(rac.SourceError, match="--allow-pickle-weights"):
+        rac.pack(folder, tmp_path / "m.rac")
+    assert main(["pack", str(folder), "-o", str(tmp_path / "m.rac"), "--allow-pickle-weights"]) == 0
+    assert main(["verify", str(tmp_path / "m.rac"), "--against", str(folder), "--allow-pickle-weights"]) == 0
+    rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()
+    }
+    ids = torch.arange(9).reshape(1, 9)
+    with torch.no_grad():
+        assert torch.equal(rac.load_model(tmp_path / "m.rac")(ids).logits, model(ids).logits)
+    rac.pack(folder, tmp_path / "m4.rac", bits=4, effort="fast", calibrate="none", pickles=True)
+    names = {Path(p).name for p in rac.unpack(tmp_path / "m4.rac", tmp_path / "out4")}
+    assert names == {"config.json", "model.safetensors", "optimizer.pt", "pytorch_model.bin.index.json"}
+    rac.pack(folder, tmp_path / "part.rac", include=["*norm*"], pickles=True)
+    assert "model.safetensors" in {Path(p).name for p in rac.unpack(tmp_path / "part.rac", tmp_path / "part")}
+    torch.save({"w": torch.ones(9999)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    done = rac.pack(folder, tmp_path / "old.rac", pickles=True)
+    assert "before 1.6" in done.lost and rac.load_file(tmp_path / "old.rac")["w"].sum() == 9999
+
+
 # --- hostile and damaged files --------------------------------------------------------------------
 
 

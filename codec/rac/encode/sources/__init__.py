@@ -122,6 +122,8 @@ def open_source(
     if source.tape:
         source.tape.check = False  # these files are not read whole
     sha256 = {f: h for f, h in source.sha256.items() if f not in source.headers}
+    if source.frames:  # there is no file that these have places in
+        tensors = tuple(replace(t, extra=None) for t in tensors)
     return replace(source, tensors=tensors, headers={}, frames={}, sha256=sha256)
 
 
@@ -135,7 +137,7 @@ def _found(path: str, where: str, all_files: bool, pickles: bool) -> Source:
     if not os.path.isdir(where):
         return _file(where, pickles)
     others.refuse_folder(where)
-    source = hf.read(where, all_files)
+    source = hf.read(where, all_files, pickles)
     if "/snapshots/" in where.replace(os.sep, "/"):
         from rac.encode.sources import hub
 

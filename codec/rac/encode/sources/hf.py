@@ -138,9 +138,27 @@ def _weights(tree: Tree) -> list[str]:
     return [f for f in tree.files if f.lower().endswith(".safetensors") or f in linked]
 
 
-def read(root: str, all_files: bool = False) -> Source:
-    """A directory, with all its safetensors files; see `assemble`."""
-    return assemble(Folder(root), walk(root), all_files)
+def read(root: str, all_files: bool = False, pickles: bool = False) -> Source:
+    """A directory, with all its safetensors files (see `assemble`), or with `pickles` those that torch pickled."""
+    place, tree = Folder(root), walk(root)
+    if not pickles or _weights(tree):
+        return assemble(place, tree, all_files)
+    from rac.encode.sources.others import folder
+
+    if not (files := folder.weights(tree.files)):
+        return assemble(place, tree, all_files)
+    source = folder.read(root, files)
+    sizes = {f: place.size(f) for f in sorted(set(tree.files) - set(files))}
+    whole, pieces, skipped = _others(place, sizes, all_files)
+    return replace(
+        source,
+        tensors=marked(source.tensors, whole),
+        attachments=whole,
+        skipped=(*tree.skipped, *skipped),
+        links=tree.links,
+        folders=tuple(sorted(tree.folders)),
+        pieces=pieces,
+    )
 
 
 def assemble(place: Place, tree: Tree, all_files: bool = False) -> Source:

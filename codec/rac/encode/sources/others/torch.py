@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rac.encode.sources.arrays import BY_NATIVE, from_arrays
@@ -16,26 +17,53 @@ from rac.frameworks import torch_module
 DEPTH = 64  # of dicts and lists in each other
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One file that torch saved."""
+
+    tensors: list[SourceTensor]
+    layout: framed.Layout | None  # None: a file of the form before torch 1.6, of which the tensors are in memory
+    left: list[str]  # tensors of other types
+
+
 def read(path: str, allowed: bool) -> Source:
     """The tensors of a checkpoint by their names, joined with dots where dicts lie in each other."""
+    found = checkpoint(path, os.path.basename(path), allowed)
+    return whole("torch", path, found.tensors, [found])
+
+
+def whole(kind: str, path: str, tensors: Sequence[SourceTensor], files: Sequence[Checkpoint]) -> Source:
+    """The tensors of several files, which come back as these files if they can."""
+    layouts = [f.layout for f in files if f.layout]
+    left = [name for f in files for name in f.left]
+    if len(layouts) == len(files):
+        return framed.source(kind, tensors, layouts, left)
+    if left:
+        raise SourceError(f"cannot be packed: {left[0]}, which this format does not store", file=path)
+    lost = "it is of the form that torch saved before 1.6: its tensors come back, as a safetensors file"
+    return Source(kind, tuple(replace(t, extra=None) for t in tensors), (), {}, lost=lost)
+
+
+def checkpoint(path: str, name: str, allowed: bool) -> Checkpoint:
+    """What a file holds, which is called `name`; SourceError where pickles are not `allowed`."""
     torch = module(path, allowed)
-    if not zipfile.is_zipfile(path):  # as torch saved before 1.6
-        found = list(tensors(_load(torch, path, path, map_location="cpu"), path))
-        dense = {name: t for name, t in found if t.layout == torch.strided}
-        plain = from_arrays(dense).tensors
-        lost = "it is of the form that torch saved before 1.6: its tensors come back, as a safetensors file"
-        return Source("torch", plain, (), {}, lost=lost)
-    layout = framed.Layout(path, os.path.basename(path))
+    if not zipfile.is_zipfile(path):
+        every = list(tensors(_load(torch, path, path, map_location="cpu"), path))
+        others = [f"{n!r} is a tensor of {t.layout}" for n, t in every if t.layout != torch.strided]
+        dense = {n: t for n, t in every if t.layout == torch.strided}
+        if len(dense) + len(others) != len(every):
+            raise SourceError("two tensors have one name", file=path)
+        return Checkpoint(list(from_arrays(dense).tensors), None, others)
+    layout = framed.Layout(path, name)
     stored(path)
-    out = []
-    left = []
-    for name, t in tensors(fake(torch, path, path), path):
-        placed = place(layout, name, t, 0)
+    out, left = [], []
+    for n, t in tensors(fake(torch, path, path), path):
+        placed = place(layout, n, t)
         if placed is None:
-            left.append(f"{name!r} is a tensor of {t.dtype}, {t.layout}")
+            left.append(f"{n!r} is a tensor of {t.dtype}, {t.layout}")
         else:
             out.append(placed)
-    return framed.source("torch", out, [layout], left)
+    return Checkpoint(out, layout, left)
 
 
 def module(path: str, allowed: bool) -> Any:
@@ -91,8 +119,8 @@ def tensors(value: Any, path: str, name: str = "", depth: int = 0) -> Iterator[t
             yield from tensors(inside, path, f"{name}.{key}" if name else str(key), depth + 1)
 
 
-def place(layout: framed.Layout, name: str, t: Any, base: int) -> SourceTensor | None:
-    """A tensor of a checkpoint that begins at `base` of a file; None where this format has no such type."""
+def place(layout: framed.Layout, name: str, t: Any) -> SourceTensor | None:
+    """A tensor of a checkpoint; None where this format has no such type."""
     torch: Any = torch_module()
     dtype = BY_NATIVE.get(str(t.dtype).removeprefix("torch."))
     if dtype is None or t.layout != torch.strided or t.is_quantized:
@@ -101,7 +129,7 @@ def place(layout: framed.Layout, name: str, t: Any, base: int) -> SourceTensor |
     if t.numel() and at is None:
         raise MissingDependencyError("checkpoints of torch need torch 2.7 or later", file=layout.path)
     item, shape = t.element_size(), tuple(t.shape)
-    begin = base + (at or 0) + t.storage_offset() * item
+    begin = (at or 0) + t.storage_offset() * item
     if t.is_contiguous():
         return layout.at(name, dtype, (*shape[:-1], 2 * shape[-1]) if dtype == "F4" else shape, begin)
     if dtype == "F4":
