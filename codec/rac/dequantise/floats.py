@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def eight(scope: Scope) -> Iterator[Logical]:
         factor = 1 / 127 if scale.endswith(".SCB") else 1.0  # bitsandbytes: the largest magnitude of a row
         parts = [name, scale, *(n for n in (f"{name}_zero_point", f"{base}.weight_format") if n in scope.tensors)]
         rows = _Scaled(t, t.shape[-1], scope.tensors[scale], blocks, zero, factor)
-        yield Logical(name, t.shape, rows, tuple(parts), f"{t.dtype} {_how(blocks)}")
+        yield Logical(name, t.shape, rows, tuple(parts), f"{t.dtype} {_how(blocks, stated)}")
 
 
 def _grouped(stated: Any) -> list[int]:
@@ -90,8 +90,10 @@ def _grouped(stated: Any) -> list[int]:
     return []
 
 
-def _how(b: Blocks) -> str:
-    """How weights share scales, for people."""
+def _how(b: Blocks, stated: Sequence[int]) -> str:
+    """How weights share scales, for people; small matrices have not a whole block."""
+    if len(stated) == 2 and stated[1] > 1:
+        return f"with a scale for each {stated[0]} x {stated[1]} block"
     if b.lead * b.scale_rows * b.scale_cols == 1:
         return "with one scale each"
     if b.scale_cols == 1 and b.high == 1:

@@ -453,3 +453,25 @@ def test_pairs_of_other_types(kind, tmp_path):
     a, b = (dense(tmp_path / f"{n}.safetensors")[0] for n in "ab")
     assert list(b) == ["w.weight"]
     assert torch.equal(a["w.weight"], b["w.weight"])
+
+
+def test_experts_of_gpt_oss_are_calibrated(tmp_path):
+    small = {"hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 64, "vocab_size": 256}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = transformers.GptOssConfig(**small, initializer_range=0.2, rope_parameters=rope, eos_token_id=0)
+    transformers.GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "m")
+    models.tokenizer().save_pretrained(tmp_path / "m")
+
+    def change(tensors, stated):
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            made = quantised_models.experts(name, tensors.pop(name).float())
+            tensors |= {n: t.contiguous() for n, t in made.items()}
+        stated["quantization_config"] = {"quant_method": "mxfp4"}
+
+    folder = broken(tmp_path / "m", tmp_path / "q", change)
+    (tmp_path / "text.txt").write_text(models.TEXT)
+    done = rac.pack(folder, tmp_path / "q.rac", bits=3, calibrate=tmp_path / "text.txt", tokens=200, effort="fast")
+    aligned = {f.name: f.alignment for f in done.fidelity}
+    assert {aligned[f"model.layers.0.mlp.experts.{n}"] for n in ("gate_up_proj", "down_proj")} == {"triangular"}
+    assert rac.verify(tmp_path / "q.rac", folder).lossy == len(aligned)
