@@ -12,7 +12,8 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ _LOCAL = 30  # bytes of a member's head in front of its name
 _ALIGN = 64
 _PIECE = 1 << 24
 _MOST = 1 << 28  # bytes of the description
+_WIDEST = 1 << 15  # inputs of a convolution whose second moment is made of two
 
 
 def save(layers: Layers, path: str | os.PathLike[str]) -> None:
@@ -127,29 +129,36 @@ class _Mapped:
     name: str
     offset: int
     size: int
+    dimensions: int = 2  # of a square, or 1
 
     def __call__(self) -> NDArray[Any]:
-        damaged = SourceError(f"damaged calibration: {self.name} is not what was written", file=self.path)
         try:
-            with open(self.path, "rb") as f:
-                f.seek(self.offset)
-                h, left = Digest(), self.size
-                while left and (piece := f.read(min(left, _PIECE))):
-                    h.update(piece)
-                    left -= len(piece)
-                if left or f"{h.value().hex()}.npy" != self.name:
-                    raise damaged
-                f.seek(self.offset)
-                np.lib.format.read_magic(f)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-                at = f.tell()
-            if fortran or dtype.kind != "f" or at + math.prod(shape) * dtype.itemsize != self.offset + self.size:
-                raise damaged
-            if not math.prod(shape):
-                return np.zeros(shape, dtype)
-            return np.memmap(self.path, dtype, "r", at, shape)
+            at, shape, dtype = _checked(self, os.stat(self.path).st_mtime_ns)
+            return np.memmap(self.path, dtype, "r", at, shape) if math.prod(shape) else np.zeros(shape, dtype)
         except (OSError, ValueError, EOFError) as e:
-            raise damaged from e
+            raise SourceError(f"damaged calibration: {self.name} is not what was written", file=self.path) from e
+
+
+@lru_cache(1 << 14)
+def _checked(one: _Mapped, _: int) -> tuple[int, tuple[int, ...], np.dtype[Any]]:
+    """Where the numbers of an array lie, and what they are; ValueError unless they are what was written."""
+    with open(one.path, "rb") as f:
+        f.seek(one.offset)
+        h, left = Digest(), one.size
+        while left and (piece := f.read(min(left, _PIECE))):
+            h.update(piece)
+            left -= len(piece)
+        if left or f"{h.value().hex()}.npy" != one.name:
+            raise ValueError("another digest")
+        f.seek(one.offset)
+        np.lib.format.read_magic(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        at = f.tell()
+    if fortran or dtype.kind != "f" or len(shape) != one.dimensions or shape[0] != shape[-1]:
+        raise ValueError("another kind of array")
+    if at + math.prod(shape) * dtype.itemsize != one.offset + one.size:
+        raise ValueError("another size")
+    return at, shape, dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +167,11 @@ class _MappedKron:
     places: _Mapped
 
     def __call__(self) -> NDArray[np.float32]:
-        return Kron(self.channels(), self.places())()
+        found = Kron(self.channels(), self.places())
+        if len(found.channels) * len(found.places) > _WIDEST:
+            why = f"damaged calibration: a kernel of {len(found.channels) * len(found.places)} inputs"
+            raise SourceError(why, file=self.channels.path)
+        return found()
 
 
 class _Reader:
@@ -188,11 +201,11 @@ class _Reader:
             moment = _MappedKron(self._mapped(entry["channels"]), self._mapped(entry["places"]))
         sensitivity, rows = (self._vector(entry.get(key)) for key in ("sensitivity", "sketch"))
         experts = [self.layer(one) for one in entry.get("experts", ())]
+        if experts and rows is not None and (len(rows) % len(experts) or not len(rows)):
+            raise ValueError(f"{len(experts)} experts of {len(rows)} rows")
         return Layer(moment, sensitivity, bool(entry["transposed"]), bool(entry["finite"]), experts, rows)
 
     def _vector(self, name: Any) -> Any:
         if name is None:
             return None
-        if (found := self._mapped(name)()).ndim != 1:
-            raise ValueError(f"{name} is no vector")
-        return np.array(found)
+        return np.array(replace(self._mapped(name), dimensions=1)())

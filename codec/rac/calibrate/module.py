@@ -126,7 +126,7 @@ def gather(
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, a function or None, not {loss!r}")
         loss = LOSSES[loss](torch.Generator().manual_seed(SEED))
-    parameters = dict(module.named_parameters())
+    parameters = _weights(module)
     seen, count, failed = Sums(loss is not None), 0, None
     watch = Watch(parameters, seen)
     with frozen(module), _eager(module):
@@ -210,12 +210,21 @@ def _eager(module: Any) -> Iterator[None]:
             m.set_experts_implementation(before)
 
 
+def _weights(module: Any) -> dict[str, Any]:
+    """Parameters by name, without embeddings and what is tied to them: these are read, and no text shows how often."""
+    tables = {id(p) for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    tables |= {id(p) for p in head.parameters()} if isinstance(head, torch.nn.Module) else set()
+    return {name: p for name, p in module.named_parameters() if id(p) not in tables}
+
+
 def _wanted(module: Any) -> list[str]:
     """Names of the weights of layers that multiply, large enough to be quantised."""
+    mine = {id(p) for p in _weights(module).values()}
     out = []
     for name, m in module.named_modules():
         kinds = isinstance(m, _ConvNd | torch.nn.MultiheadAttention) or is_linear(m)
         for key, p in m.named_parameters(recurse=False) if kinds else ():
-            if p.dim() > 1 and p.numel() >= _SMALLEST and min(len(p), p.numel() // len(p)) >= 16:
+            if id(p) in mine and p.dim() > 1 and p.numel() >= _SMALLEST and min(len(p), p.numel() // len(p)) >= 16:
                 out.append(f"{name}.{key}" if name else key)
     return out

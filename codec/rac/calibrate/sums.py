@@ -24,7 +24,7 @@ from rac.calibrate.text import SEED
 At = tuple[str, int | None]
 """A parameter and the part of it."""
 Moment = NDArray[np.float32] | Kron
-WIDE = 4608  # inputs of a kernel beyond which its second moment is held as a product: of channels, of places
+WIDE = 2304  # inputs of a kernel beyond which its second moment is held as a product: of channels, of places
 _OWN = 1 << 30  # bytes of second moments of the parts of one parameter, up to which each has its own
 _RECENT = 8
 

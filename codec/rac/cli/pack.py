@@ -117,9 +117,11 @@ lossless)"""
 SLICES = """tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond 1.1
 times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are 0.5 to 1 %%
 smaller then where they are small)"""
-CALIBRATE = """a text to calibrate on; self: the model writes one; auto (default for the folder of a causal language
-model): the built-in mix of texts, and self; none (default otherwise): the weights alone, which loses several times as
-much; may be given more than once: a text unlike what the model will read does better together with self"""
+CALIBRATE = """a text to calibrate on; for models that read more: a folder of pictures or of .wav files, a .jsonl of
+pairs {"image", "text"}, a text of prompts for a pipeline of diffusers, one a line; self: the model writes one; auto
+(default for the folder of a causal language model): the built-in mix of texts, and self; none (default otherwise):
+the weights alone, which loses several times as much; may be given more than once: a text unlike what the model will
+read does better together with self"""
 CALIBRATION = """what rac.calibrate(module, batches).save(FILE) has written in Python: of images, audio, latents, any
 forward; may be given more than once: one for each component of a pipeline"""
 SEQUENCE = """tokens of a sequence, as many as the model has positions for at most (default: 1024); shorter ones take
@@ -161,7 +163,7 @@ def add(p: argparse.ArgumentParser) -> None:
         "divergence per token on the calibration text; auto: on a part of the mix kept for it",
         type=float,
     )
-    argument(lossy, "--calibrate auto|FILE|self|none", CALIBRATE, action="append")
+    argument(lossy, "--calibrate auto|FILE|DIR|self|none", CALIBRATE, action="append")
     argument(lossy, "--calibration FILE", CALIBRATION, **many)
     argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)
     argument(lossy, "--context N", SEQUENCE, type=int, default=CONTEXT)

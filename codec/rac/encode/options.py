@@ -185,7 +185,7 @@ class Lossy:
             raise ValueError("a rank is 0 or more, and above 0 only with triangular alignment")
         if not self.calibration.any and (self.rank or self.align in ("triangular", "pca")):
             raise ValueError("ranks and alignments follow from the inputs of layers: give --calibrate too")
-        if self.budget.kl is not None and texts[:1] in ((), ("self",)):
+        if self.budget.kl is not None and (texts[:1] in ((), ("self",)) or os.path.isdir(texts[0])):
             raise ValueError("a divergence is measured on the first calibration text: give a text file to calibrate on")
 
     @property

@@ -127,8 +127,9 @@ def pack(
         snr: Or output signal to noise, mean over the quantised tensors, in dB.
         kl: Or divergence per token from the original on the (first) calibration text, in nats; of "auto" on a part of
             the mix that is kept for it.
-        calibrate: A text file to calibrate on, "self": text that the model writes, or several of these, which count
-            alike; "auto": the built-in mix and "self"; "none": from the weights alone. None: "auto" for the folder of a
+        calibrate: A text file to calibrate on, or a folder of pictures or sounds, pairs or prompts, as `rac pack`
+            takes them (docs/lossy.md); "self": text that the model writes; or several of these, which count alike;
+            "auto": the built-in mix and "self"; "none": from the weights alone. None: "auto" for the folder of a
             causal language model, where no `calibration` is given, else "none".
         calibration: What `rac.calibrate(module, batches)` has returned, a file that it was saved to, or several of
             either: of the components of a pipeline, for example.
