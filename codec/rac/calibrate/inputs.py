@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Inputs:
     kind: str
     items: tuple[Any, ...]
     name: str
+    backward: bool = True  # whether sensitivities are wanted
 
     @property
     def digest(self) -> str:
@@ -110,7 +111,7 @@ def calibrate(folder: str | os.PathLike[str], inputs: Inputs, note: Note, cache:
     """
     if len(inputs.items) > MOST:
         note(f"{inputs.name}: the first {MOST} of {len(inputs.items)} are used", 0, 0)
-        inputs = Inputs(inputs.kind, inputs.items[:MOST], inputs.name)
+        inputs = replace(inputs, items=inputs.items[:MOST])
     kept = None if cache is None else Path(cache) / f"{_digest(Path(folder), inputs)}.calibration"
     if kept and (found := _kept(kept)):
         return found
@@ -118,7 +119,7 @@ def calibrate(folder: str | os.PathLike[str], inputs: Inputs, note: Note, cache:
         if inputs.kind == "prompts":
             from rac.calibrate.pipeline import components
 
-            found = components(os.fspath(folder), inputs.items, note)
+            found = components(os.fspath(folder), inputs, note)
         else:
             from rac.calibrate.media import model_on
 
@@ -136,7 +137,7 @@ def calibrate(folder: str | os.PathLike[str], inputs: Inputs, note: Note, cache:
 def _digest(folder: Path, inputs: Inputs) -> str:
     """Digest of all that decides about the result."""
     h = Digest()
-    h.update(json.dumps([_VERSION, inputs.kind, inputs.digest]).encode())
+    h.update(json.dumps([_VERSION, inputs.kind, inputs.digest, inputs.backward]).encode())
     try:
         for file in sorted(folder.rglob("*")):
             if file.suffix in (".json", ".safetensors", ".model", ".txt") and file.is_file():

@@ -40,9 +40,8 @@ def model_on(folder: str | os.PathLike[str], inputs: Inputs, note: Note) -> Laye
         size = sum(e.stat().st_size for e in os.scandir(path) if e.name.endswith(".safetensors"))
         model = load_model(kind, Asked(path, 0, 0, True, given), config, "float32" if size <= _SMALL else "auto")
         run = _Run(model, inputs.kind)
-        layers, remarks = gather(
-            model, run.batches(process, inputs), forward=run.forward, loss=run.loss, note=_counted(note, run, inputs)
-        )
+        loss, tell = run.loss if inputs.backward else None, _counted(note, run, inputs)
+        layers, remarks = gather(model, run.batches(process, inputs), forward=run.forward, loss=loss, note=tell)
     for remark in remarks:
         if remark.startswith("no backward"):  # what is not reached is said of the tensors
             note(remark, 0, 0)

@@ -13,6 +13,7 @@ import diffusers
 import torch
 import transformers
 
+from rac.calibrate.inputs import Inputs
 from rac.calibrate.layers import Layers
 from rac.calibrate.module import gather
 from rac.calibrate.text import SEED, Note
@@ -52,7 +53,7 @@ def _copied(value: Any) -> Any:
     return type(value)(map(_copied, value)) if type(value) in (tuple, list) else value
 
 
-def components(path: str, prompts: Sequence[str], note: Note) -> list[Layers]:
+def components(path: str, inputs: Inputs, note: Note) -> list[Layers]:
     """What each component makes of what the pipeline in a folder gives it, by the names of its parameters.
 
     A VAE decodes what the pipeline made, and encodes that again. SourceError where the pipeline does not run on
@@ -68,16 +69,16 @@ def components(path: str, prompts: Sequence[str], note: Note) -> list[Layers]:
     modules = {name: m for name, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     calls = {name: _Calls(m) for name, m in modules.items()}
     try:
-        _run(pipe, prompts[:PROMPTS], calls, note)
+        _run(pipe, inputs.items[:PROMPTS], calls, note)
     except _WRONG as e:
         what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         why = f"{type(pipe).__name__} does not run on prompts alone ({what}); rac.calibrate(pipe.unet, batches) and"
         raise SourceError(f"{why} --calibration do", file=path) from e
-    out = []
+    out, loss = [], "output" if inputs.backward else None
     for name, one in calls.items():
         if one.kept and any(p.dim() > 1 for p in one.module.parameters()):
             tell = functools.partial(_tell, note, name, len(one.kept))
-            layers, remarks = gather(one.module, one.kept, forward=_again, loss="output", note=tell)
+            layers, remarks = gather(one.module, one.kept, forward=_again, loss=loss, note=tell)
             for remark in remarks:
                 if remark.startswith("no backward"):  # what is not reached is said of the tensors
                     note(f"{name}: {remark}", 0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,6 +181,14 @@ def test_a_pipeline_that_takes_more_than_prompts(tmp_path):
     index.write_text("{")
     with pytest.raises(SourceError, match="no pipeline that diffusers can load"):
         calibrate(tmp_path, given, silent)
+
+
+def test_forward_only(given, tmp_path):
+    media.write("vit", tmp_path)
+    asked = replace(inputs_of(tmp_path, str(given / "images")), backward=False)
+    (found,) = calibrate(tmp_path, asked, silent)
+    assert found
+    assert all(layer.sensitivity is None for layer in found.values())
 
 
 def test_no_more_inputs_than_are_needed(given, tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def _calibrations(
     used: list[dict[str, Any]] = []
     for name in c.texts:
         if (media := inputs_of(path, name)) is not None:
-            parts = calibrate_on(path, media, note, c.cache)
+            parts = calibrate_on(path, replace(media, backward=c.backward), note, c.cache)
             found.append(joined([matched(groups, layers, name) for layers in parts]))
             used.append({media.kind: media.digest, "tokens": max(layers.tokens for layers in parts)})
             continue
