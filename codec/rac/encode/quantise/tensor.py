@@ -22,13 +22,15 @@ from rac.encode.sources import SourceTensor
 from rac.encode.split import objects as split
 from rac.linalg import exact
 from rac.native import product
-from rac.stages.words import from_words
+from rac.stages import trellis
+from rac.stages.words import DTYPES, from_words
 
 CLOSE = 0.9  # share of the bytes that lossless coding is thought to take from which on it is tried
 ODD = (
     0.25  # the same where these are fewer than half of the tensor's: what repeats or has few values is hard to foretell
 )
 SLIGHT = 256  # share of a tensor's bytes, one in so many, that is not worth a loss
+FINE = -7.0  # scale below which there may be more outliers than a lossless tensor has bytes
 SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
 
 
@@ -84,7 +86,12 @@ def _words(t: SourceTensor, like: NDArray[Any]) -> NDArray[Any]:
 def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArray[Any]]:
     """A quantised tensor, not measured, or lossless where that is no larger, and the words (R, C) of a decoder."""
     start, t = time.perf_counter(), group.tensor
-    a, coded = recipe.aligned[t.name], code(t, recipe)
+    a = recipe.aligned[t.name]
+    size = record.estimate(t, recipe.lossless) if a.lossless is None else a.lossless
+    if recipe.scale < FINE and _apart(t, recipe) > size:  # no need to quantise it to see that it takes more
+        words = t.read(0, t.nbytes).view(f"<u{DTYPES[t.dtype].itemsize}")
+        return record.whole(group, recipe.lossless), words.reshape(len(a.scales.rows), -1)
+    coded = code(t, recipe)
     dense, q = coded.dense, coded.quantised
     plan, units = q.coded()
     uses = tuple(o.encoded.name for o in coded.objects)
@@ -92,7 +99,6 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
     behind = record.Behind(q.trellis, digest, ties.digest(t), split.product_of(coded.objects), uses, a.name)
     objects = (*(o.encoded for o in coded.objects), *record.matrix_of(t, LEVELS["default"]))
     seconds = time.perf_counter() - start
-    size = record.estimate(t, recipe.lossless) if a.lossless is None else a.lossless
     counts = {"outliers": q.outliers, "dead": q.dead, "lossless": size}
     fidelity = Fidelity(t.name, t.shape, a.name, a.rank, q.trellis.states, math.nan, **counts, seconds=seconds)
     e = record.encoded(group, plan, [bytes(unit) for unit in units], behind, objects, fidelity)
@@ -102,6 +108,16 @@ def encode_with_words(group: ties.Group, recipe: Recipe) -> tuple[Encoded, NDArr
         if exact.size <= most:
             return exact, _words(t, dense)
     return e, dense
+
+
+def _apart(t: SourceTensor, recipe: Recipe) -> int:
+    """About the bytes that the outliers of a tensor take which nothing else is in the way of: the least it takes."""
+    a = recipe.aligned[t.name]
+    if a.rank or a.basis is not None:
+        return 0
+    scale, far = a.base + recipe.scale + bool(a.zeros) * lossy.ALONE, lossy.far(1 if a.zeros else recipe.states)
+    most = far * exact.exp2(max(scale, -60)) * trellis.power(a.scales.rows)[:, None] * trellis.power(a.scales.cols)
+    return (8 + DTYPES[t.dtype].itemsize) * int(np.count_nonzero(np.abs(matrix_of(t)) > most))
 
 
 def size_of(e: Encoded, recipe: Recipe) -> int:

@@ -109,7 +109,7 @@ def _found(states: int, q: int, fine: int) -> tuple[NDArray[np.float64], float]:
     rec, p = magnitudes(states), _cells(q + fine, 1, states)
     for _ in range(4):
         rate = (-worth * finer * exact.log2(p)).astype(F32).reshape(1, 1, -1)
-        search = trellis.Search(states, trellis_stage.CODES[states], 1024, rec, rate, _far(states))
+        search = trellis.Search(states, trellis_stage.CODES[states], 1024, rec, rate, far(states))
         k, value, *_ = trellis.block(search, x, x.copy(), np.zeros((1, 1), F32), np.ones(1, F32))
         counts = np.bincount(k[0] + MOST, minlength=2 * MOST + 1)
         p = (counts + 32 * p) / (SAMPLES + 32)
@@ -184,8 +184,8 @@ def quantise(
     plain, step = np.ascontiguousarray(plain[order]), step[order]
     rec, low, corrections = magnitudes(states), 0, np.zeros(0, np.int8)
     rate, fine, row = _rates(plain, step, effort)
-    lane, far, code = _lane(w.shape, effort.coder), _far(states), trellis_stage.CODES[states]
-    search = trellis.Search(states, code, lane, rec, rate, far, fine, LOW, row, below, sparse=effort.sparse)
+    lane, code = _lane(w.shape, effort.coder), trellis_stage.CODES[states]
+    search = trellis.Search(states, code, lane, rec, rate, far(states), fine, LOW, row, below, sparse=effort.sparse)
     k, value, wild, fine_of = _columns(search, plain, step, feed)
     if effort.passes > 1 and feed is None:
         finer = np.where(fine_of < 0, F32(0), trellis_stage.power(-fine_of))
@@ -235,7 +235,7 @@ def _rates(
     return (-slope * exact.log2(p)).astype(F32), fine, row.astype(np.uint8)
 
 
-def _far(states: int) -> float:
+def far(states: int) -> float:
     """Units from which on a number is an outlier."""
     return 2.0 * MOST if states > 1 else MOST + 0.5
 
