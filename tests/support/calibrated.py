@@ -50,12 +50,16 @@ def main(out):
         "turned.weight": weights(256, 160),
         "experts.weight": weights(2, 64, 128),
         "unknown.weight": weights(160, 128),
+        "sparse.weight": weights(192, 128) * SEED.integers(0, 2, (192, 128)).astype(np.float32),
+        "sparse.turned.weight": weights(128, 192) * SEED.integers(0, 2, (128, 192)).astype(np.float32),
     }
     layers = {
         "wide.weight": Layer(wide, sensitivity(512)),
         "level.weight": Layer(wide, None),
         "turned.weight": Layer(moment(256), sensitivity(160), transposed=True),
         "experts.weight": Layer(moment(128), None, experts=fused),
+        "sparse.weight": Layer(moment(128), sensitivity(192)),
+        "sparse.turned.weight": Layer(moment(128), sensitivity(192), transposed=True),
     }
     source = from_arrays(tensors)
     groups = ties.find(source.tensors)

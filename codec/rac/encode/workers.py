@@ -57,7 +57,7 @@ def named() -> Iterator[None]:
 
 def only(recipe: Recipe, name: str) -> Recipe:
     """What a worker needs to know for one tensor."""
-    return replace(recipe, aligned={name: recipe.aligned[name]})
+    return replace(recipe, aligned={name: recipe.aligned[name]}, unreached=(), parts={}, why={})
 
 
 def need(t: SourceTensor, recipe: Recipe) -> int:

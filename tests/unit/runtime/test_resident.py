@@ -240,3 +240,23 @@ def test_an_adapter_that_cannot_says_so(tmp_path):
     model = rac.load_model(tmp_path / "m.rac", resident="compressed")
     with pytest.raises(UnsupportedError, match="load the model dense"):
         peft.get_peft_model(model, peft.LoHaConfig(r=4, target_modules=["c_attn"]))
+
+
+def test_sparse_layers_stay_sparse(tmp_path):
+    """2:4 weights of a quantised model: the same zeros, the same bits dense and compressed."""
+    models.write("llama", tmp_path / "hf")
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    for name, w in tensors.items():
+        if w.ndim == 2 and "embed" not in name and w.shape[1] % 4 == 0:
+            four = w.reshape(-1, 4)
+            w.copy_(four.scatter(1, four.abs().topk(2, 1, largest=False).indices, 0).reshape(w.shape))
+    save_file(tensors, file, {"format": "pt"})
+    done = pack(tmp_path / "hf", tmp_path / "m.rac", bits=4, calibrate="none", effort="fast")
+    assert done.fidelity and {(f.states, f.zeros) for f in done.fidelity} == {(1, 0)}
+    dense, model = (rac.load_model(tmp_path / "m.rac", resident=how) for how in ("dense", "compressed"))
+    assert torch.equal(models.logits(model), models.logits(dense))
+    for f in done.fidelity:
+        assert not dense.get_parameter(f.name)[tensors[f.name] == 0].any()
