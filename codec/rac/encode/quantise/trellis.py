@@ -36,6 +36,9 @@ SCALAR = 0.35 / 3  # squared units that a bit is worth without a trellis
 ALONE = 0.7924812503605781  # log2 of the units without a trellis that cost the same: of the root of LAMBDA / SCALAR
 BLOCK = 64
 LEAST = 0.6  # deviation of a row in units below which it is coded finer than its sensitivity asks
+HARM = 0.7213475204444817  # bits that the squared error of a number is worth: of a unit squared / 4 log 2, at LAMBDA
+MANY, FULL = 4, 128  # outliers of a row or column up to which nothing is done: so many, or one number in so many
+COARSER = 40  # quarter octaves, and one, up to which a row or column may be coarser than its errors ask for
 LOW, HIGH = -12, 40  # quarter octaves of the deviation in units for which there are rate tables
 SAMPLES = 1 << 14
 
@@ -168,13 +171,15 @@ def quantise(
     """
     c, states = w.shape[1], effort.states
     bits = exact.exp2(min(max(scale, -60), 60)).astype(F32)
-    step = bits * trellis_stage.power(scales.cols)
-    step[scales.cols == trellis_stage.DEAD] = 0
+    step = _steps(bits, scales.cols)
     live = step > 0
     # the smallest magnitude is half a unit: a row must not lie far below it
     near = _deviation(w[:, live] / step[live], 1, effort.sparse) if live.any() else np.ones(len(w))
     most = np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
-    row_list = np.minimum(scales.rows, most).astype(np.int8)
+    scales = _roomy(
+        w, bits, Scales(np.minimum(scales.rows, most).astype(np.int8), scales.cols), far(states), DTYPES[dtype].itemsize
+    )
+    step, row_list = _steps(bits, scales.cols), scales.rows
     row_unit = trellis_stage.power(row_list)
     if below is not None:
         u = row_unit.reshape(*below.shape[:-2], 1, -1)
@@ -202,6 +207,35 @@ def quantise(
     sizes, unit = trellis_stage.build_unit(corrections, row_list, cols, places, to_words(apart, dtype))
     p = trellis_stage.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
     return Quantised(words, p, unit, dtype, effort.coder, len(places), int((cols == trellis_stage.DEAD).sum()))
+
+
+def _steps(unit: Array, cols: NDArray[np.int8]) -> NDArray[np.float32]:
+    """Steps of columns; 0: dead."""
+    return np.where(cols == trellis_stage.DEAD, F32(0), unit * trellis_stage.power(cols))
+
+
+def _roomy(w: NDArray[np.float32], unit: Array, scales: Scales, most: float, word: int) -> Scales:
+    """Scales with coarser rows and columns where many numbers lie beyond `most` units: an outlier has 8 + `word` bytes.
+
+    Where most of the rows or columns have many, it is a fine unit that was asked for.
+    """
+    lists = [scales.rows, scales.cols]
+    for axis in (0, 1):  # rows, then columns
+        each = trellis_stage.power(lists[0]), _steps(unit, lists[1])
+        own, other = each[axis], np.where(each[1 - axis] > 0, each[1 - axis], F32(math.inf)) * F32(most)
+        high = np.maximum(w.max(1 - axis, initial=0), -w.min(1 - axis, initial=0))
+        line = np.flatnonzero((own > 0) & (high > own * other.min(initial=math.inf)))  # others have no outlier
+        x = np.abs(w.take(line, axis).swapaxes(0, axis)) / other / own[line][:, None]
+        many = np.count_nonzero(x > 1, 1) > max(MANY, len(other) // FULL)
+        line, x = line[many], x[many]
+        if not len(line) or 2 * len(line) > len(own):
+            continue
+        steps = exact.exp2(np.arange(COARSER) / 4)
+        out = np.stack([np.count_nonzero(x > F32(step), 1) for step in steps])
+        cost = len(other) * (HARM * steps**2 - exact.log2(steps))[:, None] + 8 * (8 + word) * out
+        lists[axis] = lists[axis].copy()
+        lists[axis][line] = np.minimum(lists[axis][line] + np.argmin(cost, 0), trellis_stage.MOST)
+    return Scales(*lists)
 
 
 def _deviation(x: Array, axis: int, sparse: bool) -> Array:
