@@ -51,6 +51,7 @@ COMMANDS = {
     "shard": "shard {file} -o {out} --size 1MB",
     "merge": "merge {file} -o {out}",
     "generate": "generate {file} Once",
+    "push": "push {file} org/name --dry-run",
     "perplexity": "perplexity {file} --text {files}/text.txt",
     "hf": "pack {file} -o {out} --format hf",
 }

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -68,6 +69,32 @@ class Hub(ThreadingHTTPServer):
 
     def handle_error(self, *_):
         """A client that went away is no fault."""
+
+
+@contextmanager
+def serving(monkeypatch, folder):
+    """A Hub that `huggingface_hub` asks in this process; cache and token are in a folder."""
+    from huggingface_hub import constants, utils
+
+    from rac.container import hub as door
+    from rac.container import remote
+
+    with Hub() as server:
+        for name, value in {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "HF_TOKEN_PATH": str(folder / "token"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for module in (remote, door):
+            monkeypatch.setattr(module, "BACKOFF", 0.001)
+        utils.close_session()
+        yield server
+        utils.close_session()
 
 
 class _Handler(BaseHTTPRequestHandler):

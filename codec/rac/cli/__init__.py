@@ -29,6 +29,7 @@ RAC, the rate-aligned container: model weights in one small, checked, streamable
   rac analyze model/ --text text.txt --html report.html   what rotation and alignment do to it
   rac load model.rac --bench          how fast it loads; also from a URL
   rac shard model.rac -o shards/ --size 2GB         and rac merge shards/ -o model.rac
+  rac push model.rac org/name                       a repository of the Hub, with a model card
   rac generate model.rac "Once upon a time"         the model itself, straight from the file
   rac perplexity model.rac --text test.txt
 """
@@ -54,6 +55,7 @@ COMMANDS = {
     "load": ("load", "add", "load all tensors and time it"),
     "shard": ("archives", "add_shard", "cut an archive into shards"),
     "merge": ("archives", "add_merge", "join shards"),
+    "push": ("push", "add", "put an archive on the Hub"),
     "generate": ("running", "add_generate", "let a packed model write"),
     "perplexity": ("running", "add_perplexity", "how well a packed model predicts a text"),
     "completion": ("completion", "add", "print what makes a shell complete these commands"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -158,7 +159,10 @@ def archive_of(where: Address, keep: bool = False) -> str:
         return f"{said}@{commit}/{first[0]}"
     members = [n for n in archives if n == first[0] or _stem(n) == _stem(first[0]) != n]
     get = hub.hf_hub_download
-    paths = [_ask(lambda n=n: get(where.repository, n, revision=commit), where) for n in members]  # type: ignore[misc]
+    with quiet():
+        paths = [_ask(lambda n=n: get(where.repository, n, revision=where.revision), where) for n in members]  # type: ignore[misc]
+    if any(f"/{commit}/" not in p.replace(os.sep, "/") for p in paths):
+        raise ChangedError("changed on the Hub while it was downloaded; try again", file=said)
     return str(paths[0])
 
 
@@ -168,11 +172,55 @@ def _stem(name: str) -> str:
 
 def _cached_snapshot(where: Address) -> str | None:
     """Folder of the revision in the cache, whatever is there of it."""
-    hub = library()
-    with contextlib.suppress(Exception):  # the package has an error for each way in which it is not there
-        found = hub.snapshot_download(where.repository, revision=where.revision, local_files_only=True)
-        return str(found)
+    revision = where.revision or "main"
+    with contextlib.suppress(library().errors.CacheNotFound):
+        for repo in library().scan_cache_dir().repos:
+            for found in repo.revisions if (repo.repo_type, repo.repo_id) == ("model", where.repository) else ():
+                if found.commit_hash == revision or revision in found.refs:
+                    return str(found.snapshot_path)
     return None
+
+
+def upload(
+    repository: str,
+    files: Mapping[str, str | bytes],
+    message: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    beside: Mapping[str, bytes] | None = None,
+) -> tuple[str, list[str]]:
+    """One commit with these files (paths, or what is in them); returns its address, and the names of what it holds.
+
+    The repository and the branch `revision` are made where they are not there; `private` matters only then. Files
+    of `beside` are left out where the repository has one of that name. SourceError where the Hub refuses.
+    """
+    where = Address(repository, revision)
+    hub = library()
+    api = hub.HfApi(library_name="rac-codec")
+    _ask(lambda: api.create_repo(repository, private=private, exist_ok=True), where)
+    if revision:
+        _ask(lambda: api.create_branch(repository, branch=revision, exist_ok=True), where)
+    there = Snapshot.of(where).files
+    chosen = {**files, **{n: d for n, d in (beside or {}).items() if n not in there}}
+    operations = [hub.CommitOperationAdd(name, data) for name, data in chosen.items()]
+    with mapped(where), quiet():  # the package itself tries uploads again
+        done = api.create_commit(repository, operations, commit_message=message, revision=revision)
+    return str(done.commit_url), list(chosen)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No bars of `huggingface_hub` where nobody sees them."""
+    utils = library().utils
+    hide = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
+    if hide:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            utils.enable_progress_bars()
 
 
 class UnreachableError(SourceError):
@@ -244,7 +292,8 @@ def mapped(where: Address) -> Iterator[None]:
     except ValueError as e:  # no such names
         raise SourceError(str(e), file=_said(where)) from e
     except Exception as e:  # of the HTTP library below
-        raise UnreachableError(f"the Hub cannot be reached: {e or type(e).__name__}", file=_said(where)) from e
+        why = " ".join(str(e.__cause__ or e).split()) or type(e).__name__
+        raise UnreachableError(f"the Hub cannot be reached: {why}", file=_said(where)) from e
 
 
 class HubAccess(Remote):

@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from rac import frameworks
 from rac.container.reader import Archive
 from rac.decode import random
-from rac.decode.archive import RacFile
+from rac.decode.archive import RacFile, of_repository
 from rac.decode.unpack import names_of_files, safe_name
 from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
 from rac.linalg.transform import Transform
@@ -58,7 +58,8 @@ def load_model(
     their input (rac.runtime.replace).
 
     Args:
-        path: The .rac file, one shard of a set, or a folder that holds one.
+        path: The .rac file, one shard of a set, a folder that holds one, or a repository of the Hub,
+            "ORG/NAME[@REVISION]": its archive is downloaded to the Hub's cache. hf:// URLs of files are read by ranges.
         resident: "dense", or "compressed": linear layers and embeddings keep their weights as the file has them and
             decode them when they run (rac.runtime.layers).
         device: Where the model goes; the CPU by default.
@@ -99,7 +100,8 @@ def load_as(
         frameworks.check_device(str(device))
         kwargs["device_map"] = {"": device}
     threads = threads_of(threads)
-    with RacFile(path, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
+    place = of_repository(path, keep=True)
+    with RacFile(place, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
         name = f.archives[0].access.name
         config, own = model_class(folder, name, trust_remote_code)
         cls = kind(config, own)

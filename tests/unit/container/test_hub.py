@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 
 hub_library = pytest.importorskip("huggingface_hub")
-pytest.importorskip("huggingface_hub.utils")
+hub_constants = pytest.importorskip("huggingface_hub.constants")
 save = pytest.importorskip("safetensors.numpy").save
 
 import rac
 from rac.cli import main
-from rac.container import hub as door
-from rac.container import remote
 from rac.encode.sources import hub as source
-from support.hub import Hub
+from support.hub import serving
 
 rng = np.random.default_rng(11)
 SHARDS = 5
@@ -49,23 +47,9 @@ FILES = sharded()
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    with Hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        for module in (remote, door):
-            monkeypatch.setattr(module, "BACKOFF", 0.001)
+    with serving(monkeypatch, tmp_path) as server:
         server.commit = server.add("org/model", FILES)
-        hub_library.utils.close_session()
         yield server
-        hub_library.utils.close_session()
 
 
 def tree(folder):
@@ -246,9 +230,9 @@ def test_errors_are_one_line(hub, tmp_path, monkeypatch, capsys):
     hub.retry_after, hub.busy = "0", 10_000
     refused(capsys, "pack", "org/model", match="the Hub answers 429")
     hub.busy = 0
-    monkeypatch.setattr(hub_library.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     refused(capsys, "pack", "org/model", match="HF_HUB_OFFLINE is set")
-    monkeypatch.setattr(hub_library.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     hub.add("org/pickled", {"pytorch_model.bin": b"x"})
     refused(capsys, "pack", "org/pickled", match="pickled weights are refused")
 
@@ -407,3 +391,62 @@ def test_large_files_in_pieces(hub, tmp_path, monkeypatch):
     hub.lies.clear()
     rac.pack(tmp_path / "out", tmp_path / "folder.rac", all_files=True)
     assert rac.verify(tmp_path / "folder.rac", against="org/both").tensors == 16
+
+
+# --- pushing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # of huggingface_hub
+def test_an_archive_is_pushed_with_its_card(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    rac.pack("org/model", "q.rac", bits=4, calibrate="none", effort="fast")
+    hub.requests.clear()
+    assert main(["push", "q.rac", "me/quick", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert not hub.requests
+    assert main(["push", "q.rac", "me/quick", "--private"]) == 0
+    repo = hub.repos["me/quick"]
+    files = repo.commits[repo.refs["main"]]
+    card = files["README.md"].decode()
+    assert files["q.rac"] == (tmp_path / "q.rac").read_bytes() and card in printed
+    assert repo.asked_private in (True, "private")
+    digest, size = rac.verify("q.rac").digest.hex(), (tmp_path / "q.rac").stat().st_size
+    for part in (
+        "base_model: org/model",
+        "base_model_relation: quantized",
+        f"rac pack org/model@{hub.commit} -o q.rac --bits 4 --effort fast",
+        f"{size:,} bytes",
+        f"`{digest}`",
+        "**Lossy**: ",
+        'rac.load_model("me/quick")',
+    ):
+        assert part in card, part
+    assert rac.load_file("me/quick").keys() == rac.load_file("q.rac").keys()
+    # again: nothing new, and a card of theirs stays
+    hub.add("me/quick", files | {"README.md": b"mine"})
+    assert main(["push", "q.rac", "me/quick", "--revision", "v2"]) == 0
+    assert "stays (--card replaces it)" in capsys.readouterr().out
+    assert repo.commits[repo.refs["v2"]]["README.md"] == b"mine"
+    assert main(["push", "q.rac", "me/quick", "--revision", "v2", "--card"]) == 0
+    assert repo.commits[repo.refs["v2"]]["README.md"].decode() == card
+
+
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")  # of huggingface_hub
+def test_shards_are_pushed_together(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    paths = rac.pack("org/model", "s.rac", shard_size=300_000).paths
+    assert main(["push", paths[1], "me/shards", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["files"]) == set(paths)
+    assert rac.load_file("me/shards").keys() == rac.load_file(paths[0]).keys()
+    assert rac.verify("me/shards").tensors == 16
+
+
+def test_what_cannot_be_pushed(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rac.save_file({"w": np.zeros(9)}, "q.rac")
+    refused(capsys, "push", "q.rac", "me/quick", match="the Hub answers 401 Unauthorized; log in by `hf auth login`")
+    refused(capsys, "push", "q.rac", "me", match="is no hf://ORG/NAME")
+    refused(capsys, "push", "q.rac", "me/quick/file", match="is no ORG/NAME")
+    refused(capsys, "push", "none.rac", "me/quick", match="No such file")
