@@ -26,6 +26,9 @@ PAIR_RARE = 45000  # a pair rarer than that costs more as one of 4096 frequency 
 RARE = {1: 65536, 2: 4096}  # per elements per symbol: a top that is rarer has no symbol of its own
 _CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}  # bits of a mantissa in the top, at most
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "I8", "U8")
+_SCALED = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+"""Codes whose scales are those of blocks: rows and columns inside one differ as much as those of the matrix do."""
+_LARGE = 1 << 20  # words from which on more classes of them pay
 _LEAST = 2048  # words below which tables would cost more than they gain
 
 
@@ -198,6 +201,8 @@ def _symbols(
     for a, b in chunks(grid):
         base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
     weight = n if per == 2 else 1  # a table of pairs costs about that much more than one of base symbols
+    if view.dtype in _SCALED and level.row_classes > 1 and view.total >= _LARGE:
+        level = replace(level, row_classes=max(16, level.row_classes), col_classes=max(8, level.col_classes))
     # Column classes slow a decoder down where it cannot permute a row of a tile in registers.
     wide = not level.again and view.dtype in MANTISSA and (grid.word != 2 or grid.tc > 64)
     rows, cols, cells = _classes(base, n, weight, replace(level, col_classes=1) if wide else level)
