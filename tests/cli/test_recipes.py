@@ -211,3 +211,54 @@ def test_what_is_learned_serves_all_bits_and_each_seed_has_its_own(folder, tmp_p
     assert all((a[name] == b[name]).all() for name in a)
     assert main([*args[:6], "--seeds", "1,1", *args[8:]]) == 2
     assert "different whole numbers" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Experts that the model fuses and the files hold one by one, and a router."""
+    folder = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(0)
+    words = models.tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": len(words)}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    model.save_pretrained(folder / "hf")
+    words.save_pretrained(folder / "hf")
+    (folder / "text.txt").write_text(models.TEXT)
+    return folder
+
+
+def test_fused_experts_are_rounded_one_by_one(mixture, tmp_path, capsys):
+    original = transformers.AutoModelForCausalLM.from_pretrained(mixture / "hf", dtype=torch.float32)
+    ids = models.tokenizer()(models.TEXT, return_tensors="pt").input_ids[:, :400]
+    with torch.no_grad():
+        wanted, errors = original(ids).logits, {}
+    for name in ("rtn", "gptq"):
+        path = tmp_path / f"{name}.rac"
+        text = ["--calibrate", str(mixture / "text.txt"), "--tokens", "400"]
+        assert pack(mixture, path, "--recipe", name, "--bits", "3", "--group", "16", *text) == 0
+        with rac.open(path) as f:
+            about = {e.name: e.method for archive in f.archives for e in archive.index.entries}
+        assert "32 tensors quantised" in capsys.readouterr().out  # 8 of attention, 24 of experts
+        assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in about
+        with torch.no_grad():
+            error = rac.load_model(path, dtype="float32")(ids).logits - wanted
+        errors[name] = float(error.square().mean() / wanted.square().mean())
+    assert errors["gptq"] < errors["rtn"] < 0.5
+
+
+def test_recipes_know_names_that_files_have(tmp_path, capsys):
+    """`query_key_value` of the files is three layers of the module."""
+    torch.manual_seed(0)
+    words = models.tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(words), "first_k_dense_replace": 2}
+    config = transformers.AutoConfig.for_model("sarvam_moe", **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    words.save_pretrained(tmp_path / "hf")
+    assert pack(tmp_path, tmp_path / "m.rac", "--recipe", "rtn", "--group", "16") == 0
+    given, found = rac.load_file(tmp_path / "m.rac"), transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert {name for name in given if "query_key_value" in name} and len(given) > 10
+    loaded = rac.load_model(tmp_path / "m.rac", dtype="float32")
+    w, v = (m.get_submodule("model.layers.0.self_attn.k_proj").weight.detach().float() for m in (found, loaded))
+    assert 0 < float((w - v).norm() / w.norm()) < 0.2

@@ -158,6 +158,18 @@ class Collector:
             entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())
             entry["sensitivity"] = folder.put(f"sensitivity-{tag}-{i:03}.npy", squares / self._rows[name])
 
+    def of_experts(self, whole: str) -> list[NDArray[np.float32]]:
+        """Second moments (in, in), in any unit, of the inputs of each expert of a parameter, without gradients.
+
+        That of an expert that saw few tokens goes towards that of all (`rac.calibrate.experts.settled`).
+        """
+        every = [f"{whole}[{e}]" for e in range(self._fused[whole])]
+        sums = {name: self.second[name] for name in (whole, *every) if name in self.second}
+        rows = [self._rows.get(name, 0) for name in every]
+        weights = {name: float(self._rows[name]) for name in sums}
+        found = {name: second for name, second, _ in calibration_experts.settled(whole, rows, sums, weights, {})}
+        return [found[name] for name in every]
+
     def _save_experts(self, folder: Folder, tag: str, tokens: int) -> None:
         """Write the means of experts' matrices, which leave the sums, and of each fused parameter as a whole."""
         for i, (whole, count) in enumerate(self._fused.items()):

@@ -23,7 +23,8 @@ from rac.calibrate.text import Note
 from rac.encode.options import silent
 from rac.errors import RacError, UnsupportedError
 from rac.methods import gptq
-from rac.models.linears import frozen, inside_blocks
+from rac.methods.matrices import joined, of_blocks, weights
+from rac.models.linears import frozen
 from rac.stages.groups import Grouped, values
 
 ROWS = 2048
@@ -59,21 +60,22 @@ def quantise_gptq(
     same input. `note` is called with "gptq", blocks done, and all of them. Returns names of weights to what is stored,
     in the order of the model.
 
-    UnsupportedError where the model is no chain of blocks, or a block has other weights than those of linear layers
-    (out, in). Errors of `gptq` name the layer.
+    Fused experts have a Hessian each, drawn towards that of all, and are rounded together. UnsupportedError where the
+    model is no chain of blocks, or weights are stored (in, out). Errors of `gptq` name the layer.
     """
     import torch
 
     tell = note or silent
-    every = list(_linears(model))
+    every = of_blocks(model)
     found: dict[str, Grouped] = {}
     with _chain(model, ids) as chain, torch.no_grad():
-        if outside := set(every) - {name for layers in chain.inside for name in layers}:
+        inside = [{name: layers[name] for name in layers if name in every} for layers in chain.inside]
+        if outside := set(every) - {name for layers in inside for name in layers}:
             raise UnsupportedError("lies outside the chain of blocks", unit=repr(min(outside)))
         tokens = torch.from_numpy(ids)
         batch = chain.batch(tokens[: max(1, ROWS // ids.shape[1])])
         hidden = torch.cat([chain.start(part) for part in tokens.split(batch)])
-        for i, layers in enumerate(chain.inside):
+        for i, layers in enumerate(inside):
             for names in _sets(chain, i, layers, hidden[:1], sequential):
                 seeing = Collector({name: layers[name] for name in names}, outputs=False)
                 with seeing as seen, layers[names[-1]].register_forward_hook(_end):
@@ -81,13 +83,12 @@ def quantise_gptq(
                         with contextlib.suppress(_End):
                             chain.run(i, part)
                 for name in names:
-                    hessian = seen.second[seen.key[name]]
-                    rounded = partial(gptq.gptq, hessian=hessian, bits=bits, group=group, **how)
-                    found[f"{name}.weight"] = _put(name, layers[name], rounded)
+                    rounded = partial(gptq.gptq, bits=bits, group=group, **how)
+                    found |= _put(name, layers[name], rounded, seen)
             for part in hidden.split(batch):
                 part.copy_(chain.run(i, part))
             tell("gptq", i + 1, len(chain.blocks))
-    return {f"{name}.weight": found[f"{name}.weight"] for name in every}
+    return {key: found[key] for name, module in every.items() for key in weights(name, module)}
 
 
 def quantise_rtn(
@@ -98,42 +99,35 @@ def quantise_rtn(
     Arguments, result and errors are those of `quantise_gptq`; `how` goes to `rtn`. The blocks need be no chain.
     """
     tell = note or silent
-    layers = _linears(model)
-    found = {}
+    layers = of_blocks(model)
+    found: dict[str, Grouped] = {}
     for i, (name, layer) in enumerate(layers.items(), 1):
-        found[f"{name}.weight"] = _put(name, layer, partial(gptq.rtn, bits=bits, group=group, **how))
+        found |= _put(name, layer, partial(gptq.rtn, bits=bits, group=group, **how))
         tell("rounding to nearest", i, len(layers))
     return found
 
 
-def _linears(model: Any) -> dict[str, Any]:
-    """Names to the linear layers of the blocks; UnsupportedError where they are not all that has matrices there."""
-    from torch import nn
-
-    found: dict[str, Any] = {}
-    for name, module in inside_blocks(model):
-        if type(module) is nn.Linear:
-            found[name] = module
-        elif wide := [p for p in module.parameters(recurse=False) if p.ndim > 1]:
-            what = f"weights {list(wide[0].shape)} of a {type(module).__name__} are not (out, in)"
-            raise UnsupportedError(f"{what}; the aligned recipe takes them", unit=repr(name))
-    if not found:
-        raise UnsupportedError(f"{type(model).__name__} has no blocks of linear layers")
-    if any(str(layer.weight.dtype) != "torch.float32" for layer in found.values()):
-        raise UnsupportedError("a model in float32 is needed")
-    return found
-
-
-def _put(name: str, layer: Any, rounded: Callable[[NDArray[np.float32]], Grouped]) -> Grouped:
-    """Quantise a layer, and give it the numbers."""
+def _put(name: str, layer: Any, rounded: Callable[..., Grouped], seen: Collector | None = None) -> dict[str, Grouped]:
+    """Quantise the matrices of a module by the inputs that were `seen`, if any, and give it the numbers."""
     import torch
 
-    try:
-        found = rounded(layer.weight.detach().numpy())
-    except RacError as e:
-        e.unit = e.unit or repr(name)
-        raise
-    layer.weight.data.copy_(torch.from_numpy(values(found)))
+    found = {}
+    for key, matrices in weights(name, layer).items():
+        if seen is None:
+            hessians: list[Any] = [None] * len(matrices)
+        elif len(matrices) == 1:
+            hessians = [seen.second[seen.key[name]]]
+        else:
+            hessians = seen.of_experts(key)
+        parts = []
+        for w, hessian in zip(matrices, hessians, strict=True):
+            try:
+                parts.append(rounded(w.numpy(), **({} if hessian is None else {"hessian": hessian})))
+            except RacError as e:
+                e.unit = e.unit or repr(name)
+                raise
+            w.copy_(torch.from_numpy(values(parts[-1])))
+        found[key] = joined(parts)
     return found
 
 
@@ -171,8 +165,11 @@ def _sets(chain: Chain, i: int, layers: Mapping[str, Any], hidden: Any, sequenti
         seen = stack.enter_context(Collector(layers, outputs=False))
         chain.run(i, hidden)
     if missing := layers.keys() - order:
-        raise UnsupportedError("does not run on the calibration text", unit=repr(min(missing)))
+        raise UnsupportedError(
+            "does not run on the calibration text, or its weight is read without it; --recipe rtn rounds it",
+            unit=repr(min(missing)),
+        )
     sets: dict[str, list[str]] = {}
     for name in order:
-        sets.setdefault(seen.key[name] if sequential else "", []).append(name)
+        sets.setdefault(seen.key.get(name, name) if sequential else "", []).append(name)
     return list(sets.values())

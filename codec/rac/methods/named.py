@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from rac.errors import OutputError, SourceError
 from rac.methods import transforms
 from rac.methods.grouped import pack_grouped
 from rac.methods.layerwise import calibration_ids, quantise_gptq, quantise_rtn
+from rac.methods.matrices import Files
 from rac.methods.rotations import Rotations, Simulated, attached, fuse, kurtail, spinquant
 from rac.methods.smoothquant import smoothquant
 from rac.models.predictions import quiet
@@ -114,9 +116,14 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
     tell("loading", 0, 1)
     import transformers
 
+    from rac.calibrate.experts import Stored  # needs torch
+
     source = open_source(path, dequantise=True)
+    given = Given.of(path, source.every) if source.dequantised else None
     with quiet(transformers):
-        _, model, _ = load_original(Given.of(path, source.every) if source.dequantised else path)
+        _, model, _ = load_original(given or path)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # one expert after the other, so that its inputs can be seen
     if method.text is None:  # some tokens to compare the transformed model on
         words = model.get_input_embeddings().num_embeddings
         ids = np.random.default_rng(0).integers(0, words, (1, CHECKED))
@@ -127,10 +134,13 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
     run = _Run(method, ids, tell, known)
     about = {"recipe": method.name, "bits": method.bits, "group": method.group or "row", "symmetric": method.symmetric}
     change, by_gptq = METHODS[method.name]
+    files = Files.of(model, Stored(given.parts if given else Path(path))) if change is None else None
     p = None if change is None else _transformed(run, model, change)
     exact = by_gptq and method.text is not None
     rounded = partial(quantise_gptq, model, ids) if exact else partial(quantise_rtn, model)
     matrices = rounded(method.bits, method.group, symmetric=method.symmetric, note=tell)
+    if files is not None:
+        matrices = files.apply(matrices)
     if p is not None:
         source = transforms.source(p, path, method.dtype)
         about |= p.about
