@@ -72,7 +72,7 @@ def _rows(g: Grouped, start: int, stop: int) -> Grouped:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Of which rows of a model's parameters the tensors in its files are made."""
+    """Tensors in the files of a model, and the rows of its parameters that each is made of."""
 
     pieces: Mapping[str, Sequence[Piece]]
 
