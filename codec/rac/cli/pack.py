@@ -516,8 +516,9 @@ def _named(args: argparse.Namespace) -> int:
         if getattr(args, name) != usual:
             raise ValueError(f"--recipe {args.recipe} does not take --{name.replace('_', '-')}")
     bits = 4 if args.bits is None else args.bits
-    if bits != int(bits) or not 2 <= bits <= 8:
+    if not 2 <= bits <= 8 or bits != int(bits):
         raise ValueError(f"--recipe {args.recipe} takes whole --bits from 2 to 8, not {bits:g}")
+    _ready(args)
     texts = [t for t in args.calibrate or () if t != "none"]
     if len(texts) > 1:
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")

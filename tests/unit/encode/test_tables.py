@@ -27,6 +27,8 @@ TABLES = (
     "token_embd.weight",
     "output.weight",
     "head.weight",
+    "lm_head.decoder.weight",
+    "cls.predictions.decoder.weight",
     "extra.safetensors::model.embed_tokens.weight",
     "embed",
 )
@@ -74,7 +76,7 @@ def gaussian(*shape, seed=0):
 
 def model(vocabulary):
     return {
-        "cls.predictions.decoder.weight": gaussian(vocabulary, 64),
+        "cls.classes.weight": gaussian(vocabulary, 64),
         "layer.0.weight": gaussian(256, 64, seed=1),
         "layer.1.weight": gaussian(256, 64, seed=2),
     }
@@ -83,10 +85,10 @@ def model(vocabulary):
 @pytest.mark.parametrize(
     ("config", "lossless"),
     [
-        ({"vocab_size": 300, "hidden_size": 64}, {"cls.predictions.decoder.weight"}),
+        ({"vocab_size": 300, "hidden_size": 64}, {"cls.classes.weight"}),
         (
             {"text_config": {"vocab_size": 300}, "vision_config": {"hidden_size": 64}},
-            {"cls.predictions.decoder.weight"},
+            {"cls.classes.weight"},
         ),
         ({"vocab_size": 300, "intermediate_size": 300}, set()),  # says nothing
         ({"vocab_size": True, "hidden_size": 64}, set()),

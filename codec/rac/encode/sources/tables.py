@@ -14,7 +14,8 @@ NAMED = ("*embed*", "*embd*", "*wte*", "*wpe*", "shared", "*lm_head*")
 """What a module is called that is a table."""
 LAYERS = ("*proj*", "*patch*", "*time*", "*mapping*", "*_embedder")
 """What a module is called whose name says embedding too, and that is a linear layer or a convolution."""
-WHOLE = ("head.weight", "output.weight", "shared.weight")  # tables by all of their name
+WHOLE = ("head.weight", "output.weight", "*lm_head.decoder.weight", "*predictions.decoder.weight")
+"""Tables by all of their name."""
 MANY = 4  # matrices with as many rows as there are tokens, of one model, beyond which that is a coincidence
 LARGEST = 1 << 20  # bytes of a configuration that is read
 
@@ -25,7 +26,9 @@ def by_name(name: str, shape: Sequence[int]) -> bool:
     words = [word for word in name.split(".") if not word.isdecimal()] or [name]
     last = words[-2] if words[-1] == "weight" and len(words) > 1 else words[-1]
     named = any(fnmatchcase(last, p) for p in NAMED) and not any(fnmatchcase(last, p) for p in LAYERS)
-    return name in WHOLE or (named and (len(shape) <= 2 or (len(shape) == 3 and shape[0] == 1)))
+    return any(fnmatchcase(name, p) for p in WHOLE) or (
+        named and (len(shape) <= 2 or (len(shape) == 3 and shape[0] == 1))
+    )
 
 
 def is_table(t: SourceTensor) -> bool:
