@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from rac.encode.allocate.made import matched
 from rac.encode.sources import open_source
 
 
-def made(kind: str, folder: str) -> tuple[Any, dict[str, Any]] | None:
+def made(kind: str, folder: str | Path) -> tuple[Any, dict[str, Any]] | None:
     """The model of a kind, as it loads from `folder`, and a batch; None where it cannot be made or run here."""
     try:
         model: Any = arch_matrix.model_of(kind)
@@ -44,7 +45,7 @@ def made(kind: str, folder: str) -> tuple[Any, dict[str, Any]] | None:
     return model, batch
 
 
-def reached(model: Any, batch: dict[str, Any], folder: str) -> str:
+def reached(model: Any, batch: dict[str, Any], folder: str | Path) -> str:
     """What a calibration of the model leaves to be said; empty where it is whole."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Folders of tiny models that read pictures and sounds, with their processors, and a pipeline of diffusers."""
+"""Folders of tiny models that read pictures and sounds, with their processors."""
 
 from __future__ import annotations
 
@@ -76,51 +76,3 @@ def write_wav(path: Path, x: np.ndarray, rate: int, width: int = 2) -> None:
         f.setsampwidth(width)
         f.setframerate(rate)
         f.writeframes(np.ascontiguousarray(data).tobytes())
-
-
-def pipeline(folder: Path) -> None:
-    """Save a tiny StableDiffusionPipeline."""
-    import diffusers
-
-    torch.manual_seed(0)
-    letters = [chr(i) for i in range(97, 123)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
-    read = transformers.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=16)
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=128,
-        intermediate_size=160,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    width = {"block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1}
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        **width,
-    )
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        sample_size=16,
-        **width,
-    )
-    pipe = diffusers.StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=read,
-        unet=unet,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder)

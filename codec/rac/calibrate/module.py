@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,9 @@ def floats(out: Any) -> Iterator[Any]:
     elif isinstance(out, list | tuple):
         for value in out:
             yield from floats(value)
+    elif is_dataclass(out):
+        for each in fields(out):
+            yield from floats(getattr(out, each.name))
 
 
 def projected(generator: Any) -> Loss:

@@ -69,7 +69,8 @@ def components(path: str, inputs: Inputs, note: Note) -> list[Layers]:
     modules = {name: m for name, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     calls = {name: _Calls(m) for name, m in modules.items()}
     try:
-        _run(pipe, inputs.items[:PROMPTS], calls, note)
+        with _quiet():
+            _run(pipe, inputs.items[:PROMPTS], calls, note)
     except _WRONG as e:
         what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         why = f"{type(pipe).__name__} does not run on prompts alone ({what}); rac.calibrate(pipe.unet, batches) and"

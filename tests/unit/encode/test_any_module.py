@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -15,14 +16,17 @@ transformers = pytest.importorskip("transformers")
 from torch import nn  # noqa: E402
 
 import calibrate_bar  # noqa: E402
+import module_matrix  # noqa: E402
 import rac  # noqa: E402
 from rac.calibrate import sums  # noqa: E402
 from rac.calibrate.file import load  # noqa: E402
+from rac.calibrate.layers import calibrate  # noqa: E402
 from rac.cli import main  # noqa: E402
 from rac.encode import ties  # noqa: E402
 from rac.encode.allocate.made import matched  # noqa: E402
 from rac.encode.sources import from_arrays  # noqa: E402
-from rac.errors import OutputError, SourceError  # noqa: E402
+from rac.errors import MissingDependencyError, OutputError, SourceError  # noqa: E402
+from support.models import write  # noqa: E402
 
 
 def seeded(*shape, seed=0):
@@ -298,6 +302,35 @@ def test_a_calibration_of_another_model_is_refused(tmp_path):
     assert [*matched(groups(nn.ModuleDict({"a": ours})), renamed)] == ["a.weight"]  # the caller says so
     with pytest.raises(SourceError, match="has 128 rows there, 192 here"):
         matched(groups(nn.ModuleDict({"a": nn.Linear(128, 192)})), renamed)
+
+
+def test_what_a_text_shows_is_what_its_batches_show(tmp_path):
+    """Second moments as block by block, but for a factor: a mean over tokens there, a sum over a batch here."""
+    write("llama", tmp_path, torch.float32)
+    ids = np.random.default_rng(0).integers(0, 250, 96)
+    text = calibrate(tmp_path, ids, tokens=96, context=32, fisher=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    batches = [{"input_ids": torch.from_numpy(row)[None]} for row in ids.reshape(3, 32)]
+    found = rac.calibrate(model, batches, loss=None)
+    assert {n.removeprefix("model.") for n in found} == {n.removeprefix("model.") for n in text}
+    for name, layer in text.items():
+        close(found[name].second / 32, layer.second)
+    labels = rac.calibrate(model, batches, loss="labels")
+    assert all(layer.sensitivity is not None for layer in labels.values())
+    assert "lm_head.weight" not in labels and "model.embed_tokens.weight" not in labels
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "t5", "segformer"])
+def test_architectures(kind, tmp_path):
+    """All of them: `python tools/module_matrix.py`."""
+    assert module_matrix.reached(*module_matrix.made(kind, tmp_path), tmp_path) == ""
+
+
+def test_without_torch(monkeypatch):
+    monkeypatch.delitem(sys.modules, "rac.calibrate.module")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingDependencyError, match=r"rac-codec\[calibrate\]"):
+        rac.calibrate(None, [])
 
 
 def test_the_command(tmp_path, capsys):

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+import calibrate_bar  # noqa: E402
 import rac  # noqa: E402
 from rac.calibrate import inputs as calibration_inputs  # noqa: E402
 from rac.calibrate.inputs import calibrate, inputs_of  # noqa: E402
@@ -153,7 +154,7 @@ def test_what_holds_nothing_of_use(given, tmp_path):
 def test_a_pipeline_on_prompts(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setattr("rac.calibrate.pipeline.STEPS", 2)
-    media.pipeline(tmp_path / "sd")
+    calibrate_bar.pipeline(calibrate_bar.SMALL, tmp_path / "sd")
     (tmp_path / "prompts.txt").write_text("a cat\n\na house by the sea\n")
     given = inputs_of(tmp_path / "sd", str(tmp_path / "prompts.txt"))
     assert given.items == ("a cat", "a house by the sea")
@@ -171,7 +172,7 @@ def test_a_pipeline_on_prompts(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_a_pipeline_that_takes_more_than_prompts(tmp_path):
     pytest.importorskip("diffusers")
-    media.pipeline(tmp_path)
+    calibrate_bar.pipeline(calibrate_bar.SMALL, tmp_path)
     index = tmp_path / "model_index.json"
     (tmp_path / "prompts.txt").write_text("a cat")
     given = inputs_of(tmp_path, str(tmp_path / "prompts.txt"))
