@@ -126,9 +126,10 @@ def verify(args: argparse.Namespace) -> int:
         how = {"pickles": args.allow_pickle_weights, "hub": args.hub}
         seen = rac.verify(args.src, args.against, progress=progress, **how)
     seconds = time.monotonic() - start
-    equal = f", equal to {args.against}" if args.against else ""
+    source = f"what the codes of {args.against} stand for" if seen.dequantised else args.against
+    equal = f", equal to {source}" if args.against else ""
     if seen.lossy:
-        snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {args.against}"
+        snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {source}"
         rest = f", the others{equal[1:]}" if args.against and seen.lossy < seen.tensors else ""
         equal = f", lossy: {seen.lossy} tensors quantised{snr}{rest}"
     if seen.files:

@@ -53,6 +53,8 @@ class Verified:
     """Repository and commit of the Hub whose files these were compared with."""
     others: tuple[str, ...] = ()
     """Files of the Hub that were not compared: not packed, or their tensors quantised."""
+    dequantised: tuple[str, ...] = ()
+    """What the weights of the source are stored as, where the tensors were compared with what these stand for."""
 
 
 @dataclass
@@ -229,4 +231,5 @@ def verify(
     if seen.source is not None:
         seen.compare(seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
-    return Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr, *files)
+    found = Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr, *files)
+    return replace(found, dequantised=seen.source.dequantised if seen.source else ())

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from rac.decode.archive import RacFile
 from rac.errors import OutputError, RacError, UnsupportedError
 from rac.models.predictions import quiet
+from rac.runtime import quantised
 from rac.runtime.model import State, model_class, write_attachments
 from rac.runtime.quantizer import METHOD, RacConfig
 
@@ -131,6 +132,8 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) 
     write_attachments(f, folder)
     config, cls = model_class(folder, file, trust)
     state = State(f)
+    with state.blamed(file):
+        quantised.settle(state.lazy, config, folder, "compressed", None)
     heads = state.hold(cls, config, file)
     files: list[list[str]] = [[]]
     size = 0

@@ -209,6 +209,8 @@ def test_lossless_and_lossy(scheme, made, tmp_path, capsys):
         == 0
     )
     assert "tensors read as BF16; stored were" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "m.rac"), "--against", str(folder)]) == 0
+    assert f"dB from what the codes of {folder} stand for" in capsys.readouterr().out
     found = rac.verify(tmp_path / "m.rac", folder)
     assert found.lossy == 10
     assert found.snr > 10

@@ -15,6 +15,7 @@ import rac  # noqa: E402
 from rac.encode.sources import open_source  # noqa: E402
 from rac.errors import UnsupportedError  # noqa: E402
 from rac.frameworks import to_framework  # noqa: E402
+from rac.runtime.folder import write_folder  # noqa: E402
 from support import models  # noqa: E402
 
 
@@ -46,6 +47,9 @@ def test_numbers_where_transformers_cannot(scheme, why, plain, tmp_path):
         assert torch.equal(model.get_parameter(t.name), to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "pt"))
     with pytest.raises(UnsupportedError, match="load it dense, or pack its source to --bits"):
         rac.load_model(tmp_path / "m.rac", resident="compressed")
+    with pytest.raises(UnsupportedError, match="load it dense, or pack its source to --bits"):
+        write_folder(tmp_path / "m.rac", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_method_that_nobody_knows_is_refused(plain, tmp_path):
