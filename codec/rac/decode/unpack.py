@@ -30,9 +30,9 @@ from rac.tensor import extra_of
 
 Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
-LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax")
+LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax", "dcp")
 """Kinds of sources that are files of other libraries."""
-CHECKED = ("npz", "torch", "hf")
+CHECKED = ("npz", "torch", "hf", "dcp")
 """Those that are zip files, or of which the frames are."""
 
 

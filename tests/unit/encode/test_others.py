@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import tracemalloc
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -336,6 +338,24 @@ def test_hostile_files(case, tmp_path, capsys):
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("name", [n for n in SAVE if n != "m.bin"])
+def test_damage_ends_in_one_error(name, tmp_path):
+    """Some bytes changed, near either end, where what describes the tensors is."""
+    SAVE[name](tmp_path / name)
+    good, rng, refused = (tmp_path / name).read_bytes(), np.random.default_rng(1), 0
+    for _ in range(40):
+        raw = bytearray(good)
+        for at in rng.integers(-1000, 1000, 3):
+            raw[at] = rng.integers(0, 256)
+        (tmp_path / name).write_bytes(raw)
+        try:
+            for t in open_source(tmp_path / name, pickles=True).tensors:
+                t.read(0, t.nbytes)
+        except rac.RacError:
+            refused += 1
+    assert refused
+
+
 def test_onnx_data_that_lead_out_of_the_folder(tmp_path):
     onnx = pytest.importorskip("onnx")
     (tmp_path / "secret").write_bytes(b"\0" * 8000)
@@ -384,16 +404,136 @@ def test_datasets_that_are_elsewhere_or_nowhere(tmp_path):
     assert [t.name for t in open_source(path).tensors] == ["v"]
 
 
-def test_checkpoints_that_cannot_be_read_say_what_to_do(tmp_path):
-    (tmp_path / "dcp").mkdir()
-    for name in (".metadata", "__0_0.distcp"):
-        (tmp_path / "dcp" / name).write_bytes(b"\x80\4.")
-    with pytest.raises(rac.SourceError, match="dcp_to_torch"):
-        open_source(tmp_path / "dcp")
-    (tmp_path / "orbax").mkdir()
-    (tmp_path / "orbax" / "manifest.ocdbt").touch()
+def test_orbax_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "manifest.ocdbt").touch()
     with pytest.raises(rac.SourceError, match="Orbax"):
-        open_source(tmp_path / "orbax")
+        open_source(tmp_path)
+
+
+# --- torch.distributed.checkpoint -----------------------------------------------------------------
+
+
+def checkpoint(folder, tensors):
+    """A checkpoint of (name, shape, chunks) in which a chunk is (file, beginning, tensor)."""
+    torch = pytest.importorskip("torch")
+    filesystem = pytest.importorskip("torch.distributed.checkpoint.filesystem")
+    meta = pytest.importorskip("torch.distributed.checkpoint.metadata")
+    folder.mkdir(exist_ok=True)
+    stated, stored = {"step": meta.BytesStorageMetadata()}, {}
+    for name, shape, chunks in tensors:
+        parts = []
+        for file, begin, t in chunks:
+            out = io.BytesIO()
+            torch.save(t, out)
+            path = folder / file
+            at = path.stat().st_size if path.exists() else 0
+            with path.open("ab") as f:
+                f.write(out.getvalue())
+            begin, size = torch.Size(begin), torch.Size(t.shape)
+            parts.append(meta.ChunkStorageMetadata(begin, size))
+            place = filesystem._StorageInfo(file, at, len(out.getvalue()))
+            stored[meta.MetadataIndex(name, begin, 0)] = place
+        properties = meta.TensorProperties(dtype=chunks[0][2].dtype)
+        stated[name] = meta.TensorStorageMetadata(properties, torch.Size(shape), parts)
+    (folder / ".metadata").write_bytes(pickle.dumps(meta.Metadata(stated, None, stored)))
+
+
+def test_a_checkpoint_of_one_process_comes_back(tmp_path):
+    torch = pytest.importorskip("torch")
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    folder, out = tmp_path / "ckpt", tmp_path / "out"
+    w = torch.from_numpy(W)
+    state = {"model": {"w": w, "bf": w.bfloat16(), "scalar": torch.tensor(3)}, "step": 5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(state, checkpoint_id=folder)
+    with pytest.raises(rac.SourceError, match="--allow-pickle-weights"):
+        open_source(folder)
+    assert rac.pack(folder, tmp_path / "m.rac", pickles=True).lost == ""
+    rac.verify(tmp_path / "m.rac", folder, pickles=True)
+    got = rac.load_file(tmp_path / "m.rac")
+    assert (got["model.w"] == W).all() and got["model.scalar"] == 3
+    assert (got["model.bf"] == W.astype(ml_dtypes.bfloat16)).all()
+    rac.unpack(tmp_path / "m.rac", out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_sharded_checkpoint_is_joined(tmp_path):
+    torch = pytest.importorskip("torch")
+    w = torch.from_numpy(np.tile(W, (1, 2)))
+    halves = [("__1_0.distcp", (90, 0), w[90:].clone()), ("__0_0.distcp", (0, 0), w[:90].clone())]
+    checkpoint(tmp_path / "c", [("w", w.shape, halves), ("b", (200,), [("__0_0.distcp", (0,), torch.from_numpy(B))])])
+    done = rac.pack(tmp_path / "c", tmp_path / "m.rac", pickles=True)
+    assert "sharded" in done.lost
+    got = rac.load_file(tmp_path / "m.rac")
+    assert (got["w"] == w.numpy()).all() and (got["b"] == B).all()
+    (t,) = (t for t in open_source(tmp_path / "c", pickles=True).tensors if t.name == "w")
+    raw = w.numpy().tobytes()
+    for a, b in ((0, 10), (93_000, 94_000), (93_600, 93_600), (5, t.nbytes)):
+        assert t.read(a, b).tobytes() == raw[a:b]
+
+
+def test_checkpoints_that_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    w = torch.from_numpy(W)
+    cases = {
+        "sharded along more": [("w", w.shape, [("f", (0, 0), w[:, :60].clone()), ("f", (0, 60), w[:, 60:].clone())])],
+        "are missing": [("w", w.shape, [("f", (0, 0), w[:60].clone())])],
+        "in C order": [("w", (130, 200), [("f", (0, 0), w.t())])],
+        "does not store": [("w", (3,), [("f", (0,), torch.zeros(3, dtype=torch.complex128))])],
+    }
+    for i, (match, tensors) in enumerate(cases.items()):
+        checkpoint(tmp_path / f"{i}", tensors)
+        (tmp_path / f"{i}" / "x.distcp").touch()
+        with pytest.raises(rac.SourceError, match=match):
+            open_source(tmp_path / f"{i}", pickles=True)
+    (tmp_path / "1" / "f").unlink()
+    with pytest.raises(rac.SourceError, match="'f' is missing"):
+        open_source(tmp_path / "1", pickles=True)
+    checkpoint(tmp_path / "out", [("w", w.shape, [("f", (0, 0), w)])])
+    table = tmp_path / "out" / ".metadata"
+    (tmp_path / "out" / "x.distcp").touch()
+    good = table.read_bytes()
+    for name in (b"\x04../f", b"\x02..", b"\x02/f"):
+        table.write_bytes(good.replace(b"\x8c\x01f", b"\x8c" + name))
+        with pytest.raises(rac.SourceError, match="in no file|damaged"):
+            open_source(tmp_path / "out", pickles=True)
+
+
+def test_a_hostile_table_is_data(tmp_path):
+    """It runs nothing, and does not grow; whatever it is, the end is one SourceError."""
+    ran = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    (tmp_path / "x.distcp").touch()
+    table = tmp_path / ".metadata"
+    twice = b"\x80\x04)\x94" + b"h\x00h\x00\x86q\x00" * 64 + b"\x86."  # a tuple of a tuple ... of two each
+    good = pickle.dumps({"state_dict_metadata": {"w": Evil()}})
+    for data in (
+        pickle.dumps(Evil()),
+        good,
+        twice,
+        twice[:-2] + b"h\x00\x93.",
+        b"",
+        b".",
+        b"\x80\x04",
+        b"(" * 99 + b".",
+    ):
+        table.write_bytes(data)
+        with pytest.raises(rac.SourceError):
+            open_source(tmp_path, pickles=True)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        raw = bytearray(good)
+        for i in rng.integers(0, len(raw), 3):
+            raw[i] = rng.integers(0, 256)
+        table.write_bytes(raw)
+        with pytest.raises(rac.SourceError):
+            open_source(tmp_path, pickles=True)
+    assert not ran.exists()
 
 
 def test_frames_that_do_not_fit(tmp_path):

@@ -136,7 +136,8 @@ def _found(path: str, where: str, all_files: bool, pickles: bool) -> Source:
         return hub.read(address, all_files)
     if not os.path.isdir(where):
         return _file(where, pickles)
-    others.refuse_folder(where)
+    if found := others.of_folder(where, pickles):
+        return found
     source = hf.read(where, all_files, pickles)
     if "/snapshots/" in where.replace(os.sep, "/"):
         from rac.encode.sources import hub

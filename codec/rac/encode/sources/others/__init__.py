@@ -10,11 +10,6 @@ from rac.errors import SourceError
 _ZIP = b"PK\3\4"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt", "ocdbt.process_0")
-DCP = (
-    "a checkpoint of torch.distributed, whose .metadata is a pickle that only a full unpickler reads: make a file of "
-    "it with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR model.pt`, and pack that with "
-    "--allow-pickle-weights"
-)
 ORBAX = (
     "a checkpoint of Orbax, which needs JAX to be read: restore it, and save its arrays with numpy.savez or safetensors"
 )
@@ -50,12 +45,15 @@ def of_file(path: str, magic: bytes, pickles: bool) -> Source | None:
     return None
 
 
-def refuse_folder(path: str) -> None:
-    """SourceError for folders of checkpoints that cannot be read, which says what to do."""
+def of_folder(path: str, pickles: bool) -> Source | None:
+    """A checkpoint that is a folder; None where it is none. SourceError for those that cannot be read."""
     names = set(os.listdir(path))
     if any(n.endswith(".safetensors") for n in names):
-        return
+        return None
     if ".metadata" in names and any(n.endswith(".distcp") for n in names):
-        raise SourceError(DCP, file=path)
+        from rac.encode.sources.others import dcp
+
+        return dcp.read(path, pickles)
     if names & set(_ORBAX):
         raise SourceError(ORBAX, file=path)
+    return None

@@ -45,8 +45,8 @@ def read(path: str) -> Source:
     try:
         with h5py.File(path, "r") as h5:
             h5.visititems(visit)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as e:
-        if isinstance(e, SourceError):
-            raise
+    except SourceError:
+        raise
+    except Exception as e:  # whatever a damaged file does to the library
         raise SourceError(f"damaged or unsupported HDF5 file: {e}", file=path) from e
     return framed.source("keras", out, [layout], left, "its datasets are stored in pieces" if pieces else "")

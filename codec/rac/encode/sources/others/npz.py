@@ -55,7 +55,9 @@ def read_npz(path: str) -> Source:
                     left.append(f"{name!r} is an array of {head[2]}")
                 else:
                     tensors.append(found)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, UnicodeDecodeError) as e:
+    except SourceError:
+        raise
+    except Exception as e:  # zipfile and zlib check little before they use it
         raise SourceError(f"damaged or unsupported .npz file: {e}", file=path) from e
     return framed.source("npz", tensors, [layout], left, _why(tensors, squeezed))
 
@@ -68,10 +70,10 @@ def _why(tensors: Sequence[SourceTensor], squeezed: bool) -> str:
     return "its arrays are in Fortran order or big-endian" if turned else ""
 
 
-def data_offset(path: str, info: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member of a zip file begin, as its local header says."""
+def data_offset(path: str, info: zipfile.ZipInfo, base: int = 0) -> int:
+    """Where the bytes of a member of a zip file, which begins at `base` of a file, begin, as its local header says."""
     with open(path, "rb") as f:
-        f.seek(info.header_offset)
+        f.seek(base + info.header_offset)
         head = f.read(_LOCAL)
     if len(head) < _LOCAL or head[:4] != b"PK\3\4":
         raise zipfile.BadZipFile(f"no local header of {info.filename!r}")
@@ -88,8 +90,10 @@ def _head(f: IO[bytes], path: str, what: str) -> tuple[tuple[int, ...], bool, np
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of headers that Python 2 wrote
             shape, fortran, dtype = readers[version](f)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, RecursionError, MemoryError) as e:
-        raise SourceError(f"damaged numpy header of {what}: {str(e).splitlines()[0]}", file=path) from e
+    except SourceError:
+        raise
+    except Exception as e:  # of a parser of Python
+        raise SourceError(f"damaged numpy header of {what}: {str(e).splitlines()[:1]}", file=path) from e
     if dtype.hasobject:
         raise SourceError(f"{what} is an object array: a pickle, which is refused", file=path)
     if any(n < 0 for n in shape) or len(shape) > 64:

@@ -47,7 +47,9 @@ def whole(kind: str, path: str, tensors: Sequence[SourceTensor], files: Sequence
 def checkpoint(path: str, name: str, allowed: bool) -> Checkpoint:
     """What a file holds, which is called `name`; SourceError where pickles are not `allowed`."""
     torch = module(path, allowed)
-    if not zipfile.is_zipfile(path):
+    with open(path, "rb") as f:
+        old = f.read(4) != b"PK\3\4"
+    if old:
         every = list(tensors(_load(torch, path, path, map_location="cpu"), path))
         others = [f"{n!r} is a tensor of {t.layout}" for n, t in every if t.layout != torch.strided]
         dense = {n: t for n, t in every if t.layout == torch.strided}
@@ -103,7 +105,9 @@ def stored(path: str) -> None:
                     raise SourceError(f"damaged checkpoint: {info.filename!r} is compressed", file=path)
                 if info.filename.endswith("/byteorder") and info.file_size < 16 and z.read(info) == b"big":
                     raise SourceError("is big-endian; load it and save it again", file=path)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
+    except SourceError:
+        raise
+    except Exception as e:  # zipfile checks little before it uses it
         raise SourceError(f"damaged checkpoint: {e}", file=path) from e
 
 
