@@ -65,6 +65,7 @@ class Named:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    @torch.compiler.disable
     def __get__(self, module: Holding | None, owner: type) -> Any:
         """The weight; the record for who moves it, and until it is loaded."""
         if module is None:
@@ -220,6 +221,7 @@ class Place:
         """All of it."""
         return self.rows(torch.arange(self.shape[0]))
 
+    @torch.compiler.disable
     def rows(self, found: torch.Tensor) -> torch.Tensor:
         """The rows, or the experts, with these indices, ascending."""
         record, kept = self.record, self.kept
@@ -344,6 +346,7 @@ def _class(base: Any, names: tuple[str, ...]) -> Any:
     if (base, names) not in _CLASSES:
         content: dict[str, Any] = {name: Named(name) for name in names}
         content |= {"_names": names, "__module__": base.__module__}
+        content["forward"] = torch.compiler.disable(base.forward)  # a graph break; decoding is no operation of torch
         _CLASSES[base, names] = type(f"Rac{base.__name__}", (Held, base), content)
     return _CLASSES[base, names]
 

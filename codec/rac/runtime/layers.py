@@ -54,6 +54,7 @@ class Compressed(Holding):
         """Shape of the weight."""
         return self.head.shape
 
+    @torch.compiler.disable
     def rows(self, found: torch.Tensor) -> torch.Tensor:
         """Rows of the weight with these indices, ascending, in the data type of the file."""
         if self.record.device.type != "cpu":
@@ -98,6 +99,7 @@ class Compressed(Holding):
         """Changes when the bytes do; None where they are not on the host."""
         return device.version(self.record) if self.record.device.type == "cpu" else None
 
+    @torch.compiler.disable
     def dense(self) -> torch.Tensor:
         """The weight as the file has it, in memory of its own, on the device of the layer.
 

@@ -11,7 +11,7 @@ import ast
 import functools
 import inspect
 import re
-import textwrap
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,14 +90,21 @@ class _Finder(ast.NodeVisitor):
 
 
 @functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module of Python by name; none where there is no source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, KeyError, SyntaxError):
+        return {}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@functools.cache
 def _of_class(cls: type) -> tuple[Read, ...]:
     """What the methods of a class, without those that it inherits, read whenever they run."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):  # no source
-        return ()
     found: list[Read] = []
-    methods = (f for f in getattr(tree.body[0], "body", ()) if isinstance(f, ast.FunctionDef))
+    body = getattr(_classes(cls.__module__).get(cls.__qualname__), "body", ())
+    methods = (f for f in body if isinstance(f, ast.FunctionDef))
     for method in (f for f in methods if not _ONCE.match(f.name)):
         finder = _Finder(f"{cls.__name__}.{method.name}")
         for statement in method.body:

@@ -232,6 +232,7 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
         hold(model.get_submodule(path), mine, workspace, dtype)
 
 
+@torch.compiler.disable
 def densify(*layers: Any, dtype: torch.dtype | None = None, folded: bool = False) -> bool:
     """Make these layers dense in their places; those that share a record share the weight. Others stay as they are.
 

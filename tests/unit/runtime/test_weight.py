@@ -17,9 +17,9 @@ from torch.nn import functional
 import arch_matrix
 import rac
 from rac.encode.pack import pack
-from rac.errors import ChecksumError
+from rac.errors import ChecksumError, RacError
+from rac.runtime import device, replace
 from rac.runtime import record as stored_record
-from rac.runtime import replace
 from rac.runtime.held import Head, Holding
 from rac.runtime.layers import Compressed, RacLinear
 from rac.runtime.reads import read_by_others
@@ -232,6 +232,40 @@ def test_experts_are_offloaded(others):
     assert model.model.layers[0].mlp.experts.record_of("down_proj").device.type == "meta"
     for _ in range(2):
         arch_matrix.same(logits(dense), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_offloaded_to_disk(others, tmp_path):
+    pytest.importorskip("accelerate")
+    dense, path = others["mixtral"]
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    where = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    model = rac.load_model(path, resident="compressed", device_map=where, offload_folder=str(tmp_path))
+    arch_matrix.same(logits(dense), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled(others):
+    dense, path = others["mixtral"]
+    model = torch.compile(compressed(path), backend="eager")  # the breaks are there whatever the backend
+    arch_matrix.same(logits(dense), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_are_decoded_where_their_records_are(others, kind, monkeypatch):
+    """Without TRITON_INTERPRET the operator decodes in C."""
+    monkeypatch.setattr(device, "_why_not", lambda name: None)
+    dense, path = others[kind]
+    want = dense.model.layers[0].mlp.experts
+    layer = compressed(path).model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        source = layer.source(name)
+        for _ in range(2):
+            found = source._on_device(source.record, torch.tensor([1, 3]))
+            assert torch.equal(found, getattr(want, name)[[1, 3]])
+        source.record[len(source.record) // 4] ^= 1
+        with pytest.raises(RacError):
+            source._on_device(source.record, torch.arange(4))
 
 
 def test_what_is_read_at_each_step_is_dense_and_said(tmp_path):
