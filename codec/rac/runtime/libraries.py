@@ -14,6 +14,7 @@ import os
 from typing import Any
 
 import transformers
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from rac.decode.archive import RacFile
@@ -45,7 +46,9 @@ def is_archive(path: Any) -> bool:
 def install() -> None:
     """Let the functions of other libraries know archives; once, however often it is called."""
     _class_method(transformers.PreTrainedModel, "from_pretrained", _model)
-    _class_method(_BaseAutoModelClass, "from_pretrained", _model_of_task)
+    for cls in (_BaseAutoModelClass, *vars(modeling_auto).values()):  # each has a copy of the method
+        if isinstance(cls, type) and issubclass(cls, _BaseAutoModelClass) and "from_pretrained" in vars(cls):
+            _class_method(cls, "from_pretrained", _model_of_task)
     _class_method(transformers.AutoTokenizer, "from_pretrained", _tokenizer)
     _class_method(transformers.PreTrainedConfig, "get_config_dict", _config)
     _function("torch.distributed.checkpoint.state_dict_loader", "_storage_setup", _storage)
