@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 CELLS = ("lossless", "dense", "compressed", "bits", "calibrated", "hf")
 TITLES = {"bits": "4 bits", "hf": "`--format hf`"}
 BEGIN, END = "<!-- python tools/arch_matrix.py --summary --write -->\n", "<!-- until here -->\n"
-PART = r"text does not reach: .*(tower|attention|pooler)"
+PART = r"text does not reach: .*(tower|attention|pooler|projector)"
 REASONS = {
     PART: "a text does not reach a part of the model, which is quantised "
     "from its weights alone, and the pack says so: ",

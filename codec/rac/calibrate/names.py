@@ -22,6 +22,7 @@ Found = list[tuple[Any, Entry]]
 EMBEDDINGS, BUFFERS = "embeddings", "buffers"
 """What no product is made with."""
 PARTS = (
+    ("projector", r"projector|connector|mm_proj|modality_projection|qformer|language_projection"),
     ("vision tower", r"vision|visual|image|patch|pixel|vit\b"),
     ("audio tower", r"audio|speech|mel_|feature_extractor"),
     ("cross attention", r"encoder_attn|cross_?attn|cross_?attention|encdecattention"),
@@ -120,7 +121,7 @@ def _counts(stored: Stored, name: str) -> bool:
 
 
 def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str) -> str:
-    """The part of the model that a tensor of its files is in: EMBEDDINGS, BUFFERS, one of PARTS, or its module."""
+    """The part of the model that a tensor of its files is in: EMBEDDINGS, BUFFERS, one of PARTS, or "other layers"."""
     key = known.get(name, (name, True))[0]
     owners = list(_owners(model, key))
     if owners and owners[-1] in _tables(model):
@@ -131,7 +132,7 @@ def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str) -> str:
         if hasattr(owner, "config") and (sees := _SEES.get(getattr(owner, "main_input_name", ""))):
             return sees
     low = f"{name} {key}".lower()
-    return next((part for part, pattern in PARTS if re.search(pattern, low)), key.rpartition(".")[0])
+    return next((part for part, pattern in PARTS if re.search(pattern, low)), "other layers")
 
 
 def _owners(model: Any, key: str) -> Iterator[Any]:

@@ -50,7 +50,8 @@ def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, not
     path, context, fisher = asked.path, asked.context, asked.fisher
     kind, config = model_class(path)
     causal = is_causal(kind, config)
-    context = positions(config.get_text_config(), context)
+    with contextlib.suppress(ValueError):  # one that has several: what runs is found by running it
+        context = positions(config.get_text_config(), context)
     if text is None and "ids.npy" not in folder:
         _own_text(kind, config, asked, context if causal else 0, folder, note)
     model = load_model(kind, asked, config, "auto")

@@ -108,7 +108,8 @@ ALARM = 10  # decibels of output signal to noise below which a layer is named
 QUALITY = "a choice of the budgets below, said when it is made: small --bits 3, good --bits 4, best --bits 5"
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
 PICKLES = "take .pt, .pth and .bin files: torch.load(weights_only=True) reads them"
-OTHERS = {"vision tower": "`--calibrate images/` does", "audio tower": "`--calibrate audio/` does"}
+OTHERS = dict.fromkeys(("vision tower", "projector"), "`--calibrate images/` does")
+OTHERS["audio tower"] = "`--calibrate audio/` does"
 ANY = "rac.calibrate does, where you run the model on inputs that use them"
 """What reaches parts of a model that a text does not."""
 LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
