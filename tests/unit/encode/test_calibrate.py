@@ -378,6 +378,19 @@ def test_the_part_that_reads_text(saved):
     assert found.missing["vision_model.encoder.layers.0.mlp.fc1.weight"] == "vision tower"
 
 
+def test_a_language_model_that_sees(saved):
+    """Names of the files are not those of the modules; the language model gets gradients as others do."""
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = transformers.LlamaConfig(**small, num_key_value_heads=2, max_position_embeddings=512, **SMALL)
+    vision = transformers.CLIPVisionConfig(**small, image_size=32, patch_size=8)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    found, said = run(saved(lambda: transformers.LlavaForConditionalGeneration(config)))
+    assert not [what for what, _, of in said if not of] and len(found) == 14
+    assert all("language_model" in name and layer.sensitivity is not None for name, layer in found.items())
+    parts = {part for name, part in found.missing.items() if "embed" not in name and "head" not in name}
+    assert parts == {"vision tower", "projector"}
+
+
 def test_cross_attention_without_an_encoder(saved):
     config = transformers.BartConfig(
         d_model=32,
