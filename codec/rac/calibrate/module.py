@@ -7,6 +7,7 @@ its length: the mean of its squared gradients is then what an error costs in squ
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -130,6 +131,8 @@ def gather(
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, a function or None, not {loss!r}")
         loss = LOSSES[loss](torch.Generator().manual_seed(SEED))
     parameters = _weights(module)
+    if away := [name for name, p in parameters.items() if p.device.type == "meta"]:
+        raise SourceError(f"weights are not there ({_some(away)}): load the module whole, without offloading")
     seen, count, failed = Sums(loss is not None), 0, None
     watch = Watch(parameters, seen)
     with frozen(module), _eager(module):
@@ -196,7 +199,7 @@ def _one(module: Any, batch: Any, forward: Callable[[Any, Any], Any], loss: Loss
 
 @contextlib.contextmanager
 def _eager(module: Any) -> Iterator[None]:
-    """Experts one after the other and attention without fused kernels, so that their products are seen."""
+    """Nothing compiled, experts one after the other, attention without fused kernels, so that products are seen."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     held = []
@@ -206,7 +209,8 @@ def _eager(module: Any) -> Iterator[None]:
             held.append((m, config._experts_implementation))
             m.set_experts_implementation("eager")
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, before in held:

@@ -203,12 +203,22 @@ def test_a_module_is_left_as_it_was():
     assert all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own modules
+def test_a_compiled_module_runs_as_it_is_written():
+    module = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    x = seeded(6, 8)
+    found = rac.calibrate(module, [x])
+    assert list(found) == ["_orig_mod.0.weight", "_orig_mod.2.weight"]
+
+
 def test_batches_that_do_not_fit_or_reach_are_said():
     module = nn.ModuleDict({"a": nn.Linear(128, 128), "b": nn.Linear(128, 128)})
     with pytest.raises(SourceError, match="no batch"):
         rac.calibrate(module, [])
     with pytest.raises(SourceError, match="does not run on batch 1: RuntimeError: mat1 and mat2"):
         rac.calibrate(module["a"], [seeded(2, 128), seeded(2, 127)])
+    with pytest.raises(SourceError, match="weights are not there .weight, bias.: load the module whole"):
+        rac.calibrate(nn.Linear(128, 128, device="meta"), [seeded(2, 128)])
     with pytest.raises(SourceError, match="reach none of the weights of ModuleDict .a.weight, b.weight"):
         rac.calibrate(module, [seeded(2, 128)], forward=lambda m, x: x)
     with pytest.warns(UserWarning, match="do not reach 1 of 2 weights: b.weight"):
@@ -277,6 +287,26 @@ def test_tensors_of_other_names_are_found_by_their_values():
     assert np.array_equal(there["x.k"].sensitivity, found["qkv.weight"].sensitivity[32:64])
     assert np.array_equal(there["x.k"].second, found["qkv.weight"].second)
     assert sorted(matched(groups(module, "unet.model."), found)) == ["unet.model.out.weight", "unet.model.qkv.weight"]
+
+
+def test_a_tensor_of_several_layers_is_made_of_them():
+    module = nn.ModuleDict({"q": nn.Linear(64, 96), "k": nn.Linear(64, 32), "far": nn.Linear(64, 64)})
+    found = rac.calibrate(module, [seeded(9, 64)], forward=lambda m, x: (m["q"](x), m["k"](x), m["far"](2 * x)))
+    w = {name: m.weight.detach() for name, m in module.items()}
+    files = {
+        "qk": torch.cat([w["q"], w["k"]]).half(),
+        "kf": torch.cat([w["k"], w["far"]]),
+        "q0": torch.cat([w["q"]] * 2),
+    }
+    there = matched(ties.find(from_arrays(files).tensors), found)
+    both = np.concatenate([found["q.weight"].sensitivity, found["k.weight"].sensitivity])
+    assert np.array_equal(there["qk"].sensitivity, both)
+    assert np.array_equal(there["qk"].second, found["q.weight"].second)
+    assert [len(e.sensitivity) for e in there["kf"].experts] == [32, 32, 32]
+    assert np.array_equal(there["kf"].experts[2].second, found["far.weight"].second)
+    assert len(there["q0"].sensitivity) == 192
+    alone = {"q": w["q"], "else": torch.cat([w["q"], seeded(32, 64)])}
+    assert [*matched(ties.find(from_arrays(alone).tensors), found)] == ["q"]
 
 
 def test_experts_of_one_parameter_are_found_one_by_one():

@@ -6,6 +6,7 @@ in one parameter), so a tensor whose name does not say it is found by its values
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -30,7 +31,7 @@ def matched(groups: Sequence[ties.Group], layers: Layers, file: str = "") -> dic
     differ: dict[str, str] = {}  # tensors of a layer's name that are others, and how they differ
     for g in groups:
         t = g.tensor
-        if t.dtype not in DTYPES or len(t.shape) < 2:
+        if t.dtype not in DTYPES or len(t.shape) < 2 or not t.nbytes:
             continue
         rows, cols = matrix(t.dtype, t.shape, axis_of(t.shape))
         look = _Look(t, rows, cols)
@@ -56,12 +57,15 @@ class _Look:
 
     def _sketch(self) -> NDArray[np.float32]:
         if self._found is None:
-            word = DTYPES[self._t.dtype]
-            size = self._cols * word.itemsize
-            read = [self._t.read(int(a) * size, (int(a) + 1) * size) for a in self._at]
-            flat = from_words(np.stack(read).view(f"<u{word.itemsize}"), self._t.dtype)
-            self._found = sketch(flat.reshape(len(self._at), 1, self._cols)) if self._cols < 64 else sketch(flat)
+            size = self._t.nbytes // self._rows
+            self._found = self._numbers([(int(a) * size, (int(a) + 1) * size) for a in self._at], len(self._at))
         return self._found
+
+    def _numbers(self, ranges: Sequence[tuple[int, int]], rows: int) -> NDArray[np.float32]:
+        """The sketch of rows that lie in ranges of the tensor's bytes."""
+        data = np.concatenate([self._t.read(a, b) for a, b in ranges])
+        values = from_words(data.view(f"<u{DTYPES[self._t.dtype].itemsize}"), self._t.dtype)
+        return sketch(values.reshape(rows, 1, self._cols))
 
     def is_whole(self, layer: Layer) -> bool:
         """Whether the layer, which has the tensor's name, is about it: by shape, and by values where it knows them."""
@@ -78,7 +82,28 @@ class _Look:
             for start in places(layer.sketch, self._at, self._sketch(), self._rows):
                 if (part := _part(layer, int(start), self._rows)) is not None and self._fits(part):
                     return part
-        return None
+        return self._below_each_other(layers)
+
+    def _below_each_other(self, layers: Mapping[str, Layer]) -> Layer | None:
+        """Layers of which the tensor's rows are made: a query, key and value in one, for example."""
+        single = [one for one in layers.values() if one.sketch is not None and not one.experts and not one.transposed]
+        zero, first = np.zeros(1, np.int64), self._sketch()[:1]
+        if not any(len(places(one.sketch[:1], zero, first, 1)) for one in single):  # type: ignore[index]
+            return None
+        whole, at = self._numbers([(0, self._t.nbytes)], self._rows), 0
+        found: list[Layer] = []
+        while at < self._rows:
+            for one in single:
+                n = len(one.sketch)  # type: ignore[arg-type]
+                rest = whole[at : at + n]
+                if len(rest) == n and len(places(one.sketch, np.arange(n), rest, n)):  # type: ignore[arg-type]
+                    break
+            else:
+                return None
+            found.append(one)
+            at += n
+        out = _stacked(found)
+        return out if self._fits(out) else None
 
     def _fits(self, layer: Layer) -> bool:
         width = self._rows // max(1, len(layer.experts)) if layer.transposed else self._cols
@@ -90,6 +115,19 @@ class _Look:
         if rows is not None and len(rows) != self._rows:
             return f"has {len(rows)} rows there, {self._rows} here"
         return "has other values there" if layer.sketch is not None else f"has {len(layer.second)} inputs there"
+
+
+def _stacked(found: Sequence[Layer]) -> Layer:
+    """The layer of matrices below each other: of one input, or as blocks of equal height that each have their own."""
+    known = all(one.sensitivity is not None for one in found)
+    second = found[0].second
+    if all(one.second is second or np.array_equal(one.second, second) for one in found[1:]):
+        outputs = np.concatenate([one.sensitivity for one in found]) if known else None  # type: ignore[misc]
+        return replace(found[0], sensitivity=outputs, finite=all(one.finite for one in found), sketch=None)
+    step = math.gcd(*(len(one.sketch) for one in found))  # type: ignore[arg-type]
+    parts = [_part(one, a, step) for one in found for a in range(0, len(one.sketch), step)]  # type: ignore[arg-type]
+    each = [part for part in parts if part is not None]
+    return Layer(found[0].moment, None, False, all(one.finite for one in found), each)
 
 
 def _part(layer: Layer, start: int, rows: int) -> Layer | None:
