@@ -112,7 +112,7 @@ def test_sources_that_are_refused(run, tmp_path, model, packed):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     for src, match in (
         ("missing", "No such file"),
-        ("note.txt", "neither a safetensors nor a GGUF"),
+        ("note.txt", "no file of weights that rac knows"),
         ("empty", "no .*safetensors"),
         ("w.bin", "pickle"),
         ("pickled", "pickle"),
