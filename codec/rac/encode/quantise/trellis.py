@@ -38,6 +38,7 @@ BLOCK = 64
 LEAST = 0.6  # deviation of a row in units below which it is coded finer than its sensitivity asks
 HARM = 0.7213475204444817  # bits that the squared error of a number is worth: of a unit squared / 4 log 2, at LAMBDA
 MANY, FULL = 4, 128  # outliers of a row or column up to which nothing is done: so many, or one number in so many
+MORE = 4  # times as many as the middle row or column has up to which nothing is done
 COARSER = 40  # quarter octaves, and one, up to which a row or column may be coarser than its errors ask for
 LOW, HIGH = -12, 40  # quarter octaves of the deviation in units for which there are rate tables
 SAMPLES = 1 << 14
@@ -217,7 +218,7 @@ def _steps(unit: Array, cols: NDArray[np.int8]) -> NDArray[np.float32]:
 def _roomy(w: NDArray[np.float32], unit: Array, scales: Scales, most: float, word: int) -> Scales:
     """Scales with coarser rows and columns where many numbers lie beyond `most` units: an outlier has 8 + `word` bytes.
 
-    Where most of the rows or columns have many, it is a fine unit that was asked for.
+    Not those that have at most MORE times as many as the middle one: where all have many, a fine unit was asked for.
     """
     lists = [scales.rows, scales.cols]
     for axis in (0, 1):  # rows, then columns
@@ -226,9 +227,11 @@ def _roomy(w: NDArray[np.float32], unit: Array, scales: Scales, most: float, wor
         high = np.maximum(w.max(1 - axis, initial=0), -w.min(1 - axis, initial=0))
         line = np.flatnonzero((own > 0) & (high > own * other.min(initial=math.inf)))  # others have no outlier
         x = np.abs(w.take(line, axis).swapaxes(0, axis)) / other / own[line][:, None]
-        many = np.count_nonzero(x > 1, 1) > max(MANY, len(other) // FULL)
+        far = np.zeros(len(own), np.int64)
+        far[line] = np.count_nonzero(x > 1, 1)
+        many = far[line] > max(MANY, len(other) // FULL, MORE * int(np.sort(far)[len(far) // 2]))
         line, x = line[many], x[many]
-        if not len(line) or 2 * len(line) > len(own):
+        if not len(line):
             continue
         steps = exact.exp2(np.arange(COARSER) / 4)
         out = np.stack([np.count_nonzero(x > F32(step), 1) for step in steps])
