@@ -21,7 +21,7 @@ from rac.calibrate.text import Note
 from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile
 from rac.decode.unpack import quantised
-from rac.dequantise import SMALLEST
+from rac.dequantise import SMALLEST, Dequantised, Logical, dtype_of, find, stated_in
 from rac.encode.align.recipe import KEEP
 from rac.encode.sources import Extent, SourceTensor, open_source
 from rac.encode.sources.tables import by_name
@@ -29,8 +29,9 @@ from rac.errors import FormatError, MismatchError, MissingDependencyError
 from rac.frameworks import to_framework
 from rac.linalg.transform import Transform, hook
 from rac.provenance import Provenance
+from rac.registry import DTYPES as REGISTERED
 from rac.registry import RECORD_TENSOR
-from rac.stages.words import DTYPES
+from rac.stages.words import DTYPES, from_words
 from rac.tensor import extra_of
 
 Floats = NDArray[np.float32]
@@ -188,19 +189,54 @@ def _opened(path: str, mapped: bool = False) -> Iterator[_File]:
 def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _File:
     size = sum(archive.access.size for archive in f.archives)
     out = _File(path, "rac", size, about=Provenance.of(f.archives[0].header, path), maps=maps)
+    stated: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
+        out.tied = stated.get("tie_word_embeddings")
+    codes, gone = _codes(f, stated, path)
     for archive in f.archives:
         for e in archive.index.entries:
             if e.type == RECORD_TENSOR:
                 extra = archive.record(e).head.get("extra", {}) if e.dtype == "U8" else {}
-                for name in e.names:
+                for name in (n for n in e.names if n not in gone):
                     size, read = e.size if name == e.name else 0, partial(_unmapped, f, name, maps)
                     out.add(name, e.dtype, e.shape, size, extra_of(extra, name), read)
     count, bits = quantised(e for archive in f.archives for e in archive.index.entries)
     out.quantised_bits = bits if count else None
-    with contextlib.suppress(ValueError):
-        stated = json.loads(f.attachment("config.json")) if "config.json" in f.attachments() else {}
-        out.tied = stated.get("tie_word_embeddings")
+    for one in codes:
+        whole = Dequantised(one.rows, dtype_of(stated), math.prod(one.shape[:-1]), one.shape[-1])
+        out.add(one.name, whole.dtype, one.shape, 0, {}, partial(_made, whole, one.shape))
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of an archive that holds what another tool has quantised."""
+
+    file: RacFile
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """All its bytes."""
+        return math.prod(self.shape) * REGISTERED[self.dtype].bits // 8
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop)."""
+        found = np.ascontiguousarray(self.file.read(self.name)[1]).reshape(-1).view(np.uint8)
+        return found[start:stop]  # type: ignore[no-any-return]
+
+
+def _codes(f: RacFile, config: dict[str, Any], path: str) -> tuple[list[Logical], set[str]]:
+    """The matrices that codes in an archive stand for, and the tensors that they take the place of."""
+    every = (e for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR)
+    return find({n: _Stored(f, n, e.dtype, e.shape) for e in every for n in e.names}, stated_in(config), path)
+
+
+def _made(whole: Dequantised, shape: tuple[int, ...]) -> Floats:
+    return from_words(whole.read(0, whole.size).view("<u2"), whole.dtype).reshape(shape)
 
 
 def _unmapped(f: RacFile, name: str, maps: dict[str, Transform] | None) -> NDArray[Any]:

@@ -399,7 +399,8 @@ def test_named_methods_and_comparisons_take_the_numbers(made, tmp_path, capsys):
         asked = ["--recipe", recipe, "--bits", "8", "--group", "32", "--calibrate", str(text), "--tokens", "256"]
         assert main(["pack", str(folder), "-o", str(out), *asked]) == 0
         assert (models.logits(rac.load_model(out)).float() - want).norm() < 0.05 * want.norm()
-    *_, row = compare(folder, [tmp_path / "rtn.rac"])
+    *_, exact, row = compare(folder, [tmp_path / "whole.rac", tmp_path / "rtn.rac"])
+    assert exact.snr is None  # no error at all
     assert row.snr > 35
 
 
