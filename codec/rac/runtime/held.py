@@ -259,7 +259,11 @@ class Place:
             return kept.residents.setdefault(part, device.Resident()).dense(mine, fetch)
 
         if kept.head.parts == 1:
-            return whole(0)[found.to(record.device)]
+            key, last = device.version(record), self.workspace.fused
+            if last is None or last[0] != key or len(kept.shape) != 3:
+                last = key, whole(0)
+            self.workspace.fused = last if len(kept.shape) == 3 else None  # experts are asked for one after the other
+            return last[1][found.to(record.device)]
         return torch.stack([torch.cat([whole(e * each + j) for j in range(each)]) for e in found.tolist()])
 
     def _spans(self, data: stored_record.Bytes) -> list[tuple[int, int]]:

@@ -170,6 +170,11 @@ def _part(func: Any, weight: Weight, args: tuple[Any, ...], kwargs: dict[str, An
     return None
 
 
+def _one_by_one(x: torch.Tensor) -> bool:
+    """Whether experts are decoded one after the other, so that one is in memory; else all at once, for one launch."""
+    return x.device.type == "cpu"
+
+
 def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A product of rows, sorted by expert, with the experts that have any, one after the other; None: another call."""
     given = {name for name, value in kwargs.items() if value is not None}
@@ -178,6 +183,11 @@ def _grouped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     (x, weight), offsets = args, kwargs["offs"]
     ends = offsets.tolist()
     spans = [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
-    out = [func(x[a:b], weight.some(torch.tensor([e])), offs=offsets.new_tensor([b - a])) for e, a, b in spans]
+    if _one_by_one(x):
+        out = [func(x[a:b], weight.some(torch.tensor([e])), offs=offsets.new_tensor([b - a])) for e, a, b in spans]
+    else:
+        found = weight.some(torch.tensor([e for e, _, _ in spans], dtype=torch.int64))
+        out = [func(x, found, offs=offsets.new_tensor([b for _, _, b in spans]))] if spans else []
+        return out[0] if out else x.new_zeros(x.shape[0], weight.shape[-1])
     left = x.shape[0] - (ends[-1] if ends else 0)  # of no expert: the kernels leave these rows as they are
     return torch.cat([*out, x.new_zeros(left, weight.shape[-1])])

@@ -73,6 +73,8 @@ class Workspace:
         """The running layer, and then those that are decoded ahead."""
         self.weights: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Weights that somebody has read and has still, by the identity of the record."""
+        self.fused: tuple[tuple[int, int], Any] | None = None
+        """The experts of one layer on a device, of a record that has them all, and the version of the record."""
         self._next: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
         self._last: weakref.ref[Any] | None = None
         self._ahead: dict[Any, Ahead] = {}
@@ -123,6 +125,7 @@ class Workspace:
             self._drop()
             if self._pool:
                 self._pool.shutdown(cancel_futures=True)
+            self.fused = None
             self._pool, self._last, self._buffer, self._ahead = None, None, np.empty(0, np.uint8), {}
 
     @contextlib.contextmanager

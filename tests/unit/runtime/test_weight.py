@@ -18,7 +18,7 @@ import arch_matrix
 import rac
 from rac.encode.pack import pack
 from rac.errors import ChecksumError, RacError
-from rac.runtime import device, replace
+from rac.runtime import device, replace, weight
 from rac.runtime import record as stored_record
 from rac.runtime.held import Head, Holding
 from rac.runtime.layers import Compressed, RacLinear
@@ -198,6 +198,17 @@ def test_experts_are_decoded_when_the_router_asks_for_them(others, kind, impleme
     dense.set_experts_implementation("grouped_mm")
 
 
+def test_experts_in_one_launch(others, monkeypatch):
+    """As on a device."""
+    dense, path = others["mixtral"]
+    model = compressed(path)
+    monkeypatch.setattr(weight, "_one_by_one", lambda x: False)
+    arch_matrix.same(logits(dense), logits(model))
+    turned = model.model.layers[0].mlp.experts.down_proj.transpose(1, 2)
+    x, nobody = torch.randn(2, 192, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int32)
+    assert functional.grouped_mm(x, turned, offs=nobody).shape == (2, 128)
+
+
 def test_experts_learn_nothing_and_pass_gradients_on(others):
     dense, path = others["mixtral"]
     found = []
@@ -263,6 +274,9 @@ def test_experts_are_decoded_where_their_records_are(others, kind, monkeypatch):
         for _ in range(2):
             found = source._on_device(source.record, torch.tensor([1, 3]))
             assert torch.equal(found, getattr(want, name)[[1, 3]])
+            kept = source.workspace.fused
+            assert (kept is None) is (kind == "mixtral")
+            assert kept is None or torch.equal(kept[1], getattr(want, name))
         source.record[len(source.record) // 4] ^= 1
         with pytest.raises(RacError):
             source._on_device(source.record, torch.arange(4))
