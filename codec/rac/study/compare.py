@@ -253,7 +253,8 @@ def _unmapped(f: RacFile, name: str, maps: dict[str, Transform] | None) -> NDArr
 def _of_source(path: str) -> _File:
     source = open_source(path)
     parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
-    out = _File(path, source.kind, sum(map(os.path.getsize, {part.path for part in parts if isinstance(part, Extent)})))
+    files = {part.path: part for part in parts if isinstance(part, Extent)}
+    out = _File(path, source.kind, sum(part.whole for part in files.values()))
     if source.kind != "gguf":  # its blocks are read as numbers below
         source = open_source(path, dequantise=True)
         out.given = Given.of(path, source.every) if source.dequantised else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import threading
 
@@ -17,6 +18,7 @@ save = pytest.importorskip("safetensors.numpy").save
 
 import rac
 from rac.cli import main
+from rac.container import hub as door
 from rac.encode.sources import hub as source
 from support.hub import serving
 
@@ -391,6 +393,18 @@ def test_large_files_in_pieces(hub, tmp_path, monkeypatch):
     hub.lies.clear()
     rac.pack(tmp_path / "out", tmp_path / "folder.rac", all_files=True)
     assert rac.verify(tmp_path / "folder.rac", against="org/both").tensors == 16
+
+
+def test_other_commands_read_repositories(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rac.pack("org/model", "lossy.rac", bits=4, calibrate="none", effort="fast")
+    assert main(["compare", "org/model", "lossy.rac"]) == 0
+    assert "lossy.rac" in capsys.readouterr().out
+    tensor = source.read(door.Address("org/model", None)).tensors[1]
+    again = pickle.loads(pickle.dumps(tensor))  # for a process that reads by itself
+    assert (again.read(0, 1000) == tensor.read(0, 1000)).all()
+    hub.add("org/packed", {"m.rac": b""})
+    refused(capsys, "pack", "org/packed", match="name the .rac file itself")
 
 
 # --- pushing ---------------------------------------------------------------------------------------

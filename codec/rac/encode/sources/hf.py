@@ -173,7 +173,8 @@ def assemble(place: Place, tree: Tree, all_files: bool = False) -> Source:
     if not files:
         if any(f.lower().endswith(PICKLES) for f in tree.files):
             raise SourceError(REFUSE_PICKLE, file=place.name)
-        other = "; name the .gguf file itself" if any(f.lower().endswith(".gguf") for f in tree.files) else ""
+        named = [kind for kind in (".gguf", ".rac") if any(f.lower().endswith(kind) for f in tree.files)]
+        other = f"; name the {named[0]} file itself" if named else ""
         raise SourceError(f"no *.safetensors file in this directory{other}", file=place.name)
     owner: dict[str, str] = {}
     tensors: list[SourceTensor] = []

@@ -53,6 +53,11 @@ class HubExtent(Extent):
     tape: HubTape
     pinned: ClassVar[bool] = True
 
+    @property
+    def whole(self) -> int:
+        """Bytes of the file, as the Hub lists them."""
+        return self.file.size
+
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop) of the range; ChangedError where they are not those that the Hub has listed."""
         out = np.empty(stop - start, np.uint8)
@@ -86,6 +91,9 @@ class HubTape:
         self._most = 0
         self._error: BaseException | None = None
         self._stopped = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HubTape, ()  # in another process there is nothing but requests
 
     @property
     def limit(self) -> int:

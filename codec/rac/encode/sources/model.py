@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -38,6 +39,11 @@ class Extent:
     offset: int
     size: int
     pinned: ClassVar[bool] = False  # whether the bytes follow from the address
+
+    @property
+    def whole(self) -> int:
+        """Bytes of the file."""
+        return os.path.getsize(self.path)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop) of the range, in a fresh writable array."""
