@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from rac.container.output import PART, destination, part
 from rac.container.reader import Archive
-from rac.decode import random
+from rac.decode import random, zips
 from rac.decode.archive import RacFile
 from rac.decode.spool import at_random
 from rac.errors import FormatError, NameNotFoundError, OutputError
@@ -32,8 +32,8 @@ Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
 LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax", "dcp")
 """Kinds of sources that are files of other libraries."""
-CHECKED = ("npz", "torch", "hf", "dcp")
-"""Those that are zip files, or of which the frames are."""
+ZIPPED = ("npz", "torch", "hf")
+"""Kinds of sources of which the frames are those of zip files."""
 
 
 @dataclass
@@ -46,6 +46,8 @@ class File:
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size of the bytes of each tensor
     end: int = 0
     around: list[tuple[int, bytes]] = field(default_factory=list)  # what else is written, and where
+    zipped: bool = False  # whether it has checksums of its tensors
+    lossy: list[tuple[int, int]] = field(default_factory=list)  # places of tensors that are not those of the source
 
     def cut(self) -> None:
         """Take the head for a frame: the size of the file, and its bytes around the tensors. Or FormatError."""
@@ -337,12 +339,12 @@ def _plan_safetensors(out: File, rows: Mapping[str, tuple[str, Entry]]) -> File:
 def framed(f: RacFile, target: str) -> bool:
     """Whether the files that are written are those of another library, which the archive has the frames of.
 
-    They hold checksums of their tensors where they are zip files: then they are not written with other numbers.
+    Not those of torch.distributed with other numbers: their checksums are those of many zip files in one.
     """
     origin = Provenance.of(f.archives[0].header, f.archives[0].access.name)
     if not origin.frames or not origin.whole or target.endswith(".safetensors"):
         return False
-    return origin.source not in CHECKED or not any(is_quantised(e.method) for _, e in _tensors(f))
+    return origin.source != "dcp" or not any(is_quantised(e.method) for _, e in _tensors(f))
 
 
 def _one_file(frames: Sequence[str], target: str) -> bool:
@@ -356,7 +358,7 @@ def _plan_framed(f: RacFile, origin: Provenance, target: str) -> list[File]:
     for file in origin.frames:
         single = _one_file(origin.frames, target)
         path = target if single else os.path.join(target, *safe_name(file).split("/"))
-        out[file] = File(file, path, f.attachment(frame_name(file)))
+        out[file] = File(file, path, f.attachment(frame_name(file)), zipped=origin.source in ZIPPED)
     for archive, e in _tensors(f):
         extra = archive.record(e).head.get("extra", {})
         for name in (e.name, *(a for a, _ in e.aliases)):
@@ -388,7 +390,7 @@ def _write(f: RacFile, outputs: list[File], threads: int, progress: Progress | N
     """Write all tensors; returns those whose layers need an online transform, and what that is."""
     online: dict[str, str] = {}
     files: list[BinaryIO] = []
-    where: dict[str, tuple[BinaryIO, tuple[int, int]]] = {}
+    where: dict[str, tuple[File, BinaryIO]] = {}
     with ExitStack() as stack:
         for o in outputs:
             os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
@@ -399,13 +401,16 @@ def _write(f: RacFile, outputs: list[File], threads: int, progress: Progress | N
             for at, piece in o.around:
                 file.seek(at)
                 file.write(piece)
-            where |= {name: (file, place) for name, place in o.places.items()}
+            where |= dict.fromkeys(o.places, (o, file))
         for archive in f.archives:
             rows = (e for e in archive.index.entries if e.type == RECORD_TENSOR)
             entries = [e for e in rows if not where.keys().isdisjoint(e.names)]
             for t, words in random.load(archive, entries, threads):
                 for name in (n for n in (t.name, *(a for a, _ in t.aliases)) if n in where):
-                    file, (offset, size) = where[name]
+                    o, file = where[name]
+                    offset, size = o.places[name]
+                    if t.quantised:
+                        o.lossy.append((offset, size))
                     if t.nbytes != size:
                         raise FormatError("the record is not the one that the index names", unit=repr(name))
                     file.seek(offset)
@@ -415,6 +420,8 @@ def _write(f: RacFile, outputs: list[File], threads: int, progress: Progress | N
                 if progress:
                     progress(t.name, t.nbytes)
         for o, file in zip(outputs, files, strict=True):
+            if o.zipped and o.lossy:
+                zips.mend(file, o.lossy)
             file.flush()
             os.fsync(file.fileno())
             file.close()

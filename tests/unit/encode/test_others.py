@@ -18,6 +18,7 @@ import pytest
 
 import rac
 from rac.cli import main
+from rac.decode import zips
 from rac.encode.pack import pack_source
 from rac.encode.sources import open_source
 from rac.encode.sources.others import framed
@@ -162,9 +163,46 @@ def test_a_lossy_model_is_that_file_with_other_numbers(tmp_path):
     found = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "back.onnx").graph.initializer}
     assert (found["w"] == rac.load_file(tmp_path / "m.rac")["w"]).all() and not (found["w"] == W).all()
     assert (found["b"] == B).all()
-    save_npz(tmp_path / "m.npz")  # which has checksums
-    rac.pack(tmp_path / "m.npz", tmp_path / "m.rac", bits=4, effort="fast", force=True)
-    assert [Path(p).name for p in rac.unpack(tmp_path / "m.rac", tmp_path / "out")] == ["model.safetensors"]
+
+
+def test_checksums_of_lossy_zip_files_are_right(tmp_path):
+    """zipfile and numpy check them; torch's files have them behind the data of a member."""
+    torch = pytest.importorskip("torch")
+    save_npz(tmp_path / "m.npz")
+    torch.save({"w": torch.from_numpy(W), "b": torch.from_numpy(B)}, tmp_path / "m.pt")
+    for name, load in (("m.npz", np.load), ("m.pt", torch.load)):
+        rac.pack(tmp_path / name, tmp_path / "m.rac", bits=4, effort="fast", force=True, pickles=True)
+        want, (out,) = rac.load_file(tmp_path / "m.rac")["w"], rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+        assert Path(out).name == name
+        with zipfile.ZipFile(out) as z:
+            assert z.testzip() is None
+        got = load(out)
+        assert (np.asarray(got["w"]) == want).all() and not (want == W).all()
+        assert (np.asarray(got["b"]) == B).all()
+        os.unlink(out)
+
+
+def test_zip_files_that_are_none_have_no_checksums():
+    good, rng, refused = zipped({"w": b"1" * 500, "v": b"2" * 500}), np.random.default_rng(0), 0
+    for _ in range(300):
+        raw = bytearray(good)
+        for i in rng.integers(0, len(raw), 3):
+            raw[i] = rng.integers(0, 256)
+        try:
+            zips.mend(io.BytesIO(raw), [(40, 100), (700, 10)])
+        except rac.FormatError:
+            refused += 1
+    assert 30 < refused < 300
+    for raw in (b"", b"PK", good[:-1], good[:900]):
+        with pytest.raises(rac.FormatError, match="not that of a zip file"):
+            zips.mend(io.BytesIO(raw), [(40, 1)])
+
+
+def test_a_lossy_checkpoint_of_many_zip_files(tmp_path):
+    torch = pytest.importorskip("torch")
+    checkpoint(tmp_path / "c", [("w", W.shape, [("a.distcp", (0, 0), torch.from_numpy(W))])])
+    rac.pack(tmp_path / "c", tmp_path / "m.rac", bits=4, effort="fast", pickles=True)
+    assert "model.safetensors" in {Path(p).name for p in rac.unpack(tmp_path / "m.rac", tmp_path / "out")}
 
 
 def test_what_does_not_come_back_as_it_was(tmp_path, capsys):
@@ -248,7 +286,10 @@ def test_a_folder_with_pickled_weights(tmp_path, capsys):
         assert torch.equal(rac.load_model(tmp_path / "m.rac")(ids).logits, model(ids).logits)
     rac.pack(folder, tmp_path / "m4.rac", bits=4, effort="fast", calibrate="none", pickles=True)
     names = {Path(p).name for p in rac.unpack(tmp_path / "m4.rac", tmp_path / "out4")}
-    assert names == {"config.json", "model.safetensors", "optimizer.pt", "pytorch_model.bin.index.json"}
+    assert names == {p.name for p in folder.iterdir()}
+    for file in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"):
+        with zipfile.ZipFile(tmp_path / "out4" / file) as z:
+            assert z.testzip() is None
     rac.pack(folder, tmp_path / "part.rac", include=["*norm*"], pickles=True)
     assert "model.safetensors" in {Path(p).name for p in rac.unpack(tmp_path / "part.rac", tmp_path / "part")}
     torch.save({"w": torch.ones(9999)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
