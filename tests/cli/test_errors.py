@@ -205,6 +205,7 @@ def test_an_interrupt_in_a_pipe_that_stands_still(files):
         ("--bits 3 --size 9MB", "--bits and --size are 2 budgets: give one of them"),
         ("--effort max --tokens 9", "--tokens, --effort: for lossy packing; give one of --bits"),
         ("--bits 3 --keep nosuch", "no tensor matches the pattern 'nosuch' of what is to be kept"),
+        ("--bits 3 --keep nosuch --dry-run", "no tensor matches the pattern 'nosuch' of what is to be kept"),
         ("--bits 3 --measure {root}/nofile", "the text cannot be read"),
         ("--bits 3 --report {root}/no/r.json", "the folder of the report is not there"),
         ("--size 1000", "1000 bytes cannot be met: the nearest is about"),

@@ -14,7 +14,7 @@ import numpy as np
 from rac.calibrate.layers import Layer
 from rac.encode import record, ties, workers
 from rac.encode.align.choose import choose
-from rac.encode.align.recipe import Recipe, calibrated, data_free, quantisable
+from rac.encode.align.recipe import Recipe, calibrated, check_keep, data_free, quantisable
 from rac.encode.allocate.budget import Search
 from rac.encode.code.plan import axis_of
 from rac.encode.options import Budget, Lossy, PackOptions
@@ -72,6 +72,8 @@ def estimate(source: Source, options: PackOptions, request: Lossy | None) -> Est
     A few tensors of each type and shape are packed in memory, as they would be, and counted for the others. The time
     is that of this machine as busy as it is now.
     """
+    if request is not None:
+        check_keep(source.tensors, request.keep)
     kinds: dict[Kind, list[ties.Group]] = {}
     for g in ties.find(source.tensors):
         lossy = request is not None and quantisable(g.tensor, request.keep, request.embeddings)

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from rac.calibrate.evaluate import Divergence
@@ -26,7 +25,7 @@ from rac.container.access import ChangedError
 from rac.container.writer import PipeWriter, Writer
 from rac.decode.unpack import quantised, usual_headers
 from rac.encode import record, resume, ties, workers
-from rac.encode.align.recipe import Recipe
+from rac.encode.align.recipe import Recipe, check_keep
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.allocate.texts import calibration_for
 from rac.encode.encoded import Encoded, Fidelity, Kept
@@ -263,10 +262,7 @@ class Packer(contextlib.ExitStack):
             raise OutputError("exists already; give --force to replace it", file=self._out)
         if not isinstance(src, str | os.PathLike) and calibration.texts:
             raise SourceError("calibration runs the model: name its folder", file=str(getattr(src, "name", "<bytes>")))
-        names = [t.name for t in self._source.tensors]
-        for pattern in request.keep:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise SourceError(f"no tensor matches the pattern {pattern!r} of what is to be kept")
+        check_keep(self._source.tensors, request.keep)
         named: str | Given = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
         if self._source.every:
             named = Given.of(os.fspath(named), self._source.every)

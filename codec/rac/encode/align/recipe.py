@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -149,6 +149,14 @@ def kept(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) ->
     if _matches(t.name, KEEP):
         return "norms, biases or routers by their name"
     return TABLES if not embeddings and is_table(t) else ""
+
+
+def check_keep(tensors: Iterable[SourceTensor], keep: Sequence[str]) -> None:
+    """Check that each pattern of what is to be kept is that of a tensor; SourceError."""
+    names = [t.name for t in tensors] if keep else []
+    for pattern in keep:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SourceError(f"no tensor matches the pattern {pattern!r} of what is to be kept")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
