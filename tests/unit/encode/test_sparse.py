@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import rac
 from rac.calibrate.layers import Layer
+from rac.cli import main
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import ties
@@ -188,3 +191,16 @@ def test_a_budget_that_jumps_ends_on_its_better_side(tmp_path):
     done = pack_arrays({"w": w}, tmp_path / "m.rac", snr=75.0)
     assert done.quantised == 0 and rac.load_file(tmp_path / "m.rac")["w"].tobytes() == w.tobytes()
     assert Search(groups, rcp.data_free(groups, (), "fast"), None).sizes == {}
+
+
+def test_zeros_that_are_too_few_are_counted_and_named(tmp_path, capsys):
+    save_file({"w": thinned(0.1), "dense": gaussian(15)}, tmp_path / "m.safetensors")
+    report = tmp_path / "r.json"
+    options = ["--bits", "3", "--effort", "fast", "--report", str(report)]
+    assert main(["pack", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "m.rac"), *options]) == 0
+    said = capsys.readouterr()
+    assert "zeros come back as small numbers in 1 tensors (10." in said.err and said.err.rstrip().endswith("kept: w")
+    assert f"weights: {2 * N * N:,} of {2 * N * N:,} quantised (100.00%); lossless: none" in said.out
+    lost = {t["name"]: t["zeros"] for t in json.loads(report.read_text())["tensors"]}
+    back = rac.load_file(tmp_path / "m.rac")["w"]
+    assert lost == {"dense": 0, "w": np.count_nonzero(back[thinned(0.1) == 0])} and lost["w"] > N * N // 20
