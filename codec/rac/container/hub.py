@@ -329,6 +329,8 @@ class HubAccess(Remote):
                     some = piece[: len(out) - got]
                     out[got : got + len(some)] = some
                     got += len(some)
+                    if r.status_code == 200 and got == len(out):  # the rest of the file would follow
+                        break
         except (RacError, KeyboardInterrupt, Broken):
             raise
         except hub.errors.OfflineModeIsEnabled as e:
@@ -349,11 +351,13 @@ class HubAccess(Remote):
             r.read()
             with mapped(self._where):
                 library().utils.hf_raise_for_status(r)
-        first = r.history[0] if r.history else r
-        commit, tag = first.headers.get("X-Repo-Commit"), (first.headers.get("X-Linked-Etag") or "").strip('"')
+        for one in (*r.history, r):  # a repository that was renamed sends us on first
+            commit, tag = one.headers.get("X-Repo-Commit"), one.headers.get("X-Linked-Etag", "").strip('"')
+            if commit not in (None, self.file.commit) or (self.file.sha256 and tag not in ("", self.file.sha256)):
+                raise ChangedError("changed on the Hub while it was read: another commit is there now", file=self.name)
+        if r.status_code == 200 and not at:  # all of a file from its beginning: as good
+            return
         stated = _RANGE.match(r.headers.get("Content-Range", ""))
-        if (commit or self.file.commit) != self.file.commit or (self.file.sha256 and tag not in ("", self.file.sha256)):
-            raise ChangedError("changed on the Hub while it was read: another commit is there now", file=self.name)
         if r.status_code != 206 or not stated or int(stated[1]) != at:
             raise SourceError("the Hub does not answer with the range that was asked for", file=self.name, offset=at)
         with self._lock:

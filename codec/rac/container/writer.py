@@ -125,6 +125,9 @@ class PipeWriter(Writer):
         self.at, self._named = 0, True
         self._file = stream
 
+    def _guard(self) -> AbstractContextManager[None]:
+        return guarded(OutputError, self.part, self.at, (OSError, ValueError))  # the latter where it is closed
+
     def start(self, header: dict[str, Any]) -> None:
         """Begin."""
         self.write(wire.header(header))

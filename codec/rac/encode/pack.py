@@ -70,7 +70,7 @@ class Summary:
 
 def pack(
     src: Any,
-    out: str | os.PathLike[str],
+    out: Any,
     *,
     level: str = "default",
     jobs: int | None = None,
@@ -110,7 +110,8 @@ def pack(
     Args:
         src: What to pack: a path; "ORG/NAME[@REVISION]" (also behind hf://) of the Hub, of which nothing is kept; or
             the bytes of a safetensors file, or a file object with them.
-        out: The .rac file to write, or "-": standard output; with `shard_size` the stem of "stem-00001-of-0000N.rac".
+        out: The .rac file to write, a file object, or "-": standard output; with `shard_size` the stem of
+            "stem-00001-of-0000N.rac".
         level: "fast", "default" or "max".
         jobs: Threads, or processes; one per core up to 8 by default. The bytes do not depend on it.
         include: Patterns (fnmatch) of tensors to take; none means all.
@@ -166,7 +167,9 @@ def pack(
         no_goal(shaped | {"rank": rank is not None, "embeddings": embeddings})
     how: Any = {"include": include, "exclude": exclude, "all_files": all_files, "pickles": pickles}
     with contextlib.ExitStack() as stack:
-        path, source = stack.enter_context(ready(src, os.fspath(out), lossy=lossy, **how))
+        path, source = stack.enter_context(
+            ready(src, PIPE if hasattr(out, "write") else os.fspath(out), lossy=lossy, **how)
+        )
         request = None
         if budget:
             learned = calibration_for(calibrate, path, tokens, cache, Calibration.made_of(calibration))
@@ -179,13 +182,13 @@ def pack(
 
 def save_file(
     tensors: Mapping[str, Any],
-    path: str | os.PathLike[str],
+    path: Any,
     metadata: Mapping[str, str] | None = None,
     *,
     level: str = "default",
     threads: int | None = None,
 ) -> None:
-    """Write numpy arrays or torch tensors to a .rac file, losslessly; tensors that share memory are tied.
+    """Write numpy arrays or torch tensors to a .rac file, or to a file object, losslessly; shared memory is tied.
 
     An existing file is replaced, at once and only by a whole one. SourceError where a value cannot be stored,
     OutputError where the file cannot be written.
@@ -205,7 +208,7 @@ def save(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) 
 
 def pack_source(
     source: Source,
-    out: str | os.PathLike[str],
+    out: Any,
     *,
     recipe: Recipe | None = None,
     quantiser: Quantiser | None = None,
@@ -226,14 +229,18 @@ def pack_source(
 class Packer(contextlib.ExitStack):
     """One pack of an open source: what the search for a scale has made is kept for the writing. Leave it by `with`."""
 
-    def __init__(self, source: Source, out: str | os.PathLike[str], options: PackOptions, hooks: Hooks) -> None:
+    def __init__(self, source: Source, out: Any, options: PackOptions, hooks: Hooks) -> None:
         super().__init__()
         for t in source.tensors:
             try:
                 index.parse_shape(list(t.shape), Limits())
             except RacError as e:
                 raise SourceError(f"tensor {t.name!r} has a shape that no reader takes") from e
-        self._source, self._out, self._options, self._hooks = source, os.fspath(out), options, hooks
+        self._source, self._options, self._hooks = source, options, hooks
+        self._stream: Any = out if hasattr(out, "write") else None
+        self._out = PIPE if self._stream is not None else os.fspath(out)
+        if self._stream is not None and (options.resume or options.shard_size is not None):
+            raise ValueError("a stream is written forward, in one file: without resume and shard_size")
         self._jobs = threads_of(options.jobs)
         self._groups = ties.find(source.tensors)
         every = ((name, g) for g in self._groups for name in (g.tensor.name, *(a for a, _ in g.aliases)))
@@ -382,7 +389,7 @@ class Packer(contextlib.ExitStack):
                 done(group, digest)
             self._bring(len(groups), wait=True)
             return len(groups), os.path.getsize(contents.path), found.entries
-        writer = PipeWriter(sys.stdout.buffer) if contents.path == PIPE else Writer(contents.path, options.force)
+        writer = self._writer(contents.path)
         try:
             found = resume.scan(writer.part, contents) if options.resume else None
             if found:
@@ -414,6 +421,13 @@ class Packer(contextlib.ExitStack):
             raise OutputError("not enough memory", file=contents.path) from e
         finally:
             writer.close()
+
+    def _writer(self, path: str) -> Writer:
+        """What writes an archive: to a path, to a stream, or to standard output."""
+        if path != PIPE:
+            return Writer(path, self._options.force)
+        name = "<stdout>" if self._stream is None else str(getattr(self._stream, "name", None) or "<stream>")
+        return PipeWriter(sys.stdout.buffer if self._stream is None else self._stream, name)
 
     def _bring(self, done: int, wait: bool = False) -> None:
         """Let the tape begin behind the first `done` tensors of what is left; with `wait` only leave these out."""

@@ -218,6 +218,14 @@ def test_connections_that_break_and_a_hub_that_is_busy(hub, tmp_path):
     assert tree(tmp_path / "out") == FILES
 
 
+def test_a_renamed_repository_whose_small_files_come_whole(hub, tmp_path):
+    hub.plain, hub.page = True, 3
+    hub.repos["old/name"] = hub.repos["org/model"]
+    rac.pack("old/name", tmp_path / "m.rac")
+    rac.unpack(tmp_path / "m.rac", tmp_path / "out")
+    assert tree(tmp_path / "out") == FILES
+
+
 def test_errors_are_one_line(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(

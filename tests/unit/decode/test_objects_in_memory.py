@@ -85,6 +85,22 @@ def test_sources_in_memory(tmp_path):
     assert not list(tmp_path.glob("bad*"))
 
 
+def test_outputs_in_memory(tmp_path):
+    data = pytest.importorskip("safetensors.numpy").save({"w": W})
+    out, named = io.BytesIO(), tmp_path / "m.rac"
+    rac.pack(io.BytesIO(data), out)
+    rac.pack(data, named)
+    assert out.getvalue() == named.read_bytes()
+    with open(named, "wb") as f:
+        rac.save_file({"w": W}, f)
+    assert (rac.load_file(named)["w"] == W).all()
+    with pytest.raises(ValueError, match="without resume and shard_size"):
+        rac.pack(data, out, shard_size=1000)
+    out.close()
+    with pytest.raises(rac.OutputError, match="closed"):
+        rac.pack(data, out)
+
+
 def rac_(*words, given):
     return subprocess.run(
         [sys.executable, "-m", "rac.cli", *map(str, words)], input=given, capture_output=True, env=environment()
