@@ -32,8 +32,6 @@ Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
 LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax", "dcp")
 """Kinds of sources that are files of other libraries."""
-ZIPPED = ("npz", "torch", "hf")
-"""Kinds of sources of which the frames are those of zip files."""
 
 
 @dataclass
@@ -46,8 +44,12 @@ class File:
     places: dict[str, tuple[int, int]] = field(default_factory=dict)  # offset and size of the bytes of each tensor
     end: int = 0
     around: list[tuple[int, bytes]] = field(default_factory=list)  # what else is written, and where
-    zipped: bool = False  # whether it has checksums of its tensors
     lossy: list[tuple[int, int]] = field(default_factory=list)  # places of tensors that are not those of the source
+
+    @property
+    def zipped(self) -> bool:
+        """Whether it is a zip file, and so has checksums of its tensors."""
+        return any(at == 0 and piece.startswith(b"PK\3\4") for at, piece in self.around)
 
     def cut(self) -> None:
         """Take the head for a frame: the size of the file, and its bytes around the tensors. Or FormatError."""
@@ -358,7 +360,7 @@ def _plan_framed(f: RacFile, origin: Provenance, target: str) -> list[File]:
     for file in origin.frames:
         single = _one_file(origin.frames, target)
         path = target if single else os.path.join(target, *safe_name(file).split("/"))
-        out[file] = File(file, path, f.attachment(frame_name(file)), zipped=origin.source in ZIPPED)
+        out[file] = File(file, path, f.attachment(frame_name(file)))
     for archive, e in _tensors(f):
         extra = archive.record(e).head.get("extra", {})
         for name in (e.name, *(a for a, _ in e.aliases)):

@@ -69,6 +69,16 @@ def save_keras(path):
     return {"layers/dense/vars/0": W, "layers/dense/vars/1": B, "layers/dense/vars/small": B[:50]}
 
 
+def save_keras_zip(path):
+    """As Keras 3 saves a model: a zip file, nothing in it compressed."""
+    want = save_keras(inner := path.parent / "inner.h5")
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("config.json", "{}")
+        z.write(inner, "model.weights.h5")
+    inner.unlink()
+    return want
+
+
 def extension(array):
     return msgpack.ExtType(1, msgpack.packb((array.shape, array.dtype.name, array.tobytes()), use_bin_type=True))
 
@@ -111,6 +121,7 @@ SAVE = {
     "m.npy": save_npy,
     "m.npz": save_npz,
     "m.weights.h5": save_keras,
+    "m.keras": save_keras_zip,
     "m.msgpack": save_flax,
     "m.pt": save_torch,
     "m.bin": save_torch,
@@ -348,6 +359,9 @@ HOSTILE = {
         msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(([1 << 40], "float32", b"1234")))}),
         "has 4 bytes",
     ),
+    "no Keras file": ("m.keras", zipped({"config.json": b"{}"}), "holds no model.weights.h5"),
+    "a compressed model": ("m.keras", zipped({"model.weights.h5": b"x" * 99}, zipfile.ZIP_DEFLATED), "is compressed"),
+    "no HDF5 in it": ("m.keras", zipped({"model.weights.h5": b"x" * 99}), "HDF5"),
     "no HDF5": ("m.h5", b"\x89HDF\r\n\x1a\n" + b"\0" * 90, "HDF5"),
     "no ONNX": ("m.onnx", b"\x08\xff", "damaged ONNX|no initialiser"),
 }
@@ -357,7 +371,7 @@ HOSTILE = {
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_hostile_files(case, tmp_path, capsys):
     name, data, message = HOSTILE[case]
-    for suffix, module in ((".h5", "h5py"), (".onnx", "onnx"), (".pt", "torch")):
+    for suffix, module in ((".h5", "h5py"), (".keras", "h5py"), (".onnx", "onnx"), (".pt", "torch")):
         if name.endswith(suffix):
             pytest.importorskip(module)
     path = tmp_path / name

@@ -34,10 +34,10 @@ def of_file(path: str, magic: bytes, pickles: bool) -> Source | None:
         from rac.encode.sources.others import onnx
 
         return onnx.read(path)
-    if magic.startswith(_HDF5) or suffix in (".h5", ".hdf5"):
+    if magic.startswith(_HDF5) or suffix in (".h5", ".hdf5", ".keras"):
         from rac.encode.sources.others import keras
 
-        return keras.read(path)
+        return keras.read(path, suffix == ".keras" and not magic.startswith(_HDF5))
     if suffix == ".msgpack":
         from rac.encode.sources.others import flax
 

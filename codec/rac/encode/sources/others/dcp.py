@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import zipfile
@@ -126,36 +125,6 @@ def _stated(name: str, kept: opcodes.Made, path: str) -> tuple[str, tuple[int, .
     return BY_NATIVE[kind], shape, [(_size(c.get("offsets")), _size(c.get("sizes"))) for c in chunks]
 
 
-class _Window(io.RawIOBase):
-    """A range of a file, as a file."""
-
-    def __init__(self, path: str, at: int, size: int) -> None:
-        self._extent, self._at = Extent(path, at, size), 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._at, self._extent.size)[whence]
-        if base + offset < 0:
-            raise OSError("seek in front of the file")
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, out: Any) -> int:
-        view = memoryview(out).cast("B")
-        n = max(0, min(len(view), self._extent.size - self._at))
-        view[:n] = self._extent.read(self._at, self._at + n).data
-        self._at += n
-        return n
-
-
 def _chunk(root: str, layouts: dict[str, framed.Layout], info: Any, dtype: str, begin: Any, shape: Any) -> _Chunk:
     """The place of a chunk, as its row of the table and the zip file there say."""
     table = os.path.join(root, TABLE)
@@ -173,7 +142,7 @@ def _chunk(root: str, layouts: dict[str, framed.Layout], info: Any, dtype: str, 
     layout = layouts.setdefault(file, framed.Layout(path, file))
     layout.inside(at, length)
     try:
-        with zipfile.ZipFile(_Window(path, at, length)) as z:
+        with zipfile.ZipFile(framed.Window(path, at, length)) as z:
             members = {i.filename.partition("/")[2]: i for i in z.infolist()}
             head = opcodes.parse(z.read(members["data.pkl"]), path) if members["data.pkl"].file_size < 1 << 20 else None
             data = members["data/0"] if math.prod(shape) else None

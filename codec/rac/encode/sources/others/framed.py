@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import io
 import math
 import mmap
 import os
@@ -55,6 +56,41 @@ class Strided:
         if self.swap:
             out = out.view(f"u{DTYPES[self.dtype].word}").byteswap().view(np.uint8)
         return out[start - a * row : stop - a * row].copy()
+
+
+class Window(io.RawIOBase):
+    """A range of a file, as a file."""
+
+    def __init__(self, path: str, at: int, size: int) -> None:
+        self._extent, self._at = Extent(path, at, size), 0
+
+    def seekable(self) -> bool:
+        """As all files."""
+        return True
+
+    def readable(self) -> bool:
+        """As all files."""
+        return True
+
+    def tell(self) -> int:
+        """Where it is read next."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Where it is read next; OSError in front of its begin."""
+        base = (0, self._at, self._extent.size)[whence]
+        if base + offset < 0:
+            raise OSError("seek in front of the file")
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, out: Any) -> int:
+        """Fill `out` as far as there are bytes."""
+        view = memoryview(out).cast("B")
+        n = max(0, min(len(view), self._extent.size - self._at))
+        view[:n] = self._extent.read(self._at, self._at + n).data
+        self._at += n
+        return n
 
 
 class Layout:

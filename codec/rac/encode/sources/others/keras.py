@@ -1,23 +1,28 @@
-"""`.h5`: weights as Keras and others store them, through `h5py`."""
+"""`.h5` and `.keras`: weights as Keras and others store them, through `h5py`."""
 
 from __future__ import annotations
 
 import os
+import zipfile
 from typing import Any
 
 from rac.encode.sources.arrays import BY_NATIVE
 from rac.encode.sources.model import Source, SourceTensor
 from rac.encode.sources.others import framed
+from rac.encode.sources.others.npz import data_offset
 from rac.errors import MissingDependencyError, SourceError
 
+_WEIGHTS = "model.weights.h5"  # in a .keras file, which is a zip file
 
-def read(path: str) -> Source:
+
+def read(path: str, zipped: bool) -> Source:
     """The datasets of the file by their paths. Links that lead out of the file are not followed."""
     try:
         import h5py
     except ImportError as e:
         raise MissingDependencyError("HDF5 files need `pip install rac-codec[keras]`", file=path) from e
     layout = framed.Layout(path, os.path.basename(path))
+    base, file = _inside(path) if zipped else (0, path)
     out: list[SourceTensor] = []
     left: list[str] = []
     pieces: list[str] = []
@@ -33,7 +38,7 @@ def read(path: str) -> Source:
             return
         at = item.id.get_offset()
         if at is not None and item.dtype.byteorder != ">" and not h5.userblock_size:
-            out.append(layout.at(name, dtype, item.shape, at))
+            out.append(layout.at(name, dtype, item.shape, base + at))
             return
         if framed.too_large(item.id.get_storage_size(), item.nbytes):
             what = f"dataset {name!r} grows from {item.id.get_storage_size()} to {item.nbytes} bytes"
@@ -43,10 +48,27 @@ def read(path: str) -> Source:
         out.append(framed.array(name, dtype, item.shape, framed.words(item[()])))
 
     try:
-        with h5py.File(path, "r") as h5:
+        with h5py.File(file, "r") as h5:
             h5.visititems(visit)
     except SourceError:
         raise
     except Exception as e:  # whatever a damaged file does to the library
         raise SourceError(f"damaged or unsupported HDF5 file: {e}", file=path) from e
     return framed.source("keras", out, [layout], left, "its datasets are stored in pieces" if pieces else "")
+
+
+def _inside(path: str) -> tuple[int, framed.Window]:
+    """Where the weights of a .keras file begin, and they as a file."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            info = z.getinfo(_WEIGHTS)
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise SourceError(f"its {_WEIGHTS} is compressed; take it out, and pack that", file=path)
+            at = data_offset(path, info)
+    except SourceError:
+        raise
+    except KeyError as e:
+        raise SourceError(f"holds no {_WEIGHTS}", file=path) from e
+    except Exception as e:  # zipfile checks little before it uses it
+        raise SourceError(f"damaged .keras file: {e}", file=path) from e
+    return at, framed.Window(path, at, info.file_size)
