@@ -118,6 +118,8 @@ def test_what_stays_lossless_and_why(tmp_path):
         "bias": gaussian(64),
         "zero.weight": np.zeros((256, 64), np.float32),
         "sign.weight": np.sign(gaussian(256, 64, seed=4)),
+        "tiny.weight": gaussian(256, 64, seed=5) * np.float32(1e-20),
+        "mask.weight": np.where(gaussian(256, 64) > 0, np.float32(-3e38), gaussian(256, 64)),
         "nan.weight": np.where(gaussian(256, 64) > 3, np.float32(np.nan), gaussian(256, 64)),
     }
     src = folder(tmp_path / "m", {}, tensors)
@@ -131,6 +133,8 @@ def test_what_stays_lossless_and_why(tmp_path):
         "all zeros": (("zero.weight",), n),
         "with NaN or infinity": (("nan.weight",), n),
         "smaller that way": (("sign.weight",), n),
+        "with nothing above 1e-14": (("tiny.weight",), n),
+        "with numbers above 1e+18": (("mask.weight",), n),
         "vectors or small": (("bias",), 64),
         "of I64": (("steps",), 9),
     }

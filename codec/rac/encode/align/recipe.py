@@ -39,6 +39,10 @@ FAR = 16  # medians beyond which a weight counts no more in the energies
 FEW = 1 / 32  # share of the weights that may lie so far out: where more do, the median says nothing of the energies
 FINER_FEW = 0.5  # bits at most that weights among zeros get beyond the rest
 ZEROS = 0.2  # share of zeros from which on they are kept: without a trellis, and worth its 0.22 bit (docs/lossy.md)
+SMALL, LARGE = (
+    2.0**-46,
+    2.0**60,
+)  # largest magnitudes of a matrix that the scales of the format reach, and binary32 squares
 LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
 LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
 SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
@@ -182,6 +186,8 @@ def _each(
             why[t.name] = KEPT
         elif not np.isfinite(w := _numbers(t)).all():
             why[t.name] = "with NaN or infinity"
+        elif not SMALL <= (high := max(float(w.max()), -float(w.min()))) <= LARGE and high:
+            why[t.name] = f"with nothing above {SMALL:.0e}" if high < SMALL else f"with numbers above {LARGE:.0e}"
         elif even := _even(t, w):
             yield t, w, even
         else:

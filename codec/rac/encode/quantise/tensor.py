@@ -26,9 +26,7 @@ from rac.stages import trellis
 from rac.stages.words import DTYPES, from_words
 
 CLOSE = 0.9  # share of the bytes that lossless coding is thought to take from which on it is tried
-ODD = (
-    0.25  # the same where these are fewer than half of the tensor's: what repeats or has few values is hard to foretell
-)
+ODD = 0.25  # the same where these are fewer than half of its bytes: what repeats or has few values is hard to foretell
 SLIGHT = 256  # share of a tensor's bytes, one in so many, that is not worth a loss
 FINE = -7.0  # scale below which there may be more outliers than a lossless tensor has bytes
 SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
