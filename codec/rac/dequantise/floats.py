@@ -21,6 +21,7 @@ from rac.dequantise.found import (
     blocks_of,
     numbers,
     scale_names,
+    sides,
 )
 
 _CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
@@ -54,8 +55,7 @@ def eight(scope: Scope) -> Iterator[Logical]:
 
     SourceError where a scale is missing. Eight-bit floats of a folder that knows no scales are the weights themselves.
     """
-    block = scope.stated.get("weight_block_size")
-    stated = [int(n) for n in block] if isinstance(block, list) and len(block) == 2 else _grouped(scope.stated)
+    stated = sides(scope.stated.get("weight_block_size")) or _grouped(scope.stated)
     for name, t in scope.left():
         if t.dtype not in _CODES or len(t.shape) < 2 or not t.nbytes:
             continue
@@ -82,11 +82,9 @@ def _grouped(stated: Any) -> list[int]:
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict):
-            block, size = weights.get("block_structure"), weights.get("group_size")
-            if isinstance(block, list) and len(block) == 2:
-                return [int(n) for n in block]
-            if isinstance(size, int) and size > 0:
-                return [1, size]
+            found = sides(weights.get("block_structure")) or sides([1, weights.get("group_size")])
+            if found:
+                return found
     return []
 
 

@@ -63,7 +63,8 @@ class Dequantised:
         """Bytes [start, stop), in a fresh array."""
         width = self.cols * DTYPES[self.dtype].itemsize
         a, b = start // max(1, width), -(-stop // max(1, width))
-        words = to_words(np.ascontiguousarray(self.rows(a, b), np.float32), self.dtype)
+        with np.errstate(all="ignore"):  # what damaged scales make infinite is refused where it is quantised
+            words = to_words(np.ascontiguousarray(self.rows(a, b), np.float32), self.dtype)
         return words.reshape(-1).view(np.uint8)[start - a * width : stop - a * width]
 
 
@@ -222,6 +223,12 @@ def blocks_of(scope: Scope, codes: str, shape: Sequence[int], scale: str, stated
     if high is None or wide is None:
         raise scope.wrong(codes, f"does not fit the shape {list(scope.tensors[scale].shape)} of its scales {scale!r}")
     return Blocks(math.prod(lead), rows, given[-2], given[-1], high, wide)
+
+
+def sides(value: Any) -> list[int]:
+    """Rows and columns of a block that a configuration states; none where it states none."""
+    good = isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    return [*value] if good else []
 
 
 def _side(n: int, count: int, stated: int) -> int | None:

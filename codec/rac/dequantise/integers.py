@@ -42,7 +42,8 @@ class _Grouped:
 
     scale: Stored
     zero: Stored | None
-    groups: Stored | None
+    groups: Stored | None  # of each input
+    size: int  # inputs of a group where that is not stored
     inputs: int
     bits: int
     more: int = 0  # what is added to zero points
@@ -51,7 +52,7 @@ class _Grouped:
         """(zero points, scales), (b - a, in) each, of the outputs [a, b)."""
         count, outputs = self.scale.shape
         if self.groups is None:
-            at: Any = np.arange(self.inputs) // -(-self.inputs // count)
+            at: Any = np.arange(self.inputs) // self.size
         else:
             at = whole(self.groups).view("<i4") % count
         scale = numbers(self.scale).reshape(count, outputs)[:, a:b].T[:, at]
@@ -119,23 +120,29 @@ def words(scope: Scope) -> Iterator[Logical]:
         if len(scale.shape) != 2 or (zero is not None and (zero.dtype not in _WORDS or len(zero.shape) != 2)):
             raise scope.wrong(name, "does not fit the shapes of its scales and zero points")
         groups, outputs = scale.shape
+        if not groups or not outputs:
+            raise scope.wrong(name, "has no scales")
         turned = t.shape[1] != outputs  # packed along the outputs
         if turned or zero is not None:
             of = t if turned else zero
             bits, odd = divmod(32 * of.shape[1], outputs) if of is not None else (0, 1)
         else:
-            bits, odd = int(scope.stated.get("bits", 4)), 0
+            said = scope.stated.get("bits", 4)
+            bits, odd = (said, 0) if type(said) is int else (0, 1)
         inputs = t.shape[0] if turned else t.shape[0] * 32 // max(1, bits)
         fits = zero is None or (zero.shape[0] == groups and 32 * zero.shape[1] == bits * outputs)
         fits = fits and (index is None or (index.dtype == "I32" and index.shape == (inputs,)))
         if odd or not 2 <= bits <= 8 or not fits or inputs < groups or (turned and bits != 4):
             raise scope.wrong(name, "does not fit the shapes of its scales and zero points")
+        size = scope.stated.get("group_size")
+        if type(size) is not int or size < 1 or -(-inputs // size) != groups:
+            size = -(-inputs // groups)
         if turned:
-            rows: Any = _Awq(t, _Places(scale, zero, index, inputs, bits))
+            rows: Any = _Awq(t, _Places(scale, zero, index, size, inputs, bits))
         else:
             more = 0 if scope.stated.get("checkpoint_format") == "gptq_v2" else 1
-            rows = _Gptq(t, _Grouped(scale, zero, index, inputs, bits, more))
-        what = f"{'AWQ' if turned else 'GPTQ'} of {bits} bits in groups of {-(-inputs // groups)}"
+            rows = _Gptq(t, _Grouped(scale, zero, index, size, inputs, bits, more))
+        what = f"{'AWQ' if turned else 'GPTQ'} of {bits} bits in groups of {size}"
         yield Logical(f"{base}weight", (outputs, inputs), rows, parts, what)
 
 
@@ -175,7 +182,8 @@ def packed(scope: Scope) -> Iterator[Logical]:
         if base == name or t.dtype not in _WORDS or len(t.shape) != 2:
             continue
         scale = scope.need("scale", name, f"{base}_scale")
-        stated = [int(n) for n in numbers(scope.tensors[scope.need("shape", name, f"{base}_shape")])]
+        shape = scope.tensors[scope.need("shape", name, f"{base}_shape")]
+        stated = [*map(int, numbers(shape))] if shape.dtype in ("I64", "I32") and shape.nbytes <= 16 else []
         if len(stated) != 2 or stated[0] != t.shape[0] or not 0 < stated[1] <= 32 * t.shape[1]:
             raise scope.wrong(name, f"does not fit its stated shape {stated}")
         # as many bits as fit, where the configuration does not say: words are filled

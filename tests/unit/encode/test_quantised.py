@@ -489,3 +489,35 @@ def test_lossless_size_of_fp8(spread, most, tmp_path):
         w = w * (spread * torch.randn(shape, generator=rng)).exp()
     rac.save_file({"w": quantised_models.fp8("w", w)["w.weight"]}, tmp_path / "w.rac")
     assert (tmp_path / "w.rac").stat().st_size <= most * w.numel()
+
+
+DAMAGE = {
+    "missing": None,
+    "short": lambda t: t.flatten()[: t.numel() // 2].clone(),
+    "turned": lambda t: t.reshape(*t.shape[::-1]),
+    "flat": lambda t: t.flatten(),
+    "bytes": lambda t: torch.zeros(t.shape, dtype=torch.uint8),
+    "empty": lambda t: t.flatten()[:0].clone(),
+    "deep": lambda t: t[None, None],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_parts_are_numbers_or_one_line(damage, tmp_path):
+    w = torch.randn(64, 128)
+    refused = []
+    for scheme, (quantise, stated) in quantised_models.SCHEMES.items():
+        whole = quantise("a", w)
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stated} if stated else {}))
+        for name in whole:
+            parts = {n: t for n, t in whole.items() if n != name}
+            if DAMAGE[damage]:
+                parts[name] = DAMAGE[damage](whole[name])
+            st.save_file({n: t.contiguous() for n, t in parts.items()}, tmp_path / "model.safetensors")
+            try:
+                for t in open_source(tmp_path, dequantise=True).tensors:
+                    assert len(t.read(0, t.nbytes)) == t.nbytes, (scheme, name)
+            except SourceError as e:
+                refused.append(str(e))
+    assert len(refused) >= 5
+    assert not [line for line in refused if "\n" in line]
