@@ -494,7 +494,7 @@ def test_lossless_size_of_fp8(spread, most, tmp_path):
 DAMAGE = {
     "missing": None,
     "short": lambda t: t.flatten()[: t.numel() // 2].clone(),
-    "turned": lambda t: t.reshape(*t.shape[::-1]),
+    "turned": lambda t: t.reshape(t.shape[::-1]),
     "flat": lambda t: t.flatten(),
     "bytes": lambda t: torch.zeros(t.shape, dtype=torch.uint8),
     "empty": lambda t: t.flatten()[:0].clone(),
