@@ -84,6 +84,10 @@ class Watch(TorchFunctionMode):  # type: ignore[misc]
             yield from self._factors(args[0], args[1], out)
         elif func in _ADDED and len(args) == 3:
             yield from self._factors(args[1], args[2], out)
+        elif func is torch.einsum and len(args) == 3 and isinstance(args[0], str):
+            for w, x, first in ((args[2], args[1], False), (args[1], args[2], True)):
+                if (name := self._whole(w)) is not None and isinstance(x, torch.Tensor):
+                    yield from _contracted(name, w, x, _letters(args[0], first))
 
     def _factors(self, x: Any, w: Any, out: Any) -> Iterator[Product]:
         if isinstance(w, torch.Tensor) and w.dim() == 2:
@@ -153,6 +157,39 @@ def _rows(x: Any, at: Any) -> Any:
 
 def _taken(rows: Any, at: Any) -> Any:
     return rows if at is None else rows[at.to(rows.device)]
+
+
+def _letters(equation: str, first: bool) -> tuple[str, str, str]:
+    """Those of a weight, which is the first factor or not, of the other factor and of the result; empty: unknown."""
+    given, _, out = equation.replace(" ", "").partition("->")
+    one, _, two = given.partition(",")
+    if "." in equation or not out:
+        return "", "", ""
+    return (one, two, out) if first else (two, one, out)
+
+
+def _matrix(x: Any, letters: str, rows: str, columns: str) -> Any:
+    """A tensor as a matrix whose rows are the dimensions `rows` of its `letters`."""
+    x = x.permute([letters.index(c) for c in rows + columns])
+    return x.reshape(math.prod(x.shape[: len(rows)]), -1)
+
+
+def _contracted(name: str, w: Any, x: Any, letters: tuple[str, str, str]) -> Iterator[Product]:
+    """The product of an einsum in which the first or the last dimensions of the weight are summed over."""
+    of_w, of_x, of_out = letters
+    summed = "".join(c for c in of_w if c in of_x)
+    kept = "".join(c for c in of_w if c not in of_x)
+    rest = "".join(c for c in of_x if c not in summed)
+    turned = of_w == summed + kept
+    if not summed or not kept or (not turned and of_w != kept + summed) or sorted(of_out) != sorted(rest + kept):
+        return
+    rows = math.prod(w.shape[: len(summed if turned else kept)])
+    yield Product(
+        *(name, None, turned, x, ("einsum", *letters), math.prod(x.shape[of_x.index(c)] for c in rest)),
+        inputs=lambda at: _taken(_matrix(x, of_x, rest, summed), at),
+        outputs=lambda g: _matrix(g, of_out, rest, kept),
+        block=(rows, w.numel() // rows),
+    )
 
 
 def _each(value: Any, n: int) -> Sequence[int]:

@@ -152,6 +152,36 @@ def test_products_are_found_whatever_the_layers_are():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize(
+    ("equation", "shape"),
+    [
+        ("bti,ihd->bhtd", (12, 4, 6)),
+        ("bti,hdi->bthd", (4, 6, 12)),
+        ("hi,bti->bth", (24, 12)),
+        ("ih,bti->tbh", (12, 24)),
+    ],
+)
+def test_einsum(equation, shape):
+    class Contracting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(seeded(*shape))
+
+        def forward(self, x):
+            return torch.einsum(equation, *((self.w, x) if equation[0] in "hi" else (x, self.w)))
+
+    x, module = seeded(2, 5, 12), Contracting()
+    turned = shape[0] == 12
+    plain = nn.Linear(12, 24, bias=False)
+    with torch.no_grad():
+        plain.weight.copy_(module.w.reshape(12, 24).T if turned else module.w.reshape(24, 12))
+    loss = lambda out, _: out.pow(3).sum()  # noqa: E731
+    found, same = rac.calibrate(module, [x], loss=loss)["w"], rac.calibrate(plain, [x], loss=loss)["weight"]
+    assert found.transposed == turned
+    close(found.second, same.second)
+    np.testing.assert_allclose(found.sensitivity, same.sensitivity, rtol=1e-4)
+
+
 def test_rows_with_other_inputs_have_their_own_moments():
     x, memory = seeded(5, 3, 64), seeded(5, 7, 64, seed=1) * 3
     found = rac.calibrate(Mixed(), [(x, memory)], loss=None)["attention.in_proj_weight"]
@@ -350,7 +380,7 @@ def test_what_a_text_shows_is_what_its_batches_show(tmp_path):
     assert "lm_head.weight" not in labels and "model.embed_tokens.weight" not in labels
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "t5", "segformer"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "t5", "segformer", "xlnet"])
 def test_architectures(kind, tmp_path):
     """All of them: `python tools/module_matrix.py`."""
     assert module_matrix.reached(*module_matrix.made(kind, tmp_path), tmp_path) == ""
