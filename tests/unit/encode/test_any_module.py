@@ -358,6 +358,9 @@ def test_a_calibration_of_another_model_is_refused(tmp_path):
         matched(groups(nn.Linear(128, 192)), found)
     with pytest.raises(SourceError, match=r"no tensor has a name or the values .* such as 'weight'"):
         matched(groups(nn.ModuleDict({"a": ours})), found)
+    few = {f"token{i}": seeded(1, 1, 128, seed=i).numpy() for i in range(60)}  # rows that are near others by chance
+    with pytest.raises(SourceError, match="no tensor has a name or the values"):
+        matched(ties.find(from_arrays(few | {"a.weight": ours.weight.detach().numpy()}).tensors), found)
     renamed = rac.calibrate(nn.Linear(128, 128), [seeded(9, 128)], names={"": "a."})
     assert [*matched(groups(nn.ModuleDict({"a": ours})), renamed)] == ["a.weight"]  # the caller says so
     with pytest.raises(SourceError, match="has 128 rows there, 192 here"):

@@ -23,6 +23,7 @@ from rac.grid import matrix
 from rac.stages.words import DTYPES, from_words
 
 _LOOKED_AT = 12  # rows of a tensor that are compared
+_FEW = 8  # rows below which values say nothing: one of many may be near by chance
 
 
 def matched(groups: Sequence[ties.Group], layers: Layers, file: str = "") -> dict[str, Layer]:
@@ -76,6 +77,8 @@ class _Look:
 
     def among(self, layers: Mapping[str, Layer]) -> Layer | None:
         """The layer, or the part of one, that has the tensor's values."""
+        if self._rows < _FEW:
+            return None
         for layer in layers.values():
             if layer.sketch is None:
                 continue
@@ -86,7 +89,8 @@ class _Look:
 
     def _below_each_other(self, layers: Mapping[str, Layer]) -> Layer | None:
         """Layers of which the tensor's rows are made: a query, key and value in one, for example."""
-        single = [one for one in layers.values() if one.sketch is not None and not one.experts and not one.transposed]
+        known = (one for one in layers.values() if one.sketch is not None and len(one.sketch) >= _FEW)
+        single = [one for one in known if not one.experts and not one.transposed]
         zero, first = np.zeros(1, np.int64), self._sketch()[:1]
         if not any(len(places(one.sketch[:1], zero, first, 1)) for one in single):  # type: ignore[index]
             return None
