@@ -45,7 +45,13 @@ def address(name: str) -> Address | None:
         return Address(found[1], found[2] and unquote(found[2]), found[3] or "")
     if not (match := _ID.fullmatch(name)) or os.path.lexists(name) or os.path.isdir(os.path.dirname(name)):
         return None
-    return None if match[1].endswith(_FILES) else Address(match[1], match[2])
+    if match[1].endswith(_FILES):
+        return None
+    try:
+        library()
+    except MissingDependencyError as e:
+        raise MissingDependencyError(f"no such path; and {e.message}", file=name) from e
+    return Address(match[1], match[2])
 
 
 _FILES = (".rac", ".safetensors", ".gguf", ".bin", ".pt", ".npz", ".onnx", ".h5")
@@ -56,6 +62,7 @@ def library() -> Any:
     """The package; MissingDependencyError where it is not installed."""
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
         import huggingface_hub.utils
 
@@ -145,7 +152,7 @@ def archive_of(where: Address, keep: bool = False) -> str:
         snapshot = Snapshot.of(where)
         names, commit = list(snapshot.files), snapshot.commit
     except UnreachableError:
-        found = _cached_snapshot(where)
+        found = cached_snapshot(where)
         if found is None:
             raise
         names, commit, keep = os.listdir(found), os.path.basename(found), True
@@ -170,11 +177,11 @@ def _stem(name: str) -> str:
     return re.sub(r"-\d{5}-of-\d{5}\.rac$", "", name)
 
 
-def _cached_snapshot(where: Address) -> str | None:
+def cached_snapshot(where: Address) -> str | None:
     """Folder of the revision in the cache, whatever is there of it."""
     revision = where.revision or "main"
     with contextlib.suppress(library().errors.CacheNotFound):
-        for repo in library().scan_cache_dir().repos:
+        for repo in library().scan_cache_dir(library().constants.HF_HUB_CACHE).repos:
             for found in repo.revisions if (repo.repo_type, repo.repo_id) == ("model", where.repository) else ():
                 if found.commit_hash == revision or revision in found.refs:
                     return str(found.snapshot_path)
@@ -274,7 +281,7 @@ def mapped(where: Address) -> Iterator[None]:
     except RacError:
         raise
     except errors.OfflineModeIsEnabled as e:
-        raise UnreachableError("HF_HUB_OFFLINE is set", file=_said(where)) from e
+        raise UnreachableError("the Hub is not asked, as HF_HUB_OFFLINE is set", file=_said(where)) from e
     except errors.GatedRepoError as e:
         page = f"{library().HfApi().endpoint}/{where.repository}"
         raise SourceError(f"is gated: ask for access at {page}, and {login}", file=_said(where)) from e

@@ -142,12 +142,15 @@ def test_what_lies_in_the_cache_is_read_there(hub, tmp_path):
         rac.pack("org/model", tmp_path / "bad.rac")
 
 
-def test_a_snapshot_of_the_cache_states_where_it_is_from(hub, tmp_path):
+def test_a_snapshot_of_the_cache_states_where_it_is_from(hub, tmp_path, monkeypatch):
     folder = hub_library.snapshot_download("org/model")
     rac.pack(folder, tmp_path / "m.rac")
     stated = provenance(tmp_path / "m.rac")
     assert stated["hub"] == {"repository": "org/model", "revision": hub.commit}
     assert stated["sha256"] == {n: hashlib.sha256(d).hexdigest() for n, d in FILES.items()}
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(rac.SourceError, match=f"its cache has {folder}, which can be packed"):
+        rac.pack("org/model", tmp_path / "offline.rac")
     path = os.path.realpath(os.path.join(folder, shard(0)[0]))
     os.chmod(path, 0o644)
     with open(path, "r+b") as f:
@@ -241,7 +244,7 @@ def test_errors_are_one_line(hub, tmp_path, monkeypatch, capsys):
     refused(capsys, "pack", "org/model", match="the Hub answers 429")
     hub.busy = 0
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    refused(capsys, "pack", "org/model", match="HF_HUB_OFFLINE is set")
+    refused(capsys, "pack", "org/model", match="the Hub is not asked, as HF_HUB_OFFLINE is set [hf://org/model]")
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     hub.add("org/pickled", {"pytorch_model.bin": b"x"})
     refused(capsys, "pack", "org/pickled", match="pickled weights are refused")

@@ -21,7 +21,7 @@ from rac.calibrate.text import Note
 from rac.container.access import Access, ChangedError, guarded
 from rac.container.access import read as access_read
 from rac.container.feed import RangeRing
-from rac.container.hub import Address, HubFile, Snapshot
+from rac.container.hub import Address, HubFile, Snapshot, UnreachableError, cached_snapshot
 from rac.decode.unpack import safe_name
 from rac.encode.sources import hf, safetensors
 from rac.encode.sources.model import Extent, Source, SourceTensor
@@ -313,11 +313,21 @@ class HubPlace:
 
 def read(where: Address, all_files: bool = False) -> Source:
     """A repository of the Hub; SourceError where it is not there, cannot be read, or holds no model."""
-    snapshot = Snapshot.of(where)
+    snapshot = _snapshot(where)
     place, tree = HubPlace(snapshot), hf.Tree(files=sorted(snapshot.files))
     place.fetch([f for f in tree.files if place.size(f) <= hf.MAX_ATTACHMENT and not f.endswith(".safetensors")])
     source = hf.assemble(place, tree, all_files)
     return replace(source, hub=_origin(snapshot), sha256=dict(sorted(place.sha256.items())), tape=place.tape)
+
+
+def _snapshot(where: Address) -> Snapshot:
+    """What the Hub lists; UnreachableError, which names what the cache has, where it cannot be asked."""
+    try:
+        return Snapshot.of(where)
+    except UnreachableError as e:
+        if there := cached_snapshot(where):
+            raise UnreachableError(f"{e.message}; its cache has {there}, which can be packed", file=e.file) from e
+        raise
 
 
 def _origin(snapshot: Snapshot) -> dict[str, str]:
@@ -330,7 +340,7 @@ def downloaded(where: Address, beside: str, note: Note) -> Iterator[tuple[str, S
 
     The source states what the provenance is to. Files of the cache are linked.
     """
-    snapshot = Snapshot.of(where)
+    snapshot = _snapshot(where)
     folder = tempfile.mkdtemp(prefix=".rac-", suffix=".download", dir=os.path.dirname(os.path.abspath(beside)))
     sha256 = {}
     try:
