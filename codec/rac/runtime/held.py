@@ -47,13 +47,16 @@ class Head:
     parts: int = 1
     """Records: the matrices of experts, of one after the other, and all of one expert together."""
 
+    turned: bool = False
+    """Whether the parameter has the last two of three dimensions the other way round."""
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a parameter of this shape can be made of the records.
 
         It is that of the record or, of several, (experts, R, C): equally many for each expert, one below the other.
         """
         if self.parts == 1:
-            return self.shape == shape
+            return (self.shape[0], self.shape[2], self.shape[1]) == shape if self.turned else self.shape == shape
         if len(shape) != 3 or len(self.shape) != 2 or self.parts % shape[0]:
             return False
         return (self.parts // shape[0] * self.shape[0], self.shape[1]) == shape[1:]
@@ -232,15 +235,16 @@ class Place:
             return self._on_device(record, found)
         data: stored_record.Bytes = record.detach().numpy()
         if kept.head.parts == 1:
-            return decoded_rows(self._stored(data, 0), data, found.cpu().numpy(), self.workspace.executor())
+            out = decoded_rows(self._stored(data, 0), data, found.cpu().numpy(), self.workspace.executor())
+            return out.transpose(1, 2).contiguous() if kept.head.turned else out
         each, pool = kept.head.parts // kept.shape[0], self.workspace.executor()
-        out = np.empty((len(found), *kept.shape[1:]), f"<u{DTYPES[kept.head.dtype].bits // 8}")
+        stack = np.empty((len(found), *kept.shape[1:]), f"<u{DTYPES[kept.head.dtype].bits // 8}")
         for i, expert in enumerate(found.tolist()):
-            for j, words in enumerate(np.split(out[i], each)):
+            for j, words in enumerate(np.split(stack[i], each)):
                 part = expert * each + j
                 a, b = self._spans(data)[part]
                 stored_record.decode(self._stored(data[a:b], part), data[a:b], words, pool=pool)
-        dense: torch.Tensor = frameworks.to_framework(out, kept.head.dtype, out.shape, "pt")
+        dense: torch.Tensor = frameworks.to_framework(stack, kept.head.dtype, stack.shape, "pt")
         return dense
 
     def _on_device(self, record: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -261,7 +265,7 @@ class Place:
         if kept.head.parts == 1:
             key, last = device.version(record), self.workspace.fused
             if last is None or last[0] != key or len(kept.shape) != 3:
-                last = key, whole(0)
+                last = key, whole(0).transpose(1, 2).contiguous() if kept.head.turned else whole(0)
             self.workspace.fused = last if len(kept.shape) == 3 else None  # experts are asked for one after the other
             return last[1][found.to(record.device)]
         return torch.stack([torch.cat([whole(e * each + j) for j in range(each)]) for e in found.tolist()])

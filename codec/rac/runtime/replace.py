@@ -11,13 +11,13 @@ folded: its weights then do it too.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def worth(e: Entry) -> bool:
     return e.dtype in FLOATS and len(e.shape) in (2, 3) and is_resident(e.method)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Places:
     """Where the tensors of a file can stay compressed in a model."""
 
@@ -169,8 +169,15 @@ def _stacks(converter: WeightConverter, parts: list[tuple[int, ...]], whole: tup
     kinds = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
     if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
         return Head(0, "", parts[0], len(parts)).fits(whole)
+    return len(parts) == 1 and _turns(converter) and whole in (parts[0], (parts[0][0], *parts[0][:0:-1]))
+
+
+def _turns(converter: WeightConverter | None) -> bool:
+    """Whether a conversion swaps the last two of three dimensions where they are not as the model has them."""
+    if converter is None or len(converter.operations) != 1:
+        return False
     op = converter.operations[0]
-    return len(kinds) == len(parts) == 1 and type(op) is Transpose and op.check_dims and parts[0] == whole
+    return type(op) is Transpose and bool(op.check_dims) and (op.dim0, op.dim1) == (1, 2)
 
 
 def _can(model: Any, key: str, kept: list[str]) -> bool:
@@ -214,6 +221,8 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
     for key, head in heads.items():
         path, _, leaf = key.rpartition(".")
         old = model.get_submodule(path)
+        if head.parts == 1 and len(head.shape) == 3 and not head.fits(tuple(old._parameters[leaf].shape)):
+            head = dataclasses.replace(head, turned=_turns(_Names(model).key(key)[1]))
         if not head.fits(tuple(old._parameters[leaf].shape)):
             what = f"the file has {list(head.shape)}, the layer needs {list(old._parameters[leaf].shape)}"
             raise MismatchError(what, unit=repr(key))
@@ -279,7 +288,7 @@ def _bared(layer: Any, weights: dict[str, nn.Parameter]) -> None:
     layer.weight = weights["weight"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Residency:
     """What a model holds in memory."""
 

@@ -209,6 +209,29 @@ def test_experts_in_one_launch(others, monkeypatch):
     assert functional.grouped_mm(x, turned, offs=nobody).shape == (2, 128)
 
 
+def test_experts_that_the_file_has_the_other_way_round(tmp_path):
+    st = pytest.importorskip("safetensors.torch")
+    text = {"vocab_size": 300, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 32}
+    text |= {"num_key_value_heads": 2, "moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2}
+    text |= {"rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default"}}
+    vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    transformers.Qwen3VLMoeForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = {n: t.transpose(1, 2).contiguous() if ".experts." in n else t for n, t in st.load_file(file).items()}
+    st.save_file(tensors, file, {"format": "pt"})
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    want = rac.load_model(tmp_path / "m.rac")(input_ids=torch.arange(9)[None]).logits
+    model = compressed(tmp_path / "m.rac")
+    experts = model.model.language_model.layers[0].mlp.experts
+    assert type(experts).__name__.startswith("Rac") and experts.down_proj.shape == (4, 128, 96)
+    model.save_pretrained(tmp_path / "saved")
+    for one in (model, type(model).from_pretrained(tmp_path / "saved")):
+        assert torch.equal(one(input_ids=torch.arange(9)[None]).logits, want)
+        assert replace.residency(one).held == replace.residency(model).held
+
+
 def test_experts_learn_nothing_and_pass_gradients_on(others):
     dense, path = others["mixtral"]
     found = []
