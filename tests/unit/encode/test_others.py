@@ -331,11 +331,29 @@ def objects():
     return out.getvalue()
 
 
-BOMB = zipped({"w.npy": npy(shape=(25_000_000,), data=b"\0" * 100_000_000)}, zipfile.ZIP_DEFLATED)
+def bomb():
+    """80 MB of zeros in 80 KB."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z, z.open("w.npy", "w") as f:
+        f.write(npy(shape=(20 << 20,), data=b""))
+        for _ in range(80):
+            f.write(bytes(1 << 20))
+    return out.getvalue()
+
+
+def twins():
+    """Two arrays of one name."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as z:
+        z.writestr("w.npy", npy())
+        z.writestr("w.npy", npy())
+    return out.getvalue()
+
+
 HOSTILE = {
     "object arrays": ("m.npz", zipped({"w.npy": objects()}), "object array"),
     "an object array": ("m.npy", objects(), "object array"),
-    "a bomb": ("m.npz", BOMB, "more than 200 times"),
+    "a bomb": ("m.npz", bomb, "more than 200 times"),
     "a shape that is not there": ("m.npy", npy(shape=(1 << 40, 1 << 20)), "the file has"),
     "such a shape in a zip file": ("m.npz", zipped({"w.npy": npy(shape=(1 << 60,))}), "the file has"),
     "turned": ("m.npy", npy(shape=(1 << 30, 1 << 30), order=True), "the file has"),
@@ -346,7 +364,7 @@ HOSTILE = {
     "a large one of a type": ("m.npz", zipped({"w.npy": npy("<c16", (9999,), data=b"\0" * 159984)}), "complex128"),
     "no zip file": ("m.npz", b"PK\3\4" + b"\0" * 50, "damaged"),
     "no array": ("m.npz", zipped({"w.npy": b"text"}), "damaged numpy header"),
-    "two of a name": ("m.npz", None, "two tensors"),
+    "two of a name": ("m.npz", twins, "two tensors"),
     "no checkpoint": ("m.pt", b"what", "damaged checkpoint"),
     "a damaged one": ("m.pt", zipped({"a/data.pkl": b"cos\nsystem\n."}), "checkpoint|weights"),
     "a compressed one": ("m.pt", zipped({"a/data.pkl": b"x" * 99}, zipfile.ZIP_DEFLATED), "is compressed"),
@@ -375,12 +393,7 @@ def test_hostile_files(case, tmp_path, capsys):
         if name.endswith(suffix):
             pytest.importorskip(module)
     path = tmp_path / name
-    if data is None:
-        with zipfile.ZipFile(path, "w") as z:
-            z.writestr("w.npy", npy())
-            z.writestr("w.npy", npy())
-    else:
-        path.write_bytes(data)
+    path.write_bytes(data() if callable(data) else data)
     tracemalloc.start()
     try:
         code = main(["pack", str(path), "-o", str(tmp_path / "m.rac"), "--allow-pickle-weights"])
