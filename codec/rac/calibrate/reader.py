@@ -117,7 +117,10 @@ def _fitting(model: Any, causal: bool, context: int) -> int:
 
 def _attempt(model: Any, causal: bool, context: int) -> None:
     """Run `context` tokens: to the first block of a causal model, or to the end."""
-    ids = torch.arange(context)[None] % 29 + 3
+    words = 32
+    with contextlib.suppress(*ERRORS):
+        words = max(4, min(words, model.get_input_embeddings().num_embeddings))
+    ids = torch.arange(context)[None] % (words - 3) + 3  # the first are often padding, which has no position
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(Wide())

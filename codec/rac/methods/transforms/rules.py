@@ -49,7 +49,7 @@ RULES = {
     "phi3": Rules(attention_in=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
 }
 """By `model_type`. All have `model.embed_tokens`, `model.layers`, `model.norm` and `lm_head`."""
-INSTEAD = "recipes that leave the model as it is (aligned, gptq) work"
+INSTEAD = "the aligned recipe (the default) takes any model, rtn and gptq those whose layers are stored (out, in)"
 
 
 @dataclass(frozen=True, slots=True)
