@@ -128,11 +128,13 @@ def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str) -> str:
         return EMBEDDINGS
     if owners and key.rpartition(".")[2] in owners[-1]._buffers:
         return BUFFERS
+    low = f"{name} {key}".lower()
+    if part := next((part for part, pattern in PARTS if re.search(pattern, low)), None):
+        return part
     for owner in owners[1:]:
         if hasattr(owner, "config") and (sees := _SEES.get(getattr(owner, "main_input_name", ""))):
             return sees
-    low = f"{name} {key}".lower()
-    return next((part for part, pattern in PARTS if re.search(pattern, low)), "other layers")
+    return "other layers"
 
 
 def _owners(model: Any, key: str) -> Iterator[Any]:

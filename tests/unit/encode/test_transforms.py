@@ -208,7 +208,7 @@ def test_smoothing_moves_outliers():
 def test_architectures_without_rules(kind, why):
     with pytest.raises(TransformError, match=why) as e:
         tf.parts(models.KINDS[kind]())
-    assert "aligned, gptq" in str(e.value)
+    assert "aligned recipe (the default) takes any model" in str(e.value)
 
 
 def test_what_an_architecture_lacks():
