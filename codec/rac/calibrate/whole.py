@@ -13,6 +13,7 @@ from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
 from rac.calibrate.reader import ERRORS, Reader, feed
 from rac.calibrate.text import SEED, Note, draw
+from rac.calibrate.wide import Wide
 from rac.errors import SourceError
 
 
@@ -43,8 +44,9 @@ def leaves(model: Any) -> Any:
 def calibrate(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note, path: str) -> None:
     """Calibrate with passes of the whole model: backward where it can, else forward alone."""
     try:
-        need, scored = _tried(reader, torch.from_numpy(ids[:1]))
-        note(f"it needs about {need / 1e6:.0f} MB, its weights and what it makes of {ids.shape[1]} tokens", 0, 0)
+        need, scored = _tried(reader, torch.from_numpy(ids[:1]), fisher)
+        what = f"its weights, what it makes of {ids.shape[1]} tokens, second moments"
+        note(f"it needs about {need / 1e6:.0f} MB: {what}", 0, 0)
         for again in (False, True):
             try:
                 return whole(reader, ids, fisher and scored and not again, folder, note)
@@ -61,22 +63,34 @@ def _said(e: Exception) -> str:
     return " ".join(str(e).split()) or type(e).__name__
 
 
-def _tried(reader: Reader, tokens: Any) -> tuple[int, bool]:
-    """Bytes of weights and of what the modules make of one sequence, and whether that ends in scores of tokens."""
-    made = [sum(p.numel() * p.element_size() for p in reader.model.parameters())]
+def _tried(reader: Reader, tokens: Any, fisher: bool) -> tuple[int, bool]:
+    """Bytes of weights and of what a pass keeps of one sequence, and whether that ends in scores of tokens.
 
-    def count(_: Any, __: Any, out: Any) -> None:
-        made[0] += 8 * sum(
-            t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)
-        )
+    Nothing is kept in this run: what autograd would keep is counted.
+    """
+    model, largest, inputs = reader.model, 0, 0
 
-    leaves_of = [m for m in reader.model.modules() if not any(True for _ in m.children())]
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for module in leaves_of:
+    def count(module: Any, args: Any, out: Any) -> None:
+        nonlocal largest, inputs
+        every = out if isinstance(out, tuple) else (out,)
+        largest = max(largest, sum(4 * t.numel() for t in every if isinstance(t, torch.Tensor)))
+        inputs += 4 * args[0].numel() if isinstance(module, torch.nn.Linear) else 0
+
+    model.requires_grad_(False)
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
             stack.enter_context(module.register_forward_hook(count))
-        out = reader.model(**feed(reader.model, reader.causal, tokens))
+        stack.enter_context(torch.set_grad_enabled(fisher))
+        if fisher:
+            stack.enter_context(leaves(model))
+        wide = stack.enter_context(Wide())
+        wide.saved = 0
+        out = model(**feed(model, reader.causal, tokens))
     logits = getattr(out, "logits", None)
-    return made[0], logits is not None and logits.dim() == 3 and logits.shape[1] == tokens.shape[1]
+    scored = logits is not None and logits.dim() == 3 and logits.shape[1] == tokens.shape[1]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    sums = sum(4 * m.weight.shape[-1] ** 2 for m in linears(model).values() if isinstance(m, torch.nn.Linear))
+    return weights + sums + 4 * largest + (wide.saved + inputs if scored else 0), scored
 
 
 def whole(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:

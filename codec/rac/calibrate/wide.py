@@ -65,6 +65,8 @@ class Wide(TorchFunctionMode):  # type: ignore[misc]
         super().__init__()
         self._stored: dict[int, Any] = {}  # of the operation that runs: where a widened weight is, to the weight
         self._steps = Steps()
+        self.saved: int | None = None
+        """Bytes of what autograd would have kept, weights left out, where this is a number: then it keeps nothing."""
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def __enter__(self) -> Any:
@@ -108,7 +110,12 @@ class Wide(TorchFunctionMode):  # type: ignore[misc]
 
     def _pack(self, x: Any) -> Any:
         stored = self._stored.get(x.data_ptr()) if self._stored and x.dtype == torch.float32 else None
-        if stored is None or stored.numel() != x.numel():
+        mine = stored is not None and stored.numel() == x.numel()
+        if self.saved is not None:
+            weight = mine or isinstance(x._base if x._is_view() else x, torch.nn.Parameter)
+            self.saved += 0 if weight else x.numel() * x.element_size()
+            return None
+        if not mine:
             return x
         return stored, x.shape, x.stride()
 

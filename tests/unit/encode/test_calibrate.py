@@ -327,7 +327,7 @@ def test_encoder_has_moments_alone(saved, monkeypatch):
 def test_encoder_and_decoder_run_as_a_whole(saved):
     found, said = run(saved(t5))
     assert any("encoder and a decoder" in what for what, _, _ in said)
-    assert any("MB, its weights and what it makes of 64 tokens" in what for what, _, _ in said)
+    assert any("MB: its weights, what it makes of 64 tokens" in what for what, _, _ in said)
     assert {name.split(".")[0] for name in found} == {"encoder", "decoder"}
     assert all(np.isfinite(v.sensitivity).all() and v.finite for v in found.values())
 
