@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+st = pytest.importorskip("safetensors.torch")
 
 import rac
 from rac.cli import main
@@ -52,3 +55,22 @@ def test_how_a_model_reads_the_text(folder, tmp_path, capsys):
     source, out = str(folder / "hf"), str(tmp_path / "x.rac")
     assert main(["pack", source, "-o", out, "--bits", "4", "--calibrate", "none", "--no-backward"]) == 2
     assert "give one with --calibrate" in capsys.readouterr().err
+
+
+def test_weights_that_torch_pickled_are_calibrated_like_others(folder, tmp_path, capsys):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folder / "hf", pickled)
+    weights = st.load_file(pickled / "model.safetensors")
+    (pickled / "model.safetensors").unlink()
+    torch.save(weights, pickled / "pytorch_model.bin")
+    assert pack(folder, "hf", tmp_path / "a.rac") == 0
+    assert main(["pack", str(pickled), "-o", str(tmp_path / "x"), "--bits", "4", "--calibrate", "none"]) == 2
+    assert "--allow-pickle-weights" in capsys.readouterr().err
+    assert main(["pack", str(pickled), "-o", str(tmp_path / "x"), "--format", "hf", "--allow-pickle-weights"]) == 0
+    call = ["pack", str(pickled), "-o", str(tmp_path / "b.rac"), "--bits", "4", "--calibrate", str(folder / "text.txt")]
+    call += ["--tokens", "256", "--cache", "none", "--effort", "fast", "--allow-pickle-weights"]
+    assert main(call) == 0
+    assert "does not reach" not in capsys.readouterr().err
+    with rac.open(tmp_path / "a.rac", framework="pt") as a, rac.open(tmp_path / "b.rac", framework="pt") as b:
+        for name in a.keys():
+            assert torch.equal(a.get_tensor(name), b.get_tensor(name))

@@ -197,3 +197,27 @@ def test_names_are_cut_to_a_terminal_only(monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
     assert terminal.fitted(names, 60) == ["…" + names[0][-19:], "short"]
+
+
+def test_codes_are_compared_by_what_they_stand_for(tmp_path, run):
+    rng = np.random.default_rng(2)
+    codes = rng.standard_normal((128, 128)).astype(ml_dtypes.float8_e4m3fn)
+    (tmp_path / "model").mkdir()
+    tensors = {"l.weight": codes, "l.weight_scale": np.full((128, 1), 0.5, np.float32)}
+    rac.save_file(tensors, tmp_path / "codes.rac")
+    rac.unpack(tmp_path / "codes.rac", tmp_path / "model" / "model.safetensors")
+    rac.pack(tmp_path / "model", tmp_path / "m.rac", bits=5, calibrate="none")
+    code, out, err = run("diff", tmp_path / "model", tmp_path / "m.rac", "--json")
+    (one,) = json.loads(out)["differences"]
+    assert (code, err, one["name"]) == (1, "", "l.weight")
+    assert one["snr"] > 20
+    code, _, err = run("diff", tmp_path / "codes.rac", tmp_path / "m.rac")
+    assert code == 1
+    assert "holds codes" in err
+
+
+def test_arguments_of_named_methods_need_one(packed, tmp_path, run):
+    for asked in (("--group", "64"), ("--fixed-rate",), ("--seed", "3")):
+        code, _, err = run("pack", packed[0], "-o", tmp_path / "x.rac", *asked)
+        assert code == 2
+        assert f"{asked[0]}: for named methods alone" in err

@@ -150,7 +150,7 @@ def test_errors_say_where(name: str, reader: str, error: type[rac.RacError], uni
     data = (GOLDEN / "bad" / f"{name}.rac").read_bytes()
     with pytest.raises(error) as e:
         readers.READERS[reader](data)
-    assert type(e.value) is error
+    assert (e.value._ours or type(e.value)) is error  # where safetensors is imported, a class that is both
     assert e.value.file in ("<bytes>", "<stream>")
     assert e.value.unit == unit
     assert isinstance(e.value.offset, int) and 0 <= e.value.offset < len(data)

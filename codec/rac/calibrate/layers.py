@@ -174,7 +174,7 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
         h.update(text.encode() if isinstance(text, str) else np.ascontiguousarray(text, "<i8").tobytes())
     try:
         for file in sorted(path.iterdir()):
-            if file.suffix in (".json", ".safetensors", ".model", ".txt") and file.is_file():
+            if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and file.is_file():
                 h.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
                 fed(h, file)
     except OSError as e:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rac.cli.pack import GROUP
 from rac.cli.running import add_simulated, add_windows, offline, simulated, simulation
-from rac.cli.terminal import EFFORTS, Steps, argument, command
+from rac.cli.terminal import EFFORTS, PICKLES, Steps, argument, command
 from rac.container.output import write_whole
 from rac.encode.allocate.budget import read_text
 from rac.study.analyze.svg import Axes, lines
@@ -45,6 +45,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "--snr", "the SNR of the layers' outputs on the text too: one more pass")
     add_simulated(p)
     _add_benchmark(p)
+    argument(p, "--allow-pickle-weights", PICKLES)
     argument(p, "--json", "for programs")
 
 
@@ -69,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
     def note(what: str, done: int, of: int) -> None:
         lines[-1](what, done, of)
 
-    for row in compare(
-        args.original, args.files, reading, note, [partial(simulation, args) if simulated(args) else None]
-    ):
+    within = [partial(simulation, args) if simulated(args) else None]
+    for row in compare(args.original, args.files, reading, note, within, args.allow_pickle_weights):
         if sys.stderr.isatty() and not args.quiet:
             sys.stderr.write("\r\x1b[K")
         lines.append(Steps())

@@ -15,6 +15,7 @@ from typing import Any
 
 from rac.cli.terminal import (
     EFFORTS,
+    PICKLES,
     Progress,
     Steps,
     argument,
@@ -102,12 +103,13 @@ LOSSY: dict[str, Any] = {
     "align": "auto",
 }
 """Arguments that say nothing of a lossless pack, as they are where nobody gave them."""
+_OF_NAMED = {"group": 128, "fixed_rate": False, "symmetric": False, "activations": 4, "steps": 100, "seed": 0}
+"""Arguments of named methods, as they are where nobody gave them."""
 BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
 LOST = 0.01  # share of lost zeros from which on a tensor is named
 ALARM = 10  # decibels of output signal to noise below which a layer is named
 QUALITY = "a choice of the budgets below, said when it is made: small --bits 3, good --bits 4, best --bits 5"
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
-PICKLES = "take .pt, .pth and .bin files: torch.load(weights_only=True) reads them"
 OTHERS = dict.fromkeys(("vision tower", "projector"), "`--calibrate images/` does")
 OTHERS["audio tower"] = "`--calibrate audio/` does"
 ANY = "rac.calibrate does, where you run the model on inputs that use them"
@@ -206,6 +208,10 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         args.output = _usual(args.src, args.format)
     if args.recipe == NAMES[0]:
+        if given := [
+            f"--{name.replace('_', '-')}" for name, usual in _OF_NAMED.items() if getattr(args, name) != usual
+        ]:
+            raise ValueError(f"{', '.join(given)}: for named methods alone; give --recipe too")
         _preset(args)
     if args.output == PIPE:
         _check_pipe(args)
@@ -238,7 +244,7 @@ def _folder(args: argparse.Namespace) -> int:
     shard = SHARD if args.shard_size is None else parse_size(args.shard_size)
     made = None
     if not args.src.endswith(".rac"):
-        source = open_source(args.src, args.include, args.exclude)
+        source = open_source(args.src, args.include, args.exclude, pickles=args.allow_pickle_weights)
         replaceable(os.path.realpath(args.output), args.force, [a.name for a in source.attachments])
         made = args.output.rstrip(os.sep) + BESIDE
         _file(argparse.Namespace(**vars(args) | {"output": made, "shard_size": None}))

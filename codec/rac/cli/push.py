@@ -86,7 +86,7 @@ def write_card(repository: str, about: Mapping[str, Any], origin: Provenance, ba
     """The model card of an archive: `about` has its files and numbers, `base` is the model that was packed."""
     head = ["---", "tags:", "- rac", "- compressed"]
     if base:
-        head += [f"base_model: {base}", "base_model_relation: quantized"]
+        head += [f"base_model: {base}"] + ["base_model_relation: quantized"] * bool(about["lossy"])
     total, names = sum(about["files"].values()), list(about["files"])
     at = f" at commit `{origin.hub[1]}`" if origin.hub else ""
     of = f" It was made of [{base}](https://huggingface.co/{base}){at}." if base else ""

@@ -8,9 +8,9 @@ import sys
 from fnmatch import fnmatchcase
 
 from rac.cli import meant
-from rac.cli.terminal import Progress, argument, command, fitted, say, size, tell
+from rac.cli.terminal import PICKLES, Progress, argument, command, fitted, say, size, tell
 from rac.errors import NameNotFoundError
-from rac.study.contents import Contents, Difference, contents, difference
+from rac.study.contents import Contents, Difference, both, contents, difference
 
 LS = """\
 List the tensors of an archive, or of whatever can be packed: name, type, shape and size; of an archive also what they
@@ -43,12 +43,13 @@ def add_ls(p: argparse.ArgumentParser) -> None:
     command(p, ls, LS)
     argument(p, "src FILE", "an archive, one shard of a set, a folder, or another file that can be packed")
     argument(p, "--match PATTERN", "only tensors whose names match", default="*")
+    argument(p, "--allow-pickle-weights", PICKLES)
     argument(p, "--json", "for programs")
 
 
 def ls(args: argparse.Namespace) -> int:
     """List, a line for each tensor."""
-    with contents(args.src) as found:
+    with contents(args.src, args.allow_pickle_weights) as found:
         rows = [t for t in found.tensors.values() if fnmatchcase(t.name, args.match)]
     names = fitted((t.name for t in rows), beside=55)
     width = max(map(len, names), default=0)
@@ -68,13 +69,14 @@ def add_cat(p: argparse.ArgumentParser) -> None:
     command(p, cat, CAT)
     argument(p, "src FILE", "an archive, one shard of a set, a folder, or another file that can be packed")
     argument(p, "name NAME", "of a tensor or of an attached file")
+    argument(p, "--allow-pickle-weights", PICKLES)
     argument(p, "--raw", "the bytes of the tensor, without a .npy header")
     argument(p, "--force", "even where standard output is a terminal")
 
 
 def cat(args: argparse.Namespace) -> int:
     """Write one tensor or file."""
-    with contents(args.src) as found:
+    with contents(args.src, args.allow_pickle_weights) as found:
         if args.name in found.tensors:
             if sys.stdout.isatty() and not args.force:
                 raise ValueError("a tensor is no text: send standard output to a file (... > x.npy), or give --force")
@@ -109,12 +111,18 @@ def add_diff(p: argparse.ArgumentParser) -> None:
     argument(p, "a A", "an archive, a folder, or another file that can be packed")
     argument(p, "b B", "what to compare with it")
     argument(p, "--match PATTERN", "only tensors whose names match", default="*")
+    argument(p, "--allow-pickle-weights", PICKLES)
     argument(p, "--json", "for programs")
 
 
 def diff(args: argparse.Namespace) -> int:
     """Compare, a line for each difference."""
-    with contents(args.a) as a, contents(args.b) as b:
+    with both(args.a, args.b, args.allow_pickle_weights) as (a, b):
+        if a.numbers != b.numbers:
+            codes = args.b if a.numbers else args.a
+            print(
+                f"rac: {codes} holds codes; name the source that it was packed from to compare numbers", file=sys.stderr
+            )
         names = [n for n in (*a.tensors, *(n for n in b.tensors if n not in a.tensors)) if fnmatchcase(n, args.match)]
         found: list[Difference] = []
         with Progress("comparing", sum(a.tensors[n].nbytes for n in names if n in a.tensors)) as progress:

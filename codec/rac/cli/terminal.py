@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 EFFORTS = ("fast", "default", "max")
+PICKLES = "take .pt, .pth and .bin files: torch.load(weights_only=True) reads them"
 QUIET, NORMAL, VERBOSE = range(3)
 PLAIN_SECONDS = 30.0  # between two lines of progress where standard error is no terminal; a tenth with --verbose
 

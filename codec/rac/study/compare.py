@@ -110,7 +110,12 @@ class Reading:
 
 
 def compare(
-    original: Path, files: Files, reading: Reading | None = None, note: Note | None = None, within: Ways = (None,)
+    original: Path,
+    files: Files,
+    reading: Reading | None = None,
+    note: Note | None = None,
+    within: Ways = (None,),
+    pickles: bool = False,
 ) -> Iterator[Row]:
     """Rows for the original, whatever can be packed, and for each file of any such kind, as they are found.
 
@@ -118,9 +123,10 @@ def compare(
     `note` is called with a model's name, windows done, and all of them. `within` are ways in which the model of each
     file predicts, not that of the original, a row for each: None as it is; others, such as simulated activations, are
     called with the model, whose layers then apply the online transforms that are folded into the weights otherwise.
-    MismatchError where a file lacks a tensor of the original, or has it in another shape.
+    `pickles` allows weights that torch pickled. MismatchError where a file lacks a tensor of the original, or has it in
+    another shape.
     """
-    with _opened(os.fspath(original)) as ours:
+    with _opened(os.fspath(original), pickles=pickles) as ours:
         measure = None
         if reading is not None:
             measure = Measure(ours.given or original, reading.text, reading.tokens, reading.context, note)
@@ -131,7 +137,7 @@ def compare(
             name = os.fspath(file)
             ratio: float | None = None
             for i, way in enumerate(within):
-                with _opened(name, way is not None) as theirs:
+                with _opened(name, way is not None, pickles) as theirs:
                     if theirs.kind == "gguf" and not ours.floats.keys() & theirs.floats.keys():
                         theirs.floats = translated(name)
                     if not i and not theirs.about.transformed:
@@ -173,7 +179,7 @@ def _snr(ours: _File, theirs: _File) -> float | None:
 
 
 @contextlib.contextmanager
-def _opened(path: str, mapped: bool = False) -> Iterator[_File]:
+def _opened(path: str, mapped: bool = False, pickles: bool = False) -> Iterator[_File]:
     """The content of a .rac file (all shards of it), or of anything that can be packed."""
     magic = b""
     if os.path.isfile(path):
@@ -183,7 +189,7 @@ def _opened(path: str, mapped: bool = False) -> Iterator[_File]:
         with RacFile(path) as archive:
             yield _of_archive(archive, path, {} if mapped else None)
     else:
-        yield _of_source(path)
+        yield _of_source(path, pickles)
 
 
 def _of_archive(f: RacFile, path: str, maps: dict[str, Transform] | None) -> _File:
@@ -250,13 +256,13 @@ def _unmapped(f: RacFile, name: str, maps: dict[str, Transform] | None) -> NDArr
     return found  # type: ignore[no-any-return]
 
 
-def _of_source(path: str) -> _File:
-    source = open_source(path)
+def _of_source(path: str, pickles: bool) -> _File:
+    source = open_source(path, pickles=pickles)
     parts = [*(t.data for t in source.tensors), *(a.data for a in source.attachments)]
     files = {part.path: part for part in parts if isinstance(part, Extent)}
     out = _File(path, source.kind, sum(part.whole for part in files.values()))
     if source.kind != "gguf":  # its blocks are read as numbers below
-        source = open_source(path, dequantise=True)
+        source = open_source(path, dequantise=True, pickles=pickles)
         out.given = Given.of(path, source.every) if source.dequantised else None
     for t in source.tensors:
         out.add(t.name, t.dtype, t.shape, t.nbytes, t.extra or {}, partial(_dense, t))

@@ -19,6 +19,7 @@ from rac.decode.archive import RacFile
 from rac.decode.unpack import names_of_files, tensor_bytes
 from rac.encode.sources import SourceTensor, open_source
 from rac.frameworks import to_framework
+from rac.provenance import Provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Contents:
 
     tensors: dict[str, Stated] = field(default_factory=dict)
     files: dict[str, Callable[[], bytes]] = field(default_factory=dict)
+    numbers: bool = False  # whether tensors are numbers that codes and scales stood for where they came from
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +68,30 @@ def is_archive(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def contents(path: str) -> Iterator[Contents]:
-    """The content of an archive (all its shards), or of a source; RacError where it is neither, or damaged."""
+def contents(path: str, pickles: bool = False, dequantise: bool = False) -> Iterator[Contents]:
+    """The content of an archive (all its shards), or of a source; RacError where it is neither, or damaged.
+
+    `pickles` allows weights that torch pickled, `dequantise` reads the codes of a source as what they stand for.
+    """
     if not is_archive(path):
-        source = open_source(path)
+        source = open_source(path, pickles=pickles, dequantise=dequantise)
         tensors = {t.name: Stated(t.name, t.dtype, t.shape, t.nbytes, partial(_dense, t)) for t in source.tensors}
-        yield Contents(tensors, {a.name: a.read for a in source.attachments})
+        yield Contents(tensors, {a.name: a.read for a in source.attachments}, bool(source.dequantised))
         return
     with RacFile(path) as f:
-        yield Contents(dict(_stated(f)), {n: partial(f.attachment, n) for n in names_of_files(f)})
+        numbers = bool(Provenance.of(f.archives[0].header, path).dequantised)
+        yield Contents(dict(_stated(f)), {n: partial(f.attachment, n) for n in names_of_files(f)}, numbers)
+
+
+@contextlib.contextmanager
+def both(a: str, b: str, pickles: bool = False) -> Iterator[tuple[Contents, Contents]]:
+    """Two contents to be compared: where one has the numbers of codes, a source gives the other's numbers too."""
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(contents(path, pickles)) for path in (a, b))
+        if one.numbers != two.numbers:
+            again = (stack.enter_context(contents(path, pickles, dequantise=True)) for path in (a, b))
+            one, two = again
+        yield one, two
 
 
 def _stated(f: RacFile) -> Iterator[tuple[str, Stated]]:

@@ -37,7 +37,7 @@ def spaced(path, gap="   "):
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"bits": 4, "keep": ["a"]}])
+@pytest.mark.parametrize("options", [{}, {"bits": 4, "keep": ["w"]}])
 @pytest.mark.parametrize("name", ["back.safetensors", "back"])
 def test_a_single_file(tmp_path, options, name):
     source = spaced(tmp_path / "m.safetensors")

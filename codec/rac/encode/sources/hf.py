@@ -150,9 +150,11 @@ def read(root: str, all_files: bool = False, pickles: bool = False) -> Source:
     source = folder.read(root, files)
     sizes = {f: place.size(f) for f in sorted(set(tree.files) - set(files))}
     whole, pieces, skipped = _others(place, sizes, all_files)
+    tensors = marked(source.tensors, whole)
     return replace(
         source,
-        tensors=marked(source.tensors, whole),
+        tensors=tensors,
+        every=tensors,
         attachments=whole,
         skipped=(*tree.skipped, *skipped),
         links=tree.links,

@@ -144,7 +144,7 @@ class Source:
     frames: Mapping[str, bytes] = field(default_factory=dict)
     """Size and all bytes but those of tensors of each file of another kind, by its name (rac.encode.sources.others)."""
     lost: str = ""  # why the source does not come back as the file that it is
-    every: tuple[SourceTensor, ...] = ()  # all tensors, also those that patterns leave out, of a dequantised source
+    every: tuple[SourceTensor, ...] = ()  # all, where files are not what a model is loaded from
     pieces: Mapping[str, int] = field(default_factory=dict)  # large files, and of how many attachments each consists
     hub: Mapping[str, str] = field(default_factory=dict)  # "repository" and "revision", where it came from the Hub
     sha256: Mapping[str, str] = field(default_factory=dict)  # of files, by name
