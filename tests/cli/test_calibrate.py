@@ -72,5 +72,5 @@ def test_weights_that_torch_pickled_are_calibrated_like_others(folder, tmp_path,
     assert main(call) == 0
     assert "does not reach" not in capsys.readouterr().err
     with rac.open(tmp_path / "a.rac", framework="pt") as a, rac.open(tmp_path / "b.rac", framework="pt") as b:
-        for name in a.keys():
+        for name in list(a.keys()):
             assert torch.equal(a.get_tensor(name), b.get_tensor(name))
