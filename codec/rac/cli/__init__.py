@@ -97,6 +97,8 @@ def parser(argv: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None:  # it was closed before
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if not argv:
         parser().print_help(sys.stderr)
         return 2

@@ -117,17 +117,20 @@ def add_verify(p: argparse.ArgumentParser) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     """Verify, and say what was seen."""
-    total = 0
+    total, part = 0, ""
     if args.src != "-":
         with suppress(NoRangesError), opened(args.src) as archives:  # such a URL is read forward
             total = dense(archives)
+            origin = Provenance.of(archives[0].header, args.src)
+            taken = [f"--include {p}" for p in origin.include] + [f"--exclude {p}" for p in origin.exclude]
+            part = f" in what was packed of it ({' '.join(taken)})" if taken else ""
     start = time.monotonic()
     with Progress("verifying", total) as progress:
         how = {"pickles": args.allow_pickle_weights, "hub": args.hub}
         seen = rac.verify(args.src, args.against, progress=progress, **how)
     seconds = time.monotonic() - start
     source = f"what the codes of {args.against} stand for" if seen.dequantised else args.against
-    equal = f", equal to {source}" if args.against else ""
+    equal = f", equal to {source}{part}" if args.against else ""
     if seen.lossy:
         snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {source}"
         rest = f", the others{equal[1:]}" if args.against and seen.lossy < seen.tensors else ""

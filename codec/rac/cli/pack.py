@@ -108,7 +108,8 @@ _OF_NAMED = {"group": 128, "fixed_rate": False, "symmetric": False, "activations
 BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
 LOST = 0.01  # share of lost zeros from which on a tensor is named
 ALARM = 10  # decibels of output signal to noise below which a layer is named
-QUALITY = "a choice of the budgets below, said when it is made: small --bits 3, good --bits 4, best --bits 5"
+QUALITY = """a choice of the budgets below, said when it is made: small is --bits 3 --embeddings, good is --bits 4
+--embeddings, best is --bits 5"""
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
 OTHERS = dict.fromkeys(("vision tower", "projector"), "`--calibrate images/` does")
 OTHERS["audio tower"] = "`--calibrate audio/` does"
@@ -233,6 +234,8 @@ def _check_pipe(args: argparse.Namespace) -> None:
     given |= {"--recipe": args.recipe != NAMES[0], "--measure": args.measure}
     if wrong := [option for option, there in given.items() if there]:
         raise ValueError(f"-o - writes one file, forward: it does not go with {', '.join(wrong)}")
+    if sys.__stdout__ is None:
+        raise ValueError("-o -: standard output is closed")
     if sys.stdout.isatty():
         raise ValueError("-o - writes an archive to standard output: send it to a file or a program")
 

@@ -169,7 +169,13 @@ def _quantised(
     budget = replace(request.budget, bits=bits, file_bits=None, size=None) if bits else request.budget
     if budget.kl is not None:
         budget = Budget(bits=3.0)  # for the time
-    recipe = Search(sample, recipe, pool).meet(budget)
+    try:
+        recipe = Search(sample, recipe, pool).meet(budget)
+    except BudgetError as e:
+        if budget is request.budget:
+            raise
+        goal = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in request.budget.goal.items())
+        raise BudgetError(f"{goal} cannot be met: it leaves {bits:.3f} bits for each quantised weight ({e})") from e
     jobs = ((workers.need(g.tensor, recipe), (g, workers.only(recipe, g.tensor.name))) for g in sample)
     size = sum(size_of(e, recipe) for e in workers.run(pool, partial(encode, measured=False), jobs, room()))
     seconds = (time.monotonic() - start) * _weights(kinds) / taken

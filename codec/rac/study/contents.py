@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from rac.container.access import InFile
 from rac.container.wire import MAGIC
-from rac.decode.archive import RacFile
+from rac.decode.archive import RacFile, of_repository
+from rac.decode.spool import at_random
 from rac.decode.unpack import names_of_files, tensor_bytes
 from rac.encode.sources import SourceTensor, open_source
+from rac.errors import SourceError
 from rac.frameworks import to_framework
 from rac.provenance import Provenance
 
@@ -57,9 +60,16 @@ class Difference:
 
 
 def is_archive(path: str) -> bool:
-    """Whether a path is that of an archive, a folder of shards of one, or a URL."""
-    if "://" in path:
+    """Whether a path is that of an archive, a folder of shards of one, a URL, or "-", standard input.
+
+    A repository of the Hub is one where it has an archive.
+    """
+    if path == "-" or "://" in path:
         return True
+    if not os.path.lexists(path):
+        with contextlib.suppress(SourceError):  # a source says what is wrong
+            return of_repository(path) != path
+        return False
     if os.path.isdir(path):
         return any(f.endswith(".rac") for f in os.listdir(path))
     with contextlib.suppress(OSError), open(path, "rb") as f:  # a source says what is wrong
@@ -78,7 +88,7 @@ def contents(path: str, pickles: bool = False, dequantise: bool = False) -> Iter
         tensors = {t.name: Stated(t.name, t.dtype, t.shape, t.nbytes, partial(_dense, t)) for t in source.tensors}
         yield Contents(tensors, {a.name: a.read for a in source.attachments}, bool(source.dequantised))
         return
-    with RacFile(path) as f:
+    with at_random(path, os.path.join(tempfile.gettempdir(), "-")) as archives, RacFile(archives) as f:
         numbers = bool(Provenance.of(f.archives[0].header, path).dequantised)
         yield Contents(dict(_stated(f)), {n: partial(f.attachment, n) for n in names_of_files(f)}, numbers)
 

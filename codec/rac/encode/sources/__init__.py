@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -154,6 +154,8 @@ def _found(path: str, where: str, all_files: bool, pickles: bool) -> Source:
 
 def _held(data: Any, name: str) -> Source:
     """A safetensors file whose bytes are in memory, or behind a file object, which is read whole."""
+    if isinstance(data, Mapping):
+        raise SourceError("arrays in memory are no file: rac.save_file packs them, and rac.pack what it has written")
     access = access_of(data)
     raw = np.frombuffer(access_read(access, 0, access.size), np.uint8)
     if raw[:8].tobytes().startswith((MAGIC, b"GGUF")):

@@ -175,8 +175,9 @@ def assemble(place: Place, tree: Tree, all_files: bool = False) -> Source:
     if not files:
         if any(f.lower().endswith(PICKLES) for f in tree.files):
             raise SourceError(REFUSE_PICKLE, file=place.name)
-        named = [kind for kind in (".gguf", ".rac") if any(f.lower().endswith(kind) for f in tree.files)]
-        other = f"; name the {named[0]} file itself" if named else ""
+        known = (".gguf", ".rac", ".onnx", ".npz", ".npy", ".weights.h5", ".h5", ".keras", ".msgpack")
+        named = [f for kind in known for f in tree.files if f.lower().endswith(kind)]
+        other = f"; name the {os.path.splitext(named[0])[1]} file itself ({named[0]})" if named else ""
         raise SourceError(f"no *.safetensors file in this directory{other}", file=place.name)
     owner: dict[str, str] = {}
     tensors: list[SourceTensor] = []
