@@ -247,7 +247,7 @@ def test_errors_are_one_line(hub, tmp_path, monkeypatch, capsys):
     refused(capsys, "pack", "org/model", match="the Hub is not asked, as HF_HUB_OFFLINE is set [hf://org/model]")
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     hub.add("org/pickled", {"pytorch_model.bin": b"x"})
-    refused(capsys, "pack", "org/pickled", match="pickled weights are refused")
+    refused(capsys, "pack", "org/pickled", match="pickled weights alone, which are not read from the Hub")
 
 
 def test_gated_and_private_repositories(hub, tmp_path, monkeypatch, capsys):
