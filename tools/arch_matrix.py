@@ -37,6 +37,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from transformers.models.auto import configuration_auto, modeling_auto
 
+import arch_composite
 import arch_table
 import rac
 import rac.runtime
@@ -100,50 +101,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 """What an architecture needs besides, to be small or to run."""
 OTHERS = [
-    "albert",
-    "deberta",
-    "deberta-v2",
-    "distilbert",
-    "mpnet",
-    "t5",
-    "mt5",
-    "umt5",
-    "longt5",
-    "led",
-    "esm",
-    "funnel",
-    "squeezebert",
-    "mobilebert",
-    "nystromformer",
-    "luke",
-    "longformer",
-    "xmod",
-    "modernbert",
-    "nomic_bert",
-    "eurobert",
-    "vit",
-    "deit",
-    "beit",
-    "dinov2",
-    "swin",
-    "convnext",
-    "resnet",
-    "clip",
-    "siglip",
-    "blip",
-    "wav2vec2",
-    "hubert",
-    "wavlm",
-    "whisper",
-    "detr",
-    "yolos",
-    "segformer",
-    "videomae",
-    "audio-spectrogram-transformer",
-    "dpt",
-    "vit_mae",
-    "switch_transformers",
-    "m2m_100",
+    *("albert", "deberta-v2", "distilbert", "mpnet", "t5", "mt5", "umt5", "longt5", "led", "esm", "funnel"),
+    *("squeezebert", "mobilebert", "nystromformer", "luke", "longformer", "xmod", "modernbert", "nomic_bert"),
+    *("eurobert", "vit", "deit", "beit", "dinov2", "wav2vec2", "hubert", "wavlm", "whisper", "segformer"),
+    *("dpt", "vit_mae", "switch_transformers", "m2m_100"),
 ]
 """Encoders, encoder-decoders, vision and audio models."""
 TEXT = " ".join(f"{a} {b} is {a * b}." for a in range(1, 24) for b in range(a, 24))
@@ -164,8 +125,8 @@ def shrink(config: Any, given: dict[str, Any]) -> Any:
     return config
 
 
-def model_of(kind: str) -> Any:
-    """A tiny model with outlier columns, in BF16."""
+def config_of(kind: str) -> Any:
+    """A small configuration."""
     make = configuration_auto.CONFIG_MAPPING[kind]
     given = SMALL | OVERRIDES.get(kind, {})
     known = vars(make())
@@ -174,9 +135,20 @@ def model_of(kind: str) -> Any:
         config = make(**keys)
     except Exception:
         config = make()
-    shrink(config, given)
+    return shrink(config, given)
+
+
+def class_of(kind: str) -> Any:
+    """The causal language model of an architecture, or its plain model."""
     name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) or modeling_auto.MODEL_MAPPING_NAMES[kind]
-    cls = getattr(transformers, name if isinstance(name, str) else name[0])
+    return getattr(transformers, name if isinstance(name, str) else name[0])
+
+
+def model_of(kind: str) -> Any:
+    """A tiny model with outlier columns, in BF16, or the type that it runs in."""
+    composite = kind in arch_composite.KINDS
+    config = arch_composite.config_of(kind, SMALL) if composite else config_of(kind)
+    cls = arch_composite.class_of(kind) if composite else class_of(kind)
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > 6e6:
@@ -187,7 +159,7 @@ def model_of(kind: str) -> Any:
         for p in model.parameters():
             if p.ndim == 2 and min(p.shape) > 8:
                 p[:, [3, p.shape[1] // 2]] *= 6
-    return model.to(torch.bfloat16)
+    return model.to(arch_composite.DTYPES.get(kind, torch.bfloat16))
 
 
 def tokenizer() -> Any:
@@ -202,6 +174,8 @@ def tokenizer() -> Any:
 
 def inputs(model: Any) -> dict[str, torch.Tensor]:
     """What its forward pass takes."""
+    if model.config.model_type in arch_composite.KINDS:
+        return arch_composite.inputs(model)
     ids = torch.arange(24).reshape(1, 24) * 7 % 250 + 3
     main, config = getattr(model, "main_input_name", "input_ids"), model.config
     vision = getattr(config, "vision_config", None) or config
@@ -286,7 +260,7 @@ class Case:
         self.model = model_of(kind)
         self.model.save_pretrained(self.source)
         tokenizer().save_pretrained(self.source)
-        self.model = type(self.model).from_pretrained(self.source, dtype=torch.bfloat16).eval()
+        self.model = type(self.model).from_pretrained(self.source, dtype=self.model.dtype).eval()
         self.expected = output(self.model)
 
     def lossless(self) -> None:
@@ -326,13 +300,13 @@ class Case:
         )
         finite(output(rac.load_model(lossy, resident="dense")))
         if parts := re.findall(r"text does not reach: ([^:]*):", said):
-            raise Partly("text does not reach: " + ", ".join(parts))
+            raise Partly("text does not reach: " + ", ".join(sorted(parts)))
 
     def hf(self) -> None:
         """A folder for from_pretrained."""
         out = self.folder / "hf"
         command("pack", str(self.archive), "-o", str(out), "--format", "hf", "--force")
-        same(self.expected, output(type(self.model).from_pretrained(out, dtype=torch.bfloat16).eval()))
+        same(self.expected, output(type(self.model).from_pretrained(out, dtype=self.model.dtype).eval()))
 
 
 def run(what: Callable[[], None], verbose: bool) -> str:
@@ -354,9 +328,10 @@ def run(what: Callable[[], None], verbose: bool) -> str:
 
 
 def kinds() -> list[str]:
-    """Names of architectures, as transformers has them: all causal language models, and OTHERS."""
+    """Names of architectures, as transformers has them: all causal language models, OTHERS, and those of several."""
     causal = [*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
-    return causal + [k for k in OTHERS if k in modeling_auto.MODEL_MAPPING_NAMES and k not in causal]
+    others = (k for k in OTHERS if k in modeling_auto.MODEL_MAPPING_NAMES)
+    return [*dict.fromkeys([*causal, *others, *arch_composite.KINDS])]
 
 
 def row(kind: str, verbose: bool, cells: Sequence[str] = CELLS) -> dict[str, str] | None:

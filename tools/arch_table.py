@@ -12,14 +12,15 @@ PAGE = ROOT / "docs" / "compatibility.md"
 CELLS = ("lossless", "dense", "compressed", "bits", "calibrated", "hf")
 TITLES = {"bits": "4 bits", "hf": "`--format hf`"}
 BEGIN, END = "<!-- python tools/arch_matrix.py --summary --write -->\n", "<!-- until here -->\n"
-PART = r"text does not reach: .*(tower|attention|pooler|projector)"
+PART = r"text does not reach: (?!.*other layers)"
 REASONS = {
     PART: "a text does not reach a part of the model, which is quantised "
     "from its weights alone, and the pack says so: ",
     r"text does not reach": "to be mended: a text does not reach: ",
     r"WRONG .*did not reach": "a text does not reach all layers; these are quantised from their weights alone, "
     "and the pack says so",
-    r"- .*no tensor is large enough": "refused, meant: the tiny model has no matrix that is large enough",
+    r"- .*no tensor (is large enough|can be quantised)": "refused, meant: the tiny model has no matrix that is large "
+    "enough",
     r"- .*`--calibrate none` works": "refused in one line, which names `--calibrate none`",
     r"- ": "refused: ",
     r"WRONG ": "to be mended: ",

@@ -15,21 +15,25 @@ import numpy as np
 from rac.calibrate.experts import Stored, bits, parts
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import linears
+from rac.models.linears import is_linear
 from rac.models.names import renamed
 
 Entry = dict[str, Any]
 Found = list[tuple[Any, Entry]]
 EMBEDDINGS, BUFFERS = "embeddings", "buffers"
 """What no product is made with."""
+CONVOLUTIONS, OUTSIDE = "convolutions", "products outside of linear layers"
+"""What a text's calibration does not look at; `rac.calibrate` does."""
 PARTS = (
-    ("projector", r"projector|connector|mm_proj|modality_projection|qformer|language_projection"),
+    ("projector", r"projector|connector|mm_proj|modality_projection|qformer|language_projection|text_proj"),
     ("vision tower", r"vision|visual|image|patch|pixel|vit\b"),
     ("audio tower", r"audio|speech|mel_|feature_extractor"),
-    ("cross attention", r"encoder_attn|cross_?attn|cross_?attention|encdecattention"),
+    ("cross attention", r"encoder_attn|cross_?attn|cross_?attention|cross_?modal|multi_?modal|encdecattention"),
     ("global attention", r"_global\b"),
     ("pooler", r"pooler"),
 )
 """Parts of models that a text may leave out, and what their names look like."""
+_CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "ParametrizedConv")
 _SEES = {"pixel_values": "vision tower", "input_features": "audio tower", "input_values": "audio tower"}
 
 
@@ -121,20 +125,32 @@ def _counts(stored: Stored, name: str) -> bool:
 
 
 def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str) -> str:
-    """The part of the model that a tensor of its files is in: EMBEDDINGS, BUFFERS, one of PARTS, or "other layers"."""
+    """The part of the model that a tensor of its files is in: a name of the above, or "other layers"."""
     key = known.get(name, (name, True))[0]
     owners = list(_owners(model, key))
     if owners and owners[-1] in _tables(model):
         return EMBEDDINGS
     if owners and key.rpartition(".")[2] in owners[-1]._buffers:
         return BUFFERS
-    low = f"{name} {key}".lower()
+    # a layer of cross attention is not run without what it attends to, all of it
+    across = " ".join(type(m).__name__ for m in owners[1:] if "CrossAttention" in type(m).__name__)
+    low = f"{name} {key} {across}".lower()
     if part := next((part for part, pattern in PARTS if re.search(pattern, low)), None):
         return part
     for owner in owners[1:]:
         if hasattr(owner, "config") and (sees := _SEES.get(getattr(owner, "main_input_name", ""))):
             return sees
-    return "other layers"
+    return _unlooked(owners, key, low)
+
+
+def _unlooked(owners: Sequence[Any], key: str, name: str) -> str:
+    """The part of a tensor that no name tells of, by the modules around it."""
+    if any(type(m).__name__.startswith(_CONVOLUTIONS) for m in owners):
+        return CONVOLUTIONS
+    own = owners and key.rpartition(".")[2] in owners[-1]._parameters
+    if own and not is_linear(owners[-1]) and "expert" not in name:
+        return OUTSIDE
+    return "decoder" if re.search(r"\bdecoder\b", name) else "other layers"
 
 
 def _owners(model: Any, key: str) -> Iterator[Any]:

@@ -75,21 +75,30 @@ def find(model: Any, causal: bool, context: int, file: str) -> Reader:
         except ERRORS as e:
             why = why or str(e).split("\n")[0]
     what, how = SEES.get(main, ("", ""))
-    if not what and "pixel_values" in why:
-        what, how = SEES["pixel_values"]
+    if not what and ("pixel_values" in why or "NoneType" in why):
+        taken = inspect.signature(model.forward).parameters
+        what, how = next((way for name, way in SEES.items() if name in taken), (what, how))
     because = f"it reads {what}" if what else why or "it reads something else"
     ways = f"`--calibrate {how}` and rac.calibrate take these" if what else "rac.calibrate takes any inputs"
     raise SourceError(f"{kind} cannot be calibrated on a text ({because}): {ways}, `--calibrate none` works", file=file)
 
 
 def _candidates(model: Any) -> Iterator[tuple[str, Any]]:
-    """The model, and, where it is no encoder whose output a decoder reads, parts of it, the largest first."""
+    """The model, and, where it is no encoder whose output a decoder reads, parts of it.
+
+    Causal language models come first, of others the larger before the smaller.
+    """
     main = getattr(model, "main_input_name", "input_ids")
     if main not in SEES or not model.config.is_encoder_decoder:
         if main not in SEES:
             yield "", model
         parts = [(name, m) for name, m in model.named_modules() if name and _reads(m)]
-        yield from sorted(parts, key=lambda part: -sum(p.numel() for p in part[1].parameters()))
+        yield from sorted(parts, key=_rank)
+
+
+def _rank(part: tuple[str, Any]) -> tuple[bool, int]:
+    module = part[1]
+    return not is_causal(type(module), module.config), -sum(p.numel() for p in module.parameters())
 
 
 def _reads(module: Any) -> bool:

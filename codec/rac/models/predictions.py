@@ -35,9 +35,10 @@ def quiet(transformers: Any) -> Iterator[None]:
 def positions(config: Any, context: int) -> int:
     """The longest sequence of at most `context` tokens that a model has positions for, as its text configuration says.
 
-    Models after RoBERTa count positions from behind the padding token.
+    Models after RoBERTa count positions from behind the padding token; XLNet's -1 means any number.
     """
-    most = getattr(config, "max_position_embeddings", None) or context
+    stated = getattr(config, "max_position_embeddings", None) or 0
+    most = stated if stated > 0 else context
     padding = getattr(config, "pad_token_id", None) if getattr(config, "model_type", "") in _BEHIND else None
     return min(context, most if padding is None else most - padding - 1)
 

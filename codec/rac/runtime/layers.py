@@ -202,8 +202,14 @@ class RacEmbedding(Compressed, nn.Embedding):
 
     def __init__(self, head: Head, workspace: Workspace, padding_idx: int | None = None, dtype: Any = None) -> None:
         self._hold(head, workspace, dtype)
-        (self.num_embeddings, self.embedding_dim), self.padding_idx = head.shape, padding_idx
+        (self.num_embeddings, self.embedding_dim), self._padding = head.shape, padding_idx
+        self.padding_idx: int | None = None  # some models zero that row of what is loaded, here of bytes
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+
+    def settle(self) -> None:
+        """The record is there."""
+        super().settle()
+        self.padding_idx = self._padding
 
     @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import arch_matrix
 import arch_table
 
 CUT = ["llama", "gpt2", "mixtral", "bert", "opt", "gemma2"]
-CUT += ["qwen3_moe", "bloom", "phi3", "roberta", "gpt_neox", "falcon"]
+CUT += ["qwen3_moe", "bloom", "phi3", "roberta", "gpt_neox", "falcon", "llava", "qwen2_vl"]
 
 
 @pytest.mark.parametrize("kind", CUT)

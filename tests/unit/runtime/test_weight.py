@@ -347,9 +347,9 @@ def test_reads_are_found_in_the_source():
 
 
 @pytest.mark.filterwarnings("ignore:rac. .* reads the weight")
-@pytest.mark.parametrize("kind", ["mamba", "rwkv", "olmo"])
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "olmo", "chinese_clip"])
 def test_a_cut_of_the_matrix(kind):
-    """Weights that are read, weights that are written while the model runs, models of matrices alone."""
+    """Weights that are read, or written while the model runs, models of matrices alone, rows that loading zeroes."""
     found = arch_matrix.row(kind, True, ["compressed", "hf"])
     assert found == {"architecture": kind, "compressed": "ok", "hf": "ok"}
 
