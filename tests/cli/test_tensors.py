@@ -221,3 +221,36 @@ def test_arguments_of_named_methods_need_one(packed, tmp_path, run):
         code, _, err = run("pack", packed[0], "-o", tmp_path / "x.rac", *asked)
         assert code == 2
         assert f"{asked[0]}: for named methods alone" in err
+
+
+def test_what_is_known_before_the_work_is_said_before_it(folder, tmp_path, run, monkeypatch):
+    """Nothing is written, and the line names what the user named."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pointer.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
+    )
+    (tmp_path / "page.safetensors").write_bytes(b"<!DOCTYPE html><html><body>Log in</body></html>")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    source = folder / "m.safetensors"
+    for asked, match in (
+        ((source, "--recipe", "rtn", "--dry-run"), "does not take --dry-run"),
+        ((source, "--recipe", "rtn", "--calibrate", "x.txt"), "does not take --calibrate"),
+        ((source, "--format", "hf"), f"holds no config.json: --format hf takes the folder of a model [{source}]"),
+        (("",), "SRC is an empty name"),
+        (("pointer.safetensors",), "is a pointer of Git LFS"),
+        (("page.safetensors",), "is a page of HTML"),
+        (("model.safetensors.index.json",), "name the folder"),
+    ):
+        code, out, err = run("pack", *asked)
+        assert (code, out) == (2, b"")
+        assert match in err
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+    code, out, _ = run("pack", source, "--format", "hf", "--dry-run", "--json")
+    assert (code, json.loads(out)["size"] > 0) == (0, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_one_pattern_may_be_text(folder, tmp_path):
+    done = rac.pack(folder / "m.safetensors", tmp_path / "x.rac", include="l.*", exclude="l.0.*", bits=4, keep="l.1.*")
+    assert (done.tensors, done.quantised) == (3, 2)

@@ -39,7 +39,7 @@ from rac.encode.estimate import Estimate, estimate
 from rac.encode.options import CONTEXT, GOALS, Budget, Hooks, Lossy, PackOptions, one_goal
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source, ready
-from rac.errors import OutputError
+from rac.errors import OutputError, SourceError
 from rac.machine import threads_of
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare
@@ -87,7 +87,7 @@ kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
     **dict.fromkeys(("quality", "file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
     **{name: [] for name in ("keep", "include", "exclude", "calibration")},
-    **dict.fromkeys(("all_files", "embeddings", "no_backward", "resume"), False),
+    **dict.fromkeys(("all_files", "embeddings", "no_backward", "resume", "dry_run"), False),
     "align": "auto",
     "context": CONTEXT,
     "effort": "default",
@@ -206,6 +206,8 @@ def _add_named(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
+    if not args.src:
+        raise ValueError("SRC is an empty name")
     if args.output is None:
         args.output = _usual(args.src, args.format)
     if args.recipe == NAMES[0]:
@@ -216,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
         _preset(args)
     if args.output == PIPE:
         _check_pipe(args)
-    return _folder(args) if args.format == "hf" else _file(args)
+    return _folder(args) if args.format == "hf" and not args.dry_run else _file(args)
 
 
 def _usual(src: str, form: str) -> str:
@@ -248,6 +250,7 @@ def _folder(args: argparse.Namespace) -> int:
     made = None
     if not args.src.endswith(".rac"):
         source = open_source(args.src, args.include, args.exclude, pickles=args.allow_pickle_weights)
+        _loadable(args, source)
         replaceable(os.path.realpath(args.output), args.force, [a.name for a in source.attachments])
         made = args.output.rstrip(os.sep) + BESIDE
         _file(argparse.Namespace(**vars(args) | {"output": made, "shard_size": None}))
@@ -260,6 +263,17 @@ def _folder(args: argparse.Namespace) -> int:
     say(f"{args.output}: {done.tensors} tensors, {done.records} of them compressed, {size(done.size)} in all files")
     tell({"folder": args.output, "tensors": done.tensors, "records": done.records, "size": done.size})
     return 0
+
+
+def _loadable(args: argparse.Namespace, source: Source) -> None:
+    """SourceError for what makes no folder for from_pretrained, before the work."""
+    config = next((a for a in source.attachments if a.name == "config.json"), None)
+    if config is None:
+        raise SourceError("holds no config.json: --format hf takes the folder of a model", file=args.src)
+    lossless = args.recipe == NAMES[0] and all(getattr(args, goal) is None for goal in GOALS)
+    if lossless and b'"quantization_config"' in config.read():
+        why = "is quantised by another method already: pack it as one file, or its numbers to a budget (--bits)"
+        raise SourceError(why, file=args.src)
 
 
 def _file(args: argparse.Namespace) -> int:
@@ -388,7 +402,8 @@ def _say(args: argparse.Namespace, done: Summary, seconds: float) -> None:
     if args.resume:
         say(f"{done.resumed} of {done.tensors} tensors were finished already")
     bits = 8 * done.stored / max(1, done.weights)
-    what = done.paths[0] if len(done.paths) == 1 else f"{len(done.paths)} shards, {done.paths[0]} ..."
+    first = done.paths[0].removesuffix(BESIDE) if args.format == "hf" else done.paths[0]
+    what = first if len(done.paths) == 1 else f"{len(done.paths)} shards, {first} ..."
     say(
         f"{what}: {done.tensors} tensors, {size(done.dense)} -> {size(done.stored)} "
         f"({done.stored / max(1, done.dense):.2%}, {bits:.3f} bits per weight, all bytes counted) "
@@ -530,6 +545,8 @@ def _named(args: argparse.Namespace) -> int:
         raise ValueError(f"--recipe {args.recipe} takes whole --bits from 2 to 8, not {bits:g}")
     _ready(args)
     texts = [t for t in args.calibrate or () if t != "none"]
+    if texts and args.recipe == "rtn":
+        raise ValueError("--recipe rtn rounds the weights alone: it does not take --calibrate")
     if len(texts) > 1:
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
     from rac.methods.named import Method, pack_method  # imports torch
@@ -548,4 +565,7 @@ def _named(args: argparse.Namespace) -> int:
     )
     if args.measure:
         measure(args.src, args.output, args.measure)
+    if args.format == "rac":
+        layers = [asdict(f) | {"bits": f.bits, "snr": f.snr if math.isfinite(f.snr) else None} for f in done.fidelity]
+        tell({"seconds": seconds, "recipe": args.recipe, **report(done, None), "tensors": layers})
     return 0

@@ -114,7 +114,7 @@ def pack(
             "stem-00001-of-0000N.rac".
         level: "fast", "default" or "max".
         jobs: Threads, or processes; one per core up to 8 by default. The bytes do not depend on it.
-        include: Patterns (fnmatch) of tensors to take; none means all.
+        include: Patterns (fnmatch), or one, of tensors to take; none means all.
         exclude: Patterns of tensors to leave out.
         lanes: ANS lanes per tile, 1..1024. Many short lanes suit a GPU, few long ones an archive.
         shard_size: Dense bytes after which a new shard begins.
@@ -157,6 +157,7 @@ def pack(
         BudgetError: The budget cannot be met.
         MissingDependencyError: A language model is to be calibrated, and torch or transformers is not installed.
     """
+    include, exclude, keep = ((p,) if isinstance(p, str) else p for p in (include, exclude, keep))
     settings = {"exclude": list(exclude), "include": list(include)}
     lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
     options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, processes and lossy, settings)

@@ -178,6 +178,8 @@ def _file(path: str, pickles: bool) -> Source:
         return gguf.read(path)
     if suffix != ".safetensors" and (found := others.of_file(path, magic, pickles)):
         return found
+    if path.endswith(".safetensors.index.json"):
+        raise SourceError("is the index of a folder's files: name the folder", file=path)
     if suffix != ".safetensors" and magic[8:] != b"{":
         raise SourceError(
             "no file of weights that rac knows (docs/compatibility.md); convert it to safetensors", file=path

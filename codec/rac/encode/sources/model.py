@@ -16,7 +16,8 @@ from rac.records import Online
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 REFUSE_PICKLE = (
     "pickled weights are refused because loading them runs code; convert them to .safetensors first, or name the file "
-    "or its folder with --allow-pickle-weights, which loads nothing but tensors (torch.load, weights_only)"
+    "or its folder with --allow-pickle-weights, in Python pickles=True, which loads nothing but tensors "
+    "(torch.load, weights_only)"
 )
 
 

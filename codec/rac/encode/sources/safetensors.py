@@ -56,6 +56,10 @@ def header_size(start: bytes, total: int, path: str) -> int:
         raise SourceError("damaged safetensors file: shorter than 8 bytes", file=path)
     size = int.from_bytes(start[:8], "little")
     if size > min(_MAX_HEADER, total - 8):
+        if start.startswith(b"version "):
+            raise SourceError("is a pointer of Git LFS, not the file itself: run `git lfs pull`", file=path)
+        if start.lstrip()[:2].lower() in (b"<!", b"<h"):
+            raise SourceError("is a page of HTML, not a safetensors file: download it again", file=path)
         why = "ends inside the header" if size <= _MAX_HEADER else "header is larger than 100 MB"
         raise SourceError(f"damaged safetensors file: {why}", file=path)
     return size
