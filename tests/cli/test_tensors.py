@@ -235,7 +235,6 @@ def test_what_is_known_before_the_work_is_said_before_it(folder, tmp_path, run, 
     source = folder / "m.safetensors"
     for asked, match in (
         ((source, "--recipe", "rtn", "--dry-run"), "does not take --dry-run"),
-        ((source, "--recipe", "rtn", "--calibrate", "x.txt"), "does not take --calibrate"),
         ((source, "--format", "hf"), f"holds no config.json: --format hf takes the folder of a model [{source}]"),
         (("",), "SRC is an empty name"),
         (("pointer.safetensors",), "is a pointer of Git LFS"),

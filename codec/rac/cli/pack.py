@@ -546,7 +546,7 @@ def _named(args: argparse.Namespace) -> int:
     _ready(args)
     texts = [t for t in args.calibrate or () if t != "none"]
     if texts and args.recipe == "rtn":
-        raise ValueError("--recipe rtn rounds the weights alone: it does not take --calibrate")
+        print("rac: --recipe rtn rounds the weights alone, and reads no text", file=sys.stderr)
     if len(texts) > 1:
         raise ValueError(f"--recipe {args.recipe} calibrates on one text file")
     from rac.methods.named import Method, pack_method  # imports torch
