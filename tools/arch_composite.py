@@ -26,7 +26,11 @@ KINDS = (
     *("qwen3_5", "glm4v", "glm4v_moe", "gemma3", "idefics2", "idefics3", "smolvlm", "blip-2", "instructblip", "mllama"),
     *("llava_next", "llava_onevision", "mistral3", "lfm2_vl", "detr", "table-transformer", "conditional_detr"),
     *("deformable_detr", "swin", "swinv2", "convnext", "resnet", "encodec", "dac", "clap", "vits", "musicgen"),
-    *("speecht5", "xlnet", "videomae", "audio-spectrogram-transformer", "yolos"),
+    *("speecht5", "xlnet", "videomae", "audio-spectrogram-transformer", "yolos", "florence2", "kosmos-2", "sam"),
+    *("lxmert", "mimi", "timesformer", "vivit", "xclip", "wav2vec2-bert", "speech_to_text", "siglip2", "qwen2_audio"),
+    *("voxtral", "funnel", "luke", "pvt", "focalnet", "fsmt", "fnet", "data2vec-audio", "ibert", "splinter"),
+    *("swiftformer", "hyperclovax_vision_v2", "evolla", "clvp", "qwen3_5_moe", "imagegpt", "mobilenet_v2", "sew"),
+    *("unispeech", "wav2vec2-conformer", "ijepa", "vit_msn", "vitdet", "convbert", "flaubert", "pegasus_x", "gte"),
 )
 """Names of architectures."""
 SMALL: dict[str, Any] = {
@@ -108,7 +112,46 @@ PARTS: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_index": IMAGE, "num_query_tokens": 4},
     "llava_next": {"image_grid_pinpoints": [[32, 32]]},
     "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
-    "gemma4": {"text_config": {"vocab_size_per_layer_input": 300}},
+    "kosmos-2": {"latent_query_num": 4},
+    "florence2": {
+        "vision_config": {
+            "embed_dim": [32, 64],
+            "num_heads": [2, 2],
+            "num_groups": [2, 2],
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [4, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "window_size": 4,
+            "projection_dim": 128,
+        },
+    },
+    "sam": {
+        "vision_config": {"output_channels": 128, "num_pos_feats": 64},
+        "prompt_encoder_config": {"hidden_size": 128, "image_size": 32, "patch_size": 8},
+        "mask_decoder_config": {"hidden_size": 128, "mlp_dim": 128, "iou_head_hidden_dim": 128},
+    },
+    "maskformer-swin": _SWIN,
+    "lxmert": {"visual_feat_dim": 64, "l_layers": 1, "x_layers": 1, "r_layers": 1},
+    "voxtral": {"audio_token_id": AUDIO, "audio_config": {"intermediate_size": 512}},
+    "xclip": {"vision_config": {"mit_hidden_size": 128, "mit_intermediate_size": 192}},
+    "funnel": {"block_sizes": [1, 1], "d_model": 128, "n_head": 4, "d_head": 32, "d_inner": 192},
+    "luke": {"entity_vocab_size": 32, "entity_emb_size": 64},
+    "pvt": {"hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
+    "cvt": {"embed_dim": [16, 32, 64], "depth": [1, 1, 1], "num_heads": [1, 1, 2]},
+    "focalnet": {"embed_dim": 32, "depths": [1, 1], "focal_levels": [2, 2], "focal_windows": [3, 3]},
+    "speech_to_text": {"conv_channels": 64},
+    "fsmt": {"src_vocab_size": 300, "tgt_vocab_size": 300, "langs": ["en", "de"]},
+    "mimi": {
+        "num_filters": 8,
+        "upsampling_ratios": [4, 2],
+        "codebook_size": 64,
+        "codebook_dim": 32,
+        "vector_quantization_hidden_dimension": 32,
+        "upsample_groups": 4,
+        "num_quantizers": 4,
+    },
     "detr": _DETR,
     "conditional_detr": _DETR,
     "deformable_detr": _DETR,
@@ -127,7 +170,6 @@ PARTS: dict[str, dict[str, Any]] = {
         "audio_encoder": {"model_type": "encodec", **_ENCODEC},
         "decoder": {"vocab_size": 64, "hidden_size": 128, "ffn_dim": 192, "num_hidden_layers": 2},
     },
-    "sam": {"vision_config": {"output_channels": 128}},
 }
 """What an architecture needs besides; a dictionary goes to the configuration of this name inside it."""
 CLASSES = {
@@ -137,7 +179,7 @@ CLASSES = {
     "xlnet": "XLNetLMHeadModel",
 }
 """Classes that do more than the plain model of an architecture."""
-DTYPES = dict.fromkeys(("xlnet", "deberta"), torch.float32)
+DTYPES = dict.fromkeys(("xlnet", "deberta", "fnet", "clvp"), torch.float32)
 """Data types other than BF16, where the code of transformers mixes these."""
 
 
@@ -214,6 +256,13 @@ def _tiles(count: int) -> Callable[[Any], dict[str, torch.Tensor]]:
     return lambda _: {"pixel_values": ramp(1, count, 3, 32, 32)}
 
 
+def _patches(_: Any) -> dict[str, torch.Tensor]:
+    mask = torch.ones(1, 16, dtype=torch.long)
+    return {"pixel_values": ramp(1, 16, 192), "spatial_shapes": torch.tensor([[4, 4]]), "pixel_attention_mask": mask}
+
+
+HEARD = {"qwen2_audio": 64, "voxtral": 32}
+"""How many tokens the sound of `inputs` becomes, by architecture."""
 GIVEN: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "idefics2": _tiles(1),
     "idefics3": _tiles(1),
@@ -226,13 +275,19 @@ GIVEN: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "encodec": lambda _: {"input_values": ramp(1, 1, 4000)},
     "dac": lambda _: {"input_values": ramp(1, 1, 4000)},
     "speecht5": lambda _: {"decoder_input_values": ramp(1, 8, 80)},
+    "mimi": lambda _: {"input_values": ramp(1, 1, 4000)},
+    "timesformer": _tiles(8),
+    "xclip": _tiles(8),
+    "vivit": _tiles(32),
+    "lxmert": lambda _: {"visual_feats": ramp(1, 4, 64), "visual_pos": ramp(1, 4, 4)},
+    "speech_to_text": lambda _: {"input_features": ramp(1, 256, 80)},
+    "wav2vec2-bert": lambda _: {"input_features": ramp(1, 256, 160)},
+    "siglip2": _patches,
+    "kosmos-2": lambda _: {"image_embeds_position_mask": (torch.arange(24)[None] < 4).long()},
+    "qwen2_audio": lambda _: {"feature_attention_mask": torch.ones(1, 256, dtype=torch.long)},
     "musicgen": lambda _: {"decoder_input_ids": IDS[:, :8].repeat(4, 1) % 60},
     "videomae": _tiles(16),
-    "lfm2_vl": lambda _: {
-        "pixel_values": ramp(1, 16, 192),
-        "spatial_shapes": torch.tensor([[4, 4]]),
-        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
-    },
+    "lfm2_vl": _patches,
     "mllama": lambda _: {
         "pixel_values": ramp(1, 1, 1, 3, 32, 32),
         "aspect_ratio_ids": torch.tensor([[1]]),
@@ -272,6 +327,8 @@ def inputs(model: Any) -> dict[str, torch.Tensor]:
 
 def _read(model: Any, seen: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Token ids, with the places of an image among them where the model wants these."""
+    if count := HEARD.get(model.config.model_type, 0):
+        return torch.cat([IDS[:, :4], torch.full((1, count), AUDIO), IDS[:, 4:]], 1)
     token = found_in(model.config, "image_token_id", found_in(model.config, "image_token_index", None))
     if "pixel_values" not in seen or token is None or not hasattr(model, "get_image_features"):
         return IDS

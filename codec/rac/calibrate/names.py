@@ -7,7 +7,7 @@ values of rows. What the text did not reach is told with the part of the model t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,13 @@ EMBEDDINGS, BUFFERS = "embeddings", "buffers"
 CONVOLUTIONS, OUTSIDE = "convolutions", "products outside of linear layers"
 """What a text's calibration does not look at; `rac.calibrate` does."""
 PARTS = (
-    ("projector", r"projector|connector|mm_proj|modality_projection|qformer|language_projection|text_proj"),
+    ("text projection", r"(^|\.)text_proj"),
+    ("projector", r"projector|connector|mm_proj|modality_projection|qformer|language_projection"),
     ("vision tower", r"vision|visual|image|patch|pixel|vit\b"),
     ("audio tower", r"audio|speech|mel_|feature_extractor"),
     ("cross attention", r"encoder_attn|cross_?attn|cross_?attention|cross_?modal|multi_?modal|encdecattention"),
     ("global attention", r"_global\b"),
+    ("attention of entities", r"(e2e|e2w|w2e)_query"),
     ("pooler", r"pooler"),
 )
 """Parts of models that a text may leave out, and what their names look like."""
@@ -71,7 +73,15 @@ def rename(model: Any, stored: Stored, folder: Folder) -> dict[str, str]:
             loose.append((w, entry))
     layers |= _blocks(loose, stored, layers)
     layers |= _rows(loose, stored, layers, folder)
-    return {name: _part(model, known, name) for name in stored.names if name not in layers and _counts(stored, name)}
+    reached = {at for name in layers for at in _prefixes(known.get(name, (name, True))[0])}
+    left = [name for name in stored.names if name not in layers and _counts(stored, name)]
+    return {name: _part(model, known, name, reached) for name in left}
+
+
+def _prefixes(key: str) -> list[str]:
+    """The modules around a parameter, from the outermost inwards, without its own."""
+    steps = key.split(".")[:-2]
+    return [".".join(steps[: i + 1]) for i in range(len(steps))]
 
 
 def _blocks(loose: Found, stored: Stored, taken: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -124,8 +134,11 @@ def _counts(stored: Stored, name: str) -> bool:
     return len(stored.shape(name)) > 1 and stored.floats(name)
 
 
-def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str) -> str:
-    """The part of the model that a tensor of its files is in: a name of the above, or "other layers"."""
+def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str, reached: Collection[str]) -> str:
+    """The part of the model that a tensor of its files is in: a name of the above, a module, or "other layers".
+
+    `reached` are the modules that a text runs a layer of.
+    """
     key = known.get(name, (name, True))[0]
     owners = list(_owners(model, key))
     if owners and owners[-1] in _tables(model):
@@ -140,17 +153,18 @@ def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str) -> str:
     for owner in owners[1:]:
         if hasattr(owner, "config") and (sees := _SEES.get(getattr(owner, "main_input_name", ""))):
             return sees
-    return _unlooked(owners, key, low)
+    return _unlooked(owners, key, low, reached)
 
 
-def _unlooked(owners: Sequence[Any], key: str, name: str) -> str:
+def _unlooked(owners: Sequence[Any], key: str, name: str, reached: Collection[str]) -> str:
     """The part of a tensor that no name tells of, by the modules around it."""
     if any(type(m).__name__.startswith(_CONVOLUTIONS) for m in owners):
         return CONVOLUTIONS
     own = owners and key.rpartition(".")[2] in owners[-1]._parameters
     if own and not is_linear(owners[-1]) and "expert" not in name:
         return OUTSIDE
-    return "decoder" if re.search(r"\bdecoder\b", name) else "other layers"
+    left = next((at for at in _prefixes(key) if at not in reached), "other layers")
+    return re.sub(r"\.\d+(?=\.|$)", ".*", left)
 
 
 def _owners(model: Any, key: str) -> Iterator[Any]:

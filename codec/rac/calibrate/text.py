@@ -51,7 +51,10 @@ def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]
         raise SourceError(f"the tokenizer cannot be loaded: {e}; {without}", file=path) from e
     ids: list[int] = []
     for part in (text[: 32 * tokens], text):  # no need to read a long text to its end
-        ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids[:tokens]
+        try:
+            ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids[:tokens]
+        except Exception as e:  # the library of tokenizers has no other
+            raise SourceError(f"the tokenizer cannot take the text: {e}; {without}", file=path) from e
         if len(ids) == tokens or len(part) == len(text):
             break
     return np.asarray(ids, np.int64), int(min(tokenizer.model_max_length, 1 << 40))
