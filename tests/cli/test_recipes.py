@@ -34,6 +34,8 @@ def test_every_recipe_is_packed_loaded_and_run(folder, tmp_path, capsys, name):
     assert pack(folder, path, "--recipe", name, "--bits", "8", "--group", "16", "--steps", "3", *text) == 0
     out = capsys.readouterr().out
     assert re.search(rf"{name}, \d+ tensors quantised at [\d.]+ bits per weight", out)
+    noise = [float(line.split()[4]) for line in out.splitlines() if ".weight " in line]
+    assert len(noise) == 7 and all(35 < snr < 55 for snr in noise)  # of what was rounded, transformed before or not
     original = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
     wanted = models.logits(original)
     for resident in ("dense", "compressed"):
@@ -66,6 +68,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (folder / "hf", ["--recipe", "gptq"], "calibrates on a text"),
         (folder / "hf", ["--recipe", "gptq", "--kl", "0.1", *text], "does not take --kl"),
         (folder / "hf", ["--recipe", "gptq", "--bits", "3.5", *text], "whole --bits"),
+        (folder / "hf", ["--recipe", "rtn", "--dry-run"], "does not take --dry-run"),
         (folder / "hf", ["--recipe", "kurtail", "--calibrate", "self"], "one text file"),
         (folder / "hf", ["--recipe", "gptq", "--calibrate", "auto"], "one text file"),
         (folder / "hf", ["--recipe", "gptq", "--calibrate", str(tmp_path / "none.txt")], "cannot be read"),

@@ -64,13 +64,8 @@ def load_original(model: Where) -> tuple[Any, Any, Any]:
     """Configuration, model in float32 and tokenizer of the folder of a causal language model; or SourceError."""
     path = os.fspath(model)
     torch, auto = _modules()
-    if not os.path.isdir(path):
-        raise SourceError("a text needs the Hugging Face folder of the original", file=path)
+    config = _config(path)
     try:
-        config: Any = auto.AutoConfig.from_pretrained(path, local_files_only=True)
-        kinds = config.architectures or ()
-        if not any("CausalLM" in a or "LMHead" in a for a in kinds):
-            raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=path)
         kind: Any = auto.AutoModelForCausalLM
         if isinstance(model, Given):
             made: Any = model.load(kind, config, torch.float32).eval()
@@ -78,10 +73,40 @@ def load_original(model: Where) -> tuple[Any, Any, Any]:
             made = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
     except _ERRORS as e:
         raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    return config, made, _tokenizer(path)
+
+
+def check_text(path: str, text: str, tokens: int = 8192, context: int = 1024) -> None:
+    """Check that `Measure` will take a folder and a text, without its weights; SourceError."""
+    with quiet(_modules()[1]):
+        config = _config(path)
+        windows(_encoder(_tokenizer(path)), text, tokens, context, config, path)
+
+
+def _config(path: str) -> Any:
+    """The configuration of a causal language model; SourceError where the folder is of none."""
+    auto = _modules()[1]
+    if not os.path.isdir(path):
+        raise SourceError("a text needs the Hugging Face folder of the original", file=path)
     try:
-        return config, made, auto.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config: Any = auto.AutoConfig.from_pretrained(path, local_files_only=True)
+        kinds = config.architectures or ()
+        if not any("CausalLM" in a or "LMHead" in a for a in kinds):
+            raise SourceError(f"no causal language model but {', '.join(kinds) or 'unknown'}", file=path)
+    except _ERRORS as e:
+        raise SourceError(f"no model that transformers can load: {e}", file=path) from e
+    return config
+
+
+def _tokenizer(path: str) -> Any:
+    try:
+        return _modules()[1].AutoTokenizer.from_pretrained(path, local_files_only=True)
     except _ERRORS as e:
         raise SourceError(f"no tokenizer that transformers can load: {e}", file=path) from e
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
+    return lambda text: tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
 
 class Measure:
@@ -105,11 +130,7 @@ class Measure:
         self._path, self._text, self._note, self._model = os.fspath(model), text, note, model
         with quiet(self._transformers):
             self._config, self.model, tokenizer = load_original(model)
-
-            def encode(text: str) -> Sequence[int]:
-                return tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
-
-            cut = windows(encode, text, tokens, context, self._config, self._path)
+            cut = windows(_encoder(tokenizer), text, tokens, context, self._config, self._path)
         self._context, self.tokens = len(cut[0]), len(cut) * len(cut[0])
         self._windows = [self.torch.tensor(ids) for ids in cut]
         self._held: list[Any] | None = None

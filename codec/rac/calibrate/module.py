@@ -131,6 +131,8 @@ def gather(
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, a function or None, not {loss!r}")
         loss = LOSSES[loss](torch.Generator().manual_seed(SEED))
     parameters = _weights(module)
+    if any(c.__module__.startswith("rac.runtime.") for m in module.modules() for c in type(m).__mro__):
+        raise SourceError(f"layers of {type(module).__name__} are compressed in memory: load it with resident='dense'")
     if away := [name for name, p in parameters.items() if p.device.type == "meta"]:
         raise SourceError(f"weights are not there ({_some(away)}): load the module whole, without offloading")
     seen, count, failed = Sums(loss is not None), 0, None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from rac.calibrate.evaluate import check_text
 from rac.cli.terminal import (
     EFFORTS,
     PICKLES,
@@ -388,6 +389,8 @@ def _ready(args: argparse.Namespace) -> None:
     """Look at what is read and written after the pack, before the long work."""
     if args.measure and args.measure != "auto":
         read_text(args.measure)
+    if args.measure and os.path.exists(args.src):  # of a repository: when it is here
+        check_text(args.src, read_text(args.measure))
     if args.report and not os.path.isdir(os.path.dirname(os.path.abspath(args.report))):
         raise OutputError("the folder of the report is not there", file=args.report)
 

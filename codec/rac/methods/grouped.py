@@ -27,6 +27,7 @@ from rac.encode.schedule import Job
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import SourceError
 from rac.grid import matrix
+from rac.native.prototypes import F32
 from rac.stages import groups
 from rac.stages.groups import Grouped
 from rac.stages.words import DTYPES, from_words, to_words
@@ -123,12 +124,12 @@ class ByGroups:
             raise SourceError(f"tensor {t.name!r} is a matrix of {shape}, its codes are of {g.codes.shape}")
         p, unit = groups.build_unit(g)
         plan, tiles = self._coded(g)
-        words = to_words(groups.values(g), t.dtype)
+        exact = groups.values(g)
+        words = to_words(exact, t.dtype)
         numbers, w = from_words(words, t.dtype), matrix_of(t)
         if not np.isfinite(numbers).all():
             raise SourceError(f"tensor {t.name!r}: what its codes stand for is too large for {t.dtype}")
-        e = numbers.reshape(w.shape) - w
-        energy, error = float(np.vdot(w, w)), float(np.vdot(e, e))
+        energy, error = _lost(g, numbers.reshape(w.shape), exact, w)
         snr = 10 * math.log10(energy / error) if error > 0 and energy > 0 else math.inf
         seconds = time.perf_counter() - start
         fidelity = Fidelity(t.name, t.shape, "identity", 0, 1, snr, outliers=0, dead=0, seconds=seconds)
@@ -148,3 +149,14 @@ class ByGroups:
             if sum(map(len, tiles)) + len(encoder.plan.front) < sum(map(len, fixed)):
                 return encoder.plan, tiles
         return flat.plan, fixed
+
+
+def _lost(g: Grouped, numbers: F32, exact: F32, source: F32) -> tuple[float, float]:
+    """Energy of a matrix, and of the error of the `numbers` that a reader gets for it.
+
+    Where the matrix was rounded in place its source holds the numbers of the grid, and `lost` says what they were made
+    of; the rounding to the data type comes on top.
+    """
+    e = numbers - (source if g.lost is None else exact)
+    energy, error = (float(np.vdot(source, source)), 0.0) if g.lost is None else g.lost
+    return energy, error + float(np.vdot(e, e))

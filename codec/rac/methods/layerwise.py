@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -122,11 +123,14 @@ def _put(name: str, layer: Any, rounded: Callable[..., Grouped], seen: Collector
         parts = []
         for w, hessian in zip(matrices, hessians, strict=True):
             try:
-                parts.append(rounded(w.numpy(), **({} if hessian is None else {"hessian": hessian})))
+                g = rounded(w.numpy(), **({} if hessian is None else {"hessian": hessian}))
             except RacError as e:
                 e.unit = e.unit or repr(name)
                 raise
-            w.copy_(torch.from_numpy(values(parts[-1])))
+            made = torch.from_numpy(values(g))
+            lost = float(w.square().sum(dtype=torch.float64)), float((made - w).square().sum(dtype=torch.float64))
+            parts.append(replace(g, lost=lost))
+            w.copy_(made)
         found[key] = joined(parts)
     return found
 

@@ -63,7 +63,9 @@ def joined(parts: Sequence[Grouped]) -> Grouped:
         return parts[0]
     columns = (np.concatenate([getattr(g, k) for g in parts]) for k in ("codes", "scales", "zeros"))
     codes, scales, zeros = columns
-    return Grouped(codes, scales, zeros, parts[0].group, parts[0].bits)
+    known = [g.lost for g in parts if g.lost is not None]
+    lost = (sum(a for a, _ in known), sum(b for _, b in known)) if len(known) == len(parts) else None
+    return Grouped(codes, scales, zeros, parts[0].group, parts[0].bits, lost)
 
 
 def _rows(g: Grouped, start: int, stop: int) -> Grouped:

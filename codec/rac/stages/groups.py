@@ -36,6 +36,8 @@ class Grouped:
     """Columns of a group, 1 .. C; C is one scale for each row."""
     bits: int
     """1 .. 8"""
+    lost: tuple[float, float] | None = None
+    """Energy of the matrix that was rounded to the grid, and of what rounding changed; None: not known."""
 
 
 def values(g: Grouped) -> F32:

@@ -126,6 +126,9 @@ def compare(
     `pickles` allows weights that torch pickled. MismatchError where a file lacks a tensor of the original, or has it in
     another shape.
     """
+    for file in files if reading is not None else ():  # before the original is run
+        with _opened(os.fspath(file), pickles=pickles):
+            pass
     with _opened(os.fspath(original), pickles=pickles) as ours:
         measure = None
         if reading is not None:

@@ -15,6 +15,7 @@ from rac.encode.allocate.texts import calibration_for
 from rac.errors import MissingDependencyError, SourceError
 
 pytest.importorskip("transformers")
+st = pytest.importorskip("safetensors.torch")
 from support import models  # needs transformers
 
 FAST = {"bits": 5.0, "effort": "fast", "tokens": 256}
@@ -132,3 +133,29 @@ def test_a_model_that_cannot_be_run_is_said_and_recorded(folder, tmp_path):
         rac.pack(src, tmp_path / "o.rac", **FAST, calibrate="auto")
     with pytest.raises(SourceError, match="transformers"):
         rac.pack(src, tmp_path / "o.rac", **FAST, align="triangular")
+
+
+def test_a_weight_that_is_no_number_is_named(folder, tmp_path, capsys):
+    src = tmp_path / "hf"
+    shutil.copytree(folder, src)
+    weights = st.load_file(src / "model.safetensors")
+    name = next(n for n in weights if n.endswith("up_proj.weight"))
+    weights[name][3, 4] = float("nan")
+    st.save_file(weights, src / "model.safetensors", {"format": "pt"})
+    (tmp_path / "text.txt").write_text("ab " * 200)
+    argv = ["pack", str(src), "-o", str(tmp_path / "m.rac"), "--bits", "5", "--cache", "none", "--effort", "fast"]
+    assert main([*argv, "--calibrate", str(tmp_path / "text.txt"), "--tokens", "256"]) == 2
+    assert f"hold NaN or infinity; so do the weights of {name!r}; --calibrate none" in capsys.readouterr().err
+    assert main([*argv, "--calibrate", "none"]) == 0  # the way out that is named
+
+
+def test_what_a_text_needs_is_looked_for_before_the_pack(folder, tmp_path, capsys):
+    src, text, out = tmp_path / "hf", tmp_path / "text.txt", tmp_path / "m.rac"
+    shutil.copytree(folder, src)
+    argv = ["pack", str(src), "-o", str(out), "--bits", "5", "--calibrate", "none", "--measure", str(text)]
+    text.write_text("ab")
+    assert main(argv) == 2 and "the text has 2 tokens" in capsys.readouterr().err
+    for path in src.glob("tokenizer*"):
+        path.unlink()
+    assert main(argv) == 2 and "no tokenizer that transformers can load" in capsys.readouterr().err
+    assert not out.exists()

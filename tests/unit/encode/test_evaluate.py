@@ -80,6 +80,11 @@ def test_rows_of_archives(folder, state, packed):
     assert own.size > five.size > two.size
 
 
+def test_all_files_are_opened_before_the_original_runs(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no.rac"):
+        next(compare(folder, [tmp_path / "no.rac"], Reading(TEXT, 300, 64)))
+
+
 def test_figures_are_those_of_the_definition(folder, state):
     changed = {n: t + 0.03 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in state.items()}
     measure = Measure(folder, TEXT, tokens=192, context=96)

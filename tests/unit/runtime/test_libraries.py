@@ -54,6 +54,12 @@ def test_from_pretrained_of_other_classes(small):
         transformers.LlamaForSequenceClassification.from_pretrained(path)
 
 
+def test_a_compressed_model_is_not_calibrated(small):
+    model = rac.load_model(small[1], resident="compressed")
+    with pytest.raises(rac.SourceError, match="compressed in memory: load it with resident='dense'"):
+        rac.calibrate(model, [torch.arange(40)[None]])
+
+
 def test_files_that_are_not_there(tmp_path):
     for of in (transformers.AutoModel, transformers.AutoConfig, transformers.AutoTokenizer):
         with pytest.raises(MissingFileError, match=r"none\.rac") as e:

@@ -271,9 +271,7 @@ def calibrated(
         if len(layer.second) != inputs or not known:  # a layer of another matrix
             continue
         if not layer.finite:
-            raise SourceError(
-                f"the inputs or gradients of {t.name!r} hold NaN or infinity; keep it lossless with --keep {t.name!r}"
-            )
+            raise SourceError(_infinite(t.name, groups))
         a = replace(even, layer=layer, damp=sample.damp)
         by_row, by_col = _weights(a, layer, w.shape, sample.trust)
         scales = lossy.Scales(exponents(by_row), exponents(by_col))
@@ -294,6 +292,15 @@ def calibrated(
     about = {"calibrate": "text", "effort": effort}
     mine = {name: parts.get(name, "the rest") for name in unreached}
     return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine, why=why)
+
+
+def _infinite(name: str, groups: Sequence[ties.Group]) -> str:
+    """What is wrong with a calibration on numbers that are not finite: where they come from, and the way out."""
+    floats = (g.tensor for g in groups if g.tensor.dtype in DTYPES)
+    bad = [t.name for t in floats if not np.isfinite(_numbers(t)).all()]
+    few = ", ".join(map(repr, bad[:3])) + (" ..." if len(bad) > 3 else "")
+    why = f"so do the weights of {few}" if bad else "all weights are finite: the model overflows in float32"
+    return f"the inputs or gradients of {name!r} hold NaN or infinity; {why}; --calibrate none packs without running it"
 
 
 def _weights(
