@@ -102,6 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         parser().print_help(sys.stderr)
         return 2
+    if argv[0].startswith("-") and argv[0] not in ("-h", "--help", "--version"):
+        print(
+            f"rac: {argv[0]!r} stands in front of the command: options go behind it, rac COMMAND ...", file=sys.stderr
+        )
+        return 2
     args, unknown = parser(argv).parse_known_args(argv)
     if unknown:
         options = [o for action in args.parser._actions for o in action.option_strings]

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from rac.cli import meant
 from rac.cli.terminal import PICKLES, Progress, argument, command, fitted, say, size, tell
 from rac.errors import NameNotFoundError
-from rac.study.contents import Contents, Difference, both, contents, difference
+from rac.study.contents import Contents, Difference, both, contents, difference, is_archive
 
 LS = """\
 List the tensors of an archive, or of whatever can be packed: name, type, shape and size; of an archive also what they
@@ -136,7 +136,9 @@ def diff(args: argparse.Namespace) -> int:
     for name, what in files.items():
         say(f"file {name}: {what}")
     differ = len(found) + len(files)
-    say(f"{len(names)} tensors: {len(names) - len(found)} equal, {len(found)} differ; {len(files)} files differ")
+    stated = is_archive(args.a) and is_archive(args.b) and len(found) < len(names)
+    by = " by the digests that both archives state (rac verify checks these)" if stated else ""
+    say(f"{len(names)} tensors: {len(names) - len(found)} equal{by}, {len(found)} differ; {len(files)} files differ")
     rows = [{key: getattr(one, key) for key in ("name", "what", "snr", "largest", "unequal")} for one in found]
     tell({"tensors": len(names), "differences": rows, "files": files})
     return 1 if differ else 0

@@ -19,6 +19,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from rac.container.shards import check
 from rac.decode.archive import RacFile
 from rac.errors import OutputError, RacError, UnsupportedError
 from rac.models.predictions import quiet
@@ -129,6 +130,8 @@ def _swap(new: str, target: str, check: Callable[[str], None]) -> None:
 def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) -> tuple[int, int]:
     """Write everything below the folder; returns the number of records, and of tensors."""
     file = f.archives[0].access.name
+    for archive in f.archives:  # records go as they are: what is damaged would go on
+        check(archive)
     write_attachments(f, folder)
     config, cls = model_class(folder, file, trust)
     state = State(f)

@@ -18,7 +18,7 @@ from rac.container.access import InFile
 from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile, of_repository
 from rac.decode.spool import at_random
-from rac.decode.unpack import names_of_files, tensor_bytes
+from rac.decode.unpack import GGUF_HEADER, names_of_files, tensor_bytes
 from rac.encode.sources import SourceTensor, open_source
 from rac.errors import SourceError
 from rac.frameworks import to_framework
@@ -86,7 +86,8 @@ def contents(path: str, pickles: bool = False, dequantise: bool = False) -> Iter
     if not is_archive(path):
         source = open_source(path, pickles=pickles, dequantise=dequantise)
         tensors = {t.name: Stated(t.name, t.dtype, t.shape, t.nbytes, partial(_dense, t)) for t in source.tensors}
-        yield Contents(tensors, {a.name: a.read for a in source.attachments}, bool(source.dequantised))
+        files = {a.name: a.read for a in source.attachments if a.name != GGUF_HEADER}
+        yield Contents(tensors, files, bool(source.dequantised))
         return
     with at_random(path, os.path.join(tempfile.gettempdir(), "-")) as archives, RacFile(archives) as f:
         numbers = bool(Provenance.of(f.archives[0].header, path).dequantised)

@@ -198,6 +198,19 @@ def test_nothing_is_left_of_a_folder_that_failed(packed, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.rac"]
 
 
+def test_a_damaged_record_goes_into_no_folder(packed, tmp_path):
+    """Records are not decoded on the way, but their checksums are looked at."""
+    path, _ = packed["llama"]
+    with rac.open(path) as f:
+        entry = next(e for e in f.archives[0].index.entries if e.name.endswith("down_proj.weight"))
+    data = bytearray(path.read_bytes())
+    data[entry.at + entry.size // 2] ^= 1
+    (tmp_path / "m.rac").write_bytes(data)
+    with pytest.raises(ChecksumError, match="down_proj"):
+        write_folder(tmp_path / "m.rac", tmp_path / "folder")
+    assert os.listdir(tmp_path) == ["m.rac"]
+
+
 def test_another_version_is_refused(packed, tmp_path):
     write_folder(packed["llama"][0], tmp_path / "folder")
     path = tmp_path / "folder" / "config.json"

@@ -153,9 +153,9 @@ def _found(path: str, where: str, all_files: bool, pickles: bool) -> Source:
 
 
 def _held(data: Any, name: str) -> Source:
-    """A safetensors file whose bytes are in memory, or behind a file object, which is read whole."""
+    """Arrays by name, or a safetensors file whose bytes are in memory, or behind a file object, which is read whole."""
     if isinstance(data, Mapping):
-        raise SourceError("arrays in memory are no file: rac.save_file packs them, and rac.pack what it has written")
+        return from_arrays(data, None)
     access = access_of(data)
     raw = np.frombuffer(access_read(access, 0, access.size), np.uint8)
     if raw[:8].tobytes().startswith((MAGIC, b"GGUF")):
