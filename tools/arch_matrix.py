@@ -156,7 +156,9 @@ def model_of(kind: str) -> Any:
     torch.manual_seed(0)
     model = cls(config).eval()
     with torch.no_grad():
-        for p in model.parameters():
+        for name, p in model.named_parameters():
+            if composite and (p.ndim == 2 or "gate" in name) and not p.any():
+                p.normal_(std=0.1)  # else nothing of what it multiplies is seen in the output
             if p.ndim == 2 and min(p.shape) > 8:
                 p[:, [3, p.shape[1] // 2]] *= 6
     return model.to(arch_composite.DTYPES.get(kind, torch.bfloat16))
