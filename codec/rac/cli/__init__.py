@@ -7,7 +7,8 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from rac.cli import terminal
@@ -114,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unknown argument {unknown[0]!r}{meant(word, options) if word[0] == '-' else ''}")
     terminal.set_volume(args)
     try:
-        code: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show(warnings.showwarning)
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -133,6 +136,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError:
             _drop_output()
         return 130 if isinstance(e, KeyboardInterrupt) else 1 if isinstance(e, DAMAGED) else 2
+
+
+def _show(usual: Callable[..., None]) -> Callable[..., None]:
+    """Shows a warning of this package on one line; others as usual."""
+
+    def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+        if not (text := str(message)).startswith("rac: "):
+            usual(message, *rest, **more)
+        elif terminal.loud():
+            print(" ".join(text.split()), file=sys.stderr)
+
+    return show
 
 
 def _said(e: BaseException) -> str | None:

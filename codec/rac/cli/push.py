@@ -127,6 +127,8 @@ def command_of(origin: Provenance, base: str | None, name: str) -> str:
     goal = known.get("goal")
     for key, value in goal.items() if isinstance(goal, dict) else ():
         words += [f"--{str(key).replace('_', '-')}", str(value)]
+    if known.get("calibrate") == "none" and goal:  # not what is done unasked
+        words += ["--calibrate", "none"]
     for key in _OPTIONS:
         value = known.get(key)
         if value in (None, False, [], _USUAL.get(key)):

@@ -66,8 +66,9 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError("the prompt is empty")
     model, tokenizer = _open_model(args)
 
-    from rac.runtime.text import generate
+    from rac.runtime.text import causal, generate
 
+    causal(model)
     if not args.json:
         sys.stdout.write(args.prompt)
         sys.stdout.flush()

@@ -32,6 +32,11 @@ def set_volume(args: argparse.Namespace) -> None:
     _Volume.piped = getattr(args, "output", None) == "-"
 
 
+def loud() -> bool:
+    """Whether remarks are wanted: --quiet was not given."""
+    return _Volume.level > QUIET
+
+
 def say(text: str) -> None:
     """Print a result for people: nothing with --quiet or --json, to standard error where the archive goes to output."""
     if _Volume.level > QUIET and not _Volume.json:

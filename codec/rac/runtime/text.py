@@ -16,7 +16,8 @@ from rac.models.predictions import perplexity as of_loss
 Note = Callable[[str, int, int], None]
 
 
-def _causal(model: Any) -> None:
+def causal(model: Any) -> None:
+    """UnsupportedError unless a model predicts the next token of a text."""
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise UnsupportedError(f"{type(model).__name__} is no causal language model", file=model.name_or_path)
 
@@ -32,7 +33,7 @@ def perplexity(
     UnsupportedError where the model is no causal language model.
     """
     check(tokens, context)
-    _causal(model)
+    causal(model)
     encode = partial(tokenizer, add_special_tokens=False, verbose=False)
     cut = windows(lambda t: encode(t).input_ids, text, tokens, context, model.config, model.name_or_path)
     total = 0.0
@@ -55,7 +56,7 @@ def generate(
 
     ValueError where the prompt has no token, UnsupportedError where the model is no causal language model.
     """
-    _causal(model)
+    causal(model)
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not given.input_ids.shape[1]:
         raise ValueError("the prompt is empty")
