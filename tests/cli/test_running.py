@@ -41,6 +41,14 @@ def test_generate_writes_the_same_dense_and_compressed(packed, capsys):
     assert wrote[0] == wrote[1] and wrote[0].startswith("ab")
 
 
+def test_generate_says_what_cannot_write_alone(tmp_path, capsys):
+    models.write("t5", tmp_path / "hf")
+    pack(tmp_path / "hf", tmp_path / "m.rac")
+    assert main(["generate", str(tmp_path / "m.rac"), "ab"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "T5ForConditionalGeneration is no causal language model" in err
+
+
 def test_generate_samples_by_seed(packed, capsys):
     def run(seed):
         assert main(["generate", str(packed / "m.rac"), "ab", "--tokens", "9", "--sample", "--seed", seed]) == 0

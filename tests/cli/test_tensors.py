@@ -96,6 +96,19 @@ def test_diff(run, packed, tmp_path):
     assert b"a.weight: differs: " in run("diff", path, tmp_path / "n.rac")[1]
 
 
+def test_diff_of_a_gguf_file_and_its_archive(run, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("a.weight", np.ones((32, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert run("pack", tmp_path / "m.gguf", "-o", tmp_path / "g.rac")[0] == 0
+    code, out, _ = run("diff", tmp_path / "m.gguf", tmp_path / "g.rac")
+    assert (code, out) == (0, b"1 tensors: 1 equal, 0 differ; 0 files differ\n")
+
+
 def test_a_pipe_takes_an_archive_and_gives_it(packed, tmp_path, run):
     path, _ = packed
     run("unpack", path, "-o", tmp_path / "m.safetensors")

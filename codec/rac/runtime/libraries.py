@@ -33,7 +33,7 @@ _HUB = (
         "variant",
     ),
     *("weights_only", "ignore_mismatched_sizes", "low_cpu_mem_usage", "use_auth_token", "_from_auto", "_commit_hash"),
-    *("config", "output_loading_info"),
+    *("config", "output_loading_info", "code_revision"),
 )
 """Arguments about where and in which files models lie: an archive says so itself."""
 
@@ -51,6 +51,7 @@ def install() -> None:
             _class_method(cls, "from_pretrained", _model_of_task)
     _class_method(transformers.AutoTokenizer, "from_pretrained", _tokenizer)
     _class_method(transformers.PreTrainedConfig, "get_config_dict", _config)
+    _function("transformers.utils.hub", "cached_files", _files)
     _function("torch.distributed.checkpoint.state_dict_loader", "_storage_setup", _storage)
     _function("accelerate.utils.modeling", "load_state_dict", _state_dict)
 
@@ -120,6 +121,13 @@ def _config(_: Any, path: Any, **kwargs: Any) -> Any:
         if not found:
             raise UnsupportedError("holds no config.json; pack the Hugging Face folder of the model", file=name)
         return found, {k: v for k, v in kwargs.items() if k not in _HUB}
+
+
+def _files(theirs: Any, path_or_repo_id: Any, filenames: Any, **kwargs: Any) -> Any:
+    """No adapter lies beside the model in an archive: pipelines look for one."""
+    if is_archive(path_or_repo_id) and list(filenames) == ["adapter_config.json"]:
+        return None
+    return theirs(path_or_repo_id, filenames, **kwargs)
 
 
 def _storage(theirs: Any, storage: Any, checkpoint_id: Any, reader: bool = False) -> Any:

@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 RESIDENT = ("dense", "compressed")
 ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, NotImplementedError)
 """What transformers raises for files that it cannot make a model or a tokenizer of."""
+_OF_LOADING = ("dtype", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")
+"""Arguments of `from_pretrained` that are attributes of a configuration, too, and that it sets itself."""
 
 
 def load_model(
@@ -105,6 +107,8 @@ def load_as(
         name = f.archives[0].access.name
         config, own = model_class(folder, name, trust_remote_code)
         cls = kind(config, own)
+        for key in [k for k in kwargs if k not in _OF_LOADING and hasattr(config, k)]:  # as transformers does
+            setattr(config, key, kwargs.pop(key))
         kwargs["dtype"] = (dtype if dtype != "auto" else None) or getattr(config, "dtype", None) or _dtype(f)
         state = State(f)
         with state.blamed(name):

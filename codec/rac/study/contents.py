@@ -86,12 +86,12 @@ def contents(path: str, pickles: bool = False, dequantise: bool = False) -> Iter
     if not is_archive(path):
         source = open_source(path, pickles=pickles, dequantise=dequantise)
         tensors = {t.name: Stated(t.name, t.dtype, t.shape, t.nbytes, partial(_dense, t)) for t in source.tensors}
-        files = {a.name: a.read for a in source.attachments if a.name != GGUF_HEADER}
-        yield Contents(tensors, files, bool(source.dequantised))
+        yield Contents(tensors, {a.name: a.read for a in source.attachments}, bool(source.dequantised))
         return
     with at_random(path, os.path.join(tempfile.gettempdir(), "-")) as archives, RacFile(archives) as f:
         numbers = bool(Provenance.of(f.archives[0].header, path).dequantised)
-        yield Contents(dict(_stated(f)), {n: partial(f.attachment, n) for n in names_of_files(f)}, numbers)
+        files = [*names_of_files(f), *({GGUF_HEADER} & set(f.attachments()))]  # a source has the latter as it is
+        yield Contents(dict(_stated(f)), {n: partial(f.attachment, n) for n in files}, numbers)
 
 
 @contextlib.contextmanager

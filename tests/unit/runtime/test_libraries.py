@@ -54,6 +54,15 @@ def test_from_pretrained_of_other_classes(small):
         transformers.LlamaForSequenceClassification.from_pretrained(path)
 
 
+def test_a_pipeline_and_fields_of_the_configuration(small):
+    dense, path = small
+    for name in (str(path), os.path.relpath(path)):
+        made = transformers.pipeline("text-generation", model=name)
+        assert torch.equal(models.logits(made.model), models.logits(dense)) and made.tokenizer("abc").input_ids
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, use_cache=False, attn_implementation="eager")
+    assert model.config.use_cache is False and model.config._attn_implementation == "eager"
+
+
 def test_a_compressed_model_is_not_calibrated(small):
     model = rac.load_model(small[1], resident="compressed")
     with pytest.raises(rac.SourceError, match="compressed in memory: load it with resident='dense'"):
