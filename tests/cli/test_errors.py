@@ -218,6 +218,18 @@ def test_what_a_lossy_pack_is_asked_for(files, tmp_path, capsys, options, said):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_source(tmp_path, capsys):
+    (tmp_path / "graph").mkdir()
+    for name in ("m.onnx", "m.bin"):
+        (tmp_path / "graph" / name).touch()
+    for src, said in {
+        "http://host/a.safetensors": "only archives are read from a URL",
+        str(tmp_path / "graph"): "name the .onnx file itself (m.onnx)",
+    }.items():
+        assert main(["pack", src, "-o", str(tmp_path / "m.rac")]) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -73,6 +73,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
         (folder / "hf", ["--recipe", "gptq", "--calibrate", "auto"], "one text file"),
         (folder / "hf", ["--recipe", "gptq", "--calibrate", str(tmp_path / "none.txt")], "cannot be read"),
         (tmp_path / "gpt2", ["--recipe", "quarot"], "gpt2"),
+        ("org/name", ["--recipe", "rtn"], "rtn takes the folder of a causal language model"),
     ]
     for src, more, said in cases:
         assert main(["pack", str(src), "-o", str(tmp_path / "x.rac"), *more]) == 2, more

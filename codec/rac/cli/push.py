@@ -95,7 +95,7 @@ def write_card(repository: str, about: Mapping[str, Any], origin: Provenance, ba
         lost = f"**Lossy**: {about['lossy']} tensors are quantised at {about['lossy_bits']:.4f} bits per weight, all "
         lost += "counted; all others are exact. What it does to your task is for you to measure."
     rows = [
-        *([f"| {name} | {n:,} bytes |" for name, n in about["files"].items()] if len(names) < 10 else []),
+        *([f"| {name} | {n:,} bytes |" for name, n in about["files"].items()] if 1 < len(names) < 10 else []),
         f"| size | {total:,} bytes, {total / max(1, about['dense']):.2%} of {about['dense']:,} |",
         f"| bits per weight | {8 * total / max(1, about['weights']):.3f}, all bytes counted |",
         f"| content digest | `{' '.join(about['content'])}` |",
@@ -127,8 +127,10 @@ def command_of(origin: Provenance, base: str | None, name: str) -> str:
     goal = known.get("goal")
     for key, value in goal.items() if isinstance(goal, dict) else ():
         words += [f"--{str(key).replace('_', '-')}", str(value)]
-    if known.get("calibrate") == "none" and goal:  # not what is done unasked
-        words += ["--calibrate", "none"]
+    if known.get("recipe"):
+        for key in ("recipe", "bits", "group"):
+            words += [f"--{key}", str(known.get(key))]
+    words += _calibration(known.get("calibrate")) if goal else []
     for key in _OPTIONS:
         value = known.get(key)
         if value in (None, False, [], _USUAL.get(key)):
@@ -137,6 +139,17 @@ def command_of(origin: Provenance, base: str | None, name: str) -> str:
         for one in value if isinstance(value, list) else [value]:
             words += [flag] if one is True else [flag, str(one)]
     return shlex.join(words)
+
+
+def _calibration(used: Any) -> list[str]:
+    """Options that calibrate as a file states: on texts of its own, or on some file that only its maker has."""
+    if not isinstance(used, list):
+        return ["--calibrate", str(used)] if isinstance(used, str) else []
+    words = []
+    for one in (one for one in used if isinstance(one, dict)):
+        name = one.get("name") or ("self" if one.get("text") == "self" else "")
+        words += ["--calibration", "FILE"] if "calibration" in one else ["--calibrate", str(name or "FILE")]
+    return words
 
 
 def stated(origin: Provenance) -> str:

@@ -69,7 +69,9 @@ def open_archives(path: str | os.PathLike[str], limits: Limits | None = None) ->
         found = sorted(f for f in os.listdir(name) if f.endswith(".rac"))
         first = [f for f in found if not (m := _SHARD.search(f)) or int(m[1]) == 1]
         if len(first) != 1:
-            raise SourceError(f"{len(first)} archives in this folder; name the .rac file", file=name)
+            other = "; folders of models are for from_pretrained of transformers, after `import rac.runtime`"
+            other = other if not first and os.path.isfile(os.path.join(name, "config.json")) else ""
+            raise SourceError(f"{len(first)} archives in this folder; name the .rac file{other}", file=name)
         name = os.path.join(name, first[0])
     out = [Archive(open_access(name), limits)]
     try:

@@ -36,6 +36,8 @@ def find(tensors: Mapping[str, Stored], stated: Mapping[str, Any], where: str) -
     unknown method, a part of a matrix is missing, or codes are left that nothing explains.
     """
     scope = Scope(tensors, stated, where)
+    if scope.method == "rac":
+        raise scope.error("its weights are records of an archive already (`rac pack --format hf`): pack its original")
     if scope.method and scope.method not in METHODS:
         raise scope.error(f"config.json names the quantisation {scope.method!r}, known are {', '.join(METHODS)}")
     found = []

@@ -112,6 +112,10 @@ def make(src: str | os.PathLike[str], method: Method, note: Note | None = None, 
         raise ValueError(f"recipe must be one of {', '.join(METHODS)}, not {method.name!r}")
     if method.text is None and method.name not in WITHOUT_TEXT:
         raise SourceError(f"{method.name} calibrates on a text: give --calibrate FILE", file=path)
+    if not os.path.isdir(path):
+        raise SourceError(
+            f"{method.name} takes the folder of a causal language model; download a repository", file=path
+        )
     tell = note or silent
     tell("loading", 0, 1)
     import transformers

@@ -16,7 +16,7 @@ import rac
 import rac.runtime
 from rac.decode.unpack import names_of_files
 from rac.encode.pack import pack
-from rac.errors import ChecksumError, MismatchError, OutputError, UnsupportedError
+from rac.errors import ChecksumError, MismatchError, OutputError, SourceError, UnsupportedError
 from rac.runtime.folder import write_folder
 from rac.runtime.layers import Compressed
 from rac.runtime.record import TAIL
@@ -53,6 +53,14 @@ def test_the_same_model_again_and_again(packed, kind, tmp_path):
     assert torch.equal(models.logits(load(tmp_path / "again")), want)
     rac.load_model(path, resident="compressed").save_pretrained(tmp_path / "third")
     assert torch.equal(models.logits(load(tmp_path / "third")), want)
+
+
+def test_its_folder_is_no_archive_and_no_source(packed, tmp_path):
+    folder = packed["llama"][1]
+    with pytest.raises(SourceError, match="after `import rac.runtime`"):
+        rac.load_model(folder)
+    with pytest.raises(SourceError, match="records of an archive already.*pack its original"):
+        pack(folder, tmp_path / "m.rac", bits=4, calibrate="none")
 
 
 def test_auto_classes_and_files(packed):

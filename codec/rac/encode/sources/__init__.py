@@ -140,6 +140,8 @@ def _found(path: str, where: str, all_files: bool, pickles: bool) -> Source:
                 raise
             how = f"`hf download {address.repository} --local-dir DIR`, then `rac pack DIR --allow-pickle-weights`"
             raise SourceError(f"holds pickled weights alone, which are not read from the Hub: {how}", file=path) from e
+    if "://" in path and not os.path.lexists(path):
+        raise SourceError("only archives are read from a URL: download what is to be packed", file=path)
     if not os.path.isdir(where):
         return _file(where, pickles)
     if found := others.of_folder(where, pickles):

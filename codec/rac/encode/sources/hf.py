@@ -173,7 +173,8 @@ def assemble(place: Place, tree: Tree, all_files: bool = False) -> Source:
     listed = set(weight_map.values()) or {"model.safetensors"}
     files = sorted(_weights(tree), key=lambda f: (f not in listed, "/" in f, f))
     if not files:
-        if any(f.lower().endswith(PICKLES) for f in tree.files):
+        graphs = any(f.endswith(".onnx") for f in tree.files)  # whose data may lie beside them, in files of any name
+        if any(f.lower().endswith(PICKLES) and not (graphs and "pytorch_model" not in f) for f in tree.files):
             raise SourceError(REFUSE_PICKLE, file=place.name)
         known = (".gguf", ".rac", ".onnx", ".npz", ".npy", ".weights.h5", ".h5", ".keras", ".msgpack")
         named = [f for kind in known for f in tree.files if f.lower().endswith(kind)]
