@@ -8,12 +8,14 @@ import pickle
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from rac.encode import sources
+from rac.encode.align.recipe import KEPT, check_keep, kept
 from rac.encode.sources import Extent, Source, SourceTensor, from_arrays, open_source
 from rac.encode.sources import hf as hf_module
 from rac.errors import MissingDependencyError, SourceError
@@ -353,6 +355,24 @@ def test_equal_names(tmp_path):
     save(tmp_path / "model.safetensors", ["a"])
     save(tmp_path / "model.fp16.safetensors", ["a"])
     assert [t.name for t in open_source(tmp_path).tensors] == ["a", "model.fp16.safetensors::a"]
+
+
+def test_patterns_of_files_in_folders(tmp_path):
+    """Those of the first component of a pipeline, whose names say nothing of it, as those of the others."""
+    for folder in ("text_encoder", "text_encoder_2"):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "model.safetensors", ["a", "b"])
+    second = ["text_encoder_2/model.safetensors::a", "text_encoder_2/model.safetensors::b"]
+
+    def names(**how):
+        return sorted(t.name for t in open_source(tmp_path, **how).tensors)
+
+    assert names() == ["a", "b", *second]
+    assert names(include=["text_encoder/*"]) == ["a", "b"] and names(exclude=["text_encoder/*"]) == second
+    assert names(include=["text_encoder/*::b", second[0]]) == ["b", second[0]]
+    tensors = open_source(tmp_path).tensors
+    check_keep(tensors, ["text_encoder/*"])
+    assert kept(replace(tensors[0], dtype="F32", shape=(1000, 1000)), ["text_encoder/*"]) == KEPT
 
 
 def test_directories_without_safetensors(tmp_path):

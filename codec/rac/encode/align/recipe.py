@@ -148,7 +148,7 @@ def kept(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) ->
         return f"of {t.dtype}"
     if len(t.shape) < 2 or math.prod(t.shape) < SMALLEST or min(matrix(t.dtype, t.shape, axis_of(t.shape))) < 16:
         return f"vectors or small (below {SMALLEST:,} weights, or 16 rows or columns)"
-    if _matches(t.name, keep):
+    if any(t.matches(p) for p in keep):
         return KEPT
     if _matches(t.name, KEEP):
         return "norms, biases or routers by their name"
@@ -157,9 +157,9 @@ def kept(t: SourceTensor, keep: Sequence[str] = (), embeddings: bool = False) ->
 
 def check_keep(tensors: Iterable[SourceTensor], keep: Sequence[str]) -> None:
     """Check that each pattern of what is to be kept is that of a tensor; SourceError."""
-    names = [t.name for t in tensors] if keep else []
+    every = list(tensors) if keep else []
     for pattern in keep:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(t.matches(pattern) for t in every):
             raise SourceError(f"no tensor matches the pattern {pattern!r} of what is to be kept")
 
 

@@ -10,7 +10,6 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,10 +109,10 @@ def open_source(
         if source.dequantised:
             source = replace(source, sha256={f: h for f, h in source.sha256.items() if f not in source.headers})
     for pattern in include:
-        if not any(fnmatchcase(t.name, pattern) for t in source.tensors):
+        if not any(t.matches(pattern) for t in source.tensors):
             raise SourceError(f"no tensor matches the include pattern {pattern!r}", file=where)
-    taken = (t for t in source.tensors if not include or any(fnmatchcase(t.name, p) for p in include))
-    tensors = tuple(t for t in taken if not any(fnmatchcase(t.name, p) for p in exclude))
+    taken = (t for t in source.tensors if not include or any(t.matches(p) for p in include))
+    tensors = tuple(t for t in taken if not any(t.matches(p) for p in exclude))
     if not tensors:
         raise SourceError("no tensor is left to pack" if source.tensors else "holds no tensor", file=where)
     whole = len(tensors) == len(source.tensors)

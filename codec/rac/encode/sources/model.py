@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -85,6 +86,12 @@ class SourceTensor:
     def nbytes(self) -> int:
         """All its bytes."""
         return self.data.size
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern (fnmatch) is that of the name, or of FOLDER/FILE::NAME where its file lies in a folder."""
+        file = str((self.extra or {}).get("shard", ""))
+        full = "/" in file and "::" not in self.name and fnmatchcase(f"{file}::{self.name}", pattern)
+        return full or fnmatchcase(self.name, pattern)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop): fresh and writable out of a file, a view of an array in memory."""
