@@ -209,7 +209,7 @@ class RacEmbedding(Compressed, nn.Embedding):
     def settle(self) -> None:
         """The record is there."""
         super().settle()
-        self.padding_idx = self._padding
+        self.padding_idx = self.__dict__.pop("_padding", self.padding_idx)
 
     @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
