@@ -30,6 +30,7 @@ SAMPLE = 64 << 20  # bytes of all lossless ones
 WEIGHTS = 12 << 20  # weights that are quantised for a sample
 TEXT = 3  # to which share attached files shrink, about
 HEADS = 512  # bytes of a record beside its units, about: head, index row, padding
+MEASURED = 1.1  # times the search for the scale, whose last pass is what is written: its errors are measured
 FLOPS = 9.0  # floating-point operations of a calibration for each weight and token: both passes, and the moments
 
 
@@ -157,13 +158,18 @@ def _bits(budget: Budget, fixed: int, every: int, mine: int) -> float | None:
 def _quantised(
     kinds: dict[Kind, list[ties.Group]], request: Lossy, bits: float | None, options: PackOptions, pool: Executor
 ) -> tuple[dict[Kind, int], float, int]:
-    """Bytes of each kind, seconds of the search and the last pass, and dense bytes of the sample."""
+    """Bytes of each kind, seconds of the work, and dense bytes of the sample."""
     sample, taken = list[ties.Group](), 0
+    share = min(1.0, WEIGHTS / _weights(kinds))
     for groups in sorted(kinds.values(), key=lambda groups: -groups[0].tensor.nbytes * len(groups)):
-        n = math.prod(groups[0].tensor.shape)
-        if not sample or taken + n <= WEIGHTS:
-            sample.append(groups[len(groups) // 2])
-            taken += n
+        some = list(_spread(groups, max(1, round(share * len(groups)))))
+        if not sample or taken + math.prod(groups[0].tensor.shape) <= WEIGHTS:
+            sample += some
+            taken += sum(math.prod(g.tensor.shape) for g in some)
+    least = min(sample, key=lambda g: g.tensor.nbytes)
+    first = data_free([least], request.keep, request.effort, request.embeddings)
+    if least.tensor.name in first.aligned:  # which loads the kernels
+        encode(least, first, measured=False)
     start = time.monotonic()
     recipe = replace(_recipe(sample, request), coder=options.coder, lossless=options.lossless)
     budget = replace(request.budget, bits=bits, file_bits=None, size=None) if bits else request.budget
@@ -176,9 +182,9 @@ def _quantised(
             raise
         goal = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in request.budget.goal.items())
         raise BudgetError(f"{goal} cannot be met: it leaves {bits:.3f} bits for each quantised weight ({e})") from e
+    seconds = MEASURED * (time.monotonic() - start) * _weights(kinds) / taken
     jobs = ((workers.need(g.tensor, recipe), (g, workers.only(recipe, g.tensor.name))) for g in sample)
     size = sum(size_of(e, recipe) for e in workers.run(pool, partial(encode, measured=False), jobs, room()))
-    seconds = (time.monotonic() - start) * _weights(kinds) / taken
     rate = min(bits / 8, size / taken) if bits else size / taken  # less where lossless is finer than what was asked
     sizes = {k: round(math.prod(k[2]) * len(groups) * rate) for k, groups in kinds.items()}
     if request.budget.kl is not None:  # known when the model has been run
