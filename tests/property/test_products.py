@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
 from pathlib import Path
@@ -30,10 +31,14 @@ def matrices(draw, rows, cols):
 @given(st.data())
 @SETTINGS
 def test_round_trip(data):
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.ExitStack() as stack,
+    ):
         most = data.draw(st.sampled_from([1 << 6, 1 << 10, 1 << 20]))
         tiles.cut(patch, ((1, most), (3, 2 * most), (5, 1 << 62)))
-        maker = products.Maker(Path(folder) / "m.rac")
+        maker = stack.enter_context(contextlib.closing(products.Maker(Path(folder) / "m.rac")))  # a draw may end it
         for i in range(data.draw(st.integers(1, 3))):
             rows, cols = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 160))
             uses = [f"{i}"]

@@ -89,6 +89,10 @@ class Maker:
         self.groups: list[Group] = []
         self.dense: dict[str, Array] = {}
 
+    def close(self) -> None:
+        """Close what is open still, of an archive that was not finished."""
+        self._writer.close()
+
     def object(self, name: str, m: Coded) -> None:
         """Add an object."""
         self._objects[name] = m.values
