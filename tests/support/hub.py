@@ -4,10 +4,11 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from support.servers import InThread
 
 WEIGHTS = (".safetensors", ".rac", ".bin", ".gguf")
 
@@ -32,33 +33,16 @@ class Repository:
         return self.refs.get(revision, revision)
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(InThread):
     """`token` opens what is gated or private and is needed to write. Faults: `busy` answers of 429, then all is well;
     `drops` large answers end in the middle; `lies` maps names to other bytes than their SHA-256 states; `page` entries
     of a listing come at once; `plain`: small files come whole, whatever range is asked for."""
 
-    daemon_threads = True
-
     def __init__(self, token="hf_secret", page=1000):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.token, self.page, self.repos, self.stored = token, page, {}, {}
         self.busy, self.retry_after, self.drops, self.lies, self.plain = 0, "0", 0, {}, False
         self.requests, self.sent, self.leaked = [], 0, False
-        self.lock = threading.Lock()
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-        self._thread.join()
-
-    @property
-    def endpoint(self):
-        return f"http://127.0.0.1:{self.server_port}"
 
     def add(self, repo, files, ref="main"):
         """A commit with these files; returns its hash."""
@@ -67,9 +51,6 @@ class Hub(ThreadingHTTPServer):
     def asked(self, part):
         """Requests whose path has this part, as (method, path, range)."""
         return [r for r in self.requests if part in r[1]]
-
-    def handle_error(self, *_):
-        """A client that went away is no fault."""
 
 
 @contextmanager

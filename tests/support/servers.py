@@ -5,15 +5,13 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `files`. `drops` answers that carry more than 4 KB end in the middle, at another place each time."""
+class InThread(ThreadingHTTPServer):
+    """Answers on a free port of this machine, in a thread of its own, while it is entered."""
 
     daemon_threads = True
 
-    def __init__(self, files, *, ranges=True, drops=0, busy=0, grow=None):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.files, self.ranges, self.drops, self.busy, self.grow = dict(files), ranges, drops, busy, grow
-        self.requests, self.sent, self.dropped = 0, 0, 0
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
         self.lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
@@ -26,11 +24,24 @@ class Server(ThreadingHTTPServer):
         self.server_close()
         self._thread.join()
 
-    def url(self, name):
-        return f"http://127.0.0.1:{self.server_port}/{name}"
+    @property
+    def endpoint(self):
+        return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_):
         """A client that went away is no fault."""
+
+
+class Server(InThread):
+    """Serves `files`. `drops` answers that carry more than 4 KB end in the middle, at another place each time."""
+
+    def __init__(self, files, *, ranges=True, drops=0, busy=0, grow=None):
+        super().__init__(_Handler)
+        self.files, self.ranges, self.drops, self.busy, self.grow = dict(files), ranges, drops, busy, grow
+        self.requests, self.sent, self.dropped = 0, 0, 0
+
+    def url(self, name):
+        return f"{self.endpoint}/{name}"
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -30,7 +30,7 @@ from rac.cli.terminal import (
     tell,
 )
 from rac.container.output import write_whole
-from rac.dequantise import Dequantised
+from rac.dequantise import Dequantised, stated_in
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
@@ -40,6 +40,7 @@ from rac.encode.estimate import Estimate, estimate
 from rac.encode.options import CONTEXT, GOALS, Budget, Hooks, Lossy, PackOptions, one_goal
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source, ready
+from rac.encode.sources.safetensors import parse_json
 from rac.errors import OutputError, SourceError
 from rac.machine import threads_of
 from rac.study import grouped, role
@@ -272,7 +273,7 @@ def _loadable(args: argparse.Namespace, source: Source) -> None:
     if config is None:
         raise SourceError("holds no config.json: --format hf takes the folder of a model", file=args.src)
     lossless = args.recipe == NAMES[0] and all(getattr(args, goal) is None for goal in GOALS)
-    if lossless and b'"quantization_config"' in config.read():
+    if lossless and stated_in(parse_json(config.read(), config.name, args.src)):
         why = "is quantised by another method already: pack it as one file, or its numbers to a budget (--bits)"
         raise SourceError(why, file=args.src)
 

@@ -23,21 +23,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     Transpose,
     WeightConverter,
-    WeightRenaming,
     dot_natural_key,
-    rename_source_key,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rac.errors import MismatchError, UnsupportedError
 from rac.linalg.transform import Transform, hook, hooked, unhook
+from rac.models.names import Names
 from rac.records import Entry
 from rac.runtime.held import Head, Held, Holding, hold, release, size_of
 from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
@@ -66,24 +64,6 @@ class Places:
     """Paths of layers that are dense since another module reads their weight at each step, and the method that does."""
 
 
-class _Names:
-    """Names of a file as transformers loads them into a model."""
-
-    def __init__(self, model: Any) -> None:
-        known = get_model_conversion_mapping(model)
-        self.renamings = [c for c in known if isinstance(c, WeightRenaming)]
-        self.converters = [c for c in known if isinstance(c, WeightConverter)]
-        self.state, self.prefix = model.state_dict(), model.base_model_prefix
-
-    def key(self, name: str) -> tuple[str, WeightConverter | None, str]:
-        """The parameter, what makes it of this and other tensors, and the pattern of the name; "" and None: nothing."""
-        key, pattern = rename_source_key(name, self.renamings, self.converters, self.prefix, self.state)
-        if key not in self.state and name in self.state:
-            key, pattern = rename_source_key(name, [], [], self.prefix, self.state)
-        converter = next((c for c in self.converters if pattern in c.source_patterns), None) if pattern else None
-        return key, converter, pattern or ""
-
-
 def places(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] | None = None) -> Places:
     """Where tensors of a file, by these names, can stay compressed.
 
@@ -92,7 +72,7 @@ def places(model: Any, names: Iterable[str], shapes: Mapping[str, tuple[int, ...
     their layer read at each step, or that transformers computes of what the file has, nor what is tied to one of these.
     `shapes` are of all tensors of the file: those that a parameter (experts, ., .) is made of are found with them.
     """
-    names, read, found = list(names), read_by_others(model), _Names(model)
+    names, read, found = list(names), read_by_others(model), Names(model)
     kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
 
     def can(key: str) -> bool:
@@ -137,7 +117,7 @@ def _leave_parameters(model: Any, single: dict[str, str], fused: Mapping[str, An
 
 
 def _fused(
-    found: _Names, worthy: set[str], shapes: Mapping[str, tuple[int, ...]], can: Callable[[str], bool]
+    found: Names, worthy: set[str], shapes: Mapping[str, tuple[int, ...]], can: Callable[[str], bool]
 ) -> dict[str, tuple[str, ...]]:
     """Parameters that transformers stacks, or finds as they are: all that one of its conversions makes, or none."""
     made: dict[str, dict[str, list[str]]] = {}
@@ -216,13 +196,14 @@ def replace(model: Any, heads: Mapping[str, Head], workspace: Workspace, dtype: 
         for a, b in ((target, source), (source, target)):
             if a in heads and b not in heads and _can(model, b, []):
                 heads[b] = heads[a]
+    known = functools.cache(lambda: Names(model))  # for experts that are one tensor alone
     new: dict[int, nn.Module] = {}
     others: dict[str, dict[str, Head]] = {}
     for key, head in heads.items():
         path, _, leaf = key.rpartition(".")
         old = model.get_submodule(path)
         if head.parts == 1 and len(head.shape) == 3 and not head.fits(tuple(old._parameters[leaf].shape)):
-            head = dataclasses.replace(head, turned=_turns(_Names(model).key(key)[1]))
+            head = dataclasses.replace(head, turned=_turns(known().key(key)[1]))
         if not head.fits(tuple(old._parameters[leaf].shape)):
             what = f"the file has {list(head.shape)}, the layer needs {list(old._parameters[leaf].shape)}"
             raise MismatchError(what, unit=repr(key))

@@ -18,20 +18,19 @@ from numpy.typing import NDArray
 from rac.calibrate.evaluate import Measure, decibels, translated
 from rac.calibrate.given import Given
 from rac.calibrate.text import Note
-from rac.container.wire import MAGIC
 from rac.decode.archive import RacFile
 from rac.decode.unpack import quantised
 from rac.dequantise import SMALLEST, Dequantised, Logical, dtype_of, find, stated_in
 from rac.encode.align.recipe import KEEP
-from rac.encode.sources import Extent, SourceTensor, open_source
+from rac.encode.sources import Extent, open_source
 from rac.encode.sources.tables import by_name
 from rac.errors import FormatError, MismatchError, MissingDependencyError
-from rac.frameworks import to_framework
 from rac.linalg.transform import Transform, hook
 from rac.provenance import Provenance
 from rac.registry import DTYPES as REGISTERED
 from rac.registry import RECORD_TENSOR
 from rac.stages.words import DTYPES, from_words
+from rac.study.contents import begins_as_archive, dense
 from rac.tensor import extra_of
 
 Floats = NDArray[np.float32]
@@ -184,11 +183,7 @@ def _snr(ours: _File, theirs: _File) -> float | None:
 @contextlib.contextmanager
 def _opened(path: str, mapped: bool = False, pickles: bool = False) -> Iterator[_File]:
     """The content of a .rac file (all shards of it), or of anything that can be packed."""
-    magic = b""
-    if os.path.isfile(path):
-        with contextlib.suppress(OSError), open(path, "rb") as f:  # reported below
-            magic = f.read(len(MAGIC))
-    if magic == MAGIC:
+    if begins_as_archive(path):
         with RacFile(path) as archive:
             yield _of_archive(archive, path, {} if mapped else None)
     else:
@@ -268,12 +263,8 @@ def _of_source(path: str, pickles: bool) -> _File:
         source = open_source(path, dequantise=True, pickles=pickles)
         out.given = Given.of(path, source.every) if source.dequantised else None
     for t in source.tensors:
-        out.add(t.name, t.dtype, t.shape, t.nbytes, t.extra or {}, partial(_dense, t))
+        out.add(t.name, t.dtype, t.shape, t.nbytes, t.extra or {}, partial(dense, t))
     return out
-
-
-def _dense(t: SourceTensor) -> NDArray[Any]:
-    return to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")  # type: ignore[no-any-return]
 
 
 def _numbers_of(read: Callable[[], NDArray[Any]], kind: str, shape: tuple[int, ...]) -> Floats:

@@ -72,8 +72,14 @@ def is_archive(path: str) -> bool:
         return False
     if os.path.isdir(path):
         return any(f.endswith(".rac") for f in os.listdir(path))
-    with contextlib.suppress(OSError), open(path, "rb") as f:  # a source says what is wrong
-        return f.read(len(MAGIC)) == MAGIC
+    return begins_as_archive(path)
+
+
+def begins_as_archive(path: str) -> bool:
+    """Whether a path is that of a file which begins as an archive does."""
+    if os.path.isfile(path):
+        with contextlib.suppress(OSError), open(path, "rb") as f:  # whoever reads it says what is wrong
+            return f.read(len(MAGIC)) == MAGIC
     return False
 
 
@@ -85,7 +91,7 @@ def contents(path: str, pickles: bool = False, dequantise: bool = False) -> Iter
     """
     if not is_archive(path):
         source = open_source(path, pickles=pickles, dequantise=dequantise)
-        tensors = {t.name: Stated(t.name, t.dtype, t.shape, t.nbytes, partial(_dense, t)) for t in source.tensors}
+        tensors = {t.name: Stated(t.name, t.dtype, t.shape, t.nbytes, partial(dense, t)) for t in source.tensors}
         yield Contents(tensors, {a.name: a.read for a in source.attachments}, bool(source.dequantised))
         return
     with at_random(path, os.path.join(tempfile.gettempdir(), "-")) as archives, RacFile(archives) as f:
@@ -118,7 +124,8 @@ def _stated(f: RacFile) -> Iterator[tuple[str, Stated]]:
         yield name, Stated(name, e.dtype, e.shape, n, partial(f.get_tensor, name), stored, e.method, digest)
 
 
-def _dense(t: SourceTensor) -> NDArray[Any]:
+def dense(t: SourceTensor) -> NDArray[Any]:
+    """A tensor of a source as a numpy array."""
     return to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")  # type: ignore[no-any-return]
 
 

@@ -20,7 +20,7 @@ from rac.container.wire import MAGIC
 from rac.decode.archive import access_of
 from rac.encode.sources import gguf, hf, others, quantised, safetensors
 from rac.encode.sources.arrays import from_arrays
-from rac.encode.sources.model import REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
+from rac.encode.sources.model import Attachment, Extent, Source, SourceTensor
 from rac.errors import MissingFileError, SourceError
 
 if TYPE_CHECKING:
@@ -132,13 +132,7 @@ def _found(path: str, where: str, all_files: bool, pickles: bool) -> Source:
     if address is not None:
         from rac.encode.sources import hub
 
-        try:
-            return hub.read(address, all_files)
-        except SourceError as e:
-            if e.message != REFUSE_PICKLE:
-                raise
-            how = f"`hf download {address.repository} --local-dir DIR`, then `rac pack DIR --allow-pickle-weights`"
-            raise SourceError(f"holds pickled weights alone, which are not read from the Hub: {how}", file=path) from e
+        return hub.read(address, all_files)
     if "://" in path and not os.path.lexists(path):
         raise SourceError("only archives are read from a URL: download what is to be packed", file=path)
     if not os.path.isdir(where):

@@ -6,7 +6,7 @@ import os
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rac.encode.sources import safetensors
 from rac.encode.sources.model import PICKLES, REFUSE_PICKLE, Attachment, Extent, Source, SourceTensor
@@ -37,6 +37,10 @@ class Place(Protocol):
     def name(self) -> str:
         """What all of it is called in messages."""
 
+    @property
+    def refusal(self) -> str:
+        """What is said where all weights are pickled."""
+
     def path(self, file: str) -> str:
         """The name of a file for messages."""
 
@@ -58,6 +62,7 @@ class Folder:
     """A place on a disk."""
 
     name: str
+    refusal: ClassVar[str] = REFUSE_PICKLE
 
     def path(self, file: str) -> str:
         """Its path."""
@@ -175,7 +180,7 @@ def assemble(place: Place, tree: Tree, all_files: bool = False) -> Source:
     if not files:
         graphs = any(f.endswith(".onnx") for f in tree.files)  # whose data may lie beside them, in files of any name
         if any(f.lower().endswith(PICKLES) and not (graphs and "pytorch_model" not in f) for f in tree.files):
-            raise SourceError(REFUSE_PICKLE, file=place.name)
+            raise SourceError(place.refusal, file=place.name)
         known = (".gguf", ".rac", ".onnx", ".npz", ".npy", ".weights.h5", ".h5", ".keras", ".msgpack")
         named = [f for kind in known for f in tree.files if f.lower().endswith(kind)]
         other = f"; name the {os.path.splitext(named[0])[1]} file itself ({named[0]})" if named else ""

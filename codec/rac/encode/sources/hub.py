@@ -242,6 +242,8 @@ class HubPlace:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.name, self._files = f"hf://{snapshot.repository}@{snapshot.commit}", snapshot.files
+        how = f"`hf download {snapshot.repository} --local-dir DIR`, then `rac pack DIR --allow-pickle-weights`"
+        self.refusal = f"holds pickled weights alone, which are not read from the Hub: {how}"
         self.tape, self._content = HubTape(), dict[str, bytes]()
         self.sha256: dict[str, str] = {}
         """SHA-256 of the files that were asked for."""
