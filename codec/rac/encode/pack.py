@@ -7,11 +7,11 @@ interpreter's lock. Matrices may be quantised in processes (workers.py).
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -199,12 +199,10 @@ def save_file(
 
 
 def save(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of the file that `save_file` writes, which lies in the folder of temporary files meanwhile."""
-    with tempfile.TemporaryDirectory(prefix="rac-") as folder:
-        path = os.path.join(folder, "m.rac")
-        save_file(tensors, path, metadata)
-        with open(path, "rb") as f:
-            return f.read()
+    """The bytes of the file that `save_file` writes."""
+    out = io.BytesIO()
+    save_file(tensors, out, metadata)
+    return out.getvalue()
 
 
 def pack_source(
