@@ -1,6 +1,6 @@
 /* What the kernels share. Plain C without the Python headers, loaded through ctypes (native/library.py), which
- * releases the GIL. Every source is compiled once for each instruction set (setup.py); what is written for AVX-512
- * alone is under #ifdef AVX512. Every loop has a numpy or numba twin in the package that the tests hold it to, bit
+ * releases the GIL. Every source is compiled once for each instruction set (setup.py); what is written for one alone is
+ * under #ifdef AVX512, AVX2 or NEON, of which at most one is defined. Every loop has a numpy or numba twin in the package that the tests hold it to, bit
  * for bit, under each instruction set. */
 #pragma once
 #include <stddef.h>
@@ -10,6 +10,12 @@
 #ifdef __AVX512VL__ /* with F, BW and DQ: setup.py asks for all four */
 #include <immintrin.h>
 #define AVX512 1
+#elif defined(__AVX2__) && defined(__BMI2__)
+#include <immintrin.h>
+#define AVX2 1
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(RAC_GENERIC)
+#include <arm_neon.h>
+#define NEON 1
 #endif
 
 #define INLINED __attribute__((always_inline)) static inline /* sizes that are constants at the call become constants */
