@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import lossless_bars
+
 ROWS = ["rac-fast", "rac-fast-coarse", "rac-default", "rac-default-coarse", "rac-max"]
 ROWS += ["zipnn", "openzl", "openzl-fast", "pcodec-8", "pcodec-12"]
 ROWS += [f"blosc2-{shuffle}-{level}" for shuffle in ("shuffle", "bitshuffle") for level in (5, 9)]
@@ -29,7 +31,6 @@ LABELS = {
     "openzl-fast": "openzl-fast (BF16 deconstruct or F32 lanes, Huffman)",
 }
 SINGLE_THREAD = ("openzl", "pcodec")  # their Python APIs have no threads
-RATIOS = ["rac-default zipnn unpack", "rac-max pcodec-12 unpack", "rac-default zipnn pack"]
 PACKAGES = ["rac-codec", "zipnn", "openzl", "pcodec", "blosc2", "zstandard", "numpy", "ml_dtypes", "torch"]
 THREAD_SETTINGS = [f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA", "RAYON")]
 THREAD_SETTINGS += ["BLOSC_NTHREADS"]
@@ -49,7 +50,11 @@ peak RSS  of the process that did both; "import" was there before any tensor was
 
 Each unpack is compared with the safetensors file bit for bit. The exit status is 1 if one differed or failed.
 
+Below the table stand the ratios that the bars of tools/lossless_bars.py are about, for files named after the
+three models of the bars (minilm, smollm2, 8b); tools/shaped.py makes the last.
+
   python tools/bench_lossless.py model.safetensors --threads 1 2
+  python tools/bench_lossless.py 8b-shaped.safetensors --threads 1 2 --cpus avx512 avx2 --only rac,zipnn,pcodec-12
   python tools/bench_lossless.py a.safetensors b.safetensors --only rac-max,blosc2     (all blosc2-... rows)
 
 rac-fast and rac-default cut fine tiles, rac-...-coarse those of --slices coarse, as rac-max does.
@@ -177,7 +182,7 @@ def best(action: Callable[[], float], args: argparse.Namespace) -> float:
 def measure(path: Path, row: str, threads: int, args: argparse.Namespace, archive: Path) -> Result:
     """Runs in a process of its own, so that memory, threads and caches are this row's alone."""
     result = Result(str(path), row, threads)
-    name, *options = row.split("-")
+    name, *options = row.partition("@")[0].split("-")
     try:
         if name == "rac":
             rac = import_module("rac")
@@ -231,6 +236,8 @@ def measure_apart(path: Path, row: str, threads: int, args: argparse.Namespace) 
     command = [sys.executable, __file__, str(path), "--child", row, "--threads", str(threads)]
     command += ["--repeat", str(args.repeat), "--budget", str(args.budget)]
     environment = os.environ | dict.fromkeys(THREAD_SETTINGS, str(threads))
+    if cpu := row.partition("@")[2]:
+        environment["RAC_CPU"] = cpu
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if sys.stderr.isatty():
@@ -241,7 +248,7 @@ def measure_apart(path: Path, row: str, threads: int, args: argparse.Namespace) 
 
 
 def report(results: dict[tuple[Path, str], list[Result]], threads: list[int]) -> Iterator[str]:
-    """The table, then the ratio lines."""
+    """The table, then that of the bars."""
     heads = ["file", "codec", "bytes", "%", *(f"{what} {n}T" for what in ("pack", "unpack") for n in threads)]
     yield "| " + " | ".join([*heads, "peak RSS MB", "import MB"]) + " |"
     yield "|---|---|" + "---:|" * len(heads)
@@ -252,11 +259,15 @@ def report(results: dict[tuple[Path, str], list[Result]], threads: list[int]) ->
         cells = [r.error for r in group if r.error][:1] or [f"{group[0].size}", percent, *speeds, *memory]
         yield "| " + " | ".join([path.name, LABELS.get(row, row), *cells]) + " |"
     yield ""
-    for path, (ours, peer, what) in itertools.product({p: 0 for p, _ in results}, map(str.split, RATIOS)):
-        for a, b in zip(results.get((path, ours), []), results.get((path, peer), []), strict=False):
-            x, y = getattr(a, what), getattr(b, what)
-            ratio = f"{x / y:.2f}" if x and y else "n/a"
-            yield f"{path.name}: {ours} {what} / {peer} {what}, {a.threads}T: {ratio}"
+    yield "| model | of | to | threads | ratio | must | aim | |"
+    yield "|---|---|---|---|---:|---:|---:|---|"
+    for path, (i, count) in itertools.product({p: 0 for p, _ in results}, enumerate(threads)):
+        rows = {row: group[i] for (p, row), group in results.items() if p == path}
+
+        def speed(row: str, what: str, rows: dict[str, Result] = rows) -> float | None:
+            return getattr(rows[row], what) if row in rows else None
+
+        yield from lossless_bars.verdicts(str(path), dict.fromkeys(rows), count, speed)
 
 
 def machine() -> str:
@@ -275,6 +286,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=5, help="counted repeats after a warm-up (default: 5)")
     parser.add_argument("--budget", type=float, default=60, help="begin no repeat after these seconds (60)")
     parser.add_argument("--only", default=",".join(ROWS), metavar="ROW,...", help="measure these rows only")
+    parser.add_argument("--cpus", nargs="+", default=[""], help="values of RAC_CPU for the rac rows, each by itself")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements here too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -283,7 +295,8 @@ def main() -> int:
             result = measure(args.files[0], args.child, args.threads[0], args, Path(folder, "packed.rac"))
         print(json.dumps(asdict(result)))
         return 0
-    rows = [row for row in ROWS if any(f"{row}-".startswith(f"{name}-") for name in args.only.split(","))]
+    named = [row for row in ROWS if any(f"{row}-".startswith(f"{name}-") for name in args.only.split(","))]
+    rows = [f"{row}@{cpu}" if cpu else row for row in named for cpu in (args.cpus if row.startswith("rac") else [""])]
     problems = [f"no such file: {path}" for path in args.files if not path.is_file()]
     if problems or not rows:
         parser.error((problems or [f"--only {args.only} names no row of {' '.join(ROWS)}"])[0])
