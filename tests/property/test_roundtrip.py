@@ -20,7 +20,7 @@ from rac.container.reader import Archive
 from rac.decode import random as ld
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
-from support import tiles
+from support import kernels, tiles
 from support.indices import indices
 from support.reference import reference
 
@@ -386,8 +386,8 @@ def test_kernels_agree(data):
         tiles.cut(patch, ((1, most), (3, 2 * most), (8, 1 << 62)))
         archive = packed({"a": array}, level=level, lanes=lanes)
         fast = _decoded(archive)
-        for cpu in (data.draw(st.sampled_from(native.cpus())), None):
-            with native.using(cpu):
+        for cpu in (data.draw(st.sampled_from(kernels.here())), None):
+            with kernels.using(cpu):
                 assert packed({"a": array}, level=level, lanes=lanes) == archive
                 assert _decoded(archive) == fast
         with reference():
@@ -435,8 +435,8 @@ def test_kernels_agree_on_damage(data):
         with reference():
             exact = _outcome(*args)
         assert fast == exact
-        for cpu in native.cpus():
-            with native.using(cpu):
+        for cpu in kernels.here():
+            with kernels.using(cpu):
                 assert _outcome(*args) == exact
         with native.using(None):
             assert _outcome(*args) == exact

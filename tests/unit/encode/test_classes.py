@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from rac import native
 from rac.encode.code import classes as cl
+from support import kernels
 
 
-@pytest.fixture(params=[*native.cpus(), None], autouse=True)
+@pytest.fixture(params=kernels.ALL, autouse=True)
 def kernel(request):
-    with native.using(request.param):
+    with kernels.using(request.param):
         yield
 
 

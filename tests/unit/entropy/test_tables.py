@@ -8,15 +8,16 @@ import pytest
 from rac import native
 from rac.entropy import tables
 from rac.errors import FormatError
+from support import kernels
 
 SPEC = np.array([[1024, 1024, 1536, 512], [2560, 1024, 511, 1]], np.uint16)
 SPEC_BYTES = bytes.fromhex("00 10 03 00 20 40 04 03 80 05 00 40 60 78 08 12 03 ff")
 """Worked example 13.2 of format_spec/stages/lanes.md, order -2."""
 
 
-@pytest.fixture(params=[*native.cpus(), None])
+@pytest.fixture(params=kernels.ALL)
 def kernel(request):
-    with native.using(request.param):
+    with kernels.using(request.param):
         yield
 
 

@@ -25,6 +25,7 @@ from rac.native import library, prototypes
 from rac.native.library import CPUS
 from rac.stages.lanes import layout as ll
 from rac.stages.lanes.parameters import Lanes
+from support import kernels
 
 
 @pytest.fixture
@@ -33,8 +34,8 @@ def both():
 
     def call(function):
         results = []
-        for cpu in native.cpus():
-            with native.using(cpu):
+        for cpu in kernels.here():
+            with kernels.using(cpu):
                 results.append(function())
         for other in results[1:]:
             assert_same(results[0], other)
@@ -154,8 +155,8 @@ def test_encode_lanes_is_constriction(lanes, sizes):
     same = np.tile(np.arange(256, dtype=np.uint8), (len(freq), 1))
     model = native.symbol_model(freq, same)
     words, counts = native.encode_lanes(symbols, lanes, segments, model)
-    for cpu in native.cpus():
-        with native.using(cpu):
+    for cpu in kernels.here():
+        with kernels.using(cpu):
             assert_same((words, counts), native.encode_lanes(symbols, lanes, segments, model))
     models, starts = Models(freq), np.cumsum(segments[:, 0]) - segments[:, 0]
     streams = []
@@ -331,8 +332,8 @@ def test_tiles_under_each_instruction_set(lanes, dtype, tmp_path):
     array.flat[::977] = 0  # escapes
     dense = (array * 3 + 128).clip(0, 255).astype("u1") if dtype == "u1" else array.astype(np.dtype(dtype))
     files = set()
-    for cpu in native.cpus():
-        with native.using(cpu):
+    for cpu in kernels.here():
+        with kernels.using(cpu):
             pack_source(from_arrays({"a": dense}), tmp_path / "a.rac", level="max", lanes=lanes, force=True)
             files.add((tmp_path / "a.rac").read_bytes())
             assert rac.load_file(tmp_path / "a.rac", threads=1)["a"].tobytes() == dense.tobytes()

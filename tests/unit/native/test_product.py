@@ -8,6 +8,7 @@ import pytest
 from rac import native
 from rac.native import product
 from rac.stages.words import DTYPES, put_words
+from support import kernels
 
 
 def any_bits(seed, *shape):
@@ -37,9 +38,9 @@ SIZES = [(1, 1, 1), (3, 63, 5), (4, 64, 256), (5, 65, 257), (17, 130, 700), (2, 
 
 @pytest.mark.parametrize(("h", "w", "n"), SIZES)
 @pytest.mark.parametrize("make", [numbers, any_bits])
-@pytest.mark.parametrize("cpu", native.cpus())
+@pytest.mark.parametrize("cpu", kernels.CPUS)
 def test_kernel_and_numpy_agree(make, h, w, n, cpu):
-    with native.using(cpu):
+    with kernels.using(cpu):
         assert same(*both(make(1, h, w), make(2, h, n), make(3, n, w)))
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rac import native
 from rac.errors import FormatError, UnsupportedError
 from rac.grid import Box
 from rac.stages import bits as bt
@@ -16,7 +15,7 @@ from rac.stages import groups as gr
 from rac.stages.base import Context
 from rac.stages.bits import Bits
 from rac.stages.words import to_words
-from support import grids
+from support import grids, kernels
 
 F32 = np.float32
 
@@ -114,7 +113,7 @@ def test_a_code_that_is_too_large():
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-@pytest.mark.parametrize("cpu", [native.cpus()[-1], None])
+@pytest.mark.parametrize("cpu", kernels.ALL)
 def test_tiles(dtype, cpu):
     rng = np.random.default_rng(6)
     for bits in range(1, 9):
@@ -126,7 +125,7 @@ def test_tiles(dtype, cpu):
             for box in ((0, 7, 0, 33), (7, 30, 0, 33), (0, 7, 33, 50), (7, 30, 33, 50)):
                 a, b, c, d = box
                 codes = np.ascontiguousarray(g.codes[a:b, c:d])
-                with native.using(cpu):
+                with kernels.using(cpu):
                     t.decode(codes, Box(*box), found[a:b, c:d])
             assert (found == whole).all()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rac import native
 from rac.linalg.triangular import rows
 from rac.native import trellis
 from rac.stages import trellis as tr
+from support import kernels
 
 MOST = 127
 
@@ -42,8 +42,8 @@ def test_all_versions_agree(states, m, lane, lag):
     x[2, 3] = 180  # integers beyond the tables of the fast version
     below = rows((g + g.T) / 2 + 4 * np.eye(m), 0.1).feed
     ours = search(x, states, below, lane, lag)
-    for cpu in native.cpus():
-        with native.using(cpu):
+    for cpu in kernels.here():
+        with kernels.using(cpu):
             for a, b in zip(ours, search(x, states, below, lane, lag), strict=True):
                 assert a.tobytes() == b.tobytes()
     k, value, wild = ours
@@ -83,9 +83,9 @@ def test_what_the_outputs_see_gets_smaller():
     assert errors["plain"] / errors["fed"] > 0.8 * possible > 1.1
 
 
-@pytest.mark.parametrize("cpu", native.cpus())
+@pytest.mark.parametrize("cpu", kernels.CPUS)
 def test_blocks_of_rows_are_apart(cpu):
-    with native.using(cpu):
+    with kernels.using(cpu):
         blocks_of_rows()
 
 
@@ -120,8 +120,8 @@ def test_zeros_stay_in_sparse_columns(fed):
     free = np.zeros((1, 1, len(rec)), np.float32)
     how = trellis.Search(1, tr.CODES[1], m, rec, free, MOST + 0.5, below=below, sparse=True)
     found = []
-    for cpu in native.cpus():
-        with native.using(cpu):
+    for cpu in kernels.here():
+        with kernels.using(cpu):
             k, value, *_ = trellis.block(how, x, x.copy(), np.zeros((4, 4), np.float32), np.ones(4, np.float32))
         found.append((k.tobytes(), value.tobytes()))
     assert len(set(found)) == 1 and (value == k).all() and not k[x == 0].any()

@@ -14,6 +14,7 @@ from rac.native import trellis as kernel
 from rac.stages import trellis as tr
 from rac.stages.base import Context
 from rac.stages.words import DTYPES
+from support import kernels
 
 HEAD = {"id": "trellis/1", "states": 4, "zero": 10, "low": 9, "scale": 0x3F000000, "sizes": [3, 4, 2, 10]}
 BF16 = Context("BF16", 4, 2, 1)
@@ -26,12 +27,12 @@ DENSE = bytes.fromhex("a03e0000 983f0000 c03f0000 803f0000")
 def decoded(words, p, unit, dtype, cpu):
     dst = np.zeros(words.shape, f"<u{DTYPES[dtype].itemsize}")
     numbers = p.open(unit, Context(dtype, *words.shape, 1))
-    with native.using(cpu):
+    with kernels.using(cpu):
         numbers.decode(words, Box(0, words.shape[0], 0, words.shape[1]), dst)
     return dst
 
 
-@pytest.mark.parametrize("cpu", [native.cpus()[-1], None])
+@pytest.mark.parametrize("cpu", kernels.ALL)
 def test_the_example_of_the_text(cpu):
     p = tr.Trellis.from_head(HEAD, BF16)
     assert p.to_head() == HEAD
@@ -60,7 +61,7 @@ def test_kernel_and_numpy_agree(states, dtype, corrected, zero, scale):
     for span in (256, 31):  # of words, few of them in registers
         words = rng.integers(0, span, (r, c)).astype(np.uint8)
         expected = decoded(words, p, unit, dtype, None)
-        for cpu in native.cpus():
+        for cpu in kernels.here():
             assert (decoded(words, p, unit, dtype, cpu) == expected).all()
 
 
@@ -69,8 +70,8 @@ def search(states, x, rec, rate, lane=1000):
     how = kernel.Search(states, tr.CODES[states], lane, rec, rate.reshape(1, 1, -1), 2.0 * most)
     feed, step = np.zeros((1, 1), np.float32), np.ones(1, np.float32)
     done = kernel.block(how, x[None], x[None].copy(), feed, step)
-    for cpu in native.cpus():
-        with native.using(cpu):
+    for cpu in kernels.here():
+        with kernels.using(cpu):
             again = kernel.block(how, x[None], x[None].copy(), feed, step)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(done, again, strict=True))
     return done[0][0], done[1][0]

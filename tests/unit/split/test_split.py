@@ -5,26 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rac import native
 from rac.grid import Box
 from rac.stages.products import Basis, LowRank
 from rac.stages.words import to_words
+from support import kernels
 
 
 def numbers(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("cpu", [native.cpus()[-1], None])
+@pytest.mark.parametrize("cpu", kernels.ALL)
 def test_the_examples_of_the_text(cpu):
     """stages/lowrank.md and stages/basis.md, section 6."""
     a, b = np.array([[2**-24, 2**-24], [0.5, -3]], np.float32), np.array([[1, 0.25], [1, 1.5]], np.float32)
     whole = Box(0, 2, 0, 2)
-    with native.using(cpu):
+    with kernels.using(cpu):
         out = LowRank().join(np.array([[1, 0], [-1, 2]], np.float32), [a, b], whole)
     assert out.tolist() == [[1, 7 * 2**-26], [-3.5, -2.375]]
     u = np.array([[0.75, 0.5], [0.5, 2**-11]], np.float32)
-    with native.using(cpu):
+    with kernels.using(cpu):
         out = Basis().join(np.array([[1, -2], [3, 0]], np.float32), [u], whole)
     assert to_words(out, "BF16").tolist() == [[0xBE80, 0x3F00], [0x4010, 0x3FC0]]
 
