@@ -51,4 +51,4 @@ golden: $(STAMP)
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis codec/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f codec/rac/native/*.so
+	rm -f codec/rac/native/*.so codec/rac/native/*.dylib codec/rac/native/*.dll

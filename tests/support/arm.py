@@ -152,7 +152,8 @@ class Emulated(Library):
         import unicorn
         from unicorn import arm64_const as arm
 
-        self.path, self.image, self._lock = path, Image(path), threading.Lock()
+        self.path, self.cpu = path, path.stem.partition("-")[0]
+        self.image, self._lock = Image(path), threading.Lock()
         self._arm, self._stack = arm, mmap.mmap(-1, 1 << 23)
         self._top = ctypes.addressof(ctypes.c_char.from_buffer(self._stack)) + (1 << 23) - 4096
         libm = ctypes.CDLL("libm.so.6")  # with all of libc

@@ -86,7 +86,8 @@ def parser(argv: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
     """The command line. Only commands that `argv` names have arguments: no more is imported than they need."""
     how: Any = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     out = _Parser("rac", description=DESCRIPTION, **how)
-    out.add_argument("--version", action="version", version=f"rac-codec {VERSION}")
+    said = f"rac-codec {VERSION}"
+    out.add_argument("--version", action="version", version=said, help="the version; with --verbose, what runs here")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module, add, about) in COMMANDS.items():
         p = commands.add_parser(name, help=about, **how)
@@ -108,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"rac: {argv[0]!r} stands in front of the command: options go behind it, rac COMMAND ...", file=sys.stderr
         )
         return 2
-    args, unknown = parser(argv).parse_known_args(argv)
+    if argv[0] == "--version" and set(argv[1:]) & {"-v", "--verbose"}:
+        args, unknown = argparse.Namespace(run=_about, quiet=False, verbose=True), list[str]()
+    else:
+        args, unknown = parser(argv).parse_known_args(argv)
     if unknown:
         options = [o for action in args.parser._actions for o in action.option_strings]
         word = unknown[0].partition("=")[0]
@@ -136,6 +140,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError:
             _drop_output()
         return 130 if isinstance(e, KeyboardInterrupt) else 1 if isinstance(e, DAMAGED) else 2
+
+
+def _about(_: argparse.Namespace) -> int:
+    """Print the version, and what the kernels are that decode here."""
+    import platform
+
+    from rac import native
+    from rac.native.library import lost
+
+    print(f"rac-codec {VERSION}")
+    print(f"kernels   {native.kernel()}" + (f" (RAC_CPU={cpu})" if (cpu := os.environ.get("RAC_CPU")) else ""))
+    print(f"here are  {', '.join(native.cpus())}" if native.cpus() else f"but       {lost()}")
+    print(f"machine   {platform.machine()}, {platform.platform()}, Python {platform.python_version()}")
+    return 0
 
 
 def _show(usual: Callable[..., None]) -> Callable[..., None]:

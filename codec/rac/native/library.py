@@ -1,15 +1,17 @@
 """The libraries of C kernels: finding them, the choice of an instruction set, and what is checked before a call.
 
 The same C sources are compiled once for each instruction set (setup.py), and one library is in use: the fastest that
-the processor runs, or the one that the environment names, RAC_CPU=generic, avx2 or avx512. Whatever set, the bytes are
-the same. ctypes releases the GIL, so threads that decode different tiles run side by side.
+the processor runs, or the one that the environment names: RAC_CPU=generic, avx2, avx512 or neon. Whatever set, the
+bytes are the same. ctypes releases the GIL, so threads that decode different tiles run side by side.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,8 +21,11 @@ from typing import Any
 from rac.errors import RacError, UnsupportedError
 from rac.native.prototypes import BRIEF, FUNCTIONS, layout
 
-CPUS = {"generic": "C", "avx2": "C, AVX2", "avx512": "C, AVX-512"}
-"""Each instruction set, slowest first, and what `kernel` calls it."""
+CPUS = {"generic": "C", "avx2": "C, AVX2", "avx512": "C, AVX-512", "neon": "C, NEON"}
+"""Each instruction set, slowest first within an architecture, and what `kernel` calls it; bits of rac_cpu."""
+SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")  # as setup.py names them
+AGAIN = "install rac-codec again, from a wheel for this machine or with a C compiler"
+_FOLDER = Path(__file__).parent
 
 
 class Library:
@@ -28,37 +33,69 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         """Load a library; RacError where it is not of this version, OSError where it is none of this machine."""
-        self.path = path
+        self.path, self.cpu = path, path.stem.removeprefix("_")
         free, brief = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
         ours = layout()
-        theirs = (ctypes.c_int64 * len(ours)).in_dll(free, "rac_layout")
-        for (name, number), found in zip(ours, theirs, strict=True):
-            if number != found:
-                raise RacError(f"{path.name} is not of this version of rac ({name}): install it again")
-        for name, (result, *arguments) in FUNCTIONS.items():
-            function = getattr(brief if name in BRIEF else free, name)
-            function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
+        try:
+            theirs = (ctypes.c_int64 * len(ours)).in_dll(free, "rac_layout")
+            for (name, number), found in zip(ours, theirs, strict=True):
+                if number != found:
+                    raise RacError(f"{path.name} is not of this version of rac ({name}); {AGAIN}", file=str(path))
+            for name, (result, *arguments) in FUNCTIONS.items():
+                function = getattr(brief if name in BRIEF else free, name)
+                function.restype, function.argtypes = result, arguments
+                setattr(self, name, function)
+        except (ValueError, AttributeError) as e:  # it has no such name
+            raise RacError(f"{path.name} is no library of this version of rac ({e}); {AGAIN}", file=str(path)) from e
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"no kernel is called {name}; see rac.native.prototypes")
 
 
+def _path(cpu: str) -> Path:
+    return _FOLDER / f"_{cpu}{SUFFIX}"
+
+
 @functools.cache
 def _load(cpu: str) -> Library | None:
-    """The library of an instruction set, None where it was not built; the machine must have the set."""
-    for path in sorted(Path(__file__).parent.glob(f"_{cpu}.*")):
-        with suppress(OSError):  # of another machine
-            return Library(path)
+    """The library of an instruction set, None where there is none for this platform; the machine must have the set."""
+    with suppress(OSError):  # of another machine
+        return Library(_path(cpu)) if _path(cpu).exists() else None
     return None
+
+
+@functools.cache
+def _has() -> tuple[str, ...]:
+    """The instruction sets of this machine, slowest first; none where there is no library to ask."""
+    base = _load("generic")
+    return tuple(cpu for i, cpu in enumerate(CPUS) if base and base.rac_cpu() >> i & 1)
 
 
 @functools.cache
 def cpus() -> tuple[str, ...]:
     """The instruction sets that this machine has and that kernels were built for, slowest first."""
-    if (base := _load("generic")) is None:
-        return ()
-    return tuple(cpu for i, cpu in enumerate(CPUS) if i <= base.rac_cpu() and _load(cpu))
+    return tuple(cpu for cpu in _has() if _load(cpu))
+
+
+@functools.cache
+def twin() -> str:
+    """What decodes lanes without the C kernels: "numba" where it is installed, or "numpy"."""
+    return "numba" if importlib.util.find_spec("numba") else "numpy"
+
+
+def lost() -> str:
+    """Why no C kernels run here, and how to get them; on one line."""
+    why, others = "were not built", sorted(p.name for p in _FOLDER.glob("_generic.*"))
+    if os.environ.get("RAC_NO_NATIVE"):
+        return "the C kernels are switched off by RAC_NO_NATIVE"
+    if _path("generic").exists():
+        try:
+            ctypes.CDLL(str(_path("generic")))
+        except OSError as e:
+            why = f"do not load on this machine ({e})"
+    elif others:
+        why = f"beside rac are those of another platform or version ({others[0]})"
+    return f"the C kernels {why}; to get them, {AGAIN}"
 
 
 @functools.cache
@@ -66,21 +103,30 @@ def _chosen() -> Library | None:
     if os.environ.get("RAC_NO_NATIVE"):
         return None
     wanted = os.environ.get("RAC_CPU")
-    if wanted and wanted not in cpus():
+    if wanted:
         if wanted not in CPUS:
             raise UnsupportedError(f"RAC_CPU is {wanted!r}, not one of {', '.join(CPUS)}")
-        raise UnsupportedError(f"RAC_CPU is {wanted!r}, which this processor lacks, or no kernels were built for it")
-    if not cpus():
-        warnings.warn("rac: the C kernel was not built; decoding runs in numba, several times slower", stacklevel=3)
-        return None
-    return _load(wanted or cpus()[-1])
+        if not _has():
+            raise UnsupportedError(f"RAC_CPU is {wanted!r}, but {lost()}")
+        if wanted not in _has():
+            raise UnsupportedError(f"RAC_CPU is {wanted!r}, which this processor lacks; it has {', '.join(_has())}")
+        if _load(wanted) is None:
+            raise UnsupportedError(f"RAC_CPU is {wanted!r}, for which no kernels are here; {AGAIN}")
+        return _load(wanted)
+    for cpu in reversed(_has()):
+        if found := _load(cpu):
+            return found
+    slower = {"numba": "several times", "numpy": "a hundred times"}[twin()]
+    text = f"rac: {lost()}. Until then {twin()} decodes, {slower} slower, and nothing can be packed with loss"
+    warnings.warn(text, stacklevel=3)
+    return None
 
 
 _instead: list[Library | None] = []
 
 
 def library() -> Library | None:
-    """The library in use; None, with one warning, where none was built, and without where RAC_NO_NATIVE is set."""
+    """The library in use; None, with one warning, where there is none, and without where RAC_NO_NATIVE is set."""
     return _instead[-1] if _instead else _chosen()
 
 
@@ -102,6 +148,6 @@ def using(cpu: str | None) -> Iterator[None]:
 
 
 def kernel() -> str:
-    """Name of the kernels in use: "C" and the instruction set, or "numba"."""
+    """Name of the kernels in use: "C" and the instruction set, or "numba" or "numpy" in their place."""
     lib = library()
-    return next((name for cpu, name in CPUS.items() if lib and lib is _load(cpu)), "numba")
+    return CPUS.get(lib.cpu, lib.cpu) if lib else twin()

@@ -22,6 +22,7 @@ from rac.entropy import ans
 from rac.entropy.ans import Models
 from rac.grid import up16
 from rac.native import library, prototypes
+from rac.native.lanes import decode_side_by_side
 from rac.native.library import CPUS
 from rac.stages.lanes import layout as ll
 from rac.stages.lanes.parameters import Lanes
@@ -174,6 +175,12 @@ def test_encode_lanes_is_constriction(lanes, sizes):
     assert [s.tolist() for s in ans.split(words, counts, freq, segments)] == [s.tolist() for s in streams]
     luts = native.lookup(freq, np.arange(200, dtype=np.uint8))
     assert (native.ans_decode(luts, words.copy(), counts, segments, len(symbols)) == symbols).all()
+    out = np.empty_like(symbols)
+    assert not decode_side_by_side(luts, words, counts, segments, out)
+    assert (out == symbols).all()
+    for at in range(len(words))[-1:]:  # the last, where there is any
+        words[at] ^= 1 << 31
+        assert decode_side_by_side(luts, words, counts, segments, out)
 
 
 def test_symbols_that_count_as_others():

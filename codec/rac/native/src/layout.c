@@ -3,10 +3,11 @@
 #include "quantise.h"
 #include "tile.h"
 
+#undef AT
 #define SIZE(type) (int64_t)sizeof(type)
 #define AT(type, field) (int64_t)offsetof(type, field)
 const int64_t rac_layout[] = {
-    20,
+    21,
     SIZE(rac_matrix), AT(rac_matrix, at), AT(rac_matrix, rows), AT(rac_matrix, cols), AT(rac_matrix, stride),
     SIZE(rac_dequant), AT(rac_dequant, rec), AT(rac_dequant, h0), AT(rac_dequant, h1), AT(rac_dequant, zero),
     AT(rac_dequant, even), AT(rac_dequant, size),
@@ -27,15 +28,42 @@ const int64_t rac_layout[] = {
     -1,
 };
 
-/* The best instruction set of this processor: 0 generic, 1 AVX2, 2 AVX-512, with what setup.py compiles for (CPUS).
- * Only the generic library is asked. */
-int rac_cpu(void) {
-#if defined(__x86_64__) && defined(__GNUC__)
-    __builtin_cpu_init();
-#define HAS(name) __builtin_cpu_supports(name)
-    if (!HAS("avx2") || !HAS("bmi2") || !HAS("popcnt")) return 0;
-    return HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl") ? 2 : 1;
-#else
-    return 0;
-#endif
+/* The instruction sets that this processor and its system have, as bits in the order of CPUS (native/library.py): 1 generic,
+ * 2 AVX2, 4 AVX-512, 8 NEON, with what setup.py compiles for. Only the generic library is asked. By hand:
+ * __builtin_cpu_supports needs a run time library that not every compiler brings. */
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* The parts of its state that the system keeps for a process: 6 of AVX, 0xe0 of AVX-512 */
+static uint64_t kept(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
 }
+
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+/* macOS keeps the state of AVX-512 from the first use on, and says by name whether it would */
+static int keeps_wide(void) {
+    int is = 0;
+    size_t size = sizeof is;
+    return sysctlbyname("hw.optional.avx512vl", &is, &size, NULL, 0) == 0 && is;
+}
+#else
+static int keeps_wide(void) { return (kept() & 0xe0) == 0xe0; }
+#endif
+
+int rac_cpu(void) {
+    const uint32_t xsave = 1u << 27, avx = 1u << 28, popcnt = 1u << 23; /* of leaf 1, ecx */
+    const uint32_t avx2 = 1u << 5, bmi2 = 1u << 8;                      /* of leaf 7, ebx, as are: */
+    const uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || ~c & (xsave | avx | popcnt) || (kept() & 6) != 6) return 1;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~b & (avx2 | bmi2)) return 1;
+    return ~b & (f | dq | bw | vl) || !keeps_wide() ? 3 : 7;
+}
+#elif defined(__aarch64__)
+int rac_cpu(void) { return 1 | 8; } /* every one has NEON */
+#else
+int rac_cpu(void) { return 1; }
+#endif
