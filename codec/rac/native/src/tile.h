@@ -37,6 +37,7 @@ typedef struct {
     rac_block *blocks, *last;    /* sorted by table: one segment each; behind the last */
     int64_t row_end[257], col_end[257]; /* of the classes */
     void *seq; /* the tile's words in sequence order, to be unsorted at the end; null: straight to dst */
+    void *room; /* of rac_unsort_room bytes */
     uint32_t escapes, used;
     uint32_t pairtop[256]; /* both tops of a pair a | b << 4 */
     uint8_t bytetop[16];   /* tops of the base symbols, where all are `small` */
@@ -60,7 +61,8 @@ void rac_place2(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, in
 void rac_place4(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
 void rac_place8(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
 int rac_emit(rac_tile *w, const uint8_t *sym, int64_t n, rac_cursor *at);
-int rac_unsort(rac_tile *w);
+void rac_unsort(rac_tile *w);
+size_t rac_unsort_room(const rac_job *job); /* bytes that it needs beside seq */
 int rac_has_unsort(void);
 
 /* memcpy without the call: runs are short */

@@ -11,14 +11,28 @@ static int nonzero(const uint8_t *p, int64_t n) {
     return 0;
 }
 
-/* Stable counting sort: order[] of n things by class, ends[k] = first place of class k + 1 */
+/* Stable counting sort: order[] of n things by class, ends[k] = first place of class k + 1. Four quarters at once, or
+ * each waits for the counter that the one before has changed. */
 static void by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int64_t *ends) {
-    for (int i = 0; i <= k; i++) ends[i] = 0;
-    for (int64_t i = 0; i < n; i++) ends[class[i] + 1]++;
-    for (int i = 0; i < k; i++) ends[i + 1] += ends[i];
-    int64_t next[256];
-    for (int i = 0; i < k; i++) next[i] = ends[i];
-    for (int64_t i = 0; i < n; i++) order[next[class[i]]++] = (int32_t)i;
+    int32_t next[4][256];
+    const int64_t m = n / 4;
+    for (int q = 0; q < 4; q++) memset(next[q], 0, (size_t)k * 4);
+    for (int64_t i = 0; i < m; i++)
+        for (int q = 0; q < 4; q++) next[q][class[q * m + i]]++;
+    for (int64_t i = 4 * m; i < n; i++) next[3][class[i]]++;
+    int32_t at = 0;
+    for (int i = 0; i < k; i++) {
+        ends[i] = at;
+        for (int q = 0; q < 4; q++) {
+            const int32_t here = next[q][i];
+            next[q][i] = at;
+            at += here;
+        }
+    }
+    ends[k] = at;
+    for (int64_t i = 0; i < m; i++)
+        for (int q = 0; q < 4; q++) order[next[q][class[q * m + i]]++] = (int32_t)(q * m + i);
+    for (int64_t i = 4 * m; i < n; i++) order[next[3][class[i]]++] = (int32_t)i;
 }
 
 /* The classes of k that occur; returns how many: a tile is not charged for others */
@@ -36,35 +50,80 @@ static void cut_blocks(rac_tile *w) {
     const int nr = occurring(w->row_end, s->row_classes, rows);
     const int kc = s->col_classes, nc = occurring(w->col_end, kc, cols);
     const int64_t *re = w->row_end, *ce = w->col_end;
-    int64_t first[257] = {0};
-    for (int n = 0; n < nr * nc; n++) first[s->table[rows[n / nc] * kc + cols[n % nc]] + 1]++;
-    for (int i = 0; i < 256; i++) first[i + 1] += first[i];
-    w->last = w->blocks + first[256];
-    for (int n = 0; n < nr * nc; n++) {
-        const int i = rows[n / nc], k = cols[n % nc], table = s->table[i * kc + k];
-        w->blocks[first[table]++] = (rac_block){table, re[i], re[i + 1], ce[k], ce[k + 1]};
+    int32_t first[256];
+    int most = 0, at = 0;
+    for (int r = 0; r < nr; r++)
+        for (int c = 0; c < nc; c++) {
+            const int table = s->table[rows[r] * kc + cols[c]];
+            for (; most <= table; most++) first[most] = 0; /* small tiles are many, and tables few */
+            first[table]++;
+        }
+    for (int i = 0; i < most; i++) {
+        const int here = first[i];
+        first[i] = at;
+        at += here;
     }
+    w->last = w->blocks + at;
+    for (int r = 0; r < nr; r++)
+        for (int c = 0; c < nc; c++) {
+            const int i = rows[r], k = cols[c], table = s->table[i * kc + k];
+            w->blocks[first[table]++] = (rac_block){table, re[i], re[i + 1], ce[k], ce[k + 1]};
+        }
 }
 
-/* A tile before it is decoded: its rows and columns by class, its blocks */
-static int prepare(rac_tile *w, const rac_job *job) {
+/* How symbols become words */
+static void choose(rac_tile *w) {
+    const rac_shared *s = w->shared;
+    w->small = w->fast = w->bf16 = 0;
+    w->counts = 1;
+    for (int a = 1; a < s->first; a++) w->counts &= s->values[a] == s->values[0] + a;
+    w->bytes = w->counts && s->word == 1 && s->per == 1 && !s->raw && !s->sign && !s->shift && !s->zero;
+    if (s->per == 2) {
+        uint16_t all = 0;
+        for (int a = 0; a < 16; a++) {
+            all |= s->values[a];
+            w->bytetop[a] = (uint8_t)s->values[a];
+        }
+        w->small = all < 256;
+    }
+#ifdef AVX512
+    w->fast = (w->seq || !w->col) && s->word == 2 && s->zero == 0 && s->sign && (s->per == 2 || s->base <= 128);
+    w->bf16 = w->fast && w->small && s->shift == 7;
+#endif
+    if (s->per == 2 && !w->fast)
+        for (int p = 0; p < 256; p++) w->pairtop[p] = s->values[p & 15] | (uint32_t)s->values[p >> 4] << 16;
+}
+
+/* Memory for a tile, which the next one takes over: fresh memory costs as much as what is done in it */
+typedef struct { char *at; size_t size; } space;
+
+/* `n` bytes, which hold nothing yet; null where there are none */
+static void *room(space *s, size_t n) {
+    if (n >= s->size) {
+        free(s->at);
+        s->size = n + n / 8 + 64;
+        if (!(s->at = malloc(s->size))) s->size = 0;
+    }
+    return s->at;
+}
+
+/* A tile before it is decoded: its rows and columns by class, its blocks; coded symbols are to lie at *sym, which may
+ * be null */
+static int prepare(rac_tile *w, const rac_job *job, space *own, uint8_t **sym) {
     const rac_shared *s = w->shared = job->shared;
     const int kr = s->row_classes, kc = s->col_classes;
     const int64_t h = job->rows, c = job->cols;
     w->job = job;
-    w->dst = job->dst;
-    w->stride = job->stride;
     w->seq = w->coded = 0;
-    if (job->numbers) {
-        w->dst = w->coded = malloc((size_t)(h * c) + 64 + 2 * (size_t)(c + 31)); /* and the states of the trellis */
-        w->stride = c;
-    }
-    const size_t blocks = (size_t)least(kr * kc, h * c) * sizeof(rac_block); /* at most */
-    char *scratch = malloc((size_t)(h + c) * 4 + blocks + 64);
-    w->blocks = (rac_block *)scratch;
-    if (!scratch || (job->numbers && !w->coded)) return NO_MEMORY;
-    w->row = (int32_t *)(scratch + blocks);
+    const size_t blocks = (size_t)least(kr * kc, h * c), lists = (size_t)(h + c) * 4; /* at most */
+    /* each segment may end in half a pair */
+    const size_t symbols = sym ? (size_t)(h * c / s->per) + blocks + 1024 : 0;
+    char *at = room(own, blocks * sizeof(rac_block) + lists + symbols);
+    if (!at) return NO_MEMORY;
+    w->blocks = (rac_block *)at;
+    w->row = (int32_t *)(at + blocks * sizeof(rac_block));
     w->col = w->row + h;
+    if (sym) *sym = (uint8_t *)(w->col + c);
     w->row_end[0] = w->col_end[0] = 0;
     w->row_end[1] = h;
     w->col_end[1] = c;
@@ -73,8 +132,27 @@ static int prepare(rac_tile *w, const rac_job *job) {
     if (kc > 1) by_class(job->col_class, c, kc, w->col, w->col_end);
     else w->col = 0;
     cut_blocks(w);
-    if (w->col && s->word <= 2 && rac_has_unsort() && !(w->seq = malloc((size_t)(h * c + 64) * (size_t)s->word)))
-        return NO_MEMORY;
+    return 0;
+}
+
+/* Where the words of a tile go: straight to their places, or first to memory that its symbols need not have */
+static int seat(rac_tile *w, space *shared) {
+    const rac_job *job = w->job;
+    const int64_t n = job->rows * job->cols;
+    const int unsort = w->col && w->shared->word <= 2 && rac_has_unsort();
+    const int64_t coded = job->numbers ? up16(n + 2 * (job->cols + 63)) : 0; /* and the states of the trellis */
+    const int64_t seq = unsort ? up16((n + 64) * w->shared->word) : 0;
+    char *at = room(shared, (size_t)(coded + seq) + rac_unsort_room(job));
+    if (!at) return NO_MEMORY;
+    if (unsort) w->seq = at + coded;
+    w->dst = job->dst;
+    w->stride = job->stride;
+    if (job->numbers) {
+        w->dst = w->coded = (uint8_t *)at;
+        w->stride = job->cols;
+    }
+    w->room = at + coded + seq;
+    choose(w);
     return 0;
 }
 
@@ -119,28 +197,6 @@ static int find_streams(rac_tile *w, uint32_t *left) {
     return bad ? BAD_PADDING : 0;
 }
 
-/* How symbols become words */
-static void choose(rac_tile *w) {
-    const rac_shared *s = w->shared;
-    w->small = w->fast = w->bf16 = 0;
-    w->counts = 1;
-    for (int a = 1; a < s->first; a++) w->counts &= s->values[a] == s->values[0] + a;
-    w->bytes = w->counts && s->word == 1 && s->per == 1 && !s->raw && !s->sign && !s->shift && !s->zero;
-    if (s->per == 2) {
-        uint16_t all = 0;
-        for (int a = 0; a < 16; a++) {
-            all |= s->values[a];
-            w->bytetop[a] = (uint8_t)s->values[a];
-        }
-        w->small = all < 256;
-        for (int p = 0; p < 256; p++) w->pairtop[p] = s->values[p & 15] | (uint32_t)s->values[p >> 4] << 16;
-    }
-#ifdef AVX512
-    w->fast = (w->seq || !w->col) && s->word == 2 && s->zero == 0 && s->sign && (s->per == 2 || s->base <= 128);
-    w->bf16 = w->fast && w->small && s->shift == 7;
-#endif
-}
-
 /* The head of a tile unit, and the states that its lanes begin in */
 static int begin(rac_tile *w, uint64_t *st, uint32_t *left) {
     const int bad = find_streams(w, left);
@@ -155,7 +211,6 @@ static int begin(rac_tile *w, uint64_t *st, uint32_t *left) {
             left[l]--;
         }
     }
-    choose(w);
     return 0;
 }
 
@@ -198,28 +253,23 @@ static int decode(rac_tile *w) {
 }
 
 /* What was decoded to its places, and on to the numbers that it stands for */
-static int finish(rac_tile *w) {
+static void finish(rac_tile *w) {
     const rac_job *j = w->job;
-    const int bad = w->seq ? rac_unsort(w) : 0;
-    if (bad || !w->coded) return bad;
+    if (w->seq) rac_unsort(w);
+    if (!w->coded) return;
     const rac_matrix words = {w->coded, j->rows, j->cols, j->cols}, dst = {j->dst, j->rows, j->cols, j->stride};
-    uint16_t *states = (uint16_t *)(w->coded + ((j->rows * j->cols + 63) & ~(int64_t)63));
-    rac_untrellis(&words, j->numbers, j->col, j->row, &dst, states);
-    return 0;
+    rac_untrellis(&words, j->numbers, j->col, j->row, &dst, (uint16_t *)(w->coded + up16(j->rows * j->cols)));
 }
 
-static void drop(rac_tile *w) {
-    free(w->coded);
-    free(w->seq);
-    free(w->blocks);
-}
+/* Memory of a call: for each of the tiles that are decoded side by side, and for the one whose words are put */
+typedef struct { space own[SIDE_BY_SIDE], words; } desk;
 
-static int tile(const rac_job *job) {
+static int tile(const rac_job *job, desk *d) {
     rac_tile w;
-    int bad = prepare(&w, job);
+    int bad = prepare(&w, job, d->own, 0);
+    if (!bad) bad = seat(&w, &d->words);
     if (!bad) bad = decode(&w);
-    if (!bad) bad = finish(&w);
-    drop(&w);
+    if (!bad) finish(&w);
     return bad;
 }
 
@@ -229,6 +279,7 @@ typedef struct {
     uint64_t st[FEW];
     uint32_t left[FEW];
     rac_tile w;
+    space *own;
     uint8_t *sym;           /* all coded symbols of the tile */
     const rac_block *block; /* of the next segment */
     int64_t number;
@@ -245,12 +296,9 @@ static int next(slot *s) {
 
 static int enter(slot *s, const rac_job *job, int64_t number) {
     s->number = number;
-    s->sym = 0;
-    int bad = prepare(&s->w, job);
+    int bad = prepare(&s->w, job, s->own, &s->sym);
     if (bad) return bad;
-    /* each segment may end in half a pair */
-    const int64_t n = job->rows * job->cols / job->shared->per + (s->w.last - s->w.blocks);
-    if (!(s->lanes.out = s->sym = malloc((size_t)n + 1024))) return NO_MEMORY;
+    s->lanes.out = s->sym;
     s->block = s->w.blocks;
     s->lanes.st = s->st;
     s->lanes.left = s->left;
@@ -261,29 +309,33 @@ static int enter(slot *s, const rac_job *job, int64_t number) {
     return 0;
 }
 
-static int leave(slot *s) {
+static int leave(slot *s, space *words) {
     rac_tile *w = &s->w;
+    int bad = seat(w, words);
+    if (bad) return bad;
     const int64_t per = w->shared->per;
     rac_cursor at = {w->blocks, 0, 0};
     const uint8_t *sym = s->sym;
     for (const rac_block *b = w->blocks; b < w->last;) {
         const int64_t total = segment(w, &b);
-        const int bad = rac_emit(w, sym, total, &at);
-        if (bad) return bad;
+        if ((bad = rac_emit(w, sym, total, &at))) return bad;
         sym += (total + per - 1) / per;
     }
-    const int bad = ended(w, s->st, s->left);
-    return bad ? bad : finish(w);
+    if (!(bad = ended(w, s->st, s->left))) finish(w);
+    return bad;
 }
 
 /* The tiles *from.. below n that have as few lanes as the first of them, side by side: one alone leaves the
  * processor waiting for the step before. *from becomes the next tile, *at one that is wrong. */
-static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at) {
+static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at, desk *d) {
     const int64_t lanes = job[*from].shared->lanes;
-    slot *room = malloc(SIDE_BY_SIDE * sizeof *room);
+    slot *slots = malloc(SIDE_BY_SIDE * sizeof *slots);
     rac_lanes *all[SIDE_BY_SIDE];
-    int active = 0, bad = room ? 0 : NO_MEMORY;
-    for (int k = 0; !bad && k < SIDE_BY_SIDE; k++) all[k] = &room[k].lanes;
+    int active = 0, bad = slots ? 0 : NO_MEMORY;
+    for (int k = 0; !bad && k < SIDE_BY_SIDE; k++) {
+        all[k] = &slots[k].lanes;
+        slots[k].own = d->own + k;
+    }
     while (!bad) {
         while (active < SIDE_BY_SIDE && *from < n && job[*from].shared->lanes == lanes && !bad) {
             *at = *from;
@@ -299,27 +351,48 @@ static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at) {
                 continue;
             }
             *at = s->number;
-            bad = leave(s);
-            drop(&s->w);
-            free(s->sym);
+            bad = leave(s, &d->words);
             all[k] = all[--active];
             all[active] = &s->lanes;
         }
     }
-    for (int k = 0; k < active; k++) {
-        drop(&((slot *)all[k])->w);
-        free(((slot *)all[k])->sym);
-    }
-    free(room);
+    free(slots);
     return bad;
+}
+
+/* Desks that no call uses, so that the next call has memory that was used before: few and small ones */
+enum { DESKS = 8, MOST_KEPT = 16 << 20 };
+static desk *idle[DESKS];
+
+static desk *take_desk(void) {
+    for (int k = 0; k < DESKS; k++) {
+        desk *d = __atomic_exchange_n(idle + k, (desk *)0, __ATOMIC_ACQUIRE);
+        if (d) return d;
+    }
+    return calloc(1, sizeof(desk));
+}
+
+static void give_desk(desk *d) {
+    size_t size = d->words.size;
+    for (int k = 0; k < SIDE_BY_SIDE; k++) size += d->own[k].size;
+    for (int k = 0; size <= MOST_KEPT && d && k < DESKS; k++) {
+        desk *none = 0;
+        if (__atomic_compare_exchange_n(idle + k, &none, d, 0, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) d = 0;
+    }
+    if (!d) return;
+    for (int k = 0; k < SIDE_BY_SIDE; k++) free(d->own[k].at);
+    free(d->words.at);
+    free(d);
 }
 
 /* The n tiles; the number of one that is wrong in *at. 0 or what is wrong */
 int rac_tiles(const rac_job *job, int64_t n, int64_t *at) {
-    int bad = 0;
-    for (int64_t i = 0; i < n && !bad;) {
-        if (rac_few(job[i].shared->lanes)) bad = few(job, &i, n, at);
-        else bad = tile(job + (*at = i++));
+    desk *d = take_desk();
+    int bad = d ? 0 : NO_MEMORY;
+    for (int64_t i = *at = 0; i < n && !bad;) {
+        if (rac_few(job[i].shared->lanes)) bad = few(job, &i, n, at, d);
+        else bad = tile(job + (*at = i++), d);
     }
+    if (d) give_desk(d);
     return bad;
 }

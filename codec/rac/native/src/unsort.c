@@ -67,32 +67,32 @@ VBMI2 void unsort2(const rac_tile *w, const int64_t *step, const char **run, con
 
 int rac_has_unsort(void) { return __builtin_cpu_supports("avx512vbmi2") != 0; }
 
-/* `seq` to the places; 0 or NO_MEMORY */
-int rac_unsort(rac_tile *w) {
+size_t rac_unsort_room(const rac_job *job) {
+    const size_t runs = (size_t)job->shared->row_classes * (size_t)job->shared->col_classes;
+    return runs * sizeof(char *) + (size_t)(job->cols + 64) * sizeof(piece);
+}
+
+/* `seq` to the places */
+void rac_unsort(rac_tile *w) {
     const rac_job *job = w->job;
     const int kc = job->shared->col_classes, word = job->shared->word;
     const int64_t *re = w->row_end, *ce = w->col_end;
-    const char **run = malloc((size_t)job->shared->row_classes * (size_t)kc * sizeof *run), *at = w->seq;
-    piece *pieces = malloc((size_t)(job->cols + 64) * sizeof *pieces);
+    piece *pieces = w->room;
+    const char **run = (const char **)(pieces + job->cols + 64), *at = w->seq;
     int64_t step[256];
-    const int bad = run && pieces ? 0 : NO_MEMORY;
-    if (!bad) {
-        for (const rac_block *b = w->blocks; b < w->last; b++) {
-            int i = 0, k = 0;
-            while (re[i + 1] <= b->r0) i++;
-            while (ce[k + 1] <= b->c0) k++;
-            run[i * kc + k] = at;
-            at += (b->r1 - b->r0) * (b->c1 - b->c0) * word;
-        }
-        for (int k = 0; k < kc; k++) step[k] = ce[k + 1] - ce[k];
-        cut(job, 64 / word, pieces);
-        (word == 1 ? unsort1 : unsort2)(w, step, run, pieces);
+    for (const rac_block *b = w->blocks; b < w->last; b++) {
+        int i = 0, k = 0;
+        while (re[i + 1] <= b->r0) i++;
+        while (ce[k + 1] <= b->c0) k++;
+        run[i * kc + k] = at;
+        at += (b->r1 - b->r0) * (b->c1 - b->c0) * word;
     }
-    free(pieces);
-    free(run);
-    return bad;
+    for (int k = 0; k < kc; k++) step[k] = ce[k + 1] - ce[k];
+    cut(job, 64 / word, pieces);
+    (word == 1 ? unsort1 : unsort2)(w, step, run, pieces);
 }
 #else
 int rac_has_unsort(void) { return 0; }
-int rac_unsort(rac_tile *w) { return (void)w, NO_MEMORY; }
+void rac_unsort(rac_tile *w) { (void)w; }
+size_t rac_unsort_room(const rac_job *job) { return (void)job, 0; }
 #endif
