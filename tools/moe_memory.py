@@ -3,11 +3,14 @@
     python tools/moe_memory.py                     tiny models at 4 bits, a row each
     python tools/moe_memory.py mixtral --bits 3 --width 512 --layers 4 --process
                                                    larger, and what the memory of a process grows by
+    python tools/moe_memory.py llama mixtral qwen3_moe --scheme fp8
+                                                   versions that others have quantised, packed losslessly
 
 Random models are packed at so many bits from their weights alone and loaded dense and compressed. A row has the bytes
 of all parameters and buffers without embedding and output layer, dense and compressed, with what is kept of the records
 that were parsed, and their ratio; that logits and 12 generated tokens are the same, bit for bit, is checked. Exits with
-1 where the ratio is above 0.5.
+1 where the ratio is above 0.5. With `--scheme` (of tools/quantised_models.py) dense is what the codes stand for, in
+BF16, and a second ratio is that to the bytes of codes, scales and all else in the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 import torch
 import transformers
 
+import quantised_models
 import rac
+from rac.encode.sources import open_source
 from rac.runtime.held import Held
 from runtime_bar import kept, parsed_bytes, rss
 
@@ -78,17 +83,24 @@ def said(model: Any) -> tuple[torch.Tensor, list[int]]:
     return logits, model.generate(ids, max_new_tokens=12, do_sample=False)[0].tolist()
 
 
-def measure(kind: str, folder: Path, bits: float, width: int, layers: int) -> dict[str, Any]:
-    """Bytes that are held dense and compressed, and whether both say the same."""
-    make(kind, width, layers).save_pretrained(folder / "hf")
-    rac.pack(folder / "hf", folder / "m.rac", bits=bits, effort="fast", calibrate="none")
+def measure(kind: str, folder: Path, bits: float | str, width: int, layers: int) -> dict[str, Any]:
+    """Bytes that are held dense and compressed, and whether both say the same; `bits` or a scheme of others."""
+    source = folder / "hf"
+    make(kind, width, layers).save_pretrained(source)
+    if isinstance(bits, str):
+        source = quantised_models.make(bits, source, folder / bits, ".gate.")
+        rac.pack(source, folder / "m.rac")
+    else:
+        rac.pack(source, folder / "m.rac", bits=bits, effort="fast", calibrate="none")
     found = {}
     for resident in ("dense", "compressed"):
         model = rac.load_model(folder / "m.rac", resident=resident)
         found[resident] = said(model), held(model)
     (a, dense), (b, compressed) = found.values()
     same = torch.equal(a[0], b[0]) and a[1] == b[1]
-    return {"kind": kind, "dense": dense, "compressed": compressed, "ratio": compressed / dense, "same": same}
+    stored = sum(t.nbytes for t in open_source(source).tensors if not any(n in t.name for n in ("embed", "lm_head")))
+    row = {"kind": kind, "dense": dense, "compressed": compressed, "ratio": compressed / dense, "same": same}
+    return row | {"stored": compressed / stored}
 
 
 def grown(file: str, resident: str) -> int:
@@ -112,6 +124,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=KINDS, help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--bits", type=float, default=4)
+    parser.add_argument("--scheme", choices=quantised_models.SCHEMES, help="quantised by others, instead of --bits")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--process", action="store_true", help="measure processes, too")
@@ -125,9 +138,11 @@ def main() -> int:
     missed = False
     for kind in args.kinds:
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(kind, Path(folder), args.bits, args.width, args.layers)
+            row = measure(kind, Path(folder), args.scheme or args.bits, args.width, args.layers)
             line = f"{kind:<10} dense {row['dense']:>12,}  compressed {row['compressed']:>12,}  {row['ratio']:.3f}"
             line += f"  {'same bits' if row['same'] else 'OTHER BITS'}"
+            if args.scheme:
+                line += f"  of what is stored {row['stored']:.3f}"
             if args.process:
                 both = [grown(f"{folder}/m.rac", resident) for resident in ("dense", "compressed")]
                 line += f"  process {both[0] / 1e6:.0f} MB, {both[1] / 1e6:.0f} MB"

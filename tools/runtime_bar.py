@@ -109,7 +109,11 @@ def kept(layer: Any) -> int:
 
 
 def parsed_bytes(s: Any) -> int:
-    """Bytes that are kept of a parsed record: heads, frequencies, classes, scales, outliers."""
+    """Bytes that are kept of a parsed record, or of several: heads, frequencies, classes, scales, outliers."""
+    from rac.runtime.made import Made
+
+    if isinstance(s, Made):
+        return s.kept + sum(map(parsed_bytes, s.stored))
     opened = [s.parsed.coder, s.parsed.numbers] if s and s.parsed else []
     arrays = [a for one in opened for a in getattr(one, "__dict__", {}).values() if hasattr(a, "nbytes")]
     memory = {}
@@ -125,7 +129,6 @@ def decode(model: Any) -> dict[str, Any]:
     """Seconds, the best of six, in which one thread decodes all linear layers one after the other into one buffer."""
     import numpy as np
 
-    from rac.runtime import record as rc
     from rac.runtime.layers import RacLinear
 
     layers = [m for m in model.modules() if isinstance(m, RacLinear)]
@@ -135,7 +138,7 @@ def decode(model: Any) -> dict[str, Any]:
         start = time.perf_counter()
         for m in layers:
             s, data = m.stored()
-            rc.decode(s, data, buffer[: s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape))
+            s.decode(data, buffer[: s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape))
         times.append(time.perf_counter() - start)
     return {"decoded": sum(m.dense_bytes for m in layers), "seconds": min(times)}
 

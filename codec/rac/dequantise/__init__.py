@@ -12,9 +12,22 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rac.dequantise import floats, four, integers, tables
-from rac.dequantise.found import SMALLEST, TABLES, Dequantised, Logical, Scope, Stored
+from rac.dequantise.found import SMALLEST, TABLES, Dequantised, Logical, Rows, Scope, Stored, rebound
 
-__all__ = ["METHODS", "SMALLEST", "Dequantised", "Logical", "Stored", "dtype_of", "find", "plain", "stated_in", "wide"]
+__all__ = [
+    "METHODS",
+    "SMALLEST",
+    "Dequantised",
+    "Logical",
+    "Rows",
+    "Stored",
+    "dtype_of",
+    "find",
+    "plain",
+    "rebound",
+    "stated_in",
+    "wide",
+]
 
 METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "gptq", "awq", "bitsandbytes")
 """Methods of `quantization_config` that are known."""

@@ -40,7 +40,9 @@ class _Scaled:
 
     def __call__(self, a: int, b: int) -> F32:
         raw = band(self.codes, a, b, self.cols)
-        out: F32 = raw.view(np.int8).astype(np.float32) if self.codes.dtype == "I8" else TABLES[self.codes.dtype][raw]
+        out: F32 = (
+            raw.view(np.int8).astype(np.float32) if self.codes.dtype == "I8" else TABLES[self.codes.dtype].take(raw)
+        )
         if self.zero is not None and self.blocks is not None:
             out -= self.blocks.spread(numbers(self.zero), a, b, self.cols)
         if self.scale is not None and self.blocks is not None:

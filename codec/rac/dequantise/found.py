@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -77,6 +77,18 @@ class Logical:
     rows: Rows
     parts: tuple[str, ...]  # the codes first
     scheme: str  # for people and the provenance
+
+
+def rebound(rows: Any, tensors: Mapping[str, Stored]) -> Any:
+    """What makes rows, or a part of it, with other tensors in place of those that were found, by name."""
+    changed: dict[str, Any] = {}
+    for f in fields(rows):
+        value = getattr(rows, f.name)
+        if hasattr(value, "read"):
+            changed[f.name] = tensors[value.name]
+        elif is_dataclass(value):
+            changed[f.name] = rebound(value, tensors)
+    return replace(rows, **changed)
 
 
 @dataclass

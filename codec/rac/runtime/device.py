@@ -21,8 +21,7 @@ import torch
 
 from rac import frameworks
 from rac.decode.gpu import why_not
-from rac.runtime import record
-from rac.tensor import empty
+from rac.runtime import made, record
 
 if TYPE_CHECKING:
     from rac.runtime.layers import Compressed as Layer
@@ -40,15 +39,21 @@ def _why_not(device: str) -> str | None:
     return why
 
 
+@functools.cache
+def _warn_made() -> None:
+    what = "weights that are made of codes and scales are made on the host and copied, whenever their layers run"
+    warnings.warn(f"rac: {what}", stacklevel=4)
+
+
 def version(data: torch.Tensor) -> tuple[int, int]:
     """Changes when the bytes of a tensor do."""
     return data.data_ptr(), data._version
 
 
-def decoded(s: record.Stored, data: record.Bytes, device: str = "cpu", pool: Executor | None = None) -> torch.Tensor:
+def decoded(s: made.Weight, data: record.Bytes, device: str = "cpu", pool: Executor | None = None) -> torch.Tensor:
     """The weight, decoded on the host in memory of its own, and then on a device."""
-    words = empty(s.tensor)
-    record.decode(s, data, words, pool=pool)
+    words = s.room()
+    s.decode(data, words, pool=pool)
     out: torch.Tensor = frameworks.to_framework(words, s.tensor.dtype, s.tensor.shape, "pt", device)
     return out
 
@@ -65,7 +70,7 @@ class Resident:
         self._packed: Any = None
         self._data: torch.Tensor | None = None
 
-    def dense(self, weight: torch.Tensor, stored: Callable[[], tuple[record.Stored, record.Bytes]]) -> torch.Tensor:
+    def dense(self, weight: torch.Tensor, stored: Callable[[], tuple[made.Weight, record.Bytes]]) -> torch.Tensor:
         """The weight, on the device of its record (n,) uint8, which `stored` fetches to the host, its head checked.
 
         RacError where the record is damaged. What only decoding shows is looked for the first time.
@@ -76,7 +81,11 @@ class Resident:
         new = key != self._key
         if new:
             self._key = None
-            self._pack(weight, *stored())
+            s, host = stored()
+            if isinstance(s, made.Made):
+                _warn_made()
+                return decoded(s, host, str(weight.device))
+            self._pack(weight, s, host)
         out: torch.Tensor = torch.ops.rac.decode(weight if self._data is None else self._data, self._packed.handle)
         if new:
             self._packed.check()

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from rac.container.shards import check
 from rac.decode.archive import RacFile
+from rac.dequantise import plain
 from rac.errors import OutputError, RacError, UnsupportedError
 from rac.models.predictions import quiet
 from rac.runtime import quantised
@@ -137,7 +138,7 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) 
     state = State(f)
     with state.blamed(file):
         quantised.settle(state.lazy, config, folder, "compressed", None)
-    heads = state.hold(cls, config, file)
+        heads = state.hold(cls, config, file)
     files: list[list[str]] = [[]]
     size = 0
     for name, lazy in state.lazy.items():
@@ -153,7 +154,7 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) 
         content = {}
         for name in names:
             lazy = state.lazy[name]
-            content[name] = lazy[...].clone() if lazy.entry.aliases else lazy[...]
+            content[name] = lazy[...].clone() if len(lazy.names) > 1 else lazy[...]
             progress(name, lazy.nbytes)
         if online := sorted(state.online().keys() & set(names)):
             what = "has an online transform and cannot stay compressed; a folder cannot state it"
@@ -165,6 +166,6 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) 
         index = {"metadata": {"total_size": total}, "weight_map": where}
         Path(folder, "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
     path = Path(folder, "config.json")
-    stated = json.loads(path.read_text("utf-8")) | {"quantization_config": RacConfig().to_dict()}
+    stated = plain(json.loads(path.read_text("utf-8"))) | {"quantization_config": RacConfig(records=heads).to_dict()}
     path.write_text(json.dumps(stated, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
     return len(heads), len(state.lazy)

@@ -25,11 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rac import frameworks
 from rac.errors import MismatchError, SourceError, UnsupportedError
 from rac.registry import DTYPES
-from rac.runtime import device
+from rac.runtime import device, made
 from rac.runtime import record as stored_record
 from rac.runtime.weight import Weight
 from rac.runtime.workspace import Workspace
-from rac.tensor import empty
 
 _MOVERS = ("accelerate.", "torch.nn.modules.module", "transformers.modeling_utils", "transformers.core_model_loading")
 """Modules of libraries that load, tie and move what is held."""
@@ -49,6 +48,13 @@ class Head:
 
     turned: bool = False
     """Whether the parameter has the last two of three dimensions the other way round."""
+    making: made.Making | None = None
+    """How each is made of several records."""
+
+    @property
+    def records(self) -> int:
+        """Records of a part."""
+        return 1 if self.making is None else len(self.making.names)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a parameter of this shape can be made of the records.
@@ -160,7 +166,7 @@ class Kept:
     """Shape of the weight."""
     spans: list[tuple[int, int]] | None = None
     """Where each part begins and ends."""
-    parsed: dict[int, stored_record.Stored] = field(default_factory=dict)
+    parsed: dict[int, made.Weight] = field(default_factory=dict)
     residents: dict[int, device.Resident] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> Kept:
@@ -243,7 +249,7 @@ class Place:
             for j, words in enumerate(np.split(stack[i], each)):
                 part = expert * each + j
                 a, b = self._spans(data)[part]
-                stored_record.decode(self._stored(data[a:b], part), data[a:b], words, pool=pool)
+                self._stored(data[a:b], part).decode(data[a:b], words, pool=pool)
         dense: torch.Tensor = frameworks.to_framework(stack, kept.head.dtype, stack.shape, "pt")
         return dense
 
@@ -256,7 +262,7 @@ class Place:
             a, b = spans[part]
             mine = record.detach()[a:b]
 
-            def fetch() -> tuple[stored_record.Stored, stored_record.Bytes]:
+            def fetch() -> tuple[made.Weight, stored_record.Bytes]:
                 data = mine.cpu().numpy()
                 return self._stored(data, part), data
 
@@ -273,17 +279,18 @@ class Place:
     def _spans(self, data: stored_record.Bytes) -> list[tuple[int, int]]:
         kept = self.kept
         if kept.spans is None:
-            kept.spans = stored_record.split(data)
-            if len(kept.spans) != kept.head.parts:
-                what = f"holds {len(kept.spans)} records, {self.name!r} is made of {kept.head.parts}"
+            spans, each = stored_record.split(data), kept.head.records
+            if len(spans) != kept.head.parts * each:
+                what = f"holds {len(spans)} records, {self.name!r} is made of {kept.head.parts * each}"
                 raise MismatchError(what, unit=repr(self.name))
+            kept.spans = [(spans[i][0], spans[i + each - 1][1]) for i in range(0, len(spans), each)]
         return kept.spans
 
-    def _stored(self, data: stored_record.Bytes, part: int) -> stored_record.Stored:
+    def _stored(self, data: stored_record.Bytes, part: int) -> made.Weight:
         kept = self.kept
         found = kept.parsed.get(part)
         if found is None or not found.describes(data):
-            found = stored_record.parse(data)
+            found = made.parse(data, kept.head.making)
             if ((t := found.tensor).dtype, t.shape) != (kept.head.dtype, kept.head.shape):
                 what = f"is {t.dtype} {list(t.shape)}, the layer needs {kept.head.dtype} {list(kept.head.shape)}"
                 raise MismatchError(what, unit=repr(t.name))
@@ -300,7 +307,7 @@ def real(record: torch.Tensor) -> None:
 
 
 def decoded_rows(
-    s: stored_record.Stored, data: stored_record.Bytes, found: np.ndarray[Any, Any], pool: Executor | None
+    s: made.Weight, data: stored_record.Bytes, found: np.ndarray[Any, Any], pool: Executor | None
 ) -> torch.Tensor:
     """The parts along the first dimension of a tensor with these indices, ascending, on the host.
 
@@ -308,8 +315,8 @@ def decoded_rows(
     """
     grid, t = s.tensor.grid, s.tensor
     if grid.rows % t.shape[0] or len(found) == t.shape[0]:  # its rows lie across those of the matrix, or all are wanted
-        words = empty(t)
-        stored_record.decode(s, data, words, pool=pool)
+        words = s.room()
+        s.decode(data, words, pool=pool)
         whole: torch.Tensor = frameworks.to_framework(words, t.dtype, t.shape, "pt")
         return whole if len(found) == t.shape[0] else whole[torch.from_numpy(found)]
     each, step = grid.rows // t.shape[0], grid.tr
@@ -317,7 +324,7 @@ def decoded_rows(
     out = np.empty((len(rows), grid.cols), f"<u{t.word}")
     for a in np.unique(rows // step).tolist():
         band = np.empty((min(step, grid.rows - a * step), grid.cols), out.dtype)
-        stored_record.decode(s, data, band, a, a + 1, pool)
+        s.decode(data, band, a, a + 1, pool)
         mine = rows // step == a
         out[mine] = band[rows[mine] - a * step]
     shape = (len(found), *t.shape[1:])

@@ -17,7 +17,7 @@ from torch.nn import functional
 from rac import frameworks
 from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
-from rac.runtime import device
+from rac.runtime import device, made
 from rac.runtime import record as stored_record
 from rac.runtime.held import Head, Holding, Named, decoded_rows, real, size_of
 from rac.runtime.workspace import Workspace
@@ -33,7 +33,7 @@ class Compressed(Holding):
         nn.Module.__init__(self)
         self.head, self.workspace = head, workspace
         self.dense_bytes = size_of(head.shape, head.dtype)
-        self._stored: stored_record.Stored | None = None
+        self._stored: made.Weight | None = None
         self._resident = device.Resident()
         self._online: tuple[tuple[int, int], Transform | None] | None = None
         self._is_hf_initialized = True  # a record is never filled with random numbers
@@ -75,12 +75,12 @@ class Compressed(Holding):
         """Data type of the numbers that go in or come out; follows `.to()`."""
         return self._as.dtype
 
-    def stored(self) -> tuple[stored_record.Stored, stored_record.Bytes]:
+    def stored(self) -> tuple[made.Weight, stored_record.Bytes]:
         """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
         real(self.record)
         data: stored_record.Bytes = self.record.detach().cpu().numpy()
         if self._stored is None or not self._stored.describes(data):
-            found, head = stored_record.parse(data), self.head
+            found, head = made.parse(data, self.head.making), self.head
             if ((t := found.tensor).dtype, t.shape) != (head.dtype, head.shape):
                 what = f"is {t.dtype} {list(t.shape)}, the layer needs {head.dtype} {list(head.shape)}"
                 raise MismatchError(what, unit=repr(t.name))
@@ -92,7 +92,8 @@ class Compressed(Holding):
         real(self.record)
         key = device.version(self.record)
         if self._online is None or self._online[0] != key:
-            self._online = key, stored_record.transform(*self.stored())
+            s, data = self.stored()
+            self._online = key, s.transform(data)
         return self._online[1]
 
     def version(self) -> tuple[int, int] | None:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from rac import frameworks
@@ -114,7 +116,8 @@ def load_as(
         with state.blamed(name):
             quantised.settle(state.lazy, config, folder, resident, kwargs.get("device_map"))
         if resident == "compressed":
-            records = state.hold(cls, config, name)
+            with state.blamed(name):
+                records = state.hold(cls, config, name)
             config.quantization_config = {"quant_method": METHOD, "threads": threads, "records": records}
         with _mapped("cannot load it", name), state.blamed(name):
             how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
@@ -239,7 +242,7 @@ def _complete(info: dict[str, Any], kind: str, file: str) -> None:
         warnings.warn(f"rac: {file}: {kind} has no use for tensor {unused[0]!r}{_more(unused)}", stacklevel=3)
 
 
-def _warn_of_reads(found: replace.Places, names: Mapping[str, Entry], file: str) -> None:
+def _warn_of_reads(found: replace.Places, names: Mapping[str, Any], file: str) -> None:
     """Say which layers are dense though their records could stay, since others read their weights at each step."""
     mine = {n: p for p in found.read for n in names if f".{n}".endswith(f".{p}.weight")}
     if mine:
@@ -258,6 +261,8 @@ class Lazy:
 
     def __init__(self, f: RacFile, archive: Archive, entry: Entry, errors: list[RacError]) -> None:
         self._file, self.archive, self.entry, self._errors = f, archive, entry, errors
+        self.names = (entry.name, *(name for name, _ in entry.aliases))
+        self.shape, self.dtype = tuple(entry.shape), entry.dtype
         self.head: Head | None = None
         """Head of the record, where its bytes are given instead of the tensor."""
         self.online: Transform | None = None
@@ -284,26 +289,43 @@ class Lazy:
         """Whether the layer does something to its input before this weight."""
         return bool(self.archive.objects) and self._parsed().online is not None
 
+    def worth(self) -> bool:
+        """Whether a layer may hold the record."""
+        return replace.worth(self.entry)
+
     def head_of_record(self) -> Head:
         """What must be known of its record."""
         needs = self._parsed().needs if self.archive.objects else ()
         size = self.entry.size + sum(self.archive.objects[n].size for n in needs) + record.TAIL
-        return Head(size, self.entry.dtype, tuple(self.entry.shape))
+        return Head(size, self.dtype, self.shape)
+
+    def hold(self) -> Head:
+        """From now on the record is what is loaded."""
+        self.head = self.head_of_record()
+        return self.head
+
+    def collected(self) -> NDArray[np.uint8]:
+        """The record; `errors` gets what is wrong with it."""
+        try:
+            return record.collect(self.archive, self.entry)
+        except RacError as e:
+            self._errors.append(e)
+            raise
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         """The whole tensor; `errors` gets what is wrong with it."""
         with self._lock:
             if self._kept is not None:
                 return self._kept[key]
-            try:
-                if self.head:
-                    found = torch.from_numpy(record.collect(self.archive, self.entry))
-                else:
+            if self.head:
+                found = torch.from_numpy(self.collected())
+            else:
+                try:
                     stated, found = self._file.read(self.entry.name)
                     self.online = random.transform(self.archive, stated)
-            except RacError as e:
-                self._errors.append(e)
-                raise
+                except RacError as e:
+                    self._errors.append(e)
+                    raise
             if self.entry.aliases:
                 self._kept = found
             return found[key]
@@ -312,13 +334,17 @@ class Lazy:
 class Fused:
     """The records of the tensors that a parameter is made of, one after the other, as one tensor."""
 
-    online = None
+    online, names = None, ()
 
-    def __init__(self, parts: Sequence[Any], errors: list[RacError]) -> None:
-        self._parts, self._errors = parts, errors
-        self.entry = parts[0].entry
+    def __init__(self, parts: Sequence[Any]) -> None:
+        """UnsupportedError where they are not of one kind."""
+        self._parts = parts
         heads = [part.head_of_record() for part in parts]
-        self.head = Head(sum(h.nbytes for h in heads), heads[0].dtype, heads[0].shape, len(heads))
+        if len({(h.dtype, h.making) for h in heads}) > 1:
+            what = "are experts of one layer, of other data types or quantised otherwise; load the model dense"
+            raise UnsupportedError(f"{parts[0].names[0]!r} and others {what}")
+        size = sum(h.nbytes for h in heads)
+        self.head = Head(size, heads[0].dtype, heads[0].shape, len(heads), making=heads[0].making)
 
     @property
     def nbytes(self) -> int:
@@ -334,14 +360,10 @@ class Fused:
         return [self.head.nbytes]
 
     def __getitem__(self, key: Any) -> torch.Tensor:
-        """All of it; `errors` gets what is wrong with a record."""
+        """All of it."""
         out, at = torch.empty(self.head.nbytes, dtype=torch.uint8), 0
         for part in self._parts:
-            try:
-                found = record.collect(part.archive, part.entry)
-            except RacError as e:
-                self._errors.append(e)
-                raise
+            found = part.collected()
             out[at : at + len(found)] = torch.from_numpy(found)
             at += len(found)
         return out[key]
@@ -400,21 +422,20 @@ class State:
             raise UnsupportedError("is quantised by another method already; load it dense", file=file)
         with _mapped("cannot make its model", file), torch.device("meta"):  # without memory for its weights
             model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
-        worthy = [n for n, source in self.lazy.items() if replace.worth(source.entry)]
-        shapes = {n: tuple(source.entry.shape) for n, source in self.lazy.items()}
-        found = replace.places(model, worthy, shapes)
-        _warn_of_reads(found, {n: self.lazy[n].entry for n in worthy}, file)
+        worthy = [n for n, source in self.lazy.items() if source.worth()]
+        found = replace.places(model, worthy, {n: source.shape for n, source in self.lazy.items()})
+        _warn_of_reads(found, {n: self.lazy[n] for n in worthy}, file)
         heads: dict[str, Head] = {}
         for name, key in found.single.items():
             source = self.lazy[name]
-            with_it = {n for n in (source.entry.name, *(a for a, _ in source.entry.aliases)) if n in self.lazy}
+            with_it = {n for n in source.names if n in self.lazy}
             if with_it <= found.single.keys() and (replace.plain(model, key) or not source.online_stated()):
-                heads[name] = self.lazy[source.entry.name].head = source.head_of_record()
+                heads[name] = source.hold()
         for key, names in found.fused.items():
             parts = [self.lazy[n] for n in names]
             if not any(part.online_stated() for part in parts):
                 for n in names:
                     del self.lazy[n]
-                self.lazy[key] = Fused(parts, self._errors)
+                self.lazy[key] = Fused(parts)
                 heads[key] = self.lazy[key].head
         return heads

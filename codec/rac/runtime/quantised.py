@@ -23,6 +23,8 @@ from rac import dequantise, frameworks
 from rac.dequantise import Dequantised, Logical
 from rac.errors import SourceError, UnsupportedError
 from rac.registry import DTYPES
+from rac.runtime.held import Head, size_of
+from rac.runtime.made import Making
 
 _CANNOT = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError)
 """What quantizers of transformers raise where they cannot run."""
@@ -31,8 +33,9 @@ _CANNOT = (ImportError, RuntimeError, ValueError, TypeError, AttributeError, Not
 def settle(lazy: dict[str, Any], config: Any, folder: str, resident: str, device_map: Any) -> None:
     """Give the matrices in place of codes and scales among the tensors `lazy`, where transformers cannot run these.
 
-    A warning says so, and `config` no longer states a quantisation. UnsupportedError where neither is possible, or
-    weights were to stay compressed; the file is not named.
+    And where they are to stay compressed: their records make up those of the matrices then (rac.runtime.made). A
+    warning says so, and `config` no longer states a quantisation. UnsupportedError where neither is possible; the file
+    is not named.
     """
     path, other = Path(folder, "config.json"), Path(folder, "hf_quant_config.json")
     read = json.loads(path.read_text("utf-8"))
@@ -46,20 +49,20 @@ def settle(lazy: dict[str, Any], config: Any, folder: str, resident: str, device
     try:
         found, gone = dequantise.find(held, stated, "")
     except SourceError as e:
-        if stated and resident == "dense":
+        if stated:
             method = stated["quant_method"]
-            raise UnsupportedError(f"transformers cannot load {method!r} here ({why}): {e.message}") from e
+            because = f"transformers cannot load {method!r} here ({why})" if resident == "dense" else "load it dense"
+            raise UnsupportedError(f"{because}: {e.message}") from e
         found, gone = [], set()
     found = [one for one in found if len(one.parts) > 1]  # alone they are numbers of eight bits
     if not found:
         return
-    if resident != "dense":
-        raise UnsupportedError("is quantised by another method already; load it dense, or pack its source to --bits")
-    kinds = ", ".join(sorted({one.scheme for one in found}))
-    warnings.warn(f"rac: {kinds}: loaded as the numbers that they stand for ({why})", stacklevel=4)
+    kinds, because = ", ".join(sorted({one.scheme for one in found})), why or "they stay compressed"
+    warnings.warn(f"rac: {kinds}: loaded as the numbers that they stand for ({because})", stacklevel=4)
     dtype = dequantise.dtype_of(read)
     for one in found:
-        lazy[one.name] = _Made(one, dtype, [held[name] for name in one.parts])
+        making = Making.of(stated, dtype, one.parts)
+        lazy[one.name] = _Made(one, making, {held[name]: lazy[name] for name in one.parts})
     for name in gone - {one.name for one in found}:
         del lazy[name]
     for part in (config, getattr(config, "text_config", None)):
@@ -108,24 +111,58 @@ class _Held:
 
 
 class _Made:
-    """A matrix that is made of stored tensors when it is read; transformers loads it by `[...]`."""
+    """A matrix that is made of stored tensors when it is read; transformers loads it by `[...]`.
+
+    Or, where a layer can hold them, the records of these.
+    """
 
     online = None  # what the layer does to its input
 
-    def __init__(self, one: Logical, dtype: str, held: list[_Held]) -> None:
-        made = Dequantised(one.rows, dtype, math.prod(one.shape[:-1]), one.shape[-1])
-        self._part, self._held = frameworks.Part(dtype, one.shape, made.read), held
+    def __init__(self, one: Logical, making: Making, held: dict[_Held, Any]) -> None:
+        made = Dequantised(one.rows, making.dtype, math.prod(one.shape[:-1]), one.shape[-1])
+        self._part, self._held, self._making = frameworks.Part(making.dtype, one.shape, made.read), held, making
+        self.names, self.shape, self.dtype = (one.name,), one.shape, making.dtype
+        self.head: Head | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is loaded."""
+        return self.head.nbytes if self.head else size_of(self.shape, self.dtype)
 
     def get_dtype(self) -> str:
-        """Data type, as safetensors names them."""
-        return self._part.get_dtype()
+        """Data type, as safetensors names them; of records that are held, U8."""
+        return "U8" if self.head else self.dtype
 
     def get_shape(self) -> list[int]:
-        """Shape of the matrix."""
-        return self._part.get_shape()
+        """Shape of the matrix; of records that are held, the number of their bytes."""
+        return [self.head.nbytes] if self.head else [*self.shape]
+
+    def worth(self) -> bool:
+        """Whether the records are smaller than the numbers."""
+        return len(self.shape) in (2, 3) and self.head_of_record().nbytes < size_of(self.shape, self.dtype)
+
+    def online_stated(self) -> bool:
+        """Never: others' quantisation knows nothing of that."""
+        return False
+
+    def head_of_record(self) -> Head:
+        """What must be known of the records."""
+        size = sum(source.head_of_record().nbytes for source in self._held.values())
+        return Head(size, self.dtype, self.shape, making=self._making)
+
+    def hold(self) -> Head:
+        """From now on the records are what is loaded."""
+        self.head = self.head_of_record()
+        return self.head
+
+    def collected(self) -> NDArray[np.uint8]:
+        """The records, the codes' first."""
+        return np.concatenate([source.collected() for source in self._held.values()])
 
     def __getitem__(self, key: Any) -> torch.Tensor:
-        """The matrix, or rows of it."""
+        """The matrix, or rows of it; of records that are held, their bytes."""
+        if self.head:
+            return torch.from_numpy(self.collected())[key]
         with ExitStack() as stack:
             for held in self._held:
                 stack.enter_context(held.kept())

@@ -6,7 +6,7 @@ of one dimension: the record, byte for byte (runtime/record.py). All other tenso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rac.container.wire import MAJOR, MINOR
-from rac.errors import MismatchError, UnsupportedError
+from rac.errors import MismatchError, SourceError, UnsupportedError
 from rac.runtime import record, replace
 from rac.runtime.held import Head, Holding
 from rac.runtime.layers import RacLinear
+from rac.runtime.made import Made, Making
 from rac.runtime.workspace import Workspace
 
 METHOD, FORMAT = "rac", f"{MAJOR}.{MINOR}"
@@ -33,21 +34,29 @@ class RacConfig(QuantizationConfigMixin):
 
     `format_version` is that of the .rac format that the records are in; UnsupportedError where it is not known. Not
     saved are `threads` that decode, one per core up to 8 by default, and the heads of `records`, by names of the file,
-    for models that are made of an archive.
+    for models that are made of an archive. `made` says how weights are made of several tensors (rac.runtime.made).
     """
 
     def __init__(
-        self, format_version: str = FORMAT, threads: int | None = None, records: dict[str, Head] | None = None, **_: Any
+        self,
+        format_version: str = FORMAT,
+        threads: int | None = None,
+        records: dict[str, Head] | None = None,
+        made: Iterable[Mapping[str, Any]] = (),
+        **_: Any,
     ) -> None:
         self.quant_method = METHOD
         if format_version.split(".")[0] != str(MAJOR):
             raise UnsupportedError(f"format version {format_version} is not supported (this reader knows {MAJOR})")
         self.format_version = format_version
         self.threads, self.records = threads, records
+        ways = [Making.of(one["stated"], one["dtype"], one["names"]) for one in made]
+        self.made = list(dict.fromkeys([*ways, *(h.making for h in (records or {}).values() if h.making)]))
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved."""
-        return {"quant_method": self.quant_method, "format_version": self.format_version}
+        out = {"quant_method": self.quant_method, "format_version": self.format_version}
+        return out | ({"made": [one.to_dict() for one in self.made]} if self.made else {})
 
 
 @register_quantizer(METHOD)
@@ -61,7 +70,9 @@ class RacHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
-        records = config.records if config.records is not None else heads(kwargs.get("checkpoint_files") or [])
+        records = (
+            config.records if config.records is not None else heads(kwargs.get("checkpoint_files") or [], config.made)
+        )
         where = replace.places(model, records).single
         if homeless := sorted(records.keys() - where.keys()):
             raise MismatchError(f"no layer of {type(model).__name__} can hold the record of {homeless[0]!r}")
@@ -100,8 +111,8 @@ class RacHfQuantizer(HfQuantizer):
         return True
 
 
-def heads(files: list[str]) -> dict[str, Head]:
-    """The records in safetensors files, by name. RacError where one is damaged."""
+def heads(files: list[str], ways: Sequence[Making] = ()) -> dict[str, Head]:
+    """The records in safetensors files, by name; `ways` in which several make up one. RacError where one is damaged."""
     out = {}
     for file in files:
         with safe_open(file, framework="np") as f:
@@ -109,10 +120,24 @@ def heads(files: list[str]) -> dict[str, Head]:
                 part = f.get_slice(name)
                 shape = part.get_shape()
                 if part.get_dtype() == "U8" and len(shape) == 1 and part[0:4].tobytes() == b"RREC":
-                    data = part[0 : shape[0]]
-                    spans = record.split(data)
-                    found = {((t := record.parse(data[a:b]).tensor).dtype, t.shape) for a, b in spans}
-                    if len(found) > 1:
-                        raise MismatchError("holds records of tensors of several shapes", file=file, unit=repr(name))
-                    out[name] = Head(shape[0], *found.pop(), len(spans))
+                    out[name] = _head(part[0 : shape[0]], ways, file, name)
     return out
+
+
+def _head(data: Any, ways: Sequence[Making], file: str, name: str) -> Head:
+    """The head of bytes of records: of one, of experts, or of what weights are made of."""
+    spans = record.split(data)
+    tensors = [record.parse(data[a:b]).tensor for a, b in spans]
+    found = {(t.dtype, t.shape) for t in tensors}
+    if len(found) == 1:
+        return Head(len(data), *found.pop(), len(spans))
+    for way in (w for w in ways if len(spans) % len(w.names) == 0):
+        each = len(way.names)
+        try:
+            made = [Made(data[spans[i][0] : spans[i + each - 1][1]], way) for i in range(0, len(spans), each)]
+        except SourceError:
+            continue
+        shapes = {one.tensor.shape for one in made}
+        if len(shapes) == 1:
+            return Head(len(data), way.dtype, shapes.pop(), len(made), making=way)
+    raise MismatchError("holds records of tensors of several shapes", file=file, unit=repr(name))

@@ -59,6 +59,24 @@ class Stored:
         same = (data[at : at + wire.RECORD_HEAD].tobytes() == head for at, head in self.heads.items())
         return len(data) == self.size and all(same)
 
+    def room(self) -> Array:
+        """The dense matrix of words (R, C), not yet filled; LimitError where memory is short."""
+        return empty(self.tensor)
+
+    def decode(
+        self, data: Bytes, out: Array, first: int = 0, last: int | None = None, pool: Executor | None = None
+    ) -> None:
+        """As `decode` below."""
+        decode(self, data, out, first, last, pool)
+
+    def transform(self, data: Bytes) -> Transform | None:
+        """What the layer does to its input before this weight; None: nothing."""
+        online = self.tensor.online
+        if online is None:
+            return None
+        matrix = _matrix(self, online.object, data) if online.object else None
+        return Transform(online, self.tensor.shape[1], matrix)
+
 
 def collect(archive: Archive, entry: Entry) -> Bytes:
     """The bytes of a tensor and of the objects that it, or its layer, needs."""
@@ -141,14 +159,6 @@ def _matrix(s: Stored, name: str, data: Bytes) -> NDArray[np.float32]:
     words = empty(s.objects[name])
     decode(Stored(s.objects[name], {}, s.size, {}), data, words)
     return words.view(np.float32)
-
-
-def transform(s: Stored, data: Bytes) -> Transform | None:
-    """What the layer does to its input before this weight; None: nothing."""
-    online = s.tensor.online
-    if online is None:
-        return None
-    return Transform(online, s.tensor.shape[1], _matrix(s, online.object, data) if online.object else None)
 
 
 def _decoder(s: Stored, data: Bytes) -> Decoder:

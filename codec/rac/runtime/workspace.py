@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from rac.errors import RacError
 from rac.machine import threads_of
-from rac.runtime import record
+from rac.runtime import made, record
 from rac.runtime.device import MOST, Ahead
 
 if TYPE_CHECKING:
@@ -197,14 +197,14 @@ class Workspace:
         return self._words(s, self._slots[0].start)
 
     def _slot(
-        self, layer: Layer, version: tuple[int, int] | None, s: record.Stored, data: record.Bytes, start: int
+        self, layer: Layer, version: tuple[int, int] | None, s: made.Weight, data: record.Bytes, start: int
     ) -> _Slot:
         """Ask threads for the weight of a layer."""
         grid, words, pool = s.tensor.grid, self._words(s, start), self.executor()
-        runs = [partial(record.decode, s, data, words)]
+        runs = [partial(s.decode, data, words)]
         if pool and s.tensor.nbytes >= PIECE:
             each = ((words[i * grid.tr : (i + 1) * grid.tr], i, i + 1) for i in range(grid.down))
-            runs = [partial(record.decode, s, data, *part) for part in each]
+            runs = [partial(s.decode, data, *part) for part in each]
         pieces = [(pool.submit(run) if pool else Future[None](), run) for run in runs]
         return _Slot(weakref.ref(layer), version, start, start + s.tensor.nbytes, pieces)
 
@@ -233,7 +233,7 @@ class Workspace:
                     return True
         return False
 
-    def _words(self, s: record.Stored, start: int) -> Array:
+    def _words(self, s: made.Weight, start: int) -> Array:
         return self._buffer[start : start + s.tensor.nbytes].view(f"<u{s.tensor.word}").reshape(s.shape)
 
     def _look_ahead(self) -> None:

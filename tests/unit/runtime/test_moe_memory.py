@@ -16,3 +16,10 @@ def test_half_of_the_memory_and_the_same_bits(kind, tmp_path):
     found = moe_memory.measure(kind, tmp_path, 4, 256, 1)
     assert found["same"] and 0.2 < found["ratio"] <= moe_memory.BAR
     assert found["dense"] > 1e6
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.filterwarnings("ignore")
+def test_layers_and_experts_of_fp8(kind, tmp_path):
+    found = moe_memory.measure(kind, tmp_path, "fp8", 256, 1)
+    assert found["same"] and 0.4 < found["ratio"] <= moe_memory.BAR and found["stored"] < 0.9
