@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+import quantised_models
 import rac
 import rac.runtime  # noqa: F401 - the quantizer
 from rac.calibrate.evaluate import Measure
@@ -79,6 +80,20 @@ def test_pack_to_a_folder(packed, tmp_path, capsys):
     capsys.readouterr()
     assert main(["pack", str(packed / "m.rac"), "-o", str(tmp_path / "b"), "--format", "hf"]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main(["pack", str(tmp_path / "b"), "-o", str(tmp_path / "again.rac")]) == 0
+    assert "weights are records of an archive already (--format hf), and are copied" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "again.rac"), "--against", str(tmp_path / "b")]) == 0
+    capsys.readouterr()
+    assert main(["pack", str(tmp_path / "b"), "-o", str(tmp_path / "c"), "--format", "hf"]) == 2
+    assert "is such a folder already" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default:rac. .*loaded as the numbers")
+def test_a_quantised_model_to_a_folder(packed, tmp_path, capsys):
+    source = quantised_models.make("fp8", packed / "hf", tmp_path / "fp8")
+    assert main(["pack", str(source), "-o", str(tmp_path / "a"), "--format", "hf"]) == 0
+    out, err = capsys.readouterr()
+    assert "15 of them compressed" in out and err.count("loaded as the numbers that they stand for") == 1
 
 
 def test_errors_are_one_line(packed, tmp_path, capsys):

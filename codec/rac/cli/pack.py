@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -269,13 +270,18 @@ def _folder(args: argparse.Namespace) -> int:
 
 def _loadable(args: argparse.Namespace, source: Source) -> None:
     """SourceError for what makes no folder for from_pretrained, before the work."""
-    config = next((a for a in source.attachments if a.name == "config.json"), None)
-    if config is None:
+    if not any(a.name == "config.json" for a in source.attachments):
         raise SourceError("holds no config.json: --format hf takes the folder of a model", file=args.src)
-    lossless = args.recipe == NAMES[0] and all(getattr(args, goal) is None for goal in GOALS)
-    if lossless and stated_in(parse_json(config.read(), config.name, args.src)):
-        why = "is quantised by another method already: pack it as one file, or its numbers to a budget (--bits)"
-        raise SourceError(why, file=args.src)
+    if _of_records(source, args.src):
+        raise SourceError("is such a folder already: its weights are records of an archive", file=args.src)
+
+
+def _of_records(source: Source, where: str) -> bool:
+    """Whether weights of a folder are records of an archive already, as --format hf writes them."""
+    for config in (a for a in source.attachments if a.name == "config.json"):
+        with suppress(SourceError):  # any file of that name can be packed
+            return stated_in(parse_json(config.read(), config.name, where)).get("quant_method") == "rac"
+    return False
 
 
 def _file(args: argparse.Namespace) -> int:
@@ -306,6 +312,9 @@ def _packed(args: argparse.Namespace, source: Source, options: PackOptions, requ
     def layer(f: Fidelity) -> None:
         progress.line(f"{f.bits:7.3f} bits {f.snr:7.2f} dB {f.seconds:6.1f} s  {f.name}")
 
+    if _of_records(source, args.src):
+        what = "its weights are records of an archive already (--format hf), and are copied as they are"
+        print(f"rac: {args.src}: {what}; that archive is smaller", file=sys.stderr)
     hooks = Hooks(lambda *what: progress(*what), lambda *what: steps(*what), layer)
     with Packer(source, args.output, options, hooks) as packer:
         with Steps() as steps:

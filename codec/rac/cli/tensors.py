@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from rac.cli import meant
 from rac.cli.terminal import PICKLES, Progress, argument, command, fitted, say, size, tell
 from rac.errors import NameNotFoundError
-from rac.study.contents import Contents, Difference, both, contents, difference, is_archive
+from rac.study.contents import Contents, Difference, both, by_digest, contents, difference
 
 LS = """\
 List the tensors of an archive, or of whatever can be packed: name, type, shape and size; of an archive also what they
@@ -125,9 +125,12 @@ def diff(args: argparse.Namespace) -> int:
             )
         names = [n for n in (*a.tensors, *(n for n in b.tensors if n not in a.tensors)) if fnmatchcase(n, args.match)]
         found: list[Difference] = []
+        stated = 0  # equal by digests alone
         with Progress("comparing", sum(a.tensors[n].nbytes for n in names if n in a.tensors)) as progress:
             for name in names:
-                if (one := difference(a.tensors.get(name), b.tensors.get(name))) is not None:
+                if by_digest(x := a.tensors.get(name), y := b.tensors.get(name)):
+                    stated += 1
+                elif (one := difference(x, y)) is not None:
                     found.append(one)
                 progress(name, a.tensors[name].nbytes if name in a.tensors else 0)
         files = _files(a, b) if args.match == "*" else {}
@@ -136,9 +139,10 @@ def diff(args: argparse.Namespace) -> int:
     for name, what in files.items():
         say(f"file {name}: {what}")
     differ = len(found) + len(files)
-    stated = is_archive(args.a) and is_archive(args.b) and len(found) < len(names)
-    by = " by the digests that both archives state (rac verify checks these)" if stated else ""
-    say(f"{len(names)} tensors: {len(names) - len(found)} equal{by}, {len(found)} differ; {len(files)} files differ")
+    equal = len(names) - len(found)
+    some = "" if stated == equal else f" ({stated} of them"
+    by = f"{some} by the digests that both archives state (rac verify checks these){')' if some else ''}"
+    say(f"{len(names)} tensors: {equal} equal{by if stated else ''}, {len(found)} differ; {len(files)} files differ")
     rows = [{key: getattr(one, key) for key in ("name", "what", "snr", "largest", "unequal")} for one in found]
     tell({"tensors": len(names), "differences": rows, "files": files})
     return 1 if differ else 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rac import frameworks
-from rac.container.access import Access, BytesAccess, FileAccess, InFile, ObjectAccess, guarded
+from rac.container.access import Access, BytesAccess, FileAccess, InFile, NoRangesError, ObjectAccess, guarded
 from rac.container.access import read as access_read
 from rac.container.feed import Trace
 from rac.container.reader import Archive
@@ -282,12 +282,26 @@ def load_file(
 
     numpy arrays by default; torch tensors with framework="pt" or where `device` is not the CPU, "cuda" for example.
     `on_error="report"` looks at all tensors before it raises DamagedError. `ring` is the memory beside the tensors.
+    What a server without ranges has is read from front to back, as `stream` does.
 
     Raises:
         RacError: The file is missing, damaged, or needs a newer version.
     """
-    with RacFile(path, framework, device, threads, ring=ring) as f:
-        return f.load(on_error=on_error)
+    try:
+        with RacFile(path, framework, device, threads, ring=ring) as f:
+            return f.load(on_error=on_error)
+    except NoRangesError:
+        from rac.decode.stream import load_forward  # which imports this
+
+        how = {"framework": framework, "device": device, "threads": threads, "ring": ring, "on_error": on_error}
+        return load_forward(shards_of(os.fspath(path)), **how)
+
+
+def shards_of(name: str) -> list[str]:
+    """Names of all shards of the set that one of them is named for; itself where it is no shard's."""
+    match = _SHARD.search(name)
+    n = int(match[2]) if match else 1
+    return [f"{name[: match.start()]}-{i:05d}-of-{n:05d}.rac" for i in range(1, n + 1)] if match else [name]
 
 
 def load(data: Any, device: str = "cpu", framework: str | None = None) -> dict[str, Any]:

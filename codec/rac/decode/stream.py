@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -51,7 +51,10 @@ class Stream(Iterator[tuple[str, Any]], AbstractContextManager["Stream"]):
             raise ValueError(f"on_error must be 'raise' or 'report', not {on_error!r}")
         damaged: Damaged | None = {} if on_error == "report" else None
         self._engine = engine_for(device, threads_of(threads), ring, damaged)
-        self._run = _tensors(source, self._engine, framework, device, damaged, limits)
+        self.header: dict[str, Any] = {}
+        """Header of the archive, once its first tensor was asked for."""
+        put = partial(frameworks.put, framework=framework, device=device)
+        self._run = _tensors(source, self._engine, put, damaged, limits, self.header)
 
     @property
     def decoder(self) -> str:
@@ -72,17 +75,23 @@ class Stream(Iterator[tuple[str, Any]], AbstractContextManager["Stream"]):
 
 
 def _tensors(
-    source: Any, engine: Engine, framework: str, device: str, damaged: Damaged | None, limits: Limits | None
+    source: Any,
+    engine: Engine,
+    put: Callable[..., None],
+    damaged: Damaged | None,
+    limits: Limits | None,
+    header: dict[str, Any],
 ) -> Generator[tuple[str, Any]]:
     """What a `Stream` yields; it does not refer to the stream, so that both end when nobody refers to that."""
     feed, close = open_feed(source, engine.ring // 2, engine.trace)
     try:
         forward = Forward(feed, feed.name, limits)
+        header |= forward.header
         for t, value in engine.run(forward_items(forward, partial(_attachment, forward, damaged))):
             if t.record.type == RECORD_OBJECT:
                 continue
             out: dict[str, Any] = {}
-            frameworks.put(t, value, framework, device, out)
+            put(t, value, out=out)
             del value
             while out:
                 name = next(iter(out))
@@ -139,6 +148,24 @@ def stream(
         RacError: The stream is damaged, ends early, or needs a newer version.
     """
     return Stream(source, device, frameworks.default(framework, device), on_error, threads, ring, limits)
+
+
+def load_forward(shards: Sequence[str], **how: Any) -> dict[str, Any]:
+    """All tensors of an archive, or of all shards of its set, each read from front to back: as `load_file` gives them.
+
+    `how` are arguments of `stream`. Beside the tensors no more than the ring is in memory.
+    """
+    out: dict[str, Any] = {}
+    for k, url in enumerate(shards, 1):
+        with stream(url, **how) as arriving:
+            for name, tensor in arriving:
+                if name in out:
+                    raise FormatError(f"tensor {name!r} is in two shards", file=url)
+                out[name] = tensor
+        if (place := arriving.header.get("shard", [1, 1])) != [k, len(shards)]:
+            where = f"its name must end in -{place[0]:05d}-of-{place[1]:05d}.rac"
+            raise SourceError(f"is shard {place[0]} of {place[1]}; {where}", file=url)
+    return out
 
 
 def iter_tensors(

@@ -32,6 +32,8 @@ Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
 LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax", "dcp")
 """Kinds of sources that are files of other libraries."""
+FILES = (".npy", ".npz", ".onnx", ".pt", ".pth", ".bin", ".h5", ".keras", ".msgpack", ".rac")
+"""Endings that are no names of folders to be made."""
 
 
 @dataclass
@@ -134,6 +136,10 @@ class _Chosen:
         single = target.endswith((".safetensors", ".gguf")) or (framed(f, target) and _one_file(origin.frames, target))
         if single and only:
             raise OutputError("is one file; name a folder to write chosen files to", file=target)
+        if not single and target.lower().endswith(FILES) and not os.path.isdir(target):
+            ending = os.path.splitext(target)[1]
+            what = f"the archive does not hold one {ending} file; name a folder, or a file that ends in .safetensors"
+            raise OutputError(what, file=target)
         files = [] if single else [*names_of_files(f), *origin.pieces]
         folders, links = ([], {}) if single or only else (list(origin.folders), checked_links(origin.links))
         if only:

@@ -129,6 +129,14 @@ def dense(t: SourceTensor) -> NDArray[Any]:
     return to_framework(t.read(0, t.nbytes), t.dtype, t.shape, "np")  # type: ignore[no-any-return]
 
 
+def by_digest(a: Stated | None, b: Stated | None) -> bool:
+    """Whether two tensors are equal as far as their archives state: of type, shape and digest."""
+    if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    known = a.digest()
+    return known is not None and known == b.digest()
+
+
 def difference(a: Stated | None, b: Stated | None) -> Difference | None:
     """How the second differs from the first; None: in no bit. Equal digests are taken for equal bytes."""
     if a is None or b is None:
@@ -138,8 +146,7 @@ def difference(a: Stated | None, b: Stated | None) -> Difference | None:
     what = "differs" if a.dtype == b.dtype else f"{a.dtype} in A, {b.dtype} in B"
     if a.shape != b.shape:
         return Difference(a.name, f"{a.dtype} {list(a.shape)} in A, {b.dtype} {list(b.shape)} in B")
-    known = a.digest()
-    if known is not None and known == b.digest() and a.dtype == b.dtype:
+    if by_digest(a, b):
         return None
     if "F4" in (a.dtype, b.dtype) and a.dtype != b.dtype:  # packed, two values in a byte
         return Difference(a.name, what)

@@ -97,7 +97,11 @@ def test_a_server_without_ranges(data, tmp_path, capsys):
     with Server({"m.rac": data, "cut.rac": data[:90_000]}, ranges=False) as server:
         url = server.url("m.rac")
         with pytest.raises(rac.SourceError, match=r"no range requests; read it with rac\.stream"):
-            rac.load_file(url)
+            rac.open(url)
+        assert equal(rac.load_file(url))
+        assert equal({n: t.numpy() for n, t in rac.load_file(url, framework="pt").items()})
+        with pytest.raises(rac.TruncatedError):
+            rac.load_file(server.url("cut.rac"))
         assert equal(dict(rac.stream(url)))
         assert rac.verify(url).tensors == 12
         rac.unpack(url, tmp_path / "m.safetensors")
@@ -111,6 +115,21 @@ def test_a_server_without_ranges(data, tmp_path, capsys):
     broken = pytest.raises(rac.SourceError, match="the connection broke .*no ranges to go on by")
     with Server({"m.rac": data}, ranges=False, drops=2) as server, broken:
         list(rac.stream(server.url("m.rac")))
+
+
+def test_shards_on_a_server_without_ranges(tmp_path):
+    np.savez(tmp_path / "m.npz", **TENSORS)
+    rac.pack(tmp_path / "m.npz", tmp_path / "s.rac", shard_size=6_000_000)
+    files = {p.name: p.read_bytes() for p in sorted(tmp_path.glob("s-*.rac"))}
+    assert len(files) == 2
+    files |= {"other.rac": files["s-00001-of-00002.rac"], "t-00001-of-00002.rac": files["s-00001-of-00002.rac"]}
+    files["t-00002-of-00002.rac"] = files["s-00001-of-00002.rac"]
+    with Server(files, ranges=False) as server:
+        assert equal(rac.load_file(server.url("s-00002-of-00002.rac")))
+        with pytest.raises(rac.SourceError, match=r"is shard 1 of 2; its name must end in -00001-of-00002\.rac"):
+            rac.load_file(server.url("other.rac"))
+        with pytest.raises(rac.FormatError, match="is in two shards"):
+            rac.load_file(server.url("t-00001-of-00002.rac"))
 
 
 def test_a_file_that_is_still_being_written(data):

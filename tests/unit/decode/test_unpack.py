@@ -69,3 +69,18 @@ def test_a_damaged_archive_leaves_nothing_behind(tmp_path):
     with pytest.raises(rac.FormatError):
         rac.unpack(tmp_path / "m.rac", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["m.rac"]
+
+
+def test_a_file_of_another_library_is_no_folder_to_be_made(tmp_path):
+    rac.save_file({"a": A}, tmp_path / "m.rac")
+    np.savez(tmp_path / "n.npz", a=A, b=A + 1)
+    rac.pack(tmp_path / "n.npz", tmp_path / "n.rac")
+    for archive, name, ending in (("m", "x.npz", ".npz"), ("m", "x.ONNX", ".ONNX"), ("n", "x.npy", ".npy")):
+        with pytest.raises(rac.OutputError, match=rf"does not hold one {ending} file; name a folder"):
+            rac.unpack(tmp_path / f"{archive}.rac", tmp_path / name)
+        assert not (tmp_path / name).exists()
+    rac.unpack(tmp_path / "n.rac", tmp_path / "y.npz")
+    assert (tmp_path / "y.npz").read_bytes() == (tmp_path / "n.npz").read_bytes()
+    (tmp_path / "there.npz").mkdir()
+    rac.unpack(tmp_path / "m.rac", tmp_path / "there.npz")
+    assert (tmp_path / "there.npz" / "model.safetensors").exists()
