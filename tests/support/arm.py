@@ -12,11 +12,13 @@ import functools
 import hashlib
 import importlib.util
 import mmap
+import runpy
 import shutil
 import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import c_double, c_float, c_int, c_size_t, c_void_p
@@ -32,45 +34,60 @@ from rac.native.prototypes import FUNCTIONS, layout
 
 SimpleData = c_int.__base__
 SOURCES = Path(native.__file__).parent / "src"
-BUILT = Path(__file__).parents[2] / "build" / "arm"
-FLAGS = ["-O3", "-g0", "-fno-strict-aliasing", "-ffp-contract=off", "-funroll-loops", "-fPIC", "-shared"]
-CPUS = {"aarch64": ["-DRAC_GENERIC"], "neon": []}
-"""What is compiled for aarch64, and how: what is written for no instruction set, and what is written for NEON."""
+ROOT = Path(__file__).parents[2]
+BUILT = ROOT / "build" / "arm"
+_SETUP = runpy.run_path(str(ROOT / "setup.py"))
+FLAGS = [*_SETUP["FLAGS"], "-fPIC", "-shared"]
+BUILDS = {
+    "aarch64": ("aarch64-linux-musl", _SETUP["CPUS"]["aarch64"]["generic"]),
+    "neon": ("aarch64-linux-musl", _SETUP["CPUS"]["aarch64"]["neon"]),
+    "avx2": ("x86_64-linux-gnu", _SETUP["CPUS"]["x86_64"]["avx2"]),
+    "avx512": ("x86_64-linux-gnu", _SETUP["CPUS"]["x86_64"]["avx512"]),
+}
+"""Target and flags; those of x86-64 are there to be compared with, compiled by the same compiler."""
+CPUS = ("aarch64", "neon")
+"""What is compiled for aarch64: what is written for no instruction set, and what is written for NEON."""
 
 
 @functools.cache
-def compiler() -> list[str] | None:
-    """The command of a compiler for aarch64: the one from PyPI, as of wheels, else the one of the system, else None."""
+def compiler(target: str = "aarch64-linux-musl") -> list[str] | None:
+    """The command of a compiler: the one from PyPI, as of wheels, else that of the system for aarch64, else None."""
     if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl"]
+        return [sys.executable, "-m", "ziglang", "cc", "-target", target]
     found = shutil.which("aarch64-linux-gnu-gcc")
-    return [found] if found else None
+    return [found] if found and target.startswith("aarch64") else None
 
 
 def missing() -> str | None:
     """Why kernels for aarch64 cannot be run here; None where they can."""
     if not sys.platform.startswith("linux") or not importlib.util.find_spec("unicorn"):
         return "no emulator of aarch64 here: pip install unicorn"
-    return (
-        None
-        if compiler()
-        else "no compiler for aarch64 here: pip install ziglang, or gcc-aarch64-linux-gnu of the system"
-    )
+    return None if compiler() else "no compiler for aarch64 here: pip install ziglang"
+
+
+def command(cpu: str) -> list[str]:
+    """How one of BUILDS is compiled."""
+    target, flags = BUILDS[cpu]
+    return [*(compiler(target) or []), *FLAGS, *flags, "-Wl,--hash-style=sysv"]
+
+
+def place(cpu: str) -> Path:
+    """Where the library of one of BUILDS belongs, by what is compiled and how."""
+    digest = hashlib.sha256("\0".join(command(cpu)).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return BUILT / f"{cpu}-{digest.hexdigest()[:16]}.so"
 
 
 def built(cpu: str) -> Path:
-    """The library of one of CPUS, compiled where it was not yet from these sources."""
-    command = [*(compiler() or []), *FLAGS, *CPUS[cpu], "-Wl,--hash-style=sysv"]
-    digest = hashlib.sha256("\0".join(command).encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + path.read_bytes())
-    out = BUILT / f"{cpu}-{digest.hexdigest()[:16]}.so"
+    """The library of one of BUILDS, compiled where it was not yet from these sources."""
+    out = place(cpu)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(out.with_suffix(".lock")):
         if not out.exists():
             half = out.with_suffix(".half")
             sources = sorted(str(path) for path in SOURCES.glob("*.c"))
-            done = subprocess.run([*command, *sources, "-lm", "-o", str(half)], capture_output=True, text=True)
+            done = subprocess.run([*command(cpu), *sources, "-lm", "-o", str(half)], capture_output=True, text=True)
             assert not done.returncode, done.stderr
             half.rename(out)
     return out
@@ -145,15 +162,36 @@ class Image:
                 struct.pack_into("<Q", self.memory, where, value)
 
 
-class Emulated(Library):
+class Indirect(Library):
+    """The functions of a library, called by `_run`: arguments as whole numbers in, what they return out."""
+
+    def __init__(self, cpu: str) -> None:
+        self.cpu, self.counts = cpu, Counter[str]()
+        for name, (result, *arguments) in FUNCTIONS.items():
+            setattr(self, name, self._function(name, result, arguments))
+
+    def _run(self, name: str, values: list[int]) -> int:
+        raise NotImplementedError
+
+    def _function(self, name: str, result: Any, kinds: list[Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            assert len(given) == len(kinds)
+            kept = [as_argument(kind, a) for kind, a in zip(kinds, given, strict=True)]  # alive until the end
+            out = self._run(name, [address(a) for a in kept])
+            return None if result is None else result(out).value
+
+        return call
+
+
+class Emulated(Indirect):
     """The functions of a library for aarch64, as `Library` has those of one of this machine; one call at a time."""
 
     def __init__(self, path: Path) -> None:
         import unicorn
         from unicorn import arm64_const as arm
 
-        self.path, self.cpu = path, path.stem.partition("-")[0]
-        self.image, self._lock = Image(path), threading.Lock()
+        self.path, self.image, self._lock = path, Image(path), threading.Lock()
+        self._total = 0
         self._arm, self._stack = arm, mmap.mmap(-1, 1 << 23)
         self._top = ctypes.addressof(ctypes.c_char.from_buffer(self._stack)) + (1 << 23) - 4096
         libm = ctypes.CDLL("libm.so.6")  # with all of libc
@@ -166,19 +204,9 @@ class Emulated(Library):
         ours = layout()
         theirs = (ctypes.c_int64 * len(ours)).from_address(self.image.symbols["rac_layout"])
         assert [number for _, number in ours] == list(theirs)
-        for name, (result, *arguments) in FUNCTIONS.items():
-            setattr(self, name, self._function(self.image.symbols[name], result, arguments))
+        super().__init__(path.stem.partition("-")[0])
 
-    def _function(self, at: int, result: Any, kinds: list[Any]) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
-            assert len(given) == len(kinds)
-            kept = [as_argument(kind, a) for kind, a in zip(kinds, given, strict=True)]  # alive until the end
-            out = self._run(at, [address(a) for a in kept])
-            return None if result is None else result(out).value
-
-        return call
-
-    def _run(self, at: int, values: list[int]) -> int:
+    def _run(self, name: str, values: list[int]) -> int:
         arm, uc = self._arm, self._uc
         with self._lock:
             for i, value in enumerate(values[:8]):
@@ -189,7 +217,9 @@ class Emulated(Library):
                 ctypes.c_uint64.from_address(top + 8 * i).value = value
             uc.reg_write(arm.UC_ARM64_REG_SP, top)
             uc.reg_write(arm.UC_ARM64_REG_LR, self.image.stubs)
-            uc.emu_start(at, self.image.stubs)
+            self._total = 0
+            uc.emu_start(self.image.symbols[name], self.image.stubs)
+            self.counts[name] += self._total
             return int(uc.reg_read(arm.UC_ARM64_REG_X0))
 
     def _outside(self, uc: Any, kind: int, _: Any) -> None:
@@ -213,19 +243,18 @@ class Emulated(Library):
             uc.reg_write(arm.UC_ARM64_REG_X0, (out or 0) & (1 << 64) - 1)
 
     @contextmanager
-    def counted(self) -> Iterator[list[int]]:
-        """Instructions that kernels execute in the block, a list of one number; a call of the C library is one."""
+    def counted(self) -> Iterator[Counter[str]]:
+        """Instructions of each function that is called in the block; a call of the C library is a few."""
         import unicorn
 
-        total = [0]
-
         def block(_: Any, at: int, size: int, __: Any) -> None:
-            total[0] += size >> 2
+            self._total += size >> 2
 
+        self.counts = Counter()
         hook = self._uc.hook_add(unicorn.UC_HOOK_BLOCK, block)
         self._uc.ctl_flush_tb()  # what is translated already has no hooks in it
         try:
-            yield total
+            yield self.counts
         finally:
             self._uc.hook_del(hook)
             self._uc.ctl_flush_tb()

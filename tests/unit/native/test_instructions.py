@@ -1,0 +1,23 @@
+"""Instructions of the kernels for NEON, counted in the emulator: no more than were counted before."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import instructions
+from support import arm
+
+STATED = json.loads(instructions.RATCHET.read_text())
+MORE = 1.03
+
+
+@pytest.mark.skipif(bool(arm.missing()), reason=str(arm.missing()))
+@pytest.mark.parametrize("name", instructions.WORK)
+def test_no_more_than_before(name):
+    """`python tools/instructions.py --write` after a change for the better, or for a reason."""
+    if STATED["compiler"] != instructions.version():
+        pytest.skip(f"was counted with {STATED['compiler']}")
+    for row, of in instructions.count(name, ["neon"]).items():
+        assert of["neon"] <= MORE * STATED["per weight"][row]["neon"], row
