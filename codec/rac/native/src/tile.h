@@ -89,8 +89,8 @@ typedef struct {
     int64_t rest; /* symbols left under this table */
 } rac_lanes;
 
-enum { FEW = 16, SIDE_BY_SIDE = 16 }; /* most lanes of a tile that has few; most such tiles at once */
+enum { FEW = 32, SIDE_BY_SIDE = 32 }; /* most lanes of a tile among others; most such tiles at once */
 
-int rac_few(int64_t lanes);
+int rac_abreast(int64_t lanes);
 void rac_rows(rac_lanes *t, int64_t n, int64_t lanes);
 void rac_side_by_side(rac_lanes **tile, int n, int64_t lanes);

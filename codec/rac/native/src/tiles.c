@@ -273,7 +273,7 @@ static int tile(const rac_job *job, desk *d) {
     return bad;
 }
 
-/* A tile of few lanes among others */
+/* A tile among others */
 typedef struct {
     rac_lanes lanes;
     uint64_t st[FEW];
@@ -325,19 +325,19 @@ static int leave(slot *s, space *words) {
     return bad;
 }
 
-/* The tiles *from.. below n that have as few lanes as the first of them, side by side: one alone leaves the
+/* The tiles *from.. below n that have as many lanes as the first of them, `most` at once: one alone leaves the
  * processor waiting for the step before. *from becomes the next tile, *at one that is wrong. */
-static int few(const rac_job *job, int64_t *from, int64_t n, int64_t *at, desk *d) {
+static int abreast(const rac_job *job, int64_t *from, int64_t n, int most, int64_t *at, desk *d) {
     const int64_t lanes = job[*from].shared->lanes;
-    slot *slots = malloc(SIDE_BY_SIDE * sizeof *slots);
+    slot *slots = malloc((size_t)most * sizeof *slots);
     rac_lanes *all[SIDE_BY_SIDE];
     int active = 0, bad = slots ? 0 : NO_MEMORY;
-    for (int k = 0; !bad && k < SIDE_BY_SIDE; k++) {
+    for (int k = 0; !bad && k < most; k++) {
         all[k] = &slots[k].lanes;
         slots[k].own = d->own + k;
     }
     while (!bad) {
-        while (active < SIDE_BY_SIDE && *from < n && job[*from].shared->lanes == lanes && !bad) {
+        while (active < most && *from < n && job[*from].shared->lanes == lanes && !bad) {
             *at = *from;
             bad = enter((slot *)all[active++], job + *from, *from);
             ++*from;
@@ -390,7 +390,8 @@ int rac_tiles(const rac_job *job, int64_t n, int64_t *at) {
     desk *d = take_desk();
     int bad = d ? 0 : NO_MEMORY;
     for (int64_t i = *at = 0; i < n && !bad;) {
-        if (rac_few(job[i].shared->lanes)) bad = few(job, &i, n, at, d);
+        const int most = rac_abreast(job[i].shared->lanes);
+        if (most > 1) bad = abreast(job, &i, n, most, at, d);
         else bad = tile(job + (*at = i++), d);
     }
     if (d) give_desk(d);
