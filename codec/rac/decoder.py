@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import native
 from rac.container.access import InFile
 from rac.container.zstd import xxh3
 from rac.errors import ChecksumError
@@ -37,6 +39,16 @@ class Decoder:
         if chain.numbers is not None:
             with self.at(t.first - 1):
                 self.numbers = chain.numbers.open(bytes(first[-1]), t.context)
+
+    @functools.cached_property
+    def units(self) -> Array:
+        """(units, 2) uint64 length and checksum of each unit, for the CPU kernel."""
+        return np.frombuffer(self.tensor.record.head["units"], "<u8").reshape(-1, 2)
+
+    @functools.cached_property
+    def short(self) -> bool:
+        """Whether there are tiles whose checksums the CPU kernel leaves to `check`."""
+        return bool((self.units[self.tensor.first :, 0] <= native.SHORT).any())
 
     def bare(self) -> Self:
         """A copy without the large tables of the coder, which it makes when it first decodes: to keep, or to use."""

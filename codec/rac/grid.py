@@ -59,6 +59,12 @@ class Grid:
         r, c = divmod(i, self.across)
         return Box(r * self.tr, min(self.rows, (r + 1) * self.tr), c * self.tc, min(self.cols, (c + 1) * self.tc))
 
+    def area(self, n: int) -> int:
+        """Words of the first `n` tiles."""
+        down, rest = divmod(n, self.across)
+        top = min(self.rows, down * self.tr)
+        return top * self.cols + (min(self.rows, top + self.tr) - top) * min(self.cols, rest * self.tc)
+
 
 @functools.lru_cache(64)
 def boxes(grid: Grid) -> list[Box]:

@@ -177,6 +177,10 @@ class Inside(BytesAccess):
         assert at >= 0 and at + len(out) <= self.size
         super().read_into(at, out)
 
+    def view(self, at: int, size: int) -> memoryview:
+        assert at >= 0 and at + size <= self.size
+        return super().view(at, size)
+
 
 def test_reads_stay_inside() -> None:
     for kind in ("bad", "unsupported"):

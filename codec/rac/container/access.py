@@ -59,6 +59,14 @@ class Access:
     name: str
     size: int
     parallel = 1  # reads that are worth having in flight at once
+    near = False  # whether a read takes no longer than a copy: then bytes are best read where they are decoded
+
+    def view(self, at: int, size: int) -> memoryview | None:
+        """The bytes themselves where they are in memory; None: they have to be read."""
+        return None
+
+    def soon(self, at: int, size: int) -> None:
+        """Bytes that will be asked for."""
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`; TruncatedError where the bytes end."""
@@ -81,6 +89,7 @@ class FileAccess(Access):
     """A regular file, read with pread. It is closed when nobody refers to it; copies and pickles open it again."""
 
     parallel = 4
+    near = hasattr(os, "posix_fadvise")  # or a disk would have one read at a time
 
     def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         self.name, self._path = name or os.fspath(path), os.path.abspath(path)
@@ -106,6 +115,12 @@ class FileAccess(Access):
         except OSError as e:
             raise SourceError(e.strerror or str(e), file=self.name, offset=at) from e
 
+    def soon(self, at: int, size: int) -> None:
+        """Have the system read them meanwhile."""
+        with suppress(OSError):  # a file system that cannot
+            if self._close.alive:
+                os.posix_fadvise(self._fd, at, size, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         """Close the file."""
         self._close()
@@ -119,17 +134,26 @@ class FileAccess(Access):
 class BytesAccess(Access):
     """Bytes in memory."""
 
+    near = True
+
     def __init__(self, data: bytes | bytearray | memoryview, name: str = "<bytes>") -> None:
         self.name, self._data = name, memoryview(data).cast("B")
         self.size = len(self._data)
 
+    def view(self, at: int, size: int) -> memoryview:
+        """The bytes themselves."""
+        return self._piece(at, size)
+
+    def _piece(self, at: int, size: int) -> memoryview:
+        with guarded(SourceError, self.name, at, ValueError):  # closed
+            piece = self._data[at : at + size]
+        if len(piece) != size:
+            raise TruncatedError("bytes end early", file=self.name, offset=at + len(piece))
+        return piece
+
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
-        with guarded(SourceError, self.name, at, ValueError):  # closed
-            piece = self._data[at : at + len(out)]
-        if len(piece) != len(out):
-            raise TruncatedError("bytes end early", file=self.name, offset=at + len(piece))
-        out[:] = piece
+        out[:] = self._piece(at, len(out))
 
     def close(self) -> None:
         """Let go of the bytes: a map that they are of can be closed."""

@@ -28,6 +28,7 @@ except ImportError:  # not a Unix
 
 PIECE = 1 << 20  # bytes that a claim of a length is worth before they arrive
 SLOT = 4 << 20  # bytes of one read of a file, and of one buffer
+WINDOW = 1 << 14  # bytes of one read of small pieces
 SPARE = 4  # buffers beside those that are being filled
 JOIN = 5.0  # seconds that closing waits for a read that cannot be interrupted
 Ranges = Sequence[tuple[int, int]]
@@ -70,6 +71,47 @@ class Memory(Feed):
         out = self._data[self._at : self._at + size]
         self._at += len(out)
         return out, None
+
+
+class Near(Feed):
+    """A file in the page cache or bytes in memory: what is small is read when asked, the rest by who decodes it.
+
+    Nothing is read ahead: whoever decodes a piece reads it into a buffer that is still in the processor's cache.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self.name, self.access = access.name, access
+        self._at = self._soon = 0
+        self._window, self._start = memoryview(b""), 0
+
+    def go(self, at: int) -> None:
+        """On from there."""
+        self._at = at
+        self._soon = max(self._soon, at)
+
+    def take(self, size: int) -> tuple[memoryview, None]:
+        """A view of bytes in memory, or of a few kilobytes that were read around them."""
+        at = self._at
+        size = max(0, min(size, self.access.size - at))
+        self._at += size
+        if (view := self.access.view(at, size)) is not None:
+            return view, None
+        if at < self._start or at + size > self._start + len(self._window):
+            self._window = memoryview(bytearray(min(max(WINDOW, size), self.access.size - at)))
+            self._start = at
+            self.access.read_into(at, self._window)
+        return self._window[at - self._start : at - self._start + size], None
+
+    def later(self, size: int) -> int:
+        """Offset of the next `size` bytes, which are not read; TruncatedError where the file ends before."""
+        at = self._at
+        self._at += size
+        if self._at > self.access.size:
+            raise TruncatedError("the file ends early", file=self.name, offset=self.access.size)
+        if self._at > self._soon:
+            self.access.soon(self._soon, SLOT)
+            self._soon += SLOT
+        return at
 
 
 class Plain(Feed):

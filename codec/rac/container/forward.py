@@ -8,7 +8,7 @@ from typing import Any
 
 from rac.container import index as index_format
 from rac.container import wire, zstd
-from rac.container.feed import PIECE, Feed, Held, Plain, Readable
+from rac.container.feed import PIECE, Feed, Held, Near, Plain, Readable
 from rac.container.reader import check_header
 from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError
 from rac.records import Entry, Index, Limits, Record, Unit
@@ -53,14 +53,22 @@ class Walk:
         at = self.at
         fixed = self.read(wire.RECORD_HEAD, short=True)
         size = wire.parse_record(at, fixed, self.limits)[2]
-        body = self.read(size)
-        return wire.parse_record_body(at, fixed, body, self.read(wire.pad(self.at)), self.limits)
+        rest = self.read(size + wire.pad(self.at + size))
+        return wire.parse_record_body(at, fixed, rest[:size], rest[size:], self.limits)
 
     def pass_by(self, size: int) -> None:
         """Read on without a look."""
         end = self.at + size
+        if isinstance(self.feed, Near):
+            self.go(end)
         while self.at < end:
             _give(self.piece(min(PIECE, end - self.at))[1])
+
+    def go(self, at: int) -> None:
+        """On from there, in a feed that can."""
+        if isinstance(self.feed, Near):
+            self.feed.go(at)
+        self.at = at
 
     def skip(self, record: Record) -> None:
         """Go to the end of a record."""
@@ -74,13 +82,34 @@ class Walk:
             raise ValueError("units must be read in order")
         end = last.offset + last.size - start
         view, held = self.piece(end + wire.pad(end, wire.STREAM_ALIGN))
-        for i, unit in enumerate(units):
-            behind = unit.offset - start + unit.size
-            if behind % wire.STREAM_ALIGN and any(view[behind : behind + wire.pad(behind, wire.STREAM_ALIGN)]):
-                _give(held)
-                at = record.payload + start + behind
-                raise FormatError("padding is not zero", file=self.name, unit=what(i), offset=at)
+        try:
+            self.check_padding(view, units, record, what)
+        except FormatError:
+            _give(held)
+            raise
         return view[:end], held
+
+    def check_padding(
+        self, data: memoryview, units: Sequence[Unit], record: Record, what: Callable[[int], str]
+    ) -> None:
+        """FormatError unless the bytes behind each unit in `data`, up to a multiple of 16, are 0."""
+        start = units[0].offset
+        for i, unit in enumerate(units):
+            if unit.size % wire.STREAM_ALIGN:
+                behind = unit.offset - start + unit.size
+                if any(data[behind : behind + wire.pad(behind, wire.STREAM_ALIGN)]):
+                    at = record.payload + start + behind
+                    raise FormatError("padding is not zero", file=self.name, unit=what(i), offset=at)
+
+    def later(self, units: Sequence[Unit], record: Record) -> tuple[int, int, int]:
+        """(offset, bytes with the padding behind the last, without) of the next units, for others to read."""
+        assert isinstance(self.feed, Near)  # noqa: S101 - the caller asked
+        start, end = units[0].offset, units[-1].offset + units[-1].size
+        if self.at != record.payload + start:
+            raise ValueError("units must be read in order")
+        size = end - start + wire.pad(end, wire.STREAM_ALIGN)
+        self.at += size
+        return self.feed.later(size), size, end - start
 
     def unit(self, unit: Unit, record: Record, most: int, what: str) -> bytes:
         """A copy of the next unit of a record, checked."""

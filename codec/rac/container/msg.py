@@ -6,7 +6,6 @@ UTF-8 bytes, no floats, no extension types. One value has one encoding, so re-en
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import msgpack
@@ -87,24 +86,30 @@ def _scan(data: bytes, depth: int) -> None:
 
 
 _SIMPLE = frozenset((str, int, bytes, bool, type(None)))
+_NESTED = frozenset((dict, list))
 
 
 def _check(value: dict[str, Any] | list[Any], depth: int) -> None:
-    """Refuse deep nesting, floats, and map keys that are not strings in strictly ascending UTF-8 order."""
+    """Refuse deep nesting, floats, and map keys that are not strings in ascending order.
+
+    Code points are in the order of their UTF-8 bytes; of equal keys msgpack keeps one, and packs to other bytes.
+    """
     if depth == 0:
         raise FormatError("msgpack nests too deep")
     items: Any = value
-    if isinstance(value, dict):
-        keys = [k.encode() for k in value]
-        if any(map(operator.ge, keys, keys[1:])):
+    if type(value) is dict:
+        keys = [*value]
+        if {*map(type, keys)} - {str} or keys != sorted(keys):
             raise FormatError("msgpack map keys are not in ascending order")
         items = value.values()
+    kinds = {*map(type, items)} - _SIMPLE
+    if not kinds:
+        return
+    if other := kinds - _NESTED:
+        raise FormatError(f"msgpack type {min(k.__name__ for k in other)} is not allowed")
     for v in items:
-        kind = type(v)
-        if kind is dict or kind is list:
+        if type(v) in _NESTED:
             _check(v, depth - 1)
-        elif kind not in _SIMPLE:
-            raise FormatError(f"msgpack type {kind.__name__} is not allowed")
 
 
 def unpack(data: bytes, depth: int = 8) -> dict[str, Any]:

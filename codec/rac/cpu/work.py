@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +71,26 @@ class _Scratch:
                     self._size += len(array)
 
 
-_scratch = _Scratch()
+scratch = _Scratch()
+
+
+def _each(dec: Decoder, tiles: range, data: Array) -> Iterator[tuple[int, Array, Box]]:
+    """Number, unit (bytes,) and place of each of the tiles in `data`; of one alone all of it."""
+    units, grid = dec.tensor.units[dec.tensor.first :], boxes(dec.tensor.grid)
+    if len(tiles) == 1:
+        yield tiles.start, data, grid[tiles.start]
+        return
+    base = units[tiles.start].offset
+    for k in tiles:
+        start = units[k].offset - base
+        yield k, data[start : start + units[k].size], grid[k]
 
 
 class Work:
     """Tiles of one or more tensors that are decoded in one call of the kernel, so that threads rarely meet."""
 
     def __init__(self) -> None:
-        self._jobs: list[Any] = []
+        self._spans: list[native.TileSpan] = []
         self._of: list[tuple[Decoder, int]] = []
         self._alive: list[Array] = []
         self._others: list[tuple[Decoder, int, Array, Array, bool]] = []
@@ -92,40 +105,58 @@ class Work:
         `data` (bytes,) are as they lie in the file, with the padding between them; they stay until `run` is done, as
         does the `place` where words go. `plain`: one tile, checked before, its Zstandard frames expanded.
         """
-        t, kernel, out = dec.tensor, dec.coder.kernel(), place.words
-        first, framed = t.first, t.chain.coder.framed
-        base, size, stride = t.units[first + tiles.start].offset, out.itemsize, out.strides[0]
-        at, to = native.address(data), native.address(out) - place.row * stride - place.col * size
-        self._alive += (data, out)
-        fused = None if kernel is None or dec.numbers is None else dec.numbers.fused
-        patches = fused is not None and dec.numbers is not None and dec.numbers.patches
-        for k, box in zip(tiles, boxes(t.grid)[tiles.start : tiles.stop], strict=True):
-            unit = t.units[first + k]
-            start, length = unit.offset - base, unit.size if len(tiles) > 1 else len(data)
+        t, kernel = dec.tensor, dec.coder.kernel()
+        self._alive += (data, place.words)
+        if kernel is None:
+            self._alone(dec, tiles, data, place, plain)
+            return
+        fused = None if dec.numbers is None else dec.numbers.fused
+        apart = dec.numbers is not None and fused is None  # words first, numbers behind the kernel
+        if not apart and not t.chain.coder.framed:
+            self._span(dec, tiles, data, place, fused)
+        else:
+            for k, raw, box in _each(dec, tiles, data):
+                to = self._apart(dec, k, box, place) if apart else place
+                if not plain:
+                    dec.check(t.first + k, raw.data)
+                with dec.at(t.first + k):
+                    whole = dec.coder.plain(raw, box)
+                self._alive.append(whole)
+                self._span(dec, range(k, k + 1), whole, to, fused, checked=True)
+        if fused is not None and dec.numbers.patches:
+            patches = boxes(t.grid)[tiles.start : tiles.stop]
+            self._patches += [(dec.numbers, box, place.part(box)) for box in patches]
+
+    def _alone(self, dec: Decoder, tiles: range, data: Array, place: Place, plain: bool) -> None:
+        """Take in tiles of a coder that decodes them in Python."""
+        for k, raw, box in _each(dec, tiles, data):
             if not plain:
-                dec.check(first + k, data.data[start : start + length])
-            if dec.numbers is None or fused is not None:  # what the coder restores is all, or the kernel goes on
-                where, words = (to + box.r0 * stride + box.c0 * size, stride // size), None
-                if patches:
-                    self._patches.append((dec.numbers, box, place.part(box)))  # type: ignore[arg-type]
-            else:
-                h, w = box.r1 - box.r0, box.c1 - box.c0
-                self._held.append(_scratch.take(h * w))
-                words = self._held[-1][: h * w].reshape(h, w)
-                self._numbers.append((dec, k, words, place.part(box)))
-                where = native.address(words), w
-            if kernel is None:
-                raw = data[start : start + length]
-                self._others.append((dec, k, raw, place.part(box) if words is None else words, plain))
-                continue
-            source = at + start, length
-            if framed:
-                with dec.at(first + k):
-                    raw = dec.coder.plain(data[start : start + length], box)
-                self._alive.append(raw)
-                source = native.address(raw), len(raw)
-            self._jobs.append(kernel(source, box, where, fused))
-            self._of.append((dec, k))
+                dec.check(dec.tensor.first + k, raw.data)
+            to = place if dec.numbers is None else self._apart(dec, k, box, place)
+            self._others.append((dec, k, raw, to.part(box), plain))
+
+    def _apart(self, dec: Decoder, k: int, box: Box, place: Place) -> Place:
+        """Memory for the words of a tile that become numbers in `place` when all are decoded."""
+        h, w = box.r1 - box.r0, box.c1 - box.c0
+        self._held.append(scratch.take(h * w))
+        words = self._held[-1][: h * w].reshape(h, w)
+        self._numbers.append((dec, k, words, place.part(box)))
+        return Place(words, box.r0, box.c0)
+
+    def _span(self, dec: Decoder, tiles: range, data: Array, place: Place, fused: Any, checked: bool = False) -> None:
+        """Take in tiles that the kernel decodes, straight to `place`; it checks all but very small ones."""
+        t, grid, out = dec.tensor, dec.tensor.grid, place.words
+        first, size, stride = t.first + tiles.start, out.itemsize, out.strides[0]
+        if not checked and dec.short:
+            for k, raw, _ in _each(dec, tiles, data):
+                if len(raw) <= native.SHORT:
+                    dec.check(t.first + k, raw.data)
+        to = native.address(out) - place.row * stride - place.col * size
+        kernel: Any = dec.coder.kernel()
+        whole = kernel((native.address(data), len(data)), Box(0, grid.rows, 0, grid.cols), (to, stride // size), fused)
+        units = 0 if checked else native.address(dec.units) + 16 * first
+        self._spans.append(native.TileSpan(whole, units, tiles.start, len(tiles), grid.tr, grid.tc, size))
+        self._of.append((dec, tiles.start))
 
     def join(self, dec: Decoder, found: Array, dst: Array, box: Box) -> None:
         """`Decoder.join`, once all tiles are decoded."""
@@ -133,10 +164,10 @@ class Work:
 
     def run(self) -> None:
         """Decode all; FormatError or ChecksumError of the first tile that is wrong."""
-        if self._jobs and (wrong := native.decode_tiles(self._jobs)):
-            number, error, text = wrong
+        if self._spans and (wrong := native.decode_spans(self._spans)):
+            number, tile, error, text = wrong
             dec, i = self._of[number]
-            with dec.at(i + dec.tensor.first):
+            with dec.at(i + tile + dec.tensor.first):
                 raise error(text)
         for dec, i, data, dst, plain in self._others:
             with dec.at(i + dec.tensor.first):
@@ -148,4 +179,4 @@ class Work:
         for dec, found, dst, box in self._joins:
             dec.join(found, dst, box)
         held, self._held, self._numbers = self._held, [], []
-        _scratch.give(held)
+        scratch.give(held)

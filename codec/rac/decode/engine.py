@@ -7,11 +7,9 @@ ones share a job. Tensors come out in the order of the file.
 from __future__ import annotations
 
 import copy
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -19,16 +17,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from rac import native
-from rac.container.access import InFile
+from rac.container.access import Access, InFile
 from rac.container.feed import Held, Trace
 from rac.container.forward import Walk
-from rac.cpu.work import Place, Work, target
+from rac.cpu.work import Place, target
+from rac.decode.jobs import Job, Later, Opened, Room, Team
 from rac.decoder import Decoder
 from rac.errors import RacError, SourceError, TruncatedError
-from rac.grid import Band, Box, boxes
+from rac.grid import Band
 from rac.native.prototypes import F32, Array
 from rac.registry import RECORD_OBJECT
-from rac.tensor import Tensor, empty
+from rac.tensor import Tensor
 
 RING = 256 << 20
 """Bytes that may be held beyond the tensors themselves: half for what is read ahead, half for tensors in work."""
@@ -36,6 +35,8 @@ LEAST = 1 << 16
 GROUP = 1 << 20  # stored bytes of a job
 SCRATCH = 1 << 20  # bytes of intermediate words of a job
 RUN = 1 << 17  # stored bytes of small tiles that are taken in one go: each call costs some microseconds
+SMALL = 1 << 13  # bytes that are read at once, though they could be read later
+TINY = 1 << 14  # bytes of a tensor that is decoded when it is met, where its coder has nothing to prepare
 Loaded = tuple[Tensor, Array]
 Damaged = dict[str, RacError]
 
@@ -57,11 +58,21 @@ class Item:
     objects: Callable[[], list[F32]]  # the matrices that it uses
     keep: Callable[[Array | None], None]  # called with the words of an object, None where it is damaged
     late: Callable[[], bool] = lambda: False  # True where taking it would have to wait for bytes to arrive
+    later: Callable[[int, int], Later] | None = None  # as `take`, for who decodes them to read
 
 
 def take_units(walk: Walk, t: Tensor, i: int, n: int = 1) -> tuple[memoryview, Held | None]:
     """The bytes of units i..i + n - 1, which come next, with the padding between them, unchecked; what to give back."""
     return walk.take(t.units[i : i + n], t.record, lambda k: f"{t.name!r} unit {i + k}")
+
+
+def later_units(walk: Walk, t: Tensor, access: Access, i: int, n: int) -> Later:
+    """Where the units i..i + n - 1 are, which come next; nothing is read."""
+    units = t.units[i : i + n]
+    place = walk.later(units, t.record)
+    return Later(
+        access, *place, lambda data: walk.check_padding(data, units, t.record, lambda k: f"{t.name!r} unit {i + k}")
+    )
 
 
 def first_units(item: Item) -> list[bytes]:
@@ -96,68 +107,13 @@ def note(damaged: Damaged, t: Tensor, e: RacError) -> None:
         damaged[name] = e.with_traceback(None)  # which would keep the tensor
 
 
-class _Later:
-    """A tensor's decoder, which the thread makes that needs it first: tables and lists take a tenth of all the work."""
-
-    def __init__(self, make: Callable[[], Decoder]) -> None:
-        self._make, self._lock = make, threading.Lock()
-
-    def __call__(self) -> Decoder:
-        with self._lock:
-            made = self._make()
-            self._make = lambda: made
-            return made
-
-
-_Tiles = tuple[_Later, range, Array, Place]
-_Join = tuple[_Later, Array, Array, Box]
-
-
-class _Job:
-    """Tiles that one thread checks and decodes in one go."""
-
-    def __init__(self, trace: Trace | None) -> None:
-        self.tiles, self.joins = list[_Tiles](), list[_Join]()
-        self.held = list[Held]()
-        self.size = self.scratch = self.dense = 0
-        self.done: Future[None] | None = None
-        self.file, self._trace = "", trace
-
-    def run(self) -> None:
-        """Decode, and give the buffers back."""
-        start, work = time.monotonic(), Work()
-        try:
-            with InFile(self.file):
-                for dec, tiles, data, place in self.tiles:
-                    work.add(dec(), tiles, data, place)
-                for dec, found, dst, box in self.joins:
-                    work.join(dec(), found, dst, box)
-                work.run()
-        finally:
-            self.give()
-        if self._trace:
-            self._trace("decode", start, time.monotonic(), self.dense)
-
-    def finished(self) -> bool:
-        """True where it was given out, and is done."""
-        return self.done is not None and self.done.done()
-
-    def give(self) -> None:
-        """Let go of everything."""
-        self.tiles.clear()
-        self.joins.clear()
-        held, self.held = self.held, []
-        for h in held:
-            h.give()
-
-
 @dataclass(slots=True)
 class _Pending:
     """A tensor in work."""
 
     item: Item
     out: Array | None = None
-    jobs: list[_Job] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
     error: RacError | None = None
 
     def release(self) -> Loaded:
@@ -167,10 +123,23 @@ class _Pending:
         return self.item.t, out
 
 
-def _run(t: Tensor, i: int, end: int) -> int:
-    """Number of tiles from `i` on, in front of `end`, that are taken in one go: small ones."""
+def _at_once(item: Item, out: Array) -> None:
+    """Decode a tensor for which a job would cost more than it takes."""
+    dec = Decoder(item.t, ())
+    view, held = item.take(0)
+    try:
+        dec.check(0, view)
+        with dec.at(0):
+            dec.coder.decode(np.frombuffer(view, np.uint8), item.t.grid.box(0), out)
+    finally:
+        if held:
+            held.give()
+
+
+def _run(t: Tensor, i: int, end: int, most: int) -> int:
+    """Number of tiles from `i` on, in front of `end`, that are taken in one go: as many as have `most` bytes."""
     units, first = t.units, t.first + i
-    last, n = units[first].offset + RUN, 1
+    last, n = units[first].offset + most, 1
     while i + n < end and units[first + n].offset + units[first + n].size <= last:
         n += 1
     return n
@@ -192,11 +161,12 @@ class Cpu:
         self._reset()
 
     def _reset(self) -> None:
-        self._job = _Job(self.trace)
-        self._busy = deque[_Job]()
+        self._job = Job(self.trace)
+        self._room = Room(self.ring // 16)
+        self._busy = deque[Job]()
         self._waiting = deque[_Pending]()
         self._held = 0
-        self._pool: ThreadPoolExecutor | None = None
+        self._team: Team | None = None
 
     def run(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
         """(tensor, its words (R, C)) of each item, objects included, in order. Several may be under way at once."""
@@ -223,8 +193,8 @@ class Cpu:
                 raise failed
         finally:
             failed = None  # its traceback refers to this frame, and to all that the failed read held
-            if self._pool:
-                self._pool.shutdown(wait=True, cancel_futures=True)
+            if self._team:
+                self._team.close()
             for job in (self._job, *self._busy):
                 job.give()
 
@@ -250,10 +220,13 @@ class Cpu:
         p = _Pending(item)
         with InFile(item.file, repr(item.t.name)):
             try:
-                dec = _Later(partial(Decoder, item.t, first_units(item), item.objects()))
-                p.out = empty(item.t)
-                for band in item.t.bands():
-                    self._band(p, dec, band, p.out)
+                p.out = self._room.take(item.t)
+                if item.t.tiles == 1 and item.t.nbytes <= TINY and item.t.chain.plain:
+                    _at_once(item, p.out)
+                else:
+                    dec = Opened(partial(Decoder, item.t, first_units(item), item.objects()))
+                    for band in item.t.bands():
+                        self._band(p, dec, band, p.out)
             except (TruncatedError, SourceError):
                 raise
             except RacError as e:
@@ -268,26 +241,18 @@ class Cpu:
             self._wait(p)
             item.keep(p.out if p.error is None else None)
 
-    def _band(self, p: _Pending, dec: _Later, band: Band, out: Array) -> None:
+    def _band(self, p: _Pending, dec: Opened, band: Band, out: Array) -> None:
         """Take in the tiles of a band, and the product behind them."""
         item, t = p.item, p.item.t
         place, i, end = target(t, band, Place(out)), band.tiles.start, band.tiles.stop
         if t.chain.product is not None:
             self._job.scratch += place.words.nbytes
         while i < end:
-            n = _run(t, i, end)
-            view, held = item.take(i + t.first, n)
-            if held and self._job.size > self._apart:  # a job must not hold all buffers: then none could be filled
-                copy = bytes(view)
-                held.give()
-                view, held = memoryview(copy), None
+            n = _run(t, i, end, RUN if item.later is None else GROUP)
             job = self._job
             job.file = item.file
-            if held:
-                job.held.append(held)
-            job.tiles.append((dec, range(i, i + n), np.frombuffer(view, np.uint8), place))
-            job.size += len(view)
-            elements = sum((b.r1 - b.r0) * (b.c1 - b.c0) for b in boxes(t.grid)[i : i + n])
+            job.tiles.append((dec, range(i, i + n), self._bytes(item, i + t.first, n), place))
+            elements = t.grid.area(i + n) - t.grid.area(i)
             job.dense += elements * t.word
             job.scratch += elements if t.quantised else 0
             i += n
@@ -300,27 +265,42 @@ class Cpu:
             if job.size >= GROUP or job.scratch >= SCRATCH:
                 self._submit()
 
+    def _bytes(self, item: Item, i: int, n: int) -> Array | Later:
+        """The units i..i + n - 1, or where they are, for the job at hand."""
+        job, units = self._job, item.t.units
+        if item.later is not None and units[i + n - 1].offset - units[i].offset + units[i + n - 1].size > SMALL:
+            later = item.later(i, n)
+            job.size += later.size
+            job.late += later.size
+            return later
+        view, held = item.take(i, n)
+        if held and job.size > self._apart:  # a job must not hold all buffers: then none could be filled
+            copy = bytes(view)
+            held.give()
+            view, held = memoryview(copy), None
+        if held:
+            job.held.append(held)
+        job.size += len(view)
+        return np.frombuffer(view, np.uint8)
+
     def _submit(self, last: bool = False) -> None:
         """Give the job out; do it here where it is the only one."""
         job = self._job
         if not job.size and not job.dense:
             return
-        self._job = _Job(self.trace)
+        self._job = Job(self.trace)
         while (busy := self._busy) and (busy[0].finished() or sum(j.scratch for j in busy) + job.scratch > self._most):
-            if (done := busy.popleft().done) is not None:
-                done.exception()  # until it is done, well or not
-        if self._threads == 1 or (last and self._pool is None):
-            job.done = Future()
-            try:
-                job.run()
-                job.done.set_result(None)
-            except Exception as e:
-                job.done.set_exception(e)
+            first = busy.popleft()
+            if self._team is not None:
+                self._team.wait(first)
+        job.done = Future()
+        if self._threads == 1 or (last and self._team is None):
+            job.go()
             return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads, "rac-decode")
-        job.done = self._pool.submit(job.run)
+        if self._team is None:
+            self._team = Team(self._threads - 1)
         self._busy.append(job)
+        self._team.give(job)
 
     def _wait(self, p: _Pending) -> None:
         """Until the tensor is there."""
@@ -328,8 +308,12 @@ class Cpu:
             if job.done is None:
                 self._submit(last=True)
             assert job.done is not None  # noqa: S101
+            if self._team is not None:
+                self._team.wait(job)
             try:
                 job.done.result()
+            except (TruncatedError, SourceError):
+                raise
             except RacError as e:
                 if self._damaged is None:
                     raise

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from rac.container.access import InFile
-from rac.container.feed import Feed, RangeRing
+from rac.container.feed import Feed, Near, RangeRing
 from rac.container.forward import Walk
 from rac.container.index import check_type, match
 from rac.container.reader import Archive
-from rac.decode.engine import Cpu, Engine, Item, take_units
+from rac.decode.engine import Cpu, Engine, Item, later_units, take_units
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
 from rac.native.prototypes import F32, Array
@@ -97,7 +97,7 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed) -> Iterator[It
     for e in entries:
         if walk.at <= e.at <= walk.at + GAP and walk.at:
             walk.pass_by(e.at - walk.at)
-        walk.at = e.at
+        walk.go(e.at)
         with InFile(archive.access.name, repr(e.name)):
             record = walk.head()
             check_type(record)
@@ -108,7 +108,10 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed) -> Iterator[It
             if words is not None:
                 archive.kept[name] = words.view(np.float32)
 
-        yield Item(archive.access.name, t, partial(take_units, walk, t), partial(objects, archive, t), keep)
+        later = partial(later_units, walk, t, archive.access) if isinstance(feed, Near) else None
+        yield Item(
+            archive.access.name, t, partial(take_units, walk, t), partial(objects, archive, t), keep, later=later
+        )
         with InFile(archive.access.name, repr(e.name)):
             walk.skip(record)
 
@@ -124,7 +127,10 @@ def load(
     """What `engine` (or a CPU engine of so many threads) makes of each entry, in order; all their bytes are checked."""
     if isinstance(engine, int):
         engine = Cpu(engine)
-    feed = RangeRing(archive.access, ranges(entries), engine.ring // 2, trace=engine.trace)
+    if getattr(archive.access, "near", False) and isinstance(engine, Cpu):
+        feed: Feed = Near(archive.access)
+    else:
+        feed = RangeRing(archive.access, ranges(entries), engine.ring // 2, trace=engine.trace)
     try:
         for loaded in engine.run(items(archive, entries, feed)):
             if done:

@@ -7,22 +7,35 @@ every other module calls those of one job, with the numpy twin of each beside it
 """
 
 from rac.native.frequencies import code_length, golomb, join, log2, lookup, sum_classes, tables
-from rac.native.lanes import ans_decode, count_segments, decode_tiles, encode_lanes, find, histogram, pair, symbol_model
+from rac.native.lanes import (
+    ans_decode,
+    count_segments,
+    decode_spans,
+    decode_tiles,
+    encode_lanes,
+    find,
+    histogram,
+    pair,
+    symbol_model,
+)
 from rac.native.library import available, cpus, kernel, using
-from rac.native.prototypes import TILE_ERRORS, Dequant, TileJob, TileShared, address
+from rac.native.prototypes import SHORT, TILE_ERRORS, Dequant, TileJob, TileShared, TileSpan, address
 from rac.native.words import gather, planes, scan, symbols, tops
 
 __all__ = [
+    "SHORT",
     "TILE_ERRORS",
     "Dequant",
     "TileJob",
     "TileShared",
+    "TileSpan",
     "address",
     "ans_decode",
     "available",
     "code_length",
     "count_segments",
     "cpus",
+    "decode_spans",
     "decode_tiles",
     "encode_lanes",
     "find",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rac.errors import ChecksumError, FormatError
 from rac.native.library import library, twin
-from rac.native.prototypes import TILE_ERRORS, Array, TileJob
+from rac.native.prototypes import TILE_ERRORS, Array, TileJob, TileSpan
 
 
 def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumError], str] | None:
@@ -24,6 +24,21 @@ def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumE
     if bad == 8:
         raise MemoryError
     return (at.value, ChecksumError if bad == 4 else FormatError, TILE_ERRORS[bad]) if bad else None
+
+
+def decode_spans(spans: list[TileSpan]) -> tuple[int, int, type[FormatError | ChecksumError], str] | None:
+    """Check and decode runs of tiles, where kernels are `available`.
+
+    None, or of the first tile that is wrong: its run, its number in that, and the error. Checksums of units of up to
+    `SHORT` bytes are left to the caller.
+    """
+    lib = library()
+    assert lib is not None  # noqa: S101 - the caller asked
+    at = (ctypes.c_int64 * 2)()
+    bad = lib.rac_spans(b"".join(spans), len(spans), at)
+    if bad == 8:
+        raise MemoryError
+    return (at[0], at[1], ChecksumError if bad in (4, 10) else FormatError, TILE_ERRORS[bad]) if bad else None
 
 
 def ans_decode(luts: Array, words: Array, counts: Array, segments: Array, n: int) -> NDArray[np.uint8]:

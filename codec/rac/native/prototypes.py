@@ -84,6 +84,12 @@ class TileJob(ctypes.Structure):
     _fields_ = _fields("at unit; i64 size; at row_class col_class dst; i64 rows cols stride; at shared numbers row col")
 
 
+class TileSpan(ctypes.Structure):
+    """Tiles of one tensor whose numbers follow each other, see src/tile.h."""
+
+    _fields_ = [("all", TileJob), *_fields("at units; i64 first tiles tall wide word")]
+
+
 class Quantiser(ctypes.Structure):
     """How the columns of a tensor are quantised (`trellis.Search`), as the kernel takes it."""
 
@@ -109,10 +115,13 @@ TILE_ERRORS = (
     "plane ends in non-zero bits",
     "not enough memory",
     "a word is larger than groups/1 allows",
+    "checksum does not match",
 )
-"""What a kernel has found, by its number; the last two are never those of a tile that the CPU decodes."""
+"""What a kernel has found, by its number; 8 and 9 are never those of a tile that the CPU decodes."""
+SHORT = 240
+"""Bytes of a unit up to which `rac_spans` leaves its checksum to the caller."""
 
-STRUCTURES = (Matrix, Dequant, TileShared, TileJob, Quantiser, Columns)
+STRUCTURES = (Matrix, Dequant, TileShared, TileJob, TileSpan, Quantiser, Columns)
 
 _WORDS = {
     "rac_scan": (c_uint64, Flat, c_int64, c_uint64, c_int, Flat),
@@ -126,6 +135,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_lookup": (None, Flat, c_int64, c_int64, Flat, Flat),
     "rac_golomb": (c_int64, Flat, c_int64, c_int64, c_int, Flat),
     "rac_tiles": (c_int, Flat, c_int64, POINTER(c_int64)),
+    "rac_spans": (c_int, Flat, c_int64, POINTER(c_int64)),
+    "rac_xxh3": (c_uint64, Flat, c_int64),
     "rac_untrellis": (None, Matrix, POINTER(Dequant), Flat, Flat, Matrix, Flat),
     "rac_ungroup": (c_int, Matrix, Matrix, Matrix, Matrix, c_int64, c_int64, c_int),
     "rac_unbits": (None, Flat, c_int64, c_int, Flat),

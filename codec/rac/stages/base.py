@@ -204,6 +204,11 @@ class Chain:
         return [stage.to_head() for stage in (self.coder, self.numbers, self.product) if stage is not None]
 
     @property
+    def plain(self) -> bool:
+        """Whether there is nothing but a coder, which has nothing to prepare."""
+        return not self.fronts and self.numbers is None and self.product is None
+
+    @property
     def method(self) -> str:
         """Name of the last stage, as an index row states it."""
         last = self.product or self.numbers or self.coder

@@ -14,6 +14,7 @@ import pytest
 
 import rac
 from rac import native
+from rac.container import zstd
 from rac.encode.code import classes as cl
 from rac.encode.code.lanes import gather
 from rac.encode.pack import pack_source
@@ -345,3 +346,29 @@ def test_tiles_under_each_instruction_set(lanes, dtype, tmp_path):
             files.add((tmp_path / "a.rac").read_bytes())
             assert rac.load_file(tmp_path / "a.rac", threads=1)["a"].tobytes() == dense.tobytes()
     assert len(files) == 1
+
+
+@pytest.mark.parametrize("cpu", native.cpus())
+def test_checksums_of_units_are_those_of_xxhash(cpu):
+    with native.using(cpu):
+        for n in (241, 255, 256, 257, 512, 1023, 1024, 1025, 1088, 1089, 4096, 10_001):
+            data = np.random.default_rng(n).integers(0, 256, n, np.uint8)
+            assert library.library().rac_xxh3(data, n) == zstd.xxh3(data.data), n
+
+
+@pytest.mark.parametrize("cpu", native.cpus())
+def test_of_a_run_of_tiles_the_first_damaged_one_is_named(cpu, tmp_path):
+    """Whichever tiles are decoded together."""
+    w = np.random.default_rng(0).standard_normal((4096, 192)).astype(ml_dtypes.bfloat16)
+    rac.save_file({"a": w[:999], "w": w}, tmp_path / "w.rac", level="fast")
+    data = (tmp_path / "w.rac").read_bytes()
+    with rac.open(data) as f, native.using(cpu):
+        _, t = f._parsed("w")
+        assert t.tiles >= 4 and t.chain.method == "lanes/1"
+        for i in (0, 3, t.tiles - 1):
+            at = t.record.payload + t.units[t.first + i].offset + 7
+            bad = bytearray(data)
+            bad[at] ^= 1
+            with pytest.raises(rac.ChecksumError, match="checksum does not match") as e:
+                rac.load(bytes(bad))
+            assert e.value.unit == f"'w' unit {t.first + i}"

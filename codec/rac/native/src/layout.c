@@ -18,6 +18,8 @@ const int64_t rac_layout[] = {
     SIZE(rac_job), AT(rac_job, unit), AT(rac_job, size), AT(rac_job, row_class), AT(rac_job, col_class),
     AT(rac_job, dst), AT(rac_job, rows), AT(rac_job, cols), AT(rac_job, stride), AT(rac_job, shared),
     AT(rac_job, numbers), AT(rac_job, row), AT(rac_job, col),
+    SIZE(rac_span), AT(rac_span, all), AT(rac_span, units), AT(rac_span, first), AT(rac_span, tiles),
+    AT(rac_span, tall), AT(rac_span, wide), AT(rac_span, word),
     SIZE(rac_search), AT(rac_search, states), AT(rac_search, h0), AT(rac_search, h1), AT(rac_search, low),
     AT(rac_search, levels), AT(rac_search, most), AT(rac_search, tables), AT(rac_search, lag), AT(rac_search, lane),
     AT(rac_search, rec), AT(rac_search, rate), AT(rac_search, fine), AT(rac_search, row), AT(rac_search, below),

@@ -24,6 +24,14 @@ typedef struct {
     const float *row, *col;     /* scales of the tile's rows and columns, where there are numbers */
 } rac_job;
 
+/* Tiles of one tensor whose numbers follow each other, and their units as they lie in the file */
+typedef struct {
+    rac_job all;                /* the whole tensor as if it were one tile; its unit: those of the tiles, padding between */
+    const uint8_t *units;       /* of each, 8 bytes of length and 8 of checksum; null: one tile, checked before */
+    int64_t first, tiles;       /* number of the first, and how many */
+    int64_t tall, wide, word;   /* rows and columns of a tile; bytes of an element of dst */
+} rac_span;
+
 typedef struct {
     const rac_job *job;
     const rac_shared *shared;

@@ -1,0 +1,209 @@
+"""Jobs of decoding, the threads that do them, and memory for what they make."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+
+from rac import native
+from rac.container.access import Access, InFile
+from rac.container.feed import Held, Trace
+from rac.cpu.work import Place, Work, scratch
+from rac.decoder import Decoder
+from rac.grid import Box
+from rac.native.prototypes import Array
+from rac.tensor import Tensor, empty
+
+LARGE = 4 << 20  # bytes from which on numpy asks for large pages
+FIRST = 1 << 20  # bytes that are taken at first for small tensors; each time twice as many
+ROUND = 1 << 18  # a buffer is a multiple of it, to be of use again
+
+
+class Later(NamedTuple):
+    """Bytes of a file that are read where they are decoded."""
+
+    access: Access
+    at: int
+    size: int  # with the padding behind the last unit
+    used: int  # without it
+    check: Callable[[memoryview], None]  # FormatError where padding is not 0
+
+
+class Opened:
+    """A tensor's decoder, which the thread makes that needs it first: tables and lists take a tenth of all the work."""
+
+    def __init__(self, make: Callable[[], Decoder]) -> None:
+        self._make, self._lock = make, threading.Lock()
+
+    def __call__(self) -> Decoder:
+        """The decoder."""
+        with self._lock:
+            made = self._make()
+            self._make = lambda: made
+            return made
+
+
+Tiles = tuple[Opened, range, Array | Later, Place]
+Join = tuple[Opened, Array, Array, Box]
+
+
+class Job:
+    """Tiles that one thread checks and decodes in one go."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        self.tiles, self.joins = list[Tiles](), list[Join]()
+        self.held = list[Held]()
+        self.size = self.scratch = self.dense = self.late = 0
+        self._buffer: Array | None = None
+        self.done: Future[None] | None = None
+        self.file, self._trace = "", trace
+
+    def run(self) -> None:
+        """Decode, and give the buffers back."""
+        start, work = time.monotonic(), Work()
+        try:
+            with InFile(self.file):
+                read = self._read()
+                for dec, tiles, data, place in self.tiles:
+                    work.add(dec(), tiles, next(read) if isinstance(data, Later) else data, place)
+                for dec, found, dst, box in self.joins:
+                    work.join(dec(), found, dst, box)
+                work.run()
+        finally:
+            self.give()
+        if self._trace:
+            self._trace("decode", start, time.monotonic(), self.dense)
+
+    def _read(self) -> Iterator[Array]:
+        """The bytes that nobody has read yet, piece after piece, in one buffer, which the processor's cache holds."""
+        at = 0
+        for _, _, piece, _ in self.tiles:
+            if isinstance(piece, Later):
+                view = piece.access.view(piece.at, piece.size)
+                if view is not None:
+                    piece.check(view)
+                    yield np.frombuffer(view, np.uint8)[: piece.used]
+                    continue
+                if self._buffer is None:
+                    self._buffer = scratch.take(-(-self.late // ROUND) * ROUND)
+                start, out = time.monotonic(), self._buffer[at : at + piece.size]
+                piece.access.read_into(piece.at, out.data)
+                at += piece.size
+                if self._trace:
+                    self._trace("read", start, time.monotonic(), piece.size)
+                piece.check(out.data)
+                yield out[: piece.used]
+
+    def go(self) -> None:
+        """`run`, what comes of it to `done`."""
+        assert self.done is not None  # noqa: S101
+        try:
+            self.run()
+        except BaseException as e:
+            self.done.set_exception(e)
+            if not isinstance(e, Exception):  # Ctrl-C
+                raise
+        else:
+            self.done.set_result(None)
+
+    def finished(self) -> bool:
+        """True where it was given out, and is done."""
+        return self.done is not None and self.done.done()
+
+    def give(self) -> None:
+        """Let go of everything."""
+        self.tiles.clear()
+        self.joins.clear()
+        if self._buffer is not None:
+            scratch.give([self._buffer])
+            self._buffer = None
+        held, self.held = self.held, []
+        for h in held:
+            h.give()
+
+
+class Team:
+    """Threads that decode jobs in the order in which they are given; who waits for one decodes others meanwhile."""
+
+    def __init__(self, threads: int) -> None:
+        """`threads`: those that are started; the caller's is another."""
+        self._jobs = SimpleQueue[Job | None]()
+        self._threads = [threading.Thread(target=self._work, name="rac-decode", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.go()
+            del job  # or it would live until the next one comes
+
+    def give(self, job: Job) -> None:
+        """Have it done; here where jobs pile up."""
+        self._jobs.put(job)
+        while self._jobs.qsize() > len(self._threads):
+            self._help()
+
+    def _help(self) -> bool:
+        """Do the next job; False where there is none."""
+        try:
+            job = self._jobs.get_nowait()
+        except Empty:
+            return False
+        if job is not None:
+            job.go()
+        return True
+
+    def wait(self, job: Job) -> None:
+        """Until it is done, well or not."""
+        assert job.done is not None  # noqa: S101
+        while not job.done.done() and self._help():
+            pass
+        job.done.exception()
+
+    def close(self) -> None:
+        """End the threads; jobs that nobody has begun are dropped."""
+        with suppress(Empty):
+            while (job := self._jobs.get_nowait()) is not None:
+                job.give()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+class Room:
+    """Memory for small tensors, some megabytes at a time, which the system hands out in large pages.
+
+    A page that is touched for the first time costs as much as it takes to decode what goes into it. Who keeps one of
+    these tensors keeps its neighbours' memory too, `most` bytes at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._next = most, FIRST
+        self._left = np.empty(0, np.uint8)
+
+    def take(self, t: Tensor) -> Array:
+        """The dense matrix of words (R, C) of a tensor, not yet filled; LimitError where memory is short."""
+        size = -(-t.nbytes // 64) * 64
+        if not 0 < size < min(LARGE, self._most):  # numpy asks for large pages itself
+            return empty(t)
+        if size > len(self._left):
+            while self._next < min(size + 64, self._most):
+                self._next *= 2
+            try:
+                fresh = np.empty(min(self._next, self._most), np.uint8)
+            except MemoryError:
+                return empty(t)
+            self._left = fresh[-native.address(fresh) % 64 :]
+            self._next *= 2
+            if size > len(self._left):
+                return empty(t)
+        out, self._left = self._left[: t.nbytes], self._left[size:]
+        return out.view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
