@@ -4,6 +4,8 @@
 #include "lanes512.h"
 #elif defined(AVX2)
 #include "lanes256.h"
+#elif defined(NEON)
+#include "lanes128.h"
 #endif
 
 static inline uint64_t step(uint64_t x, const uint32_t *lut, uint8_t *o, const uint32_t **words, uint32_t *left) {

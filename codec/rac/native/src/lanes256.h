@@ -5,7 +5,7 @@
 typedef struct {
     __m256i hi, lo, left;
     __m256i at; /* addresses of the next words, where a vector has more than one tile: of 2 lanes each 64 bits, of 4
-                   each 128 */
+                   the upper 64 of 128 */
 } lanes8;
 
 /* Of each set of lanes that take a word: how many do before each lane */
@@ -60,7 +60,7 @@ INLINED __m256i words8(__m256i at, const int L) {
     _mm256_store_si256((void *)p, at);
     __asm__("" : "+m"(p)); /* loads again, which are fewer instructions than parts of vectors taken out */
     if (L == 4) {
-        const __m128i a = _mm_loadu_si128(p[0]), b = _mm_loadu_si128(p[2]);
+        const __m128i a = _mm_loadu_si128(p[1]), b = _mm_loadu_si128(p[3]);
         return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
     }
 #define TWO(i) _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(p[i])), p[i + 1]))
@@ -84,14 +84,13 @@ INLINED __m256i refilled8(lanes8 *v, const uint32_t **words, __m256i lo, __m256i
             all = _mm256_add_epi32(one, _mm256_bslli_epi128(one, 4));
             all = _mm256_add_epi32(all, _mm256_bslli_epi128(all, 8));
             before = _mm256_sub_epi32(all, one);
-            all = _mm256_bsrli_epi128(all, 12);
         } else {
             before = _mm256_slli_epi64(one, 32);
-            all = _mm256_srli_epi64(_mm256_add_epi32(one, before), 32);
+            all = _mm256_add_epi32(one, before);
             before = _mm256_add_epi32(before, _mm256_set_epi32(2, 2, 0, 0, 2, 2, 0, 0));
         }
         w = _mm256_permutevar_ps(_mm256_castsi256_ps(words8(v->at, L)), before);
-        v->at = _mm256_add_epi64(v->at, _mm256_slli_epi64(all, 2));
+        v->at = _mm256_add_epi64(v->at, _mm256_srli_epi64(all, 30)); /* 4 for each, which count in the upper halves */
     }
     return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(lo), w, _mm256_castsi256_ps(need)));
 }
@@ -138,7 +137,7 @@ INLINED void rows256_of(rac_lanes **tile, int64_t steps, const int N, const int 
         v[k].hi = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)), 0xd8); \
         v[k].left = _mm256_loadu_si256((const void *)(left + 8 * k)); \
         if (L == 2) v[k].at = _mm256_loadu_si256((const void *)(words + 4 * k)); \
-        if (L == 4) v[k].at = _mm256_set_epi64x(0, (int64_t)words[2 * k + 1], 0, (int64_t)words[2 * k]); }
+        if (L == 4) v[k].at = _mm256_set_epi64x((int64_t)words[2 * k + 1], 0, (int64_t)words[2 * k], 0); }
 #define EACH(M) M(0) if (V > 1) { M(1) } if (V > 2) { M(2) M(3) } if (V > 4) { M(4) M(5) M(6) M(7) }
     EACH(ENTER)
     const uint32_t *w[4] = {words[0], words[1], words[2], words[3]}; /* of tiles that are vectors */
@@ -156,8 +155,8 @@ INLINED void rows256_of(rac_lanes **tile, int64_t steps, const int N, const int 
         _mm256_storeu_si256((void *)(st + 8 * k + 4), _mm256_permute2x128_si256(a, b, 0x31)); \
         _mm256_storeu_si256((void *)(left + 8 * k), v[k].left); \
         if (L == 2) _mm256_storeu_si256((void *)(words + 4 * k), v[k].at); \
-        if (L == 4) words[2 * k] = (const uint32_t *)_mm256_extract_epi64(v[k].at, 0); \
-        if (L == 4) words[2 * k + 1] = (const uint32_t *)_mm256_extract_epi64(v[k].at, 2); \
+        if (L == 4) words[2 * k] = (const uint32_t *)_mm256_extract_epi64(v[k].at, 1); \
+        if (L == 4) words[2 * k + 1] = (const uint32_t *)_mm256_extract_epi64(v[k].at, 3); \
         if (L >= 8) words[k / P] = w[k / P]; }
     EACH(LEAVE)
     for (int k = 0; k < N; k++) {

@@ -5,7 +5,7 @@
 typedef struct {
     __m512i hi, lo, left;
     __m512i at; /* addresses of the next words, where a vector has more than two tiles: of 2 lanes each 64 bits, of 4
-                   each 128 */
+                   the upper 64 of 128 */
 } lanes16;
 
 /* Table entries of 16 lanes, L of each tile. Loads that are merged: the gathers of some CPUs are slower, and inserts
@@ -52,10 +52,10 @@ INLINED __m512i words16(__m512i at, const int L) {
     _mm512_store_si512(p, at);
     __asm__("" : "+m"(p)); /* loads again, which are fewer instructions than parts of vectors taken out */
     if (L == 4) {
-        __m512i w = _mm512_castsi128_si512(_mm_loadu_si128(p[0]));
-        w = _mm512_inserti32x4(w, _mm_loadu_si128(p[2]), 1);
-        w = _mm512_inserti32x4(w, _mm_loadu_si128(p[4]), 2);
-        return _mm512_inserti32x4(w, _mm_loadu_si128(p[6]), 3);
+        __m512i w = _mm512_castsi128_si512(_mm_loadu_si128(p[1]));
+        w = _mm512_inserti32x4(w, _mm_loadu_si128(p[3]), 1);
+        w = _mm512_inserti32x4(w, _mm_loadu_si128(p[5]), 2);
+        return _mm512_inserti32x4(w, _mm_loadu_si128(p[7]), 3);
     }
 #define TWO(i) _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(p[i])), p[i + 1]))
     const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(TWO(0)), TWO(2), 1);
@@ -85,14 +85,13 @@ INLINED __m512i refilled16(lanes16 *v, const uint32_t **words, __m512i lo, __mma
         all = _mm512_add_epi32(one, _mm512_bslli_epi128(one, 4));
         all = _mm512_add_epi32(all, _mm512_bslli_epi128(all, 8));
         before = _mm512_sub_epi32(all, one);
-        all = _mm512_bsrli_epi128(all, 12);
     } else {
         before = _mm512_slli_epi64(one, 32);
-        all = _mm512_srli_epi64(_mm512_add_epi32(one, before), 32);
+        all = _mm512_add_epi32(one, before);
         before = _mm512_add_epi32(before, _mm512_set_epi32(2, 2, 0, 0, 2, 2, 0, 0, 2, 2, 0, 0, 2, 2, 0, 0));
     }
     const __m512 w = _mm512_castsi512_ps(words16(v->at, L));
-    v->at = _mm512_add_epi64(v->at, _mm512_slli_epi64(all, 2));
+    v->at = _mm512_add_epi64(v->at, _mm512_srli_epi64(all, 30)); /* 4 for each, which count in the upper halves */
     return _mm512_castps_si512(_mm512_mask_permutevar_ps(_mm512_castsi512_ps(lo), need, w, before));
 }
 
@@ -100,7 +99,7 @@ INLINED __m512i refilled16(lanes16 *v, const uint32_t **words, __m512i lo, __mma
  * so that neither, nor the first with the place in the table, has more than 32. */
 INLINED void step16(lanes16 *v, const uint32_t *const *lut, const uint32_t **words, uint8_t *const *out, int64_t t,
                     const int L) {
-    const __m512i low12 = _mm512_set1_epi32(4095), e = entries16(lut, v->lo, L);
+    const __m512i low12 = _mm512_set1_epi32(4095), one = _mm512_set1_epi32(1), e = entries16(lut, v->lo, L);
     put16(out, t, e, L);
     const __m512i f = _mm512_srli_epi32(e, 20), d = _mm512_and_si512(_mm512_srli_epi32(e, 8), low12);
     const __m512i a = _mm512_srli_epi32(v->lo, 24), b = _mm512_slli_epi32(v->hi, 8);
@@ -109,10 +108,10 @@ INLINED void step16(lanes16 *v, const uint32_t *const *lut, const uint32_t **wor
     const __m512i second = _mm512_mullo_epi32(_mm512_srli_epi32(v->hi, 12), f);
     const __m512i hi = _mm512_add_epi32(second, _mm512_srli_epi32(first, 20));
     const __m512i lo = _mm512_ternarylogic_epi32(low12, v->lo, _mm512_slli_epi32(first, 12), 0xca);
-    const __mmask16 need = _mm512_mask_test_epi32_mask(_mm512_testn_epi32_mask(hi, hi), v->left, v->left);
+    const __mmask16 need = _mm512_cmpgt_epu32_mask(_mm512_min_epu32(v->left, one), hi); /* hi is 0, left is not */
     v->hi = _mm512_mask_mov_epi32(hi, need, lo);
     v->lo = refilled16(v, words, lo, need, L);
-    v->left = _mm512_mask_sub_epi32(v->left, need, v->left, _mm512_set1_epi32(1));
+    v->left = _mm512_mask_sub_epi32(v->left, need, v->left, one);
 }
 
 /* `steps` rows of N tiles of L lanes, in V vectors, each a part of a tile or T tiles. A row may read as many words as
@@ -138,7 +137,7 @@ INLINED void rows512_of(rac_lanes **tile, int64_t steps, const int N, const int 
         v[k].hi = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b); \
         v[k].left = _mm512_loadu_si512(left + 16 * k); \
         if (L == 2) v[k].at = _mm512_loadu_si512(words + 8 * k); \
-        if (L == 4) v[k].at = _mm512_maskz_expand_epi64(0x55, _mm512_maskz_loadu_epi64(15, words + 4 * k)); }
+        if (L == 4) v[k].at = _mm512_maskz_expand_epi64(0xaa, _mm512_maskz_loadu_epi64(15, words + 4 * k)); }
 #define EACH(M) M(0) if (V > 1) { M(1) } if (V > 2) { M(2) M(3) }
     EACH(ENTER)
     const uint32_t *w[4] = {words[0], words[1], words[2], words[3]}; /* of tiles that are vectors */
@@ -157,7 +156,7 @@ INLINED void rows512_of(rac_lanes **tile, int64_t steps, const int N, const int 
         _mm512_storeu_si512(st + 16 * k + 8, _mm512_permutex2var_epi32(v[k].lo, behind, v[k].hi)); \
         _mm512_storeu_si512(left + 16 * k, v[k].left); \
         if (L == 2) _mm512_storeu_si512(words + 8 * k, v[k].at); \
-        if (L == 4) _mm512_mask_storeu_epi64(words + 4 * k, 15, _mm512_maskz_compress_epi64(0x55, v[k].at)); \
+        if (L == 4) _mm512_mask_storeu_epi64(words + 4 * k, 15, _mm512_maskz_compress_epi64(0xaa, v[k].at)); \
         if (L >= 16) words[k / P] = w[k / P]; }
     EACH(LEAVE)
     for (int k = 0; k < N; k++) {
