@@ -55,11 +55,11 @@ INLINED void rows_of(rac_lanes **tile, int64_t steps, const int N, const int L) 
         memcpy(tile[k]->st, x[k], 8 * (size_t)L);
         memcpy(tile[k]->left, left[k], 4 * (size_t)L);
         tile[k]->words = words[k];
-        tile[k]->out += steps * L;
+        tile[k]->out = out[k] + steps * L;
     }
 }
 
-/* Ways to step several tiles; the most tiles at once come first */
+/* Ways to step several tiles */
 typedef struct { int64_t lanes; int tiles; void (*run)(rac_lanes **, int64_t); } way;
 #define WAYS(W) W(4, 1) W(4, 2) W(4, 4) W(2, 1) W(2, 2) W(2, 4)
 #define ROWS(n, l) static void rows_##n##x##l(rac_lanes **t, int64_t steps) { rows_of(t, steps, n, l); }
@@ -74,11 +74,19 @@ static const way ways[] = {SIMD_WAYS(SIMD_WAY) WAYS(WAY) {0}};
 static const way ways[] = {WAYS(WAY) {0}};
 #endif
 
-/* What steps as many of n tiles at once as it can; tiles is 0 where there is nothing for so many lanes */
+/* What steps n tiles at once, or else as many as there is something for; run is null where there is nothing */
 static const way *way_of(int n, int64_t lanes) {
-    const way *w = ways;
-    while (w->run && (w->lanes != lanes || w->tiles > n)) w++;
-    return w;
+    const way *found = 0, *w = ways;
+    for (; w->run; w++)
+        if (w->lanes == lanes && (!found || (w->tiles >= n && w->tiles < found->tiles))) found = w;
+    return found ? found : w;
+}
+
+/* The next `steps` rows of the first tiles of n, as many as the way takes */
+static void run(const way *w, rac_lanes **tile, int n, int64_t steps) {
+    rac_lanes *all[SIDE_BY_SIDE];
+    for (int k = 0; k < w->tiles; k++) all[k] = tile[k < n ? k : 0]; /* one tile several times: the same is written */
+    w->run(all, steps);
 }
 
 /* The next `n` symbols of one tile */
@@ -87,7 +95,7 @@ void rac_rows(rac_lanes *t, int64_t n, int64_t lanes) {
     while (w->run) { /* a row takes at most `lanes` words, so that so many rows are safe */
         const int64_t steps = least(n / lanes, (t->end - t->words) / lanes);
         if (steps < 4) break;
-        w->run(&t, steps);
+        run(w, &t, 1, steps);
         n -= steps * lanes;
     }
     rows_plain(t, n, lanes);
@@ -104,11 +112,11 @@ int rac_abreast(int64_t lanes) {
 /* Step n tiles until one is at the end of its table, or all but one row */
 void rac_side_by_side(rac_lanes **tile, int n, int64_t lanes) {
     const way *w = way_of(n, lanes);
-    const int take = w->run ? w->tiles : 1;
+    const int take = !w->run ? 1 : w->tiles < n ? w->tiles : n;
     int64_t steps = w->run ? INT64_MAX : 0;
     for (int k = 0; k < take && steps; k++)
         steps = least(steps, least(tile[k]->rest / lanes, (tile[k]->end - tile[k]->words) / lanes));
-    if (steps > 0) w->run(tile, steps);
+    if (steps > 0) run(w, tile, take, steps);
     for (int k = 0; k < take; k++) {
         rac_lanes *t = tile[k];
         t->rest -= steps * lanes;

@@ -114,7 +114,7 @@ INLINED void rows128_of(rac_lanes **tile, int64_t steps, const int N, const int 
     EACH(LEAVE)
     for (int k = 0; k < N; k++) {
         tile[k]->words = words[k];
-        tile[k]->out += steps * L;
+        tile[k]->out = out[k] + steps * L;
     }
 #undef STATE
 #undef SECOND

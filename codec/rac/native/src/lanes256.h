@@ -163,7 +163,7 @@ INLINED void rows256_of(rac_lanes **tile, int64_t steps, const int N, const int 
         memcpy(tile[k]->st, st + L * k, 8 * (size_t)L);
         memcpy(tile[k]->left, left + L * k, 4 * (size_t)L);
         tile[k]->words = words[k];
-        tile[k]->out += steps * L;
+        tile[k]->out = out[k] + steps * L;
     }
 #undef ENTER
 #undef EACH
