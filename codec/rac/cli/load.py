@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from rac.cli.archives import dense
 from rac.cli.terminal import Progress, argument, command, parse_size, say, size, tell
 from rac.container.access import NoRangesError
 from rac.container.output import write_whole
+from rac.system import peak_memory
 
 HELP = """\
 Load every tensor, as a program would, and say how long what took.
@@ -111,9 +111,10 @@ def _at_random(args: argparse.Namespace) -> int:
             busy, n = busy_time(mine), sum(e.size for e in mine)
             stages[stage] = {"bytes": n, "seconds": busy}
             say(f"  {stage:<7} {size(n):>9} in {busy:6.3f} s  {n / max(busy, 1e-9) / 1e9:6.2f} GB/s")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_memory()
     there = f", {size(cuda.max_memory_allocated(args.device))} on {args.device}" if on_gpu else ""
-    say(f"  memory   {size(peak)} at most{there}")
+    if peak or there:
+        say(f"  memory   {size(peak)} at most{there}")
     if args.timeline:
         _draw(args.timeline, events, seconds, f"{args.src}: {decoder}")
         say(f"  timeline {args.timeline}")

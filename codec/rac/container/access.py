@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rac.errors import MissingFileError, RacError, SourceError, TruncatedError
+from rac.system import RAW, Positioned
 
 
 class NoRangesError(SourceError):
@@ -86,20 +87,20 @@ def read(access: Access, at: int, size: int) -> bytes:
 
 
 class FileAccess(Access):
-    """A regular file, read with pread. It is closed when nobody refers to it; copies and pickles open it again."""
+    """A regular file, read at places. It is closed when nobody refers to it; copies and pickles open it again."""
 
     parallel = 4
-    near = hasattr(os, "posix_fadvise")  # or a disk would have one read at a time
+    near = Positioned.AHEAD  # or a disk would have one read at a time
 
     def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         self.name, self._path = name or os.fspath(path), os.path.abspath(path)
         with guarded(SourceError, self.name):
             if os.path.exists(self._path) and not os.path.isfile(self._path):  # opening a pipe would wait
                 raise SourceError("not a regular file", file=self.name)
-            self._fd = os.open(self._path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            self._close = weakref.finalize(self, os.close, self._fd)
+            fd = os.open(self._path, os.O_RDONLY | RAW)
+            self._file, self._close = Positioned(fd), weakref.finalize(self, os.close, fd)
             self._close.atexit = False
-            self.size = os.fstat(self._fd).st_size
+            self.size = os.fstat(fd).st_size
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
@@ -108,7 +109,7 @@ class FileAccess(Access):
             raise SourceError("was closed before it was read", file=self.name)
         try:
             while done < len(out):
-                got = os.preadv(self._fd, [out[done:]], at + done)
+                got = self._file.read(out[done:], at + done)
                 if not got:
                     raise TruncatedError("file ends early", file=self.name, offset=at + done)
                 done += got
@@ -119,7 +120,7 @@ class FileAccess(Access):
         """Have the system read them meanwhile."""
         with suppress(OSError):  # a file system that cannot
             if self._close.alive:
-                os.posix_fadvise(self._fd, at, size, os.POSIX_FADV_WILLNEED)
+                self._file.soon(at, size)
 
     def close(self) -> None:
         """Close the file."""

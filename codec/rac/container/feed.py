@@ -6,25 +6,18 @@ then is the buffer filled again: nothing is copied but what lies across two buff
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import select
 import socket
-import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from rac import system
 from rac.container.access import Access, guarded
 from rac.errors import SourceError, TruncatedError
-
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
 
 PIECE = 1 << 20  # bytes that a claim of a length is worth before they arrive
 SLOT = 4 << 20  # bytes of one read of a file, and of one buffer
@@ -311,8 +304,10 @@ class StreamRing(_Ring):
         self._stream = stream
         # to wait on, where all that has arrived can be seen at it
         raw = stream.raw if isinstance(stream, io.BufferedReader) else stream
-        self._file: int | None = raw.fileno() if isinstance(raw, io.FileIO | socket.socket) else None
-        _widen(self._file)
+        seen = isinstance(raw, io.FileIO | socket.socket) and system.waits_on_files()
+        self._file: int | None = raw.fileno() if seen else None
+        if self._file is not None:
+            system.widen(self._file, PIECE)
         self._wakers = os.pipe() if self._file is not None else None
         # the first read is made here: it empties the buffer of a buffered reader, of which select knows nothing
         self._first = self._more(0, time.monotonic())
@@ -351,10 +346,7 @@ class StreamRing(_Ring):
         if callable(pending) and pending():
             return True
         waker = self._wakers[0]
-        poll = select.poll()
-        poll.register(self._file, select.POLLIN)
-        poll.register(waker, select.POLLIN)
-        return waker not in (fd for fd, _ in poll.poll())
+        return waker not in system.ready(self._file, waker)
 
     def close(self) -> None:
         """Stop the thread; the stream stays open."""
@@ -366,14 +358,6 @@ class StreamRing(_Ring):
             for fd in self._wakers:
                 os.close(fd)
             self._wakers = None
-
-
-def _widen(file: int | None) -> None:
-    """Let a pipe hold PIECE bytes, where the system can: each time that it is full or empty costs two switches."""
-    size = getattr(fcntl, "F_SETPIPE_SZ", None)
-    if file is not None and size is not None and stat.S_ISFIFO(os.fstat(file).st_mode):
-        with contextlib.suppress(OSError):  # more than this user may have
-            fcntl.fcntl(file, size, max(PIECE, fcntl.fcntl(file, fcntl.F_GETPIPE_SZ)))
 
 
 def _reader(stream: Any, name: str) -> Callable[[memoryview], int]:

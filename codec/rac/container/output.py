@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from rac.container.access import guarded
 from rac.errors import OutputError
+from rac.system import UNFOLLOWED
 
 PART = ".part"  # ending of a file that is not whole yet
 _KINDS = {stat.S_IFCHR: "character device", stat.S_IFBLK: "block device", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
@@ -36,7 +37,7 @@ def part(path: str) -> BinaryIO:
     """The file `path` + PART, open for reading and writing from its start; OutputError for what is no regular file."""
     name = path + PART
     with guarded(OutputError, name):
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | UNFOLLOWED, 0o666)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise OutputError("is no regular file", file=name)
@@ -56,18 +57,10 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
             try:
                 f.truncate(0)
                 f.write(data)
-                f.flush()
+                f.close()  # Windows renames nothing that is open
                 os.replace(name + PART, name)
             except BaseException:
                 with contextlib.suppress(OSError):
+                    f.close()
                     os.unlink(name + PART)
                 raise
-
-
-def sync_folder(path: str) -> None:
-    """Bring a rename to disk."""
-    fd = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

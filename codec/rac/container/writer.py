@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -12,10 +11,11 @@ from typing import Any, BinaryIO
 
 from rac.container import index, wire
 from rac.container.access import guarded
-from rac.container.output import PART, destination, part, sync_folder
+from rac.container.output import PART, destination, part
 from rac.errors import OutputError
 from rac.records import Entry
 from rac.registry import RECORD_INDEX
+from rac.system import lock, sync_folder
 
 
 class Writer:
@@ -28,7 +28,7 @@ class Writer:
         self.at, self._named = 0, False
         self._file: BinaryIO = part(self.path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
         except OSError as e:
             self._file.close()
             raise OutputError("another process is writing this file", file=self.part) from e

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO
 
+from rac import system
 from rac.container.output import PART, destination, part
 from rac.container.reader import Archive
 from rac.decode import random, zips
@@ -149,7 +150,7 @@ class _Chosen:
             links = {n: to for n, to in links.items() if n in taken}
         folders = [os.path.join(target, *safe_name(n).split("/")) for n in folders]
         paths = [o.path for o in outputs] + [os.path.join(target, *safe_name(n).split("/")) for n in files]
-        if len(set(paths)) != len(paths):
+        if len(set(map(os.path.normcase, paths))) != len(paths):
             raise FormatError("an attachment has the name of a weight file", file=archive)
         return cls(outputs, files, folders, links, paths)
 
@@ -197,8 +198,7 @@ def write_file(path: str, f: RacFile, name: str) -> None:
         file.truncate(0)
         for n in (piece_name(name, i) for i in range(pieces[name])) if name in pieces else [name]:
             file.write(f.attachment(n))
-        file.flush()
-        os.replace(path + PART, path)
+    os.replace(path + PART, path)  # closed before: Windows renames nothing that is open
 
 
 def checked_links(links: Mapping[str, str]) -> Mapping[str, str]:
@@ -226,13 +226,15 @@ def _make(target: str, folders: Iterable[str], links: Mapping[str, str], force: 
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if force and os.path.islink(path):
             os.unlink(path)
-        os.symlink(to, path)
+        system.link(to, path)
 
 
 def safe_name(name: str) -> str:
     """The name of a file below the target folder; FormatError for one that leads out of it."""
     if {"", ".", ".."} & set(name.split("/")) or set("\\:\0") & set(name) or name.endswith(".part"):
         raise FormatError(f"the file name {name!r} is not allowed")
+    if system.unusable(name):
+        raise OutputError(f"no file of this system can be called {name!r}; unpack it on another one")
     return name
 
 

@@ -92,7 +92,7 @@ def replaceable(folder: str, force: bool, names: Iterable[str]) -> None:
     if not os.path.isdir(folder):
         raise OutputError("is no folder", file=folder)
     inside = Path(folder).rglob("*")
-    found = [os.path.relpath(p, folder) for p in inside if p.is_symlink() or not p.is_dir()]
+    found = [p.relative_to(folder).as_posix() for p in inside if p.is_symlink() or not p.is_dir()]
     if found and not _written(folder):
         raise OutputError("is a folder that rac did not write, and is not replaced; name another one", file=folder)
     own = {*names, "config.json"}
@@ -164,8 +164,10 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) 
     if len(files) > 1:
         total = sum(lazy.nbytes for lazy in state.lazy.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        Path(folder, "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+        Path(folder, "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True), "utf-8", newline="\n"
+        )
     path = Path(folder, "config.json")
     stated = plain(json.loads(path.read_text("utf-8"))) | {"quantization_config": RacConfig(records=heads).to_dict()}
-    path.write_text(json.dumps(stated, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    path.write_text(json.dumps(stated, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8", newline="\n")
     return len(heads), len(state.lazy)

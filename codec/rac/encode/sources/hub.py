@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from rac import system
 from rac.calibrate.text import Note
 from rac.container.access import Access, ChangedError, guarded
 from rac.container.access import read as access_read
@@ -135,6 +136,7 @@ class HubTape:
             with guarded(OutputError, beside):
                 folder = os.path.dirname(os.path.abspath(beside))
                 self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `close` closes it
+                self._disk = system.Positioned(self._file.fileno())
             self._thread = threading.Thread(target=self._work, args=(by_file,), name="rac-hub", daemon=True)
             self._thread.start()
 
@@ -153,7 +155,7 @@ class HubTape:
         while done < len(out):  # in two parts where it goes over the end of the file
             place = (at + done) % self.limit
             part = out[done : done + min(len(out) - done, self.limit - place)]
-            done += os.preadv(self._file.fileno(), [part], place)
+            done += self._disk.read(part, place)
         return True
 
     def release(self, tensor: SourceTensor) -> None:
@@ -232,7 +234,7 @@ class HubTape:
                 place = (self._head + done) % size
                 part = view[done : done + min(len(view) - done, size - place)]
                 with guarded(OutputError, "the temporary file beside the output"):
-                    done += os.pwritev(self._file.fileno(), [part], place)
+                    done += self._disk.write(part, place)
             self._head += done
             self._change.notify_all()
 
@@ -363,7 +365,7 @@ def downloaded(where: Address, beside: str, note: Note) -> Iterator[tuple[str, S
 def _download(file: HubFile, path: str) -> str:
     """Write a file; returns its SHA-256."""
     if cached := file.cached:
-        os.symlink(cached, path)
+        system.link(cached, path)
         found = hash_file(path)
     else:
         access, sha256 = file.open(), hashlib.sha256()
