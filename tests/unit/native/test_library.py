@@ -1,0 +1,155 @@
+"""Libraries of kernels that are not there, not of this machine, or of another version: one line each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import rac
+from rac import native
+from rac.cli import main
+from rac.native import lanes, library
+from rac.native.prototypes import VERSION, layout
+
+CODE = """
+import sys
+from pathlib import Path
+from rac.native import library
+library._FOLDER = Path(sys.argv.pop(1))
+if sys.argv.pop(1) == "numpy":
+    sys.modules["numba"] = None
+from rac.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def cli(folder, *arguments, twin="numpy", **env):
+    """`rac` with the libraries of a folder: exit code, output, and lines of errors and warnings."""
+    base = {k: v for k, v in os.environ.items() if k not in ("RAC_NO_NATIVE", "RAC_CPU")}
+    command = [sys.executable, "-c", CODE, str(folder), twin, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=base | env)
+    return done.returncode, done.stdout, done.stderr.splitlines()
+
+
+def ours(folder, *cpus):
+    """Copies of the libraries of this machine."""
+    for cpu in cpus:
+        shutil.copy(library._path(cpu), folder)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    path = tmp_path / "m.rac"
+    rac.save_file({"w": np.random.default_rng(1).standard_normal((60, 300)).astype("f4")}, path)
+    return path
+
+
+@pytest.mark.parametrize("twin", ["numba", "numpy"])
+def test_no_library_at_all_is_said_once(tmp_path, archive, twin):
+    code, out, said = cli(tmp_path, "load", archive, "--bench", twin=twin)
+    assert code == 0
+    assert f"CPU ({twin}, " in out
+    (line,) = said
+    assert line.startswith("rac: the C kernels were not built; to get them, install rac-codec again")
+    assert f"Until then {twin} decodes, " in line
+    assert "nothing can be packed with loss" in line
+
+
+def test_packing_with_loss_without_a_library(tmp_path, archive):
+    np.save(tmp_path / "w.npy", np.random.default_rng(1).standard_normal((200, 300)).astype("f4"))
+    code, _, said = cli(tmp_path, "pack", tmp_path / "w.npy", "-o", tmp_path / "w.rac", "--bits", "3")
+    assert code == 2
+    assert "lossy packing needs the C kernel" in said[-1]
+    assert not (tmp_path / "w.rac").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("_generic.dll" if library.SUFFIX != ".dll" else "_generic.so", "are those of another platform or version"),
+        (f"_generic{library.SUFFIX}", "do not load on this machine"),
+    ],
+)
+def test_a_library_of_another_platform(tmp_path, archive, name, why):
+    (tmp_path / name).write_bytes(b"MZ" + bytes(4000))
+    code, _, said = cli(tmp_path, "load", archive)
+    assert code == 0
+    assert len(said) == 1
+    assert why in said[0]
+    assert name in said[0]
+    code, out, said = cli(tmp_path, "--version", "--verbose")
+    assert code == 0
+    assert why in out
+    code, _, said = cli(tmp_path, "load", archive, RAC_CPU="generic")
+    assert code == 1
+    assert len(said) == 1
+    assert said[0].startswith("rac: RAC_CPU is 'generic', but the C kernels")
+    assert why in said[0]
+
+
+def test_a_library_of_another_version(tmp_path, archive):
+    ours(tmp_path, *native.cpus())
+    path = tmp_path / library._path(native.cpus()[-1]).name
+    begin, data = struct.pack("<2q", VERSION, layout()[1][1]), path.read_bytes()
+    assert data.count(begin) == 1
+    path.write_bytes(data.replace(begin, struct.pack("<2q", VERSION - 1, layout()[1][1])))
+    code, _, said = cli(tmp_path, "load", archive)
+    assert code == 2
+    assert said == [
+        f"rac: {path.name} is not of this version of rac (version); {library.AGAIN} [{path}]",
+    ]
+
+
+def test_a_library_of_something_else(tmp_path):
+    found = next(iter(Path(np.__file__).parent.rglob("_umath_linalg*")))  # loads, and has no kernels
+    shutil.copy(found, tmp_path / f"_generic{library.SUFFIX}")
+    with pytest.raises(rac.RacError, match="is no library of this version of rac"):
+        library.Library(tmp_path / f"_generic{library.SUFFIX}")
+
+
+def test_what_rac_cpu_asks_for_and_is_not_there(tmp_path, archive):
+    ours(tmp_path, "generic")
+    code, out, said = cli(tmp_path, "load", archive)
+    assert (code, said) == (0, [])
+    assert "CPU (C, " in out
+    for cpu in native.cpus()[1:]:
+        code, _, said = cli(tmp_path, "load", archive, RAC_CPU=cpu)
+        assert (code, said) == (1, [f"rac: RAC_CPU is {cpu!r}, for which no kernels are here; {library.AGAIN}"])
+    lacking = next(cpu for cpu in library.CPUS if cpu not in library._has())
+    code, _, said = cli(tmp_path, "load", archive, RAC_CPU=lacking)
+    assert (code, len(said)) == (1, 1)
+    assert said[0].startswith(f"rac: RAC_CPU is {lacking!r}, which this processor lacks; it has generic")
+
+
+def test_version_says_which_kernels_run(capsys):
+    assert main(["--version", "--verbose"]) == 0
+    said = capsys.readouterr().out
+    assert f"kernels   {native.kernel()}" in said
+    assert ", ".join(native.cpus()) in said
+
+
+def test_a_cache_of_numba_that_cannot_be_used(archive, monkeypatch):
+    """Half-written, or in a place where nothing can be written: one warning, and the same numbers."""
+    expected, real = rac.load_file(archive)["w"], lanes._compiled
+
+    def damaged(cache):
+        if cache:
+            raise EOFError("Ran out of input")
+        return real(cache)
+
+    monkeypatch.setattr(lanes, "_compiled", damaged)
+    monkeypatch.setattr(lanes, "_uncached", [])
+    with native.using(None), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert (rac.load_file(archive)["w"] == expected).all()
+    (one,) = said
+    assert str(one.message).startswith("rac: numba's cache cannot be used (Ran out of input); ")
