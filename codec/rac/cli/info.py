@@ -9,12 +9,13 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from rac.cli.archives import opened
 from rac.cli.terminal import argument, command, fitted, size, tell
-from rac.container.access import InFile
+from rac.container.access import InFile, NoRangesError
 from rac.container.forward import Forward
 from rac.container.index import method_of
 from rac.decode.random import parse
@@ -64,6 +65,13 @@ def _files(src: str) -> list[_File]:
     """Header, index and heads of the archive, from its ends or from a stream."""
     if src == "-" or (os.path.exists(src) and not os.path.isfile(src) and not os.path.isdir(src)):
         return [_stream(src)]
+    try:
+        return _at_random(src)
+    except NoRangesError:
+        return [_stream(src)]
+
+
+def _at_random(src: str) -> list[_File]:
     out = []
     with opened(src) as archives:
         for a in archives:
@@ -78,9 +86,18 @@ def _files(src: str) -> list[_File]:
     return out
 
 
+def _forward(src: str) -> Any:
+    """What can only be read forward: standard input, a pipe, a URL whose server has no ranges."""
+    if "://" in src:
+        from rac.container.remote import open_body  # imports more than a local path needs
+
+        return open_body(src)
+    return sys.stdin.buffer if src == "-" else open(src, "rb")
+
+
 def _stream(src: str) -> _File:
     heads = {}
-    with sys.stdin.buffer if src == "-" else open(src, "rb") as f:
+    with closing(_forward(src)) as f:
         forward = Forward(f, "<stdin>" if src == "-" else src)
         objects, mapped = Objects(forward.limits), Provenance.of(forward.header, forward.name).online > 0
         for record in forward.records():

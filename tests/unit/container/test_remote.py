@@ -102,6 +102,8 @@ def test_a_server_without_ranges(data, tmp_path, capsys):
         assert equal({n: t.numpy() for n, t in rac.load_file(url, framework="pt").items()})
         with pytest.raises(rac.TruncatedError):
             rac.load_file(server.url("cut.rac"))
+        assert main(["info", url]) == 0 and "12 tensors" in capsys.readouterr().out
+        assert main(["ls", url]) == 0 and "layer 11" in capsys.readouterr().out
         assert equal(dict(rac.stream(url)))
         assert rac.verify(url).tensors == 12
         rac.unpack(url, tmp_path / "m.safetensors")
