@@ -118,7 +118,7 @@ def rates(folder: Path, every: int = 15) -> None:
 
 def least(p: Any, x: Any, slope: float, rounds: int = 150) -> tuple[float, float]:
     """(rate in bits, squared error) of a source of values `x` where the rate-distortion curve has this slope."""
-    y = np.arange(-7, 7.01, 0.125)
+    p, x, y = p[p > 0], x[p > 0], np.arange(-7, 7.01, 0.125)
     d = (x[:, None] - y[None]) ** 2
     a = np.exp(-slope * (d - d.min(1, keepdims=True)))
     q = np.full(len(y), 1 / len(y))
