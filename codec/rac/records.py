@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rac.registry import ONLINE
 
@@ -48,8 +48,7 @@ def record_size(head_size: int, payload_size: int) -> int:
     return 64 * (-(-(32 + head_size) // 64) + -(-payload_size // 64))
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(NamedTuple):
     """One independently read and checked byte range, relative to the payload."""
 
     offset: int

@@ -45,10 +45,10 @@ class Positioned:
         out[: len(data)] = data
         return len(data)
 
-    def soon(self, at: int, size: int) -> None:
-        """Have the system read these bytes meanwhile, where it can; OSError on a file system that cannot."""
+    def ahead(self) -> None:
+        """Have the system read further ahead, where it can; OSError on a file system that cannot."""
         if self.AHEAD:
-            os.posix_fadvise(self._fd, at, size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
     def write(self, data: memoryview, at: int) -> int:
         """Write to a place; the bytes that were taken."""

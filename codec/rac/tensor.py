@@ -210,8 +210,9 @@ def _check_units(t: Tensor, limits: Limits) -> None:
         raise FormatError(f"an empty tensor has no {chain.method}", offset=at)
     if t.nbytes > limits.free_alloc + limits.expansion * size:
         raise LimitError(f"tensor of {t.nbytes} bytes from {size} stored bytes", offset=at)
+    of_tile = t.most(t.first)
     for i, unit in enumerate(t.units):
-        if unit.size > t.most(i):
+        if unit.size > (t.most(i) if i < t.first else of_tile):
             raise FormatError(f"unit {i} is larger than its tile can need", offset=t.record.payload + unit.offset)
 
 

@@ -66,8 +66,8 @@ class Access:
         """The bytes themselves where they are in memory; None: they have to be read."""
         return None
 
-    def soon(self, at: int, size: int) -> None:
-        """Bytes that will be asked for."""
+    def ahead(self) -> None:
+        """Have the system read ahead, from here on: bytes will be asked for in their order."""
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`; TruncatedError where the bytes end."""
@@ -116,11 +116,11 @@ class FileAccess(Access):
         except OSError as e:
             raise SourceError(e.strerror or str(e), file=self.name, offset=at) from e
 
-    def soon(self, at: int, size: int) -> None:
-        """Have the system read them meanwhile."""
+    def ahead(self) -> None:
+        """Have the system read ahead."""
         with suppress(OSError):  # a file system that cannot
             if self._close.alive:
-                self._file.soon(at, size)
+                self._file.ahead()
 
     def close(self) -> None:
         """Close the file."""

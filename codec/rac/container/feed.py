@@ -74,13 +74,13 @@ class Near(Feed):
 
     def __init__(self, access: Access) -> None:
         self.name, self.access = access.name, access
-        self._at = self._soon = 0
+        self._at = 0
         self._window, self._start = memoryview(b""), 0
+        access.ahead()
 
     def go(self, at: int) -> None:
         """On from there."""
         self._at = at
-        self._soon = max(self._soon, at)
 
     def take(self, size: int) -> tuple[memoryview, None]:
         """A view of bytes in memory, or of a few kilobytes that were read around them."""
@@ -101,9 +101,6 @@ class Near(Feed):
         self._at += size
         if self._at > self.access.size:
             raise TruncatedError("the file ends early", file=self.name, offset=self.access.size)
-        if self._at > self._soon:
-            self.access.soon(self._soon, SLOT)
-            self._soon += SLOT
         return at
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -108,11 +109,11 @@ def parse_units(data: Any, payload_size: int) -> list[Unit]:
     """Unit table of a record; together the 16-byte aligned units fill the payload exactly."""
     if not isinstance(data, bytes) or len(data) % 16:
         raise FormatError("unit directory is malformed")
-    units, at = [], 0
-    for size, check in struct.iter_unpack("<QQ", data):
-        units.append(Unit(at, size, check))
-        at += size + pad(size, STREAM_ALIGN)
-    if at != payload_size:
+    stated = struct.unpack(f"<{len(data) // 8}Q", data)
+    sizes = stated[::2]
+    ends = [*itertools.accumulate((size + pad(size, STREAM_ALIGN) for size in sizes), initial=0)]
+    units = [*map(Unit._make, zip(ends, sizes, stated[1::2], strict=False))]
+    if ends[-1] != payload_size:
         raise FormatError("units do not fill the payload exactly")
     return units
 

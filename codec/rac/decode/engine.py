@@ -32,7 +32,7 @@ from rac.tensor import Tensor
 RING = 256 << 20
 """Bytes that may be held beyond the tensors themselves: half for what is read ahead, half for tensors in work."""
 LEAST = 1 << 16
-GROUP = 1 << 20  # stored bytes of a job
+GROUP = 2 << 20  # stored bytes of a job: more leaves the processor's cache, of fewer threads wait for each other
 SCRATCH = 1 << 20  # bytes of intermediate words of a job
 RUN = 1 << 17  # stored bytes of small tiles that are taken in one go: each call costs some microseconds
 SMALL = 1 << 13  # bytes that are read at once, though they could be read later
@@ -158,6 +158,7 @@ class Cpu:
         self.ring, self.trace = ring, trace
         self._threads, self._damaged = threads, damaged
         self._window, self._apart, self._most = ring // 2, ring // 8, max(ring // 8, SCRATCH)
+        self._group = max(LEAST, min(GROUP, ring // (8 * threads)))
         self._reset()
 
     def _reset(self) -> None:
@@ -248,7 +249,7 @@ class Cpu:
         if t.chain.product is not None:
             self._job.scratch += place.words.nbytes
         while i < end:
-            n = _run(t, i, end, RUN if item.later is None else GROUP)
+            n = _run(t, i, end, RUN if item.later is None else self._group)
             job = self._job
             job.file = item.file
             job.tiles.append((dec, range(i, i + n), self._bytes(item, i + t.first, n), place))
@@ -262,7 +263,7 @@ class Cpu:
                 if i < end:
                     continue
                 job.joins.append((dec, place.words, out[band.box.r0 : band.box.r1], band.box))
-            if job.size >= GROUP or job.scratch >= SCRATCH:
+            if job.size >= self._group or job.scratch >= SCRATCH:
                 self._submit()
 
     def _bytes(self, item: Item, i: int, n: int) -> Array | Later:

@@ -23,6 +23,7 @@ from rac.tensor import Tensor, empty
 
 LARGE = 4 << 20  # bytes from which on numpy asks for large pages
 FIRST = 1 << 20  # bytes that are taken at first for small tensors; each time twice as many
+LET_GO = 1e-6  # seconds; enough for a thread that waits for the interpreter's lock to get it
 ROUND = 1 << 18  # a buffer is a multiple of it, to be of use again
 
 
@@ -147,6 +148,7 @@ class Team:
     def give(self, job: Job) -> None:
         """Have it done; here where jobs pile up."""
         self._jobs.put(job)
+        time.sleep(LET_GO)
         while self._jobs.qsize() > len(self._threads):
             self._help()
 
