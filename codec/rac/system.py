@@ -27,7 +27,7 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])
 class Positioned:
     """Reads and writes at places of an open file, from any thread, as the system does it best."""
 
-    AHEAD = hasattr(os, "posix_fadvise")  # whether `soon` does anything
+    AHEAD = hasattr(os, "posix_fadvise")  # whether `ahead` does anything
 
     def __init__(self, fd: int) -> None:
         self._fd, self._lock = fd, threading.Lock()

@@ -90,7 +90,7 @@ class FileAccess(Access):
     """A regular file, read at places. It is closed when nobody refers to it; copies and pickles open it again."""
 
     parallel = 4
-    near = Positioned.AHEAD  # or a disk would have one read at a time
+    near = hasattr(os, "preadv")  # else threads would wait for each other
 
     def __init__(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         self.name, self._path = name or os.fspath(path), os.path.abspath(path)

@@ -22,6 +22,7 @@ from rac.native.prototypes import Array
 from rac.tensor import Tensor, empty
 
 LARGE = 4 << 20  # bytes from which on numpy asks for large pages
+ALONE = 8  # small tensors that have memory of their own: of a few, each is asked for by itself
 FIRST = 1 << 20  # bytes that are taken at first for small tensors; each time twice as many
 LET_GO = 1e-6  # seconds; enough for a thread that waits for the interpreter's lock to get it
 ROUND = 1 << 18  # a buffer is a multiple of it, to be of use again
@@ -189,12 +190,15 @@ class Room:
 
     def __init__(self, most: int) -> None:
         self._most, self._next = most, FIRST
-        self._left = np.empty(0, np.uint8)
+        self._left, self._alone = np.empty(0, np.uint8), ALONE
 
     def take(self, t: Tensor) -> Array:
         """The dense matrix of words (R, C) of a tensor, not yet filled; LimitError where memory is short."""
         size = -(-t.nbytes // 64) * 64
         if not 0 < size < min(LARGE, self._most):  # numpy asks for large pages itself
+            return empty(t)
+        if self._alone:
+            self._alone -= 1
             return empty(t)
         if size > len(self._left):
             while self._next < min(size + 64, self._most):

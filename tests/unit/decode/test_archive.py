@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -214,3 +215,35 @@ def test_small_tiles_whose_lanes_are_stepped_side_by_side(tmp_path, lanes, cols)
     with rac.open(tmp_path / "m.rac") as f:
         assert (f.get_tensor("a") == a).all()
         assert (f.get_slice("a")[37:411, 100:-3] == a[37:411, 100:-3]).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("on_error", ["raise", "report"])
+def test_a_file_that_is_cut_off_while_it_is_open(tmp_path, threads, on_error):
+    """Bytes are read where they are decoded: it is no damage of one tensor that they are not there."""
+    w = np.random.default_rng(0).standard_normal((3000, 512)).astype(np.float32)
+    path = tmp_path / "w.rac"
+    rac.save_file({name: w + i for i, name in enumerate("abc")}, path)
+    with rac.RacFile(path, threads=threads) as f:
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(rac.TruncatedError) as e:
+            f.load(on_error=on_error)
+    assert e.value.file == str(path)
+
+
+def test_small_tensors_share_blocks_of_bounded_size(tmp_path):
+    w = {f"w{i}": np.full((40, 1000 + i), i, np.float32) for i in range(200)}
+    rac.save_file(w, tmp_path / "w.rac")
+    for ring in (1 << 20, 1 << 28):
+        back, blocks = rac.load_file(tmp_path / "w.rac", ring=ring), {}
+        for name, a in back.items():
+            np.testing.assert_array_equal(a, w[name])
+            block = a
+            while block.base is not None:
+                block = block.base
+            blocks.setdefault(id(block), []).append(a)
+            assert block.nbytes <= max(ring // 16, a.nbytes)
+            assert a.__array_interface__["data"][0] % 16 == 0
+        assert len(blocks) == 200 if ring == 1 << 20 else len(blocks) < 20
+    with rac.open(tmp_path / "w.rac") as f:
+        assert f.get_tensor("w7").base.nbytes == w["w7"].nbytes
