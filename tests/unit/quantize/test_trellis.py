@@ -58,11 +58,37 @@ def test_kernel_and_numpy_agree(states, dtype, corrected, zero, scale):
     corrections = rng.integers(-48, 49, corrected).astype(np.int8)
     unit = corrections.tobytes() + lists[0].tobytes() + lists[1].tobytes()
     p = tr.Trellis(states, zero, 78, scale, (corrected, r, c, 0))
-    for span in (256, 31):  # of words, few of them in registers
+    for span in (256, 60, 31):  # of words, the few of them in registers
         words = rng.integers(0, span, (r, c)).astype(np.uint8)
         expected = decoded(words, p, unit, dtype, None)
         for cpu in kernels.here():
             assert (decoded(words, p, unit, dtype, cpu) == expected).all()
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 31, 33, 63, 64, 65, 129])
+def test_kernels_stay_within_columns_of_any_number(width, dtype):
+    rng = np.random.default_rng(width)
+    word = DTYPES[dtype].itemsize
+    words = rng.integers(120, 136, (21, width)).astype(np.uint8)
+    rows, cols = (tr.power(rng.integers(-9, 9, n).astype(np.int8)) for n in words.shape)
+    rec = tr.magnitudes(256, 128)
+    found = []
+    for cpu in native.cpus():
+        with native.using(cpu):
+            numbers = kernel.dequant(rec, True, tr.CODES[256], 128, dtype)
+            assert numbers is not None
+            wide = np.full((21, width + 5), 7, f"<u{word}")
+            kernel.decode(words, numbers, cols, rows, wide[:, 2:-3])
+            found.append(wide)
+    assert (found[0][:, :2] == 7).all() and (found[0][:, -3:] == 7).all()
+    assert all((a == found[0]).all() for a in found)
+    p = tr.Trellis(256, 128, 0, 0x3F800000, (0, 21, width, 0))
+    expected = np.empty((21, width), f"<u{word}")
+    tr.OpenTrellis(p, dtype, tr.Lists(rec, rows, cols, np.zeros((0, 2), np.int64), expected[:0]))._decode(
+        words, cols, rows, expected
+    )
+    assert (found[0][:, 2:-3] == expected).all()
 
 
 def search(states, x, rec, rate, lane=1000):
