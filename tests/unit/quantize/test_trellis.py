@@ -74,8 +74,8 @@ def test_kernels_stay_within_columns_of_any_number(width, dtype):
     rows, cols = (tr.power(rng.integers(-9, 9, n).astype(np.int8)) for n in words.shape)
     rec = tr.magnitudes(256, 128)
     found = []
-    for cpu in native.cpus():
-        with native.using(cpu):
+    for cpu in kernels.here():
+        with kernels.using(cpu):
             numbers = kernel.dequant(rec, True, tr.CODES[256], 128, dtype)
             assert numbers is not None
             wide = np.full((21, width + 5), 7, f"<u{word}")
