@@ -65,21 +65,5 @@ static inline int rac_from(const rac_search *s, int to, int b) {
     return to < half ? 2 * (to ^ flip) : 2 * ((to - half) ^ (s->h0 & (half - 1)) ^ flip) + 1;
 }
 
-#ifdef AVX512
-/* Order of the predecessors within 16, and which 16: a xor, as everything in a linear trellis */
-typedef struct { __m512i h1, low, both, even, odd; int b1, b0, b2; } rac_order;
-
-INLINED rac_order rac_order_of(const rac_search *t) {
-    const int n = t->states / 2, low = t->h0 & (n - 1), both = low ^ t->h1;
-    const __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i even = _mm512_slli_epi32(i, 1), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-#define BY(n) _mm512_xor_si512(i, _mm512_set1_epi32((n) & 15))
-    return (rac_order){BY(t->h1), BY(low), BY(both), even, odd, t->h1 >> 4, low >> 4, both >> 4};
-#undef BY
-}
-
-#define AT(array, q) _mm512_loadu_ps((array) + 16 * (q))
-#endif
-
 void rac_viterbi(const rac_search *s, const rac_column *c, const rac_room *room);
 int rac_shaped(const rac_search *s, const rac_column *c);

@@ -1,7 +1,7 @@
 /* Viterbi search of one column (encoder). It is held to all paths of short columns, and to itself under each
  * instruction set: plain float32 arithmetic in a fixed order, no contraction to fused operations (setup.py). */
 #include <math.h>
-#include "quantise.h"
+#include "states.h"
 
 /* The best coded integer of each subset for a sample: subset 2 g + b has sign (-1)^g and the integers of parity b */
 static inline void subsets(float x, const float *rec, const float *rate, int most, float *cost, int16_t *best) {
@@ -25,7 +25,7 @@ static inline void subsets(float x, const float *rec, const float *rate, int mos
 
 #ifndef AVX512
 /* Costs c of the states after n samples, and for each the choice of the branch that it is reached by: a bit a state */
-static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+static void search_any(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
     const int s = t->states, words = s < 16 ? 1 : s / 16;
     int from[2][256];
     float next[256];
@@ -43,7 +43,35 @@ static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *
         for (int q = 0; q < s; q++) c[q] = next[q] - base;
     }
 }
-#else
+#endif
+
+#ifdef WIDE
+/* One sample: costs of the states that follow, from those of even states e and of odd ones o, 16 `blocks` of each */
+INLINED void step(int blocks, flips f, const float *e, const float *o, const float *cost, uint16_t *choice, float *e_next,
+                  float *o_next) {
+    const floats s0 = all(cost[0]), s1 = all(cost[1]), s2 = all(cost[2]), s3 = all(cost[3]);
+    _Pragma("GCC unroll 8") for (int pair = 0; pair < blocks; pair++) {
+        floats next[2 * PARTS];
+        _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+            const int q = 2 * pair + half, odd = q >= blocks;
+            mask m[PARTS];
+            _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
+                const int i = (odd ? q - blocks : q) * PARTS + k;
+                const floats a = odd ? flipped(o, i, f.low) + s2 : at(e, i) + s0;
+                const floats b = odd ? flipped(o, i, f.both) + s3 : flipped(e, i, f.h1) + s1;
+                m[k] = below(b, a);
+                next[half * PARTS + k] = lesser(m[k], b, a);
+            }
+            choice[q] = bits(m);
+        }
+        _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
+            put(e_next, pair * PARTS + k, evens(next[2 * k], next[2 * k + 1]));
+            put(o_next, pair * PARTS + k, odds(next[2 * k], next[2 * k + 1]));
+        }
+    }
+}
+
+#ifdef AVX512
 /* Up to 16 states in one register */
 static void search_small(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *out) {
     int32_t from[2][16], sub[2][16];
@@ -71,45 +99,43 @@ static void search_small(const rac_search *t, const float *cost, int64_t n, uint
     _mm512_storeu_ps(start, c);
     memcpy(out, start, sizeof(float) * (size_t)t->states);
 }
+#else
+#define search_small search_any
+#endif
 
-/* 32 states and more: states by parity, since all predecessors of one half of the states are even, of the other odd */
-static void search_large(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
-    const int half = t->states / 2, blocks = half / 16;
-    const rac_order to = rac_order_of(t);
-    float e[128], o[128], next[256];
-    for (int u = 0; u < half; u++) {
-        e[u] = c[2 * u];
-        o[u] = c[2 * u + 1];
+/* 32 `blocks` states */
+INLINED void search_wide(int blocks, const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+    const flips f = flips_of(t);
+    float e[2][128], o[2][128]; /* before and after a sample, in turns */
+    for (int u = 0; u < 16 * blocks; u++) {
+        e[0][u] = c[2 * u];
+        o[0][u] = c[2 * u + 1];
     }
     for (int64_t i = 0; i < n; i++, cost += 4, choice += 2 * blocks) {
-        const __m512 s0 = _mm512_set1_ps(cost[0]), s1 = _mm512_set1_ps(cost[1]);
-        const __m512 s2 = _mm512_set1_ps(cost[2]), s3 = _mm512_set1_ps(cost[3]);
-        for (int q = 0; q < blocks; q++) {
-            const __m512 a = _mm512_add_ps(AT(e, q), s0);
-            const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(to.h1, AT(e, q ^ to.b1)), s1);
-            choice[q] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ);
-            _mm512_storeu_ps(next + 16 * q, _mm512_min_ps(b, a));
-            const __m512 f = _mm512_add_ps(_mm512_permutexvar_ps(to.low, AT(o, q ^ to.b0)), s2);
-            const __m512 g = _mm512_add_ps(_mm512_permutexvar_ps(to.both, AT(o, q ^ to.b2)), s3);
-            choice[blocks + q] = _mm512_cmp_ps_mask(g, f, _CMP_LT_OQ);
-            _mm512_storeu_ps(next + half + 16 * q, _mm512_min_ps(g, f));
-        }
-        const __m512 base = _mm512_set1_ps((i & 63) == 63 ? next[0] : 0.0f);
-        for (int q = 0; q < blocks; q++) {
-            const __m512 a = AT(next, 2 * q), b = AT(next, 2 * q + 1);
-            _mm512_storeu_ps(e + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, to.even, b), base));
-            _mm512_storeu_ps(o + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, to.odd, b), base));
+        const int from = i & 1, to = !from;
+        step(blocks, f, e[from], o[from], cost, choice, e[to], o[to]);
+        const float base = e[to][0];
+        for (int u = 0; (i & 63) == 63 && u < 16 * blocks; u++) {
+            e[to][u] -= base;
+            o[to][u] -= base;
         }
     }
-    for (int u = 0; u < half; u++) {
-        c[2 * u] = e[u];
-        c[2 * u + 1] = o[u];
+    for (int u = 0; u < 16 * blocks; u++) {
+        c[2 * u] = e[n & 1][u];
+        c[2 * u + 1] = o[n & 1][u];
     }
 }
 
 static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
-    if (t->states >= 32) search_large(t, cost, n, choice, c);
+    if (t->states == 256) search_wide(8, t, cost, n, choice, c);
+    else if (t->states == 128) search_wide(4, t, cost, n, choice, c);
+    else if (t->states == 64) search_wide(2, t, cost, n, choice, c);
+    else if (t->states == 32) search_wide(1, t, cost, n, choice, c);
     else search_small(t, cost, n, choice, c);
+}
+#else
+static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+    search_any(t, cost, n, choice, c);
 }
 #endif
 

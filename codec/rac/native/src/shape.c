@@ -3,7 +3,7 @@
  * next rows (per-survivor processing, Raheli et al. 1995); the errors of rows `lag` blocks back are those of the
  * best path, and survivors of another past end there. Both versions below do the same arithmetic in the same order. */
 #include <math.h>
-#include "quantise.h"
+#include "states.h"
 
 enum { MAX = 256, BLOCK = 16, AHEAD = 128, BLOCKS = AHEAD / BLOCK };
 
@@ -27,7 +27,7 @@ typedef struct {
     const float *rate;
 } sample;
 
-#ifndef AVX512
+#ifndef WIDE
 static float dot(const float *a, const float *b, int64_t n) {
     float s[64] = {0};
     for (int64_t i = 0; i < n; i += 64)
@@ -87,114 +87,118 @@ static void carry(const rac_search *t, const uint16_t *choice, ring *of, int64_t
         for (int q = 0; q < t->states; q++) own[q & 1][q >> 1] = next[q];
     }
 }
+/* Survivors of the next states, who take over what is fed to rows from..to, and the past */
+static void proceed(const rac_search *t, survivors *s, uint16_t *choice, int64_t from, int64_t to, const float *weight) {
+    merge(t, s, choice);
+    carry(t, choice, s->fed, from, to, s->error, weight);
+    carry(t, choice, s->past, 0, t->lag, NULL, NULL);
+}
 #else
 static float dot(const float *a, const float *b, int64_t n) {
-    __m512 s[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t i = 0; i < n; i += 64)
-        for (int u = 0; u < 4; u++) {
-            const int64_t left = n - i - 16 * u;
-            if (left <= 0) break;
-            const __mmask16 k = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-            const __m512 x = _mm512_maskz_loadu_ps(k, a + i + 16 * u), y = _mm512_maskz_loadu_ps(k, b + i + 16 * u);
-            s[u] = _mm512_add_ps(s[u], _mm512_mul_ps(x, y));
-        }
-    float r[16];
-    _mm512_storeu_ps(r, _mm512_add_ps(_mm512_add_ps(s[0], s[2]), _mm512_add_ps(s[1], s[3])));
-    for (int w = 8; w; w /= 2)
-        for (int u = 0; u < w; u++) r[u] += r[u + w];
-    return r[0];
+    floats v[64 / LANES] = {{0}};
+    float s[64];
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        _Pragma("GCC unroll 16") for (int u = 0; u < 64 / LANES; u++) v[u] += at(a + i, u) * at(b + i, u);
+    memcpy(s, v, sizeof s);
+    for (int u = 0; i + u < n; u++) s[u] += a[i + u] * b[i + u];
+    for (int w = 32; w; w /= 2)
+        for (int u = 0; u < w; u++) s[u] += s[u + w];
+    return s[0];
 }
 
-/* 16 states y, whose sign is `odd`: the integers of one parity next to them, at most `far` from 0, and towards zero */
+/* For the states of parity g the cheaper of two integers of parity b: its cost and its error */
 static void branches(survivors *s, const sample *row, const float *fed, int n, int g, int b, int16_t *out) {
     const int most = row->most, far = most - ((most & 1) != b);
-    const __m512 off = _mm512_set1_ps(0.5f + 2.0f * (float)b), quarter = _mm512_set1_ps(0.25f);
-    const __m512 two = _mm512_set1_ps(2.0f), a_half = _mm512_set1_ps(0.5f), zero = _mm512_setzero_ps();
-    const __m512 r0 = _mm512_loadu_ps(row->rate - 16), r1 = _mm512_loadu_ps(row->rate), xs = _mm512_set1_ps(row->x);
-    const __m512i lowest = _mm512_set1_epi32(-far), largest = _mm512_set1_epi32(far);
-    const __m512i low = _mm512_set1_epi32(-16), step = _mm512_set1_epi32(2);
-    const __m512 bound = _mm512_set1_ps(1024.0f); /* far beyond every integer; conversions stay in range */
-    for (int u = 0; u < n; u += 16) {
-        const __m512 t = _mm512_loadu_ps(fed + u), y = g ? _mm512_sub_ps(zero, t) : t;
-        __m512 r = _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(y, off), quarter), bound);
-        r = _mm512_max_ps(r, _mm512_sub_ps(zero, bound));
-        __m512i k = _mm512_add_epi32(_mm512_slli_epi32(_mm512_cvtps_epi32(r), 1), _mm512_set1_epi32(b));
-        k = _mm512_max_epi32(_mm512_min_epi32(k, largest), lowest);
-        const __mmask16 above = _mm512_cmpgt_epi32_mask(k, _mm512_setzero_si512());
-        const __m512i in = _mm512_mask_sub_epi32(_mm512_add_epi32(k, step), above, k, step);
-        __m512 v = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(k), two), a_half), ck, cin;
-        const __m512 w = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(in), two), a_half);
-        if (_mm512_cmpgt_epi32_mask(k, _mm512_set1_epi32(15)) | _mm512_cmplt_epi32_mask(k, low)) {
-            ck = _mm512_i32gather_ps(k, row->rate, 4);
-            cin = _mm512_i32gather_ps(in, row->rate, 4);
-        } else {
-            ck = _mm512_permutex2var_ps(r0, _mm512_sub_epi32(k, low), r1);
-            cin = _mm512_permutex2var_ps(r0, _mm512_sub_epi32(in, low), r1);
-        }
+    const float off = 0.5f + 2.0f * (float)b;
+    for (int i = 0; i < n / LANES; i++) {
+        floats y = at(fed, i);
+        if (g) y = -y;
+        ints k = held(nearest((y - off) * 0.25f) * 2 + b, far); /* next to y */
+        const ints in = k + 2 + ((k > 0) & -4);                 /* and the next one towards zero */
+        const floats v = 2.0f * floats_of(k) + 0.5f, w = 2.0f * floats_of(in) + 0.5f;
+        floats c, d;
+        looked_up(row->rate, most, k, in, &c, &d);
         if (!row->wild) {
-            const __m512 e = _mm512_sub_ps(y, v), f = _mm512_sub_ps(y, w);
-            ck = _mm512_add_ps(_mm512_mul_ps(e, e), ck);
-            cin = _mm512_add_ps(_mm512_mul_ps(f, f), cin);
+            c = (y - v) * (y - v) + c;
+            d = (y - w) * (y - w) + d;
         }
-        const __mmask16 better = _mm512_cmp_ps_mask(cin, ck, _CMP_LT_OQ);
-        const __m512 cost = _mm512_add_ps(_mm512_loadu_ps(s->cost[g] + u), _mm512_min_ps(cin, ck));
-        _mm512_storeu_ps(s->branch[g][b] + u, cost);
-        v = _mm512_mask_mov_ps(v, better, w);
-        k = _mm512_mask_mov_epi32(k, better, in);
-        _mm512_storeu_ps(s->left[g][b] + u, row->wild ? zero : g ? _mm512_add_ps(xs, v) : _mm512_sub_ps(xs, v));
-        _mm256_storeu_si256((void *)(out + u), _mm512_cvtepi32_epi16(k));
+        const mask better = below(d, c);
+        put(s->branch[g][b], i, at(s->cost[g], i) + lesser(better, d, c));
+        const floats value = pick(better, w, v);
+        floats left = {0};
+        if (!row->wild && g) left = row->x + value;
+        else if (!row->wild) left = row->x - value;
+        put(s->left[g][b], i, left);
+        k = (ints)pick(better, (floats)in, (floats)k);
+        put_integers(out + i * LANES, k);
     }
 }
 
-static void merge(const rac_search *t, survivors *s, uint16_t *choice) {
-    const int n = t->states / 2, blocks = n / 16;
-    const rac_order o = rac_order_of(t);
+/* Survivors of the next states, 32 `blocks` of them */
+INLINED void merge(int blocks, const flips *f, survivors *s, uint16_t *choice) {
+    const int n = 16 * blocks;
     for (int q = 0; q < blocks; q++) {
-        __m512 a = AT(s->branch[0][0], q), b = _mm512_permutexvar_ps(o.h1, AT(s->branch[0][1], q ^ o.b1));
-        __mmask16 c = choice[q] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ);
-        _mm512_storeu_ps(s->next + 16 * q, _mm512_min_ps(b, a));
-        a = AT(s->left[0][0], q);
-        _mm512_storeu_ps(s->error + 16 * q, _mm512_mask_permutexvar_ps(a, c, o.h1, AT(s->left[0][1], q ^ o.b1)));
-        a = _mm512_permutexvar_ps(o.low, AT(s->branch[1][0], q ^ o.b0));
-        b = _mm512_permutexvar_ps(o.both, AT(s->branch[1][1], q ^ o.b2));
-        c = choice[blocks + q] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ);
-        _mm512_storeu_ps(s->next + n + 16 * q, _mm512_min_ps(b, a));
-        a = _mm512_permutexvar_ps(o.low, AT(s->left[1][0], q ^ o.b0));
-        _mm512_storeu_ps(s->error + n + 16 * q, _mm512_mask_permutexvar_ps(a, c, o.both, AT(s->left[1][1], q ^ o.b2)));
+        mask m[PARTS], o[PARTS];
+        _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
+            const int i = q * PARTS + k;
+            floats a = at(s->branch[0][0], i), b = flipped(s->branch[0][1], i, f->h1);
+            m[k] = below(b, a);
+            put(s->next, i, lesser(m[k], b, a));
+            put(s->error, i, pick(m[k], flipped(s->left[0][1], i, f->h1), at(s->left[0][0], i)));
+            a = flipped(s->branch[1][0], i, f->low);
+            b = flipped(s->branch[1][1], i, f->both);
+            o[k] = below(b, a);
+            put(s->next + n, i, lesser(o[k], b, a));
+            b = flipped(s->left[1][1], i, f->both);
+            put(s->error + n, i, pick(o[k], b, flipped(s->left[1][0], i, f->low)));
+        }
+        choice[q] = bits(m);
+        choice[blocks + q] = bits(o);
     }
-    const __m512 base = _mm512_set1_ps(s->next[0]);
-    for (int q = 0; q < blocks; q++) {
-        const __m512 a = AT(s->next, 2 * q), b = AT(s->next, 2 * q + 1);
-        _mm512_storeu_ps(s->cost[0] + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, o.even, b), base));
-        _mm512_storeu_ps(s->cost[1] + 16 * q, _mm512_sub_ps(_mm512_permutex2var_ps(a, o.odd, b), base));
+    const float base = s->next[0];
+    for (int i = 0; i < n / LANES; i++) {
+        put(s->cost[0], i, evens(at(s->next, 2 * i), at(s->next, 2 * i + 1)) - base);
+        put(s->cost[1], i, odds(at(s->next, 2 * i), at(s->next, 2 * i + 1)) - base);
     }
 }
 
-INLINED void carry_all(int blocks, rac_order o, const uint16_t *choice, ring *of, int64_t from, int64_t to,
-                       const float *error, const float *weight) {
-    for (int64_t i = from; i < to; i++) {
-        half *own = of[i % AHEAD];
-        const __m512 w = _mm512_set1_ps(weight ? weight[i] : 0.0f);
-        __m512 next[MAX / 16] = {_mm512_setzero_ps()};
-        for (int q = 0; q < blocks; q++) {
-            next[q] = _mm512_mask_permutexvar_ps(AT(own[0], q), choice[q], o.h1, AT(own[0], q ^ o.b1));
-            const __m512 a = _mm512_permutexvar_ps(o.low, AT(own[1], q ^ o.b0));
-            next[blocks + q] = _mm512_mask_permutexvar_ps(a, choice[blocks + q], o.both, AT(own[1], q ^ o.b2));
+/* What survivors own at from..to of a ring goes to those who follow them, plus their last error times the weight
+ * there */
+INLINED void carry(int blocks, const flips *f, const uint16_t *choice, ring *of, int64_t from, int64_t to,
+                   const float *error, const float *weight) {
+    const int parts = blocks * PARTS;
+    mask m[MAX / LANES];
+    for (int i = 0; i < 2 * parts; i++) m[i] = mask_of(choice + i / PARTS, i % PARTS);
+    for (int64_t r = from; r < to; r++) {
+        half *own = of[r % AHEAD];
+        floats next[MAX / LANES];
+        const float w = weight ? weight[r] : 0.0f;
+        _Pragma("GCC unroll 4") for (int i = 0; i < parts; i++) {
+            next[i] = pick(m[i], flipped(own[0], i, f->h1), at(own[0], i));
+            next[parts + i] = pick(m[parts + i], flipped(own[1], i, f->both), flipped(own[1], i, f->low));
         }
-        for (int q = 0; weight && q < 2 * blocks; q++) next[q] = _mm512_add_ps(next[q], _mm512_mul_ps(w, AT(error, q)));
-        for (int q = 0; q < blocks; q++) {
-            _mm512_storeu_ps(own[0] + 16 * q, _mm512_permutex2var_ps(next[2 * q], o.even, next[2 * q + 1]));
-            _mm512_storeu_ps(own[1] + 16 * q, _mm512_permutex2var_ps(next[2 * q], o.odd, next[2 * q + 1]));
+        if (weight)
+            _Pragma("GCC unroll 8") for (int i = 0; i < 2 * parts; i++) next[i] += w * at(error, i);
+        _Pragma("GCC unroll 4") for (int i = 0; i < parts; i++) {
+            put(own[0], i, evens(next[2 * i], next[2 * i + 1]));
+            put(own[1], i, odds(next[2 * i], next[2 * i + 1]));
         }
     }
 }
+INLINED void proceed_wide(int blocks, const rac_search *t, survivors *s, uint16_t *choice, int64_t from, int64_t to,
+                          const float *weight) {
+    const flips f = flips_of(t);
+    merge(blocks, &f, s, choice);
+    carry(blocks, &f, choice, s->fed, from, to, s->error, weight);
+    carry(blocks, &f, choice, s->past, 0, t->lag, NULL, NULL);
+}
 
-static void carry(const rac_search *t, const uint16_t *choice, ring *of, int64_t from, int64_t to, const float *error,
-                  const float *weight) {
-    const rac_order o = rac_order_of(t);
-    if (t->states == 32) carry_all(1, o, choice, of, from, to, error, weight);
-    else if (t->states == 64) carry_all(2, o, choice, of, from, to, error, weight);
-    else carry_all(t->states / 32, o, choice, of, from, to, error, weight);
+static void proceed(const rac_search *t, survivors *s, uint16_t *choice, int64_t from, int64_t to, const float *weight) {
+    if (t->states == 32) proceed_wide(1, t, s, choice, from, to, weight);
+    else if (t->states == 64) proceed_wide(2, t, s, choice, from, to, weight);
+    else if (t->states == 128) proceed_wide(4, t, s, choice, from, to, weight);
+    else proceed_wide(8, t, s, choice, from, to, weight);
 }
 #endif
 
@@ -235,10 +239,8 @@ static void advance(shaping *h, int64_t b0, int64_t b1) {
         int16_t *k = h->ks + (i - h->a) * 2 * t->states;
         for (int g = 0; g < 2; g++)
             for (int b = 0; b < 2; b++) branches(s, &row, fed[g], n, g, b, k + (2 * g + b) * n);
-        merge(t, s, choice);
         const int64_t own = i - i % c->own + c->own; /* rows of the next block of weights are fed nothing */
-        carry(t, choice, s->fed, i + 1, least(last, own), s->error, t->back + i * c->own - (own - c->own));
-        carry(t, choice, s->past, 0, t->lag, NULL, NULL);
+        proceed(t, s, choice, i + 1, least(last, own), t->back + i * c->own - (own - c->own));
         memset(fed, 0, sizeof s->fed[0]);
     }
 }
