@@ -40,8 +40,8 @@ typedef struct {
 
 /* Memory of a search of one column */
 typedef struct {
-    float *cost;      /* (n, 4) */
-    int16_t *best;    /* (n, 4) */
+    float *cost;      /* (4, n) */
+    int16_t *best;    /* (4, n) */
     uint16_t *choice; /* (lane, max(1, states / 16)) */
 } rac_room;
 

@@ -3,8 +3,10 @@
 #include <math.h>
 #include "states.h"
 
-/* The best coded integer of each subset for a sample: subset 2 g + b has sign (-1)^g and the integers of parity b */
-static inline void subsets(float x, const float *rec, const float *rate, int most, float *cost, int16_t *best) {
+/* The best coded integer of each subset for sample i, and its cost, in rows of n: subset 2 g + b has sign (-1)^g and the
+ * integers of parity b */
+static inline void subsets(float x, const float *rec, const float *rate, int most, int64_t i, int64_t n, float *cost,
+                           int16_t *best) {
     for (int g = 0; g < 2; g++) {
         const float y = g ? -x : x;
         for (int b = 0; b < 2; b++) {
@@ -17,25 +19,62 @@ static inline void subsets(float x, const float *rec, const float *rate, int mos
             const float e = y - rec[k], f = y - rec[in];
             const float c = e * e + rate[k], d = f * f + rate[in];
             const int better = d < c;
-            cost[2 * g + b] = better ? d : c;
-            best[2 * g + b] = (int16_t)(better ? in : k);
+            cost[(2 * g + b) * n + i] = better ? d : c;
+            best[(2 * g + b) * n + i] = (int16_t)(better ? in : k);
         }
     }
 }
 
+#ifdef WIDE
+/* The same for the samples i and on in a register, all of one class or each of its own */
+INLINED void subsets_wide(const rac_search *s, const rac_column *c, int64_t i, const rac_room *room) {
+    const float *rec = s->rec + s->most;
+    const int most = s->most;
+    const floats x = *(const floats *)(c->x + i);
+    for (int g = 0; g < 2; g++) {
+        floats y = x;
+        if (g) y = -y;
+        for (int b = 0; b < 2; b++) {
+            const int64_t at = (2 * g + b) * c->rows + i;
+            ints k = held(nearest(floored((y - 0.5f - 2.0f * (float)b) * 0.25f + 0.5f)) * 2 + b, most - ((most & 1) != b));
+            const ints in = k + 2 + ((k > 0) & -4);
+            floats u, v, p, q;
+            looked_up(rec, most, k, in, &u, &v);
+            if (s->row) looked_up_by_row(c->rate, s->row + i, 2 * most + 1, k, in, &p, &q);
+            else looked_up(c->rate, most, k, in, &p, &q);
+            p = (y - u) * (y - u) + p;
+            q = (y - v) * (y - v) + q;
+            const mask better = below(q, p);
+            *(floats *)(room->cost + at) = lesser(better, q, p);
+            k = (ints)pick(better, (floats)in, (floats)k);
+            put_integers(room->best + at, k);
+        }
+    }
+}
+#endif
+
+static void all_subsets(const rac_search *s, const rac_column *c, const rac_room *room) {
+    int64_t i = 0;
+#ifdef WIDE
+    for (; i + LANES <= c->rows; i += LANES) subsets_wide(s, c, i, room);
+#endif
+    for (; i < c->rows; i++)
+        subsets(c->x[i], s->rec + s->most, rac_rate(s, c, i), s->most, i, c->rows, room->cost, room->best);
+}
+
 #ifndef AVX512
 /* Costs c of the states after n samples, and for each the choice of the branch that it is reached by: a bit a state */
-static void search_any(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+static void search_any(const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice, float *c) {
     const int s = t->states, words = s < 16 ? 1 : s / 16;
     int from[2][256];
     float next[256];
     for (int q = 0; q < s; q++)
         for (int b = 0; b < 2; b++) from[b][q] = rac_from(t, q, b);
-    for (int64_t i = 0; i < n; i++, cost += 4, choice += words) {
+    for (int64_t i = 0; i < n; i++, cost++, choice += words) {
         for (int w = 0; w < words; w++) choice[w] = 0;
         for (int q = 0; q < s; q++) {
-            const float *sub = cost + (q < s / 2 ? 0 : 2);
-            const float a = c[from[0][q]] + sub[0], b = c[from[1][q]] + sub[1];
+            const float *sub = cost + (q < s / 2 ? 0 : 2 * rows);
+            const float a = c[from[0][q]] + sub[0], b = c[from[1][q]] + sub[rows];
             choice[q / 16] |= (uint16_t)((b < a) << (q & 15));
             next[q] = b < a ? b : a;
         }
@@ -47,9 +86,9 @@ static void search_any(const rac_search *t, const float *cost, int64_t n, uint16
 
 #ifdef WIDE
 /* One sample: costs of the states that follow, from those of even states e and of odd ones o, 16 `blocks` of each */
-INLINED void step(int blocks, flips f, const float *e, const float *o, const float *cost, uint16_t *choice, float *e_next,
-                  float *o_next) {
-    const floats s0 = all(cost[0]), s1 = all(cost[1]), s2 = all(cost[2]), s3 = all(cost[3]);
+INLINED void step(int blocks, flips f, const float *e, const float *o, const float *cost, int64_t rows, uint16_t *choice,
+                  float *e_next, float *o_next) {
+    const floats s0 = all(cost[0]), s1 = all(cost[rows]), s2 = all(cost[2 * rows]), s3 = all(cost[3 * rows]);
     _Pragma("GCC unroll 8") for (int pair = 0; pair < blocks; pair++) {
         floats next[2 * PARTS];
         _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
@@ -62,7 +101,7 @@ INLINED void step(int blocks, flips f, const float *e, const float *o, const flo
                 m[k] = below(b, a);
                 next[half * PARTS + k] = lesser(m[k], b, a);
             }
-            choice[q] = bits(m);
+            *(volatile uint16_t *)(choice + q) = bits(m); /* or compilers make vectors of them first */
         }
         _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
             put(e_next, pair * PARTS + k, evens(next[2 * k], next[2 * k + 1]));
@@ -73,7 +112,7 @@ INLINED void step(int blocks, flips f, const float *e, const float *o, const flo
 
 #ifdef AVX512
 /* Up to 16 states in one register */
-static void search_small(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *out) {
+static void search_small(const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice, float *out) {
     int32_t from[2][16], sub[2][16];
     float start[16];
     for (int q = 0; q < 16; q++) {
@@ -88,8 +127,8 @@ static void search_small(const rac_search *t, const float *cost, int64_t n, uint
     const __m512i sa = _mm512_loadu_si512(sub[0]), sb = _mm512_loadu_si512(sub[1]);
     const uint16_t some = (uint16_t)((1u << t->states) - 1);
     __m512 c = _mm512_loadu_ps(start);
-    for (int64_t i = 0; i < n; i++, cost += 4) {
-        const __m512 w = _mm512_broadcast_f32x4(_mm_loadu_ps(cost));
+    for (int64_t i = 0; i < n; i++, cost++) {
+        const __m512 w = _mm512_broadcast_f32x4(_mm_set_ps(cost[3 * rows], cost[2 * rows], cost[rows], cost[0]));
         const __m512 a = _mm512_add_ps(_mm512_permutexvar_ps(fa, c), _mm512_permutevar_ps(w, sa));
         const __m512 b = _mm512_add_ps(_mm512_permutexvar_ps(fb, c), _mm512_permutevar_ps(w, sb));
         choice[i] = _mm512_cmp_ps_mask(b, a, _CMP_LT_OQ) & some;
@@ -104,16 +143,17 @@ static void search_small(const rac_search *t, const float *cost, int64_t n, uint
 #endif
 
 /* 32 `blocks` states */
-INLINED void search_wide(int blocks, const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
+INLINED void search_wide(int blocks, const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice,
+                         float *c) {
     const flips f = flips_of(t);
     float e[2][128], o[2][128]; /* before and after a sample, in turns */
     for (int u = 0; u < 16 * blocks; u++) {
         e[0][u] = c[2 * u];
         o[0][u] = c[2 * u + 1];
     }
-    for (int64_t i = 0; i < n; i++, cost += 4, choice += 2 * blocks) {
+    for (int64_t i = 0; i < n; i++, cost++, choice += 2 * blocks) {
         const int from = i & 1, to = !from;
-        step(blocks, f, e[from], o[from], cost, choice, e[to], o[to]);
+        step(blocks, f, e[from], o[from], cost, rows, choice, e[to], o[to]);
         const float base = e[to][0];
         for (int u = 0; (i & 63) == 63 && u < 16 * blocks; u++) {
             e[to][u] -= base;
@@ -126,16 +166,16 @@ INLINED void search_wide(int blocks, const rac_search *t, const float *cost, int
     }
 }
 
-static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
-    if (t->states == 256) search_wide(8, t, cost, n, choice, c);
-    else if (t->states == 128) search_wide(4, t, cost, n, choice, c);
-    else if (t->states == 64) search_wide(2, t, cost, n, choice, c);
-    else if (t->states == 32) search_wide(1, t, cost, n, choice, c);
-    else search_small(t, cost, n, choice, c);
+static void search(const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice, float *c) {
+    if (t->states == 256) search_wide(8, t, cost, rows, n, choice, c);
+    else if (t->states == 128) search_wide(4, t, cost, rows, n, choice, c);
+    else if (t->states == 64) search_wide(2, t, cost, rows, n, choice, c);
+    else if (t->states == 32) search_wide(1, t, cost, rows, n, choice, c);
+    else search_small(t, cost, rows, n, choice, c);
 }
 #else
-static void search(const rac_search *t, const float *cost, int64_t n, uint16_t *choice, float *c) {
-    search_any(t, cost, n, choice, c);
+static void search(const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice, float *c) {
+    search_any(t, cost, rows, n, choice, c);
 }
 #endif
 
@@ -147,6 +187,26 @@ static void scalar(const rac_search *s, const rac_column *c) {
     }
 }
 
+/* The path to state q behind m samples from `a` on. Each step waits for the one before it: as rac_from, without branches */
+static void back(const rac_search *s, const rac_column *c, const rac_room *room, int64_t a, int64_t m, int words,
+                 unsigned q) {
+    const float *rec = s->rec + s->most;
+    const unsigned half = (unsigned)s->states / 2, within = half - 1, low = (unsigned)s->h0 & within;
+    const unsigned h1 = (unsigned)s->h1;
+    const uint16_t *choice = room->choice + m * words;
+    for (int64_t i = a + m - 1; i >= a; i--) {
+        choice -= words;
+        const unsigned b = choice[q / 16] >> (q & 15) & 1, g = (q & half) != 0;
+        const int k = room->best[(2 * g + b) * c->rows + i];
+        c->out[i] = (int16_t)k;
+        uint32_t value;
+        memcpy(&value, rec + k, 4);
+        value ^= g << 31;
+        memcpy(c->value + i, &value, 4);
+        q = 2 * ((q & within) ^ (-g & low) ^ (-b & h1)) + g;
+    }
+}
+
 /* Integers k of a column of least sum (x - sign rec[k])^2 + rate[k], and their values, sign rec[k] */
 void rac_viterbi(const rac_search *s, const rac_column *c, const rac_room *room) {
     if (s->states == 1) {
@@ -154,24 +214,16 @@ void rac_viterbi(const rac_search *s, const rac_column *c, const rac_room *room)
         return;
     }
     const int words = s->states < 16 ? 1 : s->states / 16;
-    const float *rec = s->rec + s->most;
-    for (int64_t i = 0; i < c->rows; i++)
-        subsets(c->x[i], rec, rac_rate(s, c, i), s->most, room->cost + 4 * i, room->best + 4 * i);
+    all_subsets(s, c, room);
     for (int64_t a = 0; a < c->rows; a += s->lane) {
         const int64_t m = least(c->rows - a, s->lane);
         float cost[256];
         cost[0] = 0.0f;
         for (int q = 1; q < s->states; q++) cost[q] = 1e30f;
-        search(s, room->cost + 4 * a, m, room->choice, cost);
+        search(s, room->cost + a, c->rows, m, room->choice, cost);
         int q = 0;
         for (int p = 1; p < s->states; p++)
             if (cost[p] < cost[q]) q = p;
-        for (int64_t i = m - 1; i >= 0; i--) {
-            const int b = room->choice[i * words + q / 16] >> (q & 15) & 1, p = rac_from(s, q, b), g = p & 1;
-            const int k = room->best[4 * (a + i) + 2 * g + b];
-            c->out[a + i] = (int16_t)k;
-            c->value[a + i] = g ? -rec[k] : rec[k];
-            q = p;
-        }
+        back(s, c, room, a, m, words, (unsigned)q);
     }
 }

@@ -98,7 +98,7 @@ INLINED flips flips_of(const rac_search *t) {
     return (flips){flip_of(t->h1), flip_of(low), flip_of(low ^ t->h1)};
 }
 
-/* nearest: whole numbers, at most 1024 from 0. held: at most `far` from 0. looked_up: costs of the integers k and in of
+/* nearest: whole numbers, at most 1024 from 0. floored: the largest ones below. held: at most `far` from 0. looked_up: costs of the integers k and in of
  * -most..most, the rates of which begin at that of 0 */
 #if defined(AVX512)
 #define M(f) _mm512_##f
@@ -112,7 +112,16 @@ typedef __m256i of_ints;
 typedef int16_t shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 INLINED floats floats_of(ints k) { return __builtin_convertvector(k, floats); }
 INLINED void put_integers(int16_t *p, ints k) { *(shorts *)p = __builtin_convertvector(k, shorts); }
+/* The same for costs of rows of several classes */
+INLINED void looked_up_by_row(const float *rate, const uint8_t *row, int wide, ints k, ints in, floats *c, floats *d) {
+    for (int i = 0; i < LANES; i++) {
+        const float *of = rate + row[i] * wide;
+        (*c)[i] = of[k[i]];
+        (*d)[i] = of[in[i]];
+    }
+}
 #ifdef NEON
+INLINED floats floored(floats v) { return (floats)vrndmq_f32((float32x4_t)v); }
 INLINED ints nearest(floats v) {
     const float32x4_t most = vdupq_n_f32(1024.0f);
     return (ints)vcvtnq_s32_f32(vmaxq_f32(vminq_f32((float32x4_t)v, most), vnegq_f32(most)));
@@ -136,6 +145,7 @@ INLINED ints held(ints k, int far) {
     return (ints)M(max_epi32)(M(min_epi32)((of_ints)k, M(set1_epi32)(far)), M(set1_epi32)(-far));
 }
 #ifdef AVX512
+INLINED floats floored(floats v) { return (floats)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 INLINED int are_near(ints k) { /* -16 to 15 */
     return !_mm512_cmpgt_epu32_mask((__m512i)(k + 16), _mm512_set1_epi32(31));
 }
@@ -144,6 +154,7 @@ INLINED floats of_near(const float *rate, ints k) {
 }
 INLINED floats of_any(const float *rate, ints k) { return (floats)_mm512_i32gather_ps((__m512i)k, rate, 4); }
 #else
+INLINED floats floored(floats v) { return (floats)_mm256_floor_ps((__m256)v); }
 INLINED int are_near(ints k) {
     const __m256i far = _mm256_and_si256((__m256i)(k + 16), _mm256_set1_epi32(-32));
     return _mm256_testz_si256(far, far);
