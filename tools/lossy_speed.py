@@ -16,6 +16,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ def load(path: str, cpus: list[str], threads: list[int], framework: str, seconds
     for cpu in cpus:
         for n in threads:
             with native.using(cpu):
-                took = best(lambda n=n: rac.load_file(path, framework=framework, threads=n), seconds)
+                took = best(partial(rac.load_file, path, framework=framework, threads=n), seconds)
             print(f"| {cpu} | {n} | {weights / took / 1e6:.0f} |", flush=True)
 
 
@@ -68,7 +69,7 @@ def numbers(cpus: list[str], seconds: float) -> None:
                     how = kernel.dequant(rec, name == "even", tr.CODES[256], 128, dtype)
                     if how is None:
                         raise SystemExit("there is no kernel for these numbers")
-                    took = best(lambda how=how, dst=dst: kernel.decode(words, how, by_col, by_row, dst), seconds)
+                    took = best(partial(kernel.decode, words, how, by_col, by_row, dst), seconds)
                 print(f"| {cpu} | {name} | {dtype} | {words.size / took / 1e6:.0f} |", flush=True)
 
 
