@@ -24,7 +24,8 @@ static const uint8_t before8[256][8] = {BEFORE64(0), BEFORE64(64), BEFORE64(128)
  * one port alone on some (docs/experiments.md). */
 INLINED __m256i entries8(const uint32_t *const *lut, __m256i lo, const int L) {
     __m256i p = _mm256_and_si256(_mm256_srli_epi32(lo, 12), _mm256_set1_epi32(4095));
-    p = _mm256_packus_epi32(p, p);
+    /* not packed: clang packs with any register, and waits for it */
+    p = _mm256_shuffle_epi8(p, _mm256_set1_epi64x(0x0d0c090805040100));
     const uint64_t s0 = (uint64_t)_mm_cvtsi128_si64(_mm256_castsi256_si128(p));
     const uint64_t s1 = (uint64_t)_mm_cvtsi128_si64(_mm256_extracti128_si256(p, 1));
 #define ENTRY(k, i) _mm256_set1_epi32((int)lut[(4 * k + i) / L][(uint16_t)(s##k >> 16 * i)])
