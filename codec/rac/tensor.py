@@ -246,12 +246,20 @@ def check_digest(t: Tensor, words: Array) -> None:
         raise ChecksumError("the decoded tensor is not the one that was packed", unit=repr(t.name), offset=t.record.at)
 
 
+def _tile_sizes(grid: Grid) -> NDArray[np.int64]:
+    """(tiles,) words of each tile."""
+    high = np.minimum(grid.tr, grid.rows - np.arange(grid.down) * grid.tr)
+    wide = np.minimum(grid.tc, grid.cols - np.arange(grid.across) * grid.tc)
+    out: NDArray[np.int64] = np.outer(high, wide).reshape(-1)
+    return out
+
+
 def parts(grid: Grid, chain: Chain, sizes: list[int], first: Callable[[int, int], bytes]) -> tuple[int, ...]:
     """Payload bytes by kind (records.PARTS) of units of `sizes`; `first(i, n)` gives the first n bytes of unit i."""
     front, coder = len(chain.fronts), chain.coder
-    out = [sum(sizes[:front]), 0, 0, 0, 0]
-    for i in range(front, len(sizes)):
-        box = grid.box(i - front)
-        of_tile = coder.parts(first(i, coder.directory), sizes[i], (box.r1 - box.r0) * (box.c1 - box.c0))
-        out[1:] = [a + b for a, b in zip(out[1:], of_tile, strict=True)]
+    of = (0, 0, 0, 0)
+    if len(sizes) > front:
+        firsts = [first(i, coder.directory) for i in range(front, len(sizes))]
+        of = coder.parts(firsts, sizes[front:], _tile_sizes(grid))
+    out = (sum(sizes[:front]), *of)
     return (*out, sum(map(up16, sizes)) - sum(out))

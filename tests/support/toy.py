@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from rac.container import zstd
 from rac.encode import record, ties
-from rac.encode.code.plan import CODER, Plan, View
+from rac.encode.code.plain import TileByTile
+from rac.encode.code.plan import CODER, View
 from rac.encode.code.table import ENCODERS
 from rac.encode.encoded import Encoded, Fidelity
 from rac.encode.sources import SourceTensor
@@ -56,21 +57,18 @@ class OpenMasked(Plain):
         dst[...] = (unit ^ self.mask).view(dst.dtype).reshape(dst.shape)
 
 
-class MaskedEncoder:
+class MaskedEncoder(TileByTile):
     """Proposes masked/1 for every tensor, as if it took no bytes at all."""
 
     MASK = 0x5A
-
-    def __init__(self, plan: Plan, words: Array | None) -> None:
-        self.plan, self.words = plan, words
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
         """An encoder; always."""
         return cls(view.plan(Masked(), bytes([cls.MASK])), view.words), -(1 << 62)
 
-    def encode(self, words: Array, i: int) -> bytes:
-        """The unit of tile `i`."""
+    def tile(self, words: Array) -> bytes:
+        """The unit of a tile."""
         return (np.ascontiguousarray(words).reshape(-1).view(np.uint8) ^ np.uint8(self.MASK)).tobytes()
 
 

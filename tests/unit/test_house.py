@@ -146,6 +146,9 @@ def test_modules_keep_their_names() -> None:
     assert len(found) <= STILL_SHORT, "\n".join(found)
 
 
+MOST_IN_ALL += 1_500  # packing, whole bands of tiles and the clustering of classes, in C
+
+
 def test_the_codec_is_no_larger_than_it_was() -> None:
     """Who adds what users asked for raises MOST_IN_ALL, and says why beside it."""
     files = [p for p in CODEC.parent.rglob("*") if p.suffix in (".py", ".c", ".h") and "egg-info" not in str(p)]

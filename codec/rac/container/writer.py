@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -26,7 +28,8 @@ class Writer:
         self.part = self.path + PART
         self.entries: list[Entry] = []
         self.at, self._named = 0, False
-        self._file: BinaryIO = part(self.path)
+        buffered: Any = part(self.path)
+        self._file: Any = buffered.detach()  # what is written goes to the system at once, in large pieces
         try:
             lock(self._file)
         except OSError as e:
@@ -53,9 +56,21 @@ class Writer:
     def write(self, *pieces: bytes | memoryview) -> None:
         """Bytes of the record that was begun, padding included."""
         with self._guard():
-            for piece in pieces:
-                self._file.write(piece)
+            self._put([piece for piece in pieces if len(piece)])
         self.at += sum(map(len, pieces))
+
+    def _put(self, pieces: list[bytes | memoryview]) -> None:
+        """Write pieces, many in one call where the system knows how."""
+        left = deque(memoryview(piece) for piece in pieces)
+        while left:
+            if hasattr(os, "writev"):
+                done = os.writev(self._file.fileno(), [*itertools.islice(left, 1024)])
+            else:
+                done = self._file.write(left[0])
+            while left and done >= len(left[0]):
+                done -= len(left.popleft())
+            if done:
+                left[0] = left[0][done:]
 
     def add(
         self, kind: int, flags: int, head: dict[str, Any], units: Sequence[bytes | memoryview], **fields: Any
@@ -127,6 +142,11 @@ class PipeWriter(Writer):
 
     def _guard(self) -> AbstractContextManager[None]:
         return guarded(OutputError, self.part, self.at, (OSError, ValueError))  # the latter where it is closed
+
+    def _put(self, pieces: list[bytes | memoryview]) -> None:
+        """Write pieces."""
+        for piece in pieces:
+            self._file.write(piece)
 
     def start(self, header: dict[str, Any]) -> None:
         """Begin."""

@@ -16,9 +16,11 @@ from rac.encode.code.table import analyse, proposed
 from rac.encode.encoded import Bytes, Encoded, Fidelity
 from rac.encode.sources import Attachment, SourceTensor
 from rac.errors import SourceError
-from rac.grid import Grid, boxes
+from rac.grid import Grid
 from rac.stages.base import Chain, Numbers, Product
 from rac.tensor import parts
+
+PIECE = 1 << 22  # bytes of words that a thread codes at once, about
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +45,26 @@ def estimate(t: SourceTensor, level: Level) -> int:
     return proposed(lambda grid, a, b: _words(t, grid, a, b), t.dtype, t.shape, level)[1]
 
 
+def pieces(grid: Grid) -> list[range]:
+    """Rows of tiles that are coded at once: about PIECE bytes of words."""
+    most = max(1, PIECE // max(1, grid.tr * grid.cols * grid.word))
+    return [range(a, min(grid.down, a + most)) for a in range(0, grid.down, most)]
+
+
 def whole(group: ties.Group, level: Level) -> Encoded:
     """A lossless tensor, coded by one thread."""
     t = group.tensor
     encoder = lossless(t, level)
-    units = [unit for row in range(encoder.plan.grid.down) for unit in band(t, encoder, row)]
+    units = [unit for rows in pieces(encoder.plan.grid) for unit in band(t, encoder, rows)]
     return encoded(group, encoder.plan, [*encoder.plan.fronts, *units], objects=matrix_of(t, level))
 
 
-def band(t: SourceTensor, encoder: Encoder, a: int) -> list[Bytes]:
-    """Units of row `a` of the grid of tiles."""
+def band(t: SourceTensor, encoder: Encoder, rows: range) -> list[Bytes]:
+    """Units of rows of the grid of tiles."""
     grid = encoder.plan.grid
-    r0, r1, _, _ = grid.box(a * grid.across)
+    r0, r1 = grid.box(rows.start * grid.across).r0, grid.box(rows.stop * grid.across - 1).r1
     words = _words(t, grid, r0, r1) if encoder.words is None else encoder.words[r0:r1]
-    row = range(a * grid.across, (a + 1) * grid.across)
-    return [encoder.encode(words[:, c0:c1], i) for i in row for _, _, c0, c1 in [grid.box(i)]]
+    return encoder.encode(words, rows)
 
 
 def coded(words: NDArray[np.uint8], level: Level) -> tuple[Plan, list[Bytes]]:
@@ -68,7 +75,7 @@ def coded(words: NDArray[np.uint8], level: Level) -> tuple[Plan, list[Bytes]]:
 
 def tiles(encoder: Encoder, words: NDArray[Any]) -> list[Bytes]:
     """Units of all tiles of a matrix (R, C) of words."""
-    return [encoder.encode(words[b.r0 : b.r1, b.c0 : b.c1], i) for i, b in enumerate(boxes(encoder.plan.grid))]
+    return encoder.encode(words, range(encoder.plan.grid.down))
 
 
 def _words(t: SourceTensor, grid: Grid, a: int, b: int) -> NDArray[Any]:

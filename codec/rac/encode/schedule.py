@@ -44,25 +44,25 @@ class _Item:
 
     group: ties.Group
     number: int
-    left: int = -1  # rows of tiles that are still to come; -1: nothing is known of it
+    left: int = -1  # pieces, rows of tiles, that are still to come; -1: nothing is known of it
     encoder: Encoder = field(init=False)  # what codes a lossless tensor
-    bands: list[list[Bytes]] = field(default_factory=list)  # units in front of the tiles, then those of each row
+    rows: list[range] = field(default_factory=list)  # of tiles, of each piece
+    bands: list[list[Bytes]] = field(default_factory=list)  # units in front of the tiles, then those of each piece
     objects: tuple[Encoded, ...] = ()
     done: Encoded | None = None
 
     def begin(self, level: Level) -> int:
-        """Plan a lossless tensor, and code it too where it has one row of tiles; returns how many rows are left."""
+        """Plan a lossless tensor, and code it too where it is one piece; returns how many pieces are left."""
         self.encoder = record.lossless(self.group.tensor, level)
         self.objects = record.matrix_of(self.group.tensor, level)
-        plan = self.encoder.plan
-        down = plan.grid.down  # 0 where there are no weights
-        left = down if down > 1 else 0
-        self.bands = [plan.fronts + (self.band(0) if down == 1 else []), *([] for _ in range(left))]
+        self.rows, plan = record.pieces(self.encoder.plan.grid), self.encoder.plan
+        left = len(self.rows) if len(self.rows) > 1 else 0
+        self.bands = [plan.fronts + (self.band(0) if len(self.rows) == 1 else []), *([] for _ in range(left))]
         return left
 
-    def band(self, row: int) -> list[Bytes]:
-        """The units of a row of tiles."""
-        return record.band(self.group.tensor, self.encoder, row)
+    def band(self, i: int) -> list[Bytes]:
+        """The units of piece `i`."""
+        return record.band(self.group.tensor, self.encoder, self.rows[i])
 
     def encoded(self) -> Encoded:
         """The tensor, all of whose bands are there."""
@@ -84,7 +84,7 @@ class Schedule:
     _waiting: deque[_Item] = field(default_factory=deque)
     _running: dict[Future[Any], tuple[_Item, int]] = field(default_factory=dict)
     _finished: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
-    _ready: list[tuple[int, int]] = field(default_factory=list)  # (number of the tensor, row of tiles; -1: begin it)
+    _ready: list[tuple[int, int]] = field(default_factory=list)  # (number of the tensor, piece; -1: begin it)
     _written: int = 0
 
     def run(self, groups: Sequence[ties.Group]) -> Generator[tuple[ties.Group, Encoded]]:

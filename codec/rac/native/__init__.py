@@ -6,47 +6,48 @@ library.py finds the kernels and chooses among instruction sets, prototypes.py h
 every other module calls those of one job, with the numpy twin of each beside it.
 """
 
-from rac.native.frequencies import code_length, golomb, join, log2, lookup, sum_classes, tables
+from rac.native.frequencies import cluster, code_length, golomb, join, log2, lookup, sum_classes, tables
 from rac.native.lanes import (
     ans_decode,
-    count_segments,
+    column_histogram,
     decode_spans,
     decode_tiles,
     encode_lanes,
-    find,
     histogram,
-    pair,
     symbol_model,
 )
 from rac.native.library import available, cpus, kernel, using
-from rac.native.prototypes import SHORT, TILE_ERRORS, Dequant, TileJob, TileShared, TileSpan, address
-from rac.native.words import gather, planes, scan, symbols, tops
+from rac.native.packing import count_tiles, pack_tiles, pieces
+from rac.native.prototypes import SHORT, TILE_ERRORS, Dequant, TileCoding, TileJob, TileShared, TileSpan, address
+from rac.native.words import planes, scan, symbols, tops
 
 __all__ = [
     "SHORT",
     "TILE_ERRORS",
     "Dequant",
+    "TileCoding",
     "TileJob",
     "TileShared",
     "TileSpan",
     "address",
     "ans_decode",
     "available",
+    "cluster",
     "code_length",
-    "count_segments",
+    "column_histogram",
+    "count_tiles",
     "cpus",
     "decode_spans",
     "decode_tiles",
     "encode_lanes",
-    "find",
-    "gather",
     "golomb",
     "histogram",
     "join",
     "kernel",
     "log2",
     "lookup",
-    "pair",
+    "pack_tiles",
+    "pieces",
     "planes",
     "scan",
     "sum_classes",

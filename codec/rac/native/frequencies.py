@@ -88,6 +88,23 @@ def log2(n: Counts, fraction: Counts) -> Counts | None:
     return out
 
 
+MOST_CLASSES = 16  # that `cluster` makes
+
+
+def cluster(hist: NDArray[np.uint32], k: int, rounds: int, fraction: Counts) -> tuple[NDArray[np.uint8], Counts] | None:
+    """Classes of vectors (n, G, S) and their counts (k, G, S), as encode.classes.cluster finds them before it joins.
+
+    None without the C kernel, and for more classes than it makes.
+    """
+    lib = library()
+    if lib is None or k > MOST_CLASSES:
+        return None
+    classes, agg = np.empty(len(hist), np.uint8), np.empty((k, *hist.shape[1:]), np.int64)
+    if lib.rac_cluster(np.ascontiguousarray(hist), *hist.shape, k, rounds, fraction, classes, agg):
+        raise MemoryError
+    return classes, agg
+
+
 def join(agg: Counts, size: Counts, alive: NDArray[np.bool_], groups: Counts, fraction: Counts, weight: int) -> bool:
     """Twin of the loop of encode.classes.join, which works on its arguments; False where the C kernel is not there."""
     lib = library()

@@ -139,45 +139,29 @@ def _decode(luts: Array, words: Array, counts: Array, segments: Array, out: Arra
 
 
 def encode_lanes(
-    symbols: NDArray[np.uint8], lanes: int, segments: NDArray[np.int64], model: NDArray[np.uint64]
+    symbols: NDArray[np.uint8], lanes: int, segments: NDArray[np.int64], model: NDArray[np.uint32]
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint16]] | None:
     """(words in the order of reading, words of each lane) of symbols, by `symbol_model`; None without a kernel."""
     lib = library()
     if lib is None:
         return None
-    out = np.empty(len(symbols) + 2 * lanes + 1, np.uint32)
-    counts = np.empty(lanes, np.uint32)
-    n = lib.rac_encode(symbols, lanes, segments, len(segments), model, out, len(out), counts)
+    out = np.empty(len(symbols) + 2 * lanes + 16, np.uint32)
+    counts = np.empty(-(-lanes // 16) * 16, np.uint32)
+    n = lib.rac_encode(symbols, lanes, segments, len(segments), model, len(model), out, len(out), counts)
     assert n >= 0  # noqa: S101
     assert int(counts.max()) < 65536  # noqa: S101 - a symbol takes at most one word, a tile is small
-    return out[len(out) - n :], counts.astype(np.uint16)
+    return out[len(out) - n :], counts[:lanes].astype(np.uint16)
 
 
-def symbol_model(freq: NDArray[np.uint16], same: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """(T, 256, 4) what `encode_lanes` needs of each symbol: 2**64 / f rounded up (0 for 1), start, 2**24 - f, f / 4096.
+def symbol_model(freq: NDArray[np.uint16], same: NDArray[np.uint8]) -> NDArray[np.uint32]:
+    """(T, 256) what `encode_lanes` needs of each symbol: its frequency, and the sum of those before it << 16.
 
     `freq` (T, S); symbol s is coded as if it were `same[t, s]` (T, 256).
     """
-    f = np.zeros((len(freq), 256), np.uint64)
+    f = np.zeros((len(freq), 256), np.uint32)
     f[:, : freq.shape[1]] = freq
-    start = np.cumsum(f, axis=1) - f
-    reciprocal = np.where(f > 1, np.uint64(2**64 - 1) // np.maximum(f, np.uint64(1)) + np.uint64(1), np.uint64(0))
-    out = np.stack([reciprocal, start << np.uint64(12), np.uint64(1 << 24) - (f << np.uint64(12)), f], axis=2)
-    return np.ascontiguousarray(np.take_along_axis(out, same.astype(np.int64)[:, :, None], axis=1))
-
-
-def pair(sym: NDArray[np.uint8], sizes: NDArray[np.int64], table: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Base symbols (n,) below 16 to pairs table[a + 16 b], by segments of `sizes`; an odd last one is paired with 0."""
-    lib = library()
-    if lib is not None:
-        out = np.empty(int(((sizes + 1) // 2).sum()), np.uint8)
-        lib.rac_pairs(sym, sizes, len(sizes), table, out)
-        return out
-    pieces = []
-    for part in np.split(sym, np.cumsum(sizes)[:-1]):
-        even = np.append(part, np.zeros(len(part) % 2, np.uint8))
-        pieces.append(table[even[::2] | even[1::2] << np.uint8(4)])
-    return np.concatenate(pieces)
+    start = np.cumsum(f, axis=1, dtype=np.uint32) - f
+    return np.ascontiguousarray(np.take_along_axis(f | start << np.uint32(16), same.astype(np.int64), axis=1))
 
 
 def histogram(
@@ -195,19 +179,17 @@ def histogram(
     return np.bincount(flat.ravel(), minlength=keys * size).reshape(keys, size).astype(np.uint32)
 
 
-def count_segments(sym: NDArray[np.uint8], segments: Array, counts: NDArray[np.uint32]) -> None:
-    """Add the coded symbols of each segment (symbols, table) to the row of its table in `counts` (T, S)."""
+def column_histogram(
+    sym: NDArray[np.uint8], classes: NDArray[np.uint8] | None, k: int, size: int
+) -> NDArray[np.uint32]:
+    """(C, k, size) counts of the symbols (R, C), of unit column stride, of each column and class of rows (R,)."""
     lib = library()
-    if lib is not None:
-        lib.rac_count(sym, segments, len(segments), counts.shape[1], counts)
-    else:
-        np.add.at(counts, (np.repeat(segments[:, 1], segments[:, 0]), sym), 1)
-
-
-def find(sym: NDArray[np.uint8], segments: Array, flags: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Places of the coded symbols whose flag under their table is set; `flags` (T, 256)."""
-    lib = library()
+    rows, cols = sym.shape
     if lib is None:
-        return np.flatnonzero(flags[np.repeat(segments[:, 1], segments[:, 0]), sym])
-    out = np.empty(len(sym) + 1, np.int64)
-    return out[: lib.rac_find(sym, segments, len(segments), flags, out)].copy()
+        key = None if classes is None else classes.astype(np.int32)
+        by_col = np.arange(cols, dtype=np.int32) * np.int32(k)
+        return histogram(sym, key, by_col, cols * k, size).reshape(cols, k, size)
+    out = np.zeros((cols, k, size), np.uint32)
+    if lib.rac_hist_cols(sym, rows, cols, sym.strides[0], classes, k, size, out):
+        raise MemoryError
+    return out

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-VERSION = 21  # changes with any function or structure
+VERSION = 26  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -90,6 +90,20 @@ class TileSpan(ctypes.Structure):
     _fields_ = [("all", TileJob), *_fields("at units; i64 first tiles tall wide word")]
 
 
+class TileCoding(ctypes.Structure):
+    """What encoding the tiles of a tensor under lanes/1 shares, see src/encode.h."""
+
+    _fields_ = _fields(
+        "at lut model escaping table bases;i32 row_classes col_classes tables lanes per word zero sign shift first skip"
+    )
+
+
+class Piece(ctypes.Structure):
+    """A tile that is to be encoded, see src/encode.h; `packing.pieces` makes many at once."""
+
+    _fields_ = _fields("at words row_class col_class; i64 rows cols stride")
+
+
 class Quantiser(ctypes.Structure):
     """How the columns of a tensor are quantised (`trellis.Search`), as the kernel takes it."""
 
@@ -121,12 +135,11 @@ TILE_ERRORS = (
 SHORT = 240
 """Bytes of a unit up to which `rac_spans` leaves its checksum to the caller."""
 
-STRUCTURES = (Matrix, Dequant, TileShared, TileJob, TileSpan, Quantiser, Columns)
+STRUCTURES = (Matrix, Dequant, TileShared, TileJob, TileSpan, Quantiser, Columns, TileCoding, Piece)
 
 _WORDS = {
     "rac_scan": (c_uint64, Flat, c_int64, c_uint64, c_int, Flat),
     "rac_symbols": (None, Flat, c_int64, c_int, c_int, c_int, Flat, Flat),
-    "rac_gather": (None, Flat, c_int64, Flat, Flat, Flat, c_int64, Flat),
     "rac_planes": (None, Flat, c_int64, c_int, c_int, c_int, Flat, Flat),
 }
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
@@ -144,14 +157,15 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_factor": (c_int64, Flat, c_int64, Flat),
     "rac_round": (None, Flat, c_int64, Flat, c_int),
     "rac_hist": (None, Flat, c_int64, c_int64, Flat, Flat, c_int64, Flat),
-    "rac_count": (None, Flat, Flat, c_int64, c_int64, Flat),
+    "rac_hist_cols": (c_int, Flat, c_int64, c_int64, c_int64, Flat, c_int64, c_int64, Flat),
+    "rac_count": (c_int, POINTER(TileCoding), Flat, c_int64, Flat),
+    "rac_pack": (c_int, POINTER(TileCoding), Flat, c_int64, Flat, c_int64, Flat),
     "rac_sum": (None, Flat, Flat, c_int64, c_int64, Flat),
     "rac_log2": (None, Flat, c_int64, Flat, Flat),
     "rac_code_length": (None, Flat, c_int64, c_int64, Flat, c_int64, Flat),
+    "rac_cluster": (c_int, Flat, *[c_int64] * 5, Flat, Flat, Flat),
     "rac_join": (None, *[Flat] * 7, c_int64, c_int64, c_int64, Flat, c_int64),
-    "rac_pairs": (None, Flat, Flat, c_int64, Flat, Flat),
-    "rac_find": (c_int64, Flat, Flat, c_int64, Flat, Flat),
-    "rac_encode": (c_int64, Flat, c_int64, Flat, c_int64, Flat, Flat, c_int64, Flat),
+    "rac_encode": (c_int64, Flat, c_int64, Flat, c_int64, Flat, c_int64, Flat, c_int64, Flat),
     "rac_quantise": (c_int, POINTER(Quantiser), POINTER(Columns)),
     **{f"{name}{word}": types for name, types in _WORDS.items() for word in (1, 2, 4, 8)},
 }

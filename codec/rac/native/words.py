@@ -10,11 +10,11 @@ from rac.native.prototypes import Array
 
 
 def scan(words: Array, mask: int, shift: int, hist: NDArray[np.uint32]) -> int:
-    """Add (word & mask) >> shift of all contiguous `words` to `hist` (65536,); returns the OR of all words."""
+    """Add (word & mask) >> shift of all contiguous `words` to `hist`; returns the OR of all words."""
     lib = library()
     if lib is None:
         t = words.dtype.type
-        hist += np.bincount(((words & t(mask)) >> t(shift)).ravel(), minlength=65536).astype(np.uint32)
+        hist += np.bincount(((words & t(mask)) >> t(shift)).ravel(), minlength=len(hist)).astype(np.uint32)
         return int(np.bitwise_or.reduce(words, axis=None)) if words.size else 0
     return int(getattr(lib, f"rac_scan{words.itemsize}")(words, words.size, mask, shift, hist))
 
@@ -34,16 +34,6 @@ def symbols(words: Array, zero: int, sign: bool, shift: int, lut: NDArray[np.uin
     words = np.ascontiguousarray(words)
     out = np.empty(words.shape, np.uint8)
     getattr(lib, f"rac_symbols{words.itemsize}")(words, words.size, zero, sign, shift, lut, out)
-    return out
-
-
-def gather(tile: Array, rows: Array | None, cols: Array | None, blocks: Array) -> Array | None:
-    """Elements of `tile` (h, w), unit column stride, in the order of its blocks; None without the C kernel."""
-    lib = library()
-    if lib is None:
-        return None
-    size, out = tile.itemsize, np.empty(tile.size, tile.dtype)
-    getattr(lib, f"rac_gather{size}")(tile, tile.strides[0] // size, rows, cols, blocks, len(blocks), out)
     return out
 
 

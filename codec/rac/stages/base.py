@@ -108,9 +108,12 @@ class Coder(Stage, Protocol):
         """What `rac info` says of a quantised tensor: "row_classes", "column_classes", "tables" (0: none)."""
         return {"row_classes": 0, "column_classes": 0, "tables": 0}
 
-    def parts(self, first: bytes, size: int, n: int) -> tuple[int, int, int, int]:
-        """Bytes of (directories, words, escapes, raw) of a tile of `n` words whose unit has `size` bytes."""
-        return 0, 0, 0, size
+    def parts(self, first: list[bytes], sizes: list[int], n: Array) -> tuple[int, int, int, int]:
+        """Bytes of (directories, words, escapes, raw) of tiles of `n` words each, whose units have `sizes` bytes.
+
+        `first` are as many bytes of each unit as a directory has.
+        """
+        return 0, 0, 0, sum(sizes)
 
 
 class OpenNumbers(Protocol):

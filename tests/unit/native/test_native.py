@@ -16,12 +16,12 @@ import rac
 from rac import native
 from rac.container import zstd
 from rac.encode.code import classes as cl
-from rac.encode.code.lanes import gather
+from rac.encode.code.tiles import Tiles
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
-from rac.entropy import ans
+from rac.entropy import ans, tables
 from rac.entropy.ans import Models
-from rac.grid import up16
+from rac.grid import Grid, up16
 from rac.native import library, prototypes
 from rac.native.lanes import decode_side_by_side
 from rac.native.library import CPUS
@@ -112,25 +112,16 @@ def test_histogram(both, keys, size, cols):
         assert fast[row[4] + col[7], sym[4, 7]] > 0
 
 
-SEGMENTS = np.array([[7, 0], [64, 2], [1, 3], [33, 5]], np.int64)
-SYMBOLS = np.random.default_rng(1).integers(0, 16, 105).astype(np.uint8)
-
-
-def test_count_and_find(both):
-    def count():
-        out = np.ones((6, 16), np.uint32)
-        native.count_segments(SYMBOLS, SEGMENTS, out)
-        return out
-
-    fast, slow = both(count)
-    assert (fast == slow).all()
-    assert fast.sum(1).tolist() == [16 + 7, 16, 16 + 64, 16 + 1, 16, 16 + 33]
-    flags = np.random.default_rng(2).random((6, 256)) < 0.3
-    fast, slow = both(lambda: native.find(SYMBOLS, SEGMENTS, flags))
-    table = np.repeat(SEGMENTS[:, 1], SEGMENTS[:, 0])
-    assert fast.tolist() == slow.tolist() == [i for i in range(105) if flags[table[i], SYMBOLS[i]]]
-    none = np.zeros((6, 256), np.bool_)
-    assert [x.tolist() for x in both(lambda: native.find(SYMBOLS, SEGMENTS, none))] == [[], []]
+@pytest.mark.parametrize(("size", "cols", "rows"), [(9, 20, 40), (16, 150, 600), (3, 64, 1), (40, 70, 33)])
+def test_column_histogram(both, size, cols, rows):
+    rng = np.random.default_rng(size)
+    sym = rng.integers(0, size, (rows, cols + 5)).astype(np.uint8)[:, 2 : cols + 2]
+    classes = rng.integers(0, 3, rows).astype(np.uint8)
+    for of, k in ((classes, 4), (None, 1)):
+        fast, slow = both(lambda of=of, k=k: native.column_histogram(sym, of, k, size))
+        assert (fast.dtype, fast.shape) == (np.uint32, (cols, k, size))
+        assert (fast == slow).all()
+        assert (fast.sum(axis=(1, 2)) == rows).all()
 
 
 def frequencies(rng, tables, symbols):
@@ -193,19 +184,6 @@ def test_symbols_that_count_as_others():
     assert a[0].tolist() == b[0].tolist() and a[1].tolist() == b[1].tolist()
 
 
-def test_pair(both):
-    sizes = np.array([7, 64, 1, 33], np.int64)
-    table = np.random.default_rng(4).permutation(256).astype(np.uint8)
-    fast, slow = both(lambda: native.pair(SYMBOLS, sizes, table))
-    assert (fast == slow).all()
-    expected, at = [], 0
-    for n in sizes.tolist():
-        part = [*SYMBOLS[at : at + n].tolist(), 0]
-        expected += [int(table[part[i] + 16 * part[i + 1]]) for i in range(0, n, 2)]
-        at += n
-    assert fast.tolist() == expected
-
-
 @pytest.mark.parametrize("word", [1, 2, 4, 8])
 @pytest.mark.parametrize("n", [1, 7, 8, 129])
 def test_planes(both, word, n):
@@ -233,20 +211,56 @@ def test_planes(both, word, n):
         assert (ll.unpack_planes(views, n, p.planes()) == expected).all()
 
 
-@pytest.mark.parametrize("word", [1, 2, 4, 8])
-def test_gather(both, word):
-    rng = np.random.default_rng(word)
-    rows, cols = rng.integers(0, 4, 30).astype(np.uint8), rng.integers(0, 3, 50).astype(np.uint8)
-    table = rng.integers(0, 5, (4, 3)).astype(np.uint8)
-    tile = words(6, word, 30, 80)[:, 10:60]
-    for r, c in ((rows, cols), (None, cols), (rows, None), (None, None)):
-        t = table[: 1 if r is None else 4, : 1 if c is None else 3]
-        p = Lanes(1, 1, 0, False, 0, (0, 2), (), 5, 0, *t.shape, (0, 0, 0))
-        order = ll.order(p, r, c, 30, 50, t)
-        fast, slow = both(lambda order=order: gather(order, tile))
-        assert fast.dtype == slow.dtype == tile.dtype
-        assert (fast == slow).all()
-        assert sorted(fast.tolist()) == sorted(tile.ravel().tolist())
+def tiles_of(word, per, lanes, shape, classes):
+    """`Tiles` of a matrix with escapes and classes of rows ("r") and columns ("c"); its words, their base symbols."""
+    rng, bits, signed, used = np.random.default_rng(lanes), 8 * word, word > 1, 14 if per == 2 else 40
+    shift, escape = (max(1, bits - 9), 60) if signed else (2, 61)
+    tops = np.minimum(rng.geometric(0.4, shape) + 19, 19 + used)
+    tops = np.where(rng.random(shape) < 0.02, rng.integers(escape, 190 if signed else 64, shape), tops).astype(
+        np.uint64
+    )
+    raw = rng.integers(0, 1 << min(shift, 30), shape).astype(np.uint64)
+    sign = rng.integers(0, 1 + signed, shape).astype(np.uint64) << np.uint64(bits - 1)
+    words = (tops << np.uint64(shift) | raw | sign).astype(f"<u{word}")
+    lut = np.zeros(65536, np.uint8)
+    lut[20 : 20 + used], lut[escape : escape + 256] = np.arange(used), used
+    kr, kc = 3 if "r" in classes else 1, 4 if "c" in classes else 1
+    rows, cols = (
+        rng.integers(0, k, n).astype(np.uint8) if k > 1 else None for k, n in zip((kr, kc), shape, strict=True)
+    )
+    table = rng.integers(0, 5, (kr, kc)).astype(np.uint8)
+    p = Lanes(lanes, per, 0, signed, shift, (20, used), (escape,), 5, 0, kr, kc, (0, 0, 0), packed=word >= 4)
+    tiles = Tiles(p, Grid(*shape, word, -(-shape[0] // 2), -(-shape[1] // 3)), lut, rows, cols, table)
+    return tiles, words, lut[tops]
+
+
+@pytest.mark.parametrize("classes", ["", "r", "c", "rc"])
+@pytest.mark.parametrize("lanes", [1, 2, 8, 16, 20, 32, 40])
+@pytest.mark.parametrize(("word", "per"), [(1, 1), (2, 2), (2, 1), (4, 2), (8, 1)])
+def test_tiles(both, word, per, lanes, classes):
+    """Counts and units of tiles are those of numpy and constriction."""
+    tiles, data, base = tiles_of(word, per, lanes, (41, 151 if lanes % 16 else 500), classes)
+    fast, slow = both(lambda: tiles.count(base))
+    assert (fast == slow).all()
+    assert int(fast.sum()) >= data.size // per
+    rare = (slow > 0) & (slow < 2) & (np.arange(tiles.p.symbols) < tiles.p.first_escaping) if per == 2 else None
+    tiles.use(np.stack([tables.normalise(1 + c) for c in slow]), rare)
+    fast, slow = both(lambda: tuple(tiles.units(data, range(2))))
+    assert_same(fast, slow)
+    assert len(fast) == 6
+    assert sum(int(unit[:4].view("<u4")[0]) for unit in fast) > 0  # escapes
+
+
+def test_tiles_with_frequencies_at_their_limits(both):
+    """Frequencies of 1 and 4095, lanes whose states are largest."""
+    rng = np.random.default_rng(0)
+    data = np.where(rng.random((30, 4000)) < 0.0005, rng.integers(0, 4, (30, 4000)), 1).astype(np.uint8)
+    p = Lanes(32, 1, 0, False, 0, (0, 4), (), 1, 0, 1, 1, (0, 0, 0))
+    lut = np.arange(65536).astype(np.uint8)
+    tiles = Tiles(p, Grid(30, 4000, 1, 30, 4000), lut, None, None, np.zeros((1, 1), np.uint8))
+    tiles.use(np.array([[1, 4093, 1, 1]], np.uint16), None)
+    fast, slow = both(lambda: tuple(tiles.units(data, range(1))))
+    assert_same(fast, slow)
 
 
 def test_sum_classes(both):
@@ -284,6 +298,38 @@ def test_join(both, seed):
         fast, slow = both(lambda m=m, w=weight: cl.join(agg.copy(), m, w))
         assert fast.tolist() == slow.tolist()
         assert set(fast.tolist()) == set(range(int(fast.max()) + 1))
+
+
+@pytest.mark.parametrize(
+    ("n", "g", "s", "k"), [(300, 1, 15, 8), (70, 5, 9, 6), (40, 3, 100, 16), (9, 2, 4, 9), (20, 1, 3, 1)]
+)
+def test_cluster(both, n, g, s, k):
+    """Classes of vectors, some empty, some equal, some of large counts."""
+    rng = np.random.default_rng(n)
+    share = rng.dirichlet(np.full(s, 0.3), (n, g)) * (rng.random((n, 1, 1)) < 0.9)
+    hist = (share * rng.choice([10, 1000, 1 << 28], (n, 1, 1))).astype(np.uint32)
+    hist[5] = hist[3]
+    for rounds in (0, 1, 5):
+        fast, slow = both(lambda r=rounds: cl.cluster(lambda a, b: hist[a:b], n, g * s, k, r))
+        assert_same(fast, slow)
+        assert int(fast[1].sum()) == int(hist.sum(dtype=np.int64))
+
+
+@pytest.mark.parametrize("spread", [1, 4, 40])
+def test_scan_of_many(both, spread):
+    """Counts of whole pieces of 3840 words, whose tops lie close together, far apart, or at 0."""
+    rng = np.random.default_rng(spread)
+    for size in (2, 4):
+        tops = np.clip(120 + rng.normal(0, spread, 9000), 0, 255).astype(f"<u{size}") * (rng.random(9000) < 0.9)
+        data = tops.astype(f"<u{size}") << np.array(8 * size - 9, f"<u{size}")
+
+        def run(data=data, size=size):
+            hist = np.zeros(256, np.uint32)
+            return native.scan(data, (1 << (8 * size - 1)) - 1, 8 * size - 9, hist), hist
+
+        (a, hist_a), (b, hist_b) = both(run)
+        assert (a, hist_a.tolist()) == (b, hist_b.tolist())
+        assert hist_a.tolist() == np.bincount(tops.astype(int), minlength=256).tolist()
 
 
 def run(code, **env):

@@ -97,19 +97,25 @@ def cluster(
     Starts from quantiles of the mean symbol, refines `rounds` times, then joins classes while that shortens the
     file, tables and class lists counted.
     """
-    step = max(1, HELD // size)
-    bounds = [(a, min(n, a + step)) for a in range(0, n, step)]
-    if len(bounds) == 1:
-        whole = vectors(0, n)
+    k, step = min(k, n), max(1, HELD // size)
+    if step >= n and (found := native.cluster(whole := vectors(0, n), k, rounds, _FRACTION)):
+        classes, agg = found
+    elif step >= n:
+        classes, agg = _refined(lambda a, b: whole[a:b], [(0, n)], k, rounds)
+    else:
+        classes, agg = _refined(vectors, [(a, min(n, a + step)) for a in range(0, n, step)], k, rounds)
+    groups = join(agg, np.bincount(classes, minlength=k), weight)
+    return groups[classes], sum_groups(agg, groups, int(groups.max()) + 1)
 
-        def vectors(a: int, b: int) -> NDArray[Any]:
-            return whole
+
+def _refined(vectors: Vectors, bounds: list[tuple[int, int]], k: int, rounds: int) -> tuple[NDArray[np.uint8], Counts]:
+    """`native.cluster` of vectors that are counted in pieces."""
+    n = bounds[-1][1]
 
     def count(classes: NDArray[np.uint8]) -> Counts:
         out: Counts = sum(_sum(vectors(a, b), classes[a:b], k) for a, b in bounds)  # type: ignore[assignment]
         return out
 
-    k = min(k, n)
     classes = np.zeros(n, np.uint8)
     if k > 1:
         plain = np.concatenate([vectors(a, b).sum(1, dtype=np.int64) for a, b in bounds])
@@ -123,12 +129,13 @@ def cluster(
             break
         classes = new
         agg = count(classes)
-    groups = join(agg, np.bincount(classes, minlength=k), weight)
-    return groups[classes], sum_groups(agg, groups, int(groups.max()) + 1)
+    return classes, agg
 
 
 def sum_groups(agg: Counts, groups: NDArray[np.uint8], kept: int) -> Counts:
     """(kept, ...) counts of the groups of the classes that `agg` (K, ...) counts."""
+    if kept == len(agg):
+        return agg
     out = np.zeros((kept, *agg.shape[1:]), np.int64)
     np.add.at(out, groups, agg)
     return out

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -13,10 +12,10 @@ from rac import native
 from rac.container import zstd
 from rac.encode.code import classes as clusters
 from rac.encode.code.plan import MANTISSA, Level, Plan, View, chunks
+from rac.encode.code.tiles import Symbols, Tiles, both
 from rac.encode.encoded import Bytes
 from rac.entropy import tables
-from rac.entropy.ans import Models, merge
-from rac.grid import Grid, up16
+from rac.grid import up16
 from rac.registry import DTYPES
 from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import MAX_BASE, Lanes
@@ -32,42 +31,12 @@ _LARGE = 1 << 20  # words from which on more classes of them pay
 _LEAST = 2048  # words below which tables would cost more than they gain
 
 
-@dataclass(frozen=True, slots=True)
-class Symbols:
-    """What the analysis of a tensor has found, and the encoding of its tiles needs."""
-
-    base: NDArray[np.uint8]  # (R, C) base symbols
-    rows: NDArray[np.uint8] | None  # (R,) classes of rows; None: one
-    cols: NDArray[np.uint8] | None  # (C,) classes of columns; None: one
-    table: NDArray[np.uint8]  # (Kr, Kc) table of each pair of classes
-
-    def sequence(self, p: Lanes, grid: Grid, i: int) -> tuple[layout.Order, NDArray[np.uint8]]:
-        """(order, coded symbols in sequence order) of tile `i`."""
-        r0, r1, c0, c1 = grid.box(i)
-        rows = None if self.rows is None else self.rows[r0:r1]
-        cols = None if self.cols is None else self.cols[c0:c1]
-        order = layout.order(p, rows, cols, r1 - r0, c1 - c0, self.table)
-        base = gather(order, self.base[r0:r1, c0:c1])
-        return order, native.pair(base, order.sizes, _pair_map(p)) if p.per == 2 else base
-
-
 class LanesEncoder:
     """Codes the tiles of one tensor by lanes/1."""
 
-    def __init__(
-        self, plan: Plan, p: Lanes, symbols: Symbols, freq: NDArray[np.uint16], rare: Array | None, view: View
-    ) -> None:
-        """Tables `freq` (T, symbols), each of sum 4096; `rare` (T, symbols) pairs are stored as two first escapes."""
-        self.plan, self.words, self._p = plan, view.words, p
-        self._symbols, self._freq, self._rare, self._level = symbols, freq, rare, view.level.planes
-        self._coded: list[tuple[layout.Order, NDArray[np.uint8]]] = []
-        self._same = np.tile(np.arange(256, dtype=np.uint8), (p.tables, 1))
-        self._escaping = np.zeros((p.tables, 256), np.bool_)
-        self._escaping[:, p.first_escaping : p.symbols] = True
-        if rare is not None:
-            self._escaping[:, : p.symbols] |= rare
-            self._same[:, : p.symbols][rare] = _both(p)
-        self._model = native.symbol_model(freq, self._same)
+    def __init__(self, plan: Plan, tiles: Tiles, view: View) -> None:
+        """Tiles whose tables are set."""
+        self.plan, self.words, self._tiles, self._level = plan, view.words, tiles, view.level.planes
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
@@ -120,10 +89,9 @@ class LanesEncoder:
             sizes=(0, 0, 0),
             packed=grid.word >= 4,
         )
-        held, rare = [], None
+        tiles, rare = Tiles(p, grid, symbols.lut, symbols.rows, symbols.cols, symbols.table), None
         if per == 2:
-            held = [symbols.sequence(p, grid, i) for i in range(grid.tiles)]
-            counts, rare = _pair_counts(held, p)
+            counts, rare = _without_rare(tiles.count(symbols.base), p)
         else:
             counts = clusters.sum_groups(cells.reshape(kr * kc, n), group, p.tables)
         freq = np.stack([tables.normalise(c) for c in counts])
@@ -131,61 +99,30 @@ class LanesEncoder:
         lists = [b"" if c is None else zstd.shorter(c.tobytes()) for c in (symbols.rows, symbols.cols)]
         p = replace(p, order=order, sizes=(len(packed), *map(len, lists)))
         front = b"".join((packed, *lists, group.tobytes()))
-        out = cls(view.plan(p, front), p, symbols, freq, rare, view)
-        out._coded = held
+        tiles.p = p
+        tiles.use(freq, rare)
+        out = cls(view.plan(p, front), tiles, view)
         each = clusters.log2(np.full(1, 4096)) - clusters.log2(freq.astype(np.int64))  # units of a symbol of each table
         escaped = int(tops.sum()) - int(tops[kept].sum())
         return out, int((counts * each).sum()) // clusters.UNIT // 8 + escaped + _around(view, p)
 
-    def encode(self, words: Array, i: int) -> Bytes:
-        """The unit of tile `i`, whose words (h, w) are given."""
-        p = self._p
-        order, sym = self._coded[i] if self._coded else self._symbols.sequence(p, self.plan.grid, i)
-        flat = gather(order, words)
-        coded, counts = native.encode_lanes(sym, p.lanes, order.segments, self._model) or self._reference(sym, order)
-        escapes = self._escapes(order, sym, flat) if p.escapes else b""
-        sizes, cuts, total = p.plane_sizes(len(flat)), [], 0
-        for (bits, low), size in zip(p.planes(), sizes, strict=True):
-            cuts.append((bits, low, total))
-            total += up16(size)
-        raw = native.planes(flat, p.zero, p.sign, p.shift, cuts, total)
-        planes: list[Bytes] = [raw[at : at + size].data for (*_, at), size in zip(cuts, sizes, strict=True)]
-        if p.packed:  # where that pays for its time: low bits of float32 are often zero in whole rows
-            frames = [zstd.compress(plane, self._level) for plane in planes]
-            pairs = zip(planes, frames, strict=True)
-            planes = [frame if len(frame) < len(plane) - len(plane) // 128 else plane for plane, frame in pairs]
-        return layout.build_tile(coded, counts, escapes, planes, p)
+    def encode(self, words: Array, rows: range) -> list[Bytes]:
+        """The units of rows of tiles whose words (h, C) are given."""
+        units = self._tiles.units(words, rows)
+        return [unit.data for unit in (map(self._packed, units) if self._tiles.p.packed else units)]
 
-    def _reference(self, sym: Array, order: layout.Order) -> tuple[Array, Array]:
-        """`native.encode_lanes` through constriction, lane by lane; slow."""
-        p, freq = self._p, self._freq
-        table = order.segments[:, 1]
-        models, starts = Models(freq), np.cumsum(order.segments[:, 0]) - order.segments[:, 0]
-        places = np.empty(len(sym), np.int32)
-        for start, (n, t) in zip(starts, order.segments, strict=True):
-            places[start : start + n] = models.index[t][self._same[t][sym[start : start + n]]]
-        streams = []
-        for lane, steps in enumerate(layout.lane_steps_all(order.segments, p.lanes)):
-            mine = [places[s + lane : s + n : p.lanes] for s, n in zip(starts, order.segments[:, 0], strict=True)]
-            todo = list(zip(steps.tolist(), table.tolist(), strict=True))
-            streams.append(models.encode(np.ascontiguousarray(np.concatenate(mine)), todo))
-        return merge(streams, freq, order.segments), np.array([len(s) for s in streams])
-
-    def _escapes(self, order: layout.Order, sym: Array, flat: Array) -> bytes:
-        """Escape bytes in sequence order; few symbols have any."""
-        p, rare = self._p, self._rare
-        at = native.find(sym, order.segments, self._escaping)
-        ends = np.cumsum(order.segments[:, 0])
-        k = np.searchsorted(ends, at, side="right")
-        first = np.cumsum(order.sizes) - order.sizes
-        element = (first[k] + (at - (ends - order.segments[:, 0])[k]) * p.per)[:, None] + np.arange(p.per)
-        base = p.pairs()[sym[at]].astype(np.int64)
-        if rare is not None:
-            base[rare[order.segments[k, 1], sym[at]]] = p.first_escape
-        use = (base >= p.first_escape) & (element < (first + order.sizes)[k][:, None])
-        top = native.tops(flat[element[use]], p.zero, p.sign, p.shift).astype(np.int64)
-        out: bytes = (top - np.array(p.escapes, np.int64)[base[use] - p.first_escape]).astype(np.uint8).tobytes()
-        return out
+    def _packed(self, unit: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A unit with its planes as frames where that pays: low bits of F32 are often zero in whole rows."""
+        p = self._tiles.p
+        sizes = unit[4 : 4 + p.skip].view("<u4").tolist()
+        at = [len(unit) - sum(map(up16, sizes[k:])) for k in range(len(sizes))]
+        planes: list[Bytes] = [unit[a : a + size].data for a, size in zip(at, sizes, strict=True)]
+        frames = [zstd.compress(plane, self._level) for plane in planes]
+        pairs = zip(planes, frames, strict=True)
+        planes = [frame if len(frame) < len(plane) - len(plane) // 128 else plane for plane, frame in pairs]
+        front = unit[: at[0] if at else len(unit)].copy()
+        front[4 : 4 + p.skip] = np.array([len(plane) for plane in planes], "<u4").view(np.uint8)
+        return layout.padded([front, *(np.frombuffer(plane, np.uint8) for plane in planes)])
 
 
 def _symbols(
@@ -208,7 +145,7 @@ def _symbols(
     rows, cols, cells = _classes(base, n, weight, replace(level, col_classes=1) if wide else level)
     kr, kc = cells.shape[:2]
     group = clusters.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
-    return Symbols(base, rows, cols, group.reshape(kr, kc)), cells
+    return Symbols(base, lut, rows, cols, group.reshape(kr, kc)), cells
 
 
 def _around(view: View, p: Lanes) -> int:
@@ -220,11 +157,6 @@ def _around(view: View, p: Lanes) -> int:
             plain = min(plain, len(zstd.compress(plane.tobytes(), view.level.planes)))
         size += plain
     return p.front + 200 + view.grid.tiles * (16 + 12 * p.lanes) + view.scaled(size)
-
-
-def _both(p: Lanes) -> int:
-    """The pair of two first escapes."""
-    return int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
 
 
 def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int]] | None:
@@ -265,42 +197,16 @@ def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int
     return ([0, 1] if zero else []) + [low, high - low], escapes
 
 
-@functools.lru_cache(64)
-def _pair_map(p: Lanes) -> NDArray[np.uint8]:
-    out = np.zeros(256, np.uint8)
-    pairs = p.pairs().astype(np.int64)
-    out[pairs[:, 0] | pairs[:, 1] << 4] = np.arange(len(pairs), dtype=np.uint8)
-    return out
-
-
-def _pair_counts(
-    held: list[tuple[layout.Order, NDArray[np.uint8]]], p: Lanes
-) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
-    """(T, symbols) how often each pair occurs under each table, the rarest as two escapes; and which these are."""
-    found = np.zeros((p.tables, p.symbols), np.uint32)
-    for order, sym in held:
-        native.count_segments(sym, order.segments, found)
-    counts = found.astype(np.int64)
+def _without_rare(counts: clusters.Counts, p: Lanes) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
+    """(T, symbols) how often each pair is coded under each table, the rarest as two escapes; and which these are."""
     if not p.escapes or max(p.runs) >= p.escapes[0] + 256:
         return counts, None
     rare = (counts > 0) & (counts * PAIR_RARE < counts.sum(1, keepdims=True))
     rare[:, p.first_escaping :] = False
     moved = np.where(rare, counts, 0).sum(1)
     counts = np.where(rare, 0, counts)
-    counts[:, _both(p)] += moved
+    counts[:, both(p)] += moved
     return counts, rare if rare.any() else None
-
-
-def gather(order: layout.Order, tile: Array) -> Array:
-    """Elements of `tile` (h, w) in sequence order."""
-    done = native.gather(tile, order.rows, order.cols, order.blocks)
-    if done is not None:
-        return done
-    if order.rows is not None:
-        tile = tile[order.rows]
-    if order.cols is not None:
-        tile = tile[:, order.cols]
-    return np.concatenate([tile[a:b, c:d].reshape(-1) for _, a, b, c, d in order.blocks.tolist()])
 
 
 def _lane_count(level: Level, elements: int) -> int:
@@ -323,27 +229,30 @@ def _classes(
     def key(classes: NDArray[np.uint8] | None, scale: int) -> Array | None:
         return None if classes is None else classes.astype(np.int32) * np.int32(scale)
 
-    def cluster(vectors: clusters.Vectors, of: int, groups: int, most: int) -> tuple[NDArray[np.uint8] | None, int]:
+    def cluster(vectors: clusters.Vectors, of: int, groups: int, most: int) -> tuple[Array | None, clusters.Counts]:
         found, agg = clusters.cluster(vectors, of, groups * n, most, level.rounds, weight)
-        return (found, len(agg)) if len(agg) > 1 else (None, 1)
+        return (found if len(agg) > 1 else None), agg
 
     def of_rows(a: int, b: int) -> Array:
         by_row = np.arange(b - a, dtype=np.int32) * np.int32(kc)
         return native.histogram(symbols[a:b], by_row, key(cols, 1), (b - a) * kc, n).reshape(b - a, kc, n)
 
     def of_cols(a: int, b: int) -> Array:
-        strip, by_col = np.ascontiguousarray(symbols[:, a:b]), np.arange(b - a, dtype=np.int32)
-        hist = native.histogram(strip, key(rows, b - a), by_col, kr * (b - a), n)
-        return np.ascontiguousarray(hist.reshape(kr, b - a, n).transpose(1, 0, 2))
+        return native.column_histogram(symbols[:, a:b], rows, kr, n)
 
     rows = cols = None
     kr = kc = 1
     enough = min(r, c) >= 16 and symbols.size >= 8192
+    cells = None
     if enough and level.row_classes > 1:
-        rows, kr = cluster(of_rows, r, 1, level.row_classes)
+        rows, cells = cluster(of_rows, r, 1, level.row_classes)
+        kr = len(cells)
     if enough and level.col_classes > 1:
-        cols, kc = cluster(of_cols, c, kr, level.col_classes)
+        cols, found = cluster(of_cols, c, kr, level.col_classes)
+        cells, kc = found.transpose(1, 0, 2), len(found)
         if level.again and kc > 1:
-            rows, kr = cluster(of_rows, r, kc, level.row_classes)
-    cells = native.histogram(symbols, key(rows, kc), key(cols, 1), kr * kc, n)
-    return rows, cols, cells.astype(np.int64).reshape(kr, kc, n)
+            rows, cells = cluster(of_rows, r, kc, level.row_classes)
+            kr = len(cells)
+    if cells is None:
+        cells = native.histogram(symbols, None, None, 1, n).astype(np.int64)[None]
+    return rows, cols, cells

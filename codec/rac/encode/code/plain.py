@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from rac.container import zstd
 from rac.encode.code.plan import Plan, View
 from rac.encode.encoded import Bytes
+from rac.grid import boxes
 from rac.stages import bits
 from rac.stages.bits import Bits
 from rac.stages.plain import Raw, Zstd
@@ -17,12 +18,25 @@ from rac.stages.plain import Raw, Zstd
 Array = NDArray[Any]
 
 
-class _Encoder:
-    def __init__(self, plan: Plan, words: Array | None, how: int = 0) -> None:
-        self.plan, self.words, self._how = plan, words, how
+class TileByTile:
+    """An encoder whose `tile` codes one tile."""
+
+    def __init__(self, plan: Plan, words: Array | None, how: int = 0, made: bytes = b"") -> None:
+        """`made` is the unit of the only tile, where it was made to know its size."""
+        self.plan, self.words, self._how, self._made = plan, words, how, made
+
+    def encode(self, words: Array, rows: range) -> list[Bytes]:
+        """The units of rows of tiles whose words (h, C) are given."""
+        grid = self.plan.grid
+        some = boxes(grid)[rows.start * grid.across : rows.stop * grid.across]
+        return [self.tile(words[b.r0 - some[0].r0 : b.r1 - some[0].r0, b.c0 : b.c1]) for b in some]
+
+    def tile(self, words: Array) -> Bytes:
+        """The unit of a tile (h, w)."""
+        raise NotImplementedError
 
 
-class RawEncoder(_Encoder):
+class RawEncoder(TileByTile):
     """Words as they are: what every tensor can fall back on."""
 
     @classmethod
@@ -30,28 +44,31 @@ class RawEncoder(_Encoder):
         """An encoder, for less than the words themselves take: another coder has to gain something."""
         return cls(view.plan(Raw()), view.words), view.size - 64
 
-    def encode(self, words: Array, i: int) -> Bytes:
-        """The words (h, w) of the tile."""
+    def tile(self, words: Array) -> Bytes:
+        """The words (h, w) of a tile."""
         return np.ascontiguousarray(words).tobytes()
 
 
-class ZstdEncoder(_Encoder):
+class ZstdEncoder(TileByTile):
     """A Zstandard frame for each tile."""
 
     @classmethod
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
         """An encoder where the sample says that it gains 2 %."""
-        level = view.level.zstd
-        whole = view.sample.size == view.total
-        size = view.scaled(len(zstd.compress(shuffle(view.sample), level if whole else 3)))
-        return (cls(view.plan(Zstd(view.grid.word)), view.words, level), size) if size < best * 0.98 else None
+        level, whole = view.level.zstd, view.sample.size == view.total
+        frame = zstd.compress(shuffle(view.sample), level if whole else 3)
+        size = view.scaled(len(frame))
+        if size >= best * 0.98:
+            return None
+        made = frame if whole and view.grid.tiles == 1 else b""
+        return cls(view.plan(Zstd(view.grid.word)), view.words, level, made), size
 
-    def encode(self, words: Array, i: int) -> Bytes:
-        """A frame of the words (h, w) of the tile."""
-        return zstd.compress(shuffle(words), self._how)
+    def tile(self, words: Array) -> Bytes:
+        """A frame of the words (h, w) of a tile."""
+        return self._made or zstd.compress(shuffle(words), self._how)
 
 
-class BitsEncoder(_Encoder):
+class BitsEncoder(TileByTile):
     """Planes of bits: proposed by nobody, since only what made the codes knows how many bits they have."""
 
     @classmethod
@@ -63,8 +80,8 @@ class BitsEncoder(_Encoder):
         """An encoder for words (R, C) below 2**n in the tiles of another plan of them."""
         return cls(Plan(Bits(n), plan.grid, plan.axis, plan.digest), words, n)
 
-    def encode(self, words: Array, i: int) -> Bytes:
-        """The planes of the words (h, w) of the tile."""
+    def tile(self, words: Array) -> Bytes:
+        """The planes of the words (h, w) of a tile."""
         return bits.pack(words, self._how)
 
 

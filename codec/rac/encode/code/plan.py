@@ -105,8 +105,8 @@ class Encoder(Protocol):
     def propose(cls, view: View, best: int) -> tuple[Self, int] | None:
         """An encoder for a tensor and the bytes that it would take, about; None where that is no gain over `best`."""
 
-    def encode(self, words: Array, i: int) -> Bytes:
-        """The unit of tile `i`, whose words (h, w) are given."""
+    def encode(self, words: Array, rows: range) -> list[Bytes]:
+        """The units of rows of tiles whose words (h, C) are given."""
 
 
 def axis_of(shape: tuple[int, ...]) -> int:
@@ -152,7 +152,7 @@ class View:
         self.least_base = max(self.mask.bit_length() - 16, 0)  # lowest bit that `hist` could count
         # lowest bit that it counts: pairs of exponents need no more; their histogram is small and counted fast
         self.base = max(MANTISSA.get(dtype, 0) if level.per == 2 else 0, self.least_base)
-        self.hist = np.zeros(65536, np.uint32)
+        self.hist = self._counters()
         digest = zstd.Digest()
         if self.total:
             for a, b in chunks(grid):
@@ -172,9 +172,14 @@ class View:
     def count_all(self) -> None:
         """Count as many bits of the words as `hist` can hold."""
         if self.base > self.least_base:
-            self.base, self.hist = self.least_base, np.zeros(65536, np.uint32)
+            self.base = self.least_base
+            self.hist = self._counters()
             for a, b in chunks(self.grid):
                 native.scan(self.read(a, b), self.mask, self.base, self.hist)
+
+    def _counters(self) -> NDArray[np.uint32]:
+        """Of the bits of a word from `base` on, without its sign."""
+        return np.zeros((self.mask >> self.base) + 1, np.uint32)
 
     def plan(self, coder: Coder, front: bytes = b"") -> Plan:
         """The plan to store the tensor by a coder."""

@@ -93,3 +93,99 @@ void rac_join(int64_t *agg, int64_t *size, uint8_t *alive, int64_t *groups, int6
     }
 #undef ONE
 }
+
+enum { MOST_CLASSES = 16 };
+
+/* Vectors that are clustered: n times g tables of s symbols */
+typedef struct { const uint32_t *hist; int64_t n, g, s; } vectors_of;
+
+/* classes[] of n vectors by the quantiles of their mean symbol, equal ones in their order */
+static void begin(const vectors_of *v, int64_t k, uint8_t *classes, uint32_t *key, int32_t *order, int32_t *next) {
+    for (int64_t i = 0; i < v->n; i++) {
+        uint64_t sum = 0, all = 0;
+        const uint32_t *h = v->hist + i * v->g * v->s;
+        for (int64_t q = 0; q < v->g; q++)
+            for (int64_t j = 0; j < v->s; j++, h++) {
+                sum += (uint64_t)*h * (uint64_t)j;
+                all += *h;
+            }
+        key[i] = (uint32_t)((sum << 16) / (all ? all : 1)); /* below 2^24 */
+        order[i] = (int32_t)i;
+    }
+    for (int byte = 0; byte < 24; byte += 8) {
+        int64_t at[257] = {0};
+        for (int64_t i = 0; i < v->n; i++) at[(key[i] >> byte & 255) + 1]++;
+        for (int q = 0; q < 256; q++) at[q + 1] += at[q];
+        for (int64_t i = 0; i < v->n; i++) next[at[key[order[i]] >> byte & 255]++] = order[i];
+        memcpy(order, next, (size_t)v->n * 4);
+    }
+    for (int64_t i = 0; i < v->n; i++) classes[order[i]] = (uint8_t)(i * k / v->n);
+}
+
+/* The cheapest class of each vector, the first of equal ones; whether one is another than before. cost (g * s, most):
+ * lengths, integers below 2^17, so that sums of doubles are exact; `most` is MOST_CLASSES or half of it */
+INLINED int nearest(const vectors_of *v, const double *cost, const double *bias, int most, uint8_t *classes) {
+    int changed = 0;
+    for (int64_t i = 0; i < v->n; i++) {
+        const uint32_t *h = v->hist + i * v->g * v->s;
+        double sum[MOST_CLASSES];
+        for (int q = 0; q < most; q++) sum[q] = bias[q];
+        for (int64_t j = 0; j < v->g * v->s; j++) {
+            const double c = h[j];
+            for (int q = 0; q < most; q++) sum[q] += c * cost[j * most + q];
+        }
+        int best = 0;
+        for (int q = 1; q < most; q++) best = sum[q] < sum[best] ? q : best;
+        changed |= classes[i] != best;
+        classes[i] = (uint8_t)best;
+    }
+    return changed;
+}
+
+static void lengths(const int64_t *agg, const int64_t *members, int64_t k, const vectors_of *v, const int64_t *fraction,
+                    int most, double *cost, double *bias) {
+    for (int64_t q = 0; q < most; q++) {
+        bias[q] = q < k ? (double)(log2_1024(v->n, fraction) - log2_1024(members[q] > 1 ? members[q] : 1, fraction)) : 1e300;
+        for (int64_t t = 0; t < v->g; t++) {
+            int64_t total = v->s;
+            const int64_t *a = agg + (q * v->g + t) * v->s;
+            for (int64_t j = 0; q < k && j < v->s; j++) total += 16 * a[j];
+            for (int64_t j = 0; j < v->s; j++)
+                cost[(t * v->s + j) * most + q] =
+                    q < k ? (double)(log2_1024(total, fraction) - log2_1024(16 * a[j] + 1, fraction)) : 0;
+        }
+    }
+}
+
+/* Members and counts agg (k, g, s) of each class */
+static void count(const vectors_of *v, const uint8_t *classes, int64_t k, int64_t *members, int64_t *agg) {
+    memset(agg, 0, (size_t)(k * v->g * v->s) * 8);
+    memset(members, 0, (size_t)k * 8);
+    for (int64_t i = 0; i < v->n; i++) members[classes[i]]++;
+    rac_sum(v->hist, classes, v->n, v->g * v->s, agg);
+}
+
+/* Classes of n vectors of g tables of s counts, at most k <= 16 of them, refined `rounds` times; agg (k, g, s) gets their
+ * counts. -2: not enough memory */
+int rac_cluster(const uint32_t *hist, int64_t n, int64_t g, int64_t s, int64_t k, int64_t rounds,
+                const int64_t *fraction, uint8_t *classes, int64_t *agg) {
+    const vectors_of v = {hist, n, g, s};
+    int64_t members[MOST_CLASSES];
+    double bias[MOST_CLASSES];
+    const int most = k <= MOST_CLASSES / 2 ? MOST_CLASSES / 2 : MOST_CLASSES;
+    double *cost = malloc((size_t)(g * s * most) * 8 + (size_t)n * 12);
+    if (!cost) return -2;
+    uint32_t *key = (uint32_t *)(void *)(cost + g * s * most);
+    if (k > 1) begin(&v, k, classes, key, (int32_t *)(key + n), (int32_t *)(key + 2 * n));
+    else memset(classes, 0, (size_t)n);
+    count(&v, classes, k, members, agg);
+    for (int64_t r = 0; r < rounds && k > 1; r++) {
+        lengths(agg, members, k, &v, fraction, most, cost, bias);
+        const int changed = most == MOST_CLASSES ? nearest(&v, cost, bias, MOST_CLASSES, classes)
+                                                 : nearest(&v, cost, bias, MOST_CLASSES / 2, classes);
+        if (!changed) break;
+        count(&v, classes, k, members, agg);
+    }
+    free(cost);
+    return 0;
+}

@@ -1,5 +1,6 @@
 /* What Python checks before it calls: version, sizes and offsets, in the order of native/prototypes.py; and the
  * processor. */
+#include "encode.h"
 #include "quantise.h"
 #include "tile.h"
 
@@ -7,7 +8,7 @@
 #define SIZE(type) (int64_t)sizeof(type)
 #define AT(type, field) (int64_t)offsetof(type, field)
 const int64_t rac_layout[] = {
-    21,
+    26,
     SIZE(rac_matrix), AT(rac_matrix, at), AT(rac_matrix, rows), AT(rac_matrix, cols), AT(rac_matrix, stride),
     SIZE(rac_dequant), AT(rac_dequant, rec), AT(rac_dequant, h0), AT(rac_dequant, h1), AT(rac_dequant, zero),
     AT(rac_dequant, even), AT(rac_dequant, size),
@@ -27,6 +28,12 @@ const int64_t rac_layout[] = {
     SIZE(rac_columns), AT(rac_columns, cols), AT(rac_columns, rows), AT(rac_columns, groups), AT(rac_columns, plain),
     AT(rac_columns, target), AT(rac_columns, feed), AT(rac_columns, step), AT(rac_columns, out), AT(rac_columns, recon),
     AT(rac_columns, wild), AT(rac_columns, fine_of),
+    SIZE(rac_coding), AT(rac_coding, lut), AT(rac_coding, model), AT(rac_coding, escaping), AT(rac_coding, table),
+    AT(rac_coding, bases), AT(rac_coding, row_classes), AT(rac_coding, col_classes), AT(rac_coding, tables),
+    AT(rac_coding, lanes), AT(rac_coding, per), AT(rac_coding, word), AT(rac_coding, zero), AT(rac_coding, sign),
+    AT(rac_coding, shift), AT(rac_coding, first), AT(rac_coding, skip),
+    SIZE(rac_piece), AT(rac_piece, words), AT(rac_piece, row_class), AT(rac_piece, col_class), AT(rac_piece, rows),
+    AT(rac_piece, cols), AT(rac_piece, stride),
     -1,
 };
 

@@ -31,6 +31,18 @@ typedef struct { int64_t table, r0, r1, c0, c1; } rac_block;
 /* Symbols that are coded one after the other under one table */
 typedef struct { int64_t symbols, table; } rac_segment;
 
+/* Symbols, sequence order and planes of words of 1, 2, 4 and 8 bytes (word.h) */
+typedef void rac_symbols(const void *words, int64_t n, int zero, int sign, int shift, const uint8_t *lut, uint8_t *out);
+typedef void rac_gather(const void *tile, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b,
+                        int64_t n, void *out);
+typedef void rac_planes(const void *words, int64_t n, int zero, int sign, int shift, uint8_t *out, const int64_t *start);
+rac_symbols rac_symbols1, rac_symbols2, rac_symbols4, rac_symbols8;
+rac_gather rac_gather1, rac_gather2, rac_gather4, rac_gather8;
+rac_planes rac_planes1, rac_planes2, rac_planes4, rac_planes8;
+
+void rac_bytes(const uint8_t *v, int64_t n, uint32_t *hist);
+void rac_sum(const uint32_t *hist, const uint8_t *class, int64_t n, int64_t m, int64_t *out);
+
 /* What the words of a tensor stand for (stages/trellis.md): the same for all of its tiles */
 typedef struct {
     const float *rec;     /* magnitude of each word, 256 */

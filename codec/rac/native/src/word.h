@@ -11,15 +11,16 @@ uint64_t OF(rac_scan)(const WORD *v, int64_t n, uint64_t mask, int shift, uint32
     WORD all = 0;
     int64_t i = 0;
     const uint64_t size = (mask >> shift) + 1;
-    if (size <= 2048 && n >= 8192) { /* four counters, or equal neighbours wait for each other */
-        uint32_t t[4][2048];
-        memset(t, 0, sizeof t);
-        for (; i + 4 <= n; i += 4)
-            for (int k = 0; k < 4; k++) {
+    if (size <= 256) {
+        enum { PIECE = 3840 }; /* a multiple of all vectors */
+        uint8_t top[PIECE];
+        for (; i + PIECE <= n; i += PIECE) {
+            for (int64_t k = 0; k < PIECE; k++) {
                 all |= v[i + k];
-                t[k][(v[i + k] & m) >> shift]++;
+                top[k] = (uint8_t)((v[i + k] & m) >> shift);
             }
-        for (uint64_t k = 0; k < size; k++) hist[k] += t[0][k] + t[1][k] + t[2][k] + t[3][k];
+            rac_bytes(top, PIECE, hist);
+        }
     }
     for (; i < n; i++) {
         all |= v[i];
@@ -29,7 +30,8 @@ uint64_t OF(rac_scan)(const WORD *v, int64_t n, uint64_t mask, int shift, uint32
 }
 
 /* lut[word top] for every word */
-void OF(rac_symbols)(const WORD *v, int64_t n, int zero, int sign, int shift, const uint8_t *lut, uint8_t *out) {
+void OF(rac_symbols)(const void *words, int64_t n, int zero, int sign, int shift, const uint8_t *lut, uint8_t *out) {
+    const WORD *v = words;
     WORD mask = (WORD)~(WORD)0;
     if (zero) mask = (WORD)(((WORD)1 << (OF(BITS) - zero)) - 1);
     if (sign) mask = (WORD)(mask >> 1);
@@ -40,19 +42,29 @@ void OF(rac_symbols)(const WORD *v, int64_t n, int zero, int sign, int shift, co
     for (; i < n; i++) out[i] = lut[(uint16_t)(((WORD)(v[i] >> zero) & mask) >> shift)];
 }
 
-/* Elements of a tile to sequence order, block by block; row, col: sorted by class, or null */
-void OF(rac_gather)(const WORD *src, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b,
-                    int64_t n, WORD *out) {
-    for (const rac_block *end = b + n; b < end; b++)
-        for (int64_t i = b->r0; i < b->r1; i++) {
+/* Elements of a tile to sequence order, block by block; row, col: sorted by class, or null. Up to 7 columns behind the
+ * last of `col` are read, and up to 63 bytes behind the last element are written */
+void OF(rac_gather)(const void *tile, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b,
+                    int64_t n, void *to) {
+    const WORD *src = tile;
+    WORD *out = to;
+    int64_t cols = 0;
+    for (int64_t k = 0; k < n; k++) cols = b[k].c1 > cols ? b[k].c1 : cols;
+    for (const rac_block *end = b + n; b < end; b++) {
+        const int64_t m = b->c1 - b->c0;
+        if (col && OF(runs512_)(src, stride, row, col, b, cols, out)) {
+            out += (b->r1 - b->r0) * m;
+            continue;
+        }
+        for (int64_t i = b->r0; i < b->r1; i++, out += m) {
             const WORD *s = src + (row ? row[i] : i) * stride;
             if (col) {
-                for (int64_t c = b->c0; c < b->c1; c++) *out++ = s[col[c]];
-                continue;
-            }
-            memcpy(out, s + b->c0, (size_t)(b->c1 - b->c0) * SIZE);
-            out += b->c1 - b->c0;
+                for (int64_t c = 0; c < m; c += 8) /* runs are short: what is too much is written over */
+                    for (int64_t k = c; k < c + 8; k++) out[k] = s[col[b->c0 + k]];
+            } else if (m * SIZE < 512) copy_run(out, s + b->c0, m * SIZE);
+            else memcpy(out, s + b->c0, (size_t)m * SIZE);
         }
+    }
 }
 
 /* Bits `at` and on of m words, elements `first` and on, to their plane of b bits */
@@ -75,7 +87,8 @@ static void OF(put_plane)(const WORD *raw, int64_t first, int64_t m, int b, int 
 }
 
 /* Raw bits of n words to their planes, largest plane first, which begin at out + start[0], ... */
-void OF(rac_planes)(const WORD *v, int64_t n, int zero, int sign, int shift, uint8_t *out, const int64_t *start) {
+void OF(rac_planes)(const void *words, int64_t n, int zero, int sign, int shift, uint8_t *out, const int64_t *start) {
+    const WORD *v = words;
     WORD raw[CHUNK];
     const WORD low = (WORD)(((WORD)1 << shift) - 1);
     const int at_sign = OF(BITS) - zero - 1;

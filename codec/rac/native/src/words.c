@@ -22,9 +22,46 @@ static int64_t symbols512(const uint16_t *v, int64_t n, int down, int bits, cons
     /* the first processors with AVX-512 lack the permutation of bytes */
     return __builtin_cpu_supports("avx512vbmi") ? permuted(v, n, down, bits, lut, out) : 0;
 }
+/* A block of a tile of at most 64 columns: the run of each row by one permutation, which ends in bytes that the next run
+ * is written over; whether that can be done */
+static int runs512_2(const uint16_t *src, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b,
+                     int64_t cols, uint16_t *out) {
+    uint16_t at[32] = {0};
+    const int64_t m = b->c1 - b->c0;
+    if (cols > 64 || m > 32) return 0;
+    for (int64_t k = 0; k < m; k++) at[k] = (uint16_t)col[b->c0 + k];
+    const __m512i from = _mm512_loadu_si512(at);
+    const __mmask32 low = (__mmask32)first_bits(least(cols, 32)), high = (__mmask32)(first_bits(cols) >> 32);
+    for (int64_t i = b->r0; i < b->r1; i++, out += m) {
+        const uint16_t *s = src + (row ? row[i] : i) * stride;
+        const __m512i x = _mm512_maskz_loadu_epi16(low, s), y = _mm512_maskz_loadu_epi16(high, s + 32);
+        _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, from, y));
+    }
+    return 1;
+}
+__attribute__((target("avx512vbmi"))) static void runs_1(const uint8_t *src, int64_t stride, const int32_t *row,
+                                                         __m512i from, const rac_block *b, int64_t cols, uint8_t *out) {
+    const __mmask64 some = first_bits(cols);
+    for (int64_t i = b->r0; i < b->r1; i++, out += b->c1 - b->c0) {
+        const __m512i x = _mm512_maskz_loadu_epi8(some, src + (row ? row[i] : i) * stride);
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi8(from, x));
+    }
+}
+static int runs512_1(const uint8_t *src, int64_t stride, const int32_t *row, const int32_t *col, const rac_block *b,
+                     int64_t cols, uint8_t *out) {
+    uint8_t at[64] = {0};
+    if (cols > 64 || !__builtin_cpu_supports("avx512vbmi")) return 0;
+    for (int64_t k = b->c0; k < b->c1; k++) at[k - b->c0] = (uint8_t)col[k];
+    runs_1(src, stride, row, _mm512_loadu_si512(at), b, cols, out);
+    return 1;
+}
 #else
 #define symbols512(...) 0
+#define runs512_1(...) 0
+#define runs512_2(...) 0
 #endif
+#define runs512_4(...) 0
+#define runs512_8(...) 0
 
 #define SIZE 1
 #define WORD uint8_t

@@ -105,21 +105,23 @@ def plain_tile(unit: Array, n: int, p: Lanes) -> Array:
 
 def build_tile(
     words: Array, counts: Array, escapes: bytes, planes: Sequence[bytes | memoryview], p: Lanes
-) -> memoryview:
+) -> NDArray[np.uint8]:
     """Inverse of `parse_tile`: words in the order of reading, words of each lane, escape bytes, planes as stored."""
     directory = len(escapes).to_bytes(4, "little")
     if p.packed:
         directory += np.array([len(plane) for plane in planes], "<u4").tobytes()
     directory += counts.astype("<u2").tobytes()
-    pieces = [np.frombuffer(d, np.uint8) for d in (directory, words.astype("<u4", copy=False), escapes, *planes)]
-    out = np.empty(sum(up16(len(piece)) for piece in pieces), np.uint8)  # numpy copies outside the interpreter's lock
-    at = 0
+    pieces = (directory, words.astype("<u4", copy=False), escapes, *planes)
+    return padded([np.frombuffer(piece, np.uint8) for piece in pieces])
+
+
+def padded(pieces: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pieces one after the other, each with zero bytes up to a multiple of 16."""
+    out, at = np.zeros(sum(up16(len(piece)) for piece in pieces), np.uint8), 0
     for piece in pieces:
-        end = at + len(piece)
-        out[at:end] = piece
+        out[at : at + len(piece)] = piece
         at += up16(len(piece))
-        out[end:at] = 0
-    return out.data
+    return out
 
 
 @dataclass(frozen=True, slots=True)

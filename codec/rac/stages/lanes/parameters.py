@@ -178,14 +178,14 @@ class Lanes(Coder):
         """Number of classes and of tables."""
         return {"row_classes": self.rows, "column_classes": self.cols, "tables": self.tables}
 
-    def parts(self, first: bytes, size: int, n: int) -> tuple[int, int, int, int]:
-        """Bytes of (directory, words, escapes, raw planes as stored) of a tile of `n` words, from its first bytes."""
-        d = np.frombuffer(first, np.uint8, self.directory)
-        words = 4 * int(d[4 + self.skip :].view("<u2").sum(dtype=np.int64))
-        raw = sum(self.plane_sizes(n))
+    def parts(self, first: list[bytes], sizes: list[int], n: Array) -> tuple[int, int, int, int]:
+        """Bytes of (directories, words, escapes, raw planes as stored) of tiles of `n` words each."""
+        d = np.frombuffer(b"".join(first), np.uint8).reshape(len(first), self.directory)
+        words = 4 * int(d[:, 4 + self.skip :].view("<u2").sum(dtype=np.int64))
+        raw = sum(int((-(-n * b // 8)).sum()) for b, _ in self.planes())
         if self.packed:
-            raw = int(d[4 : 4 + self.skip].view("<u4").sum(dtype=np.int64))
-        return self.directory, words, int(d[:4].view("<u4")[0]), raw
+            raw = int(d[:, 4 : 4 + self.skip].view("<u4").sum(dtype=np.int64))
+        return self.directory * len(first), words, int(d[:, :4].view("<u4").sum(dtype=np.int64)), raw
 
     def plane_sizes(self, n: int) -> list[int]:
         """Bytes of each raw plane of a tile of `n` words, without padding."""
