@@ -17,7 +17,9 @@ from rac.container.output import PART, destination, part
 from rac.errors import OutputError
 from rac.records import Entry
 from rac.registry import RECORD_INDEX
-from rac.system import lock, sync_folder
+from rac.system import lock, start_writing, sync_folder
+
+SOON = 8 << 20  # bytes after which the disk begins to write, so that little is left to wait for at the end
 
 
 class Writer:
@@ -27,7 +29,7 @@ class Writer:
         self.path = destination(path, force)
         self.part = self.path + PART
         self.entries: list[Entry] = []
-        self.at, self._named = 0, False
+        self.at, self._named, self._dirty = 0, False, 0
         buffered: Any = part(self.path)
         self._file: Any = buffered.detach()  # what is written goes to the system at once, in large pieces
         try:
@@ -71,6 +73,10 @@ class Writer:
                 done -= len(left.popleft())
             if done:
                 left[0] = left[0][done:]
+        self._dirty += sum(map(len, pieces))
+        if self._dirty > SOON:
+            self._dirty = 0
+            start_writing(self._file.fileno())
 
     def add(
         self, kind: int, flags: int, head: dict[str, Any], units: Sequence[bytes | memoryview], **fields: Any

@@ -17,6 +17,7 @@ from rac.encode.sources import SourceTensor
 from rac.machine import room
 
 WINDOW = 64 << 20  # dense bytes in work beyond the largest tensor
+TOGETHER = 1 << 20  # dense bytes of tensors that one job begins: to hand over a small one takes as long as to code it
 Job = tuple[Callable[..., Encoded], tuple[Any, ...]]  # a function and its arguments, for a thread or a process
 
 
@@ -82,7 +83,7 @@ class Schedule:
     done: Callable[[str], Encoded | None]  # gives a lossless tensor that is encoded already, by its name
     window: int = WINDOW  # dense bytes of lossless tensors in work beyond the largest
     _waiting: deque[_Item] = field(default_factory=deque)
-    _running: dict[Future[Any], tuple[_Item, int]] = field(default_factory=dict)
+    _running: dict[Future[Any], tuple[list[_Item], int]] = field(default_factory=dict)
     _finished: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
     _ready: list[tuple[int, int]] = field(default_factory=list)  # (number of the tensor, piece; -1: begin it)
     _written: int = 0
@@ -122,25 +123,44 @@ class Schedule:
     def _submit(self, number: int, row: int) -> None:
         item = self._waiting[number - self._written]
         if row >= 0:
-            self._running[workers.submit(self.threads, self._finished, item.band, row)] = item, row
+            self._running[workers.submit(self.threads, self._finished, item.band, row)] = [item], row
             return
         t = item.group.tensor
         quantiser = self._lossy(t)
-        job = quantiser.job(item.group) if quantiser else self.done(t.name) or (item.begin, (self.level,))
+        job = quantiser.job(item.group) if quantiser else self.done(t.name)
         if isinstance(job, Encoded):
             item.done, item.left = job, 0
+        elif job is None:
+            items = self._together(item)
+            self._running[workers.submit(self.threads, self._finished, _begin, items, self.level)] = items, row
         else:
-            pool = self.pool if quantiser else self.threads
-            self._running[workers.submit(pool, self._finished, job[0], *job[1])] = item, row
+            self._running[workers.submit(self.pool, self._finished, job[0], *job[1])] = [item], row
 
-    def _collect(self, job: Future[Any], item: _Item, row: int) -> None:
+    def _together(self, item: _Item) -> list[_Item]:
+        """A lossless tensor and those behind it that one job begins with it."""
+        items, size = [item], item.group.tensor.nbytes
+        while self.quantiser is None and self._ready and self._ready[0][1] < 0:
+            other = self._waiting[self._ready[0][0] - self._written]
+            size += other.group.tensor.nbytes
+            if size > TOGETHER:
+                break
+            heappop(self._ready)
+            items.append(other)
+        return items
+
+    def _collect(self, job: Future[Any], items: list[_Item], row: int) -> None:
         found = job.result()
         if row >= 0:
-            item.bands[row + 1] = found
-            item.left -= 1
+            items[0].bands[row + 1] = found
+            items[0].left -= 1
         elif isinstance(found, Encoded):
-            item.done, item.left = found, 0
+            items[0].done, items[0].left = found, 0
         else:
-            item.left = found
-            for r in range(found):
-                heappush(self._ready, (item.number, r))
+            for item, left in zip(items, found, strict=True):
+                item.left = left
+                for r in range(left):
+                    heappush(self._ready, (item.number, r))
+
+
+def _begin(items: list[_Item], level: Level) -> list[int]:
+    return [item.begin(level) for item in items]
