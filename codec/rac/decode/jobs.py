@@ -22,8 +22,10 @@ from rac.native.prototypes import Array
 from rac.tensor import Tensor, empty
 
 LARGE = 4 << 20  # bytes from which on numpy asks for large pages
+HUGE = 16 << 20  # bytes from which on a part of one more such page does not matter
+PAGE = 2 << 20  # bytes of a large page
 ALONE = 8  # small tensors that have memory of their own: of a few, each is asked for by itself
-FIRST = 1 << 20  # bytes that are taken at first for small tensors; each time twice as many
+FIRST = 2 << 20  # bytes that are taken at first for small tensors; each time twice as many
 LET_GO = 1e-6  # seconds; enough for a thread that waits for the interpreter's lock to get it
 ROUND = 1 << 18  # a buffer is a multiple of it, to be of use again
 
@@ -195,21 +197,31 @@ class Room:
     def take(self, t: Tensor) -> Array:
         """The dense matrix of words (R, C) of a tensor, not yet filled; LimitError where memory is short."""
         size = -(-t.nbytes // 64) * 64
-        if not 0 < size < min(LARGE, self._most):  # numpy asks for large pages itself
+        if not size or (LARGE <= size < HUGE):  # numpy asks for large pages itself
             return empty(t)
-        if self._alone:
-            self._alone -= 1
-            return empty(t)
-        if size > len(self._left):
-            while self._next < min(size + 64, self._most):
-                self._next *= 2
-            try:
-                fresh = np.empty(min(self._next, self._most), np.uint8)
-            except MemoryError:
+        try:
+            if size >= HUGE:
+                return _words(t, _aligned(size))
+            if self._alone or size > self._most:
+                self._alone = max(0, self._alone - 1)
                 return empty(t)
-            self._left = fresh[-native.address(fresh) % 64 :]
-            self._next *= 2
             if size > len(self._left):
-                return empty(t)
-        out, self._left = self._left[: t.nbytes], self._left[size:]
-        return out.view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
+                while self._next < min(size, self._most):
+                    self._next *= 2
+                self._left = _aligned(min(self._next, self._most))
+                self._next *= 2
+        except (MemoryError, ValueError):
+            return empty(t)
+        out, self._left = self._left[:size], self._left[size:]
+        return _words(t, out)
+
+
+def _aligned(size: int) -> Array:
+    """Memory (size,) from the start of a large page on, or there would be 512 small ones at each end."""
+    out = np.empty(size + PAGE, np.uint8)
+    start = -native.address(out) % PAGE
+    return out[start : start + size]
+
+
+def _words(t: Tensor, memory: Array) -> Array:
+    return memory[: t.nbytes].view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
