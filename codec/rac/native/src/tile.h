@@ -32,6 +32,15 @@ typedef struct {
     int64_t tall, wide, word;   /* rows and columns of a tile; bytes of an element of dst */
 } rac_span;
 
+enum { RUNS = 4 };
+
+/* Words of 16 bits, or upper halves of words of 32: how wide their fields are, and the tops of their symbols */
+typedef struct {
+    const int64_t *start; /* of their planes */
+    int shift, zero, raw, sign, bf16, runs;
+    uint16_t run[RUNS], gap[RUNS]; /* tops of symbols not below run[k] are higher by gap[k] */
+} rac_half;
+
 typedef struct {
     const rac_job *job;
     const rac_shared *shared;
@@ -48,11 +57,10 @@ typedef struct {
     void *room; /* of rac_unsort_room bytes */
     uint32_t escapes, used;
     uint32_t pairtop[256]; /* both tops of a pair a | b << 4 */
-    uint8_t bytetop[16];   /* tops of the base symbols, where all are `small` */
-    int small;
-    int fast, bf16; /* 16-bit floats joined in registers; those of pairs of small tops, 7 raw bits and the sign */
-    int counts;            /* tops of the symbols that do not escape count up */
-    int bytes;             /* words are bytes, and nothing but tops that count up */
+    rac_half half;
+    int fast;   /* words, or their upper halves, are joined in registers */
+    int counts; /* tops of the symbols that do not escape count up */
+    int bytes;  /* words are bytes, and nothing but tops that count up */
 } rac_tile;
 
 /* Where the next element of a tile goes */
@@ -68,10 +76,11 @@ void rac_place1(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, in
 void rac_place2(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
 void rac_place4(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
 void rac_place8(const rac_tile *w, const uint16_t *top, int64_t n, int64_t e, int64_t at, const rac_block *b);
+void rac_choose(rac_tile *w);
 int rac_emit(rac_tile *w, const uint8_t *sym, int64_t n, rac_cursor *at);
 void rac_unsort(rac_tile *w);
 size_t rac_unsort_room(const rac_job *job); /* bytes that it needs beside seq */
-int rac_has_unsort(void);
+int rac_has_unsort(int word); /* words of so many bytes */
 
 /* memcpy without the call: runs are short */
 static inline void copy_run(void *to, const void *from, int64_t n) {

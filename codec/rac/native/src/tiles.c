@@ -71,29 +71,6 @@ static void cut_blocks(rac_tile *w) {
         }
 }
 
-/* How symbols become words */
-static void choose(rac_tile *w) {
-    const rac_shared *s = w->shared;
-    w->small = w->fast = w->bf16 = 0;
-    w->counts = 1;
-    for (int a = 1; a < s->first; a++) w->counts &= s->values[a] == s->values[0] + a;
-    w->bytes = w->counts && s->word == 1 && s->per == 1 && !s->raw && !s->sign && !s->shift && !s->zero;
-    if (s->per == 2) {
-        uint16_t all = 0;
-        for (int a = 0; a < 16; a++) {
-            all |= s->values[a];
-            w->bytetop[a] = (uint8_t)s->values[a];
-        }
-        w->small = all < 256;
-    }
-#ifdef AVX512
-    w->fast = (w->seq || !w->col) && s->word == 2 && s->zero == 0 && s->sign && (s->per == 2 || s->base <= 128);
-    w->bf16 = w->fast && w->small && s->shift == 7;
-#endif
-    if (s->per == 2 && !w->fast)
-        for (int p = 0; p < 256; p++) w->pairtop[p] = s->values[p & 15] | (uint32_t)s->values[p >> 4] << 16;
-}
-
 /* Memory for a tile, which the next one takes over: fresh memory costs as much as what is done in it */
 typedef struct { char *at; size_t size; } space;
 
@@ -139,7 +116,7 @@ static int prepare(rac_tile *w, const rac_job *job, space *own, uint8_t **sym) {
 static int seat(rac_tile *w, space *shared) {
     const rac_job *job = w->job;
     const int64_t n = job->rows * job->cols;
-    const int unsort = w->col && w->shared->word <= 2 && rac_has_unsort();
+    const int unsort = w->col && rac_has_unsort(w->shared->word);
     const int64_t coded = job->numbers ? up16(n + 2 * (job->cols + 63)) : 0; /* and the states of the trellis */
     const int64_t seq = unsort ? up16((n + 64) * w->shared->word) : 0;
     char *at = room(shared, (size_t)(coded + seq) + rac_unsort_room(job));
@@ -152,7 +129,7 @@ static int seat(rac_tile *w, space *shared) {
         w->stride = job->cols;
     }
     w->room = at + coded + seq;
-    choose(w);
+    rac_choose(w);
     return 0;
 }
 
