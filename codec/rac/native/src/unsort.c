@@ -43,12 +43,11 @@ typedef struct {
     int64_t step[MOST];
     const piece *p;
     char *to; /* column of the vector in row 0 */
-    const int32_t *row; /* null: rows r0 and on */
-    int64_t r0, rows, stride, bytes; /* of the vector, as many as there are columns */
+    const int32_t *row; /* the rows */
+    int64_t rows, stride, bytes; /* of the vector, as many as there are columns */
     int more; /* the vector has other pieces already */
 } strip;
 
-INLINED char *place(const strip *s, int64_t r) { return s->to + (s->row ? s->row[s->r0 + r] : s->r0 + r) * s->stride; }
 
 /* N pieces, a constant, by permutations of 16 bytes */
 INLINED void permuted(strip *s, const int N) {
@@ -67,25 +66,31 @@ INLINED void permuted(strip *s, const int N) {
 #endif
     V to[MOST];
     const char *from[MOST];
+    int64_t step[MOST];
+    const int64_t rows = s->rows, stride = s->stride, bytes = s->bytes; /* what is stored may be anything, for all that */
+    char *const base = s->to;                                           /* the compiler knows */
+    const int32_t *const row = s->row;
+    const int more = s->more;
     for (int k = 0; k < N; k++) {
         to[k] = LOAD(s->p[k].to.byte);
         from[k] = s->from[k];
+        step[k] = s->step[k];
     }
-    for (int64_t r = 0; r < s->rows; r++) {
-        char *d = place(s, r), last[32] = {0};
+    for (int64_t r = 0; r < rows; r++) {
+        char *d = base + row[r] * stride, last[32] = {0};
         V v = NONE;
-        if (s->more) {
-            memcpy(last, d, (size_t)s->bytes);
+        if (more) {
+            memcpy(last, d, (size_t)bytes);
             v = LOAD(last);
         }
         _Pragma("GCC unroll 8") for (int k = 0; k < N; k++) {
             v = ADD(v, LOAD(from[k]), to[k]);
-            from[k] += s->step[k];
+            from[k] += step[k];
         }
-        if (s->bytes == 16) STORE(d, v);
+        if (bytes == 16) STORE(d, v);
         else { /* the words behind are another tile's */
             STORE(last, v);
-            copy_run(d, last, s->bytes);
+            copy_run(d, last, bytes);
         }
     }
 #undef V
@@ -112,20 +117,26 @@ VBMI2_INLINED __m512i spread(uint64_t mask, const char *p, const int size) {
 VBMI2_INLINED void expanded(strip *s, const int N, const int size) {
     const char *from[MOST];
     uint64_t mask[MOST];
+    int64_t step[MOST];
     const uint64_t all = first_bits(s->bytes);
+    const int64_t rows = s->rows, stride = s->stride, bytes = s->bytes;
+    char *const base = s->to;
+    const int32_t *const row = s->row;
+    const int more = s->more;
     for (int k = 0; k < N; k++) {
         mask[k] = s->p[k].to.mask;
         from[k] = s->from[k];
+        step[k] = s->step[k];
     }
-    for (int64_t r = 0; r < s->rows; r++) {
-        char *d = place(s, r);
-        __m512i v = s->more ? _mm512_maskz_loadu_epi8(all, d) : _mm512_setzero_si512();
+    for (int64_t r = 0; r < rows; r++) {
+        char *d = base + row[r] * stride;
+        __m512i v = more ? _mm512_maskz_loadu_epi8(all, d) : _mm512_setzero_si512();
         _Pragma("GCC unroll 8") for (int k = 0; k < N; k++) {
             v = _mm512_or_si512(v, spread(mask[k], from[k], size));
-            from[k] += s->step[k];
+            from[k] += step[k];
         }
-        if (s->bytes == 64) _mm512_storeu_si512(d, v);
-        else if (s->bytes == 32) _mm256_storeu_si256((void *)d, _mm512_castsi512_si256(v));
+        if (bytes == 64) _mm512_storeu_si512(d, v);
+        else if (bytes == 32) _mm256_storeu_si256((void *)d, _mm512_castsi512_si256(v));
         else _mm512_mask_storeu_epi8(d, all, v);
     }
 }
@@ -160,9 +171,11 @@ static void rows_of_class(const rac_tile *w, int i, const char **run, const int6
                           const int32_t *each, int vector) {
     const int size = w->shared->word;
     const int64_t bytes = w->job->cols * size;
+    int32_t row[STRIP];
     for (int64_t r = w->row_end[i]; r < w->row_end[i + 1]; r += STRIP) {
         const piece *q = p;
-        strip s = {.row = w->row, .r0 = r, .rows = least(w->row_end[i + 1] - r, STRIP), .stride = w->stride * size};
+        for (int k = 0; k < STRIP; k++) row[k] = (int32_t)(r + k);
+        strip s = {.row = w->row ? w->row + r : row, .rows = least(w->row_end[i + 1] - r, STRIP), .stride = w->stride * size};
         for (int64_t v = 0; v * vector < bytes; v++) {
             s.to = (char *)w->dst + v * vector;
             s.bytes = least(bytes - v * vector, vector);
