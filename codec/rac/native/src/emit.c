@@ -3,7 +3,7 @@
 #include "simd.h"
 #include "tile.h"
 
-enum { PIECE = 2048 }; /* symbols at once */
+enum { PIECE = 2048, AHEAD = 16 }; /* symbols at once; rows of which the memory is fetched before they are written */
 
 /* The value of the escape of base symbol `s` in *top; 0 or what is wrong */
 static inline int escaped(rac_tile *w, int s, uint32_t *top) {
@@ -248,6 +248,10 @@ INLINED void put_words(const rac_tile *w, const char *val, int64_t m, rac_cursor
         const rac_block *o = at->block;
         const int64_t cols = o->c1 - o->c0, i = o->r0 + at->in_block / cols, c = at->in_block % cols;
         const int64_t r = least(cols - c, m - q);
+        if (i + AHEAD < o->r1) { /* runs are short, and the next is somewhere else */
+            const char *next = (char *)w->dst + ((w->row ? w->row[i + AHEAD] : i + AHEAD) * w->stride + o->c0 + c) * size;
+            for (int64_t b = 0; b < r * size; b += 64) __builtin_prefetch(next + b, 1);
+        }
         copy_run((char *)w->dst + ((w->row ? w->row[i] : i) * w->stride + o->c0 + c) * size, val + q * size, r * size);
         q += r;
         at->in_block += r;

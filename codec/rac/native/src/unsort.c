@@ -43,7 +43,8 @@ typedef struct {
     int64_t step[MOST];
     const piece *p;
     char *to; /* column of the vector in row 0 */
-    const int32_t *row; /* the rows */
+    const int32_t *row; /* the rows; those of the next strip are `ahead` behind them */
+    int64_t ahead;
     int64_t rows, stride, bytes; /* of the vector, as many as there are columns */
     int more; /* the vector has other pieces already */
 } strip;
@@ -71,6 +72,7 @@ INLINED void permuted(strip *s, const int N) {
     char *const base = s->to;                                           /* the compiler knows */
     const int32_t *const row = s->row;
     const int more = s->more;
+    const int64_t ahead = s->ahead;
     for (int k = 0; k < N; k++) {
         to[k] = LOAD(s->p[k].to.byte);
         from[k] = s->from[k];
@@ -78,6 +80,7 @@ INLINED void permuted(strip *s, const int N) {
     }
     for (int64_t r = 0; r < rows; r++) {
         char *d = base + row[r] * stride, last[32] = {0};
+        if (ahead) __builtin_prefetch(base + row[r + ahead] * stride, 1);
         V v = NONE;
         if (more) {
             memcpy(last, d, (size_t)bytes);
@@ -123,6 +126,7 @@ VBMI2_INLINED void expanded(strip *s, const int N, const int size) {
     char *const base = s->to;
     const int32_t *const row = s->row;
     const int more = s->more;
+    const int64_t ahead = s->ahead;
     for (int k = 0; k < N; k++) {
         mask[k] = s->p[k].to.mask;
         from[k] = s->from[k];
@@ -130,6 +134,7 @@ VBMI2_INLINED void expanded(strip *s, const int N, const int size) {
     }
     for (int64_t r = 0; r < rows; r++) {
         char *d = base + row[r] * stride;
+        __builtin_prefetch(base + row[r + ahead] * stride, 1);
         __m512i v = more ? _mm512_maskz_loadu_epi8(all, d) : _mm512_setzero_si512();
         _Pragma("GCC unroll 8") for (int k = 0; k < N; k++) {
             v = _mm512_or_si512(v, spread(mask[k], from[k], size));
@@ -171,15 +176,17 @@ static void rows_of_class(const rac_tile *w, int i, const char **run, const int6
                           const int32_t *each, int vector) {
     const int size = w->shared->word;
     const int64_t bytes = w->job->cols * size;
-    int32_t row[STRIP];
+    const int64_t rows = w->job->rows;
+    int32_t row[2 * STRIP];
     for (int64_t r = w->row_end[i]; r < w->row_end[i + 1]; r += STRIP) {
         const piece *q = p;
-        for (int k = 0; k < STRIP; k++) row[k] = (int32_t)(r + k);
+        for (int k = 0; k < 2 * STRIP; k++) row[k] = (int32_t)(r + k);
         strip s = {.row = w->row ? w->row + r : row, .rows = least(w->row_end[i + 1] - r, STRIP), .stride = w->stride * size};
         for (int64_t v = 0; v * vector < bytes; v++) {
             s.to = (char *)w->dst + v * vector;
             s.bytes = least(bytes - v * vector, vector);
             s.more = 0;
+            s.ahead = v * vector % 64 || (w->row && r + 2 * STRIP > rows) ? 0 : STRIP;
             for (int left = each[v]; left;) {
                 const int n = (int)least(left, MOST);
                 for (int k = 0; k < n; k++) {
