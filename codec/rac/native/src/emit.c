@@ -111,8 +111,9 @@ static int bf16(rac_tile *w, const uint8_t *sym, int64_t n, int64_t at, uint16_t
     const tops16 t = tops_of(high, low);
     const int first = w->shared->first < 16 ? w->shared->first : 16;
     plane += at;
+    const int64_t whole = end - plane - STEP; /* behind it a vector reaches over the end of the plane */
     for (int64_t i = 0; i < n; i += STEP, sym += STEP / 2) {
-        join_pairs(&t, sym, readable(plane + i, end, STEP, copy), out + i);
+        join_pairs(&t, sym, i <= whole ? plane + i : readable(plane + i, end, STEP, copy), out + i);
         for (uint64_t found = pairs_not_below(sym, first); found; found &= found - 1) {
             const int64_t k = __builtin_ctzll(found) / PER_WORD;
             if (i + k >= n) break;
@@ -244,19 +245,29 @@ void rac_choose(rac_tile *w) {
 
 /* The next m words of a tile without classes of columns, joined, to their places */
 INLINED void put_words(const rac_tile *w, const char *val, int64_t m, rac_cursor *at, const int size) {
-    for (int64_t q = 0; q < m;) {
+    const int64_t stride = w->stride * size;
+    char *const dst = w->dst;
+    at->in_tile += m;
+    for (const char *const end = val + m * size; val < end;) {
         const rac_block *o = at->block;
-        const int64_t cols = o->c1 - o->c0, i = o->r0 + at->in_block / cols, c = at->in_block % cols;
-        const int64_t r = least(cols - c, m - q);
-        if (i + AHEAD < o->r1) { /* runs are short, and the next is somewhere else */
-            const char *next = (char *)w->dst + ((w->row ? w->row[i + AHEAD] : i + AHEAD) * w->stride + o->c0 + c) * size;
-            for (int64_t b = 0; b < r * size; b += 64) __builtin_prefetch(next + b, 1);
+        const int64_t cols = (o->c1 - o->c0) * size;
+        int64_t i = o->r0, c = at->in_block * size; /* bytes of row i that are there already */
+        if (c >= cols) {
+            i += c / cols;
+            c %= cols;
         }
-        copy_run((char *)w->dst + ((w->row ? w->row[i] : i) * w->stride + o->c0 + c) * size, val + q * size, r * size);
-        q += r;
-        at->in_block += r;
-        at->in_tile += r;
-        if (c + r == cols && i + 1 == o->r1) {
+        const int64_t left = (o->r1 - i) * cols - c, whole = least(left, end - val);
+        for (const char *const last = val + whole; val < last; c = 0, i++) {
+            const int64_t r = least(cols - c, last - val);
+            if (i + AHEAD < o->r1) { /* runs are short, and the next is somewhere else */
+                const char *next = dst + (w->row ? w->row[i + AHEAD] : i + AHEAD) * stride + o->c0 * size + c;
+                for (int64_t b = 0; b < r; b += 64) __builtin_prefetch(next + b, 1);
+            }
+            copy_run(dst + (w->row ? w->row[i] : i) * stride + o->c0 * size + c, val, r);
+            val += r;
+        }
+        at->in_block += whole / size;
+        if (whole == left) {
             at->block++;
             at->in_block = 0;
         }

@@ -43,8 +43,7 @@ typedef struct {
     int64_t step[MOST];
     const piece *p;
     char *to; /* column of the vector in row 0 */
-    const int32_t *row; /* the rows; those of the next strip are `ahead` behind them */
-    int64_t ahead;
+    const int32_t *row; /* the rows */
     int64_t rows, stride, bytes; /* of the vector, as many as there are columns */
     int more; /* the vector has other pieces already */
 } strip;
@@ -71,31 +70,32 @@ INLINED void permuted(strip *s, const int N) {
     const int64_t rows = s->rows, stride = s->stride, bytes = s->bytes; /* what is stored may be anything, for all that */
     char *const base = s->to;                                           /* the compiler knows */
     const int32_t *const row = s->row;
-    const int more = s->more;
-    const int64_t ahead = s->ahead;
     for (int k = 0; k < N; k++) {
         to[k] = LOAD(s->p[k].to.byte);
         from[k] = s->from[k];
         step[k] = s->step[k];
     }
-    for (int64_t r = 0; r < rows; r++) {
-        char *d = base + row[r] * stride, last[32] = {0};
-        if (ahead) __builtin_prefetch(base + row[r + ahead] * stride, 1);
-        V v = NONE;
-        if (more) {
-            memcpy(last, d, (size_t)bytes);
-            v = LOAD(last);
-        }
-        _Pragma("GCC unroll 8") for (int k = 0; k < N; k++) {
-            v = ADD(v, LOAD(from[k]), to[k]);
-            from[k] += step[k];
-        }
-        if (bytes == 16) STORE(d, v);
-        else { /* the words behind are another tile's */
-            STORE(last, v);
-            copy_run(d, last, bytes);
-        }
+#define SUM                                                                                                            \
+    _Pragma("GCC unroll 8") for (int k = 0; k < N; k++) {                                                              \
+        v = ADD(v, LOAD(from[k]), to[k]);                                                                              \
+        from[k] += step[k];                                                                                            \
     }
+    if (bytes == 16 && !s->more)
+        for (int64_t r = 0; r < rows; r++) {
+            V v = NONE;
+            SUM
+            STORE(base + row[r] * stride, v);
+        }
+    else /* the words behind are another tile's */
+        for (int64_t r = 0; r < rows; r++) {
+            char last[32] = {0};
+            if (s->more) memcpy(last, base + row[r] * stride, (size_t)bytes);
+            V v = LOAD(last);
+            SUM
+            STORE(last, v);
+            copy_run(base + row[r] * stride, last, bytes);
+        }
+#undef SUM
 #undef V
 #undef ADD
 #undef LOAD
@@ -126,7 +126,6 @@ VBMI2_INLINED void expanded(strip *s, const int N, const int size) {
     char *const base = s->to;
     const int32_t *const row = s->row;
     const int more = s->more;
-    const int64_t ahead = s->ahead;
     for (int k = 0; k < N; k++) {
         mask[k] = s->p[k].to.mask;
         from[k] = s->from[k];
@@ -134,7 +133,6 @@ VBMI2_INLINED void expanded(strip *s, const int N, const int size) {
     }
     for (int64_t r = 0; r < rows; r++) {
         char *d = base + row[r] * stride;
-        __builtin_prefetch(base + row[r + ahead] * stride, 1);
         __m512i v = more ? _mm512_maskz_loadu_epi8(all, d) : _mm512_setzero_si512();
         _Pragma("GCC unroll 8") for (int k = 0; k < N; k++) {
             v = _mm512_or_si512(v, spread(mask[k], from[k], size));
@@ -186,7 +184,8 @@ static void rows_of_class(const rac_tile *w, int i, const char **run, const int6
             s.to = (char *)w->dst + v * vector;
             s.bytes = least(bytes - v * vector, vector);
             s.more = 0;
-            s.ahead = v * vector % 64 || (w->row && r + 2 * STRIP > rows) ? 0 : STRIP;
+            if (v * vector % 64 == 0 && (!w->row || r + 2 * STRIP <= rows)) /* the next strip */
+                for (int k = 0; k < STRIP; k++) __builtin_prefetch(s.to + s.row[STRIP + k] * s.stride, 1);
             for (int left = each[v]; left;) {
                 const int n = (int)least(left, MOST);
                 for (int k = 0; k < n; k++) {
