@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -172,13 +173,16 @@ class Counted(arm.Indirect):  # type: ignore[misc]
     def __init__(self, cpu: str) -> None:
         self._lib = ctypes.CDLL(str(counted_library(cpu)))
         self._lib.rac_executed.restype = ctypes.c_int64
+        self._lock = threading.Lock()
         super().__init__(cpu)
 
     def _run(self, name: str, values: list[int]) -> int:
-        call, before = getattr(self._lib, name), self._lib.rac_executed()
+        call = getattr(self._lib, name)
         call.restype = ctypes.c_int64
-        out = call(*map(ctypes.c_uint64, values))
-        self.counts[name] += self._lib.rac_executed() - before
+        with self._lock:  # all threads count in one place
+            before = self._lib.rac_executed()
+            out = call(*map(ctypes.c_uint64, values))
+            self.counts[name] += self._lib.rac_executed() - before
         return int(out)
 
 

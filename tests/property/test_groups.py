@@ -17,7 +17,7 @@ from rac.encode.sources import Source, SourceTensor
 from rac.methods.grouped import pack_grouped
 from rac.stages import groups as gr
 from rac.stages.words import from_words, to_words
-from support import grids, readers, tiles
+from support import grids, kernels, readers, tiles
 from support.indices import indices
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -59,6 +59,11 @@ def test_round_trip(data):
         for reader in sorted(readers.READERS.keys() - {"rac_verify"}):
             found = readers.READERS[reader](archive)["tensors"]
             assert {n: readers.plain(v)[2] for n, v in found.items()} == {n: w.tobytes() for n, w in dense.items()}
+        for cpu in kernels.here():
+            with kernels.using(cpu):
+                assert {n: v.tobytes() for n, v in rac.load(archive).items()} == {
+                    n: w.tobytes() for n, w in dense.items()
+                }
         done = rac.verify(path)
         assert (done.tensors, done.lossy) == (len(dense), len(dense))
         name = data.draw(st.sampled_from(sorted(dense)))

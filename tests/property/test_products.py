@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import rac
 from rac.container.access import BytesAccess
-from support import products, readers, tiles
+from support import kernels, products, readers, tiles
 from support.indices import indices
 
 SETTINGS = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -66,3 +66,9 @@ def test_round_trip(data):
         for name, words in maker.dense.items():
             index = data.draw(indices(words.shape))
             assert f.get_slice(name)[index].tobytes() == words[index].tobytes()
+            for cpu in kernels.here():
+                with kernels.using(cpu):
+                    assert f.get_slice(name)[index].tobytes() == words[index].tobytes()
+    for cpu in kernels.here():
+        with kernels.using(cpu):
+            assert {name: t.tobytes() for name, t in rac.load(archive).items()} == expected
