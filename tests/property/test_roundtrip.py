@@ -426,6 +426,7 @@ def test_kernels_agree_on_damage(data):
     assert t.chain.method == "lanes/1"
     ((shared_unit, unit, *_),) = ld.read_units(archive, t, [(0, len(t.units))])
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 32)))
+    other = data.draw(st.sampled_from(kernels.here()))
     for _ in range(10):
         bad = unit.copy()
         end = len(unit) if rng.random() < 0.7 else 2 * t.chain.coder.directory
@@ -436,7 +437,7 @@ def test_kernels_agree_on_damage(data):
         with reference():
             exact = _outcome(*args)
         assert fast == exact
-        for cpu in kernels.here():
+        for cpu in {*native.cpus(), other}:
             with kernels.using(cpu):
                 assert _outcome(*args) == exact
         with native.using(None):
