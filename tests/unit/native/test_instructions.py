@@ -21,3 +21,10 @@ def test_no_more_than_before(name):
         pytest.skip(f"was counted with {STATED['compiler']}")
     for row, of in instructions.count(name, ["neon"]).items():
         assert of["neon"] <= MORE * STATED["per weight"][row]["neon"], row
+
+
+@pytest.mark.parametrize("row", ["decode default, BF16", "decode 3 bits to BF16"])
+def test_neon_against_avx2(row):
+    """The figures as they were counted last."""
+    of = STATED["per weight"][row]
+    assert of["neon"] <= 1.5 * of["avx2"]
