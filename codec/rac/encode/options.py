@@ -141,6 +141,11 @@ class Calibration:
         """Whether anything is learned."""
         return bool(self.texts or self.made)
 
+    @property
+    def general(self) -> bool:
+        """Whether all that is learned from is the built-in mix and what the model writes beside it."""
+        return AUTO in self.texts and set(self.texts) <= {AUTO, "self"} and not self.made
+
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.context < 1:
             raise ValueError("tokens and context must be at least 1")

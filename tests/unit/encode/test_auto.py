@@ -9,7 +9,8 @@ import rac
 from rac.calibrate import builtin
 from rac.cli import main
 from rac.container import zstd
-from rac.encode.allocate import texts
+from rac.encode.align import recipe
+from rac.encode.allocate import budget, texts
 from rac.encode.allocate.budget import read_text
 from rac.encode.allocate.texts import calibration_for
 from rac.errors import MissingDependencyError, SourceError
@@ -93,6 +94,20 @@ def test_unasked_is_auto_and_both_are_said(folder, tmp_path, capsys):
     assert main(["pack", str(folder), "-o", str(tmp_path / "d.rac"), *how, "--calibrate", "none"]) == 0
     assert "quantised from the weights alone: the divergence is several times" in capsys.readouterr().err
     assert provenance(tmp_path / "d.rac")["calibrate"] == "none"
+
+
+def test_what_is_learned_from_texts_of_no_kind_counts_less(folder, tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("A text that somebody has named. " * 400)
+    seen = []
+
+    def calibrated(groups, layers, keep, effort, embeddings, sample, missing):
+        seen.append(sample.damp)
+        return recipe.calibrated(groups, layers, keep, effort, embeddings, sample, missing)
+
+    monkeypatch.setattr(budget, "calibrated", calibrated)
+    for given in ("auto", "self", str(tmp_path / "x.txt"), ["auto", str(tmp_path / "x.txt")]):
+        rac.pack(folder, tmp_path / "m.rac", **FAST, calibrate=given, cache=str(tmp_path / "cache"), force=True)
+    assert seen == [recipe.GENERAL_DAMP, recipe.DAMP, recipe.DAMP, recipe.DAMP]
 
 
 def test_an_interrupted_pack_goes_on(folder, tmp_path):

@@ -35,6 +35,7 @@ TABLES = "embeddings or output layers (--embeddings)"  # as what they are lossle
 KEPT = "kept by --keep"
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
+GENERAL_DAMP = 0.08  # the same where the text is of no kind in particular (docs/lossy.md)
 FAR = 16  # medians beyond which a weight counts no more in the energies
 FEW = 1 / 32  # share of the weights that may lie so far out: where more do, the median says nothing of the energies
 FINER_FEW = 0.5  # bits at most that weights among zeros get beyond the rest
@@ -55,6 +56,11 @@ class Sample:
     damp: float = DAMP
     strength: float = 0.5  # how far bits follow the sensitivity of a tensor
     trust: float = 0.8  # exponent of sensitivities of outputs, about their mean: on another text they are others
+
+    @classmethod
+    def general(cls) -> Sample:
+        """Of a text of no kind in particular: what the model will read differs from it by more than chance."""
+        return cls(damp=GENERAL_DAMP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
 from rac.encode.align.choose import choose
-from rac.encode.align.recipe import Recipe, calibrated, data_free
+from rac.encode.align.recipe import Recipe, Sample, calibrated, data_free
 from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import CONTEXT, DECIBELS, Budget, Calibration, Lossy, silent
@@ -70,7 +70,8 @@ def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, no
     layers = found[0] if len(found) == 1 else joined(found)
     every = (one.missing.items() for one in found if isinstance(one, Layers))
     missing = {name: part for one in every for name, part in one if name not in layers}
-    recipe = calibrated(groups, layers, request.keep, effort, embeddings=request.embeddings, missing=missing)
+    sample = Sample.general() if request.calibration.general else Sample()
+    recipe = calibrated(groups, layers, request.keep, effort, request.embeddings, sample, missing)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used})
