@@ -334,7 +334,8 @@ class Packer(contextlib.ExitStack):
         )
         schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
         if source.tape and quantiser is None:
-            schedule.window, self._left = min(WINDOW, source.tape.limit), list(self._groups)
+            most = max((g.tensor.nbytes for g in self._groups), default=0)
+            schedule.window, self._left = max(0, min(WINDOW, source.tape.limit) - most), list(self._groups)
         resumed, stored = 0, 0
         fidelity, entries = list[Fidelity](), list[Entry]()
         for i, (shard, path) in enumerate(zip(shards, paths, strict=True)):

@@ -91,7 +91,8 @@ class Schedule:
     def run(self, groups: Sequence[ties.Group]) -> Generator[tuple[ties.Group, Encoded]]:
         """Each tensor in order; what is taken next is worked on first, what is not taken is cancelled."""
         coming, held = deque(groups), 0
-        limit = max([self.window if self.quantiser is None else room(), *(self._need(g.tensor) for g in groups)])
+        most = max((self._need(g.tensor) for g in groups), default=0)
+        limit = self.window + most if self.quantiser is None else max(room(), most)
         try:
             while coming or self._waiting:
                 while coming and (not self._waiting or held + self._need(coming[0].tensor) <= limit):
