@@ -28,13 +28,13 @@ static void rows_plain(rac_lanes *t, int64_t n, int64_t lanes) {
 
 /* N tiles of L lanes, `steps` rows of all. A row may read, not take, one word more than it takes. */
 INLINED void rows_of(rac_lanes **tile, int64_t steps, const int N, const int L) {
-    uint64_t x[4][4];
-    uint32_t left[4][4];
+    uint64_t x[64];
+    uint32_t left[64];
     const uint32_t *words[4], *lut[4];
     uint8_t *out[4];
     for (int k = 0; k < N; k++) {
-        memcpy(x[k], tile[k]->st, 8 * (size_t)L);
-        memcpy(left[k], tile[k]->left, 4 * (size_t)L);
+        memcpy(x + k * L, tile[k]->st, 8 * (size_t)L);
+        memcpy(left + k * L, tile[k]->left, 4 * (size_t)L);
         words[k] = tile[k]->words;
         lut[k] = tile[k]->lut;
         out[k] = tile[k]->out;
@@ -42,18 +42,19 @@ INLINED void rows_of(rac_lanes **tile, int64_t steps, const int N, const int L) 
     for (int64_t t = 0; t < steps * L; t += L)
         _Pragma("GCC unroll 4") for (int k = 0; k < N; k++)
             _Pragma("GCC unroll 4") for (int l = 0; l < L; l++) {
-                uint64_t v = x[k][l];
+                const int i = k * L + l;
+                uint64_t v = x[i];
                 const uint32_t e = lut[k][(v >> 12) & 4095], word = *words[k];
                 out[k][t + l] = (uint8_t)e;
                 v = (((v >> 24) * (e >> 20) + ((e >> 8) & 4095)) << 12) | (v & 4095);
-                const uint32_t need = (v >> 32 == 0) & (left[k][l] != 0);
-                x[k][l] = v << 32 * need | (word & (0 - need)); /* no branch, which would be guessed wrong */
+                const uint32_t need = (v >> 32 == 0) & (left[i] != 0);
+                x[i] = v << 32 * need | (word & (0 - need)); /* no branch, which would be guessed wrong */
                 words[k] += need;
-                left[k][l] -= need;
+                left[i] -= need;
             }
     for (int k = 0; k < N; k++) {
-        memcpy(tile[k]->st, x[k], 8 * (size_t)L);
-        memcpy(tile[k]->left, left[k], 4 * (size_t)L);
+        memcpy(tile[k]->st, x + k * L, 8 * (size_t)L);
+        memcpy(tile[k]->left, left + k * L, 4 * (size_t)L);
         tile[k]->words = words[k];
         tile[k]->out = out[k] + steps * L;
     }
@@ -61,7 +62,7 @@ INLINED void rows_of(rac_lanes **tile, int64_t steps, const int N, const int L) 
 
 /* Ways to step several tiles */
 typedef struct { int64_t lanes; int tiles; void (*run)(rac_lanes **, int64_t); } way;
-#define WAYS(W) W(4, 1) W(4, 2) W(4, 4) W(2, 1) W(2, 2) W(2, 4)
+#define WAYS(W) W(4, 1) W(4, 2) W(4, 4) W(2, 1) W(2, 2) W(2, 4) W(1, 8) W(1, 16) W(1, 32) W(1, 64)
 #define ROWS(n, l) static void rows_##n##x##l(rac_lanes **t, int64_t steps) { rows_of(t, steps, n, l); }
 #define WAY(n, l) {l, n, rows_##n##x##l},
 WAYS(ROWS)

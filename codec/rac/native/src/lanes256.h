@@ -59,7 +59,7 @@ INLINED void put8(uint8_t *const *out, int64_t t, __m256i e, const int L) {
 INLINED __m256i words8(__m256i at, const int L) {
     const void *p[4] __attribute__((aligned(32)));
     _mm256_store_si256((void *)p, at);
-    __asm__("" : "+m"(p)); /* loads again, which are fewer instructions than parts of vectors taken out */
+    __asm__ volatile("" : "+m"(p) : : "memory"); /* loads again, which are fewer instructions than parts of vectors taken out */
     if (L == 4) {
         const __m128i a = _mm_loadu_si128(p[1]), b = _mm_loadu_si128(p[3]);
         return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);

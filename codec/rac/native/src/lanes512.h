@@ -50,7 +50,7 @@ INLINED void put16(uint8_t *const *out, int64_t t, __m512i e, const int L) {
 INLINED __m512i words16(__m512i at, const int L) {
     const void *p[8] __attribute__((aligned(64)));
     _mm512_store_si512(p, at);
-    __asm__("" : "+m"(p)); /* loads again, which are fewer instructions than parts of vectors taken out */
+    __asm__ volatile("" : "+m"(p) : : "memory"); /* loads again, which are fewer instructions than parts of vectors taken out */
     if (L == 4) {
         __m512i w = _mm512_castsi128_si512(_mm_loadu_si128(p[1]));
         w = _mm512_inserti32x4(w, _mm_loadu_si128(p[3]), 1);
@@ -108,7 +108,9 @@ INLINED void step16(lanes16 *v, const uint32_t *const *lut, const uint32_t **wor
     const __m512i second = _mm512_mullo_epi32(_mm512_srli_epi32(v->hi, 12), f);
     const __m512i hi = _mm512_add_epi32(second, _mm512_srli_epi32(first, 20));
     const __m512i lo = _mm512_ternarylogic_epi32(low12, v->lo, _mm512_slli_epi32(first, 12), 0xca);
-    const __mmask16 need = _mm512_cmpgt_epu32_mask(_mm512_min_epu32(v->left, one), hi); /* hi is 0, left is not */
+    __m512i some = _mm512_min_epu32(v->left, one);
+    __asm__("" : "+v"(some)); /* or clang makes two tests of it, one behind the other */
+    const __mmask16 need = _mm512_cmpgt_epu32_mask(some, hi); /* hi is 0, left is not */
     v->hi = _mm512_mask_mov_epi32(hi, need, lo);
     v->lo = refilled16(v, words, lo, need, L);
     v->left = _mm512_mask_sub_epi32(v->left, need, v->left, one);
