@@ -258,7 +258,7 @@ def seen(data: bytes, at: Platform) -> Seen | None:
         newer = [str(a) for a in asked if at.kind == "musllinux" or glibc(str(a)) > GLIBC]
         exports = {str(one.name) for one in found.dynamic_symbols if one.exported}
         machine, needs = found.header.machine_type.name, set(map(str, found.libraries))
-        return Seen(machine, exports, needs, {str(f.name) for f in found.imported_functions}, newer)
+        return Seen(machine, exports, needs, {str(one.name) for one in found.imported_symbols}, newer)
     if at.suffix == ".dll" and isinstance(found, lief.PE.Binary):
         table = found.get_export()
         exports = {str(one.name) for one in table.entries} if table else set()
@@ -267,7 +267,7 @@ def seen(data: bytes, at: Platform) -> Seen | None:
         exports = {str(one.name) for one in found.exported_symbols} - OF_LINKER
         loads = lief.MachO.LoadCommand.TYPE.LOAD_DYLIB
         needs = {str(one.name) for one in found.libraries if one.command == loads}
-        calls = {str(f.name).removeprefix("_") for f in found.imported_functions}
+        calls = {str(one.name).removeprefix("_") for one in found.imported_symbols}
         version: Any = found.build_version
         newer = [f"macOS {version.minos}"] if tuple(version.minos)[:2] > MACOS else []
         if at.machine == "aarch64" and not found.has_code_signature:
@@ -331,7 +331,8 @@ def install(path: Path) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         subprocess.run([sys.executable, "-m", "venv", str(folder / "v")], check=True)
-        python, env = str(folder / "v" / "bin" / "python"), {"PATH": "", "HOME": name, **_settings("PIP_", "SSL_")}
+        python, env = str(folder / "v" / "bin" / "python"), {"PATH": "", "HOME": name}
+        env |= _settings("PIP_", "SSL_", "HTTP", "http")
         site = next((folder / "v" / "lib").glob("*/site-packages"))
         before, start = _size(site), time.monotonic()
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-cache-dir", str(path)], check=True, env=env)

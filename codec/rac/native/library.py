@@ -116,7 +116,7 @@ def _chosen() -> Library | None:
     for cpu in reversed(_has()):
         if found := _load(cpu):
             return found
-    slower = {"numba": "several times", "numpy": "a hundred times"}[twin()]
+    slower = {"numba": "several times", "numpy": "hundreds of times"}[twin()]
     text = f"rac: {lost()}. Until then {twin()} decodes, {slower} slower, and nothing can be packed with loss"
     warnings.warn(text, stacklevel=3)
     return None
