@@ -57,6 +57,7 @@ CALLED = {
     *("malloc", "calloc", "realloc", "free", "memcpy", "memmove", "memset", "memcmp", "bzero"),
     *("sqrt", "sqrtf", "frexp", "ldexp", "ldexpf", "rint", "rintf", "nearbyint", "nearbyintf", "floor", "floorf"),
     *("sysctlbyname", "memset_pattern16", "__bzero", "_availability_version_check", "dyld_stub_binder"),  # of macOS
+    *("__memset_chk", "__memcpy_chk", "__memmove_chk"),  # the same, as headers of macOS call them
 }
 """What kernels may call of the C library; not held to this on Windows, where its start code comes with a library."""
 
