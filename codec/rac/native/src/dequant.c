@@ -54,7 +54,7 @@ enum { LANES = WIDE / 16, SPAN = 64 }; /* of 16 bytes; of words that can be look
 typedef uint8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
 typedef float numbers __attribute__((vector_size(WIDE), aligned(4), may_alias));
 
-/* words_at: WIDE words, in each lane 8 of the first half and 8 of the second. look: bytes i of a table of 32, where it has them.
+/* words_at: WIDE words, in each lane 8 of the first half and 8 of the second. look: bytes i of a table of 32.
  * spread: floats from their three upper bytes, in each register 4 columns of each lane. store_bf16, store_f32: all
  * WIDE numbers, in the order of columns. */
 #if defined(AVX512) || defined(AVX2)
@@ -67,7 +67,8 @@ INLINED bytes words_at(const uint8_t *p) {
     return (bytes)_mm512_permutexvar_epi64(order, _mm512_loadu_si512(p));
 }
 INLINED void store_half(float *d, numbers a, numbers b) {
-    const __m512 x = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44), y = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
+    const __m512 x = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44);
+    const __m512 y = _mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xee);
     _mm512_storeu_ps(d, _mm512_shuffle_f32x4(x, x, 0xd8));
     _mm512_storeu_ps(d + 16, _mm512_shuffle_f32x4(y, y, 0xd8));
 }

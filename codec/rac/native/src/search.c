@@ -3,8 +3,8 @@
 #include <math.h>
 #include "states.h"
 
-/* The best coded integer of each subset for sample i, and its cost, in rows of n: subset 2 g + b has sign (-1)^g and the
- * integers of parity b */
+/* The best coded integer of each subset for sample i, and its cost, in rows of n: subset 2 g + b has sign (-1)^g and
+ * the integers of parity b */
 static inline void subsets(float x, const float *rec, const float *rate, int most, int64_t i, int64_t n, float *cost,
                            int16_t *best) {
     for (int g = 0; g < 2; g++) {
@@ -36,7 +36,8 @@ INLINED void subsets_wide(const rac_search *s, const rac_column *c, int64_t i, c
         if (g) y = -y;
         for (int b = 0; b < 2; b++) {
             const int64_t at = (2 * g + b) * c->rows + i;
-            ints k = held(nearest(floored((y - 0.5f - 2.0f * (float)b) * 0.25f + 0.5f)) * 2 + b, most - ((most & 1) != b));
+            const floats r = floored((y - 0.5f - 2.0f * (float)b) * 0.25f + 0.5f);
+            ints k = held(nearest(r) * 2 + b, most - ((most & 1) != b));
             const ints in = k + 2 + ((k > 0) & -4);
             floats u, v, p, q;
             looked_up(rec, most, k, in, &u, &v);
@@ -86,8 +87,8 @@ static void search_any(const rac_search *t, const float *cost, int64_t rows, int
 
 #ifdef WIDE
 /* One sample: costs of the states that follow, from those of even states e and of odd ones o, 16 `blocks` of each */
-INLINED void step(int blocks, flips f, const float *e, const float *o, const float *cost, int64_t rows, uint16_t *choice,
-                  float *e_next, float *o_next) {
+INLINED void step(int blocks, flips f, const float *e, const float *o, const float *cost, int64_t rows,
+                  uint16_t *choice, float *e_next, float *o_next) {
     const floats s0 = all(cost[0]), s1 = all(cost[rows]), s2 = all(cost[2 * rows]), s3 = all(cost[3 * rows]);
     _Pragma("GCC unroll 8") for (int pair = 0; pair < blocks; pair++) {
         floats next[2 * PARTS];
@@ -112,7 +113,8 @@ INLINED void step(int blocks, flips f, const float *e, const float *o, const flo
 
 #ifdef AVX512
 /* Up to 16 states in one register */
-static void search_small(const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice, float *out) {
+static void search_small(const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice,
+                         float *out) {
     int32_t from[2][16], sub[2][16];
     float start[16];
     for (int q = 0; q < 16; q++) {
@@ -187,7 +189,7 @@ static void scalar(const rac_search *s, const rac_column *c) {
     }
 }
 
-/* The path to state q behind m samples from `a` on. Each step waits for the one before it: as rac_from, without branches */
+/* The path to state q behind m samples from `a` on. Each step waits for the one before it: as rac_from, no branches */
 static void back(const rac_search *s, const rac_column *c, const rac_room *room, int64_t a, int64_t m, int words,
                  unsigned q) {
     const float *rec = s->rec + s->most;

@@ -88,7 +88,8 @@ static void carry(const rac_search *t, const uint16_t *choice, ring *of, int64_t
     }
 }
 /* Survivors of the next states, who take over what is fed to rows from..to, and the past */
-static void proceed(const rac_search *t, survivors *s, uint16_t *choice, int64_t from, int64_t to, const float *weight) {
+static void proceed(const rac_search *t, survivors *s, uint16_t *choice, int64_t from, int64_t to,
+                    const float *weight) {
     merge(t, s, choice);
     carry(t, choice, s->fed, from, to, s->error, weight);
     carry(t, choice, s->past, 0, t->lag, NULL, NULL);
@@ -194,7 +195,8 @@ INLINED void proceed_wide(int blocks, const rac_search *t, survivors *s, uint16_
     carry(blocks, &f, choice, s->past, 0, t->lag, NULL, NULL);
 }
 
-static void proceed(const rac_search *t, survivors *s, uint16_t *choice, int64_t from, int64_t to, const float *weight) {
+static void proceed(const rac_search *t, survivors *s, uint16_t *choice, int64_t from, int64_t to,
+                    const float *weight) {
     if (t->states == 32) proceed_wide(1, t, s, choice, from, to, weight);
     else if (t->states == 64) proceed_wide(2, t, s, choice, from, to, weight);
     else if (t->states == 128) proceed_wide(4, t, s, choice, from, to, weight);

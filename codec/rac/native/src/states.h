@@ -33,8 +33,9 @@ INLINED floats lesser(mask m, floats b, floats a) { (void)m; return (floats)_mm5
 INLINED uint16_t bits(const mask m[PARTS]) { return m[0]; }
 INLINED mask mask_of(const uint16_t *bits, int part) { (void)part; return *bits; }
 INLINED floats moved(floats v, ints order) { return (floats)_mm512_permutexvar_ps((__m512i)order, (__m512)v); }
-#define EVERY(first) _mm512_set_epi32(first + 30, first + 28, first + 26, first + 24, first + 22, first + 20, first + 18, \
-    first + 16, first + 14, first + 12, first + 10, first + 8, first + 6, first + 4, first + 2, first)
+#define EVERY(first) \
+    _mm512_set_epi32(first + 30, first + 28, first + 26, first + 24, first + 22, first + 20, first + 18, first + 16, \
+                     first + 14, first + 12, first + 10, first + 8, first + 6, first + 4, first + 2, first)
 INLINED floats evens(floats a, floats b) { return (floats)_mm512_permutex2var_ps((__m512)a, EVERY(0), (__m512)b); }
 INLINED floats odds(floats a, floats b) { return (floats)_mm512_permutex2var_ps((__m512)a, EVERY(1), (__m512)b); }
 #undef EVERY
@@ -98,8 +99,8 @@ INLINED flips flips_of(const rac_search *t) {
     return (flips){flip_of(t->h1), flip_of(low), flip_of(low ^ t->h1)};
 }
 
-/* nearest: whole numbers, at most 1024 from 0. floored: the largest ones below. held: at most `far` from 0. looked_up: costs of the integers k and in of
- * -most..most, the rates of which begin at that of 0 */
+/* nearest: whole numbers, at most 1024 from 0. floored: the largest ones below. held: at most `far` from 0. looked_up:
+ * costs of the integers k and in of -most..most, the rates of which begin at that of 0 */
 #if defined(AVX512)
 #define M(f) _mm512_##f
 typedef __m512 of_floats;
@@ -145,7 +146,9 @@ INLINED ints held(ints k, int far) {
     return (ints)M(max_epi32)(M(min_epi32)((of_ints)k, M(set1_epi32)(far)), M(set1_epi32)(-far));
 }
 #ifdef AVX512
-INLINED floats floored(floats v) { return (floats)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+INLINED floats floored(floats v) {
+    return (floats)_mm512_roundscale_ps((__m512)v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 INLINED int are_near(ints k) { /* -16 to 15 */
     return !_mm512_cmpgt_epu32_mask((__m512i)(k + 16), _mm512_set1_epi32(31));
 }
