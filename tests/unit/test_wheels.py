@@ -84,7 +84,7 @@ def test_what_the_check_finds(built, tmp_path):
         "RECORD that is not of its files: ['rac/errors.py']": lambda f: f | {"rac/errors.py": b"#"},
         "_avx2.so: needs libc.so": lambda f: f | {"rac/native/_avx2.so": musl},
         "_avx2.so: is for AARCH64": lambda f: f | {"rac/native/_avx2.so": arm},
-        "_avx2.so: is no library of manylinux": lambda f: f | {"rac/native/_avx2.so": b"\x7fELF"},
+        "_avx2.so: is no library of manylinux": lambda f: f | {"rac/native/_avx2.so": b"#!/bin/sh\n"},
         "states other tags in WHEEL": lambda f: {
             n: d.replace(b"2_17", b"2_99") if n.endswith("/WHEEL") else d for n, d in f.items()
         },
@@ -103,8 +103,6 @@ def test_what_the_check_finds(built, tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheel of this machine is one for Linux")
 def test_it_runs_where_no_compiler_is(built, tmp_path):
     """Installed beside what it requires: its own kernels run, and a small file is packed, verified and unpacked."""
-    if importlib.util.find_spec("pip") is None:
-        pytest.skip("no pip here")
     wheel, there = built[wheels.of_this_machine().tag], tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(there), str(wheel)]
     subprocess.run(pip, check=True)
