@@ -57,7 +57,7 @@ three models of the bars (minilm, smollm2, 8b); tools/shaped.py makes the last.
   python tools/bench_lossless.py 8b-shaped.safetensors --threads 1 2 --cpus avx512 avx2 --only rac,zipnn,pcodec-12
   python tools/bench_lossless.py a.safetensors b.safetensors --only rac-max,blosc2     (all blosc2-... rows)
 
-rac-fast and rac-default cut fine tiles, rac-...-coarse those of --slices coarse, as rac-max does.
+rac-fast cuts strips of whole rows, rac-default fine tiles, rac-...-coarse those of --slices coarse, as rac-max does.
 
 rows: {" ".join(ROWS)}
 """

@@ -133,7 +133,7 @@ def test_01_streamable(tmp_path):
 def test_02_random_access(tmp_path):
     big, small = gaussian(1, 4096, 4096), gaussian(2, 100, 100)
     path = tmp_path / "m.rac"
-    rac.save_file({"first": gaussian(3, 1024, 1024), "big": big, "small": small}, path, level="fast")
+    rac.save_file({"first": gaussian(3, 1024, 1024), "big": big, "small": small}, path)
     size = {e.name: e.size for e in Archive(FileAccess(path)).index.entries}
     access = Counting(path)
 

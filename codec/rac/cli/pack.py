@@ -118,12 +118,13 @@ OTHERS = dict.fromkeys(("vision tower", "projector"), "`--calibrate images/` doe
 OTHERS["audio tower"] = "`--calibrate audio/` does"
 ANY = "rac.calibrate does, where you run the model on inputs that use them"
 """What reaches parts of a model that a text does not."""
-LEVEL = "effort: fast (exponents, one table), default (row and column classes), max (mantissa bits too; slow)"
+LEVEL = """effort: fast (for files that are written and read whole, and often: checkpoints, caches; exponents, one
+table, tiles of whole rows), default (row and column classes), max (mantissa bits too; slow)"""
 JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
 lossless)"""
 SLICES = """tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond 1.1
 times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are 0.5 to 1 %%
-smaller then where they are small)"""
+smaller then where they are small; at --level fast tiles of whole rows, so that columns cost all of the tensor)"""
 CALIBRATE = """a text to calibrate on; for models that read more: a folder of pictures or of .wav files, a .jsonl of
 pairs {"image", "text"}, a text of prompts for a pipeline of diffusers, one a line; self: the model writes one; auto
 (default for the folder of a causal language model): the built-in mix of texts, and self; none (default otherwise):

@@ -147,7 +147,8 @@ def pack(
             asks for it has its own work under `if __name__ == "__main__":`.
         slices: "fine": an eighth of the rows or columns of any tensor costs a reader at most 1.1 times its share of the
             stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse at level "max", where `lanes` are given,
-            and for quantised tensors, which are 0.5 to 1 % smaller so where they are small.
+            and for quantised tensors, which are 0.5 to 1 % smaller so where they are small; strips of whole rows at
+            level "fast", of which a slice of columns reads all.
         all_files: Take other files above 64 MB too, in pieces.
         pickles: Allow files that torch pickled (.pt, .pth, .bin); they are read by `torch.load(weights_only=True)`.
 

@@ -82,7 +82,9 @@ def test_lanes_are_a_parameter_of_the_file(tmp_path):
     ("options", "tile"),
     [
         ({}, [50, 75]),
-        ({"level": "fast"}, [50, 75]),
+        ({"level": "fast"}, [400, 600]),
+        ({"level": "fast", "lanes": 8}, [400, 600]),
+        ({"level": "fast", "slices": "fine"}, [50, 75]),
         ({"level": "max"}, [400, 600]),
         ({"level": "max", "slices": "fine"}, [50, 75]),
         ({"slices": "coarse"}, [400, 600]),
@@ -91,7 +93,7 @@ def test_lanes_are_a_parameter_of_the_file(tmp_path):
         ({"lanes": 8, "slices": "coarse"}, [400, 600]),
     ],
 )
-def test_tiles_are_fine_but_at_max_and_with_lanes(tmp_path, options, tile):
+def test_tiles_are_fine_at_default_and_where_asked_for(tmp_path, options, tile):
     """What is asked for holds, and cuts as finely with a number of lanes as without."""
     a = np.random.default_rng(0).standard_normal((400, 600)).astype(np.float32)
     st.save_file({"a": a}, tmp_path / "m.safetensors")
@@ -99,6 +101,29 @@ def test_tiles_are_fine_but_at_max_and_with_lanes(tmp_path, options, tile):
     archive = Archive(FileAccess(tmp_path / "m.rac"))
     assert archive.record(archive.index.entries[0]).head["tile"] == tile
     assert rac.load_file(tmp_path / "m.rac")["a"].tobytes() == a.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "coder"),
+    [
+        ((4000, 300), [800, 300], "lanes/1"),  # whole rows, in equal pieces of up to 2**18 words
+        ((3, 300_000), [1, 150_000], "lanes/1"),
+        ((2, 4096), [2, 4096], "lanes/1"),
+        ((4096,), [1, 4096], "raw/1"),  # 8 KB
+        ((4097,), [1, 4097], "lanes/1"),
+        ((0, 7), [1, 7], "raw/1"),
+    ],
+)
+def test_fast_cuts_strips_and_stores_small_tensors_as_they_are(tmp_path, shape, tile, coder):
+    a = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
+    rac.save_file({"a": a}, tmp_path / "m.rac", level="fast")
+    archive = Archive(FileAccess(tmp_path / "m.rac"))
+    head = archive.record(archive.index.entries[0]).head
+    assert (head["tile"], head["stages"][0]["id"]) == (tile, coder)
+    with rac.open(tmp_path / "m.rac") as f:
+        assert f.get_tensor("a").tobytes() == a.tobytes()
+        if a.ndim == 2:
+            assert f.get_slice("a")[:, 1:5].tobytes() == a[:, 1:5].tobytes()
 
 
 def test_summary(tmp_path):

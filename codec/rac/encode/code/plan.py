@@ -48,12 +48,18 @@ class Level:
     fixed: bool = False  # take `lanes` as it is, however small the tile
     tile: int = 1 << 20  # words of a tile at most
     coarse: bool = False  # cut into coarse tiles
+    plain: int = 0  # bytes of a tensor up to which its words are stored as they are
+    strip: int = 0  # words of a tile, about, that spans whole rows; 0: tiles are cut along both sides
     sliced: float = 0.0  # stored bytes of a word, about, where tiles were asked for; 0: as its type has them
     density: float = 0.0  # stored bytes of a word, about, by which tiles are cut; 0: as its type has them
 
 
 LEVELS = {
-    "fast": Level("fast", 32, per=2, row_classes=1, col_classes=1, rounds=0, zstd=3, planes=1),
+    "fast": replace(
+        Level("fast", 32, per=2, row_classes=1, col_classes=1, rounds=0, zstd=3, planes=1),
+        plain=1 << 13,
+        strip=1 << 18,
+    ),
     "default": Level("default", 32, per=2, row_classes=8, col_classes=6, rounds=2, zstd=9, planes=1),
     "max": replace(
         Level("max", 16, per=1, row_classes=16, col_classes=8, rounds=5, zstd=19, planes=9),
@@ -62,7 +68,8 @@ LEVELS = {
         coarse=True,
     ),
 }
-"""Effort levels by name. `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for."""
+"""Effort levels by name. `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for. `fast` is for
+speed: words of a strip are written one after the other, and there are few tiles; a slice of columns reads all."""
 
 CODER = replace(LEVELS["default"], per=1, tile=1 << 18, coarse=True, sliced=0.5)
 """How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
@@ -71,11 +78,14 @@ anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/stream
 
 
 def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
-    """A level with the lanes per tile and the tiles that were asked for; where only lanes are, tiles are coarse."""
+    """A level with the lanes per tile and the tiles that were asked for; where only lanes are, tiles are coarse.
+
+    Strips, and small tensors as they are, are for files that are read whole: not where slices were asked for.
+    """
     if lanes is not None:
         level = replace(level, lanes=lanes, fixed=True, coarse=True)
     if slices is not None:
-        level = replace(level, coarse=slices == "coarse", density=level.sliced)
+        level = replace(level, coarse=slices == "coarse", density=level.sliced, strip=0, plain=0)
     return level
 
 
@@ -118,6 +128,10 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid
     """Tiles as large as slices and the level allow: long lanes are small and fast."""
     rows, cols = matrix(dtype, shape, axis)
     d = DTYPES[dtype]
+    if level.strip:
+        tc = max(1, -(-cols // max(1, -(-cols // level.strip))))
+        tr = max(1, -(-rows // max(1, -(-rows // max(1, level.strip // tc)))))
+        return Grid(rows, cols, d.word, tr, tc)
     share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
     stored = rows * cols * (level.density or d.word * share)
     parts = next(n for n, most in CUTS["coarse" if level.coarse else "fine"] if stored <= most)

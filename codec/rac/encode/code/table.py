@@ -20,12 +20,12 @@ def analyse(source: Source, dtype: str, shape: tuple[int, ...], level: Level) ->
 
 
 def proposed(source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> tuple[Encoder, int]:
-    """That encoder, and the bytes that it would take, about."""
+    """That encoder, and the bytes that it would take, about; small tensors are stored by the first at some levels."""
     view = View(source, dtype, shape, level)
     best: Encoder | None = None
     size = 0
     for kind in ENCODERS.values():
-        if best is not None and not view.total:
+        if best is not None and view.size <= level.plain:
             break
         if found := kind.propose(view, size):
             best, size = found
