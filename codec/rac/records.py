@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from rac.registry import ONLINE
 
@@ -54,6 +55,36 @@ class Unit(NamedTuple):
     offset: int
     size: int
     check: int
+
+
+class Units(Sequence[Unit]):
+    """The units of a record in their order: a list of each number, and a `Unit` only where one is asked for."""
+
+    __slots__ = ("checks", "sizes", "starts")
+
+    def __init__(self, starts: Sequence[int], sizes: Sequence[int], checks: Sequence[int]) -> None:
+        """`starts` has one offset more than there are units: where the padding behind the last one ends."""
+        self.starts, self.sizes, self.checks = starts, sizes, checks
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, i: int) -> Unit: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Units: ...
+
+    def __getitem__(self, i: int | slice) -> Unit | Units:
+        if isinstance(i, slice):  # of units that follow each other
+            a, b, _ = i.indices(len(self.sizes))
+            return Units(self.starts[a : max(a, b) + 1], self.sizes[a:b], self.checks[a:b])
+        if i < 0:
+            i += len(self.sizes)
+        return Unit(self.starts[i], self.sizes[i], self.checks[i])
+
+    def __iter__(self) -> Iterator[Unit]:
+        return map(Unit, self.starts, self.sizes, self.checks)
 
 
 @dataclass(frozen=True, slots=True)

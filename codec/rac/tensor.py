@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from rac.container import index, wire
 from rac.container.zstd import digest
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
 from rac.grid import Band, Box, Grid, dense_size, matrix, up16
-from rac.records import Limits, Online, Record, Unit
+from rac.records import Limits, Online, Record, Units
 from rac.registry import DTYPES, RECORD_OBJECT
 from rac.stages import online
 from rac.stages.base import Chain, Context
@@ -38,7 +40,7 @@ class Tensor:
     chain: Chain
     uses: tuple[str, ...]  # names of the objects that the product of the chain computes with
     word: int  # bytes of a word of the dense tensor; `grid.word` is that of the words that the coder restores
-    units: list[Unit]
+    units: Units
     digest: bytes
     aliases: tuple[tuple[str, bool], ...]
     extra: dict[str, Any]
@@ -91,9 +93,8 @@ class Tensor:
             yield Band(box, range(a * grid.across, (a + step) * grid.across))
 
 
-_TYPES = {"name": str, "dtype": str, "digest": bytes, "units": bytes, "axis": int}
-_VALUES = [*_TYPES.values()]
-_LISTS = {"stages": dict, "uses": str, "shape": int, "tile": int}
+_VALUES = operator.itemgetter("name", "dtype", "digest", "units", "axis")
+_TYPES = [str, str, bytes, bytes, int]
 
 
 def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) -> Tensor:
@@ -108,7 +109,10 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
     if is_object and (dtype != "F32" or len(shape) != 2 or 0 in shape or head["axis"] != 1):
         raise FormatError("object is not a matrix of F32", offset=record.at)
     grid = _grid(record, shape, 1 if len(ids) > 1 else DTYPES[dtype].word, limits)
-    chain = _chain(head["stages"], Context(dtype, grid.rows, grid.cols, grid.word))
+    if len(ids) == len(head["stages"][0]) == 1:
+        chain = _bare(ids[0], dtype, grid.rows, grid.cols, grid.word)
+    else:
+        chain = _chain(head["stages"], Context(dtype, grid.rows, grid.cols, grid.word))
     uses = _uses(head.get("uses", []), chain, grid, shape_of, record.at)
     mapped = online.parse(head["online"], dtype, shape, shape_of, record.at) if "online" in head else None
     units = wire.parse_units(head["units"], record.payload_size)
@@ -123,6 +127,8 @@ def parse(record: Record, limits: Limits, shape_of: ShapeOf = lambda _: None) ->
 def _check_keys(record: Record) -> tuple[tuple[str, bool], ...]:
     """Check the keys of a head and the types of its values; its aliases."""
     head = record.head
+    if head.keys() == _NEEDED:
+        return _check_types(head, record.at)
     if missing := _NEEDED - head.keys():
         raise FormatError(f"tensor head lacks {min(missing)!r}", offset=record.at)
     allowed = _NEEDED if record.type == RECORD_OBJECT else _NEEDED | _OPTIONAL
@@ -135,14 +141,17 @@ def _check_keys(record: Record) -> tuple[tuple[str, bool], ...]:
 
 def _check_types(head: dict[str, Any], at: int) -> tuple[tuple[str, bool], ...]:
     """FormatError unless every value has its type (format_spec/maps.cddl); ranges come later, each in its turn."""
+    lists = shape, tile, stages, uses = head["shape"], head["tile"], head["stages"], head.get("uses", [])
     if (
-        [type(head[k]) for k in _TYPES] != _VALUES
+        [*map(type, _VALUES(head))] != _TYPES
         or not isinstance(head.get("extra", {}), dict)
         or not isinstance(head.get("online", {}), dict)
-        or any(not isinstance(v := head.get(k, []), list) or set(map(type, v)) - {t} for k, t in _LISTS.items())
-        or not index.are_counts((*head["shape"], *head["tile"]))
+        or {*map(type, lists)} != {list}
+        or not {*map(type, stages)} <= {dict}
+        or not {*map(type, uses)} <= {str}
+        or not index.are_counts((*shape, *tile))
         or len(head["digest"]) != 16
-        or len(head["tile"]) != 2
+        or len(tile) != 2
     ):
         raise FormatError("tensor head is malformed", offset=at)
     return index.parse_aliases(head["aliases"]) if "aliases" in head else ()
@@ -151,6 +160,8 @@ def _check_types(head: dict[str, Any], at: int) -> tuple[tuple[str, bool], ...]:
 def _stage_ids(record: Record) -> list[str]:
     """The stages of a record, all of them known and in an order that the format allows."""
     stages = record.head["stages"]
+    if len(stages) == 1 and isinstance(only := stages[0].get("id"), str) and only in CODERS:
+        return [only]
     if not stages:
         raise FormatError("tensor has no stage", offset=record.at)
     ids = [s.get("id") for s in stages]
@@ -167,8 +178,7 @@ def _grid(record: Record, shape: tuple[int, ...], word: int, limits: Limits) -> 
     head, tile = record.head, record.head["tile"]
     if not 0 <= head["axis"] <= len(shape) or 0 in tile:
         raise FormatError("axis or tile shape is out of range", offset=record.at)
-    dense_size(head["dtype"], shape)
-    rows, cols = matrix(head["dtype"], shape, head["axis"])
+    rows, cols = _matrix(head["dtype"], shape, head["axis"])
     tr, tc = min(tile[0], max(1, rows)), min(tile[1], max(1, cols))
     if [tr, tc] != tile:
         raise FormatError("tile is larger than the tensor", offset=record.at)
@@ -176,6 +186,19 @@ def _grid(record: Record, shape: tuple[int, ...], word: int, limits: Limits) -> 
     if size > limits.tile:
         raise LimitError(f"tile of {size} bytes exceeds the limit of {limits.tile}", offset=record.at)
     return Grid(rows, cols, word, tr, tc)
+
+
+@functools.lru_cache(256)
+def _matrix(dtype: str, shape: tuple[int, ...], axis: int) -> tuple[int, int]:
+    """`matrix` of a tensor that has whole bytes."""
+    dense_size(dtype, shape)
+    return matrix(dtype, shape, axis)
+
+
+@functools.lru_cache(256)
+def _bare(coder: str, *context: Any) -> Chain:
+    """A coder without parameters, alone."""
+    return Chain(CODERS[coder].from_head({"id": coder}, Context(*context)))
 
 
 def _chain(stages: list[dict[str, Any]], context: Context) -> Chain:
@@ -210,10 +233,13 @@ def _check_units(t: Tensor, limits: Limits) -> None:
         raise FormatError(f"an empty tensor has no {chain.method}", offset=at)
     if t.nbytes > limits.free_alloc + limits.expansion * size:
         raise LimitError(f"tensor of {t.nbytes} bytes from {size} stored bytes", offset=at)
-    of_tile = t.most(t.first)
-    for i, unit in enumerate(t.units):
-        if unit.size > (t.most(i) if i < t.first else of_tile):
-            raise FormatError(f"unit {i} is larger than its tile can need", offset=t.record.payload + unit.offset)
+    sizes, first, of_tile = t.units.sizes, t.first, t.most(t.first)
+    large = [i for i, (n, most) in enumerate(zip(sizes, chain.fronts, strict=False)) if n > most]
+    if max(sizes[first:], default=0) > of_tile:
+        large += [i for i, n in enumerate(sizes) if i >= first and n > of_tile]
+    if large:
+        at = t.record.payload + t.units.starts[large[0]]
+        raise FormatError(f"unit {large[0]} is larger than its tile can need", offset=at)
 
 
 def extra_of(extra: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from rac.container import wire, zstd
 from rac.container.feed import PIECE, Feed, Held, Near, Plain, Readable
 from rac.container.reader import check_header
 from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError
-from rac.records import Entry, Index, Limits, Record, Unit
+from rac.records import Entry, Index, Limits, Record, Unit, Units
 from rac.registry import RECORD_INDEX, RECORD_TENSOR
 
 
@@ -48,13 +48,16 @@ class Walk:
         if at % wire.ALIGN and any(self.read(wire.pad(at))):
             raise FormatError("padding is not zero", file=self.name, offset=at)
 
-    def head(self) -> Record:
-        """The head of the record that begins here."""
-        at = self.at
-        fixed = self.read(wire.RECORD_HEAD, short=True)
-        size = wire.parse_record(at, fixed, self.limits)[2]
-        rest = self.read(size + wire.pad(self.at + size))
-        return wire.parse_record_body(at, fixed, rest[:size], rest[size:], self.limits)
+    def head(self, size: int = 0) -> Record:
+        """The head of the record that begins here; `size`: bytes of it, with its padding, that should be there."""
+        at, least = self.at, wire.RECORD_HEAD
+        data = self.read(max(size, least), short=True)
+        if len(data) != (end := wire.head_end(data)):
+            end = least + wire.parse_record(at, data[:least], self.limits)[2]
+            end += wire.pad(end)
+            if len(data) < end:
+                data += self.read(end - len(data))
+        return wire.parse_record_body(at, data, self.limits)
 
     def pass_by(self, size: int) -> None:
         """Read on without a look."""
@@ -75,13 +78,13 @@ class Walk:
         self.pass_by(record.payload + record.payload_size - self.at)
         self.padding()
 
-    def take(self, units: Sequence[Unit], record: Record, what: Callable[[int], str]) -> tuple[memoryview, Held | None]:
+    def take(self, units: Units, record: Record, what: Callable[[int], str]) -> tuple[memoryview, Held | None]:
         """The next units of a record, padding checked, and what to give back; `what(i)` names units[i] in errors."""
-        start, last = units[0].offset, units[-1]
+        start = units.starts[0]
         if self.at != record.payload + start:
             raise ValueError("units must be read in order")
-        end = last.offset + last.size - start
-        view, held = self.piece(end + wire.pad(end, wire.STREAM_ALIGN))
+        end = units.starts[len(units) - 1] + units.sizes[-1] - start
+        view, held = self.piece(units.starts[len(units)] - start)
         try:
             self.check_padding(view, units, record, what)
         except FormatError:
@@ -89,34 +92,32 @@ class Walk:
             raise
         return view[:end], held
 
-    def check_padding(
-        self, data: memoryview, units: Sequence[Unit], record: Record, what: Callable[[int], str]
-    ) -> None:
+    def check_padding(self, data: memoryview, units: Units, record: Record, what: Callable[[int], str]) -> None:
         """FormatError unless the bytes behind each unit in `data`, up to a multiple of 16, are 0."""
-        start = units[0].offset
-        for i, unit in enumerate(units):
-            if unit.size % wire.STREAM_ALIGN:
-                behind = unit.offset - start + unit.size
+        start = units.starts[0]
+        for i, size in enumerate(units.sizes):
+            if size % wire.STREAM_ALIGN:
+                behind = units.starts[i] - start + size
                 if any(data[behind : behind + wire.pad(behind, wire.STREAM_ALIGN)]):
                     at = record.payload + start + behind
                     raise FormatError("padding is not zero", file=self.name, unit=what(i), offset=at)
 
-    def later(self, units: Sequence[Unit], record: Record) -> tuple[int, int, int]:
+    def later(self, units: Units, record: Record) -> tuple[int, int, int]:
         """(offset, bytes with the padding behind the last, without) of the next units, for others to read."""
         assert isinstance(self.feed, Near)  # noqa: S101 - the caller asked
-        start, end = units[0].offset, units[-1].offset + units[-1].size
+        start, size = units.starts[0], units.starts[len(units)] - units.starts[0]
         if self.at != record.payload + start:
             raise ValueError("units must be read in order")
-        size = end - start + wire.pad(end, wire.STREAM_ALIGN)
         self.at += size
-        return self.feed.later(size), size, end - start
+        return self.feed.later(size), size, units.starts[len(units) - 1] + units.sizes[-1] - start
 
     def unit(self, unit: Unit, record: Record, most: int, what: str) -> bytes:
         """A copy of the next unit of a record, checked."""
         at = self.at
         if unit.size > most:
             raise LimitError(f"unit of {unit.size} bytes exceeds {most}", file=self.name, unit=what, offset=at)
-        view, held = self.take([unit], record, lambda _: what)
+        one = Units((unit.offset, unit.offset + unit.size + wire.pad(unit.size, wire.STREAM_ALIGN)), (unit.size,), ())
+        view, held = self.take(one, record, lambda _: what)
         data = bytes(view)
         _give(held)
         if zstd.xxh3(data) != unit.check:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,6 @@ from rac.registry import FLAG_ANCILLARY, RECORD_ATTACHMENT, RECORD_INDEX, RECORD
 
 _ROW = {"at", "check", "flags", "head", "payload", "type"}
 HEAD_KEYS = ("name", "dtype", "shape", "aliases", "stages")  # what a record head and its index row both state
-_PLACE = operator.attrgetter("type", "flags", "at", "head_size", "payload_size", "check")
 _NAMED = _ROW | {"method", "name"}
 _KEYS = {
     RECORD_TENSOR: _NAMED | {"aliases", "dtype", "parts", "shape"},
@@ -65,7 +63,7 @@ def parse_shape(v: Any, limits: Limits) -> tuple[int, ...]:
         raise LimitError(f"shape of {len(v)} dimensions exceeds the limit of {limits.rank}")
     total = 1
     for n in v:
-        total *= max(1, n)
+        total *= n or 1
         if total > 1 << 59:
             raise FormatError("shape is out of range")
     return tuple(v)
@@ -180,7 +178,11 @@ def method_of(record: Record) -> str:
 
 def match(e: Entry, record: Record) -> None:
     """FormatError unless the record at the place of an index row is the one that the row means."""
-    same = _PLACE(e) == _PLACE(record)
+    same = (
+        e.check == record.check
+        and (e.at, e.head_size, e.payload_size) == (record.at, record.head_size, record.payload_size)
+        and (e.type, e.flags) == (record.type, record.flags)
+    )
     if e.type in _KEYS:
         same = same and record.head.get("name") == e.name and method_of(record) == e.method
     if e.type in (RECORD_TENSOR, RECORD_OBJECT):

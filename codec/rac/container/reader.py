@@ -88,10 +88,7 @@ class Archive:
 
     def parse_record(self, at: int, data: bytes) -> Record:
         """The record head that `data`, read from offset `at`, begins with."""
-        fixed = data[: wire.RECORD_HEAD]
-        end = wire.RECORD_HEAD + wire.parse_record(at, fixed, self.limits)[2]
-        body, padding = data[wire.RECORD_HEAD : end], data[end : end + wire.pad(end)]
-        return wire.parse_record_body(at, fixed, body, padding, self.limits)
+        return wire.parse_record_body(at, data, self.limits)
 
     def record(self, entry: Entry) -> Record:
         """The record of an index row, its head read and checked."""

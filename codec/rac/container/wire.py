@@ -10,7 +10,7 @@ from typing import Any
 from rac.container import msg
 from rac.container.zstd import xxh3
 from rac.errors import ChecksumError, FormatError, LimitError, TruncatedError, UnsupportedError
-from rac.records import Limits, Record, Unit
+from rac.records import Limits, Record, Units
 
 MAGIC = b"\x89RAC\r\n\x1a\n"
 END_MAGIC = b"\x89END\r\n\x1a\n"
@@ -25,6 +25,11 @@ _U64 = struct.Struct("<Q")
 def pad(n: int, to: int = ALIGN) -> int:
     """Zero bytes that bring `n` to a multiple of `to`."""
     return -n % to
+
+
+def padded(n: int) -> int:
+    """`n` and its padding."""
+    return n + -n % ALIGN
 
 
 def header(head: dict[str, Any]) -> bytes:
@@ -84,20 +89,27 @@ def parse_record(at: int, fixed: bytes, limits: Limits) -> tuple[int, int, int, 
     return kind, flags, size, payload, _U64.unpack_from(fixed, 24)[0]
 
 
-def parse_record_body(at: int, fixed: bytes, body: bytes, padding: bytes, limits: Limits) -> Record:
-    """Check and decode the msgpack head of a record."""
-    kind, flags, size, payload, check = parse_record(at, fixed, limits)
-    if len(body) != size or len(padding) != pad(RECORD_HEAD + size):
+def head_end(data: bytes) -> int:
+    """Bytes of a record's head with its padding, as `data` states, which begins with it and was not checked yet."""
+    end = RECORD_HEAD + int.from_bytes(data[8:12], "little")
+    return end + pad(end)
+
+
+def parse_record_body(at: int, data: bytes, limits: Limits) -> Record:
+    """Check and decode the head of a record: `data` has it, and may have bytes of the payload behind it."""
+    kind, flags, size, payload, check = parse_record(at, data[:RECORD_HEAD], limits)
+    end = RECORD_HEAD + size
+    start = end + pad(end)
+    if len(data) < start:
         raise TruncatedError("file ends inside a record head", offset=at)
-    if xxh3(fixed[:24], body) != check:
+    body = data[RECORD_HEAD:end]
+    if xxh3(data[:24] + body) != check:
         raise ChecksumError("record head checksum does not match", offset=at)
-    if flags & ~1 or fixed[12:16] != bytes(4):
+    if flags & ~1 or data[12:16] != bytes(4):
         raise UnsupportedError("unknown critical record flags", offset=at + 6)
-    if any(padding):
-        raise FormatError("padding is not zero", offset=at + RECORD_HEAD + size)
-    head = msg.unpack(body, limits.depth)
-    start = at + RECORD_HEAD + size + len(padding)
-    return Record(kind, flags, at, head, head_size=size, payload=start, payload_size=payload, check=check)
+    if any(data[end:start]):
+        raise FormatError("padding is not zero", offset=at + end)
+    return Record(kind, flags, at, msg.unpack(body, limits.depth), size, at + start, payload, check)
 
 
 def directory(units: Sequence[bytes | memoryview]) -> bytes:
@@ -105,17 +117,16 @@ def directory(units: Sequence[bytes | memoryview]) -> bytes:
     return b"".join(struct.pack("<QQ", len(u), xxh3(u)) for u in units)
 
 
-def parse_units(data: Any, payload_size: int) -> list[Unit]:
+def parse_units(data: Any, payload_size: int) -> Units:
     """Unit table of a record; together the 16-byte aligned units fill the payload exactly."""
     if not isinstance(data, bytes) or len(data) % 16:
         raise FormatError("unit directory is malformed")
     stated = struct.unpack(f"<{len(data) // 8}Q", data)
     sizes = stated[::2]
-    ends = [*itertools.accumulate((size + pad(size, STREAM_ALIGN) for size in sizes), initial=0)]
-    units = [*map(Unit._make, zip(ends, sizes, stated[1::2], strict=False))]
-    if ends[-1] != payload_size:
+    starts = [*itertools.accumulate([size + -size % STREAM_ALIGN for size in sizes], initial=0)]
+    if starts[-1] != payload_size:
         raise FormatError("units do not fill the payload exactly")
-    return units
+    return Units(starts, sizes, stated[1::2])
 
 
 def trailer(at: int, size: int) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rac.container import wire
 from rac.container.access import InFile
 from rac.container.feed import Feed, Near, RangeRing
 from rac.container.forward import Walk
@@ -99,7 +100,7 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed) -> Iterator[It
             walk.pass_by(e.at - walk.at)
         walk.go(e.at)
         with InFile(archive.access.name, repr(e.name)):
-            record = walk.head()
+            record = walk.head(e.size - wire.padded(e.payload_size) if e.head_size <= archive.limits.head else 0)
             check_type(record)
             match(e, record)
             t = parse(archive, record)

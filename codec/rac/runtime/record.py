@@ -94,10 +94,8 @@ def collect(archive: Archive, entry: Entry) -> Bytes:
 def _record(data: Bytes, at: int, limits: Limits) -> Record:
     """The record at `at`; it lies within the bytes."""
     fixed = data[at : at + wire.RECORD_HEAD].tobytes()
-    _, _, size, _, _ = wire.parse_record(at, fixed, limits)
-    end = at + wire.RECORD_HEAD + size
-    body, padding = data[at + wire.RECORD_HEAD : end], data[end : end + wire.pad(wire.RECORD_HEAD + size)]
-    record = wire.parse_record_body(at, fixed, body.tobytes(), padding.tobytes(), limits)
+    size = wire.RECORD_HEAD + wire.parse_record(at, fixed, limits)[2]
+    record = wire.parse_record_body(at, data[at : at + wire.padded(size)].tobytes(), limits)
     check_type(record)
     if record.end > len(data):
         raise FormatError("the bytes end inside a record", offset=at)

@@ -84,7 +84,7 @@ def test_record_head():
     assert data[:32] == b"RREC" + struct.pack("<HHIIQQ", 1, 0, 4, 0, 100, check)
     assert record_size(4, 100) == 64 + 128
     fixed, body, padding = data[:32], data[32:36], data[36:]
-    record = wire.parse_record_body(128, fixed, body, padding, LIMITS)
+    record = wire.parse_record_body(128, data, LIMITS)
     assert (record.type, record.flags, record.at, record.head) == (1, 0, 128, {"a": 1})
     assert (record.payload, record.payload_size, record.end) == (192, 100, 320)
     for n in range(32):
@@ -96,21 +96,22 @@ def test_record_head():
         wire.parse_record(0, fixed[:8] + struct.pack("<I", LIMITS.head + 1) + fixed[12:], LIMITS)
     with pytest.raises(FormatError, match="out of range"):
         wire.parse_record(0, fixed[:16] + struct.pack("<Q", (1 << 62) + 1) + fixed[24:], LIMITS)
-    for cut in ((fixed, body[:-1], padding), (fixed, body, padding[:-1])):
+    assert wire.head_end(data) == len(data)
+    for cut in (data[:32], data[:35], data[:-1]):
         with pytest.raises(TruncatedError):
-            wire.parse_record_body(0, *cut, LIMITS)
+            wire.parse_record_body(0, cut, LIMITS)
     for at in [*range(4, 8), *range(12, 24)]:
         bad = bytearray(fixed)
         bad[at] ^= 1
         with pytest.raises(ChecksumError):
-            wire.parse_record_body(0, bytes(bad), body, padding, LIMITS)
+            wire.parse_record_body(0, bytes(bad) + body + padding, LIMITS)
     with pytest.raises(FormatError, match="padding"):
-        wire.parse_record_body(0, fixed, body, b"\1" + padding[1:], LIMITS)
+        wire.parse_record_body(0, fixed + body + b"\1" + padding[1:], LIMITS)
     for at, value in ((6, 2), (7, 128), (12, 1), (15, 1)):
         bad = bytearray(data)
         bad[at] = value
         with pytest.raises(UnsupportedError, match="critical"):
-            wire.parse_record_body(0, sealed(bytes(bad), size=4)[:32], body, padding, LIMITS)
+            wire.parse_record_body(0, sealed(bytes(bad), size=4)[:32] + body + padding, LIMITS)
 
 
 def test_units():
@@ -124,7 +125,11 @@ def test_units():
         (16, 16, xxh3(b"b" * 16)),
         (32, 17, xxh3(b"c" * 17)),
     ]
-    assert wire.parse_units(b"", 0) == []
+    assert [*found[1:3]] == [found[1], found[2]] == [found[-3], found[-2]]
+    assert (found[1:3].starts, len(found[2:2]), len(found[3:9])) == ([16, 16, 32], 0, 1)
+    with pytest.raises(IndexError):
+        found[4]
+    assert [*wire.parse_units(b"", 0)] == []
     for bad, payload in ((table, 63), (table, 65), (table[:-1], 64), (table[:-16], 64), ("units", 64), (None, 0)):
         with pytest.raises(FormatError):
             wire.parse_units(bad, payload)
