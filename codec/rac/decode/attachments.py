@@ -8,13 +8,13 @@ from rac.container import index, wire, zstd
 from rac.container.access import InFile
 from rac.container.forward import Walk
 from rac.errors import ChecksumError, FormatError, LimitError, UnsupportedError
-from rac.records import Limits, Record, Unit
+from rac.records import Limits, Record, Units
 
 CONTENT: dict[str, Callable[[bytes, int], bytes]] = {"raw/1": lambda data, _: data, "zstd/1": zstd.decompress}
 """What a unit of each method holds, given the size that the head states."""
 
 
-def attachment_units(record: Record, limits: Limits) -> list[Unit]:
+def attachment_units(record: Record, limits: Limits) -> Units:
     """The one unit of an attachment; its head is checked."""
     head = record.head
     if {"name", "size", "stages", "units", "digest"} - head.keys():

@@ -6,6 +6,7 @@ ones share a job. Tensors come out in the order of the file.
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -138,11 +139,8 @@ def _at_once(item: Item, out: Array) -> None:
 
 def _run(t: Tensor, i: int, end: int, most: int) -> int:
     """Number of tiles from `i` on, in front of `end`, that are taken in one go: as many as have `most` bytes."""
-    units, first = t.units, t.first + i
-    last, n = units[first].offset + most, 1
-    while i + n < end and units[first + n].offset + units[first + n].size <= last:
-        n += 1
-    return n
+    starts, first = t.units.starts, t.first + i
+    return max(1, bisect.bisect(starts, starts[first] + most, first + 1, t.first + end + 1) - first - 1)
 
 
 class Cpu:
@@ -268,11 +266,10 @@ class Cpu:
 
     def _bytes(self, item: Item, i: int, n: int) -> Array | Later:
         """The units i..i + n - 1, or where they are, for the job at hand."""
-        job, units = self._job, item.t.units
-        if item.later is not None and units[i + n - 1].offset - units[i].offset + units[i + n - 1].size > SMALL:
+        job, starts = self._job, item.t.units.starts
+        if item.later is not None and starts[i + n] - starts[i] > SMALL:
             later = item.later(i, n)
             job.size += later.size
-            job.late += later.size
             return later
         view, held = item.take(i, n)
         if held and job.size > self._apart:  # a job must not hold all buffers: then none could be filled

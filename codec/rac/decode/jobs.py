@@ -27,6 +27,8 @@ PAGE = 2 << 20  # bytes of a large page
 ALONE = 8  # small tensors that have memory of their own: of a few, each is asked for by itself
 FIRST = 2 << 20  # bytes that are taken at first for small tensors; each time twice as many
 LET_GO = 1e-6  # seconds; enough for a thread that waits for the interpreter's lock to get it
+PILE = 64  # jobs whose bytes nobody has read yet that may wait: heads come first, for only one thread reads them
+GAP = 1 << 14  # bytes between two pieces that are read along: each read lets go of the interpreter's lock
 ROUND = 1 << 18  # a buffer is a multiple of it, to be of use again
 
 
@@ -64,7 +66,7 @@ class Job:
     def __init__(self, trace: Trace | None) -> None:
         self.tiles, self.joins = list[Tiles](), list[Join]()
         self.held = list[Held]()
-        self.size = self.scratch = self.dense = self.late = 0
+        self.size = self.scratch = self.dense = 0
         self._buffer: Array | None = None
         self.done: Future[None] | None = None
         self.file, self._trace = "", trace
@@ -87,23 +89,23 @@ class Job:
 
     def _read(self) -> Iterator[Array]:
         """The bytes that nobody has read yet, piece after piece, in one buffer, which the processor's cache holds."""
-        at = 0
-        for _, _, piece, _ in self.tiles:
-            if isinstance(piece, Later):
-                view = piece.access.view(piece.at, piece.size)
-                if view is not None:
-                    piece.check(view)
-                    yield np.frombuffer(view, np.uint8)[: piece.used]
-                    continue
+        runs = _side_by_side([piece for _, _, piece, _ in self.tiles if isinstance(piece, Later)])
+        at, total = 0, sum(size for _, size in runs)
+        for run, size in runs:
+            access, first = run[0].access, run[0].at
+            view = access.view(first, size)
+            if view is None:
                 if self._buffer is None:
-                    self._buffer = scratch.take(-(-self.late // ROUND) * ROUND)
-                start, out = time.monotonic(), self._buffer[at : at + piece.size]
-                piece.access.read_into(piece.at, out.data)
-                at += piece.size
+                    self._buffer = scratch.take(-(-total // ROUND) * ROUND)
+                start, view = time.monotonic(), self._buffer.data[at : at + size]
+                access.read_into(first, view)
+                at += size
                 if self._trace:
-                    self._trace("read", start, time.monotonic(), piece.size)
-                piece.check(out.data)
-                yield out[: piece.used]
+                    self._trace("read", start, time.monotonic(), size)
+            for piece in run:
+                part = view[piece.at - first : piece.at - first + piece.size]
+                piece.check(part)
+                yield np.frombuffer(part, np.uint8)[: piece.used]
 
     def go(self) -> None:
         """`run`, what comes of it to `done`."""
@@ -133,6 +135,20 @@ class Job:
             h.give()
 
 
+def _side_by_side(late: list[Later]) -> list[tuple[list[Later], int]]:
+    """Pieces with little but heads between them, and the bytes from the first of them to the end of the last."""
+    out: list[tuple[list[Later], int]] = []
+    end = -GAP
+    for piece in late:
+        if out and piece.access is out[-1][0][0].access and 0 <= piece.at - end <= GAP:
+            run = [*out.pop()[0], piece]
+        else:
+            run = [piece]
+        end = piece.at + piece.size
+        out.append((run, end - run[0].at))
+    return out
+
+
 class Team:
     """Threads that decode jobs in the order in which they are given; who waits for one decodes others meanwhile."""
 
@@ -149,10 +165,11 @@ class Team:
             del job  # or it would live until the next one comes
 
     def give(self, job: Job) -> None:
-        """Have it done; here where jobs pile up."""
+        """Have it done; here where jobs pile up. One that holds buffers of a feed must not keep others from them."""
+        most = len(self._threads) if job.held else PILE
         self._jobs.put(job)
         time.sleep(LET_GO)
-        while self._jobs.qsize() > len(self._threads):
+        while self._jobs.qsize() > most:
             self._help()
 
     def _help(self) -> bool:

@@ -247,3 +247,42 @@ def test_small_tensors_share_blocks_of_bounded_size(tmp_path):
         assert len(blocks) == 200 if ring == 1 << 20 else len(blocks) < 20
     with rac.open(tmp_path / "w.rac") as f:
         assert f.get_tensor("w7").base.nbytes == w["w7"].nbytes
+
+
+class Reads(BytesAccess):
+    """Bytes that have to be read, and what was read."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.reads: list[tuple[int, int]] = []
+
+    def view(self, at, size):
+        return None
+
+    def read_into(self, at, out):
+        self.reads.append((at, len(out)))
+        super().read_into(at, out)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tensors_side_by_side_are_read_at_once_and_checked_each(path, threads):
+    rng = np.random.default_rng(0)
+    tensors = {f"t{i}": rng.normal(size=(128, 256 + i)).astype(np.float32) for i in range(6)}
+    rac.save_file(tensors, path)
+    data = path.read_bytes()
+    access = Reads(data)
+    with rac.RacFile(access, threads=threads) as f:
+        entries = f.archives[0].index.entries
+        begun = len(access.reads)
+        found = f.load()
+    assert all((found[name] == a).all() for name, a in tensors.items())
+    size = entries[-1].at + entries[-1].size - entries[0].at
+    assert [n > size - 4096 for _, n in access.reads[begun:]].count(True) == 1
+    for e in entries:
+        bad = bytearray(data)
+        bad[e.at + e.size - 200] ^= 1
+        with (
+            pytest.raises(rac.ChecksumError, match=f"'{e.name}' unit"),
+            rac.RacFile(Reads(bytes(bad)), threads=threads) as f,
+        ):
+            f.load()
