@@ -9,15 +9,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import constriction
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.entropy import tables
-from rac.errors import ChecksumError, FormatError
+from rac.errors import ChecksumError, FormatError, MissingDependencyError
 
 Array = NDArray[Any]
 Segment = tuple[int, int]  # (steps of this lane, table) of one run of symbols under one table
+
+
+def _stream() -> Any:
+    """The coders of constriction, which some platforms have no wheel of: only what runs without C kernels needs it."""
+    try:
+        from constriction import stream
+    except ImportError as e:
+        what = "coding without the C kernels needs constriction: pip install 'constriction>=0.5,<0.6'"
+        raise MissingDependencyError(f"{what}, or install rac-codec's wheel or a compiler, for the kernels") from e
+    return stream
 
 
 class Models:
@@ -28,14 +37,15 @@ class Models:
         self.index = np.zeros((len(freq), 256), np.uint8)  # (T, 256) place of a symbol in the model of a table
         for row, s in zip(self.index, self.symbols, strict=True):
             row[s] = np.arange(len(s), dtype=np.uint8)
+        self._stack = (stream := _stream()).stack
         self._models: list[Any] = [
-            constriction.stream.model.Categorical(t[s].astype(np.float64) / 4096.0, perfect=True)
+            stream.model.Categorical(t[s].astype(np.float64) / 4096.0, perfect=True)
             for t, s in zip(freq, self.symbols, strict=True)
         ]
 
     def encode(self, places: NDArray[np.int32], segments: list[Segment]) -> NDArray[np.uint32]:
         """Words of one lane, in decode order; `places` (n,) are its symbols by their place in the model."""
-        coder = constriction.stream.stack.AnsCoder()
+        coder = self._stack.AnsCoder()
         end = len(places)
         for steps, table in reversed(segments):
             if steps:
@@ -48,7 +58,7 @@ class Models:
         """Symbols of one lane; ChecksumError unless it ends empty, as its encoder began."""
         if len(words) and words[0] == 0:
             raise FormatError("lane starts with a zero word")
-        coder = constriction.stream.stack.AnsCoder(np.ascontiguousarray(words[::-1]))
+        coder = self._stack.AnsCoder(np.ascontiguousarray(words[::-1]))
         out = [self.symbols[table][coder.decode(self._models[table], steps)] for steps, table in segments if steps]
         if not coder.is_empty():
             raise ChecksumError("ANS lane does not end in its initial state")

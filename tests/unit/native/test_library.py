@@ -24,17 +24,16 @@ import sys
 from pathlib import Path
 from rac.native import library
 library._FOLDER = Path(sys.argv.pop(1))
-if sys.argv.pop(1) == "numpy":
-    sys.modules["numba"] = None
+sys.modules |= dict.fromkeys(sys.argv.pop(1).split(), None)
 from rac.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def cli(folder, *arguments, twin="numpy", **env):
-    """`rac` with the libraries of a folder: exit code, output, and lines of errors and warnings."""
+def cli(folder, *arguments, missing="numba", **env):
+    """`rac` with the libraries of a folder, without some modules: exit code, output, lines of errors and warnings."""
     base = {k: v for k, v in os.environ.items() if k not in ("RAC_NO_NATIVE", "RAC_CPU")}
-    command = [sys.executable, "-c", CODE, str(folder), twin, *map(str, arguments)]
+    command = [sys.executable, "-c", CODE, str(folder), missing, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=base | env)
     return done.returncode, done.stdout, done.stderr.splitlines()
 
@@ -54,13 +53,24 @@ def archive(tmp_path):
 
 @pytest.mark.parametrize("twin", ["numba", "numpy"])
 def test_no_library_at_all_is_said_once(tmp_path, archive, twin):
-    code, out, said = cli(tmp_path, "load", archive, "--bench", twin=twin)
+    code, out, said = cli(tmp_path, "load", archive, "--bench", missing="numba" if twin == "numpy" else "")
     assert code == 0
     assert f"CPU ({twin}, " in out
     (line,) = said
     assert line.startswith("rac: the C kernels were not built; to get them, install rac-codec again")
     assert f"Until then {twin} decodes, " in line
     assert "nothing can be packed with loss" in line
+
+
+def test_constriction_is_needed_without_a_library_only(tmp_path):
+    np.save(tmp_path / "w.npy", np.random.default_rng(1).standard_normal((200, 300)).astype("f4"))
+    pack = ("pack", tmp_path / "w.npy", "-o", tmp_path / "w.rac")
+    code, _, said = cli(tmp_path, *pack, missing="constriction")
+    assert code == 2 and "coding without the C kernels needs constriction: pip install" in said[-1]
+    assert not (tmp_path / "w.rac").exists()
+    ours(tmp_path, *native.cpus())
+    assert cli(tmp_path, *pack, missing="constriction")[0] == 0
+    assert cli(tmp_path, "verify", tmp_path / "w.rac", missing="constriction")[0] == 0
 
 
 def test_packing_with_loss_without_a_library(tmp_path, archive):

@@ -1,7 +1,7 @@
 /* What the kernels share. Plain C without the Python headers, loaded through ctypes (native/library.py), which
  * releases the GIL. Every source is compiled once for each instruction set (setup.py); what is written for one alone is
- * under #ifdef AVX512, AVX2 or NEON, of which at most one is defined. Every loop has a numpy or numba twin in the package that the tests hold it to, bit
- * for bit, under each instruction set. */
+ * under #ifdef AVX512, AVX2 or NEON, of which at most one is defined. Every loop has a numpy or numba twin in the
+ * package that the tests hold it to, bit for bit, under each instruction set. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
