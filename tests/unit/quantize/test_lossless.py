@@ -185,7 +185,7 @@ def literal_order(rows, cols, table):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("per", [1, 2])
 def test_order(seed, per):
-    from rac.encode.code.lanes import gather
+    from rac.encode.code.tiles import gather
 
     rng = np.random.default_rng(seed)
     h, w, kr, kc, tables = (int(rng.integers(1, n)) for n in (12, 12, 5, 4, 6))
@@ -224,8 +224,8 @@ def test_tile_of_the_text():
     raw = ll.unpack_planes([plane], 10, SPEC.planes())
     assert raw.tolist() == [1, 2, 3, 0, 1, 0, 1, 2, 3, 0]
     assert ll.join(np.array([2, 1, 2, 12, 0, 0, 0, 1, 0, 2]), raw, SPEC, 1).tolist() == [9, 6, 11, 48, 1, 0, 1, 6, 3, 8]
-    assert ll.build_tile(tile.words, tile.counts, b"\2", [bytes(plane)], SPEC) == UNIT
-    assert SPEC.parts(UNIT, len(UNIT), 10) == (8, 8, 1, 3)
+    assert ll.build_tile(tile.words, tile.counts, b"\2", [bytes(plane)], SPEC).tobytes() == UNIT
+    assert SPEC.parts([UNIT[: SPEC.directory]], [len(UNIT)], np.array([10])) == (8, 8, 1, 3)
 
 
 def test_tiles_that_are_refused():
@@ -265,7 +265,8 @@ def test_packed_planes():
     assert [plain[a : a + n].tobytes() for a, n in zip(tile.planes, (2000, 1000), strict=True)] == planes
     as_it_is = np.frombuffer(ll.build_tile(np.zeros(0, np.uint32), np.zeros(2), b"", planes, p), np.uint8)
     assert ll.plain_tile(as_it_is, 1000, p) is as_it_is
-    assert p.parts(unit, len(unit), 1000) == (16, 0, 0, len(stored[0]) + 1000)
+    first = unit[: p.directory].tobytes()
+    assert p.parts([first], [len(unit)], np.array([1000])) == (16, 0, 0, len(stored[0]) + 1000)
     for at, value, match in (
         (4, 255, "fill the unit"),
         (6, 1, "larger than the plane"),

@@ -59,7 +59,7 @@ class Sample:
 
     @classmethod
     def general(cls) -> Sample:
-        """Of a text of no kind in particular: what the model will read differs from it by more than chance."""
+        """What suits a text of no kind in particular: what the model will read differs from it by more than chance."""
         return cls(damp=GENERAL_DAMP)
 
 
