@@ -134,9 +134,12 @@ def _symbols(
     for j in reversed(range(len(escapes))):
         lut[escapes[j] : escapes[j] + 256] = len(kept) + j
     lut[kept] = np.arange(len(kept))
-    base = np.empty((grid.rows, grid.cols), np.uint8)
-    for a, b in chunks(grid):
-        base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
+    if view.words is not None:
+        base = native.symbols(view.words, zero, signed, shift, lut)
+    else:
+        base = np.empty((grid.rows, grid.cols), np.uint8)
+        for a, b in chunks(grid):
+            base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
     weight = n if per == 2 else 1  # a table of pairs costs about that much more than one of base symbols
     if view.dtype in _SCALED and level.row_classes > 1 and view.total >= _LARGE:
         level = replace(level, row_classes=max(16, level.row_classes), col_classes=max(8, level.col_classes))
