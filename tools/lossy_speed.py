@@ -66,7 +66,7 @@ def numbers(cpus: list[str], seconds: float) -> None:
             for dtype, word in (("BF16", np.uint16), ("F32", np.uint32)):
                 dst = np.empty((rows, cols), word)
                 with native.using(cpu):
-                    how = kernel.dequant(rec, name == "even", tr.CODES[256], 128, dtype)
+                    how = kernel.dequant(rec, tr.CODES[256], 128, dtype)
                     if how is None:
                         raise SystemExit("there is no kernel for these numbers")
                     took = best(partial(kernel.decode, words, how, by_col, by_row, dst), seconds)

@@ -66,14 +66,15 @@ def lanes_row(per: int, lanes: int, base: NDArray[np.uint8], sym: NDArray[np.uin
     n, dst = STEPS * per, np.empty((1, STEPS * per), np.uint16)
     at, to = native.address(unit), native.address(dst)
     job = native.TileJob(at, len(unit), 0, 0, to, 1, n, n, ctypes.addressof(shared))
-    assert native.decode_tiles([job]) is None
+    span = native.TileSpan(job, 0, 0, 1, 1, n, 2)
+    assert native.decode_spans([span]) is None
     assert ((dst[0] >> 7 & 255) == values[base]).all()
     row(
         per,
         lanes,
         len(words),
         lambda: native.encode_lanes(sym, lanes, segments, model),
-        lambda: native.decode_tiles([job]),
+        lambda: native.decode_spans([span]),
     )
 
 

@@ -404,7 +404,8 @@ def _outcome(unit, t, front, box):
             unit = shared.plain(unit, box)
             place = native.address(out), out.shape[1]
             job = shared.kernel()((native.address(unit), len(unit)), box, place, None)
-            return "refused" if native.decode_tiles([job]) else out.tobytes()
+            span = native.TileSpan(job, 0, 0, 1, *out.shape, t.grid.word)
+            return "refused" if native.decode_spans([span]) else out.tobytes()
         shared.decode(unit, box, out)
     except rac.RacError:
         return "refused"

@@ -12,18 +12,7 @@ from numpy.typing import NDArray
 
 from rac.errors import ChecksumError, FormatError
 from rac.native.library import library, twin
-from rac.native.prototypes import TILE_ERRORS, Array, TileJob, TileSpan
-
-
-def decode_tiles(jobs: list[TileJob]) -> tuple[int, type[FormatError | ChecksumError], str] | None:
-    """Decode tiles, where kernels are `available`. None, or of the first that is wrong: its number and the error."""
-    lib = library()
-    assert lib is not None  # noqa: S101 - the caller asked
-    at = ctypes.c_int64()
-    bad = lib.rac_tiles(b"".join(jobs), len(jobs), ctypes.byref(at))
-    if bad == 8:
-        raise MemoryError
-    return (at.value, ChecksumError if bad == 4 else FormatError, TILE_ERRORS[bad]) if bad else None
+from rac.native.prototypes import TILE_ERRORS, Array, TileSpan
 
 
 def decode_spans(spans: list[TileSpan]) -> tuple[int, int, type[FormatError | ChecksumError], str] | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-VERSION = 26  # changes with any function or structure
+VERSION = 27  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -66,7 +66,7 @@ class Flat:
 class Dequant(ctypes.Structure):
     """What the words of a tensor stand for, see src/rac.h."""
 
-    _fields_ = _fields("at rec; i32 h0 h1 zero even size")
+    _fields_ = _fields("at rec; i32 h0 h1 zero size")
 
 
 class TileShared(ctypes.Structure):
@@ -147,7 +147,6 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_tables": (c_int, Flat, c_int64, c_int64, c_int64, c_int, Flat),
     "rac_lookup": (None, Flat, c_int64, c_int64, Flat, Flat),
     "rac_golomb": (c_int64, Flat, c_int64, c_int64, c_int, Flat),
-    "rac_tiles": (c_int, Flat, c_int64, POINTER(c_int64)),
     "rac_spans": (c_int, Flat, c_int64, POINTER(c_int64)),
     "rac_xxh3": (c_uint64, Flat, c_int64),
     "rac_untrellis": (None, Matrix, POINTER(Dequant), Flat, Flat, Matrix, Flat),

@@ -15,14 +15,14 @@ from rac.native.prototypes import F32, Array, Columns, Dequant, Quantiser, addre
 _SIZES = {"F32": 4, "BF16": 2}
 
 
-def dequant(rec: F32, even: bool, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
+def dequant(rec: F32, code: tuple[int, int], zero: int, dtype: str) -> Dequant | None:
     """What words stand for, for `decode` and `TileJob`; None where no kernel is there for the type.
 
-    `rec` (256,) are their magnitudes, which the caller keeps alive, `even`: in equal steps; `code` is (H0, H1).
+    `rec` (256,) are their magnitudes, which the caller keeps alive; `code` is (H0, H1).
     """
     if library() is None or dtype not in _SIZES:
         return None
-    return Dequant(address(rec), *code, zero, even, _SIZES[dtype])
+    return Dequant(address(rec), *code, zero, _SIZES[dtype])
 
 
 def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst: Array) -> None:

@@ -48,7 +48,7 @@ class Stage(Protocol):
 
 
 Job = Callable[[Pair, Box, Pair, Any], Any]
-"""Makes the job of the CPU kernel (`rac.native.decode_tiles`) that decodes a tile: from address and bytes of its unit,
+"""Makes the job of the CPU kernel (`rac.native.TileSpan`) that decodes a tile: from address and bytes of its unit,
 without Zstandard frames; its part of the matrix; the address of the first word, and words from row to row; and what the
 words stand for, `OpenNumbers.fused`, or None where the words themselves are wanted."""
 

@@ -101,7 +101,7 @@ class OpenTrellis:
     @functools.cached_property
     def _words(self) -> Any:
         """What the words stand for, for the CPU kernel alone: made when it first asks."""
-        words = native.dequant(self.rec, not self.p.sizes[0], CODES[self.p.states], self.p.zero, self.dtype)
+        words = native.dequant(self.rec, CODES[self.p.states], self.p.zero, self.dtype)
         self._alive.append(words)
         return words
 

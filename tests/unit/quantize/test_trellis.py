@@ -76,7 +76,7 @@ def test_kernels_stay_within_columns_of_any_number(width, dtype):
     found = []
     for cpu in kernels.here():
         with kernels.using(cpu):
-            numbers = kernel.dequant(rec, True, tr.CODES[256], 128, dtype)
+            numbers = kernel.dequant(rec, tr.CODES[256], 128, dtype)
             assert numbers is not None
             wide = np.full((21, width + 5), 7, f"<u{word}")
             kernel.decode(words, numbers, cols, rows, wide[:, 2:-3])

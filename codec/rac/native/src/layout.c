@@ -8,10 +8,10 @@
 #define SIZE(type) (int64_t)sizeof(type)
 #define AT(type, field) (int64_t)offsetof(type, field)
 const int64_t rac_layout[] = {
-    26,
+    27,
     SIZE(rac_matrix), AT(rac_matrix, at), AT(rac_matrix, rows), AT(rac_matrix, cols), AT(rac_matrix, stride),
     SIZE(rac_dequant), AT(rac_dequant, rec), AT(rac_dequant, h0), AT(rac_dequant, h1), AT(rac_dequant, zero),
-    AT(rac_dequant, even), AT(rac_dequant, size),
+    AT(rac_dequant, size),
     SIZE(rac_shared), AT(rac_shared, luts), AT(rac_shared, values), AT(rac_shared, bases), AT(rac_shared, table),
     AT(rac_shared, row_classes), AT(rac_shared, col_classes), AT(rac_shared, skip), AT(rac_shared, lanes),
     AT(rac_shared, per), AT(rac_shared, word), AT(rac_shared, zero), AT(rac_shared, sign), AT(rac_shared, shift),

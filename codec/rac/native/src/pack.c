@@ -28,7 +28,6 @@ typedef struct {
     uint32_t counts[MOST_LANES];
 } work;
 
-static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
 
 /* Stable counting sort: order[] of n things by class, ends[k] = first place of class k + 1 */
 static int32_t *by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int64_t *ends) {

@@ -47,7 +47,6 @@ void rac_sum(const uint32_t *hist, const uint8_t *class, int64_t n, int64_t m, i
 typedef struct {
     const float *rec;     /* magnitude of each word, 256 */
     int32_t h0, h1, zero; /* the word that stands for 0 */
-    int32_t even;         /* whether rec goes in equal steps, without corrections */
     int32_t size;         /* of an element of the tile: 4 float32, 2 BF16 */
 } rac_dequant;
 
@@ -55,6 +54,7 @@ void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *c
                    const rac_matrix *dst, uint16_t *states);
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
 
 /* Upper half of the bits of a float, rounded to the nearest, ties to even; not for NaN */
 static inline uint16_t bf16_of(float v) {

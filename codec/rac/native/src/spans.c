@@ -3,11 +3,6 @@
 
 enum { BAD_CHECK = 10, SHORT = 240 }; /* native/prototypes.py; bytes of a unit up to which the caller checks it */
 
-uint64_t rac_xxh3(const uint8_t *p, int64_t n);
-int rac_tiles(const rac_job *job, int64_t n, int64_t *at);
-
-static inline int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
-
 /* Tile i of a span, whose unit begins `from` bytes into its data and has `size` */
 static rac_job job_of(const rac_span *s, int64_t i, int64_t from, int64_t size) {
     const int64_t across = (s->all.cols + s->wide - 1) / s->wide, k = s->first + i;

@@ -108,6 +108,8 @@ typedef struct {
 
 enum { FEW = 32, SIDE_BY_SIDE = 32 }; /* most lanes of a tile among others; most such tiles at once */
 
+uint64_t rac_xxh3(const uint8_t *p, int64_t n);
+int rac_tiles(const rac_job *job, int64_t n, int64_t *at);
 int rac_abreast(int64_t lanes);
 void rac_rows(rac_lanes *t, int64_t n, int64_t lanes);
 void rac_side_by_side(rac_lanes **tile, int n, int64_t lanes);

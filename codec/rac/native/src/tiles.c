@@ -4,7 +4,6 @@
 
 enum { SYMBOLS_AT_ONCE = 16384, MOST_LANES = 1024 };
 
-static int64_t up16(int64_t n) { return (n + 15) & ~(int64_t)15; }
 static int nonzero(const uint8_t *p, int64_t n) {
     for (int64_t i = 0; i < n; i++)
         if (p[i]) return 1;
