@@ -32,13 +32,7 @@ INLINED void rows_of(rac_lanes **tile, int64_t steps, const int N, const int L) 
     uint32_t left[64];
     const uint32_t *words[4], *lut[4];
     uint8_t *out[4];
-    for (int k = 0; k < N; k++) {
-        memcpy(x + k * L, tile[k]->st, 8 * (size_t)L);
-        memcpy(left + k * L, tile[k]->left, 4 * (size_t)L);
-        words[k] = tile[k]->words;
-        lut[k] = tile[k]->lut;
-        out[k] = tile[k]->out;
-    }
+    lanes_in(tile, N, L, x, left, words, lut, out);
     for (int64_t t = 0; t < steps * L; t += L)
         _Pragma("GCC unroll 4") for (int k = 0; k < N; k++)
             _Pragma("GCC unroll 4") for (int l = 0; l < L; l++) {
@@ -52,12 +46,7 @@ INLINED void rows_of(rac_lanes **tile, int64_t steps, const int N, const int L) 
                 words[k] += need;
                 left[i] -= need;
             }
-    for (int k = 0; k < N; k++) {
-        memcpy(tile[k]->st, x + k * L, 8 * (size_t)L);
-        memcpy(tile[k]->left, left + k * L, 4 * (size_t)L);
-        tile[k]->words = words[k];
-        tile[k]->out = out[k] + steps * L;
-    }
+    lanes_back(tile, N, L, x, left, words, out, steps * L);
 }
 
 /* Ways to step several tiles */

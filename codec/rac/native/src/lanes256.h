@@ -124,13 +124,7 @@ INLINED void rows256_of(rac_lanes **tile, int64_t steps, const int N, const int 
     const uint32_t *words[16], *lut[16];
     uint8_t *out[16];
     lanes8 v[8];
-    for (int k = 0; k < N; k++) {
-        memcpy(st + L * k, tile[k]->st, 8 * (size_t)L);
-        memcpy(left + L * k, tile[k]->left, 4 * (size_t)L);
-        words[k] = tile[k]->words;
-        lut[k] = tile[k]->lut;
-        out[k] = tile[k]->out;
-    }
+    lanes_in(tile, N, L, st, left, words, lut, out);
 #define ENTER(k) { \
         const __m256 a = _mm256_loadu_ps((const void *)(st + 8 * k)); \
         const __m256 b = _mm256_loadu_ps((const void *)(st + 8 * k + 4)); \
@@ -160,12 +154,7 @@ INLINED void rows256_of(rac_lanes **tile, int64_t steps, const int N, const int 
         if (L == 4) words[2 * k + 1] = (const uint32_t *)_mm256_extract_epi64(v[k].at, 3); \
         if (L >= 8) words[k / P] = w[k / P]; }
     EACH(LEAVE)
-    for (int k = 0; k < N; k++) {
-        memcpy(tile[k]->st, st + L * k, 8 * (size_t)L);
-        memcpy(tile[k]->left, left + L * k, 4 * (size_t)L);
-        tile[k]->words = words[k];
-        tile[k]->out = out[k] + steps * L;
-    }
+    lanes_back(tile, N, L, st, left, words, out, steps * L);
 #undef ENTER
 #undef EACH
 #undef ROW

@@ -126,13 +126,7 @@ INLINED void rows512_of(rac_lanes **tile, int64_t steps, const int N, const int 
     uint8_t *out[32];
     lanes16 v[4];
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    for (int k = 0; k < N; k++) {
-        memcpy(st + L * k, tile[k]->st, 8 * (size_t)L);
-        memcpy(left + L * k, tile[k]->left, 4 * (size_t)L);
-        words[k] = tile[k]->words;
-        lut[k] = tile[k]->lut;
-        out[k] = tile[k]->out;
-    }
+    lanes_in(tile, N, L, st, left, words, lut, out);
 #define ENTER(k) { \
         const __m512i a = _mm512_loadu_si512(st + 16 * k), b = _mm512_loadu_si512(st + 16 * k + 8); \
         v[k].lo = _mm512_permutex2var_epi32(a, even, b); \
@@ -161,12 +155,7 @@ INLINED void rows512_of(rac_lanes **tile, int64_t steps, const int N, const int 
         if (L == 4) _mm512_mask_storeu_epi64(words + 4 * k, 15, _mm512_maskz_compress_epi64(0xaa, v[k].at)); \
         if (L >= 16) words[k / P] = w[k / P]; }
     EACH(LEAVE)
-    for (int k = 0; k < N; k++) {
-        memcpy(tile[k]->st, st + L * k, 8 * (size_t)L);
-        memcpy(tile[k]->left, left + L * k, 4 * (size_t)L);
-        tile[k]->words = words[k];
-        tile[k]->out = out[k] + steps * L;
-    }
+    lanes_back(tile, N, L, st, left, words, out, steps * L);
 #undef ENTER
 #undef EACH
 #undef ROW

@@ -106,6 +106,30 @@ typedef struct {
     int64_t rest; /* symbols left under this table */
 } rac_lanes;
 
+/* N tiles of L lanes side by side: their states and words left behind each other, what is of a tile in arrays of its
+ * own, so that a compiler keeps what it can in registers */
+INLINED void lanes_in(rac_lanes **tile, const int N, const int L, uint64_t *st, uint32_t *left, const uint32_t **words,
+                      const uint32_t **lut, uint8_t **out) {
+    for (int k = 0; k < N; k++) {
+        memcpy(st + L * k, tile[k]->st, 8 * (size_t)L);
+        memcpy(left + L * k, tile[k]->left, 4 * (size_t)L);
+        words[k] = tile[k]->words;
+        lut[k] = tile[k]->lut;
+        out[k] = tile[k]->out;
+    }
+}
+
+/* The same back, `symbols` of each tile later */
+INLINED void lanes_back(rac_lanes **tile, const int N, const int L, const uint64_t *st, const uint32_t *left,
+                        const uint32_t **words, uint8_t **out, int64_t symbols) {
+    for (int k = 0; k < N; k++) {
+        memcpy(tile[k]->st, st + L * k, 8 * (size_t)L);
+        memcpy(tile[k]->left, left + L * k, 4 * (size_t)L);
+        tile[k]->words = words[k];
+        tile[k]->out = out[k] + symbols;
+    }
+}
+
 enum { FEW = 32, SIDE_BY_SIDE = 32 }; /* most lanes of a tile among others; most such tiles at once */
 
 uint64_t rac_xxh3(const uint8_t *p, int64_t n);
