@@ -5,6 +5,8 @@ prints the rates, and from those of the largest N the core hours, memory and dis
 the code. docs/scaling.md holds what it printed.
 
   python tools/scaling.py                      1024, 2048 and 4096
+  python tools/scaling.py --shape 8192x28672   one matrix of so many outputs and inputs through the whole encoder, its
+                                               second moment and weights in files: seconds and memory (Linux)
 """
 
 from __future__ import annotations
@@ -15,20 +17,29 @@ for _library in ("OMP", "OPENBLAS", "MKL"):
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
 import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import re  # noqa: E402
+import tempfile  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import tracemalloc  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
+from rac.calibrate.layers import Layer  # noqa: E402
 from rac.encode import record as rec  # noqa: E402
+from rac.encode.align.recipe import Recipe, calibrated  # noqa: E402
 from rac.encode.code.plan import LEVELS  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
-from rac.encode.quantise.tensor import SHAPED  # noqa: E402
+from rac.encode.quantise.tensor import SHAPED, encode_with_words  # noqa: E402
+from rac.encode.quantise.tensor import measure as measured  # noqa: E402
+from rac.encode.sources import Extent, SourceTensor  # noqa: E402
+from rac.encode.ties import Group  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
 from rac.quantize import MOST, magnitudes  # noqa: E402
@@ -234,6 +245,50 @@ def lock_share(n: int) -> float:
     return max(0.0, 1 - counted / alone) * beside[0] / took
 
 
+def memory_now() -> int:
+    """Bytes of the process' own memory at most since this was called last; pages of mapped files count."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+
+def one_matrix(m: int, n: int, folder: Path) -> None:
+    """Print what one matrix (m, n) of BF16 takes on its way through the encoder, at 3 bits."""
+    rng = np.random.default_rng(0)
+    deviation = np.exp(rng.standard_normal(n) / 2).astype(F32)
+    x = rng.standard_normal((TOKENS, n), F32) * deviation
+    moment = np.lib.format.open_memmap(folder / "second.npy", "w+", F32, (n, n))
+    for a in range(0, n, 1024):
+        moment[a : a + 1024] = x[:, a : a + 1024].T @ x / F32(TOKENS)
+    del moment, x
+    with (folder / "weights").open("wb") as file:
+        for a in range(0, m, 256):
+            file.write(to_words(rng.standard_normal((min(256, m - a), n), F32) * F32(0.02), "BF16").tobytes())
+    t = SourceTensor("w", "BF16", (m, n), Extent(str(folder / "weights"), 0, 2 * m * n))
+    group = Group(t, (), {})
+    layer = Layer(lambda: np.load(folder / "second.npy", mmap_mode="r"), None)
+    print(f"{m} outputs, {n} inputs: {8 * n * n / 1e9:.2f} GB of float64 for its factor, {m * n:,} weights")
+    memory_now()
+    start, cpu = memory_now(), time.process_time()
+
+    def tell(what: str) -> None:
+        nonlocal cpu
+        most, now = memory_now(), time.process_time()
+        each = (most - start) / n**2
+        print(f"{what}: {now - cpu:.1f} s, {most / 1e9:.2f} GB at most, {each:.2f} bytes for each n^2 beyond the start")
+        cpu = time.process_time()
+
+    recipe: Recipe = calibrated([group], {"w": layer}, (), "default")
+    tell("recipe")
+    e, words = encode_with_words(group, dataclasses.replace(recipe, scale=-2.0))
+    tell("quantised and coded")
+    del words
+    e = measured(e, t, recipe)
+    tell("measured")
+    assert e.fidelity is not None  # noqa: S101
+    print(f"{8 * e.size / (m * n):.3f} bits a weight, {e.fidelity.snr:.2f} dB")
+
+
 def table(head: str, rows: list[list[str]]) -> None:
     """Print a table."""
     print(f"\n| {head} |\n|{' ---: |' * (head.count('|') + 1)}")
@@ -284,7 +339,13 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=int, nargs="*", default=[1024, 2048, 4096], help="default: 1024 2048 4096")
+    parser.add_argument("--shape", metavar="OUTPUTSxINPUTS", help="only one matrix of this shape, all of the way")
     args = parser.parse_args()
+    if args.shape:
+        with tempfile.TemporaryDirectory() as folder:
+            m, n = map(int, args.shape.split("x"))
+            one_matrix(m, n, Path(folder))
+        return
     rates = []
     for n in args.sizes:
         rates.append(measure(n))

@@ -24,7 +24,8 @@ from rac.errors import OutputError
 
 T = TypeVar("T")
 THREADS = 8  # jobs up to which threads are as good as processes
-PER_WEIGHT, PER_MOMENT = 16, 25  # bytes for each weight of a matrix, and each number of its inputs' second moment
+PER_WEIGHT, PER_MOMENT, PER_ROWS = 14, 9, 25
+"""Bytes for each weight of a matrix, each number of its inputs' second moment, and of one that feeds rows."""
 
 
 def start(jobs: int, processes: bool = False) -> Executor:
@@ -67,7 +68,8 @@ def need(t: SourceTensor, recipe: Recipe) -> int:
         return PER_WEIGHT * math.prod(t.shape)
     each = max(1, len(a.layer.experts))
     inputs = len(a.scales.rows) // each if a.layer.transposed else len(a.scales.cols)
-    return PER_WEIGHT * math.prod(t.shape) + (PER_MOMENT + 8 * each) * inputs**2
+    each_number = (PER_ROWS if a.layer.transposed else PER_MOMENT) + 8 * (each - 1)
+    return PER_WEIGHT * math.prod(t.shape) + each_number * inputs**2
 
 
 def run(pool: Executor, work: Callable[..., T], jobs: Iterable[tuple[int, Sequence[Any]]], limit: int) -> Iterator[T]:

@@ -12,13 +12,16 @@ rows quantised from the first to the last, the same holds along the rows, and th
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.native.product import cholesky
+from rac.native.product import cholesky, factor
+
+_ROWS = 64  # rows of a second moment that are looked at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,9 @@ class Triangular:
 
     order: NDArray[np.int64]  # (n,) column at each place; places are quantised from the last to the first
     weight: NDArray[np.float64]  # (n,) or (G, n), L_jj: root of what a unit error of the column at a place costs
-    feed: NDArray[np.float32]  # (n, n) or (G, n, n), [j, i], i > j: weight of the error at i in the target at j
+    feed: NDArray[np.float32]
+    """(n, n) or (G, n, n), [j, i], i > j: weight of the error at i in the target at j. Columns lie one after the other
+    in memory, as those of L do."""
 
     @property
     def by_column(self) -> NDArray[np.float64]:
@@ -48,29 +53,61 @@ def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = Tr
     """The recursion for inputs of second moment E[x x^T] (n, n), symmetric, of any rank.
 
     `damp` is the share of the mean diagonal that is added to the diagonal. With `sort` columns are quantised in
-    descending order of their energy, else from the last to the first.
+    descending order of their energy, else from the last to the first. It takes 8 n^2 bytes while it works.
     """
-    order = np.argsort(np.diag(np.asarray(second, np.float64)), kind="stable") if sort else np.arange(len(second))
+    order = np.argsort(_diagonal(second), kind="stable") if sort else np.arange(len(second))
     return Triangular(order, *_factor(second, damp, order))
 
 
 def blocks(seconds: Sequence[NDArray[np.floating]], damp: float = 0.01) -> Triangular:
     """The recursions of blocks whose inputs have second moments `seconds` (n, n), in the order of the mean energy."""
-    order = np.argsort(np.mean([np.diag(np.asarray(s, np.float64)) for s in seconds], 0), kind="stable")
+    order = np.argsort(np.mean([_diagonal(s) for s in seconds], 0), kind="stable")
     n = len(order)
-    weight, feed = np.empty((len(seconds), n)), np.empty((len(seconds), n, n), np.float32)
+    weight, feed = np.empty((len(seconds), n)), np.empty((len(seconds), n, n), np.float32).swapaxes(1, 2)
     for g, second in enumerate(seconds):
         weight[g], feed[g] = _factor(second, damp, order)
     return Triangular(order, weight, feed)
 
 
+def _diagonal(second: NDArray[np.floating]) -> NDArray[np.float64]:
+    return np.diag(np.asarray(second)).astype(np.float64)
+
+
 def _factor(
     second: NDArray[np.floating], damp: float, order: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """L_jj and the feeds of the columns in their order."""
-    lower = cholesky(damped(second, damp)[np.ix_(order, order)])
+    """L_jj and the feeds of the columns in their order: read, factored and divided in one buffer of float64."""
+    n = len(order)
+    held = np.empty(n * n)
+    lower = held.reshape(n, n)
+    _read(second, damp, order, lower)
+    factor(lower)
     weight = np.diag(lower).copy()
-    return weight, np.triu((lower / weight).T, 1).astype(np.float32)
+    feeds = held.view(np.float32)[: n * n].reshape(n, n)
+    for a in range(0, n, _ROWS):  # row i of float64 lies behind all of the rows of float32 up to it
+        b = min(n, a + _ROWS)
+        feeds[a:b, :b] = np.tril(lower[a:b, :b] / weight[:b], a - 1)
+        feeds[a:b, b:] = 0
+    del lower, feeds  # they would be of no memory
+    held.resize(-(-n * n // 2), refcheck=False)
+    return weight, held.view(np.float32)[: n * n].reshape(n, n).T
+
+
+def _read(second: NDArray[np.floating], damp: float, order: NDArray[np.int64], out: NDArray[np.float64]) -> None:
+    """The lower triangle of a damped second moment in an order of its columns; what is above is left as it is."""
+    s, diagonal = np.asarray(second), _diagonal(second)
+    for a in range(0, len(s), _ROWS):
+        b = min(len(s), a + _ROWS)
+        out[a:b, :b] = s[order[a:b]].take(order[:b], 1)
+        _forget(second)
+    out[np.diag_indices_from(out)] = diagonal[order] + damp * max(float(diagonal.sum()) / len(s), 1e-30)
+
+
+def _forget(second: NDArray[np.floating]) -> None:
+    """Let the system have the memory of an array that is mapped from a file, whose numbers stay in the file."""
+    file = getattr(second, "_mmap", None)
+    if isinstance(file, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,24 +31,33 @@ def rounded(v: F32, dtype: str, dst: Array) -> bool:
     return True
 
 
+def factor(a: NDArray[np.float64]) -> None:
+    """The lower triangle of `a` (n, n), C-contiguous, to the L of `cholesky`, in its place; what is above is undefined.
+
+    numpy.linalg.LinAlgError where it is not positive definite, and `a` is undefined then.
+    """
+    n, bad = len(a), 0
+    lib = library()
+    if lib is not None:
+        bad = lib.rac_factor(a, n, np.empty((_BLOCK, n)))
+    else:
+        for k in range(n):
+            if not a[k, k] > 0:
+                bad = k + 1
+                break
+            a[k, k] = np.sqrt(a[k, k])
+            a[k + 1 :, k] /= a[k, k]
+            a[k + 1 :, k + 1 :] -= a[k + 1 :, k, None] * a[k + 1 :, k]
+    if bad:
+        raise np.linalg.LinAlgError("matrix is not positive definite")
+
+
 def cholesky(a: NDArray[np.float64]) -> NDArray[np.float64]:
     """The lower triangular L (n, n) with L L^T = `a` (n, n), the same bits on every machine.
 
     For k = 0, 1, ..., L_kk = sqrt(a_kk), L_ik = a_ik / L_kk, and L_ik L_jk, rounded, is taken off a_ij for k < j <= i.
     What is above the diagonal of `a` is not read. numpy.linalg.LinAlgError where it is not positive definite.
     """
-    out, n, bad = np.array(a, np.float64, order="C"), len(a), 0
-    lib = library()
-    if lib is not None:
-        bad = lib.rac_factor(out, n, np.empty((_BLOCK, n)))
-    else:
-        for k in range(n):
-            if not out[k, k] > 0:
-                bad = k + 1
-                break
-            out[k, k] = np.sqrt(out[k, k])
-            out[k + 1 :, k] /= out[k, k]
-            out[k + 1 :, k + 1 :] -= out[k + 1 :, k, None] * out[k + 1 :, k]
-    if bad:
-        raise np.linalg.LinAlgError("matrix is not positive definite")
+    out = np.array(a, np.float64, order="C")
+    factor(out)
     return np.tril(out)

@@ -114,6 +114,6 @@ def test_room_is_known():
     scales = rcp.lossy.Scales(np.zeros(160, np.int8), np.zeros(128, np.int8))
     plain = rcp.Recipe({t.name: rcp.Aligned(0.0, scales)}, 32, 1)
     known = rcp.Recipe({t.name: rcp.Aligned(0.0, scales, Layer(np.eye(128, dtype=np.float32), None))}, 32, 1)
-    assert workers.need(t, plain) == 16 * 160 * 128
-    assert workers.need(t, known) - workers.need(t, plain) >= 25 * 128**2
+    assert workers.need(t, plain) == workers.PER_WEIGHT * 160 * 128
+    assert workers.need(t, known) - workers.need(t, plain) >= workers.PER_MOMENT * 128**2
     assert room() > 1 << 28

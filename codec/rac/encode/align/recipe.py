@@ -176,13 +176,13 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False) -> Recipe:
     """A recipe from the weights alone: units by the energies of columns and rows."""
     why: dict[str, str] = {}
-    found = {t.name: even for t, _, even in _each(groups, keep, embeddings, why)}
+    found = {t.name: even for t, even in _each(groups, keep, embeddings, why)}
     return Recipe(found, *EFFORTS[effort], about={"calibrate": "none", "effort": effort}, why=why)
 
 
 def _each(
     groups: Sequence[ties.Group], keep: Sequence[str], embeddings: bool, why: dict[str, str]
-) -> Iterator[tuple[SourceTensor, NDArray[np.float32], Aligned]]:
+) -> Iterator[tuple[SourceTensor, Aligned]]:
     """Tensors that can be quantised, with units by their energies; `why` gets what keeps the others lossless."""
     for g in groups:
         t = g.tensor
@@ -190,14 +190,20 @@ def _each(
             why[t.name] = reason
         elif any(_matches(name, keep) for name, _ in g.aliases):
             why[t.name] = KEPT
-        elif not np.isfinite(w := _numbers(t)).all():
-            why[t.name] = "with NaN or infinity"
-        elif not SMALL <= (high := max(float(w.max()), -float(w.min()))) <= LARGE and high:
-            why[t.name] = f"with nothing above {SMALL:.0e}" if high < SMALL else f"with numbers above {LARGE:.0e}"
-        elif even := _even(t, w):
-            yield t, w, even
+        elif isinstance(even := _even_of(t), str):
+            why[t.name] = even
         else:
-            why[t.name] = "all zeros"
+            yield t, even
+
+
+def _even_of(t: SourceTensor) -> Aligned | str:
+    """Units of a matrix by its energies, or what it is that it stays lossless."""
+    w = _numbers(t)
+    if not np.isfinite(w).all():
+        return "with NaN or infinity"
+    if not SMALL <= (high := max(float(w.max()), -float(w.min()))) <= LARGE and high:
+        return f"with nothing above {SMALL:.0e}" if high < SMALL else f"with numbers above {LARGE:.0e}"
+    return _even(t, w) or "all zeros"
 
 
 def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
@@ -263,7 +269,7 @@ def calibrated(
     parts = missing or {}
     why: dict[str, str] = {}
     tables: set[str] = set()
-    for t, w, even in _each(groups, keep, embeddings, why):
+    for t, even in _each(groups, keep, embeddings, why):
         if parts.get(t.name) == "buffers" or (parts.get(t.name) == "embeddings" and not embeddings):
             why[t.name] = "buffers" if parts[t.name] == "buffers" else TABLES
             continue
@@ -271,7 +277,8 @@ def calibrated(
         tables |= {t.name} if is_table(t) else set()
         if layer is None:
             continue
-        inputs, outputs = w.shape[:: 1 if layer.transposed else -1]
+        shape = len(even.scales.rows), len(even.scales.cols)
+        inputs, outputs = shape[:: 1 if layer.transposed else -1]
         inputs //= max(1, len(layer.experts)) if layer.transposed else 1
         known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
         if len(layer.second) != inputs or not known:  # a layer of another matrix
@@ -279,14 +286,13 @@ def calibrated(
         if not layer.finite:
             raise SourceError(_infinite(t.name, groups))
         a = replace(even, layer=layer, damp=sample.damp)
-        by_row, by_col = _weights(a, layer, w.shape, sample.trust)
+        by_row, by_col = _weights(a, layer, shape, sample.trust)
         scales = lossy.Scales(exponents(by_row), exponents(by_col))
-        scaled = w.astype(np.float64) / trellis.power(scales.rows)[:, None] / trellis.power(scales.cols)
-        square = (scaled**2).mean(0)
+        square = _squares(_numbers(t), scales)
         deviation = exact.middle(np.sqrt(np.maximum(square[square > 0], 1e-30)))
         scales.cols[square == 0] = trellis.DEAD  # what is fed to columns of nothing but zeros would bring them to life
         # bits, up to a constant, where all count in full
-        needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), w.size
+        needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), math.prod(shape)
         found[t.name] = replace(a, base=deviation + _few(a.zeros), scales=scales)
     total = max(1, sum(n for _, n in needs.values()))
     mean = math.fsum(need * n for need, n in needs.values()) / total  # the same in any order of the tensors
@@ -298,6 +304,15 @@ def calibrated(
     about = {"calibrate": "text", "effort": effort}
     mine = {name: parts.get(name, "the rest") for name in unreached}
     return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine, why=why)
+
+
+def _squares(w: NDArray[np.float32], scales: lossy.Scales) -> NDArray[np.float64]:
+    """(C,) mean squares of the columns of a matrix in units of its scales, rows added one after the other."""
+    total = np.zeros((0, w.shape[1]))
+    for some in lossy.pieces(w.shape):
+        scaled = w[some].astype(np.float64) / trellis.power(scales.rows[some])[:, None] / trellis.power(scales.cols)
+        total = np.add.reduce(np.concatenate([total, scaled**2]), 0, keepdims=True)
+    return np.asarray(total[0] / len(w))
 
 
 def _infinite(name: str, groups: Sequence[ties.Group]) -> str:

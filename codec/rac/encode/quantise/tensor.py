@@ -29,6 +29,8 @@ CLOSE = 0.9  # share of the bytes that lossless coding is thought to take from w
 ODD = 0.25  # the same where these are fewer than half of its bytes: what repeats or has few values is hard to foretell
 SLIGHT = 256  # share of a tensor's bytes, one in so many, that is not worth a loss
 FINE = -7.0  # scale below which there may be more outliers than a lossless tensor has bytes
+CHUNK = 8192  # numbers that numpy widens and sums at once
+PIECE = 1 << 20  # numbers of a matrix that are measured at once
 SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
 
 
@@ -49,6 +51,7 @@ class Coded:
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
     """Quantise a tensor of the recipe."""
     a, effort = recipe.aligned[t.name], recipe.effort
+    columns = a.columns()  # first: no more memory than this takes while nothing else is there
     w, dtype, objects = split.before(t, recipe)
     below = None if (rows := a.rows()) is None else rows.feed
     scale = a.base + recipe.scale
@@ -56,7 +59,7 @@ def code(t: SourceTensor, recipe: Recipe) -> Coded:
         effort, scale = replace(effort, states=1, sparse=True), scale + lossy.ALONE
     elif below is not None:
         effort = replace(effort, states=SHAPED)
-    q = lossy.quantise(w, dtype, scale, a.scales, effort, a.columns(), below)
+    q = lossy.quantise(w, dtype, scale, a.scales, effort, columns, below)
     return Coded(q, t.dtype, objects)
 
 
@@ -131,27 +134,39 @@ def snr(t: SourceTensor, dense: NDArray[Any], recipe: Recipe) -> float:
 
 
 def _ratio(w: NDArray[np.float32], restored: NDArray[np.float32], layer: Layer | None) -> float:
-    e = restored - w
     if layer is None:
-        energy, error = _energy(w, w), _energy(e, e)
+        energy, error = _energies(w, restored, None)
     else:
         energy = error = 0.0
         each = layer.experts or (layer,)
-        for one, a, b in zip(each, np.split(w, len(each)), np.split(e, len(each)), strict=True):
-            second = np.asarray(one.second, np.float32)
+        for one, a, b in zip(each, np.split(w, len(each)), np.split(restored, len(each)), strict=True):
+            second = np.ascontiguousarray(one.second, np.float32)
             if layer.transposed:
                 a, b = a.T, b.T
-            energy, error = energy + _through(a, second), error + _through(b, second)
+            more = _energies(a, b, second)
+            energy, error = energy + more[0], error + more[1]
     return DECIBELS / 2 * float(exact.log2(energy / error)) if error > 0 and energy > 0 else math.inf
 
 
-def _energy(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Sum of the products of the elements of two matrices, in numpy's order of additions."""
-    return float((a * b).sum(dtype=np.float64))
+def _energies(
+    w: NDArray[np.float32], restored: NDArray[np.float32], second: NDArray[np.float32] | None
+) -> tuple[float, float]:
+    """tr(W S W^T) and the same of the errors, in numpy's order of additions; S is 1 where there is none."""
+    energy, error = np.float64(0), np.float64(0)
+    step = CHUNK // math.gcd(CHUNK, w.shape[1])  # rows of whole chunks, which numpy sums one after the other
+    step *= max(1, PIECE // (step * w.shape[1]))
+    for at in range(0, len(w), step):
+        a = np.ascontiguousarray(w[at : at + step])
+        e = np.ascontiguousarray(restored[at : at + step]) - a
+        energy, error = _energy(a, second, energy), _energy(e, second, error)
+    return float(energy), float(error)
 
 
-def _through(a: NDArray[np.float32], second: NDArray[np.float32]) -> float:
-    """tr(A S A^T)."""
-    a = np.ascontiguousarray(a)
-    product.add(out := np.zeros_like(a), a, np.ascontiguousarray(second))
-    return _energy(out, a)
+def _energy(a: NDArray[np.float32], second: NDArray[np.float32] | None, before: np.float64) -> np.float64:
+    """What is `before`, and tr(A S A^T)."""
+    if second is None:
+        out = a * a
+    else:
+        product.add(out := np.zeros_like(a), a, second)
+        out *= a
+    return np.float64(np.add.reduce(out.reshape(-1), dtype=np.float64, initial=before))

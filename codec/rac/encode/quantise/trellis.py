@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ MORE = 4  # times as many as the middle row or column has up to which nothing is
 COARSER = 40  # quarter octaves, and one, up to which a row or column may be coarser than its errors ask for
 LOW, HIGH = -12, 40  # quarter octaves of the deviation in units for which there are rate tables
 SAMPLES = 1 << 14
+PIECE = 1 << 20  # numbers that are looked at together: temporary arrays are no larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,9 @@ def quantise(
     step = _steps(bits, scales.cols)
     live = step > 0
     # the smallest magnitude is half a unit: a row must not lie far below it
-    near = _deviation(w[:, live] / step[live], 1, effort.sparse) if live.any() else np.ones(len(w))
+    near = np.ones(len(w), F32)
+    for some in pieces(w.shape) if live.any() else ():
+        near[some] = _deviation(w[some][:, live] / step[live], 1, effort.sparse)
     most = np.clip(_quarters(near / LEAST), -trellis_stage.MOST, trellis_stage.MOST)
     scales = _roomy(
         w, bits, Scales(np.minimum(scales.rows, most).astype(np.int8), scales.cols), far(states), DTYPES[dtype].itemsize
@@ -186,28 +189,39 @@ def quantise(
         u = row_unit.reshape(*below.shape[:-2], 1, -1)
         below = below * (u / u.swapaxes(-1, -2))  # of errors in units of their rows
     order, feed = (np.arange(c), None) if recursion is None else (recursion.order, recursion.feed)
-    plain = np.ascontiguousarray((w / row_unit[:, None]).T)
-    plain, step = np.ascontiguousarray(plain[order]), step[order]
+    plain = np.empty((c, len(w)), F32)
+    for some in pieces(w.shape):
+        plain[:, some] = (w[some] / row_unit[some, None]).T[order]
+    step = step[order]
     rec, low, corrections = magnitudes(states), 0, np.zeros(0, np.int8)
     rate, fine, row = _rates(plain, step, effort)
     lane, code = _lane(w.shape, effort.coder), trellis_stage.CODES[states]
     search = trellis.Search(states, code, lane, rec, rate, far(states), fine, LOW, row, below, sparse=effort.sparse)
-    k, value, wild, fine_of = _columns(search, plain, step, feed)
-    if effort.passes > 1 and feed is None:
-        finer = np.where(fine_of < 0, F32(0), trellis_stage.power(-fine_of))
-        low, corrections = _centroids(k, value, plain, step * finer, rec, effort.sparse)
+    again = effort.passes > 1 and feed is None
+    found = _columns(search, plain, step, feed, again)
+    if again:
+        finer = np.where(found.fine < 0, F32(0), trellis_stage.power(-found.fine))
+        low, corrections = _centroids(found, plain, step * finer, rec, effort.sparse)
         rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
-        k, value, wild, fine_of = _columns(search, plain, step, feed)
-    back = np.argsort(order)
-    value, wild, fine_of = value[back], wild[back], fine_of[back]
+        found = _columns(search, plain, step, feed)
+    fine_of = found.fine[back := np.argsort(order)]
     cols = np.maximum(scales.cols.astype(np.int64) - fine_of, -trellis_stage.MOST)
     cols = np.where(fine_of < 0, trellis_stage.DEAD, cols).astype(np.int8)
-    words = np.ascontiguousarray((k[back].T + ZERO).astype(np.uint8))
-    places = np.argwhere(wild.T)
-    apart = (value.T[wild.T != 0] * row_unit[places[:, 0]]).astype(F32)
+    words = np.empty(w.shape, np.uint8)
+    for some in pieces(w.shape):
+        words[some] = found.words[:, some][back].T
+    places, values = found.outliers(order)
+    apart = (values * row_unit[places[:, 0]]).astype(F32)
     sizes, unit = trellis_stage.build_unit(corrections, row_list, cols, places, to_words(apart, dtype))
     p = trellis_stage.Trellis(states, ZERO, low + ZERO - MOST, int(bits.view(np.uint32)), sizes)
     return Quantised(words, p, unit, dtype, effort.coder, len(places), int((cols == trellis_stage.DEAD).sum()))
+
+
+def pieces(shape: tuple[int, ...]) -> list[slice]:
+    """Rows of a matrix that are looked at together; never one alone of several, whose sums have another order."""
+    most = max(16, PIECE // max(1, shape[1]))
+    ends = [*range(most, shape[0] - 1, most), shape[0]]
+    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def _steps(unit: Array, cols: NDArray[np.int8]) -> NDArray[np.float32]:
@@ -226,26 +240,38 @@ def _roomy(w: NDArray[np.float32], unit: Array, scales: Scales, most: float, wor
         own, other = each[axis], np.where(each[1 - axis] > 0, each[1 - axis], F32(math.inf)) * F32(most)
         high = np.maximum(w.max(1 - axis, initial=0), -w.min(1 - axis, initial=0))
         line = np.flatnonzero((own > 0) & (high > own * other.min(initial=math.inf)))  # others have no outlier
-        x = np.abs(w.take(line, axis).swapaxes(0, axis)) / other / own[line][:, None]
         far = np.zeros(len(own), np.int64)
-        far[line] = np.count_nonzero(x > 1, 1)
-        many = far[line] > max(MANY, len(other) // FULL, MORE * int(np.sort(far)[len(far) // 2]))
-        line, x = line[many], x[many]
+        for some in pieces((len(line), len(other))):
+            far[line[some]] = np.count_nonzero(_units(w, axis, line[some], other, own) > 1, 1)
+        line = line[far[line] > max(MANY, len(other) // FULL, MORE * int(np.sort(far)[len(far) // 2]))]
         if not len(line):
             continue
-        steps = exact.exp2(np.arange(COARSER) / 4)
-        out = np.stack([np.count_nonzero(x > F32(step), 1) for step in steps])
+        steps, out = exact.exp2(np.arange(COARSER) / 4), np.zeros((COARSER, len(line)), np.int64)
+        for some in pieces((len(line), len(other))):
+            x = _units(w, axis, line[some], other, own)
+            out[:, some] = [np.count_nonzero(x > F32(step), 1) for step in steps]
         cost = len(other) * (HARM * steps**2 - exact.log2(steps))[:, None] + 8 * (8 + word) * out
         lists[axis] = lists[axis].copy()
         lists[axis][line] = np.minimum(lists[axis][line] + np.argmin(cost, 0), trellis_stage.MOST)
     return Scales(*lists)
 
 
+def _units(w: Array, axis: int, line: Array, other: Array, own: Array) -> Array:
+    """Magnitudes of some rows, or with axis 1 columns, in what is too far out: units of both directions."""
+    return np.abs(w.take(line, axis).swapaxes(0, axis)) / other / own[line][:, None]
+
+
 def _deviation(x: Array, axis: int, sparse: bool) -> Array:
     """Roots of the mean squares along an axis, of what is not 0 there where the matrix is sparse."""
-    square = np.mean(x**2, axis=axis)
-    if sparse:
-        square *= x.shape[axis] / np.maximum(1, np.count_nonzero(x, axis))
+    square = np.add.reduce(x**2, axis=axis)
+    return _root(square, x.shape[axis], np.count_nonzero(x, axis) if sparse else None)
+
+
+def _root(square: Array, count: int, present: NDArray[np.int64] | None) -> Array:
+    """Deviations from sums of `count` squares, of which only `present` are not 0 where the matrix is sparse."""
+    square = square / F32(count)
+    if present is not None:
+        square *= count / np.maximum(1, present)
     return np.asarray(np.sqrt(square))
 
 
@@ -253,10 +279,14 @@ def _rates(
     plain: Array, step: Array, effort: Effort
 ) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8]]:
     """`rate`, `fine` and `row` of a search (trellis.Search) among columns (C, R)."""
-    live, states = step > 0, effort.states
-    x = plain[live] / step[live][:, None]
-    x /= np.maximum(_deviation(x, 1, effort.sparse), F32(1e-15))[:, None]
-    by_row = _deviation(x, 0, effort.sparse) if x.size else np.ones(plain.shape[1])
+    live, states = np.flatnonzero(step > 0), effort.states
+    square, present = np.zeros((0, plain.shape[1]), F32), np.zeros(plain.shape[1], np.int64)
+    for some in pieces((len(live), plain.shape[1])) if len(live) and plain.size else ():
+        x = plain[live[some]] / step[live[some]][:, None]
+        x /= np.maximum(_deviation(x, 1, effort.sparse), F32(1e-15))[:, None]
+        square = np.add.reduce(np.concatenate([square, x**2]), 0, keepdims=True)  # one column after the other
+        present += np.count_nonzero(x, 0) if effort.sparse else 0
+    by_row = _root(square[0], len(live), present if effort.sparse else None) if len(square) else np.ones(plain.shape[1])
     rows, row = np.unique(np.clip(_quarters(by_row), -16, 16), return_inverse=True)
     with _LOCK:
         fine = np.array([_fine(states, q) for q in range(LOW, HIGH + 1)], np.int8)
@@ -266,9 +296,10 @@ def _rates(
         ]
     slope = (LAMBDA if states > 1 else SCALAR) * exact.exp2(np.maximum(fine, 0) / 2)[:, None, None]
     p = np.array(share)
-    if effort.sparse and x.size:  # of what is 0 the coder is told by the integers too
-        p *= np.count_nonzero(x) / x.size
-        p[..., MOST] += 1 - np.count_nonzero(x) / x.size
+    if effort.sparse and len(square):  # of what is 0 the coder is told by the integers too
+        share_of = int(present.sum()) / (len(live) * plain.shape[1])
+        p *= share_of
+        p[..., MOST] += 1 - share_of
     return (-slope * exact.log2(p)).astype(F32), fine, row.astype(np.uint8)
 
 
@@ -277,37 +308,67 @@ def far(states: int) -> float:
     return 2.0 * MOST if states > 1 else MOST + 0.5
 
 
+@dataclass(slots=True)
+class _Found:
+    """What the columns (C, R) of a matrix became, in the places in which they were quantised."""
+
+    words: NDArray[np.uint8]
+    fine: NDArray[np.int8]
+    values: NDArray[np.float32] | None  # where they are asked for
+    apart: list[tuple[Array, Array, Array]] = field(default_factory=list)  # places, rows and values of outliers
+
+    def put(self, a: int, b: int, found: trellis.Quantised) -> None:
+        """Columns a to b."""
+        np.add(found.integers, ZERO, out=self.words[a:b], casting="unsafe")
+        self.fine[a:b] = found.fine
+        place, row = np.nonzero(found.outliers)
+        self.apart.append((place + a, row, found.values[place, row]))
+        if self.values is not None:
+            self.values[a:b] = found.values
+
+    def outliers(self, order: Array) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(N, 2) rows and columns of what is stored apart, sorted, and (N,) its values."""
+        place, row, value = (np.concatenate(each) for each in zip(*self.apart, strict=True))
+        places = np.stack([row, order[place]], 1)
+        sort = np.lexsort((places[:, 1], places[:, 0]))
+        return places[sort], value[sort]
+
+
 def _columns(
-    search: trellis.Search, plain: NDArray[np.float32], step: NDArray[np.float32], feed: NDArray[np.float32] | None
-) -> trellis.Quantised:
-    """The columns (C, R), quantised block by block from the last to the first."""
+    search: trellis.Search,
+    plain: NDArray[np.float32],
+    step: NDArray[np.float32],
+    feed: NDArray[np.float32] | None,
+    values: bool = False,
+) -> _Found:
+    """The columns (C, R), quantised block by block from the last to the first; `plain` gets their errors, if fed.
+
+    No block of columns is read again once it is done, so that errors need no memory of their own.
+    """
     c, r = plain.shape
-    k, value, wild, error = (np.empty((c, r), kind) for kind in (np.int16, F32, np.uint8, F32))
-    out = trellis.Quantised(k, value, wild, np.empty(c, np.int8))
-    each = np.zeros((1, c, c), F32) if feed is None else feed.reshape(-1, c, c)
-    if search.below is not None and search.below.ndim == 3:
-        each = np.broadcast_to(each, (len(search.below), c, c))
-    own = r // len(each)  # rows of a block
+    out = _Found(np.empty((c, r), np.uint8), np.empty(c, np.int8), np.empty((c, r), F32) if values else None)
+    each = () if feed is None else feed.reshape(-1, c, c)
+    groups = max(len(each), 1 if search.below is None or search.below.ndim == 2 else len(search.below))
+    own = r // groups  # rows of a block
     for b in range(c, 0, -BLOCK):
         a = max(0, b - BLOCK)
-        target = plain[a:b].copy()
-        if feed is not None and b < c:
-            for g, one in enumerate(each):
-                mine = slice(g * own, (g + 1) * own)
-                product.add(target[:, mine], one[a:b, b:], error[b:, mine])
-        inner = np.ascontiguousarray(each[:, a:b, a:b])
-        found = trellis.block(search, plain[a:b], target, inner, step[a:b])
-        out.integers[a:b], out.values[a:b], out.outliers[a:b], out.fine[a:b] = found
-        error[a:b] = target
+        target, inner = plain[a:b].copy(), np.zeros((groups, b - a, b - a), F32)
+        for g in range(groups) if feed is not None else ():
+            one, mine = each[g if len(each) > 1 else 0], slice(g * own, (g + 1) * own)
+            inner[g] = one[a:b, a:b]
+            if b < c:
+                product.add(target[:, mine], np.ascontiguousarray(one[a:b, b:]), plain[b:, mine])
+        out.put(a, b, trellis.block(search, plain[a:b], target, inner, step[a:b]))
+        if feed is not None:
+            plain[a:b] = target
     return out
 
 
-def _centroids(
-    k: Array, value: Array, plain: Array, step: Array, rec: Array, sparse: bool
-) -> tuple[int, NDArray[np.int8]]:
+def _centroids(found: _Found, plain: Array, step: Array, rec: Array, sparse: bool) -> tuple[int, NDArray[np.int8]]:
     """First index and corrections, in 1/64, of the integers that occur often enough."""
-    unit = np.where(step > 0, step, 1)[:, None]
-    sign = np.sign(value) * np.sign(rec[k + MOST])
+    assert found.values is not None  # noqa: S101 - they were asked for
+    unit, k = np.where(step > 0, step, 1)[:, None], found.words.astype(np.int16) - ZERO
+    sign = np.sign(found.values) * np.sign(rec[k + MOST])
     at = (k + MOST).ravel()
     n = np.bincount(at, minlength=2 * MOST + 1)
     mean = np.bincount(at, weights=(plain / unit * sign).ravel(), minlength=2 * MOST + 1) / np.maximum(n, 1)
