@@ -54,6 +54,7 @@ COMMANDS = {
     "diff": ("tensors", "add_diff", "what differs between two files"),
     "compare": ("compare", "add", "compare files with their original"),
     "analyze": ("analyze", "add", "what rotation and alignment do to the weights of a model"),
+    "jobs": ("ranks", "add_jobs", "how far the ranks of a pack are"),
     "load": ("load", "add", "load all tensors and time it"),
     "shard": ("archives", "add_shard", "cut an archive into shards"),
     "merge": ("archives", "add_merge", "join shards"),

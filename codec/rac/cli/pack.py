@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from rac.calibrate.evaluate import check_text
+from rac.cli.ranks import end, share
 from rac.cli.terminal import (
     EFFORTS,
     PICKLES,
@@ -36,6 +37,7 @@ from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
 from rac.encode.allocate.texts import calibration_for
+from rac.encode.asked import Asked
 from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
 from rac.encode.options import CONTEXT, GOALS, Budget, Hooks, Lossy, PackOptions, one_goal
@@ -85,6 +87,10 @@ NAMED = """\
 Quantisation after papers, on grids of groups (docs/methods/). SRC is the folder of a causal language model;
 embeddings and output layer stay lossless. `rac perplexity` and `rac compare` run the file, with quantised
 activations too (--activations, --kv)."""
+RANKS = """Each rank runs the same command with a number of its own, on any machine that sees SRC and the work folder;
+any of them may die and be run again (docs/cluster.md). The bytes are those of one machine."""
+RANKED = "with --work: which of the ranks this is, from 0 (default: 0); without: the same as --low-rank"
+LEASED = "after so long without a sign of life others take over what a rank has begun (default: 60)"
 RECIPE = """aligned (default: ours, by the budgets above), rtn (round to nearest), gptq, smoothquant, quarot, spinquant,
 kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
@@ -146,7 +152,7 @@ def add(p: argparse.ArgumentParser) -> None:
     command(p, run, HELP)
     p.set_defaults(left=_left)
     many: dict[str, Any] = {"action": "append", "default": []}
-    argument(p, "src SRC", "what to pack")
+    argument(p, "src SRC", "what to pack; not needed with --finish", nargs="?")
     argument(p, "-o --output OUT.rac", OUTPUT)
     argument(p, "--level", LEVEL, choices=EFFORTS, default="default")
     argument(p, "-j --jobs N", JOBS, type=int)
@@ -180,13 +186,15 @@ def add(p: argparse.ArgumentParser) -> None:
     effort = "trellis of 32 states, of 256, or of 256 searched twice"
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
-    argument(lossy, "--rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
+    argument(lossy, "--low-rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
+    argument(lossy, "--rank N", RANKED, type=number("auto", 0, "a number of 0 or more"))
     argument(lossy, "--embeddings", "quantise embeddings and output layers too")
     about = "when done, KL and perplexity on this text, not the one above; auto: a part of the mix kept for it"
     argument(lossy, "--measure FILE|auto", about)
     argument(lossy, "--report FILE.json", "write what became of every tensor")
     argument(lossy, "--keep PATTERN", "keep these tensors lossless", **many)
     _add_named(p)
+    _add_ranks(p)
     out = "what OUT is: one file (default), or a folder for from_pretrained of transformers"
     argument(p, "--format", out, choices=("rac", "hf"), default="rac")
     argument(p, "--dry-run", "write nothing: what would become of which tensors, size and time, from a sample")
@@ -208,10 +216,25 @@ def _add_named(p: argparse.ArgumentParser) -> None:
     argument(named, "--seed N", "of rotations (default: 0)", type=int, default=0)
 
 
+def _add_ranks(p: argparse.ArgumentParser) -> None:
+    """The arguments of a pack that many ranks share."""
+    ranks = p.add_argument_group("many ranks", RANKS)
+    argument(ranks, "--work DIR|URL", "the folder of the job: a path that all ranks see, or a URL of fsspec")
+    argument(ranks, "--world N", "how many ranks there are (default: 1)", type=int, default=1)
+    argument(ranks, "--finish", "write OUT.rac: what no rank has done is done here")
+    argument(ranks, "--lease SECONDS", LEASED, type=float, default=60.0)
+
+
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
+    args.number = args.rank or 0
+    args.rank = args.low_rank if args.work is not None or args.low_rank is not None else args.rank
+    if args.work is None and (args.finish or args.world != 1):
+        raise ValueError("--finish and --world are for ranks that share a folder: give --work too")
+    if args.finish and not args.src:
+        return _ended(args, None)
     if not args.src:
-        raise ValueError("SRC is an empty name")
+        raise ValueError("SRC is an empty name" if args.src is not None else "name what is to be packed")
     if args.output is None:
         args.output = _usual(args.src, args.format)
     if args.recipe == NAMES[0]:
@@ -220,6 +243,8 @@ def run(args: argparse.Namespace) -> int:
         ]:
             raise ValueError(f"{', '.join(given)}: for named methods alone; give --recipe too")
         _preset(args)
+    if args.work is not None:
+        return _ranks(args)
     if args.output == PIPE:
         _check_pipe(args)
     return _folder(args) if args.format == "hf" and not args.dry_run else _file(args)
@@ -232,6 +257,35 @@ def _usual(src: str, form: str) -> str:
     for ending in (".rac", ".safetensors", ".gguf"):
         name = name.removesuffix(ending)
     return name + (".rac" if form == "rac" else "-rac")
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    """The share of a rank, or the end of a pack that many ranks share."""
+    given = {"--format hf": args.format == "hf", "--resume": args.resume, "--dry-run": args.dry_run}
+    given |= {"--recipe": args.recipe != NAMES[0], "--measure": args.measure, "--report": args.report}
+    if wrong := [option for option, there in given.items() if there]:
+        raise ValueError(f"--work does not go with {', '.join(wrong)}")
+    _asked(args)  # says what does not go together
+    sizes = {name: parse_size(v) if (v := getattr(args, name)) else None for name in ("size", "shard_size")}
+    more = {"pickles": args.allow_pickle_weights, "backward": not args.no_backward, **sizes}
+    given = vars(args) | more | {"calibration": args.calibration or None}
+    asked = Asked.of({k: v for k, v in given.items() if v is not None})
+    return _ended(args, asked) if args.finish else share(args, asked)
+
+
+def _ended(args: argparse.Namespace, asked: Asked | None) -> int:
+    """Write the archive that ranks have made, and say what came of it."""
+    start = time.monotonic()
+    if args.output is None:
+        args.output = "model.rac" if asked is None else _usual(args.src, args.format)
+    done = end(args, asked)
+    seconds = time.monotonic() - start
+    _say(args, done, seconds)
+    if done.fidelity:
+        say(_by_role(done.fidelity))
+        say(_weights(done))
+    tell({"seconds": seconds, **report(done, None)})
+    return 0
 
 
 def _check_pipe(args: argparse.Namespace) -> None:

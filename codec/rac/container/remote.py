@@ -23,20 +23,20 @@ _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)$")
 
 def open_url(url: str) -> Access:
     """What the URL names; SourceError where it is not there, NoRangesError where its server has no ranges."""
-    fs, path = _system(url)
+    fs, path = system(url)
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     return HttpAccess(fs, path) if "http" in protocols else ObjectStoreAccess(fs, path, url)
 
 
-def _system(url: str) -> tuple[Any, str]:
-    """The file system that knows a URL, and the path of the file in it."""
+def system(url: str) -> tuple[Any, str]:
+    """The file system of fsspec that knows a URL, and the path of the file in it."""
     try:
         import fsspec
 
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
         return found
     except ImportError as e:
-        raise MissingDependencyError(f"reading {url} needs `pip install rac-codec[remote]` ({e})") from e
+        raise MissingDependencyError(f"{url} needs `pip install rac-codec[remote]` ({e})") from e
     except ValueError as e:  # no such protocol
         raise SourceError(str(e), file=url) from e
 
@@ -82,7 +82,7 @@ class Remote(Access):
 
     def _forked(self) -> None:
         """The thread that serves the connections stays with the parent."""
-        self._fs = _system(self.name)[0]
+        self._fs = system(self.name)[0]
 
     def _pause(self, failed: int) -> None:
         self._closed.wait(min(5.0, BACKOFF * 2**failed) * (1 + random.random() / 4))
@@ -189,7 +189,7 @@ class HttpAccess(Remote):
 
 def open_body(url: str) -> Body:
     """What an HTTP URL names, to be read forward once."""
-    return Body(_system(url)[0], url)
+    return Body(system(url)[0], url)
 
 
 class Body:

@@ -27,9 +27,9 @@ from rac.decode.unpack import quantised, usual_headers
 from rac.encode import record, resume, ties, workers
 from rac.encode.align.recipe import Recipe, check_keep
 from rac.encode.allocate.budget import Search, read_text, recipe_for
-from rac.encode.allocate.texts import calibration_for
+from rac.encode.asked import Asked
 from rac.encode.encoded import Encoded, Fidelity, Kept
-from rac.encode.options import Budget, Calibration, Hooks, Lossy, Made, PackOptions, Progress, no_goal, silent
+from rac.encode.options import Hooks, Lossy, Made, PackOptions, Progress, silent
 from rac.encode.quantise.tensor import encode, measure
 from rac.encode.reasons import Lossless, reasons
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
@@ -158,26 +158,13 @@ def pack(
         BudgetError: The budget cannot be met.
         MissingDependencyError: A language model is to be calibrated, and torch or transformers is not installed.
     """
-    include, exclude, keep = ((p,) if isinstance(p, str) else p for p in (include, exclude, keep))
-    settings = {"exclude": list(exclude), "include": list(include)}
-    lossy = any(v is not None for v in (bits, file_bits, size, snr, kl))
-    options = PackOptions(level, jobs, lanes, slices, shard_size, resume, force, processes and lossy, settings)
-    budget = Budget(bits, file_bits, size, snr, kl) if lossy else None
-    if budget is None:
-        shaped = {"calibrate": calibrate not in (None, "none"), "calibration": calibration is not None}
-        shaped |= {"effort": effort != "default", "keep": len(keep) > 0, "align": align != "auto"}
-        no_goal(shaped | {"rank": rank is not None, "embeddings": embeddings})
-    how: Any = {"include": include, "exclude": exclude, "all_files": all_files, "pickles": pickles}
+    asked = Asked.of(locals())
+    options = asked.options(jobs=jobs, resume=resume, force=force, processes=processes and asked.lossy)
+    beside = PIPE if hasattr(out, "write") else os.fspath(out)
     with contextlib.ExitStack() as stack:
-        path, source = stack.enter_context(
-            ready(src, PIPE if hasattr(out, "write") else os.fspath(out), lossy=lossy, **how)
-        )
-        request = None
-        if budget:
-            learned = calibration_for(calibrate, path, tokens, cache, Calibration.made_of(calibration))
-            learned = replace(learned, context=context, backward=backward)
-            request = Lossy(budget, learned, effort, tuple(keep), align, rank, embeddings)
+        path, source = stack.enter_context(ready(src, beside, lossy=asked.lossy, **asked.how))
         packer = stack.enter_context(Packer(source, out, options, Hooks(progress or silent, note or silent)))
+        request = asked.request(path, cache)
         quantiser = ByTrellis(packer.allocate(path, request), packer.kept) if request else None
         return packer.write(quantiser)
 
@@ -282,8 +269,11 @@ class Packer(contextlib.ExitStack):
         def judge() -> Divergence:
             return Divergence(named, read_text(calibration.texts[0]), calibration.tokens, note)
 
-        search = Search(self._groups, recipe, self._pool, note, self._lossy)
-        return search.meet(request.budget, lambda: self._rest(recipe), judge)
+        return self._search(recipe).meet(request.budget, lambda: self._rest(recipe), judge)
+
+    def _search(self, recipe: Recipe) -> Search:
+        """The search for the common scale of a recipe, which keeps what it makes."""
+        return Search(self._groups, recipe, self._pool, self._hooks.note, self._lossy)
 
     def kept(self, name: str) -> Encoded | None:
         """A quantised tensor as the search for the scale has left it, once."""

@@ -1,0 +1,227 @@
+"""The packer of a rank: what one machine's does, each stage shared with other ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+from rac.encode import record, ties, workers
+from rac.encode.align.recipe import Recipe
+from rac.encode.allocate.budget import Search
+from rac.encode.code.plan import Level
+from rac.encode.encoded import Encoded, Fidelity
+from rac.encode.options import Hooks, Lossy, PackOptions
+from rac.encode.pack import ByTrellis, Packer, Summary
+from rac.encode.quantise.tensor import encode, measure
+from rac.encode.sources import Source, SourceTensor
+from rac.errors import RacError
+from rac.ranks.crew import Crew, Made, Plan, Work
+from rac.ranks.records import Records
+from rac.ranks.stage import Item, Marker, Stage
+
+T = TypeVar("T")
+HEADS = 512  # bytes of a record beside its units, about, where a budget of the whole file is divided
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere(Encoded):
+    """A tensor that another rank may have encoded: what the search needs to know of it."""
+
+    stated: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the record."""
+        return self.stated
+
+
+def _row(e: Encoded) -> list[Any]:
+    """What is exchanged of a tensor: a few numbers."""
+    objects = [[o.name, o.size] for o in e.objects]
+    fidelity = asdict(e.fidelity) if e.fidelity else None
+    return [e.name, e.size, sum(map(len, e.units)), objects, [*e.head.get("uses", ())], fidelity]
+
+
+def _read(row: list[Any]) -> Elsewhere:
+    name, size, _, objects, uses, fidelity = row
+    of = Fidelity(**fidelity | {"shape": tuple(fidelity["shape"])}) if fidelity else None
+    parts = tuple(Elsewhere({"name": n}, [], {}, stated=s) for n, s in objects)
+    return Elsewhere({"name": name, "uses": uses}, [], {}, parts, of, size)
+
+
+def _lossless(groups: Sequence[ties.Group], level: Level) -> Made:
+    encoded = [record.whole(g, level) for g in groups]
+    return Made([_row(e) for e in encoded], encoded)
+
+
+def _quantised(groups: Sequence[ties.Group], recipes: Sequence[Recipe], measured: bool) -> Made:
+    encoded = [encode(g, recipe, measured) for g, recipe in zip(groups, recipes, strict=True)]
+    return Made([_row(e) for e in encoded], encoded)
+
+
+def _measured(encoded: Sequence[Encoded], tensors: Sequence[SourceTensor], recipes: Sequence[Recipe]) -> Made:
+    """What quantising tensors came to; a lossless one has nothing to measure."""
+    every = zip(encoded, tensors, recipes, strict=True)
+    found = [measure(e, t, recipe).fidelity if e.fidelity else None for e, t, recipe in every]
+    return Made([[f.name, f.snr, f.zeros, f.seconds] for f in found if f])
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Records in the work folder by the name of their tensor: what a Packer takes instead of encoding anything."""
+
+    crew: Crew
+    _where: dict[str, tuple[Plan, Item, Marker]] = field(default_factory=dict)
+    _fidelity: dict[str, Fidelity] = field(default_factory=dict)
+    _open: tuple[tuple[str, int], Records] | None = None
+
+    def add(self, plan: Plan, markers: dict[int, Marker]) -> None:
+        """The records of a stage."""
+        for item in plan.stage.items:
+            for row in markers[item.number].rows:
+                self._where[row[0]] = plan, item, markers[item.number]
+                if of := _read(row).fidelity:
+                    self._fidelity[row[0]] = of
+
+    def know(self, markers: dict[int, Marker]) -> None:
+        """What the records came to, measured."""
+        for name, snr, zeros, seconds in (row for marker in markers.values() for row in marker.rows):
+            self._fidelity[name] = replace(self._fidelity[name], snr=snr, zeros=zeros, seconds=seconds)
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether it is not known of some tensors what quantising them came to."""
+        return any(math.isnan(f.snr) for f in self._fidelity.values())
+
+    def take(self, name: str) -> Encoded | None:
+        """A tensor; None where no stage has it. What is damaged is made again."""
+        if name not in self._where:
+            return None
+        plan, item, marker = self._where[name]
+        try:
+            e = self._records(plan, item, marker).tensor(name)
+        except RacError:
+            self.close()
+            marker = self.crew.again(plan, item)
+            self._where |= {g.tensor.name: (plan, item, marker) for g in item.groups}
+            e = self._records(plan, item, marker).tensor(name)
+        return replace(e, fidelity=self._fidelity.get(name))
+
+    def _records(self, plan: Plan, item: Item, marker: Marker) -> Records:
+        key = plan.stage.key, item.number
+        if self._open is None or self._open[0] != key:
+            self.close()
+            self._open = key, self.crew.records(plan, item, marker)
+        return self._open[1]
+
+    def put(self, name: str, e: Encoded) -> None:
+        """Nothing: what is made is in the work folder."""
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.close()
+        self._where.clear()
+        self._fidelity.clear()
+
+    def close(self) -> None:
+        """Let go of the file that was read last."""
+        if self._open:
+            self._open[1].close()
+            self._open = None
+
+
+@dataclass(slots=True)
+class SharedSearch(Search):
+    """The search for the common scale, each try of which is a stage: all ranks read all sizes, and go on alike."""
+
+    plan: Callable[[Recipe, bool], Plan] | None = None
+    gathered: Gathered | None = None
+
+    def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
+        """What the quantised tensors came to at a scale, in their order."""
+        assert self.plan is not None and self.gathered is not None  # noqa: S101, PT018
+        self.tried += 1
+        plan = self.plan(replace(self.recipe, scale=scale), work is encode)
+        plan = replace(plan, stage=replace(plan.stage, what=f"looking for the scale: {what}, pass {self.tried}"))
+        markers = self.gathered.crew.do(plan)
+        self.gathered.clear()
+        self.gathered.add(plan, markers)
+        for number in range(len(plan.stage.items)):
+            yield from map(_read, markers[number].rows)  # type: ignore[misc]
+
+
+class RankPacker(Packer):
+    """A pack that ranks share: `share` does work, `finish` writes the archive too. Leave it by `with`."""
+
+    def __init__(self, source: Source, out: str, options: PackOptions, hooks: Hooks, crew: Crew) -> None:
+        super().__init__(source, out, options, hooks)
+        self._crew, self._gathered = crew, Gathered(crew)
+        self._lossless = self._lossy = self._gathered  # type: ignore[assignment]
+        self.callback(self._gathered.close)
+
+    def share(self, path: str, request: Lossy | None) -> tuple[int, int]:
+        """Work until nothing is left that no other rank is doing: items done, and all, of the last stage."""
+        done = of = 0
+        for plan in self._last(self._recipe(path, request)):
+            done, of = len(self._crew.do(plan, wait=False)), len(plan.stage.items)
+        return done, of
+
+    def finish(self, path: str, request: Lossy | None) -> Summary:
+        """Do, or wait for, all that is left, and write the archive."""
+        recipe = self._recipe(path, request)
+        lossless, *measuring = self._last(recipe)
+        self._gathered.add(lossless, self._crew.do(lossless))
+        for plan in measuring:
+            self._gathered.know(self._crew.do(plan))
+        return self.write(ByTrellis(recipe, self.kept) if recipe else None)
+
+    def _recipe(self, path: str, request: Lossy | None) -> Recipe | None:
+        return self.allocate(path, request) if request else None
+
+    def _search(self, recipe: Recipe) -> Search:
+        note, shared = self._hooks.note, {"plan": self._tries, "gathered": self._gathered}
+        return SharedSearch(self._groups, recipe, self._pool, note, None, **shared)  # type: ignore[arg-type]
+
+    def _rest(self, recipe: Recipe) -> int:
+        """About the bytes of all that is not quantised, with heads and index rows."""
+        markers = self._crew.do(self._plain(recipe))
+        size: int = sum(row[2] + HEADS for marker in markers.values() for row in marker.rows)
+        return size + sum(sum(map(len, record.attachment(file).units)) + HEADS for file in self._files)
+
+    def _plain(self, recipe: Recipe | None) -> Plan:
+        """What stays lossless by its name, type or size."""
+        groups = [g for g in self._groups if recipe is None or g.tensor.name not in recipe.aligned]
+        level, stage = self._options.lossless, Stage.of("lossless", "packing", groups)
+        work: Callable[[Item], Work] = lambda item: (_lossless, (item.groups, level))  # noqa: E731
+        return Plan(stage, work, lambda item: 2 * item.size, self._threads)
+
+    def _tries(self, recipe: Recipe, measured: bool) -> Plan:
+        """What is quantised, at a scale."""
+        groups = [g for g in self._groups if g.tensor.name in recipe.aligned]
+        key = f"scale{recipe.scale!r}" + "-measured" * measured
+        work: Callable[[Item], Work] = lambda item: (_quantised, (item.groups, _only(item, recipe), measured))  # noqa: E731
+        return Plan(Stage.of(key, "", groups), work, lambda item: _need(item, recipe), self._pool)
+
+    def _last(self, recipe: Recipe | None) -> Iterator[Plan]:
+        """What is done when the scale is known."""
+        yield self._plain(recipe)
+        if recipe is None or not self._gathered.unmeasured:
+            return
+        plan = self._tries(recipe, measured=False)
+
+        def work(item: Item) -> Work:
+            encoded = [self._gathered.take(g.tensor.name) for g in item.groups]
+            return _measured, (encoded, [g.tensor for g in item.groups], _only(item, recipe))
+
+        yield replace(plan, stage=replace(plan.stage, key="measure", what="measuring"), work=work)
+
+
+def _only(item: Item, recipe: Recipe) -> list[Recipe]:
+    return [workers.only(recipe, g.tensor.name) for g in item.groups]
+
+
+def _need(item: Item, recipe: Recipe) -> int:
+    """Bytes of memory that quantising an item takes, about: one tensor after the other."""
+    return max(workers.need(g.tensor, recipe) for g in item.groups)
