@@ -260,7 +260,7 @@ class Packer(contextlib.ExitStack):
         named: str | Given = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
         if self._source.every:
             named = Given.of(os.fspath(named), self._source.every)
-        recipe = replace(recipe_for(self._groups, named, request, note), coder=options.coder)
+        recipe = replace(recipe_for(self._groups, named, request, note, self._once), coder=options.coder)
         recipe = replace(recipe, lossless=options.lossless)
         before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
@@ -270,6 +270,10 @@ class Packer(contextlib.ExitStack):
             return Divergence(named, read_text(calibration.texts[0]), calibration.tokens, note)
 
         return self._search(recipe).meet(request.budget, lambda: self._rest(recipe), judge)
+
+    def _once(self, calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
+        """What a calibration finds, which takes long."""
+        return calibration()
 
     def _search(self, recipe: Recipe) -> Search:
         """The search for the common scale of a recipe, which keeps what it makes."""

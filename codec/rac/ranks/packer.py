@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from rac.calibrate.layers import Layers
 from rac.encode import record, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search
@@ -18,6 +20,7 @@ from rac.encode.quantise.tensor import encode, measure
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import RacError
 from rac.ranks.crew import Crew, Made, Plan, Work
+from rac.ranks.learned import Learned
 from rac.ranks.records import Records
 from rac.ranks.stage import Item, Marker, Stage
 
@@ -159,6 +162,8 @@ class RankPacker(Packer):
         super().__init__(source, out, options, hooks)
         self._crew, self._gathered = crew, Gathered(crew)
         self._lossless = self._lossy = self._gathered  # type: ignore[assignment]
+        folder = self.enter_context(tempfile.TemporaryDirectory(prefix="rac-ranks-"))
+        self._learned = Learned(crew, folder, self._threads)
         self.callback(self._gathered.close)
 
     def share(self, path: str, request: Lossy | None) -> tuple[int, int]:
@@ -179,6 +184,9 @@ class RankPacker(Packer):
 
     def _recipe(self, path: str, request: Lossy | None) -> Recipe | None:
         return self.allocate(path, request) if request else None
+
+    def _once(self, calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
+        return self._learned.once(calibration)
 
     def _search(self, recipe: Recipe) -> Search:
         note, shared = self._hooks.note, {"plan": self._tries, "gathered": self._gathered}

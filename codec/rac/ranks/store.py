@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from rac.container.access import Access, FileAccess, guarded
+from rac.container.access import Access, FileAccess, guarded, read
 from rac.container.remote import open_url, system
 from rac.errors import OutputError, RacError, SourceError
 
+PIECE = 1 << 24
 AT_ONCE = 16  # small files that are asked for at once
 
 
@@ -63,11 +64,27 @@ def several(store: Store, names: Iterable[str]) -> dict[str, bytes | None]:
         return dict(zip(asked, pool.map(store.get, asked), strict=True))
 
 
+def fetched(store: Store, name: str, folder: str) -> str:
+    """The path of a large file: where it lies, or of a copy in a local folder; SourceError where it is not there."""
+    if isinstance(store, Disk):
+        return store.path(name)
+    access, path = store.access(name), os.path.join(folder, name.replace("/", "."))
+    with guarded(OutputError, path), open(path, "wb") as f:
+        for at in range(0, access.size, PIECE):
+            f.write(read(access, at, min(PIECE, access.size - at)))
+    access.close()
+    return path
+
+
 class Disk:
     """A folder of a file system that renames at once: a local one, or one that machines share."""
 
     def __init__(self, path: str) -> None:
         self.where, self._path = path, Path(path).absolute()
+
+    def path(self, name: str) -> str:
+        """Where a file lies."""
+        return str(self._path / name)
 
     def get(self, name: str) -> bytes | None:
         """A small file."""

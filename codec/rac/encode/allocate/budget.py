@@ -38,7 +38,18 @@ FINEST = 12.0  # bits at which a search begins at most: words have 8, and beyond
 LOSSLESS = 100.0  # decibels that a tensor counts for at most
 
 
-def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note = silent) -> Recipe:
+Once = Callable[[Callable[[], Sequence[Layers]]], Sequence[Layers]]
+"""What runs a calibration, or knows what another process has found by running it."""
+
+
+def here(calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
+    """What a calibration finds that is run now."""
+    return calibration()
+
+
+def recipe_for(
+    groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note = silent, once: Once = here
+) -> Recipe:
     """The recipe that the request and the weights (and the calibration, if any) give, at common scale 0.
 
     `path` is the folder of the model, which a calibration runs. Where nobody has named the texts, and the model cannot
@@ -50,7 +61,7 @@ def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, 
     failed: dict[str, str] = {}
     if c.any:
         try:
-            return _learned(groups, path, request, note)
+            return _learned(groups, path, request, note, once)
         except SourceError as e:
             if c.named or request.needs_texts:
                 raise
@@ -63,10 +74,10 @@ def recipe_for(groups: Sequence[ties.Group], path: str | Given, request: Lossy, 
     return replace(recipe, about={**recipe.about, **request.about, **failed})
 
 
-def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note) -> Recipe:
+def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note, once: Once) -> Recipe:
     """The recipe that the calibration gives."""
     effort = request.effort
-    found, used = _calibrations(groups, path, request.calibration, note)
+    found, used = _calibrations(groups, path, request.calibration, note, once)
     layers = found[0] if len(found) == 1 else joined(found)
     every = (one.missing.items() for one in found if isinstance(one, Layers))
     missing = {name: part for one in every for name, part in one if name not in layers}
@@ -78,19 +89,20 @@ def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, no
 
 
 def _calibrations(
-    groups: Sequence[ties.Group], path: str | Given, c: Calibration, note: Note
+    groups: Sequence[ties.Group], path: str | Given, c: Calibration, note: Note, once: Once
 ) -> tuple[list[Mapping[str, Layer]], list[dict[str, Any]]]:
     """What each text, and each calibration made beforehand, says of the tensors; and what the provenance says of it."""
     found: list[Mapping[str, Layer]] = []
     used: list[dict[str, Any]] = []
     for name in c.texts:
         if (media := inputs_of(path, name)) is not None:
-            parts = calibrate_on(path, replace(media, backward=c.backward), note, c.cache)
+            parts = once(partial(calibrate_on, path, replace(media, backward=c.backward), note, c.cache))
             found.append(joined([matched(groups, layers, name) for layers in parts]))
             used.append({media.kind: media.digest, "tokens": max(layers.tokens for layers in parts)})
             continue
         text = None if name == "self" else learned() if name == AUTO else read_text(name)
-        one = calibrate(path, text, tokens=c.tokens, context=c.context, fisher=c.backward, note=note, cache=c.cache)
+        how: Any = {"tokens": c.tokens, "context": c.context, "fisher": c.backward, "note": note, "cache": c.cache}
+        one = once(partial(_calibrate, path, text, how))[0]
         found.append(one)
         about = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
         unusual = {"context": c.context} if c.context != CONTEXT else {}
@@ -101,6 +113,10 @@ def _calibrations(
         found.append(matched(groups, layers, "" if isinstance(made, Layers) else made))
         used.append({"calibration": layers.digest, "tokens": layers.tokens})
     return found, used
+
+
+def _calibrate(path: str | Given, text: str | None, how: dict[str, Any]) -> Sequence[Layers]:
+    return [calibrate(path, text, **how)]
 
 
 def read_text(path: str) -> str:
