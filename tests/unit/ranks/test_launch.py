@@ -1,0 +1,145 @@
+"""Launchers: local processes, a job array of Slurm played by a shell, a local cluster of Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import rac
+from rac import launch
+from support import ROOT
+
+BITS = ["--bits", "3", "--calibrate", "none", "--effort", "fast"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    rng = np.random.default_rng(1)
+    path = tmp_path_factory.mktemp("launch") / "m.safetensors"
+    save_file({f"w{i}": (rng.standard_normal((130 + i, 128)) * 0.02).astype(np.float32) for i in range(6)}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    rac.pack(model, model.with_name("alone.rac"), bits=3.0, calibrate="none", effort="fast")
+    return model.with_name("alone.rac").read_bytes()
+
+
+def test_local_processes_one_of_them_killed(model, alone, tmp_path, capsys):
+    out, work = tmp_path / "m.rac", tmp_path / "work"
+    mine = subprocess.Popen
+
+    def first(argv, **how):
+        process = mine(argv, **how)
+        if not killed:
+            killed.append(argv)
+            process.send_signal(signal.SIGKILL)
+        return process
+
+    killed = []
+    subprocess.Popen = first
+    try:
+        assert (
+            launch.main(["local", "--workers", "2", str(model), "-o", str(out), *BITS, "--work", str(work), "-q"]) == 0
+        )
+    finally:
+        subprocess.Popen = mine
+    assert out.read_bytes() == alone
+    assert "rank 0 was killed by signal 9, and is run again" in capsys.readouterr().err
+
+
+def test_an_array_of_slurm(model, alone, tmp_path, capsys, monkeypatch):
+    """`scontrol` is a script that writes down what it is asked; a task that gets USR1 is queued again."""
+    out, work = tmp_path / "m.rac", tmp_path / "work"
+    given = [
+        "slurm",
+        "--workers",
+        "2",
+        "--sbatch=--time=0:10:00",
+        str(model),
+        "-o",
+        str(out),
+        *BITS,
+        "--work",
+        str(work),
+    ]
+    assert launch.main([*given, "-q"]) == 0
+    script = tmp_path / "job.sh"
+    script.write_text(text := capsys.readouterr().out)
+    assert "#SBATCH --array=0-1\n" in text
+    assert "#SBATCH --time=0:10:00\n" in text
+    stub = tmp_path / "bin" / "scontrol"
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n')
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    env = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "77"}
+    env["PYTHONPATH"] = str(ROOT / "codec")
+    first = subprocess.Popen(["bash", script], env=env | {"SLURM_ARRAY_TASK_ID": "1"})
+    time.sleep(0.2)
+    first.send_signal(signal.SIGUSR1)
+    assert first.wait() != 0
+    assert (tmp_path / "asked").read_text() == "requeue 77_1\n"
+    for task in "1", "0":
+        subprocess.run(["bash", script], env=env | {"SLURM_ARRAY_TASK_ID": task}, check=True)
+    assert out.read_bytes() == alone
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["local", "m"], "give --work"),
+        (["local", "--workers", "0", "m", "--work", "w"], "--workers must be at least 1"),
+        (["slurm", "m", "--work", "w", "--rank", "1"], "--rank is the launcher's to give"),
+    ],
+)
+def test_wrong_use_is_one_line(given, said, capsys):
+    assert launch.main(given) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert launch.main(["ray", "m", "--work", "w"]) == 2
+    assert "pip install ray" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a cluster takes seconds to start, on a busy machine minutes: pytest -m slow tests/unit/ranks
+@pytest.mark.filterwarnings("ignore")
+def test_a_cluster_of_ray_one_worker_killed(model, alone, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    out, work = tmp_path / "m.rac", tmp_path / "work"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "codec"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it would write a token into the home folder
+    ray.init(num_cpus=4, log_to_driver=False, include_dashboard=False)
+    killed = []
+
+    def kill():
+        """The first worker that says it is alive."""
+        while not killed and not out.exists():
+            for file in sorted(work.glob("ranks/0*.json")):
+                owner = file.read_text().partition('"owner": "')[2].partition('"')[0]
+                os.kill(int(owner.split("-")[-2]), signal.SIGKILL)
+                killed.append(owner)
+                break
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        given = [str(model), "-o", str(out), *BITS, "--work", str(work), "--lease", "1", "-q"]
+        assert launch.main(["ray", "--workers", "4", *given]) == 0
+    finally:
+        thread.join()
+        ray.shutdown()
+    assert killed
+    assert out.read_bytes() == alone
