@@ -131,6 +131,11 @@ class _Mapped:
     size: int
     dimensions: int = 2  # of a square, or 1
 
+    @property
+    def key(self) -> str:
+        """The digest."""
+        return self.name
+
     def __call__(self) -> NDArray[Any]:
         try:
             at, shape, dtype = _checked(self, os.stat(self.path).st_mtime_ns)

@@ -27,6 +27,7 @@ from rac.calibrate.given import Given
 from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
+from rac.linalg.factors import Factors
 
 _VERSION = 5  # of this code: counts up when it would find something else, so that no cache gives anything old
 
@@ -41,6 +42,12 @@ class Layer:
     finite: bool = True  # False where NaN or infinity was among the inputs or gradients
     experts: Sequence[Layer] = ()  # for each expert of a weight (experts, out, in) or (experts, in, out)
     sketch: NDArray[np.float32] | None = None  # what the weight's rows are known by (rac.calibrate.sketch)
+    factors: Factors | None = None  # where the recursion of its inputs is kept once it is found; None: nowhere
+
+    @property
+    def key(self) -> str:
+        """What tells the second moment from all others of a calibration; empty where nothing short does."""
+        return _key(self.moment)
 
     @property
     def second(self) -> NDArray[np.float32]:
@@ -157,6 +164,13 @@ def _mean(layers: Sequence[Layer]) -> Layer:
     return Layer(functools.partial(_mean_of_seconds, layers), sensitivity, layers[0].transposed, finite, experts)
 
 
+def _key(moment: Any) -> str:
+    if isinstance(moment, functools.partial):  # of a mean, or in another process
+        each = [one.key for one in moment.args[0]] if moment.func is _mean_of_seconds else [moment.args[0]]
+        return " ".join(each) if all(each) else ""
+    return str(getattr(moment, "key", ""))
+
+
 def _mean_of_seconds(layers: Sequence[Layer]) -> NDArray[np.float32]:
     total = np.array(layers[0].second)
     for layer in layers[1:]:
@@ -202,13 +216,18 @@ class _Stored:
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
 
+    @property
+    def key(self) -> str:
+        """The file."""
+        return os.fspath(self._folder.path / self._name)
+
     def __call__(self) -> NDArray[np.float32]:
         return self._folder.array(self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process, which reads the same file while this one keeps the folder."""
         self._folder.check(self._name)
-        return functools.partial, (_mapped, os.fspath(self._folder.path / self._name))
+        return functools.partial, (_mapped, self.key)
 
 
 def _mapped(path: str) -> NDArray[np.float32]:

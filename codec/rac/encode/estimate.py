@@ -16,6 +16,7 @@ from rac.encode import record, ties, workers
 from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, calibrated, check_keep, data_free, quantisable
 from rac.encode.allocate.budget import Search
+from rac.encode.allocate.few import LEAST, SHARE
 from rac.encode.code.plan import axis_of
 from rac.encode.options import Budget, Lossy, PackOptions
 from rac.encode.quantise.tensor import encode, size_of
@@ -175,14 +176,17 @@ def _quantised(
     budget = replace(request.budget, bits=bits, file_bits=None, size=None) if bits else request.budget
     if budget.kl is not None:
         budget = Budget(bits=3.0)  # for the time
+    search = Search(sample, recipe, pool)
     try:
-        recipe = Search(sample, recipe, pool).meet(budget)
+        recipe = search.meet(budget)
     except BudgetError as e:
         if budget is request.budget:
             raise
         goal = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in request.budget.goal.items())
         raise BudgetError(f"{goal} cannot be met: it leaves {bits:.3f} bits for each quantised weight ({e})") from e
-    seconds = MEASURED * (time.monotonic() - start) * _weights(kinds) / taken
+    one = (time.monotonic() - start) / search.tried
+    passes = search.tried if _weights(kinds) < LEAST or not bits else 1 + search.tried / SHARE
+    seconds = MEASURED * one * passes * _weights(kinds) / taken
     jobs = ((workers.need(g.tensor, recipe), (g, workers.only(recipe, g.tensor.name))) for g in sample)
     size = sum(size_of(e, recipe) for e in workers.run(pool, partial(encode, measured=False), jobs, room()))
     rate = min(bits / 8, size / taken) if bits else size / taken  # less where lossless is finer than what was asked

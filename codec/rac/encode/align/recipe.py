@@ -76,6 +76,7 @@ class Aligned:
     basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
     zeros: float = 0.0  # share of zeros that stay zeros: no trellis then, no low-rank part, no basis; 0: they do not
     lossless: int | None = None  # bytes that it takes losslessly, about; None: nobody has counted yet
+    energies: NDArray[np.float64] | None = None  # (R,) mean squares of rows in units, but for a factor of all of them
 
     @property
     def name(self) -> str:
@@ -89,6 +90,14 @@ class Aligned:
 
     def triangular(self) -> Triangular:
         """The recursion of the columns, whose inputs are known; of each expert's rows where there are experts."""
+        assert self.layer is not None  # noqa: S101
+        each, factors = self.layer.experts or (self.layer,), self.layer.factors
+        keys = [one.key for one in each]
+        if factors is None or not all(keys):
+            return self._found()
+        return factors.get(f"{self.damp!r} {' '.join(keys)}", self._found)
+
+    def _found(self) -> Triangular:
         assert self.layer is not None  # noqa: S101
         if self.layer.experts:
             return blocks([one.second for one in self.layer.experts], self.damp)
@@ -222,7 +231,7 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     square /= np.square(trellis.power(scales.cols))
     finer = FINER if is_table(t) else 0.0
     base = 0.5 * float(exact.log2(square.mean(dtype=np.float64)))
-    return Aligned(base + _few(zeros) - finer, scales, zeros=zeros)
+    return Aligned(base + _few(zeros) - finer, scales, zeros=zeros, energies=square.mean(1, dtype=np.float64))
 
 
 def _zeros(w: NDArray[np.float32]) -> float:
@@ -288,12 +297,12 @@ def calibrated(
         a = replace(even, layer=layer, damp=sample.damp)
         by_row, by_col = _weights(a, layer, shape, sample.trust)
         scales = lossy.Scales(exponents(by_row), exponents(by_col))
-        square = _squares(_numbers(t), scales)
+        square, energies = _squares(_numbers(t), scales)
         deviation = exact.middle(np.sqrt(np.maximum(square[square > 0], 1e-30)))
         scales.cols[square == 0] = trellis.DEAD  # what is fed to columns of nothing but zeros would bring them to life
         # bits, up to a constant, where all count in full
         needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), math.prod(shape)
-        found[t.name] = replace(a, base=deviation + _few(a.zeros), scales=scales)
+        found[t.name] = replace(a, base=deviation + _few(a.zeros), scales=scales, energies=energies)
     total = max(1, sum(n for _, n in needs.values()))
     mean = math.fsum(need * n for need, n in needs.values()) / total  # the same in any order of the tensors
     for name, (need, _) in needs.items():
@@ -306,13 +315,15 @@ def calibrated(
     return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine, why=why)
 
 
-def _squares(w: NDArray[np.float32], scales: lossy.Scales) -> NDArray[np.float64]:
-    """(C,) mean squares of the columns of a matrix in units of its scales, rows added one after the other."""
-    total = np.zeros((0, w.shape[1]))
+def _squares(w: NDArray[np.float32], scales: lossy.Scales) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(C,) and (R,): mean squares of columns and rows in units of the scales; of columns row after row is added."""
+    total, by_row = np.zeros((0, w.shape[1])), np.empty(len(w))
     for some in lossy.pieces(w.shape):
         scaled = w[some].astype(np.float64) / trellis.power(scales.rows[some])[:, None] / trellis.power(scales.cols)
-        total = np.add.reduce(np.concatenate([total, scaled**2]), 0, keepdims=True)
-    return np.asarray(total[0] / len(w))
+        scaled **= 2
+        by_row[some] = scaled.mean(1)
+        total = np.add.reduce(np.concatenate([total, scaled]), 0, keepdims=True)
+    return total[0] / len(w), by_row
 
 
 def _infinite(name: str, groups: Sequence[ties.Group]) -> str:

@@ -23,11 +23,13 @@ from rac.container import zstd
 from rac.encode import ties, workers
 from rac.encode.align.choose import choose
 from rac.encode.align.recipe import Recipe, Sample, calibrated, data_free
+from rac.encode.allocate.few import Few, few
 from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import CONTEXT, DECIBELS, Budget, Calibration, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words, size_of
 from rac.errors import BudgetError, SourceError
+from rac.linalg.factors import Factors
 from rac.machine import room
 from rac.stages.words import from_words
 
@@ -35,6 +37,10 @@ T = TypeVar("T")
 TOLERANCE = 0.005
 CLOSE = 0.1  # decibels that a file may have beyond the --snr that was asked for
 FINEST = 12.0  # bits at which a search begins at most: words have 8, and beyond them most tensors are lossless
+LEAN = 0.4  # where in the tolerance a sample aims: rows alone take a little more than as a part of their tensor
+NEAR = 0.0005  # share of the bits to which a sample is to meet them
+TRIES, FAR = 6, 60  # scales that a sample is tried at, and how far from 0 none can be
+FAR_APART = 0.1  # scales between which the rate's slope is found
 LOSSLESS = 100.0  # decibels that a tensor counts for at most
 
 
@@ -78,7 +84,8 @@ def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, no
     """The recipe that the calibration gives."""
     effort = request.effort
     found, used = _calibrations(groups, path, request.calibration, note, once)
-    layers = found[0] if len(found) == 1 else joined(found)
+    layers, factors = found[0] if len(found) == 1 else joined(found), Factors()
+    layers = {name: replace(layer, factors=factors) for name, layer in layers.items()}
     every = (one.missing.items() for one in found if isinstance(one, Layers))
     missing = {name: part for one in every for name, part in one if name not in layers}
     sample = Sample.general() if request.calibration.general else Sample()
@@ -200,8 +207,29 @@ class Search:
             got = 8 * size / self._weights
             return bits if exact and got < bits else got  # nothing is finer than lossless
 
-        goal, first = (bits * (1 - TOLERANCE), bits), 1.03 - min(bits, FINEST)
-        return _meet(rate, goal, first, 1.0 if bits > 1 else 1.5, missed)
+        first, slope = self._begun(bits, 1.03 - min(bits, FINEST), 1.0 if bits > 1 else 1.5)
+        return _meet(rate, (bits * (1 - TOLERANCE), bits), first, slope, missed)
+
+    def _begun(self, bits: float, scale: float, slope: float) -> tuple[float, float]:
+        """A scale at which a sample of the rows takes so many bits, about, and its change for a bit; or those given."""
+        some, goal = few(self._mine, self.recipe), bits * (1 - LEAN * TOLERANCE)
+        if some is None:
+            return scale, slope
+        first, usual, high = scale, slope, math.nan
+        for _ in range(TRIES):
+            rate = 8 * self._sampled(some, scale, f"{bits:.3f} bits") / self._weights
+            high = rate if math.isnan(high) else high
+            if abs(scale - first) >= FAR_APART and rate != high:  # what lies nearer is of its chance
+                slope = min(max((scale - first) / (high - rate), usual / 2), 3 * usual)
+            if abs(rate - goal) <= goal * NEAR:
+                return scale, slope
+            scale += (rate - goal) * slope
+        return (scale, slope) if abs(scale) <= FAR else (first, usual)
+
+    def _sampled(self, some: Few, scale: float, what: str) -> float:
+        """Bytes of all quantised tensors at a scale, about, from some of their rows."""
+        every = self._over(some.groups, replace(some.recipe, scale=scale), partial(encode, measured=False), what)
+        return math.fsum(some.bytes_of(e, size_of(e, some.recipe)) for e in every)
 
     def _snr(self, goal: float) -> float:
         def mean(scale: float) -> float:
@@ -228,13 +256,18 @@ class Search:
     def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         """Results of the work on every quantised tensor at a scale, as they come."""
         known = {name: replace(a, lossless=self.sizes.get(name)) for name, a in self.recipe.aligned.items()}
-        now, mine = replace(self.recipe, scale=scale, aligned=known), self._mine
         self.tried += 1
         if self.kept is not None:
             self.kept.clear()
-        every = ((workers.need(g.tensor, now), (g, workers.only(now, g.tensor.name))) for g in mine)
+        now = replace(self.recipe, scale=scale, aligned=known)
+        yield from self._over(self._mine, now, work, f"{what}, pass {self.tried}")
+
+    def _over(
+        self, groups: Sequence[ties.Group], now: Recipe, work: Callable[[ties.Group, Recipe], T], what: str
+    ) -> Iterator[T]:
+        every = ((workers.need(g.tensor, now), (g, workers.only(now, g.tensor.name))) for g in groups)
         for i, result in enumerate(workers.run(self.pool, work, every, room()), 1):
-            self.note(f"looking for the scale: {what}, pass {self.tried} at {scale:+.3f}", i, len(mine))
+            self.note(f"looking for the scale: {what} at {now.scale:+.3f}", i, len(groups))
             yield result
 
     def _keep(self, e: Encoded) -> Encoded:

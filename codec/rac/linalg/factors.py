@@ -1,0 +1,78 @@
+"""Triangular recursions that were found, in files, so that each input's is found once in a pack.
+
+A factor takes n^3 / 3 operations, from widths of some thousands on more than all else that is done to a matrix. Query,
+key and value share one; the recipe, the sample and each pass ask for it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rac.linalg.triangular import Triangular
+
+SMALLEST = 256  # inputs below which a factor is found as fast as it is read
+FREE = 2  # one part in so many of the disk's free bytes is left free
+
+
+class Factors:
+    """A folder of recursions by a text that says what they are of; it goes away with this object.
+
+    Where the disk has no more room for one, it is found anew each time. It pickles: other processes find what is there.
+    """
+
+    def __init__(self, folder: str | None = None, reserve: int = 0) -> None:
+        """Open a folder, or make one, in which half of what is free may be used."""
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="rac-factors-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            reserve = shutil.disk_usage(folder).free // FREE
+        self._folder, self._reserve = folder, reserve
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def __reduce__(self) -> tuple[type[Factors], tuple[str, int]]:
+        return Factors, (self._folder, self._reserve)
+
+    def get(self, key: str, find: Callable[[], Triangular]) -> Triangular:
+        """The recursion under a key; `find` is asked where it is not there, by one thread at a time."""
+        path = Path(self._folder, hashlib.sha256(key.encode()).hexdigest())
+        with self._locks[path.name]:
+            if (there := self._read(path)) is not None:
+                return there
+            found = find()
+            if found.feed.shape[-1] >= SMALLEST:
+                self._write(path, found)
+        return found
+
+    def _read(self, path: Path) -> Triangular | None:
+        try:
+            feed = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+            order = np.load(path.with_suffix(".order.npy"), allow_pickle=False)
+            weight = np.load(path.with_suffix(".weight.npy"), allow_pickle=False)
+        except (OSError, ValueError, EOFError):  # not there, or lost: it can be found again
+            return None
+        return Triangular(order, weight, feed.swapaxes(-1, -2))
+
+    def _write(self, path: Path, found: Triangular) -> None:
+        if shutil.disk_usage(self._folder).free - found.feed.nbytes < self._reserve:
+            return
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            parts = ((".order.npy", found.order), (".weight.npy", found.weight), (".npy", found.feed.swapaxes(-1, -2)))
+            for suffix, array in parts:  # the feeds, which say that all is there, last
+                with open(part, "wb") as f:
+                    np.save(f, array, allow_pickle=False)
+                os.replace(part, path.with_suffix(suffix))
+        except OSError:  # no room: the next who asks finds it anew
+            with contextlib.suppress(OSError):
+                part.unlink()
