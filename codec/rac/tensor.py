@@ -53,6 +53,11 @@ class Tensor:
         return tuple(dict.fromkeys((*self.uses, *([self.online.object] if self.online and self.online.object else []))))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The name and the aliases."""
+        return (self.name, *(alias for alias, _ in self.aliases))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the dense tensor."""
         return self.grid.rows * self.grid.cols * self.word

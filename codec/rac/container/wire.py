@@ -117,6 +117,12 @@ def directory(units: Sequence[bytes | memoryview]) -> bytes:
     return b"".join(struct.pack("<QQ", len(u), xxh3(u)) for u in units)
 
 
+def payload_size(units: bytes) -> int:
+    """Bytes that the units of a directory take, each with its padding."""
+    sizes: tuple[int, ...] = struct.unpack(f"<{len(units) // 8}Q", units)[::2]
+    return sum(sizes) + sum(-size % STREAM_ALIGN for size in sizes)
+
+
 def parse_units(data: Any, payload_size: int) -> Units:
     """Unit table of a record; together the 16-byte aligned units fill the payload exactly."""
     if not isinstance(data, bytes) or len(data) % 16:

@@ -19,6 +19,7 @@ from rac.records import Entry
 from rac.registry import RECORD_INDEX
 from rac.system import lock, start_writing, sync_folder
 
+AT_ONCE = 4 << 20  # bytes of a record that are handed to the system in one call
 SOON = 8 << 20  # bytes after which the disk begins to write, so that little is left to wait for at the end
 
 
@@ -82,10 +83,18 @@ class Writer:
         self, kind: int, flags: int, head: dict[str, Any], units: Sequence[bytes | memoryview], **fields: Any
     ) -> Entry:
         """Write one record; `head` gets its "units". `fields` are those of its index row."""
-        at, payload_size = self.at, sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in units)
-        fixed, check, head_size = wire.record_head(kind, flags, head | {"units": wire.directory(units)}, payload_size)
+        at, directory = self.at, wire.directory(units)
+        payload_size = wire.payload_size(directory)
+        fixed, check, head_size = wire.record_head(kind, flags, head | {"units": directory}, payload_size)
         padded = (piece for u in units for piece in (u, bytes(wire.pad(len(u), wire.STREAM_ALIGN))))
-        self.write(fixed, *padded, bytes(wire.pad(payload_size)))
+        some, size = list[bytes | memoryview]([fixed]), len(fixed)
+        for piece in itertools.chain(padded, [bytes(wire.pad(payload_size))]):
+            some.append(piece)
+            size += len(piece)
+            if size >= AT_ONCE:  # units may be in a file, and more than memory holds
+                self.write(*some)
+                some, size = [], 0
+        self.write(*some)
         sizes: Any = {"head_size": head_size, "payload_size": payload_size}
         self.entries.append(Entry(kind, head.get("name", ""), at, check=check, flags=flags, **sizes, **fields))
         return self.entries[-1]

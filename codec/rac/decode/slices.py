@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from rac.grid import Box
 from rac.native.prototypes import Array
 from rac.records import Online
 from rac.tensor import Tensor, numbers
+
+BAND = 1 << 24  # dense bytes of the rows of tiles that `in_bands` decodes at once, about
 
 
 class Slice:
@@ -123,6 +126,22 @@ class Slice:
             out = np.empty((r1 - r0, c1 - c0), f"<u{t.word}")
             dec.join(place.part(Box(r0, r1, left, g.cols) if product.whole_rows else box), out, box)
             return out
+
+
+def in_bands(archive: Archive, t: Tensor, threads: int, take: Callable[[int, Array], None]) -> None:
+    """Decode a tensor some rows of tiles at a time, several side by side; all its bytes are checked.
+
+    `take` gets the offset of each piece in the dense bytes, and its words; threads call it, in any order.
+    """
+    of, grid = Slice(archive, t, "numpy", "cpu"), t.grid
+    step = max(1, BAND // max(1, grid.tr * grid.cols * t.word)) * grid.tr
+
+    def decode(a: int) -> None:
+        take(a * grid.cols * t.word, of._tiles(a, min(grid.rows, a + step), 0, grid.cols))
+
+    with ThreadPoolExecutor(threads, "rac-decode") as pool:
+        for _ in pool.map(decode, range(0, grid.rows, step)):
+            pass
 
 
 def _again(archive: Archive, name: str, framework: str, device: str) -> Slice:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
 import posixpath
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, BinaryIO
 
 from rac import system
@@ -19,18 +22,22 @@ from rac.container.output import PART, destination, part
 from rac.container.reader import Archive
 from rac.decode import random, zips
 from rac.decode.archive import RacFile
+from rac.decode.slices import in_bands
 from rac.decode.spool import at_random
 from rac.errors import FormatError, NameNotFoundError, OutputError
 from rac.linalg.transform import describe
 from rac.machine import threads_of
+from rac.native.prototypes import Array
 from rac.provenance import Provenance, frame_name, header_name, piece_name
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.table import is_quantised
-from rac.tensor import extra_of
+from rac.tensor import Tensor, extra_of
 
 Progress = Callable[[str, int], None]
 GGUF_HEADER = "gguf.header"
+AT_ONCE = 64  # files that are open
+LARGE = 1 << 28  # bytes of a tensor from which on it is written as it is decoded, and never in memory as a whole
 LIBRARIES = ("npy", "npz", "onnx", "torch", "keras", "flax", "dcp")
 """Kinds of sources that are files of other libraries."""
 FILES = (".npy", ".npz", ".onnx", ".pt", ".pth", ".bin", ".h5", ".keras", ".msgpack", ".rac")
@@ -396,44 +403,91 @@ def _plan_gguf(f: RacFile, out: File) -> File:
     return out
 
 
+def _decoded(
+    archive: Archive, entries: Sequence[Entry], threads: int, put: Callable[[Tensor, int, Array], None]
+) -> Iterator[Tensor]:
+    """The tensors of rows of the index, in order; `put` gets each, or pieces of a large one with their offsets."""
+    for large, some in itertools.groupby(entries, lambda e: _size(e.dtype, e.shape) >= LARGE):
+        if not large:
+            for t, words in random.load(archive, [*some], threads):
+                put(t, 0, words)
+                yield t
+                del words
+            continue
+        for e in some:
+            t = random.parse(archive, archive.record(e))
+            in_bands(archive, t, threads, partial(put, t))
+            yield t
+
+
+class _Parts:
+    """The files that are being written, under the names of parts; few of them are open at a time."""
+
+    def __init__(self, outputs: Sequence[File]) -> None:
+        """Begin each: its size, and what is not a tensor of it."""
+        self.where = {name: o for o in outputs for name in o.places}
+        self._open: dict[str, BinaryIO] = {}
+        self._lock = threading.Lock()
+        for o in outputs:
+            os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
+            with part(o.path) as file:
+                file.truncate(0)
+                file.write(o.head)
+                file.truncate(o.end)
+                for at, piece in o.around:
+                    file.seek(at)
+                    file.write(piece)
+
+    def put(self, t: Tensor, at: int, words: Array) -> None:
+        """Write words of a tensor, at an offset in it, into each file that has it; threads may."""
+        for name in (n for n in t.names if n in self.where):
+            o = self.where[name]
+            offset, size = o.places[name]
+            if t.nbytes != size:
+                raise FormatError("the record is not the one that the index names", unit=repr(name))
+            with self._lock:
+                file = self._file(o)
+                file.seek(offset + at)
+                file.write(words.data.cast("B") if words.size else b"")
+
+    def _file(self, o: File) -> BinaryIO:
+        if o.path not in self._open:
+            if len(self._open) == AT_ONCE:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[o.path] = part(o.path)
+        return self._open[o.path]
+
+    def finish(self, o: File) -> None:
+        """Bring a file to the disk, and give it its name."""
+        file = self._file(o)
+        if o.zipped and o.lossy:
+            zips.mend(file, o.lossy)
+        file.flush()
+        os.fsync(file.fileno())
+        self._open.pop(o.path).close()
+        os.replace(o.path + PART, o.path)
+
+    def close(self) -> None:
+        """Close what is open."""
+        for file in self._open.values():
+            file.close()
+
+
 def _write(f: RacFile, outputs: list[File], threads: int, progress: Progress | None) -> dict[str, str]:
     """Write all tensors; returns those whose layers need an online transform, and what that is."""
     online: dict[str, str] = {}
-    files: list[BinaryIO] = []
-    where: dict[str, tuple[File, BinaryIO]] = {}
-    with ExitStack() as stack:
-        for o in outputs:
-            os.makedirs(os.path.dirname(o.path) or ".", exist_ok=True)
-            files.append(file := stack.enter_context(part(o.path)))
-            file.truncate(0)
-            file.write(o.head)
-            file.truncate(o.end)
-            for at, piece in o.around:
-                file.seek(at)
-                file.write(piece)
-            where |= dict.fromkeys(o.places, (o, file))
+    with closing(_Parts(outputs)) as parts:
         for archive in f.archives:
             rows = (e for e in archive.index.entries if e.type == RECORD_TENSOR)
-            entries = [e for e in rows if not where.keys().isdisjoint(e.names)]
-            for t, words in random.load(archive, entries, threads):
-                for name in (n for n in (t.name, *(a for a, _ in t.aliases)) if n in where):
-                    o, file = where[name]
-                    offset, size = o.places[name]
+            entries = [e for e in rows if not parts.where.keys().isdisjoint(e.names)]
+            for t in _decoded(archive, entries, threads, parts.put):
+                for name in (n for n in t.names if n in parts.where):
                     if t.quantised:
-                        o.lossy.append((offset, size))
-                    if t.nbytes != size:
-                        raise FormatError("the record is not the one that the index names", unit=repr(name))
-                    file.seek(offset)
-                    file.write(words.data.cast("B") if words.size else b"")
+                        parts.where[name].lossy.append(parts.where[name].places[name])
                     if t.online:
                         online[name] = describe(t.online, t.shape[1])
                 if progress:
                     progress(t.name, t.nbytes)
-        for o, file in zip(outputs, files, strict=True):
-            if o.zipped and o.lossy:
-                zips.mend(file, o.lossy)
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(o.path + PART, o.path)
+        for o in outputs:
+            parts.finish(o)
     return online

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,7 +61,7 @@ class Encoded:
     """A tensor or an object that is ready to be written: what a worker returns."""
 
     head: dict[str, Any]  # the head of the record, but for its units
-    units: list[Bytes]
+    units: Sequence[Bytes]
     row: dict[str, Any]  # what the index row adds to the record
     objects: tuple[Encoded, ...] = ()  # objects that the tensor or its layer uses; their records come first
     fidelity: Fidelity | None = None  # None: the tensor is lossless
@@ -106,6 +108,56 @@ def decoded(e: Encoded) -> NDArray[Any]:
             work.join(decoder, place.words, out.part(band.box), band.box)
     work.run()
     return out.words
+
+
+class Spool(Sequence[Bytes]):
+    """Units in a file without a name, in the folder of a path; each is read where it is asked for."""
+
+    def __init__(self, beside: str) -> None:
+        self._beside = beside
+        self._file: Any = None
+        self._places: list[tuple[int, int]] = []  # offset and size of each
+        self._end = 0
+
+    def put(self, units: Sequence[Bytes]) -> list[int]:
+        """Write units behind the others; their numbers. OutputError where the disk is full."""
+        try:
+            if self._file is None:
+                folder = os.path.dirname(os.path.abspath(self._beside))
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed in the next line
+                weakref.finalize(self, self._file.close)
+            first = len(self._places)
+            for unit in units:
+                self._file.seek(self._end)
+                left = memoryview(unit).cast("B")
+                self._places.append((self._end, len(left)))
+                self._end += len(left)
+                while left:
+                    left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OutputError(error.strerror or str(error), file=self._beside) from error
+        return [*range(first, len(self._places))]
+
+    def arrange(self, order: list[int]) -> None:
+        """Sort: unit i is then the one of number `order[i]`."""
+        self._places = [self._places[i] for i in order]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        at, size = self._places[i]
+        out = bytearray(size)
+        left = memoryview(out)
+        try:
+            self._file.seek(at)
+            while left:
+                left = left[self._file.readinto(left) :]
+        except OSError as error:
+            raise OutputError(error.strerror or str(error), file=self._beside) from error
+        return memoryview(out)
 
 
 @dataclass(slots=True)

@@ -327,7 +327,10 @@ class Packer(contextlib.ExitStack):
             online=sum(t.online is not None for t in tensors),
             tree=self._tree(),
         )
-        schedule = Schedule(options.lossless, self._jobs, self._threads, self._pool, quantiser, self._lossless.take)
+        workers_of = (self._threads, self._pool)
+        schedule = Schedule(
+            options.lossless, self._jobs, *workers_of, quantiser, self._lossless.take, self._out, near=not source.tape
+        )
         if source.tape and quantiser is None:
             most = max((g.tensor.nbytes for g in self._groups), default=0)
             schedule.window, self._left = max(0, min(WINDOW, source.tape.limit) - most), list(self._groups)

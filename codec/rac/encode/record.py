@@ -123,7 +123,7 @@ def _chain(plan: Plan, behind: Behind | None) -> Chain:
 def encoded(
     group: ties.Group,
     plan: Plan,
-    units: list[Bytes],
+    units: Sequence[Bytes],
     behind: Behind | None = None,
     objects: tuple[Encoded, ...] = (),
     fidelity: Fidelity | None = None,

@@ -11,8 +11,8 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from rac.encode import record, ties, workers
-from rac.encode.code.plan import Encoder, Level
-from rac.encode.encoded import Bytes, Encoded
+from rac.encode.code.plan import LARGE, Encoder, Level
+from rac.encode.encoded import Bytes, Encoded, Spool
 from rac.encode.sources import SourceTensor
 from rac.machine import room
 
@@ -49,25 +49,44 @@ class _Item:
     encoder: Encoder = field(init=False)  # what codes a lossless tensor
     rows: list[range] = field(default_factory=list)  # of tiles, of each piece
     bands: list[list[Bytes]] = field(default_factory=list)  # units in front of the tiles, then those of each piece
+    spool: Spool | None = None  # where the units of a large tensor are
+    spooled: list[list[int]] = field(default_factory=list)  # as `bands`: their numbers there
     objects: tuple[Encoded, ...] = ()
     done: Encoded | None = None
 
-    def begin(self, level: Level) -> int:
-        """Plan a lossless tensor, and code it too where it is one piece; returns how many pieces are left."""
+    def begin(self, level: Level, beside: str) -> int:
+        """Plan a lossless tensor, and code it too where it is one piece; returns how many pieces are left.
+
+        What is coded of a large one goes to a file in the folder of the path `beside`.
+        """
         self.encoder = record.lossless(self.group.tensor, level)
         self.objects = record.matrix_of(self.group.tensor, level)
         self.rows, plan = record.pieces(self.encoder.plan.grid), self.encoder.plan
         left = len(self.rows) if len(self.rows) > 1 else 0
         self.bands = [plan.fronts + (self.band(0) if len(self.rows) == 1 else []), *([] for _ in range(left))]
+        if self.group.tensor.nbytes >= LARGE and left:
+            self.spool = Spool(beside)
+            self.spooled = [self.spool.put(plan.fronts), *([] for _ in range(left))]
         return left
 
     def band(self, i: int) -> list[Bytes]:
         """The units of piece `i`."""
         return record.band(self.group.tensor, self.encoder, self.rows[i])
 
+    def take(self, i: int, units: list[Bytes]) -> None:
+        """Take in the units of piece `i`."""
+        if self.spool is None:
+            self.bands[i + 1] = units
+        else:
+            self.spooled[i + 1] = self.spool.put(units)
+        self.left -= 1
+
     def encoded(self) -> Encoded:
         """The tensor, all of whose bands are there."""
-        units = [unit for band in self.bands for unit in band]
+        units: Sequence[Bytes] = [unit for band in self.bands for unit in band]
+        if self.spool is not None:
+            self.spool.arrange([number for band in self.spooled for number in band])
+            units = self.spool
         return record.encoded(self.group, self.encoder.plan, units, objects=self.objects)
 
 
@@ -81,7 +100,9 @@ class Schedule:
     pool: Executor  # quantises; the threads do all else
     quantiser: Quantiser | None
     done: Callable[[str], Encoded | None]  # gives a lossless tensor that is encoded already, by its name
+    beside: str  # a path in whose folder is kept what is coded of a large tensor
     window: int = WINDOW  # dense bytes of lossless tensors in work beyond the largest
+    near: bool = True  # whether the source is at hand, and bytes in work are those that are held
     _waiting: deque[_Item] = field(default_factory=deque)
     _running: dict[Future[Any], tuple[list[_Item], int]] = field(default_factory=dict)
     _finished: SimpleQueue[Future[Any]] = field(default_factory=SimpleQueue)
@@ -119,7 +140,9 @@ class Schedule:
 
     def _need(self, t: SourceTensor) -> int:
         """Bytes of memory that a tensor takes until it is written, about."""
-        return quantiser.need(t) if (quantiser := self._lossy(t)) else t.nbytes
+        if quantiser := self._lossy(t):
+            return quantiser.need(t)
+        return min(t.nbytes, LARGE) if self.near else t.nbytes
 
     def _submit(self, number: int, row: int) -> None:
         item = self._waiting[number - self._written]
@@ -133,7 +156,10 @@ class Schedule:
             item.done, item.left = job, 0
         elif job is None:
             items = self._together(item)
-            self._running[workers.submit(self.threads, self._finished, _begin, items, self.level)] = items, row
+            self._running[workers.submit(self.threads, self._finished, _begin, items, self.level, self.beside)] = (
+                items,
+                row,
+            )
         else:
             self._running[workers.submit(self.pool, self._finished, job[0], *job[1])] = [item], row
 
@@ -152,8 +178,7 @@ class Schedule:
     def _collect(self, job: Future[Any], items: list[_Item], row: int) -> None:
         found = job.result()
         if row >= 0:
-            items[0].bands[row + 1] = found
-            items[0].left -= 1
+            items[0].take(row, found)
         elif isinstance(found, Encoded):
             items[0].done, items[0].left = found, 0
         else:
@@ -163,5 +188,5 @@ class Schedule:
                     heappush(self._ready, (item.number, r))
 
 
-def _begin(items: list[_Item], level: Level) -> list[int]:
-    return [item.begin(level) for item in items]
+def _begin(items: list[_Item], level: Level, beside: str) -> list[int]:
+    return [item.begin(level, beside) for item in items]

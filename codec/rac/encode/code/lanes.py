@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from rac import native
 from rac.container import zstd
 from rac.encode.code import classes as clusters
-from rac.encode.code.plan import MANTISSA, Level, Plan, View, chunks
+from rac.encode.code.plan import CHUNK, LARGE, MANTISSA, Level, Plan, View, chunks
 from rac.encode.code.tiles import Symbols, Tiles, both
 from rac.encode.encoded import Bytes
 from rac.entropy import tables
@@ -29,6 +30,40 @@ _SCALED = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 """Codes whose scales are those of blocks: rows and columns inside one differ as much as those of the matrix do."""
 _LARGE = 1 << 20  # words from which on more classes of them pay
 _LEAST = 2048  # words below which tables would cost more than they gain
+
+
+class Base:
+    """Base symbols (R, C) of a tensor: held, or where it is large made anew, some rows of tiles at a time."""
+
+    def __init__(self, view: View, of: Callable[[Array], NDArray[np.uint8]]) -> None:
+        """`of` gives the symbols of words."""
+        self._view, self._of, self._all = view, of, None
+        if view.words is not None:
+            self._all = of(view.words)
+        elif view.size < LARGE:
+            self._all = np.empty((view.grid.rows, view.grid.cols), np.uint8)
+            for a, b in chunks(view.grid):
+                self._all[a:b] = of(view.read(a, b))
+
+    def parts(self, a: int, b: int) -> Iterator[tuple[NDArray[np.uint8], int, int]]:
+        """(Symbols, first row, row behind the last) of the rows [a, b), all in one or some rows of tiles each."""
+        if self._all is not None:
+            yield self._all[a:b], a, b
+            return
+        grid = self._view.grid
+        step = max(1, CHUNK // (grid.tr * grid.cols * grid.word)) * grid.tr
+        for start in range(a // step * step, b, step):
+            x, y = max(a, start), min(b, start + step)
+            yield self._of(self._view.read(x, y)), x, y
+
+    def sum(self, of: Callable[[NDArray[np.uint8], int, int], Array]) -> Array:
+        """The sum of what `of` counts in each of the `parts` of all rows."""
+        total: Array | None = None
+        for part in self.parts(0, self._view.grid.rows):
+            found = of(*part)
+            total = found if total is None else total + found.astype(np.int64)
+        assert total is not None  # noqa: S101 - there are rows
+        return total
 
 
 class LanesEncoder:
@@ -72,7 +107,7 @@ class LanesEncoder:
             return None
         runs, escapes = found
         kept = np.concatenate([np.arange(a, a + k) for a, k in zip(runs[::2], runs[1::2], strict=True)])
-        symbols, cells = _symbols(view, (zero, signed, down - zero), kept, escapes, per)
+        symbols, cells, base = _symbols(view, (zero, signed, down - zero), kept, escapes, per)
         n, (kr, kc), group = cells.shape[2], cells.shape[:2], symbols.table.reshape(-1)
         p = Lanes(
             lanes=_lane_count(view.level, min(view.total, grid.tr * grid.tc)),
@@ -91,7 +126,7 @@ class LanesEncoder:
         )
         tiles, rare = Tiles(p, grid, symbols.lut, symbols.rows, symbols.cols, symbols.table), None
         if per == 2:
-            counts, rare = _without_rare(tiles.count(symbols.base), p)
+            counts, rare = _without_rare(base.sum(lambda some, a, _: tiles.count(some, a)), p)
         else:
             counts = clusters.sum_groups(cells.reshape(kr * kc, n), group, p.tables)
         freq = np.stack([tables.normalise(c) for c in counts])
@@ -127,28 +162,25 @@ class LanesEncoder:
 
 def _symbols(
     view: View, cut: tuple[int, bool, int], kept: Array, escapes: list[int], per: int
-) -> tuple[Symbols, clusters.Counts]:
-    """Base symbols, classes and counts (Kr, Kc, n); `cut`: (zero bits, signed, shift), `kept`: tops with symbols."""
+) -> tuple[Symbols, clusters.Counts, Base]:
+    """Classes, counts (Kr, Kc, n), base symbols; `cut`: (zero bits, signed, shift), `kept`: tops with symbols."""
     (zero, signed, shift), grid, level = cut, view.grid, view.level
     n, lut = len(kept) + len(escapes), np.zeros(65536, np.uint8)
     for j in reversed(range(len(escapes))):
         lut[escapes[j] : escapes[j] + 256] = len(kept) + j
     lut[kept] = np.arange(len(kept))
-    if view.words is not None:
-        base = native.symbols(view.words, zero, signed, shift, lut)
-    else:
-        base = np.empty((grid.rows, grid.cols), np.uint8)
-        for a, b in chunks(grid):
-            base[a:b] = native.symbols(view.read(a, b), zero, signed, shift, lut)
+    base = Base(view, lambda words: native.symbols(words, zero, signed, shift, lut))
     weight = n if per == 2 else 1  # a table of pairs costs about that much more than one of base symbols
     if view.dtype in _SCALED and level.row_classes > 1 and view.total >= _LARGE:
         level = replace(level, row_classes=max(16, level.row_classes), col_classes=max(8, level.col_classes))
     # Column classes slow a decoder down where it cannot permute a row of a tile in registers.
     wide = not level.again and view.dtype in MANTISSA and (grid.word != 2 or grid.tc > 64)
-    rows, cols, cells = _classes(base, n, weight, replace(level, col_classes=1) if wide else level)
+    if wide:
+        level = replace(level, col_classes=1)
+    rows, cols, cells = _classes(base, (grid.rows, grid.cols), n, weight, level)
     kr, kc = cells.shape[:2]
     group = clusters.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
-    return Symbols(base, lut, rows, cols, group.reshape(kr, kc)), cells
+    return Symbols(lut, rows, cols, group.reshape(kr, kc)), cells, base
 
 
 def _around(view: View, p: Lanes) -> int:
@@ -221,13 +253,13 @@ def _lane_count(level: Level, elements: int) -> int:
 
 
 def _classes(
-    symbols: NDArray[np.uint8], n: int, weight: int, level: Level
+    symbols: Base, shape: tuple[int, int], n: int, weight: int, level: Level
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, clusters.Counts]:
     """Row classes, column classes (None: one class), and the symbol counts (Kr, Kc, n) of each pair.
 
     `weight` is the length of a table against one of n symbols.
     """
-    r, c = symbols.shape
+    r, c = shape
 
     def key(classes: NDArray[np.uint8] | None, scale: int) -> Array | None:
         return None if classes is None else classes.astype(np.int32) * np.int32(scale)
@@ -237,15 +269,21 @@ def _classes(
         return (found if len(agg) > 1 else None), agg
 
     def of_rows(a: int, b: int) -> Array:
-        by_row = np.arange(b - a, dtype=np.int32) * np.int32(kc)
-        return native.histogram(symbols[a:b], by_row, key(cols, 1), (b - a) * kc, n).reshape(b - a, kc, n)
+        found = []
+        for some, x, y in symbols.parts(a, b):
+            by_row = np.arange(y - x, dtype=np.int32) * np.int32(kc)
+            found.append(native.histogram(some, by_row, key(cols, 1), (y - x) * kc, n).reshape(y - x, kc, n))
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def of_cols(a: int, b: int) -> Array:
-        return native.column_histogram(symbols[:, a:b], rows, kr, n)
+        def count(some: Array, x: int, y: int) -> Array:
+            return native.column_histogram(some[:, a:b], None if rows is None else rows[x:y], kr, n)
+
+        return np.asarray(symbols.sum(count), np.uint32)
 
     rows = cols = None
     kr = kc = 1
-    enough = min(r, c) >= 16 and symbols.size >= 8192
+    enough = min(r, c) >= 16 and r * c >= 8192
     cells = None
     if enough and level.row_classes > 1:
         rows, cells = cluster(of_rows, r, 1, level.row_classes)
@@ -257,5 +295,5 @@ def _classes(
             rows, cells = cluster(of_rows, r, kc, level.row_classes)
             kr = len(cells)
     if cells is None:
-        cells = native.histogram(symbols, None, None, 1, n).astype(np.int64)[None]
+        cells = symbols.sum(lambda some, *_: native.histogram(some, None, None, 1, n)).astype(np.int64)[None]
     return rows, cols, cells

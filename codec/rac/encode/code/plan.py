@@ -28,6 +28,7 @@ than 1.1 times its share of the stored bytes and 64 KB, or 1 MB. Rows may be exc
 SLICES = tuple(CUTS)
 CHUNK = 1 << 22
 HELD = 1 << 25  # bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks
+LARGE = 1 << 28  # bytes of a tensor from which on nothing of it is held, neither its symbols nor its coded tiles
 SAMPLE = {1: 1 << 17, 2: 1 << 15}  # per elements per symbol: bytes that general compressors are tried on
 
 
@@ -172,7 +173,7 @@ class View:
             for a, b in chunks(grid):
                 words = self.read(a, b)
                 digest.update(words.data.cast("B"))
-                self.union |= native.scan(words, self.mask, self.base, self.hist)
+                self._scan(words)
                 if b - a == grid.rows:
                     self.words = words
         self.digest = digest.value()  # XXH3-128 of all words
@@ -189,9 +190,18 @@ class View:
             self.base = self.least_base
             self.hist = self._counters()
             for a, b in chunks(self.grid):
-                native.scan(self.read(a, b), self.mask, self.base, self.hist)
+                self._scan(self.read(a, b))
 
-    def _counters(self) -> NDArray[np.uint32]:
+    def _scan(self, words: Array) -> None:
+        """Count, and take into the union; a kernel counts in 32 bits."""
+        if self.total < 1 << 32:
+            self.union |= native.scan(words, self.mask, self.base, self.hist)
+        else:
+            some = np.zeros(len(self.hist), np.uint32)
+            self.union |= native.scan(words, self.mask, self.base, some)
+            self.hist = self.hist + some.astype(np.int64)
+
+    def _counters(self) -> Array:
         """Of the bits of a word from `base` on, without its sign."""
         return np.zeros((self.mask >> self.base) + 1, np.uint32)
 

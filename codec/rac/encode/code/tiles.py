@@ -22,7 +22,6 @@ _SAME = np.arange(256, dtype=np.uint8)
 class Symbols:
     """What the analysis of a tensor has found, and the encoding of its tiles needs."""
 
-    base: NDArray[np.uint8]  # (R, C) base symbols
     lut: NDArray[np.uint8]  # (65536,) base symbol of each top
     rows: NDArray[np.uint8] | None  # (R,) classes of rows; None: one
     cols: NDArray[np.uint8] | None  # (C,) classes of columns; None: one
@@ -44,18 +43,21 @@ class Tiles:
     model: NDArray[np.uint32] = field(init=False)  # (T, 256) of each base symbol, or pair a | b << 4
     escaping: NDArray[np.uint8] = field(init=False)  # (T, 256) of the same: see src/encode.h
 
-    def count(self, base: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """(T, symbols) how often each coded symbol occurs under each table; base symbols (R, C)."""
+    def count(self, base: NDArray[np.uint8], first: int = 0) -> NDArray[np.int64]:
+        """(T, symbols) how often each coded symbol occurs under each table.
+
+        `base` are the base symbols (h, C) of whole rows of tiles, which begin in row `first` of the matrix.
+        """
         p, grid, code = self.p, self.grid, codes(self.p.base, self.p.first_escape, self.p.per)
         words = (p.tables, 256)
         form = {"word": 1, "zero": 0, "sign": 0, "shift": 0}
         coding = self._coding(None, np.zeros(words, np.uint32), np.zeros(words, np.uint8), **form)
-        every = boxes(grid)
-        found = native.count_tiles(coding, native.pieces(base, every, 0, self.rows, self.cols))
+        every = boxes(grid)[first // grid.tr * grid.across : -(-(first + len(base)) // grid.tr) * grid.across]
+        found = native.count_tiles(coding, native.pieces(base, every, first, self.rows, self.cols))
         if found is None:
             found = np.zeros(words, np.uint32)
             for box in every:
-                order, sym = self._sequence(base[box.r0 : box.r1, box.c0 : box.c1], box)
+                order, sym = self._sequence(base[box.r0 - first : box.r1 - first, box.c0 : box.c1], box)
                 np.add.at(found, (np.repeat(order.segments[:, 1], order.segments[:, 0]), sym), 1)
         return np.ascontiguousarray(found[:, code].astype(np.int64))
 

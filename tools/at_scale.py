@@ -1,0 +1,248 @@
+"""Lossless packing of models of the real size: made, packed, verified, unpacked, loaded and taken away again.
+
+    python tools/at_scale.py FOLDER --size 16000                          # as an 8-billion-weight model in BF16
+    python tools/at_scale.py FOLDER --size 500 --shards 1000 --tiny 3000
+    python tools/at_scale.py FOLDER --size 0 --tiny 100000
+    python tools/at_scale.py FOLDER --size 0 --one 8000
+
+What is packed is made by tools/shaped.py after PATTERN. Each step is a process of its own, of which are printed:
+seconds and seconds of the processor (all threads), dense MB for each of them, and the most memory that it held at once
+(VmHWM: pages of mapped files count). Steps:
+
+    pack, verify   the folder, and the archive against it; the folder is taken away then
+    unpack         to a folder, whose files are compared with those that were made by their SHA-256
+    load           every tensor to a numpy array, one after the other, forward; warm, and cold: the file is dropped from
+                   the page cache before
+    safetensors    the same of the unpacked files, by safetensors.numpy.load_file, one file after the other
+    read           the bytes of the archive alone, cold: what the disk gives
+    in memory      a sample of the same tensors, packed to memory and loaded from there: what the kernels allow where
+                   there is no disk and no large model; best of three
+
+FOLDER must be new or empty; on the disk it takes up to 1.7 times the size of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SAMPLE = 256 << 20  # bytes of the tensors that are packed in memory, about
+PATTERN = Path("demo/smollm2-bf16/model-00001-of-00003.safetensors")
+
+
+def sources(folder: Path) -> list[Path]:
+    """The safetensors files of a folder."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def drop(paths: list[Path]) -> None:
+    """Drop files from the page cache."""
+    for path in paths:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def make(folder: Path, args: argparse.Namespace) -> None:
+    import shaped
+
+    tensors = shaped.plan(args.size * 10**6) + shaped.more(args.one * 10**6, args.tiny)
+    real = shaped.Real(args.pattern)
+    digests = shaped.folder(real, folder / "source", tensors, args.shards)
+    (folder / "made.json").write_text(json.dumps(digests))
+
+
+def pack(folder: Path, _: argparse.Namespace) -> None:
+    import rac
+
+    rac.pack(folder / "source", folder / "m.rac", jobs=2, force=True)
+
+
+def verify(folder: Path, _: argparse.Namespace) -> None:
+    import rac
+
+    rac.verify(folder / "m.rac", folder / "source")
+
+
+def unpack(folder: Path, _: argparse.Namespace) -> None:
+    import rac
+
+    rac.unpack(folder / "m.rac", folder / "back", threads=2, force=True)
+
+
+def compare(folder: Path, _: argparse.Namespace) -> None:
+    made = json.loads((folder / "made.json").read_text())
+    for name, digest in made.items():
+        with (folder / "back" / name).open("rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != digest:
+                raise SystemExit(f"{name} is not what was made")
+
+
+def load(folder: Path, _: argparse.Namespace) -> None:
+    import rac
+
+    for _name, _words in rac.stream(folder / "m.rac", threads=2):
+        pass
+
+
+def theirs(folder: Path, _: argparse.Namespace) -> None:
+    import ml_dtypes  # noqa: F401 - numpy knows its names then
+    from safetensors.numpy import load_file
+
+    for path in sources(folder / "back"):
+        load_file(path)
+
+
+def read(folder: Path, _: argparse.Namespace) -> None:
+    buffer = bytearray(8 << 20)
+    with (folder / "m.rac").open("rb", buffering=0) as f:
+        while f.readinto(buffer):
+            pass
+
+
+def in_memory(folder: Path, _: argparse.Namespace) -> None:
+    """Prints the bytes of the sample, and the fastest pack and load of three, in seconds."""
+    import io
+
+    import numpy as np
+
+    import rac
+    from rac.encode.sources import open_source
+
+    tensors, size = {}, 0
+    for t in open_source(folder / "source").tensors:
+        if size < SAMPLE:
+            n = min(t.nbytes, SAMPLE)  # of one that is larger some rows
+            row = t.nbytes // t.shape[0]
+            words = t.read(0, n // row * row).view(np.uint16)
+            tensors[t.name] = words.reshape(-1, *t.shape[1:])
+            size += words.nbytes
+    import ml_dtypes
+
+    tensors = {n: w.view(ml_dtypes.bfloat16) for n, w in tensors.items()}
+    took = [float("inf"), float("inf")]
+    for _i in range(3):
+        out = io.BytesIO()
+        start = time.perf_counter()
+        rac.save_file(tensors, out, threads=2)
+        took[0] = min(took[0], time.perf_counter() - start)
+        data = out.getvalue()
+        start = time.perf_counter()
+        for _one in rac.stream(data, threads=2):
+            pass
+        took[1] = min(took[1], time.perf_counter() - start)
+    print(json.dumps({"size": size, "pack": took[0], "load": took[1]}))
+
+
+STEPS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+    "make": make,
+    "in memory": in_memory,
+    "pack": pack,
+    "verify": verify,
+    "read": read,
+    "load": load,
+    "unpack": unpack,
+    "compare": compare,
+    "safetensors": theirs,
+}
+
+
+def step(name: str, argv: list[str]) -> dict[str, Any]:
+    """Run a step in a process of its own: what it has printed, seconds, those of the processor, MB at most."""
+    done = subprocess.run([sys.executable, __file__, *argv, "--step", name], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}: failed")
+    out: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        out |= json.loads(line)
+    return out
+
+
+def one(name: str, args: argparse.Namespace) -> None:
+    """A step, in this process."""
+    import numpy as np
+
+    import rac.numpy
+
+    with rac.open(rac.numpy.save({"warm": np.zeros((64, 64), np.float32)})) as f:  # what is imported on the way
+        f.get_tensor("warm")
+    start, before = time.perf_counter(), time.process_time()
+    STEPS[name](args.folder, args)
+    took, busy = time.perf_counter() - start, time.process_time() - before
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1000 if "VmHWM:" in status else 0.0
+    print(json.dumps({"seconds": took, "busy": busy, "peak": peak * 1.024}))
+
+
+def row(what: str, dense: int, found: dict[str, Any]) -> None:
+    """Print a row of the table."""
+    s, busy = found["seconds"], found["busy"]
+    print(f"| {what} | {s:.1f} | {busy:.1f} | {dense / 1e6 / s:.0f} | {dense / 1e6 / busy:.0f} | {found['peak']:.0f} |")
+    sys.stdout.flush()
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> None:
+    """All steps."""
+    folder, archive = args.folder, args.folder / "m.rac"
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise SystemExit(f"{folder} is not empty")
+    try:
+        print("| step | seconds | of the processor | MB/s | MB/s of the processor | memory, MB |")
+        print("| --- | ---: | ---: | ---: | ---: | ---: |")
+        made = step("make", argv)
+        dense = sum(p.stat().st_size for p in sources(folder / "source"))
+        row("make", dense, made)
+        sample = step("in memory", argv)
+        row("pack", dense, packed := step("pack", argv))
+        row("verify against the source", dense, step("verify", argv))
+        shutil.rmtree(folder / "source")
+        drop([archive])
+        row("read, cold", archive.stat().st_size, step("read", argv))
+        drop([archive])
+        row("load, cold", dense, cold := step("load", argv))
+        row("load, warm", dense, loaded := step("load", argv))
+        row("unpack", dense, step("unpack", argv))
+        row("compare", dense, step("compare", argv))
+        drop(sources(folder / "back"))
+        row("safetensors, cold", dense, others := step("safetensors", argv))
+        row("safetensors, warm", dense, step("safetensors", argv))
+        print(f"{archive.stat().st_size:,} of {dense:,} bytes, {100 * archive.stat().st_size / dense:.2f} %")
+        for what, at in (("pack", packed), ("load", loaded)):
+            rate = sample["size"] / 1e6 / sample[what]
+            here = dense / 1e6 / at["seconds"]
+            print(f"{what}: {here:.0f} MB/s, in memory {rate:.0f}: {here / rate:.2f} x")
+        print(f"load, cold: {cold['seconds'] / others['seconds']:.2f} x the time of safetensors")
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path)
+    p.add_argument("--pattern", type=Path, default=PATTERN, help=f"BF16 file to take after (default: {PATTERN})")
+    p.add_argument("--size", type=int, default=1000, metavar="MB", help="of the matrices of the model (default: 1000)")
+    p.add_argument("--one", type=int, default=0, metavar="MB", help="and one matrix of this size")
+    p.add_argument("--tiny", type=int, default=0, metavar="N", help="and so many vectors")
+    p.add_argument("--shards", type=int, default=1, metavar="N", help="files of the source (default: 1)")
+    p.add_argument("--keep", action="store_true", help="leave what was made")
+    p.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.step:
+        one(args.step, args)
+    else:
+        run(args, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
