@@ -54,14 +54,24 @@ def why_not(device: Any) -> str | None:
 
 
 def launch(launches: Iterable[Launch], memories: Mapping[str, Any]) -> None:
-    """Launch on the current stream of the device of the memories (`specs.MEMORIES` but for `source`), tensors."""
+    """Launch on the current stream of the device of the memories (`specs.MEMORIES` but for `source`), tensors.
+
+    UnsupportedError where triton cannot compile, load or start a kernel.
+    """
     for each in launches:
         call, spec = each.call, KERNELS[each.call.kernel]
         roles = {"out": memories[call.out], "source": memories.get(call.source)}
         jobs = memories["aux"][each.jobs : each.jobs + each.size].view(torch_module().int64)
         args = [{**memories, **roles}[name] for name in spec.memories]
         compiled, settings = kernel(spec.name), spec.settings(dict(call.options))
-        compiled[each.grid](*args, jobs, **constants(spec.name, call.options), **settings)
+        try:
+            compiled[each.grid](*args, jobs, **constants(spec.name, call.options), **settings)
+        except torch_module().OutOfMemoryError:
+            raise
+        except Exception as e:  # what a compiler, a driver, or a cache of theirs that is damaged ends in is anything
+            cache = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache")
+            why = f"triton cannot run the kernel {spec.name!r} ({type(e).__name__}: {e})"
+            raise UnsupportedError(f"{why}; where its cache may be damaged, delete {cache}") from e
 
 
 class _Slot:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,16 @@ def _in_numba(*arguments: Array) -> bool:
             raise
         _uncached.append(True)
         text = f"rac: numba's cache cannot be used ({e or type(e).__name__}); the decoder is compiled for each process"
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(f"{text} until you {_remedy(e)}", stacklevel=4)
         return bool(_compiled(False)(*arguments))
+
+
+def _remedy(e: Exception) -> str:
+    """What brings numba's cache back."""
+    if not isinstance(e, OSError | RuntimeError):  # these are about places; what is damaged ends in others
+        with suppress(Exception):
+            return f"delete {_compiled(True).stats.cache_path}"
+    return "let NUMBA_CACHE_DIR name a folder that can be written"
 
 
 @functools.cache

@@ -11,10 +11,11 @@ import ctypes
 import functools
 import importlib.util
 import os
+import struct
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,31 @@ def _path(cpu: str) -> Path:
     return _FOLDER / f"_{cpu}{SUFFIX}"
 
 
+def _check_end(path: Path) -> None:
+    """OSError where a library of Linux ends early: what is missing would be touched, which ends the process."""
+    with path.open("rb") as file:
+        head, size = file.read(64), os.fstat(file.fileno()).st_size
+    if head.startswith(b"\x7fELF\x02\x01") and len(head) == 64:  # 64 bits; its table of sections lies last
+        table, each, count = struct.unpack_from("<Q10x2H", head, 40)
+        if size < table + each * count:
+            raise OSError(f"{path}: ends after {size} of {table + each * count} bytes")
+
+
 @functools.cache
+def _found(cpu: str) -> tuple[Library | None, str]:
+    """The library of an instruction set, or None and what is wrong with the file that is there, if any is."""
+    try:
+        if _path(cpu).exists():
+            _check_end(_path(cpu))
+            return Library(_path(cpu)), ""
+    except OSError as e:  # of another machine, half-written
+        return None, str(e) or type(e).__name__
+    return None, ""
+
+
 def _load(cpu: str) -> Library | None:
     """The library of an instruction set, None where there is none for this platform; the machine must have the set."""
-    with suppress(OSError):  # of another machine
-        return Library(_path(cpu)) if _path(cpu).exists() else None
-    return None
+    return _found(cpu)[0]
 
 
 @functools.cache
@@ -88,11 +108,8 @@ def lost() -> str:
     why, others = "were not built", sorted(p.name for p in _FOLDER.glob("_generic.*"))
     if os.environ.get("RAC_NO_NATIVE"):
         return "the C kernels are switched off by RAC_NO_NATIVE"
-    if _path("generic").exists():
-        try:
-            ctypes.CDLL(str(_path("generic")))
-        except OSError as e:
-            why = f"do not load on this machine ({e})"
+    if damage := _found("generic")[1]:
+        why = f"do not load on this machine ({damage})"
     elif others:
         why = f"beside rac are those of another platform or version ({others[0]})"
     return f"the C kernels {why}; to get them, {AGAIN}"
@@ -110,12 +127,18 @@ def _chosen() -> Library | None:
             raise UnsupportedError(f"RAC_CPU is {wanted!r}, but {lost()}")
         if wanted not in _has():
             raise UnsupportedError(f"RAC_CPU is {wanted!r}, which this processor lacks; it has {', '.join(_has())}")
-        if _load(wanted) is None:
-            raise UnsupportedError(f"RAC_CPU is {wanted!r}, for which no kernels are here; {AGAIN}")
-        return _load(wanted)
+        found, damage = _found(wanted)
+        if found is None:
+            why = f"whose kernels do not load ({damage})" if damage else "for which no kernels are here"
+            raise UnsupportedError(f"RAC_CPU is {wanted!r}, {why}; {AGAIN}")
+        return found
     for cpu in reversed(_has()):
-        if found := _load(cpu):
+        found, damage = _found(cpu)
+        if found:
             return found
+        if damage:
+            text = f"rac: the kernels for {cpu} do not load ({damage}), and slower ones run; to get them, {AGAIN}"
+            warnings.warn(text, stacklevel=3)
     slower = {"numba": "several times", "numpy": "hundreds of times"}[twin()]
     text = f"rac: {lost()}. Until then {twin()} decodes, {slower} slower, and nothing can be packed with loss"
     warnings.warn(text, stacklevel=3)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +75,24 @@ def test_a_triton_that_lacks_what_kernels_need(monkeypatch):
     assert cuda.why_not("cpu") is None
     monkeypatch.delattr(triton, "constexpr_function")
     assert "older than 3.5" in cuda.why_not("cpu")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of triton's own half-made object
+def test_a_cache_of_triton_that_is_half_written(tmp_path, monkeypatch):
+    """One line that says what to delete; launching compiles, or takes from the cache, as compiling for a test does."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    gpu_sass.compiled.__wrapped__("outliers", 90)
+    (path,) = tmp_path.rglob("outliers.json")
+    os.truncate(path, path.stat().st_size // 2)
+
+    def launched(*_, **__):
+        gpu_sass.compiled.__wrapped__("outliers", 90)
+
+    monkeypatch.setattr(cuda, "kernel", lambda _: {(1,): launched})
+    call = SimpleNamespace(kernel="outliers", out="out", source="", options=(("WORD", 2), ("BLOCK", 128)))
+    memories = {"out": None, "aux": torch.zeros(16, dtype=torch.uint8)}
+    with pytest.raises(UnsupportedError, match=f"kernel 'outliers' .JSONDecodeError.*delete {tmp_path}$"):
+        cuda.launch([SimpleNamespace(call=call, jobs=0, size=16, grid=(1,))], memories)
 
 
 def test_nothing_loads_triton_before_it_is_asked_for():

@@ -32,7 +32,7 @@ sys.exit(main(sys.argv[1:]))
 
 def cli(folder, *arguments, missing="numba", **env):
     """`rac` with the libraries of a folder, without some modules: exit code, output, lines of errors and warnings."""
-    base = {k: v for k, v in os.environ.items() if k not in ("RAC_NO_NATIVE", "RAC_CPU")}
+    base = {k: v for k, v in os.environ.items() if k not in ("RAC_NO_NATIVE", "RAC_CPU", "NUMBA_CACHE_DIR")}
     command = [sys.executable, "-c", CODE, str(folder), missing, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=base | env)
     return done.returncode, done.stdout, done.stderr.splitlines()
@@ -118,6 +118,33 @@ def test_a_library_of_another_version(tmp_path, archive):
     ]
 
 
+@pytest.mark.skipif(library.SUFFIX != ".so", reason="macOS and Windows refuse such a file themselves")
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_library_that_is_half_written(tmp_path, archive, share):
+    """An installation that was cut off: loading such a file, the system would touch what is missing, and end all."""
+    *slower, fastest = native.cpus()
+    ours(tmp_path, *native.cpus())
+
+    def cut(cpu):
+        path = tmp_path / library._path(cpu).name
+        os.truncate(path, int(path.stat().st_size * share))
+
+    if slower:
+        cut(fastest)
+        code, out, said = cli(tmp_path, "load", archive)
+        assert code == 0 and f"CPU ({library.CPUS[slower[-1]]}, " in out
+        (line,) = said
+        assert line.startswith(f"rac: the kernels for {fastest} do not load (") and library.AGAIN in line
+        code, _, said = cli(tmp_path, "load", archive, RAC_CPU=fastest)
+        (line,) = said
+        assert code == 1 and line.startswith(f"rac: RAC_CPU is {fastest!r}, whose kernels do not load (")
+    cut("generic")
+    code, out, said = cli(tmp_path, "load", archive)
+    assert code == 0 and "CPU (numpy, " in out
+    (line,) = said
+    assert line.startswith("rac: the C kernels do not load on this machine (") and library.AGAIN in line
+
+
 def test_a_library_of_something_else(tmp_path):
     found = next(iter(Path(np.__file__).parent.rglob("_umath_linalg*")))  # loads, and has no kernels
     shutil.copy(found, tmp_path / f"_generic{library.SUFFIX}")
@@ -163,3 +190,27 @@ def test_a_cache_of_numba_that_cannot_be_used(archive, monkeypatch):
             assert (rac.load_file(archive)["w"] == expected).all()
     (one,) = said
     assert str(one.message).startswith("rac: numba's cache cannot be used (Ran out of input); ")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A file, and what a process without kernels that read it has left of numba's."""
+    pytest.importorskip("numba")
+    there = tmp_path_factory.mktemp("numba")
+    rac.save_file({"w": np.random.default_rng(1).standard_normal((60, 300)).astype("f4")}, there / "m.rac")
+    (there / "empty").mkdir()
+    code, _, said = cli(there / "empty", "load", there / "m.rac", missing="", NUMBA_CACHE_DIR=str(there / "cache"))
+    assert (code, len(said)) == (0, 1)
+    return there
+
+
+@pytest.mark.parametrize(("kind", "share"), [("nbi", 0.5), ("nbc", 0.9)])
+def test_a_cache_of_numba_that_is_half_written(cache, tmp_path, kind, share):
+    """The index, or what was compiled: one line that says what to delete."""
+    shutil.copytree(cache / "cache", tmp_path / "cache")
+    (path,) = (tmp_path / "cache").rglob(f"*.{kind}")
+    os.truncate(path, int(path.stat().st_size * share))
+    env = {"missing": "", "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    code, out, (first, line) = cli(cache / "empty", "load", cache / "m.rac", **env)
+    assert code == 0 and "CPU (numba, " in out and "kernels were not built" in first
+    assert line.startswith("rac: numba's cache cannot be used (") and line.endswith(f"until you delete {path.parent}")
