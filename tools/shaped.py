@@ -142,7 +142,8 @@ def write(real: Real, out: Path, tensors: Sequence[Made]) -> str:
     head += b" " * (-len(head) % 8)
     part, digest = out.with_name(out.name + ".part"), hashlib.sha256()
     with part.open("wb") as file:
-        for piece in chain([len(head).to_bytes(8, "little") + head], *map(real.words, tensors)):
+        pieces: Iterator[Any] = chain([len(head).to_bytes(8, "little") + head], *map(real.words, tensors))
+        for piece in pieces:
             file.write(piece)
             digest.update(piece)
     part.replace(out)
