@@ -10,7 +10,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rac import native
 from rac.container.access import InFile
 from rac.container.zstd import xxh3
 from rac.errors import ChecksumError
@@ -44,11 +43,6 @@ class Decoder:
     def units(self) -> Array:
         """(units, 2) uint64 length and checksum of each unit, for the CPU kernel."""
         return np.frombuffer(self.tensor.record.head["units"], "<u8").reshape(-1, 2)
-
-    @functools.cached_property
-    def short(self) -> bool:
-        """Whether there are tiles whose checksums the CPU kernel leaves to `check`."""
-        return bool((self.units[self.tensor.first :, 0] <= native.SHORT).any())
 
     def bare(self) -> Self:
         """A copy without the large tables of the coder, which it makes when it first decodes: to keep, or to use."""

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.errors import LimitError, MissingDependencyError
+from rac.records import Stated
 from rac.registry import DTYPES
-from rac.tensor import Tensor
 
 
 def check(framework: str, device: str = "cpu") -> None:
@@ -97,7 +97,7 @@ def out_of_memory(device: str, needed: int) -> str:
     return f"{device} is out of memory: {needed} bytes are needed, {there}"
 
 
-def put(t: Tensor, value: Any, framework: str, device: str, out: dict[str, Any]) -> None:
+def put(t: Stated, value: Any, framework: str, device: str, out: dict[str, Any]) -> None:
     """What an engine yields (words, or a torch tensor) into `out`, under all names; tied names share it."""
 
     def made(words: Any) -> Any:

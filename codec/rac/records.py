@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol, overload
 
-from rac.registry import ONLINE
+from rac.registry import DTYPES, ONLINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,34 @@ class Online:
         return {"id": self.id, "inner": self.inner, "seed": self.seed, "size": self.size}
 
 
+class Stated(Protocol):
+    """What the index states of a tensor or object: its row, or the checked head of its record."""
+
+    @property
+    def type(self) -> int:
+        """Type of the record."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str:
+        """Data type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Dimensions."""
+
+    @property
+    def aliases(self) -> tuple[tuple[str, bool], ...]:
+        """More names, and whether they share memory (tied) or merely equal it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One record as the index states it. `dtype` to `parts` are for tensors and objects, `aliases` for tensors."""
@@ -134,6 +163,11 @@ class Entry:
     def size(self) -> int:
         """All bytes of the record."""
         return record_size(self.head_size, self.payload_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor or object."""
+        return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
     @property
     def names(self) -> tuple[str, ...]:

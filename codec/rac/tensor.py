@@ -48,6 +48,11 @@ class Tensor:
     online: Online | None = None  # what the layer does to its input first; the dense tensor does not depend on it
 
     @property
+    def type(self) -> int:
+        """Type of the record."""
+        return self.record.type
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Names of the objects that decoding or running the layer needs, each once."""
         return tuple(dict.fromkeys((*self.uses, *([self.online.object] if self.online and self.online.object else []))))

@@ -102,6 +102,7 @@ HOST: dict[str, tuple[Any, ...]] = {
     "memmove": (c_void_p, c_void_p, c_void_p, c_size_t),
     "memset": (c_void_p, c_void_p, c_int, c_size_t),
     "memcmp": (c_int, c_void_p, c_void_p, c_size_t),
+    "bcmp": (c_int, c_void_p, c_void_p, c_size_t),
     "frexp": (c_double, c_double, c_void_p),
     "ldexp": (c_double, c_double, c_int),
     "ldexpf": (c_float, c_float, c_int),

@@ -33,6 +33,11 @@ def pack(value: Any) -> bytes:
     return bytes(msgpack.packb(_ordered(value), use_bin_type=True))
 
 
+def members(value: dict[str, Any]) -> bytes:
+    """Keys and values of up to 15 items, the keys in ascending order, as `pack` has them within a map."""
+    return bytes(msgpack.packb(value, use_bin_type=True)[1:])
+
+
 def _ordered(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _ordered(value[k]) for k in sorted(value, key=lambda s: s.encode())}

@@ -144,13 +144,9 @@ class Work:
         return Place(words, box.r0, box.c0)
 
     def _span(self, dec: Decoder, tiles: range, data: Array, place: Place, fused: Any, checked: bool = False) -> None:
-        """Take in tiles that the kernel decodes, straight to `place`; it checks all but very small ones."""
+        """Take in tiles that the kernel checks and decodes, straight to `place`; `checked`: it need not check them."""
         t, grid, out = dec.tensor, dec.tensor.grid, place.words
         first, size, stride = t.first + tiles.start, out.itemsize, out.strides[0]
-        if not checked and dec.short:
-            for k, raw, _ in _each(dec, tiles, data):
-                if len(raw) <= native.SHORT:
-                    dec.check(t.first + k, raw.data)
         to = native.address(out) - place.row * stride - place.col * size
         kernel: Any = dec.coder.kernel()
         whole = kernel((native.address(data), len(data)), Box(0, grid.rows, 0, grid.cols), (to, stride // size), fused)

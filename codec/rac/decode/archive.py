@@ -26,7 +26,7 @@ from rac.decode.slices import Slice
 from rac.errors import DamagedError, FormatError, NameNotFoundError, SourceError
 from rac.linalg.transform import Transform
 from rac.machine import threads_of
-from rac.records import Entry, Limits
+from rac.records import Entry, Limits, Stated
 from rac.registry import RECORD_ATTACHMENT, RECORD_OBJECT, RECORD_TENSOR
 from rac.stages.table import is_quantised
 from rac.tensor import Tensor
@@ -234,7 +234,7 @@ class RacFile(AbstractContextManager["RacFile"]):
         """What decodes whole tensors; slices are decoded on the CPU."""
         return self._engines["raise"].name
 
-    def load(self, done: Callable[[Tensor], None] | None = None, on_error: str = "raise") -> dict[str, Any]:
+    def load(self, done: Callable[[Stated], None] | None = None, on_error: str = "raise") -> dict[str, Any]:
         """All tensors by name. Tied tensors are one object, equal ones are copies.
 
         `on_error="report"` looks at all of them before it raises DamagedError, which names those that are damaged.
@@ -245,8 +245,8 @@ class RacFile(AbstractContextManager["RacFile"]):
         self._damaged.clear()
         for archive in self.archives:
             entries = [e for e in archive.index.entries if e.type in (RECORD_TENSOR, RECORD_OBJECT)]
-            for t, value in random.load(archive, entries, engine, done):
-                if t.record.type == RECORD_TENSOR:
+            for t, value in random.whole(archive, entries, engine, done):
+                if t.type == RECORD_TENSOR:
                     start = time.monotonic()
                     frameworks.put(t, value, self._framework, self._device, out)
                     if self._trace and self._device != "cpu" and isinstance(value, np.ndarray):

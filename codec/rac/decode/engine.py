@@ -9,11 +9,11 @@ from __future__ import annotations
 import bisect
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -22,11 +22,13 @@ from rac.container.access import Access, InFile
 from rac.container.feed import Held, Trace
 from rac.container.forward import Walk
 from rac.cpu.work import Place, target
-from rac.decode.jobs import Job, Later, Opened, Room, Team
+from rac.decode.bundles import Bundle
+from rac.decode.jobs import Job, Later, Opened, Room, Task, Team
 from rac.decoder import Decoder
 from rac.errors import RacError, SourceError, TruncatedError
 from rac.grid import Band
 from rac.native.prototypes import F32, Array
+from rac.records import Entry
 from rac.registry import RECORD_OBJECT
 from rac.tensor import Tensor
 
@@ -38,7 +40,7 @@ SCRATCH = 1 << 20  # bytes of intermediate words of a job
 RUN = 1 << 17  # stored bytes of small tiles that are taken in one go: each call costs some microseconds
 SMALL = 1 << 13  # bytes that are read at once, though they could be read later
 TINY = 1 << 14  # bytes of a tensor that is decoded when it is met, where its coder has nothing to prepare
-Loaded = tuple[Tensor, Array]
+Loaded = tuple[Tensor | Entry, Array]
 Damaged = dict[str, RacError]
 
 
@@ -60,6 +62,10 @@ class Item:
     keep: Callable[[Array | None], None]  # called with the words of an object, None where it is damaged
     late: Callable[[], bool] = lambda: False  # True where taking it would have to wait for bytes to arrive
     later: Callable[[int, int], Later] | None = None  # as `take`, for who decodes them to read
+
+
+Again = Callable[[Sequence[Entry]], Iterator[Item]]
+"""Items of records that were declined in a bundle."""
 
 
 def take_units(walk: Walk, t: Tensor, i: int, n: int = 1) -> tuple[memoryview, Held | None]:
@@ -114,14 +120,34 @@ class _Pending:
 
     item: Item
     out: Array | None = None
-    jobs: list[Job] = field(default_factory=list)
+    jobs: list[Task] = field(default_factory=list)
     error: RacError | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.item.t.nbytes
 
     def release(self) -> Loaded:
         """The tensor, which is not referred to from here any more."""
         assert self.out is not None  # noqa: S101
         out, self.out = self.out, None
         return self.item.t, out
+
+
+@dataclass(slots=True)
+class _Several:
+    """Tensors in work that are decoded together."""
+
+    bundle: Bundle
+    again: Again
+    jobs: list[Task]
+    at: int = 0  # number of the next that is handed out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.bundle.nbytes
 
 
 def _at_once(item: Item, out: Array) -> None:
@@ -162,22 +188,39 @@ class Cpu:
     def _reset(self) -> None:
         self._job = Job(self.trace)
         self._room = Room(self.ring // 16)
-        self._busy = deque[Job]()
-        self._waiting = deque[_Pending]()
+        self._busy = deque[Task]()
+        self._waiting = deque[_Pending | _Several]()
         self._held = 0
         self._team: Team | None = None
 
-    def run(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
+    def run(self, items: Iterator[Item | None]) -> Iterator[tuple[Tensor, Array]]:
         """(tensor, its words (R, C)) of each item, objects included, in order. Several may be under way at once."""
+        return cast(Iterator[tuple[Tensor, Array]], self._own()._go(items, None))
+
+    def bundled(self, items: Iterator[Item | Bundle], again: Again) -> Iterator[Loaded]:
+        """As `run`; of tensors in bundles the rows of the index and bytes (n,)."""
+        return self._own()._go(items, again)
+
+    @property
+    def bundle(self) -> int:
+        """Stored bytes that a bundle may have; 0: there can be none."""
+        return self._group if native.available() and self._damaged is None else 0
+
+    def _own(self) -> Cpu:
         own = copy.copy(self)
         own._reset()
-        return own._go(items)
+        return own
 
-    def _go(self, items: Iterator[Item | None]) -> Iterator[Loaded]:
+    def _go(self, items: Iterator[Item | Bundle | None], again: Again | None) -> Iterator[Loaded]:
         failed = None
         try:
             try:
                 for item in items:
+                    if isinstance(item, Bundle):
+                        assert again is not None  # noqa: S101
+                        self._together(item, again)
+                        yield from self._hand_out(self._due)
+                        continue
                     late = _always if item is None else item.late
                     if late():
                         self._submit(last=True)
@@ -202,12 +245,43 @@ class Cpu:
         while self._waiting and more():
             p = self._waiting[0]
             self._wait(p)
+            if isinstance(p, _Several):
+                yield from self._each(p)
             self._waiting.popleft()
-            self._held -= p.item.t.nbytes
+            self._held -= p.nbytes
+            if isinstance(p, _Several):
+                continue
             if p.error is None:
                 yield p.release()
             elif self._damaged is not None:
                 note(self._damaged, p.item.t, p.error)
+
+    def _each(self, p: _Several) -> Iterator[Loaded]:
+        """The tensors of a bundle; those that were declined are read again, each by itself."""
+        entries, words = p.bundle.entries, p.bundle.words
+        while p.at < len(entries):
+            found, words[p.at] = words[p.at], None
+            if found is not None:
+                yield entries[p.at], found
+                p.at += 1
+                continue
+            end = next((k for k in range(p.at, len(entries)) if words[k] is not None), len(entries))
+            own = self._own()
+            own._room = self._room
+            for loaded in own._go(p.again(entries[p.at : end]), None):
+                yield loaded
+                p.at += 1
+
+    def _together(self, bundle: Bundle, again: Again) -> None:
+        """Take in a bundle, and give it out."""
+        bundle.seat(self._room, self.trace)
+        self._waiting.append(_Several(bundle, again, [bundle]))
+        self._held += bundle.nbytes
+        if bundle.short:
+            bundle.done = Future()
+            bundle.go()
+        else:
+            self._give(bundle)
 
     def _due(self) -> bool:
         """Whether the first tensor in work is done, or those that wait behind it hold too much memory."""
@@ -287,6 +361,10 @@ class Cpu:
         if not job.size and not job.dense:
             return
         self._job = Job(self.trace)
+        self._give(job, last)
+
+    def _give(self, job: Task, last: bool = False) -> None:
+        """Have it done, here or by another thread."""
         while (busy := self._busy) and (busy[0].finished() or sum(j.scratch for j in busy) + job.scratch > self._most):
             first = busy.popleft()
             if self._team is not None:
@@ -300,7 +378,7 @@ class Cpu:
         self._busy.append(job)
         self._team.give(job)
 
-    def _wait(self, p: _Pending) -> None:
+    def _wait(self, p: _Pending | _Several) -> None:
         """Until the tensor is there."""
         for job in p.jobs:
             if job.done is None:
@@ -315,5 +393,6 @@ class Cpu:
             except RacError as e:
                 if self._damaged is None:
                     raise
-                p.error = p.error or e
+                if isinstance(p, _Pending):
+                    p.error = p.error or e
         p.jobs.clear()

@@ -60,52 +60,25 @@ Tiles = tuple[Opened, range, Array | Later, Place]
 Join = tuple[Opened, Array, Array, Box]
 
 
-class Job:
-    """Tiles that one thread checks and decodes in one go."""
+class Task:
+    """What one thread does in one go."""
 
     def __init__(self, trace: Trace | None) -> None:
-        self.tiles, self.joins = list[Tiles](), list[Join]()
         self.held = list[Held]()
-        self.size = self.scratch = self.dense = 0
-        self._buffer: Array | None = None
+        self.scratch = 0  # bytes of intermediate words
         self.done: Future[None] | None = None
-        self.file, self._trace = "", trace
+        self.trace = trace
+        self._buffer: Array | None = None
 
     def run(self) -> None:
-        """Decode, and give the buffers back."""
-        start, work = time.monotonic(), Work()
-        try:
-            with InFile(self.file):
-                read = self._read()
-                for dec, tiles, data, place in self.tiles:
-                    work.add(dec(), tiles, next(read) if isinstance(data, Later) else data, place)
-                for dec, found, dst, box in self.joins:
-                    work.join(dec(), found, dst, box)
-                work.run()
-        finally:
-            self.give()
-        if self._trace:
-            self._trace("decode", start, time.monotonic(), self.dense)
+        """Do it, and give the buffers back."""
+        raise NotImplementedError
 
-    def _read(self) -> Iterator[Array]:
-        """The bytes that nobody has read yet, piece after piece, in one buffer, which the processor's cache holds."""
-        runs = _side_by_side([piece for _, _, piece, _ in self.tiles if isinstance(piece, Later)])
-        at, total = 0, sum(size for _, size in runs)
-        for run, size in runs:
-            access, first = run[0].access, run[0].at
-            view = access.view(first, size)
-            if view is None:
-                if self._buffer is None:
-                    self._buffer = scratch.take(-(-total // ROUND) * ROUND)
-                start, view = time.monotonic(), self._buffer.data[at : at + size]
-                access.read_into(first, view)
-                at += size
-                if self._trace:
-                    self._trace("read", start, time.monotonic(), size)
-            for piece in run:
-                part = view[piece.at - first : piece.at - first + piece.size]
-                piece.check(part)
-                yield np.frombuffer(part, np.uint8)[: piece.used]
+    def buffer(self, size: int) -> Array:
+        """Memory (n,) of `size` bytes or more, the same each time, until it is given back."""
+        if self._buffer is None:
+            self._buffer = scratch.take(-(-size // ROUND) * ROUND)
+        return self._buffer
 
     def go(self) -> None:
         """`run`, what comes of it to `done`."""
@@ -125,14 +98,62 @@ class Job:
 
     def give(self) -> None:
         """Let go of everything."""
-        self.tiles.clear()
-        self.joins.clear()
         if self._buffer is not None:
             scratch.give([self._buffer])
             self._buffer = None
         held, self.held = self.held, []
         for h in held:
             h.give()
+
+
+class Job(Task):
+    """Tiles that one thread checks and decodes in one go."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        super().__init__(trace)
+        self.tiles, self.joins = list[Tiles](), list[Join]()
+        self.size = self.dense = 0
+        self.file = ""
+
+    def run(self) -> None:
+        """Decode, and give the buffers back."""
+        start, work = time.monotonic(), Work()
+        try:
+            with InFile(self.file):
+                read = self._read()
+                for dec, tiles, data, place in self.tiles:
+                    work.add(dec(), tiles, next(read) if isinstance(data, Later) else data, place)
+                for dec, found, dst, box in self.joins:
+                    work.join(dec(), found, dst, box)
+                work.run()
+        finally:
+            self.give()
+        if self.trace:
+            self.trace("decode", start, time.monotonic(), self.dense)
+
+    def _read(self) -> Iterator[Array]:
+        """The bytes that nobody has read yet, piece after piece, in one buffer, which the processor's cache holds."""
+        runs = _side_by_side([piece for _, _, piece, _ in self.tiles if isinstance(piece, Later)])
+        at, total = 0, sum(size for _, size in runs)
+        for run, size in runs:
+            access, first = run[0].access, run[0].at
+            view = access.view(first, size)
+            if view is None:
+                start, view = time.monotonic(), self.buffer(total).data[at : at + size]
+                access.read_into(first, view)
+                at += size
+                if self.trace:
+                    self.trace("read", start, time.monotonic(), size)
+            for piece in run:
+                part = view[piece.at - first : piece.at - first + piece.size]
+                piece.check(part)
+                yield np.frombuffer(part, np.uint8)[: piece.used]
+
+    def give(self) -> None:
+        """Let go of everything."""
+        self.tiles.clear()
+        self.joins.clear()
+        super().give()
 
 
 def _side_by_side(late: list[Later]) -> list[tuple[list[Later], int]]:
@@ -154,7 +175,7 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         """`threads`: those that are started; the caller's is another."""
-        self._jobs = SimpleQueue[Job | None]()
+        self._jobs = SimpleQueue[Task | None]()
         self._threads = [threading.Thread(target=self._work, name="rac-decode", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -164,7 +185,7 @@ class Team:
             job.go()
             del job  # or it would live until the next one comes
 
-    def give(self, job: Job) -> None:
+    def give(self, job: Task) -> None:
         """Have it done; here where jobs pile up. One that holds buffers of a feed must not keep others from them."""
         most = len(self._threads) if job.held else PILE
         self._jobs.put(job)
@@ -182,7 +203,7 @@ class Team:
             job.go()
         return True
 
-    def wait(self, job: Job) -> None:
+    def wait(self, job: Task) -> None:
         """Until it is done, well or not."""
         assert job.done is not None  # noqa: S101
         while not job.done.done() and self._help():
@@ -213,24 +234,29 @@ class Room:
 
     def take(self, t: Tensor) -> Array:
         """The dense matrix of words (R, C) of a tensor, not yet filled; LimitError where memory is short."""
-        size = -(-t.nbytes // 64) * 64
+        memory = self.part(t.nbytes)
+        return empty(t) if memory is None else memory.view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)
+
+    def part(self, nbytes: int) -> Array | None:
+        """Memory (nbytes,); None where it is best asked for by itself."""
+        size = -(-nbytes // 64) * 64
         if not size or (LARGE <= size < HUGE):  # numpy asks for large pages itself
-            return empty(t)
+            return None
         try:
             if size >= HUGE:
-                return _words(t, _aligned(size))
+                return _aligned(size)[:nbytes]
             if self._alone or size > self._most:
                 self._alone = max(0, self._alone - 1)
-                return empty(t)
+                return None
             if size > len(self._left):
                 while self._next < min(size, self._most):
                     self._next *= 2
                 self._left = _aligned(min(self._next, self._most))
                 self._next *= 2
         except (MemoryError, ValueError):
-            return empty(t)
-        out, self._left = self._left[:size], self._left[size:]
-        return _words(t, out)
+            return None
+        out, self._left = self._left[:nbytes], self._left[size:]
+        return out
 
 
 def _aligned(size: int) -> Array:
@@ -238,7 +264,3 @@ def _aligned(size: int) -> Array:
     out = np.empty(size + PAGE, np.uint8)
     start = -native.address(out) % PAGE
     return out[start : start + size]
-
-
-def _words(t: Tensor, memory: Array) -> Array:
-    return memory[: t.nbytes].view(f"<u{t.word}").reshape(t.grid.rows, t.grid.cols)

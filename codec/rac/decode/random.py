@@ -16,11 +16,12 @@ from rac.container.feed import Feed, Near, RangeRing
 from rac.container.forward import Walk
 from rac.container.index import check_type, match
 from rac.container.reader import Archive
+from rac.decode.bundles import Bundle, cut
 from rac.decode.engine import Cpu, Engine, Item, later_units, take_units
 from rac.errors import FormatError
 from rac.linalg.transform import Transform
 from rac.native.prototypes import F32, Array
-from rac.records import Entry, Record
+from rac.records import Entry, Record, Stated
 from rac.tensor import Tensor
 from rac.tensor import parse as parse_tensor
 
@@ -120,6 +121,31 @@ def items(archive: Archive, entries: Sequence[Entry], feed: Feed) -> Iterator[It
 def ranges(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     """What is read for `entries`, in their order."""
     return spans([(e.at, e.size) for e in entries], GAP)
+
+
+def whole(
+    archive: Archive, entries: Sequence[Entry], engine: Engine, done: Callable[[Stated], None] | None = None
+) -> Iterator[tuple[Stated, Any]]:
+    """As `load`, for who needs no more of a tensor than the index states: small ones are decoded in bundles."""
+    most = engine.bundle if isinstance(engine, Cpu) and getattr(archive.access, "near", False) else 0
+    if not most:
+        yield from load(archive, entries, engine, done)
+        return
+    assert isinstance(engine, Cpu)  # noqa: S101
+    feed = Near(archive.access)
+
+    def mixed() -> Iterator[Item | Bundle]:
+        for part in cut(archive.access, entries, archive.limits, most):
+            if isinstance(part, Bundle):
+                yield part
+            else:
+                yield from items(archive, part, feed)
+
+    for loaded in engine.bundled(mixed(), lambda some: items(archive, some, Near(archive.access))):
+        if done:
+            done(loaded[0])
+        yield loaded
+        del loaded
 
 
 def load(

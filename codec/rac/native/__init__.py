@@ -17,13 +17,16 @@ from rac.native.lanes import (
 )
 from rac.native.library import available, cpus, kernel, using
 from rac.native.packing import count_tiles, pack_tiles, pieces
-from rac.native.prototypes import SHORT, TILE_ERRORS, Dequant, TileCoding, TileJob, TileShared, TileSpan, address
+from rac.native.prototypes import TILE_ERRORS, Dequant, TileCoding, TileJob, TileShared, TileSpan, address
+from rac.native.records import CODERS, Row, Run, decode_records
 from rac.native.words import planes, scan, symbols, tops
 
 __all__ = [
-    "SHORT",
+    "CODERS",
     "TILE_ERRORS",
     "Dequant",
+    "Row",
+    "Run",
     "TileCoding",
     "TileJob",
     "TileShared",
@@ -36,6 +39,7 @@ __all__ = [
     "column_histogram",
     "count_tiles",
     "cpus",
+    "decode_records",
     "decode_spans",
     "encode_lanes",
     "golomb",

@@ -19,8 +19,7 @@ from rac.native.prototypes import TILE_ERRORS, Array, TileSpan
 def decode_spans(spans: list[TileSpan]) -> tuple[int, int, type[FormatError | ChecksumError], str] | None:
     """Check and decode runs of tiles, where kernels are `available`.
 
-    None, or of the first tile that is wrong: its run, its number in that, and the error. Checksums of units of up to
-    `SHORT` bytes are left to the caller.
+    None, or of the first tile that is wrong: its run, its number in that, and the error.
     """
     lib = library()
     assert lib is not None  # noqa: S101 - the caller asked

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-VERSION = 27  # changes with any function or structure
+VERSION = 28  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -104,6 +104,12 @@ class Piece(ctypes.Structure):
     _fields_ = _fields("at words row_class col_class; i64 rows cols stride")
 
 
+class Stored(ctypes.Structure):
+    """A record among others, see src/records.h; `records.row` makes one."""
+
+    _fields_ = _fields("i64 stated stated_size at head payload check; at out; i64 size; i32 word coder")
+
+
 class Quantiser(ctypes.Structure):
     """How the columns of a tensor are quantised (`trellis.Search`), as the kernel takes it."""
 
@@ -132,10 +138,7 @@ TILE_ERRORS = (
     "checksum does not match",
 )
 """What a kernel has found, by its number; 8 and 9 are never those of a tile that the CPU decodes."""
-SHORT = 240
-"""Bytes of a unit up to which `rac_spans` leaves its checksum to the caller."""
-
-STRUCTURES = (Matrix, Dequant, TileShared, TileJob, TileSpan, Quantiser, Columns, TileCoding, Piece)
+STRUCTURES = (Matrix, Dequant, TileShared, TileJob, TileSpan, Quantiser, Columns, TileCoding, Piece, Stored)
 
 _WORDS = {
     "rac_scan": (c_uint64, Flat, c_int64, c_uint64, c_int, Flat),
@@ -148,6 +151,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_lookup": (None, Flat, c_int64, c_int64, Flat, Flat),
     "rac_golomb": (c_int64, Flat, c_int64, c_int64, c_int, Flat),
     "rac_spans": (c_int, Flat, c_int64, POINTER(c_int64)),
+    "rac_heads": (c_int64, Flat, c_int64, Flat, Flat, c_int64, c_int64, Flat, Flat),
+    "rac_records": (c_int, Flat, c_int64, Flat, Flat, c_int64, c_int64, *[Flat] * 3, c_int64, Flat, c_int64),
     "rac_xxh3": (c_uint64, Flat, c_int64),
     "rac_untrellis": (None, Matrix, POINTER(Dequant), Flat, Flat, Matrix, Flat),
     "rac_ungroup": (c_int, Matrix, Matrix, Matrix, Matrix, c_int64, c_int64, c_int),

@@ -2,13 +2,13 @@
  * processor. */
 #include "encode.h"
 #include "quantise.h"
-#include "tile.h"
+#include "records.h"
 
 #undef AT
 #define SIZE(type) (int64_t)sizeof(type)
 #define AT(type, field) (int64_t)offsetof(type, field)
 const int64_t rac_layout[] = {
-    27,
+    28,
     SIZE(rac_matrix), AT(rac_matrix, at), AT(rac_matrix, rows), AT(rac_matrix, cols), AT(rac_matrix, stride),
     SIZE(rac_dequant), AT(rac_dequant, rec), AT(rac_dequant, h0), AT(rac_dequant, h1), AT(rac_dequant, zero),
     AT(rac_dequant, size),
@@ -34,6 +34,9 @@ const int64_t rac_layout[] = {
     AT(rac_coding, shift), AT(rac_coding, first), AT(rac_coding, skip),
     SIZE(rac_piece), AT(rac_piece, words), AT(rac_piece, row_class), AT(rac_piece, col_class), AT(rac_piece, rows),
     AT(rac_piece, cols), AT(rac_piece, stride),
+    SIZE(rac_record), AT(rac_record, stated), AT(rac_record, stated_size), AT(rac_record, at), AT(rac_record, head),
+    AT(rac_record, payload), AT(rac_record, check), AT(rac_record, out), AT(rac_record, size), AT(rac_record, word),
+    AT(rac_record, coder),
     -1,
 };
 

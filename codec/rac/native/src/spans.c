@@ -1,7 +1,7 @@
 /* Runs of tiles of one tensor, as they lie in the file: checksums, then jobs for rac_tiles, in one call. */
 #include "tile.h"
 
-enum { BAD_CHECK = 10, SHORT = 240 }; /* native/prototypes.py; bytes of a unit up to which the caller checks it */
+enum { BAD_CHECK = 10 }; /* native/prototypes.py */
 
 /* Tile i of a span, whose unit begins `from` bytes into its data and has `size` */
 static rac_job job_of(const rac_span *s, int64_t i, int64_t from, int64_t size) {
@@ -31,7 +31,7 @@ static int enter(const rac_span *s, rac_job *out, int64_t *i) {
             memcpy(stated, s->units + 16 * *i, 16);
             if (s->tiles > 1) size = stated[0] > (uint64_t)(s->all.size - from) ? -1 : (int64_t)stated[0];
             if (size < 0) return BAD_FILL;
-            if (size > SHORT && rac_xxh3(s->all.unit + from, size) != stated[1]) return BAD_CHECK;
+            if (rac_xxh3(s->all.unit + from, size) != stated[1]) return BAD_CHECK;
         }
         *out++ = job_of(s, *i, from, size);
         from = least(from + up16(size), s->all.size);

@@ -1,5 +1,5 @@
-/* XXH3-64 with seed 0 of more than 240 bytes, as its specification has it (xxhash's doc/xxhash_spec.md): the checksum of a
- * unit right before it is decoded, outside the interpreter's lock. Twin: the package xxhash (rac/container/zstd.py). */
+/* XXH3-64 with seed 0, as its specification has it (xxhash's doc/xxhash_spec.md): the checksum of a unit right before it is
+ * decoded, outside the interpreter's lock. Twin: the package xxhash (rac/container/zstd.py). */
 #include "tile.h"
 
 enum { STRIPE = 64, BLOCK = 16 * STRIPE }; /* a block goes through all of the secret, 8 bytes further for each stripe */
@@ -24,6 +24,12 @@ static const uint8_t secret[192] = {
 static inline uint64_t at64(const uint8_t *p) {
     uint64_t v;
     memcpy(&v, p, 8);
+    return v;
+}
+
+static inline uint32_t at32(const uint8_t *p) {
+    uint32_t v;
+    memcpy(&v, p, 4);
     return v;
 }
 
@@ -66,7 +72,58 @@ static uint64_t folded(uint64_t a, uint64_t b) {
     return (uint64_t)v ^ (uint64_t)(v >> 64);
 }
 
+static uint64_t spread(uint64_t h) {
+    h = (h ^ h >> 37) * 0x165667919E3779F9u;
+    return h ^ h >> 32;
+}
+
+/* The avalanche of XXH64, for the shortest */
+static uint64_t spread_few(uint64_t h) {
+    h = (h ^ h >> 33) * P64_2;
+    h = (h ^ h >> 29) * P64_3;
+    return h ^ h >> 32;
+}
+
+static uint64_t rotated(uint64_t v, int by) { return v << by | v >> (64 - by); }
+
+/* Up to 16 bytes */
+static uint64_t few(const uint8_t *p, int64_t n) {
+    if (n > 8) {
+        const uint64_t low = at64(p) ^ at64(secret + 24) ^ at64(secret + 32);
+        const uint64_t high = at64(p + n - 8) ^ at64(secret + 40) ^ at64(secret + 48);
+        return spread((uint64_t)n + __builtin_bswap64(low) + high + folded(low, high));
+    }
+    if (n > 3) {
+        uint64_t h = ((uint64_t)at32(p) << 32 | at32(p + n - 4)) ^ at64(secret + 8) ^ at64(secret + 16);
+        h = (h ^ rotated(h, 49) ^ rotated(h, 24)) * 0x9FB21C651E98DF25u;
+        h = (h ^ ((h >> 35) + (uint64_t)n)) * 0x9FB21C651E98DF25u;
+        return h ^ h >> 28;
+    }
+    if (!n) return spread_few(at64(secret + 56) ^ at64(secret + 64));
+    const uint32_t all = (uint32_t)p[0] << 16 | (uint32_t)p[n >> 1] << 24 | p[n - 1] | (uint32_t)n << 8;
+    return spread_few(all ^ at32(secret) ^ at32(secret + 4));
+}
+
+static uint64_t mixed(const uint8_t *p, const uint8_t *key) {
+    return folded(at64(p) ^ at64(key), at64(p + 8) ^ at64(key + 8));
+}
+
+/* 17 to 240 bytes */
+static uint64_t some(const uint8_t *p, int64_t n) {
+    uint64_t h = (uint64_t)n * P64_1;
+    if (n <= 128) {
+        for (int64_t i = (n - 1) / 32; i >= 0; i--)
+            h += mixed(p + 16 * i, secret + 32 * i) + mixed(p + n - 16 * (i + 1), secret + 32 * i + 16);
+        return spread(h);
+    }
+    for (int64_t i = 0; i < 8; i++) h += mixed(p + 16 * i, secret + 16 * i);
+    h = spread(h);
+    for (int64_t i = 8; i < n / 16; i++) h += mixed(p + 16 * i, secret + 16 * (i - 8) + 3);
+    return spread(h + mixed(p + n - 16, secret + 119));
+}
+
 uint64_t rac_xxh3(const uint8_t *p, int64_t n) {
+    if (n <= 240) return n > 16 ? some(p, n) : few(p, n);
     uint64_t acc[8] = {P32_3, P64_1, P64_2, P64_3, P64_4, P32_2, P64_5, P32_1}, h = (uint64_t)n * P64_1;
     const int64_t blocks = (n - 1) / BLOCK;
     for (int64_t b = 0; b < blocks; b++) {
@@ -76,6 +133,5 @@ uint64_t rac_xxh3(const uint8_t *p, int64_t n) {
     add(acc, p + BLOCK * blocks, secret, (n - 1 - BLOCK * blocks) / STRIPE);
     add(acc, p + n - STRIPE, secret + 121, 1); /* the last stripe, which may overlap the one before */
     for (int x = 0; x < 8; x += 2) h += folded(acc[x] ^ at64(secret + 11 + 8 * x), acc[x + 1] ^ at64(secret + 19 + 8 * x));
-    h = (h ^ h >> 37) * 0x165667919E3779F9u;
-    return h ^ h >> 32;
+    return spread(h);
 }
