@@ -110,7 +110,8 @@ def linear_only(path: Path, folder: Path) -> tuple[Path, Path] | None:
 
 
 def main() -> None:
-    from rac.cli.terminal import parse_size, size
+    from rac.cli.terminal import size
+    from rac.machine import parse_size
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("safetensors", type=Path)

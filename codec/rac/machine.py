@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 
 def threads_of(threads: int | None, most: int | None = 8) -> int:
@@ -19,3 +20,12 @@ def room() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     except (AttributeError, OSError, ValueError):
         return 4 << 30
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "500MB", "2GiB" or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 500MB or 2GiB")
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -46,6 +46,10 @@ class Positioned:
         out[: len(data)] = data
         return len(data)
 
+    def stat(self) -> os.stat_result:
+        """What the system says of the file now."""
+        return os.fstat(self._fd)
+
     def ahead(self) -> None:
         """Have the system read further ahead, where it can; OSError on a file system that cannot."""
         if self.AHEAD:

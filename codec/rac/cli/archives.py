@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 import rac
-from rac.cli.terminal import Progress, argument, command, parse_size, say, size, tell
+from rac.cli.terminal import Progress, argument, command, say, size, tell
 from rac.container import shards
 from rac.container.access import NoRangesError
 from rac.container.reader import Archive
@@ -19,6 +19,7 @@ from rac.decode.archive import open_archives
 from rac.decode.spool import at_random
 from rac.decode.unpack import LIBRARIES, tensor_bytes
 from rac.errors import OutputError
+from rac.machine import parse_size
 from rac.provenance import Provenance
 
 UNPACK = """\

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import rac
 from rac.cli.archives import dense
-from rac.cli.terminal import Progress, argument, command, parse_size, say, size, tell
+from rac.cli.terminal import Progress, argument, command, say, size, tell
 from rac.container.access import NoRangesError
 from rac.container.output import write_whole
+from rac.machine import parse_size
 from rac.system import peak_memory
 
 HELP = """\

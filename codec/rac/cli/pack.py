@@ -26,7 +26,6 @@ from rac.cli.terminal import (
     command,
     fitted,
     number,
-    parse_size,
     say,
     size,
     tell,
@@ -45,7 +44,7 @@ from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source, ready
 from rac.encode.sources.safetensors import parse_json
 from rac.errors import OutputError, SourceError
-from rac.machine import threads_of
+from rac.machine import parse_size, threads_of
 from rac.study import grouped, role
 from rac.study.compare import Reading, compare
 

@@ -24,6 +24,7 @@ The prompt is taken as it is, without a chat template, and continued greedily (t
 
   rac generate m.rac "The capital of France is" --tokens 20
   rac generate m.rac "Once upon a time" --resident compressed    weights stay compressed in memory
+  rac generate m.rac "Once upon a time" --memory 8GB             weights stay in the file, read when needed
   rac generate m.rac "Once upon a time" --sample --seed 7
 
 Needs rac-codec[transformers]."""
@@ -38,7 +39,10 @@ positions but the last count: the figures are those of `rac compare`, which comp
   rac perplexity m.rac --text test.txt --activations 4 --kv 4
 
 Needs rac-codec[transformers]."""
-RESIDENT = "keep the weights decoded (dense, the default: fast) or as the file has them (compressed: small)"
+RESIDENT = """keep the weights decoded (dense, the default: fast), as the file has them (compressed: small), or in the
+file (disk: for what does not fit)"""
+MEMORY = """weights stay in the file (--resident disk) and take so much memory at most, e.g. 8GB; torch and the text
+come on top (default: a quarter of the machine's)"""
 KV = """quantise keys and values to B bits, a range for each token and head; keys are rotated before where the file says
 so (simulated)"""
 CLIP = "share of the largest activation that the grid goes to (default: 0.9 below 8 bits if symmetric, else 1)"
@@ -121,7 +125,8 @@ def perplexity(args: argparse.Namespace) -> int:
 def _add_model(p: Any) -> None:
     """Which model, and how it is held."""
     argument(p, "src IN.rac", "the archive of a Hugging Face folder, or one shard of a set")
-    argument(p, "--resident", RESIDENT, choices=("dense", "compressed"), default="dense")
+    argument(p, "--resident", RESIDENT, choices=("dense", "compressed", "disk"), default="dense")
+    argument(p, "--memory SIZE", MEMORY)
     argument(p, "--device NAME", "cpu (default), cuda, cuda:1, mps", default="cpu")
     argument(p, "--dtype", "default: what the model says", choices=("float32", "bfloat16", "float16"))
     argument(p, "--trust-remote-code", "run the model code in the file; read it before (rac unpack)")
@@ -137,10 +142,13 @@ def _open_model(args: argparse.Namespace) -> tuple[Any, Any]:
     how = {"trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.src, **how)
     start = time.monotonic()
-    model = load_model(args.src, args.resident, None if args.device == "cpu" else args.device, args.dtype, **how)
-    if args.verbose or (sys.stderr.isatty() and not args.quiet):
+    device = None if args.device == "cpu" else args.device
+    model = load_model(args.src, args.resident, device, args.dtype, memory=args.memory, **how)
+    disk = args.memory is not None or args.resident == "disk"
+    args.resident = "disk" if disk else args.resident
+    if args.verbose or ((disk or sys.stderr.isatty()) and not args.quiet):
         held = f"{model.get_memory_footprint() / 1e6:.1f} MB of weights"
-        if args.resident == "compressed":
+        if args.resident != "dense":
             held = str(residency(model))
         print(f"{args.src}: {held}; loaded in {time.monotonic() - start:.1f} s", file=sys.stderr)
     return model, tokenizer

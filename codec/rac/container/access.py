@@ -73,6 +73,10 @@ class Access:
         """Fill `out` from offset `at`; TruncatedError where the bytes end."""
         raise NotImplementedError
 
+    def changed(self) -> str:
+        """How the file has changed since it was opened, as far as that can be seen without reading; empty: not."""
+        return ""
+
     def close(self) -> None:
         """Release what is held; what belongs to the caller stays open."""
 
@@ -100,7 +104,8 @@ class FileAccess(Access):
             fd = os.open(self._path, os.O_RDONLY | RAW)
             self._file, self._close = Positioned(fd), weakref.finalize(self, os.close, fd)
             self._close.atexit = False
-            self.size = os.fstat(fd).st_size
+            found = os.fstat(fd)
+            self.size, self._written = found.st_size, found.st_mtime_ns
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
@@ -115,6 +120,16 @@ class FileAccess(Access):
                 done += got
         except OSError as e:
             raise SourceError(e.strerror or str(e), file=self.name, offset=at) from e
+
+    def changed(self) -> str:
+        """By its size, and by when it was last written."""
+        with suppress(OSError):
+            now = self._file.stat() if self._close.alive else None
+            if now is not None and now.st_size != self.size:
+                return f"had {self.size} bytes, and has {now.st_size}"
+            if now is not None and now.st_mtime_ns != self._written:
+                return "was written to"
+        return ""
 
     def ahead(self) -> None:
         """Have the system read ahead."""

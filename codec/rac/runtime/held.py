@@ -10,12 +10,14 @@ what is held: they get the record.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +32,9 @@ from rac.runtime import record as stored_record
 from rac.runtime.weight import Weight
 from rac.runtime.workspace import Workspace
 
+if TYPE_CHECKING:
+    from rac.runtime.disk import Filed
+
 _MOVERS = ("accelerate.", "torch.nn.modules.module", "transformers.modeling_utils", "transformers.core_model_loading")
 """Modules of libraries that load, tie and move what is held."""
 
@@ -39,7 +44,9 @@ class Head:
     """What must be known of a record before its bytes are there."""
 
     nbytes: int
-    """Bytes of the record, of those of the objects that it uses, and the TAIL zeros behind them; of all parts."""
+    """Bytes of the record, of those of the objects that it uses, and the TAIL zeros behind them; of all parts.
+
+    Of what stands for them where they stay in the file (rac.runtime.ranges)."""
     dtype: str
     shape: tuple[int, ...]
     """Shape of the tensor, and with several records of each of them."""
@@ -66,6 +73,9 @@ class Head:
         if len(shape) != 3 or len(self.shape) != 2 or self.parts % shape[0]:
             return False
         return (self.parts // shape[0] * self.shape[0], self.shape[1]) == shape[1:]
+
+
+AWAY = "the bytes of the layer are not in memory; they are offloaded until it runs"
 
 
 class Named:
@@ -111,6 +121,17 @@ class Holding(nn.Module):
         found = self._parameters.get(name)
         out: Any = found if found is not None else self._buffers[name]
         return out
+
+    def filed(self, name: str) -> Filed | None:
+        """The records under a name where they are in a file; None: they are in memory, as a tensor."""
+        source = self.source(name)
+        if (store := source.workspace.store) is None:
+            return None
+        record = self.record_of(name)
+        real(record)
+        if record.device.type == "meta":
+            raise SourceError(AWAY)
+        return store.of(record.detach().cpu().numpy().tobytes(), source.head)
 
     def weight_of(self, name: str) -> Weight:
         """The weight under a name; those who share a record share it, as long as somebody has it."""
@@ -233,23 +254,43 @@ class Place:
     @torch.compiler.disable
     def rows(self, found: torch.Tensor) -> torch.Tensor:
         """The rows, or the experts, with these indices, ascending."""
-        record, kept = self.record, self.kept
+        record = self.record
         real(record)
         if record.device.type == "meta":
-            raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
+            raise SourceError(AWAY)
+        if (filed := self.module.filed(self.name)) is not None:
+            with filed.blamed():
+                return self._on_host(filed.part, filed.rows, found.cpu().numpy()).to(record.device)
         if record.device.type != "cpu":
             return self._on_device(record, found)
         data: stored_record.Bytes = record.detach().numpy()
+
+        def part(i: int) -> tuple[made.Weight, stored_record.Bytes]:
+            a, b = self._spans(data)[i]
+            return self._stored(data[a:b], i), data[a:b]
+
+        def rows(found: np.ndarray[Any, Any], pool: Executor | None) -> torch.Tensor:
+            return decoded_rows(self._stored(data, 0), lambda first, last: data, found, pool)
+
+        return self._on_host(part, rows, found.numpy())
+
+    def _on_host(
+        self,
+        part: Callable[[int], tuple[made.Weight, Any]],
+        rows: Callable[[np.ndarray[Any, Any], Executor | None], torch.Tensor],
+        found: np.ndarray[Any, Any],
+    ) -> torch.Tensor:
+        """The rows, or the experts, decoded; `part` gives one of several records, `rows` decodes those of one."""
+        kept, pool = self.kept, self.workspace.executor()
         if kept.head.parts == 1:
-            out = decoded_rows(self._stored(data, 0), data, found.cpu().numpy(), self.workspace.executor())
+            out = rows(found, pool)
             return out.transpose(1, 2).contiguous() if kept.head.turned else out
-        each, pool = kept.head.parts // kept.shape[0], self.workspace.executor()
+        each = kept.head.parts // kept.shape[0]
         stack = np.empty((len(found), *kept.shape[1:]), f"<u{DTYPES[kept.head.dtype].bits // 8}")
         for i, expert in enumerate(found.tolist()):
             for j, words in enumerate(np.split(stack[i], each)):
-                part = expert * each + j
-                a, b = self._spans(data)[part]
-                self._stored(data[a:b], part).decode(data[a:b], words, pool=pool)
+                s, data = part(expert * each + j)
+                s.decode(data, words, pool=pool)
         dense: torch.Tensor = frameworks.to_framework(stack, kept.head.dtype, stack.shape, "pt")
         return dense
 
@@ -306,29 +347,45 @@ def real(record: torch.Tensor) -> None:
         )
 
 
+def spans_of(s: made.Weight, found: np.ndarray[Any, Any]) -> list[tuple[int, int]]:
+    """(first, last) of the rows of tiles that hold each of the parts along the first dimension with these indices."""
+    grid, each = s.tensor.grid, s.tensor.grid.rows // s.tensor.shape[0]
+    return list(zip((found * each // grid.tr).tolist(), (-(-(found + 1) * each // grid.tr)).tolist(), strict=True))
+
+
+def whole(s: made.Weight, count: int) -> bool:
+    """Whether all of a weight is decoded for `count` parts: all are wanted, or they lie across rows of the matrix."""
+    return bool(s.tensor.grid.rows % s.tensor.shape[0]) or count == s.tensor.shape[0]
+
+
 def decoded_rows(
-    s: made.Weight, data: stored_record.Bytes, found: np.ndarray[Any, Any], pool: Executor | None
+    s: made.Weight, data: Callable[[int, int], Any], found: np.ndarray[Any, Any], pool: Executor | None
 ) -> torch.Tensor:
     """The parts along the first dimension of a tensor with these indices, ascending, on the host.
 
-    The data type is that of the file. The tiles that hold them are decoded, one row of tiles after the other.
+    The data type is that of the file. The tiles that hold them are decoded; `data` gives the bytes that have the rows
+    of tiles first..last - 1.
     """
     grid, t = s.tensor.grid, s.tensor
-    if grid.rows % t.shape[0] or len(found) == t.shape[0]:  # its rows lie across those of the matrix, or all are wanted
+    if whole(s, len(found)):
         words = s.room()
-        s.decode(data, words, pool=pool)
-        whole: torch.Tensor = frameworks.to_framework(words, t.dtype, t.shape, "pt")
-        return whole if len(found) == t.shape[0] else whole[torch.from_numpy(found)]
-    each, step = grid.rows // t.shape[0], grid.tr
-    rows = (found[:, None] * each + np.arange(each)).reshape(-1)
-    out = np.empty((len(rows), grid.cols), f"<u{t.word}")
-    for a in np.unique(rows // step).tolist():
-        band = np.empty((min(step, grid.rows - a * step), grid.cols), out.dtype)
-        s.decode(data, band, a, a + 1, pool)
-        mine = rows // step == a
-        out[mine] = band[rows[mine] - a * step]
+        s.decode(data(0, grid.down), words, pool=pool)
+        dense: torch.Tensor = frameworks.to_framework(words, t.dtype, t.shape, "pt")
+        return dense if len(found) == t.shape[0] else dense[torch.from_numpy(found)]
+    each = grid.rows // t.shape[0]
+    out = np.empty((len(found), each, grid.cols), f"<u{t.word}")
+    spans = spans_of(s, found)
+    for (first, last), group in itertools.groupby(range(len(found)), key=spans.__getitem__):
+        mine = [*group]
+        top, rows = first * grid.tr, min(grid.rows, last * grid.tr) - first * grid.tr
+        if len(mine) * each == rows:  # they are whole rows of tiles
+            s.decode(data(first, last), out[mine[0] : mine[-1] + 1].reshape(rows, grid.cols), first, last, pool)
+            continue
+        band = np.empty((rows, grid.cols), out.dtype)
+        s.decode(data(first, last), band, first, last, pool)
+        out[mine] = band[(found[mine] * each - top)[:, None] + np.arange(each)]
     shape = (len(found), *t.shape[1:])
-    part: torch.Tensor = frameworks.to_framework(out, t.dtype, shape, "pt")
+    part: torch.Tensor = frameworks.to_framework(out.reshape(-1, grid.cols), t.dtype, shape, "pt")
     return part
 
 
@@ -346,13 +403,21 @@ class Held(Holding):
         """The place."""
         return Place(self, name)
 
+    def _expect(self, found: np.ndarray[Any, Any]) -> None:
+        """The experts with these indices will be asked for, one after the other."""
+        counts = {name: kept.shape[0] for name, kept in self._kept.items() if len(kept.shape) == 3}
+        every = [(filed, n) for name, n in counts.items() if (filed := self.filed(name)) is not None]
+        if every:
+            known = found[(found >= 0) & (found < min(counts.values()))].tolist()
+            every[0][0].store.want([[key for filed, n in every for key in filed.keys(e, n)] for e in known])
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class was made here, and is made again."""
         return _again, (type(self).__bases__[1], self._names), self.__getstate__()
 
     def extra_repr(self) -> str:
         """As of the dense module, and the bytes."""
-        held = ", ".join(f"{name}: {kept.head.nbytes} bytes" for name, kept in self._kept.items())
+        held = ", ".join(f"{name}: {said(kept.head, self.workspace)}" for name, kept in self._kept.items())
         return f"{super().extra_repr()}{', ' if super().extra_repr() else ''}{held}"
 
 
@@ -361,11 +426,26 @@ def _class(base: Any, names: tuple[str, ...]) -> Any:
     if (base, names) not in _CLASSES:
         content: dict[str, Any] = {name: Named(name) for name in names}
         content |= {"_names": names, "__module__": base.__module__}
-        content["forward"] = torch.compiler.disable(base.forward)  # a graph break; decoding is no operation of torch
+        content["forward"] = torch.compiler.disable(_foreseen(base.forward))  # a graph break: no operation of torch
         _CLASSES[base, names] = type(f"Rac{base.__name__}", (Held, base), content)
     return _CLASSES[base, names]
 
 
+def _foreseen(forward: Any) -> Any:
+    """The forward of experts, once those that the router has chosen were asked for, where they are in a file."""
+
+    @functools.wraps(forward)
+    def run(self: Held, *args: Any, **kwargs: Any) -> Any:
+        if self.workspace.store is not None:
+            chosen = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and a.dtype in _INDICES)
+            if (index := next(chosen, None)) is not None:
+                self._expect(torch.unique(index.detach()).cpu().numpy())
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
+_INDICES = (torch.int64, torch.int32)
 _CLASSES: dict[tuple[Any, tuple[str, ...]], Any] = {}
 
 
@@ -411,3 +491,8 @@ def release(module: Held, weights: Mapping[str, nn.Parameter]) -> None:
 def size_of(shape: tuple[int, ...], dtype: str) -> int:
     """Bytes of a dense tensor."""
     return math.prod(shape) * DTYPES[dtype].bits // 8
+
+
+def said(head: Head, workspace: Workspace) -> str:
+    """Where a record is, for people."""
+    return f"{head.nbytes} bytes" if workspace.store is None else "in the file"

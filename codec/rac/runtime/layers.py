@@ -19,7 +19,7 @@ from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
 from rac.runtime import device, made
 from rac.runtime import record as stored_record
-from rac.runtime.held import Head, Holding, Named, decoded_rows, real, size_of
+from rac.runtime.held import AWAY, Head, Holding, Named, decoded_rows, real, said, size_of
 from rac.runtime.workspace import Workspace
 
 
@@ -57,10 +57,13 @@ class Compressed(Holding):
     @torch.compiler.disable
     def rows(self, found: torch.Tensor) -> torch.Tensor:
         """Rows of the weight with these indices, ascending, in the data type of the file."""
+        if (filed := self.filed("weight")) is not None:
+            with filed.blamed():
+                return filed.rows(found.cpu().numpy(), self.workspace.executor()).to(self.record.device)
         if self.record.device.type != "cpu":
             return self.dense()[found]
         s, data = self.stored()
-        return decoded_rows(s, data, found.cpu().numpy(), self.workspace.executor())
+        return decoded_rows(s, lambda first, last: data, found.numpy(), self.workspace.executor())
 
     def write(self) -> nn.Parameter:
         """Make the layer dense."""
@@ -78,6 +81,8 @@ class Compressed(Holding):
     def stored(self) -> tuple[made.Weight, stored_record.Bytes]:
         """The record and its bytes, on the host. RacError where they are damaged or of another tensor."""
         real(self.record)
+        if (filed := self.filed("weight")) is not None:
+            return filed.part()
         data: stored_record.Bytes = self.record.detach().cpu().numpy()
         if self._stored is None or not self._stored.describes(data):
             found, head = made.parse(data, self.head.making), self.head
@@ -86,6 +91,15 @@ class Compressed(Holding):
                 raise MismatchError(what, unit=repr(t.name))
             self._stored = found
         return self._stored, data
+
+    def here(self) -> tuple[made.Weight, stored_record.Bytes] | None:
+        """As `stored`, where that waits for no file; None where it would, and the bytes were asked for.
+
+        RacError as there.
+        """
+        if (filed := self.filed("weight")) is None:
+            return self.stored()
+        return filed.here()
 
     def online(self) -> Transform | None:
         """What the layer does to its input, as the record states it; read once for the bytes that are there."""
@@ -107,7 +121,10 @@ class Compressed(Holding):
         RacError where the record is damaged, or its bytes are not in memory: an offloader has them.
         """
         if self.record.device.type == "meta":
-            raise SourceError("the bytes of the layer are not in memory; they are offloaded until it runs")
+            raise SourceError(AWAY)
+        if (filed := self.filed("weight")) is not None:
+            with filed.blamed():
+                return device.decoded(*filed.part(), str(self.record.device), self.workspace.executor())
         if self.record.device.type != "cpu":
             return self._resident.dense(self.record.detach(), self.stored)
         return device.decoded(*self.stored(), pool=self.workspace.executor())
@@ -127,12 +144,13 @@ class Compressed(Holding):
             with self.workspace.on_device(self) as found:
                 yield found.to(dtype)
             return
-        with self.workspace.weight(self) as words:
+        filed = self.filed("weight")
+        with filed.blamed() if filed else contextlib.nullcontext(), self.workspace.weight(self) as words:
             yield frameworks.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
 
     def extra_repr(self) -> str:
         """As of the dense layer, and the bytes."""
-        return f"{super().extra_repr()}, {self.head.nbytes} bytes"
+        return f"{super().extra_repr()}, {said(self.head, self.workspace)}"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: what was parsed is parsed again."""

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace as replace_field
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,20 @@ from rac.decode.archive import RacFile, of_repository
 from rac.decode.unpack import names_of_files, safe_name
 from rac.errors import LimitError, MismatchError, RacError, SourceError, UnsupportedError
 from rac.linalg.transform import Transform
-from rac.machine import threads_of
+from rac.machine import parse_size, threads_of
 from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
+from rac.runtime import memory as limits
 from rac.runtime import quantised, record, replace
+from rac.runtime.disk import Store
 from rac.runtime.held import Head, size_of
 from rac.runtime.quantizer import METHOD
+from rac.runtime.ranges import TICKET
 from rac.tensor import Tensor
 
 _log = logging.getLogger(__name__)
-RESIDENT = ("dense", "compressed")
+RESIDENT = ("dense", "compressed", "disk")
 ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, NotImplementedError)
 """What transformers raises for files that it cannot make a model or a tokenizer of."""
 _OF_LOADING = ("dtype", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")
@@ -51,6 +55,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     *,
+    memory: int | str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
@@ -63,21 +68,26 @@ def load_model(
 
     Args:
         path: The .rac file, one shard of a set, a folder that holds one, or a repository of the Hub,
-            "ORG/NAME[@REVISION]": its archive is downloaded to the Hub's cache. hf:// URLs of files are read by ranges.
+            "ORG/NAME[@REVISION]": its archive is downloaded to the Hub's cache. hf:// URLs of files, and others, are
+            read by ranges. Or bytes, in memory that may be pinned: they are not copied.
         resident: "dense", or "compressed": linear layers and embeddings keep their weights as the file has them and
-            decode them when they run (rac.runtime.layers).
+            decode them when they run (rac.runtime.layers). "disk": they leave them in the file, which stays open, and
+            read them then, too (rac.runtime.disk).
         device: Where the model goes; the CPU by default.
         dtype: Data type of the numbers between layers, and of dense weights; that of the configuration by default, and
             for "auto". `torch_dtype`, its earlier name in transformers, is the same.
+        memory: Of "disk", which it implies: bytes that weights may take, or a size such as "8GB"; a quarter of the
+            machine's memory by default. Keys and values of the tokens, and torch itself, come on top.
         threads: Threads that decode for compressed layers; one per core up to 8 by default.
         trust_remote_code: Run the model code that travels with the file. Without it such a file is refused.
         kwargs: For `from_pretrained` of transformers: device_map, attn_implementation, ...
 
     Raises:
         RacError: The file is missing or damaged, transformers does not know its model, it needs code of its own, or
-            tensors are missing or have other shapes than the configuration says. No model is left behind then.
+            tensors are missing or have other shapes than the configuration says, or `memory` is less than its
+            largest layer needs. No model is left behind then.
     """
-    how = {"resident": resident, "device": device, "dtype": dtype, "threads": threads, **kwargs}
+    how = {"resident": resident, "memory": memory, "device": device, "dtype": dtype, "threads": threads, **kwargs}
     return load_as(lambda config, own: own, path, trust_remote_code=trust_remote_code, **how)
 
 
@@ -86,14 +96,13 @@ def load_as(
     path: str | os.PathLike[str],
     *,
     resident: str = "dense",
+    memory: int | str | None = None,
     dtype: str | torch.dtype | None = None,
     threads: int | None = None,
-    trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> Any:
     """As `load_model`, of the class that `kind` makes of the configuration and of the class that it names."""
-    if resident not in RESIDENT:
-        raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, not {resident!r}")
+    (resident, limit), trust = _residency(resident, memory), kwargs.pop("trust_remote_code", False)
     if (earlier := kwargs.pop("torch_dtype", None)) is not None:
         if dtype is not None:
             raise ValueError("dtype and torch_dtype are the same; give one of them")
@@ -104,31 +113,54 @@ def load_as(
         frameworks.check_device(str(device))
         kwargs["device_map"] = {"": device}
     threads = threads_of(threads)
-    place = of_repository(path, keep=True)
-    with RacFile(place, framework="pt", threads=1) as f, attached(f) as folder, quiet(transformers):
-        name = f.archives[0].access.name
-        config, own = model_class(folder, name, trust_remote_code)
+    place = of_repository(path, keep=True) if isinstance(path, str | os.PathLike) else path
+    with contextlib.ExitStack() as opened, quiet(transformers):
+        f = opened.enter_context(RacFile(place, framework="pt", threads=1))
+        folder, name = opened.enter_context(attached(f)), f.archives[0].access.name
+        config, own = model_class(folder, name, trust)
         cls = kind(config, own)
         for key in [k for k in kwargs if k not in _OF_LOADING and hasattr(config, k)]:  # as transformers does
             setattr(config, key, kwargs.pop(key))
         kwargs["dtype"] = (dtype if dtype != "auto" else None) or getattr(config, "dtype", None) or _dtype(f)
-        state = State(f)
+        state = State(f, Store(f) if resident == "disk" else None)
         with state.blamed(name):
             quantised.settle(state.lazy, config, folder, resident, kwargs.get("device_map"))
-        if resident == "compressed":
+        if resident != "dense":
             with state.blamed(name):
                 records = state.hold(cls, config, name)
-            config.quantization_config = {"quant_method": METHOD, "threads": threads, "records": records}
-        with _mapped("cannot load it", name), state.blamed(name):
-            how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-            model, info = cls.from_pretrained(None, config=config, state_dict=state.lazy, **how)
-            if Path(folder, "generation_config.json").exists() and model.can_generate():
-                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-        _complete(info, cls.__name__, name)
+            how = {"quant_method": METHOD, "threads": threads, "records": records, "store": state.store}
+            config.quantization_config = how
+        model = _loaded(cls, config, state, folder, **kwargs)
         replace.attach(model, state.online(), name)
-    if resident == "compressed":
+        if state.store is not None:
+            limits.fit(model, state.store, limit)
+            replace.bind(model)
+            opened.pop_all()  # the file is the store's from now on
+    if resident != "dense":
         _log.info("%s: %s", name, replace.residency(model))
     model.config.name_or_path = model.name_or_path = name
+    return model
+
+
+def _residency(resident: str, memory: int | str | None) -> tuple[str, int | None]:
+    """How weights are held, and the bytes for that; ValueError where the two do not go together."""
+    if resident not in RESIDENT:
+        raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, not {resident!r}")
+    if memory is None:
+        return resident, None
+    if resident not in ("dense", "disk"):
+        raise ValueError(f"memory is for resident='disk', which it implies, and not for {resident!r}")
+    return "disk", parse_size(memory) if isinstance(memory, str) else memory
+
+
+def _loaded(cls: Any, config: Any, state: State, folder: str, **kwargs: Any) -> Any:
+    """What transformers makes of the configuration and the tensors."""
+    with _mapped("cannot load it", state.name), state.blamed(state.name):
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+        model, info = cls.from_pretrained(None, config=config, state_dict=state.lazy, **how)
+        if Path(folder, "generation_config.json").exists() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    _complete(info, cls.__name__, state.name)
     return model
 
 
@@ -248,7 +280,7 @@ def _warn_of_reads(found: replace.Places, names: Mapping[str, Any], file: str) -
     if mine:
         dense = sum(size_of(names[n].shape, names[n].dtype) for n in mine)
         methods = ", ".join(sorted({found.read[path] for path in mine.values()}))
-        what = f"{min(mine.values())}{_more(mine)} stay dense ({replace.megabytes(dense)})"
+        what = f"{min(mine.values())}{_more(mine)} stay dense ({limits.megabytes(dense)})"
         warnings.warn(f"rac: {file}: {what}: {methods} reads the weight at each step", stacklevel=4)
 
 
@@ -263,11 +295,18 @@ class Lazy:
         self._file, self.archive, self.entry, self._errors = f, archive, entry, errors
         self.names = (entry.name, *(name for name, _ in entry.aliases))
         self.shape, self.dtype = tuple(entry.shape), entry.dtype
+        self.store: Store | None = None
+        """Where the record stays in the file: what its ticket is a ticket of."""
         self.head: Head | None = None
         """Head of the record, where its bytes are given instead of the tensor."""
         self.online: Transform | None = None
         """What the layer does to its input, once the dense tensor was read."""
         self._lock, self._kept = threading.Lock(), None
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the record."""
+        return self.entry.size
 
     @property
     def nbytes(self) -> int:
@@ -295,18 +334,30 @@ class Lazy:
 
     def head_of_record(self) -> Head:
         """What must be known of its record."""
+        if self.store is not None:
+            return Head(TICKET, self.dtype, self.shape)
         needs = self._parsed().needs if self.archive.objects else ()
         size = self.entry.size + sum(self.archive.objects[n].size for n in needs) + record.TAIL
         return Head(size, self.dtype, self.shape)
 
     def hold(self) -> Head:
-        """From now on the record is what is loaded."""
+        """From now on the record, or its ticket, is what is loaded.
+
+        transformers pads, or cuts, the bias of a tied output layer to the first dimension of what it finds as weight: a
+        ticket is no shorter than that of the weight.
+        """
         self.head = self.head_of_record()
+        if self.store is not None:
+            self.head = replace_field(self.head, nbytes=max(TICKET, *self.shape[:1]))
         return self.head
 
     def collected(self) -> NDArray[np.uint8]:
-        """The record; `errors` gets what is wrong with it."""
+        """The record, or its ticket; `errors` gets what is wrong with it."""
         try:
+            if self.store is not None:
+                room = np.zeros(self.head.nbytes if self.head else TICKET, np.uint8)
+                room[:TICKET] = self.store.reader.ticket(self.archive, self.entry)
+                return room
             return record.collect(self.archive, self.entry)
         except RacError as e:
             self._errors.append(e)
@@ -383,14 +434,16 @@ class _Copied:
 
 
 class State:
-    """The tensors of an archive by name, lazily."""
+    """The tensors of an archive by name, lazily; the records that are held stay in the file where there is a store."""
 
-    def __init__(self, f: RacFile) -> None:
+    def __init__(self, f: RacFile, store: Store | None = None) -> None:
         self.lazy: dict[str, Any] = {}
+        self.name, self.store = f.archives[0].access.name, store
         self._errors: list[RacError] = []
         every = ((archive, e) for archive in f.archives for e in archive.index.entries if e.type == RECORD_TENSOR)
         for archive, entry in every:
             source = Lazy(f, archive, entry, self._errors)
+            source.store = store
             names = {entry.name: source} | {name: source if tied else _Copied(source) for name, tied in entry.aliases}
             self.lazy |= {n: t for n, t in names.items() if ".safetensors::" not in n}  # of files beside it
 

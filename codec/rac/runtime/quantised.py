@@ -139,7 +139,10 @@ class _Made:
 
     def worth(self) -> bool:
         """Whether the records are smaller than the numbers."""
-        return len(self.shape) in (2, 3) and self.head_of_record().nbytes < size_of(self.shape, self.dtype)
+        return len(self.shape) in (2, 3) and self._stored() < size_of(self.shape, self.dtype)
+
+    def _stored(self) -> int:
+        return sum(source.stored for source in self._held.values())
 
     def online_stated(self) -> bool:
         """Never: others' quantisation knows nothing of that."""

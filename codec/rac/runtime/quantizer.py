@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from rac.container.wire import MAJOR, MINOR
 from rac.errors import MismatchError, SourceError, UnsupportedError
 from rac.runtime import record, replace
+from rac.runtime.disk import Store
 from rac.runtime.held import Head, Holding
 from rac.runtime.layers import RacLinear
 from rac.runtime.made import Made, Making
@@ -32,9 +33,10 @@ METHOD, FORMAT = "rac", f"{MAJOR}.{MINOR}"
 class RacConfig(QuantizationConfigMixin):
     """`quantization_config` of a model whose weights are records.
 
-    `format_version` is that of the .rac format that the records are in; UnsupportedError where it is not known. Not
-    saved are `threads` that decode, one per core up to 8 by default, and the heads of `records`, by names of the file,
-    for models that are made of an archive. `made` says how weights are made of several tensors (rac.runtime.made).
+    `format_version` is that of the .rac format that the records are in; UnsupportedError where it is not known. `made`
+    says how weights are made of several tensors (rac.runtime.made). Not saved are `threads` that decode, one per core
+    up to 8 by default, and for models that are made of an archive the heads of `records`, by names of the file, and
+    the `store` where these stay in the file.
     """
 
     def __init__(
@@ -43,13 +45,14 @@ class RacConfig(QuantizationConfigMixin):
         threads: int | None = None,
         records: dict[str, Head] | None = None,
         made: Iterable[Mapping[str, Any]] = (),
+        store: Store | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         if format_version.split(".")[0] != str(MAJOR):
             raise UnsupportedError(f"format version {format_version} is not supported (this reader knows {MAJOR})")
         self.format_version = format_version
-        self.threads, self.records = threads, records
+        self.threads, self.records, self.store = threads, records, store
         ways = [Making.of(one["stated"], one["dtype"], one["names"]) for one in made]
         self.made = list(dict.fromkeys([*ways, *(h.making for h in (records or {}).values() if h.making)]))
 
@@ -76,9 +79,9 @@ class RacHfQuantizer(HfQuantizer):
         where = replace.places(model, records).single
         if homeless := sorted(records.keys() - where.keys()):
             raise MismatchError(f"no layer of {type(model).__name__} can hold the record of {homeless[0]!r}")
-        new, workspace = {where[n]: h for n, h in records.items()}, Workspace(config.threads)
+        new, workspace = {where[n]: h for n, h in records.items()}, Workspace(config.threads, config.store)
         replace.replace(model, new, workspace, torch.get_default_dtype())
-        config.records, self._names = None, list(records)
+        config.records, config.store, self._names = None, None, list(records)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

@@ -39,6 +39,7 @@ from rac.models.names import Names
 from rac.records import Entry
 from rac.runtime.held import Head, Held, Holding, hold, release, size_of
 from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
+from rac.runtime.memory import Budget, megabytes
 from rac.runtime.reads import read_by_others
 from rac.runtime.workspace import Workspace
 from rac.stages.table import is_resident
@@ -283,6 +284,8 @@ class Residency:
     """Numbers of all weights, those that are records too."""
     others: Mapping[str, int]
     """Bytes of all other parameters, by name; what is tied once."""
+    budget: Budget | None = None
+    """Where records stay in the file: what of the memory is for what."""
 
     def __str__(self) -> str:
         """One line."""
@@ -290,31 +293,33 @@ class Residency:
         most = sorted(self.others, key=lambda name: -self.others[name])[:3]
         named = ", ".join(f"{name} {megabytes(self.others[name])}" for name in most)
         held = f"{self.records} weights stay compressed, {megabytes(self.held)} instead of {megabytes(self.instead)}"
+        if self.budget is not None:
+            held = held.replace("compressed", "in the file and are read when they are used")
+            return f"{held}; memory for weights: {self.budget}"
         return f"{held}; dense: {megabytes(dense)}" + (
             f" ({named}{', ...' if len(self.others) > 3 else ''})" if most else ""
         )
-
-
-def megabytes(n: int) -> str:
-    """A number of bytes, for people."""
-    return f"{n / 1e6:,.1f} MB" if n >= 1e5 else f"{n / 1e3:,.1f} kB"
 
 
 def residency(model: Any) -> Residency:
     """What a model holds as records and what dense; buffers that are no records are left out."""
     seen: set[int] = set()
     records = held = instead = weights = 0
+    budget: Budget | None = None
     for module in model.modules():
         for name in getattr(module, "_names", ()) if isinstance(module, Holding) else ():
             if id(record := module.record_of(name)) not in seen:
                 seen.add(id(record))
                 source = module.source(name)
                 numbers = math.prod(source.shape)
-                records, held, weights = records + 1, held + record.numel(), weights + numbers
+                filed = module.filed(name) if record.device.type != "meta" else None
+                size = record.numel() if filed is None else filed.store.reader.stored_size(filed.tickets)
+                budget = budget if filed is None else filed.store.budget
+                records, held, weights = records + 1, held + size, weights + numbers
                 instead += size_of(source.shape, source.head.dtype)
     others = {n: p.nbytes for n, p in model.named_parameters() if id(p) not in seen}
     weights += sum(p.numel() for p in model.parameters() if id(p) not in seen)
-    return Residency(records, held, instead, weights, others)
+    return Residency(records, held, instead, weights, others, budget)
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -342,6 +347,19 @@ def attach(model: Any, found: Mapping[str, Transform], file: str) -> None:
             raise UnsupportedError(what, file=file, unit=repr(where[name]))
         hook(layer, transform)
     _guard(model)
+
+
+def bind(model: Any) -> None:
+    """Let `save_pretrained` refuse as long as weights of the model are in a file: it would save where they are."""
+    model.save_pretrained = functools.partial(_save, model)
+
+
+def _save(model: Any, *args: Any, **kwargs: Any) -> Any:
+    far = (m for m in model.modules() if isinstance(m, Holding) and any(m.filed(n) is not None for n in m._names))
+    if next(far, None) is not None:
+        what = "the weights of this model stay in its file: copy that, or load it with another `resident` to save it"
+        raise UnsupportedError(what, file=model.name_or_path)
+    return type(model).save_pretrained(model, *args, **kwargs)
 
 
 def _guard(model: Any) -> None:

@@ -29,13 +29,17 @@ from rac.runtime import made, record
 from rac.runtime.device import MOST, Ahead
 
 if TYPE_CHECKING:
+    from rac.runtime.disk import Store
     from rac.runtime.layers import Compressed as Layer
+    from rac.runtime.ranges import Key
 
 Array = NDArray[Any]
 AHEAD = 32 << 20
 """The buffer has room for two of the largest layers, up to so many bytes, and at least for one."""
 PIECE = 4 << 20
 """Dense bytes from which on a layer is decoded in pieces, its rows of tiles, by several threads."""
+FAR = 8
+"""Layers whose bytes are read ahead, where they are in a file."""
 _ALIGN = 64
 
 
@@ -48,6 +52,7 @@ class _Slot:
     """None: decoding has failed."""
     start: int
     stop: int
+    stored: made.Weight
     pieces: list[tuple[Future[None], partial[None]]]
     """What threads were asked to do. Who cancels one does it itself."""
 
@@ -56,11 +61,11 @@ class Workspace:
     """Shared by the layers of one model. One layer at a time runs, whatever the number of threads that call.
 
     `threads` decode, with the one that runs the layers; one per core up to 8 by default. None are started before the
-    first layer runs.
+    first layer runs. Where the records are in a file, `store` reads them.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
-        self._threads = threads_of(threads)
+    def __init__(self, threads: int | None = None, store: Store | None = None) -> None:
+        self._threads, self.store = threads_of(threads), store
         self._clear()
 
     def _clear(self) -> None:
@@ -84,7 +89,8 @@ class Workspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the settings, and room for the same layers. Its buffer and threads are its own."""
-        return {"_threads": self._threads, "_largest": self._largest, "_on_device": self._on_device}
+        kept = ("_threads", "_largest", "_on_device", "store")
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._clear()
@@ -179,22 +185,20 @@ class Workspace:
                     done.exception()  # wait until nobody writes to the buffer
 
     def _take(self, layer: Layer) -> Array:
-        s, data = layer.stored()
-        size = s.tensor.nbytes
-        if size > self._largest or len(self._buffer) < self.nbytes:
-            self._drop()
-            self.expect(size)
-            self._buffer = np.empty(self.nbytes, np.uint8)
         self._drop(min(1, len(self._slots)))  # the layer that ran before
         version = layer.version()
         found = [i for i, slot in enumerate(self._slots) if slot.layer() is layer and slot.version == version]
         self._drop(found[0] if found else None)
         if not found:
+            s, data = layer.stored()
+            if s.tensor.nbytes > self._largest or len(self._buffer) < self.nbytes:
+                self.expect(s.tensor.nbytes)
+                self._buffer = np.empty(self.nbytes, np.uint8)
             self._slots.append(self._slot(layer, version, s, data, 0))
         self._learn(layer)
         self._look_ahead()
         self._finish(self._slots[0])
-        return self._words(s, self._slots[0].start)
+        return self._words(self._slots[0].stored, self._slots[0].start)
 
     def _slot(
         self, layer: Layer, version: tuple[int, int] | None, s: made.Weight, data: record.Bytes, start: int
@@ -206,7 +210,7 @@ class Workspace:
             each = ((words[i * grid.tr : (i + 1) * grid.tr], i, i + 1) for i in range(grid.down))
             runs = [partial(s.decode, data, *part) for part in each]
         pieces = [(pool.submit(run) if pool else Future[None](), run) for run in runs]
-        return _Slot(weakref.ref(layer), version, start, start + s.tensor.nbytes, pieces)
+        return _Slot(weakref.ref(layer), version, start, start + s.tensor.nbytes, s, pieces)
 
     def _finish(self, slot: _Slot) -> None:
         """Decode what is left of the weight. RacError where it is damaged."""
@@ -244,14 +248,32 @@ class Workspace:
             tail = self._after(tail)
             if tail is None or id(tail) in known or (version := tail.version()) is None:
                 return
+            if (start := self._free(tail.dense_bytes)) is None:
+                break
             try:
-                s, data = tail.stored()
+                found = tail.here()
             except RacError:  # it will say so itself
                 return
-            if (start := self._free(s.tensor.nbytes)) is None:
-                return
+            if found is None:  # not read yet
+                break
+            s, data = found
             self._slots.append(self._slot(tail, version, s, data, start))
             known.add(id(tail))
+        if self.store is not None:
+            self._read_ahead(known)
+
+    def _read_ahead(self, known: set[int]) -> None:
+        """Have the bytes of the layers read that come behind those that are decoded ahead."""
+        found: list[list[Key]] = []
+        tail = self._slots[-1].layer()
+        while tail is not None and len(found) < FAR and (tail := self._after(tail)) is not None:
+            if id(tail) in known:
+                break
+            known.add(id(tail))
+            filed = tail.filed("weight") if tail.version() is not None else None
+            found += [filed.keys()] if filed is not None else []
+        if self.store is not None and found:
+            self.store.want(found)
 
     def _free(self, size: int) -> int | None:
         """The lowest place where `size` bytes are free, which caches may still hold; None: there is none."""
