@@ -26,6 +26,8 @@ CUTS = {
 """Kinds of slices: tiles along each side up to which stored size. An eighth of the rows or columns then costs no more
 than 1.1 times its share of the stored bytes and 64 KB, or 1 MB. Rows may be exchanged, as tests of small tensors do."""
 SLICES = tuple(CUTS)
+PART = 1 << 16
+"""Words of an expert from which on its tiles are its own: smaller ones are read with their neighbours, in 64 KB."""
 CHUNK = 1 << 22
 HELD = 1 << 25  # bytes of a tensor that is read once and held until it is coded; a larger one is read again, in chunks
 LARGE = 1 << 28  # bytes of a tensor from which on nothing of it is held, neither its symbols nor its coded tiles
@@ -53,6 +55,7 @@ class Level:
     strip: int = 0  # words of a tile, about, that spans whole rows; 0: tiles are cut along both sides
     sliced: float = 0.0  # stored bytes of a word, about, where tiles were asked for; 0: as its type has them
     density: float = 0.0  # stored bytes of a word, about, by which tiles are cut; 0: as its type has them
+    part: int = 0  # rows of a matrix that are read by themselves: no tile has rows of two of them; 0: any rows
 
 
 LEVELS = {
@@ -125,13 +128,27 @@ def axis_of(shape: tuple[int, ...]) -> int:
     return 1 if len(shape) > 1 and shape[-1] < 64 else max(0, len(shape) - 1)
 
 
+def parted(level: Level, shape: tuple[int, ...]) -> Level:
+    """A level for a tensor that holds the matrices of all experts: the tiles of each are its own, side by side."""
+    stacked = len(shape) == 3 and shape[0] > 1 and axis_of(shape) == 2
+    return replace(level, part=shape[1]) if stacked and shape[1] * shape[2] >= PART else level
+
+
+def _within(tr: int, part: int) -> int:
+    """Rows of tiles, about `tr` of them, so that each `part` rows are whole tiles where that can be."""
+    if not part:
+        return tr
+    n = -(-part // tr)
+    return part // next((k for k in range(n, 2 * n) if part % k == 0), n)
+
+
 def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid:
     """Tiles as large as slices and the level allow: long lanes are small and fast."""
     rows, cols = matrix(dtype, shape, axis)
     d = DTYPES[dtype]
     if level.strip:
         tc = max(1, -(-cols // max(1, -(-cols // level.strip))))
-        tr = max(1, -(-rows // max(1, -(-rows // max(1, level.strip // tc)))))
+        tr = _within(max(1, -(-rows // max(1, -(-rows // max(1, level.strip // tc))))), level.part)
         return Grid(rows, cols, d.word, tr, tc)
     share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
     stored = rows * cols * (level.density or d.word * share)
@@ -139,7 +156,7 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
     tc = -(-tc // -(-tc // level.tile))
     tr = max(1, -(-rows // parts))
-    tr = -(-tr // -(-tr // max(1, level.tile // tc)))  # equal pieces: a slice ends where tiles do
+    tr = _within(-(-tr // -(-tr // max(1, level.tile // tc))), level.part)  # equal pieces: a slice ends where tiles do
     return Grid(rows, cols, d.word, tr, tc)
 
 
@@ -158,7 +175,8 @@ class View:
     union = 0  # the OR of all words
 
     def __init__(self, source: Source, dtype: str, shape: tuple[int, ...], level: Level) -> None:
-        self.dtype, self.level, self.axis = dtype, level, axis_of(shape)
+        self.dtype, self.axis = dtype, axis_of(shape)
+        self.level = level = parted(level, shape)
         self.grid = grid = grid_of(dtype, shape, self.axis, level)
         self._source = source
         self.total = grid.rows * grid.cols  # words

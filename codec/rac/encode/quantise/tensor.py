@@ -14,7 +14,7 @@ from rac.calibrate.layers import Layer
 from rac.container import zstd
 from rac.encode import record, ties
 from rac.encode.align.recipe import Recipe, matrix_of
-from rac.encode.code.plan import LEVELS
+from rac.encode.code.plan import LEVELS, parted
 from rac.encode.encoded import Encoded, Fidelity, decoded
 from rac.encode.options import DECIBELS
 from rac.encode.quantise import trellis as lossy
@@ -50,7 +50,7 @@ class Coded:
 
 def code(t: SourceTensor, recipe: Recipe) -> Coded:
     """Quantise a tensor of the recipe."""
-    a, effort = recipe.aligned[t.name], recipe.effort
+    a, effort = recipe.aligned[t.name], replace(recipe.effort, coder=parted(recipe.coder, t.shape))
     columns = a.columns()  # first: no more memory than this takes while nothing else is there
     w, dtype, objects = split.before(t, recipe)
     below = None if (rows := a.rows()) is None else rows.feed
