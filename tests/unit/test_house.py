@@ -20,6 +20,7 @@ WIDE = {
     "encode/pack.py:pack": "public: the options of `rac pack`, by name",
     "methods/gptq.py:gptq": "public: the choices of docs/methods/gptq.md, by name",
     "methods/grouped.py:pack_grouped": "public: options as those of `pack`, by name (docs/groups.md)",
+    "runtime/model.py:load_model": "public: the choices of docs/loading.md, by name",
     "runtime/simulate.py:simulated": "public: the choices of docs/methods/smoothquant.md, by name",
     "methods/rotations/kurtail.py:kurtail": "public: settings of the learning, by name (docs/methods/kurtail.md)",
     "methods/rotations/spinquant.py:spinquant": "public: settings of the learning, by name (docs/methods/spinquant.md)",

@@ -61,7 +61,7 @@ class Loaded:
 
 
 class Window:
-    """Of the bytes of a tensor those that were read: a slice of them is that of the whole."""
+    """The bytes of a tensor as far as they were read: a slice of them is that of the whole."""
 
     __slots__ = ("_parts", "_size")
 
