@@ -2,18 +2,26 @@
 #pragma once
 #include "rac.h"
 
-enum { MOST_LANES = 1024 };
+enum { MOST_LANES = 1024, MOST_SIDE = 32 /* tiles whose lanes are coded side by side */ };
 
 /* What encoding a symbol takes: (2^64 - 1) / freq, start, 2^24 - freq, freq, the middle two of
  * 4096ths << 12 */
 typedef struct { uint64_t reciprocal, start, complement, freq; } rac_step;
 
 void rac_steps(const uint32_t *model, int64_t tables, rac_step *out);
-int64_t rac_lanes_of(const uint8_t *sym, int64_t lanes, const rac_segment *seg, int64_t nseg, const uint32_t *model,
-                     const rac_step *steps, uint32_t *out, int64_t size, uint32_t *counts);
 
-/* A mask of the lowest n bits, of at most 16 */
-static inline uint32_t lowest(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+/* Symbols of a tile that go to lanes, and what is left of them: they are coded from the last to the first */
+typedef struct {
+    const uint8_t *sym;     /* their end */
+    const rac_segment *seg; /* in the order of the symbols */
+    int64_t nseg, left;     /* segments, and symbols of the one behind these, which is begun; 0 at first */
+    uint32_t *words;        /* their end: those of the lanes are put in front of it, at most a word for a symbol and two for a lane,
+                             * of which 16 more may be written over */
+    uint32_t *counts;       /* words of each lane, of `lanes` */
+} rac_stream;
+
+int64_t rac_tiles_at_once(int64_t lanes);
+void rac_lanes_of(const uint32_t *model, const rac_step *steps, int64_t lanes, rac_stream *s, int64_t n);
 
 /* What encoding the tiles of a tensor shares */
 typedef struct {

@@ -11,11 +11,9 @@ static rac_planes *const planes[] = {rac_planes1, rac_planes2, rac_planes4, rac_
 typedef struct {
     const rac_coding *coding;
     int kind;              /* of its words, see above */
-    rac_step *steps;       /* of the model */
     uint8_t *flat, *made;  /* words and base symbols in sequence order */
     uint8_t *pairs;        /* of these */
-    uint32_t *words;       /* of the lanes */
-    int64_t room;          /* for how many */
+    uint32_t *words;       /* of the lanes: their end */
     rac_block *blocks;
     int32_t *row, *col;
     const uint8_t *in;     /* words in sequence order: `flat`, or the tile itself */
@@ -25,9 +23,9 @@ typedef struct {
     int64_t nseg;
     rac_segment seg[256];
     int64_t elements[256]; /* of the segments */
+    int64_t row_end[257], col_end[257]; /* of the classes */
     uint32_t counts[MOST_LANES];
 } work;
-
 
 /* Stable counting sort: order[] of n things by class, ends[k] = first place of class k + 1 */
 static int32_t *by_class(const uint8_t *class, int64_t n, int k, int32_t *order, int64_t *ends) {
@@ -46,8 +44,9 @@ static int32_t *by_class(const uint8_t *class, int64_t n, int k, int32_t *order,
 }
 
 /* Blocks and segments of a tile, by table; how many blocks */
-static int64_t cut(work *w, const int64_t *re, const int64_t *ce) {
+static int64_t cut(work *w) {
     const rac_coding *c = w->coding;
+    const int64_t *re = w->row_end, *ce = w->col_end;
     int64_t first[257] = {0}, sum[256] = {0}, blocks = 0;
     for (int pass = 0; pass < 2; pass++) {
         for (int i = 0; i < c->row_classes; i++)
@@ -76,10 +75,9 @@ static int64_t cut(work *w, const int64_t *re, const int64_t *ce) {
 /* Words, base symbols and coded symbols of a tile in sequence order */
 static void sequence(work *w, const rac_piece *p) {
     const rac_coding *c = w->coding;
-    int64_t re[257], ce[257];
-    const int32_t *row = by_class(p->row_class, p->rows, c->row_classes, w->row, re);
-    const int32_t *col = by_class(p->col_class, p->cols, c->col_classes, w->col, ce);
-    const int64_t blocks = cut(w, re, ce);
+    const int32_t *row = by_class(p->row_class, p->rows, c->row_classes, w->row, w->row_end);
+    const int32_t *col = by_class(p->col_class, p->cols, c->col_classes, w->col, w->col_end);
+    const int64_t blocks = cut(w);
     w->n = p->rows * p->cols;
     w->in = p->words;
     if (row || col || p->stride != p->cols) {
@@ -104,61 +102,61 @@ static void sequence(work *w, const rac_piece *p) {
     }
 }
 
-static void give_back(work *w) {
-    free(w->steps);
-    free(w->flat);
-}
+enum { SIDE = 1 << 19 }; /* words of tiles that are packed side by side, about */
 
-/* Room for the largest of n tiles; 0 where there is not enough */
-static int prepare(work *w, const rac_coding *c, const rac_piece *p, int64_t n) {
-    int64_t most = 0, rows = 0, cols = 0;
+/* Room for the largest of n tiles, `side` times; null where there is not enough */
+static work *prepare(const rac_coding *c, const rac_piece *p, int64_t n, int64_t *side) {
+    int64_t most = 1, rows = 0, cols = 0;
     for (int64_t i = 0; i < n; i++) {
         most = p[i].rows * p[i].cols > most ? p[i].rows * p[i].cols : most;
         rows = p[i].rows > rows ? p[i].rows : rows;
         cols = p[i].cols > cols ? p[i].cols : cols;
     }
-    w->coding = c;
-    w->kind = c->word == 1 ? 0 : c->word == 2 ? 1 : c->word == 4 ? 2 : 3;
-    w->room = most + 256 + 2 * c->lanes + 16;
+    *side = least(*side, least(n, 1 + SIDE / most));
+    const int64_t room = most + 256 + 2 * c->lanes + 16;
     const int64_t blocks = least((int64_t)c->row_classes * c->col_classes, most) * (int64_t)sizeof(rac_block);
-    const int64_t sizes[] = {most * c->word, most, most / 2 + 257, 4 * w->room, blocks, 4 * rows, 4 * cols};
+    const int64_t sizes[] = {most * c->word, most, most / 2 + 257, 4 * room, blocks, 4 * rows, 4 * cols};
     int64_t at[8] = {0};
     for (int k = 0; k < 7; k++) at[k + 1] = at[k] + up16(sizes[k] + 64);
-    w->steps = malloc((size_t)c->tables * 256 * sizeof(rac_step));
-    w->flat = malloc((size_t)at[7]);
-    if (!w->steps || !w->flat) return 0;
-    w->made = w->flat + at[1];
-    w->pairs = w->flat + at[2];
-    w->words = (uint32_t *)(void *)(w->flat + at[3]);
-    w->blocks = (rac_block *)(void *)(w->flat + at[4]);
-    w->row = (int32_t *)(void *)(w->flat + at[5]);
-    w->col = (int32_t *)(void *)(w->flat + at[6]);
-    return 1;
+    uint8_t *all = malloc((size_t)(up16(*side * (int64_t)sizeof(work)) + *side * at[7]));
+    if (!all) return 0;
+    work *w = (work *)(void *)all;
+    all += up16(*side * (int64_t)sizeof(work));
+    for (int64_t i = 0; i < *side; i++, all += at[7]) {
+        w[i].coding = c;
+        w[i].kind = c->word == 1 ? 0 : c->word == 2 ? 1 : c->word == 4 ? 2 : 3;
+        w[i].flat = all;
+        w[i].made = all + at[1];
+        w[i].pairs = all + at[2];
+        w[i].words = (uint32_t *)(void *)(all + at[3]) + room;
+        w[i].blocks = (rac_block *)(void *)(all + at[4]);
+        w[i].row = (int32_t *)(void *)(all + at[5]);
+        w[i].col = (int32_t *)(void *)(all + at[6]);
+    }
+    return w;
 }
 
 /* counts[table][symbol] += 1 for the coded symbols of n tiles, (tables, 256); 0, or -2: not enough memory */
 int rac_count(const rac_coding *coding, const rac_piece *piece, int64_t n, uint32_t *counts) {
-    work w;
-    if (!prepare(&w, coding, piece, n)) {
-        give_back(&w);
-        return -2;
-    }
+    int64_t side = 1;
+    work *w = prepare(coding, piece, n, &side);
+    if (!w) return -2;
     for (int64_t i = 0; i < n; i++) {
-        sequence(&w, piece + i);
-        const uint8_t *s = w.sym;
-        for (int64_t k = 0; k < w.nseg; s += w.seg[k++].symbols) {
-            uint32_t t[3][256], *c = counts + 256 * w.seg[k].table; /* or equal neighbours wait for each other */
+        sequence(w, piece + i);
+        const uint8_t *s = w->sym;
+        for (int64_t k = 0; k < w->nseg; s += w->seg[k++].symbols) {
+            uint32_t t[3][256], *c = counts + 256 * w->seg[k].table; /* or equal neighbours wait for each other */
             memset(t, 0, sizeof t);
             int64_t j = 0;
-            for (; j + 4 <= w.seg[k].symbols; j += 4) {
+            for (; j + 4 <= w->seg[k].symbols; j += 4) {
                 c[s[j]]++;
                 for (int q = 0; q < 3; q++) t[q][s[j + 1 + q]]++;
             }
-            for (; j < w.seg[k].symbols; j++) c[s[j]]++;
+            for (; j < w->seg[k].symbols; j++) c[s[j]]++;
             for (int q = 0; q < 256; q++) c[q] += t[0][q] + t[1][q] + t[2][q];
         }
     }
-    give_back(&w);
+    free(w);
     return 0;
 }
 
@@ -172,20 +170,45 @@ static uint32_t top_of(const work *w, int64_t i) {
     return (uint32_t)(v >> c->shift);
 }
 
+#ifdef AVX512
+/* The symbols i of 64 whose flag[symbol] is not 0, by the table of which as bits, 256 */
+__attribute__((target("avx512vbmi"))) static uint64_t flagged(const uint8_t *s, int64_t n, const uint8_t *flag) {
+    const __m512i x = _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, s);
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(flag), x, _mm512_loadu_si512(flag + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(flag + 128), x, _mm512_loadu_si512(flag + 192));
+    const __m512i f = _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high);
+    return _mm512_test_epi8_mask(f, f) & (n >= 64 ? ~0ull : (1ull << n) - 1);
+}
+static int quick(void) { return __builtin_cpu_supports("avx512vbmi"); }
+#else
+#define quick() 0
+#define flagged(s, n, flag) 0ull
+#endif
+
+/* The first symbol from i on, below n, whose flag is not 0, or n */
+static int64_t next_escape(const uint8_t *s, int64_t i, int64_t n, const uint8_t *flag, int fast) {
+    for (; fast && i < n; i += 64) {
+        const uint64_t found = flagged(s + i, n - i, flag);
+        if (found) return i + __builtin_ctzll(found);
+    }
+    while (i < n && !flag[s[i]]) i++;
+    return least(i, n);
+}
+
 /* Escape bytes of the tile, in sequence order; how many */
 static int64_t escapes(const work *w, uint8_t *out) {
     const rac_coding *c = w->coding;
     const uint8_t *s = w->sym;
+    const int fast = quick();
     int64_t n = 0;
-    for (int64_t k = 0, e = 0; k < w->nseg; e += w->elements[k++]) {
+    for (int64_t k = 0, e = 0; k < w->nseg; s += w->seg[k].symbols, e += w->elements[k++]) {
         const uint8_t *flag = c->escaping + 256 * w->seg[k].table;
-        for (int64_t i = 0; i < w->seg[k].symbols; i++, s++) {
-            if (!flag[*s]) continue;
+        const int64_t end = w->seg[k].symbols;
+        for (int64_t i = next_escape(s, 0, end, flag, fast); i < end; i = next_escape(s, i + 1, end, flag, fast))
             for (int64_t j = i * c->per; j < least((i + 1) * c->per, w->elements[k]); j++) {
-                const int b = flag[*s] == 2 ? c->first : w->base[e + j];
+                const int b = flag[s[i]] == 2 ? c->first : w->base[e + j];
                 if (b >= c->first) out[n++] = (uint8_t)(top_of(w, e + j) - c->bases[b - c->first]);
             }
-        }
     }
     return n;
 }
@@ -197,10 +220,10 @@ static uint8_t *put(uint8_t *to, const void *from, int64_t size) {
     return to + up16(size);
 }
 
-/* Unit of the tile at hand to `unit`; its bytes, or -1: words and `left` bytes do not suffice */
-static int64_t unit_of(work *w, uint8_t *unit, int64_t left) {
+/* Unit of a tile, the first of whose words is at `words`, to `unit`; its bytes, or -1: `left` bytes do not suffice */
+static int64_t unit_of(work *w, const uint32_t *words, uint8_t *unit, int64_t left) {
     const rac_coding *c = w->coding;
-    const int64_t found = rac_lanes_of(w->sym, c->lanes, w->seg, w->nseg, c->model, w->steps, w->words, w->room, w->counts);
+    const int64_t found = w->words - words;
     const int64_t directory = 4 + c->skip + 2 * c->lanes, raw = c->shift + c->sign;
     int64_t start[6], sizes[6], all = 0;
     int k = 0;
@@ -210,9 +233,9 @@ static int64_t unit_of(work *w, uint8_t *unit, int64_t left) {
             sizes[k] = (w->n * b + 7) / 8;
             all += up16(sizes[k++]);
         }
-    if (found < 0 || up16(directory) + up16(4 * found) + w->n + 16 + all > left) return -1;
+    if (up16(directory) + up16(4 * found) + w->n + 16 + all > left) return -1;
     uint8_t *at = put(unit, 0, directory);
-    at = put(at, w->words + w->room - found, 4 * found);
+    at = put(at, words, 4 * found);
     const int64_t escaped = escapes(w, at);
     at = put(at, 0, escaped);
     for (int j = 0; j < k; j++) put(at + start[j], 0, sizes[j]);
@@ -233,16 +256,27 @@ static int64_t unit_of(work *w, uint8_t *unit, int64_t left) {
 /* Units of n tiles one after the other to out[0..size), each a multiple of 16 bytes, which sizes[i] gets; planes are
  * stored as they are. 0, -1: they do not fit, -2: not enough memory */
 int rac_pack(const rac_coding *coding, const rac_piece *piece, int64_t n, uint8_t *out, int64_t size, int64_t *sizes) {
-    work w;
-    int bad = prepare(&w, coding, piece, n) ? 0 : -2;
-    if (!bad) rac_steps(coding->model, coding->tables, w.steps);
-    for (int64_t i = 0; !bad && i < n; i++) {
-        sequence(&w, piece + i);
-        sizes[i] = unit_of(&w, out, size);
-        if (sizes[i] < 0) bad = -1;
-        out += sizes[i];
-        size -= sizes[i];
+    rac_stream s[MOST_SIDE];
+    int64_t side = rac_tiles_at_once(coding->lanes);
+    work *w = prepare(coding, piece, n, &side);
+    rac_step *steps = malloc((size_t)coding->tables * 256 * sizeof(rac_step));
+    int bad = w && steps ? 0 : -2;
+    if (!bad) rac_steps(coding->model, coding->tables, steps);
+    for (int64_t i = 0, some; !bad && i < n; i += some) {
+        some = least(side, n - i);
+        for (int64_t k = 0; k < some; k++) {
+            sequence(w + k, piece + i + k);
+            s[k] = (rac_stream){w[k].sym + w[k].coded, w[k].seg, w[k].nseg, 0, w[k].words, w[k].counts};
+        }
+        rac_lanes_of(coding->model, steps, coding->lanes, s, some);
+        for (int64_t k = 0; !bad && k < some; k++) {
+            sizes[i + k] = unit_of(w + k, s[k].words, out, size);
+            if (sizes[i + k] < 0) bad = -1;
+            out += sizes[i + k];
+            size -= sizes[i + k];
+        }
     }
-    give_back(&w);
+    free(steps);
+    free(w);
     return bad;
 }
