@@ -6,7 +6,19 @@ library.py finds the kernels and chooses among instruction sets, prototypes.py h
 every other module calls those of one job, with the numpy twin of each beside it.
 """
 
-from rac.native.frequencies import cluster, code_length, golomb, join, log2, lookup, sum_classes, tables
+from rac.native.frequencies import (
+    Fitted,
+    classify,
+    cluster,
+    code_length,
+    fit,
+    golomb,
+    join,
+    log2,
+    lookup,
+    sum_classes,
+    tables,
+)
 from rac.native.lanes import (
     ans_decode,
     column_histogram,
@@ -25,6 +37,7 @@ __all__ = [
     "CODERS",
     "TILE_ERRORS",
     "Dequant",
+    "Fitted",
     "Row",
     "Run",
     "TileCoding",
@@ -34,6 +47,7 @@ __all__ = [
     "address",
     "ans_decode",
     "available",
+    "classify",
     "cluster",
     "code_length",
     "column_histogram",
@@ -42,6 +56,7 @@ __all__ = [
     "decode_records",
     "decode_spans",
     "encode_lanes",
+    "fit",
     "golomb",
     "histogram",
     "join",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.native.library import library
+from rac.native.prototypes import Array
 
 Counts = NDArray[np.int64]
 
@@ -113,3 +116,54 @@ def join(agg: Counts, size: Counts, alive: NDArray[np.bool_], groups: Counts, fr
         own, gain, tmp = np.zeros(k, np.int64), np.empty((k, k), np.int64), np.empty((g, s), np.int64)
         lib.rac_join(agg, size, alive, groups, own, gain, tmp, k, g, s, fraction, weight)
     return lib is not None
+
+
+def classify(
+    sym: NDArray[np.uint8], n: int, weight: int, rounds: int, most: tuple[int, int, bool], fraction: Counts
+) -> tuple[Array | None, Array | None, Counts, NDArray[np.uint8]] | None:
+    """Twin of encode.classes.classify for contiguous symbols (R, C) below `n`; None without the C kernel.
+
+    `most`: classes of rows and of columns, and whether rows are classed a second time.
+    """
+    lib = library()
+    if lib is None or max(most) > MOST_CLASSES:
+        return None
+    (r, c), pairs = sym.shape, most[0] * most[1]
+    rows, cols, group = np.empty(r, np.uint8), np.empty(c, np.uint8), np.empty(pairs, np.uint8)
+    cells, found = np.empty(pairs * n, np.int64), np.empty(3, np.int64)
+    limits = np.array(most, np.int64)
+    if lib.rac_classify(sym, r, c, n, weight, rounds, limits, fraction, rows, cols, cells, group, found):
+        raise MemoryError
+    kr, kc, _ = found.tolist()
+    counts = cells[: kr * kc * n].reshape(kr, kc, n)
+    return rows if kr > 1 else None, cols if kc > 1 else None, counts, group[: kr * kc].reshape(kr, kc)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The tables that symbols are coded under."""
+
+    freq: NDArray[np.uint16]  # (T, symbols)
+    odd: NDArray[np.bool_] | None  # (T, symbols): rare pairs, which are coded as two first escapes; None: none
+    model: NDArray[np.uint32]  # (T, 256) at the code of each symbol: see src/encode.h
+    escaping: NDArray[np.uint8]  # (T, 256) of the same
+    order: int
+    packed: bytes
+    """The tables in exponential-Golomb code of this order."""
+    length: int
+    """Bits of all symbols under them, in units of 2**-10."""
+
+
+def fit(counts: Counts, code: NDArray[np.uint8], both: int, whole: int, rare: int, fraction: Counts) -> Fitted | None:
+    """Twin of encode.fitted.fit; None without the C kernel."""
+    lib = library()
+    if lib is None:
+        return None
+    t, n = counts.shape
+    counts, freq, odd = counts.copy(), np.empty((t, n), np.uint16), np.empty((t, n), np.bool_)
+    model, escaping = np.empty((t, 256), np.uint32), np.empty((t, 256), np.uint8)
+    packed, found = np.zeros(4 * t * n, np.uint8), np.empty(4, np.int64)
+    lib.rac_fit(counts, t, n, code, both, whole, rare, fraction, freq, odd, model, escaping, packed, found)
+    order, bits, length, some = found.tolist()
+    data = packed[: (bits + 7) // 8].tobytes()
+    return Fitted(freq, odd if some else None, model, escaping, order, data, length)

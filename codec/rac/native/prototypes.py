@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-VERSION = 28  # changes with any function or structure
+VERSION = 29  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -168,6 +168,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_log2": (None, Flat, c_int64, Flat, Flat),
     "rac_code_length": (None, Flat, c_int64, c_int64, Flat, c_int64, Flat),
     "rac_cluster": (c_int, Flat, *[c_int64] * 5, Flat, Flat, Flat),
+    "rac_classify": (c_int, Flat, *[c_int64] * 5, *[Flat] * 7),
+    "rac_fit": (None, Flat, c_int64, c_int64, Flat, c_int64, c_int64, c_int64, *[Flat] * 7),
     "rac_join": (None, *[Flat] * 7, c_int64, c_int64, c_int64, Flat, c_int64),
     "rac_encode": (c_int64, Flat, c_int64, Flat, c_int64, Flat, c_int64, Flat, c_int64, Flat),
     "rac_quantise": (c_int, POINTER(Quantiser), POINTER(Columns)),

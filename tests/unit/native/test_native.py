@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import platform
 import subprocess
 import sys
+import types
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +18,7 @@ import rac
 from rac import native
 from rac.container import zstd
 from rac.encode.code import classes as cl
+from rac.encode.code import fitted, lanes
 from rac.encode.code.tiles import Tiles
 from rac.encode.pack import pack_source
 from rac.encode.sources import from_arrays
@@ -50,7 +53,7 @@ def both():
 
 
 def assert_same(a, b):
-    """Arrays, numbers, or tuples of them, equal to the byte."""
+    """Arrays, numbers, None, bytes, or tuples of them, equal to the byte."""
     if isinstance(a, tuple):
         for x, y in zip(a, b, strict=True):
             assert_same(x, y)
@@ -313,6 +316,51 @@ def test_cluster(both, n, g, s, k):
         fast, slow = both(lambda r=rounds: cl.cluster(lambda a, b: hist[a:b], n, g * s, k, r))
         assert_same(fast, slow)
         assert int(fast[1].sum()) == int(hist.sum(dtype=np.int64))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "n", "most"),
+    [((200, 150), 9, (8, 6)), ((17, 600), 16, (16, 8)), ((90, 130), 40, (8, 1)), ((9, 9), 4, (8, 6))],
+)
+def test_classify(both, shape, n, most, again):
+    """Classes of rows and columns that differ, counts and tables of their pairs: in one call, or step by step."""
+    rng = np.random.default_rng(shape[0])
+    scale = rng.integers(0, 4, (shape[0], 1)) + rng.integers(0, 3, (1, shape[1]))
+    sym = np.minimum(rng.geometric(0.5, shape) + scale - 1, n - 1).astype(np.uint8)
+    for same in (np.zeros_like(sym), sym):
+        base = object.__new__(lanes.Base)
+        base.all, base._view = same, types.SimpleNamespace(grid=Grid(*shape, 1, *shape))
+
+        def run(base=base):
+            found = cl.classify(base.all, n, 3, 2, (*most, again))
+            return found or lanes._classes(base, shape, n, (3, 2), (*most, again))
+
+        fast, slow = both(run)
+        for a, b in zip(fast, slow, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or np.array_equal(a, b)
+        assert int(fast[2].sum()) == sym.size
+    assert len(fast[2]) > (sym.size > 8192)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("per", [1, 2])
+def test_fit(both, per, seed):
+    """Tables of counts, some of one symbol, of none, of all alike, and of many that are rare."""
+    rng = np.random.default_rng(seed)
+    k, escapes = int(rng.integers(1, 15)), (3,) if seed % 4 else (900,)
+    p = Lanes(2, per, 0, True, 0, (20, k), escapes, 5, 0, 5, 1, (0, 0, 0))
+    counts = (rng.pareto(0.3, (5, p.symbols)) * 3).clip(0, 1 << 36).astype(np.int64)
+    counts[1], counts[2], counts[2, 0], counts[3] = 0, 0, 7, 5
+    given = counts.copy()
+    fast, slow = both(lambda: dataclasses.astuple(fitted.fit(counts, p)))
+    assert (counts == given).all()
+    assert (fast[1] is None) == (slow[1] is None)
+    assert fast[1] is None or np.array_equal(fast[1], slow[1])
+    assert_same((fast[0], *fast[2:4]), (slow[0], *slow[2:4]))
+    assert fast[4:] == slow[4:]
+    assert (fast[0].sum(1) == 4096).all()
 
 
 @pytest.mark.parametrize("spread", [1, 4, 40])

@@ -30,24 +30,25 @@ def _fractions() -> Counts:
     return out
 
 
-_FRACTION = _fractions()
+FRACTION = _fractions()
+"""Fractions of the logarithm, by 11 bits of the number."""
 
 
 def log2(n: NDArray[Any]) -> Counts:
     """floor(1024 log2 n) of positive integers below 2**53, to 11 bits of n; 0 for n = 0."""
-    done = native.log2(n.astype(np.int64), _FRACTION)
+    done = native.log2(n.astype(np.int64), FRACTION)
     if done is not None:
         return done
     exponent = np.frexp(n.astype(np.float64))[1].astype(np.int64) - 1  # exact for integers below 2**53
     up, down = np.maximum(11 - exponent, 0), np.maximum(exponent - 11, 0)
     fraction = ((n.astype(np.int64) << up) >> down) & 2047
-    return np.where(n > 0, (exponent << 10) + _FRACTION[fraction], 0)
+    return np.where(n > 0, (exponent << 10) + FRACTION[fraction], 0)
 
 
 def code_length(counts: NDArray[Any], weight: int = 1) -> Counts:
     """Bits (...), in units, that the best code for `counts` (..., S) spends on them and on `weight` times the table."""
     c = counts.astype(np.int64)
-    done = native.code_length(np.ascontiguousarray(c).reshape(-1, c.shape[-1]), _FRACTION, weight)
+    done = native.code_length(np.ascontiguousarray(c).reshape(-1, c.shape[-1]), FRACTION, weight)
     if done is not None:
         return done.reshape(c.shape[:-1])
     total: Counts = c.sum(-1)
@@ -98,7 +99,7 @@ def cluster(
     file, tables and class lists counted.
     """
     k, step = min(k, n), max(1, HELD // size)
-    if step >= n and (found := native.cluster(whole := vectors(0, n), k, rounds, _FRACTION)):
+    if step >= n and (found := native.cluster(whole := vectors(0, n), k, rounds, FRACTION)):
         classes, agg = found
     elif step >= n:
         classes, agg = _refined(lambda a, b: whole[a:b], [(0, n)], k, rounds)
@@ -151,7 +152,7 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
     if not alive.any():
         return np.zeros(k, np.uint8)
     groups[~alive] = int(np.flatnonzero(alive)[0])
-    if native.join(agg, size, alive, groups, _FRACTION, weight):
+    if native.join(agg, size, alive, groups, FRACTION, weight):
         return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
     own = code_length(agg, weight).sum(-1)
     gain = np.full((k, k), np.iinfo(np.int64).min)
@@ -178,3 +179,17 @@ def join(agg: Counts, members: Counts | None = None, weight: int = 1) -> NDArray
         own[i] = code_length(agg[i], weight).sum()
         update(i)
     return np.unique(groups, return_inverse=True)[1].astype(np.uint8)
+
+
+def classify(
+    symbols: NDArray[np.uint8], n: int, weight: int, rounds: int, most: tuple[int, int, bool]
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, Counts, NDArray[np.uint8]] | None:
+    """Row classes, column classes (None: one class), symbol counts (Kr, Kc, n) and table (Kr, Kc) of each pair.
+
+    `weight` is the length of a table against one of n symbols; `most`: row classes, column classes, and whether rows
+    are classed again where columns have classes. None without the C kernel, and where counters take too much memory.
+    """
+    r, c = symbols.shape
+    if max(r * n * (most[1] if most[2] else 1), c * n * most[0]) > HELD:
+        return None
+    return native.classify(symbols, n, weight, rounds, most, FRACTION)

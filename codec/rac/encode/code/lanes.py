@@ -12,17 +12,16 @@ from numpy.typing import NDArray
 from rac import native
 from rac.container import zstd
 from rac.encode.code import classes as clusters
+from rac.encode.code.fitted import fit
 from rac.encode.code.plan import CHUNK, LARGE, MANTISSA, Level, Plan, View, chunks
-from rac.encode.code.tiles import Symbols, Tiles, both
+from rac.encode.code.tiles import Symbols, Tiles
 from rac.encode.encoded import Bytes
-from rac.entropy import tables
 from rac.grid import up16
 from rac.registry import DTYPES
 from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import MAX_BASE, Lanes
 
 Array = NDArray[Any]
-PAIR_RARE = 45000  # a pair rarer than that costs more as one of 4096 frequency units than as two escapes of 8 bits
 RARE = {1: 65536, 2: 4096}  # per elements per symbol: a top that is rarer has no symbol of its own
 _CODED = {"F64": 5, "F32": 4, "C64": 4, "BF16": 4, "F16": 3}  # bits of a mantissa in the top, at most
 _BYTES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "F4", "I8", "U8")
@@ -37,18 +36,19 @@ class Base:
 
     def __init__(self, view: View, of: Callable[[Array], NDArray[np.uint8]]) -> None:
         """`of` gives the symbols of words."""
-        self._view, self._of, self._all = view, of, None
+        self._view, self._of = view, of
+        self.all: NDArray[np.uint8] | None = None
         if view.words is not None:
-            self._all = of(view.words)
+            self.all = of(view.words)
         elif view.size < LARGE:
-            self._all = np.empty((view.grid.rows, view.grid.cols), np.uint8)
+            self.all = np.empty((view.grid.rows, view.grid.cols), np.uint8)
             for a, b in chunks(view.grid):
-                self._all[a:b] = of(view.read(a, b))
+                self.all[a:b] = of(view.read(a, b))
 
     def parts(self, a: int, b: int) -> Iterator[tuple[NDArray[np.uint8], int, int]]:
         """(Symbols, first row, row behind the last) of the rows [a, b), all in one or some rows of tiles each."""
-        if self._all is not None:
-            yield self._all[a:b], a, b
+        if self.all is not None:
+            yield self.all[a:b], a, b
             return
         grid = self._view.grid
         step = max(1, CHUNK // (grid.tr * grid.cols * grid.word)) * grid.tr
@@ -124,22 +124,19 @@ class LanesEncoder:
             sizes=(0, 0, 0),
             packed=grid.word >= 4,
         )
-        tiles, rare = Tiles(p, grid, symbols.lut, symbols.rows, symbols.cols, symbols.table), None
+        tiles = Tiles(p, grid, symbols.lut, symbols.rows, symbols.cols, symbols.table)
         if per == 2:
-            counts, rare = _without_rare(base.sum(lambda some, a, _: tiles.count(some, a)), p)
+            fitted = fit(base.sum(lambda some, a, _: tiles.count(some, a)), p)
         else:
-            counts = clusters.sum_groups(cells.reshape(kr * kc, n), group, p.tables)
-        freq = np.stack([tables.normalise(c) for c in counts])
-        order, packed = min(((o, tables.to_bytes(freq, o)) for o in range(-2, 2)), key=lambda v: len(v[1]))
+            fitted = fit(clusters.sum_groups(cells.reshape(kr * kc, n), group, p.tables), p)
         lists = [b"" if c is None else zstd.shorter(c.tobytes()) for c in (symbols.rows, symbols.cols)]
-        p = replace(p, order=order, sizes=(len(packed), *map(len, lists)))
-        front = b"".join((packed, *lists, group.tobytes()))
+        p = replace(p, order=fitted.order, sizes=(len(fitted.packed), *map(len, lists)))
+        front = b"".join((fitted.packed, *lists, group.tobytes()))
         tiles.p = p
-        tiles.use(freq, rare)
+        tiles.take(fitted)
         out = cls(view.plan(p, front), tiles, view)
-        each = clusters.log2(np.full(1, 4096)) - clusters.log2(freq.astype(np.int64))  # units of a symbol of each table
         escaped = int(tops.sum()) - int(tops[kept].sum())
-        return out, int((counts * each).sum()) // clusters.UNIT // 8 + escaped + _around(view, p)
+        return out, fitted.length // clusters.UNIT // 8 + escaped + _around(view, p)
 
     def encode(self, words: Array, rows: range) -> list[Bytes]:
         """The units of rows of tiles whose words (h, C) are given."""
@@ -175,12 +172,12 @@ def _symbols(
         level = replace(level, row_classes=max(16, level.row_classes), col_classes=max(8, level.col_classes))
     # Column classes slow a decoder down where it cannot permute a row of a tile in registers.
     wide = not level.again and view.dtype in MANTISSA and (grid.word != 2 or grid.tc > 64)
-    if wide:
-        level = replace(level, col_classes=1)
-    rows, cols, cells = _classes(base, (grid.rows, grid.cols), n, weight, level)
-    kr, kc = cells.shape[:2]
-    group = clusters.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
-    return Symbols(lut, rows, cols, group.reshape(kr, kc)), cells, base
+    most = level.row_classes, 1 if wide else level.col_classes, level.again
+    if min(grid.rows, grid.cols) < 16 or view.total < 8192:
+        most = 1, 1, False
+    found = None if base.all is None else clusters.classify(base.all, n, weight, level.rounds, most)
+    rows, cols, cells, group = found or _classes(base, (grid.rows, grid.cols), n, (weight, level.rounds), most)
+    return Symbols(lut, rows, cols, group), cells, base
 
 
 def _around(view: View, p: Lanes) -> int:
@@ -232,18 +229,6 @@ def _alphabet(hist: Array, entries: int, most: int) -> tuple[list[int], list[int
     return ([0, 1] if zero else []) + [low, high - low], escapes
 
 
-def _without_rare(counts: clusters.Counts, p: Lanes) -> tuple[clusters.Counts, NDArray[np.bool_] | None]:
-    """(T, symbols) how often each pair is coded under each table, the rarest as two escapes; and which these are."""
-    if not p.escapes or max(p.runs) >= p.escapes[0] + 256:
-        return counts, None
-    rare = (counts > 0) & (counts * PAIR_RARE < counts.sum(1, keepdims=True))
-    rare[:, p.first_escaping :] = False
-    moved = np.where(rare, counts, 0).sum(1)
-    counts = np.where(rare, 0, counts)
-    counts[:, both(p)] += moved
-    return counts, rare if rare.any() else None
-
-
 def _lane_count(level: Level, elements: int) -> int:
     """Lanes of 4500 elements and more each, a power of two; a lane of 2**17 is the longest that 16 bits can count."""
     lanes = level.lanes if level.fixed else 1
@@ -253,19 +238,16 @@ def _lane_count(level: Level, elements: int) -> int:
 
 
 def _classes(
-    symbols: Base, shape: tuple[int, int], n: int, weight: int, level: Level
-) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, clusters.Counts]:
-    """Row classes, column classes (None: one class), and the symbol counts (Kr, Kc, n) of each pair.
-
-    `weight` is the length of a table against one of n symbols.
-    """
-    r, c = shape
+    symbols: Base, shape: tuple[int, int], n: int, how: tuple[int, int], most: tuple[int, int, bool]
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None, clusters.Counts, NDArray[np.uint8]]:
+    """What `clusters.classify` gives, in numpy, and where not all symbols are held; `how`: (weight, rounds)."""
+    (r, c), (weight, rounds) = shape, how
 
     def key(classes: NDArray[np.uint8] | None, scale: int) -> Array | None:
         return None if classes is None else classes.astype(np.int32) * np.int32(scale)
 
     def cluster(vectors: clusters.Vectors, of: int, groups: int, most: int) -> tuple[Array | None, clusters.Counts]:
-        found, agg = clusters.cluster(vectors, of, groups * n, most, level.rounds, weight)
+        found, agg = clusters.cluster(vectors, of, groups * n, most, rounds, weight)
         return (found if len(agg) > 1 else None), agg
 
     def of_rows(a: int, b: int) -> Array:
@@ -283,17 +265,17 @@ def _classes(
 
     rows = cols = None
     kr = kc = 1
-    enough = min(r, c) >= 16 and r * c >= 8192
     cells = None
-    if enough and level.row_classes > 1:
-        rows, cells = cluster(of_rows, r, 1, level.row_classes)
+    if most[0] > 1:
+        rows, cells = cluster(of_rows, r, 1, most[0])
         kr = len(cells)
-    if enough and level.col_classes > 1:
-        cols, found = cluster(of_cols, c, kr, level.col_classes)
+    if most[1] > 1:
+        cols, found = cluster(of_cols, c, kr, most[1])
         cells, kc = found.transpose(1, 0, 2), len(found)
-        if level.again and kc > 1:
-            rows, cells = cluster(of_rows, r, kc, level.row_classes)
+        if most[2] and kc > 1:
+            rows, cells = cluster(of_rows, r, kc, most[0])
             kr = len(cells)
     if cells is None:
         cells = symbols.sum(lambda some, *_: native.histogram(some, None, None, 1, n)).astype(np.int64)[None]
-    return rows, cols, cells
+    group = clusters.join(cells.reshape(kr * kc, 1, n), None, weight) if kr * kc > 1 else np.zeros(1, np.uint8)
+    return rows, cols, cells, group.reshape(kr, kc)

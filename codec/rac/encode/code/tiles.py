@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
+from rac.encode.code.fitted import coded, same
 from rac.entropy.ans import Models, merge
 from rac.grid import Box, Grid, boxes, up16
 from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import Lanes, codes
 
 Array = NDArray[Any]
-_SAME = np.arange(256, dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Tiles:
     cols: NDArray[np.uint8] | None
     table: NDArray[np.uint8]
     freq: NDArray[np.uint16] = field(init=False)
-    same: NDArray[np.uint8] = field(init=False)  # (T, 256) coded symbol as which each is coded
+    odd: NDArray[np.bool_] | None = field(init=False)  # (T, symbols) pairs that are coded as two first escapes
     model: NDArray[np.uint32] = field(init=False)  # (T, 256) of each base symbol, or pair a | b << 4
     escaping: NDArray[np.uint8] = field(init=False)  # (T, 256) of the same: see src/encode.h
 
@@ -61,17 +61,14 @@ class Tiles:
                 np.add.at(found, (np.repeat(order.segments[:, 1], order.segments[:, 0]), sym), 1)
         return np.ascontiguousarray(found[:, code].astype(np.int64))
 
-    def use(self, freq: NDArray[np.uint16], rare: NDArray[np.bool_] | None) -> None:
-        """Take tables `freq` (T, symbols), each of sum 4096; pairs that are `rare` are stored as two first escapes."""
-        p, code = self.p, codes(self.p.base, self.p.first_escape, self.p.per)
-        self.freq, self.same = freq, np.tile(_SAME, (p.tables, 1))
-        self.model, self.escaping = (np.zeros((p.tables, 256), kind) for kind in (np.uint32, np.uint8))
-        self.escaping[:, code[p.first_escaping :]] = 1
-        if rare is not None:
-            self.same[:, : p.symbols][rare] = both(p)
-            at, which = np.nonzero(rare)
-            self.escaping[at, code[which]] = 2
-        self.model[:, code] = native.symbol_model(freq, self.same)[:, : p.symbols]
+    def use(self, freq: NDArray[np.uint16], odd: NDArray[np.bool_] | None) -> None:
+        """Take tables `freq` (T, symbols), each of sum 4096; pairs that are `odd` are stored as two first escapes."""
+        self.freq, self.odd = freq, odd
+        self.model, self.escaping = coded(freq, odd, self.p)
+
+    def take(self, found: native.Fitted) -> None:
+        """Take tables that were fitted to counts."""
+        self.freq, self.odd, self.model, self.escaping = found.freq, found.odd, found.model, found.escaping
 
     def units(self, words: Array, rows: range) -> list[NDArray[np.uint8]]:
         """The units of rows of tiles whose words (h, C) are given, planes as they are."""
@@ -137,9 +134,10 @@ class Tiles:
         """(words, words of each lane) of coded symbols through constriction, lane by lane."""
         p, table = self.p, order.segments[:, 1]
         models, starts = Models(self.freq), np.cumsum(order.segments[:, 0]) - order.segments[:, 0]
+        coded_as = same(p, self.odd)
         places = np.empty(len(sym), np.int32)
         for start, (n, t) in zip(starts, order.segments, strict=True):
-            places[start : start + n] = models.index[t][self.same[t][sym[start : start + n]]]
+            places[start : start + n] = models.index[t][coded_as[t][sym[start : start + n]]]
         streams = []
         for lane, steps in enumerate(layout.lane_steps_all(order.segments, p.lanes)):
             mine = [places[s + lane : s + n : p.lanes] for s, n in zip(starts, order.segments[:, 0], strict=True)]
@@ -162,11 +160,6 @@ class Tiles:
         top = native.tops(flat[use], p.zero, p.sign, p.shift).astype(np.int64)
         out: bytes = (top - np.array(p.escapes, np.int64)[symbol[use] - p.first_escape]).astype(np.uint8).tobytes()
         return out
-
-
-def both(p: Lanes) -> int:
-    """The pair of two first escapes."""
-    return int(np.flatnonzero((p.pairs() == p.first_escape).all(1))[0])
 
 
 def gather(order: layout.Order, tile: Array) -> Array:

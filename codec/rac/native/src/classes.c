@@ -33,6 +33,8 @@ void rac_code_length(const int64_t *counts, int64_t n, int64_t s, const int64_t 
     for (int64_t k = 0; k < n; k++) out[k] = length_of(counts + k * s, &t);
 }
 
+int64_t rac_log2_of(int64_t n, const int64_t *fraction) { return log2_1024(n, fraction); }
+
 void rac_log2(const int64_t *n, int64_t count, const int64_t *fraction, int64_t *out) {
     for (int64_t i = 0; i < count; i++) out[i] = log2_1024(n[i], fraction);
 }

@@ -2,6 +2,18 @@
 #pragma once
 #include "rac.h"
 
+/* Counts, lengths and tables: counts.c, classes.c, frequencies.c */
+void rac_hist(const uint8_t *sym, int64_t rows, int64_t cols, const int32_t *row, const int32_t *col, int64_t size,
+              uint32_t *hist);
+int rac_hist_cols(const uint8_t *sym, int64_t rows, int64_t cols, int64_t stride, const uint8_t *class, int64_t k,
+                  int64_t size, uint32_t *hist);
+int rac_cluster(const uint32_t *hist, int64_t n, int64_t g, int64_t s, int64_t k, int64_t rounds,
+                const int64_t *fraction, uint8_t *classes, int64_t *agg);
+void rac_join(int64_t *agg, int64_t *size, uint8_t *alive, int64_t *groups, int64_t *own, int64_t *gain, int64_t *tmp,
+              int64_t k, int64_t g, int64_t s, const int64_t *fraction, int64_t weight);
+int64_t rac_log2_of(int64_t n, const int64_t *fraction);
+int64_t rac_golomb(const uint16_t *freq, int64_t count, int64_t n, int order, uint8_t *out);
+
 enum { MOST_LANES = 1024, MOST_SIDE = 32 /* tiles whose lanes are coded side by side */ };
 
 /* What encoding a symbol takes: (2^64 - 1) / freq, start, 2^24 - freq, freq, the middle two of

@@ -46,7 +46,7 @@ void rac_lookup(const uint16_t *freq, int64_t count, int64_t n, const uint8_t *c
             for (uint32_t j = 0, e = code[s] | (uint32_t)*freq << 20; j < *freq; j++) *out++ = e | j << 8;
 }
 
-/* Tables to their bytes, MSB first, into zeroed out of 4 bytes for each frequency; returns bits */
+/* Tables to their bytes, MSB first, into zeroed out of 4 bytes for each frequency, or none where that is null; returns bits */
 int64_t rac_golomb(const uint16_t *freq, int64_t count, int64_t n, int order, uint8_t *out) {
     int64_t at = 0;
     for (int64_t t = 0; t < count; t++) {
@@ -56,7 +56,7 @@ int64_t rac_golomb(const uint16_t *freq, int64_t count, int64_t n, int order, ui
             const int32_t d = *freq - prev;
             const uint32_t v = (((uint32_t)d << 1) ^ (uint32_t)(d >> 31)) + (1u << k);
             const int width = 32 - __builtin_clz(v), q = width - 1 - k;
-            for (int b = 0; b < width; b++) {
+            for (int b = 0; out && b < width; b++) {
                 const int64_t p = at + q + b;
                 out[p >> 3] |= (uint8_t)((v >> (width - 1 - b) & 1) << (7 - (p & 7)));
             }

@@ -26,7 +26,8 @@ def cut_planes(raw: int) -> list[tuple[int, int]]:
 
 
 @functools.cache
-def _pairs(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+def pairs(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
+    """(symbols, per) base symbols of each coded symbol: those without an escape come first. Not to be written to."""
     if per == 1:
         return np.arange(base, dtype=np.uint8)[:, None]
     both = [(a, b) for b in range(base) for a in range(base)]
@@ -52,7 +53,7 @@ def bases(escapes: tuple[int, ...]) -> NDArray[np.uint32]:
 @functools.lru_cache(64)
 def codes(base: int, first_escape: int, per: int) -> NDArray[np.uint8]:
     """(symbols,) a coded symbol as its base symbol, or as a | b << 4 for a pair. Not to be written to."""
-    both = _pairs(base, first_escape, per)
+    both = pairs(base, first_escape, per)
     return np.ascontiguousarray(both[:, 0] | both[:, -1] << np.uint8(4) if per == 2 else both[:, 0])
 
 
@@ -123,7 +124,7 @@ class Lanes(Coder):
 
     def pairs(self) -> NDArray[np.uint8]:
         """(symbols, per) base symbols of each coded symbol: those without an escape come first."""
-        return _pairs(self.base, self.first_escape, self.per)
+        return pairs(self.base, self.first_escape, self.per)
 
     def steps(self, elements: Array | int) -> Array:
         """Coded symbols of a segment of so many elements."""
