@@ -96,6 +96,11 @@ class Folder:
             if path.name != "state.json" and path.name not in self._files and path.suffix in (".npy", ".part"):
                 path.unlink(missing_ok=True)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the files that were written."""
+        return [*self._files]
+
     def __contains__(self, name: str) -> bool:
         return name in self._files
 

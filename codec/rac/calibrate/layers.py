@@ -129,7 +129,7 @@ def calibrate(
     tell = note or (lambda *_: None)
     if folder.state.get("finished"):  # nothing to write: a cache that is read-only serves too
         with contextlib.suppress(DamagedError):
-            return _layers(folder, digest)
+            return layers_of(folder, digest)
     try:
         from rac.calibrate import passes
     except ImportError as e:
@@ -141,7 +141,7 @@ def calibrate(
                 if not folder.state.get("finished"):
                     asked = passes.Asked(os.fspath(path), tokens, context, fisher, given)
                     passes.find(asked, text, folder, tell)
-                return _layers(folder, digest)
+                return layers_of(folder, digest)
             except DamagedError:
                 if again:
                     raise
@@ -196,7 +196,8 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
     return h.value().hex()
 
 
-def _layers(folder: Folder, digest: str) -> Layers:
+def layers_of(folder: Folder, digest: str) -> Layers:
+    """What the state of a finished calibration says, its arrays read when they are asked for."""
     every = folder.state["layers"].items()
     found = {name: _layer(folder, entry) for name, entry in every if "second" in entry}
     return Layers(found, folder.state["tokens"], digest, folder.state.get("missing"))

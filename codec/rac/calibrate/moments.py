@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,22 +41,100 @@ def _pointwise(module: Any) -> bool:
     return isinstance(module, torch.nn.Conv1d) and module.kernel_size == (1,) and module.groups == 1
 
 
+@dataclass(slots=True)
+class Sums:
+    """What a pass has added up, by the names of layers: of one batch, or of many one after the other."""
+
+    second: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Name, or the first with that input, to the sum of x x^T."""
+    key: dict[str, str] = field(default_factory=dict)
+    """Name to the first layer with the same input: query, key and value, for example."""
+    squares: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """Name to the sum of squared output gradients, (out,)."""
+    rows: dict[str, int] = field(default_factory=dict)
+    weight: dict[str, float] = field(default_factory=dict)
+    alone: set[str] = field(default_factory=set)
+    """Layers on which the loss has not depended: their inputs count alike."""
+    fused: dict[str, int] = field(default_factory=dict)
+    """Parameter of experts to how many there are."""
+    turned: dict[str, bool] = field(default_factory=dict)
+    """Whether it is stored (experts, in, out)."""
+
+    def add(self, other: Sums) -> None:
+        """Add the sums of the batch that follows, which is used up. Their order decides about the last bits."""
+        for name in other.alone & self.squares.keys():  # it had gradients before: inputs without one do not count
+            other.alone.discard(name)
+            del other.second[name], other.rows[name]
+        for name in other.squares.keys() & self.alone:
+            self.alone.discard(name)
+            del self.second[name], self.rows[name]
+        for name, part in other.second.items():
+            with np.errstate(all="ignore"):  # not finite is told by the result
+                self.second[name] = np.add(self.second[name], part, part) if name in self.second else part
+        for name, squares in other.squares.items():
+            self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+        for name, rows in other.rows.items():
+            self.rows[name] = self.rows.get(name, 0) + rows
+        for name, weight in other.weight.items():
+            self.weight[name] = self.weight.get(name, 0.0) + weight
+        self.alone |= other.alone
+        self.fused |= other.fused
+        self.turned |= other.turned
+        self.key = {**self.key, **{k: v for k, v in other.key.items() if k not in self.key}}
+
+    def save(self, folder: Folder, tag: str, tokens: int, outputs: bool) -> None:
+        """Write means into the folder and name them in its state; with `outputs` there was a backward pass.
+
+        The second moment is a mean over the tokens of the text, sensitivities and weights of tokens are such over the
+        rows that the layer saw: products are the same whether it sees each token, few of them, or each several times.
+        """
+        layers = folder.state.setdefault("layers", {})
+        self._save_experts(folder, tag, tokens, outputs)
+        for i, first in enumerate(dict.fromkeys(self.key[name] for name in self.second)):
+            # layers with one input share the mean of what each has: a larger sample, and one recursion for all
+            sharing = [name for name, key in self.key.items() if key == first]
+            having = [name for name in sharing if name in self.second]
+            total = np.zeros_like(self.second[having[0]])
+            for name in having:
+                mean = self.rows[name] / max(self.weight[name], 1e-30) if name in self.weight else 1.0
+                total += self.second.pop(name) * np.float32(mean / tokens / len(having))
+            entry: dict[str, Any] = {"finite": math.isfinite(float(np.abs(total).sum(dtype=np.float64)))}
+            entry["second"] = folder.put(f"second-{tag}-{i:03}.npy", total)
+            for name in sharing if not outputs else having:
+                layers[name] = entry.copy()
+        for i, (name, squares) in enumerate(self.squares.items()):
+            entry = layers.setdefault(name, {"finite": True})
+            entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())
+            entry["sensitivity"] = folder.put(f"sensitivity-{tag}-{i:03}.npy", squares / self.rows[name])
+
+    def _save_experts(self, folder: Folder, tag: str, tokens: int, outputs: bool) -> None:
+        """Write the means of experts' matrices, which leave the sums, and of each fused parameter as a whole."""
+        for i, (whole, count) in enumerate(self.fused.items()):
+            every = [f"{whole}[{e}]" for e in range(count)]
+            sums = {name: self.second.pop(name) for name in (whole, *every) if name in self.second}
+            squares = {name: self.squares.pop(name) for name in every if name in self.squares}
+            weights = {name: self.weight[name] if outputs else float(self.rows[name]) for name in sums}
+            rows = [self.rows.get(name, 0) for name in every]
+            found = calibration_experts.settled(whole, rows, sums, weights, squares)
+            for j, (name, second, sensitivity) in enumerate(found if sums else ()):
+                entry: dict[str, Any] = {"transposed": self.turned[whole]}
+                entry["finite"] = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
+                folder.state["layers"][name] = entry
+                entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second / np.float32(tokens))
+                if sensitivity is not None:
+                    entry["finite"] = entry["finite"] and bool(np.isfinite(sensitivity).all())
+                    entry["sensitivity"] = folder.put(f"sensitivity-{tag}-x{i:02}-{j:04}.npy", sensitivity)
+
+
 class Collector:
     """Hooks on linear layers while it is open; with `outputs` a backward pass brings the inputs too."""
 
     def __init__(self, modules: Mapping[str, Any], *, outputs: bool) -> None:
-        self.second: dict[str, NDArray[np.float32]] = {}  # name, or the first with that input, to the sum of x x^T
-        self.key: dict[str, str] = {}  # name to the first layer with the same input: query, key and value, for example
-        self.squares: dict[str, NDArray[np.float64]] = {}  # name to the sum of squared output gradients, (out,)
-        self._rows: dict[str, int] = {}
-        self._weight: dict[str, float] = {}
+        self.sums = Sums()
         self._recent: list[tuple[Any, int, str]] = []
         self._outputs = outputs
         self._waiting: dict[str, list[Any]] = {}  # layers to inputs, where no gradient has come yet
-        self._alone: set[str] = set()  # layers on which the loss has not depended: their inputs count alike
         self._experts = calibration_experts.experts(modules)
-        self._fused: dict[str, int] = {}  # parameter of experts to how many there are
-        self._turned: dict[str, bool] = {}  # whether it is stored (experts, in, out)
         self._open = contextlib.ExitStack()
         for name, m in modules.items():
             if name not in self._experts:
@@ -71,16 +150,37 @@ class Collector:
         self.settle()
         self._recent.clear()
 
+    @property
+    def second(self) -> dict[str, NDArray[np.float32]]:
+        """Sums of x x^T of this batch by name."""
+        return self.sums.second
+
+    @property
+    def key(self) -> dict[str, str]:
+        """Name to the first layer with the same input."""
+        return self.sums.key
+
+    def take(self) -> Sums:
+        """What was added up since the last call."""
+        self.settle()
+        self._recent.clear()
+        out, self.sums = self.sums, Sums()
+        return out
+
+    def save(self, folder: Folder, tag: str, tokens: int) -> None:
+        """Write what was added up into the folder, as `Sums.save` does."""
+        self.sums.save(folder, tag, tokens, self._outputs)
+
     def settle(self) -> None:
         """To be called after each backward pass: layers that it did not come to count all their inputs alike."""
         for name, inputs in self._waiting.items():
-            self._alone.add(name)
+            self.sums.alone.add(name)
             for x in inputs:
                 self._forward(name, name, x)
         self._waiting.clear()
 
     def _expert(self, whole: str, number: int, count: int, turned: bool, x: Any, out: Any) -> None:
-        self._fused[whole], self._turned[whole] = count, turned
+        self.sums.fused[whole], self.sums.turned[whole] = count, turned
         name = f"{whole}[{number}]"
         self._ran(name, name if count * 4 * x.shape[-1] ** 2 <= _OWN else whole, None, (x,), out)
 
@@ -94,12 +194,12 @@ class Collector:
         same = (k for y, version, k in self._recent if y is given and version == given._version)
         key = next(same, name)  # the layer that had this very input first
         self._recent = [*self._recent[1 - _RECENT :], (given, given._version, key)]
-        self.key.setdefault(name, key)
+        self.sums.key.setdefault(name, key)
         if not self._outputs:
-            if self.key[name] == name:
+            if self.sums.key[name] == name:
                 self._forward(name, into, x)
             return
-        if module is not None and name not in self.squares:
+        if module is not None and name not in self.sums.squares:
             self._waiting.setdefault(name, []).append(x)
         if out.requires_grad:
             outs = len(module.weight) if isinstance(module, torch.nn.Linear) or first else out.shape[-1]
@@ -108,82 +208,41 @@ class Collector:
     def _forward(self, name: str, into: str, x: Any) -> None:
         rows = x.float().reshape(-1, x.shape[-1]).contiguous().numpy()
         for n in {name, into}:
-            self._rows[n] = self._rows.get(n, 0) + len(rows)
+            self.sums.rows[n] = self.sums.rows.get(n, 0) + len(rows)
         self._add(into, rows)
 
     def _add(self, name: str, rows: NDArray[np.float32]) -> None:
         with np.errstate(all="ignore"):  # not finite is told by the result
             product = rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
-            self.second[name] = np.add(self.second[name], product, product) if name in self.second else product
+            self.sums.second[name] = (
+                np.add(self.sums.second[name], product, product) if name in self.sums.second else product
+            )
 
     def _gradient(self, name: str, into: str, x: Any, gradient: Any, outs: int) -> None:
         """What the loss depends on in the output of a layer, whose weight has `outs` rows: of groups, all of them."""
         self._waiting.pop(name, None)
-        if name in self._alone:  # in an earlier pass no gradient came
-            self._alone.discard(name)
-            del self.second[name], self._rows[name]
+        if name in self.sums.alone:  # in an earlier pass no gradient came
+            self.sums.alone.discard(name)
+            del self.sums.second[name], self.sums.rows[name]
         g = gradient.detach().float().reshape(-1, gradient.shape[-1])
-        self._rows[name] = self._rows.get(name, 0) + g.shape[0]
+        self.sums.rows[name] = self.sums.rows.get(name, 0) + g.shape[0]
         square = g.square()
         each = square if outs == square.shape[1] else square.reshape(-1, outs)
-        self.squares[name] = self.squares.get(name, 0.0) + each.sum(0).double().numpy()
+        self.sums.squares[name] = self.sums.squares.get(name, 0.0) + each.sum(0).double().numpy()
         length = square.sum(1).sqrt().numpy()
         with np.errstate(all="ignore"):  # not finite is told by the result
             rows = x.float().reshape(-1, x.shape[-1]).numpy() * np.sqrt(length)[:, None]
-        self._weight[into] = self._weight.get(into, 0.0) + float(length.sum(dtype=np.float64))
+        self.sums.weight[into] = self.sums.weight.get(into, 0.0) + float(length.sum(dtype=np.float64))
         self._add(into, rows)
-
-    def save(self, folder: Folder, tag: str, tokens: int) -> None:
-        """Write means into the folder and name them in its state.
-
-        The second moment is a mean over the tokens of the text, sensitivities and weights of tokens are such over the
-        rows that the layer saw: products are the same whether it sees each token, few of them, or each several times.
-        """
-        layers = folder.state.setdefault("layers", {})
-        self._save_experts(folder, tag, tokens)
-        for i, first in enumerate(dict.fromkeys(self.key[name] for name in self.second)):
-            # layers with one input share the mean of what each has: a larger sample, and one recursion for all
-            sharing = [name for name, key in self.key.items() if key == first]
-            having = [name for name in sharing if name in self.second]
-            total = np.zeros_like(self.second[having[0]])
-            for name in having:
-                mean = self._rows[name] / max(self._weight[name], 1e-30) if name in self._weight else 1.0
-                total += self.second.pop(name) * np.float32(mean / tokens / len(having))
-            entry: dict[str, Any] = {"finite": math.isfinite(float(np.abs(total).sum(dtype=np.float64)))}
-            entry["second"] = folder.put(f"second-{tag}-{i:03}.npy", total)
-            for name in sharing if not self._outputs else having:
-                layers[name] = entry.copy()
-        for i, (name, squares) in enumerate(self.squares.items()):
-            entry = layers.setdefault(name, {"finite": True})
-            entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())
-            entry["sensitivity"] = folder.put(f"sensitivity-{tag}-{i:03}.npy", squares / self._rows[name])
 
     def of_experts(self, whole: str) -> list[NDArray[np.float32]]:
         """Second moments (in, in), in any unit, of the inputs of each expert of a parameter, without gradients.
 
         That of an expert that saw few tokens goes towards that of all (`rac.calibrate.experts.settled`).
         """
-        every = [f"{whole}[{e}]" for e in range(self._fused[whole])]
-        sums = {name: self.second[name] for name in (whole, *every) if name in self.second}
-        rows = [self._rows.get(name, 0) for name in every]
-        weights = {name: float(self._rows[name]) for name in sums}
+        every = [f"{whole}[{e}]" for e in range(self.sums.fused[whole])]
+        sums = {name: self.sums.second[name] for name in (whole, *every) if name in self.sums.second}
+        rows = [self.sums.rows.get(name, 0) for name in every]
+        weights = {name: float(self.sums.rows[name]) for name in sums}
         found = {name: second for name, second, _ in calibration_experts.settled(whole, rows, sums, weights, {})}
         return [found[name] for name in every]
-
-    def _save_experts(self, folder: Folder, tag: str, tokens: int) -> None:
-        """Write the means of experts' matrices, which leave the sums, and of each fused parameter as a whole."""
-        for i, (whole, count) in enumerate(self._fused.items()):
-            every = [f"{whole}[{e}]" for e in range(count)]
-            sums = {name: self.second.pop(name) for name in (whole, *every) if name in self.second}
-            squares = {name: self.squares.pop(name) for name in every if name in self.squares}
-            weights = {name: self._weight[name] if self._outputs else float(self._rows[name]) for name in sums}
-            rows = [self._rows.get(name, 0) for name in every]
-            found = calibration_experts.settled(whole, rows, sums, weights, squares)
-            for j, (name, second, sensitivity) in enumerate(found if sums else ()):
-                entry: dict[str, Any] = {"transposed": self._turned[whole]}
-                entry["finite"] = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
-                folder.state["layers"][name] = entry
-                entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second / np.float32(tokens))
-                if sensitivity is not None:
-                    entry["finite"] = entry["finite"] and bool(np.isfinite(sensitivity).all())
-                    entry["sensitivity"] = folder.put(f"sensitivity-{tag}-x{i:02}-{j:04}.npy", sensitivity)

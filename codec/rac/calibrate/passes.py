@@ -19,7 +19,7 @@ from rac.calibrate.chain import TAIL, Chain, UnfitError, single
 from rac.calibrate.experts import Stored
 from rac.calibrate.folder import Folder
 from rac.calibrate.given import Given
-from rac.calibrate.moments import Collector
+from rac.calibrate.moments import Collector, Sums
 from rac.calibrate.names import rename
 from rac.calibrate.reader import Reader, is_causal
 from rac.calibrate.reader import find as find_reader
@@ -45,8 +45,10 @@ class Asked:
     given: Given | None = None  # the weights, where they are not those in the files
 
 
-def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, note: Note) -> None:
-    """Do what is still to do, and write it into the folder."""
+def find(
+    asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, note: Note, steps: Steps | None = None
+) -> None:
+    """Do what is still to do, and write it into the folder; with `steps` by these, or UnfitError."""
     path, context, fisher = asked.path, asked.context, asked.fisher
     kind, config = model_class(path)
     causal = is_causal(kind, config)
@@ -76,8 +78,10 @@ def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, not
         try:
             if getattr(reader.model.config, "is_encoder_decoder", False):
                 raise UnfitError("it has an encoder and a decoder")
-            stream(reader.model, reader.causal, ids, fisher and reader.causal, folder, note)
+            stream(reader.model, reader.causal, ids, fisher and reader.causal, folder, note, steps or Passes)
         except UnfitError as e:
+            if steps is not None:
+                raise
             note(f"running the model as a whole: {e}", 0, 0)
             whole.calibrate(reader, ids, fisher, folder, note, path)
     if reader.name:
@@ -86,6 +90,15 @@ def find(asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, not
     missing = rename(model, stored, folder)
     folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
+
+
+def own_text(asked: Asked, folder: Folder, note: Note) -> None:
+    """Let the model write its tokens, into the folder."""
+    kind, config = model_class(asked.path)
+    context = asked.context
+    with contextlib.suppress(ValueError):
+        context = positions(config.get_text_config(), context)
+    _own_text(kind, config, asked, context if is_causal(kind, config) else 0, folder, note)
 
 
 def _own_text(kind: Any, config: Any, asked: Asked, context: int, folder: Folder, note: Note) -> None:
@@ -132,7 +145,9 @@ def load_model(kind: Any, asked: Asked, config: Any, dtype: str) -> Any:
     return model.eval()
 
 
-def stream(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
+def stream(
+    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note, steps: Steps
+) -> None:
     """Calibrate block by block; what is found is in the folder's state, one commit for each finished step.
 
     Hidden states are kept as float32, not bfloat16: a block run again in the backward pass, or after an interruption,
@@ -144,10 +159,10 @@ def stream(model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folde
         chain = Chain(model, causal, ids[:1])
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
         raise UnfitError(f"its blocks cannot be told apart ({e})") from e
-    _Passes(chain, causal, ids, fisher, folder, note).go()
+    steps(chain, causal, ids, fisher, folder, note).go()
 
 
-class _Passes:
+class Passes:
     """Numbered steps: what comes before the blocks, the blocks, what comes after them, and back."""
 
     def __init__(
@@ -170,6 +185,8 @@ class _Passes:
             if chain.before:
                 self.steps.append((self._back, 0, 1, {_file("gradient", 0)}))
         self.of = len(ids) * sum(cost for _, _, cost, _ in self.steps)
+        self.only: tuple[int, int] | None = None
+        """The sequences that a step is for; None: all."""
         self.done = self.cost = 0
 
     def go(self) -> None:
@@ -202,26 +219,31 @@ class _Passes:
     def _sink(self, kind: str, i: int) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
         return self.folder.sink(_file(kind, i), (*self.ids.shape, *self.chain.inner))
 
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        for a in range(0, len(self.ids), self.batch):
-            b = min(a + self.batch, len(self.ids))
+    def units(self, size: int) -> list[tuple[int, int]]:
+        """The sequences [a, b) that are taken at once, and whose sums are added to those before."""
+        return [(a, min(a + size, len(self.ids))) for a in range(0, len(self.ids), size)]
+
+    def _batches(self, found: Collector, sums: Sums, size: int = 0) -> Iterator[tuple[int, int]]:
+        """Sequences to work on; what they add to the sums is taken when the next are asked for."""
+        for a, b in self.units(size or self.batch) if self.only is None else [self.only]:
             yield a, b
+            sums.add(found.take())
             self._tell(b - a)
 
-    def _save(self, found: Collector, tag: str) -> None:
-        found.save(self.folder, tag, self.ids.numel())
+    def _save(self, sums: Sums, tag: str, outputs: bool) -> None:
+        sums.save(self.folder, tag, self.ids.numel(), outputs)
 
     def _start(self, _: int) -> None:
-        inputs = Collector({} if self.fisher else self.chain.before, outputs=False)
+        inputs, sums = Collector({} if self.fisher else self.chain.before, outputs=False), Sums()
         with self._sink("hidden", 0) as append, inputs, torch.no_grad():
-            for a, b in self._batches():
+            for a, b in self._batches(inputs, sums):
                 append(self.chain.start(self.ids[a:b]).numpy())
-        self._save(inputs, "first")
+        self._save(sums, "first", outputs=False)
 
     def _forward(self, i: int) -> None:
-        inputs = Collector({} if self.fisher else self.chain.inside[i], outputs=False)
+        inputs, sums = Collector({} if self.fisher else self.chain.inside[i], outputs=False), Sums()
         with self._sink("hidden", i + 1) as append, inputs, single(self.chain.blocks[i]), torch.no_grad():
-            for a, b in self._batches():
+            for a, b in self._batches(inputs, sums):
                 try:
                     out = self.chain.run(i, self._read("hidden", i, a, b))
                 except (RuntimeError, ValueError, TypeError, IndexError) as e:
@@ -229,20 +251,18 @@ class _Passes:
                 if a == 0:
                     self.chain.same(i, out[0, -TAIL:])
                 append(out.numpy())
-        self._save(inputs, f"{i:04}")
+        self._save(sums, f"{i:04}", outputs=False)
 
     def _end(self, n: int) -> None:
         """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
-        generator = torch.Generator().manual_seed(SEED)
         sink = self._sink("gradient", n) if self.fisher else contextlib.nullcontext()
         context = self.ids.shape[1]
         # what an encoder has behind its blocks may look at the whole sequence
         chunk = _CHUNK if self.causal else context
-        found = Collector(self.chain.after, outputs=self.fisher)
+        found, sums, draws = Collector(self.chain.after, outputs=self.fisher), Sums(), _Draws(context)
         with sink as append, found, self.chain.head(), torch.set_grad_enabled(self.fisher):
-            for s in range(len(self.ids)):
-                hidden = self._read("hidden", n, s, s + 1)
-                at = torch.rand(context, 1, generator=generator)
+            for s, _ in self._batches(found, sums, size=1):
+                hidden, at = self._read("hidden", n, s, s + 1), draws.of(s)
                 gradient = torch.empty(1, context, *self.chain.inner)
                 for a in range(0, context, chunk):
                     part = hidden[:, a : a + chunk].detach().requires_grad_(self.fisher)
@@ -255,27 +275,42 @@ class _Passes:
                     self.chain.same(n, out.logits[0, -TAIL:].detach().float())
                 if append is not None:
                     append(gradient.numpy())
-                self._tell(1)
-        self._save(found, "last")
+        self._save(sums, "last", outputs=self.fisher)
 
     def _backward(self, i: int) -> None:
-        outputs = Collector(self.chain.inside[i], outputs=True)
+        outputs, sums = Collector(self.chain.inside[i], outputs=True), Sums()
         with self._sink("gradient", i) as append, outputs, single(self.chain.blocks[i]):
-            for a, b in self._batches():
+            for a, b in self._batches(outputs, sums):
                 hidden = self._read("hidden", i, a, b).requires_grad_(True)
                 self.chain.run(i, hidden).backward(self._read("gradient", i + 1, a, b))
-                outputs.settle()
                 append(hidden.grad.numpy())
-        self._save(outputs, f"{i:04}")
+        self._save(sums, f"{i:04}", outputs=True)
 
     def _back(self, _: int) -> None:
-        outputs = Collector(self.chain.before, outputs=True)
+        outputs, sums = Collector(self.chain.before, outputs=True), Sums()
         with outputs, leaves(self.chain.model):
-            for a, b in self._batches():
+            for a, b in self._batches(outputs, sums):
                 self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
-                outputs.settle()
-        self._save(outputs, "first")
+        self._save(sums, "first", outputs=True)
+
+
+class _Draws:
+    """Where in their distributions the labels of sequences are drawn: the same of each, whichever is asked for."""
+
+    def __init__(self, context: int) -> None:
+        self._context, self._next, self._generator = context, 0, torch.Generator().manual_seed(SEED)
+
+    def of(self, sequence: int) -> Any:
+        """(context, 1), of sequences in rising order."""
+        for _ in range(sequence - self._next):
+            torch.rand(self._context, 1, generator=self._generator)
+        self._next = sequence + 1
+        return torch.rand(self._context, 1, generator=self._generator)
 
 
 def _file(kind: str, i: int) -> str:
     return f"{kind}-{i:04}.npy"
+
+
+Steps = Callable[[Chain, bool, NDArray[np.int64], bool, Folder, Note], Passes]
+"""What makes the steps of a chain: Passes, or what shares them."""

@@ -76,7 +76,7 @@ class Crew:
         """Markers of the items by number. With `wait` of all, else until nothing is left that others are not doing."""
         stage = plan.stage
         self._enter(stage)
-        done = self._markers(stage, stage.items)
+        done = self.markers(stage, stage.items)
         left = deque(i for i in stage.order(self.world, self.heart.rank) if i.number not in done)
         busy, pause = list[Item](), PAUSE[0]
         with _Running(plan, self.jobs) as run:
@@ -91,14 +91,14 @@ class Crew:
                         busy.append(item)
                 if run:
                     item, made, seconds = run.one()
-                    done[item.number] = self._leave(stage, item, made, seconds)
+                    done[item.number] = self.leave(stage, item, made, seconds)
                     pause = PAUSE[0]
                 elif busy:
                     if not wait:
                         break
                     time.sleep(pause)
                     pause = min(PAUSE[1], 1.5 * pause)
-                    done |= self._markers(stage, busy)
+                    done |= self.markers(stage, busy)
                     left, busy = deque(i for i in busy if i.number not in done), []
                 self.note(stage.what, len(done), len(stage.items))
         return done
@@ -111,7 +111,8 @@ class Crew:
             self.heart.about["stages"] = [*known, row]
         self.heart.beat()
 
-    def _markers(self, stage: Stage, items: Sequence[Item]) -> dict[int, Marker]:
+    def markers(self, stage: Stage, items: Sequence[Item]) -> dict[int, Marker]:
+        """The markers of items that are done, by number."""
         found = several(self.store, [stage.name(item, "json") for item in items])
         read = ((item.number, self.marker(stage, item, found[stage.name(item, "json")])) for item in items)
         return {number: marker for number, marker in read if marker}
@@ -130,7 +131,7 @@ class Crew:
             return True
         return owner == self.heart.owner or not self.watch.alive(owner, lease)
 
-    def _leave(self, stage: Stage, item: Item, made: Made, seconds: float) -> Marker:
+    def leave(self, stage: Stage, item: Item, made: Made, seconds: float) -> Marker:
         """Write the records of an item, then the marker that vouches for them."""
         size, check = 0, ""
         if made.encoded:
@@ -159,7 +160,7 @@ class Crew:
         start, (function, arguments) = time.monotonic(), plan.work(item)
         with workers.named():
             made = plan.pool.submit(function, *arguments).result()
-        return self._leave(plan.stage, item, made, time.monotonic() - start)
+        return self.leave(plan.stage, item, made, time.monotonic() - start)
 
 
 class _Running:

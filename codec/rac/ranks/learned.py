@@ -14,6 +14,7 @@ from rac.calibrate.file import ABOUT, load
 from rac.calibrate.layers import Layers
 from rac.container.access import guarded
 from rac.container.zstd import digest
+from rac.encode.allocate.budget import OnText
 from rac.errors import RacError, SourceError
 from rac.ranks.crew import Crew, Made, Plan
 from rac.ranks.stage import Item, Marker, Stage
@@ -38,6 +39,8 @@ class Learned:
         """What a calibration finds, run by this rank or another; SourceError where it says so there."""
         stage = Stage(f"calibration{self._asked}", "calibrating", (Item(0, (), 1),))
         self._asked += 1
+        if isinstance(calibration, OnText) and not self.crew.markers(stage, stage.items):
+            calibration = self._shared(stage.key, calibration)
         plan = Plan(stage, lambda _: (self._run, (stage, calibration)), lambda _: 0, self.pool)
         marker = self.crew.do(plan)[0]
         try:
@@ -46,6 +49,17 @@ class Learned:
             if marker.rows and marker.rows[0][0] == "error":
                 raise
             return self._read(stage, self.crew.again(plan, stage.items[0]))
+
+    def _shared(self, key: str, on: OnText) -> Calibration:
+        """What hands over what all ranks have found together, or runs what one rank has to find alone."""
+        from rac.calibrate.chain import UnfitError  # imports torch
+        from rac.ranks.sharded import Shared
+
+        try:
+            found = Shared(self.crew, key, self.folder).run(on.path, on.text, on.how)
+        except UnfitError:
+            return on
+        return lambda: [found]
 
     def _run(self, stage: Stage, calibration: Calibration) -> Made:
         """Run it, and write what it found; an error that any rank would have is what it found."""

@@ -461,7 +461,7 @@ def test_interrupted_goes_on_after_the_last_finished_block(saved, tmp_path, monk
 
 def test_interruption_repeats_no_finished_step(saved, tmp_path, monkeypatch):
     folder, cache = saved(llama), tmp_path / "cache"
-    forward = calibration_stream._Passes._forward
+    forward = calibration_stream.Passes._forward
 
     def failing(self, i):
         if i == 2:
@@ -469,11 +469,11 @@ def test_interruption_repeats_no_finished_step(saved, tmp_path, monkeypatch):
         forward(self, i)
 
     with monkeypatch.context() as m:
-        m.setattr(calibration_stream._Passes, "_forward", failing)
+        m.setattr(calibration_stream.Passes, "_forward", failing)
         with pytest.raises(KeyboardInterrupt):
             run(folder, cache=cache)
     seen = []
-    monkeypatch.setattr(calibration_stream._Passes, "_forward", lambda self, i: (seen.append(i), forward(self, i)))
+    monkeypatch.setattr(calibration_stream.Passes, "_forward", lambda self, i: (seen.append(i), forward(self, i)))
     found = run(folder, cache=cache)[0]
     assert seen == [2]
     equal(run(folder)[0], found, 0)
@@ -571,7 +571,7 @@ def test_damage(saved, tmp_path):
 
 def test_damaged_work_file_starts_again(saved, tmp_path, monkeypatch):
     folder, cache = saved(llama), tmp_path / "cache"
-    backward = calibration_stream._Passes._backward
+    backward = calibration_stream.Passes._backward
 
     def failing(self, i):
         if i == 1:
@@ -579,7 +579,7 @@ def test_damaged_work_file_starts_again(saved, tmp_path, monkeypatch):
         backward(self, i)
 
     with monkeypatch.context() as m:
-        m.setattr(calibration_stream._Passes, "_backward", failing)
+        m.setattr(calibration_stream.Passes, "_backward", failing)
         with pytest.raises(KeyboardInterrupt):
             run(folder, cache=cache)
     file = next(cache.glob("*/hidden-0001.npy"))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import random
-import threading
+import time
 
 import pytest
 import torch
 
 import rac
 from rac import cli
+from rac.calibrate import passes
 from rac.errors import SourceError
 from rac.ranks import Asked, How, finish, pack_rank
 from support.models import TEXT, write
@@ -25,6 +28,14 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def batches():
+    """Of two sequences: four of the text."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(passes, "_ROWS", 128)
+        yield
+
+
 @pytest.fixture(scope="module")
 def asked(folder):
     return Asked(bits=3.0, calibrate=[str(folder / "text.txt")], tokens=512, context=64, effort="fast")
@@ -36,23 +47,62 @@ def alone(folder, asked):
     return (folder / "alone.rac").read_bytes()
 
 
-def together(folder, work, asked, world):
-    threads = [
-        threading.Thread(
-            target=pack_rank, args=(folder / "m", work, asked), kwargs={"rank": r, "world": world, "how": QUICK}
-        )
-        for r in random.Random(0).sample(range(world), world)
-    ]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+def start(folder, work, asked, rank, world):
+    """A rank as a process: transformers loads one model at a time in each."""
+    how = {"rank": rank, "world": world, "how": QUICK}
+    process = multiprocessing.get_context("fork").Process(
+        target=pack_rank, args=(folder / "m", work, asked), kwargs=how
+    )
+    process.start()
+    return process
 
 
-@pytest.mark.parametrize(("world", "url"), [(1, ""), (3, ""), (2, "memory://")])
-def test_a_calibrated_pack_has_the_bytes_of_one_machine(folder, asked, alone, tmp_path, world, url):
+@pytest.mark.parametrize("url", ["", "memory://"])
+def test_a_calibrated_pack_has_the_bytes_of_one_machine(folder, asked, alone, tmp_path, url):
     work = f"{url}{tmp_path}/work"
-    together(folder, work, asked, world)
+    pack_rank(folder / "m", work, asked, rank=1, world=2, how=QUICK)
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone
+
+
+def test_ranks_that_are_killed_while_they_calibrate(folder, asked, alone, tmp_path):
+    work, chance = tmp_path / "work", random.Random(1)
+    running = [start(folder, work, asked, rank, 3) for rank in range(3)]
+    for _ in range(3):
+        time.sleep(0.3 + chance.random() / 2)
+        rank = chance.randrange(3)
+        running[rank].kill()
+        running[rank].join()
+        running[rank] = start(folder, work, asked, rank, 3)
+    running[1].kill()
+    for process in running:
+        process.join()
+    assert sorted(p.exitcode for p in running)[1:] == [0, 0]
+    by = {json.loads(p.read_text())["owner"][:5] for p in work.glob("calibration0-*/*.json")}
+    assert len(by) > 1  # several have done some of it
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone
+
+
+def test_a_rank_that_would_find_other_numbers_is_refused(folder, asked, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "calibration0-machine.json").write_text('{"threads of torch (OMP_NUM_THREADS)": 64}')
+    with pytest.raises(rac.OutputError, match=r"calibrates with other threads of torch \(OMP_NUM_THREADS\): 64 there"):
+        pack_rank(folder / "m", work, asked, how=QUICK)
+
+
+def test_what_a_batch_has_left_is_made_again_where_it_is_damaged(folder, asked, alone, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    with monkeypatch.context() as m:
+        m.setattr("rac.ranks.sharded._SharedPasses._backward", lambda self, i: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack_rank(folder / "m", work, asked, how=QUICK)
+    pieces = sorted(work.glob("calibration0-hidden-*/*.npy"))
+    assert len(pieces) > 2
+    pieces[0].unlink()
+    for piece in pieces[1:]:
+        piece.write_bytes(piece.read_bytes()[:-8])
     finish(work, tmp_path / "m.rac", how=QUICK)
     assert (tmp_path / "m.rac").read_bytes() == alone
 

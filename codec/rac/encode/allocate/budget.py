@@ -48,6 +48,19 @@ Once = Callable[[Callable[[], Sequence[Layers]]], Sequence[Layers]]
 """What runs a calibration, or knows what another process has found by running it."""
 
 
+@dataclass(frozen=True, slots=True)
+class OnText:
+    """A calibration of a language model on a text; None: on text that it writes. `how` as `calibrate` has it."""
+
+    path: str | Given
+    text: str | None
+    how: Mapping[str, Any]
+
+    def __call__(self) -> Sequence[Layers]:
+        """What it finds."""
+        return [calibrate(self.path, self.text, **self.how)]
+
+
 def here(calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
     """What a calibration finds that is run now."""
     return calibration()
@@ -109,7 +122,7 @@ def _calibrations(
             continue
         text = None if name == "self" else learned() if name == AUTO else read_text(name)
         how: Any = {"tokens": c.tokens, "context": c.context, "fisher": c.backward, "note": note, "cache": c.cache}
-        one = once(partial(_calibrate, path, text, how))[0]
+        one = once(OnText(path, text, how))[0]
         found.append(one)
         about = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
         unusual = {"context": c.context} if c.context != CONTEXT else {}
@@ -120,10 +133,6 @@ def _calibrations(
         found.append(matched(groups, layers, "" if isinstance(made, Layers) else made))
         used.append({"calibration": layers.digest, "tokens": layers.tokens})
     return found, used
-
-
-def _calibrate(path: str | Given, text: str | None, how: dict[str, Any]) -> Sequence[Layers]:
-    return [calibrate(path, text, **how)]
 
 
 def read_text(path: str) -> str:
