@@ -40,18 +40,33 @@ class Elsewhere(Encoded):
         return self.stated
 
 
-def _row(e: Encoded) -> list[Any]:
-    """What is exchanged of a tensor: a few numbers."""
+class _Length:
+    """Bytes of which nothing is known but how many they are."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+
+    def __len__(self) -> int:
+        return self._n
+
+
+def _row(e: Encoded, sampled: bool = False) -> list[Any]:
+    """What is exchanged of a tensor: a few numbers; of a sample also what its bytes are made of."""
     objects = [[o.name, o.size] for o in e.objects]
     fidelity = asdict(e.fidelity) if e.fidelity else None
-    return [e.name, e.size, sum(map(len, e.units)), objects, [*e.head.get("uses", ())], fidelity]
+    head: dict[str, Any] = {"name": e.name, "uses": [*e.head.get("uses", ())]}
+    units = [len(u) for u in e.units]
+    if sampled:
+        head |= {key: e.head[key] for key in ("dtype", "shape", "axis", "tile")}
+        head["stages"] = [{"id": s["id"], "sizes": s.get("sizes")} for s in e.head["stages"]]
+    return [e.name, e.size, units if sampled else [sum(units)], objects, head, fidelity]
 
 
 def _read(row: list[Any]) -> Elsewhere:
-    name, size, _, objects, uses, fidelity = row
+    _, size, units, objects, head, fidelity = row
     of = Fidelity(**fidelity | {"shape": tuple(fidelity["shape"])}) if fidelity else None
     parts = tuple(Elsewhere({"name": n}, [], {}, stated=s) for n, s in objects)
-    return Elsewhere({"name": name, "uses": uses}, [], {}, parts, of, size)
+    return Elsewhere(head, [_Length(n) for n in units], {}, parts, of, size)  # type: ignore[misc]
 
 
 def _lossless(groups: Sequence[ties.Group], level: Level) -> Made:
@@ -62,6 +77,12 @@ def _lossless(groups: Sequence[ties.Group], level: Level) -> Made:
 def _quantised(groups: Sequence[ties.Group], recipes: Sequence[Recipe], measured: bool) -> Made:
     encoded = [encode(g, recipe, measured) for g, recipe in zip(groups, recipes, strict=True)]
     return Made([_row(e) for e in encoded], encoded)
+
+
+def _sampled(groups: Sequence[ties.Group], recipes: Sequence[Recipe]) -> Made:
+    """What a sample comes to, of which no records are left."""
+    every = zip(groups, recipes, strict=True)
+    return Made([_row(encode(g, recipe, measured=False), sampled=True) for g, recipe in every])
 
 
 def _measured(encoded: Sequence[Encoded], tensors: Sequence[SourceTensor], recipes: Sequence[Recipe]) -> Made:
@@ -139,18 +160,21 @@ class Gathered:
 class SharedSearch(Search):
     """The search for the common scale, each try of which is a stage: all ranks read all sizes, and go on alike."""
 
-    plan: Callable[[Recipe, bool], Plan] | None = None
+    plan: Callable[[Sequence[ties.Group], Recipe, str], Plan] | None = None
     gathered: Gathered | None = None
 
-    def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
-        """What the quantised tensors came to at a scale, in their order."""
+    def _over(
+        self, groups: Sequence[ties.Group], now: Recipe, work: Callable[[ties.Group, Recipe], T], what: str
+    ) -> Iterator[T]:
+        """What tensors came to at a scale, in their order: all that are quantised, or a sample of their rows."""
         assert self.plan is not None and self.gathered is not None  # noqa: S101, PT018
-        self.tried += 1
-        plan = self.plan(replace(self.recipe, scale=scale), work is encode)
-        plan = replace(plan, stage=replace(plan.stage, what=f"looking for the scale: {what}, pass {self.tried}"))
+        whole = all(a is b for a, b in zip(groups, self._mine, strict=True))
+        plan = self.plan(groups, now, ("measured" if work is encode else "") if whole else "sample")
+        plan = replace(plan, stage=replace(plan.stage, what=f"looking for the scale: {what} at {now.scale:+.3f}"))
         markers = self.gathered.crew.do(plan)
-        self.gathered.clear()
-        self.gathered.add(plan, markers)
+        if whole:
+            self.gathered.clear()
+            self.gathered.add(plan, markers)
         for number in range(len(plan.stage.items)):
             yield from map(_read, markers[number].rows)  # type: ignore[misc]
 
@@ -195,21 +219,23 @@ class RankPacker(Packer):
     def _rest(self, recipe: Recipe) -> int:
         """About the bytes of all that is not quantised, with heads and index rows."""
         markers = self._crew.do(self._plain(recipe))
-        size: int = sum(row[2] + HEADS for marker in markers.values() for row in marker.rows)
+        size: int = sum(sum(row[2]) + HEADS for marker in markers.values() for row in marker.rows)
         return size + sum(sum(map(len, record.attachment(file).units)) + HEADS for file in self._files)
 
     def _plain(self, recipe: Recipe | None) -> Plan:
         """What stays lossless by its name, type or size."""
         groups = [g for g in self._groups if recipe is None or g.tensor.name not in recipe.aligned]
         level, stage = self._options.lossless, Stage.of("lossless", "packing", groups)
-        work: Callable[[Item], Work] = lambda item: (_lossless, (item.groups, level))  # noqa: E731
-        return Plan(stage, work, lambda item: 2 * item.size, self._threads)
+        return Plan(stage, lambda item: (_lossless, (item.groups, level)), lambda item: 2 * item.size, self._threads)
 
-    def _tries(self, recipe: Recipe, measured: bool) -> Plan:
-        """What is quantised, at a scale."""
-        groups = [g for g in self._groups if g.tensor.name in recipe.aligned]
-        key = f"scale{recipe.scale!r}" + "-measured" * measured
-        work: Callable[[Item], Work] = lambda item: (_quantised, (item.groups, _only(item, recipe), measured))  # noqa: E731
+    def _tries(self, groups: Sequence[ties.Group], recipe: Recipe, kind: str) -> Plan:
+        """What is quantised, or a sample of it, at a scale."""
+        key = f"scale{recipe.scale!r}" + f"-{kind}" * bool(kind)
+
+        def work(item: Item) -> Work:
+            given = item.groups, _only(item, recipe)
+            return (_sampled, given) if kind == "sample" else (_quantised, (*given, kind == "measured"))
+
         return Plan(Stage.of(key, "", groups), work, lambda item: _need(item, recipe), self._pool)
 
     def _last(self, recipe: Recipe | None) -> Iterator[Plan]:
@@ -217,7 +243,7 @@ class RankPacker(Packer):
         yield self._plain(recipe)
         if recipe is None or not self._gathered.unmeasured:
             return
-        plan = self._tries(recipe, measured=False)
+        plan = self._tries([g for g in self._groups if g.tensor.name in recipe.aligned], recipe, "")
 
         def work(item: Item) -> Work:
             encoded = [self._gathered.take(g.tensor.name) for g in item.groups]

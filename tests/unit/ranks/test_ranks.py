@@ -99,6 +99,18 @@ def test_other_budgets_and_levels_too(model, alone, tmp_path, what):
     assert (tmp_path / "m.rac").read_bytes() == alone(what)
 
 
+def test_a_sample_for_the_scale_is_shared_too(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("rac.encode.allocate.few.LEAST", 1000)
+    asked = Asked(bits=3.2, calibrate="none", effort="fast")
+    rac.pack(model, tmp_path / "alone.rac", **asked.changed)
+    assert not together(model, tmp_path / "work", asked, 3)
+    finish(tmp_path / "work", tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "alone.rac").read_bytes()
+    samples = list((tmp_path / "work").glob("scale*-sample"))
+    assert samples
+    assert not [p for folder in samples for p in folder.glob("*.rac")]  # sizes alone
+
+
 def test_one_that_finishes_does_what_is_left(model, alone, tmp_path):
     finish(tmp_path / "work", tmp_path / "m.rac", src=model, asked=ASKED["bits"], how=QUICK)
     assert (tmp_path / "m.rac").read_bytes() == alone("bits")
