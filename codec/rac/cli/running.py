@@ -24,6 +24,7 @@ The prompt is taken as it is, without a chat template, and continued greedily (t
 
   rac generate m.rac "The capital of France is" --tokens 20
   rac generate m.rac "Once upon a time" --resident compressed    weights stay compressed in memory
+  rac generate m.rac "Once upon a time" --resident codes         quantised weights as int8 codes
   rac generate m.rac "Once upon a time" --memory 8GB             weights stay in the file, read when needed
   rac generate m.rac "Once upon a time" --sample --seed 7
 
@@ -39,8 +40,8 @@ positions but the last count: the figures are those of `rac compare`, which comp
   rac perplexity m.rac --text test.txt --activations 4 --kv 4
 
 Needs rac-codec[transformers]."""
-RESIDENT = """keep the weights decoded (dense, the default: fast), as the file has them (compressed: small), or in the
-file (disk: for what does not fit)"""
+RESIDENT = """keep the weights decoded (dense, the default), as the file has them (compressed: small, slow), quantised
+ones as int8 (codes: half of 16 bits, fast), or in the file (disk: for what does not fit)"""
 MEMORY = """weights stay in the file (--resident disk) and take so much memory at most, e.g. 8GB; torch and the text
 come on top (default: a quarter of the machine's)"""
 KV = """quantise keys and values to B bits, a range for each token and head; keys are rotated before where the file says
@@ -68,7 +69,7 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError("--tokens must be at least 1")
     if not args.prompt:
         raise ValueError("the prompt is empty")
-    model, tokenizer = _open_model(args)
+    model, tokenizer = _open_model(args, quick=True)
 
     from rac.runtime.text import causal, generate
 
@@ -125,32 +126,47 @@ def perplexity(args: argparse.Namespace) -> int:
 def _add_model(p: Any) -> None:
     """Which model, and how it is held."""
     argument(p, "src IN.rac", "the archive of a Hugging Face folder, or one shard of a set")
-    argument(p, "--resident", RESIDENT, choices=("dense", "compressed", "disk"), default="dense")
+    argument(p, "--resident", RESIDENT, choices=("dense", "compressed", "codes", "disk"), default="dense")
     argument(p, "--memory SIZE", MEMORY)
     argument(p, "--device NAME", "cpu (default), cuda, cuda:1, mps", default="cpu")
     argument(p, "--dtype", "default: what the model says", choices=("float32", "bfloat16", "float16"))
     argument(p, "--trust-remote-code", "run the model code in the file; read it before (rac unpack)")
 
 
-def _open_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, tokenizer). ValueError for a data type or device that there is not."""
+def _open_model(args: argparse.Namespace, quick: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer). ValueError for a data type or device that there is not.
+
+    `quick`: a model on the CPU has the data type and the layout of weights that run best there, which is said.
+    """
     offline()
+    disk = args.memory is not None or args.resident == "disk"
+    if disk or args.resident == "compressed":  # threads of torch that wait leave the processors to those that decode
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rac.runtime import load_model, load_tokenizer
+    from rac.runtime.model import dtype_of
     from rac.runtime.replace import residency
+    from rac.runtime.running import dtype_for, run_as
 
     check_device(args.device)
     how = {"trust_remote_code": args.trust_remote_code}
     tokenizer = load_tokenizer(args.src, **how)
-    start = time.monotonic()
+    start, dtype = time.monotonic(), args.dtype
     device = None if args.device == "cpu" else args.device
-    model = load_model(args.src, args.resident, device, args.dtype, memory=args.memory, **how)
-    disk = args.memory is not None or args.resident == "disk"
+    if quick := quick and device is None:
+        with RacFile(args.src) as f:
+            stated = dtype_of(f)
+        dtype = dtype or dtype_for("disk" if disk else args.resident, stated)
+    model = load_model(args.src, args.resident, device, dtype, memory=args.memory, **how)
     args.resident = "disk" if disk else args.resident
     if args.verbose or ((disk or sys.stderr.isatty()) and not args.quiet):
         held = f"{model.get_memory_footprint() / 1e6:.1f} MB of weights"
         if args.resident != "dense":
             held = str(residency(model))
         print(f"{args.src}: {held}; loaded in {time.monotonic() - start:.1f} s", file=sys.stderr)
+    if quick:
+        said = run_as(model, args.resident, stated)
+        if not args.quiet:
+            print(f"{args.src}: {said}", file=sys.stderr)
     return model, tokenizer
 
 

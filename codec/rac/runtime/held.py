@@ -163,6 +163,10 @@ class Holding(nn.Module):
                 self._buffers[name] = old
         return self
 
+    def _replaces(self, value: Any) -> bool:
+        """Whether a value can stand where a record does."""
+        return isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1
+
     def __setattr__(self, name: str, value: Any) -> None:
         """A record takes the place of a record; any other weight makes the module dense."""
         if name not in self._names:
@@ -170,7 +174,7 @@ class Holding(nn.Module):
             return
         if isinstance(value, Weight):
             value = value.source.record
-        if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.dim() == 1:
+        if self._replaces(value):
             kind: Any = self._parameters if name in self._parameters else self._buffers
             kind[name] = value
             return

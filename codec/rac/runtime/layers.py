@@ -27,6 +27,10 @@ class Compressed(Holding):
     """What linear layers and embeddings have in common. `record`: (bytes of the record,) uint8, no gradient."""
 
     _names = ("weight",)
+    beside: tuple[str, ...] = ()
+    """Names of buffers that the weight needs besides."""
+    stay = "stay compressed"
+    """What its weight does, for people."""
     weight: Any = Named("weight")
 
     def _hold(self, head: Head, workspace: Workspace, dtype: torch.dtype | None) -> None:
@@ -200,6 +204,10 @@ class RacLinear(Compressed, nn.Linear):
             raise TypeError(f"the input is {x.dtype}; a model that casts to the data type of `weight` needs it dense")
         if (online := self.online()) is not None:
             x = online.apply(x)
+        return self.result(x)
+
+    def result(self, x: torch.Tensor) -> torch.Tensor:
+        """The output for what the transform made of the input."""
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return _Product.apply(x, self.bias, self)  # type: ignore[no-any-return]
         return self.product(x, self.bias)

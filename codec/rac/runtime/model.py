@@ -34,7 +34,7 @@ from rac.models.predictions import quiet
 from rac.records import Entry
 from rac.registry import DTYPES, RECORD_TENSOR
 from rac.runtime import memory as limits
-from rac.runtime import quantised, record, replace
+from rac.runtime import quantised, record, replace, residency
 from rac.runtime.disk import Store
 from rac.runtime.held import Head, size_of
 from rac.runtime.quantizer import METHOD
@@ -42,7 +42,6 @@ from rac.runtime.ranges import TICKET
 from rac.tensor import Tensor
 
 _log = logging.getLogger(__name__)
-RESIDENT = ("dense", "compressed", "disk")
 ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, NotImplementedError)
 """What transformers raises for files that it cannot make a model or a tokenizer of."""
 _OF_LOADING = ("dtype", "attn_implementation", "experts_implementation", "quantization_config", "name_or_path")
@@ -72,7 +71,8 @@ def load_model(
             read by ranges. Or bytes, in memory that may be pinned: they are not copied.
         resident: "dense", or "compressed": linear layers and embeddings keep their weights as the file has them and
             decode them when they run (rac.runtime.layers). "disk": they leave them in the file, which stays open, and
-            read them then, too (rac.runtime.disk).
+            read them then, too (rac.runtime.disk). "codes": quantised ones are decoded once, to int8 with scales
+            (rac.runtime.codes).
         device: Where the model goes; the CPU by default.
         dtype: Data type of the numbers between layers, and of dense weights; that of the configuration by default, and
             for "auto". `torch_dtype`, its earlier name in transformers, is the same.
@@ -102,7 +102,7 @@ def load_as(
     **kwargs: Any,
 ) -> Any:
     """As `load_model`, of the class that `kind` makes of the configuration and of the class that it names."""
-    (resident, limit), trust = _residency(resident, memory), kwargs.pop("trust_remote_code", False)
+    (way, limit), trust = _residency(resident, memory), kwargs.pop("trust_remote_code", False)
     if (earlier := kwargs.pop("torch_dtype", None)) is not None:
         if dtype is not None:
             raise ValueError("dtype and torch_dtype are the same; give one of them")
@@ -121,13 +121,13 @@ def load_as(
         cls = kind(config, own)
         for key in [k for k in kwargs if k not in _OF_LOADING and hasattr(config, k)]:  # as transformers does
             setattr(config, key, kwargs.pop(key))
-        kwargs["dtype"] = (dtype if dtype != "auto" else None) or getattr(config, "dtype", None) or _dtype(f)
-        state = State(f, Store(f) if resident == "disk" else None)
+        kwargs["dtype"] = (dtype if dtype != "auto" else None) or getattr(config, "dtype", None) or dtype_of(f)
+        state = State(f, Store(f) if way.filed else None)
         with state.blamed(name):
-            quantised.settle(state.lazy, config, folder, resident, kwargs.get("device_map"))
-        if resident != "dense":
+            quantised.settle(state.lazy, config, folder, way.name, kwargs.get("device_map"))
+        if way.holds is not None:
             with state.blamed(name):
-                records = state.hold(cls, config, name)
+                records = state.hold(cls, config, name, way.holds)
             how = {"quant_method": METHOD, "threads": threads, "records": records, "store": state.store}
             config.quantization_config = how
         model = _loaded(cls, config, state, folder, **kwargs)
@@ -136,21 +136,23 @@ def load_as(
             limits.fit(model, state.store, limit)
             replace.bind(model)
             opened.pop_all()  # the file is the store's from now on
-    if resident != "dense":
-        _log.info("%s: %s", name, replace.residency(model))
+        with state.blamed(name):
+            said = way.settle(model)
+    if said:
+        _log.info("%s: %s", name, said)
     model.config.name_or_path = model.name_or_path = name
     return model
 
 
-def _residency(resident: str, memory: int | str | None) -> tuple[str, int | None]:
+def _residency(resident: str, memory: int | str | None) -> tuple[residency.Residency, int | None]:
     """How weights are held, and the bytes for that; ValueError where the two do not go together."""
-    if resident not in RESIDENT:
-        raise ValueError(f"resident must be one of {', '.join(RESIDENT)}, not {resident!r}")
+    if resident not in residency.TABLE:
+        raise ValueError(f"resident must be one of {', '.join(residency.TABLE)}, not {resident!r}")
     if memory is None:
-        return resident, None
+        return residency.TABLE[resident], None
     if resident not in ("dense", "disk"):
         raise ValueError(f"memory is for resident='disk', which it implies, and not for {resident!r}")
-    return "disk", parse_size(memory) if isinstance(memory, str) else memory
+    return residency.TABLE["disk"], parse_size(memory) if isinstance(memory, str) else memory
 
 
 def _loaded(cls: Any, config: Any, state: State, folder: str, **kwargs: Any) -> Any:
@@ -254,7 +256,7 @@ def model_class(folder: str, file: str, trust: bool) -> tuple[Any, Any]:
     return config, cls
 
 
-def _dtype(f: RacFile) -> Any:
+def dtype_of(f: RacFile) -> Any:
     """The floating data type of most of the weights."""
     sizes = Counter[str]()
     for e in (e for archive in f.archives for e in archive.index.entries if e.dtype in ("F64", *replace.FLOATS)):
@@ -331,6 +333,11 @@ class Lazy:
     def worth(self) -> bool:
         """Whether a layer may hold the record."""
         return replace.worth(self.entry)
+
+    @property
+    def method(self) -> str:
+        """The last stage of its record."""
+        return self.entry.method
 
     def head_of_record(self) -> Head:
         """What must be known of its record."""
@@ -466,8 +473,10 @@ class State:
         """What layers do to their inputs, of the dense tensors that were read."""
         return {name: source.online for name, source in self.lazy.items() if source.online}
 
-    def hold(self, cls: Any, config: Any, file: str) -> dict[str, Head]:
+    def hold(self, cls: Any, config: Any, file: str, holds: Callable[[Any], bool]) -> dict[str, Head]:
         """Give the records of layers that can stay compressed as they are from now on; returns their heads, by name.
+
+        `holds` says of a tensor whether its record is to.
 
         What transformers makes one parameter of is one tensor, under the name of the parameter.
         """
@@ -475,7 +484,7 @@ class State:
             raise UnsupportedError("is quantised by another method already; load it dense", file=file)
         with _mapped("cannot make its model", file), torch.device("meta"):  # without memory for its weights
             model = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
-        worthy = [n for n, source in self.lazy.items() if source.worth()]
+        worthy = [n for n, source in self.lazy.items() if holds(source)]
         found = replace.places(model, worthy, {n: source.shape for n, source in self.lazy.items()})
         _warn_of_reads(found, {n: self.lazy[n] for n in worthy}, file)
         heads: dict[str, Head] = {}

@@ -159,7 +159,8 @@ def _matrix(s: Stored, name: str, data: Bytes) -> NDArray[np.float32]:
     return words.view(np.float32)
 
 
-def _decoder(s: Stored, data: Bytes) -> Decoder:
+def opened(s: Stored, data: Bytes) -> Decoder:
+    """What decodes the tiles of a record; RacError where a unit in front of them, or an object, is damaged."""
     if s.parsed is not None:
         return s.parsed.bare()
     t = s.tensor
@@ -177,7 +178,7 @@ def decode(
     `s` is what `parse` made of `data`. `out` are (rows, C) words of the tensor, contiguous; row 0 is the first one of
     the tiles `first`. Threads of `pool` help the caller's.
     """
-    t, dec = s.tensor, _decoder(s, data)
+    t, dec = s.tensor, opened(s, data)
     works, work, size = [], Work(), 0
     tile, top = t.grid.tr * t.grid.tc * t.word, first * t.grid.tr
     step = max(1, min(t.grid.across, SHARE // tile))

@@ -45,7 +45,7 @@ from rac.runtime.workspace import Workspace
 from rac.stages.table import is_resident
 
 FLOATS = ("F32", "F16", "BF16")
-_OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "transposed")
+_OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "transposed", "_map", "_views", "turned")
 
 
 def worth(e: Entry) -> bool:
@@ -263,6 +263,8 @@ def _bared(layer: Any, weights: dict[str, nn.Parameter]) -> None:
         layer.nx, layer.nf = layer.in_features, layer.out_features
         del layer.in_features, layer.out_features
     del layer.weight  # which may be a buffer
+    for name in layer.beside:
+        layer._buffers.pop(name, None)
     for name in _OWN:
         layer.__dict__.pop(name, None)
     del layer._as
@@ -275,7 +277,7 @@ class Residency:
     """What a model holds in memory."""
 
     records: int
-    """Weights that are records."""
+    """Weights that are records, or codes."""
     held: int
     """Bytes of records."""
     instead: int
@@ -286,15 +288,17 @@ class Residency:
     """Bytes of all other parameters, by name; what is tied once."""
     budget: Budget | None = None
     """Where records stay in the file: what of the memory is for what."""
+    stay: str = Compressed.stay
+    """What these weights do, for people."""
 
     def __str__(self) -> str:
         """One line."""
         dense = sum(self.others.values())
         most = sorted(self.others, key=lambda name: -self.others[name])[:3]
         named = ", ".join(f"{name} {megabytes(self.others[name])}" for name in most)
-        held = f"{self.records} weights stay compressed, {megabytes(self.held)} instead of {megabytes(self.instead)}"
+        held = f"{self.records} weights {self.stay}, {megabytes(self.held)} instead of {megabytes(self.instead)}"
         if self.budget is not None:
-            held = held.replace("compressed", "in the file and are read when they are used")
+            held = held.replace("stay compressed", "stay in the file and are read when they are used")
             return f"{held}; memory for weights: {self.budget}"
         return f"{held}; dense: {megabytes(dense)}" + (
             f" ({named}{', ...' if len(self.others) > 3 else ''})" if most else ""
@@ -306,26 +310,31 @@ def residency(model: Any) -> Residency:
     seen: set[int] = set()
     records = held = instead = weights = 0
     budget: Budget | None = None
+    stay = Compressed.stay
     for module in model.modules():
         for name in getattr(module, "_names", ()) if isinstance(module, Holding) else ():
             if id(record := module.record_of(name)) not in seen:
                 seen.add(id(record))
-                source = module.source(name)
+                source, stay = module.source(name), getattr(module, "stay", stay)
                 numbers = math.prod(source.shape)
                 filed = module.filed(name) if record.device.type != "meta" else None
-                size = record.numel() if filed is None else filed.store.reader.stored_size(filed.tickets)
+                size = (
+                    getattr(source, "nbytes", record.nbytes)
+                    if filed is None
+                    else filed.store.reader.stored_size(filed.tickets)
+                )
                 budget = budget if filed is None else filed.store.budget
                 records, held, weights = records + 1, held + size, weights + numbers
                 instead += size_of(source.shape, source.head.dtype)
     others = {n: p.nbytes for n, p in model.named_parameters() if id(p) not in seen}
     weights += sum(p.numel() for p in model.parameters() if id(p) not in seen)
-    return Residency(records, held, instead, weights, others, budget)
+    return Residency(records, held, instead, weights, others, budget, stay)
 
 
 def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Make all compressed layers of a model dense, in `dtype` or that of each layer; returns the model."""
     if densify(*model.modules(), dtype=dtype):
-        _guard(model)
+        guard(model)
     return model
 
 
@@ -346,7 +355,7 @@ def attach(model: Any, found: Mapping[str, Transform], file: str) -> None:
             what = f"has an online transform ({transform.describe()}), its layer is a {type(layer).__name__}"
             raise UnsupportedError(what, file=file, unit=repr(where[name]))
         hook(layer, transform)
-    _guard(model)
+    guard(model)
 
 
 def bind(model: Any) -> None:
@@ -362,7 +371,7 @@ def _save(model: Any, *args: Any, **kwargs: Any) -> Any:
     return type(model).save_pretrained(model, *args, **kwargs)
 
 
-def _guard(model: Any) -> None:
+def guard(model: Any) -> None:
     """Let `save_pretrained` refuse."""
     model.save_pretrained = types.MethodType(_refuse, model)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,8 +116,27 @@ class Coder(Stage, Protocol):
         return 0, 0, 0, sum(sizes)
 
 
+class Integers(NamedTuple):
+    """Numbers that are integers times a scale of their row and one of their column."""
+
+    halves: OpenNumbers
+    """What decodes the words of a tile to half of these integers, binary32."""
+    rows: F32
+    """(R,)"""
+    cols: F32
+    """(C,)"""
+    places: NDArray[np.int64]
+    """(N, 2) row and column of the numbers that are others, ascending."""
+    values: Array
+    """(N,) words of the data type: these numbers."""
+
+
 class OpenNumbers(Protocol):
     """Numbers whose unit was parsed."""
+
+    def integers(self) -> Integers | None:
+        """The integers that the numbers are but for scales; None: they are no such integers."""
+        return None
 
     @property
     def fused(self) -> Any:
@@ -184,6 +203,10 @@ class Product(Stage, Protocol):
 
         `v` is (h, w), or (h, C) where `whole_rows`.
         """
+
+    def factors(self, objects: Sequence[F32]) -> tuple[F32, F32] | None:
+        """(R, r) and (r, C) whose product is added to the numbers; None: the result is something else."""
+        return None
 
     def detail(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Any:
         """What `rac info` says under `column` of a tensor that uses the objects of these names and shapes."""

@@ -37,6 +37,11 @@ class LowRank(Product):
         product.add(v, a[box.r0 : box.r1], b[:, box.c0 : box.c1])
         return v
 
+    def factors(self, objects: Sequence[F32]) -> tuple[F32, F32]:
+        """The objects."""
+        a, b = objects
+        return a, b
+
     def detail(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Any:
         """The rank."""
         return shapes[0][1]

@@ -16,7 +16,7 @@ from rac.grid import Box
 from rac.native import address
 from rac.native import trellis as native
 from rac.native.prototypes import F32, Array
-from rac.stages.base import Context, Head, Numbers, check, pack_lists, sizes_of, unpack_list
+from rac.stages.base import Context, Head, Integers, Numbers, OpenNumbers, check, pack_lists, sizes_of, unpack_list
 from rac.stages.words import DTYPES, to_words
 
 CODES = {1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
@@ -90,13 +90,21 @@ class Lists(NamedTuple):
     values: Array  # (N,) words of the data type: the outliers
 
 
-class OpenTrellis:
+class OpenTrellis(OpenNumbers):
     """The unit of a tensor under trellis/1, ready for use: the parameters `p`, the data type, and `Lists`."""
 
     def __init__(self, p: Trellis, dtype: str, lists: Lists) -> None:
         self.p, self.dtype = p, dtype
         self.rec, self.rows, self.cols, self.places, self.values = lists
         self._alive: list[Any] = []  # each that two threads made at once, since jobs have its address
+
+    def integers(self) -> Integers | None:
+        """Twice a magnitude is an integer, unless the file corrects it."""
+        if self.p.sizes[0]:
+            return None
+        ones = (np.ones(len(scales), np.float32) for scales in (self.rows, self.cols))
+        halves = OpenTrellis(self.p, "F32", Lists(self.rec, *ones, self.places[:0], np.empty(0, np.uint32)))
+        return Integers(halves, self.rows, self.cols / 2, self.places, self.values)
 
     @functools.cached_property
     def _words(self) -> Any:

@@ -1,0 +1,93 @@
+"""How a model runs on this machine: in which data type, and with weights laid out as the processor's products want."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rac.runtime.codes import Coded
+
+LEAST = 1 << 14
+"""Weights of a layer from which on packing pays."""
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def has_units() -> bool:
+    """Whether the processor multiplies BF16; where it does not, widening each number costs more than reading F32."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    return any(bool(known()) for name in asked if (known := getattr(torch.cpu, name, None)) is not None)
+
+
+def dtype_for(resident: str, stated: torch.dtype) -> torch.dtype:
+    """The data type between layers that is quickest on this CPU for a model whose weights are stated in `stated`.
+
+    Codes are multiplied in BF16 whatever it is, and float32 between them costs next to nothing.
+    """
+    if stated not in _HALVES:
+        return stated
+    if resident == "codes" or not has_units():
+        return torch.float32
+    return torch.bfloat16
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer of torch whose weight oneDNN has laid out for its products; nothing is trained or saved."""
+
+    _packed: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out), the data type of x kept."""
+        y = torch.ops.mkldnn._linear_pointwise(x.to(self._as), self._packed, self.bias, "none", [], "")
+        return y.to(x.dtype)  # type: ignore[no-any-return]
+
+
+def pack(model: Any, stated: torch.dtype) -> int:
+    """Lay the weights of plain linear layers out anew; returns the number of layers.
+
+    Weights that nothing else uses are given up for it. Where all other weights are codes, one that the file has in BF16
+    is laid out in BF16. None without oneDNN.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return 0
+    coded = any(isinstance(m, Coded) for m in model.modules())
+    shared = _shared(model)
+    count = 0
+    for layer in [m for m in model.modules() if type(m) is nn.Linear]:
+        weight = layer.weight
+        as_ = stated if coded and stated == torch.bfloat16 and layer.bias is None and has_units() else weight.dtype
+        if weight.device.type != "cpu" or weight.numel() < LEAST or as_ not in (torch.float32, torch.bfloat16):
+            continue
+        if as_ == torch.bfloat16 and not has_units():
+            continue
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(as_), 1)
+        layer.__class__ = PackedLinear
+        layer._packed, layer._as = packed, as_  # type: ignore[assignment]
+        if id(weight) not in shared:
+            layer.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        count += 1
+    return count
+
+
+def _shared(model: Any) -> set[int]:
+    """Identities of the weights that several modules have."""
+    seen: set[int] = set()
+    out: set[int] = set()
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                (out if id(p) in seen else seen).add(id(p))
+    return out
+
+
+def run_as(model: Any, resident: str, stated: torch.dtype) -> str:
+    """Lay a model on the CPU out for running; says how it runs, on one line."""
+    name = str(model.dtype).removeprefix("torch.")
+    if model.device.type != "cpu":
+        return f"{resident}, {name}, on {model.device}"
+    packed = pack(model, stated) if resident in ("dense", "codes") else 0
+    units = "" if has_units() else ", for this processor has no BF16 units" * (stated in _HALVES)
+    kernels = ["int8 products"] if any(isinstance(m, Coded) for m in model.modules()) else []
+    kernels += [f"{packed} layers packed by oneDNN"] * bool(packed)
+    return ", ".join([resident, name + units, *kernels, f"{torch.get_num_threads()} threads"])
