@@ -16,6 +16,7 @@ dense model in float32.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shlex
@@ -58,8 +59,7 @@ def model_of(path: str, how: str, dtype: str) -> tuple[Any, Any, str]:
 def writer(path: str, how: str, dtype: str, threads: int) -> tuple[Callable[[int], Any], str]:
     """A function that writes so many tokens, and how the model runs."""
     if how == "llama":
-        import llama_cpp
-
+        llama_cpp = importlib.import_module("llama_cpp")
         llama = llama_cpp.Llama(path, n_threads=threads, n_threads_batch=threads, n_ctx=256, verbose=False)
         given = llama.tokenize(PROMPT.encode())
 

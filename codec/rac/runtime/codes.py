@@ -8,6 +8,7 @@ hold, and an outlier, lie in a column of codes of their own, which reads the sam
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,10 +37,11 @@ SHARE = 4
 FEW = 48
 """Rows of an input up to which the int8 kernel is quicker than a product with codes that are widened first."""
 NAMES = ("weight_rows", "weight_columns", "weight_index", "weight_left", "weight_right")
-"""Of the buffers beside the codes. Scales are int32 of the same bits: no `.to()` rounds them."""
+"""Names of the buffers beside the codes. Scales are int32 of the same bits: no `.to()` rounds them."""
 
 
-class Codes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Codes:
     """A weight (out, in) for products with inputs (..., in)."""
 
     codes: NDArray[np.int8]
@@ -145,6 +147,8 @@ class Coded(Compressed):
     beside, stay = NAMES, "are int8 codes"
     turned = False
     """Whether the weight is (in, out), and the codes are (out, in)."""
+    _map: Transform | None
+    _views: dict[str, Any]
 
     def _become(self, buffers: dict[str, torch.Tensor], online: Transform | None) -> None:
         """Hold these instead of a record."""

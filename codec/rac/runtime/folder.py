@@ -24,7 +24,7 @@ from rac.decode.archive import RacFile
 from rac.dequantise import plain
 from rac.errors import OutputError, RacError, UnsupportedError
 from rac.models.predictions import quiet
-from rac.runtime import quantised
+from rac.runtime import quantised, residency
 from rac.runtime.model import State, model_class, write_attachments
 from rac.runtime.quantizer import METHOD, RacConfig
 
@@ -138,7 +138,7 @@ def _fill(f: RacFile, folder: str, shard: int, trust: bool, progress: Progress) 
     state = State(f)
     with state.blamed(file):
         quantised.settle(state.lazy, config, folder, "compressed", None)
-        heads = state.hold(cls, config, file)
+        heads = state.hold(cls, config, file, residency.worth)
     files: list[list[str]] = [[]]
     size = 0
     for name, lazy in state.lazy.items():

@@ -102,9 +102,9 @@ class OpenTrellis(OpenNumbers):
         """Twice a magnitude is an integer, unless the file corrects it."""
         if self.p.sizes[0]:
             return None
-        ones = (np.ones(len(scales), np.float32) for scales in (self.rows, self.cols))
-        halves = OpenTrellis(self.p, "F32", Lists(self.rec, *ones, self.places[:0], np.empty(0, np.uint32)))
-        return Integers(halves, self.rows, self.cols / 2, self.places, self.values)
+        rows, cols = (np.ones(len(scales), np.float32) for scales in (self.rows, self.cols))
+        halves = OpenTrellis(self.p, "F32", Lists(self.rec, rows, cols, self.places[:0], np.empty(0, np.uint32)))
+        return Integers(halves, self.rows, self.cols * np.float32(0.5), self.places, self.values)
 
     @functools.cached_property
     def _words(self) -> Any:

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[3] / "format_spec" / "golden" / "good"
 
 def packed(root, kind, **how):
     models.write(kind, root / "hf")
-    pack(root / "hf", root / "m.rac", bits=3, embeddings=True, calibrate=None, **how)
+    pack(root / "hf", root / "m.rac", bits=3, embeddings=True, calibrate="none", effort="fast", **how)
     return root / "m.rac"
 
 
@@ -147,7 +147,8 @@ def test_copies_states_and_data_types(small):
     other.load_state_dict(torch.load(file), strict=True)
     assert torch.equal(models.logits(other), want)
     narrow = other.to(torch.bfloat16)
-    assert narrow.lm_head.record.dtype == torch.int8 and torch.equal(models.logits(narrow.float()), want)
+    assert torch.equal(narrow.lm_head._numbers("weight_rows"), model.lm_head._numbers("weight_rows"))
+    assert narrow.lm_head.record.dtype == torch.int8 and near(models.logits(narrow).float(), want, 0.05)
     assert next(model.parameters()).dtype == torch.float32 and model.num_parameters() == dense.num_parameters()
 
 
@@ -179,7 +180,7 @@ def test_adapters(small):
     assert all(p.grad is not None for n, p in tuned.named_parameters() if "lora_B" in n)
     merged = tuned.merge_and_unload()
     first = merged.model.layers[0]
-    assert type(first.self_attn.q_proj) is torch.nn.Linear and type(first.self_attn.k_proj) is CodedLinear
+    assert type(first.self_attn.q_proj) is torch.nn.Linear and type(first.self_attn.o_proj) is CodedLinear
 
 
 def test_devices(small, tmp_path):
