@@ -249,15 +249,14 @@ class CodedLinear(Coded, RacLinear):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The output; no gradient is kept. Elements of x, times the scales of columns, enter as BF16 for few rows."""
-        codes, index = self.record, self._buffers.get("weight_index")
-        width = codes.shape[1]
-        v = (x if index is None else x.index_select(-1, index)) * self._numbers("weight_columns")
-        v = v.view(-1, width)
-        if len(v) <= FEW and v.device.type == "cpu":
-            y = torch._weight_int8pack_mm(v.bfloat16(), codes, self._unit())
+        _, codes, rows, columns, index, unit = self._ready()
+        v = (x if index is None else x.index_select(-1, index)) * columns
+        v = v.reshape(-1, codes.shape[1])
+        if unit is not None and 0 < v.shape[0] <= FEW:
+            y = torch._weight_int8pack_mm(v.bfloat16(), codes, unit)
         else:
             y = functional.linear(v.to(x.dtype), codes.to(x.dtype))
-        y = y * self._numbers("weight_rows")
+        y = y * rows
         if "weight_left" in self._buffers:
             left, right = self._numbers("weight_left"), self._numbers("weight_right")
             y += functional.linear(functional.linear(x.reshape(-1, x.shape[-1]).float(), right), left)
@@ -265,11 +264,15 @@ class CodedLinear(Coded, RacLinear):
         # transformers pads the bias of a tied output layer to the first dimension of `weight`
         return y if bias is None else y + bias[: y.shape[-1]]
 
-    def _unit(self) -> torch.Tensor:
-        """(out,) ones: scales are applied to what the kernel returns, in float32."""
-        found = self._views.get("unit")
-        if found is None:
-            found = self._views["unit"] = torch.ones(self.record.shape[0], dtype=torch.bfloat16)
+    def _ready(self) -> Any:
+        """What a product needs, looked up once for each place of the layer; ones, (out,), only where the kernel is."""
+        bits: Any = self._buffers["weight_rows"]
+        found = self._views.get("ready")
+        if found is None or found[0] is not bits:
+            codes = self.record
+            unit = torch.ones(codes.shape[0], dtype=torch.bfloat16) if codes.device.type == "cpu" else None
+            scales = self._numbers("weight_rows"), self._numbers("weight_columns")
+            found = self._views["ready"] = bits, codes, *scales, self._buffers.get("weight_index"), unit
         return found
 
 

@@ -318,12 +318,9 @@ def residency(model: Any) -> Residency:
                 source, stay = module.source(name), getattr(module, "stay", stay)
                 numbers = math.prod(source.shape)
                 filed = module.filed(name) if record.device.type != "meta" else None
-                size = (
-                    getattr(source, "nbytes", record.nbytes)
-                    if filed is None
-                    else filed.store.reader.stored_size(filed.tickets)
-                )
-                budget = budget if filed is None else filed.store.budget
+                size = getattr(source, "nbytes", record.nbytes)  # of codes, with their scales
+                if filed is not None:
+                    size, budget = filed.store.reader.stored_size(filed.tickets), filed.store.budget
                 records, held, weights = records + 1, held + size, weights + numbers
                 instead += size_of(source.shape, source.head.dtype)
     others = {n: p.nbytes for n, p in model.named_parameters() if id(p) not in seen}

@@ -63,6 +63,8 @@ def test_weights_products_and_memory(small):
             many = x.repeat(32, 1)  # of which the codes are widened
             assert near(layer(many), many @ want.T, 0.004)
             assert layer(x.bfloat16()).dtype == torch.bfloat16
+            turned = x.repeat(2, 1, 1).transpose(0, 1)
+            assert near(layer(turned), turned @ want.T, 0.01) and layer(x[:0]).shape == (0, len(want))
     assert exact > 6
     assert near(models.logits(model), models.logits(dense))
     found = residency(model)
@@ -155,7 +157,7 @@ def test_copies_states_and_data_types(small):
 def test_dequantize_and_save(small, tmp_path):
     dense, path = small
     model = rac.load_model(path, resident="codes", dtype=torch.float32)
-    with pytest.raises(UnsupportedError, match="weights that are codes, which files do not hold: load it resident="):
+    with pytest.raises(UnsupportedError, match="weights that are codes, which files do not hold; load it resident="):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     model = model.dequantize()
