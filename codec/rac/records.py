@@ -142,8 +142,7 @@ class Stated(Protocol):
         """Bytes of the dense tensor."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One record as the index states it. `dtype` to `parts` are for tensors and objects, `aliases` for tensors."""
 
     type: int

@@ -6,6 +6,7 @@ UTF-8 bytes, no floats, no extension types. One value has one encoding, so re-en
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import msgpack
@@ -113,16 +114,34 @@ def _check(value: dict[str, Any] | list[Any], depth: int) -> None:
     if other := kinds - _NESTED:
         raise FormatError(f"msgpack type {min(k.__name__ for k in other)} is not allowed")
     for v in items:
+        if type(v) is list and depth > 1 and _SIMPLE.issuperset(map(type, v)):
+            continue
         if type(v) in _NESTED:
             _check(v, depth - 1)
 
 
+ITEMS = 4096  # of a list or map, and bytes: with so few the decoder cannot allocate enough to matter
+SMALL = 1 << 20  # bytes of what may be copied into an error
+
+
+def _small_lists(data: bytes) -> Any:
+    """The value, where no list or map of it has many items; None where one has, and where anything is wrong."""
+    if len(data) > SMALL:
+        return None
+    most: dict[str, Any] = {"max_array_len": ITEMS, "max_map_len": ITEMS}
+    with suppress(ValueError, TypeError, msgpack.exceptions.UnpackException):
+        return msgpack.unpackb(data, strict_map_key=True, use_list=True, **most)
+    return None
+
+
 def unpack(data: bytes, depth: int = 8) -> dict[str, Any]:
     """Decode one canonical msgpack map; FormatError on anything else."""
-    if len(data) > 4096:  # below that the decoder cannot allocate enough to matter
-        _scan(data, depth)
     try:
-        value = msgpack.unpackb(data, strict_map_key=True, use_list=True)
+        value = _small_lists(data)
+        if value is None:
+            if len(data) > ITEMS:
+                _scan(data, depth)
+            value = msgpack.unpackb(data, strict_map_key=True, use_list=True)
         if not isinstance(value, dict):
             raise FormatError("msgpack is not a map")
         _check(value, depth)

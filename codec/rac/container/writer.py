@@ -8,7 +8,6 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, BinaryIO
 
 from rac.container import index, wire
@@ -101,7 +100,7 @@ class Writer:
 
     def begin(self, entry: Entry, head: bytes) -> None:
         """Write what stands in front of the payload of a record that is copied from elsewhere; `write` goes on."""
-        self.entries.append(replace(entry, at=self.at))
+        self.entries.append(entry._replace(at=self.at))
         self.write(head)
 
     def flush(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,7 +106,7 @@ def test_rows_that_do_not_fit(tmp_path):
     records = [tensor("a"), tensor("b"), tensor("c")]
 
     def change(i, **fields):
-        return lambda e: [*e[:i], replace(e[i], **fields), *e[i + 1 :]]
+        return lambda e: [*e[:i], e[i]._replace(**fields), *e[i + 1 :]]
 
     at = Archive(BytesAccess(build(path, records))).index.entries
     seen_by_index = {
