@@ -71,7 +71,7 @@ class Tiles:
         self.freq, self.odd, self.model, self.escaping = found.freq, found.odd, found.model, found.escaping
 
     def units(self, words: Array, rows: range) -> tuple[list[NDArray[np.uint8]], bytes | None]:
-        """Units of rows of tiles whose words (h, C) are given, planes as they are, and their directory where it is known."""
+        """Units of rows of tiles of words (h, C), planes as they are, and their directory where it is known."""
         grid, p = self.grid, self.p
         here, first = slice(rows.start * grid.across, rows.stop * grid.across), rows.start * grid.tr
         some = bounds(grid)[here]
