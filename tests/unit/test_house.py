@@ -14,7 +14,7 @@ from support import ROOT
 CODEC = ROOT / "codec" / "rac"
 STAGES = {*CODERS, *NUMBERS, *PRODUCTS, *ONLINE}
 MOST_PARAMETERS, MOST_LINES = 7, 60
-MOST_IN_ALL = 47_000  # 46_000 before tables and classes of small tensors were found in C; 40_800 before issue 24: many machines, what does not fit; 37_200 before issue 23: kernels
+MOST_IN_ALL = 47_000  # 46_000 before small tensors were packed by C; 40_800 before issue 24, 37_200 before issue 23
 
 WIDE = {
     "encode/pack.py:pack": "public: the options of `rac pack`, by name",
