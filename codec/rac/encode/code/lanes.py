@@ -143,7 +143,7 @@ class LanesEncoder:
         units, table = self._tiles.units(words, rows)
         if self._tiles.p.packed:
             return [self._packed(unit).data for unit in units]
-        plain = [unit.data for unit in units]
+        plain: list[Bytes] = [unit.data for unit in units]
         return plain if table is None else wire.Listed(plain, table)
 
     def _packed(self, unit: NDArray[np.uint8]) -> NDArray[np.uint8]:
