@@ -25,9 +25,9 @@ def compress(data: bytes | memoryview, level: int = 9) -> bytes:
 def decompress(data: bytes | memoryview, size: int) -> bytes:
     """Decode one zstd frame of exactly `size` bytes; nothing is allocated for any other claim."""
     try:
-        if bytes(data[:4]) != _MAGIC or zstandard.frame_content_size(data) != size:
+        if data[:4] != _MAGIC or (stated := zstandard.get_frame_parameters(data)).content_size != size:
             raise FormatError("zstd frame does not hold the size that the record states")
-        if zstandard.get_frame_parameters(data).window_size > WINDOW:
+        if stated.window_size > WINDOW:
             raise FormatError("zstd frame needs a window of more than 128 MiB")
         if not hasattr(_local, "zstd"):
             _local.zstd = zstandard.ZstdDecompressor(max_window_size=WINDOW)

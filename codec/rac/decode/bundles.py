@@ -6,6 +6,7 @@ declines all others, and all that is wrong; these are read as if there were no b
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -32,26 +33,29 @@ DEPTH = 4  # levels of nesting of the heads that the kernel knows
 class Bundle(Task):
     """Records that lie side by side, and the memory that they are decoded to."""
 
-    def __init__(self, access: Access, entries: Sequence[Entry], limits: Limits, vain: list[Bundle]) -> None:
-        """`vain`: takes those in, of many of a file, of which more than half was declined."""
+    def __init__(
+        self, access: Access, entries: Sequence[Entry], sizes: Sequence[int], limits: Limits, vain: list[Bundle]
+    ) -> None:
+        """`sizes`: bytes of each tensor; `vain`: takes in those of which more than half was declined."""
         super().__init__(None)
         self.entries, self._access, self._tile, self._vain = entries, access, limits.tile, vain
-        self.nbytes = sum(e.nbytes for e in entries)
+        self._sizes, self.nbytes = sizes, sum(sizes)
+        self._stored = entries[-1].at + entries[-1].size - entries[0].at
         self.words = list[Array | None]()
         """Bytes (n,) of each tensor, once it is decoded; None where it was declined."""
 
     @property
     def short(self) -> bool:
         """Whether it is decoded as soon as it is met: another thread would come too late."""
-        return sum(e.size for e in self.entries) <= FEW and self.nbytes <= 4 * FEW
+        return self._stored <= FEW and self.nbytes <= 4 * FEW
 
     def seat(self, room: Room, trace: Trace | None) -> None:
         """Take memory for the tensors; without it all are declined."""
         self.trace = trace
         try:
-            for e in self.entries:
-                part = room.part(e.nbytes)
-                self.words.append(np.empty(e.nbytes, np.uint8) if part is None else part)
+            for size in self._sizes:
+                part = room.part(size)
+                self.words.append(np.empty(size, np.uint8) if part is None else part)
         except MemoryError:
             self.words = [None] * len(self.entries)
 
@@ -72,23 +76,22 @@ class Bundle(Task):
 
     def _read(self) -> Array:
         """The bytes of all records, and nothing else."""
-        start, first, last = time.monotonic(), self.entries[0], self.entries[-1]
-        size = last.at + last.size - first.at
-        if (view := self._access.view(first.at, size)) is None:
+        start, at, size = time.monotonic(), self.entries[0].at, self._stored
+        if (view := self._access.view(at, size)) is None:
             view = self.buffer(size).data[:size]
-            self._access.read_into(first.at, view)
+            self._access.read_into(at, view)
             if self.trace:
                 self.trace("read", start, time.monotonic(), size)
         return np.frombuffer(view, np.uint8)
 
     def _decode(self, data: Array) -> list[bool]:
-        text, rows = bytearray(), list[native.Row]()
+        text, rows, first = bytearray(), list[native.Row](), self.entries[0].at
         for e, words in zip(self.entries, self.words, strict=True):
             if words is None:
                 return [False] * len(self.entries)
             stated = msg.members({"dtype": e.dtype, "name": e.name, "shape": e.shape})
-            place = len(text), len(stated), e.at - self.entries[0].at, e.head_size, e.payload_size, e.check
-            word, (coder, _) = DTYPES[e.dtype].word, native.CODERS[e.method]
+            place = len(text), len(stated), e.at - first, e.head_size, e.payload_size, e.check
+            word, coder = DTYPES[e.dtype].word, native.CODERS[e.method][0]
             rows.append(native.Row(*place, native.address(words), len(words), word, coder))
             text += stated
         memory = scratch.take(TABLES)
@@ -106,15 +109,21 @@ def _expanded(frame: Array, size: int) -> bytes | None:
         return None
 
 
-def _plain(e: Entry, limits: Limits) -> bool:
-    """Whether it looks like a record that the kernel knows, and may be decoded among others."""
+def _plain(e: Entry, limits: Limits) -> int:
+    """Bytes of a tensor that looks like one that the kernel knows, and may be decoded among others; else 0."""
     if e.type != RECORD_TENSOR or e.flags or e.method not in native.CODERS or e.aliases or e.dtype not in DTYPES:
-        return False
-    kind, size = DTYPES[e.dtype], math.prod(e.shape) * DTYPES[e.dtype].word
-    if kind.word > native.CODERS[e.method][1] or kind.bits != 8 * kind.word or not 0 < size <= DENSE:
-        return False
+        return 0
+    word, most = _words(e.dtype, e.method)
+    size = math.prod(e.shape) * word
     within = e.head_size <= limits.head and size <= limits.free_alloc + limits.expansion * e.payload_size
-    return within and limits.depth >= DEPTH
+    return size if word <= most and size <= DENSE and within and limits.depth >= DEPTH else 0
+
+
+@functools.cache
+def _words(dtype: str, method: str) -> tuple[int, int]:
+    """Bytes of a word, and of the widest that the kernel takes: none where words are not the elements."""
+    kind = DTYPES[dtype]
+    return kind.word, native.CODERS[method][1] if kind.bits == 8 * kind.word else 0
 
 
 def cut(access: Access, entries: Sequence[Entry], limits: Limits, most: int) -> Iterator[Bundle | list[Entry]]:
@@ -123,21 +132,26 @@ def cut(access: Access, entries: Sequence[Entry], limits: Limits, most: int) -> 
     Where most of one was declined no more are made: what was read for it was read in vain.
     """
     vain = list[Bundle]()
-    for plain, group in _groups(entries, limits, most):
-        yield Bundle(access, group, limits, vain) if plain and not vain else group
+    for sizes, group in _groups(entries, limits, most):
+        yield Bundle(access, group, sizes, limits, vain) if sizes and not vain else group
 
 
-def _groups(entries: Sequence[Entry], limits: Limits, most: int) -> Iterator[tuple[bool, list[Entry]]]:
-    """Neighbours, and whether they can be in a bundle."""
-    group, was, dense = list[Entry](), False, 0
+def _groups(entries: Sequence[Entry], limits: Limits, most: int) -> Iterator[tuple[list[int], list[Entry]]]:
+    """Neighbours, and the bytes of each tensor where they can be in a bundle."""
+    group, sizes, dense, start, end = list[Entry](), list[int](), 0, 0, 0
     for e in entries:
-        plain = e.size <= most and _plain(e, limits)
-        size = e.nbytes if plain else 0
-        apart = plain and group and (group[-1].at + group[-1].size != e.at or e.at + e.size - group[0].at > most)
-        if group and (plain != was or apart or dense + size > DENSE):
-            yield was, group
-            group, dense = [], 0
+        stored = e.size
+        size = _plain(e, limits) if stored <= most else 0
+        apart = size and (e.at != end or e.at + stored - start > most or dense + size > DENSE)
+        if group and (apart or bool(size) != bool(sizes)):
+            yield sizes, group
+            group, sizes, dense = [], [], 0
+        if not group:
+            start = e.at
         group.append(e)
-        was, dense = plain, dense + size
+        end = e.at + stored
+        if size:
+            sizes.append(size)
+            dense += size
     if group:
-        yield was, group
+        yield sizes, group
