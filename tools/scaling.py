@@ -7,6 +7,8 @@ the code. docs/scaling.md holds what it printed.
   python tools/scaling.py                      1024, 2048 and 4096
   python tools/scaling.py --shape 8192x28672   one matrix of so many outputs and inputs through the whole encoder, its
                                                second moment and weights in files: seconds and memory (Linux)
+  python tools/scaling.py --block demo/8b-shaped.safetensors --include 'blk.0.*'
+                                               these tensors packed at 3 bits without a text: core seconds and memory
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
+import rac  # noqa: E402
 from rac.calibrate.layers import Layer  # noqa: E402
 from rac.encode import record as rec  # noqa: E402
 from rac.encode.align.recipe import Recipe, calibrated  # noqa: E402
 from rac.encode.code.plan import LEVELS  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
+from rac.encode.quantise.tensor import FEWEST as FEW  # noqa: E402
+from rac.encode.quantise.tensor import PRODUCTS as LIMIT  # noqa: E402
 from rac.encode.quantise.tensor import SHAPED, encode_with_words  # noqa: E402
 from rac.encode.quantise.tensor import measure as measured  # noqa: E402
 from rac.encode.sources import Extent, SourceTensor  # noqa: E402
 from rac.encode.ties import Group  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
+from rac.native import product  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
 from rac.quantize import MOST, magnitudes  # noqa: E402
 from rac.stages import trellis as tr  # noqa: E402
@@ -50,8 +56,8 @@ F32 = np.float32
 TOKENS = 1024
 """Inputs that the products are timed on."""
 STATES = 256
-PASSES = 3
-"""Over all matrices: two to find the scale, one to write."""
+PASSES = 1.2
+"""Over all matrices: one, and four tries on one row in twenty."""
 CALIBRATION = 40960
 """Tokens of a calibration, the default of `rac pack`."""
 CORES = 64
@@ -153,8 +159,9 @@ def quantise(w: NDArray[np.float32], recursion: Triangular | None = None) -> los
 
 def feed_back(feed: NDArray[np.float32], error: NDArray[np.float32]) -> None:
     """The products between blocks of columns."""
-    for b in range(len(feed), 0, -lossy.BLOCK):
-        _ = feed[b - lossy.BLOCK : b, b:] @ error[b:]
+    for b in range(len(feed), lossy.BLOCK, -lossy.BLOCK):
+        a, target = b - lossy.BLOCK, np.zeros((lossy.BLOCK, error.shape[1]), F32)
+        product.add(target, np.ascontiguousarray(feed[a:b, b:]), error[b:])
 
 
 def search_rows(columns: NDArray[np.float32], below: NDArray[np.float32] | None) -> None:
@@ -289,6 +296,24 @@ def one_matrix(m: int, n: int, folder: Path) -> None:
     print(f"{8 * e.size / (m * n):.3f} bits a weight, {e.fidelity.snr:.2f} dB")
 
 
+def block(path: str, include: str, jobs: int) -> None:
+    """Print what the tensors of a file cost that a pattern names, packed at 3 bits from the weights alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        start, cpu, children = time.perf_counter(), time.process_time(), os.times().children_user
+        notes: dict[str, int] = {}
+
+        def note(what: str, _: int, of: int) -> None:
+            notes[what] = of
+
+        out = Path(folder) / "block.rac"
+        done = rac.pack(path, out, bits=3, calibrate="none", include=include, jobs=jobs, note=note)
+        took, cores = time.perf_counter() - start, time.process_time() - cpu + os.times().children_user - children
+    print("\n".join(notes))
+    print(f"{done.quantised} matrices, {done.weights:,} weights, {done.quantised_bits:.3f} bits, {jobs} jobs")
+    print(f"{took:.1f} s, {cores:.1f} core seconds, {1e6 * cores / done.weights:.3f} for a million weights")
+    print(f"{memory_now() / 1e9:.2f} GB of memory at most")
+
+
 def table(head: str, rows: list[list[str]]) -> None:
     """Print a table."""
     print(f"\n| {head} |\n|{' ---: |' * (head.count('|') + 1)}")
@@ -313,17 +338,18 @@ def extrapolate(model: Model, rates: list[Rates], held: tuple[float, float]) -> 
     moments = b * sum(i.copies * i.n**2 for i in model.inputs)
     per_token = 3 * r.forward * of_token + r.moment * b * sum(i.copies * i.share * i.n**2 for i in model.inputs)
     calibration = CALIBRATION * per_token / hour
-    cholesky = r.cholesky * b * sum(i.copies * i.n**3 for i, _ in every) / hour
+    cholesky = r.cholesky * b * sum(i.copies * i.n**3 for i in model.inputs) / hour
     feedback = r.feedback * b * sum(i.copies * m * i.n**2 / 2 for i, m in every) / hour
     start, slope = row_feedback(rates)
     below = b * sum(i.copies * i.n * m * (start + slope * m) for i, m in every) / hour
     search, coding = r.search * weights / hour, r.coding * weights / hour
-    one = cholesky + feedback + search + coding
-    total = calibration + PASSES * one + cholesky + 2 * r.restore * weights / hour
-    parts = (calibration, cholesky, feedback, search, coding, one, total, below)
+    one = feedback + search + coding
+    errors = 2 * r.feedback * b * sum(i.copies * min(m * i.n**2, max(LIMIT, FEW * i.n**2)) for i, m in every) / hour
+    total = calibration + cholesky + PASSES * one + errors + 2 * r.restore * weights / hour
+    parts = (calibration, cholesky, feedback, search, coding, one, errors, total, below)
     time_row = [model.name, f"{weights / 1e9:,.1f}", *(f"{v:,.1f}" for v in parts), f"{total / CORES:,.2f}"]
     block = 4 * (weights + moments) / b
-    largest = max(held[0] * i.n**2 + (8 + held[1]) * i.n * m for i, m in every)
+    largest = max(max(held[0] * i.n**2, held[0] / 2 * i.n**2 + (4 + held[1]) * i.n * m) for i, m in every)
     sizes = (
         2 * weights,
         4 * CALIBRATION * model.width * (b + 1),
@@ -340,7 +366,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=int, nargs="*", default=[1024, 2048, 4096], help="default: 1024 2048 4096")
     parser.add_argument("--shape", metavar="OUTPUTSxINPUTS", help="only one matrix of this shape, all of the way")
+    parser.add_argument("--block", metavar="FILE", help="only pack tensors of this file, named by --include")
+    parser.add_argument("--include", default="blk.0.*", help="pattern of their names; default: blk.0.*")
+    parser.add_argument("--jobs", type=int, default=2, help="threads of --block; default: 2")
     args = parser.parse_args()
+    if args.block:
+        block(args.block, args.include, args.jobs)
+        return
     if args.shape:
         with tempfile.TemporaryDirectory() as folder:
             m, n = map(int, args.shape.split("x"))
@@ -394,7 +426,7 @@ def main() -> None:
     print(f"\nComputed: hours of one core with the rates of n = {rates[-1].n}.")
     table(
         "model | quantised weights, 1e9 | calibration | triangular | feedback | search | coding | one pass | "
-        f"all, {PASSES} passes | row feedback, one pass | all on {CORES} cores",
+        f"measuring | all, {PASSES} passes | row feedback, one pass | all on {CORES} cores",
         [a for a, _ in rows],
     )
     print("\nComputed: GB on disk and in memory.")

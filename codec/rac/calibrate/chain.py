@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from rac.calibrate.moments import linears
+from rac.calibrate.place import Held, Place
 from rac.calibrate.reader import feed
 
 TAIL = 8  # positions at the end of a sequence whose hidden states are compared
@@ -92,9 +93,9 @@ def _alike(a: Any, b: Any) -> bool:
 class Chain:
     """A language model or an encoder as blocks in a row, all around them in float32; UnfitError where it is none."""
 
-    def __init__(self, model: Any, causal: bool, ids: NDArray[np.int64]) -> None:
-        """`ids` is a sequence (1, context) of the text."""
-        self.model = model
+    def __init__(self, model: Any, causal: bool, ids: NDArray[np.int64], place: Place | None = None) -> None:
+        """`ids` is a sequence (1, context) of the text; blocks compute at the place, one after the other."""
+        self.model, self.place = model, place or Place()
         self._feed = functools.partial(feed, model, causal)
         self._head = model.get_output_embeddings() if causal else None
         lists: dict[str, list[Any]] = {}
@@ -230,10 +231,19 @@ class Chain:
         return found[0].float()
 
     def run(self, i: int, hidden: Any) -> Any:
-        """Block `i` of hidden states (n, context, width), whose weights the caller has made float32."""
+        """Block `i` of hidden states (n, context, width), whose weights the caller has brought to the place."""
         by_place, args, kwargs = self._calls[i]
+        args, kwargs = self.place.kept((args, kwargs))
         given = {**kwargs} if by_place else {**kwargs, "hidden_states": hidden}
         return _first(self.blocks[i](*((hidden,) if by_place else ()), *args, **given))
+
+    def brought(self, i: int) -> list[tuple[Any, Any]]:
+        """The weights of block `i` at the place."""
+        return Held(self.place).brought([self.blocks[i]])
+
+    def use(self, brought: list[tuple[Any, Any]]) -> contextlib.AbstractContextManager[None]:
+        """Compute with what was brought."""
+        return Held(self.place).use(brought)
 
     def end(self, tokens: Any, hidden: Any) -> Any:
         """The model's output where the blocks have made `hidden` (n, positions, width) of `tokens` (n, positions)."""
@@ -247,8 +257,11 @@ class Chain:
                 raise UnfitError(f"what comes behind its blocks does not run alone: {e}") from e
 
     def head(self) -> contextlib.AbstractContextManager[None]:
-        """The output embedding in float32."""
-        return single(self._head) if self._head is not None else contextlib.nullcontext()
+        """What comes behind the blocks, in float32: the output embedding; on a device all but the blocks."""
+        if not self.place.away:
+            return single(self._head) if self._head is not None else contextlib.nullcontext()
+        inside = {id(p) for b in self.blocks for p in (*b.parameters(), *b.buffers())}
+        return self.use(Held(self.place).brought([self.model], inside))
 
     def head_size(self) -> int:
         """Weights of the output embedding."""
@@ -257,8 +270,9 @@ class Chain:
     def batch(self, tokens: Any) -> int:
         """How many of the sequences `tokens` (n, context) a block takes at once: all, or one."""
         if len(tokens) > 1:
-            with torch.no_grad(), single(self.blocks[0]), contextlib.suppress(RuntimeError, ValueError, IndexError):
-                hidden = self.start(tokens)
+            errors = contextlib.suppress(RuntimeError, ValueError, IndexError)
+            with torch.no_grad(), self.use(self.brought(0)), errors:
+                hidden = self.place.to(self.start(tokens))
                 if close(self.run(0, hidden)[-1:], self.run(0, hidden[-1:])):
                     return len(tokens)
         return 1

@@ -114,7 +114,8 @@ class Measure:
 
     At most `tokens` tokens are used, in windows of `context`; `note` is called with a model's name, windows done, and
     all of them. SourceError where there is no causal language model or no tokenizer in the Hugging Face folder `model`,
-    or the text is shorter than one window; ValueError where `context` is below 2 or above `tokens`.
+    or the text is shorter than one window; ValueError where `context` is below 2 or above `tokens`. Models are held and
+    run, whole, on a `device` of torch.
     """
 
     def __init__(
@@ -124,15 +125,18 @@ class Measure:
         tokens: int = 8192,
         context: int = 1024,
         note: Note | None = None,
+        device: str = "cpu",
     ) -> None:
         check(tokens, context)
+        self._device = device
         self.torch, self._transformers = _modules()
         self._path, self._text, self._note, self._model = os.fspath(model), text, note, model
         with quiet(self._transformers):
             self._config, self.model, tokenizer = load_original(model)
             cut = windows(_encoder(tokenizer), text, tokens, context, self._config, self._path)
         self._context, self.tokens = len(cut[0]), len(cut) * len(cut[0])
-        self._windows = [self.torch.tensor(ids) for ids in cut]
+        self.model.to(device)
+        self._windows = [self.torch.tensor(ids, device=device) for ids in cut]
         self._held: list[Any] | None = None
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
@@ -157,7 +161,7 @@ class Measure:
         if more := found["unexpected_keys"]:
             raise MismatchError(f"tensor {min(more)!r} is not in the original", file=name)
         model.tie_weights()
-        return model.eval()
+        return model.to(self._device).eval()
 
     def _predictions(self, model: Any, name: str | None) -> Iterator[Any]:
         """Log-probabilities (context, vocabulary) of each window, float16."""
@@ -202,16 +206,16 @@ class Measure:
     def _trace(self, name: str, w: Any) -> float:
         """tr(w S w') of a layer; w is (out, in)."""
         with self.torch.no_grad():
-            second = self.torch.tensor(self._layers[name].second)
+            second = self.torch.tensor(self._layers[name].second, device=self._device)
             return float(((w @ second) * w).sum(dtype=self.torch.float64))
 
 
 class Divergence:
     """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
-    def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None) -> None:
+    def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None, device: str = "cpu") -> None:
         tokens = min(tokens, 8192)
-        self._measure = Measure(model, text, tokens, min(1024, tokens), note)
+        self._measure = Measure(model, text, tokens, min(1024, tokens), note, device)
         own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
         self._other = self._measure.load(own, os.fspath(model))
         self._lock = threading.Lock()

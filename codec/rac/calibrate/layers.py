@@ -100,6 +100,7 @@ def calibrate(
     fisher: bool = True,
     note: Note | None = None,
     cache: str | os.PathLike[str] | None = None,
+    device: str = "cpu",
 ) -> Layers:
     """Run the model in a Hugging Face folder `path` over a text, or its token ids (n,); None: over text of its own.
 
@@ -112,7 +113,8 @@ def calibrate(
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
     SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
     result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
-    finished block. Else it goes with the result. The weights of a `Given` take the place of those in the files.
+    finished block. Else it goes with the result. The weights of a `Given` take the place of those in the files. Blocks
+    run on a `device` of torch, one after the other; the rest, and models that are no chain, on the CPU.
 
     OutputError where the cache cannot be written, SourceError where there is no model or tokenizer, the text is too
     short, no part of the model reads text, or a model that is not causal has none.
@@ -124,6 +126,7 @@ def calibrate(
     given = path if isinstance(path, Given) else None
     settings: dict[str, Any] = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher}
     settings |= {"seed": SEED} if given is None else {"seed": SEED, "given": given.about}
+    settings |= {} if device == "cpu" else {"device": device}
     digest = _digest(Path(path), text, settings)
     folder = Folder(cache, digest)
     tell = note or (lambda *_: None)
@@ -139,7 +142,7 @@ def calibrate(
         for again in (False, True):
             try:
                 if not folder.state.get("finished"):
-                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given)
+                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given, device)
                     passes.find(asked, text, folder, tell)
                 return layers_of(folder, digest)
             except DamagedError:

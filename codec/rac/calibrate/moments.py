@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate import experts as calibration_experts
 from rac.calibrate.folder import Folder
+from rac.calibrate.place import Place
 from rac.models.linears import is_linear
 
 _RECENT = 8
@@ -129,8 +130,8 @@ class Sums:
 class Collector:
     """Hooks on linear layers while it is open; with `outputs` a backward pass brings the inputs too."""
 
-    def __init__(self, modules: Mapping[str, Any], *, outputs: bool) -> None:
-        self.sums = Sums()
+    def __init__(self, modules: Mapping[str, Any], *, outputs: bool, place: Place | None = None) -> None:
+        self.sums, self._place = Sums(), place or Place()
         self._recent: list[tuple[Any, int, str]] = []
         self._outputs = outputs
         self._waiting: dict[str, list[Any]] = {}  # layers to inputs, where no gradient has come yet
@@ -165,6 +166,7 @@ class Collector:
         self.settle()
         self._recent.clear()
         out, self.sums = self.sums, Sums()
+        out.second = {name: self._place.array(total) for name, total in out.second.items()}
         return out
 
     def save(self, folder: Folder, tag: str, tokens: int) -> None:
@@ -206,17 +208,9 @@ class Collector:
             out.register_hook(lambda g: self._gradient(name, into, x, g.mT if first else g, outs))
 
     def _forward(self, name: str, into: str, x: Any) -> None:
-        rows = x.float().reshape(-1, x.shape[-1]).contiguous().numpy()
         for n in {name, into}:
-            self.sums.rows[n] = self.sums.rows.get(n, 0) + len(rows)
-        self._add(into, rows)
-
-    def _add(self, name: str, rows: NDArray[np.float32]) -> None:
-        with np.errstate(all="ignore"):  # not finite is told by the result
-            product = rows.T @ rows  # numpy takes the symmetric product, half the work of torch's
-            self.sums.second[name] = (
-                np.add(self.sums.second[name], product, product) if name in self.sums.second else product
-            )
+            self.sums.rows[n] = self.sums.rows.get(n, 0) + x.numel() // x.shape[-1]
+        self.sums.second[into] = self._place.added(self.sums.second.get(into), x)
 
     def _gradient(self, name: str, into: str, x: Any, gradient: Any, outs: int) -> None:
         """What the loss depends on in the output of a layer, whose weight has `outs` rows: of groups, all of them."""
@@ -228,12 +222,12 @@ class Collector:
         self.sums.rows[name] = self.sums.rows.get(name, 0) + g.shape[0]
         square = g.square()
         each = square if outs == square.shape[1] else square.reshape(-1, outs)
-        self.sums.squares[name] = self.sums.squares.get(name, 0.0) + each.sum(0).double().numpy()
-        length = square.sum(1).sqrt().numpy()
-        with np.errstate(all="ignore"):  # not finite is told by the result
-            rows = x.float().reshape(-1, x.shape[-1]).numpy() * np.sqrt(length)[:, None]
-        self.sums.weight[into] = self.sums.weight.get(into, 0.0) + float(length.sum(dtype=np.float64))
-        self._add(into, rows)
+        squares = self._place.numbers(each.sum(0)).astype(np.float64)
+        self.sums.squares[name] = self.sums.squares.get(name, 0.0) + squares
+        length = square.sum(1).sqrt()
+        weight = float(self._place.numbers(length).sum(dtype=np.float64))
+        self.sums.weight[into] = self.sums.weight.get(into, 0.0) + weight
+        self.sums.second[into] = self._place.added(self.sums.second.get(into), x, length)
 
     def of_experts(self, whole: str) -> list[NDArray[np.float32]]:
         """Second moments (in, in), in any unit, of the inputs of each expert of a parameter, without gradients.

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from transformers.utils import logging
 
 from rac.calibrate import whole
-from rac.calibrate.chain import TAIL, Chain, UnfitError, single
+from rac.calibrate.chain import TAIL, Chain, UnfitError
 from rac.calibrate.experts import Stored
 from rac.calibrate.folder import Folder
 from rac.calibrate.given import Given
 from rac.calibrate.moments import Collector, Sums
 from rac.calibrate.names import rename
+from rac.calibrate.place import Place, place_of
 from rac.calibrate.reader import Reader, is_causal
 from rac.calibrate.reader import find as find_reader
 from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
@@ -43,6 +44,7 @@ class Asked:
     context: int
     fisher: bool
     given: Given | None = None  # the weights, where they are not those in the files
+    device: str = "cpu"  # where blocks are run
 
 
 def find(
@@ -78,11 +80,14 @@ def find(
         try:
             if getattr(reader.model.config, "is_encoder_decoder", False):
                 raise UnfitError("it has an encoder and a decoder")
-            stream(reader.model, reader.causal, ids, fisher and reader.causal, folder, note, steps or Passes)
+            with contextlib.closing(place_of(asked.device)) as place:
+                chain = _chained(reader.model, reader.causal, ids, place)
+                (steps or Passes)(chain, reader.causal, ids, fisher and reader.causal, folder, note).go()
         except UnfitError as e:
             if steps is not None:
                 raise
-            note(f"running the model as a whole: {e}", 0, 0)
+            where = "" if asked.device == "cpu" else ", on the CPU"
+            note(f"running the model as a whole{where}: {e}", 0, 0)
             whole.calibrate(reader, ids, fisher, folder, note, path)
     if reader.name:
         folder.state["layers"] = {f"{reader.name}.{name}": entry for name, entry in folder.state["layers"].items()}
@@ -145,30 +150,27 @@ def load_model(kind: Any, asked: Asked, config: Any, dtype: str) -> Any:
     return model.eval()
 
 
-def stream(
-    model: Any, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note, steps: Steps
-) -> None:
-    """Calibrate block by block; what is found is in the folder's state, one commit for each finished step.
-
-    Hidden states are kept as float32, not bfloat16: a block run again in the backward pass, or after an interruption,
-    then gives the very numbers that the whole model would.
-
-    UnfitError where the model is no chain of blocks.
-    """
+def _chained(model: Any, causal: bool, ids: NDArray[np.int64], place: Place) -> Chain:
+    """The model as a chain of blocks, which compute at a place; UnfitError where it is none."""
     try:
-        chain = Chain(model, causal, ids[:1])
+        return Chain(model, causal, ids[:1], place)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
         raise UnfitError(f"its blocks cannot be told apart ({e})") from e
-    steps(chain, causal, ids, fisher, folder, note).go()
 
 
 class Passes:
-    """Numbered steps: what comes before the blocks, the blocks, what comes after them, and back."""
+    """Calibrates in numbered steps: what comes before the blocks, each block, what comes after them, and back.
+
+    What is found is in the folder's state, one commit for each finished step. Hidden states are kept as float32, not
+    bfloat16: a block run again in the backward pass, or after an interruption, then gives the very numbers that the
+    whole model would.
+    """
 
     def __init__(
         self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note
     ) -> None:
         self.chain, self.causal, self.fisher, self.folder, self.note = chain, causal, fisher, folder, note
+        self.place, self._coming = chain.place, dict[int, Any]()  # the weights of the next block, on their way
         self.ids = torch.from_numpy(ids)
         self.batch = chain.batch(self.ids[: max(1, _ROWS // ids.shape[1])])
         n = len(chain.blocks)
@@ -230,6 +232,25 @@ class Passes:
             sums.add(found.take())
             self._tell(b - a)
 
+    def _inputs(self, found: Collector, sums: Sums, *files: tuple[str, int]) -> Iterator[tuple[int, list[Any]]]:
+        """The same as (first sequence, what the files hold of a batch, at the place), the next one read ahead."""
+        spans = self.units(self.batch) if self.only is None else [self.only]
+        read = self.place.ahead(lambda span: self.place.to([self._read(*f, *span) for f in files]), spans)
+        for (a, b), held in zip(spans, read, strict=True):
+            yield a, held
+            sums.add(found.take())
+            self._tell(b - a)
+
+    def _block(self, i: int, then: int) -> contextlib.AbstractContextManager[None]:
+        """Compute with block `i`; that of number `then`, if it follows, is brought to the place meanwhile."""
+        coming = self._coming.pop(i, None)
+        brought = self.chain.brought(i) if coming is None else coming.result()
+        self._coming.clear()
+        follows = self.only is None and 0 <= then < len(self.chain.blocks)
+        if follows and (soon := self.place.soon(lambda: self.chain.brought(then))):
+            self._coming[then] = soon
+        return self.chain.use(brought)
+
     def _save(self, sums: Sums, tag: str, outputs: bool) -> None:
         sums.save(self.folder, tag, self.ids.numel(), outputs)
 
@@ -241,17 +262,20 @@ class Passes:
         self._save(sums, "first", outputs=False)
 
     def _forward(self, i: int) -> None:
-        inputs, sums = Collector({} if self.fisher else self.chain.inside[i], outputs=False), Sums()
-        with self._sink("hidden", i + 1) as append, inputs, single(self.chain.blocks[i]), torch.no_grad():
-            for a, b in self._batches(inputs, sums):
+        inputs, sums = self._seeing({} if self.fisher else self.chain.inside[i], outputs=False), Sums()
+        with self._sink("hidden", i + 1) as append, inputs, self._block(i, i + 1), torch.no_grad():
+            for a, (hidden,) in self._inputs(inputs, sums, ("hidden", i)):
                 try:
-                    out = self.chain.run(i, self._read("hidden", i, a, b))
+                    out = self.place.numbers(self.chain.run(i, hidden))
                 except (RuntimeError, ValueError, TypeError, IndexError) as e:
                     raise UnfitError(f"{self.chain.names[i]} does not run alone ({e})") from e
                 if a == 0:
-                    self.chain.same(i, out[0, -TAIL:])
-                append(out.numpy())
+                    self.chain.same(i, torch.from_numpy(out[0, -TAIL:]))
+                append(out)
         self._save(sums, f"{i:04}", outputs=False)
+
+    def _seeing(self, modules: dict[str, Any], outputs: bool) -> Collector:
+        return Collector(modules, outputs=outputs, place=self.place)
 
     def _end(self, n: int) -> None:
         """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
@@ -259,31 +283,30 @@ class Passes:
         context = self.ids.shape[1]
         # what an encoder has behind its blocks may look at the whole sequence
         chunk = _CHUNK if self.causal else context
-        found, sums, draws = Collector(self.chain.after, outputs=self.fisher), Sums(), _Draws(context)
+        found, sums, draws = self._seeing(self.chain.after, outputs=self.fisher), Sums(), _Draws(context)
         with sink as append, found, self.chain.head(), torch.set_grad_enabled(self.fisher):
             for s, _ in self._batches(found, sums, size=1):
-                hidden, at = self._read("hidden", n, s, s + 1), draws.of(s)
+                hidden, at, ids = self.place.to((self._read("hidden", n, s, s + 1), draws.of(s), self.ids[s : s + 1]))
                 gradient = torch.empty(1, context, *self.chain.inner)
                 for a in range(0, context, chunk):
                     part = hidden[:, a : a + chunk].detach().requires_grad_(self.fisher)
-                    out = self.chain.end(self.ids[s : s + 1, a : a + chunk], part)
+                    out = self.chain.end(ids[:, a : a + chunk], part)
                     if self.fisher:
                         backward(out.logits[0], at[a : a + chunk])
                         found.settle()
                         gradient[:, a : a + chunk] = part.grad
                 if s == 0 and self.causal:
-                    self.chain.same(n, out.logits[0, -TAIL:].detach().float())
+                    self.chain.same(n, out.logits[0, -TAIL:].detach().float().cpu())
                 if append is not None:
                     append(gradient.numpy())
         self._save(sums, "last", outputs=self.fisher)
 
     def _backward(self, i: int) -> None:
-        outputs, sums = Collector(self.chain.inside[i], outputs=True), Sums()
-        with self._sink("gradient", i) as append, outputs, single(self.chain.blocks[i]):
-            for a, b in self._batches(outputs, sums):
-                hidden = self._read("hidden", i, a, b).requires_grad_(True)
-                self.chain.run(i, hidden).backward(self._read("gradient", i + 1, a, b))
-                append(hidden.grad.numpy())
+        outputs, sums = self._seeing(self.chain.inside[i], outputs=True), Sums()
+        with self._sink("gradient", i) as append, outputs, self._block(i, i - 1):
+            for _, (hidden, gradient) in self._inputs(outputs, sums, ("hidden", i), ("gradient", i + 1)):
+                self.chain.run(i, hidden.requires_grad_(True)).backward(gradient)
+                append(self.place.numbers(hidden.grad))
         self._save(sums, f"{i:04}", outputs=True)
 
     def _back(self, _: int) -> None:

@@ -22,7 +22,9 @@ def backward(logits: Any, at: Any) -> None:
     with torch.no_grad():
         gradient = torch.softmax(logits.float(), -1)
         labels = draw(gradient, at)
-        gradient[torch.arange(len(labels)), labels] -= 1  # the derivative is known: no second softmax
+        gradient[torch.arange(len(labels), device=labels.device), labels] -= (
+            1  # the derivative is known: no second softmax
+        )
     logits.backward(gradient.to(logits.dtype))
 
 

@@ -39,7 +39,7 @@ from rac.encode.allocate.texts import calibration_for
 from rac.encode.asked import Asked
 from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
-from rac.encode.options import CONTEXT, GOALS, Budget, Hooks, Lossy, PackOptions, one_goal
+from rac.encode.options import CONTEXT, DEVICES, GOALS, Budget, Hooks, Lossy, PackOptions, one_goal
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source, ready
 from rac.encode.sources.safetensors import parse_json
@@ -98,6 +98,7 @@ _NOT: dict[str, Any] = {
     **dict.fromkeys(("all_files", "embeddings", "no_backward", "resume", "dry_run"), False),
     "align": "auto",
     "context": CONTEXT,
+    "device": "cpu",
     "effort": "default",
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
@@ -107,6 +108,7 @@ LOSSY: dict[str, Any] = {
     **dict.fromkeys(("embeddings", "no_backward"), False),
     "tokens": 40960,
     "context": CONTEXT,
+    "device": "cpu",
     "effort": "default",
     "align": "auto",
 }
@@ -141,6 +143,8 @@ SEQUENCE = """tokens of a sequence, as many as the model has positions for at mo
 less memory"""
 BACKWARD = """run forward only: a third to a half of the time, but how much outputs matter is not known then, and all
 tokens count alike (encoders are run so anyway)"""
+DEVICE = """where blocks are calibrated, factors found and errors fed back (default: cpu); another may make other bytes,
+which the file says"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
 ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
 RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
@@ -181,6 +185,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--tokens N", "of each of these texts (default: 40960)", type=int, default=40960)
     argument(lossy, "--context N", SEQUENCE, type=int, default=CONTEXT)
     argument(lossy, "--no-backward", BACKWARD)
+    argument(lossy, "--device", DEVICE, choices=DEVICES, default="cpu")
     argument(lossy, "--cache DIR", CACHE)
     effort = "trellis of 32 states, of 256, or of 256 searched twice"
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
@@ -445,7 +450,7 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     calibration = calibration_for(args.calibrate, args.src, args.tokens, cache(args.cache), tuple(args.calibration))
     if not calibration.texts and (args.context != CONTEXT or args.no_backward):
         raise ValueError("--context and --no-backward say how a model reads a text: give one with --calibrate")
-    calibration = replace(calibration, context=args.context, backward=not args.no_backward)
+    calibration = replace(calibration, context=args.context, backward=not args.no_backward, device=args.device)
     return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
 
 

@@ -38,6 +38,7 @@ class Asked:
     slices: str | None = None
     all_files: bool = False
     pickles: bool = False
+    device: str = "cpu"
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Asked:
@@ -75,6 +76,7 @@ class Asked:
         else:
             shaped = {"calibrate": self.calibrate not in (None, "none"), "calibration": self.calibration is not None}
             shaped |= {"effort": self.effort != "default", "keep": len(self.keep) > 0, "align": self.align != "auto"}
+            shaped |= {"device": self.device != "cpu"}
             no_goal(shaped | {"rank": self.rank is not None, "embeddings": self.embeddings})
         settings = {"exclude": list(self.exclude), "include": list(self.include)}
         cut: Any = {"lanes": self.lanes, "slices": self.slices, "shard_size": self.shard_size}
@@ -86,5 +88,5 @@ class Asked:
             return None
         made = Calibration.made_of(self.calibration)
         learned = calibration_for(self.calibrate, path, self.tokens, cache, made)
-        learned = replace(learned, context=self.context, backward=self.backward)
+        learned = replace(learned, context=self.context, backward=self.backward, device=self.device)
         return Lossy(self._budget, learned, self.effort, tuple(self.keep), self.align, self.rank, self.embeddings)

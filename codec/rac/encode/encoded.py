@@ -38,7 +38,10 @@ class Fidelity:
     """Rank of the low-rank part."""
     states: int
     snr: float
-    """Signal to noise of the output (of the weights, where nothing is known of the inputs), in dB."""
+    """Signal to noise of the output (of the weights, where nothing is known of the inputs), in dB.
+
+    Where outputs times the square of inputs are more than 2**35, of some outputs, evenly spread: 256 or more.
+    """
     outliers: int
     dead: int
     """Columns that got no bits."""

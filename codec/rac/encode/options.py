@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 GOALS = ("bits", "file_bits", "size", "snr", "kl")  # budgets of a lossy pack
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
+DEVICES = ("cpu", "cuda", "mps")  # where a pack calibrates
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 CONTEXT = 1024  # tokens of a sequence that a model is calibrated on, at most
 DECIBELS = 6.020599913279624  # signal to noise that one bit is worth: 20 log10 2
@@ -135,6 +136,8 @@ class Calibration:
     """Whether the caller has named what to learn from: then what cannot be learned is an error."""
     context: int = CONTEXT
     backward: bool = True
+    device: str = "cpu"
+    """Where blocks are run, factors found and errors fed back: DEVICES."""
 
     @property
     def any(self) -> bool:
@@ -149,6 +152,8 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.context < 1:
             raise ValueError("tokens and context must be at least 1")
+        if self.device not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if "none" in self.texts:
             raise ValueError("none is no text: it cannot be among those to calibrate on")
 
@@ -190,6 +195,8 @@ class Lossy:
             raise ValueError("a rank is 0 or more, and above 0 only with triangular alignment")
         if not self.calibration.any and (self.rank or self.align in ("triangular", "pca")):
             raise ValueError("ranks and alignments follow from the inputs of layers: give --calibrate too")
+        if not self.calibration.any and self.calibration.device != "cpu":
+            raise ValueError("a device calibrates, and there is nothing to calibrate on: give --calibrate too")
         if self.budget.kl is not None and (texts[:1] in ((), ("self",)) or os.path.isdir(texts[0])):
             raise ValueError("a divergence is measured on the first calibration text: give a text file to calibrate on")
 
@@ -202,5 +209,6 @@ class Lossy:
     def about(self) -> dict[str, Any]:
         """The request for the provenance: what is not as one gets it unasked, and the budget; numbers are text."""
         every = {"align": self.align, "rank": self.rank, "embeddings": self.embeddings, "keep": sorted(self.keep)}
+        every["device"] = None if self.calibration.device == "cpu" else self.calibration.device
         asked = {k: v for k, v in every.items() if v not in ("auto", None, []) and v is not False}
         return {**asked, "goal": {k: repr(v) for k, v in self.budget.goal.items()}}

@@ -102,6 +102,7 @@ def pack(
     slices: str | None = None,
     all_files: bool = False,
     pickles: bool = False,
+    device: str = "cpu",
 ) -> Summary:
     """Pack a safetensors file, a Hugging Face directory or repository, a GGUF file or one of another library.
 
@@ -151,6 +152,8 @@ def pack(
             level "fast", of which a slice of columns reads all.
         all_files: Take other files above 64 MB too, in pieces.
         pickles: Allow files that torch pickled (.pt, .pth, .bin); they are read by `torch.load(weights_only=True)`.
+        device: "cpu", "cuda" or "mps": where blocks are calibrated, factors found and errors fed back (docs/gpu.md).
+            Another device than the CPU may make other bytes, and the provenance names it.
 
     Raises:
         SourceError: The source is missing, damaged or no model.
@@ -267,7 +270,7 @@ class Packer(contextlib.ExitStack):
             return replace(recipe, scale=scale)
 
         def judge() -> Divergence:
-            return Divergence(named, read_text(calibration.texts[0]), calibration.tokens, note)
+            return Divergence(named, read_text(calibration.texts[0]), calibration.tokens, note, calibration.device)
 
         return self._search(recipe).meet(request.budget, lambda: self._rest(recipe), judge)
 

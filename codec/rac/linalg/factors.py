@@ -31,8 +31,9 @@ class Factors:
     Where the disk has no more room for one, it is found anew each time. It pickles: other processes find what is there.
     """
 
-    def __init__(self, folder: str | None = None, reserve: int = 0) -> None:
-        """Open a folder, or make one, in which half of what is free may be used."""
+    def __init__(self, device: str = "cpu", folder: str | None = None, reserve: int = 0) -> None:
+        """Open a folder, or make one, in which half of what is free may be used; what is found is found on a device."""
+        self.device = device
         if folder is None:
             folder = tempfile.mkdtemp(prefix="rac-factors-")
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -40,8 +41,8 @@ class Factors:
         self._folder, self._reserve = folder, reserve
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
-    def __reduce__(self) -> tuple[type[Factors], tuple[str, int]]:
-        return Factors, (self._folder, self._reserve)
+    def __reduce__(self) -> tuple[type[Factors], tuple[str, str, int]]:
+        return Factors, (self.device, self._folder, self._reserve)
 
     def get(self, key: str, find: Callable[[], Triangular]) -> Triangular:
         """The recursion under a key; `find` is asked where it is not there, by one thread at a time."""
@@ -61,7 +62,7 @@ class Factors:
             weight = np.load(path.with_suffix(".weight.npy"), allow_pickle=False)
         except (OSError, ValueError, EOFError):  # not there, or lost: it can be found again
             return None
-        return Triangular(order, weight, feed.swapaxes(-1, -2))
+        return Triangular(order, weight, feed.swapaxes(-1, -2), self.device)
 
     def _write(self, path: Path, found: Triangular) -> None:
         if shutil.disk_usage(self._folder).free - found.feed.nbytes < self._reserve:

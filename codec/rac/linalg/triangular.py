@@ -33,6 +33,7 @@ class Triangular:
     feed: NDArray[np.float32]
     """(n, n) or (G, n, n), [j, i], i > j: weight of the error at i in the target at j. Columns lie one after the other
     in memory, as those of L do."""
+    device: str = "cpu"  # where errors are fed back
 
     @property
     def by_column(self) -> NDArray[np.float64]:
@@ -55,13 +56,13 @@ def triangular(second: NDArray[np.floating], damp: float = 0.01, sort: bool = Tr
     `damp` is the share of the mean diagonal that is added to the diagonal. With `sort` columns are quantised in
     descending order of their energy, else from the last to the first. It takes 8 n^2 bytes while it works.
     """
-    order = np.argsort(_diagonal(second), kind="stable") if sort else np.arange(len(second))
+    order = np.argsort(diagonal(second), kind="stable") if sort else np.arange(len(second))
     return Triangular(order, *_factor(second, damp, order))
 
 
 def blocks(seconds: Sequence[NDArray[np.floating]], damp: float = 0.01) -> Triangular:
     """The recursions of blocks whose inputs have second moments `seconds` (n, n), in the order of the mean energy."""
-    order = np.argsort(np.mean([_diagonal(s) for s in seconds], 0), kind="stable")
+    order = np.argsort(np.mean([diagonal(s) for s in seconds], 0), kind="stable")
     n = len(order)
     weight, feed = np.empty((len(seconds), n)), np.empty((len(seconds), n, n), np.float32).swapaxes(1, 2)
     for g, second in enumerate(seconds):
@@ -69,7 +70,8 @@ def blocks(seconds: Sequence[NDArray[np.floating]], damp: float = 0.01) -> Trian
     return Triangular(order, weight, feed)
 
 
-def _diagonal(second: NDArray[np.floating]) -> NDArray[np.float64]:
+def diagonal(second: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(n,) mean energies of the inputs."""
     return np.diag(np.asarray(second)).astype(np.float64)
 
 
@@ -95,12 +97,12 @@ def _factor(
 
 def _read(second: NDArray[np.floating], damp: float, order: NDArray[np.int64], out: NDArray[np.float64]) -> None:
     """The lower triangle of a damped second moment in an order of its columns; what is above is left as it is."""
-    s, diagonal = np.asarray(second), _diagonal(second)
+    s, energy = np.asarray(second), diagonal(second)
     for a in range(0, len(s), _ROWS):
         b = min(len(s), a + _ROWS)
         out[a:b, :b] = s[order[a:b]].take(order[:b], 1)
         _forget(second)
-    out[np.diag_indices_from(out)] = diagonal[order] + damp * max(float(diagonal.sum()) / len(s), 1e-30)
+    out[np.diag_indices_from(out)] = energy[order] + damp * max(float(energy.sum()) / len(s), 1e-30)
 
 
 def _forget(second: NDArray[np.floating]) -> None:

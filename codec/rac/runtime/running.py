@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from rac.runtime.codes import Coded
-from rac.runtime.held import Holding
 
 LEAST = 1 << 14
 """Weights of a layer from which on packing pays."""
@@ -83,19 +82,12 @@ def _shared(model: Any) -> set[int]:
 
 
 def run_as(model: Any, resident: str, stated: torch.dtype) -> str:
-    """Lay a model on the CPU out for running; says how it runs, on one line.
-
-    Where layers are decoded when they run, torch's threads are halved, for the process: the others decode meanwhile.
-    """
+    """Lay a model on the CPU out for running; says how it runs, on one line."""
     name = str(model.dtype).removeprefix("torch.")
     if model.device.type != "cpu":
         return f"{resident}, {name}, on {model.device}"
-    decodes = any(isinstance(m, Holding) and not isinstance(m, Coded) for m in model.modules())
-    if decodes:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     packed = pack(model, stated) if resident in ("dense", "codes") else 0
     units = "" if has_units() else ", for this processor has no BF16 units" * (stated in _HALVES)
-    parts = [resident, name + units]
-    parts += ["int8 products"] * any(isinstance(m, Coded) for m in model.modules())
-    parts += [f"{packed} layers packed by oneDNN"] * bool(packed)
-    return ", ".join([*parts, f"{torch.get_num_threads()} threads of torch" + " and others that decode" * decodes])
+    kernels = ["int8 products"] if any(isinstance(m, Coded) for m in model.modules()) else []
+    kernels += [f"{packed} layers packed by oneDNN"] * bool(packed)
+    return ", ".join([resident, name + units, *kernels, f"{torch.get_num_threads()} threads"])

@@ -67,7 +67,7 @@ def test_what_is_small_or_has_no_room_or_is_lost_is_found_again(monkeypatch):
     for _ in range(2):
         factors.get("small", small)
     assert small.times == 2
-    full = Factors(factors._folder, shutil.disk_usage(factors._folder).total)
+    full = Factors("cpu", factors._folder, shutil.disk_usage(factors._folder).total)
     for _ in range(2):
         assert same(full.get("a", find), triangular(s))
     assert find.times == 2

@@ -90,3 +90,13 @@ def test_signal_to_noise_is_summed_as_the_whole(monkeypatch, shape):
     whole = tensor._ratio(w, w + e, layer)
     monkeypatch.setattr(tensor, "PIECE", 1)
     assert tensor._ratio(w, w + e, layer) == whole
+
+
+def test_of_a_wide_matrix_some_outputs_are_measured(monkeypatch):
+    w, e = normal(6, 900, 40), normal(7, 900, 40) / 10
+    whole = tensor._ratio(w, w + e, layer := Layer(second(40, 90), None))
+    monkeypatch.setattr(tensor, "PRODUCTS", 1 << 18)
+    found = tensor._ratio(w, w + e, layer)
+    assert found != whole
+    assert found == pytest.approx(whole, abs=0.2)
+    assert found == tensor._ratio(w[(at := np.arange(256) * 900 // 256)], (w + e)[at], layer)

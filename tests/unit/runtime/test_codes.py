@@ -223,13 +223,6 @@ def test_packed_for_running(small):
     assert near(models.logits(model), want, 1e-4)
     coded = rac.load_model(path, resident="codes", dtype=torch.float32)
     assert "int8 products" in running.run_as(coded, "codes", torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        said = running.run_as(rac.load_model(path, resident="compressed"), "compressed", torch.bfloat16)
-        assert said.endswith("1 threads of torch and others that decode") and torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_data_types_for_running(monkeypatch):

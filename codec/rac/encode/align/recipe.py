@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from rac.encode.sources.tables import is_table
 from rac.errors import SourceError
 from rac.grid import matrix
 from rac.linalg import exact
+from rac.linalg.device import triangular_on
 from rac.linalg.triangular import Rows, Triangular, blocks, damped, rows, triangular
 from rac.stages import trellis
 from rac.stages.words import DTYPES, from_words
@@ -92,15 +94,18 @@ class Aligned:
         """The recursion of the columns, whose inputs are known; of each expert's rows where there are experts."""
         assert self.layer is not None  # noqa: S101
         each, factors = self.layer.experts or (self.layer,), self.layer.factors
+        find = partial(self._found, "cpu" if factors is None else factors.device)
         keys = [one.key for one in each]
         if factors is None or not all(keys):
-            return self._found()
-        return factors.get(f"{self.damp!r} {' '.join(keys)}", self._found)
+            return find()
+        return factors.get(f"{self.damp!r} {' '.join(keys)}", find)
 
-    def _found(self) -> Triangular:
+    def _found(self, device: str) -> Triangular:
         assert self.layer is not None  # noqa: S101
         if self.layer.experts:
             return blocks([one.second for one in self.layer.experts], self.damp)
+        if device != "cpu":
+            return triangular_on(self.layer.second, self.damp, device)
         return triangular(self.layer.second, self.damp)
 
     def columns(self) -> Triangular | None:

@@ -29,6 +29,7 @@ from rac.encode.encoded import Encoded, Kept
 from rac.encode.options import CONTEXT, DECIBELS, Budget, Calibration, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words, size_of
 from rac.errors import BudgetError, SourceError
+from rac.linalg.device import check
 from rac.linalg.factors import Factors
 from rac.machine import room
 from rac.stages.words import from_words
@@ -75,6 +76,7 @@ def recipe_for(
     be run over them, that is said, and it is from the weights alone.
     """
     c = request.calibration
+    check(c.device)
     if c.remark:
         note(c.remark, 0, 0)
     failed: dict[str, str] = {}
@@ -97,7 +99,7 @@ def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, no
     """The recipe that the calibration gives."""
     effort = request.effort
     found, used = _calibrations(groups, path, request.calibration, note, once)
-    layers, factors = found[0] if len(found) == 1 else joined(found), Factors()
+    layers, factors = found[0] if len(found) == 1 else joined(found), Factors(request.calibration.device)
     layers = {name: replace(layer, factors=factors) for name, layer in layers.items()}
     every = (one.missing.items() for one in found if isinstance(one, Layers))
     missing = {name: part for one in every for name, part in one if name not in layers}
@@ -122,6 +124,7 @@ def _calibrations(
             continue
         text = None if name == "self" else learned() if name == AUTO else read_text(name)
         how: Any = {"tokens": c.tokens, "context": c.context, "fisher": c.backward, "note": note, "cache": c.cache}
+        how |= {} if c.device == "cpu" else {"device": c.device}
         one = once(OnText(path, text, how))[0]
         found.append(one)
         about = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}

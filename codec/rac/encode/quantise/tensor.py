@@ -31,6 +31,10 @@ SLIGHT = 256  # share of a tensor's bytes, one in so many, that is not worth a l
 FINE = -7.0  # scale below which there may be more outliers than a lossless tensor has bytes
 CHUNK = 8192  # numbers that numpy widens and sums at once
 PIECE = 1 << 20  # numbers of a matrix that are measured at once
+PRODUCTS, FEWEST = (
+    1 << 35,
+    256,
+)  # multiply-adds that measuring a matrix takes at most, and outputs that it looks at then
 SHAPED = 32  # states of the trellis where errors of rows are fed back: every state carries its own
 
 
@@ -143,6 +147,9 @@ def _ratio(w: NDArray[np.float32], restored: NDArray[np.float32], layer: Layer |
             second = np.ascontiguousarray(one.second, np.float32)
             if layer.transposed:
                 a, b = a.T, b.T
+            if len(a) > (few := max(FEWEST, PRODUCTS // second.size)):  # else it takes longer than all that was done
+                at = np.arange(few) * len(a) // few
+                a, b = a[at], b[at]
             more = _energies(a, b, second)
             energy, error = energy + more[0], error + more[1]
     return DECIBELS / 2 * float(exact.log2(energy / error)) if error > 0 and energy > 0 else math.inf

@@ -22,6 +22,7 @@ from rac.encode.encoded import Bytes
 from rac.encode.record import coded
 from rac.grid import Box
 from rac.linalg import exact
+from rac.linalg.device import Errors
 from rac.linalg.triangular import Triangular
 from rac.native import product, trellis
 from rac.quantize import MOST, ZERO, magnitudes
@@ -188,7 +189,7 @@ def quantise(
     if below is not None:
         u = row_unit.reshape(*below.shape[:-2], 1, -1)
         below = below * (u / u.swapaxes(-1, -2))  # of errors in units of their rows
-    order, feed = (np.arange(c), None) if recursion is None else (recursion.order, recursion.feed)
+    order = np.arange(c) if recursion is None else recursion.order
     plain = np.empty((c, len(w)), F32)
     for some in pieces(w.shape):
         plain[:, some] = (w[some] / row_unit[some, None]).T[order]
@@ -197,13 +198,13 @@ def quantise(
     rate, fine, row = _rates(plain, step, effort)
     lane, code = _lane(w.shape, effort.coder), trellis_stage.CODES[states]
     search = trellis.Search(states, code, lane, rec, rate, far(states), fine, LOW, row, below, sparse=effort.sparse)
-    again = effort.passes > 1 and feed is None
-    found = _columns(search, plain, step, feed, again)
+    again = effort.passes > 1 and recursion is None
+    found = _columns(search, plain, step, recursion, again)
     if again:
         finer = np.where(found.fine < 0, F32(0), trellis_stage.power(-found.fine))
         low, corrections = _centroids(found, plain, step * finer, rec, effort.sparse)
         rec[low : low + len(corrections)] += corrections.astype(F32) / F32(64)
-        found = _columns(search, plain, step, feed)
+        found = _columns(search, plain, step, recursion)
     fine_of = found.fine[back := np.argsort(order)]
     cols = np.maximum(scales.cols.astype(np.int64) - fine_of, -trellis_stage.MOST)
     cols = np.where(fine_of < 0, trellis_stage.DEAD, cols).astype(np.int8)
@@ -338,14 +339,18 @@ def _columns(
     search: trellis.Search,
     plain: NDArray[np.float32],
     step: NDArray[np.float32],
-    feed: NDArray[np.float32] | None,
+    recursion: Triangular | None,
     values: bool = False,
 ) -> _Found:
     """The columns (C, R), quantised block by block from the last to the first; `plain` gets their errors, if fed.
 
-    No block of columns is read again once it is done, so that errors need no memory of their own.
+    No block of columns is read again once it is done, so that errors need no memory of their own. Those of a recursion
+    that was found on a device are kept and multiplied there, but for experts'.
     """
     c, r = plain.shape
+    feed = None if recursion is None else recursion.feed
+    away = recursion is not None and recursion.device != "cpu" and recursion.feed.ndim == 2
+    errors = Errors(recursion.feed, r, recursion.device) if recursion is not None and away else None
     out = _Found(np.empty((c, r), np.uint8), np.empty(c, np.int8), np.empty((c, r), F32) if values else None)
     each = () if feed is None else feed.reshape(-1, c, c)
     groups = max(len(each), 1 if search.below is None or search.below.ndim == 2 else len(search.below))
@@ -356,9 +361,13 @@ def _columns(
         for g in range(groups) if feed is not None else ():
             one, mine = each[g if len(each) > 1 else 0], slice(g * own, (g + 1) * own)
             inner[g] = one[a:b, a:b]
-            if b < c:
+            if b < c and errors is None:
                 product.add(target[:, mine], np.ascontiguousarray(one[a:b, b:]), plain[b:, mine])
+        if errors is not None and b < c:
+            target += errors.fed(a, b)
         out.put(a, b, trellis.block(search, plain[a:b], target, inner, step[a:b]))
+        if errors is not None:
+            errors.put(a, b, target)
         if feed is not None:
             plain[a:b] = target
     return out

@@ -1,0 +1,89 @@
+"""Cholesky factors and feedback on a device of torch: the products that a pack spends its time on beside the search.
+
+Float64 where the device has it. The order of additions is the device's own, so that the bits are not those of
+`rac.linalg.triangular`, which a pack on the processor uses: another device may make other bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rac.errors import MissingDependencyError
+from rac.linalg.triangular import Triangular, diagonal
+
+F32 = np.float32
+
+
+def check(device: str) -> None:
+    """MissingDependencyError unless torch is installed and sees such a device here."""
+    if device == "cpu":
+        return
+    try:
+        import torch
+    except ImportError as e:
+        raise MissingDependencyError(f"device {device} needs torch: pip install rac-codec[calibrate]") from e
+    seen = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device not in seen or not seen[device]():
+        raise MissingDependencyError(
+            f"torch {torch.__version__} sees no device {device!r} here; leave it out, or name cpu"
+        )
+
+
+def triangular_on(second: NDArray[np.floating], damp: float, device: str) -> Triangular:
+    """The recursion of `rac.linalg.triangular.triangular`, found on a device, whose feedback runs there too."""
+    import torch
+
+    wide = torch.float32 if device == "mps" else torch.float64
+    found = diagonal(second)
+    order = np.argsort(found, kind="stable")
+    at = torch.from_numpy(order).to(device)
+    s = torch.from_numpy(np.array(second, F32)).to(device)[at][:, at].to(wide)
+    lower = factor_of(s, damp * max(float(found.sum()) / len(found), 1e-30))
+    weight = (
+        lower.diagonal().double().cpu().numpy() if wide is torch.float64 else lower.diagonal().cpu().double().numpy()
+    )
+    feed = feeds_of(lower).cpu().numpy()
+    return Triangular(order, weight, feed.T, device)
+
+
+def factor_of(s: Any, more: float) -> Any:
+    """The lower triangular factor of a tensor (n, n) with so much added to its diagonal, which changes it."""
+    import torch
+
+    s.diagonal().add_(more)
+    lower, bad = torch.linalg.cholesky_ex(s)
+    if s.device.type != "meta" and int(bad):
+        raise np.linalg.LinAlgError("matrix is not positive definite")
+    return lower
+
+
+def feeds_of(lower: Any) -> Any:
+    """(n, n) float32, below the diagonal: L over its diagonal, column by column."""
+    return (lower / lower.diagonal()).tril_(-1).float()
+
+
+class Errors:
+    """Errors of finished columns on a device, and what they add to the targets of those before them."""
+
+    def __init__(self, feed: NDArray[np.float32], rows: int, device: str) -> None:
+        """`feed` (n, n) as Triangular has it."""
+        import torch
+
+        self._torch, self._device = torch, device
+        self.feed = torch.from_numpy(np.ascontiguousarray(feed.T)).to(device)
+        self.errors = torch.zeros(len(feed), rows, device=device)
+
+    def fed(self, a: int, b: int) -> NDArray[np.float32]:
+        """(b - a, rows): what the errors of all columns from b on add to the targets of columns a to b."""
+        return np.asarray(self.product(a, b).cpu().numpy())
+
+    def product(self, a: int, b: int) -> Any:
+        """(b - a, rows) on the device: what `fed` brings back."""
+        return self.feed[b:, a:b].mT @ self.errors[b:]
+
+    def put(self, a: int, b: int, errors: NDArray[np.float32]) -> None:
+        """Keep the errors (b - a, rows) of columns a to b."""
+        self.errors[a:b] = self._torch.from_numpy(np.ascontiguousarray(errors)).to(self._device)
