@@ -131,11 +131,20 @@ INLINED int nearest(const vectors_of *v, const double *cost, const double *bias,
     for (int64_t i = 0; i < v->n; i++) {
         const uint32_t *h = v->hist + i * v->g * v->s;
         double sum[MOST_CLASSES];
+#ifdef NEON /* fused: as everything is exact, so is that */
+        float64x2_t two[MOST_CLASSES / 2];
+        for (int q = 0; q < most / 2; q++) two[q] = vld1q_f64(bias + 2 * q);
+        for (int64_t j = 0; j < v->g * v->s; j++)
+            for (int q = 0; q < most / 2; q++)
+                two[q] = vfmaq_n_f64(two[q], vld1q_f64(cost + j * most + 2 * q), (double)h[j]);
+        for (int q = 0; q < most / 2; q++) vst1q_f64(sum + 2 * q, two[q]);
+#else
         for (int q = 0; q < most; q++) sum[q] = bias[q];
         for (int64_t j = 0; j < v->g * v->s; j++) {
             const double c = h[j];
             for (int q = 0; q < most; q++) sum[q] += c * cost[j * most + q];
         }
+#endif
         int best = 0;
         for (int q = 1; q < most; q++) best = sum[q] < sum[best] ? q : best;
         changed |= classes[i] != best;

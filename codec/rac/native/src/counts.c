@@ -42,6 +42,21 @@ INLINED void count_some(const uint8_t *sym, const int32_t *at, int64_t n, int64_
     for (int k = 0; k < SIDE; k++) found[k] = f[k];
 }
 
+/* Whether any byte of a vector is below `end` */
+static int any_below(const uint8_t *v, int end) {
+#if defined(AVX512)
+    return _mm512_cmplt_epu8_mask(_mm512_loadu_si512(v), _mm512_set1_epi8((char)end)) != 0;
+#elif defined(AVX2)
+    const __m256i b = _mm256_loadu_si256((const void *)v);
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(b, _mm256_set1_epi8((char)end)), b)) != -1;
+#elif defined(NEON)
+    return vminvq_u8(vld1q_u8(v)) < end;
+#else
+    (void)v;
+    return end > 0; /* each is looked at */
+#endif
+}
+
 /* hist[byte] += 1 for whole vectors, 255 at most. Most bytes are among the SIDE that end with the largest: exponents are */
 void rac_bytes(const uint8_t *v, int64_t n, uint32_t *hist) {
     uint8_t most = SIDE - 1;
@@ -58,11 +73,14 @@ void rac_bytes(const uint8_t *v, int64_t n, uint32_t *hist) {
             rest -= sum;
         }
     }
-    for (int64_t i = 0; rest && i < n; i++)
-        if (v[i] < end) {
-            hist[v[i]]++;
-            rest--;
-        }
+    for (int64_t i = 0; rest && i < n; i += VECTOR) {
+        if (!any_below(v + i, end)) continue;
+        for (int64_t k = i; k < i + VECTOR; k++)
+            if (v[k] < end) {
+                hist[v[k]]++;
+                rest--;
+            }
+    }
 }
 
 /* hist[symbol] += 1 for a row of symbols below `size`, which is at most 64 */

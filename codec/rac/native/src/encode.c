@@ -233,7 +233,7 @@ INLINED uint32_t *few(const uint8_t *sym, int64_t rows, int64_t n, const rac_ste
                       uint32_t *counts) {
     for (; rows > 0; rows--) {
         sym -= n;
-        for (int64_t l = n - 1; l >= 0; l--) {
+        _Pragma("GCC unroll 16") for (int64_t l = n - 1; l >= 0; l--) {
             const rac_step *e = m + sym[l];
             uint64_t x = st[l];
             w[-1] = (uint32_t)x;
@@ -263,6 +263,8 @@ FEW(1)
 FEW(2)
 FEW(4)
 FEW(8)
+FEW(16)
+FEW(32)
 
 int64_t rac_tiles_at_once(int64_t lanes) {
     (void)lanes;
@@ -285,6 +287,8 @@ void rac_lanes_of(const uint32_t *model, const rac_step *steps, int64_t lanes, r
             else if (lanes == 2) w = few2(sym, full, m, st, w, counts);
             else if (lanes == 4) w = few4(sym, full, m, st, w, counts);
             else if (lanes == 8) w = few8(sym, full, m, st, w, counts);
+            else if (lanes == 16) w = few16(sym, full, m, st, w, counts);
+            else if (lanes == 32) w = few32(sym, full, m, st, w, counts);
             else w = few(sym, full, lanes, m, st, w, counts);
             sym -= full * lanes;
         }

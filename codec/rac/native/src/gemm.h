@@ -11,9 +11,17 @@ static void NAMED(tile)(NUMBER *t, int64_t stride, const NUMBER *a, const NUMBER
     for (int r = 0; r < DOWN; r++)
         for (int c = 0; c < ACROSS; c++) sum[r][c] = *(const NAMED(reg) *)(t + r * stride + c * NAMED(LANES));
     for (int64_t k = 0; k < n; k++, a += DOWN, b += NAMED(WIDE)) {
+#ifdef NEON /* multiplies by a number of a register as well as by a register */
+        NAMED(reg) own[DOWN / NAMED(LANES)];
+        memcpy(own, a, sizeof own);
+#define LEFT(r) own[r / NAMED(LANES)][r % NAMED(LANES)]
+#else
+#define LEFT(r) a[r]
+#endif
         _Pragma("GCC unroll 8") for (int r = 0; r < DOWN; r++)
             _Pragma("GCC unroll 4") for (int c = 0; c < ACROSS; c++)
-                sum[r][c] += a[r] * *(const NAMED(reg) *)(b + c * NAMED(LANES));
+                sum[r][c] += LEFT(r) * *(const NAMED(reg) *)(b + c * NAMED(LANES));
+#undef LEFT
     }
     for (int r = 0; r < DOWN; r++)
         for (int c = 0; c < ACROSS; c++) *(NAMED(reg) *)(t + r * stride + c * NAMED(LANES)) = sum[r][c];

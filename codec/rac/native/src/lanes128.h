@@ -62,6 +62,38 @@ INLINED uint8x16_t bytes16(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t 
     return vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high));
 }
 
+INLINED void enter4(lanes4 *v, const uint64_t *st, const uint64_t *second, uint32x4_t left) {
+    const uint64x2_t a = vld1q_u64(st), b = vld1q_u64(second);
+    v->lo = vuzp1q_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b));
+    v->hi = vuzp2q_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b));
+    v->left = left;
+}
+INLINED void leave4(const lanes4 *v, uint64_t *st, uint64_t *second) {
+    vst1q_u64(st, vreinterpretq_u64_u32(vzip1q_u32(v->lo, v->hi)));
+    vst1q_u64(second, vreinterpretq_u64_u32(vzip2q_u32(v->lo, v->hi)));
+}
+
+/* `steps` rows of a tile of 32 lanes, 16 at once: registers have no room for more, and what compilers put elsewhere costs
+ * more than the states in memory */
+INLINED void rows128_32(rac_lanes *tile, int64_t steps) {
+    const uint32_t *words = tile->words, *lut = tile->lut;
+    uint8_t *out = tile->out;
+    lanes4 v[8];
+    uint32x4_t e[4];
+    for (int k = 0; k < 8; k++) enter4(v + k, tile->st + 4 * k, tile->st + 4 * k + 2, vld1q_u32(tile->left + 4 * k));
+    for (int64_t t = 0; t < 2 * steps; t++, out += 16) {
+        lanes4 *own = v + 4 * (t & 1);
+        _Pragma("GCC unroll 4") for (int k = 0; k < 4; k++) e[k] = step4(own + k, &lut, &words, 32);
+        vst1q_u8(out, bytes16(e[0], e[1], e[2], e[3]));
+    }
+    for (int k = 0; k < 8; k++) {
+        leave4(v + k, tile->st + 4 * k, tile->st + 4 * k + 2);
+        vst1q_u32(tile->left + 4 * k, v[k].left);
+    }
+    tile->words = words;
+    tile->out = out;
+}
+
 /* `steps` rows of N tiles of L lanes, in V vectors, each a part of a tile or T tiles. A row may read as many words as
  * it has lanes. Every index is a constant, or the vectors would lie in memory. */
 INLINED void rows128_of(rac_lanes **tile, int64_t steps, const int N, const int L) {
@@ -70,6 +102,10 @@ INLINED void rows128_of(rac_lanes **tile, int64_t steps, const int N, const int 
     uint8_t *out[8];
     lanes4 v[8];
     uint32x4_t e[8];
+    if (L == 32) {
+        rows128_32(tile[0], steps);
+        return;
+    }
     for (int k = 0; k < N; k++) {
         words[k] = tile[k]->words;
         lut[k] = tile[k]->lut;
@@ -84,7 +120,7 @@ INLINED void rows128_of(rac_lanes **tile, int64_t steps, const int N, const int 
         v[k].hi = vuzp2q_u32(vreinterpretq_u32_u64(a), vreinterpretq_u32_u64(b)); \
         v[k].left = L < 4 ? vcombine_u32(vld1_u32(LEFT(k)), vld1_u32(SECOND(k)->left)) : vld1q_u32(LEFT(k)); \
         if (L < 4) v[k].at = vld1q_u64((const void *)(words + 2 * k)); }
-#define EACH(M) M(0) if (V > 1) { M(1) } if (V > 2) { M(2) M(3) } if (V > 4) { M(4) M(5) M(6) M(7) }
+#define EACH(M) M(0) if (V > 1) { M(1) } if (V > 2) { M(2) M(3) }
     EACH(ENTER)
     const uint32_t *w[4] = {words[0], words[1], words[2], words[3]}; /* of tiles that are vectors or more */
     for (int64_t t = 0; t < steps * L; t += L) {

@@ -12,6 +12,8 @@ enum { DEEP = 128, TALL = 96, BLOCK = 64 }; /* terms and rows at once; columns o
 enum { REGISTER = 64, DOWN = 8, ACROSS = 3 };
 #elif defined(__AVX2__)
 enum { REGISTER = 32, DOWN = 6, ACROSS = 2 };
+#elif defined(NEON)
+enum { REGISTER = 16, DOWN = 8, ACROSS = 2 };
 #else
 enum { REGISTER = 16, DOWN = 6, ACROSS = 2 };
 #endif

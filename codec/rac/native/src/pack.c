@@ -1,5 +1,6 @@
 /* Tiles of words to the units of lanes/1 (stages/lanes.md, "Tile unit"), and the counts that their tables are made of.
  * Twin: rac/encode/code/lanes.py. */
+#include "bytes.h"
 #include "encode.h"
 
 /* Of words of 1, 2, 4 and 8 bytes */
@@ -191,6 +192,10 @@ static int64_t next_escape(const uint8_t *s, int64_t i, int64_t n, const uint8_t
         const uint64_t found = flagged(s + i, n - i, flag);
         if (found) return i + __builtin_ctzll(found);
     }
+#ifdef NEON
+    const table256 t = table256_at(flag);
+    while (i + 16 <= n && !vmaxvq_u8(look256(&t, vld1q_u8(s + i)))) i += 16;
+#endif
     while (i < n && !flag[s[i]]) i++;
     return least(i, n);
 }

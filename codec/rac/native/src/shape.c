@@ -112,6 +112,10 @@ static float dot(const float *a, const float *b, int64_t n) {
 static void branches(survivors *s, const sample *row, const float *fed, int n, int g, int b, int16_t *out) {
     const int most = row->most, far = most - ((most & 1) != b);
     const float off = 0.5f + 2.0f * (float)b;
+#ifdef NEON
+    near_0 rate = {0};
+    if (most >= 16) rate = near_0_of(row->rate);
+#endif
     for (int i = 0; i < n / LANES; i++) {
         floats y = at(fed, i);
         if (g) y = -y;
@@ -119,7 +123,11 @@ static void branches(survivors *s, const sample *row, const float *fed, int n, i
         const ints in = k + 2 + ((k > 0) & -4);                 /* and the next one towards zero */
         const floats v = 2.0f * floats_of(k) + 0.5f, w = 2.0f * floats_of(in) + 0.5f;
         floats c, d;
-        looked_up(row->rate, most, k, in, &c, &d);
+#ifdef NEON
+        if (most >= 16 && are_small(y)) look_up(&rate, k, in, &c, &d);
+        else
+#endif
+            looked_up(row->rate, most, k, in, &c, &d);
         if (!row->wild) {
             c = (y - v) * (y - v) + c;
             d = (y - w) * (y - w) + d;
@@ -168,19 +176,29 @@ INLINED void merge(int blocks, const flips *f, survivors *s, uint16_t *choice) {
  * there */
 INLINED void carry(int blocks, const flips *f, const uint16_t *choice, ring *of, int64_t from, int64_t to,
                    const float *error, const float *weight) {
+    const int weighted = error != NULL; /* a constant, as `weight` would not be */
     const int parts = blocks * PARTS;
     mask m[MAX / LANES];
     for (int i = 0; i < 2 * parts; i++) m[i] = mask_of(choice + i / PARTS, i % PARTS);
     for (int64_t r = from; r < to; r++) {
         half *own = of[r % AHEAD];
         floats next[MAX / LANES];
-        const float w = weight ? weight[r] : 0.0f;
-        _Pragma("GCC unroll 4") for (int i = 0; i < parts; i++) {
-            next[i] = pick(m[i], flipped(own[0], i, f->h1), at(own[0], i));
-            next[parts + i] = pick(m[parts + i], flipped(own[1], i, f->both), flipped(own[1], i, f->low));
+        const float w = weighted ? weight[r] : 0.0f;
+        for (int block = 0; block < blocks; block++) {
+            const char *h1 = block_of(own[0], block, f->h1);
+            const char *low = block_of(own[1], block, f->low), *both = block_of(own[1], block, f->both);
+            _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
+                const int i = block * PARTS + k;
+                floats a = pick(m[i], within(h1, k, f->h1), at(own[0], i));
+                floats b = pick(m[parts + i], within(both, k, f->both), within(low, k, f->low));
+                if (weighted) {
+                    a += w * at(error, i);
+                    b += w * at(error, parts + i);
+                }
+                next[i] = a;
+                next[parts + i] = b;
+            }
         }
-        if (weight)
-            _Pragma("GCC unroll 8") for (int i = 0; i < 2 * parts; i++) next[i] += w * at(error, i);
         _Pragma("GCC unroll 4") for (int i = 0; i < parts; i++) {
             put(own[0], i, evens(next[2 * i], next[2 * i + 1]));
             put(own[1], i, odds(next[2 * i], next[2 * i + 1]));

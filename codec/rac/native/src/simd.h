@@ -45,9 +45,13 @@ INLINED wide16 fours16(const uint8_t *p) {
 #else
     uint32_t four;
     memcpy(&four, p, 4);
-    const wide32 v = (wide32)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+    const uint8x8_t both = vreinterpret_u8_u32(vdup_n_u32(four)); /* bytes k / 2 of fields k, then its half */
+    const int16x8_t half = {0, -4, 0, -4, 0, -4, 0, -4};
+    return (wide16)vshlq_u16(vmovl_u8(vzip1_u8(both, both)), half) & 15;
 #endif
+#ifndef NEON
     return (wide16)(v | v << 12) & 15;
+#endif
 }
 
 /* LANES fields of 2 bits */
@@ -59,10 +63,15 @@ INLINED wide16 twos16(const uint8_t *p) {
     memcpy(&four, p, 4);
     wide64 v = (wide64)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
 #else
-    wide64 v = {p[0], p[1]};
+    uint16_t two;
+    memcpy(&two, p, 2);
+    const int16x8_t field = {0, -2, -4, -6, -8, -10, -12, -14};
+    return (wide16)vshlq_u16(vdupq_n_u16(two), field) & 3;
 #endif
+#ifndef NEON
     v |= v << 28;
     return (wide16)(v | v << 14) & 3;
+#endif
 }
 
 /* LANES fields of one bit */

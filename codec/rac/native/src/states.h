@@ -60,7 +60,7 @@ INLINED floats odds(floats a, floats b) { return pairs(_mm256_shuffle_ps((__m256
 #else
 INLINED mask below(floats b, floats a) { return vcltq_f32((float32x4_t)b, (float32x4_t)a); }
 INLINED floats pick(mask m, floats b, floats a) { return (floats)vbslq_f32(m, (float32x4_t)b, (float32x4_t)a); }
-INLINED floats lesser(mask m, floats b, floats a) { return pick(m, b, a); }
+INLINED floats lesser(mask m, floats b, floats a) { (void)m; return (floats)vminq_f32((float32x4_t)b, (float32x4_t)a); }
 INLINED uint16_t bits(const mask m[PARTS]) {
     static const uint8_t bit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     const uint16x8_t a = vuzp1q_u16((uint16x8_t)m[0], (uint16x8_t)m[1]);
@@ -81,17 +81,27 @@ INLINED floats odds(floats a, floats b) { return (floats)vuzp2q_f32((float32x4_t
 
 /* Predecessors of states, of which those of one half are even, of the other odd: a xor of the number among its kind, as
  * everything in a linear trellis. Which register, and the order within it. */
-typedef struct { int by; ints order; } flip;
+typedef struct { size_t by; ints order; } flip; /* bytes to registers */
 INLINED flip flip_of(int by) {
     static const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const ints order = *(const ints *)lane ^ (by & (LANES - 1));
 #ifdef NEON /* the bytes of them */
-    return (flip){by / LANES, order * 0x04040404 + 0x03020100};
+    return (flip){(size_t)(by / LANES) * sizeof(floats), order * 0x04040404 + 0x03020100};
 #else
-    return (flip){by / LANES, order};
+    return (flip){(size_t)(by / LANES) * sizeof(floats), order};
 #endif
 }
-INLINED floats flipped(const float *p, int i, flip f) { return moved(at(p, i ^ f.by), f.order); }
+INLINED floats flipped(const float *p, int i, flip f) {
+    return moved(*(const floats *)((const char *)p + ((size_t)i * sizeof(floats) ^ f.by)), f.order);
+}
+
+/* The same in two steps, for loops: the 16 states that those of a block of 16 come from, and register k of these */
+INLINED const char *block_of(const float *p, int block, flip f) {
+    return (const char *)p + ((size_t)block * 64 ^ (f.by & ~(size_t)63));
+}
+INLINED floats within(const char *block, int k, flip f) {
+    return moved(*(const floats *)(block + ((size_t)k * sizeof(floats) ^ (f.by & 63))), f.order);
+}
 
 typedef struct { flip h1, low, both; } flips;
 INLINED flips flips_of(const rac_search *t) {
@@ -129,6 +139,21 @@ INLINED ints nearest(floats v) {
 }
 INLINED ints held(ints k, int far) {
     return (ints)vmaxq_s32(vminq_s32((int32x4_t)k, vdupq_n_s32(far)), vdupq_n_s32(-far));
+}
+/* Numbers of the integers -16 to 15, among which are those next to samples that are small, and the next towards zero */
+typedef struct { uint8x16x4_t below, from; } near_0;
+INLINED near_0 near_0_of(const float *of) {
+    const uint8_t *p = (const uint8_t *)(of - 16);
+    return (near_0){vld1q_u8_x4(p), vld1q_u8_x4(p + 64)};
+}
+INLINED int are_small(floats x) { return vmaxvq_f32(vabsq_f32((float32x4_t)x)) < 26.0f; } /* integers are about half */
+INLINED floats look_at(const near_0 *t, ints k) {
+    const uint8x16_t at = (uint8x16_t)((k + 16) * 0x04040404 + 0x03020100); /* bytes of them */
+    return (floats)vqtbx4q_u8(vqtbl4q_u8(t->below, at), t->from, veorq_u8(at, vdupq_n_u8(64)));
+}
+INLINED void look_up(const near_0 *t, ints k, ints in, floats *c, floats *d) {
+    *c = look_at(t, k);
+    *d = look_at(t, in);
 }
 INLINED void looked_up(const float *rate, int most, ints k, ints in, floats *c, floats *d) {
     (void)most;

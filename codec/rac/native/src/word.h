@@ -29,17 +29,17 @@ uint64_t OF(rac_scan)(const WORD *v, int64_t n, uint64_t mask, int shift, uint32
     return all;
 }
 
-/* lut[word top] for every word */
+/* lut[word top] for every word; lut: 65536 */
 void OF(rac_symbols)(const void *words, int64_t n, int zero, int sign, int shift, const uint8_t *lut, uint8_t *out) {
     const WORD *v = words;
-    WORD mask = (WORD)~(WORD)0;
-    if (zero) mask = (WORD)(((WORD)1 << (OF(BITS) - zero)) - 1);
-    if (sign) mask = (WORD)(mask >> 1);
+    const int down = zero + shift, bits = OF(BITS) - down - sign;
+    const uint64_t top = bits < 64 ? ((uint64_t)1 << bits) - 1 : ~(uint64_t)0;
     int64_t i = 0;
-#if SIZE == 2
-    if (16 - zero - sign - shift <= 8) i = symbols512(v, n, zero + shift, 16 - zero - sign - shift, lut, out);
+    if (bits <= 8) i = OF(looked_up_)(v, n, down, bits, lut, out);
+#if SIZE == 2 && defined NEON
+    else i = looked_up_more(v, n, down, bits, lut, out);
 #endif
-    for (; i < n; i++) out[i] = lut[(uint16_t)(((WORD)(v[i] >> zero) & mask) >> shift)];
+    for (; i < n; i++) out[i] = lut[(uint16_t)(v[i] >> down & (WORD)top)];
 }
 
 /* Elements of a tile to sequence order, block by block; row, col: sorted by class, or null. Up to 7 columns behind the
@@ -67,21 +67,17 @@ void OF(rac_gather)(const void *tile, int64_t stride, const int32_t *row, const 
     }
 }
 
-/* Bits `at` and on of m words, elements `first` and on, to their plane of b bits */
+/* Bits `at` and on of m words, at most CHUNK of them, elements `first` and on, to their plane of b bits */
 static void OF(put_plane)(const WORD *raw, int64_t first, int64_t m, int b, int at, uint8_t *plane) {
 #define WHOLE(kind, as) for (int64_t i = 0; i < m; i++) ((kind *)plane)[first + i] = (kind)((as)raw[i] >> at)
     if (b == 32) WHOLE(uint32_t, uint64_t);
     else if (b == 16) WHOLE(uint16_t, WORD);
     else if (b == 8) WHOLE(uint8_t, WORD);
     else {
-        const int each = 8 / b;
+        uint8_t fields[CHUNK + 8] = {0};
         const uint8_t mask = (uint8_t)((1 << b) - 1);
-        for (int64_t i = 0; i < m; i += each) {
-            uint8_t byte = 0;
-            for (int x = 0; x < each && i + x < m; x++)
-                byte |= (uint8_t)(((uint8_t)(raw[i + x] >> at) & mask) << x * b);
-            plane[(first + i) / each] = byte;
-        }
+        for (int64_t i = 0; i < m; i++) fields[i] = (uint8_t)(raw[i] >> at) & mask;
+        pack_fields(fields, m, b, plane + first * b / 8);
     }
 #undef WHOLE
 }
@@ -92,6 +88,15 @@ void OF(rac_planes)(const void *words, int64_t n, int zero, int sign, int shift,
     WORD raw[CHUNK];
     const WORD low = (WORD)(((WORD)1 << shift) - 1);
     const int at_sign = OF(BITS) - zero - 1;
+    if (sign && shift == 7) { /* a byte of each */
+        uint8_t *plane = out + start[0];
+        const int high = OF(BITS) - 8;
+        if (zero)
+            for (int64_t i = 0; i < n; i++) plane[i] = (uint8_t)((v[i] >> zero & 127) | (v[i] >> high & 128));
+        else
+            for (int64_t i = 0; i < n; i++) plane[i] = (uint8_t)((v[i] & 127) | (v[i] >> high & 128));
+        return;
+    }
     for (int64_t f = 0; f < n; f += CHUNK, v += CHUNK) {
         const int64_t m = least(n - f, CHUNK);
         if (sign)

@@ -1,7 +1,9 @@
 /* Words of each size: their counts, symbols, bit planes and places (word.h). */
+#include "bytes.h"
 #include "tile.h"
 
-/* Symbols of 16-bit words whose tops have `bits` bits, 8 at most, behind `down` others; returns how many are done */
+/* looked_up_1 to _8: symbols of words whose tops have `bits` bits, 8 at most, behind `down` others; returns how many are
+ * done. runs512_1 to _8: below. */
 #ifdef AVX512
 __attribute__((target("avx512vbmi"))) static int64_t permuted(const uint16_t *v, int64_t n, int down, int bits,
                                                               const uint8_t *lut, uint8_t *out) {
@@ -18,7 +20,7 @@ __attribute__((target("avx512vbmi"))) static int64_t permuted(const uint16_t *v,
     }
     return i;
 }
-static int64_t symbols512(const uint16_t *v, int64_t n, int down, int bits, const uint8_t *lut, uint8_t *out) {
+static int64_t looked_up_2(const uint16_t *v, int64_t n, int down, int bits, const uint8_t *lut, uint8_t *out) {
     /* the first processors with AVX-512 lack the permutation of bytes */
     return __builtin_cpu_supports("avx512vbmi") ? permuted(v, n, down, bits, lut, out) : 0;
 }
@@ -56,12 +58,82 @@ static int runs512_1(const uint8_t *src, int64_t stride, const int32_t *row, con
     return 1;
 }
 #else
-#define symbols512(...) 0
 #define runs512_1(...) 0
 #define runs512_2(...) 0
 #endif
+#ifdef NEON
+/* 16 tops, in bytes whose other bits are those before them */
+INLINED uint8x16_t tops_1(const uint8_t *v, int down) { return vshlq_u8(vld1q_u8(v), vdupq_n_s8((int8_t)-down)); }
+INLINED uint8x16_t tops_2(const uint16_t *v, int down) {
+    const int16x8_t by = vdupq_n_s16((int16_t)-down);
+    const uint16x8_t a = vshlq_u16(vld1q_u16(v), by), b = vshlq_u16(vld1q_u16(v + 8), by);
+    return vuzp1q_u8(vreinterpretq_u8_u16(a), vreinterpretq_u8_u16(b));
+}
+INLINED uint16x8_t halves_4(const uint32_t *v, int32x4_t by) {
+    const uint32x4_t a = vshlq_u32(vld1q_u32(v), by), b = vshlq_u32(vld1q_u32(v + 4), by);
+    return vuzp1q_u16(vreinterpretq_u16_u32(a), vreinterpretq_u16_u32(b));
+}
+INLINED uint8x16_t tops_4(const uint32_t *v, int down) {
+    const int32x4_t by = vdupq_n_s32(-down);
+    return vuzp1q_u8(vreinterpretq_u8_u16(halves_4(v, by)), vreinterpretq_u8_u16(halves_4(v + 8, by)));
+}
+/* Tops of more bits: the 256 up to the largest of a chunk, among which nearly all are */
+static int64_t looked_up_more(const uint16_t *v, int64_t n, int down, int bits, const uint8_t *lut, uint8_t *out) {
+    const int16x8_t by = vdupq_n_s16((int16_t)-down);
+    const uint16x8_t of_top = vdupq_n_u16((uint16_t)((1 << bits) - 1));
+    int64_t i = 0;
+    while (i + 16 <= n) {
+        const int64_t end = i + least((n - i) & ~(int64_t)15, CHUNK);
+        uint16x8_t most = vdupq_n_u16(255);
+        for (int64_t k = i; k < end; k += 8) most = vmaxq_u16(most, vandq_u16(vshlq_u16(vld1q_u16(v + k), by), of_top));
+        const uint16_t first = vmaxvq_u16(most) - 255;
+        const table256 t = table256_at(lut + first);
+        for (; i < end; i += 16) {
+            const uint16x8_t a = vsubq_u16(vandq_u16(vshlq_u16(vld1q_u16(v + i), by), of_top), vdupq_n_u16(first));
+            const uint16x8_t b = vsubq_u16(vandq_u16(vshlq_u16(vld1q_u16(v + i + 8), by), of_top), vdupq_n_u16(first));
+            vst1q_u8(out + i, look256(&t, vuzp1q_u8(vreinterpretq_u8_u16(a), vreinterpretq_u8_u16(b))));
+            if (vmaxvq_u16(vorrq_u16(a, b)) > 255)
+                for (int64_t k = i; k < i + 16; k++) out[k] = lut[v[k] >> down & ((1 << bits) - 1)];
+        }
+    }
+    return i;
+}
+#define LOOKED_UP(size, type)                                                                                          \
+    static int64_t looked_up_##size(const type *v, int64_t n, int down, int bits, const uint8_t *lut, uint8_t *out) {  \
+        const table256 t = table256_at(lut);                                                                           \
+        const uint8x16_t of_top = vdupq_n_u8((uint8_t)((1 << bits) - 1));                                              \
+        int64_t i = 0;                                                                                                 \
+        for (; i + 16 <= n; i += 16) vst1q_u8(out + i, look256(&t, vandq_u8(tops_##size(v + i, down), of_top)));       \
+        return i;                                                                                                      \
+    }
+LOOKED_UP(1, uint8_t)
+LOOKED_UP(2, uint16_t)
+LOOKED_UP(4, uint32_t)
+#else
+#define looked_up_1(...) 0
+#define looked_up_4(...) 0
+#ifndef AVX512
+#define looked_up_2(...) 0
+#endif
+#endif
+#define looked_up_8(...) 0
 #define runs512_4(...) 0
 #define runs512_8(...) 0
+
+/* n bytes of b bits each to bits side by side: two of them to one of twice as many bits, in place, until they fill it. Up
+ * to 7 behind the last are 0. */
+static void pack_fields(uint8_t *fields, int64_t n, int b, uint8_t *out) {
+    for (; b < 8; b *= 2) {
+        uint8_t *to = b == 4 ? out : fields;
+        n = (n + 1) / 2;
+        for (int64_t i = 0; i < n; i++) {
+            uint16_t two;
+            memcpy(&two, fields + 2 * i, 2);
+            to[i] = (uint8_t)(two | two >> (8 - b));
+        }
+        if (b < 4) memset(fields + n, 0, 4);
+    }
+}
 
 #define SIZE 1
 #define WORD uint8_t
