@@ -211,6 +211,7 @@ def main() -> int:
             if found := measure(args, kind):
                 times.setdefault(kind, []).extend(found["seconds"])
                 said[kind] = found["said"]
+                print(kind, [round(args.tokens / t, 1) for t in found["seconds"]], file=sys.stderr, flush=True)
     speed = {kind: args.tokens / statistics.median(seconds) for kind, seconds in times.items()}
     print(f"| {args.threads} threads, {args.tokens} tokens | tokens per second | how |\n| --- | ---: | --- |")
     for kind, rate in speed.items():

@@ -88,6 +88,7 @@ def run_as(model: Any, resident: str, stated: torch.dtype) -> str:
         return f"{resident}, {name}, on {model.device}"
     packed = pack(model, stated) if resident in ("dense", "codes") else 0
     units = "" if has_units() else ", for this processor has no BF16 units" * (stated in _HALVES)
-    kernels = ["int8 products"] if any(isinstance(m, Coded) for m in model.modules()) else []
-    kernels += [f"{packed} layers packed by oneDNN"] * bool(packed)
-    return ", ".join([resident, name + units, *kernels, f"{torch.get_num_threads()} threads"])
+    parts = [resident, name + units]
+    parts += ["int8 products"] * any(isinstance(m, Coded) for m in model.modules())
+    parts += [f"{packed} layers packed by oneDNN"] * bool(packed)
+    return ", ".join([*parts, f"{torch.get_num_threads()} threads"])
