@@ -1,7 +1,16 @@
 """The bars of running a mixture of experts that does not fit into memory: tokens per second, bytes read, memory.
 
     python tools/disk_bar.py FOLDER                       the model of 3 GB in BF16, packed at 3 bits and measured
-    python tools/disk_bar.py FOLDER --scale 0.03          a small one, with --memory in proportion
+    python tools/disk_bar.py FOLDER --scale 0.04          a small one, with a memory in proportion
+    python tools/disk_bar.py FOLDER --row compressed      one row alone, kept in FOLDER; --report prints what is there
+
+Rows: `compressed` (all records in memory), `disk` (within --memory), `cold` (the same, and the system forgets what it
+has cached of the file behind each token: without that, a read from disk is one from memory), `small` (as little memory
+as the model needs, cold), `expert` (bytes and requests of one expert, by itself and in a tensor of all experts).
+In place of tokens the model reads vectors drawn at random, one after the other, larger than what its random layers add:
+so the router chooses others each time, all experts alike, which is the worst case. They are timed behind the first
+ones, when what fits is in memory; the logits of all rows must be equal. Memory is that of the process, its peak against
+what it had when everything was imported.
 
 FOLDER gets what is made: `moe-SCALE/`, a folder of transformers (64 experts in each of 8 layers, 16 of them used for a
 token, random weights, a layer in each shard), and `moe-SCALE.rac` (3 bits, from the weights alone). What is there
@@ -13,7 +22,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +34,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads of torch that wai
 EXPERTS, LAYERS, ACTIVE = 64, 8, 16
 WIDTH, INNER, VOCABULARY = 1024, 960, 4096
 """Of scale 1."""
+MEMORY = 500_000_000
+BEFORE, TOKENS = 9, 6
+"""Tokens that the model reads before time is taken, and while it is."""
+ROWS = ("compressed", "disk", "cold", "small", "expert")
 
 
 def config_of(scale: float) -> Any:
@@ -114,15 +130,176 @@ def prepare(root: Path, scale: float) -> Path:
     return packed
 
 
+def high() -> int:
+    """Bytes of memory that this process has had at most since `forget`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def forget(path: Path) -> None:
+    """Have the system drop what it has cached of a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def store_of(model: Any) -> Any:
+    """What reads the records of a model; None where they are in memory."""
+    from rac.runtime.held import Holding
+
+    return next(m.workspace.store for m in model.modules() if isinstance(m, Holding))
+
+
+def load(path: Path, resident: str, memory: int) -> Any:
+    """The model; with a memory of 0 in as little as it needs."""
+    import rac
+    from rac.runtime.memory import fit, needed
+
+    if resident == "compressed":
+        return rac.load_model(path, resident="compressed")
+    model = rac.load_model(path, resident="disk", memory=memory or None)
+    if not memory:
+        fit(model, store_of(model), needed(model, store_of(model)).total)
+    return model
+
+
+def run(path: Path, row: str, memory: int) -> dict[str, Any]:
+    """Let the model read tokens, one after the other, in this process."""
+    import torch
+
+    import rac.runtime  # noqa: F401 - what is imported does not count as memory of the model
+    from runtime_bar import digest_of, rss
+
+    if row in ("cold", "small"):
+        forget(path)
+    before = rss()
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    model = load(path, "compressed" if row == "compressed" else "disk", 0 if row == "small" else memory)
+    out: dict[str, Any] = {"load": time.perf_counter() - start}
+    store, past, seconds, digests = store_of(model), None, [], []
+    torch.manual_seed(0)
+    vectors = (2 * torch.randn(BEFORE + TOKENS, 1, 1, model.config.hidden_size)).to(model.dtype)
+    used = 0.0
+    for i, vector in enumerate(vectors):
+        if i == BEFORE and store is not None:
+            store.reader.counts.__init__()
+        start, cpu = time.perf_counter(), time.process_time()
+        with torch.no_grad():
+            found = model(inputs_embeds=vector, cache=past, use_cache=True)
+        seconds.append(time.perf_counter() - start)
+        used += (time.process_time() - cpu) * (i >= BEFORE)
+        past = found.cache
+        digests.append(digest_of(found.logits))
+        if row in ("cold", "small"):
+            forget(path)
+    out |= {"seconds": sum(seconds[BEFORE:]), "cpu": used, "digests": digests, "peak": high() - before}
+    if store is not None:
+        c = store.reader.counts
+        out |= {"requests": c.requests, "read": c.read, "hits": c.hits, "ahead": c.ahead, "misses": c.misses}
+        out |= {"most": c.most, "budget": store.budget.total, "kept": store.budget.kept, "said": str(store.budget)}
+    return out
+
+
+def expert(path: Path) -> dict[str, Any]:
+    """Requests and bytes of one expert: its three matrices, and its part of a tensor of all experts."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    import rac
+    from rac.runtime import disk
+    from rac.runtime.held import Head, Held
+    from rac.runtime.ranges import TICKET
+
+    model = rac.load_model(path, resident="disk")
+    name, module = next((n, m) for n, m in model.named_modules() if isinstance(m, Held))
+    reader = store_of(model).reader
+    with rac.open(path) as f:
+        own = sum(e.size for e in f.archives[0].index.entries if e.name.startswith(f"{name}.3."))
+    before = reader.counts.requests, reader.counts.read
+    module._expect(np.array([3]))
+    _ = module.gate_up_proj[3], module.down_proj[3]
+    out = {"own": own, "requests": reader.counts.requests - before[0], "read": reader.counts.read - before[1]}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        w = (torch.randn(6, 720, 960) * 0.02).to(torch.bfloat16)  # 720: tiles of their own choice would end elsewhere
+        save_file({"w": w}, f"{folder}/x.safetensors")
+        rac.pack(f"{folder}/x.safetensors", f"{folder}/x.rac", bits=3, effort="fast")
+        with rac.open(f"{folder}/x.rac") as f:
+            store, entry = disk.Store(f), f.archives[0].index.entries[0]
+            ticket = store.reader.ticket(f.archives[0], entry).tobytes()
+            filed = store.of(ticket, Head(TICKET, "BF16", tuple(w.shape)))
+            filed.rows(np.array([1]), None)  # and the front, once
+            before = store.reader.counts.requests, store.reader.counts.read
+            filed.rows(np.array([4]), None)
+            after = store.reader.counts
+            out |= {"stacked_own": entry.size // 6, "stacked_requests": after.requests - before[0]}
+            out |= {"stacked_read": after.read - before[1]}
+    return out
+
+
+def report(found: dict[str, Any], memory: int) -> bool:
+    """Print the rows that are there; True where one misses its bar."""
+    missed = False
+    for row in (r for r in ROWS[:4] if r in found):
+        f = found[row]
+        rate = TOKENS / f["seconds"]
+        line = f"{row:<11}{rate:6.2f} tokens/s, {f['cpu'] / TOKENS:.2f} s of processors a token, "
+        line += f"loaded in {f['load']:.1f} s, process grew by {f['peak'] / 1e6:,.0f} MB"
+        if "read" in f:
+            every = max(1, f["hits"] + f["ahead"] + f["misses"])
+            line += f" (memory {f['budget'] / 1e6:,.0f} MB); a token: {f['requests'] / TOKENS:.0f} requests, "
+            line += (
+                f"{f['read'] / TOKENS / 1e6:.1f} MB; {f['hits'] / every:.0%} in memory, {f['ahead'] / every:.0%} ahead"
+            )
+        if "compressed" in found and row != "compressed":
+            ratio = rate * found["compressed"]["seconds"] / TOKENS
+            same = f["digests"] == found["compressed"]["digests"]
+            line += f"; {ratio:.2f} of compressed, {'same bits' if same else 'OTHER BITS'}"
+            bad = (ratio < 0.3 and row in ("disk", "cold")) or not same
+            line += " MISSED" if bad else ""
+            missed |= bad
+        print(line)
+    if e := found.get("expert"):
+        for what, key in (("one expert, three matrices", ""), ("one expert of a stacked tensor", "stacked_")):
+            own, read, requests = e[f"{key}own"], e[f"{key}read"], e[f"{key}requests"]
+            bad = requests != 1 or read > 1.1 * own + 65536
+            print(f"{what}: {requests} request, {read:,} bytes, its own {own:,} ({read / own:.3f}){' MISSED' * bad}")
+            missed |= bad
+    return missed
+
+
 def main() -> int:
     """Print the rows; 1 where one misses its bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model is made")
     parser.add_argument("--scale", type=float, default=1.0, help="weights, as a part of 1.5 thousand million")
+    parser.add_argument("--memory", type=int, help="bytes (default: 500 million times the scale)")
     parser.add_argument("--make", action="store_true", help="make the model and pack it, and no more")
+    parser.add_argument("--row", choices=ROWS, help="measure this row, in this process")
+    parser.add_argument("--report", action="store_true", help="print what was measured")
     args = parser.parse_args()
-    prepare(args.folder, args.scale)
-    return 0 if args.make else 1
+    memory = args.memory or int(MEMORY * args.scale)
+    packed, rows = args.folder / f"moe-{args.scale:g}.rac", args.folder / f"moe-{args.scale:g}.json"
+    if not args.report:
+        packed = prepare(args.folder, args.scale) if not packed.exists() or args.make else packed
+    if args.make:
+        return 0
+    if args.row:
+        found = json.loads(rows.read_text()) if rows.exists() else {}
+        found[args.row] = expert(packed) if args.row == "expert" else run(packed, args.row, memory)
+        rows.write_text(json.dumps(found))
+        return 0
+    if not args.report:
+        for row in ROWS:
+            command = [sys.executable, __file__, str(args.folder), "--scale", str(args.scale), "--row", row]
+            subprocess.run([*command, "--memory", str(memory)], check=True)
+    return int(report(json.loads(rows.read_text()), memory))
 
 
 if __name__ == "__main__":
