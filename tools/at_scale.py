@@ -1,6 +1,7 @@
 """Lossless packing of models of the real size: made, packed, verified, unpacked, loaded and taken away again.
 
     python tools/at_scale.py FOLDER --size 16000                          # as an 8-billion-weight model in BF16
+    python tools/at_scale.py FOLDER --base demo/8b-shaped.safetensors --shards 8    # the same, made in a minute
     python tools/at_scale.py FOLDER --size 500 --shards 1000 --tiny 3000
     python tools/at_scale.py FOLDER --size 0 --tiny 100000
     python tools/at_scale.py FOLDER --size 0 --one 8000
@@ -9,13 +10,16 @@ What is packed is made by tools/shaped.py after PATTERN. Each step is a process 
 seconds and seconds of the processor (all threads), dense MB for each of them, and the most memory that it held at once
 (VmHWM: pages of mapped files count). Steps:
 
-    pack, verify   the folder, and the archive against it; the folder is taken away then
+    pack           the folder
+    nowhere        the same, into a file that keeps nothing: reading and coding alone
+    write          as many bytes as the archive has, brought to the disk: what the disk takes
+    verify         the archive against the folder, which is taken away then
     unpack         to a folder, whose files are compared with those that were made by their SHA-256
-    load           every tensor to a numpy array, one after the other, forward; warm, and cold: the file is dropped from
-                   the page cache before
+    load           every tensor to a numpy array, one after the other; warm, and cold: the file is dropped from the page
+                   cache before
     safetensors    the same of the unpacked files, by safetensors.numpy.load_file, one file after the other
     read           the bytes of the archive alone, cold: what the disk gives
-    in memory      a sample of the same tensors, packed to memory and loaded from there: what the kernels allow where
+    memory         a sample of the same tensors, packed to memory and loaded from there: what the kernels allow where
                    there is no disk and no large model; best of three
 
 FOLDER must be new or empty; on the disk it takes up to 1.7 times the size of the model.
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -55,10 +60,29 @@ def drop(paths: list[Path]) -> None:
 def make(folder: Path, args: argparse.Namespace) -> None:
     import shaped
 
+    if args.base:
+        turned(folder / "source", args.base, args.shards)
+        return
     tensors = shaped.plan(args.size * 10**6) + shaped.more(args.one * 10**6, args.tiny)
     real = shaped.Real(args.pattern)
     digests = shaped.folder(real, folder / "source", tensors, args.shards)
     (folder / "made.json").write_text(json.dumps(digests))
+
+
+def turned(folder: Path, base: Path, shards: int) -> None:
+    """A folder of a file that is there and of others with its rows in other places."""
+    import shaped
+
+    folder.mkdir(parents=True)
+    where = dict[str, str]()
+    for i in range(shards):
+        where |= shaped.turned(base, folder / f"model-{i + 1:05d}-of-{shards:05d}.safetensors", i)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    digests = {}
+    for path in sources(folder):
+        with path.open("rb") as f:
+            digests[path.name] = hashlib.file_digest(f, "sha256").hexdigest()
+    (folder.parent / "made.json").write_text(json.dumps(digests))
 
 
 def pack(folder: Path, _: argparse.Namespace) -> None:
@@ -88,10 +112,45 @@ def compare(folder: Path, _: argparse.Namespace) -> None:
 
 
 def load(folder: Path, _: argparse.Namespace) -> None:
+    every(folder / "m.rac")
+
+
+def every(archive: Any) -> None:
+    """Every tensor of an archive, one after the other."""
     import rac
 
-    for _name, _words in rac.stream(folder / "m.rac", threads=2):
-        pass
+    with rac.open(archive, threads=2) as f:
+        names = f.keys()
+        for name in names:
+            f.get_tensor(name)
+
+
+class Nowhere(io.RawIOBase):
+    """A file that keeps nothing."""
+
+    def writable(self) -> bool:
+        """It takes everything."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Bytes taken."""
+        return len(data)
+
+
+def coded(folder: Path, _: argparse.Namespace) -> None:
+    import rac
+
+    rac.pack(folder / "source", Nowhere(), jobs=2)
+
+
+def written(folder: Path, _: argparse.Namespace) -> None:
+    """As many bytes as the archive has, written and brought to the disk."""
+    left, piece = (folder / "m.rac").stat().st_size, os.urandom(8 << 20)
+    with (folder / "written").open("wb", buffering=0) as f:
+        while left > 0:
+            left -= f.write(piece)
+        os.fsync(f.fileno())
+    (folder / "written").unlink()
 
 
 def theirs(folder: Path, _: argparse.Namespace) -> None:
@@ -111,8 +170,6 @@ def read(folder: Path, _: argparse.Namespace) -> None:
 
 def in_memory(folder: Path, _: argparse.Namespace) -> None:
     """Prints the bytes of the sample, and the fastest pack and load of three, in seconds."""
-    import io
-
     import numpy as np
 
     import rac
@@ -137,16 +194,17 @@ def in_memory(folder: Path, _: argparse.Namespace) -> None:
         took[0] = min(took[0], time.perf_counter() - start)
         data = out.getvalue()
         start = time.perf_counter()
-        for _one in rac.stream(data, threads=2):
-            pass
+        every(data)
         took[1] = min(took[1], time.perf_counter() - start)
     print(json.dumps({"size": size, "pack": took[0], "load": took[1]}))
 
 
 STEPS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "make": make,
-    "in memory": in_memory,
+    "memory": in_memory,
     "pack": pack,
+    "nowhere": coded,
+    "write": written,
     "verify": verify,
     "read": read,
     "load": load,
@@ -175,6 +233,8 @@ def one(name: str, args: argparse.Namespace) -> None:
 
     with rac.open(rac.numpy.save({"warm": np.zeros((64, 64), np.float32)})) as f:  # what is imported on the way
         f.get_tensor("warm")
+    if args.cold:
+        drop([*args.folder.glob("m.rac"), *sources(args.folder / "source"), *sources(args.folder / "back")])
     start, before = time.perf_counter(), time.process_time()
     STEPS[name](args.folder, args)
     took, busy = time.perf_counter() - start, time.process_time() - before
@@ -192,7 +252,7 @@ def row(what: str, dense: int, found: dict[str, Any]) -> None:
 
 def run(args: argparse.Namespace, argv: list[str]) -> None:
     """All steps."""
-    folder, archive = args.folder, args.folder / "m.rac"
+    folder, archive, cold = args.folder, args.folder / "m.rac", [*argv, "--cold"]
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty")
@@ -202,26 +262,26 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         made = step("make", argv)
         dense = sum(p.stat().st_size for p in sources(folder / "source"))
         row("make", dense, made)
-        sample = step("in memory", argv)
+        sample = step("memory", argv)
         row("pack", dense, packed := step("pack", argv))
+        row("pack, written nowhere", dense, nowhere := step("nowhere", argv))
+        row("write, by the stored bytes", archive.stat().st_size, disk := step("write", argv))
         row("verify against the source", dense, step("verify", argv))
         shutil.rmtree(folder / "source")
-        drop([archive])
-        row("read, cold", archive.stat().st_size, step("read", argv))
-        drop([archive])
-        row("load, cold", dense, cold := step("load", argv))
+        row("read, cold", archive.stat().st_size, step("read", cold))
+        row("load, cold", dense, first := step("load", cold))
         row("load, warm", dense, loaded := step("load", argv))
         row("unpack", dense, step("unpack", argv))
         row("compare", dense, step("compare", argv))
-        drop(sources(folder / "back"))
-        row("safetensors, cold", dense, others := step("safetensors", argv))
+        row("safetensors, cold", dense, others := step("safetensors", cold))
         row("safetensors, warm", dense, step("safetensors", argv))
         print(f"{archive.stat().st_size:,} of {dense:,} bytes, {100 * archive.stat().st_size / dense:.2f} %")
-        for what, at in (("pack", packed), ("load", loaded)):
+        for what, at in (("pack", nowhere), ("load", loaded)):
             rate = sample["size"] / 1e6 / sample[what]
             here = dense / 1e6 / at["seconds"]
             print(f"{what}: {here:.0f} MB/s, in memory {rate:.0f}: {here / rate:.2f} x")
-        print(f"load, cold: {cold['seconds'] / others['seconds']:.2f} x the time of safetensors")
+        print(f"pack to the disk: {disk['seconds'] / packed['seconds']:.2f} x of what it writes at")
+        print(f"load, cold: {first['seconds'] / others['seconds']:.2f} x the time of safetensors")
     finally:
         if not args.keep:
             shutil.rmtree(folder)
@@ -231,12 +291,14 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
     p.add_argument("--pattern", type=Path, default=PATTERN, help=f"BF16 file to take after (default: {PATTERN})")
+    p.add_argument("--base", type=Path, help="take this file, and with --shards others with its rows in other places")
     p.add_argument("--size", type=int, default=1000, metavar="MB", help="of the matrices of the model (default: 1000)")
     p.add_argument("--one", type=int, default=0, metavar="MB", help="and one matrix of this size")
     p.add_argument("--tiny", type=int, default=0, metavar="N", help="and so many vectors")
     p.add_argument("--shards", type=int, default=1, metavar="N", help="files of the source (default: 1)")
     p.add_argument("--keep", action="store_true", help="leave what was made")
-    p.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    p.add_argument("--step", choices=STEPS, help="one of the steps alone, in a folder that --keep has left")
+    p.add_argument("--cold", action="store_true", help="with --step: what it reads is not in the page cache")
     args = p.parse_args()
     if args.step:
         one(args.step, args)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import gzip
 import hashlib
 import io
 import os
@@ -25,6 +26,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -193,7 +195,23 @@ def sdist(out: Path) -> Path:
     before = set(out.glob("*.tar.gz"))
     run = [sys.executable, "setup.py", "-q", "sdist", "--formats", "gztar", "--dist-dir", str(out)]
     subprocess.run(run, cwd=ROOT, check=True)
-    return max(set(out.glob("*.tar.gz")) - before or before, key=lambda path: path.stat().st_mtime)
+    path = max(set(out.glob("*.tar.gz")) - before or before, key=lambda path: path.stat().st_mtime)
+    _leave_only_content(path)
+    return path
+
+
+def _leave_only_content(path: Path) -> None:
+    """Write a .tar.gz anew, without owners, and with the time and the order that a wheel has."""
+    when, out = max(int(os.environ.get("SOURCE_DATE_EPOCH", 0)), BEGIN), io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as new:
+        for member in sorted(old.getmembers(), key=lambda member: member.name):
+            plain = tarfile.TarInfo(member.name)
+            plain.type, plain.mode, plain.mtime = member.type, 0o755 if member.isdir() else 0o644, when
+            data = old.extractfile(member)
+            content = b"" if data is None else data.read()
+            plain.size = len(content)
+            new.addfile(plain, io.BytesIO(content))
+    path.write_bytes(gzip.compress(out.getvalue(), 9, mtime=when))
 
 
 def wrong(path: Path) -> Iterator[str]:
@@ -337,10 +355,13 @@ def install(path: Path) -> None:
         python, env = str(folder / "v" / "bin" / "python"), {"PATH": "", "HOME": name}
         env |= _settings("PIP_", "SSL_", "HTTP", "http")
         site = next((folder / "v" / "lib").glob("*/site-packages"))
-        before, start = _size(site), time.monotonic()
+        before, there, start = _size(site), set(site.glob("*.dist-info")), time.monotonic()
         subprocess.run([python, "-m", "pip", "install", "-q", "--no-cache-dir", str(path)], check=True, env=env)
         seconds = time.monotonic() - start
-        print(f"installed in {seconds:.1f} s, {(_size(site) - before) / 1e6:.1f} MB with what it requires")
+        print(f"installed in {seconds:.1f} s, {(_size(site) - before) / 1e6:.1f} MB with what it requires:")
+        new = {*site.glob("*.dist-info")} - there
+        for size, package in sorted((_listed(info), info.name) for info in new)[::-1]:
+            print(f"  {size / 1e6:6.1f} MB  {package.removesuffix('.dist-info')}")
         subprocess.run([python, "-W", "error", "-c", DEMO], check=True, env=env, cwd=name)
         subprocess.run([python, "-c", TIMED], check=True, env=env)
         shutil.rmtree(folder / "v")
@@ -348,6 +369,12 @@ def install(path: Path) -> None:
 
 def _settings(*beginnings: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k.startswith(beginnings)}
+
+
+def _listed(info: Path) -> int:
+    """Bytes of the files of a package, as its RECORD lists them."""
+    rows = csv.reader((info / "RECORD").read_text().splitlines())
+    return sum(p.stat().st_size for p in (info.parent / row[0] for row in rows) if p.is_file())
 
 
 def _size(folder: Path) -> int:

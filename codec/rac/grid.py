@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rac.errors import FormatError
 from rac.registry import DTYPES
 
@@ -70,6 +73,12 @@ class Grid:
 def boxes(grid: Grid) -> list[Box]:
     """`Grid.box` of every tile."""
     return [grid.box(i) for i in range(grid.tiles)]
+
+
+@functools.lru_cache(64)
+def bounds(grid: Grid) -> NDArray[np.int64]:
+    """(tiles, 4) `Grid.box` of every tile. Not to be written to."""
+    return np.array(boxes(grid), np.int64).reshape(-1, 4)
 
 
 def dense_size(dtype: str, shape: Sequence[int]) -> int:

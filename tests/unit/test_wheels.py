@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
+import rac
 import wheels
 from rac.native import library
 from support import ROOT
@@ -57,6 +60,34 @@ def test_the_same_bytes_again(built, tmp_path, monkeypatch):
     (path,) = wheels.make(wheels.PLATFORMS[:1], tmp_path)
     with zipfile.ZipFile(path) as archive:
         assert {e.date_time for e in archive.infolist()} == {(2023, 11, 14, 22, 13, 20)}
+
+
+@pytest.mark.parametrize("tag", ["manylinux_2_17_x86_64.manylinux2014_x86_64", "macosx_11_0_arm64", "win_amd64"])
+def test_no_path_and_no_time_is_in_a_library(tmp_path, tag):
+    """Two clones in folders of other names: one source file of the kernels, compiled and linked as all of them are."""
+    at, how, made = next(p for p in wheels.PLATFORMS if p.tag == tag), wheels.setup(), []
+    wheels.BUILT.mkdir(parents=True, exist_ok=True)
+    for name in ("one", "another/and/longer"):
+        sources = tmp_path / name / "src"
+        shutil.copytree(ROOT / how.SOURCES, sources)
+        command = [*how.FLAGS, *wheels.FLAGS, *how.CPUS[at.machine]["generic"], "-target", at.target]
+        out = sources.parent / f"out{at.suffix}"
+        wheels.compile_to(out, f"_generic{at.suffix}", command, [str(sources / "layout.c")], "EXPORTS\n rac_cpu\n")
+        made.append(out.read_bytes())
+    assert made[0] == made[1]
+    assert str(tmp_path).encode() not in made[0]
+
+
+@pytest.mark.slow
+def test_the_same_wheel_from_two_clones(built, tmp_path):
+    """All of it compiled anew, elsewhere, with nothing of what zig has kept: minutes."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    env = os.environ | {"PYTHONPATH": f"{clone}/codec:{clone}/tools", "ZIG_GLOBAL_CACHE_DIR": str(tmp_path / "zig")}
+    run = [sys.executable, "tools/wheels.py", "manylinux_2_17_x86_64", "-o", str(tmp_path)]
+    subprocess.run(run, cwd=clone, env=env, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.whl")
+    assert path.read_bytes() == built[TAGS[0]].read_bytes()
 
 
 def rewritten(path: Path, out: Path, change) -> Path:
@@ -108,16 +139,76 @@ def test_it_runs_where_no_compiler_is(built, tmp_path):
     subprocess.run(pip, check=True)
     assert (there / "rac" / "native" / f"_generic{library.SUFFIX}").exists()
     code = f"import rac; assert rac.__file__.startswith({str(there)!r}), rac.__file__\n{wheels.DEMO}"
-    env = {"PATH": "", "PYTHONPATH": str(there), "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_in(there, code, tmp_path)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "kernels   C" in done.stdout
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheels are those of other machines on Linux")
+@pytest.mark.parametrize("tag", ["musllinux_1_2_x86_64", "musllinux_1_2_aarch64", "win_amd64", "macosx_11_0_arm64"])
+def test_a_wheel_of_another_platform(built, tmp_path, tag):
+    """pip refuses it; who unpacks it nevertheless is told in one line why no kernels run."""
+    path = next(path for path in built.values() if tag in path.name)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(tmp_path / "x")]
+    done = subprocess.run([*pip, str(path)], capture_output=True, text=True)
+    assert done.returncode
+    assert "is not a supported wheel on this platform" in done.stderr
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "site")
+    rac.save_file({"w": np.arange(40000, dtype="f4")}, tmp_path / "m.rac")
+    code = "import sys; sys.modules['numba'] = None; from rac.cli import main; sys.exit(main(['load', 'm.rac']))"
+    done = run_in(tmp_path / "site", code, tmp_path, "default")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 0
+    why = "do not load on this machine" if "linux" in tag else "beside rac are those of another platform or version"
+    assert why in line
+    assert library.AGAIN in line
+
+
+def run_in(site, code, cwd, warned="error", before=(), **settings):
+    """A process that has rac from a folder, and no other settings; its warnings are errors unless told else."""
+    env = {"PATH": "", "PYTHONPATH": str(site), "HOME": str(cwd)} | settings
+    command = [*before, sys.executable, "-W", warned, "-c", code]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheel of this machine is one for Linux")
+def test_site_packages_that_nobody_may_write(built, tmp_path):
+    """Not a word: nothing is written there. Only numba, without kernels, wants a place, and says how to name it."""
+    site, cwd, before = tmp_path / "site", tmp_path / "work", ()
+    cwd.mkdir()
+    with zipfile.ZipFile(built[wheels.of_this_machine().tag]) as archive:
+        archive.extractall(site)
+    if os.geteuid() == 0:  # who may write everywhere, but for this
+        before = (shutil.which("setpriv") or pytest.skip("no setpriv"), "--bounding-set=-dac_override")
+    for path in (*site.rglob("*"), site):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        probe = f"open({str(site / 'x')!r}, 'w')"
+        assert "Permission denied" in run_in(site, probe, cwd, before=before).stderr
+        code = f"import rac; assert rac.__file__.startswith({str(site)!r})\n{wheels.DEMO}"
+        done = run_in(site, code, cwd, before=before)
+        assert (done.returncode, done.stderr) == (0, "")
+        if importlib.util.find_spec("numba"):
+            code = "import rac.native.library as l; l._FOLDER = l.Path('/nowhere'); from rac.cli import main\n"
+            code += "assert main(['load', 'w.rac']) == 0"
+            nowhere = {"HOME": str(site / "rac"), "XDG_CACHE_HOME": str(site / "rac")}
+            first, line = run_in(site, code, cwd, "default", before, **nowhere).stderr.splitlines()
+            assert "kernels were not built" in first
+            assert line.startswith("rac: numba's cache cannot be used (")
+            assert line.endswith("until you let NUMBA_CACHE_DIR name a folder that can be written")
+        assert not list(site.rglob("__pycache__"))
+    finally:
+        for path in (site, *(p for p in site.rglob("*") if p.is_dir())):
+            path.chmod(0o755)
+
+
 def test_the_source_distribution_has_what_a_build_needs(tmp_path):
-    with tarfile.open(wheels.sdist(tmp_path)) as archive:
+    path = wheels.sdist(tmp_path)
+    data = path.read_bytes()
+    os.utime(ROOT / "setup.py")
+    assert wheels.sdist(tmp_path).read_bytes() == data
+    with tarfile.open(path) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
     needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "codec/rac/py.typed"}
     needed |= {str(p.relative_to(ROOT)) for p in (ROOT / "codec" / "rac" / "native" / "src").iterdir()}

@@ -6,6 +6,7 @@ UTF-8 bytes, no floats, no extension types. One value has one encoding, so re-en
 
 from __future__ import annotations
 
+import operator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ class Extension(NamedTuple):
 
     kind: int
     data: bytes
+
+
+_SIMPLE = frozenset((str, int, bytes, bool, type(None)))
+_KEY = operator.itemgetter(0)
 
 
 def foreign(data: bytes) -> Any:
@@ -40,9 +45,10 @@ def members(value: dict[str, Any]) -> bytes:
 
 
 def _ordered(value: Any) -> Any:
+    """Maps with their keys in order: that of code points, which is that of their UTF-8 bytes."""
     if isinstance(value, dict):
-        return {k: _ordered(value[k]) for k in sorted(value, key=lambda s: s.encode())}
-    if isinstance(value, list | tuple):
+        return {k: v if type(v) in _SIMPLE else _ordered(v) for k, v in sorted(value.items(), key=_KEY)}
+    if isinstance(value, list | tuple) and {*map(type, value)} - _SIMPLE:
         return [_ordered(v) for v in value]
     return value
 
@@ -91,7 +97,6 @@ def _scan(data: bytes, depth: int) -> None:
             left = items
 
 
-_SIMPLE = frozenset((str, int, bytes, bool, type(None)))
 _NESTED = frozenset((dict, list))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rac.container import msg
@@ -112,8 +112,24 @@ def parse_record_body(at: int, data: bytes, limits: Limits) -> Record:
     return Record(kind, flags, at, msg.unpack(body, limits.depth), size, at + start, payload, check)
 
 
+class Listed(list[bytes | memoryview]):
+    """Units whose directory is known."""
+
+    def __init__(self, units: Iterable[bytes | memoryview], table: bytes) -> None:
+        """`table`: their directory."""
+        super().__init__(units)
+        self.table = table
+
+
+def joined(parts: Sequence[Sequence[bytes | memoryview]]) -> Listed:
+    """The units of all parts."""
+    return Listed(itertools.chain.from_iterable(parts), b"".join(map(directory, parts)))
+
+
 def directory(units: Sequence[bytes | memoryview]) -> bytes:
     """16 bytes per unit: length and XXH3-64."""
+    if isinstance(units, Listed):
+        return units.table
     return b"".join(struct.pack("<QQ", len(u), xxh3(u)) for u in units)
 
 

@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from rac.container import wire
 from rac.encode import record, ties, workers
 from rac.encode.code.plan import LARGE, Encoder, Level
 from rac.encode.encoded import Bytes, Encoded, Spool
@@ -63,7 +64,9 @@ class _Item:
         self.objects = record.matrix_of(self.group.tensor, level)
         self.rows, plan = record.pieces(self.encoder.plan.grid), self.encoder.plan
         left = len(self.rows) if len(self.rows) > 1 else 0
-        self.bands = [plan.fronts + (self.band(0) if len(self.rows) == 1 else []), *([] for _ in range(left))]
+        self.bands = [plan.fronts, *([] for _ in range(left))]
+        if len(self.rows) == 1:
+            self.bands.append(self.band(0))
         if self.group.tensor.nbytes >= LARGE and left:
             self.spool = Spool(beside)
             self.spooled = [self.spool.put(plan.fronts), *([] for _ in range(left))]
@@ -83,7 +86,7 @@ class _Item:
 
     def encoded(self) -> Encoded:
         """The tensor, all of whose bands are there."""
-        units: Sequence[Bytes] = [unit for band in self.bands for unit in band]
+        units: Sequence[Bytes] = wire.joined(self.bands)
         if self.spool is not None:
             self.spool.arrange([number for band in self.spooled for number in band])
             units = self.spool

@@ -36,17 +36,29 @@ def digest(t: SourceTensor) -> bytes:
     return d.value()
 
 
-def _samples(tensors: Mapping[int, SourceTensor]) -> dict[int, bytes]:
-    """A few KiB of three places of each: most unequal ones differ there, and need not be read whole."""
+def _samples(tensors: Mapping[int, SourceTensor], first: bool) -> dict[int, bytes]:
+    """A few KiB of the `first` place of each, or of two others: most unequal ones differ there, and need no more."""
 
     def sample(t: SourceTensor) -> bytes:
-        at = sorted({0, max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)})
+        at = [0] if first else sorted({max(0, (t.nbytes - SAMPLE) // 2), max(0, t.nbytes - SAMPLE)} - {0})
         return b"".join(t.read(a, min(t.nbytes, a + SAMPLE)).tobytes() for a in at)
 
     if not any(isinstance(t.data, Extent) and t.data.pinned for t in tensors.values()):
         return {i: sample(t) for i, t in tensors.items()}
     with ThreadPoolExecutor(AT_ONCE) as pool:  # far away: waiting is most of it
         return dict(zip(tensors, pool.map(sample, tensors.values()), strict=True))
+
+
+def _close(tensors: Sequence[SourceTensor], groups: list[list[int]], first: bool) -> list[list[int]]:
+    """Groups of several tensors, by their numbers, parted by their samples."""
+    samples = _samples({i: tensors[i] for members in groups if len(members) > 1 for i in members}, first)
+    out: list[list[int]] = []
+    for members in groups:
+        by_sample: dict[bytes, list[int]] = {}
+        for i in members if len(members) > 1 else []:
+            by_sample.setdefault(samples[i], []).append(i)
+        out += by_sample.values()
+    return [close for close in out if len(close) > 1]
 
 
 def find(tensors: Sequence[SourceTensor]) -> list[Group]:
@@ -64,18 +76,13 @@ def find(tensors: Sequence[SourceTensor]) -> list[Group]:
             owner[i] = first, True
         elif t.nbytes:
             same.setdefault((t.dtype, t.shape, t.online), []).append(i)
-    samples = _samples({i: tensors[i] for members in same.values() if len(members) > 1 for i in members})
-    for members in same.values():
-        by_sample: dict[bytes, list[int]] = {}
-        for i in members if len(members) > 1 else []:
-            by_sample.setdefault(samples[i], []).append(i)
-        for close in by_sample.values():
-            by_digest: dict[bytes, int] = {}
-            for i in close if len(close) > 1 else []:
-                j = by_digest.setdefault(digest(tensors[i]), i)
-                # A duplicate that others are tied to keeps a record, or they could not be tied again.
-                if j != i and uses[tensors[i].tie] < 2:
-                    owner[i] = j, False
+    for close in _close(tensors, _close(tensors, [*same.values()], True), False):
+        by_digest: dict[bytes, int] = {}
+        for i in close:
+            j = by_digest.setdefault(digest(tensors[i]), i)
+            # A duplicate that others are tied to keeps a record, or they could not be tied again.
+            if j != i and uses[tensors[i].tie] < 2:
+                owner[i] = j, False
     aliases: dict[int, list[tuple[str, bool]]] = {}
     others: dict[int, dict[str, Any]] = {}
     for i, (root, tied) in sorted(owner.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,8 +13,8 @@ from rac.calibrate.layers import Layers
 from rac.encode import record, ties, workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import Search
-from rac.encode.code.plan import Level
-from rac.encode.encoded import Encoded, Fidelity
+from rac.encode.code.plan import LARGE, Level
+from rac.encode.encoded import Encoded, Fidelity, Spool
 from rac.encode.options import Hooks, Lossy, PackOptions
 from rac.encode.pack import ByTrellis, Packer, Summary
 from rac.encode.quantise.tensor import encode, measure
@@ -69,9 +70,18 @@ def _read(row: list[Any]) -> Elsewhere:
     return Elsewhere(head, [_Length(n) for n in units], {}, parts, of, size)  # type: ignore[misc]
 
 
-def _lossless(groups: Sequence[ties.Group], level: Level) -> Made:
-    encoded = [record.whole(g, level) for g in groups]
-    return Made([_row(e) for e in encoded], encoded)
+def _lossless(groups: Sequence[ties.Group], level: Level, folder: str) -> Made:
+    encoded = [record.whole(g, level) if g.tensor.nbytes < LARGE else _large(g, level, folder) for g in groups]
+    return Made([[e.name, 0, [sum(map(len, e.units))], [], {"name": e.name}, None] for e in encoded], encoded)
+
+
+def _large(group: ties.Group, level: Level, folder: str) -> Encoded:
+    """A large lossless tensor, whose units are in a file of a folder."""
+    encoder, spool = record.lossless(group.tensor, level), Spool(os.path.join(folder, "records"))
+    spool.put(encoder.plan.fronts)
+    for rows in record.pieces(encoder.plan.grid):
+        spool.put(record.band(group.tensor, encoder, rows))
+    return record.encoded(group, encoder.plan, spool, objects=record.matrix_of(group.tensor, level))
 
 
 def _quantised(groups: Sequence[ties.Group], recipes: Sequence[Recipe], measured: bool) -> Made:
@@ -187,7 +197,7 @@ class RankPacker(Packer):
         self._crew, self._gathered = crew, Gathered(crew)
         self._lossless = self._lossy = self._gathered  # type: ignore[assignment]
         folder = self.enter_context(tempfile.TemporaryDirectory(prefix="rac-ranks-"))
-        self._learned = Learned(crew, folder, self._threads)
+        self._learned, self._folder = Learned(crew, folder, self._threads), folder
         self.callback(self._gathered.close)
 
     def share(self, path: str, request: Lossy | None) -> tuple[int, int]:
@@ -226,7 +236,8 @@ class RankPacker(Packer):
         """What stays lossless by its name, type or size."""
         groups = [g for g in self._groups if recipe is None or g.tensor.name not in recipe.aligned]
         level, stage = self._options.lossless, Stage.of("lossless", "packing", groups)
-        return Plan(stage, lambda item: (_lossless, (item.groups, level)), lambda item: 2 * item.size, self._threads)
+        work = (lambda item: (_lossless, (item.groups, level, self._folder)), lambda item: 2 * min(item.size, LARGE))
+        return Plan(stage, *work, self._threads)
 
     def _tries(self, groups: Sequence[ties.Group], recipe: Recipe, kind: str) -> Plan:
         """What is quantised, or a sample of it, at a scale."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 from rac.container import index, wire
-from rac.container.access import Access, InFile, read
+from rac.container.access import Access, BytesAccess, InFile, read
 from rac.container.reader import Archive
 from rac.container.writer import PipeWriter
 from rac.container.zstd import Digest, xxh3
+from rac.encode.code.plan import LARGE
 from rac.encode.encoded import Bytes, Encoded
 from rac.errors import ChecksumError, FormatError
-from rac.records import Entry
+from rac.records import Entry, Units
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
 
@@ -45,11 +46,30 @@ def write(stream: BinaryIO, encoded: Iterable[Encoded], provenance: Mapping[str,
     return out.size, out.digest.value().hex()
 
 
+class _Units(Sequence[Bytes]):
+    """The units of a record, each read and checked where it is asked for."""
+
+    def __init__(self, access: Access, at: int, units: Units) -> None:
+        self._access, self._at, self._units = access, at, units
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        unit = self._units[i]
+        data = read(self._access, self._at + unit.offset, unit.size)
+        if xxh3(data) != unit.check:
+            raise ChecksumError("checksum does not match", offset=self._at + unit.offset)
+        return data
+
+
 class Records:
     """The records of an item, opened; RacError unless it ends with what its marker states."""
 
     def __init__(self, access: Access, size: int, check: str) -> None:
-        self._archive = Archive(access)
+        self._archive, self._lent = Archive(access), False
         try:
             at = self._archive.index.at
             digest = Digest()
@@ -75,18 +95,22 @@ class Records:
 
     def _read(self, entry: Entry) -> Encoded:
         record = self._archive.record(entry)
-        access = self._archive.access
-        data = memoryview(read(access, record.payload, record.payload_size))
-        units: list[Bytes] = []
-        with InFile(access.name, repr(entry.name)):
-            for unit in wire.parse_units(record.head["units"], record.payload_size):
-                units.append(data[unit.offset : unit.offset + unit.size])
-                if xxh3(units[-1]) != unit.check:
-                    raise ChecksumError("checksum does not match", offset=record.payload + unit.offset)
+        with InFile(self._archive.access.name, repr(entry.name)):
+            access, at = self._archive.access, record.payload
+            places = wire.parse_units(record.head["units"], record.payload_size)
+            units: Sequence[Bytes] = _Units(access, at, places)
+            if record.payload_size < LARGE:
+                held = BytesAccess(read(access, at, record.payload_size), access.name)
+                units = [*_Units(held, 0, places)]
+            else:
+                self._lent = True
+                for _ in units:  # all are checked before any is used; what is large is read again, not held
+                    pass
         head = {k: v for k, v in record.head.items() if k != "units"}
         row = {"method": entry.method, "dtype": entry.dtype, "shape": entry.shape, "parts": entry.parts}
         return Encoded(head, units, row)
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._archive.close()
+        """Let go of the file; one of which large tensors are still to be read closes with the last of them."""
+        if not self._lent:
+            self._archive.close()

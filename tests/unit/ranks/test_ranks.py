@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -116,6 +115,15 @@ def test_one_that_finishes_does_what_is_left(model, alone, tmp_path):
     assert (tmp_path / "m.rac").read_bytes() == alone("bits")
 
 
+@pytest.mark.parametrize("what", ["lossless", "bits"])
+def test_what_is_large_is_not_held(model, alone, tmp_path, monkeypatch, what):
+    for module in ("packer", "records"):
+        monkeypatch.setattr(f"rac.ranks.{module}.LARGE", 5000)
+    pack_rank(model, tmp_path / "work", ASKED[what], how=QUICK)
+    finish(tmp_path / "work", tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone(what)
+
+
 def test_shards_are_those_of_one_machine(model, tmp_path):
     asked = Asked(shard_size=200_000)
     rac.pack(model, tmp_path / "a.rac", shard_size=200_000)
@@ -141,10 +149,10 @@ def test_ranks_may_be_killed_and_run_again(model, alone, tmp_path):
     for _ in range(8):
         time.sleep(rng.random() / 10)
         rank = rng.randrange(3)
-        os.kill(running[rank].pid, signal.SIGKILL)
+        running[rank].kill()
         running[rank].join()
         running[rank] = start(rank)
-    os.kill(running[0].pid, signal.SIGKILL)  # and this one is not run again
+    running[0].kill()  # and this one is not run again
     for job in running.values():
         job.join()
     finish(work, tmp_path / "m.rac", how=QUICK)

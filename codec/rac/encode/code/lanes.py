@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac import native
-from rac.container import zstd
+from rac.container import wire, zstd
 from rac.encode.code import classes as clusters
 from rac.encode.code.fitted import fit
 from rac.encode.code.plan import CHUNK, LARGE, MANTISSA, Level, Plan, View, chunks
@@ -140,8 +140,11 @@ class LanesEncoder:
 
     def encode(self, words: Array, rows: range) -> list[Bytes]:
         """The units of rows of tiles whose words (h, C) are given."""
-        units = self._tiles.units(words, rows)
-        return [unit.data for unit in (map(self._packed, units) if self._tiles.p.packed else units)]
+        units, table = self._tiles.units(words, rows)
+        if self._tiles.p.packed:
+            return [self._packed(unit).data for unit in units]
+        plain: list[Bytes] = [unit.data for unit in units]
+        return plain if table is None else wire.Listed(plain, table)
 
     def _packed(self, unit: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """A unit with its planes as frames where that pays: low bits of F32 are often zero in whole rows."""

@@ -237,7 +237,8 @@ class View:
         if self.size <= 1 << 17:
             return self.read(0, grid.rows).reshape(1, -1)
         rows = max(1, size // 8 // max(1, grid.cols * grid.word))
-        at = sorted({int(a) for a in np.linspace(0, max(0, grid.rows - rows), 8)})
+        last = max(0, grid.rows - rows)
+        at = sorted({*(int(k * (last / 7)) for k in range(7)), last})
         parts = [self.read(a, min(grid.rows, a + rows))[:, : size // 8 // grid.word].reshape(-1) for a in at]
         return np.concatenate(parts).reshape(1, -1)
 

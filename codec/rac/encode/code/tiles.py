@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rac import native
 from rac.encode.code.fitted import coded, same
 from rac.entropy.ans import Models, merge
-from rac.grid import Box, Grid, boxes, up16
+from rac.grid import Box, Grid, bounds, boxes, up16
 from rac.stages.lanes import layout
 from rac.stages.lanes.parameters import Lanes, codes
 
@@ -52,11 +52,11 @@ class Tiles:
         words = (p.tables, 256)
         form = {"word": 1, "zero": 0, "sign": 0, "shift": 0}
         coding = self._coding(None, np.zeros(words, np.uint32), np.zeros(words, np.uint8), **form)
-        every = boxes(grid)[first // grid.tr * grid.across : -(-(first + len(base)) // grid.tr) * grid.across]
-        found = native.count_tiles(coding, native.pieces(base, every, first, self.rows, self.cols))
+        here = slice(first // grid.tr * grid.across, -(-(first + len(base)) // grid.tr) * grid.across)
+        found = native.count_tiles(coding, native.pieces(base, bounds(grid)[here], first, self.rows, self.cols))
         if found is None:
             found = np.zeros(words, np.uint32)
-            for box in every:
+            for box in boxes(grid)[here]:
                 order, sym = self._sequence(base[box.r0 - first : box.r1 - first, box.c0 : box.c1], box)
                 np.add.at(found, (np.repeat(order.segments[:, 1], order.segments[:, 0]), sym), 1)
         return np.ascontiguousarray(found[:, code].astype(np.int64))
@@ -70,17 +70,17 @@ class Tiles:
         """Take tables that were fitted to counts."""
         self.freq, self.odd, self.model, self.escaping = found.freq, found.odd, found.model, found.escaping
 
-    def units(self, words: Array, rows: range) -> list[NDArray[np.uint8]]:
-        """The units of rows of tiles whose words (h, C) are given, planes as they are."""
+    def units(self, words: Array, rows: range) -> tuple[list[NDArray[np.uint8]], bytes | None]:
+        """Units of rows of tiles of words (h, C), planes as they are, and their directory where it is known."""
         grid, p = self.grid, self.p
-        some = boxes(grid)[rows.start * grid.across : rows.stop * grid.across]
+        here, first = slice(rows.start * grid.across, rows.stop * grid.across), rows.start * grid.tr
+        some = bounds(grid)[here]
         form = {"word": grid.word, "zero": p.zero, "sign": p.sign, "shift": p.shift}
         coding = self._coding(self.lut, self.model, self.escaping, **form)
-        tiles = native.pieces(words, some, some[0].r0, self.rows, self.cols)
+        tiles = native.pieces(words, some, first, self.rows, self.cols)
         found = native.pack_tiles(coding, tiles, len(some) * self._most(grid.tr * grid.tc))
         if found is None:
-            first = some[0].r0
-            found = [self._unit(words[b.r0 - first : b.r1 - first, b.c0 : b.c1], b) for b in some]
+            return [self._unit(words[b.r0 - first : b.r1 - first, b.c0 : b.c1], b) for b in boxes(grid)[here]], None
         return found
 
     def _coding(self, lut: Array | None, model: Array, escaping: Array, **form: int) -> native.TileCoding:

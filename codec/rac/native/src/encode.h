@@ -2,6 +2,8 @@
 #pragma once
 #include "rac.h"
 
+uint64_t rac_xxh3(const uint8_t *p, int64_t n);
+
 /* Counts, lengths and tables: counts.c, classes.c, frequencies.c */
 void rac_hist(const uint8_t *sym, int64_t rows, int64_t cols, const int32_t *row, const int32_t *col, int64_t size,
               uint32_t *hist);

@@ -8,7 +8,7 @@
 #define SIZE(type) (int64_t)sizeof(type)
 #define AT(type, field) (int64_t)offsetof(type, field)
 const int64_t rac_layout[] = {
-    29,
+    30,
     SIZE(rac_matrix), AT(rac_matrix, at), AT(rac_matrix, rows), AT(rac_matrix, cols), AT(rac_matrix, stride),
     SIZE(rac_dequant), AT(rac_dequant, rec), AT(rac_dequant, h0), AT(rac_dequant, h1), AT(rac_dequant, zero),
     AT(rac_dequant, size),

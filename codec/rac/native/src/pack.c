@@ -258,9 +258,10 @@ static int64_t unit_of(work *w, const uint32_t *words, uint8_t *unit, int64_t le
     return at + all - unit;
 }
 
-/* Units of n tiles one after the other to out[0..size), each a multiple of 16 bytes, which sizes[i] gets; planes are
- * stored as they are. 0, -1: they do not fit, -2: not enough memory */
-int rac_pack(const rac_coding *coding, const rac_piece *piece, int64_t n, uint8_t *out, int64_t size, int64_t *sizes) {
+/* Units of n tiles one after the other to out[0..size), each a multiple of 16 bytes; planes are stored as they are. table:
+ * length and XXH3-64 of each. 0, -1: they do not fit, -2: not enough memory */
+int rac_pack(const rac_coding *coding, const rac_piece *piece, int64_t n, uint8_t *out, int64_t size,
+             uint64_t *table) {
     rac_stream s[MOST_SIDE];
     int64_t side = rac_tiles_at_once(coding->lanes);
     work *w = prepare(coding, piece, n, &side);
@@ -275,10 +276,15 @@ int rac_pack(const rac_coding *coding, const rac_piece *piece, int64_t n, uint8_
         }
         rac_lanes_of(coding->model, steps, coding->lanes, s, some);
         for (int64_t k = 0; !bad && k < some; k++) {
-            sizes[i + k] = unit_of(w + k, s[k].words, out, size);
-            if (sizes[i + k] < 0) bad = -1;
-            out += sizes[i + k];
-            size -= sizes[i + k];
+            const int64_t bytes = unit_of(w + k, s[k].words, out, size);
+            if (bytes < 0) {
+                bad = -1;
+                break;
+            }
+            *table++ = (uint64_t)bytes;
+            *table++ = rac_xxh3(out, bytes); /* while it is near */
+            out += bytes;
+            size -= bytes;
         }
     }
     free(steps);
