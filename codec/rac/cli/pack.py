@@ -88,12 +88,14 @@ embeddings and output layer stay lossless. `rac perplexity` and `rac compare` ru
 activations too (--activations, --kv)."""
 RANKS = """Each rank runs the same command with a number of its own, on any machine that sees SRC and the work folder;
 any of them may die and be run again (docs/cluster.md). The bytes are those of one machine."""
-RANKED = "with --work: which of the ranks this is, from 0 (default: 0); without: the same as --low-rank"
+RANKED = "which of the ranks this is, from 0 (default: 0)"
 LEASED = "after so long without a sign of life others take over what a rank has begun (default: 60)"
 RECIPE = """aligned (default: ours, by the budgets above), rtn (round to nearest), gptq, smoothquant, quarot, spinquant,
 kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
-    **dict.fromkeys(("quality", "file_bits", "size", "snr", "kl", "rank", "lanes", "slices", "shard_size", "report")),
+    **dict.fromkeys(
+        ("quality", "file_bits", "size", "snr", "kl", "low_rank", "lanes", "slices", "shard_size", "report")
+    ),
     **{name: [] for name in ("keep", "include", "exclude", "calibration")},
     **dict.fromkeys(("all_files", "embeddings", "no_backward", "resume", "dry_run"), False),
     "align": "auto",
@@ -103,7 +105,7 @@ _NOT: dict[str, Any] = {
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
 LOSSY: dict[str, Any] = {
-    **dict.fromkeys(("calibrate", "rank", "cache", "measure", "report")),
+    **dict.fromkeys(("calibrate", "low_rank", "cache", "measure", "report")),
     **{name: [] for name in ("calibration", "keep")},
     **dict.fromkeys(("embeddings", "no_backward"), False),
     "tokens": 40960,
@@ -191,7 +193,6 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
     argument(lossy, "--low-rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
-    argument(lossy, "--rank N", RANKED, type=number("auto", 0, "a number of 0 or more"))
     argument(lossy, "--embeddings", "quantise embeddings and output layers too")
     about = "when done, KL and perplexity on this text, not the one above; auto: a part of the mix kept for it"
     argument(lossy, "--measure FILE|auto", about)
@@ -224,6 +225,7 @@ def _add_ranks(p: argparse.ArgumentParser) -> None:
     """The arguments of a pack that many ranks share."""
     ranks = p.add_argument_group("many ranks", RANKS)
     argument(ranks, "--work DIR|URL", "the folder of the job: a path that all ranks see, or a URL of fsspec")
+    argument(ranks, "--rank N", RANKED, type=int)
     argument(ranks, "--world N", "how many ranks there are (default: 1)", type=int, default=1)
     argument(ranks, "--finish", "write OUT.rac: what no rank has done is done here")
     argument(ranks, "--lease SECONDS", LEASED, type=float, default=60.0)
@@ -231,10 +233,9 @@ def _add_ranks(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Pack, and say what came of it."""
-    args.number = args.rank or 0
-    args.rank = args.low_rank if args.work is not None or args.low_rank is not None else args.rank
-    if args.work is None and (args.finish or args.world != 1):
-        raise ValueError("--finish and --world are for ranks that share a folder: give --work too")
+    if args.work is None and (args.finish or args.world != 1 or args.rank is not None):
+        both = "give --work too (a part of low rank: --low-rank)"
+        raise ValueError(f"--finish, --world and --rank are for ranks that share a folder: {both}")
     if args.finish and not args.src:
         return _ended(args, None)
     if not args.src:
@@ -271,7 +272,7 @@ def _ranks(args: argparse.Namespace) -> int:
         raise ValueError(f"--work does not go with {', '.join(wrong)}")
     _asked(args)  # says what does not go together
     sizes = {name: parse_size(v) if (v := getattr(args, name)) else None for name in ("size", "shard_size")}
-    more = {"pickles": args.allow_pickle_weights, "backward": not args.no_backward, **sizes}
+    more = {"pickles": args.allow_pickle_weights, "backward": not args.no_backward, "rank": args.low_rank, **sizes}
     given = vars(args) | more | {"calibration": args.calibration or None}
     asked = Asked.of({k: v for k, v in given.items() if v is not None})
     return _ended(args, asked) if args.finish else share(args, asked)
@@ -451,7 +452,9 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     if not calibration.texts and (args.context != CONTEXT or args.no_backward):
         raise ValueError("--context and --no-backward say how a model reads a text: give one with --calibrate")
     calibration = replace(calibration, context=args.context, backward=not args.no_backward, device=args.device)
-    return options, Lossy(budget, calibration, args.effort, tuple(args.keep), args.align, args.rank, args.embeddings)
+    return options, Lossy(
+        budget, calibration, args.effort, tuple(args.keep), args.align, args.low_rank, args.embeddings
+    )
 
 
 def _ready(args: argparse.Namespace) -> None:

@@ -30,16 +30,16 @@ no clocks (docs/cluster.md).
 
 def share(args: argparse.Namespace, asked: Asked) -> int:
     """Do what a rank has to do."""
-    start = time.monotonic()
+    start, rank = time.monotonic(), args.rank or 0
     with Steps() as steps:
         how = _how(args, steps, asked.lossy)
-        done = pack_rank(args.src, args.work, asked, rank=args.number, world=args.world, how=how)
+        done = pack_rank(args.src, args.work, asked, rank=rank, world=args.world, how=how)
     left = done.items - done.done
     what = (
         f"{left} items are still in the hands of others" if left else "all is done, rac pack --finish writes the file"
     )
-    say(f"rank {args.number} of {args.world}: {what}; {clock(time.monotonic() - start)}")
-    tell({"rank": args.number, "world": args.world, **asdict(done), "seconds": time.monotonic() - start})
+    say(f"rank {rank} of {args.world}: {what}; {clock(time.monotonic() - start)}")
+    tell({"rank": rank, "world": args.world, **asdict(done), "seconds": time.monotonic() - start})
     return 0
 
 

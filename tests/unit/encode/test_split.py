@@ -322,9 +322,9 @@ def test_asked_for_at_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "calibrate", lambda *_, **__: found)
     start = [str(tmp_path / "m.safetensors"), "--calibrate", str(tmp_path / "text"), "--effort", "fast"]
     for name, more, asked in (
-        ("rank", ["--rank", "2"], {"rank": 2}),
+        ("rank", ["--low-rank", "2"], {"rank": 2}),
         ("pca", ["--align", "pca"], {"align": "pca"}),
-        ("auto", ["--align", "auto", "--rank", "auto"], {}),
+        ("auto", ["--align", "auto", "--low-rank", "auto"], {}),
     ):
         out = tmp_path / f"{name}.rac"
         assert cli.main(["pack", *start, "-o", str(out), "--bits", "5", "--cache", "none", *more]) == 0
@@ -336,10 +336,10 @@ def test_asked_for_at_the_command_line(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "n.rac").read_bytes() == data
         assert {f.rank for f in done.fidelity} == {asked.get("rank", 0)}
         assert {f.alignment for f in done.fidelity} == {asked.get("align", "triangular")}
-    for wrong in (["--rank", "x"], ["--rank", "-1"], ["--align", "none"]):
+    for wrong in (["--low-rank", "x"], ["--low-rank", "-1"], ["--align", "none"]):
         with pytest.raises(SystemExit):
             cli.main(["pack", *start, "-o", str(out), "--bits", "5", *wrong])
-    assert cli.main(["pack", start[0], "-o", str(out), "--force", "--rank", "2"]) != 0
+    assert cli.main(["pack", start[0], "-o", str(out), "--force", "--low-rank", "2"]) != 0
     assert "--bits" in capsys.readouterr().err
 
 
