@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _stopped(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _rank(pack: Sequence[str], world: int, rank: int) -> list[str]:
@@ -159,4 +164,5 @@ def slurm(args: argparse.Namespace, pack: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stopped)  # as Ctrl-C does, it stops the ranks too
     sys.exit(main())

@@ -143,3 +143,34 @@ def test_a_cluster_of_ray_one_worker_killed(model, alone, tmp_path, monkeypatch)
         ray.shutdown()
     assert killed
     assert out.read_bytes() == alone
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks for processes in /proc")
+def test_a_launcher_that_is_stopped_stops_its_ranks(tmp_path):
+    rng = np.random.default_rng(1)
+    src, work = tmp_path / "m.safetensors", tmp_path / "work"
+    save_file({f"w{i}": rng.standard_normal((1024, 1024)).astype(np.float32) for i in range(8)}, src)
+
+    def ranks() -> list[str]:
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/cmdline", "rb") as f:
+                    line = f.read()
+            except OSError:
+                continue
+            found += [pid] if str(work).encode() in line and b"rac.cli" in line else []
+        return found
+
+    argv = ["local", "--workers", "2", str(src), "-o", str(tmp_path / "m.rac"), *BITS[:-1], "max", "--work", str(work)]
+    process = subprocess.Popen([sys.executable, "-m", "rac.launch", *argv, "-q"], stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while len(ranks()) < 2 or not (work / "ranks").is_dir():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    while ranks():
+        assert time.monotonic() < until + 60
+        time.sleep(0.02)
+    assert not (tmp_path / "m.rac").exists()
