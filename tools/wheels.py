@@ -57,7 +57,7 @@ NEEDED = {
 }
 """Libraries that kernels may need, by the first part of the platform."""
 CALLED = {
-    *("malloc", "calloc", "realloc", "free", "memcpy", "memmove", "memset", "memcmp", "bzero"),
+    *("malloc", "calloc", "realloc", "free", "memcpy", "memmove", "memset", "memcmp", "bzero", "bcmp"),
     *("sqrt", "sqrtf", "frexp", "ldexp", "ldexpf", "rint", "rintf", "nearbyint", "nearbyintf", "floor", "floorf"),
     *("sysctlbyname", "memset_pattern16", "__bzero", "_availability_version_check", "dyld_stub_binder"),  # of macOS
     *("__memset_chk", "__memcpy_chk", "__memmove_chk"),  # the same, as headers of macOS call them

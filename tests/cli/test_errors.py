@@ -53,6 +53,7 @@ COMMANDS = {
     "generate": "generate {file} Once",
     "push": "push {file} org/name --dry-run",
     "perplexity": "perplexity {file} --text {files}/text.txt",
+    "jobs": "jobs {file}",
     "hf": "pack {file} -o {out} --format hf",
 }
 

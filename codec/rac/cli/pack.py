@@ -239,7 +239,9 @@ def run(args: argparse.Namespace) -> int:
     if args.finish and not args.src:
         return _ended(args, None)
     if not args.src:
-        raise ValueError("SRC is an empty name" if args.src is not None else "name what is to be packed")
+        raise ValueError(
+            "SRC is an empty name" if args.src is not None else "name what is to be packed (see `rac pack --help`)"
+        )
     if args.output is None:
         args.output = _usual(args.src, args.format)
     if args.recipe == NAMES[0]:

@@ -416,7 +416,7 @@ def test_forward_alone(saved):
 def test_second_call_reads_the_cache(saved, tmp_path, monkeypatch):
     folder = saved(llama)
     first, _ = run(folder, cache=tmp_path / "cache")
-    monkeypatch.setattr(calibration_stream, "stream", None)
+    monkeypatch.setattr(calibration_stream, "find", None)
     second, said = run(folder, cache=tmp_path / "cache")
     equal(first, second, 0)
     assert not said and not list((tmp_path / "cache" / first.digest).glob("hidden-*"))
