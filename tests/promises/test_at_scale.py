@@ -6,7 +6,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from rac.container import writer
 from rac.decode import slices, unpack
 from rac.encode import record, schedule
 from rac.encode.code import lanes, plan
+from support.memory import peak
 
 MB = 1_000_000
 
@@ -76,15 +76,6 @@ def test_a_large_tensor_is_the_same_bytes_in_pieces(tmp_path, request, level):
     rac.unpack(tmp_path / "m.rac", tmp_path / "out", threads=3)
     assert digests(tmp_path / "out") == want
     assert {p.name for p in tmp_path.iterdir()} == {"m", "m.rac", "held.rac", "out"}
-
-
-def peak(work) -> int:
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path, large_from_2_mb, monkeypatch):

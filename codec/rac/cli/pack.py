@@ -35,11 +35,10 @@ from rac.dequantise import Dequantised, stated_in
 from rac.encode import workers
 from rac.encode.align.recipe import Recipe
 from rac.encode.allocate.budget import read_text
-from rac.encode.allocate.texts import calibration_for
 from rac.encode.asked import Asked
 from rac.encode.encoded import Fidelity
 from rac.encode.estimate import Estimate, estimate
-from rac.encode.options import CONTEXT, DEVICES, GOALS, Budget, Hooks, Lossy, PackOptions, one_goal
+from rac.encode.options import CONTEXT, DEVICES, GOALS, Hooks, Lossy, PackOptions, one_goal
 from rac.encode.pack import PIPE, ByTrellis, Packer, Summary
 from rac.encode.sources import Source, open_source, ready
 from rac.encode.sources.safetensors import parse_json
@@ -273,10 +272,7 @@ def _ranks(args: argparse.Namespace) -> int:
     if wrong := [option for option, there in given.items() if there]:
         raise ValueError(f"--work does not go with {', '.join(wrong)}")
     _asked(args)  # says what does not go together
-    sizes = {name: parse_size(v) if (v := getattr(args, name)) else None for name in ("size", "shard_size")}
-    more = {"pickles": args.allow_pickle_weights, "backward": not args.no_backward, "rank": args.low_rank, **sizes}
-    given = vars(args) | more | {"calibration": args.calibration or None}
-    asked = Asked.of({k: v for k, v in given.items() if v is not None})
+    asked = _given(args)
     return _ended(args, asked) if args.finish else share(args, asked)
 
 
@@ -432,31 +428,31 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     """What the arguments ask for; None: a lossless pack."""
     if args.jobs is not None and args.jobs < 1:
         raise ValueError("--jobs must be at least 1")
-    shard_size = None if args.shard_size is None else parse_size(args.shard_size)
-    whole = None if args.size is None else parse_size(args.size)
-    goals = {"--bits": args.bits, "--file-bits": args.file_bits, "--size": whole, "--snr": args.snr, "--kl": args.kl}
-    lossy = any(v is not None for v in goals.values())
-    if lossy:
+    asked = _given(args)
+    goals = {f"--{name.replace('_', '-')}": getattr(asked, name) for name in GOALS}
+    if asked.lossy:
         one_goal(goals)
     elif given := [
         f"--{name.replace('_', '-')}" for name, usual in LOSSY.items() if getattr(args, name) not in (usual, ["none"])
     ]:
         raise ValueError(f"{', '.join(given)}: for lossy packing; give one of {', '.join(goals)} too")
     _ready(args)
-    jobs = threads_of(args.jobs, most=None if lossy else workers.THREADS)
-    settings = {"include": args.include, "exclude": args.exclude}
-    cut, many = (args.lanes, args.slices, shard_size), lossy and jobs > workers.THREADS
-    options = PackOptions(args.level, jobs, *cut, args.resume, args.force, many, settings)
-    if not lossy:
-        return options, None
-    budget = Budget(args.bits, args.file_bits, whole, args.snr, args.kl)
-    calibration = calibration_for(args.calibrate, args.src, args.tokens, cache(args.cache), tuple(args.calibration))
-    if not calibration.texts and (args.context != CONTEXT or args.no_backward):
+    jobs = threads_of(args.jobs, most=None if asked.lossy else workers.THREADS)
+    many = asked.lossy and jobs > workers.THREADS
+    options = asked.options(jobs=jobs, resume=args.resume, force=args.force, processes=many)
+    request = asked.request(args.src, cache(args.cache))
+    if request and not request.calibration.texts and (args.context != CONTEXT or args.no_backward):
         raise ValueError("--context and --no-backward say how a model reads a text: give one with --calibrate")
-    calibration = replace(calibration, context=args.context, backward=not args.no_backward, device=args.device)
-    return options, Lossy(
-        budget, calibration, args.effort, tuple(args.keep), args.align, args.low_rank, args.embeddings
-    )
+    return options, request
+
+
+def _given(args: argparse.Namespace) -> Asked:
+    """What decides about bytes among the arguments."""
+    sizes = {name: parse_size(v) for name in ("size", "shard_size") if (v := getattr(args, name)) is not None}
+    more = {"pickles": args.allow_pickle_weights, "backward": not args.no_backward, "rank": args.low_rank, **sizes}
+    more |= {"calibration": args.calibration or None}
+    more |= {"calibrate": "none"} if args.calibrate == ["none"] else {}
+    return Asked.of({k: v for k, v in (vars(args) | more).items() if v is not None})
 
 
 def _ready(args: argparse.Namespace) -> None:

@@ -13,28 +13,14 @@ from rac.container.zstd import Digest, xxh3
 from rac.encode.code.plan import LARGE
 from rac.encode.encoded import Bytes, Encoded
 from rac.errors import ChecksumError, FormatError
+from rac.ranks.store import Told
 from rac.records import Entry, Units
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
 
-class _End:
-    """A stream, and the digest of what was written behind a place."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self.digest, self.size = stream, Digest(), 0
-
-    def write(self, data: Any) -> None:
-        self._stream.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
 def write(stream: BinaryIO, encoded: Iterable[Encoded], provenance: Mapping[str, Any]) -> tuple[int, str]:
     """An archive of tensors and their objects; its size, and the digest in hexadecimal of what it ends with."""
-    out = _End(stream)
+    out = Told(stream)
     writer, there, content = PipeWriter(cast(BinaryIO, out), "<records>"), set[str](), list[list[Any]]()
     writer.start({"features": [], "metadata": {}, "provenance": dict(provenance)})
     for e in encoded:

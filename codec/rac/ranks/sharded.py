@@ -32,7 +32,7 @@ from rac.errors import OutputError, RacError, SourceError
 from rac.ranks.crew import Crew, Made, Plan
 from rac.ranks.lease import parsed
 from rac.ranks.stage import Item, Marker, Stage
-from rac.ranks.store import Disk, Store, fetched
+from rac.ranks.store import Disk, Store, Told, fetched
 
 Row = list[Any]
 
@@ -109,23 +109,10 @@ def _uploaded(store: Store, folder: Folder, name: str, far: str) -> Row:
     return [name, f.size, f.digest.value().hex(), far]
 
 
-class _Told:
-    """A stream that knows the digest of what went through it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self.digest, self.size = stream, Digest(), 0
-
-    def write(self, data: Any) -> int:
-        self._stream.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-
 @contextlib.contextmanager
-def _written(store: Store, name: str) -> Iterator[_Told]:
+def _written(store: Store, name: str) -> Iterator[Told]:
     with store.writing(name) as f:
-        yield _Told(f)
+        yield Told(f)
 
 
 class _SharedPasses(passes.Passes):

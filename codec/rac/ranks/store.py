@@ -16,10 +16,29 @@ from typing import Any, BinaryIO, Protocol
 
 from rac.container.access import Access, FileAccess, guarded, read
 from rac.container.remote import open_url, system
+from rac.container.zstd import Digest
 from rac.errors import OutputError, RacError, SourceError
 
 PIECE = 1 << 24
 AT_ONCE = 16  # small files that are asked for at once
+
+
+class Told:
+    """A stream that knows the size and the digest of what went through it; a new digest may be begun in between."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.digest, self.size = stream, Digest(), 0
+
+    def write(self, data: Any) -> int:
+        """Write all of it; its length."""
+        self._stream.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """As of the stream."""
+        self._stream.flush()
 
 
 class Store(Protocol):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
 
@@ -12,6 +10,7 @@ from rac.encode.quantise import tensor, trellis
 from rac.encode.quantise.trellis import Effort, Scales, quantise
 from rac.linalg.triangular import blocks, damped, triangular
 from rac.native.product import cholesky
+from support.memory import peak
 
 
 def normal(seed, *shape):
@@ -21,15 +20,6 @@ def normal(seed, *shape):
 def second(n, tokens):
     x = normal(n, tokens, n) * np.geomspace(1, 9, n, dtype=np.float32)
     return x.T @ x / np.float32(tokens)
-
-
-def peak(work):
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def test_a_factor_takes_nine_bytes_for_each_number_and_half_of_it_when_it_is_done():

@@ -95,7 +95,6 @@ def _cut(g: ties.Group, a: Aligned) -> tuple[ties.Group, Aligned, float]:
     """Some rows of a tensor, their alignment, and how many rows each stands for; all where rows need one another."""
     t = g.tensor
     rows, cols = matrix(t.dtype, t.shape, axis_of(t.shape))
-    among = a.layer is not None and (a.layer.transposed or bool(a.layer.experts))
     count = max(FEWEST, rows // SHARE)
     among = a.layer is not None and (a.layer.transposed or bool(a.layer.experts))
     if among or a.rank or a.basis is not None or t.online or a.energies is None or 2 * count > rows:
