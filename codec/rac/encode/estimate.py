@@ -14,9 +14,9 @@ import numpy as np
 from rac.calibrate.layers import Layer
 from rac.encode import record, ties, workers
 from rac.encode.align.choose import choose
-from rac.encode.align.recipe import Recipe, calibrated, check_keep, data_free, quantisable
+from rac.encode.align.recipe import SHARE, Recipe, calibrated, check_keep, data_free, quantisable
 from rac.encode.allocate.budget import Search
-from rac.encode.allocate.few import LEAST, SHARE
+from rac.encode.allocate.few import LEAST
 from rac.encode.code.plan import axis_of
 from rac.encode.options import Budget, Lossy, PackOptions
 from rac.encode.quantise.tensor import encode, size_of

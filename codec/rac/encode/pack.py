@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from rac.container.access import ChangedError
 from rac.container.writer import PipeWriter, Writer
 from rac.decode.unpack import quantised, usual_headers
 from rac.encode import record, resume, ties, workers
-from rac.encode.align.recipe import Recipe, check_keep
+from rac.encode.align.recipe import Ask, Recipe, Sample, Seen, check_keep, look
 from rac.encode.allocate.budget import Search, read_text, recipe_for
 from rac.encode.asked import Asked
 from rac.encode.encoded import Encoded, Fidelity, Kept
@@ -35,7 +35,7 @@ from rac.encode.reasons import Lossless, reasons
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, ready
 from rac.errors import OutputError, RacError, SourceError
-from rac.machine import threads_of
+from rac.machine import room, threads_of
 from rac.provenance import Provenance, frame_name, header_name, state
 from rac.records import Entry, Limits
 from rac.registry import RECORD_ATTACHMENT
@@ -263,7 +263,7 @@ class Packer(contextlib.ExitStack):
         named: str | Given = os.fspath(src) if isinstance(src, str | os.PathLike) else ""
         if self._source.every:
             named = Given.of(os.fspath(named), self._source.every)
-        recipe = replace(recipe_for(self._groups, named, request, note, self._once), coder=options.coder)
+        recipe = replace(recipe_for(self._groups, named, request, note, self._once, self._look), coder=options.coder)
         recipe = replace(recipe, lossless=options.lossless)
         before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
         if (scale := before.scale(recipe.about, options.level)) is not None:
@@ -277,6 +277,11 @@ class Packer(contextlib.ExitStack):
     def _once(self, calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
         """What a calibration finds, which takes long."""
         return calibration()
+
+    def _look(self, asked: Sequence[Sequence[Ask]], sample: Sample) -> Iterable[Seen]:
+        """What tensors say of how they are quantised, in any order."""
+        jobs = ((max(workers.taken(*one) for one in some), (some, sample)) for some in asked)
+        return (seen for found in workers.run(self._pool, look, jobs, room()) for seen in found)
 
     def _search(self, recipe: Recipe) -> Search:
         """The search for the common scale of a recipe, which keeps what it makes."""

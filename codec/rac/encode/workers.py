@@ -17,10 +17,13 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from rac.calibrate.layers import Layer
 from rac.encode.align.recipe import Recipe
+from rac.encode.code.plan import axis_of
 from rac.encode.sources import SourceTensor
 from rac.encode.worker_begin import begin
 from rac.errors import OutputError
+from rac.grid import matrix
 
 T = TypeVar("T")
 THREADS = 8  # jobs up to which threads are as good as processes
@@ -63,12 +66,16 @@ def only(recipe: Recipe, name: str) -> Recipe:
 
 def need(t: SourceTensor, recipe: Recipe) -> int:
     """About the bytes that quantising a tensor takes while it lasts."""
-    a = recipe.aligned[t.name]
-    if a.layer is None:
+    return taken(t, recipe.aligned[t.name].layer)
+
+
+def taken(t: SourceTensor, layer: Layer | None) -> int:
+    """About the bytes that any work on a tensor takes, of whose inputs so much is known, while it lasts."""
+    if layer is None:
         return PER_WEIGHT * math.prod(t.shape)
-    each = max(1, len(a.layer.experts))
-    inputs = len(a.scales.rows) // each if a.layer.transposed else len(a.scales.cols)
-    each_number = (PER_ROWS if a.layer.transposed else PER_MOMENT) + 8 * (each - 1)
+    each, (rows, cols) = max(1, len(layer.experts)), matrix(t.dtype, t.shape, axis_of(t.shape))
+    inputs = rows // each if layer.transposed else cols
+    each_number = (PER_ROWS if layer.transposed else PER_MOMENT) + 8 * (each - 1)
     return PER_WEIGHT * math.prod(t.shape) + each_number * inputs**2
 
 

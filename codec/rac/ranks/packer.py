@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from rac.calibrate.layers import Layers
 from rac.encode import record, ties, workers
-from rac.encode.align.recipe import Recipe
+from rac.encode.align.recipe import Ask, Recipe, Sample, Seen, look
 from rac.encode.allocate.budget import Search
 from rac.encode.code.plan import LARGE, Level
 from rac.encode.encoded import Encoded, Fidelity, Spool
@@ -23,7 +23,8 @@ from rac.errors import RacError
 from rac.ranks.crew import Crew, Made, Plan, Work
 from rac.ranks.learned import Learned
 from rac.ranks.records import Records
-from rac.ranks.stage import Item, Marker, Stage
+from rac.ranks.stage import Home, Item, Marker, Stage
+from rac.ranks.units import homes_of, seen_of, told
 
 T = TypeVar("T")
 HEADS = 512  # bytes of a record beside its units, about, where a budget of the whole file is divided
@@ -93,6 +94,11 @@ def _sampled(groups: Sequence[ties.Group], recipes: Sequence[Recipe]) -> Made:
     """What a sample comes to, of which no records are left."""
     every = zip(groups, recipes, strict=True)
     return Made([_row(encode(g, recipe, measured=False), sampled=True) for g, recipe in every])
+
+
+def _seen(asked: Sequence[Ask], sample: Sample) -> Made:
+    """What tensors say of how they are quantised."""
+    return Made([told(seen) for seen in look(asked, sample)])
 
 
 def _measured(encoded: Sequence[Encoded], tensors: Sequence[SourceTensor], recipes: Sequence[Recipe]) -> Made:
@@ -197,6 +203,7 @@ class RankPacker(Packer):
         self._crew, self._gathered = crew, Gathered(crew)
         self._lossless = self._lossy = self._gathered  # type: ignore[assignment]
         folder = self.enter_context(tempfile.TemporaryDirectory(prefix="rac-ranks-"))
+        self._homes: Mapping[str, Home] = {}
         self._learned, self._folder = Learned(crew, folder, self._threads), folder
         self.callback(self._gathered.close)
 
@@ -221,6 +228,22 @@ class RankPacker(Packer):
 
     def _once(self, calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
         return self._learned.once(calibration)
+
+    def _look(self, asked: Sequence[Sequence[Ask]], sample: Sample) -> Iterable[Seen]:
+        layers = {t.name: layer for some in asked for t, layer in some}
+        self._homes = homes_of(asked)
+        parts = [[ties.Group(t, (), {}) for t, _ in some] for some in asked]
+        stage = Stage.parted("units", "choosing units", parts, self._homes)
+
+        def given(item: Item) -> list[Ask]:
+            return [(g.tensor, layers[g.tensor.name]) for g in item.groups]
+
+        def work(item: Item) -> Work:
+            return _seen, (given(item), sample)
+
+        need = lambda item: max(workers.taken(*ask) for ask in given(item))  # noqa: E731
+        markers = self._crew.do(Plan(stage, work, need, self._pool))
+        return [seen_of(row) for number in range(len(stage.items)) for row in markers[number].rows]
 
     def _search(self, recipe: Recipe) -> Search:
         note, shared = self._hooks.note, {"plan": self._tries, "gathered": self._gathered}
@@ -247,7 +270,7 @@ class RankPacker(Packer):
             given = item.groups, _only(item, recipe)
             return (_sampled, given) if kind == "sample" else (_quantised, (*given, kind == "measured"))
 
-        return Plan(Stage.of(key, "", groups), work, lambda item: _need(item, recipe), self._pool)
+        return Plan(Stage.of(key, "", groups, self._homes), work, lambda item: _need(item, recipe), self._pool)
 
     def _last(self, recipe: Recipe | None) -> Iterator[Plan]:
         """What is done when the scale is known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,15 @@ FEW = 512  # of so many equal parts of a stage an item is one at least
 
 
 @dataclass(frozen=True, slots=True)
+class Home:
+    """Items that one rank does in every stage: what they share takes long to find, and is kept where it was found."""
+
+    number: int
+    cost: int
+    """What all of the work on them takes, in dense bytes of other items, about."""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """Work that one rank does at once."""
 
@@ -24,6 +33,7 @@ class Item:
     groups: tuple[ties.Group, ...]
     size: int
     """Dense bytes, which stand for the time that it takes."""
+    home: Home | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +47,23 @@ class Stage:
     items: tuple[Item, ...]
 
     @classmethod
-    def of(cls, key: str, what: str, groups: Sequence[ties.Group]) -> Stage:
-        """Tensors in their order; small ones that follow each other are one item."""
-        least = min(MOST, sum(g.tensor.nbytes for g in groups) // FEW)
-        items, held, size = list[Item](), list[ties.Group](), 0
-        for g in groups:
-            if held and size + g.tensor.nbytes > least:
-                items.append(Item(len(items), tuple(held), size))
-                held, size = [], 0
-            held.append(g)
-            size += g.tensor.nbytes
-        if held:
-            items.append(Item(len(items), tuple(held), size))
+    def of(cls, key: str, what: str, groups: Sequence[ties.Group], homes: Mapping[str, Home] = {}) -> Stage:
+        """Tensors in their order; small ones that follow each other are one item. `homes` are by name."""
+        return cls.parted(key, what, [(g,) for g in groups], homes)
+
+    @classmethod
+    def parted(
+        cls, key: str, what: str, parts: Iterable[Sequence[ties.Group]], homes: Mapping[str, Home] = {}
+    ) -> Stage:
+        """Tensors some of which belong together; small parts that follow each other are one item."""
+        every = [(tuple(part), sum(g.tensor.nbytes for g in part), homes.get(part[0].tensor.name)) for part in parts]
+        least = min(MOST, sum(size for _, size, _ in every) // FEW)
+        items, held, at = list[Item](), list[ties.Group](), 0
+        for part, size, home in every:
+            if held and (home is not None or items[-1].home is not None or at + size > least):
+                held, at = [], 0
+            items[len(items) - bool(held) :] = [Item(len(items) - bool(held), (*held, *part), at + size, home)]
+            held, at = [*held, *part], at + size
         return cls(key, what, tuple(items))
 
     @property
@@ -61,13 +76,17 @@ class Stage:
         return named(self.key, item.number, ending)
 
     def deal(self, world: int) -> list[list[Item]]:
-        """The items of each rank: the largest first, each to the rank that has least so far."""
+        """The items of each rank: the largest first, each to the rank that has least so far; of one home together."""
         out: list[list[Item]] = [[] for _ in range(world)]
         loads = [(0, rank) for rank in range(world)]
-        for item in sorted(self.items, key=lambda i: (-i.size, i.number)):
+        together: dict[tuple[int, int], list[Item]] = {}
+        for item in self.items:
+            together.setdefault((0, item.home.number) if item.home else (1, item.number), []).append(item)
+        # homes first: whatever else is in a stage, they are dealt alike
+        for _, items in sorted(together.items(), key=lambda one: (one[0][0], -_cost(one[1]), one[0][1])):
             load, rank = heapq.heappop(loads)
-            out[rank].append(item)
-            heapq.heappush(loads, (load + item.size, rank))
+            out[rank] += items
+            heapq.heappush(loads, (load + _cost(items), rank))
         return out
 
     def order(self, world: int, rank: int | None) -> list[Item]:
@@ -78,6 +97,11 @@ class Stage:
         most = max(map(len, others), default=0)
         rest = (share[len(share) - 1 - i] for i in range(most) for share in others if i < len(share))
         return [*mine, *rest]
+
+
+def _cost(items: Sequence[Item]) -> int:
+    """What the work on items of one home, or on one item, takes."""
+    return items[0].home.cost if items[0].home else items[0].size
 
 
 def named(key: str, number: int, ending: str) -> str:

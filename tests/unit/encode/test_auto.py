@@ -100,11 +100,11 @@ def test_what_is_learned_from_texts_of_no_kind_counts_less(folder, tmp_path, mon
     (tmp_path / "x.txt").write_text("A text that somebody has named. " * 400)
     seen = []
 
-    def calibrated(groups, layers, keep, effort, embeddings, sample, missing):
+    def composed(of, layers, effort, sample, missing):
         seen.append(sample.damp)
-        return recipe.calibrated(groups, layers, keep, effort, embeddings, sample, missing)
+        return recipe.composed(of, layers, effort, sample, missing)
 
-    monkeypatch.setattr(budget, "calibrated", calibrated)
+    monkeypatch.setattr(budget, "composed", composed)
     for given in ("auto", "self", str(tmp_path / "x.txt"), ["auto", str(tmp_path / "x.txt")]):
         rac.pack(folder, tmp_path / "m.rac", **FAST, calibrate=given, cache=str(tmp_path / "cache"), force=True)
     assert seen == [recipe.GENERAL_DAMP, recipe.DAMP, recipe.DAMP, recipe.DAMP]

@@ -101,7 +101,7 @@ def test_what_needs_all_its_rows_keeps_them(sampled):
     a = calibrated.aligned["a.weight"]
     turned = replace(a, layer=replace(a.layer, transposed=True))
     experts = replace(a, layer=replace(a.layer, experts=(known(), known())))
-    for other in (turned, experts, replace(a, rank=2), replace(a, energies=None)):
+    for other in (turned, experts, replace(a, rank=2), replace(a, few=None)):
         some = sampling.few(groups, replace(calibrated, aligned=dict(calibrated.aligned) | {"a.weight": other}))
         assert some.groups[0] is groups[0]
         assert some.groups[1] is not groups[1]

@@ -14,6 +14,7 @@ import rac
 from rac import cli
 from rac.calibrate import passes
 from rac.errors import SourceError
+from rac.linalg.triangular import triangular
 from rac.ranks import Asked, How, finish, pack_rank
 from support.models import TEXT, write
 
@@ -62,6 +63,27 @@ def test_a_calibrated_pack_has_the_bytes_of_one_machine(folder, asked, alone, tm
     work = f"{url}{tmp_path}/work"
     pack_rank(folder / "m", work, asked, rank=1, world=2, how=QUICK)
     finish(work, tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone
+
+
+def test_each_factor_is_found_by_one_rank(folder, asked, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr("rac.ranks.units.WIDE", 1)
+    monkeypatch.setattr("rac.linalg.factors.SMALLEST", 1)
+    work, found = tmp_path / "work", multiprocessing.get_context("fork").Value("i", 0)
+
+    def counted(*given):
+        with found:
+            found.value += 1
+        return triangular(*given)
+
+    monkeypatch.setattr("rac.encode.align.recipe.triangular", counted)
+    pack_rank(folder / "m", work, asked, how=QUICK)
+    rows = [row for p in work.glob("units/*.json") for row in json.loads(p.read_text())["rows"]]
+    quantised = [row for row in rows if not row[1]]
+    assert 0 < found.value < len(quantised)  # query, key and value share one: it is found once, and not for each pass
+    before = found.value
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    assert found.value == before  # neither weights nor second moments are looked at again
     assert (tmp_path / "m.rac").read_bytes() == alone
 
 

@@ -22,7 +22,7 @@ from rac.errors import BudgetError, OutputError, SourceError
 from rac.ranks import Asked, How, finish, look, open_store, pack_rank
 from rac.ranks import packing as ranks_packing
 from rac.ranks.lease import Heart, Watch, file_of
-from rac.ranks.stage import Marker, Stage
+from rac.ranks.stage import Home, Marker, Stage
 from rac.ranks.store import Disk, Far
 
 ASKED = {
@@ -209,6 +209,30 @@ def test_the_largest_items_are_dealt_first():
     assert len(Stage.of("s", "", many).items) < 700  # small ones together
 
 
+def test_what_shares_a_factor_is_dealt_to_one_rank_in_every_stage():
+    from rac.encode.sources import SourceTensor
+    from rac.encode.ties import Group
+
+    def group(name, n):
+        return Group(SourceTensor(name, "U8", (n,), np.zeros(n, np.uint8)), (), {})
+
+    inputs = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+    homes = {name: Home(i, 1000 * 3**i) for i, names in enumerate(inputs) for name in names}
+    groups = [group(name, 100 + i) for i, name in enumerate(["down", "gate", "k", "norm", "o", "q", "up", "v", "bias"])]
+    by_name = {g.tensor.name: g for g in groups}
+    looks = Stage.parted("units", "", [[by_name[name] for name in names] for names in inputs], homes)
+    assert [[g.tensor.name for g in item.groups] for item in looks.items] == inputs
+    tries = Stage.of("scale", "", groups, homes)
+    assert [len(item.groups) for item in tries.items] == [1] * 9
+    for world in (1, 2, 3, 7):
+        dealt = [
+            [{g.tensor.name for item in share for g in item.groups} & homes.keys() for share in stage.deal(world)]
+            for stage in (looks, tries)
+        ]
+        assert dealt[0] == dealt[1]
+    assert max(len(item.groups) for item in Stage.of("", "", groups * 600).items) > 2  # without homes: together
+
+
 def test_a_rank_that_vanished_is_waited_for_as_long_as_its_lease(model, alone, tmp_path):
     work = tmp_path / "work"
     gone = Heart(Disk(str(work)), 5, lease=0.3)
@@ -368,7 +392,8 @@ def test_the_command_line_does_all_of_it(model, alone, tmp_path, capsys):
     assert cli.main(["jobs", work]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0] == f"{work}: {model} (bits 3.0, calibrate none)"
-    assert said[2].startswith("looking for the scale: 3.000 bits, pass 1")
+    assert said[2].startswith("choosing units")
+    assert said[3].startswith("looking for the scale: 3.000 bits, pass 1")
     assert said[-1].startswith("ended: rank 0 on ")
     out = tmp_path / "m.rac"
     assert cli.main(["pack", "--finish", "--work", work, "-o", str(out)]) == 0

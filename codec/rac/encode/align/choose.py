@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rac.align import pca
 from rac.container import zstd
 from rac.encode import ties
-from rac.encode.align.recipe import Aligned, Recipe, matrix_of
+from rac.encode.align.recipe import Aligned, Recipe, input_of, matrix_of
 from rac.encode.sources import SourceTensor
 from rac.encode.split.objects import HARM, Array, basis_of, inverse, share_of
 from rac.errors import BudgetError
@@ -40,22 +40,23 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
         for g in groups
         if (a := out.get(g.tensor.name)) and a.layer and not (a.layer.transposed or a.layer.experts or a.zeros)
     }
-    sharing: dict[bytes, dict[str, SourceTensor]] = {}  # tensors by their input
+    sharing: dict[str | bytes, dict[str, SourceTensor]] = {}  # tensors by their input
     for name, t in ({} if align == "triangular" else known).items():
-        a, second = out[name], np.ascontiguousarray(out[name].second())
+        a = out[name]
         if align == "identity":  # no steps of columns, no feedback; errors cost on average what they did
+            second = a.second()
             base = a.base + exact.middle(a.triangular().weight) - 0.5 * float(exact.log2(np.diag(second).mean()))
             flat = replace(a.scales, cols=np.zeros_like(a.scales.cols))
             out[name] = replace(a, base=base, scales=flat, alignment="identity")
         else:
-            sharing.setdefault(zstd.digest(second.view(np.uint8).reshape(-1).data), {})[name] = t
+            sharing.setdefault(_input(a), {})[name] = t
     for tensors in sharing.values():
         out |= _turned(tensors, out, recipe.states, rate if align == "auto" else None)
     for name, t in known.items():
         a = out[name]
         if a.alignment == "triangular" and rank != 0:
-            w = matrix_of(t)
-            out[name] = replace(a, rank=choose_rank(w, a, rate) if rank is None else min(rank, *w.shape))
+            most = min(len(a.scales.rows), len(a.scales.cols))
+            out[name] = replace(a, rank=choose_rank(matrix_of(t), a, rate) if rank is None else min(rank, most))
     size = 0
     for name, a in out.items():
         rows, cols = len(a.scales.rows), len(a.scales.cols)
@@ -63,6 +64,12 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
     if size > Limits().objects:
         raise BudgetError(f"matrices beside the tensors would take {size} bytes of memory, more than readers allow")
     return replace(recipe, aligned=out)
+
+
+def _input(a: Aligned) -> str | bytes:
+    """What tells the inputs of a tensor from others: what is known of them, or their numbers."""
+    assert a.layer is not None  # noqa: S101
+    return input_of(a.layer) or zstd.digest(np.ascontiguousarray(a.second()).view(np.uint8).reshape(-1).data)
 
 
 def choose_rank(w: NDArray[np.float32], a: Aligned, rate: float) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -48,6 +48,7 @@ SMALL, LARGE = (
 )  # largest magnitudes of a matrix that the scales of the format reach, and binary32 squares
 LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
 LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
+SHARE, FEWEST = 20, 64  # one row of so many stands for all, and how many do: a trellis that is too short costs more
 SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
 
 
@@ -78,7 +79,7 @@ class Aligned:
     basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
     zeros: float = 0.0  # share of zeros that stay zeros: no trellis then, no low-rank part, no basis; 0: they do not
     lossless: int | None = None  # bytes that it takes losslessly, about; None: nobody has counted yet
-    energies: NDArray[np.float64] | None = None  # (R,) mean squares of rows in units, but for a factor of all of them
+    few: NDArray[np.int64] | None = None  # rows that stand for all, where there are many (rac.encode.allocate.few)
 
     @property
     def name(self) -> str:
@@ -93,12 +94,11 @@ class Aligned:
     def triangular(self) -> Triangular:
         """The recursion of the columns, whose inputs are known; of each expert's rows where there are experts."""
         assert self.layer is not None  # noqa: S101
-        each, factors = self.layer.experts or (self.layer,), self.layer.factors
+        factors = self.layer.factors
         find = partial(self._found, "cpu" if factors is None else factors.device)
-        keys = [one.key for one in each]
-        if factors is None or not all(keys):
+        if factors is None or not (key := input_of(self.layer)):
             return find()
-        return factors.get(f"{self.damp!r} {' '.join(keys)}", find)
+        return factors.get(f"{self.damp!r} {key}", find)
 
     def _found(self, device: str) -> Triangular:
         assert self.layer is not None  # noqa: S101
@@ -187,27 +187,130 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) for p in patterns)
 
 
-def data_free(groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False) -> Recipe:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a tensor's own numbers, and those of its inputs, say of how it is quantised."""
+
+    name: str
+    why: str = ""  # what keeps it lossless
+    aligned: Aligned | None = None  # its units, but for its place among all tensors; the layer is left out
+    need: float | None = None  # bits where all count in full, but for a constant; None: nothing is known of its inputs
+
+
+Ask = tuple[SourceTensor, Layer | None]
+"""A tensor, and what calibration found of its inputs."""
+Look = Callable[[Sequence[Sequence[Ask]], Sample], Iterable[Seen]]
+"""What looks at tensors, those of one input together, here or on many machines; in any order."""
+INFINITE = "inputs or gradients"  # what holds NaN or infinity
+
+
+def look_here(asked: Sequence[Sequence[Ask]], sample: Sample) -> Iterable[Seen]:
+    """What tensors say, one after the other."""
+    return (seen for some in asked for seen in look(some, sample))
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What all tensors of a model said, in their order."""
+
+    seen: Mapping[str, Seen]  # of those that can be quantised
+    why: Mapping[str, str]  # what keeps the others lossless, by name
+    tables: frozenset[str]
+
+
+def looked(
+    groups: Sequence[ties.Group],
+    layers: Mapping[str, Layer],
+    keep: Sequence[str],
+    embeddings: bool = False,
+    sample: Sample = Sample(),
+    missing: Mapping[str, str] | None = None,
+    by: Look = look_here,
+) -> Looked:
+    """What all tensors that can be quantised say, `missing` as `calibrated` has it; one that is kept is not read."""
+    why = {g.tensor.name: _kept(g, keep, embeddings) for g in groups}
+    asked = [(g.tensor, layers.get(g.tensor.name)) for g in groups if not why[g.tensor.name]]
+    seen = {one.name: one for one in by(by_input(asked), sample)}
+    for one in seen.values():
+        if one.why == INFINITE:
+            raise SourceError(_infinite(one.name, groups))
+        part = (missing or {}).get(one.name)
+        odd = "buffers" if part == "buffers" else TABLES if part == "embeddings" and not embeddings else ""
+        why[one.name] = one.why or odd
+    tables = frozenset(g.tensor.name for g in groups if is_table(g.tensor))
+    return Looked({n: seen[n] for n, w in why.items() if not w}, {n: w for n, w in why.items() if w}, tables)
+
+
+def by_input(asked: Iterable[Ask]) -> list[list[Ask]]:
+    """Tensors of one input together, in the order of the first of them; each other one alone."""
+    out: dict[str | int, list[Ask]] = {}
+    for t, layer in asked:
+        key = input_of(layer) if layer else ""
+        out.setdefault(key or len(out), []).append((t, layer))
+    return [*out.values()]
+
+
+def input_of(layer: Layer) -> str:
+    """What tells the inputs of a layer from all others; empty where nothing short does."""
+    keys = [one.key for one in layer.experts or (layer,)]
+    return " ".join(keys) if all(keys) else ""
+
+
+def _kept(g: ties.Group, keep: Sequence[str], embeddings: bool) -> str:
+    """What keeps a tensor lossless by its names, type or size; empty where nothing does."""
+    if reason := kept(g.tensor, keep, embeddings):
+        return reason
+    return KEPT if any(_matches(name, keep) for name, _ in g.aliases) else ""
+
+
+def look(asked: Sequence[Ask], sample: Sample) -> list[Seen]:
+    """What tensors say."""
+    return [_look(t, layer, sample) for t, layer in asked]
+
+
+def _look(t: SourceTensor, layer: Layer | None, sample: Sample) -> Seen:
+    even = _even_of(t)
+    if isinstance(even, str):
+        return Seen(t.name, even)
+    shape = len(even.scales.rows), len(even.scales.cols)
+    if layer is None or not _fits(layer, shape):
+        return Seen(t.name, aligned=even)
+    if not layer.finite:
+        return Seen(t.name, INFINITE)
+    a = replace(even, layer=layer, damp=sample.damp)
+    by_row, by_col = _weights(a, layer, shape, sample.trust)
+    scales = lossy.Scales(exponents(by_row), exponents(by_col))
+    square, energies = _squares(_numbers(t), scales)
+    deviation = exact.middle(np.sqrt(np.maximum(square[square > 0], 1e-30)))
+    scales.cols[square == 0] = trellis.DEAD  # what is fed to columns of nothing but zeros would bring them to life
+    a = replace(a, base=deviation + _few(a.zeros), scales=scales, few=picked(energies), layer=None)
+    return Seen(t.name, aligned=a, need=deviation + exact.middle(by_row) + exact.middle(by_col))
+
+
+def _fits(layer: Layer, shape: tuple[int, int]) -> bool:
+    """Whether a layer is that of a matrix (R, C), not of another."""
+    inputs, outputs = shape[:: 1 if layer.transposed else -1]
+    inputs //= max(1, len(layer.experts)) if layer.transposed else 1
+    known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
+    return len(layer.second) == inputs and known
+
+
+def picked(energies: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    """Rows that stand for all: of rows in the order of their energies the middle one of every SHARE; None: too few."""
+    rows = len(energies)
+    if 2 * (count := max(FEWEST, rows // SHARE)) > rows:
+        return None
+    # a row's rate follows its energy
+    return np.sort(np.argsort(energies, kind="stable")[(2 * np.arange(count) + 1) * rows // (2 * count)])
+
+
+def data_free(
+    groups: Sequence[ties.Group], keep: Sequence[str], effort: str, embeddings: bool = False, by: Look = look_here
+) -> Recipe:
     """A recipe from the weights alone: units by the energies of columns and rows."""
-    why: dict[str, str] = {}
-    found = {t.name: even for t, even in _each(groups, keep, embeddings, why)}
-    return Recipe(found, *EFFORTS[effort], about={"calibrate": "none", "effort": effort}, why=why)
-
-
-def _each(
-    groups: Sequence[ties.Group], keep: Sequence[str], embeddings: bool, why: dict[str, str]
-) -> Iterator[tuple[SourceTensor, Aligned]]:
-    """Tensors that can be quantised, with units by their energies; `why` gets what keeps the others lossless."""
-    for g in groups:
-        t = g.tensor
-        if reason := kept(t, keep, embeddings):
-            why[t.name] = reason
-        elif any(_matches(name, keep) for name, _ in g.aliases):
-            why[t.name] = KEPT
-        elif isinstance(even := _even_of(t), str):
-            why[t.name] = even
-        else:
-            yield t, even
+    of = looked(groups, {}, keep, embeddings, by=by)
+    found = {name: seen.aligned for name, seen in of.seen.items() if seen.aligned}
+    return Recipe(found, *EFFORTS[effort], about={"calibrate": "none", "effort": effort}, why=of.why)
 
 
 def _even_of(t: SourceTensor) -> Aligned | str:
@@ -236,7 +339,7 @@ def _even(t: SourceTensor, w: NDArray[np.float32]) -> Aligned | None:
     square /= np.square(trellis.power(scales.cols))
     finer = FINER if is_table(t) else 0.0
     base = 0.5 * float(exact.log2(square.mean(dtype=np.float64)))
-    return Aligned(base + _few(zeros) - finer, scales, zeros=zeros, energies=square.mean(1, dtype=np.float64))
+    return Aligned(base + _few(zeros) - finer, scales, zeros=zeros, few=picked(square.mean(1, dtype=np.float64)))
 
 
 def _zeros(w: NDArray[np.float32]) -> float:
@@ -278,46 +381,27 @@ def calibrated(
     `missing` are tensors that were not reached, to the part of the model that each is in: buffers stay lossless, as do
     embeddings under any name unless `embeddings` asks for them.
     """
-    found: dict[str, Aligned] = {}
-    needs: dict[str, tuple[float, int]] = {}
-    parts = missing or {}
-    why: dict[str, str] = {}
-    tables: set[str] = set()
-    for t, even in _each(groups, keep, embeddings, why):
-        if parts.get(t.name) == "buffers" or (parts.get(t.name) == "embeddings" and not embeddings):
-            why[t.name] = "buffers" if parts[t.name] == "buffers" else TABLES
-            continue
-        found[t.name], layer = even, layers.get(t.name)
-        tables |= {t.name} if is_table(t) else set()
-        if layer is None:
-            continue
-        shape = len(even.scales.rows), len(even.scales.cols)
-        inputs, outputs = shape[:: 1 if layer.transposed else -1]
-        inputs //= max(1, len(layer.experts)) if layer.transposed else 1
-        known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
-        if len(layer.second) != inputs or not known:  # a layer of another matrix
-            continue
-        if not layer.finite:
-            raise SourceError(_infinite(t.name, groups))
-        a = replace(even, layer=layer, damp=sample.damp)
-        by_row, by_col = _weights(a, layer, shape, sample.trust)
-        scales = lossy.Scales(exponents(by_row), exponents(by_col))
-        square, energies = _squares(_numbers(t), scales)
-        deviation = exact.middle(np.sqrt(np.maximum(square[square > 0], 1e-30)))
-        scales.cols[square == 0] = trellis.DEAD  # what is fed to columns of nothing but zeros would bring them to life
-        # bits, up to a constant, where all count in full
-        needs[t.name] = deviation + exact.middle(by_row) + exact.middle(by_col), math.prod(shape)
-        found[t.name] = replace(a, base=deviation + _few(a.zeros), scales=scales, energies=energies)
-    total = max(1, sum(n for _, n in needs.values()))
-    mean = math.fsum(need * n for need, n in needs.values()) / total  # the same in any order of the tensors
-    for name, (need, _) in needs.items():
+    return composed(looked(groups, layers, keep, embeddings, sample, missing), layers, effort, sample, missing)
+
+
+def composed(
+    of: Looked, layers: Mapping[str, Layer], effort: str, sample: Sample, missing: Mapping[str, str] | None = None
+) -> Recipe:
+    """The recipe of `calibrated` from what all tensors said."""
+    found = {name: seen.aligned for name, seen in of.seen.items() if seen.aligned}
+    needs = {name: seen.need for name, seen in of.seen.items() if seen.need is not None}
+    sizes = {name: len(found[name].scales.rows) * len(found[name].scales.cols) for name in needs}
+    total = max(1, sum(sizes.values()))
+    mean = math.fsum(need * sizes[name] for name, need in needs.items()) / total  # the same in any order of the tensors
+    for name, need in needs.items():
         more = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
-        found[name] = replace(found[name], base=found[name].base - more)
-    unreached = tuple(name for name in found if name not in needs and name not in tables)
-    unreached = tuple(name for name in unreached if parts.get(name) != "embeddings")
+        a = found[name]
+        found[name] = replace(a, base=a.base - more, layer=layers[name], damp=sample.damp)
+    parts = missing or {}
+    unreached = tuple(n for n in found if n not in needs and n not in of.tables and parts.get(n) != "embeddings")
     about = {"calibrate": "text", "effort": effort}
     mine = {name: parts.get(name, "the rest") for name in unreached}
-    return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine, why=why)
+    return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine, why=of.why)
 
 
 def _squares(w: NDArray[np.float32], scales: lossy.Scales) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

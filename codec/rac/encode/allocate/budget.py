@@ -22,7 +22,7 @@ from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
 from rac.encode.align.choose import choose
-from rac.encode.align.recipe import Recipe, Sample, calibrated, data_free
+from rac.encode.align.recipe import Look, Recipe, Sample, composed, data_free, look_here, looked
 from rac.encode.allocate.few import Few, few
 from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
@@ -68,7 +68,12 @@ def here(calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
 
 
 def recipe_for(
-    groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note = silent, once: Once = here
+    groups: Sequence[ties.Group],
+    path: str | Given,
+    request: Lossy,
+    note: Note = silent,
+    once: Once = here,
+    by: Look = look_here,
 ) -> Recipe:
     """The recipe that the request and the weights (and the calibration, if any) give, at common scale 0.
 
@@ -82,7 +87,7 @@ def recipe_for(
     failed: dict[str, str] = {}
     if c.any:
         try:
-            return _learned(groups, path, request, note, once)
+            return _learned(groups, path, request, note, once, by)
         except SourceError as e:
             if c.named or request.needs_texts:
                 raise
@@ -91,11 +96,13 @@ def recipe_for(
             note(why, 0, 0)
             if note is silent:
                 warnings.warn(why, stacklevel=2)
-    recipe = data_free(groups, request.keep, request.effort, request.embeddings)
+    recipe = data_free(groups, request.keep, request.effort, request.embeddings, by)
     return replace(recipe, about={**recipe.about, **request.about, **failed})
 
 
-def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note, once: Once) -> Recipe:
+def _learned(
+    groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note, once: Once, by: Look
+) -> Recipe:
     """The recipe that the calibration gives."""
     effort = request.effort
     found, used = _calibrations(groups, path, request.calibration, note, once)
@@ -104,7 +111,8 @@ def _learned(groups: Sequence[ties.Group], path: str | Given, request: Lossy, no
     every = (one.missing.items() for one in found if isinstance(one, Layers))
     missing = {name: part for one in every for name, part in one if name not in layers}
     sample = Sample.general() if request.calibration.general else Sample()
-    recipe = calibrated(groups, layers, request.keep, effort, request.embeddings, sample, missing)
+    of = looked(groups, layers, request.keep, request.embeddings, sample, missing, by)
+    recipe = composed(of, layers, effort, sample, missing)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used})

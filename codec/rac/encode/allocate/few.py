@@ -19,8 +19,6 @@ from rac.grid import matrix
 from rac.stages.trellis import Trellis
 from rac.stages.words import DTYPES
 
-SHARE = 20  # one row of so many
-FEWEST = 64  # rows of a tensor: a trellis that is too short costs more
 LEAST = (
     1 << 27
 )  # quantised weights from which on a sample is taken: that of fewer tells too little, and all take minutes
@@ -93,14 +91,11 @@ def few(groups: Sequence[ties.Group], recipe: Recipe) -> Few | None:
 
 def _cut(g: ties.Group, a: Aligned) -> tuple[ties.Group, Aligned, float]:
     """Some rows of a tensor, their alignment, and how many rows each stands for; all where rows need one another."""
-    t = g.tensor
+    t, at = g.tensor, a.few
     rows, cols = matrix(t.dtype, t.shape, axis_of(t.shape))
-    count = max(FEWEST, rows // SHARE)
     among = a.layer is not None and (a.layer.transposed or bool(a.layer.experts))
-    if among or a.rank or a.basis is not None or t.online or a.energies is None or 2 * count > rows:
+    if among or a.rank or a.basis is not None or t.online or at is None:
         return g, a, 1.0
-    # a row's rate follows its energy: of rows in that order the middle one of every SHARE
-    at = np.sort(np.argsort(a.energies, kind="stable")[(2 * np.arange(count) + 1) * rows // (2 * count)])
-    piece = SourceTensor(t.name, t.dtype, (count, cols), Rows(t, cols * DTYPES[t.dtype].itemsize, at))
-    part = replace(a, scales=lossy.Scales(a.scales.rows[at], a.scales.cols), lossless=None, energies=None)
-    return ties.Group(piece, (), {}), part, rows / count
+    piece = SourceTensor(t.name, t.dtype, (len(at), cols), Rows(t, cols * DTYPES[t.dtype].itemsize, at))
+    part = replace(a, scales=lossy.Scales(a.scales.rows[at], a.scales.cols), lossless=None, few=None)
+    return ties.Group(piece, (), {}), part, rows / len(at)
