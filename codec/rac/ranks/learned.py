@@ -1,4 +1,4 @@
-"""A calibration that one rank runs and all read: as files in the work folder, each what `Layers.save` writes."""
+"""Calibrations that all ranks read: what they have found together, or what one has, as `Layers.save` writes it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rac.calibrate.file import ABOUT, load
-from rac.calibrate.layers import Layers
+from rac.calibrate.layers import Layers, layers_of
 from rac.container.access import guarded
 from rac.container.zstd import digest
 from rac.encode.allocate.budget import OnText
 from rac.errors import RacError, SourceError
 from rac.ranks.crew import Crew, Made, Plan
+from rac.ranks.held import Held, alone
 from rac.ranks.stage import Item, Marker, Stage
 from rac.ranks.store import fetched
 
@@ -34,35 +35,56 @@ class Learned:
     pool: Executor
     """Threads, one of which runs it."""
     _asked: int = 0
+    _held: dict[str, Held] = field(default_factory=dict)
 
     def once(self, calibration: Calibration) -> Sequence[Layers]:
         """What a calibration finds, run by this rank or another; SourceError where it says so there."""
-        stage = Stage(f"calibration{self._asked}", "calibrating", (Item(0, (), 1),))
+        stage, held = Stage(f"calibration{self._asked}", "calibrating", (Item(0, (), 1),)), None
         self._asked += 1
         if isinstance(calibration, OnText) and not self.crew.markers(stage, stage.items):
-            calibration = self._shared(stage.key, calibration)
-        plan = Plan(stage, lambda _: (self._run, (stage, calibration)), lambda _: 0, self.pool)
-        marker = self.crew.do(plan)[0]
-        try:
-            return self._read(stage, marker)
-        except RacError:
-            if marker.rows and marker.rows[0][0] == "error":
-                raise
-            return self._read(stage, self.crew.again(plan, stage.items[0]))
+            held = self._shared(stage.key, calibration)
+        plan = Plan(stage, lambda _: (self._run, (stage, calibration, held)), lambda _: 0, self.pool)
+        with alone():
+            marker = self.crew.do(plan)[0]
+            try:
+                found = self._read(stage, marker)
+            except RacError:
+                if stage.key in self._held:
+                    raise
+                found = self._read(stage, self.crew.again(plan, stage.items[0]))
+        if isinstance(found, SourceError):
+            raise found
+        return found
 
-    def _shared(self, key: str, on: OnText) -> Calibration:
-        """What hands over what all ranks have found together, or runs what one rank has to find alone."""
+    def _shared(self, key: str, on: OnText) -> Held | None:
+        """What all ranks have found together; None: one rank has to find it, or that it cannot be found, alone."""
         from rac.calibrate.chain import UnfitError  # imports torch
         from rac.ranks.sharded import Shared
 
         try:
-            found = Shared(self.crew, key, self.folder).run(on.path, on.text, on.how)
+            return Shared(self.crew, key, self.folder).run(on.path, on.text, on.how)
         except UnfitError:
-            return on
-        return lambda: [found]
+            return None
+        except SourceError:
+            if self.crew.store.get(f"{key}-machine.json") is None:
+                return None
+            with alone():  # others calibrate: it is this machine where something is wrong
+                raise
 
-    def _run(self, stage: Stage, calibration: Calibration) -> Made:
+    def mend(self) -> bool:
+        """Have what is damaged of that be found again, when it is asked for next; whether anything was."""
+        for key, held in self._held.items():
+            for file in held.spoiled():  # beside its marker
+                self.crew.store.put(f"{os.path.dirname(file)}/00000.json", b"")
+            self.crew.store.put(f"{key}/00000.json", b"")
+        self._asked, held_any = 0, bool(self._held)
+        self._held.clear()
+        return held_any
+
+    def _run(self, stage: Stage, calibration: Calibration, held: Held | None) -> Made:
         """Run it, and write what it found; an error that any rank would have is what it found."""
+        if held is not None:
+            return Made([held.told()])
         try:
             found = calibration()
         except SourceError as e:
@@ -78,11 +100,14 @@ class Learned:
             os.unlink(path)
         return Made(rows)
 
-    def _read(self, stage: Stage, marker: Marker) -> list[Layers]:
+    def _read(self, stage: Stage, marker: Marker) -> list[Layers] | SourceError:
         out = []
         for name, about, missing in marker.rows:
             if name == "error":
-                raise SourceError(about, file=missing)
+                return SourceError(about, file=missing)
+            if name == "held":
+                self._held[stage.key] = held = Held.of(self.crew.store, marker.rows[0])
+                return [layers_of(held, stage.key)]
             path = fetched(self.crew.store, name, self.folder)
             if _about(path) != about:
                 raise SourceError("is not what was written", file=path)

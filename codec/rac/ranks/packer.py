@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from rac.calibrate.folder import DamagedError
 from rac.calibrate.layers import Layers
 from rac.encode import record, ties, workers
 from rac.encode.align.recipe import Ask, Recipe, Sample, Seen, look
@@ -21,6 +22,7 @@ from rac.encode.quantise.tensor import encode, measure
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import RacError
 from rac.ranks.crew import Crew, Made, Plan, Work
+from rac.ranks.held import SpoiledError, alone
 from rac.ranks.learned import Learned
 from rac.ranks.records import Records
 from rac.ranks.stage import Home, Item, Marker, Stage
@@ -209,19 +211,38 @@ class RankPacker(Packer):
 
     def share(self, path: str, request: Lossy | None) -> tuple[int, int]:
         """Work until nothing is left that no other rank is doing: items done, and all, of the last stage."""
-        done = of = 0
-        for plan in self._last(self._recipe(path, request)):
-            done, of = len(self._crew.do(plan, wait=False)), len(plan.stage.items)
-        return done, of
+
+        def work() -> tuple[int, int]:
+            done = of = 0
+            for plan in self._last(self._recipe(path, request)):
+                done, of = len(self._crew.do(plan, wait=False)), len(plan.stage.items)
+            return done, of
+
+        return self._mended(work)
 
     def finish(self, path: str, request: Lossy | None) -> Summary:
         """Do, or wait for, all that is left, and write the archive."""
-        recipe = self._recipe(path, request)
-        lossless, *measuring = self._last(recipe)
-        self._gathered.add(lossless, self._crew.do(lossless))
-        for plan in measuring:
-            self._gathered.know(self._crew.do(plan))
+
+        def work() -> Recipe | None:
+            recipe = self._recipe(path, request)
+            lossless, *measuring = self._last(recipe)
+            self._gathered.add(lossless, self._crew.do(lossless))
+            for plan in measuring:
+                self._gathered.know(self._crew.do(plan))
+            return recipe
+
+        recipe = self._mended(work)
         return self.write(ByTrellis(recipe, self.kept) if recipe else None)
+
+    def _mended(self, work: Callable[[], T]) -> T:
+        """What some work gives, once more where a calibration in the work folder was damaged."""
+        try:
+            return work()
+        except (SpoiledError, DamagedError):
+            if not self._learned.mend():
+                raise
+        self._gathered.clear()
+        return work()
 
     def _recipe(self, path: str, request: Lossy | None) -> Recipe | None:
         return self.allocate(path, request) if request else None
@@ -242,7 +263,8 @@ class RankPacker(Packer):
             return _seen, (given(item), sample)
 
         need = lambda item: max(workers.taken(*ask) for ask in given(item))  # noqa: E731
-        markers = self._crew.do(Plan(stage, work, need, self._pool))
+        with alone():
+            markers = self._crew.do(Plan(stage, work, need, self._pool))
         return [seen_of(row) for number in range(len(stage.items)) for row in markers[number].rows]
 
     def _search(self, recipe: Recipe) -> Search:

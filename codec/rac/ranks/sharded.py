@@ -24,15 +24,15 @@ from rac.calibrate import passes
 from rac.calibrate.chain import UnfitError
 from rac.calibrate.folder import Folder, fed
 from rac.calibrate.given import Given
-from rac.calibrate.layers import Layers, layers_of
 from rac.calibrate.moments import Sums
 from rac.calibrate.wide import Wide
 from rac.container.zstd import Digest
 from rac.errors import OutputError, RacError, SourceError
 from rac.ranks.crew import Crew, Made, Plan
+from rac.ranks.held import Held, alone, uploaded, written
 from rac.ranks.lease import parsed
 from rac.ranks.stage import Item, Marker, Stage
-from rac.ranks.store import Disk, Store, Told, fetched
+from rac.ranks.store import Disk, fetched
 
 Row = list[Any]
 
@@ -47,21 +47,21 @@ class Shared:
     folder: str
     """A local folder for copies."""
 
-    def run(self, path: str | Given, text: str | None, how: Mapping[str, Any]) -> Layers:
+    def run(self, path: str | Given, text: str | None, how: Mapping[str, Any]) -> Held:
         """What the model finds on a text, or on text of its own; UnfitError where it is no chain of blocks."""
         given = path if isinstance(path, Given) else None
         asked = passes.Asked(
             os.fspath(path), how["tokens"], how["context"], how["fisher"], given, how.get("device", "cpu")
         )
-        held = _Held(self.crew.store)
+        held = Held(self.crew.store)
         with ThreadPoolExecutor(1) as pool:
             if text is None:
                 self._own_text(asked, held, pool)
             steps = partial(_SharedPasses, shared=self, pool=pool)
             passes.find(asked, text, held, how["note"], steps)
-        return layers_of(held, self.key)
+        return held
 
-    def _own_text(self, asked: passes.Asked, held: _Held, pool: ThreadPoolExecutor) -> None:
+    def _own_text(self, asked: passes.Asked, held: Held, pool: ThreadPoolExecutor) -> None:
         """Have one rank let the model write."""
         stage = Stage(f"{self.key}-tokens", "writing its own text", (Item(0, (), 1),))
 
@@ -71,48 +71,13 @@ class Shared:
                 passes.own_text(asked, folder, self.crew.note)
             except SourceError as e:
                 return Made([["error", e.message, e.file]])
-            return Made([_uploaded(self.crew.store, folder, "ids.npy", stage.name(stage.items[0], "npy"))])
+            return Made([uploaded(self.crew.store, folder, "ids.npy", stage.name(stage.items[0], "npy"))])
 
-        row = self.crew.do(Plan(stage, lambda _: (work, ()), lambda _: 0, pool))[0].rows[0]
+        with alone():
+            row = self.crew.do(Plan(stage, lambda _: (work, ()), lambda _: 0, pool))[0].rows[0]
         if row[0] == "error":
             raise SourceError(row[1], file=row[2])
         held.know(row)
-
-
-class _Held(Folder):
-    """A local folder, some of whose files are in the work folder until they are asked for."""
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(None, "")
-        self._store, self._far = store, dict[str, str]()
-
-    def know(self, row: Row) -> None:
-        """A file of the work folder: (name here, size, digest, name there)."""
-        name, size, digest, far = row
-        self._files[name], self._far[name] = [size, digest], far
-
-    def check(self, name: str) -> None:
-        """DamagedError unless the file is what was written; it is brought here."""
-        path = self.path / name
-        if name in self._far and not path.exists():
-            there = fetched(self._store, self._far[name], str(self.path))
-            with contextlib.suppress(FileExistsError):
-                (os.symlink if isinstance(self._store, Disk) else os.rename)(there, path)
-        super().check(name)
-
-
-def _uploaded(store: Store, folder: Folder, name: str, far: str) -> Row:
-    """Write a file of a folder to the work folder: the row by which others know it."""
-    data = np.array(folder.array(name))
-    with _written(store, far) as f:
-        np.lib.format.write_array(f, data, allow_pickle=False)  # type: ignore[arg-type]
-    return [name, f.size, f.digest.value().hex(), far]
-
-
-@contextlib.contextmanager
-def _written(store: Store, name: str) -> Iterator[Told]:
-    with store.writing(name) as f:
-        yield Told(f)
 
 
 class _SharedPasses(passes.Passes):
@@ -146,7 +111,11 @@ class _SharedPasses(passes.Passes):
 
     def go(self) -> None:
         """Do the steps with others; what is found is in the folder's state, arrays where they were made."""
-        self._agree()
+        with alone():
+            self._agree()
+            self._go()
+
+    def _go(self) -> None:
         self.folder.state["layers"] = {}
         adding: list[Plan] = []
         for number, plan in enumerate(self._plans):
@@ -201,7 +170,7 @@ class _SharedPasses(passes.Passes):
         pieces: list[Any] = []
         yield pieces.append
         name = self._name(f"{kind}-{i:04}", "npy")
-        with _written(self._store, name) as f:
+        with written(self._store, name) as f:
             np.lib.format.write_array(f, np.concatenate(pieces), allow_pickle=False)  # type: ignore[arg-type]
         self._left.append([kind, f.size, f.digest.value().hex(), name])
 
@@ -209,7 +178,7 @@ class _SharedPasses(passes.Passes):
         if not sums.rows:
             return
         name = self._name(f"sums-{tag}-{int(outputs)}", "npy")
-        with _written(self._store, name) as f:
+        with written(self._store, name) as f:
             for array in (*sums.second.values(), *sums.squares.values()):
                 np.lib.format.write_array(f, array, allow_pickle=False)  # type: ignore[arg-type]
         about = asdict(replace(sums, second={}, squares={})) | {"alone": sorted(sums.alone)}
@@ -267,5 +236,5 @@ class _SharedPasses(passes.Passes):
         folder = Folder(None, "")
         total.save(folder, tag, self.ids.numel(), outputs)
         far = f"{self._key}-{number:04}-sum"
-        rows = [_uploaded(self._store, folder, name, f"{far}/{name}") for name in folder.names]
+        rows = [uploaded(self._store, folder, name, f"{far}/{name}") for name in folder.names]
         return Made([[folder.state["layers"]], *rows])

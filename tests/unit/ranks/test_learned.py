@@ -13,9 +13,10 @@ import torch
 import rac
 from rac import cli
 from rac.calibrate import passes
-from rac.errors import SourceError
+from rac.calibrate.chain import UnfitError
+from rac.errors import OutputError, SourceError
 from rac.linalg.triangular import triangular
-from rac.ranks import Asked, How, finish, pack_rank
+from rac.ranks import Asked, How, finish, open_store, pack_rank
 from support.models import TEXT, write
 
 QUICK = How(jobs=1, lease=0.5)
@@ -151,15 +152,56 @@ def test_what_is_wrong_with_a_calibration_is_said_by_each(folder, tmp_path):
             )
 
 
-def test_a_calibration_that_was_damaged_is_run_again(folder, asked, alone, tmp_path):
+def test_a_calibration_that_was_damaged_is_run_again(folder, asked, alone, tmp_path, monkeypatch):
+    def unfit(*_):
+        raise UnfitError("for one rank alone")
+
+    monkeypatch.setattr("rac.ranks.sharded.Shared.run", unfit)
     work = tmp_path / "work"
     pack_rank(folder / "m", work, asked, how=QUICK)
+    assert list(work.glob("calibration*/*.calibration"))
     for made in work.glob("calibration*/*.calibration"):
         data = bytearray(made.read_bytes())
         data[-100:] = bytes(100)
         made.write_bytes(data)
     finish(work, tmp_path / "m.rac", how=QUICK)
     assert (tmp_path / "m.rac").read_bytes() == alone
+
+
+@pytest.mark.parametrize("url", ["", "memory://"])
+def test_sums_that_were_damaged_are_added_up_again(folder, asked, alone, tmp_path, url):
+    work = f"{url}{tmp_path}/work"
+    pack_rank(folder / "m", work, asked, how=QUICK)
+    store = open_store(work)
+    sums = sorted(name for name in store.names("") if name.endswith("-sum"))
+    files = [f"{name}/{file}" for name in sums for file in store.names(name) if file.startswith("second")]
+    assert len(files) > 3
+    for wrong, name in zip((b"", None, b"\0" * 999), files, strict=False):
+        data = store.get(name)
+        store.put(name, data[:-9] + b"poisoned!" if wrong is None else wrong)
+    for number in range(len(store.names("units"))):  # so that they are asked for again
+        store.put(f"units/{number:05}.json", b"")
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone
+
+
+def test_a_rank_that_cannot_read_the_model_does_not_go_on_without_a_text(folder, asked, tmp_path, monkeypatch):
+    """Its own error is no reason to pack from the weights alone what others calibrate."""
+    work, found = tmp_path / "work", passes.find
+    auto = Asked(**asked.changed | {"calibrate": None})
+    monkeypatch.setattr("rac.ranks.sharded._SharedPasses._go", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pack_rank(folder / "m", work, auto, how=QUICK)
+    assert (work / "calibration0-machine.json").exists()
+
+    def broken(*_):
+        raise SourceError("cannot be read: Input/output error", file="m/model.safetensors")
+
+    monkeypatch.setattr(passes, "find", broken)
+    with pytest.raises(OutputError, match="Input/output error"):
+        pack_rank(folder / "m", work, auto, rank=1, world=2, how=QUICK)
+    assert not list(work.glob("scale*"))
+    monkeypatch.setattr(passes, "find", found)
 
 
 def test_another_version_of_torch_is_refused(folder, asked, tmp_path, monkeypatch):
