@@ -1,14 +1,15 @@
 """What a lossy pack costs for each weight on this machine, and what follows for large models.
 
 Times every stage alone, single thread, on BF16 Gaussian matrices of N x N with the second moment of random inputs, and
-prints the rates, and from those of the largest N the core hours, memory and disk of three models, whose shapes are in
-the code. docs/scaling.md holds what it printed.
+prints the rates, and from those of the largest N the core hours, memory and disk of three models (large_models.py).
+docs/scaling.md holds what it printed.
 
   python tools/scaling.py                      1024, 2048 and 4096
   python tools/scaling.py --shape 8192x28672   one matrix of so many outputs and inputs through the whole encoder, its
                                                second moment and weights in files: seconds and memory (Linux)
-  python tools/scaling.py --block demo/8b-shaped.safetensors --include 'blk.0.*'
-                                               these tensors packed at 3 bits without a text: core seconds and memory
+  python tools/scaling.py --measured one.json --check four.json
+                                               the same from a pack that tools/lossy_at_scale.py has made, and what
+                                               it says of another one beside what that took
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ for _library in ("OMP", "OPENBLAS", "MKL"):
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import json  # noqa: E402
 import re  # noqa: E402
 import tempfile  # noqa: E402
 import threading  # noqa: E402
@@ -33,18 +35,18 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
-import rac  # noqa: E402
+import large_models  # noqa: E402
+from large_models import CALIBRATION, HOUR, MODELS, PASSES, Costs, table  # noqa: E402
 from rac.calibrate.layers import Layer  # noqa: E402
 from rac.encode import record as rec  # noqa: E402
 from rac.encode.align.recipe import Recipe, calibrated  # noqa: E402
 from rac.encode.code.plan import LEVELS  # noqa: E402
 from rac.encode.quantise import trellis as lossy  # noqa: E402
-from rac.encode.quantise.tensor import FEWEST as FEW  # noqa: E402
-from rac.encode.quantise.tensor import PRODUCTS as LIMIT  # noqa: E402
 from rac.encode.quantise.tensor import SHAPED, encode_with_words  # noqa: E402
 from rac.encode.quantise.tensor import measure as measured  # noqa: E402
 from rac.encode.sources import Extent, SourceTensor  # noqa: E402
 from rac.encode.ties import Group  # noqa: E402
+from rac.linalg.factors import Factors  # noqa: E402
 from rac.linalg.triangular import Triangular, triangular  # noqa: E402
 from rac.native import product  # noqa: E402
 from rac.native import trellis as native  # noqa: E402
@@ -56,57 +58,6 @@ F32 = np.float32
 TOKENS = 1024
 """Inputs that the products are timed on."""
 STATES = 256
-PASSES = 1.2
-"""Over all matrices: one, and four tries on one row in twenty."""
-CALIBRATION = 40960
-"""Tokens of a calibration, the default of `rac pack`."""
-CORES = 64
-
-
-@dataclass(frozen=True)
-class Input:
-    """A vector that matrices of a block multiply."""
-
-    n: int
-    rows: tuple[int, ...]
-    """Outputs of each matrix that reads it."""
-    copies: int = 1
-    share: float = 1.0
-    """Of the tokens, for each copy."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A chain of equal blocks."""
-
-    name: str
-    blocks: int
-    width: int
-    inputs: tuple[Input, ...]
-
-
-def llama(name: str, blocks: int, width: int, inner: int) -> Model:
-    """Grouped attention with keys and values of 1024; embeddings stay lossless."""
-    inputs = (Input(width, (width, 1024, 1024)), Input(width, (width,)), Input(width, (inner, inner)))
-    return Model(name, blocks, width, (*inputs, Input(inner, (width,))))
-
-
-EXPERTS, ACTIVE, WIDTH, INNER = 384, 8, 7168, 2048
-MODELS = (
-    llama("8B", 32, 4096, 14336),
-    llama("70B", 80, 8192, 28672),
-    Model(
-        "1T MoE",
-        60,
-        WIDTH,
-        (
-            Input(WIDTH, (WIDTH, WIDTH, WIDTH)),
-            Input(WIDTH, (WIDTH,)),
-            Input(WIDTH, (INNER, INNER), EXPERTS, ACTIVE / EXPERTS),
-            Input(INNER, (WIDTH,), EXPERTS, ACTIVE / EXPERTS),
-        ),
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -259,6 +210,23 @@ def memory_now() -> int:
     return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A second moment in a file, as a calibration leaves it."""
+
+    path: Path
+
+    @property
+    def key(self) -> str:
+        """What tells it from others."""
+        return str(self.path)
+
+    def __call__(self) -> NDArray[np.float32]:
+        """Mapped."""
+        found: NDArray[np.float32] = np.load(self.path, mmap_mode="r")
+        return found
+
+
 def one_matrix(m: int, n: int, folder: Path) -> None:
     """Print what one matrix (m, n) of BF16 takes on its way through the encoder, at 3 bits."""
     rng = np.random.default_rng(0)
@@ -273,7 +241,7 @@ def one_matrix(m: int, n: int, folder: Path) -> None:
             file.write(to_words(rng.standard_normal((min(256, m - a), n), F32) * F32(0.02), "BF16").tobytes())
     t = SourceTensor("w", "BF16", (m, n), Extent(str(folder / "weights"), 0, 2 * m * n))
     group = Group(t, (), {})
-    layer = Layer(lambda: np.load(folder / "second.npy", mmap_mode="r"), None)
+    layer = Layer(Stored(folder / "second.npy"), None, factors=Factors(folder=str(folder)))
     print(f"{m} outputs, {n} inputs: {8 * n * n / 1e9:.2f} GB of float64 for its factor, {m * n:,} weights")
     memory_now()
     start, cpu = memory_now(), time.process_time()
@@ -296,31 +264,6 @@ def one_matrix(m: int, n: int, folder: Path) -> None:
     print(f"{8 * e.size / (m * n):.3f} bits a weight, {e.fidelity.snr:.2f} dB")
 
 
-def block(path: str, include: str, jobs: int) -> None:
-    """Print what the tensors of a file cost that a pattern names, packed at 3 bits from the weights alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        start, cpu, children = time.perf_counter(), time.process_time(), os.times().children_user
-        notes: dict[str, int] = {}
-
-        def note(what: str, _: int, of: int) -> None:
-            notes[what] = of
-
-        out = Path(folder) / "block.rac"
-        done = rac.pack(path, out, bits=3, calibrate="none", include=include, jobs=jobs, note=note)
-        took, cores = time.perf_counter() - start, time.process_time() - cpu + os.times().children_user - children
-    print("\n".join(notes))
-    print(f"{done.quantised} matrices, {done.weights:,} weights, {done.quantised_bits:.3f} bits, {jobs} jobs")
-    print(f"{took:.1f} s, {cores:.1f} core seconds, {1e6 * cores / done.weights:.3f} for a million weights")
-    print(f"{memory_now() / 1e9:.2f} GB of memory at most")
-
-
-def table(head: str, rows: list[list[str]]) -> None:
-    """Print a table."""
-    print(f"\n| {head} |\n|{' ---: |' * (head.count('|') + 1)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-
-
 def row_feedback(rates: list[Rates]) -> tuple[float, float]:
     """For each weight: a constant of the search, and what each further row adds; a line through the measurements."""
     slope, start = np.polyfit([r.n for r in rates], [r.below for r in rates], 1) if len(rates) > 1 else (0.0, 0.0)
@@ -329,36 +272,61 @@ def row_feedback(rates: list[Rates]) -> tuple[float, float]:
     return float(start), float(slope)
 
 
-def extrapolate(model: Model, rates: list[Rates], held: tuple[float, float]) -> tuple[list[str], list[str]]:
-    """Rows of the tables of time, in hours of one core, and of memory and disk, in GB."""
-    b, hour, r = model.blocks, 3.6e12, rates[-1]
-    every = [(i, m) for i in model.inputs for m in i.rows]
-    weights = b * sum(i.copies * i.n * m for i, m in every)
-    of_token = b * sum(i.copies * i.share * i.n * m for i, m in every)
-    moments = b * sum(i.copies * i.n**2 for i in model.inputs)
-    per_token = 3 * r.forward * of_token + r.moment * b * sum(i.copies * i.share * i.n**2 for i in model.inputs)
-    calibration = CALIBRATION * per_token / hour
-    cholesky = r.cholesky * b * sum(i.copies * i.n**3 for i in model.inputs) / hour
-    feedback = r.feedback * b * sum(i.copies * m * i.n**2 / 2 for i, m in every) / hour
-    start, slope = row_feedback(rates)
-    below = b * sum(i.copies * i.n * m * (start + slope * m) for i, m in every) / hour
-    search, coding = r.search * weights / hour, r.coding * weights / hour
-    one = feedback + search + coding
-    errors = 2 * r.feedback * b * sum(i.copies * min(m * i.n**2, max(LIMIT, FEW * i.n**2)) for i, m in every) / hour
-    total = calibration + cholesky + PASSES * one + errors + 2 * r.restore * weights / hour
-    parts = (calibration, cholesky, feedback, search, coding, one, errors, total, below)
-    time_row = [model.name, f"{weights / 1e9:,.1f}", *(f"{v:,.1f}" for v in parts), f"{total / CORES:,.2f}"]
-    block = 4 * (weights + moments) / b
-    largest = max(max(held[0] * i.n**2, held[0] / 2 * i.n**2 + (4 + held[1]) * i.n * m) for i, m in every)
-    sizes = (
-        2 * weights,
-        4 * CALIBRATION * model.width * (b + 1),
-        4 * moments,
-        block,
-        largest,
-        4 * max(i.n**2 for i in model.inputs),
+def costs(r: Rates) -> Costs:
+    """What the rates say of a pack; the rest of it is not among them."""
+    two = 2 * r.restore
+    return Costs(r.forward, r.moment, r.cholesky, r.feedback, r.search, r.coding, r.feedback, two, PASSES)
+
+
+def tables(sizes: list[int]) -> None:
+    """Measure and print all."""
+    rates = [measure(n) for n in sizes]
+    held = memory(min(2048, max(sizes)))
+    print("Rates, ns, one thread.")
+    each = [
+        [str(r.n)]
+        + [f"{v:.4f}" for v in (r.forward, r.moment, r.cholesky, r.feedback)]
+        + [f"{v:.1f}" for v in (r.search, r.below, r.coding, r.restore)]
+        for r in rates
+    ]
+    table(
+        "n | forward: token, weight | moment: token, n^2 | triangular: n^3 | feedback: multiply-add | "
+        "search: weight | row feedback: weight | coding: weight | restore: weight",
+        each,
     )
-    return time_row, [model.name, *(f"{v / 1e9:,.1f}" for v in sizes)]
+    print("\nThe same as ns for each weight of a square matrix, in one pass.")
+    each = []
+    for r in rates:
+        one = [r.cholesky * r.n, r.feedback * r.n / 2, r.search, r.coding]
+        calibration = CALIBRATION * (3 * r.forward + r.moment)
+        each.append([str(r.n), *(f"{v:,.0f}" for v in (*one, sum(one), r.below, calibration))])
+    table(
+        f"n | triangular | feedback | search | coding | sum | row feedback | calibration, {CALIBRATION:,} tokens", each
+    )
+    print(f"\nMemory at most: triangular {held[0]:.1f} bytes for each n^2, quantising {held[1]:.1f} for each weight.")
+    print(
+        "Holds the interpreter's lock, one thread, share of its time: "
+        f"{', '.join(f'n = {n}: {lock_share(n):.0%}' for n in sizes)}."
+    )
+    print(f"\nComputed: hours of one core with the rates of n = {rates[-1].n}; calibration without its moments.")
+    large_models.hours(costs(rates[-1]))
+    start, slope = row_feedback(rates)
+    for model in MODELS:
+        every = sum(i.copies * i.n * m * (start + slope * m) for i, m in model.matrices)
+        print(f"{model.name}: {model.blocks * every / HOUR:,.1f} hours of row feedback in a pass, where it is used")
+    print("\nComputed: GB on disk and in memory.")
+    large_models.sizes(held)
+
+
+def of_pack(measured: Path, others: list[Path]) -> None:
+    """Print what a pack that was measured says of large models, and of other packs that were measured too."""
+    found = json.loads(measured.read_text())
+    costs = Costs.measured(found, large_models.blocks(found))
+    print(f"Nanoseconds: {', '.join(f'{k} {v:.4g}' for k, v in dataclasses.asdict(costs).items())}.")
+    print(f"\nComputed from {found['blocks']} packed blocks: hours of one core, calibration on {CALIBRATION:,} tokens.")
+    large_models.hours(costs)
+    for other in others:
+        large_models.check(costs, json.loads(other.read_text()))
 
 
 def main() -> None:
@@ -366,75 +334,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=int, nargs="*", default=[1024, 2048, 4096], help="default: 1024 2048 4096")
     parser.add_argument("--shape", metavar="OUTPUTSxINPUTS", help="only one matrix of this shape, all of the way")
-    parser.add_argument("--block", metavar="FILE", help="only pack tensors of this file, named by --include")
-    parser.add_argument("--include", default="blk.0.*", help="pattern of their names; default: blk.0.*")
-    parser.add_argument("--jobs", type=int, default=2, help="threads of --block; default: 2")
+    parser.add_argument("--measured", type=Path, metavar="JSON", help="only what a pack of lossy_at_scale.py says")
+    parser.add_argument("--check", type=Path, nargs="*", default=[], metavar="JSON", help="of these packs too")
     args = parser.parse_args()
-    if args.block:
-        block(args.block, args.include, args.jobs)
-        return
-    if args.shape:
+    if args.measured:
+        of_pack(args.measured, args.check)
+    elif args.shape:
         with tempfile.TemporaryDirectory() as folder:
             m, n = map(int, args.shape.split("x"))
             one_matrix(m, n, Path(folder))
-        return
-    rates = []
-    for n in args.sizes:
-        rates.append(measure(n))
-    held = memory(min(2048, max(args.sizes)))
-    print("Rates, ns, one thread.")
-    table(
-        "n | forward: token, weight | moment: token, n^2 | triangular: n^3 | feedback: multiply-add | "
-        "search: weight | row feedback: weight | coding: weight | restore: weight",
-        [
-            [
-                str(r.n),
-                *(f"{v:.4f}" for v in (r.forward, r.moment, r.cholesky, r.feedback)),
-                *(f"{v:.1f}" for v in (r.search, r.below, r.coding, r.restore)),
-            ]
-            for r in rates
-        ],
-    )
-    print("\nThe same as ns for each weight of a square matrix, in one pass.")
-    table(
-        "n | triangular | feedback | search | coding | sum | row feedback | calibration, 40,960 tokens",
-        [
-            [
-                str(r.n),
-                *(
-                    f"{v:,.0f}"
-                    for v in (
-                        r.cholesky * r.n,
-                        r.feedback * r.n / 2,
-                        r.search,
-                        r.coding,
-                        r.cholesky * r.n + r.feedback * r.n / 2 + r.search + r.coding,
-                        r.below,
-                        CALIBRATION * (3 * r.forward + r.moment),
-                    )
-                ),
-            ]
-            for r in rates
-        ],
-    )
-    print(f"\nMemory at most: triangular {held[0]:.0f} bytes for each n^2, quantising {held[1]:.0f} for each weight.")
-    print(
-        "Holds the interpreter's lock, one thread, share of its time: "
-        f"{', '.join(f'n = {n}: {lock_share(n):.0%}' for n in args.sizes)}."
-    )
-    rows = [extrapolate(model, rates, held) for model in MODELS]
-    print(f"\nComputed: hours of one core with the rates of n = {rates[-1].n}.")
-    table(
-        "model | quantised weights, 1e9 | calibration | triangular | feedback | search | coding | one pass | "
-        f"measuring | all, {PASSES} passes | row feedback, one pass | all on {CORES} cores",
-        [a for a, _ in rows],
-    )
-    print("\nComputed: GB on disk and in memory.")
-    table(
-        "model | BF16 weights, disk | hidden states, disk | second moments, disk | one block in calibration, memory | "
-        "largest matrix, memory | largest second moment",
-        [b for _, b in rows],
-    )
+    else:
+        tables(args.sizes)
 
 
 if __name__ == "__main__":
