@@ -11,13 +11,15 @@ from rac.cli.terminal import Steps, argument, clock, command, fitted, say, size,
 from rac.encode import workers
 from rac.encode.asked import Asked
 from rac.encode.pack import Summary
+from rac.errors import OutputError
 from rac.machine import threads_of
+from rac.ranks.job import clean, finished
 from rac.ranks.packing import How, finish, pack_rank
 from rac.ranks.store import open_store
 from rac.ranks.view import RankView, look
 
 JOBS = """\
-Show how far the ranks of a pack are, from its work folder, in which nothing is written.
+Show how far the ranks of a pack are, from its work folder, in which nothing is written unless --clean says so.
 
 Stages come as they are known: the next try of a search for the scale is known when the last one is done. ETA is the
 time that what is left of a stage takes at the pace so far, on the workers that are alive. A rank is alive while its
@@ -25,7 +27,8 @@ last sign of life is younger than its lease, by the clocks of its machine and of
 no clocks (docs/cluster.md).
 
   rac jobs /shared/job
-  watch rac jobs s3://bucket/job"""
+  watch rac jobs s3://bucket/job
+  rac jobs --clean /shared/job                     # when the file is written: removes what ranks have left there"""
 
 
 def share(args: argparse.Namespace, asked: Asked) -> int:
@@ -60,10 +63,16 @@ def add_jobs(p: argparse.ArgumentParser) -> None:
     command(p, jobs, JOBS)
     argument(p, "work WORK", "the work folder: a path, or a URL of fsspec")
     argument(p, "--json", "for programs")
+    argument(p, "--clean", "remove what the job has left in its work folder, once its file is written")
+    argument(p, "--yes", "with --clean: remove it too where the file was not written, or ranks are still alive")
 
 
 def jobs(args: argparse.Namespace) -> int:
-    """Print stages and ranks."""
+    """Print stages and ranks, or remove them."""
+    if args.yes and not args.clean:
+        raise ValueError("--yes goes with --clean")
+    if args.clean:
+        return _cleaned(args)
     found = look(open_store(args.work))
     asked = ", ".join(f"{name} {_plain(value)}" for name, value in found.asked.items()) or "lossless"
     say(f"{args.work}: {found.source} ({asked})")
@@ -82,6 +91,20 @@ def jobs(args: argparse.Namespace) -> int:
     tell(
         {"source": found.source, "asked": dict(found.asked), "stages": stages, "ranks": list(map(asdict, found.ranks))}
     )
+    return 0
+
+
+def _cleaned(args: argparse.Namespace) -> int:
+    """Remove what a finished job has left."""
+    store = open_store(args.work)
+    found, file = look(store), finished(store)
+    alive = sum(rank.state == "alive" for rank in found.ranks)
+    if (alive or not file) and not args.yes:
+        what = f"{alive} of its ranks are alive" if alive else "its file was not written"
+        raise OutputError(f"is not finished: {what}; give --yes to remove it all the same", file=args.work)
+    removed, others = clean(store)
+    say(f"{args.work}: removed, {removed} folders" + (f"; {len(others)} other files stay" if others else ""))
+    tell({"file": file, "removed": removed, "others": others})
     return 0
 
 

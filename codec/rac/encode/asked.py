@@ -40,6 +40,11 @@ class Asked:
     pickles: bool = False
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for name in ("bits", "file_bits", "snr", "kl"):  # 3 and 3.0 are one request: the file states it
+            if isinstance(value := getattr(self, name), int):
+                object.__setattr__(self, name, float(value))
+
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Asked:
         """What decides about bytes among arguments by name; a single pattern is one of a list."""

@@ -6,6 +6,7 @@ Float64 where the device has it. The order of additions is the device's own, so 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,17 @@ def check(device: str) -> None:
         raise MissingDependencyError(
             f"torch {torch.__version__} sees no device {device!r} here; leave it out, or name cpu"
         )
+
+
+def name_of(device: str) -> str:
+    """What is called by a name here: "cuda" stands for the kind of GPU, where torch sees one."""
+    if device != "cuda":
+        return device
+    with contextlib.suppress(ImportError, RuntimeError, AssertionError):
+        import torch
+
+        return f"{device} ({torch.cuda.get_device_name()})"
+    return device
 
 
 def triangular_on(second: NDArray[np.floating], damp: float, device: str) -> Triangular:

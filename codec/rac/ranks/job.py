@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from rac.container.zstd import Digest
 from rac.encode.asked import Asked
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import OutputError, SourceError
+from rac.linalg.device import name_of
 from rac.ranks.lease import parsed
 from rac.ranks.store import Store
 from rac.registry import VERSION
 
-NAME = "job.json"
+NAME, DONE = "job.json", "finished.json"
+FOLDERS = re.compile(r"ranks|units|lossless|measure|calibration\d+(-.*)?|scale-?\d.*")
+"""Names of stages and their files, and of the folder of signs of life."""
 WAITS = (0.1, 0.3, 1.0, 3.0)  # seconds
 SAMPLES, SAMPLE = 256, 4096  # tensors that are looked at, at most, and bytes of each
 DECIDING = ("numpy", "zstandard")  # packages whose version decides about bytes: sums of one, frames of the other
@@ -90,6 +94,25 @@ def opened(store: Store) -> tuple[str, Asked]:
         raise SourceError(f"holds no job: no {NAME} that could be read; is a rank started?", file=store.where) from e
 
 
+def finished(store: Store, path: str | None = None) -> str:
+    """The file that was written of the job, empty where none was; with a `path` it is that from now on."""
+    if path is not None:
+        store.put(DONE, json.dumps({"job": parsed(store.get(NAME)).get("job"), "file": os.path.abspath(path)}).encode())
+    found = parsed(store.get(DONE))
+    return str(found.get("file", "")) if found.get("job") == parsed(store.get(NAME)).get("job") else ""
+
+
+def clean(store: Store) -> tuple[int, list[str]]:
+    """Remove what a job has left in its work folder: files and folders removed, names that are none of its own."""
+    opened(store)
+    names = store.names("")
+    mine = [name for name in names if FOLDERS.fullmatch(name)]
+    for name in [*mine, DONE, NAME]:  # the job last: what was cut off here can be gone on with
+        store.remove(name)
+    store.remove("")
+    return len(mine), [name for name in names if name not in (*mine, DONE, NAME)]
+
+
 def job_of(path: str, source: Source, asked: Asked) -> Job:
     """The job that packs an open source."""
     changed, texts = asked.changed, dict[str, str]()
@@ -103,6 +126,8 @@ def job_of(path: str, source: Source, asked: Asked) -> Job:
     about |= {name: _version(name) for name in (*DECIDING, *(RUNNING if runs else ()))}
     if texts:
         about["texts"] = texts
+    if asked.device != "cpu":  # another kind of it adds up in another order
+        about["device"] = name_of(asked.device)
     return Job(os.path.abspath(path), asked, json.loads(json.dumps(about)))
 
 

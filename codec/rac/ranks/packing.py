@@ -17,7 +17,7 @@ from rac.encode.sources import open_source
 from rac.errors import SourceError
 from rac.machine import threads_of
 from rac.ranks.crew import Crew
-from rac.ranks.job import job_of, opened
+from rac.ranks.job import finished, job_of, opened
 from rac.ranks.lease import LEASE, Heart
 from rac.ranks.packer import RankPacker
 from rac.ranks.store import Store, open_store
@@ -88,7 +88,9 @@ def finish(
         src, asked = src or known, asked or before
     seat = _Seat(store, how, None, 1, path, force)
     with _packer(os.fspath(src), asked, seat) as (packer, request):
-        return packer.finish(os.fspath(src), request)
+        done = packer.finish(os.fspath(src), request)
+        finished(store, path)
+        return done
 
 
 def check(asked: Asked) -> None:

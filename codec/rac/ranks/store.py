@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,12 @@ class Store(Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder, for people: some that are there may be missing."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with all that is in it, where there is one; OutputError where it stays.
+
+        An empty name is the work folder itself, which stays where anything is in it.
+        """
 
 
 def open_store(where: str | os.PathLike[str]) -> Store:
@@ -163,6 +170,16 @@ class Disk:
             return sorted(p.name for p in (self._path / folder).iterdir() if not p.name.startswith("."))
         return []
 
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder."""
+        path = self._path / name
+        if not name:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            return
+        with guarded(OutputError, self.where), contextlib.suppress(FileNotFoundError):
+            (shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink)(path)
+
 
 class Far:
     """A folder of any file system that fsspec knows: S3 with `s3fs`, for example."""
@@ -231,3 +248,10 @@ class Far:
             self._fs.invalidate_cache()
             found = self._fs.ls(self._at(folder), detail=False)
         return sorted(str(name).rstrip("/").rpartition("/")[2] for name in found)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder; a folder where nothing is in it is none."""
+        with self._named(OutputError), contextlib.suppress(FileNotFoundError):
+            if name:
+                self._fs.rm(self._at(name), recursive=True)
+                self._made.discard(self._at(name))

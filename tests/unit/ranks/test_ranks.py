@@ -18,9 +18,11 @@ from safetensors.numpy import save_file
 
 import rac
 from rac import cli
+from rac.encode.sources import open_source
 from rac.errors import BudgetError, OutputError, SourceError
 from rac.ranks import Asked, How, finish, look, open_store, pack_rank
 from rac.ranks import packing as ranks_packing
+from rac.ranks.job import job_of
 from rac.ranks.lease import Heart, Watch, file_of
 from rac.ranks.stage import Home, Marker, Stage
 from rac.ranks.store import Disk, Far
@@ -32,6 +34,7 @@ ASKED = {
     "file": Asked(file_bits=6.0, calibrate="none", effort="fast"),
     "snr": Asked(snr=14.0, calibrate="none", effort="fast"),
 }
+ASK_FAST = ["--calibrate", "none", "--effort", "fast"]
 QUICK = How(jobs=1, lease=0.4)
 
 
@@ -402,6 +405,71 @@ def test_the_command_line_does_all_of_it(model, alone, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
     assert {rank["rank"] for rank in found["ranks"]} == {0, 1, None}
     assert not os.path.exists("unused.rac")
+
+
+@pytest.mark.parametrize("url", ["", "memory://"])
+def test_a_finished_job_is_cleaned_away(model, tmp_path, capsys, url):
+    work = f"{url}{tmp_path}/work"
+    pack_rank(model, work, ASKED["bits"], how=QUICK)
+    assert cli.main(["jobs", "--clean", work]) == 2
+    assert "is not finished: its file was not written; give --yes" in capsys.readouterr().err
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    store = open_store(work)
+    store.put("notes.txt", b"mine")
+    store.put("scales/of.fish", b"mine")
+    late = Heart(store, 5)
+    late.beat()
+    assert cli.main(["jobs", "--clean", work]) == 2
+    assert "1 of its ranks are alive; give --yes" in capsys.readouterr().err
+    late.beat(ended=True)
+    assert cli.main(["jobs", "--clean", work]) == 0
+    assert "; 2 other files stay" in capsys.readouterr().out
+    assert store.names("") == ["notes.txt", "scales"]
+    assert cli.main(["jobs", "--clean", "--yes", work]) == 2
+    assert "holds no job" in capsys.readouterr().err
+    assert cli.main(["jobs", "--yes", work]) == 2
+    assert "--yes goes with --clean" in capsys.readouterr().err
+
+
+def test_an_unfinished_job_goes_if_one_says_so(model, tmp_path):
+    work = tmp_path / "work"
+    pack_rank(model, work, ASKED["lossless"], how=QUICK)
+    assert cli.main(["jobs", "--clean", "--yes", "-q", str(work)]) == 0
+    assert not work.exists()
+
+
+KINDS = {
+    "device is not given there, mps here": (("cpu", ""), ("mps", "")),
+    "device is mps there, cuda here": (("mps", ""), ("cuda", "")),
+    r"device is cuda \(A\) there, cuda \(B\) here": (("cuda", "A"), ("cuda", "B")),
+}
+
+
+@pytest.mark.parametrize("said", KINDS)
+def test_all_ranks_have_one_device(model, tmp_path, monkeypatch, said):
+    there, here = KINDS[said]
+    store = open_store(tmp_path)
+
+    def join(device, kind):
+        monkeypatch.setattr("rac.ranks.job.name_of", lambda device: f"{device} ({kind})")
+        asked = Asked(bits=3.0, calibrate="t.txt", device=device)
+        job_of(str(model), open_source(model), asked).join(store)
+
+    join(*there)
+    join(*there)
+    with pytest.raises(OutputError, match=f"is the work folder of another job: {said}"):
+        join(*here)
+
+
+def test_whole_numbers_are_one_request_however_they_are_written(model, tmp_path):
+    made = [tmp_path / "a.rac", tmp_path / "b.rac", tmp_path / "c.rac"]
+    rac.pack(model, made[0], bits=3, calibrate="none", effort="fast")
+    rac.pack(model, made[1], bits=3.0, calibrate="none", effort="fast")
+    assert cli.main(["pack", str(model), "-o", str(made[2]), "--bits", "3", *ASK_FAST, "-q"]) == 0
+    assert len({path.read_bytes() for path in made}) == 1
+    pack_rank(model, tmp_path / "work", Asked(bits=3, calibrate="none", effort="fast"), how=QUICK)
+    given = ["pack", str(model), "--bits", "3", *ASK_FAST, "--work", str(tmp_path / "work"), "-q"]
+    assert cli.main(given) == 0
 
 
 @pytest.mark.parametrize(
