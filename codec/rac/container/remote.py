@@ -32,11 +32,14 @@ def system(url: str) -> tuple[Any, str]:
     """The file system of fsspec that knows a URL, and the path of the file in it."""
     try:
         import fsspec
-
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
-        return found
     except ImportError as e:
         raise MissingDependencyError(f"{url} needs `pip install rac-codec[remote]` ({e})") from e
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return found
+    except ImportError as e:  # of the package that knows these URLs
+        more = "`pip install rac-codec[remote]`" if url.startswith("http") else "a package that is not installed"
+        raise MissingDependencyError(f"{url} needs {more} ({e})") from e
     except ValueError as e:  # no such protocol
         raise SourceError(str(e), file=url) from e
 

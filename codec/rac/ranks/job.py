@@ -20,13 +20,12 @@ from rac.encode.sources import Source, SourceTensor
 from rac.errors import OutputError, SourceError
 from rac.linalg.device import name_of
 from rac.ranks.lease import parsed
-from rac.ranks.store import Store
+from rac.ranks.store import WAITS, Store
 from rac.registry import VERSION
 
 NAME, DONE = "job.json", "finished.json"
 FOLDERS = re.compile(r"ranks|units|lossless|measure|calibration\d+(-.*)?|scale-?\d.*")
 """Names of stages and their files, and of the folder of signs of life."""
-WAITS = (0.1, 0.3, 1.0, 3.0)  # seconds
 SAMPLES, SAMPLE = 256, 4096  # tensors that are looked at, at most, and bytes of each
 DECIDING = ("numpy", "zstandard")  # packages whose version decides about bytes: sums of one, frames of the other
 RUNNING = ("torch", "transformers")  # and where a model is run

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from rac.container.access import Access, FileAccess, guarded, read
 from rac.container.remote import open_url, system
@@ -22,6 +25,24 @@ from rac.errors import OutputError, RacError, SourceError
 
 PIECE = 1 << 24
 AT_ONCE = 16  # small files that are asked for at once
+RETRIES, BACKOFF = (
+    6,
+    0.1,
+)  # times that a store is asked again, and seconds before the first; each next wait is twice that
+WAITS = (0.1, 0.3, 1.0, 3.0)  # seconds that a file is waited for which a store shows late
+OBJECTS = frozenset(("s3", "s3a", "gs", "gcs", "az", "abfs", "oci"))
+"""Stores without folders, where asking for one might make a bucket."""
+FINAL = (
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ImportError,
+    TypeError,
+    ValueError,
+)
+"""Errors that are the same when it is asked again."""
+T = TypeVar("T")
 
 
 class Told:
@@ -182,64 +203,90 @@ class Disk:
 
 
 class Far:
-    """A folder of any file system that fsspec knows: S3 with `s3fs`, for example."""
+    """A folder of any file system that fsspec knows: S3 with `s3fs`, for example. What fails is asked for again."""
 
     def __init__(self, url: str) -> None:
         self.where = url.rstrip("/")
         self._fs, self._path = system(self.where)
-        self._made = set[str]()
+        kinds = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
+        self._made = None if OBJECTS.intersection(kinds) else set[str]()
 
     def _at(self, name: str) -> str:
         return f"{self._path}/{name}"
 
-    @contextlib.contextmanager
-    def _named(self, kind: type[RacError]) -> Iterator[None]:
-        """Whatever the file system raises becomes a `kind`."""
-        try:
-            yield
-        except RacError:
-            raise
-        except Exception as e:
-            raise kind(str(e) or type(e).__name__, file=self.where) from e
+    def _tried(self, kind: type[RacError], ask: Callable[[], T]) -> T:
+        """What is asked for; FileNotFoundError where it is not there, a `kind` of error for all else that is raised."""
+        for attempt in range(RETRIES + 1):
+            try:
+                return ask()
+            except (RacError, FileNotFoundError):
+                raise
+            except Exception as e:
+                what = str(e) or type(e).__name__
+                if isinstance(e, FINAL):
+                    raise kind(what, file=self.where) from e
+                if attempt == RETRIES:
+                    raise kind(f"{what}; gave up after {attempt + 1} attempts", file=self.where) from e
+                time.sleep(min(5.0, BACKOFF * 2**attempt) * (1 + random.random() / 4))
+        raise AssertionError
 
     def get(self, name: str) -> bytes | None:
         """A small file."""
-        with self._named(SourceError):
-            try:
-                return bytes(self._fs.cat_file(self._at(name)))
-            except FileNotFoundError:
-                return None
+        try:
+            return self._tried(SourceError, lambda: bytes(self._fs.cat_file(self._at(name))))
+        except FileNotFoundError:
+            return None
 
-    def _folder(self, name: str) -> None:
-        """Make the folder that a file lies in, where there are folders."""
-        folder = self._at(name).rpartition("/")[0]
-        if folder not in self._made:
-            self._fs.makedirs(folder, exist_ok=True)
-            self._made.add(folder)
+    def _sent(self, name: str, send: Callable[[str], object]) -> None:
+        """Write a file, its folder first where there are such."""
+        at = self._at(name)
+        folder = at.rpartition("/")[0]
+        try:
+            if self._made is not None and folder not in self._made:
+                self._tried(OutputError, lambda: self._fs.makedirs(folder, exist_ok=True))
+                self._made.add(folder)
+            self._tried(OutputError, lambda: send(at))
+        except FileNotFoundError as e:
+            raise OutputError(str(e) or "no such place", file=self.where) from e
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file."""
-        with self._named(OutputError):
-            self._folder(name)
-            self._fs.pipe_file(self._at(name), data)
+        self._sent(name, lambda at: self._fs.pipe_file(at, data))
 
     def create(self, name: str, data: bytes) -> None:
         """Write a small file where there is none yet."""
+
+        def send(at: str) -> None:
+            try:
+                self._fs.pipe_file(at, data, mode="create")
+            except FileExistsError:
+                pass
+            except Exception:  # one that knows no such mode
+                self._fs.pipe_file(at, data)
+
         if self.get(name) is None:
-            self.put(name, data)
+            self._sent(name, send)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A stream; what an error cuts off has no marker."""
-        with self._named(OutputError):
-            self._folder(name)
-            with self._fs.open(self._at(name), "wb") as f:
+        """A stream to a local file, which is sent when it is whole."""
+        with tempfile.TemporaryDirectory(prefix="rac-send-") as folder:
+            path = os.path.join(folder, "file")
+            with guarded(OutputError, path), open(path, "wb") as f:
                 yield f
+            self._sent(name, lambda at: self._fs.put_file(path, at))
 
     def access(self, name: str) -> Access:
-        """Positioned reads of a file."""
-        self._fs.invalidate_cache()
-        return open_url(f"{self.where}/{name}")
+        """Positioned reads of a file, which may show late."""
+        for wait in (*WAITS, None):
+            self._fs.invalidate_cache()
+            try:
+                return open_url(f"{self.where}/{name}")
+            except SourceError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
+        raise AssertionError
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder."""
@@ -251,7 +298,6 @@ class Far:
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder; a folder where nothing is in it is none."""
-        with self._named(OutputError), contextlib.suppress(FileNotFoundError):
-            if name:
-                self._fs.rm(self._at(name), recursive=True)
-                self._made.discard(self._at(name))
+        if name:
+            with contextlib.suppress(FileNotFoundError):
+                self._tried(OutputError, lambda: self._fs.rm(self._at(name), recursive=True))
