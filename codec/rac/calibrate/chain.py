@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rac.calibrate.moments import linears
 from rac.calibrate.place import Held, Place
 from rac.calibrate.reader import feed
+from rac.linalg.device import is_short
 
 TAIL = 8  # positions at the end of a sequence whose hidden states are compared
 _CLOSE = 1e-3
@@ -189,7 +190,8 @@ class Chain:
         """The model's own run, blocks in float32 while they run, logits of the last positions only."""
 
         def forward(block: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with single(block):
+            held = Held(Place())
+            with held.use(held.brought([block])):
                 return run(*args, **kwargs)
 
         with contextlib.ExitStack() as stack, torch.no_grad():
@@ -254,6 +256,8 @@ class Chain:
             try:
                 return self.model(**self._feed(tokens))
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+                if is_short(e):
+                    raise
                 raise UnfitError(f"what comes behind its blocks does not run alone: {e}") from e
 
     def head(self) -> contextlib.AbstractContextManager[None]:

@@ -207,7 +207,7 @@ class Measure:
         """tr(w S w') of a layer; w is (out, in)."""
         with self.torch.no_grad():
             second = self.torch.tensor(self._layers[name].second, device=self._device)
-            return float(((w @ second) * w).sum(dtype=self.torch.float64))
+            return float(((w @ second) * w).cpu().sum(dtype=self.torch.float64))
 
 
 class Divergence:

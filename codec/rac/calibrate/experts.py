@@ -33,17 +33,18 @@ _NAME = re.compile(r"(.+)\.([^.]+)\[(\d*)\]")
 def experts(modules: Mapping[str, Any]) -> dict[str, Any]:
     """The modules that own fused parameters, by name: floating-point, (experts, ., .), more than one expert."""
     own = {name: m.parameters(recurse=False) for name, m in modules.items() if not isinstance(m, _ConvNd)}
-    return {name: modules[name] for name, parameters in own.items() if any(map(_fused, parameters))}
+    return {name: modules[name] for name, parameters in own.items() if any(map(fused, parameters))}
 
 
-def _fused(p: Any) -> bool:
+def fused(p: Any) -> bool:
+    """Whether a parameter holds the matrices of experts: floating-point, (experts, ., .), more than one."""
     return bool(p.dim() == 3 and p.shape[0] > 1 and p.is_floating_point())
 
 
 def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextManager[Any]:
     """While it is open, `seen` is called for each product with an expert's matrix in the modules."""
-    fused = [
-        (f"{name}.{k}", p) for name, m in modules.items() for k, p in m.named_parameters(recurse=False) if _fused(p)
+    every = [
+        (f"{name}.{k}", p) for name, m in modules.items() for k, p in m.named_parameters(recurse=False) if fused(p)
     ]
     linear = torch.nn.functional.linear
     products = {linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
@@ -51,23 +52,23 @@ def watch(modules: Mapping[str, Any], seen: Seen) -> contextlib.AbstractContextM
     class Watching(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if func is torch.bmm and (whole := next((k for k, p in fused if p is args[1]), "")):
+            if func is torch.bmm and (whole := next((k for k, p in every if p is args[1]), "")):
                 each = out.unbind()  # one product for each expert; what follows depends on these
                 for e, one in enumerate(each):
                     seen(whole, e, len(each), True, args[0][e], one)
                 return torch.stack(each)
-            if func in products and len(args) > 1 and args[1].dim() == 2 and (found := _expert(args[1], fused)):
+            if func in products and len(args) > 1 and args[1].dim() == 2 and (found := _expert(args[1], every)):
                 name, number, count, turned = found
                 seen(name, number, count, turned == (func is linear), args[0], out)
             return out
 
-    return Watching() if fused else contextlib.nullcontext()
+    return Watching() if every else contextlib.nullcontext()
 
 
-def _expert(w: Any, fused: Sequence[tuple[str, Any]]) -> tuple[str, int, int, bool] | None:
+def _expert(w: Any, every: Sequence[tuple[str, Any]]) -> tuple[str, int, int, bool] | None:
     """The parameter that `w` is an expert's matrix of, its number, how many there are, and whether it is turned."""
     at = w.data_ptr()
-    for name, p in fused:
+    for name, p in every:
         number, rest = divmod(at - p.data_ptr(), p.stride(0) * p.element_size())
         if 0 <= number < len(p) and rest == 0:
             for turned, v in ((False, w), (True, w.T)):

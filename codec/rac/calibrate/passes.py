@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from rac.calibrate.reader import find as find_reader
 from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
 from rac.calibrate.whole import backward, leaves
 from rac.calibrate.wide import Wide
-from rac.errors import SourceError
+from rac.errors import LimitError, SourceError
+from rac.linalg.device import is_short
 from rac.models.predictions import positions
 
 _SMALL = 1 << 31  # bytes of weights up to which the model that writes its own text is held in float32
@@ -83,6 +85,9 @@ def find(
             with contextlib.closing(place_of(asked.device)) as place:
                 chain = _chained(reader.model, reader.causal, ids, place)
                 (steps or Passes)(chain, reader.causal, ids, fisher and reader.causal, folder, note).go()
+        except LimitError as e:
+            e.file = e.file or path
+            raise
         except UnfitError as e:
             if steps is not None:
                 raise
@@ -155,6 +160,8 @@ def _chained(model: Any, causal: bool, ids: NDArray[np.int64], place: Place) -> 
     try:
         return Chain(model, causal, ids[:1], place)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as e:
+        if is_short(e):
+            raise
         raise UnfitError(f"its blocks cannot be told apart ({e})") from e
 
 
@@ -171,6 +178,7 @@ class Passes:
     ) -> None:
         self.chain, self.causal, self.fisher, self.folder, self.note = chain, causal, fisher, folder, note
         self.place, self._coming = chain.place, dict[int, Any]()  # the weights of the next block, on their way
+        self._ahead = True
         self.ids = torch.from_numpy(ids)
         self.batch = chain.batch(self.ids[: max(1, _ROWS // ids.shape[1])])
         n = len(chain.blocks)
@@ -201,9 +209,40 @@ class Passes:
             if number < state["steps"]:
                 self._tell(len(self.ids))
                 continue
-            step(i)
+            self._do(step, i)
             state["steps"] = number + 1
             self.folder.commit(drop=self._unneeded)
+
+    def _do(self, step: Callable[[int], None], i: int) -> None:
+        """A step; where memory is short without the weights of the next block beside it. LimitError where it stays so.
+
+        What it finds is the same.
+        """
+        said, done = "", self.done
+        for ahead in dict.fromkeys((self._ahead, False)):
+            self._ahead, self.done = ahead, done
+            try:
+                return step(i)
+            except (RuntimeError, MemoryError) as e:
+                if not is_short(e):
+                    raise
+                said = str(e).strip().partition("\n")[0]
+            wait(self._coming.values())
+            self._coming.clear()  # behind the handler, which holds on to all that the step had
+            self.place.clear()
+        raise LimitError(f"{self._needed(i)} do not fit in the memory of {self.place.device}: {said}")
+
+    def _needed(self, i: int) -> str:
+        """What a step on block `i` has in memory beside what it keeps of its tokens."""
+        if i >= len(self.chain.blocks):
+            return "what comes behind the blocks, and logits"
+        block = self.chain.blocks[i]
+        weights = sum(p.numel() * p.element_size() for p in block.parameters())
+        inputs = [m.weight.shape for m in self.chain.inside[i].values() if isinstance(m, torch.nn.Linear)]
+        sums = sum(4 * shape[-1] ** 2 for shape in inputs)
+        tokens = self.batch * self.ids.shape[1]
+        held = f"{weights / 1e6:,.0f} MB of weights and up to {sums / 1e6:,.0f} MB of second moments"
+        return f"{self.chain.names[i]}, {held}, and {tokens:,} tokens at once (a shorter context has fewer)"
 
     def _tell(self, sequences: int) -> None:
         self.done += sequences * self.cost
@@ -246,7 +285,7 @@ class Passes:
         coming = self._coming.pop(i, None)
         brought = self.chain.brought(i) if coming is None else coming.result()
         self._coming.clear()
-        follows = self.only is None and 0 <= then < len(self.chain.blocks)
+        follows = self._ahead and self.only is None and 0 <= then < len(self.chain.blocks)
         if follows and (soon := self.place.soon(lambda: self.chain.brought(then))):
             self._coming[then] = soon
         return self.chain.use(brought)
@@ -268,6 +307,8 @@ class Passes:
                 try:
                     out = self.place.numbers(self.chain.run(i, hidden))
                 except (RuntimeError, ValueError, TypeError, IndexError) as e:
+                    if is_short(e):
+                        raise
                     raise UnfitError(f"{self.chain.names[i]} does not run alone ({e})") from e
                 if a == 0:
                     self.chain.same(i, torch.from_numpy(out[0, -TAIL:]))

@@ -17,7 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._pytree import tree_map
 
+from rac.calibrate.experts import experts, fused
+from rac.calibrate.wide import NARROW
+from rac.models.linears import is_linear
+
 T = TypeVar("T")
+FEWEST = 16  # rows and columns from which on what three dimensions hold are matrices
 
 
 class Place:
@@ -41,6 +46,13 @@ class Place:
     def wide(self, p: Any) -> Any:
         """The numbers of a parameter or buffer as they are computed with: float32, here; itself where that is so."""
         return p.data.float() if p.is_floating_point() else p.data
+
+    def stored(self, p: Any) -> Any:
+        """The numbers of a matrix here, in the type that it is stored in: `rac.calibrate.wide` widens it in use."""
+        return p.data
+
+    def clear(self) -> None:
+        """Give memory back that is held for later."""
 
     def added(self, total: Any, x: Any, length: Any = None) -> Any:
         """A sum of x^T x over rows (rows, n), which `total` is before (None: nothing); rows count by their `length`."""
@@ -81,7 +93,9 @@ class Device(Place):
         return tree_map(self._moved, x)
 
     def _moved(self, x: Any) -> Any:
-        return x.to(self.device) if isinstance(x, torch.Tensor) else x
+        if not isinstance(x, torch.Tensor):
+            return x
+        return x.to(self.device, torch.float32 if x.dtype == torch.float64 else x.dtype)  # mps has no float64
 
     def kept(self, x: Any) -> Any:
         """What is or holds tensors that every batch asks for, brought to the device once."""
@@ -102,6 +116,15 @@ class Device(Place):
     def wide(self, p: Any) -> Any:
         """The numbers of a parameter or buffer on the device, floats in float32."""
         return p.data.to(self.device, torch.float32 if p.is_floating_point() else p.dtype)
+
+    def stored(self, p: Any) -> Any:
+        """The numbers of a matrix on the device, in the type that it is stored in."""
+        return p.data.to(self.device)
+
+    def clear(self) -> None:
+        """Give memory back to the device that torch holds for later."""
+        if (of := getattr(torch, self.device.partition(":")[0], None)) and hasattr(of, "empty_cache"):
+            of.empty_cache()
 
     def added(self, total: Any, x: Any, length: Any = None) -> Any:
         """A sum of x^T x over rows (rows, n) on the device."""
@@ -145,9 +168,14 @@ class Held:
     place: Place
 
     def brought(self, modules: Sequence[Any], but: Container[int] = ()) -> list[tuple[Any, Any]]:
-        """Each with its numbers there, `but` some by their ids. The modules stay as they are: it may be done ahead."""
+        """Each with its numbers there, `but` some by their ids. The modules stay as they are: it may be done ahead.
+
+        Matrices stay in the type that they are stored in, so that of many experts one is in float32 at a time.
+        """
         every = {id(p): p for m in modules for p in (*m.parameters(), *m.buffers()) if id(p) not in but}
-        return [(p, self.place.wide(p)) for p in every.values()]
+        matrices = {id(p) for m in modules for p in _matrices(m)}
+        bring = {True: self.place.stored, False: self.place.wide}
+        return [(p, bring[at in matrices](p)) for at, p in every.items()]
 
     @contextlib.contextmanager
     def use(self, brought: Sequence[tuple[Any, Any]]) -> Iterator[None]:
@@ -160,3 +188,11 @@ class Held:
         finally:
             for p, data in before:
                 p.data = data
+
+
+def _matrices(module: Any) -> Iterator[Any]:
+    """Weights of float16 and bfloat16 that nothing is done with but products: of linear layers, and of experts."""
+    own = [m.weight for m in module.modules() if is_linear(m)]
+    for m in experts(dict(module.named_modules())).values():
+        own += [p for p in m.parameters(recurse=False) if fused(p) and min(p.shape[1:]) >= FEWEST]
+    return (p for p in own if p.dtype in NARROW)

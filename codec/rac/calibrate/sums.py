@@ -146,7 +146,7 @@ class Sums:
         one, total, rows, held = self._waiting[number]
         g = one.outputs(gradient.detach()).float()
         square = g.square()
-        squares = square.sum(0).double().cpu().numpy()
+        squares = square.sum(0).cpu().double().numpy()  # not every device has float64
         total.squares = squares if total.squares is None else total.squares + squares
         total.graded += len(g)
         if isinstance(held, int) and held != _version(one.given):  # overwritten: from the next batch on a copy is kept
@@ -160,7 +160,7 @@ class Sums:
             length = (length if rows is None else length[rows.to(length.device)]).reshape(-1)
         else:  # a transposed convolution: all inputs alike
             length = square.sum().sqrt().expand(len(x))
-        if (weight := float(length.sum(dtype=torch.float64))) != 0:
+        if (weight := float(length.cpu().sum(dtype=torch.float64))) != 0:
             del self._waiting[number]
             self._into(one, total).add(x.float() * length.sqrt()[:, None], True, weight)
 

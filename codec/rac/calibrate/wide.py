@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-_NARROW = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "bilinear"}
 _PRODUCTS |= {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
 _AS_IS = {"__get__", "__set__", "__setitem__", "to", "type", "type_as", "float", "half", "bfloat16", "double"}
@@ -83,12 +83,12 @@ class Wide(TorchFunctionMode):  # type: ignore[misc]
             return self._steps.get(*args)
         if name in _AS_IS:
             out = func(*args, **kwargs)
-            rounded = name in _CASTS and getattr(out, "dtype", None) in _NARROW and args[0].dtype == torch.float32
+            rounded = name in _CASTS and getattr(out, "dtype", None) in NARROW and args[0].dtype == torch.float32
             return args[0] if rounded else out
         if name == "embedding":  # the rows, not the table
             return _as(func(*args, **kwargs), torch.float32)
         types = {t.dtype for t in _floats((args, *kwargs.values()))}
-        if not types.intersection(_NARROW) or not (len(types) > 1 or name in _PRODUCTS):
+        if not types.intersection(NARROW) or not (len(types) > 1 or name in _PRODUCTS):
             return func(*args, **kwargs)
         if name.endswith("_") and not name.startswith("__"):  # in place: what is written to keeps its type
             rest = tree_map(lambda x: _as(x, args[0].dtype), (args[1:], kwargs))
@@ -101,7 +101,7 @@ class Wide(TorchFunctionMode):  # type: ignore[misc]
         return out
 
     def _widen(self, x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or x.dtype not in _NARROW:
+        if not isinstance(x, torch.Tensor) or x.dtype not in NARROW:
             return x
         found = x.float()
         if isinstance(x._base if x._is_view() else x, torch.nn.Parameter):

@@ -1,21 +1,27 @@
 """Cholesky factors and feedback on a device of torch: the products that a pack spends its time on beside the search.
 
-Float64 where the device has it. The order of additions is the device's own, so that the bits are not those of
-`rac.linalg.triangular`, which a pack on the processor uses: another device may make other bytes.
+Factors are found in float64, on the processor where the device has none. The order of additions is the device's own, so
+that the bits are not those of `rac.linalg.triangular`, which a pack on the processor uses: another device may make
+other bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.errors import MissingDependencyError
-from rac.linalg.triangular import Triangular, diagonal
+from rac.errors import LimitError, MissingDependencyError
+from rac.linalg.triangular import Triangular, diagonal, triangular
 
 F32 = np.float32
+_SHORT = ("out of memory", "not enough memory", "can't allocate memory")
+_ONE = threading.Lock()  # one factor at a time: side by side they would take the device's memory as often
 
 
 def check(device: str) -> None:
@@ -44,20 +50,41 @@ def name_of(device: str) -> str:
     return device
 
 
+def is_short(error: BaseException) -> bool:
+    """Whether an error says that memory was too small: torch raises another one for each device."""
+    return isinstance(error, MemoryError) or any(what in str(error).lower() for what in _SHORT)
+
+
+@contextlib.contextmanager
+def enough(device: str, what: str) -> Iterator[None]:
+    """LimitError where the memory of a device is too small for `what`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not is_short(e):
+            raise
+        said = str(e).strip().partition("\n")[0]
+        raise LimitError(f"{device} has too little memory for {what}: fewer --jobs, or --device cpu ({said})") from None
+
+
 def triangular_on(second: NDArray[np.floating], damp: float, device: str) -> Triangular:
-    """The recursion of `rac.linalg.triangular.triangular`, found on a device, whose feedback runs there too."""
+    """The recursion of `rac.linalg.triangular.triangular`, found on a device, whose feedback runs there too.
+
+    It takes 16 n^2 bytes of the device and its solver's own for n inputs; LimitError where these are not there.
+    """
     import torch
 
-    wide = torch.float32 if device == "mps" else torch.float64
+    if device == "mps":  # it has no float64, and float32 no room for inputs that go with others
+        return replace(triangular(second, damp), device=device)
     found = diagonal(second)
     order = np.argsort(found, kind="stable")
-    at = torch.from_numpy(order).to(device)
-    s = torch.from_numpy(np.array(second, F32)).to(device)[at][:, at].to(wide)
-    lower = factor_of(s, damp * max(float(found.sum()) / len(found), 1e-30))
-    weight = (
-        lower.diagonal().double().cpu().numpy() if wide is torch.float64 else lower.diagonal().cpu().double().numpy()
-    )
-    feed = feeds_of(lower).cpu().numpy()
+    with _ONE, enough(device, f"the factor of {len(order)} inputs, {16 * len(order) ** 2 / 1e9:.1f} GB"):
+        at = torch.from_numpy(order).to(device)
+        s = torch.from_numpy(np.array(second, F32)).to(device)[at][:, at].to(torch.float64)
+        lower = factor_of(s, damp * max(float(found.sum()) / len(found), 1e-30))
+        del s
+        weight = lower.diagonal().cpu().numpy().copy()
+        feed = feeds_of(lower).cpu().numpy()
     return Triangular(order, weight, feed.T, device)
 
 
@@ -73,8 +100,8 @@ def factor_of(s: Any, more: float) -> Any:
 
 
 def feeds_of(lower: Any) -> Any:
-    """(n, n) float32, below the diagonal: L over its diagonal, column by column."""
-    return (lower / lower.diagonal()).tril_(-1).float()
+    """(n, n) float32, below the diagonal: L over its diagonal, column by column. L is used up."""
+    return lower.div_(lower.diagonal().clone()).tril_(-1).float()
 
 
 class Errors:
@@ -85,8 +112,9 @@ class Errors:
         import torch
 
         self._torch, self._device = torch, device
-        self.feed = torch.from_numpy(np.ascontiguousarray(feed.T)).to(device)
-        self.errors = torch.zeros(len(feed), rows, device=device)
+        with enough(device, f"errors of {rows} x {len(feed)}, {4 * (rows + len(feed)) * len(feed) / 1e9:.1f} GB"):
+            self.feed = torch.from_numpy(np.ascontiguousarray(feed.T)).to(device)
+            self.errors = torch.zeros(len(feed), rows, device=device)
 
     def fed(self, a: int, b: int) -> NDArray[np.float32]:
         """(b - a, rows): what the errors of all columns from b on add to the targets of columns a to b."""

@@ -137,6 +137,7 @@ class _SharedPasses(passes.Passes):
         """OutputError where another rank would compute other sums: they depend on machine and threads of torch."""
         here = {"threads of torch (OMP_NUM_THREADS)": torch.get_num_threads()}
         here |= {"kernels of torch (instruction set)": torch.backends.cpu.get_cpu_capability()}
+        here |= {"sequences at once": self.batch}  # fewer where a device has no memory for more
         self._store.create(f"{self._key}-machine.json", json.dumps(here).encode())
         there = parsed(self._store.get(f"{self._key}-machine.json")) or here
         for name, value in here.items():
@@ -154,7 +155,7 @@ class _SharedPasses(passes.Passes):
         step, i, *_ = self.steps[number]
         try:
             with Wide(), torch.enable_grad():
-                step(i)
+                self._do(step, i)
             return Made(self._left)
         except UnfitError as e:
             return Made([["unfit", str(e)]])

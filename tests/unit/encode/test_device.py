@@ -9,19 +9,24 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import save_file
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import device_pack
 import rac
 from rac.calibrate import passes
 from rac.calibrate.layers import calibrate
 from rac.calibrate.moments import Collector
 from rac.calibrate.place import Device, Held, Place, place_of
+from rac.calibrate.wide import Wide
 from rac.cli import main
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import options
 from rac.encode.allocate import budget
 from rac.encode.quantise.trellis import Effort, Scales, quantise
-from rac.errors import MissingDependencyError
+from rac.errors import LimitError, MissingDependencyError
 from rac.linalg.device import Errors, check, factor_of, feeds_of, triangular_on
 from rac.linalg.factors import Factors
 from rac.linalg.triangular import triangular
@@ -89,21 +94,32 @@ def test_a_block_and_the_next_are_all_that_a_device_holds():
         block = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
     place = Device("meta")
     held = Held(place)
-    brought = held.brought([block])
-    assert sum(x.numel() * x.element_size() for _, x in brought) == 4 * (218_103_808 + 2 * 4096)
+    brought = held.brought([block])  # matrices as they are stored, the two norms in float32
+    assert sum(x.numel() * x.element_size() for _, x in brought) == 2 * 218_103_808 + 4 * 2 * 4096
     assert all(p.dtype == torch.bfloat16 for p, _ in brought)
     linears = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
     hidden = torch.empty(2, 1024, 4096, device="meta", requires_grad=True)
     turn = torch.empty(1, 1024, 128), torch.empty(1, 1024, 128)
     found = Collector(linears, outputs=False, place=place)
-    with held.use(brought):
+    with Wide(), held.use(brought):
         out = block(hidden, position_embeddings=place.kept(turn))
     out = out[0] if isinstance(out, tuple) else out
     assert (out.shape, out.device.type, out.dtype) == ((2, 1024, 4096), "meta", torch.float32)
+    assert all(p.dtype == torch.bfloat16 for p, _ in brought)  # as before
     sums = sum(4 * total.numel() for total in found.sums.second.values())
     assert sums == 4 * (3 * 4096**2 + 14336**2)
     found._open.close()
     place.close()
+
+
+def test_what_a_device_needs_is_counted_without_one():
+    found = device_pack.need(256, 512, 16)
+    weights = 2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512  # of query and output, key and value, feed-forward
+    assert found.weights == 2 * weights + 4 * 2 * 256
+    assert found.sums == 4 * (6 * 256**2 + 512**2)
+    scores = 4 * 2 * 16 * 1024**2  # of attention, which has no fused kernel there
+    assert 2 * found.weights + found.sums < found.block < 4 * scores
+    assert 16 * 512**2 <= found.factor <= 16 * 512**2 + 8 * 1024
 
 
 def test_the_next_is_read_while_one_is_used():
@@ -117,6 +133,121 @@ def test_the_next_is_read_while_one_is_used():
     assert place.kept({"a": (x, 3)})["a"][0] is place.kept(x)
     place.close()
     assert Place().soon(lambda: 7) is None
+
+
+def test_of_experts_one_is_in_float32_at_a_time():
+    torch.manual_seed(0)
+    block = mixtral().to(torch.bfloat16).model.layers[0]
+    brought = {id(p): x for p, x in Held(Place()).brought([block])}
+    moe = block.mlp
+    kept = (moe.experts.gate_up_proj, moe.experts.down_proj, block.self_attn.q_proj.weight)
+    assert all(brought[id(p)].data_ptr() == p.data_ptr() for p in kept)
+    assert brought[id(block.input_layernorm.weight)].dtype == torch.float32
+    largest = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if getattr(out, "dtype", None) == torch.float32:
+                largest.append(out.numel())
+            return out
+
+    wide = torch.randn(3, 32)
+    with Watch(), Wide(), Held(Place()).use(Held(Place()).brought([moe])), torch.no_grad():
+        for w in moe.experts.gate_up_proj:
+            torch.nn.functional.linear(wide, w)
+    assert max(largest) <= 96 * 32 < moe.experts.gate_up_proj.numel()
+
+
+class NoFloat64(TorchDispatchMode):
+    """What mps says: "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, torch.Tensor) and x.dtype in (torch.float64, torch.complex128):
+                raise TypeError(f"{func} of a device that has no float64")
+        return out
+
+
+@pytest.mark.parametrize("make", [llama, opt, mixtral])
+@pytest.mark.parametrize("fisher", [True, False])
+def test_a_calibration_knows_no_float64(tmp_path, make, fisher):
+    folder = saved(make(), tmp_path)
+    with NoFloat64():
+        found = calibrate(folder, IDS, tokens=96, context=48, fisher=fisher, device=AWAY)
+    assert all(np.isfinite(layer.second).all() for layer in found.values())
+
+
+def test_nor_do_factors_and_feedback_of_mps(monkeypatch):
+    with NoFloat64():
+        with pytest.raises(TypeError, match="float64"):  # the test itself: a device with float64 uses it
+            triangular_on(second(), 0.03, AWAY)
+        there = triangular_on(second(), 0.03, "mps")
+        errors = Errors(there.feed, 8, AWAY)
+        errors.put(100, 200, np.ones((100, 8), np.float32))
+        assert errors.fed(0, 100).dtype == np.float32
+    here = triangular(second(), 0.03)
+    assert there.device == "mps"
+    assert np.array_equal(there.weight, here.weight)
+    assert np.array_equal(there.feed, here.feed)
+
+
+def test_what_has_float64_is_brought_in_float32():
+    place = Device(AWAY)
+    assert place.to(torch.ones(2, dtype=torch.float64)).dtype == torch.float32
+    assert place.wide(torch.nn.Parameter(torch.ones(2, dtype=torch.float64))).dtype == torch.float32
+    assert place.to(torch.ones(2, dtype=torch.int64)).dtype == torch.int64
+    place.close()
+
+
+@pytest.mark.parametrize("step", ["_forward", "_backward", "_end"])
+def test_where_memory_is_short_the_next_block_waits(tmp_path, monkeypatch, step):
+    folder = saved(llama(), tmp_path)
+    how = {"tokens": 96, "context": 48, "device": AWAY}
+    expected, run, tries = calibrate(folder, IDS, **how), getattr(passes.Passes, step), []
+
+    def short(self, i):
+        tries.append(self._ahead)
+        if self._ahead:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+        run(self, i)
+
+    monkeypatch.setattr(passes.Passes, step, short)
+    found = calibrate(folder, IDS, **how)
+    assert tries[:2] == [True, False]
+    assert not any(tries[1:])
+    for name, layer in expected.items():
+        assert np.array_equal(found[name].second, layer.second)
+
+
+@pytest.mark.parametrize("what", ["run", "end"])
+def test_a_block_that_does_not_fit_is_one_line(tmp_path, monkeypatch, what):
+    folder, said = saved(llama(), tmp_path), []
+
+    def short(*_):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 9.01 GB)\nmore lines")
+
+    monkeypatch.setattr(passes.Chain, what, short)
+    with pytest.raises(LimitError) as e:
+        calibrate(folder, IDS, tokens=96, context=48, note=lambda *a: said.append(a[0]), device=AWAY)
+    assert "do not fit in the memory of cpu:0: MPS backend out of memory" in str(e.value)
+    assert ("MB of weights" in str(e.value)) == (what == "run")
+    assert "\n" not in str(e.value)
+    assert str(tmp_path) in str(e.value)
+    assert not any("as a whole" in one for one in said)  # not the slow way without a word
+
+
+def test_a_factor_that_does_not_fit_is_one_line(monkeypatch):
+    def short(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", short)
+    with pytest.raises(LimitError, match=r"the factor of 200 inputs, 0.0 GB: fewer --jobs, or --device cpu \(CUDA"):
+        triangular_on(second(), 0.03, AWAY)
+    monkeypatch.setattr(torch, "zeros", short)
+    with pytest.raises(LimitError, match="errors of 8 x 64"):
+        Errors(np.zeros((64, 64), np.float32), 8, AWAY)
 
 
 def test_a_factor_of_a_device():
