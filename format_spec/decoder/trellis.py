@@ -13,6 +13,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Elements = NDArray[np.unsignedinteger]
 KEYS = ("id", "states", "zero", "low", "scale", "sizes")
+GAINS = "gains"  # the key that may be missing
 WORDS = {"F32": 4, "F16": 2, "BF16": 2}  # data type -> bytes of a word
 # Section 4: states -> H0, H1
 WALKS = {4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
@@ -30,10 +31,11 @@ class Parameters:
     low: int
     scale: np.float32
     sizes: list[int]
+    gains: int
 
     @property
     def unit_size(self) -> int:
-        return sum(self.sizes)  # RAC-TCQ-007
+        return sum(self.sizes) + self.gains  # RAC-TCQ-007
 
 
 def parameters(stage: Map, dtype: str) -> Parameters:
@@ -42,7 +44,7 @@ def parameters(stage: Map, dtype: str) -> Parameters:
         if key not in stage:
             raise FormatError(f"RAC-TCQ-001: key {key!r} is missing")
     for key in stage:
-        if key not in KEYS:
+        if key not in (*KEYS, GAINS):
             raise UnsupportedError(f"RAC-TCQ-002: key {key!r} is not known")
     states, zero, low, scale = (as_int(stage[key], "RAC-TCQ-003") for key in ("states", "zero", "low", "scale"))
     sizes = [as_int(size, "RAC-TCQ-003") for size in as_array(stage["sizes"], "RAC-TCQ-003", 4)]
@@ -52,13 +54,16 @@ def parameters(stage: Map, dtype: str) -> Parameters:
         raise FormatError("RAC-TCQ-003: zero or low")
     if any(not 0 <= size <= 1 << 40 for size in sizes):
         raise FormatError("RAC-TCQ-003: sizes")
+    gains = as_int(stage[GAINS], "RAC-TCQ-003") if GAINS in stage else 0
+    if GAINS in stage and not 1 <= gains <= 1 << 40:
+        raise FormatError("RAC-TCQ-003: gains")
     if not 0x21800000 <= scale <= 0x5D800000:  # positive numbers are in the order of their bits
         raise FormatError("RAC-TCQ-004: scale")
     if dtype not in WORDS:
         raise FormatError(f"RAC-TCQ-005: data type {dtype}")
     if low + sizes[0] > 256:
         raise FormatError("RAC-TCQ-006: corrections")
-    return Parameters(dtype, states, zero, low, np.array([scale], np.uint32).view(np.float32)[0], sizes)
+    return Parameters(dtype, states, zero, low, np.array([scale], np.uint32).view(np.float32)[0], sizes, gains)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def trellis_unit(unit: bytes, p: Parameters, rows: int, cols: int) -> Unit:
     """Decode the trellis unit of a tensor of rows x cols words."""
     if len(unit) != p.unit_size:
         raise FormatError("RAC-TCQ-007: size of the trellis unit")
-    a, b, c = p.sizes[0], p.sizes[0] + p.sizes[1], sum(p.sizes[:3])
+    a, b, c, d = p.sizes[0], p.sizes[0] + p.sizes[1], sum(p.sizes[:3]), sum(p.sizes)
     row_list, col_list = entries(unit[a:b], rows), entries(unit[b:c], cols)
     dead = col_list == DEAD
     col_list[dead] = 0
@@ -85,8 +90,9 @@ def trellis_unit(unit: bytes, p: Parameters, rows: int, cols: int) -> Unit:
         raise FormatError("RAC-TCQ-008: entry out of range")
     col_scales = p.scale * power(col_list)
     col_scales[dead] = 0
-    places, elements = outliers(unit[c:], WORDS[p.dtype], rows, cols)
-    return Unit(magnitudes(unit[:a], p), power(row_list), col_scales, places[:, 0], places[:, 1], elements)
+    places, elements = outliers(unit[c:d], WORDS[p.dtype], rows, cols)
+    row_scales = power(row_list) * gain(entries(unit[d:], rows))
+    return Unit(magnitudes(unit[:a], p), row_scales, col_scales, places[:, 0], places[:, 1], elements)
 
 
 def entries(section: bytes, n: int) -> Ints:
@@ -100,6 +106,11 @@ def entries(section: bytes, n: int) -> Ints:
 def power(e: Ints) -> Floats:
     """Section 3: P(e)."""
     return np.ldexp(QUARTERS[e % 4], e // 4)
+
+
+def gain(g: Ints) -> Floats:
+    """Section 3: G(g)."""
+    return (256 + g).astype(np.float32) / np.float32(256)
 
 
 def magnitudes(section: bytes, p: Parameters) -> Floats:

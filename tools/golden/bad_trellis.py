@@ -135,6 +135,7 @@ WRONG: dict[str, list[Any]] = {
     "scale": [None, "1", True, struct.pack("<I", 0x3F800000)],
     "sizes": [[3, 9, 54], [3, 9, 14, 40, 0], [-1, 13, 14, 40], [3, 9, 14, (1 << 40) + 1], 66, [3, True, 22, 40], None],
 }
+WRONG["gains"] = [0, -1, True, None, "9", [9], (1 << 40) + 1]
 for _key, _values in WRONG.items():
     for _n, _value in enumerate(_values):
         bad(f"{_key}-{_n}", "TCQ-003", f"`{_key}` is {_value}.", on(RAW, second(RAW, **{_key: _value})))
@@ -197,6 +198,23 @@ for _name, _clause, _why, _patch in (
     ("zstd-wide", "ZTD-002", "A frame of words of four bytes.", on(FRAMED, unit(FRAMED, 1, fixed(zeros(4 * 480))))),
 ):
     bad(_name, _clause, _why, _patch)
+
+
+def gained(data: bytes, stated: int | None = None) -> Patch:
+    """A section of gains in the record behind raw/1, of 9 rows."""
+    return on(RAW, unit(RAW, 0, lambda u: u + data), second(RAW, gains=len(data) if stated is None else stated))
+
+
+for _name, _clause, _why, _patch in (
+    ("none", "TCQ-007", "Gains are stated, and the unit ends before them.", gained(b"", 9)),
+    ("less", "TCQ-007", "The last gain is missing.", gained(bytes(8), 9)),
+    ("40", "TCQ-007", "2^40 bytes of gains.", gained(bytes(9), 1 << 40)),
+    ("key", "TEN-016", "Gains that no key states.", on(RAW, unit(RAW, 0, lambda u: u + bytes(9)))),
+    ("short", "ZST-001", "The list of gains lacks an entry, and is no frame.", gained(bytes(8))),
+    ("long", "ZST-001", "The list of gains has an entry too many, and is no frame.", gained(bytes(10))),
+    ("frame-long", "ZST-002", "The frame of gains has an entry too many.", gained(zstd.compress(bytes(10)))),
+):
+    bad(f"gains-{_name}", _clause, _why, _patch)
 bad("unit-check", "UNI-003", "The trellis unit has another checksum.", on(RAW, directory(RAW, flip(8))), CHECKSUM)
 for _name, _clause, _why, _wrong in (
     ("front-shift", "LAN-003", "`shift` of lanes/1 as for words of two bytes.", {"shift": 8}),

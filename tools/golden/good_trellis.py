@@ -175,6 +175,25 @@ def _() -> Archive:
     return archive(*records)
 
 
+@good("trellis-gains", "Gains of rows: every entry, plain, framed and all 0, in every data type and beside outliers.")
+def _() -> Archive:
+    records = []
+    every = [*range(-128, 128)]
+    for i, dtype in enumerate(DTYPES):
+        for rows in (None, exponents(240 + i, 256, 60)):
+            t = Trellis(dtype, 8, 99 + i, 97, 0x3EAAAAAB, [7, 0, -7], rows, exponents(243, 3), gains=every)
+            records.append(lossy(f"every/{dtype}/{rows is None}", [256, 3], integers(244, 768, 99 + i), t, "zstd/1"))
+        outliers = {(y, 4): w for y, w in zip((0, 7, 22), specials(dtype), strict=False)}
+        gains = exponents(245 + i, 23, 40)
+        for j, front in enumerate(fronts(248, 23, 20)):
+            t = Trellis(dtype, 64, scale=0x3E4CCCCD, cols=exponents(249, 20), outliers=outliers, gains=gains)
+            records.append(lossy(f"{dtype}/{j}", [23, 20], integers(250 + j, 460), t, front, tile=(9, 6)))
+        t = Trellis(dtype, 1, rows=[3] * 40, framed="rows gains", gains=[i - 1] * 39 + [0])
+        records.append(lossy(f"framed/{dtype}", [40, 7], integers(256, 280), t))
+        records.append(lossy(f"none/{dtype}", [9, 2], integers(257, 18), Trellis(dtype, 4, gains=[0] * 9)))
+    return archive(*records)
+
+
 @good("trellis-shapes", "Every axis, no dimensions, single rows and columns, tiles of one word; aliases.")
 def _() -> Archive:
     words = integers(240, 60)

@@ -35,14 +35,16 @@ class Trellis:
     """Entries; stored in 0 bytes where absent."""
     cols: list[int] | None = None
     framed: str = ""
-    """Lists that are stored in a frame: "rows", "cols" or "rows cols"."""
+    """Lists that are stored in a frame: "rows", "cols", "gains" or several of them."""
     outliers: dict[tuple[int, int], int] = field(default_factory=dict)
     """Words of the data type by (row, column)."""
+    gains: list[int] | None = None
+    """Entries; no section and no key where absent."""
 
     def sections(self) -> list[bytes]:
         """The sections of the trellis unit."""
         lists = []
-        for name, entries in (("rows", self.rows), ("cols", self.cols)):
+        for name, entries in (("rows", self.rows), ("cols", self.cols), ("gains", self.gains)):
             data = bytes(e & 255 for e in entries or ())
             if name in self.framed.split():
                 packed = zstd.compress(data)
@@ -54,7 +56,9 @@ class Trellis:
             struct.pack("<II", y, x) + w.to_bytes(DTYPES[self.dtype].word, "little")
             for (y, x), w in sorted(self.outliers.items())
         )
-        return [bytes(c & 255 for c in self.corrections), *lists, outliers]
+        gains = lists.pop()
+        every = [bytes(c & 255 for c in self.corrections), *lists, outliers]
+        return every if self.gains is None else [*every, gains]
 
     def stage(self) -> dict[str, Any]:
         """The stage map."""
@@ -64,8 +68,8 @@ class Trellis:
             "zero": self.zero,
             "low": self.low,
             "scale": self.scale,
-            "sizes": [len(s) for s in self.sections()],
-        }
+            "sizes": [len(s) for s in self.sections()[:4]],
+        } | ({} if self.gains is None else {"gains": len(self.sections()[4])})
 
     def magnitude(self, u: int) -> float:
         """rec(u)."""
@@ -78,6 +82,7 @@ class Trellis:
         """Words of the data type that the bytes `words` stand for."""
         a = [0.0 if e == DEAD else binary32(number(self.scale) * power(e)) for e in self.cols or [0] * cols]
         b = [power(e) for e in self.rows or [0] * rows]
+        b = [binary32(p * (1 + g / 256)) for p, g in zip(b, self.gains or [0] * rows, strict=True)]
         h0, h1 = WALKS[self.states]
         out = [0] * (rows * cols)
         for x in range(cols):

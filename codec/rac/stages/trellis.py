@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -17,7 +17,7 @@ from rac.native import address
 from rac.native import trellis as native
 from rac.native.prototypes import F32, Array
 from rac.stages.base import Context, Head, Integers, Numbers, OpenNumbers, check, pack_lists, sizes_of, unpack_list
-from rac.stages.words import DTYPES, to_words
+from rac.stages.words import DTYPES, from_words, to_words
 
 CODES = {1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
 """States to (H0, H1)."""
@@ -37,22 +37,29 @@ class Trellis(Numbers):
     """trellis/1: words to numbers by a trellis of `states` states, scales of rows and columns, and outliers."""
 
     id: ClassVar[str] = "trellis/1"
-    sections: ClassVar[tuple[str, ...]] = ("corrections", "rows", "columns", "outliers")
+    sections: ClassVar[tuple[str, ...]] = ("corrections", "rows", "columns", "outliers", "gains")
     states: int
     zero: int  # the word that stands for 0
     low: int  # first of the words that have corrections
     scale: int  # bits of the binary32 unit of all columns
-    sizes: tuple[int, int, int, int]  # bytes of each section of the unit
+    sizes: tuple[int, int, int, int]  # bytes of the first four sections of the unit
+    gains: int = 0  # bytes of the fifth; 0: there is none
 
     @property
     def section_sizes(self) -> tuple[int, ...]:
         """Bytes of each section."""
-        return self.sizes
+        return *self.sizes, self.gains
+
+    def to_head(self) -> Head:
+        """The stage map, without the key of gains where there are none."""
+        head = super(Trellis, self).to_head()
+        return head if self.gains else {k: v for k, v in head.items() if k != "gains"}
 
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The stage of a stage map (stages/trellis.md, section 1); FormatError or UnsupportedError."""
         ranges = {"states": (1, 256), "zero": (0, 255), "low": (0, 255), "scale": (0x21800000, 0x5D800000)}
+        ranges |= {"gains": (1, 1 << 40)} if "gains" in head else {}
         check(head, ranges, "trellis", {"sizes"})
         if head["states"] not in CODES:
             raise FormatError("trellis parameter states is out of range")
@@ -84,7 +91,7 @@ class Lists(NamedTuple):
     """What the unit of trellis/1 holds."""
 
     rec: F32  # (256,) magnitude of each word
-    rows: F32  # (R,) scale of each row, B(y)
+    rows: F32  # (R,) scale of each row, its gain among it: B(y)
     cols: F32  # (C,) scale of each column, A(x)
     places: NDArray[np.int64]  # (N, 2) row and column of each outlier, ascending
     values: Array  # (N,) words of the data type: the outliers
@@ -158,7 +165,7 @@ def _lists(unit: bytes, p: Trellis, context: Context) -> Lists:
     rows, cols = context.rows, context.cols
     if len(unit) != p.front:
         raise FormatError("trellis unit does not have the size of its sections")
-    a, b, c, _ = np.cumsum(p.sizes).tolist()
+    a, b, c, d = np.cumsum(p.sizes).tolist()
     rec = magnitudes(p.states, p.zero).copy()
     rec[p.low : p.low + p.sizes[0]] += np.frombuffer(unit[:a], np.int8).astype(np.float32) / np.float32(64)
     by_row, by_col = (unpack_list(*of).view(np.int8) for of in ((unit[a:b], rows), (unit[b:c], cols)))
@@ -169,12 +176,29 @@ def _lists(unit: bytes, p: Trellis, context: Context) -> Lists:
     kind = _outliers(DTYPES[context.dtype].itemsize)
     if p.sizes[3] % kind.itemsize:
         raise FormatError("trellis outliers are malformed")
-    found = np.frombuffer(unit[c:], kind)
+    found = np.frombuffer(unit[c:d], kind)
     places = np.stack([found["row"], found["col"]], axis=1).astype(np.int64)
     flat = places[:, 0] * cols + places[:, 1]
     if (places >= (rows, cols)).any() or (np.diff(flat) <= 0).any():
         raise FormatError("trellis outliers are not in order or outside the tensor")
-    return Lists(rec, power(by_row), col, places, found["value"].copy())
+    row = power(by_row)
+    if p.gains:
+        row *= gain(unpack_list(unit[d:], rows).view(np.int8))
+    return Lists(rec, row, col, places, found["value"].copy())
+
+
+def gain(g: Array) -> F32:
+    """1 + g / 256 of int8 entries, exact: G of section 3."""
+    return np.float32(1) + g.astype(np.float32) / np.float32(256)
+
+
+def with_gains(p: Trellis, unit: bytes, gains: NDArray[np.int8], dtype: str) -> tuple[Trellis, bytes]:
+    """(stage, unit) with gains (R,) of rows, by which outliers are multiplied too, of those without gains."""
+    at = sum(p.sizes[:3])
+    found = np.frombuffer(unit[at : sum(p.sizes)], _outliers(DTYPES[dtype].itemsize)).copy()
+    found["value"] = to_words(from_words(found["value"], dtype) * gain(gains[found["row"]]), dtype)
+    more = pack_lists((gains,))[0]
+    return replace(p, gains=len(more)), unit[:at] + found.tobytes() + more
 
 
 def build_unit(

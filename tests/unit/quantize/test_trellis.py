@@ -13,7 +13,7 @@ from rac.grid import Box
 from rac.native import trellis as kernel
 from rac.stages import trellis as tr
 from rac.stages.base import Context
-from rac.stages.words import DTYPES
+from rac.stages.words import DTYPES, from_words, to_words
 from support import kernels
 
 HEAD = {"id": "trellis/1", "states": 4, "zero": 10, "low": 9, "scale": 0x3F000000, "sizes": [3, 4, 2, 10]}
@@ -37,6 +37,30 @@ def test_the_example_of_the_text(cpu):
     p = tr.Trellis.from_head(HEAD, BF16)
     assert p.to_head() == HEAD
     assert decoded(WORDS, p, UNIT, "BF16", cpu).tobytes() == DENSE
+
+
+@pytest.mark.parametrize("cpu", kernels.ALL)
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_gains_multiply_rows_and_outliers(cpu, dtype):
+    rng = np.random.default_rng(0)
+    words, gains = rng.integers(120, 137, (200, 20)).astype(np.uint8), rng.integers(-128, 128, 200).astype(np.int8)
+    rows, cols = (rng.integers(-9, 9, n).astype(np.int8) for n in words.shape)
+    places, value = np.array([[3, 5], [150, 0]]), np.array([100, -7.5], np.float32)
+    args = np.zeros(0, np.int8), rows, cols, places
+    sizes, unit = tr.build_unit(*args, to_words(value, dtype))
+    plain = tr.Trellis(16, 128, 0, 0x3F000000, sizes)
+    assert "gains" not in plain.to_head()
+    p, more = tr.with_gains(plain, unit, gains, dtype)
+    assert tr.Trellis.from_head(p.to_head(), Context(dtype, 200, 20, 1)) == p
+    opened, before = (q.open(u, Context(dtype, 200, 20, 1)) for q, u in ((p, more), (plain, unit)))
+    assert np.array_equal(opened.rows, before.rows * (np.float32(1) + gains.astype(np.float32) / 256))
+    got = from_words(decoded(words, p, more, dtype, cpu), dtype)
+    own = from_words(decoded(words, plain, unit, dtype, cpu), dtype)
+    near = own * (1 + gains[:, None] / np.float32(256))
+    exact = {"F32": 2**-22, "F16": 2**-9, "BF16": 2**-6}[dtype]  # it is rounded once, and not in between
+    assert (np.abs(got - near) <= exact * np.abs(near)).all()
+    assert got[3, 5] == from_words(to_words(np.float32([100 * (1 + gains[3] / 256)]), dtype), dtype)[0]
+    assert tr.with_gains(plain, unit, np.zeros(200, np.int8), dtype) == (plain, unit)
 
 
 def test_powers():
@@ -180,6 +204,8 @@ def test_what_is_refused():
     bad("sizes", sizes=[3, 4, 2])
     bad("cannot be", dtype="F64")
     bad("corrections", low=254)
+    for gains in (0, -1, True, "4", (1 << 40) + 1):
+        bad("gains is out", gains=gains)
 
     def unit(match, data, rows=4, cols=2):
         with pytest.raises(FormatError, match=match):
