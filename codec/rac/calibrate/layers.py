@@ -29,6 +29,7 @@ from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
 from rac.linalg.factors import Factors
 
+IDS = "ids.npy"  # the file of the tokens
 _VERSION = 5  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
@@ -83,6 +84,8 @@ class Layers(dict[str, Layer]):
         """Tokens really used; batches, where a module was run on these."""
         self.digest = digest
         """Digest of model, text, settings and this code, or of what was found: 32 hexadecimal digits."""
+        self.ids: Callable[[], NDArray[Any]] | None = None
+        """Reads the token ids (count, context) that a text gave, or the model has written; None: there are none."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all into one file, for `rac pack --calibration`; a file there is replaced. Or OutputError."""
@@ -203,7 +206,9 @@ def layers_of(folder: Folder, digest: str) -> Layers:
     """What the state of a finished calibration says, its arrays read when they are asked for."""
     every = folder.state["layers"].items()
     found = {name: _layer(folder, entry) for name, entry in every if "second" in entry}
-    return Layers(found, folder.state["tokens"], digest, folder.state.get("missing"))
+    out = Layers(found, folder.state["tokens"], digest, folder.state.get("missing"))
+    out.ids = _Stored(folder, IDS) if IDS in folder else None
+    return out
 
 
 def _layer(folder: Folder, entry: Mapping[str, Any]) -> Layer:

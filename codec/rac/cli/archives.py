@@ -135,7 +135,8 @@ def verify(args: argparse.Namespace) -> int:
     if seen.lossy:
         snr = "" if seen.snr is None else f", {seen.snr:.2f} dB from {source}"
         rest = f", the others{equal[1:]}" if args.against and seen.lossy < seen.tensors else ""
-        equal = f", lossy: {seen.lossy} tensors quantised{snr}{rest}"
+        tuned = f", {seen.tuned} vectors changed by recovery" if seen.tuned else ""
+        equal = f", lossy: {seen.lossy} tensors quantised{snr}{tuned}{rest}"
     if seen.files:
         equal += f", {seen.files} files with the SHA-256 that " + (f"{seen.hub} has" if seen.hub else "was packed")
     say(

@@ -93,7 +93,7 @@ RECIPE = """aligned (default: ours, by the budgets above), rtn (round to nearest
 kurtail; with --bits 2 to 8 (default: 4) and --calibrate FILE"""
 _NOT: dict[str, Any] = {
     **dict.fromkeys(
-        ("quality", "file_bits", "size", "snr", "kl", "low_rank", "lanes", "slices", "shard_size", "report")
+        ("quality", "file_bits", "size", "snr", "kl", "low_rank", "recover", "lanes", "slices", "shard_size", "report")
     ),
     **{name: [] for name in ("keep", "include", "exclude", "calibration")},
     **dict.fromkeys(("all_files", "embeddings", "no_backward", "resume", "dry_run"), False),
@@ -104,7 +104,7 @@ _NOT: dict[str, Any] = {
 }
 """Arguments that a named method does not take, as they are where nobody gave them."""
 LOSSY: dict[str, Any] = {
-    **dict.fromkeys(("calibrate", "low_rank", "cache", "measure", "report")),
+    **dict.fromkeys(("calibrate", "low_rank", "recover", "cache", "measure", "report")),
     **{name: [] for name in ("calibration", "keep")},
     **dict.fromkeys(("embeddings", "no_backward"), False),
     "tokens": 40960,
@@ -148,6 +148,9 @@ DEVICE = """where blocks are calibrated, factors found and errors fed back (defa
 which the file says"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
 ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
+RECOVER = """when all is quantised, train the gains of rows and norms, and biases, on the calibration text so many steps
+(auto: 120; none without a text and with --effort fast) until the model predicts as the original does; the integers stay
+as they are (default: 0)"""
 RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
 
 
@@ -192,6 +195,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
     argument(lossy, "--low-rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
+    argument(lossy, "--recover STEPS|auto", RECOVER, type=_steps)
     argument(lossy, "--embeddings", "quantise embeddings and output layers too")
     about = "when done, KL and perplexity on this text, not the one above; auto: a part of the mix kept for it"
     argument(lossy, "--measure FILE|auto", about)
@@ -205,6 +209,13 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "--resume", "go on with an interrupted pack")
     argument(p, "--force", "replace an existing file")
     argument(p, "--json", "print totals and tensors as one JSON value")
+
+
+def _steps(given: str) -> str | int:
+    """Type of --recover."""
+    if given != "auto" and not given.isdecimal():
+        raise argparse.ArgumentTypeError("must be auto or a number of steps")
+    return given if given == "auto" else int(given)
 
 
 def _add_named(p: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rac.encode.allocate.texts import calibration_for
-from rac.encode.options import Budget, Calibration, Lossy, Made, PackOptions, no_goal
+from rac.encode.options import STEPS, Budget, Calibration, Lossy, Made, PackOptions, no_goal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class Asked:
     align: str = "auto"
     rank: int | None = None
     embeddings: bool = False
+    recover: str | int | None = None
     slices: str | None = None
     all_files: bool = False
     pickles: bool = False
@@ -82,6 +83,7 @@ class Asked:
             shaped = {"calibrate": self.calibrate not in (None, "none"), "calibration": self.calibration is not None}
             shaped |= {"effort": self.effort != "default", "keep": len(self.keep) > 0, "align": self.align != "auto"}
             shaped |= {"device": self.device != "cpu"}
+            shaped |= {"recover": self.recover is not None}
             no_goal(shaped | {"rank": self.rank is not None, "embeddings": self.embeddings})
         settings = {"exclude": list(self.exclude), "include": list(self.include)}
         cut: Any = {"lanes": self.lanes, "slices": self.slices, "shard_size": self.shard_size}
@@ -94,4 +96,13 @@ class Asked:
         made = Calibration.made_of(self.calibration)
         learned = calibration_for(self.calibrate, path, self.tokens, cache, made)
         learned = replace(learned, context=self.context, backward=self.backward, device=self.device)
-        return Lossy(self._budget, learned, self.effort, tuple(self.keep), self.align, self.rank, self.embeddings)
+        how: Any = {"embeddings": self.embeddings, "recover": self._steps(learned)}
+        return Lossy(self._budget, learned, self.effort, tuple(self.keep), self.align, self.rank, **how)
+
+    def _steps(self, learned: Calibration) -> int:
+        """Steps of recovery: where the number is left to us none without a text, and none at effort "fast"."""
+        if self.recover is None:
+            return 0
+        if self.recover != "auto":
+            return int(self.recover)
+        return STEPS if learned.texts and self.effort != "fast" else 0

@@ -20,7 +20,7 @@ from rac.decoder import Decoder
 from rac.errors import OutputError
 from rac.records import Limits, Record, record_size
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
-from rac.tensor import empty, parse
+from rac.tensor import Tensor, empty, parse
 
 Bytes = bytes | memoryview
 SPOOL = 1 << 24  # bytes of units that are kept in memory; more go to a file
@@ -94,13 +94,18 @@ class Encoded:
         return self.fidelity and replace(self.fidelity, size=size)
 
 
-def decoded(e: Encoded) -> NDArray[Any]:
-    """(R, C) words of the data type that a decoder restores of a tensor or an object, out of its units."""
+def head_of(e: Encoded) -> Tensor:
+    """What the head of its record states."""
     payload = sum(len(u) + wire.pad(len(u), wire.STREAM_ALIGN) for u in e.units)
     head = e.head | {"units": wire.directory(e.units)}
     record = Record(RECORD_TENSOR, 0, 0, head, head_size=0, payload=0, payload_size=payload, check=0)
     objects = {o.name: o for o in e.objects}
-    t = parse(record, Limits(), lambda name: tuple(objects[name].head["shape"]))
+    return parse(record, Limits(), lambda name: tuple(objects[name].head["shape"]))
+
+
+def decoded(e: Encoded) -> NDArray[Any]:
+    """(R, C) words of the data type that a decoder restores of a tensor or an object, out of its units."""
+    t, objects = head_of(e), {o.name: o for o in e.objects}
     used = [decoded(objects[name]).view(np.float32) for name in t.uses]
     decoder, out, work = Decoder(t, e.units[: t.first], objects=used), Place(empty(t)), Work()
     for band in t.bands():
@@ -193,11 +198,22 @@ class Kept:
         except OSError as error:
             raise OutputError(error.strerror or str(error), file=self.beside) from error
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors that are kept."""
+        return [*self._found]
+
     def take(self, name: str) -> Encoded | None:
         """A tensor, which is forgotten; None where it is not kept."""
         if name not in self._found:
             return None
-        at, bare, sizes = self._found.pop(name)
+        e = self.get(name)
+        del self._found[name]
+        return e
+
+    def get(self, name: str) -> Encoded:
+        """A tensor that is kept."""
+        at, bare, sizes = self._found[name]
         self._file.seek(at)
         own, *others = [[self._file.read(n) for n in of_record] for of_record in sizes]
         objects = tuple(replace(o, units=units) for o, units in zip(bare.objects, others, strict=True))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 GOALS = ("bits", "file_bits", "size", "snr", "kl")  # budgets of a lossy pack
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
 DEVICES = ("cpu", "cuda", "mps")  # where a pack calibrates
+STEPS = 120  # of a recovery, where nobody says how many
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 CONTEXT = 1024  # tokens of a sequence that a model is calibrated on, at most
 DECIBELS = 6.020599913279624  # signal to noise that one bit is worth: 20 log10 2
@@ -184,9 +185,13 @@ class Lossy:
     align: str = "auto"
     rank: int | None = None
     embeddings: bool = False
+    recover: int = 0
+    """Steps of recovery (rac.recover); 0: none."""
 
     def __post_init__(self) -> None:
         texts = self.calibration.texts
+        if self.recover < 0 or (self.recover and not texts):
+            raise ValueError("recovery is a number of steps, and learns from a text: give --calibrate too")
         if self.effort not in EFFORTS:
             raise ValueError(f"effort must be one of {', '.join(EFFORTS)}, not {self.effort!r}")
         if self.align not in ALIGNMENTS:
@@ -209,6 +214,7 @@ class Lossy:
     def about(self) -> dict[str, Any]:
         """The request for the provenance: what is not as one gets it unasked, and the budget; numbers are text."""
         every = {"align": self.align, "rank": self.rank, "embeddings": self.embeddings, "keep": sorted(self.keep)}
+        every["recover"] = self.recover or None
         every["device"] = None if self.calibration.device == "cpu" else self.calibration.device
         asked = {k: v for k, v in every.items() if v not in ("auto", None, []) and v is not False}
         return {**asked, "goal": {k: repr(v) for k, v in self.budget.goal.items()}}

@@ -16,6 +16,8 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from rac.calibrate.evaluate import Divergence
 from rac.calibrate.given import Given
 from rac.calibrate.layers import Layers
@@ -34,6 +36,7 @@ from rac.encode.quantise.tensor import encode, measure
 from rac.encode.reasons import Lossless, reasons
 from rac.encode.schedule import WINDOW, Job, Quantiser, Schedule
 from rac.encode.sources import Attachment, Source, SourceTensor, from_arrays, ready
+from rac.encode.tuned import Tuning, changed, room_for, trainable
 from rac.errors import OutputError, RacError, SourceError
 from rac.machine import room, threads_of
 from rac.provenance import Provenance, frame_name, header_name, state
@@ -97,6 +100,7 @@ def pack(
     align: str = "auto",
     rank: int | None = None,
     embeddings: bool = False,
+    recover: str | int | None = None,
     note: Note | None = None,
     processes: bool = False,
     slices: str | None = None,
@@ -143,6 +147,8 @@ def pack(
         align: "auto", "triangular", "pca" or "identity": coordinates of the tensors whose inputs are known.
         rank: Rank of these tensors' low-rank parts; None: at effort "max" what pays, which is nearly always 0, else 0.
         embeddings: Quantise embeddings and output layers too, a bit finer than the rest.
+        recover: Steps of recovery, or "auto": with the integers as they are, gains of rows and norms, and biases, are
+            trained on the calibration text until the model predicts as the original does (docs/lossy.md). None: none.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
         processes: Quantise in processes, started anew, instead of threads: for machines of many cores. A script that
             asks for it has its own work under `if __name__ == "__main__":`.
@@ -232,13 +238,8 @@ class Packer(contextlib.ExitStack):
         if self._stream is not None and (options.resume or options.shard_size is not None):
             raise ValueError("a stream is written forward, in one file: without resume and shard_size")
         self._jobs = threads_of(options.jobs)
-        self._groups = ties.find(source.tensors)
-        every = ((name, g) for g in self._groups for name in (g.tensor.name, *(a for a, _ in g.aliases)))
-        tensors = ((name, extra_of(g.extra, name), g.tensor.dtype, g.tensor.shape) for name, g in every)
-        usual = usual_headers(tensors, dict(sorted(source.metadata.items(), key=lambda item: item[0].encode())))
-        self._headers = {f: h for f, h in source.headers.items() if h != usual.get(f or "model.safetensors")}
-        self._files = (*source.attachments, *(Attachment(header_name(f), h) for f, h in self._headers.items()))
-        self._files += tuple(Attachment(frame_name(f), frame) for f, frame in source.frames.items())
+        self._calibrated: list[Layers] = []
+        self._arrange()
         self._lossless, self._lossy = Kept(self._out), Kept(self._out)
         self._left: list[ties.Group] | None = None  # what the tape is to bring, until it is asked to
         self._threads = self._pool = self.enter_context(workers.start(self._jobs))
@@ -248,6 +249,17 @@ class Packer(contextlib.ExitStack):
         self.callback(self._lossy.close)
         if source.tape:
             self.callback(source.tape.close)  # first of all: threads may wait for it
+
+    def _arrange(self) -> None:
+        """Find what the source holds once, and what of its files does not follow from its tensors."""
+        source = self._source
+        self._groups = ties.find(source.tensors)
+        every = ((name, g) for g in self._groups for name in (g.tensor.name, *(a for a, _ in g.aliases)))
+        tensors = ((name, extra_of(g.extra, name), g.tensor.dtype, g.tensor.shape) for name, g in every)
+        usual = usual_headers(tensors, dict(sorted(source.metadata.items(), key=lambda item: item[0].encode())))
+        self._headers = {f: h for f, h in source.headers.items() if h != usual.get(f or "model.safetensors")}
+        self._files = (*source.attachments, *(Attachment(header_name(f), h) for f, h in self._headers.items()))
+        self._files += tuple(Attachment(frame_name(f), frame) for f, frame in source.frames.items())
 
     def allocate(self, src: Any, request: Lossy) -> Recipe:
         """How a pack of the source, opened from `src`, meets a request; BudgetError where it cannot.
@@ -266,17 +278,43 @@ class Packer(contextlib.ExitStack):
         recipe = replace(recipe_for(self._groups, named, request, note, self._once, self._look), coder=options.coder)
         recipe = replace(recipe, lossless=options.lossless)
         before = resume.provenance(f"{self._out}.part") if options.resume else Provenance()
-        if (scale := before.scale(recipe.about, options.level)) is not None:
+        scale = before.scale(recipe.about, options.level)
+        if scale is not None and not request.recover:
             return replace(recipe, scale=scale)
 
         def judge() -> Divergence:
             return Divergence(named, read_text(calibration.texts[0]), calibration.tokens, note, calibration.device)
 
-        return self._search(recipe).meet(request.budget, lambda: self._rest(recipe), judge)
+        search = self._search(recipe if scale is None else replace(recipe, scale=scale))
+        if not request.recover:
+            return search.meet(request.budget, lambda: self._rest(recipe), judge)
+        search.reserve = room_for(self._groups, recipe.aligned)
+        if scale is None:
+            search.recipe = search.meet(request.budget, lambda: self._rest(recipe), judge)
+        else:
+            search.again()
+        return self._recovered(search.recipe, Tuning(request.recover, calibration, self._calibrated, named, note))
+
+    def _recovered(self, recipe: Recipe, tuning: Tuning) -> Recipe:
+        """Tune what was quantised, and the vectors of the source beside it."""
+        vectors = trainable([t for t in self._source.tensors if t.name not in recipe.aligned])
+        words, about = tuning(self._groups, self._lossy, vectors)
+        if words:
+            mine = {n: replace(vectors[n], data=w.reshape(-1).view(np.uint8), tie=None) for n, w in words.items()}
+            tensors = tuple(mine.get(t.name, t) for t in self._source.tensors)
+            files = {f: h for f, h in self._source.sha256.items() if f not in self._source.headers}
+            self._source = replace(self._source, tensors=tensors, sha256=files)
+            self._arrange()
+            for g in self._groups:
+                if g.tensor.name in words:
+                    self._lossless.put(g.tensor.name, changed(g, vectors[g.tensor.name], self._options.lossless))
+        return replace(recipe, about={**recipe.about, "recovered": about})
 
     def _once(self, calibration: Callable[[], Sequence[Layers]]) -> Sequence[Layers]:
         """What a calibration finds, which takes long."""
-        return calibration()
+        found = calibration()
+        self._calibrated += found[:1]
+        return found
 
     def _look(self, asked: Sequence[Sequence[Ask]], sample: Sample) -> Iterable[Seen]:
         """What tensors say of how they are quantised, in any order."""

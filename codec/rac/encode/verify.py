@@ -55,6 +55,8 @@ class Verified:
     """Files of the Hub that were not compared: not packed, or their tensors quantised."""
     dequantised: tuple[str, ...] = ()
     """What the weights of the source are stored as, where the tensors were compared with what these stand for."""
+    tuned: int = 0
+    """Vectors, stored losslessly, that recovery has changed before."""
 
 
 @dataclass
@@ -71,6 +73,7 @@ class _Check:
     dense: int = 0
     digest: bytes = b""
     lossy: set[str] = field(default_factory=set)
+    tuned: dict[str, bytes] = field(default_factory=dict)  # names of vectors to the digests that they had in the source
     energy: float = 0.0
     error: float = 0.0
     source: Source | None = None
@@ -114,6 +117,8 @@ class _Check:
                 self.dense += t.nbytes
                 if t.quantised:
                     self.lossy.add(n)
+                elif isinstance(before := t.record.head.get("x-source"), bytes):
+                    self.tuned[n] = before
             if t.quantised and (original := self.theirs.get(t.name)) and original.nbytes == t.nbytes:
                 a = from_words(original.read(0, original.nbytes).view(words.dtype), t.dtype).astype(np.float64)
                 b = from_words(words.reshape(-1), t.dtype).astype(np.float64)
@@ -143,7 +148,7 @@ class _Check:
             if (dtype, shape) != (t.dtype, t.shape):
                 why = f"is {dtype} {list(shape)}, the source has {t.dtype} {list(t.shape)}"
                 raise MismatchError(why, file=name, unit=repr(n))
-            if n not in self.lossy and (ties.digest(t) != digest or extra != (t.extra or {})):
+            if n not in self.lossy and (ties.digest(t) != self.tuned.get(n, digest) or extra != (t.extra or {})):
                 raise MismatchError("differs from the source", file=name, unit=repr(n))
         if source.metadata != self.metadata:
             raise MismatchError("metadata differs from the source", file=name, unit="metadata")
@@ -232,4 +237,4 @@ def verify(
         seen.compare(seen.source, name)
     snr = 10 * math.log10(seen.energy / seen.error) if seen.error and seen.energy else None
     found = Verified(len(seen.tensors), len(seen.files), seen.dense, seen.digest, len(seen.lossy), snr, *files)
-    return replace(found, dequantised=seen.source.dequantised if seen.source else ())
+    return replace(found, dequantised=seen.source.dequantised if seen.source else (), tuned=len(seen.tuned))

@@ -169,6 +169,7 @@ class Search:
     pool: Executor  # does the work
     note: Note = silent
     kept: Kept | None = None  # gets the quantised tensors of the last try; None: they are not wanted
+    reserve: int = 0  # bytes that quantised tensors get when this is over
     tried: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # what tensors take losslessly, about; counted once
 
@@ -220,7 +221,7 @@ class Search:
 
     def _bits(self, bits: float, missed: Callable[[float], str]) -> float:
         def rate(scale: float) -> float:
-            size, exact = 0, True
+            size, exact = self.reserve, True
             for e in self._at(scale, partial(encode, measured=False), f"{bits:.3f} bits"):
                 size += size_of(self._keep(e), self.recipe)
                 exact &= e.fidelity is None
@@ -249,7 +250,12 @@ class Search:
     def _sampled(self, some: Few, scale: float, what: str) -> float:
         """Bytes of all quantised tensors at a scale, about, from some of their rows."""
         every = self._over(some.groups, replace(some.recipe, scale=scale), partial(encode, measured=False), what)
-        return math.fsum(some.bytes_of(e, size_of(e, some.recipe)) for e in every)
+        return self.reserve + math.fsum(some.bytes_of(e, size_of(e, some.recipe)) for e in every)
+
+    def again(self) -> None:
+        """Make and keep the tensors at the scale of the recipe, which is known."""
+        for e in self._at(self.recipe.scale, partial(encode, measured=False), "the scale that was found"):
+            self._keep(e)
 
     def _snr(self, goal: float) -> float:
         def mean(scale: float) -> float:

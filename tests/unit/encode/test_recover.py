@@ -1,0 +1,295 @@
+"""Recovery: what is trained beside the integers, on tiny models; what is left out, and resumed to the same bytes."""
+
+import copy
+
+import numpy as np
+import pytest
+
+import rac
+from rac.calibrate.folder import Folder
+from rac.encode.asked import Asked
+from rac.encode.pack import pack
+from rac.encode.verify import verify
+from rac.errors import MismatchError
+from rac.ranks.packing import check
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from rac.cli import main
+from rac.cli.info import report
+from rac.recover import lessons as texts
+from rac.recover import model as models_of
+from rac.recover import recovery, run, teacher
+from rac.recover.lessons import Lessons, Text, TooLittleError, lessons
+from rac.recover.model import Trained, UnfitError
+from rac.recover.run import Plan, Training
+from support import models  # needs transformers
+
+TEXT = "".join(chr(97 + (i * i // 7 + i) % 26) + " " * (i % 5 == 0) for i in range(4200))
+STEPS = 12
+TOKENS = 256
+
+
+def silent(*_):
+    pass
+
+
+def matrices(model):
+    return [n for n in model.state_dict() if n.endswith(("proj.weight", "c_fc.weight", "c_attn.weight"))]
+
+
+def vectors(model):
+    return {n: "F32" for n, p in model.named_parameters() if p.dim() == 1}
+
+
+class Made:
+    """A tiny model with rough matrices, and what its original predicts."""
+
+    def __init__(self, kind="llama", steps=STEPS, folder=None, note=silent, most=10**6, rough=0.3):
+        torch.manual_seed(0)
+        self.original = models.KINDS[kind]().eval()
+        self.names = matrices(self.original)
+        self.trained = Trained(copy.deepcopy(self.original), self.original.state_dict(), dtype=torch.float32)
+        ids = np.random.default_rng(0).integers(0, 256, (8, 2, 32))
+        self.plan = Plan(steps, most, vectors(self.original))
+        self.training = Training(self.trained, Lessons(ids[:6], ids[6:]), self.plan, folder or Folder(None, "x"), note)
+        self.training.teach()
+        made = torch.Generator().manual_seed(1)
+        for name in self.names:
+            w = self.original.get_parameter(name).data
+            self.original.get_parameter(name).data = w * (1 + rough * torch.randn(w.shape, generator=made))
+            self.trained.put(name, self.original.get_parameter(name).data.numpy())
+        self.trained.train(self.names, self.plan.types)
+
+    def gradient(self):
+        self.training._loss(self.training.lessons.train[0], 0).backward()
+        return self.trained.gradient()
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-untied", "gpt2", "gemma"])
+def test_the_gradient_is_that_of_the_model_itself(kind):
+    m = Made(kind)
+    mine, state = m.gradient(), dict(m.original.named_parameters())
+    leaves = {p.name: torch.ones(len(state[p.name]), requires_grad=True) for p in m.trained.parts if p.gains}
+    leaves |= {p.name: state[p.name].data.clone().requires_grad_() for p in m.trained.parts if not p.gains}
+    given = {n: state[n].data * x[:, None] if n in m.names else x for n, x in leaves.items()}
+    ids = torch.from_numpy(m.training.lessons.train[0])
+    out = torch.func.functional_call(m.original, given, (ids,)).logits.reshape(-1, models.VOCABULARY)
+    index, log = teacher.lesson(m.training.folder, 0, "cpu")
+    log = torch.zeros_like(out).scatter_(1, index, log)  # all tokens are among the likeliest here
+    (log.exp() * (log - out.log_softmax(-1))).sum(-1).mean().backward()
+    assert {p.name for p in m.trained.parts if p.gains} == set(m.names)
+    torch.testing.assert_close(mine, torch.cat([leaves[p.name].grad for p in m.trained.parts]), rtol=1e-3, atol=1e-6)
+
+
+def test_blocks_that_are_run_again_have_the_same_gradient():
+    plain, again = Made(), Made()
+    assert again.trained.checkpoint(64) < plain.trained.need(64)
+    assert torch.equal(plain.gradient(), again.gradient())
+
+
+def test_the_divergence_counts_the_rest_as_one():
+    made = torch.Generator().manual_seed(0)
+    p, logits = torch.randn(5, 40, generator=made).double(), torch.randn(5, 40, generator=made).double()
+    log, index = p.log_softmax(-1).topk(12, -1)
+    own, other = p.log_softmax(-1).exp(), logits.log_softmax(-1).exp()
+    rest = torch.ones_like(own).scatter_(-1, index, 0)
+    kept = own * rest
+    want = (own * (own / other).log() * (1 - rest)).sum(-1)
+    want += kept.sum(-1) * (kept.sum(-1) / (other * rest).sum(-1)).log()
+    torch.testing.assert_close(teacher.divergence(logits, (index, log)), want.mean())
+    logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: teacher.divergence(x, (index, log)), logits)
+
+
+def test_training_lowers_the_divergence_within_the_bytes_that_it_has():
+    found = Made(steps=24).training.run()
+    assert found.after < 0.98 * found.before
+    assert found.steps and not found.why
+    assert all(k.dtype == np.int8 and (k % 4 == 0).all() for k in found.gains.values())
+    most = run.size_of(found.gains) // 2
+    less = Made(steps=24, most=most).training.run()
+    assert run.size_of(less.gains) <= most
+    assert less.after < less.before == found.before
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "KEPT", 3)
+    whole = Made().training.run()
+
+    def stop(what, done, of):
+        if (what, done) == ("recovery", 5):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Made(folder=Folder(tmp_path, "x"), note=stop).training.run()
+    told = []
+    rest = Made(folder=Folder(tmp_path, "x"), note=lambda *what: told.append(what)).training.run()
+    assert [done for what, done, _ in told if what == "recovery"] == [*range(4, STEPS + 1)]
+    assert (rest.before, rest.after, rest.steps) == (whole.before, whole.after, whole.steps)
+    for mine, theirs in ((rest.gains, whole.gains), (rest.vectors, whole.vectors)):
+        assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("rate", [30.0, 1e30])
+def test_steps_that_diverge_change_nothing(rate):
+    m = Made()
+    m.training.plan = Plan(STEPS, 10**6, m.plan.types, rate=rate)
+    found = m.training.run()
+    assert "diverged" in found.why
+    assert (found.steps, dict(found.gains), dict(found.vectors)) == (0, {}, {})
+    assert found.after == found.before
+
+
+def test_lessons_are_of_all_texts_alike_and_begin_behind_the_calibration(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "TOKENS", 64)
+    monkeypatch.setattr(texts, "CONTEXT", 32)
+    models.tokenizer().save_pretrained(tmp_path)
+    ids = np.array(models.tokenizer()(TEXT).input_ids)
+    own = np.arange(1024).reshape(8, 128)
+    found = lessons(tmp_path, [Text(ids[:512].reshape(4, 128), TEXT), Text(own)], 12)
+    assert found.train.shape == (12, 2, 32)
+    assert found.held.shape == (2 + 2, 2, 32)
+    assert np.array_equal(found.held[:2].reshape(-1), ids[512 : 512 + 2 * 64])
+    assert np.array_equal(found.train[0].reshape(-1), ids[512 + 2 * 64 : 512 + 3 * 64])
+    assert np.array_equal(found.train[1].reshape(-1), own.reshape(-1)[128:192])
+    with pytest.raises(TooLittleError, match="1 pieces"):
+        lessons(tmp_path, [Text(own[:1, :64])], 12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A language model with a tokenizer, a text and a cache."""
+    path = tmp_path_factory.mktemp("recover")
+    for kind in ("llama", "bert"):
+        models.write(kind, path / kind)
+    (path / "text.txt").write_text(TEXT)
+    (path / "short.txt").write_text(TEXT[:300])
+    pack(path / "llama", path / "plain.rac", **how(path))
+    return path
+
+
+def how(path, text="text.txt"):
+    return {"bits": 3.0, "effort": "fast", "calibrate": str(path / text), "tokens": 256, "cache": str(path / "cache")}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Steps of few tokens."""
+    monkeypatch.setattr(texts, "TOKENS", TOKENS)
+    monkeypatch.setattr(run, "RATE", 8e-3)
+
+
+def recovered(path, out, kind="llama", text="text.txt", **more):
+    """What is said of a pack with recovery, and what its provenance says."""
+    said = []
+    note = lambda what, done, of: said.append(what) if of == 0 else None  # noqa: E731
+    pack(path / kind, out, note=note, **{"recover": STEPS} | how(path, text) | more)
+    with rac.open(out) as f:
+        return " / ".join(said), f.archives[0].header["provenance"]
+
+
+def bytes_of_gains(path):
+    every = [t["quantised"]["streams"]["gains"] for t in report(str(path))["tensors"] if "quantised" in t]
+    assert every
+    return sum(every)
+
+
+def numbers(path):
+    return {name: np.asarray(w).tobytes() for name, w in rac.load_file(path).items()}
+
+
+def test_a_pack_with_recovery(folder, tmp_path):
+    out = tmp_path / "m.rac"
+    said, stated = recovered(folder, out)
+    assert "nats on text that was held out" in said
+    before, after = map(float, stated["recovered"]["kl"].split(" to "))
+    assert after < before
+    assert stated["recover"] == STEPS
+    found = verify(out, folder / "llama")
+    assert (found.lossy, found.tuned) == (verify(folder / "plain.rac").lossy, 5)
+    assert bytes_of_gains(out) > 0
+    assert out.stat().st_size < (folder / "plain.rac").stat().st_size * 1.02
+    plain, tuned = numbers(folder / "plain.rac"), numbers(out)
+    assert {n for n in plain if plain[n] != tuned[n]} > {"model.norm.weight", "model.layers.0.mlp.up_proj.weight"}
+    assert plain["model.embed_tokens.weight"] == tuned["model.embed_tokens.weight"]
+    with pytest.raises(MismatchError, match=r"model\.norm"):  # the digest of what the norm was is in its record
+        st = pytest.importorskip("safetensors.torch")
+        other = tmp_path / "other"
+        models.write("llama", other)
+        state = st.load_file(other / "model.safetensors")
+        state["model.norm.weight"] *= 2
+        st.save_file(state, other / "model.safetensors", {"format": "pt"})
+        verify(out, other)
+
+
+@pytest.mark.parametrize("at", ["recovery", "writing"])
+def test_a_pack_that_was_stopped_resumes_to_the_same_bytes(folder, tmp_path, monkeypatch, at):
+    monkeypatch.setattr(run, "KEPT", 3)
+    given = how(folder) | {"cache": str(tmp_path / "cache"), "recover": STEPS}
+    out, other = tmp_path / "m.rac", tmp_path / "other.rac"
+
+    def stop(*what):
+        if what[:2] == ("recovery", 5) or (at == "writing" and what[0].endswith("1.mlp.up_proj.weight")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(folder / "llama", out, **given, **({"note": stop} if at == "recovery" else {"progress": stop}))
+    assert not out.exists()
+    pack(folder / "llama", out, resume=True, **given)
+    pack(folder / "llama", other, **given | {"cache": None})
+    assert out.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("short", "pieces of 256 tokens to learn from"),
+        ("bert", "no causal language model"),
+        ("memory", "a step takes 0.0 GB of memory, and 0.0 GB are free"),
+        ("full", "not enough memory: a step takes about"),
+        ("backward", "the model does not train: no backward"),
+        ("nan", "the original predicts NaN or infinity"),
+    ],
+)
+def test_where_nothing_can_be_trained_the_file_is_that_without(folder, tmp_path, monkeypatch, what, said):
+    def fails(error):
+        def backward(*_):
+            raise error
+
+        return backward
+
+    if what == "memory":
+        monkeypatch.setattr(recovery, "room", lambda: 1000)
+    elif what == "full":
+        monkeypatch.setattr(run.Training, "_step", fails(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
+    elif what == "backward":
+        monkeypatch.setattr(run.Training, "_step", fails(NotImplementedError("no backward")))
+    elif what == "nan":
+        monkeypatch.setattr(models_of.Trained, "logits", lambda self, ids: torch.full((*ids.shape, 256), torch.nan))
+    kind, text = "bert" if what == "bert" else "llama", "short.txt" if what == "short" else "text.txt"
+    out, more = tmp_path / "m.rac", {"cache": str(tmp_path / "cache")} if what == "nan" else {}
+    told, stated = recovered(folder, out, kind, text, recover=STEPS + 1, **more)
+    assert "recovery is left out: " in told
+    assert said in told
+    assert said in stated["recovered"]["left out"]
+    assert verify(out, folder / kind).tuned == 0
+    assert bytes_of_gains(out) == 0
+
+
+def test_what_does_not_go_together(folder, tmp_path, capsys):
+    with pytest.raises(ValueError, match="learns from a text"):
+        pack(folder / "llama", tmp_path / "m.rac", bits=3.0, calibrate="none", recover=9)
+    with pytest.raises(ValueError, match="recover: for a lossy pack"):
+        pack(folder / "llama", tmp_path / "m.rac", recover=9)
+    with pytest.raises(ValueError, match="many ranks pack without it"):
+        check(Asked(bits=3.0, recover="auto"))
+    assert Asked(bits=3.0, calibrate="none", recover="auto").request(str(folder / "llama"), None).recover == 0
+    assert Asked(bits=3.0, calibrate="auto", recover="auto").request(str(folder / "llama"), None).recover == 120
+    fast = Asked(bits=3.0, calibrate="auto", recover="auto", effort="fast")
+    assert fast.request(str(folder / "llama"), None).recover == 0
+    with pytest.raises(SystemExit):
+        main(["pack", str(folder / "llama"), "--bits", "3", "--recover", "some"])
+    assert "must be auto or a number of steps" in capsys.readouterr().err
+    with pytest.raises(UnfitError, match="no parameter"):
+        Made().trained.put("other", np.zeros((2, 2), np.float32))
