@@ -68,9 +68,7 @@ class Crew:
 
     def marker(self, stage: Stage, item: Item, data: bytes | None) -> Marker | None:
         """The marker in some bytes, where it is one of this item of this job."""
-        found = Marker.load(data)
-        mine = found and (found.job, found.key, found.item) == (self.job, stage.key, item.number)
-        return found if mine else None
+        return stage.marker(item, self.job, data)
 
     def do(self, plan: Plan, wait: bool = True) -> dict[int, Marker]:
         """Markers of the items by number. With `wait` of all, else until nothing is left that others are not doing."""
@@ -136,7 +134,7 @@ class Crew:
         size, check = 0, ""
         if made.encoded:
             with self.store.writing(stage.name(item, "rac")) as f:
-                size, check = write(f, made.encoded, {"job": self.job, "item": item.number})
+                size, check = write(f, made.encoded, {"job": self.job, "item": item.number}, self.store.where)
         about: dict[str, Any] = {
             "owner": self.heart.owner,
             "rows": made.rows,

@@ -20,7 +20,7 @@ from rac.encode.options import Hooks, Lossy, PackOptions
 from rac.encode.pack import ByTrellis, Packer, Summary
 from rac.encode.quantise.tensor import encode, measure
 from rac.encode.sources import Source, SourceTensor
-from rac.errors import RacError
+from rac.errors import OutputError, RacError
 from rac.ranks.crew import Crew, Made, Plan, Work
 from rac.ranks.held import SpoiledError, alone
 from rac.ranks.learned import Learned
@@ -107,7 +107,14 @@ def _measured(encoded: Sequence[Encoded], tensors: Sequence[SourceTensor], recip
     """What quantising tensors came to; a lossless one has nothing to measure."""
     every = zip(encoded, tensors, recipes, strict=True)
     found = [measure(e, t, recipe).fidelity if e.fidelity else None for e, t, recipe in every]
-    return Made([[f.name, f.snr, f.zeros, f.seconds] for f in found if f])
+    rows = zip(tensors, found, strict=True)
+    return Made([[t.name, *((f.snr, f.zeros, f.seconds) if f else (math.nan, 0, 0.0))] for t, f in rows])
+
+
+def _figures(row: list[Any]) -> tuple[str, float, int, float]:
+    """Such a row: name, SNR, zeros that stayed zeros, seconds."""
+    name, snr, zeros, seconds = row
+    return str(name), float(snr), int(zeros), float(seconds)
 
 
 @dataclass(slots=True)
@@ -117,6 +124,7 @@ class Gathered:
     crew: Crew
     _where: dict[str, tuple[Plan, Item, Marker]] = field(default_factory=dict)
     _fidelity: dict[str, Fidelity] = field(default_factory=dict)
+    _sizes: dict[str, int] = field(default_factory=dict)
     _open: tuple[tuple[str, int], Records] | None = None
 
     def add(self, plan: Plan, markers: dict[int, Marker]) -> None:
@@ -124,13 +132,15 @@ class Gathered:
         for item in plan.stage.items:
             for row in markers[item.number].rows:
                 self._where[row[0]] = plan, item, markers[item.number]
+                self._sizes[row[0]] = row[1]
                 if of := _read(row).fidelity:
                     self._fidelity[row[0]] = of
 
     def know(self, markers: dict[int, Marker]) -> None:
         """What the records came to, measured."""
-        for name, snr, zeros, seconds in (row for marker in markers.values() for row in marker.rows):
-            self._fidelity[name] = replace(self._fidelity[name], snr=snr, zeros=zeros, seconds=seconds)
+        for name, snr, zeros, seconds in (_figures(row) for marker in markers.values() for row in marker.rows):
+            if name in self._fidelity:
+                self._fidelity[name] = replace(self._fidelity[name], snr=snr, zeros=zeros, seconds=seconds)
 
     @property
     def unmeasured(self) -> bool:
@@ -149,6 +159,9 @@ class Gathered:
             marker = self.crew.again(plan, item)
             self._where |= {g.tensor.name: (plan, item, marker) for g in item.groups}
             e = self._records(plan, item, marker).tensor(name)
+        if self._sizes[name] and isinstance(e.units, list) and self._sizes[name] != e.size:  # it found the scale
+            what = f"{name!r} takes {e.size} bytes, and its marker says {self._sizes[name]}: remove the work folder"
+            raise OutputError(what, file=self.crew.store.where)
         return replace(e, fidelity=self._fidelity.get(name))
 
     def _records(self, plan: Plan, item: Item, marker: Marker) -> Records:
@@ -254,7 +267,7 @@ class RankPacker(Packer):
         layers = {t.name: layer for some in asked for t, layer in some}
         self._homes = homes_of(asked)
         parts = [[ties.Group(t, (), {}) for t, _ in some] for some in asked]
-        stage = Stage.parted("units", "choosing units", parts, self._homes)
+        stage = replace(Stage.parted("units", "choosing units", parts, self._homes), read=seen_of)
 
         def given(item: Item) -> list[Ask]:
             return [(g.tensor, layers[g.tensor.name]) for g in item.groups]
@@ -280,7 +293,7 @@ class RankPacker(Packer):
     def _plain(self, recipe: Recipe | None) -> Plan:
         """What stays lossless by its name, type or size."""
         groups = [g for g in self._groups if recipe is None or g.tensor.name not in recipe.aligned]
-        level, stage = self._options.lossless, Stage.of("lossless", "packing", groups)
+        level, stage = self._options.lossless, replace(Stage.of("lossless", "packing", groups), read=_read)
         work = (lambda item: (_lossless, (item.groups, level, self._folder)), lambda item: 2 * min(item.size, LARGE))
         return Plan(stage, *work, self._threads)
 
@@ -292,7 +305,8 @@ class RankPacker(Packer):
             given = item.groups, _only(item, recipe)
             return (_sampled, given) if kind == "sample" else (_quantised, (*given, kind == "measured"))
 
-        return Plan(Stage.of(key, "", groups, self._homes), work, lambda item: _need(item, recipe), self._pool)
+        stage = replace(Stage.of(key, "", groups, self._homes), read=_read)
+        return Plan(stage, work, lambda item: _need(item, recipe), self._pool)
 
     def _last(self, recipe: Recipe | None) -> Iterator[Plan]:
         """What is done when the scale is known."""
@@ -305,7 +319,7 @@ class RankPacker(Packer):
             encoded = [self._gathered.take(g.tensor.name) for g in item.groups]
             return _measured, (encoded, [g.tensor for g in item.groups], _only(item, recipe))
 
-        yield replace(plan, stage=replace(plan.stage, key="measure", what="measuring"), work=work)
+        yield replace(plan, stage=replace(plan.stage, key="measure", what="measuring", read=_figures), work=work)
 
 
 def _only(item: Item, recipe: Recipe) -> list[Recipe]:

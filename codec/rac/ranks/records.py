@@ -18,10 +18,13 @@ from rac.records import Entry, Units
 from rac.registry import RECORD_OBJECT, RECORD_TENSOR
 
 
-def write(stream: BinaryIO, encoded: Iterable[Encoded], provenance: Mapping[str, Any]) -> tuple[int, str]:
-    """An archive of tensors and their objects; its size, and the digest in hexadecimal of what it ends with."""
+def write(stream: BinaryIO, encoded: Iterable[Encoded], provenance: Mapping[str, Any], where: str) -> tuple[int, str]:
+    """An archive of tensors and their objects; its size, and the digest in hexadecimal of what it ends with.
+
+    OutputError that names `where` if it cannot be written.
+    """
     out = Told(stream)
-    writer, there, content = PipeWriter(cast(BinaryIO, out), "<records>"), set[str](), list[list[Any]]()
+    writer, there, content = PipeWriter(cast(BinaryIO, out), where), set[str](), list[list[Any]]()
     writer.start({"features": [], "metadata": {}, "provenance": dict(provenance)})
     for e in encoded:
         e.write(writer, there)

@@ -80,6 +80,21 @@ class Shared:
         held.know(row)
 
 
+def _sums() -> str:
+    """What tells machines apart that add up in another order: a digest of products and of what attention makes of them.
+
+    The name of a processor does not: a BLAS chooses its kernels by maker and model, often the same ones for many.
+    """
+    digest, of = Digest(), torch.Generator().manual_seed(0)
+    for rows, n in ((7, 60), (65, 130), (256, 515)):
+        x, w = torch.randn(rows, n, generator=of), torch.randn(n, n, generator=of)
+        y = torch.nn.functional.silu(x @ w)
+        z = torch.nn.functional.scaled_dot_product_attention(x[None, None], y[None, None], y[None, None])
+        for found in (y, z, y.mT @ x, y.softmax(-1), y.pow(2).mean(-1)):
+            digest.update(found.contiguous().numpy().tobytes())
+    return digest.value().hex()[:12]
+
+
 class _SharedPasses(passes.Passes):
     """The steps, each a stage whose items are batches."""
 
@@ -138,6 +153,7 @@ class _SharedPasses(passes.Passes):
         here = {"threads of torch (OMP_NUM_THREADS)": torch.get_num_threads()}
         here |= {"kernels of torch (instruction set)": torch.backends.cpu.get_cpu_capability()}
         here |= {"sequences at once": self.batch}  # fewer where a device has no memory for more
+        here |= {"sums of torch (BLAS, processor)": _sums()}
         self._store.create(f"{self._key}-machine.json", json.dumps(here).encode())
         there = parsed(self._store.get(f"{self._key}-machine.json")) or here
         for name, value in here.items():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,6 +46,21 @@ class Stage:
     what: str
     """The work, for people."""
     items: tuple[Item, ...]
+    read: Callable[[list[Any]], Any] = list
+    """What reads a row of a marker: a KeyError, TypeError, ValueError, IndexError or AttributeError is no row."""
+
+    def marker(self, item: Item, job: str, data: bytes | None) -> Marker | None:
+        """The marker in some bytes, where it is one of this item of this job, and its rows are such."""
+        found = Marker.load(data)
+        if found is None or (found.job, found.key, found.item) != (job, self.key, item.number):
+            return None
+        with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, AttributeError):
+            for row in found.rows:
+                self.read(row)
+            names = [row[0] for row in found.rows]
+            if [g.tensor.name for g in item.groups] in ([], names):
+                return found
+        return None
 
     @classmethod
     def of(cls, key: str, what: str, groups: Sequence[ties.Group], homes: Mapping[str, Home] = {}) -> Stage:
@@ -139,7 +155,9 @@ class Marker:
         seal = stated.pop("seal", None)
         if not stated or seal != _seal(stated) or stated.keys() != set(cls.__slots__):
             return None
-        return cls(**stated)
+        found = cls(**stated)
+        sound = isinstance(found.rows, list) and isinstance(found.size, int) and isinstance(found.check, str)
+        return found if sound else None
 
 
 def _seal(stated: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
 import time
 
 import pytest
@@ -107,11 +108,23 @@ def test_ranks_that_are_killed_while_they_calibrate(folder, asked, alone, tmp_pa
     assert (tmp_path / "m.rac").read_bytes() == alone
 
 
-def test_a_rank_that_would_find_other_numbers_is_refused(folder, asked, tmp_path, monkeypatch):
+OTHERS = {
+    "threads of torch (OMP_NUM_THREADS)": 64,
+    "kernels of torch (instruction set)": "SVE256",
+    "sums of torch (BLAS, processor)": "0123456789ab",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_rank_that_would_find_other_numbers_is_refused(folder, asked, tmp_path, monkeypatch, name):
     work = tmp_path / "work"
-    work.mkdir()
-    (work / "calibration0-machine.json").write_text('{"threads of torch (OMP_NUM_THREADS)": 64}')
-    with pytest.raises(rac.OutputError, match=r"calibrates with other threads of torch \(OMP_NUM_THREADS\): 64 there"):
+    with monkeypatch.context() as m:
+        m.setattr("rac.ranks.sharded._SharedPasses._go", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack_rank(folder / "m", work, asked, how=QUICK)
+    machine = work / "calibration0-machine.json"
+    machine.write_text(json.dumps(json.loads(machine.read_text()) | {name: OTHERS[name]}))
+    with pytest.raises(rac.OutputError, match=re.escape(f"calibrates with other {name}: {OTHERS[name]} there, ")):
         pack_rank(folder / "m", work, asked, how=QUICK)
 
 
