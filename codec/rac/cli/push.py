@@ -24,7 +24,19 @@ The repository is made where it is not there. The card says what made the file, 
 the digest, the model that it was made of, and how to load it; a README.md that is there already stays, unless --card is
 given. Needs `pip install rac-codec[hub]` and a token that may write (`hf auth login`, or HF_TOKEN)."""
 CARD = "README.md"
-_OPTIONS = ("level", "include", "exclude", "lanes", "slices", "effort", "align", "rank", "embeddings", "keep")
+_OPTIONS = (
+    "level",
+    "include",
+    "exclude",
+    "lanes",
+    "slices",
+    "effort",
+    "align",
+    "rank",
+    "embeddings",
+    "recover",
+    "keep",
+)
 """Keys of the provenance that `rac pack` has options for."""
 _USUAL = {"level": "default", "effort": "default"}
 
@@ -126,7 +138,7 @@ def command_of(origin: Provenance, base: str | None, name: str) -> str:
     words = ["rac", "pack", f"{base}@{origin.hub[1]}" if base and origin.hub else base or "MODEL", "-o", name]
     goal = known.get("goal")
     for key, value in goal.items() if isinstance(goal, dict) else ():
-        words += [f"--{str(key).replace('_', '-')}", str(value)]
+        words += [f"--{str(key).replace('_', '-')}", str(value).removesuffix(".0")]
     if known.get("recipe"):
         for key in ("recipe", "bits", "group"):
             words += [f"--{key}", str(known.get(key))]

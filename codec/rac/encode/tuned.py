@@ -58,7 +58,8 @@ class Tuning:
         from rac.recover.run import Plan
 
         mine = [name for name in kept.names if kept.get(name).fidelity is not None]
-        gained = {name for name in mine if _gains(kept.get(name))}
+        tables = {g.tensor.name for g in groups if is_table(g.tensor)}
+        gained = {name for name in mine if name not in tables and _gains(kept.get(name))}
         try:
             learned = lessons(self.path, self._texts(), self.steps)
             plan = Plan(

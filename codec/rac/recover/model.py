@@ -106,8 +106,8 @@ class Trained:
         """Let linear layers multiply in their data type, and everything else be in float32."""
         head = self.model.get_output_embeddings()
         for module in self.model.modules():
-            if module is head and isinstance(head, torch.nn.Linear) and head.bias is None:
-                module.forward = lambda x: _Logits.apply(x, head.weight)
+            if module is head and isinstance(head, torch.nn.Linear):
+                module.forward = lambda x: _Logits.apply(x, head.weight) + (0 if head.bias is None else head.bias)
             elif is_linear(module):
                 module.forward = self._linear(module)
             elif isinstance(module, torch.nn.Embedding):
@@ -171,7 +171,7 @@ class Trained:
         value = module._parameters[leaf].data
         if value.dim() > 1:
             return torch.ones(len(value), device=self.device), torch.ones(len(value), device=self.device)
-        rms = math.sqrt(float((value.double() ** 2).mean()))
+        rms = math.sqrt(float((value.cpu().double() ** 2).mean()))
         return value.clone(), torch.full_like(value, rms) if leaf == "bias" else value.abs().clamp(min=_LEAST * rms)
 
     def logits(self, ids: Any) -> Any:
