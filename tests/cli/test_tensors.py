@@ -191,6 +191,7 @@ def test_a_dry_run_says_what_the_pack_then_takes(folder, tmp_path, run, asked):
     really = (tmp_path / "out.rac").stat().st_size
     assert stated["size"] == pytest.approx(really, rel=0.05)
     assert stated["seconds"] > 0
+    assert stated["core_seconds"] > 0
     assert bool(calibration) == any(p["how"] == "quantised" for p in stated["parts"])
     assert sum(p["weights"] for p in stated["parts"]) == stated["weights"]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rac.calibrate.layers import Layer
 from rac.encode import record, ties, workers
@@ -19,20 +20,24 @@ from rac.encode.allocate.budget import Search
 from rac.encode.allocate.few import LEAST
 from rac.encode.code.plan import axis_of
 from rac.encode.options import Budget, Lossy, PackOptions
-from rac.encode.quantise.tensor import encode, size_of
+from rac.encode.quantise.tensor import FEWEST, PRODUCTS, encode, size_of
 from rac.encode.schedule import WINDOW
 from rac.encode.sources import Extent, Source, SourceTensor
+from rac.encode.sources.tables import is_table
 from rac.errors import BudgetError
 from rac.grid import matrix
+from rac.linalg.factors import Factors
 from rac.machine import room, threads_of
+from rac.native import product
 
 PIECE = 4 << 20  # bytes of a tensor that are coded for a sample
 SAMPLE = 64 << 20  # bytes of all lossless ones
 WEIGHTS = 12 << 20  # weights that are quantised for a sample
 TEXT = 3  # to which share attached files shrink, about
 HEADS = 512  # bytes of a record beside its units, about: head, index row, padding
-MEASURED = 1.1  # times the search for the scale, whose last pass is what is written: its errors are measured
-FLOPS = 9.0  # floating-point operations of a calibration for each weight and token: both passes, and the moments
+MEASURED = 0.15  # share of a pass that the errors of what is written take, beside the products for known inputs
+BESIDE = 1.1  # times the products of a calibration: attention, norms, widened weights
+BOTH = 3  # multiply-adds of a calibration for each weight and token, with the backward pass; 1 without it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +63,81 @@ class Estimate:
     size: int | None
     """Bytes of the file; None where a divergence is asked for, which is known when the model has been run."""
     seconds: float
+    """With so many workers, on this machine as busy as it is now."""
+    core_seconds: float
+    """The same of one core that does nothing else."""
     calibration: float
-    """Seconds among these that the calibration takes, about: from the speed of a matrix product here."""
+    """Seconds among `seconds` that the calibration takes, about: from the speed of a matrix product here."""
     sampled: int
     """Dense bytes that were packed to find this out."""
 
 
 Kind = tuple[bool, str, tuple[int, ...]]
 """Whether tensors are quantised, their type and shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Seconds, and those of all cores together."""
+
+    seconds: float = 0.0
+    cores: float = 0.0
+
+    def __add__(self, other: Time) -> Time:
+        return Time(self.seconds + other.seconds, self.cores + other.cores)
+
+
+@dataclass(slots=True)
+class Work:
+    """Operations on quantised tensors whose inputs are known (linalg/, docs/scaling.md), and their weights."""
+
+    weights: int = 0
+    factors: int = 0  # n^3 of the second moments of n inputs: of each tensor its own, though some share theirs
+    fed: float = 0.0  # multiply-adds of errors fed back in a pass
+    measured: int = 0  # multiply-adds of measuring
+    moments: int = 0  # numbers of the second moments
+
+    @classmethod
+    def of(cls, groups: Iterable[ties.Group]) -> Work:
+        """All of some tensors."""
+        out = cls()
+        for g in groups:
+            t = g.tensor
+            rows, n = matrix(t.dtype, t.shape, axis_of(t.shape))
+            each = t.shape[0] if len(t.shape) == 3 else 1  # experts
+            out.weights += rows * n
+            out.factors += each * n**3
+            out.fed += rows * n**2 / 2
+            out.measured += 2 * min(rows * n**2, each * max(PRODUCTS, FEWEST * n**2))
+            out.moments += each * n**2
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Core seconds of an operation of the kernels on this machine, from small runs."""
+
+    factor: float  # of n^3
+    product: float  # of a multiply-add
+
+    @classmethod
+    def here(cls) -> Speed:
+        """The fastest of some."""
+        n = 1024
+        rng = np.random.default_rng(0)
+        a, b = rng.standard_normal((64, n), np.float32), rng.standard_normal((n, n), np.float32)
+        s = np.eye(n)
+        factor = min(_busy(partial(product.factor, s.copy())) for _ in range(2))
+        return cls(
+            factor / n**3, min(_busy(partial(product.add, np.zeros_like(a), a, b)) for _ in range(3)) / a.size / n
+        )
+
+
+def _busy(work: Callable[[], object]) -> float:
+    """Seconds of the processor, all threads."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 def estimate(source: Source, options: PackOptions, request: Lossy | None) -> Estimate:
@@ -83,21 +155,21 @@ def estimate(source: Source, options: PackOptions, request: Lossy | None) -> Est
     rest = {k: groups for k, groups in kinds.items() if not k[0]}
     mine = {k: groups for k, groups in kinds.items() if k[0]}
     with workers.start(threads_of(options.jobs)) as pool:
-        sizes, seconds, sampled = _lossless(rest, options, pool)
+        sizes, time_of, sampled = _lossless(rest, options, pool)
         files = sum(len(a.data) if isinstance(a.data, bytes) else a.data.size for a in source.attachments) // TEXT
         fixed = sum(sizes.values()) + files
         every = sum(math.prod(t.shape) for t in source.tensors)
-        calibration = 0.0
+        calibration = Time()
         if request is not None and mine:
             bits = _bits(request.budget, fixed, every, _weights(mine))
             found, took, seen = _quantised(mine, request, bits, options, pool)
-            calibration = _calibration(mine, request)
-            seconds, sampled = seconds + took + calibration, sampled + seen
+            calibration = _calibration(mine, rest, request)
+            time_of, sampled = time_of + took + calibration, sampled + seen
             sizes |= found
     parts = tuple(_part(k, groups, sizes.get(k)) for k, groups in kinds.items())
     total = None if len(sizes) < len(kinds) else sum(sizes.values()) + files
     dense = sum(t.nbytes for t in source.tensors)
-    return Estimate(parts, dense, every, total, seconds, calibration, sampled)
+    return Estimate(parts, dense, every, total, time_of.seconds, time_of.cores, calibration.seconds, sampled)
 
 
 def _part(kind: Kind, groups: Sequence[ties.Group], size: int | None) -> Part:
@@ -129,21 +201,21 @@ def _spread(groups: Sequence[ties.Group], most: int) -> Iterable[ties.Group]:
 
 def _lossless(
     kinds: dict[Kind, list[ties.Group]], options: PackOptions, pool: Executor
-) -> tuple[dict[Kind, int], float, int]:
-    """Bytes of each kind, seconds of all, and dense bytes of the sample."""
+) -> tuple[dict[Kind, int], Time, int]:
+    """Bytes of each kind, time of all, and dense bytes of the sample."""
     each = max(1, SAMPLE // PIECE // max(1, len(kinds)))
     samples = {k: [replace(g, tensor=_piece(g.tensor)) for g in _spread(groups, each)] for k, groups in kinds.items()}
     jobs = [(g.tensor.nbytes, (g, options.lossless)) for groups in samples.values() for g in groups]
-    start = time.monotonic()
+    start, busy = time.monotonic(), time.process_time()
     stored = {e.name: sum(map(len, e.units)) for e in workers.run(pool, record.whole, jobs, WINDOW)}
-    seconds = time.monotonic() - start
+    seconds, busy = time.monotonic() - start, time.process_time() - busy
     seen, total, out = sum(n for n, _ in jobs), 0, {}
     for k, groups in kinds.items():
         dense = sum(g.tensor.nbytes for g in groups)
         mine = sum(g.tensor.nbytes for g in samples[k])
         out[k] = HEADS * len(groups) + round(sum(stored[g.tensor.name] for g in samples[k]) * dense / max(1, mine))
         total += dense
-    return out, seconds * total / max(1, seen), seen
+    return out, Time(seconds * total / max(1, seen), busy * total / max(1, seen)), seen
 
 
 def _bits(budget: Budget, fixed: int, every: int, mine: int) -> float | None:
@@ -158,8 +230,8 @@ def _bits(budget: Budget, fixed: int, every: int, mine: int) -> float | None:
 
 def _quantised(
     kinds: dict[Kind, list[ties.Group]], request: Lossy, bits: float | None, options: PackOptions, pool: Executor
-) -> tuple[dict[Kind, int], float, int]:
-    """Bytes of each kind, seconds of the work, and dense bytes of the sample."""
+) -> tuple[dict[Kind, int], Time, int]:
+    """Bytes of each kind, time of the work, and dense bytes of the sample."""
     sample, taken = list[ties.Group](), 0
     share = min(1.0, WEIGHTS / _weights(kinds))
     for groups in sorted(kinds.values(), key=lambda groups: -groups[0].tensor.nbytes * len(groups)):
@@ -171,8 +243,10 @@ def _quantised(
     first = data_free([least], request.keep, request.effort, request.embeddings)
     if least.tensor.name in first.aligned:  # which loads the kernels
         encode(least, first, measured=False)
-    start = time.monotonic()
-    recipe = replace(_recipe(sample, request), coder=options.coder, lossless=options.lossless)
+    known = _known(sample) if request.calibration.any else {}
+    start, before = time.monotonic(), time.process_time()
+    recipe = replace(_recipe(sample, known, request), coder=options.coder, lossless=options.lossless)
+    once = time.process_time() - before
     budget = replace(request.budget, bits=bits, file_bits=None, size=None) if bits else request.budget
     if budget.kl is not None:
         budget = Budget(bits=3.0)  # for the time
@@ -184,40 +258,87 @@ def _quantised(
             raise
         goal = ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in request.budget.goal.items())
         raise BudgetError(f"{goal} cannot be met: it leaves {bits:.3f} bits for each quantised weight ({e})") from e
-    one = (time.monotonic() - start) / search.tried
+    busy, took = time.process_time() - before, time.monotonic() - start
     passes = search.tried if _weights(kinds) < LEAST or not bits else 1 + search.tried / SHARE
-    seconds = MEASURED * one * passes * _weights(kinds) / taken
+    every = Work.of(g for groups in kinds.values() for g in groups)
+    cores = _cores((once, (busy - once) / search.tried, passes), Work.of(sample), every, bool(known))
+    side = threads_of(options.jobs)
+    crowded = max(1.0, took * min(side, len(sample)) / busy)  # seconds for each of the processor: others use it too
+    spent = Time(cores / min(side, sum(map(len, kinds.values()))) * crowded, cores)
     jobs = ((workers.need(g.tensor, recipe), (g, workers.only(recipe, g.tensor.name))) for g in sample)
     size = sum(size_of(e, recipe) for e in workers.run(pool, partial(encode, measured=False), jobs, room()))
     rate = min(bits / 8, size / taken) if bits else size / taken  # less where lossless is finer than what was asked
     sizes = {k: round(math.prod(k[2]) * len(groups) * rate) for k, groups in kinds.items()}
     if request.budget.kl is not None:  # known when the model has been run
         sizes = {}
-    return sizes, seconds, sum(g.tensor.nbytes for g in sample)
+    return sizes, spent, sum(g.tensor.nbytes for g in sample)
 
 
-def _recipe(sample: Sequence[ties.Group], request: Lossy) -> Recipe:
-    """The recipe of the sample: with a calibration one of inputs that are not known yet, which takes as long."""
-    if not request.calibration.any:
-        return data_free(sample, request.keep, request.effort, request.embeddings)
-    layers = {}
+def _cores(took: tuple[float, float, float], sample: Work, every: Work, known: bool) -> float:
+    """Core seconds of all tensors; `took`: of the sample's recipe and of a pass over it, and how many passes."""
+    recipe, one, passes = took
+    share = every.weights / sample.weights
+    if not known:
+        return share * (recipe + (passes + MEASURED) * one)
+    s = Speed.here()
+    recipe = max(0.0, recipe - s.factor * sample.factors)
+    one = max(0.0, one - s.product * sample.fed)
+    products = s.factor * every.factors + s.product * (passes * every.fed + every.measured)
+    return share * (recipe + (passes + MEASURED) * one) + products
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moment:
+    """Second moment (n, n) of inputs that are not known yet, of full rank."""
+
+    found: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, n: int) -> _Moment:
+        """That of random ones."""
+        x = np.random.default_rng(0).standard_normal((2 * n, n), dtype=np.float32)
+        return cls(np.asarray(x.T @ x / len(x), np.float32))
+
+    @property
+    def key(self) -> str:
+        """What tells it from others."""
+        return str(len(self.found))
+
+    def __call__(self) -> NDArray[np.float32]:
+        return self.found
+
+
+def _known(sample: Sequence[ties.Group]) -> dict[str, Layer]:
+    """What a calibration may find of the tensors."""
+    factors, moments, out = Factors(), dict[int, _Moment](), dict[str, Layer]()
     for g in sample:
-        rows, cols = matrix(g.tensor.dtype, g.tensor.shape, axis_of(g.tensor.shape))
-        rng = np.random.default_rng(0)
-        x = rng.standard_normal((2 * cols, cols), dtype=np.float32)
-        layers[g.tensor.name] = Layer((x.T @ x / len(x)).astype(np.float32), np.ones(rows))
+        rows, n = matrix(g.tensor.dtype, g.tensor.shape, axis_of(g.tensor.shape))
+        moments[n] = moments.get(n) or _Moment.of(n)
+        out[g.tensor.name] = Layer(moments[n], np.ones(rows), factors=factors)
+    return out
+
+
+def _recipe(sample: Sequence[ties.Group], layers: Mapping[str, Layer], request: Lossy) -> Recipe:
+    """The recipe of the sample: with a calibration one of inputs that are not known yet, which takes as long."""
+    if not layers:
+        return data_free(sample, request.keep, request.effort, request.embeddings)
     recipe = calibrated(sample, layers, request.keep, request.effort, embeddings=request.embeddings)
     rank = 0 if request.rank is None and request.effort != "max" else request.rank
     return choose(recipe, sample, rank, request.align, request.budget.expected)
 
 
-def _calibration(kinds: dict[Kind, list[ties.Group]], request: Lossy) -> float:
-    """Seconds of a calibration, about, by the speed of a product of matrices."""
-    if not (texts := request.calibration.texts):
-        return 0.0
+def _calibration(kinds: dict[Kind, list[ties.Group]], rest: dict[Kind, list[ties.Group]], request: Lossy) -> Time:
+    """Time of a calibration, about, by the speed of a product of matrices."""
+    c = request.calibration
+    if not c.texts:
+        return Time()
+    every = Work.of(g for groups in kinds.values() for g in groups)
+    tables = [math.prod(g.tensor.shape) for groups in rest.values() for g in groups if is_table(g.tensor)]
+    both = BOTH * every.weights + (BOTH - 1) * max(tables, default=0) if c.backward else every.weights
     a = np.ones((1024, 1024), np.float32)
     a @ a
-    start = time.monotonic()
+    start, busy = time.monotonic(), time.process_time()
     a @ a
-    rate = 2 * 1024**3 / (time.monotonic() - start)
-    return FLOPS * _weights(kinds) * request.calibration.tokens * len(texts) / rate
+    seconds, busy = time.monotonic() - start, time.process_time() - busy
+    products = BESIDE * (both + every.moments / 2) * c.tokens * len(c.texts) / 1024**3
+    return Time(products * seconds, products * busy)

@@ -16,8 +16,10 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rac.linalg.triangular import Triangular
 
@@ -65,15 +67,27 @@ class Factors:
         return Triangular(order, weight, feed.swapaxes(-1, -2), self.device)
 
     def _write(self, path: Path, found: Triangular) -> None:
-        if shutil.disk_usage(self._folder).free - found.feed.nbytes < self._reserve:
+        if shutil.disk_usage(self._folder).free - found.feed.nbytes // 2 < self._reserve:
             return
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
-            parts = ((".order.npy", found.order), (".weight.npy", found.weight), (".npy", found.feed.swapaxes(-1, -2)))
-            for suffix, array in parts:  # the feeds, which say that all is there, last
+            for suffix, array in ((".order.npy", found.order), (".weight.npy", found.weight)):
                 with open(part, "wb") as f:
                     np.save(f, array, allow_pickle=False)
                 os.replace(part, path.with_suffix(suffix))
+            with open(part, "wb") as f:
+                _save_lower(f, found.feed.swapaxes(-1, -2))
+            os.replace(part, path.with_suffix(".npy"))  # last: it says that all is there
         except OSError:  # no room: the next who asks finds it anew
             with contextlib.suppress(OSError):
                 part.unlink()
+
+
+def _save_lower(f: BinaryIO, array: NDArray[np.float32]) -> None:
+    """Write an .npy file of matrices (..., n, n) that are 0 from the diagonal on: zeros are left out, as holes."""
+    n = array.shape[-1]
+    np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+    for i, row in enumerate(array.reshape(-1, n)):
+        f.write(row[: i % n].data)
+        f.seek(row[i % n :].nbytes, os.SEEK_CUR)
+    f.truncate()
