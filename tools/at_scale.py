@@ -275,7 +275,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         row("read, cold", archive.stat().st_size, step("read", cold))
         row("load, cold", dense, first := step("load", cold))
         row("load, warm", dense, loaded := step("load", argv))
-        row("unpack", dense, step("unpack", argv))
+        row("unpack", dense, unpacked := step("unpack", argv))
         row("compare", dense, step("compare", argv))
         row("safetensors, cold", dense, others := step("safetensors", cold))
         row("safetensors, warm", dense, step("safetensors", argv))
@@ -287,6 +287,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
             rate, here = sample["size"] / 1e6 / sample[what + ", processor"], dense / 1e6 / at["busy"]
             print(f"{what}, by seconds of the processor: {here:.0f} MB/s, in memory {rate:.0f}: {here / rate:.2f} x")
         print(f"pack to the disk: {disk['seconds'] / packed['seconds']:.2f} x of what it writes at")
+        for what, at, size in (("pack", packed, archive.stat().st_size), ("unpack", unpacked, dense)):
+            kernels = dense / sample["size"] * sample[{"unpack": "load"}.get(what, what) + ", processor"]
+            writing = disk["busy"] * size / archive.stat().st_size
+            print(
+                f"{what}, seconds of the processor: coding alone {kernels:.1f}, writing as much alone {writing:.1f}, "
+                f"all {at['busy']:.1f}: {(kernels + writing) / at['busy']:.2f} x"
+            )
         print(f"load, cold: {first['seconds'] / others['seconds']:.2f} x the time of safetensors")
     finally:
         if not args.keep:

@@ -36,7 +36,7 @@ WEIGHTS = 12 << 20  # weights that are quantised for a sample
 TEXT = 3  # to which share attached files shrink, about
 HEADS = 512  # bytes of a record beside its units, about: head, index row, padding
 MEASURED = 0.15  # share of a pass that the errors of what is written take, beside the products for known inputs
-BESIDE = 1.1  # times the products of a calibration: attention, norms, widened weights
+BESIDE = 1.4  # times the products of a calibration by numpy: torch is slower, and there is attention (docs/scaling.md)
 BOTH = 3  # multiply-adds of a calibration for each weight and token, with the backward pass; 1 without it
 
 
