@@ -65,7 +65,7 @@ class Estimate:
     seconds: float
     """With so many workers, on this machine as busy as it is now."""
     core_seconds: float
-    """The same of one core that does nothing else."""
+    """What one core that does nothing else would take."""
     calibration: float
     """Seconds among `seconds` that the calibration takes, about: from the speed of a matrix product here."""
     sampled: int
