@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
-VERSION = 30  # changes with any function or structure
+VERSION = 31  # changes with any function or structure
 _start, _byref = ctypes.c_char.from_buffer, ctypes.byref
 
 
@@ -124,6 +124,27 @@ class Columns(ctypes.Structure):
     _fields_ = _fields("i64 cols rows groups; at plain target feed step out recon wild fine_of")
 
 
+class Coded(ctypes.Structure):
+    """A weight for products, see src/coded.h; `coded.Weight` makes one."""
+
+    _fields_ = _fields("at codes rows columns places values; i64 out in_ apart kind")
+
+
+class Team(ctypes.Structure):
+    """What threads that make products share, see src/coded.h."""
+
+    _fields_ = [
+        ("open", c_uint64),
+        ("apart1", ctypes.c_char * 56),
+        ("left", c_int64),
+        ("apart2", ctypes.c_char * 56),
+        ("task", c_void_p),
+        ("parallel", c_void_p),
+        ("threads", c_int64),
+        ("busy", c_int),
+    ]
+
+
 TILE_ERRORS = (
     "",
     "tile streams do not fill the unit exactly",
@@ -138,7 +159,20 @@ TILE_ERRORS = (
     "checksum does not match",
 )
 """What a kernel has found, by its number; 8 and 9 are never those of a tile that the CPU decodes."""
-STRUCTURES = (Matrix, Dequant, TileShared, TileJob, TileSpan, Quantiser, Columns, TileCoding, Piece, Stored)
+STRUCTURES = (
+    Matrix,
+    Dequant,
+    TileShared,
+    TileJob,
+    TileSpan,
+    Quantiser,
+    Columns,
+    TileCoding,
+    Piece,
+    Stored,
+    Coded,
+    Team,
+)
 
 _WORDS = {
     "rac_scan": (c_uint64, Flat, c_int64, c_uint64, c_int, Flat),
@@ -159,6 +193,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "rac_unbits": (None, Flat, c_int64, c_int, Flat),
     "rac_product": (None, Matrix, Matrix, Matrix),
     "rac_factor": (c_int64, Flat, c_int64, Flat),
+    "rac_multiply": (None, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+    "rac_help": (None, c_void_p, c_int64),
     "rac_round": (None, Flat, c_int64, Flat, c_int),
     "rac_hist": (None, Flat, c_int64, c_int64, Flat, Flat, c_int64, Flat),
     "rac_hist_cols": (c_int, Flat, c_int64, c_int64, c_int64, Flat, c_int64, c_int64, Flat),

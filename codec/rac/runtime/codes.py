@@ -1,8 +1,9 @@
-"""Weights as int8 codes: W = diag(rows) . codes . diag(columns), plus a product of low rank where the file has one.
+"""Weights as int8 codes: round(diag(rows) . codes . diag(columns)), plus a product of low rank where the file has one.
 
 What trellis/1 quantises to are integers with a scale for each row and each column (rac.stages.base.Integers), so that
-entropy decoding once, at load, gives codes of one byte that no token decodes again. An integer that eight bits do not
-hold, and an outlier, lie in a column of codes of their own, which reads the same element of the input.
+entropy decoding once, at load, gives codes of one byte that no token decodes again. Integers that eight bits do not
+hold, and outliers, are kept beside the codes. Products (rac.native.coded) are of float32 inputs with the numbers of the
+file, whose rounding to BF16 is done where they are multiplied.
 """
 
 from __future__ import annotations
@@ -20,23 +21,19 @@ from rac.cpu.work import Place, Work
 from rac.decoder import Decoder
 from rac.errors import LimitError, MismatchError, SourceError, UnsupportedError
 from rac.linalg.transform import Transform
+from rac.native import coded
 from rac.native.prototypes import F32
 from rac.runtime import made, record
 from rac.runtime.layers import Compressed, RacEmbedding, RacLinear
+from rac.runtime.products import multiply, weight_of
 from rac.runtime.record import Bytes
 from rac.stages.base import Integers
-from rac.stages.words import from_words
+from rac.stages.words import from_words, to_words
 
 MOST = 127
-WIDTH = 64
-"""Columns come in multiples of so many: torch's kernel reads as many at once, and nothing behind the matrix."""
-APART = 64
-"""The code of a number that has a column of its own."""
 SHARE = 4
-"""Such columns are at most this fraction of the others."""
-FEW = 48
-"""Rows of an input up to which the int8 kernel is quicker than a product with codes that are widened first."""
-NAMES = ("weight_rows", "weight_columns", "weight_index", "weight_left", "weight_right")
+"""Numbers beside the codes are at most as many as the columns divided by this."""
+NAMES = ("weight_rows", "weight_columns", "weight_places", "weight_values", "weight_left", "weight_right")
 """Names of the buffers beside the codes. Scales are int32 of the same bits: no `.to()` rounds them."""
 
 
@@ -44,14 +41,17 @@ NAMES = ("weight_rows", "weight_columns", "weight_index", "weight_left", "weight
 class Codes:
     """A weight (out, in) for products with inputs (..., in)."""
 
+    kind: coded.Kind
     codes: NDArray[np.int8]
-    """(out, K)"""
+    """(out, in), 0 at `places`"""
     rows: F32
     """(out,)"""
     columns: F32
-    """(K,)"""
-    index: NDArray[np.int64] | None
-    """(K,) the element of the input that each column reads; None: K is `in`, and they are these elements."""
+    """(in,)"""
+    places: NDArray[np.int64]
+    """(N, 2) row and column of the numbers beside the codes, ascending"""
+    values: F32
+    """(N,)"""
     factors: tuple[F32, F32] | None
     """(out, r) and (r, in)"""
 
@@ -64,7 +64,7 @@ class _Found(NamedTuple):
     places: NDArray[np.int64]
     """(N, 2)"""
     values: F32
-    """(N,) the numbers there, in units of the scale of their row"""
+    """(N,)"""
 
 
 def codes(s: made.Weight, data: Bytes, turned: bool = False) -> Codes | str:
@@ -90,13 +90,14 @@ def codes(s: made.Weight, data: Bytes, turned: bool = False) -> Codes | str:
         return "outliers that are no finite numbers"
     rows, cols = whole.rows, whole.cols
     if turned:
-        values = found.values * rows[found.places[:, 0]] / np.where(cols > 0, cols, 1)[found.places[:, 1]]
-        found = _Found(np.ascontiguousarray(found.codes.T), np.ascontiguousarray(found.places[:, ::-1]), values)
-        rows, cols = np.where(cols > 0, cols, np.float32(1)), rows
+        found = _Found(np.ascontiguousarray(found.codes.T), found.places[:, ::-1], found.values)
+        rows, cols = cols, rows
         factors = factors and (np.ascontiguousarray(factors[1].T), np.ascontiguousarray(factors[0].T))
     if len(found.places) * SHARE > found.codes.shape[1]:
         return "integers that eight bits do not hold"
-    return _joined(found, rows, cols, factors)
+    order = np.lexsort(found.places.T[::-1])
+    kind = coded.Kind.ROUNDED if s.tensor.context.dtype == "BF16" else coded.Kind.EXACT
+    return Codes(kind, found.codes, rows, cols, found.places[order], found.values[order], factors)
 
 
 def _decoded(s: record.Stored, dec: Decoder, data: Bytes, whole: Integers) -> _Found:
@@ -105,8 +106,8 @@ def _decoded(s: record.Stored, dec: Decoder, data: Bytes, whole: Integers) -> _F
     out = np.empty((grid.rows, grid.cols), np.int8)
     plain = copy.copy(dec)
     plain.numbers = whole.halves
-    apart, values = [whole.places], [from_words(whole.values, t.context.dtype).astype(np.float32)]
-    values[0] = values[0] / whole.rows[whole.places[:, 0]]
+    dtype = t.context.dtype
+    apart, values = [whole.places], [from_words(whole.values, dtype)]
     for a in range(0, grid.rows, grid.tr):
         half = np.empty((min(grid.tr, grid.rows - a), grid.cols), "<u4")
         tiles = range(a // grid.tr * grid.across, (a // grid.tr + 1) * grid.across)
@@ -120,25 +121,10 @@ def _decoded(s: record.Stored, dec: Decoder, data: Bytes, whole: Integers) -> _F
         if max(k.max(initial=0), -k.min(initial=0)) > MOST:
             y, x = np.nonzero(np.abs(k) > MOST)
             apart.append(np.stack([y + a, x], axis=1))
-            values.append(k[y, x] * whole.cols[x])
+            values.append(from_words(to_words(k[y, x] * whole.cols[x] * whole.rows[y + a], dtype), dtype))
             k[y, x] = 0
         out[a : a + len(k)] = k
     return _Found(out, np.concatenate(apart), np.concatenate(values))
-
-
-def _joined(found: _Found, rows: F32, cols: F32, factors: tuple[F32, F32] | None) -> Codes:
-    """With a column for each number apart, and columns of zeros up to the width that the kernel wants."""
-    (r, c), n = found.codes.shape, len(found.places)
-    width = -(-(c + n) // WIDTH) * WIDTH
-    if width == c:
-        return Codes(found.codes, rows, cols, None, factors)
-    out = np.zeros((r, width), np.int8)
-    out[:, :c] = found.codes
-    out[found.places[:, 0], c + np.arange(n)] = APART
-    columns, index = np.zeros(width, np.float32), np.zeros(width, np.int64)
-    columns[:c], columns[c : c + n] = cols, found.values / APART
-    index[:c], index[c : c + n] = np.arange(c), found.places[:, 1]
-    return Codes(out, rows, columns, index, factors)
 
 
 class Coded(Compressed):
@@ -147,11 +133,13 @@ class Coded(Compressed):
     beside, stay = NAMES, "are int8 codes"
     turned = False
     """Whether the weight is (in, out), and the codes are (out, in)."""
+    _kind: int
     _map: Transform | None
     _views: dict[str, Any]
 
-    def _become(self, buffers: dict[str, torch.Tensor], online: Transform | None) -> None:
+    def _become(self, kind: coded.Kind, buffers: dict[str, torch.Tensor], online: Transform | None) -> None:
         """Hold these instead of a record."""
+        self._kind = int(kind)
         self._buffers.pop("weight", None)
         for name, tensor in buffers.items():
             self._buffers[name] = tensor
@@ -176,17 +164,14 @@ class Coded(Compressed):
         """(out, in) float32, or the rows with these indices."""
         if self.record.device.type == "meta":
             raise SourceError("the codes of the layer are not in memory; they are offloaded until it runs")
-        rows, columns, index = (
-            self._numbers("weight_rows"),
-            self._numbers("weight_columns"),
-            self._buffers.get(NAMES[2]),
-        )
+        rows, places = self._numbers("weight_rows"), self._buffers["weight_places"]
         codes = self.record if found is None else self.record[found]
-        w = codes * columns
-        if index is not None:
-            width = self.shape[0] if self.turned else self.shape[1]
-            w = torch.index_add(w[:, :width], 1, index[width:], w[:, width:])
-        w = w * (rows if found is None else rows[found])[:, None]
+        w = codes * self._numbers("weight_columns") * (rows if found is None else rows[found])[:, None]
+        if found is None:
+            w[places[:, 0], places[:, 1]] = self._numbers("weight_values")
+        elif len(places):
+            i, k = torch.nonzero(found[:, None] == places[:, 0], as_tuple=True)
+            w[i, places[k, 1]] = self._numbers("weight_values")[k]
         if "weight_left" in self._buffers:
             left = self._numbers("weight_left")
             w = w + (left if found is None else left[found]) @ self._numbers("weight_right")
@@ -248,32 +233,33 @@ class CodedLinear(Coded, RacLinear):
         return self.result(x)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The output; no gradient is kept. Elements of x, times the scales of columns, enter as BF16 for few rows."""
-        _, codes, rows, columns, index, unit = self._ready()
-        v = (x if index is None else x.index_select(-1, index)) * columns
-        v = v.reshape(-1, codes.shape[1])
-        if unit is not None and 0 < v.shape[0] <= FEW:
-            y = torch._weight_int8pack_mm(v.bfloat16(), codes, unit)
+        """The output, on a CPU of float32 products; no gradient is kept."""
+        if self.record.device.type != "cpu":
+            w = self.dense().to(x.dtype)
+            return functional.linear(
+                x, w.t() if self.turned else w, bias if bias is None else bias[: self.out_features]
+            )
+        if torch.compiler.is_compiling():
+            y = torch.ops.rac.multiply(x, self.record, self._beside(), self._kind)
         else:
-            y = functional.linear(v.to(x.dtype), codes.to(x.dtype))
-        y = y * rows
+            y = multiply(x, self._ready())
         if "weight_left" in self._buffers:
             left, right = self._numbers("weight_left"), self._numbers("weight_right")
-            y += functional.linear(functional.linear(x.reshape(-1, x.shape[-1]).float(), right), left)
-        y = y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+            y += functional.linear(functional.linear(x.float(), right), left)
         # transformers pads the bias of a tied output layer to the first dimension of `weight`
-        return y if bias is None else y + bias[: y.shape[-1]]
+        return (y if bias is None else y + bias[: y.shape[-1]]).to(x.dtype)
 
-    def _ready(self) -> Any:
-        """What a product needs, looked up once for each place of the layer; ones, (out,), only where the kernel is."""
-        bits: Any = self._buffers["weight_rows"]
+    def _beside(self) -> list[Any]:
+        return [self._buffers[name] for name in NAMES[:4]]
+
+    def _ready(self) -> coded.Weight:
+        """The weight for products, made once for the memory that it has."""
+        codes: Any = self.record
         found = self._views.get("ready")
-        if found is None or found[0] is not bits:
-            codes = self.record
-            unit = torch.ones(codes.shape[0], dtype=torch.bfloat16) if codes.device.type == "cpu" else None
-            scales = self._numbers("weight_rows"), self._numbers("weight_columns")
-            found = self._views["ready"] = bits, codes, *scales, self._buffers.get("weight_index"), unit
-        return found
+        if found is None or found[0] is not codes or found[1] != codes.data_ptr():
+            weight = weight_of(codes, self._beside(), self._kind)
+            found = self._views["ready"] = codes, codes.data_ptr(), weight
+        return found[2]  # type: ignore[no-any-return]
 
 
 class CodedEmbedding(Coded, RacEmbedding):
@@ -317,13 +303,13 @@ def become(layers: list[Compressed]) -> dict[str, list[str]]:
             layer.workspace.forget(layer)
             layer.__class__ = CodedLinear if isinstance(layer, RacLinear) else CodedEmbedding
             layer.turned = turned
-            layer._become(buffers, online)
+            layer._become(found.kind, buffers, online)
     return why
 
 
 def _buffers(found: Codes, device: torch.device) -> dict[str, torch.Tensor]:
     """The buffers of a layer."""
-    parts = [found.rows, found.columns, found.index, *(found.factors or (None, None))]
+    parts = [found.rows, found.columns, found.places, found.values, *(found.factors or (None, None))]
     out = {"weight": torch.from_numpy(found.codes).to(device)}
     for name, part in zip(NAMES, parts, strict=True):
         if part is not None:

@@ -45,7 +45,19 @@ from rac.runtime.workspace import Workspace
 from rac.stages.table import is_resident
 
 FLOATS = ("F32", "F16", "BF16")
-_OWN = ("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "transposed", "_map", "_views", "turned")
+_OWN = (
+    "head",
+    "workspace",
+    "dense_bytes",
+    "_stored",
+    "_resident",
+    "_online",
+    "transposed",
+    "_map",
+    "_views",
+    "_kind",
+    "turned",
+)
 
 
 def worth(e: Entry) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rac.native import coded
 from rac.runtime.codes import Coded
+from rac.runtime.products import multiply, weight_of
 
 LEAST = 1 << 14
 """Weights of a layer from which on packing pays."""
@@ -23,7 +25,7 @@ def has_units() -> bool:
 def dtype_for(resident: str, stated: torch.dtype) -> torch.dtype:
     """The data type between layers that is quickest on this CPU for a model whose weights are stated in `stated`.
 
-    Codes are multiplied in BF16 whatever it is, and float32 between them costs next to nothing.
+    Codes are multiplied in float32 whatever it is.
     """
     if stated not in _HALVES:
         return stated
@@ -39,31 +41,41 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), the data type of x kept."""
-        y = torch.ops.mkldnn._linear_pointwise(x.to(self._as), self._packed, self.bias, "none", [], "")
-        return y.to(x.dtype)  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
 
-def pack(model: Any, stated: torch.dtype) -> int:
+class WordsLinear(nn.Linear):
+    """A linear layer whose weight is BF16 words and whose products are of float32; nothing is trained or saved."""
+
+    _words: coded.Weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) to (..., out), the data type of x kept."""
+        y = multiply(x, self._words)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def pack(model: Any) -> int:
     """Lay the weights of plain linear layers out anew; returns the number of layers.
 
-    Weights that nothing else uses are given up for it. Where all other weights are codes, one that the file has in BF16
-    is laid out in BF16. None without oneDNN.
+    Weights that nothing else uses are given up for it. Beside layers of codes, numbers of BF16 are held in so many
+    bits, and multiplied as codes are. All others are for oneDNN, where that is.
     """
-    if not torch.backends.mkldnn.is_available():
-        return 0
-    coded = any(isinstance(m, Coded) for m in model.modules())
+    coded_ = any(isinstance(m, Coded) for m in model.modules())
     shared = _shared(model)
     count = 0
     for layer in [m for m in model.modules() if type(m) is nn.Linear]:
         weight = layer.weight
-        as_ = stated if coded and stated == torch.bfloat16 and layer.bias is None and has_units() else weight.dtype
-        if weight.device.type != "cpu" or weight.numel() < LEAST or as_ not in (torch.float32, torch.bfloat16):
+        if weight.device.type != "cpu" or weight.numel() < LEAST or weight.dtype not in (torch.float32, torch.bfloat16):
             continue
-        if as_ == torch.bfloat16 and not has_units():
+        if coded_ and torch.equal(weight, (half := weight.detach().bfloat16()).to(weight.dtype)):
+            layer.__class__ = WordsLinear
+            layer._words = weight_of(half.view(torch.int16), [], coded.Kind.WORDS)  # type: ignore[assignment]
+        elif torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or has_units()):
+            layer.__class__ = PackedLinear
+            layer._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        else:
             continue
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(as_), 1)
-        layer.__class__ = PackedLinear
-        layer._packed, layer._as = packed, as_  # type: ignore[assignment]
         if id(weight) not in shared:
             layer.weight = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
         count += 1
@@ -86,9 +98,11 @@ def run_as(model: Any, resident: str, stated: torch.dtype) -> str:
     name = str(model.dtype).removeprefix("torch.")
     if model.device.type != "cpu":
         return f"{resident}, {name}, on {model.device}"
-    packed = pack(model, stated) if resident in ("dense", "codes") else 0
+    packed = pack(model) if resident in ("dense", "codes") else 0
     units = "" if has_units() else ", for this processor has no BF16 units" * (stated in _HALVES)
     parts = [resident, name + units]
-    parts += ["int8 products"] * any(isinstance(m, Coded) for m in model.modules())
-    parts += [f"{packed} layers packed by oneDNN"] * bool(packed)
+    parts += ["int8 codes"] * any(isinstance(m, Coded) for m in model.modules())
+    words = sum(isinstance(m, WordsLinear) for m in model.modules())
+    parts += [f"{words} layers of BF16 words"] * bool(words)
+    parts += [f"{packed - words} layers packed by oneDNN"] * (packed > words)
     return ", ".join([*parts, f"{torch.get_num_threads()} threads"])

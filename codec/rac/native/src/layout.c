@@ -1,5 +1,6 @@
 /* What Python checks before it calls: version, sizes and offsets, in the order of native/prototypes.py; and the
  * processor. */
+#include "coded.h"
 #include "encode.h"
 #include "quantise.h"
 #include "records.h"
@@ -8,7 +9,7 @@
 #define SIZE(type) (int64_t)sizeof(type)
 #define AT(type, field) (int64_t)offsetof(type, field)
 const int64_t rac_layout[] = {
-    30,
+    31,
     SIZE(rac_matrix), AT(rac_matrix, at), AT(rac_matrix, rows), AT(rac_matrix, cols), AT(rac_matrix, stride),
     SIZE(rac_dequant), AT(rac_dequant, rec), AT(rac_dequant, h0), AT(rac_dequant, h1), AT(rac_dequant, zero),
     AT(rac_dequant, size),
@@ -37,6 +38,10 @@ const int64_t rac_layout[] = {
     SIZE(rac_record), AT(rac_record, stated), AT(rac_record, stated_size), AT(rac_record, at), AT(rac_record, head),
     AT(rac_record, payload), AT(rac_record, check), AT(rac_record, out), AT(rac_record, size), AT(rac_record, word),
     AT(rac_record, coder),
+    SIZE(rac_coded), AT(rac_coded, codes), AT(rac_coded, rows), AT(rac_coded, columns), AT(rac_coded, places),
+    AT(rac_coded, values), AT(rac_coded, out), AT(rac_coded, in), AT(rac_coded, apart), AT(rac_coded, kind),
+    SIZE(rac_team), AT(rac_team, open), AT(rac_team, apart1), AT(rac_team, left), AT(rac_team, apart2),
+    AT(rac_team, task), AT(rac_team, parallel), AT(rac_team, threads), AT(rac_team, busy),
     -1,
 };
 
