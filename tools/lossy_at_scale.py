@@ -210,8 +210,13 @@ def pack(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     text.write_text(learned()[: 8 * args.tokens])
     how: dict[str, Any] = {"calibrate": str(text), "tokens": args.tokens} if args.tokens else {"calibrate": "none"}
 
+    memory, phase = dict[str, int](), "begun"
+
     def note(what: str, _: int, of: int) -> None:
+        nonlocal phase
         notes[what] = None
+        if of and what.partition(":")[0] != phase:
+            memory[phase], phase = peak(), what.partition(":")[0]
 
     importlib.import_module("rac.calibrate.passes")  # torch and transformers are not of the pack
     peak()
@@ -221,7 +226,12 @@ def pack(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     busy, took = time.process_time() - cpu, time.perf_counter() - start
     clock.all["rest"] = busy - sum(clock.all.values()) - sum(clock.sample.values())
     found = {"blocks": args.blocks, "tokens": args.tokens, "jobs": args.jobs, "seconds": took, "core": busy}
-    found |= {"memory": peak(), "weights": sum(int(np.prod(f.shape)) for f in done.fidelity)}
+    memory[phase] = peak()
+    found |= {
+        "memory": max(memory.values()),
+        "memories": memory,
+        "weights": sum(int(np.prod(f.shape)) for f in done.fidelity),
+    }
     found |= {"bits": done.quantised_bits, "all": dict(clock.all), "sample": dict(clock.sample), "notes": [*notes]}
     return found
 
@@ -236,6 +246,8 @@ def table(found: dict[str, Any]) -> None:
         both = found["all"].get(stage, 0.0) + some
         print(f"| {stage} | {both:.1f} | {both / millions:.4f} | {some:.1f} |")
     print(f"| all | {found['core']:.1f} | {found['core'] / millions:.4f} | {sum(found['sample'].values()):.1f} |\n")
+    for phase, most in found["memories"].items():
+        print(f"{phase}: {most / 1e9:.2f} GB of memory at most, until the next")
     print(
         f"{found['blocks']} blocks, {found['weights']:,} weights, {found['tokens']} tokens, {found['jobs']} jobs: "
         f"{found['bits']:.4f} bits, {found['seconds']:.0f} s, {found['memory'] / 1e9:.2f} GB of memory at most"
