@@ -138,6 +138,7 @@ class Measure:
         self.model.to(device)
         self._windows = [self.torch.tensor(ids, device=device) for ids in cut]
         self._held: list[Any] | None = None
+        self._ours: dict[int, Any] = {}
         self._layers: Mapping[str, Layer] = {}
         self._energy = 0.0
 
@@ -188,6 +189,17 @@ class Measure:
         n = self.tokens
         return Figures(kl / n, top / n, perplexity(total, len(self._windows), self._context))
 
+    def divergence(self, model: Any, i: int) -> float:
+        """KL(original || model) of window `i`, nats, summed: in their order these add up to the KL of `figures`."""
+        with self.torch.no_grad():
+            ours = self._ours.get(i)
+            if ours is None:
+                ours = log_probabilities(self.model, self._windows[i])
+                if 2 * self.tokens * int(self._config.get_text_config().vocab_size) <= hold():
+                    self._ours[i] = ours
+            p, q = ours.float(), log_probabilities(model, self._windows[i]).float()
+            return float((p.exp() * (p - q)).sum())
+
     def moments(self) -> None:
         """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
         with quiet(self._transformers):
@@ -214,8 +226,7 @@ class Divergence:
     """How far predictions on 8,192 tokens of a text, at most, are from the model's own once tensors were replaced."""
 
     def __init__(self, model: Where, text: str, tokens: int, note: Note | None = None, device: str = "cpu") -> None:
-        tokens = min(tokens, 8192)
-        self._measure = Measure(model, text, tokens, min(1024, tokens), note, device)
+        self._measure = Measure(model, text, *_cut(tokens), note, device)
         own = {name: tensor.clone() for name, tensor in self._measure.model.state_dict().items()}  # not shared
         self._other = self._measure.load(own, os.fspath(model))
         self._lock = threading.Lock()
@@ -231,6 +242,37 @@ class Divergence:
     def kl(self) -> float:
         """Nats per token."""
         return self._measure.figures(self._other, "packed").kl
+
+    def over(self, window: int) -> float:
+        """Nats of one window, summed."""
+        return self._measure.divergence(self._other, window)
+
+
+def _cut(tokens: int) -> tuple[int, int]:
+    """Tokens that a divergence is measured on at most, of as many that were asked for, and those of a window."""
+    return min(tokens, 8192), min(1024, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """What makes a Divergence, and knows how much it will measure; the text is read when it is asked for."""
+
+    model: Where
+    read: Callable[[], str]
+    tokens: int
+    note: Note | None = None
+    device: str = "cpu"
+
+    def __call__(self) -> Divergence:
+        """It, with two models in memory."""
+        return Divergence(self.model, self.read(), self.tokens, self.note, self.device)
+
+    def windows(self) -> tuple[int, int]:
+        """How many windows there are, and tokens of each; no weights are read."""
+        path = os.fspath(self.model)
+        with quiet(_modules()[1]):
+            cut = windows(_encoder(_tokenizer(path)), self.read(), *_cut(self.tokens), _config(path), path)
+        return len(cut), len(cut[0])
 
 
 def translated(path: str) -> dict[str, Callable[[], NDArray[np.float32]]]:

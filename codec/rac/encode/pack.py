@@ -14,11 +14,12 @@ import os
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from rac.calibrate.evaluate import Divergence
+from rac.calibrate.evaluate import Judge
 from rac.calibrate.given import Given
 from rac.calibrate.layers import Layers
 from rac.calibrate.text import Note
@@ -282,8 +283,8 @@ class Packer(contextlib.ExitStack):
         if scale is not None and not request.recover:
             return replace(recipe, scale=scale)
 
-        def judge() -> Divergence:
-            return Divergence(named, read_text(calibration.texts[0]), calibration.tokens, note, calibration.device)
+        read = partial(read_text, calibration.texts[0]) if calibration.texts else str
+        judge = Judge(named, read, calibration.tokens, note, calibration.device)
 
         search = self._search(recipe if scale is None else replace(recipe, scale=scale))
         if not request.recover:

@@ -24,7 +24,7 @@ from rac.ranks.store import WAITS, Store
 from rac.registry import VERSION
 
 NAME, DONE = "job.json", "finished.json"
-FOLDERS = re.compile(r"ranks|units|lossless|measure|calibration\d+(-.*)?|scale-?\d.*")
+FOLDERS = re.compile(r"ranks|units|lossless|measure|calibration\d+(-.*)?|(scale|kl)-?\d.*|kl-machine\.json")
 """Names of stages and their files, and of the folder of signs of life."""
 SAMPLES, SAMPLE = 256, 4096  # tensors that are looked at, at most, and bytes of each
 DECIDING = ("numpy", "zstandard")  # packages whose version decides about bytes: sums of one, frames of the other

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+from rac.calibrate.evaluate import Judge
 from rac.calibrate.folder import DamagedError
 from rac.calibrate.layers import Layers
 from rac.encode import record, ties, workers
@@ -18,10 +19,11 @@ from rac.encode.code.plan import LARGE, Level
 from rac.encode.encoded import Encoded, Fidelity, Spool
 from rac.encode.options import Hooks, Lossy, PackOptions
 from rac.encode.pack import ByTrellis, Packer, Summary
-from rac.encode.quantise.tensor import encode, measure
+from rac.encode.quantise.tensor import encode, encode_with_words, measure
 from rac.encode.sources import Source, SourceTensor
 from rac.errors import OutputError, RacError
 from rac.ranks.crew import Crew, Made, Plan, Work
+from rac.ranks.diverging import Diverging
 from rac.ranks.held import SpoiledError, alone
 from rac.ranks.learned import Learned
 from rac.ranks.records import Records
@@ -208,6 +210,18 @@ class SharedSearch(Search):
             self.gathered.add(plan, markers)
         for number in range(len(plan.stage.items)):
             yield from map(_read, markers[number].rows)  # type: ignore[misc]
+
+    def _diverging(self, judge: Judge) -> Callable[[float, str], float]:
+        assert self.gathered is not None  # noqa: S101
+        gathered = self.gathered
+        model = Diverging(gathered.crew, judge, {g.tensor.name: g for g in self._mine}, gathered.take)
+
+        def at(scale: float, what: str) -> float:
+            for e in self._at(scale, encode_with_words, what):
+                self._keep(e)  # type: ignore[arg-type]  # what is known of it: another rank may have it
+            return model.at(scale, what)
+
+        return at
 
 
 class RankPacker(Packer):

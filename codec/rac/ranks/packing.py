@@ -97,8 +97,6 @@ def check(asked: Asked) -> None:
     """ValueError for what many ranks cannot do."""
     if asked.recover not in (None, 0):
         raise ValueError("recovery runs the whole model on one machine: many ranks pack without it")
-    if asked.kl is not None:
-        raise ValueError("a divergence (kl) is measured on one machine: many ranks take another budget")
 
 
 class _Seat(NamedTuple):

@@ -8,7 +8,6 @@ many ranks there are.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +26,10 @@ from rac.calibrate.given import Given
 from rac.calibrate.moments import Sums
 from rac.calibrate.wide import Wide
 from rac.container.zstd import Digest
-from rac.errors import OutputError, RacError, SourceError
+from rac.errors import RacError, SourceError
+from rac.ranks.agree import agree
 from rac.ranks.crew import Crew, Made, Plan
 from rac.ranks.held import Held, alone, uploaded, written
-from rac.ranks.lease import parsed
 from rac.ranks.stage import Item, Marker, Stage
 from rac.ranks.store import Disk, fetched
 
@@ -80,21 +79,6 @@ class Shared:
         held.know(row)
 
 
-def _sums() -> str:
-    """What tells machines apart that add up in another order: a digest of products and of what attention makes of them.
-
-    The name of a processor does not: a BLAS chooses its kernels by maker and model, often the same ones for many.
-    """
-    digest, of = Digest(), torch.Generator().manual_seed(0)
-    for rows, n in ((7, 60), (65, 130), (256, 515)):
-        x, w = torch.randn(rows, n, generator=of), torch.randn(n, n, generator=of)
-        y = torch.nn.functional.silu(x @ w)
-        z = torch.nn.functional.scaled_dot_product_attention(x[None, None], y[None, None], y[None, None])
-        for found in (y, z, y.mT @ x, y.softmax(-1), y.pow(2).mean(-1)):
-            digest.update(found.contiguous().numpy().tobytes())
-    return digest.value().hex()[:12]
-
-
 class _SharedPasses(passes.Passes):
     """The steps, each a stage whose items are batches."""
 
@@ -127,7 +111,9 @@ class _SharedPasses(passes.Passes):
     def go(self) -> None:
         """Do the steps with others; what is found is in the folder's state, arrays where they were made."""
         with alone():
-            self._agree()
+            agree(
+                self._store, self._key, {"sequences at once": self.batch}
+            )  # fewer where a device has no memory for more
             self._go()
 
     def _go(self) -> None:
@@ -147,19 +133,6 @@ class _SharedPasses(passes.Passes):
             self.folder.state["layers"] |= layers[0]
             for row in files:
                 self.folder.know(row)  # type: ignore[attr-defined]
-
-    def _agree(self) -> None:
-        """OutputError where another rank would compute other sums: they depend on machine and threads of torch."""
-        here = {"threads of torch (OMP_NUM_THREADS)": torch.get_num_threads()}
-        here |= {"kernels of torch (instruction set)": torch.backends.cpu.get_cpu_capability()}
-        here |= {"sequences at once": self.batch}  # fewer where a device has no memory for more
-        here |= {"sums of torch (BLAS, processor)": _sums()}
-        self._store.create(f"{self._key}-machine.json", json.dumps(here).encode())
-        there = parsed(self._store.get(f"{self._key}-machine.json")) or here
-        for name, value in here.items():
-            if there.get(name) != value:
-                what = f"calibrates with other {name}: {there.get(name)} there, {value} here"
-                raise OutputError(what, file=self._store.where)
 
     def _tell(self, sequences: int) -> None:
         """Nothing: stages tell."""

@@ -68,6 +68,40 @@ def test_a_calibrated_pack_has_the_bytes_of_one_machine(folder, asked, alone, tm
     assert (tmp_path / "m.rac").read_bytes() == alone
 
 
+@pytest.fixture(scope="module")
+def near(asked):
+    """The same to a divergence."""
+    return Asked(**asked.changed | {"bits": None, "kl": 0.01})
+
+
+@pytest.fixture(scope="module")
+def alone_near(folder, near):
+    rac.pack(folder / "m", folder / "near.rac", **near.changed)
+    return (folder / "near.rac").read_bytes()
+
+
+def test_a_divergence_is_measured_by_all(folder, near, alone_near, tmp_path):
+    work = tmp_path / "work"
+    for process in [start(folder, work, near, rank, 3) for rank in range(3)]:
+        process.join()
+        assert process.exitcode == 0
+    markers = [json.loads(p.read_text()) for p in work.glob("kl*/*.json")]
+    assert len({m["key"] for m in markers}) > 1  # several scales
+    assert len({m["item"] for m in markers}) > 3  # of several windows each
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone_near
+
+
+def test_who_finishes_a_divergence_needs_no_model(folder, near, alone_near, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    pack_rank(folder / "m", work, near, how=QUICK)
+    tries = sorted(work.glob("scale*"), key=lambda p: p.stat().st_mtime)
+    (tries[-1] / "00001.rac").unlink()  # it is made again, and nothing else
+    monkeypatch.setattr("rac.ranks.diverging.Diverging._window", None)
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone_near
+
+
 def test_each_factor_is_found_by_one_rank(folder, asked, alone, tmp_path, monkeypatch):
     monkeypatch.setattr("rac.ranks.units.WIDE", 1)
     monkeypatch.setattr("rac.linalg.factors.SMALLEST", 1)

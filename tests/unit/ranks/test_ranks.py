@@ -477,7 +477,6 @@ def test_whole_numbers_are_one_request_however_they_are_written(model, tmp_path)
     [
         (["--world", "2"], "give --work too"),
         (["--work", "w", "--world", "2", "--rank", "2"], "rank 2 is not one of 0 to 1"),
-        (["--work", "w", "--kl", "0.1", "--calibrate", "auto"], "many ranks take another budget"),
         (["--work", "w", "--format", "hf"], "--work does not go with --format hf"),
         (["--work", "w", "--resume"], "--work does not go with --resume"),
         (["--work", "nope://w"], "nope"),

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from rac.calibrate.builtin import AUTO, learned, measured
-from rac.calibrate.evaluate import Divergence
+from rac.calibrate.evaluate import Judge
 from rac.calibrate.file import load
 from rac.calibrate.given import Given
 from rac.calibrate.inputs import calibrate as calibrate_on
@@ -173,9 +173,7 @@ class Search:
     tried: int = 0
     sizes: dict[str, int] = field(default_factory=dict)  # what tensors take losslessly, about; counted once
 
-    def meet(
-        self, budget: Budget, rest: Callable[[], int] | None = None, judge: Callable[[], Divergence] | None = None
-    ) -> Recipe:
+    def meet(self, budget: Budget, rest: Callable[[], int] | None = None, judge: Judge | None = None) -> Recipe:
         """The recipe at the scale that meets a budget, real bytes from below, to half a percent; or BudgetError."""
         if not self._mine:
             every = Counter(self.recipe.why.values()).most_common()
@@ -185,7 +183,7 @@ class Search:
             scale = self._snr(budget.snr)
         elif budget.kl is not None:
             assert judge is not None  # noqa: S101 - it gives what measures the model
-            scale = self._kl(budget.kl, judge())
+            scale = self._kl(budget.kl, self._diverging(judge))
         else:
             bits, other, everything = budget.bits, 0, self._weights
             if bits is None:  # what a budget of the whole file leaves
@@ -266,18 +264,25 @@ class Search:
         least, first = min(goal, LOSSLESS), 0.8 - min(goal / DECIBELS, FINEST)
         return _meet(mean, (least, least + CLOSE), first, 1 / DECIBELS, missed, above=True)
 
-    def _kl(self, nats: float, judge: Divergence) -> float:
-        by_name = {g.tensor.name: g for g in self._mine}
-
+    def _kl(self, nats: float, diverging: Callable[[float, str], float]) -> float:
         def loss(scale: float) -> float:
-            for e, words in self._at(scale, encode_with_words, f"{nats:g} nats"):
-                group = by_name[self._keep(e).name]
-                judge.put((e.name, *(a for a, _ in group.aliases)), from_words(words, group.tensor.dtype))
-            return -math.log2(max(judge.kl(), 1e-9))
+            return -math.log2(max(diverging(scale, f"{nats:g} nats"), 1e-9))
 
         goal = -math.log2(nats), -math.log2(nats * (1 - 10 * TOLERANCE))
         missed = f"{nats:g} nats cannot be met: the nearest is {{:.4f}}".format
         return _meet(loss, goal, -2.0, 0.5, lambda x: missed(2**-x), above=True)
+
+    def _diverging(self, judge: Judge) -> Callable[[float, str], float]:
+        """What measures the divergence of the model at a scale."""
+        by_name, model = {g.tensor.name: g for g in self._mine}, judge()
+
+        def at(scale: float, what: str) -> float:
+            for e, words in self._at(scale, encode_with_words, what):
+                group = by_name[self._keep(e).name]
+                model.put((e.name, *(a for a, _ in group.aliases)), from_words(words, group.tensor.dtype))
+            return model.kl()
+
+        return at
 
     def _at(self, scale: float, work: Callable[[ties.Group, Recipe], T], what: str) -> Iterator[T]:
         """Results of the work on every quantised tensor at a scale, as they come."""
