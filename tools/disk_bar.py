@@ -6,7 +6,9 @@
 
 Rows: `compressed` (all records in memory), `disk` (within --memory), `cold` (the same, and the system forgets what it
 has cached of the file behind each token: without that, a read from disk is one from memory), `small` (as little memory
-as the model needs, cold), `expert` (bytes and requests of one expert, by itself and in a tensor of all experts).
+as the model needs, cold), `http` (as `disk`, from a server in another process of this machine), `late` (the same,
+each answer 5 ms late), `blind` (as `late`, nothing read ahead), `expert` (bytes and requests of one expert, by itself
+and in a tensor of all experts; of a file and over HTTP).
 In place of tokens the model reads vectors drawn at random, one after the other, larger than what its random layers add:
 so the router chooses others each time, all experts alike, which is the worst case. They are timed behind the first
 ones, when what fits is in memory; the logits of all rows must be equal. Memory is that of the process, its peak against
@@ -20,12 +22,16 @@ already is used again; packing the large one takes many minutes. Every model run
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
+import mmap
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +43,9 @@ WIDTH, INNER, VOCABULARY = 1024, 960, 4096
 MEMORY = 500_000_000
 BEFORE, TOKENS = 9, 6
 """Tokens that the model reads before time is taken, and while it is."""
-ROWS = ("compressed", "disk", "cold", "small", "expert")
+ROWS = ("compressed", "disk", "cold", "small", "http", "late", "blind", "expert")
+LATE = 0.005
+"""Seconds that each answer of the server waits."""
 
 
 def config_of(scale: float) -> Any:
@@ -167,7 +175,34 @@ def load(path: Path, resident: str, memory: int) -> Any:
     return model
 
 
-def run(path: Path, row: str, memory: int) -> dict[str, Any]:
+def serve(path: Path, delay: float) -> None:
+    """Serve a file until standard input ends; its URL goes to standard output."""
+    from support.servers import Server
+
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(open(path, "rb"))
+        data = opened.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        print(opened.enter_context(Server({path.name: data}, delay=delay)).url(path.name), flush=True)
+        sys.stdin.read()
+
+
+@contextlib.contextmanager
+def place(path: Path, row: str) -> Iterator[Any]:
+    """Where a row finds the model: its path, or the URL at a server in a process of its own."""
+    if row not in ("http", "late", "blind"):
+        yield path
+        return
+    command = [sys.executable, __file__, str(path), "--serve", str(0.0 if row == "http" else LATE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None  # noqa: S101
+        assert server.stdout is not None  # noqa: S101
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.stdin.close()
+
+
+def run(path: Any, row: str, memory: int) -> dict[str, Any]:
     """Let the model read tokens, one after the other, in this process."""
     import torch
 
@@ -182,6 +217,8 @@ def run(path: Path, row: str, memory: int) -> dict[str, Any]:
     model = load(path, "compressed" if row == "compressed" else "disk", 0 if row == "small" else memory)
     out: dict[str, Any] = {"load": time.perf_counter() - start}
     store, past, seconds, digests = store_of(model), None, [], []
+    if row == "blind":
+        store.limit(dataclasses.replace(store.budget, ahead=0))
     torch.manual_seed(0)
     vectors = (2 * torch.randn(BEFORE + TOKENS, 1, 1, model.config.hidden_size)).to(model.dtype)
     used = 0.0
@@ -202,10 +239,11 @@ def run(path: Path, row: str, memory: int) -> dict[str, Any]:
         c = store.reader.counts
         out |= {"requests": c.requests, "read": c.read, "hits": c.hits, "ahead": c.ahead, "misses": c.misses}
         out |= {"most": c.most, "budget": store.budget.total, "kept": store.budget.kept, "said": str(store.budget)}
+        out |= {"waited": c.waited, "late": c.late, "guessed": c.guessed}
     return out
 
 
-def expert(path: Path) -> dict[str, Any]:
+def expert(path: Any) -> dict[str, Any]:
     """Requests and bytes of one expert: its three matrices, and its part of a tensor of all experts."""
     import numpy as np
     import torch
@@ -225,6 +263,10 @@ def expert(path: Path) -> dict[str, Any]:
     module._expect(np.array([3]))
     _ = module.gate_up_proj[3], module.down_proj[3]
     out = {"own": own, "requests": reader.counts.requests - before[0], "read": reader.counts.read - before[1]}
+    if isinstance(path, str):
+        return out
+    with place(path, "http") as url:
+        out |= {f"http_{key}": value for key, value in expert(url).items()}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         w = (torch.randn(6, 720, 960) * 0.02).to(torch.bfloat16)  # 720: tiles of their own choice would end elsewhere
@@ -246,7 +288,7 @@ def expert(path: Path) -> dict[str, Any]:
 def report(found: dict[str, Any], memory: int) -> bool:
     """Print the rows that are there; True where one misses its bar."""
     missed = False
-    for row in (r for r in ROWS[:4] if r in found):
+    for row in (r for r in ROWS[:-1] if r in found):
         f = found[row]
         rate = TOKENS / f["seconds"]
         line = f"{row:<11}{rate:6.2f} tokens/s, {f['cpu'] / TOKENS:.2f} s of processors a token, "
@@ -257,6 +299,7 @@ def report(found: dict[str, Any], memory: int) -> bool:
             line += (
                 f"{f['read'] / TOKENS / 1e6:.1f} MB; {f['hits'] / every:.0%} in memory, {f['ahead'] / every:.0%} ahead"
             )
+            line += f" ({f['late']} of {f['ahead']} late), waited {f['waited'] / TOKENS * 1e3:.0f} ms"
         if "compressed" in found and row != "compressed":
             ratio = rate * found["compressed"]["seconds"] / TOKENS
             same = f["digests"] == found["compressed"]["digests"]
@@ -266,7 +309,8 @@ def report(found: dict[str, Any], memory: int) -> bool:
             missed |= bad
         print(line)
     if e := found.get("expert"):
-        for what, key in (("one expert, three matrices", ""), ("one expert of a stacked tensor", "stacked_")):
+        whats = {"": "one expert, three matrices", "http_": "the same over HTTP", "stacked_": "one of a stacked tensor"}
+        for key, what in whats.items():
             own, read, requests = e[f"{key}own"], e[f"{key}read"], e[f"{key}requests"]
             bad = requests != 1 or read > 1.1 * own + 65536
             print(f"{what}: {requests} request, {read:,} bytes, its own {own:,} ({read / own:.3f}){' MISSED' * bad}")
@@ -278,12 +322,18 @@ def main() -> int:
     """Print the rows; 1 where one misses its bar."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the model is made")
+    parser.add_argument(
+        "--serve", type=float, metavar="SECONDS", help="serve FOLDER, a file, so much late (of the rows)"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="weights, as a part of 1.5 thousand million")
     parser.add_argument("--memory", type=int, help="bytes (default: 500 million times the scale)")
     parser.add_argument("--make", action="store_true", help="make the model and pack it, and no more")
     parser.add_argument("--row", choices=ROWS, help="measure this row, in this process")
     parser.add_argument("--report", action="store_true", help="print what was measured")
     args = parser.parse_args()
+    if args.serve is not None:
+        serve(args.folder, args.serve)
+        return 0
     memory = args.memory or int(MEMORY * args.scale)
     packed, rows = args.folder / f"moe-{args.scale:g}.rac", args.folder / f"moe-{args.scale:g}.json"
     if not args.report:
@@ -292,7 +342,8 @@ def main() -> int:
         return 0
     if args.row:
         found = json.loads(rows.read_text()) if rows.exists() else {}
-        found[args.row] = expert(packed) if args.row == "expert" else run(packed, args.row, memory)
+        with place(packed, args.row) as where:
+            found[args.row] = expert(packed) if args.row == "expert" else run(where, args.row, memory)
         rows.write_text(json.dumps(found))
         return 0
     if not args.report:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ RAW = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_
 UNFOLLOWED = RAW | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """RAW for what is no symbolic link, and without waiting for the other end of a pipe."""
 _LOCKED_AT = 1 << 43  # Windows keeps others from reading what is locked: a byte that no file has
+_MOST_PIECES = 64  # of one read; POSIX has 16, every system with `preadv` 1,024
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³])(\..*)?", re.IGNORECASE | re.DOTALL)
 
 
@@ -45,6 +47,12 @@ class Positioned:
                 data = os.read(self._fd, len(out))
         out[: len(data)] = data
         return len(data)
+
+    def scatter(self, outs: list[memoryview], at: int) -> int:
+        """As `read`, into several pieces of memory one after the other, as many as one call takes."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._fd, outs[:_MOST_PIECES], at)
+        return self.read(outs[0], at)
 
     def stat(self) -> os.stat_result:
         """What the system says of the file now."""
@@ -147,20 +155,43 @@ def peak_memory() -> int:
     return 0
 
 
+def private_memory() -> int:
+    """Bytes of memory that are this process' own, code and files that it maps left out; 0 where the system hides it."""
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", "rb") as file:
+        _, resident, shared = map(int, file.read().split()[:3])
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def pages(size: int) -> mmap.mmap:
+    """`size` zeros in pages of their own, which go back to the system as soon as nobody refers to them.
+
+    What `malloc` gets back it may keep: threads that take turns with buffers of many sizes leave holes behind.
+    """
+    own = {} if WINDOWS else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return mmap.mmap(-1, size, **own)
+
+
 @functools.cache
-def _sync_file_range() -> Any:
-    """The function of Linux; None elsewhere."""
+def _of_linux(name: str, *types: str) -> Any:
+    """A function of its C library, and the types of its arguments as ctypes names them; None where there is none."""
     if not sys.platform.startswith("linux"):
         return None
     import ctypes
 
-    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    function = getattr(ctypes.CDLL(None), name, None)
     if function:
-        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        function.argtypes = [getattr(ctypes, t) for t in types]
     return function
+
+
+def trim() -> None:
+    """Have `malloc` give the system back what it keeps for later, where it can be asked to (glibc)."""
+    if function := _of_linux("malloc_trim", "c_size_t"):
+        function(0)
 
 
 def start_writing(fd: int) -> None:
     """Have the disk begin to write what a file holds, where the system can be asked to; `os.fsync` waits for it."""
-    if function := _sync_file_range():
+    if function := _of_linux("sync_file_range", "c_int", "c_int64", "c_int64", "c_uint"):
         function(fd, 0, 0, 2)  # SYNC_FILE_RANGE_WRITE; what fails here fails in fsync too

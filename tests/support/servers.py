@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -33,10 +34,14 @@ class InThread(ThreadingHTTPServer):
 
 
 class Server(InThread):
-    """Serves `files`. `drops` answers that carry more than 4 KB end in the middle, at another place each time."""
+    """Serves `files`, bytes or what maps them. Each answer comes `delay` seconds later than it could.
 
-    def __init__(self, files, *, ranges=True, drops=0, busy=0, grow=None):
+    `drops` answers that carry more than 4 KB end in the middle, at another place each time.
+    """
+
+    def __init__(self, files, *, ranges=True, drops=0, busy=0, grow=None, delay=0.0):
         super().__init__(_Handler)
+        self.delay = delay
         self.files, self.ranges, self.drops, self.busy, self.grow = dict(files), ranges, drops, busy, grow
         self.requests, self.sent, self.dropped = 0, 0, 0
 
@@ -56,6 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests += 1
             busy, server.busy = server.busy > 0, max(0, server.busy - 1)
             number = server.requests
+        time.sleep(server.delay)
         if busy:
             return self.answer(503, b"")
         data = server.files.get(self.path.lstrip("/"))
@@ -69,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
         if first >= len(data):
             return self.answer(416, b"", f"bytes */{len(data)}")
-        return self.answer(206, data[first : last + 1], f"bytes {first}-{last}/{len(data)}")
+        return self.answer(206, memoryview(data)[first : last + 1], f"bytes {first}-{last}/{len(data)}")
 
     def answer(self, status, body, place=None):
         self.send_response(status)

@@ -26,6 +26,7 @@ The prompt is taken as it is, without a chat template, and continued greedily (t
   rac generate m.rac "Once upon a time" --resident compressed    weights stay compressed in memory
   rac generate m.rac "Once upon a time" --resident codes         quantised weights as int8 codes
   rac generate m.rac "Once upon a time" --memory 8GB             weights stay in the file, read when needed
+  rac generate https://host/m.rac "Once" --memory 8GB            the same by range requests; also hf://ORG/NAME/m.rac
   rac generate m.rac "Once upon a time" --sample --seed 7
 
 Needs rac-codec[transformers]."""
@@ -42,8 +43,8 @@ positions but the last count: the figures are those of `rac compare`, which comp
 Needs rac-codec[transformers]."""
 RESIDENT = """keep the weights decoded (dense, the default), as the file has them (compressed: small, slow), quantised
 ones as int8 (codes: half of 16 bits, fast), or in the file (disk: for what does not fit)"""
-MEMORY = """weights stay in the file (--resident disk) and take so much memory at most, e.g. 8GB; torch and the text
-come on top (default: a quarter of the machine's)"""
+MEMORY = """weights stay in the file (--resident disk), and the process grows by so much at most, the text included:
+8GB, 500MB, 2GiB; libraries are not counted (default: a quarter of the machine's)"""
 KV = """quantise keys and values to B bits, a range for each token and head; keys are rotated before where the file says
 so (simulated)"""
 CLIP = "share of the largest activation that the grid goes to (default: 0.9 below 8 bits if symmetric, else 1)"
@@ -71,6 +72,7 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError("the prompt is empty")
     model, tokenizer = _open_model(args, quick=True)
 
+    from rac.runtime.memory import closing
     from rac.runtime.text import causal, generate
 
     causal(model)
@@ -79,7 +81,8 @@ def generate(args: argparse.Namespace) -> int:
         sys.stdout.flush()
     start = time.monotonic()
     seed = args.seed if args.sample else None
-    ids = generate(model, tokenizer, args.prompt, args.tokens, seed, stream=not args.json)
+    with closing(model):
+        ids = generate(model, tokenizer, args.prompt, args.tokens, seed, stream=not args.json)
     seconds = time.monotonic() - start
     if not args.quiet:
         rate = len(ids) / max(seconds, 1e-9)
@@ -103,6 +106,7 @@ def perplexity(args: argparse.Namespace) -> int:
     check(args.tokens, args.context)
     text = read_text(args.text)
     model, tokenizer = _open_model(args)
+    from rac.runtime.memory import closing
     from rac.runtime.text import perplexity
 
     around: AbstractContextManager[Any] = nullcontext()
@@ -110,7 +114,7 @@ def perplexity(args: argparse.Namespace) -> int:
         with RacFile(args.src) as f:
             around = simulation(args, model, Provenance.of(f.archives[0].header, args.src))
     start = time.monotonic()
-    with Steps() as note, around:
+    with closing(model), Steps() as note, around:
         found, cut, context = perplexity(model, tokenizer, text, args.tokens, args.context, note)
     seconds, count = time.monotonic() - start, cut * context
     bits = "".join(f", {n}-bit {what}" for what, n in (("activations", args.activations), ("cache", args.kv)) if n)
@@ -138,11 +142,13 @@ def _open_model(args: argparse.Namespace, quick: bool = False) -> tuple[Any, Any
 
     `quick`: a model on the CPU has the data type and the layout of weights that run best there, which is said.
     """
-    offline()
+    if os.path.exists(args.src):  # else it may be one of the Hub
+        offline()
     disk = args.memory is not None or args.resident == "disk"
     if disk or args.resident == "compressed":  # threads of torch that wait leave the processors to those that decode
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rac.runtime import load_model, load_tokenizer
+    from rac.runtime.memory import bound
     from rac.runtime.model import dtype_of
     from rac.runtime.replace import residency
     from rac.runtime.running import dtype_for, run_as
@@ -157,6 +163,8 @@ def _open_model(args: argparse.Namespace, quick: bool = False) -> tuple[Any, Any
             stated = dtype_of(f)
         dtype = dtype or dtype_for("disk" if disk else args.resident, stated)
     model = load_model(args.src, args.resident, device, dtype, memory=args.memory, **how)
+    if disk:
+        bound(model)
     args.resident = "disk" if disk else args.resident
     if args.verbose or ((disk or sys.stderr.isatty()) and not args.quiet):
         held = f"{model.get_memory_footprint() / 1e6:.1f} MB of weights"

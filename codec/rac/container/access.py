@@ -73,6 +73,18 @@ class Access:
         """Fill `out` from offset `at`; TruncatedError where the bytes end."""
         raise NotImplementedError
 
+    def read_parts(self, at: int, parts: list[memoryview]) -> None:
+        """Fill these one after the other, from offset `at` on, in one request."""
+        if len(parts) == 1:
+            self.read_into(at, parts[0])
+            return
+        whole = memoryview(bytearray(sum(map(len, parts))))
+        self.read_into(at, whole)
+        start = 0
+        for part in parts:
+            part[:] = whole[start : start + len(part)]
+            start += len(part)
+
     def changed(self) -> str:
         """How the file has changed since it was opened, as far as that can be seen without reading; empty: not."""
         return ""
@@ -109,15 +121,23 @@ class FileAccess(Access):
 
     def read_into(self, at: int, out: memoryview) -> None:
         """Fill `out` from offset `at`."""
-        done = 0
+        self.read_parts(at, [out])
+
+    def read_parts(self, at: int, parts: list[memoryview]) -> None:
+        """By one call of the system, where it has one for that."""
         if not self._close.alive:  # its number may be that of another file by now
             raise SourceError("was closed before it was read", file=self.name)
+        left = [part for part in parts if len(part)]
         try:
-            while done < len(out):
-                got = self._file.read(out[done:], at + done)
+            while left:
+                got = self._file.read(left[0], at) if len(left) == 1 else self._file.scatter(left, at)
                 if not got:
-                    raise TruncatedError("file ends early", file=self.name, offset=at + done)
-                done += got
+                    raise TruncatedError("file ends early", file=self.name, offset=at)
+                at += got
+                while left and got >= len(left[0]):
+                    got -= len(left.pop(0))
+                if got:
+                    left[0] = left[0][got:]
         except OSError as e:
             raise SourceError(e.strerror or str(e), file=self.name, offset=at) from e
 

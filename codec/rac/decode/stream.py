@@ -15,11 +15,11 @@ import numpy as np
 
 from rac import frameworks
 from rac.container.access import InFile, NoRangesError, guarded
-from rac.container.feed import Feed, Memory, RangeRing, StreamRing, Trace
+from rac.container.feed import Feed, Memory, Near, RangeRing, StreamRing, Trace
 from rac.container.forward import Forward
 from rac.decode.archive import open_access
 from rac.decode.attachments import forward_attachment
-from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, take_units
+from rac.decode.engine import RING, Cpu, Damaged, Engine, Item, later_units, take_units
 from rac.decode.gpu import engine_for
 from rac.errors import ChecksumError, DamagedError, FormatError, LimitError, RacError, SourceError
 from rac.machine import threads_of
@@ -83,7 +83,7 @@ def _tensors(
     header: dict[str, Any],
 ) -> Generator[tuple[str, Any]]:
     """What a `Stream` yields; it does not refer to the stream, so that both end when nobody refers to that."""
-    feed, close = open_feed(source, engine.ring // 2, engine.trace)
+    feed, close = open_feed(source, engine.ring // 2, engine.trace, near=isinstance(engine, Cpu))
     try:
         forward = Forward(feed, feed.name, limits)
         header |= forward.header
@@ -175,8 +175,13 @@ def iter_tensors(
     return Stream(stream, device, framework, "raise", None, RING, limits)
 
 
-def open_feed(source: Any, size: int, trace: Trace | None = None) -> tuple[Feed, Callable[[], None]]:
-    """The bytes of a source, of which `size` may be read ahead, and what closes that which was opened for it."""
+def open_feed(
+    source: Any, size: int, trace: Trace | None = None, near: bool = False
+) -> tuple[Feed, Callable[[], None]]:
+    """The bytes of a source, of which `size` may be read ahead, and what closes that which was opened for it.
+
+    `near`: a local file is not read ahead, but by who decodes it.
+    """
     name = str(getattr(source, "name", None) or "<stream>")
     with guarded(SourceError, name, of=ValueError):  # closed
         if type(source) is io.BytesIO:
@@ -184,14 +189,14 @@ def open_feed(source: Any, size: int, trace: Trace | None = None) -> tuple[Feed,
         with contextlib.suppress(TypeError):  # it has no buffer
             return Memory(memoryview(source), name), _nothing
     if isinstance(source, str | os.PathLike):
-        return _open_path(os.fspath(source), size, trace)
+        return _open_path(os.fspath(source), size, trace, near)
     if hasattr(source, "read_into"):
         return RangeRing(source, [(0, source.size)], size, trace=trace), _nothing
     with guarded(SourceError, name, of=ValueError):  # closed
         return StreamRing(source, name, size, trace=trace), _nothing
 
 
-def _open_path(path: str, size: int, trace: Trace | None) -> tuple[Feed, Callable[[], None]]:
+def _open_path(path: str, size: int, trace: Trace | None, near: bool) -> tuple[Feed, Callable[[], None]]:
     """The bytes of a file, a pipe, a device, or what a URL names."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a named pipe, a device
         file = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -203,6 +208,8 @@ def _open_path(path: str, size: int, trace: Trace | None) -> tuple[Feed, Callabl
 
         body = open_body(path)
         return StreamRing(body, path, size, trace=trace), body.close
+    if near and access.near:
+        return Near(access), access.close
     return RangeRing(access, [(0, access.size)], size, trace=trace), access.close
 
 
@@ -258,7 +265,9 @@ def forward_items(forward: Forward, other: Callable[[Record], None] | None = Non
         held.keep(t, None)
         late = partial(forward.feed.idle, record.payload_size)
         take = partial(take_units, forward, t)
-        yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t), late)
+        feed = forward.feed
+        later = partial(later_units, forward, t, feed.access) if isinstance(feed, Near) else None
+        yield Item(str(forward.name), t, take, partial(held.of, t), partial(held.keep, t), late, later)
         forward.skip(record)
         if forward.feed.idle(HEAD):
             yield None

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rac import frameworks
 from rac.decode.archive import RacFile
 from rac.errors import MismatchError
 from rac.runtime import made
 from rac.runtime.held import Head, decoded_rows, spans_of, whole
 from rac.runtime.ranges import FRONT, TICKET, Key, Loaded, Reader
+from rac.system import private_memory, trim
 
 if TYPE_CHECKING:
     from rac.runtime.memory import Budget
 
 _STALE = 64
 """What was asked for ahead is forgotten once that many more calls have asked, and room is short."""
+_OTHERS = 1 << 20
+"""Bytes of a process that are not looked at: what is made before the weights, such as the tokenizer."""
 _AGE = 16
 """After so many times as many uses as there are records, what was used before counts half."""
 
@@ -75,7 +80,9 @@ class Store:
         self.reader = Reader(file)
         self._room = self._ahead = 0
         self.budget: Budget | None = None
+        self._most: int | None = None
         self._begin()
+        self.count_anew()
 
     def _begin(self) -> None:
         _alive.add(self)
@@ -87,6 +94,11 @@ class Store:
         self._used: Counter[Key] = Counter()
         self._last: tuple[Key, Loaded] | None = None
         self._held = self._flying = self._uses = self._asked = 0
+
+    def count_anew(self) -> None:
+        """What the process has taken until now is not the model's (see `bound`)."""
+        trim()
+        self.base = private_memory()
 
     def __deepcopy__(self, memo: Any) -> Store:
         """A copy of a model reads from the same store."""
@@ -100,13 +112,38 @@ class Store:
         with self._lock:
             self.budget, self._room, self._ahead = budget, budget.kept, budget.ahead
 
+    def bound(self, most: int) -> None:
+        """Keep less where the memory of the process has grown by more than `most` bytes since `base`.
+
+        Keys and values of a text are in that, and what `malloc` leaves unused. Nothing is bounded on systems that do
+        not say what memory a process has.
+        """
+        slack = _OTHERS + max(most // 32, self.budget.decoded if self.budget else 0)
+        self._most = self.base + most - slack if private_memory() else None
+
+    def _shrink(self) -> None:
+        """See `bound`. Called with the lock."""
+        if self._most is None or private_memory() <= self._most:
+            return
+        trim()
+        again = (self._most - self.base) // 32  # which it may grow by before it is asked for again
+        over = private_memory() - self._most + again
+        if over > 0:
+            self._room = max(0, min(self._room, self._held - over))
+            while self._held > self._room:
+                self._held -= self._kept.popitem(last=False)[1].nbytes
+
     def close(self) -> None:
         """End the threads and close the file; layers that run from then on fail."""
         with self._lock:
             pool, self._pool = self._pool, None
             self._wanted.clear()
+        for access in (a.access for a in self.reader.file.archives if not a.access.near):
+            access.close()  # what a server sends is not waited for
         if pool:
             pool.shutdown(cancel_futures=True)
+        with self._lock:
+            self._kept, self._coming, self._last, self._held = OrderedDict(), OrderedDict(), None, 0
         self.reader.file.close()
 
     def of(self, tickets: bytes, head: Head) -> Filed:
@@ -143,6 +180,7 @@ class Store:
             new = [_Group(keys, self._asked, self.reader.load) for keys in lists if keys]
             for group in new:
                 self._coming |= dict.fromkeys(group.keys, group)
+                self.reader.counts.guessed += len(group.keys)
         for group in new:
             group.size = sum(map(self.reader.size_of, group.keys))
         with self._lock:
@@ -194,6 +232,7 @@ class Store:
     def _take(self, key: Key) -> Loaded:
         with self._lock:
             self._count(key)
+            self._shrink()
             if self._last is not None and self._last[0] == key:
                 return self._last[1]
             found, group = self._kept.get(key), None
@@ -205,6 +244,8 @@ class Store:
             group = self._coming.pop(key, None)
             self.reader.counts.ahead += group is not None
             self.reader.counts.misses += group is None
+            self.reader.counts.late += group is not None and not group.found.done()
+            start = time.perf_counter()
             if group is not None and not group.flies:  # it is read here and now
                 self._fly(group)
         try:
@@ -215,6 +256,7 @@ class Store:
                 if group is not None and not any(self._coming.get(k) is group for k in group.keys):
                     self._land(group)
         with self._lock:
+            self.reader.counts.waited += time.perf_counter() - start
             self._keep(key, found)
             self._last = key, found
         self._pump()
@@ -285,6 +327,29 @@ class Filed:
             return None
         s, _ = self._checked(reader.front(self.tickets))
         return None if whole(s, count) else s
+
+    def front(self) -> tuple[made.Weight, Any]:
+        """What was parsed of a weight of one record, and the bytes in front of its tiles; the tiles are not read."""
+        return self._checked(self.store.reader.front(self.tickets))
+
+    def in_bands(self) -> bool:
+        """Whether `bands` can give it."""
+        s = self._cut(1) if len(self.head.shape) == 2 else None
+        return s is not None and s.tensor.grid.down > 1 and s.tensor.grid.rows == self.head.shape[0]
+
+    def bands(self, pool: Executor | None) -> Iterator[tuple[int, torch.Tensor]]:
+        """All rows of a matrix, one row of its tiles after the other: the first row, and (rows, columns) decoded.
+
+        Each is in the memory of the one before.
+        """
+        s, _ = self.front()
+        t, grid = s.tensor, s.tensor.grid
+        self.store.want([[Key(self.tickets, None, i, i + 1)] for i in range(grid.down)])
+        room = np.empty((min(grid.tr, grid.rows), grid.cols), f"<u{t.word}")
+        for i, top in enumerate(range(0, grid.rows, grid.tr)):
+            words = room[: grid.rows - top]
+            s.decode(self.store.bands(self.tickets, i, i + 1).data, words, i, i + 1, pool)
+            yield top, frameworks.to_framework(words, t.dtype, words.shape, "pt")
 
     def rows(self, found: NDArray[np.int64], pool: Executor | None) -> torch.Tensor:
         """As `rac.runtime.held.decoded_rows`, of a weight of one part."""

@@ -7,6 +7,7 @@ what the dense one does, bit for bit: the same product with the same weight.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ class Compressed(Holding):
     _names = ("weight",)
     beside: tuple[str, ...] = ()
     """Names of buffers that the weight needs besides."""
+    banded = False
+    """Whether the product is made of one band of rows after the other: all of them would not fit into memory."""
     stay = "stay compressed"
     """What its weight does, for people."""
     weight: Any = Named("weight")
@@ -110,7 +113,8 @@ class Compressed(Holding):
         real(self.record)
         key = device.version(self.record)
         if self._online is None or self._online[0] != key:
-            s, data = self.stored()
+            filed = self.filed("weight") if self.banded else None
+            s, data = self.stored() if filed is None else filed.front()
             self._online = key, s.transform(data)
         return self._online[1]
 
@@ -173,8 +177,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
         x = bias = None
         if ctx.needs_input_grad[0]:
-            with ctx.layer.opened(g.dtype) as w:
-                x = g @ (w.t() if ctx.layer.transposed else w)
+            if ctx.layer.banded:
+                parts = ((g[..., rows] @ w).float() for rows, w in ctx.layer.bands(g.dtype))
+                x = functools.reduce(torch.add, parts).to(g.dtype)
+            else:
+                with ctx.layer.opened(g.dtype) as w:
+                    x = g @ (w.t() if ctx.layer.transposed else w)
         if ctx.biased and ctx.needs_input_grad[1]:
             bias = torch.zeros_like(ctx.layer.bias)
             bias[: g.shape[-1]] = g.reshape(-1, g.shape[-1]).sum(0)
@@ -214,10 +222,24 @@ class RacLinear(Compressed, nn.Linear):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The output; no gradient is kept."""
+        # transformers pads the bias of a tied output layer to the first dimension of `weight`
+        mine = bias if bias is None or len(bias) == self.out_features else bias[: self.out_features]
+        if self.banded:
+            out = x.new_empty(*x.shape[:-1], self.out_features)
+            for rows, w in self.bands(x.dtype):
+                out[..., rows] = functional.linear(x, w, None if mine is None else mine[rows])
+            return out
         with self.opened(x.dtype) as w:
-            # transformers pads the bias of a tied output layer to the first dimension of `weight`
-            mine = bias if bias is None or len(bias) == self.out_features else bias[: self.out_features]
             return functional.linear(x, w.t() if self.transposed else w, mine)
+
+    def bands(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The rows of the weight in a data type, some at a time, on the device of the layer, from its file."""
+        filed = self.filed("weight")
+        if filed is None:
+            raise SourceError("the weight is no longer in its file; load the model again")
+        with filed.blamed():
+            for top, w in filed.bands(self.workspace.executor()):
+                yield slice(top, top + len(w)), w.to(self.record.device, dtype)
 
 
 class RacEmbedding(Compressed, nn.Embedding):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rac import frameworks
@@ -16,6 +17,8 @@ from rac.runtime.layers import RacLinear
 
 MOST_AHEAD = 64 << 20
 """Bytes that are on their way at most, unless one expert is larger."""
+PLACE = 2 << 10
+"""Bytes that the row of a tensor in the index takes in memory, about, and what finds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +35,25 @@ class Budget:
     """Records that are on their way."""
     kept: int = 0
     """Records that stay once they were read."""
+    places: int = 0
+    """The index of the file, and where in it each layer finds its records."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.dense + self.decoded + self.used + self.ahead + self.kept
+        return self.dense + self.decoded + self.used + self.ahead + self.kept + self.places
 
     def __str__(self) -> str:
         """What is for what."""
-        of = (
-            f"{megabytes(self.total)}, of which {megabytes(self.dense)} for dense weights, {megabytes(self.decoded)} to"
-        )
-        used = f"{megabytes(self.used + self.ahead)} for records that are used or come next"
-        kept = f", {megabytes(self.kept)} for those that were used" if self.kept else ""
-        return f"{of} decode into, {used}{kept}"
+        parts = {
+            "for dense weights": self.dense,
+            "for where the others are": self.places,
+            "to decode into": self.decoded,
+            "for records that are used or come next": self.used + self.ahead,
+            "for those that were used": self.kept,
+        }
+        of = ", ".join(f"{megabytes(n)} {what}" for what, n in parts.items() if n)
+        return f"{megabytes(self.total)}, of which {of}"
 
 
 def megabytes(n: int) -> str:
@@ -80,7 +88,7 @@ def needed(model: Any, store: Store) -> Budget:
         dense = size_of((numbers,), filed.head.dtype)
         if frameworks.torch_dtype(filed.head.dtype) != source.compute_dtype:
             converted = max(converted, numbers * source.compute_dtype.itemsize)
-        if isinstance(module, RacLinear):
+        if isinstance(module, RacLinear) and not module.banded:
             ratio = max(ratio, size / max(1, dense))
         else:
             decoded = max(decoded, dense)
@@ -88,21 +96,63 @@ def needed(model: Any, store: Store) -> Budget:
         most = max(most, size)
     space = sum(w.nbytes for w in spaces.values())
     used = most + int(space * ratio) + store.reader.fronts
-    return Budget(_dense(model), space + decoded + converted, used, max([most, *experts.values()]))
+    places = PLACE * sum(len(archive.index.entries) for archive in store.reader.file.archives)
+    ahead = max([most, *experts.values()])
+    return Budget(_dense(model), space + decoded + converted, used, ahead, places=places)
 
 
 def fit(model: Any, store: Store, memory: int | None) -> Budget:
     """Divide `memory` bytes, a quarter of the machine's by default, among what a model needs; the store keeps to it.
 
-    LimitError where it is less than the model needs for its largest layer or expert.
+    Where it is less than all of the largest linear layers takes, these multiply by bands of their rows.
+    LimitError where it is less than the model needs for its largest layer or expert even so.
     """
+    linear = sorted({m for m, _, _ in _places(model) if isinstance(m, RacLinear)}, key=lambda m: -m.dense_bytes)
+    given = room() if memory is None else memory
+    _band(linear, 0)
     least = needed(model, store)
-    given = max(least.total, room()) if memory is None else memory
+    for count, layer in enumerate(linear, 1):
+        if least.total <= given or layer.transposed or not layer.filed("weight").in_bands():  # type: ignore[union-attr]
+            break
+        _band(linear, count)
+        least = needed(model, store)
+    if memory is None:
+        given = max(least.total, given)
     if given < least.total:
         what = f"{megabytes(given)} of memory is too little for its weights: they need at least {least}"
         raise LimitError(what, file=store.reader.name)
     free = given - least.total
     more = max(0, min(free // 4, MOST_AHEAD - least.ahead))
-    out = Budget(least.dense, least.decoded, least.used, least.ahead + more, free - more)
+    out = replace(least, ahead=least.ahead + more, kept=free - more)
     store.limit(out)
     return out
+
+
+def _band(linear: list[RacLinear], count: int) -> None:
+    """Let the first `count` layers, and no others, multiply by bands; the workspace is as large as the others need."""
+    for i, layer in enumerate(linear):
+        layer.banded = i < count
+    for space in {id(m.workspace): m.workspace for m in linear}.values():
+        space.only(max((m.dense_bytes for m in linear[count:] if m.workspace is space), default=0))
+
+
+def _stores(model: Any) -> list[Store]:
+    return list({id(filed.store): filed.store for _, _, filed in _places(model)}.values())
+
+
+def bound(model: Any) -> None:
+    """Keep the growth of the process within the memory that the weights of a model were given (Store.bound)."""
+    for store in _stores(model):
+        if store.budget is not None:
+            store.bound(store.budget.total - store.budget.places)
+
+
+@contextlib.contextmanager
+def closing(model: Any) -> Iterator[None]:
+    """Close the files of a model at the end, also where that is an error: no read that is under way is waited for."""
+    stores = _stores(model)
+    try:
+        yield
+    finally:
+        for store in stores:
+            store.close()

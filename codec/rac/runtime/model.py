@@ -128,6 +128,8 @@ def load_as(
         if way.holds is not None:
             with state.blamed(name):
                 records = state.hold(cls, config, name, way.holds)
+            if state.store is not None:  # what was imported until now is not the model's
+                state.store.count_anew()
             how = {"quant_method": METHOD, "threads": threads, "records": records, "store": state.store}
             config.quantization_config = how
         model = _loaded(cls, config, state, folder, **kwargs)

@@ -8,6 +8,7 @@ once. What lies side by side in the file is one request. Everything is checked a
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from rac.decode.archive import RacFile
 from rac.errors import FormatError, MismatchError, RacError
 from rac.records import Entry
 from rac.runtime import made, record
+from rac.system import pages
 
 Bytes = NDArray[np.uint8]
 _TICKET = struct.Struct("<4sI8sQ")
@@ -36,6 +38,8 @@ FRONT = 1 << 16
 """Bytes behind a record's head that are read with it: its front is mostly among them."""
 GAP = 1 << 12
 """Bytes between two records that are read along."""
+PAGED = 1 << 15
+"""Bytes from which on what is read has pages of its own."""
 _PARSED = 6 << 10
 """Bytes that the objects of a parsed head take, about; its front is kept once more."""
 
@@ -94,9 +98,16 @@ class Counts:
     """Bytes."""
     hits: int = 0
     """Weights that were in memory."""
+    guessed: int = 0
+    """Weights that were asked for ahead, right or wrong."""
     ahead: int = 0
     """Weights that had been asked for before they were needed."""
+    late: int = 0
+    """Weights that had been asked for and were not there yet."""
     misses: int = 0
+    """Weights that nobody had asked for."""
+    waited: float = 0.0
+    """Seconds that who needed a weight has read or waited."""
     most: int = 0
     """Most bytes that were kept, or on their way, at once."""
 
@@ -214,18 +225,15 @@ class Reader:
             archive, entry, _ = self._find(key.tickets)
             s = self.front(key.tickets).stored
             a, b = _places(s, key)
-            room = np.empty(b - a + record.TAIL, np.uint8)
-            room[b - a :] = 0
+            room = _zeros(b - a + record.TAIL)
             pieces.append((archive.access, entry.at + a - _start(s), room[: b - a]))
             return room
         parts = [self._parts(ticket) for ticket in split(key.tickets)]
-        room = np.empty(sum(e.size for _, entries in parts for e in entries) + len(parts) * record.TAIL, np.uint8)
-        at = 0
+        room, at = _zeros(sum(e.size for _, entries in parts for e in entries) + len(parts) * record.TAIL), 0
         for archive, entries in parts:
             for e in entries:
                 pieces.append((archive.access, e.at, room[at : at + e.size]))
                 at += e.size
-            room[at : at + record.TAIL] = 0
             at += record.TAIL
         return room
 
@@ -243,14 +251,14 @@ class Reader:
             self._request(run)
 
     def _request(self, run: list[tuple[Access, int, Bytes]]) -> None:
-        access, at, room = run[0]
-        end = run[-1][1] + len(run[-1][2])
-        if len(run) > 1:
-            room = np.empty(end - at, np.uint8)
-        access.read_into(at, room.data)
-        if len(run) > 1:
-            for _, start, part in run:
-                part[:] = room[start - at : start - at + len(part)]
+        access, at, _ = run[0]
+        parts, end = [], at
+        for _, start, room in run:
+            if start > end:  # between two records
+                parts.append(memoryview(bytearray(start - end)))
+            parts.append(room.data)
+            end = start + len(room)
+        access.read_parts(at, parts)
         with self._lock:
             self.counts.requests += 1
             self.counts.read += end - at
@@ -264,14 +272,14 @@ class Reader:
             front = self.front(key.tickets)
             a, _ = _places(front.stored, key)
             data = front.data.also(a, room)
-            return Loaded(front.stored, data, len(room))
+            return Loaded(front.stored, data, _taken(room))
         weight = made.parse(room, key.making)
         every = weight.stored if isinstance(weight, made.Made) else [weight]
         for ticket, s in zip(split(key.tickets), every, strict=True):
             self._match(ticket, s)
         extra = sum(_PARSED + _front_size(s) for s in every)
         extra += weight.kept if isinstance(weight, made.Made) else 0
-        return Loaded(weight, room, len(room) + extra)
+        return Loaded(weight, room, _taken(room) + extra)
 
     def _match(self, ticket: bytes, s: record.Stored) -> None:
         """FormatError unless the records are those that the index names."""
@@ -305,6 +313,16 @@ class Reader:
                 room = read(end - base)
             room = room[:end].copy()
         return Loaded(stored, Window(size, [(0, room)]), len(room) + _PARSED + _front_size(stored))
+
+
+def _zeros(size: int) -> Bytes:
+    """Memory for what is read: large pieces are the system's again as soon as nobody has them."""
+    return np.frombuffer(pages(size), np.uint8) if size >= PAGED else np.zeros(size, np.uint8)
+
+
+def _taken(room: Bytes) -> int:
+    """Memory that it takes, in whole pages where it is large."""
+    return -(-len(room) // mmap.PAGESIZE) * mmap.PAGESIZE if len(room) >= PAGED else len(room)
 
 
 def split(tickets: bytes) -> list[bytes]:

@@ -46,17 +46,9 @@ from rac.stages.table import is_resident
 
 FLOATS = ("F32", "F16", "BF16")
 _OWN = (
-    "head",
-    "workspace",
-    "dense_bytes",
-    "_stored",
-    "_resident",
-    "_online",
-    "transposed",
-    "_map",
-    "_views",
-    "_kind",
+    *("head", "workspace", "dense_bytes", "_stored", "_resident", "_online", "transposed", "_map", "_views", "_kind"),
     "turned",
+    "banded",
 )
 
 

@@ -108,6 +108,12 @@ class Workspace:
             if size <= MOST:
                 self._on_device = max(self._on_device, size)
 
+    def only(self, size: int) -> None:
+        """No layer that uses this has more than `size` dense bytes."""
+        with self._lock:
+            self._drop()
+            self._largest, self._buffer = size, np.empty(0, np.uint8)
+
     def forget(self, layer: Layer) -> None:
         """The layer will not run any more."""
         with self._lock:

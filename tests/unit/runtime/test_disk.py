@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -19,14 +20,16 @@ transformers = pytest.importorskip("transformers")
 import arch_matrix
 import rac
 from rac.cli import main
+from rac.container import remote
 from rac.container.access import ChangedError
 from rac.encode.pack import pack
-from rac.errors import ChecksumError, FormatError, LimitError, MismatchError, RacError, UnsupportedError
-from rac.runtime import RacLinear
+from rac.errors import ChecksumError, FormatError, LimitError, MismatchError, RacError, SourceError, UnsupportedError
+from rac.runtime import RacLinear, disk
 from rac.runtime.held import Held, Holding
 from rac.runtime.ranges import GAP, TICKET, Key
 from rac.runtime.replace import residency
 from support import models
+from support.hub import serving
 from support.servers import Server
 
 EXPERTS = ["mixtral", "gpt_oss", "qwen3_moe"]
@@ -58,6 +61,18 @@ def experts(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """(dense model, archive) of a model whose output layer is ten times as large as all else."""
+    root = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    model = models.llama(tie_word_embeddings=False, vocab_size=12288).to(torch.bfloat16)
+    model.save_pretrained(root / "hf")
+    models.tokenizer().save_pretrained(root / "hf")
+    pack(root / "hf", root / "m.rac", slices="fine")
+    return type(model).from_pretrained(root / "hf"), root / "m.rac"
+
+
 def store_of(model):
     return next(m.workspace.store for m in model.modules() if isinstance(m, Holding))
 
@@ -79,13 +94,13 @@ def watched(model, monkeypatch):
     """Offsets and sizes of what is read from now on, in their order."""
     seen = []
     for archive in store_of(model).reader.file.archives:
-        read = archive.access.read_into
+        read = archive.access.read_parts
 
-        def into(at, out, read=read):
-            seen.append((at, len(out)))
-            read(at, out)
+        def into(at, parts, read=read):
+            seen.append((at, sum(map(len, parts))))
+            read(at, parts)
 
-        monkeypatch.setattr(archive.access, "read_into", into)
+        monkeypatch.setattr(archive.access, "read_parts", into)
     return seen
 
 
@@ -222,7 +237,7 @@ def test_a_stacked_tensor_is_read_expert_by_expert(tmp_path, how):
     """Of one tensor with all experts: one request for one of them, of its own tiles and of no other's."""
     from safetensors.torch import save_file
 
-    from rac.runtime import Workspace, disk
+    from rac.runtime import Workspace
     from rac.runtime.held import Head
 
     torch.manual_seed(0)
@@ -343,6 +358,86 @@ class TestErrors:
         store_of(model).close()
         with pytest.raises(RacError, match="was closed"):
             models.logits(model)
+
+
+class TestServers:
+    """What can go wrong with a file behind a URL: one line each."""
+
+    def test_a_server_that_goes_away(self, packed, monkeypatch):
+        pytest.importorskip("aiohttp")
+        original, path = packed["llama"]
+        monkeypatch.setattr(remote, "RETRIES", 1)
+        with Server({"m.rac": path.read_bytes()}) as server:
+            url = server.url("m.rac")
+            model = rac.load_model(url, memory=least(path)[0])
+            assert torch.equal(models.logits(model), models.logits(original))
+            server.drops = 9  # answers that end in the middle
+            assert torch.equal(models.logits(model), models.logits(original))
+            server.busy = 1 << 30
+            with pytest.raises(SourceError, match="gave up after 2 attempts") as found:
+                models.logits(model)
+            assert url in str(found.value) and "\n" not in str(found.value)
+            server.busy = 0  # it comes back: so does the model
+            assert torch.equal(models.logits(model), models.logits(original))
+
+    def test_no_ranges(self, packed, capsys):
+        pytest.importorskip("aiohttp")
+        with Server({"m.rac": packed["llama"][1].read_bytes()}, ranges=False) as server:
+            assert main(["generate", server.url("m.rac"), "ab", "--tokens", "2", "--memory", "4MB"]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "no range requests" in told and "download the file" in told
+
+    def test_what_is_late_is_read_ahead(self, experts):
+        """An expert is one request; those that the router chose are asked for together, and wait side by side."""
+        pytest.importorskip("aiohttp")
+        original, path = experts["qwen3_moe"]
+        with Server({"m.rac": path.read_bytes()}, delay=0.02) as server:
+            model = rac.load_model(server.url("m.rac"), resident="disk", threads=1)
+            module = next(m for m in model.modules() if isinstance(m, Held))
+            store, before = store_of(model), server.requests
+            start = time.perf_counter()
+            module._expect(np.arange(4))
+            for e in range(4):
+                module.gate_up_proj[e], module.down_proj[e]
+            assert server.requests - before == store.reader.counts.requests <= 4
+            assert store.reader.counts.misses == 0 and store.reader.counts.guessed == store.reader.counts.ahead == 12
+            assert time.perf_counter() - start >= 0.02  # the server was late, and somebody has waited
+            ids = torch.arange(12)[None]
+            with torch.no_grad():
+                assert torch.equal(model(ids).logits, original(ids).logits)
+
+    def test_a_file_of_the_hub(self, packed, capsys, monkeypatch, tmp_path):
+        pytest.importorskip("huggingface_hub")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        said = []
+        with serving(monkeypatch, tmp_path) as hub:
+            hub.add("org/name", {"m.rac": packed["llama"][1].read_bytes()})
+            for name in ("hf://org/name/m.rac", str(packed["llama"][1])):
+                assert main(["generate", name, "ab", "--tokens", "4", "--memory", "4MB"]) == 0
+                said.append(capsys.readouterr().out)
+                assert ("HF_HUB_OFFLINE" in os.environ) == (not name.startswith("hf:"))
+        assert said[0] == said[1]
+
+
+def test_an_interrupt_ends_it(packed, capsys, monkeypatch):
+    """One line, and neither threads nor an open file are left."""
+    stores, count, others = [], [0], set(threading.enumerate())
+    product, begin = RacLinear.product, disk.Store.count_anew
+
+    def stopped(layer, x, bias):
+        count[0] += 1
+        if count[0] == 20:
+            raise KeyboardInterrupt
+        return product(layer, x, bias)
+
+    monkeypatch.setattr(RacLinear, "product", stopped)
+    monkeypatch.setattr(disk.Store, "count_anew", lambda store: (stores.append(store), begin(store)))
+    assert main(["generate", str(packed["llama"][1]), "ab", "--tokens", "9", "--memory", "4MB"]) == 130
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "rac: interrupted" and not any("Traceback" in line for line in told)
+    assert not [t for t in threading.enumerate() if t.name.startswith("rac-disk") and t not in others]
+    with pytest.raises(RacError, match="was closed"):
+        stores[0].reader.file.archives[0].access.read_into(0, memoryview(bytearray(4)))
 
 
 class TestModels:
@@ -505,3 +600,38 @@ def test_keys_of_a_weight(packed):
     assert filed.keys() == [Key(filed.tickets)]
     with pytest.raises(FormatError):
         filed.store.reader.front(filed.tickets).data[0 : filed.store.reader.stored_size(filed.tickets)]
+
+
+class TestBands:
+    """An output layer that is larger than the memory: its product is made of some rows after the other."""
+
+    def test_an_output_layer_larger_than_the_memory(self, wide, monkeypatch):
+        original, path = wide
+        whole, model = least(path)[0], rac.load_model(path, memory="1200kB", threads=2)
+        store, layer = store_of(model), model.lm_head
+        assert layer.dense_bytes > 3_000_000 and whole > 2 * store.budget.total
+        assert layer.banded and not model.model.layers[0].mlp.up_proj.banded
+        down = store.reader.front(layer.filed("weight").tickets).stored.tensor.grid.down
+        seen, bands = [], store.bands
+        monkeypatch.setattr(store, "bands", lambda ticket, a, b: seen.append((a, b)) or bands(ticket, a, b))
+        for _ in range(2):
+            assert torch.equal(models.logits(model), models.logits(original))
+        assert down > 3 and all(b - a == 1 for a, b in seen) and {a for a, _ in seen} == set(range(down))
+        assert store.reader.counts.most <= store.budget.kept + store.budget.ahead + store.budget.used
+        assert not rac.load_model(path, memory=whole).lm_head.banded
+
+    def test_its_gradient_and_its_dense_form(self, wide):
+        original, path = wide
+        model = rac.load_model(path, memory="1200kB")
+        found = []
+        for head in (original.lm_head, model.lm_head):
+            x = torch.linspace(-1, 1, 256).reshape(2, 128).to(torch.bfloat16).requires_grad_()
+            head(x).float().sum().backward()
+            found.append(x.grad)
+        assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
+        model.dequantize()
+        assert torch.equal(models.logits(model), models.logits(original))
+
+    def test_less_than_a_band(self, wide):
+        with pytest.raises(LimitError, match="at least"):
+            rac.load_model(wide[1], memory="300kB")
