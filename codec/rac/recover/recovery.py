@@ -27,7 +27,7 @@ from rac.recover.model import Trained, UnfitError, fast
 from rac.recover.run import Plan, Recovered, Training
 from rac.recover.teacher import NotFiniteError
 
-_VERSION = 1  # of this code: counts up when it would find something else
+_VERSION = 2  # of this code: counts up when it would find something else
 
 
 @dataclass(frozen=True, slots=True)

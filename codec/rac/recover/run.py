@@ -1,4 +1,4 @@
-"""The training: steps of Adam on a vector of numbers, judged on text that is held out, resumed where it was stopped."""
+"""The training: steps down on a vector of numbers, judged on text that is held out, resumed where it was stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from rac.recover.teacher import divergence, lesson, teach
 
 GRID = 256  # a gain is 1 + k / GRID, k an i8 (format_spec/stages/trellis.md)
 SEED = 0
-RATE = 4e-3  # of Adam: what a gain moves in a step, about
+RATE = 4e-3  # what a gain of the middle curvature moves in a step, about
+DAMP, FAR, TINY = 0.1, 3.0, 1e-30  # least curvature, of the middle one; how far a gain moves at most, in rates
 WARM = 0.1  # share of the steps in which the rate rises
 BETAS = 0.9, 0.98
 LOOKS = 4  # how often the held-out text is looked at
@@ -142,16 +143,22 @@ class Training:
         if not math.isfinite(found) or found > WORSE * max(state["before"], SMALL):
             state["why"] = f"the steps diverged: {found:.3g} nats in step {step + 1}, {state['before']:.3g} at first"
             return
-        self._adam(step, m, v)
+        self._move(step, m, v)
         state["step"] = step + 1
         self.note("recovery", step + 1, self.plan.steps)
 
-    def _adam(self, step: int, m: Any, v: Any) -> None:
+    def _move(self, step: int, m: Any, v: Any) -> None:
+        """Go down along the mean of the gradients over that of their squares, which stands for the curvature.
+
+        Adam divides by its root. A few steps are mostly noise: that costs as much as the curvature says, and is worth
+        the least where it is large.
+        """
         g = self.model.gradient() * self.model.scale
         m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
         v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
         mean, square = (x / (1 - b ** (step + 1)) for x, b in zip((m, v), BETAS, strict=True))
-        move = mean / (square.sqrt() + 1e-12)
+        middle = square.sqrt().mean()
+        move = (mean * middle / (square + DAMP * middle**2 + TINY)).clamp_(-FAR, FAR)
         self.model.use(self.model.theta - self._rate(step) * self.model.scale * move)
 
     def _read(self, kind: str) -> Any:

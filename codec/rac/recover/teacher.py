@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from rac.calibrate.folder import Folder
 
-MOST = 512  # likeliest tokens of a position that are told apart; all others count as one
-TINY = 1e-9
+MOST = 256  # likeliest tokens of a position, each with its probability
+DRAWN = 256  # tokens drawn from the others by their probabilities: each stands for an equal share of these
+SEED = 0
 _CHUNK = 128  # positions whose probabilities are made at once
 
 
@@ -21,7 +22,7 @@ class NotFiniteError(Exception):
 
 
 def teach(logits: Callable[[Any], Any], ids: NDArray[np.int64], folder: Folder, done: Callable[[int], None]) -> None:
-    """Keep the logarithms of the likeliest tokens' probabilities for sequences (n, rows, context), one file for each.
+    """Keep logarithms of tokens' probabilities for sequences (n, rows, context): of the likeliest, and of some others.
 
     What the folder has already is not made again. NotFiniteError where a logit is not finite.
     """
@@ -29,7 +30,8 @@ def teach(logits: Callable[[Any], Any], ids: NDArray[np.int64], folder: Folder, 
         if _name("log", i) not in folder:
             with torch.no_grad():
                 out = logits(torch.from_numpy(np.ascontiguousarray(sequence)))
-                found = [_likeliest(part) for part in out.reshape(-1, out.shape[-1]).split(_CHUNK)]
+                made = torch.Generator().manual_seed(SEED + i)
+                found = [_some(part, made) for part in out.reshape(-1, out.shape[-1]).split(_CHUNK)]
             value, index = (torch.cat([pair[k] for pair in found]).cpu().numpy() for k in (0, 1))
             if not np.isfinite(value).all():
                 raise NotFiniteError("the original predicts NaN or infinity")
@@ -40,15 +42,28 @@ def teach(logits: Callable[[Any], Any], ids: NDArray[np.int64], folder: Folder, 
         done(i + 1)
 
 
-def _likeliest(logits: Any) -> tuple[Any, Any]:
-    value, index = logits.topk(min(MOST, logits.shape[-1]), -1)
-    return value - logits.logsumexp(-1, keepdim=True), index
+def _some(logits: Any, made: Any) -> tuple[Any, Any]:
+    """(tokens, MOST + DRAWN) logarithms of probabilities, and places, of the likeliest and of drawn tokens."""
+    log = logits - logits.logsumexp(-1, keepdim=True)
+    value, index = log.topk(min(MOST, log.shape[-1]), -1)
+    if log.shape[-1] <= MOST:
+        return value, index
+    others = log.exp().scatter_(-1, index, 0).cumsum(-1)
+    at = torch.rand(len(log), DRAWN, generator=made).to(log.device) * others[:, -1:]
+    drawn = torch.searchsorted(others, at.clamp(min=0)).clamp_(max=log.shape[-1] - 1)
+    return torch.cat([value, log.gather(-1, drawn)], -1), torch.cat([index, drawn], -1)
 
 
-def lesson(folder: Folder, i: int, device: str) -> tuple[Any, Any]:
-    """(tokens, MOST) places and logarithms of sequence `i`."""
+def lesson(folder: Folder, i: int, device: str) -> tuple[Any, Any, Any]:
+    """Places, logarithms and weights (tokens, MOST + DRAWN) of sequence `i`; the weights of a token add up to 1."""
     index, value = (np.array(folder.array(_name(kind, i))) for kind in ("index", "log"))
-    return torch.from_numpy(index.astype(np.int64)).to(device), torch.from_numpy(value).float().to(device)
+    log = torch.from_numpy(value).float().to(device)
+    weight = log.exp()
+    if log.shape[-1] > MOST:
+        left = (1 - weight[:, :MOST].sum(-1, keepdim=True)).clamp_(min=0)
+        weight[:, MOST:] = left / DRAWN
+    weight /= weight.sum(-1, keepdim=True)
+    return torch.from_numpy(index.astype(np.int64)).to(device), log, weight
 
 
 def _name(kind: str, i: int) -> str:
@@ -56,28 +71,22 @@ def _name(kind: str, i: int) -> str:
 
 
 class _Divergence(torch.autograd.Function):  # type: ignore[misc]
-    """Mean over tokens of KL(p || q): p by its likeliest tokens and the rest as one, q by logits (tokens, n)."""
+    """Mean over tokens of KL(p || q): p by some of its logarithms and their weights, q by logits (tokens, n)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Any, index: Any, log: Any) -> Any:
+    def forward(ctx: Any, logits: Any, index: Any, log: Any, weight: Any) -> Any:
         total = torch.logsumexp(logits, -1, keepdim=True)
-        mine = logits.gather(-1, index) - total
-        p = log.exp()
-        rest, other = ((1 - x.sum(-1, keepdim=True)).clamp(min=TINY) for x in (p, mine.exp()))
-        ctx.save_for_backward(logits, index, p, total, rest / other)
-        each = (p * (log - mine)).sum(-1, keepdim=True) + rest * (rest / other).log()
-        return each.mean()
+        ctx.save_for_backward(logits, index, weight, total)
+        return (weight * (log - logits.gather(-1, index) + total)).sum(-1).mean()
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        logits, index, p, total, ratio = ctx.saved_tensors
+        logits, index, weight, total = ctx.saved_tensors
         out = torch.sub(logits, total).exp_()
-        at = out.gather(-1, index) - p
-        out *= 1 - ratio
-        out.scatter_(-1, index, at)
-        return out.mul_(grad / len(out)), None, None
+        out.scatter_add_(-1, index, -weight)
+        return out.mul_(grad / len(out)), None, None, None
 
 
-def divergence(logits: Any, taught: tuple[Any, Any]) -> Any:
-    """Nats a token of logits (..., n) from what was taught, in the order of their positions."""
+def divergence(logits: Any, taught: tuple[Any, Any, Any]) -> Any:
+    """Nats a token of logits (..., n) from what was taught, in the order of their positions: right in the mean."""
     return _Divergence.apply(logits.reshape(-1, logits.shape[-1]), *taught)

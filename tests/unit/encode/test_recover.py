@@ -75,9 +75,8 @@ def test_the_gradient_is_that_of_the_model_itself(kind):
     given = {n: state[n].data * x[:, None] if n in m.names else x for n, x in leaves.items()}
     ids = torch.from_numpy(m.training.lessons.train[0])
     out = torch.func.functional_call(m.original, given, (ids,)).logits.reshape(-1, models.VOCABULARY)
-    index, log = teacher.lesson(m.training.folder, 0, "cpu")
-    log = torch.zeros_like(out).scatter_(1, index, log)  # all tokens are among the likeliest here
-    (log.exp() * (log - out.log_softmax(-1))).sum(-1).mean().backward()
+    index, log, weight = teacher.lesson(m.training.folder, 0, "cpu")  # all tokens are among the likeliest here
+    (weight * (log - out.log_softmax(-1).gather(-1, index))).sum(-1).mean().backward()
     assert {p.name for p in m.trained.parts if p.gains} == set(m.names)
     torch.testing.assert_close(mine, torch.cat([leaves[p.name].grad for p in m.trained.parts]), rtol=1e-3, atol=1e-6)
 
@@ -88,18 +87,25 @@ def test_blocks_that_are_run_again_have_the_same_gradient():
     assert torch.equal(plain.gradient(), again.gradient())
 
 
-def test_the_divergence_counts_the_rest_as_one():
+def test_the_divergence_is_right_in_the_mean(monkeypatch):
+    monkeypatch.setattr(teacher, "MOST", 6)
+    monkeypatch.setattr(teacher, "DRAWN", 4)
     made = torch.Generator().manual_seed(0)
-    p, logits = torch.randn(5, 40, generator=made).double(), torch.randn(5, 40, generator=made).double()
-    log, index = p.log_softmax(-1).topk(12, -1)
-    own, other = p.log_softmax(-1).exp(), logits.log_softmax(-1).exp()
-    rest = torch.ones_like(own).scatter_(-1, index, 0)
-    kept = own * rest
-    want = (own * (own / other).log() * (1 - rest)).sum(-1)
-    want += kept.sum(-1) * (kept.sum(-1) / (other * rest).sum(-1)).log()
-    torch.testing.assert_close(teacher.divergence(logits, (index, log)), want.mean())
-    logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: teacher.divergence(x, (index, log)), logits)
+    p, logits = torch.randn(1, 40, generator=made), torch.randn(1, 40, generator=made)
+    want = (p.softmax(-1) * (p.log_softmax(-1) - logits.log_softmax(-1))).sum()
+    folder, n = Folder(None, "x"), 3000
+    teacher.teach(lambda ids: p.expand(n, 40)[None], np.zeros((1, 1, n)), folder, silent)
+    taught = teacher.lesson(folder, 0, "cpu")
+    torch.testing.assert_close(taught[2].sum(-1), torch.ones(n), rtol=1e-3, atol=1e-3)
+    own = logits.expand(n, 40).clone().requires_grad_()
+    found = teacher.divergence(own, taught)
+    torch.testing.assert_close(found, want, rtol=0.02, atol=0)
+    found.backward()
+    torch.testing.assert_close(own.grad.sum(0), (logits.softmax(-1) - p.softmax(-1))[0], rtol=0.05, atol=2e-3)
+    index, log, weight = (x[:5] for x in taught)
+    few = torch.randn(5, 40, generator=made).double().requires_grad_()
+    weight = (weight / weight.sum(-1, keepdim=True)).double()
+    assert torch.autograd.gradcheck(lambda x: teacher.divergence(x, (index, log.double(), weight)), few)
 
 
 def test_training_lowers_the_divergence_within_the_bytes_that_it_has():
