@@ -18,9 +18,11 @@ from torch.nn import functional
 from rac import frameworks
 from rac.errors import MismatchError, SourceError
 from rac.linalg.transform import Transform
+from rac.native import coded
 from rac.runtime import device, made
 from rac.runtime import record as stored_record
 from rac.runtime.held import AWAY, Head, Holding, Named, decoded_rows, real, said, size_of
+from rac.runtime.products import multiply
 from rac.runtime.workspace import Workspace
 
 
@@ -152,9 +154,15 @@ class Compressed(Holding):
             with self.workspace.on_device(self) as found:
                 yield found.to(dtype)
             return
+        with self._words() as words:
+            yield frameworks.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
+
+    @contextlib.contextmanager
+    def _words(self) -> Iterator[Any]:
+        """The words of the weight, (R, C), on the CPU; only valid inside."""
         filed = self.filed("weight")
         with filed.blamed() if filed else contextlib.nullcontext(), self.workspace.weight(self) as words:
-            yield frameworks.to_framework(words, self.head.dtype, self.head.shape, "pt").to(dtype)
+            yield words
 
     def extra_repr(self) -> str:
         """As of the dense layer, and the bytes."""
@@ -197,6 +205,9 @@ class RacLinear(Compressed, nn.Linear):
     the numbers that go in.
     """
 
+    few = 0
+    """Rows of an input up to which weights of BF16 are multiplied in float32, by rac.native.coded, and not by torch."""
+
     def __init__(
         self, head: Head, workspace: Workspace, bias: Any = None, transposed: bool = False, dtype: Any = None
     ) -> None:
@@ -229,6 +240,10 @@ class RacLinear(Compressed, nn.Linear):
             for rows, w in self.bands(x.dtype):
                 out[..., rows] = functional.linear(x, w, None if mine is None else mine[rows])
             return out
+        if self.few and 0 < x.numel() <= self.few * self.in_features and x.is_cpu and self.record.device.type == "cpu":
+            with self._words() as words:  # by this thread alone: others decode
+                y = multiply(x, coded.Weight(coded.Kind.WORDS, words), alone=True)
+            return (y if mine is None else y + mine).to(x.dtype)
         with self.opened(x.dtype) as w:
             return functional.linear(x, w.t() if self.transposed else w, mine)
 

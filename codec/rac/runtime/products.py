@@ -52,14 +52,14 @@ def weight_of(codes: torch.Tensor, beside: Sequence[torch.Tensor], kind: int) ->
     return coded.Weight(coded.Kind(kind), arrays[0], *found)
 
 
-def multiply(x: torch.Tensor, weight: coded.Weight) -> torch.Tensor:
-    """(..., in) to (..., out) float32; no gradient is kept."""
+def multiply(x: torch.Tensor, weight: coded.Weight, alone: bool = False) -> torch.Tensor:
+    """(..., in) to (..., out) float32; no gradient is kept. `alone`: by no other thread."""
     out, width = weight.shape
     if not x.is_cpu or x.shape[-1] != width:
         raise RuntimeError(f"the input is {list(x.shape)} on {x.device}; the weight is {list(weight.shape)} on the CPU")
     v = x.detach().float().contiguous()
     y = torch.empty((*x.shape[:-1], out), dtype=torch.float32)
-    coded.multiply_at(weight, v.data_ptr(), v.numel() // width if width else 0, y.data_ptr(), team())
+    coded.multiply_at(weight, v.data_ptr(), v.numel() // width if width else 0, y.data_ptr(), None if alone else team())
     return y
 
 

@@ -9,10 +9,13 @@ from torch import nn
 
 from rac.native import coded
 from rac.runtime.codes import Coded
+from rac.runtime.layers import RacLinear
 from rac.runtime.products import multiply, weight_of
 
 LEAST = 1 << 14
 """Weights of a layer from which on packing pays."""
+FEW = 8
+"""Rows of an input up to which products of layers that are decoded as they run are quicker in float32 than in BF16."""
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -99,9 +102,13 @@ def run_as(model: Any, resident: str, stated: torch.dtype) -> str:
     if model.device.type != "cpu":
         return f"{resident}, {name}, on {model.device}"
     packed = pack(model) if resident in ("dense", "codes") else 0
+    few = [m for m in model.modules() if type(m) is RacLinear and m.head.dtype == "BF16" and not m.transposed]
+    for layer in few:
+        layer.few = FEW
     units = "" if has_units() else ", for this processor has no BF16 units" * (stated in _HALVES)
     parts = [resident, name + units]
     parts += ["int8 codes"] * any(isinstance(m, Coded) for m in model.modules())
+    parts += [f"float32 products of up to {FEW} rows"] * bool(few)
     words = sum(isinstance(m, WordsLinear) for m in model.modules())
     parts += [f"{words} layers of BF16 words"] * bool(words)
     parts += [f"{packed - words} layers packed by oneDNN"] * (packed > words)

@@ -4,6 +4,9 @@ One buffer serves all layers: the weight of a layer is in it while the layer run
 holds the weights of the layers that came next the last time, which threads decode meanwhile; the order is learned
 anew with every layer that runs. A guess that was wrong costs the work and nothing else. The thread that runs the
 layers is one of those that decode: where it would wait, it takes what no other has begun.
+
+Where one layer alone decides how large the buffer is, as the output layer of a language model does, its weight stays,
+and the others have a buffer beside it of an eighth of that: decoding it for every token would save no more memory.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ Array = NDArray[Any]
 AHEAD = 32 << 20
 """The buffer has room for two of the largest layers, up to so many bytes, and at least for one."""
 PIECE = 4 << 20
-"""Dense bytes from which on a layer is decoded in pieces, its rows of tiles, by several threads."""
+"""Dense bytes from which on a layer is decoded in pieces, its rows of tiles, by several threads, or stays decoded."""
+SHARE = 8
+"""A weight stays where all others are smaller by this factor, and they have memory smaller by it."""
 FAR = 8
 """Layers whose bytes are read ahead, where they are in a file."""
 _ALIGN = 64
@@ -57,6 +62,16 @@ class _Slot:
     """What threads were asked to do. Who cancels one does it itself."""
 
 
+@dataclass(slots=True)
+class _Kept:
+    """A weight that stays decoded."""
+
+    layer: weakref.ref[Any]
+    version: tuple[int, int] | None
+    words: Array
+    stored: made.Weight
+
+
 class Workspace:
     """Shared by the layers of one model. One layer at a time runs, whatever the number of threads that call.
 
@@ -71,11 +86,12 @@ class Workspace:
     def _clear(self) -> None:
         _alive.add(self)
         self._lock, self._busy = threading.RLock(), False
-        self._largest = 0
+        self._largest, self._next_largest = 0, 0
         self._buffer = np.empty(0, np.uint8)
         self._pool: ThreadPoolExecutor | None = None
         self._slots: deque[_Slot] = deque()
         """The running layer, and then those that are decoded ahead."""
+        self._kept: _Kept | None = None
         self.weights: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         """Weights that somebody has read and has still, by the identity of the record."""
         self.fused: tuple[tuple[int, int], Any] | None = None
@@ -89,7 +105,7 @@ class Workspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the settings, and room for the same layers. Its buffer and threads are its own."""
-        kept = ("_threads", "_largest", "_on_device", "store")
+        kept = ("_threads", "_largest", "_next_largest", "_on_device", "store")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,13 +114,25 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
+        """Bytes for weights once all layers have run."""
+        return self._room + self._keeps * self._largest
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the weight of the largest layer stays."""
+        return self.store is None and self._largest >= PIECE and self._next_largest * SHARE <= self._largest
+
+    @property
+    def _room(self) -> int:
         """Bytes of the buffer once a layer has run."""
+        if self._keeps:
+            return max(self._next_largest, min(self._largest // SHARE, AHEAD))
         return max(self._largest, min(2 * self._largest, AHEAD))
 
     def expect(self, size: int) -> None:
         """A layer of `size` dense bytes will use this."""
         with self._lock:
-            self._largest = max(self._largest, size)
+            self._next_largest, self._largest = sorted((size, self._next_largest, self._largest))[1:]
             if size <= MOST:
                 self._on_device = max(self._on_device, size)
 
@@ -118,6 +146,7 @@ class Workspace:
         """The layer will not run any more."""
         with self._lock:
             self._drop()
+            self._kept = None
             self._next.pop(layer, None)
             for before in [k for k, then in self._next.items() if then() is layer]:
                 del self._next[before]
@@ -137,7 +166,7 @@ class Workspace:
             self._drop()
             if self._pool:
                 self._pool.shutdown(cancel_futures=True)
-            self.fused = None
+            self.fused = self._kept = None
             self._pool, self._last, self._buffer, self._ahead = None, None, np.empty(0, np.uint8), {}
 
     @contextlib.contextmanager
@@ -193,18 +222,34 @@ class Workspace:
     def _take(self, layer: Layer) -> Array:
         self._drop(min(1, len(self._slots)))  # the layer that ran before
         version = layer.version()
+        if self._keeps and layer.dense_bytes == self._largest:
+            return self._stays(layer, version)
         found = [i for i, slot in enumerate(self._slots) if slot.layer() is layer and slot.version == version]
         self._drop(found[0] if found else None)
         if not found:
             s, data = layer.stored()
-            if s.tensor.nbytes > self._largest or len(self._buffer) < self.nbytes:
+            if s.tensor.nbytes > self._largest:
                 self.expect(s.tensor.nbytes)
-                self._buffer = np.empty(self.nbytes, np.uint8)
+            if len(self._buffer) < self._room:
+                self._buffer = np.empty(self._room, np.uint8)
             self._slots.append(self._slot(layer, version, s, data, 0))
         self._learn(layer)
         self._look_ahead()
         self._finish(self._slots[0])
         return self._words(self._slots[0].stored, self._slots[0].start)
+
+    def _stays(self, layer: Layer, version: tuple[int, int] | None) -> Array:
+        """The words of the largest layer, decoded where they are not yet; meanwhile others are decoded ahead."""
+        kept = self._kept
+        if kept is None or kept.layer() is not layer or kept.version != version or version is None:
+            self._kept, (s, data) = None, layer.stored()
+            words = s.room() if kept is None or kept.words.shape != s.shape else kept.words
+            s.decode(data, words, pool=self.executor())
+            kept = self._kept = _Kept(weakref.ref(layer), version, words, s)
+        self._slots.appendleft(_Slot(kept.layer, version, 0, 0, kept.stored, []))  # it runs, and takes no room
+        self._learn(layer)
+        self._look_ahead()
+        return kept.words
 
     def _slot(
         self, layer: Layer, version: tuple[int, int] | None, s: made.Weight, data: record.Bytes, start: int
@@ -254,6 +299,9 @@ class Workspace:
             tail = self._after(tail)
             if tail is None or id(tail) in known or (version := tail.version()) is None:
                 return
+            if self._keeps and tail.dense_bytes == self._largest:
+                known.add(id(tail))
+                continue
             if (start := self._free(tail.dense_bytes)) is None:
                 break
             try:

@@ -48,6 +48,50 @@ def test_products_in_any_order(archive, weights, threads):
     assert len(workspace._buffer) == workspace.nbytes
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_largest_weight_stays(tmp_path, weights, threads, monkeypatch):
+    monkeypatch.setattr(ws, "PIECE", 1 << 12)
+    weights |= {"big": torch.randn(8 * 192, 64)}
+    archive, workspace = archive_of(tmp_path, weights), Workspace(threads)
+    layers = {n: linear(archive, n, workspace) for n in weights}
+    decoded, room = [], rc.Stored.room
+    monkeypatch.setattr(rc.Stored, "room", lambda s: decoded.append(s) or room(s))
+    x = torch.randn(5, 64)
+    rng = np.random.default_rng(0)
+    order = ["w0", "w1", "big", "w2", "w3"] * 3 + list(rng.choice(list(weights), 60))
+    for name in order:
+        assert torch.equal(layers[name](x), torch.nn.functional.linear(x, weights[name]))
+    big = weights["big"].nbytes
+    assert len(decoded) == 1 and len(workspace._buffer) == big // 8 and workspace.nbytes == big + big // 8
+    kept = workspace._kept.words
+    record, middle = layers["big"].record.detach(), layers["big"].record.numel() // 2
+    record[middle] ^= 1  # other bytes are decoded again, and refused
+    with pytest.raises(ChecksumError):
+        layers["big"](x)
+    record[middle] ^= 1
+    assert torch.equal(layers["big"](x), torch.nn.functional.linear(x, weights["big"]))
+    assert workspace._kept.words.shape == kept.shape and len(decoded) == 2
+    workspace.forget(layers["big"])
+    assert workspace._kept is None
+    linear(archive, "big", workspace)  # another as large: none alone decides
+    assert not workspace._keeps and workspace.nbytes == 2 * big
+    for name in order:
+        assert torch.equal(layers[name](x), torch.nn.functional.linear(x, weights[name]))
+
+
+def test_products_in_float32_for_few_rows(tmp_path):
+    w = torch.randn(70, 48).bfloat16()
+    layer = linear(archive_of(tmp_path, {"w": w}), "w", bias=torch.nn.Parameter(torch.randn(70).bfloat16()))
+    x = torch.randn(9, 48).bfloat16()
+    with torch.no_grad():
+        want = layer(x)
+        layer.few = 8
+        assert torch.equal(layer(x), want) and layer(x[:0]).shape == (0, 70)
+        exact = (x.double() @ w.double().T + layer.bias.double())[:3].bfloat16()
+        assert (layer(x[:3]) - exact).abs().max() <= 2**-6 and (layer(x[:3]) == exact).float().mean() > 0.9
+        assert torch.allclose(layer(x[:3].float()), x[:3].float() @ w.float().T + layer.bias, atol=1e-5)
+
+
 def test_a_layer_larger_than_was_known(archive, weights):
     workspace = Workspace(2)
     small = linear(archive, "w0", workspace)
