@@ -109,6 +109,8 @@ class Work:
         )
 
 
+RUN = ("forward", "backward", "ends")
+"""Stages in which the model is run, two of three multiply-adds of a weight in the second."""
 STAGES = ("calibration", "moments", "triangular", "feedback", "search", "coding", "measuring", "rest")
 
 
@@ -134,7 +136,8 @@ class Costs:
         of = {name: 1e9 * every.get(name, 0.0) for name in every}
         one = sum(of.get(name, 0.0) for name in ("feedback", "search", "coding"))
         some = 1e9 * sum(found["sample"].values())
-        ran = sum(of.get(name, 0.0) for name in ("forward", "backward", "ends"))
+        ran = sum(of.get(name, 0.0) for name in RUN) + 1.5 * of.get("whole", 0.0)
+        known = (*RUN, "whole", "moments", "triangular", "feedback", "search", "coding", "measuring")
         return cls(
             ran / max(1, work.forward),
             of.get("moments", 0.0) / max(1, work.moments),
@@ -143,7 +146,7 @@ class Costs:
             of["search"] / work.weights,
             of["coding"] / work.weights,
             of["measuring"] / work.measuring,
-            (of["rest"] + of["rates"]) / work.weights,
+            sum(ns for name, ns in of.items() if name not in known) / work.weights,
             1 + some / one,
         )
 
@@ -214,7 +217,7 @@ def check(costs: Costs, found: Mapping[str, Any]) -> None:
     every, some = found["all"], found["sample"]
     took = {name: every.get(name, 0.0) for name in STAGES}
     took |= {name: took[name] + some.get(name, 0.0) for name in ("feedback", "search", "coding")}
-    took["calibration"] = sum(every.get(name, 0.0) for name in ("forward", "backward", "ends"))
+    took["calibration"] = sum(every.get(name, 0.0) for name in (*RUN, "whole"))
     took["rest"] = found["core"] - sum(took[name] for name in STAGES if name != "rest")
     rows = [[name, f"{computed[name]:.1f}", f"{took[name]:.1f}"] for name in STAGES]
     all_of = sum(computed.values())

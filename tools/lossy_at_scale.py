@@ -8,7 +8,8 @@ The model is made up in FOLDER: a llama of Llama 3 8B's shape but for its vocabu
 PATTERN as tools/shaped.py makes them, norms of 1. It is packed as any folder, by `rac.pack` at 3 bits, and taken away
 again. Core seconds are those of this process, all threads: other work on the machine changes them little. Those of a
 stage are taken around the functions in STAGES, less what is called in them of another stage; "rest" is all else. What
-a text costs is counted by itself: before, in and behind the blocks.
+a text costs is counted by itself: finding the chain of blocks, which runs the model over 1,024 tokens, then before, in
+and behind the blocks. A model of one block is no chain and is run as a whole: each block forward once, not twice.
 
 On the disk it takes the model (0.44 GB for each block), the archive, and of calibrated blocks 2 GB each.
 """
@@ -73,6 +74,9 @@ CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 STAGES = (
+    ("rac.calibrate.chain", "Chain.__init__", "chain"),
+    ("rac.calibrate.chain", "Chain.batch", "chain"),
+    ("rac.calibrate.whole", "calibrate", "whole"),
     ("rac.calibrate.passes", "Passes._start", "ends"),
     ("rac.calibrate.passes", "Passes._forward", "forward"),
     ("rac.calibrate.passes", "Passes._end", "ends"),

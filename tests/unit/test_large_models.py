@@ -34,6 +34,16 @@ def test_a_pack_computed_from_itself_is_itself():
         assert 3600 * sum(hours.values()) == pytest.approx(pack["core"])
 
 
+def test_a_model_that_was_run_as_a_whole_has_two_of_three_multiply_adds():
+    pack = found(1)
+    run = [pack["all"].pop(name) for name in ("forward", "backward", "ends")]
+    pack["all"] |= {"whole": 20.0, "chain": 3.0}
+    pack["core"] += 23 - sum(run)
+    hours = Costs.measured(pack, blocks(pack)).hours(blocks(pack), 4096)
+    assert 3600 * hours["calibration"] == pytest.approx(30)
+    assert 3600 * sum(hours.values()) == pytest.approx(pack["core"] + 10)
+
+
 def test_blocks_and_tokens_and_widths_count():
     costs = Costs.measured(found(2), blocks(found(2)))
     two, four = (costs.hours(llama("", n, 4096, 14336), 4096) for n in (2, 4))
