@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rac.cli import main as command
-from rac.errors import MissingDependencyError, RacError
+from rac.errors import MissingDependencyError, OutputError, RacError
 
 SCRIPT = """\
 #!/bin/bash
@@ -39,6 +39,7 @@ wait "$rank" || exit
 [ "$SLURM_ARRAY_TASK_ID" != 0 ] || {pack} --finish
 """
 PAUSE = 0.05  # seconds between two looks at the processes
+STARTS = 4  # times that a cluster of Ray is begun
 NOTICE = 120  # seconds before the end of its time in which a task is told
 
 
@@ -129,7 +130,7 @@ def ray(args: argparse.Namespace, pack: list[str]) -> int:
         raise MissingDependencyError(f"this launcher needs Ray: pip install ray ({e})") from e
     begun = not ray.is_initialized()
     if begun:
-        ray.init(address=args.address, log_to_driver=False)
+        _started(ray, args.address)
     try:
         task: Any = ray.remote(num_cpus=args.cpus, max_retries=args.retries)(_task)
         jobs = [task.remote(_rank(pack, args.workers, rank)) for rank in range(args.workers)]
@@ -138,6 +139,19 @@ def ray(args: argparse.Namespace, pack: list[str]) -> int:
         if begun:
             ray.shutdown()
     return _finish(pack, codes)
+
+
+def _started(ray: Any, address: str | None) -> None:
+    """Begin a cluster, or join the one at an address; OutputError where it does not come up."""
+    for attempt in range(1 if address else STARTS):  # Ray gives its processes 30 s, on a busy machine too few
+        try:
+            ray.init(address=address, log_to_driver=False)
+            return
+        except Exception as e:  # whatever Ray raises
+            ray.shutdown()
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            sys.stderr.write(f"rac.launch: Ray did not start (attempt {attempt + 1}): {why}\n")
+    raise OutputError("Ray does not start here, or cannot be reached", file=address)
 
 
 def _task(argv: list[str]) -> int:

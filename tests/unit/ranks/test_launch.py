@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 import rac
 from rac import launch
+from rac.errors import OutputError
 from support import ROOT
 
 BITS = ["--bits", "3", "--calibrate", "none", "--effort", "fast"]
@@ -111,6 +112,45 @@ def test_without_ray_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert launch.main(["ray", "m", "--work", "w"]) == 2
     assert "pip install ray" in capsys.readouterr().err
+
+
+class Ray:
+    """One that starts after some attempts."""
+
+    def __init__(self, fails):
+        self.fails, self.begun = fails, 0
+
+    def is_initialized(self):
+        return False
+
+    def init(self, address, log_to_driver):
+        self.begun += 1
+        if self.begun <= self.fails:
+            raise RuntimeError("The current node timed out during startup.\nMore of it.")
+
+    def shutdown(self):
+        pass
+
+    def remote(self, **_):
+        raise OutputError("got as far as its tasks")
+
+
+@pytest.mark.parametrize(
+    ("fails", "more", "begun", "said"),
+    [
+        (2, [], 3, "got as far as its tasks"),
+        (9, [], launch.STARTS, "Ray does not start here, or cannot be reached"),
+        (9, ["--address", "10.0.0.1:6379"], 1, "Ray does not start here, or cannot be reached [10.0.0.1:6379]"),
+    ],
+)
+def test_ray_that_does_not_start_is_tried_again_then_one_line(monkeypatch, capsys, fails, more, begun, said):
+    ray = Ray(fails)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert launch.main(["ray", *more, "m", "--work", "w"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"rac.launch: {said}"
+    assert ray.begun == begun
+    assert len(lines) == min(fails, begun) + 1
 
 
 @pytest.mark.slow  # a cluster takes seconds to start, on a busy machine minutes: pytest -m slow tests/unit/ranks
