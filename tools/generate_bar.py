@@ -1,6 +1,6 @@
 """The bars of `rac generate` on a CPU: tokens per second of one archive dense, as codes and compressed, and of peers.
 
-    rac pack SMOLLM2 -o 3bit.rac --bits 3 --calibrate none
+    rac pack SMOLLM2 -o 3bit.rac --bits 3 --calibrate none --no-embeddings
     python -m venv llama && llama/bin/pip install llama-cpp-python
     python tools/generate_bar.py --gguf F16.gguf --quantised Q4_K.gguf --llama llama/bin/python
     python tools/generate_bar.py 3bit.rac --folder SMOLLM2 --quantised Q4_K.gguf --llama llama/bin/python --kl TEXT

@@ -1,6 +1,6 @@
 """Speed of the lossy kernels under each instruction set: loading a lossy pack, its numbers alone, and the search.
 
-    rac pack SMOLLM2 -o 3bit.rac --bits 3 --calibrate none --embeddings
+    rac pack SMOLLM2 -o 3bit.rac --bits 3 --calibrate none
     python tools/lossy_speed.py load 3bit.rac       # weights per second of rac.load_file, for 1 and 2 threads
     python tools/lossy_speed.py numbers             # of the trellis of the decoder, one thread
     python tools/lossy_speed.py search              # ns per weight of the search of the encoder, one thread

@@ -1,7 +1,7 @@
 """The bars of running a model from a .rac file: equal logits, equal tokens, memory, speed.
 
     rac pack SMOLLM2 -o lossless.rac
-    rac pack SMOLLM2 -o 3bit.rac --bits 3.05 --calibrate text.txt
+    rac pack SMOLLM2 -o 3bit.rac --bits 3.05 --calibrate text.txt --no-embeddings
     python tools/runtime_bar.py SMOLLM2 --lossless lossless.rac --lossy 3bit.rac
 
 Each row is measured once; every model runs in a process of its own, so that its memory is its own. Exit code 1 where a

@@ -30,7 +30,7 @@ def test_table_of_sizes(model, capsys):
     printed = capsys.readouterr()
     head, own, same, three = printed.out.splitlines()
     assert "SNR of weights does not rank lossy files" in printed.err and "--text auto" in printed.err
-    assert head.split() == ["file", "bytes", "bits", "per", "weight", "of", "quantised", "SNR,", "dB"]
+    assert head.split() == ["file", "bytes", "bits", "of", "the", "file", "of", "quantised", "SNR,", "dB"]
     assert own.split()[0] == "m.safetensors" and own.split()[1] == f"{model.stat().st_size:,}"
     assert own.split()[3:] == ["-", "-"] and same.split()[3:] == ["-", "exact"]
     assert 2.98 < float(three.split()[3]) <= 3 and 15 < float(three.split()[4]) < 20

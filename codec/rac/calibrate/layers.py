@@ -30,7 +30,7 @@ from rac.errors import MissingDependencyError, SourceError
 from rac.linalg.factors import Factors
 
 IDS = "ids.npy"  # the file of the tokens
-_VERSION = 5  # of this code: counts up when it would find something else, so that no cache gives anything old
+_VERSION = 6  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)

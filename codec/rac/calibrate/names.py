@@ -15,6 +15,7 @@ import numpy as np
 from rac.calibrate.experts import Stored, bits, parts
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import linears
+from rac.calibrate.tables import entries, taken
 from rac.models.linears import is_linear
 from rac.models.names import renamed
 
@@ -39,13 +40,15 @@ _CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose", "ParametrizedCon
 _SEES = {"pixel_values": "vision tower", "input_features": "audio tower", "input_values": "audio tower"}
 
 
-def rename(model: Any, stored: Stored, folder: Folder) -> dict[str, str]:
+def rename(model: Any, stored: Stored, folder: Folder, tokens: int) -> dict[str, str]:
     """Turn the names of modules in the state of a calibration's `folder` to those of the stored weights.
+
+    Tables, which were seen in `tokens` tokens, get what their two roles come to.
 
     Returns the names of the float matrices in the files that were not reached, to the part of the model of each.
     """
     layers: dict[str, Entry] = folder.state["layers"]
-    modules = linears(model)
+    tables, modules = entries(model, taken(layers), folder, tokens), linears(model)
     known = renamed(model, stored.names)
     by_key: dict[str, list[str]] = {}
     for name, (key, _) in known.items():
@@ -71,6 +74,9 @@ def rename(model: Any, stored: Stored, folder: Folder) -> dict[str, str]:
             layers |= dict.fromkeys(names, entry)
         elif not found:
             loose.append((w, entry))
+    for key, table in tables.items():
+        shape = tuple(model.get_parameter(key).shape)
+        layers |= {n: table for n in by_key.get(key, ()) if stored.shape(n) == shape}
     layers |= _blocks(loose, stored, layers)
     layers |= _rows(loose, stored, layers, folder)
     reached = {at for name in layers for at in _prefixes(known.get(name, (name, True))[0])}

@@ -25,6 +25,7 @@ from rac.calibrate.names import rename
 from rac.calibrate.place import Place, place_of
 from rac.calibrate.reader import Reader, is_causal
 from rac.calibrate.reader import find as find_reader
+from rac.calibrate.tables import Tables, embeddings, output_layer
 from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
 from rac.calibrate.whole import backward, leaves
 from rac.calibrate.wide import Wide
@@ -97,7 +98,7 @@ def find(
     if reader.name:
         folder.state["layers"] = {f"{reader.name}.{name}": entry for name, entry in folder.state["layers"].items()}
     stored = Stored(Path(path) if asked.given is None else asked.given.parts)
-    missing = rename(model, stored, folder)
+    missing = rename(model, stored, folder, int(ids.size))
     folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
 
@@ -181,6 +182,7 @@ class Passes:
         self._ahead = True
         self.ids = torch.from_numpy(ids)
         self.batch = chain.batch(self.ids[: max(1, _ROWS // ids.shape[1])])
+        self.looked_up = embeddings(chain.model)
         n = len(chain.blocks)
         size = sum(p.numel() for p in chain.blocks[0].parameters())
         head = chain.head_size() if fisher else 0
@@ -192,7 +194,7 @@ class Passes:
         if fisher:
             back = reversed(range(n))
             self.steps += [(self._backward, i, 5, {_file("hidden", i), _file("gradient", i + 1)}) for i in back]
-            if chain.before:
+            if chain.before or self.looked_up:
                 self.steps.append((self._back, 0, 1, {_file("gradient", 0)}))
         self.of = len(ids) * sum(cost for _, _, cost, _ in self.steps)
         self.only: tuple[int, int] | None = None
@@ -295,7 +297,8 @@ class Passes:
 
     def _start(self, _: int) -> None:
         inputs, sums = Collector({} if self.fisher else self.chain.before, outputs=False), Sums()
-        with self._sink("hidden", 0) as append, inputs, torch.no_grad():
+        tables = Tables(inputs, {} if self.fisher else self.looked_up, {})
+        with self._sink("hidden", 0) as append, inputs, tables, torch.no_grad():
             for a, b in self._batches(inputs, sums):
                 append(self.chain.start(self.ids[a:b]).numpy())
         self._save(sums, "first", outputs=False)
@@ -325,7 +328,8 @@ class Passes:
         # what an encoder has behind its blocks may look at the whole sequence
         chunk = _CHUNK if self.causal else context
         found, sums, draws = self._seeing(self.chain.after, outputs=self.fisher), Sums(), _Draws(context)
-        with sink as append, found, self.chain.head(), torch.set_grad_enabled(self.fisher):
+        tables = Tables(found, {}, output_layer(self.chain.model) if self.fisher else {}, self.place)
+        with sink as append, found, tables, self.chain.head(), torch.set_grad_enabled(self.fisher):
             for s, _ in self._batches(found, sums, size=1):
                 hidden, at, ids = self.place.to((self._read("hidden", n, s, s + 1), draws.of(s), self.ids[s : s + 1]))
                 gradient = torch.empty(1, context, *self.chain.inner)
@@ -333,7 +337,7 @@ class Passes:
                     part = hidden[:, a : a + chunk].detach().requires_grad_(self.fisher)
                     out = self.chain.end(ids[:, a : a + chunk], part)
                     if self.fisher:
-                        backward(out.logits[0], at[a : a + chunk])
+                        backward(out.logits[0], at[a : a + chunk], tables)
                         found.settle()
                         gradient[:, a : a + chunk] = part.grad
                 if s == 0 and self.causal:
@@ -352,8 +356,8 @@ class Passes:
 
     def _back(self, _: int) -> None:
         outputs, sums = Collector(self.chain.before, outputs=True), Sums()
-        with outputs, leaves(self.chain.model):
-            for a, b in self._batches(outputs, sums):
+        with outputs, leaves(self.chain.model), Tables(outputs, self.looked_up, {}):
+            for a, b in self._batches(outputs, sums, size=1):  # else all would share the gradients of positions
                 self.chain.start(self.ids[a:b]).backward(self._read("gradient", 0, a, b))
         self._save(sums, "first", outputs=True)
 

@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
 from rac.calibrate.reader import ERRORS, Reader, feed
+from rac.calibrate.tables import Tables, embeddings, output_layer
 from rac.calibrate.text import SEED, Note, draw
 from rac.calibrate.wide import Wide
 from rac.errors import SourceError
 
 
-def backward(logits: Any, at: Any) -> None:
+def backward(logits: Any, at: Any, tables: Tables) -> None:
     """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
     with torch.no_grad():
         gradient = torch.softmax(logits.float(), -1)
         labels = draw(gradient, at)
+        tables.said(gradient)
         gradient[torch.arange(len(labels), device=labels.device), labels] -= (
             1  # the derivative is known: no second softmax
         )
@@ -31,7 +33,7 @@ def backward(logits: Any, at: Any) -> None:
 @contextlib.contextmanager
 def leaves(model: Any) -> Any:
     """Gradients begin at the embeddings: those of the weights are not wanted."""
-    tables = set()
+    tables = set(embeddings(model).values())
     for module in model.modules():
         if hasattr(module, "get_input_embeddings"):
             with contextlib.suppress(NotImplementedError, AttributeError):  # parts that read no tokens
@@ -39,7 +41,7 @@ def leaves(model: Any) -> Any:
     tables.discard(None)
     with contextlib.ExitStack() as stack:
         for t in tables:
-            stack.enter_context(t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True)))
+            stack.enter_context(t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True).clone()))
         yield
 
 
@@ -106,11 +108,12 @@ def whole(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, 
     with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
         if fisher:
             stack.enter_context(leaves(model))
+        tables = stack.enter_context(Tables(found, embeddings(model), output_layer(model)))
         stack.enter_context(torch.set_grad_enabled(fisher))
         for s in range(len(ids)):
             out = model(**feed(model, reader.causal, tokens[s : s + 1]))
             if fisher:
-                backward(out.logits[0], torch.rand(ids.shape[1], 1, generator=generator))
+                backward(out.logits[0], torch.rand(ids.shape[1], 1, generator=generator), tables)
                 found.settle()
             del out
             note("calibrating", s + 1, len(ids))

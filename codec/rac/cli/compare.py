@@ -100,7 +100,7 @@ BY_WEIGHTS = (
 )
 _COLUMNS = (
     ("size", "         bytes", ",", False),
-    ("bits", "bits per weight", ".3f", False),
+    ("bits", "bits of the file", ".3f", False),
     ("quantised_bits", "of quantised", ".4f", False),
     ("snr", "SNR, dB", ".2f", False),
     ("weighted_snr", "output SNR, dB", ".2f", True),

@@ -308,7 +308,8 @@ def run(args: argparse.Namespace) -> int:
     p = r["provenance"]
     print(f"  made by      {p.get('tool', '?')}, level {p.get('level', '?')}, from {p.get('source', '?')}")
     if n := r["quantised"]:
-        print(f"  LOSSY        {n} tensors quantised at {r['quantised_bits']:.4f} bits per weight, all counted")
+        of_file = f"{r['bits_per_weight']:.3f} bits per weight of the file"
+        print(f"  LOSSY        {of_file}; {n} tensors quantised at {r['quantised_bits']:.4f} bits, all counted")
     else:
         print("  lossless     every tensor comes back bit for bit as it was packed")
     print(f"  content      {', '.join(r['content'])}")

@@ -96,7 +96,8 @@ _NOT: dict[str, Any] = {
         ("quality", "file_bits", "size", "snr", "kl", "low_rank", "recover", "lanes", "slices", "shard_size", "report")
     ),
     **{name: [] for name in ("keep", "include", "exclude", "calibration")},
-    **dict.fromkeys(("all_files", "embeddings", "no_backward", "resume", "dry_run"), False),
+    **dict.fromkeys(("all_files", "no_backward", "resume", "dry_run"), False),
+    "embeddings": True,
     "align": "auto",
     "context": CONTEXT,
     "device": "cpu",
@@ -106,7 +107,8 @@ _NOT: dict[str, Any] = {
 LOSSY: dict[str, Any] = {
     **dict.fromkeys(("calibrate", "low_rank", "recover", "cache", "measure", "report")),
     **{name: [] for name in ("calibration", "keep")},
-    **dict.fromkeys(("embeddings", "no_backward"), False),
+    "no_backward": False,
+    "embeddings": True,
     "tokens": 40960,
     "context": CONTEXT,
     "device": "cpu",
@@ -119,8 +121,8 @@ _OF_NAMED = {"group": 128, "fixed_rate": False, "symmetric": False, "activations
 BESIDE = ".packing.rac"  # ending of the file that is packed first where a folder is to be made
 LOST = 0.01  # share of lost zeros from which on a tensor is named
 ALARM = 10  # decibels of output signal to noise below which a layer is named
-QUALITY = """a choice of the budgets below, said when it is made: small is --bits 3 --embeddings, good is --bits 4
---embeddings, best is --bits 5"""
+QUALITY = """a choice of the budgets below, said when it is made: small is --bits 3, good is --bits 4, best is --bits 5
+--no-embeddings"""
 OUTPUT = "the file to write (default: the name of SRC with .rac, in this folder); -: standard output, forward only"
 OTHERS = dict.fromkeys(("vision tower", "projector"), "`--calibrate images/` does")
 OTHERS["audio tower"] = "`--calibrate audio/` does"
@@ -151,6 +153,7 @@ ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca 
 RECOVER = """when all is quantised, train the gains of rows and norms, and biases, on the calibration text so many steps
 (auto: 120; none without a text and with --effort fast) until the model predicts as the original does; the integers stay
 as they are (default: 0)"""
+EMBEDDINGS = "quantise embeddings and output layers too (default), or keep them lossless"
 RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
 
 
@@ -171,10 +174,10 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(p, "--slices", SLICES, choices=("fine", "coarse"))
     argument(p, "--shard-size SIZE", "start a new shard after SIZE of dense bytes, e.g. 5GB")
     lossy = p.add_argument_group(
-        "lossy packing", "Large float matrices are quantised; embeddings, norms and small tensors stay lossless."
+        "lossy packing", "Large float matrices are quantised, embeddings too; norms and small tensors stay lossless."
     )
     argument(lossy, "--quality small|good|best", QUALITY, choices=tuple(QUALITIES))
-    argument(lossy, "--bits B", "bits per weight of the quantised tensors, all counted", type=float)
+    argument(lossy, "--bits B", "bits per weight of all quantised tensors, everything counted", type=float)
     argument(lossy, "--file-bits B", "bits per weight of the whole file", type=float)
     argument(lossy, "--size SIZE", "size of the file, e.g. 80MB")
     argument(lossy, "--snr DB", "signal to noise of the layers' outputs (none: of the weights), mean in dB", type=float)
@@ -196,7 +199,8 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
     argument(lossy, "--low-rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))
     argument(lossy, "--recover STEPS|auto", RECOVER, type=_steps)
-    argument(lossy, "--embeddings", "quantise embeddings and output layers too")
+    exact: Any = {"action": argparse.BooleanOptionalAction, "default": True, "help": EMBEDDINGS}
+    lossy.add_argument("--embeddings", **exact)
     about = "when done, KL and perplexity on this text, not the one above; auto: a part of the mix kept for it"
     argument(lossy, "--measure FILE|auto", about)
     argument(lossy, "--report FILE.json", "write what became of every tensor")
@@ -409,7 +413,7 @@ def _preset(args: argparse.Namespace) -> None:
         raise ValueError(f"--quality is a choice of a budget: it does not go with {', '.join(given)}")
     args.bits, args.embeddings, about = QUALITIES[args.quality]
     if not args.quiet:
-        how = f"--bits {args.bits:g}" + (" --embeddings" if args.embeddings else "")
+        how = f"--bits {args.bits:g}" + ("" if args.embeddings else " --no-embeddings")
         print(f"rac: --quality {args.quality} is {how}: {about}", file=sys.stderr)
 
 
@@ -443,9 +447,7 @@ def _asked(args: argparse.Namespace) -> tuple[PackOptions, Lossy | None]:
     goals = {f"--{name.replace('_', '-')}": getattr(asked, name) for name in GOALS}
     if asked.lossy:
         one_goal(goals)
-    elif given := [
-        f"--{name.replace('_', '-')}" for name, usual in LOSSY.items() if getattr(args, name) not in (usual, ["none"])
-    ]:
+    elif given := [_option(name) for name, usual in LOSSY.items() if getattr(args, name) not in (usual, ["none"])]:
         raise ValueError(f"{', '.join(given)}: for lossy packing; give one of {', '.join(goals)} too")
     _ready(args)
     jobs = threads_of(args.jobs, most=None if asked.lossy else workers.THREADS)
@@ -614,6 +616,11 @@ def _left(args: argparse.Namespace) -> str:
     return "; the finished part is kept, run again with --resume" if left else ""
 
 
+def _option(name: str) -> str:
+    """How an argument is given that is not as it is where nobody gives it."""
+    return "--no-embeddings" if name == "embeddings" else f"--{name.replace('_', '-')}"
+
+
 def _some(names: Sequence[str]) -> str:
     """The first of many names."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
@@ -623,7 +630,7 @@ def _named(args: argparse.Namespace) -> int:
     """Pack by a named method, and say what came of it."""
     for name, usual in _NOT.items():
         if getattr(args, name) != usual:
-            raise ValueError(f"--recipe {args.recipe} does not take --{name.replace('_', '-')}")
+            raise ValueError(f"--recipe {args.recipe} does not take {_option(name)}")
     bits = 4 if args.bits is None else args.bits
     if not 2 <= bits <= 8 or bits != int(bits):
         raise ValueError(f"--recipe {args.recipe} takes whole --bits from 2 to 8, not {bits:g}")

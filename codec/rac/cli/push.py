@@ -24,19 +24,7 @@ The repository is made where it is not there. The card says what made the file, 
 the digest, the model that it was made of, and how to load it; a README.md that is there already stays, unless --card is
 given. Needs `pip install rac-codec[hub]` and a token that may write (`hf auth login`, or HF_TOKEN)."""
 CARD = "README.md"
-_OPTIONS = (
-    "level",
-    "include",
-    "exclude",
-    "lanes",
-    "slices",
-    "effort",
-    "align",
-    "rank",
-    "embeddings",
-    "recover",
-    "keep",
-)
+_OPTIONS = ("level", "include", "exclude", "lanes", "slices", "effort", "align", "rank", "recover", "keep")
 """Keys of the provenance that `rac pack` has options for."""
 _USUAL = {"level": "default", "effort": "default"}
 
@@ -143,6 +131,7 @@ def command_of(origin: Provenance, base: str | None, name: str) -> str:
         for key in ("recipe", "bits", "group"):
             words += [f"--{key}", str(known.get(key))]
     words += _calibration(known.get("calibrate")) if goal else []
+    words += ["--no-embeddings"] * (known.get("embeddings") is False)
     for key in _OPTIONS:
         value = known.get(key)
         if value in (None, False, [], _USUAL.get(key)):

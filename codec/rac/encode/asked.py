@@ -34,7 +34,7 @@ class Asked:
     keep: Sequence[str] = ()
     align: str = "auto"
     rank: int | None = None
-    embeddings: bool = False
+    embeddings: bool = True
     recover: str | int | None = None
     slices: str | None = None
     all_files: bool = False
@@ -84,7 +84,7 @@ class Asked:
             shaped |= {"effort": self.effort != "default", "keep": len(self.keep) > 0, "align": self.align != "auto"}
             shaped |= {"device": self.device != "cpu"}
             shaped |= {"recover": self.recover is not None}
-            no_goal(shaped | {"rank": self.rank is not None, "embeddings": self.embeddings})
+            no_goal(shaped | {"rank": self.rank is not None, "embeddings": not self.embeddings})
         settings = {"exclude": list(self.exclude), "include": list(self.include)}
         cut: Any = {"lanes": self.lanes, "slices": self.slices, "shard_size": self.shard_size}
         return PackOptions(self.level, settings=settings, **cut, **more)

@@ -184,7 +184,7 @@ class Lossy:
     keep: tuple[str, ...] = ()
     align: str = "auto"
     rank: int | None = None
-    embeddings: bool = False
+    embeddings: bool = True
     recover: int = 0
     """Steps of recovery (rac.recover); 0: none."""
 
@@ -213,8 +213,9 @@ class Lossy:
     @property
     def about(self) -> dict[str, Any]:
         """The request for the provenance: what is not as one gets it unasked, and the budget; numbers are text."""
-        every = {"align": self.align, "rank": self.rank, "embeddings": self.embeddings, "keep": sorted(self.keep)}
+        every = {"align": self.align, "rank": self.rank, "keep": sorted(self.keep)}
         every["recover"] = self.recover or None
         every["device"] = None if self.calibration.device == "cpu" else self.calibration.device
         asked = {k: v for k, v in every.items() if v not in ("auto", None, []) and v is not False}
+        asked |= {} if self.embeddings else {"embeddings": False}
         return {**asked, "goal": {k: repr(v) for k, v in self.budget.goal.items()}}

@@ -100,7 +100,7 @@ def pack(
     cache: str | None = None,
     align: str = "auto",
     rank: int | None = None,
-    embeddings: bool = False,
+    embeddings: bool = True,
     recover: str | int | None = None,
     note: Note | None = None,
     processes: bool = False,
@@ -127,7 +127,8 @@ def pack(
         resume: Go on with the part that an interrupted pack left.
         force: Replace a file that exists.
         progress: Called after every tensor.
-        bits: Budget of a lossy pack: bytes of the quantised tensors * 8 / their weights, everything counted.
+        bits: Budget of a lossy pack: bytes of the quantised tensors * 8 / their weights, everything counted; embeddings
+            and output layers are among them.
         file_bits: Or bytes of the file * 8 / all weights.
         size: Or bytes of the file.
         snr: Or output signal to noise, mean over the quantised tensors, in dB.
@@ -143,11 +144,11 @@ def pack(
         context: Tokens of a sequence, as many as the model has positions for at most.
         backward: Find out how much outputs matter, by a backward pass where the model predicts tokens.
         effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
-        keep: Patterns of tensors that stay lossless, beside norms, small tensors and embeddings.
+        keep: Patterns of tensors that stay lossless, beside norms and small tensors.
         cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
         align: "auto", "triangular", "pca" or "identity": coordinates of the tensors whose inputs are known.
         rank: Rank of these tensors' low-rank parts; None: at effort "max" what pays, which is nearly always 0, else 0.
-        embeddings: Quantise embeddings and output layers too, a bit finer than the rest.
+        embeddings: Quantise embeddings and output layers too; False: they stay lossless.
         recover: Steps of recovery, or "auto": with the integers as they are, gains of rows and norms, and biases, are
             trained on the calibration text until the model predicts as the original does (docs/lossy.md). None: none.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.

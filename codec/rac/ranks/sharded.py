@@ -99,7 +99,7 @@ class _SharedPasses(passes.Passes):
         return every.get(step.__name__)
 
     def _units(self, number: int) -> list[tuple[int, int]]:
-        return self.units(1 if self.steps[number][0].__name__ == "_end" else self.batch)
+        return self.units(1 if self.steps[number][0].__name__ in ("_end", "_back") else self.batch)
 
     def _plan(self, number: int) -> Plan:
         """The stage of a step."""

@@ -8,6 +8,7 @@ import pytest
 
 import rac
 from rac.calibrate.layers import Layer
+from rac.cli import main
 from rac.container.access import FileAccess
 from rac.container.reader import Archive
 from rac.encode import ties
@@ -53,7 +54,7 @@ def lossy_bits(path):
 @pytest.mark.parametrize("bits", [2.0, 3.0, 5.0])
 def test_bits_are_met_in_real_bytes(tmp_path, bits):
     src, tensors = source_file(tmp_path / "m.safetensors", model()), model()
-    done = pack(src, tmp_path / "m.rac", bits=bits)
+    done = pack(src, tmp_path / "m.rac", bits=bits, embeddings=False)
     got, names = lossy_bits(tmp_path / "m.rac")
     assert names == {"a.weight", "b.weight"}
     assert bits * 0.995 <= got <= bits
@@ -131,7 +132,7 @@ def test_resume_gives_the_same_bytes(tmp_path):
 def test_what_is_kept(tmp_path):
     src = source_file(tmp_path / "m.safetensors", model())
     pack(src, tmp_path / "m.rac", bits=3, keep=("b.*",))
-    assert lossy_bits(tmp_path / "m.rac")[1] == {"a.weight"}
+    assert lossy_bits(tmp_path / "m.rac")[1] == {"a.weight", "embed.weight"}
     with pytest.raises(BudgetError, match="3 are kept by --keep"):
         pack(src, tmp_path / "n.rac", bits=3, keep=("*",))
 
@@ -286,10 +287,17 @@ def test_inputs_that_are_rows():
 
 def test_embeddings_too(tmp_path):
     src = source_file(tmp_path / "m.safetensors", model())
-    done = pack(src, tmp_path / "m.rac", bits=4, embeddings=True)
+    done = pack(src, tmp_path / "m.rac", bits=4)
     bits = {f.name: f.bits for f in done.fidelity}
     assert bits.keys() == {"a.weight", "b.weight", "embed.weight"}
     assert bits["embed.weight"] > bits["a.weight"] + 0.7
+    done = pack(src, tmp_path / "m.rac", bits=4, embeddings=False, force=True)
+    assert done.quantised == 2 and any("(--no-embeddings)" in one.why for one in done.lossless)
+    for name in ("--embeddings", "--no-embeddings"):
+        both = ["pack", str(src), "-o", str(tmp_path / f"{name}.rac"), "--bits", "4", "--calibrate", "none", name]
+        assert main(both) == 0
+    sizes = [(tmp_path / f"{name}.rac").stat().st_size for name in ("--embeddings", "--no-embeddings")]
+    assert sizes[1] == (tmp_path / "m.rac").stat().st_size > sizes[0]
 
 
 def test_lanes_of_quantised_tensors(tmp_path):
@@ -319,4 +327,4 @@ def test_resume_goes_on_only_with_what_was_asked(tmp_path):
         src, tmp_path / "n.rac", resume=True, keep=("a.weight",), note=lambda what, *_: said.append(what), **want
     )
     assert done.resumed == 0 and said
-    assert [f.name for f in done.fidelity] == ["b.weight"]
+    assert [f.name for f in done.fidelity] == ["b.weight", "embed.weight"]

@@ -229,6 +229,49 @@ def test_second_moment_and_sensitivity_are_what_they_say(saved):
     np.testing.assert_allclose(found.sensitivity, (g.double() ** 2).mean(0).numpy(), rtol=1e-3)
 
 
+def granted():
+    """Rows that are multiplied after they were read, logits that are divided after they were made."""
+    return transformers.GraniteForCausalLM(
+        transformers.GraniteConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            embedding_multiplier=12.0,
+            logits_scaling=0.5,
+            tie_word_embeddings=False,
+            **SMALL,
+        )
+    )
+
+
+@pytest.mark.parametrize("make", [llama, lambda: llama(tie_word_embeddings=True), gpt2, granted])
+def test_errors_of_tables_cost_what_they_are_said_to(saved, make):
+    """Half the cost of random errors is the divergence that they make, nats a token, of each role and of both."""
+    make.__name__ = "model"
+    folder = saved(make)
+    found = run(folder)[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.from_numpy(IDS[:320].reshape(5, 64))
+    tables = {id(m.weight): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        own = model(ids).logits.log_softmax(-1)
+        for m in tables.values():
+            name = next(n for n, p in model.named_parameters() if p is m.weight)
+            layer = found[name if name in found else name.removeprefix("transformer.")]
+            kl = cost = 0.0
+            for seed in range(4):
+                torch.manual_seed(seed)
+                before, error = m.weight.clone(), 0.02 * m.weight.std() * torch.randn_like(m.weight)
+                m.weight += error
+                kl += float((own.exp() * (own - model(ids).logits.log_softmax(-1))).sum()) / 320
+                m.weight.copy_(before)
+                e = error.double().numpy()
+                cost += 0.5 * float((e @ layer.second * e).sum(1) @ layer.sensitivity)
+            assert 0.6 < kl / cost < 1.6, (name, kl, cost)
+
+
 def test_transposed_weights_and_names_of_files(saved):
     folder = saved(gpt2)
     from safetensors.torch import load_file, save_file
@@ -319,7 +362,13 @@ def test_encoder_has_moments_alone(saved, monkeypatch):
     folder = saved(bert)
     found, said = run(folder, context=1024)
     assert found.tokens == 256 and not [what for what, _, of in said if not of]  # two of its 128
-    assert "pooler.dense.weight" in found and not any(v.sensitivity is not None for v in found.values())
+    assert "pooler.dense.weight" in found
+    assert not any(v.sensitivity is not None for name, v in found.items() if "embeddings" not in name)
+    often = found["embeddings.word_embeddings.weight"].sensitivity  # how often rows are read: smoothed, and no moments
+    count = np.bincount(IDS[:256], minlength=97)
+    assert often.min() > 0 and np.corrcoef(often, count)[0, 1] > 0.99
+    second = found["embeddings.word_embeddings.weight"].second
+    assert np.array_equal(second, second[0, 0] * np.eye(32, dtype=np.float32))
     assert not found["encoder.layer.0.output.dense.weight"].transposed
     equal(whole(monkeypatch, folder, context=1024), found)
 
@@ -337,8 +386,8 @@ def test_encoder_and_decoder_without_a_head(saved):
 
     config = transformers.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, **SMALL)
     found, _ = run(saved(lambda: transformers.T5Model(config)))
-    assert all(v.sensitivity is None for v in found.values())
-    assert any("EncDecAttention" in name for name in found)
+    assert all(v.sensitivity is None for name, v in found.items() if name != "shared.weight")
+    assert any("EncDecAttention" in name for name in found) and found["shared.weight"].sensitivity.min() > 0
 
 
 def test_stored_types_stay_as_they_are_in_a_run_of_the_whole(saved):

@@ -176,7 +176,8 @@ def folder(tmp_path_factory):
 
 
 def how(path, text="text.txt"):
-    return {"bits": 3.0, "effort": "fast", "calibrate": str(path / text), "tokens": 256, "cache": str(path / "cache")}
+    given = {"bits": 3.0, "effort": "fast", "calibrate": str(path / text), "tokens": 256, "cache": str(path / "cache")}
+    return given | {"embeddings": False}
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from rac.container import zstd
 from rac.encode import ties
 from rac.encode.align.recipe import Aligned, Recipe, input_of, matrix_of
 from rac.encode.sources import SourceTensor
+from rac.encode.sources.tables import is_table
 from rac.encode.split.objects import HARM, Array, basis_of, inverse, share_of
 from rac.errors import BudgetError
 from rac.linalg import exact
@@ -42,6 +43,8 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
     }
     sharing: dict[str | bytes, dict[str, SourceTensor]] = {}  # tensors by their input
     for name, t in ({} if align == "triangular" else known).items():
+        if align == "auto" and is_table(t):  # single rows are read, and a basis would be in the way
+            continue
         a = out[name]
         if align == "identity":  # no steps of columns, no feedback; errors cost on average what they did
             second = a.second()
@@ -54,7 +57,7 @@ def choose(recipe: Recipe, groups: Sequence[ties.Group], rank: int | None, align
         out |= _turned(tensors, out, recipe.states, rate if align == "auto" else None)
     for name, t in known.items():
         a = out[name]
-        if a.alignment == "triangular" and rank != 0:
+        if a.alignment == "triangular" and rank != 0 and not (rank is None and is_table(t)):
             most = min(len(a.scales.rows), len(a.scales.cols))
             out[name] = replace(a, rank=choose_rank(matrix_of(t), a, rate) if rank is None else min(rank, most))
     size = 0

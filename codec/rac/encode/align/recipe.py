@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 KEEP = ("*norm*", "*bias", "*router*", "*.gate.weight")
 """Kept lossless: small, and an error in what chooses the experts is an error in all that they do."""
-TABLES = "embeddings or output layers (--embeddings)"  # as what they are lossless
+TABLES = "embeddings or output layers (--no-embeddings)"  # as what they are lossless
 KEPT = "kept by --keep"
 FINER = 1.0  # bits that embeddings get beyond the rest: they are read as they are, and tied ones make the logits too
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen: the text is but a sample
@@ -49,6 +49,9 @@ SMALL, LARGE = (
 LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and row is taken to have
 LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
 SHARE, FEWEST = 20, 64  # one row of so many stands for all, and how many do: a trellis that is too short costs more
+LEAST_OF_TABLE = 1e-2  # the same of every token: what the text does not speak of, others do
+MORE = 0.0  # bits that tables get beyond what their errors cost beside those of layers: those count as much more
+MOST = 6.0  # bits at most by which a table is finer or coarser than the layers
 SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
 
 
@@ -194,7 +197,8 @@ class Seen:
     name: str
     why: str = ""  # what keeps it lossless
     aligned: Aligned | None = None  # its units, but for its place among all tensors; the layer is left out
-    need: float | None = None  # bits where all count in full, but for a constant; None: nothing is known of its inputs
+    # half the log2 of what an error of one deviation costs: bits where all count in full, but for a constant
+    need: float | None = None  # None: nothing is known of its inputs
 
 
 Ask = tuple[SourceTensor, Layer | None]
@@ -278,7 +282,7 @@ def _look(t: SourceTensor, layer: Layer | None, sample: Sample) -> Seen:
     if not layer.finite:
         return Seen(t.name, INFINITE)
     a = replace(even, layer=layer, damp=sample.damp)
-    by_row, by_col = _weights(a, layer, shape, sample.trust)
+    by_row, by_col = _weights(a, layer, shape, sample.trust, LEAST_OF_TABLE if is_table(t) else LEAST)
     scales = lossy.Scales(exponents(by_row), exponents(by_col))
     square, energies = _squares(_numbers(t), scales)
     deviation = exact.middle(np.sqrt(np.maximum(square[square > 0], 1e-30)))
@@ -391,10 +395,8 @@ def composed(
     found = {name: seen.aligned for name, seen in of.seen.items() if seen.aligned}
     needs = {name: seen.need for name, seen in of.seen.items() if seen.need is not None}
     sizes = {name: len(found[name].scales.rows) * len(found[name].scales.cols) for name in needs}
-    total = max(1, sum(sizes.values()))
-    mean = math.fsum(need * sizes[name] for name, need in needs.items()) / total  # the same in any order of the tensors
-    for name, need in needs.items():
-        more = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
+    asked = {name: (need, sizes[name]) for name, need in needs.items()}
+    for name, more in _shared(asked, of.tables & needs.keys(), layers, sample).items():
         a = found[name]
         found[name] = replace(a, base=a.base - more, layer=layers[name], damp=sample.damp)
     parts = missing or {}
@@ -402,6 +404,27 @@ def composed(
     about = {"calibrate": "text", "effort": effort}
     mine = {name: parts.get(name, "the rest") for name in unreached}
     return Recipe(found, *EFFORTS[effort], about=about, unreached=unreached, parts=mine, why=of.why)
+
+
+def _shared(
+    needs: Mapping[str, tuple[float, int]], tables: Collection[str], layers: Mapping[str, Layer], sample: Sample
+) -> dict[str, float]:
+    """Bits that each tensor gets beyond the mean of the layers, from what it needs and its weights.
+
+    What errors of tables cost is as it was found, in full, where gradients have told it; that of a layer only half as
+    far from the mean, since errors of one layer are damped by the next (docs/lossy.md).
+    """
+    own = {name: needs[name] for name in needs if name not in tables} or needs
+    total = max(1, sum(n for _, n in own.values()))
+    mean = math.fsum(need * n for need, n in own.values()) / total  # the same in any order of the tensors
+    told = any(layers[name].sensitivity is not None for name in own if name not in tables)
+    out = {}
+    for name, (need, _) in needs.items():
+        if name in tables:
+            out[name] = min(MOST, max(-MOST, need - mean + MORE)) if told else FINER
+        else:
+            out[name] = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
+    return out
 
 
 def _squares(w: NDArray[np.float32], scales: lossy.Scales) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -425,12 +448,12 @@ def _infinite(name: str, groups: Sequence[ties.Group]) -> str:
 
 
 def _weights(
-    a: Aligned, layer: Layer, shape: tuple[int, int], trust: float
+    a: Aligned, layer: Layer, shape: tuple[int, int], trust: float, least: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(R,) and (C,): the product of an element's two is the square root of what a unit error there costs, about."""
     each, below = layer.experts or (layer,), a.rows()
     n = shape[below is not None] // (1 if below else len(each))
-    outputs = [_trusted(one.sensitivity, n, trust) for one in each]
+    outputs = [_trusted(one.sensitivity, n, trust, least) for one in each]
     if below is not None:  # what an output counts for is the same of all experts, but for a factor
         factor, shared = _common(np.stack(outputs)) if layer.experts else (np.ones(1), outputs[0])
         return below.weight * np.repeat(factor, shape[0] // len(each)), shared
@@ -446,11 +469,11 @@ def _common(each: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.
     return factor, np.sqrt(np.square(each / factor[:, None]).mean(0))
 
 
-def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float) -> NDArray[np.float64]:
+def _trusted(sensitivity: NDArray[np.float64] | None, n: int, trust: float, least: float) -> NDArray[np.float64]:
     """(n,) roots of the sensitivities of outputs; 1 where they are not known."""
     if sensitivity is None:
         return np.ones(n)
-    out = np.sqrt(np.maximum(sensitivity, max(sensitivity.mean() * LEAST, 1e-30)))
+    out = np.sqrt(np.maximum(sensitivity, max(sensitivity.mean() * least, 1e-30)))
     middle = exact.middle(out)
     return exact.exp2(middle + trust * (exact.log2(out) - middle))
 
