@@ -177,7 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--counts", type=Path, required=True, help="text whose tokens are counted")
     parser.add_argument("--long", type=Path)
     parser.add_argument("--kind", action="append", default=[], metavar="NAME=FILE,...")
-    parser.add_argument("--tokens", type=int, default=8192, help="of --text and of --long")
+    parser.add_argument("--tokens", type=int, default=8192, help="of --text, and of --long, which has 4,096 at least")
     parser.add_argument("--most", type=int, default=1024, help="tokens of each kind")
     parser.add_argument("--prompts", type=Path, nargs="*", default=[], help="texts whose first 64 tokens are continued")
     parser.add_argument("--length", type=int, default=1000)
@@ -223,7 +223,7 @@ def main() -> None:
     counts = Counter(look.tokenizer(args.counts.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
     kinds = dict(k.split("=", 1) for k in args.kind)
     tasks = {"text": cut(look.ids([args.text], args.tokens), 1024)}
-    tasks |= {"long": cut(look.ids([args.long], args.tokens), 4096)} if args.long else {}
+    tasks |= {"long": cut(look.ids([args.long], max(args.tokens, 4096)), 4096)} if args.long else {}
     tasks |= {k: [look.ids(map(Path, paths.split(",")), args.most)] for k, paths in kinds.items()}
     models = list(args.files)
 
