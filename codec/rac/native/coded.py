@@ -21,6 +21,8 @@ from rac.native.prototypes import F32, Array, Coded, address
 from rac.native.prototypes import Team as Shared
 
 _PARTS = 16
+SMALLEST, GREATEST = 2.0**-100, 2.0**100
+"""Between these a number is rounded to BF16 by what the kernel does."""
 TURNS = 1 << 15
 """Looks for a product, some 50 us to a millisecond, before a thread goes to sleep."""
 
@@ -31,7 +33,7 @@ class Kind(IntEnum):
     EXACT = 0
     """int8 codes of float32 weights"""
     ROUNDED = 1
-    """int8 codes of BF16 weights"""
+    """int8 codes of BF16 weights, which lie between `SMALLEST` and `GREATEST` where they are not 0"""
     WORDS = 2
     """BF16 words"""
 

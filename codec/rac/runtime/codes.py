@@ -95,9 +95,19 @@ def codes(s: made.Weight, data: Bytes, turned: bool = False) -> Codes | str:
         factors = factors and (np.ascontiguousarray(factors[1].T), np.ascontiguousarray(factors[0].T))
     if len(found.places) * SHARE > found.codes.shape[1]:
         return "integers that eight bits do not hold"
-    order = np.lexsort(found.places.T[::-1])
     kind = coded.Kind.ROUNDED if s.tensor.context.dtype == "BF16" else coded.Kind.EXACT
+    if kind == coded.Kind.ROUNDED and not _in_range(rows, cols):
+        return "scales of very small or very great numbers"
+    order = np.lexsort(found.places.T[::-1])
     return Codes(kind, found.codes, rows, cols, found.places[order], found.values[order], factors)
+
+
+def _in_range(rows: F32, columns: F32) -> bool:
+    """Whether all weights are such that products round them to BF16."""
+    r, c = (np.abs(v[v != 0], dtype=np.float64) for v in (rows, columns))
+    if not len(r) or not len(c):
+        return True
+    return bool(r.min() * c.min() >= coded.SMALLEST and MOST * r.max() * c.max() <= coded.GREATEST)
 
 
 def _decoded(s: record.Stored, dec: Decoder, data: Bytes, whole: Integers) -> _Found:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from rac import native
-from rac.native.coded import Kind, Team, Weight, multiply
+from rac.native.coded import GREATEST, SMALLEST, Kind, Team, Weight, multiply
+from rac.stages.words import from_words, to_words
 from support import kernels
 from support.fence import fenced
 
@@ -61,17 +62,18 @@ def test_what_is_multiplied():
         assert product(w, x[:0], native.cpus()[-1]).shape == (0, 50) == product(w, x[:0], None).shape
 
 
-def test_a_weight_is_rounded_as_words_are():
-    """Ties go to even, what overflows to infinity."""
-    codes = np.array([[1, 3, 1, 127]], np.int8)
-    columns = np.array([1 + 2**-8, 1 + 2**-8 + 2**-7, 1 + 3 * 2**-8, 3e38], np.float32)
-    w = Weight(Kind.ROUNDED, codes, np.ones(1, np.float32), columns)
-    assert w.dense().tolist() == [[1, 3.03125, 1 + 2**-6, np.inf]]
-    for cpu in native.cpus():
-        y = product(w, np.eye(4, dtype=np.float32)[:3], cpu)
-        assert np.isnan(y).all()  # 0 times infinity
-        short = Weight(Kind.ROUNDED, codes[:, :3].copy(), np.ones(1, np.float32), columns[:3].copy())
-        assert product(short, np.eye(3, dtype=np.float32), cpu).ravel().tolist() == [1, 3.03125, 1 + 2**-6]
+@pytest.mark.parametrize("cpu", kernels.CPUS)
+def test_a_weight_is_rounded_as_words_are(cpu):
+    """All numbers of nine bits, whose ties go to even, those beside them, and the ends of the range."""
+    near = (np.arange(256, 512)[:, None] + np.array([0, 2**-15, -(2**-15)])).ravel()
+    columns = np.concatenate([near * 2.0**e for e in (-108, -9, 0, 91)]).astype(np.float32)
+    w = Weight(Kind.ROUNDED, np.array([[1], [-1]], np.int8).repeat(len(columns), 1), np.ones(2, np.float32), columns)
+    want = from_words(to_words(columns, "BF16"), "BF16")
+    assert np.array_equal(w.dense(), [want, -want]) and want.min() >= SMALLEST and want.max() <= GREATEST
+    for k in range(0, len(columns), 97):  # each of 97 columns by itself
+        part = Weight(Kind.ROUNDED, w.codes[:, k : k + 97].copy(), np.ones(2, np.float32), columns[k : k + 97].copy())
+        width = part.shape[1]
+        assert np.array_equal(product(part, np.eye(width, dtype=np.float32), cpu), part.dense().T)
 
 
 @pytest.mark.parametrize("cpu", native.cpus())

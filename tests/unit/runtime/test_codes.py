@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import rac
+from rac import native
 from rac.decode.archive import RacFile
 from rac.encode.pack import pack
 from rac.errors import UnsupportedError
@@ -126,6 +127,19 @@ def test_numbers_that_eight_bits_do_not_hold(tmp_path, turned, dtype):
     buffers = list(_buffers(c, torch.device("cpu")).values())
     y = multiply(x, weight_of(buffers[0], buffers[1:5], c.kind))
     assert np.allclose(y, x.double() @ torch.from_numpy(numbers(c)).double().T, rtol=1e-4, atol=1e-3)
+
+
+def test_scales_out_of_range(tmp_path, monkeypatch):
+    w = np.random.default_rng(0).standard_normal((128, 192)).astype(np.float32)
+    for dtype, coded in (("bfloat16", False), ("float32", True)):
+        rac.pack({"w": torch.from_numpy(w).to(getattr(torch, dtype))}, tmp_path / f"{dtype}.rac", bits=3)
+        s, data, _ = found_in(tmp_path / f"{dtype}.rac")
+        assert not isinstance(codes(s, data), str)
+        for name, value in (("SMALLEST", 1.0), ("GREATEST", 1e-3)):
+            with monkeypatch.context() as m:
+                m.setattr(native.coded, name, value)
+                found = codes(s, data)
+            assert not isinstance(found, str) if coded else "very small or very great" in found
 
 
 def test_low_rank_corrections_bases():
