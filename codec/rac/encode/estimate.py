@@ -37,6 +37,7 @@ TEXT = 3  # to which share attached files shrink, about
 HEADS = 512  # bytes of a record beside its units, about: head, index row, padding
 MEASURED = 0.15  # share of a pass that the errors of what is written take, beside the products for known inputs
 BESIDE = 1.4  # times the products of a calibration by numpy: torch is slower, and there is attention (docs/scaling.md)
+FINDING = 2  # times that one sequence is run to find the chain of blocks
 BOTH = 3  # multiply-adds of a calibration for each weight and token, with the backward pass; 1 without it
 
 
@@ -340,5 +341,6 @@ def _calibration(kinds: dict[Kind, list[ties.Group]], rest: dict[Kind, list[ties
     start, busy = time.monotonic(), time.process_time()
     a @ a
     seconds, busy = time.monotonic() - start, time.process_time() - busy
-    products = BESIDE * (both + every.moments / 2) * c.tokens * len(c.texts) / 1024**3
+    one = (both + every.moments / 2) * c.tokens + FINDING * every.weights * min(c.tokens, c.context)
+    products = BESIDE * one * len(c.texts) / 1024**3
     return Time(products * seconds, products * busy)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from rac.encode import estimate as est
+from rac.encode.options import Budget, Calibration, Lossy
 from rac.encode.quantise.tensor import FEWEST, PRODUCTS
 from rac.encode.sources import SourceTensor
 from rac.encode.ties import Group
-from rac.linalg.factors import Factors
 
 
-def group(*shape: int) -> Group:
-    return Group(SourceTensor("w", "F32", shape, np.zeros(0, np.uint8)), (), {})
+def group(*shape: int, name: str = "w") -> Group:
+    return Group(SourceTensor(name, "F32", shape, np.zeros(0, np.uint8)), (), {})
 
 
 @pytest.mark.parametrize(
@@ -54,9 +57,28 @@ def test_speeds_are_those_of_kernels():
 
 
 def test_inputs_that_are_not_known_yet_have_one_recursion_for_each_width():
-    layers = est._known([group(8, 300), group(9, 300), group(8, 310)])
+    layers = est._known([group(8, 300, name="a"), group(9, 300, name="b"), group(8, 310, name="c")])
     assert len({id(layer.factors) for layer in layers.values()}) == 1
+    assert layers["a"].key == layers["b"].key != layers["c"].key
+    assert layers["a"].second is layers["b"].second
+    assert len(layers["b"].sensitivity) == 9
     a, b = est._Moment.of(40), est._Moment.of(40)
     assert a.key == b.key != est._Moment.of(41).key
     assert np.linalg.matrix_rank(a()) == 40
-    assert isinstance(layers["w"].factors, Factors)
+
+
+def test_a_calibration_grows_with_tokens_beyond_what_finds_the_blocks(monkeypatch):
+    """What finds the chain of blocks is run over one sequence, whatever the text."""
+    ticks = itertools.count()  # a product of 1024^3 multiply-adds takes one
+    monkeypatch.setattr(est, "time", SimpleNamespace(monotonic=lambda: 0, process_time=lambda: next(ticks)))
+    kinds = {(True, "F32", (400, 300)): [group(400, 300)]}
+    tables = {(False, "F32", (500, 300)): [group(500, 300, name="lm_head.weight")]}
+
+    def cores(tokens: int, rest: dict) -> float:
+        return est._calibration(kinds, rest, Lossy(Budget(bits=3.0), Calibration(("text",), tokens=tokens))).cores
+
+    one = est.BESIDE / 1024**3
+    for tokens, found in ((512, 512), (1024, 1024), (40_960, 1024)):
+        products = (3 * 120_000 + 300**2 / 2) * tokens + 2 * 120_000 * found
+        assert cores(tokens, {}) == pytest.approx(one * products)
+        assert cores(tokens, tables) == pytest.approx(one * (products + 2 * 150_000 * tokens))
