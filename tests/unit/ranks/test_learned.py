@@ -68,6 +68,18 @@ def test_a_calibrated_pack_has_the_bytes_of_one_machine(folder, asked, alone, tm
     assert (tmp_path / "m.rac").read_bytes() == alone
 
 
+@pytest.mark.slow  # up to seven processes that import torch: pytest -m slow tests/unit/ranks
+@pytest.mark.parametrize("world", [1, 4, 7])
+def test_any_number_of_ranks_calibrates_to_the_same_bytes(folder, asked, alone, tmp_path, world):
+    work = tmp_path / "work"
+    running = [start(folder, work, asked, rank, world) for rank in reversed(range(world))]
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0] * world
+    finish(work, tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == alone
+
+
 @pytest.fixture(scope="module")
 def near(asked):
     """The same to a divergence."""
