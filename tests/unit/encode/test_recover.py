@@ -219,7 +219,6 @@ def test_a_pack_with_recovery(folder, tmp_path):
     assert out.stat().st_size < (folder / "plain.rac").stat().st_size * 1.02
     plain, tuned = numbers(folder / "plain.rac"), numbers(out)
     assert {n for n in plain if plain[n] != tuned[n]} > {"model.norm.weight", "model.layers.0.mlp.up_proj.weight"}
-    assert plain["model.embed_tokens.weight"] == tuned["model.embed_tokens.weight"]
     with pytest.raises(MismatchError, match=r"model\.norm"):  # the digest of what the norm was is in its record
         st = pytest.importorskip("safetensors.torch")
         other = tmp_path / "other"
