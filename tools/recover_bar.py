@@ -31,6 +31,7 @@ def packed(args: argparse.Namespace, bits: float, steps: int) -> tuple[Path, dic
             args.model,
             out,
             bits=bits,
+            embeddings=args.embeddings,
             calibrate=args.calibrate.split("+"),
             cache=str(args.cache or args.work / "cache"),
             recover=steps or None,
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[3.05, 2.56, 2.06])
     parser.add_argument("--steps", type=int, nargs="+", default=[120])
     parser.add_argument("--cache", type=Path, help="folder of calibrations (default: in the work folder)")
+    parser.add_argument("--embeddings", action="store_true", help="quantise them too")
     parser.add_argument("--name", default="", help="begins the names of files: one for each calibration")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
