@@ -1,9 +1,9 @@
-"""A whole model, embedding included: file bytes against perplexity, packed with `--embeddings` at several sizes.
+"""A whole model, embedding included: file bytes against perplexity at several sizes.
 
 The GGUF points, where rows of tools/gguf_bar.py are given, flatter them: their perplexity is that of the quantised
 linear layers with the embedding in BF16, their size counts the embedding as Q6_K, as llama.cpp quantises it.
 
-  python tools/whole_model.py demo/smollm2-hf valid.txt test.txt --cache DIR --gguf ROWS --plot docs/smollm2.svg
+  python tools/whole_model.py demo/smollm2-hf valid.txt test.txt --cache DIR --gguf ROWS --plot FILE.svg
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def main() -> None:
                 file_bits=bits,
                 calibrate=args.calibration,
                 cache=args.cache,
-                embeddings=True,
                 force=True,
             )
             found = measure.figures(measure.load(rac.load_file(path, framework="pt"), path), path)
