@@ -300,6 +300,22 @@ def test_embeddings_too(tmp_path):
     assert sizes[1] == (tmp_path / "m.rac").stat().st_size > sizes[0]
 
 
+def test_tables_get_bits_by_what_their_errors_cost():
+    """An error of a unit costs the same in all; where no gradient has told, tables are one bit finer."""
+    rng = np.random.default_rng(3)
+    arrays = {"a.weight": rng.standard_normal((256, 64)), "embed.weight": rng.standard_normal((300, 64)) / 8}
+    groups = ties.find(from_arrays({k: v.astype(np.float32) for k, v in arrays.items()}).tensors)
+    second = np.eye(64, dtype=np.float32)
+    layers = {"a.weight": Layer(second, np.full(256, 3.0)), "embed.weight": Layer(second, np.full(300, 48.0))}
+    a, table = rcp.calibrated(groups, layers, (), "fast", embeddings=True).aligned.values()
+    assert not a.scales.rows.any() and not table.scales.rows.any()
+    assert abs((a.base - table.base) - np.log2(4)) < 1e-9
+    layers["a.weight"] = Layer(second, None)
+    a, table = rcp.calibrated(groups, layers, (), "fast", embeddings=True).aligned.values()
+    deviations = [np.log2(np.sqrt((w**2).mean(0))).mean() for w in arrays.values()]
+    assert abs((a.base - table.base) - (deviations[0] - deviations[1] + 1)) < 1e-3
+
+
 def test_lanes_of_quantised_tensors(tmp_path):
     src = source_file(tmp_path / "m.safetensors", {"w": model()["a.weight"]})
     for lanes in (4, 64):
