@@ -236,11 +236,22 @@ class CodedLinear(Coded, RacLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), the data type of x kept."""
+        quick = x.dtype == torch.float32 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if quick and (weight := self._alone()) is not None:  # where a token is written, what Python does here counts
+            bias, y = self.bias, multiply(x, weight)
+            return y if bias is None else y + bias[: y.shape[-1]]
         if not x.is_floating_point():
             raise TypeError(f"the input is {x.dtype}; a model that casts to the data type of `weight` needs it dense")
         if self._map is not None:
             x = self._map.apply(x)
         return self.result(x)
+
+    def _alone(self) -> coded.Weight | None:
+        """The weight for products, where it is ready and nothing but a product is to be done."""
+        found, codes = self._views.get("ready"), self._buffers["weight"]
+        if found is None or found[0] is not codes or found[1] != codes.data_ptr():  # type: ignore[union-attr]
+            return None
+        return None if self._map is not None or "weight_left" in self._buffers else found[2]
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The output, on a CPU of float32 products; no gradient is kept."""

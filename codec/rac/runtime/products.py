@@ -7,6 +7,7 @@ are `torch.ops.rac.multiply`.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,11 +56,13 @@ def weight_of(codes: torch.Tensor, beside: Sequence[torch.Tensor], kind: int) ->
 def multiply(x: torch.Tensor, weight: coded.Weight, alone: bool = False) -> torch.Tensor:
     """(..., in) to (..., out) float32; no gradient is kept. `alone`: by no other thread."""
     out, width = weight.shape
-    if not x.is_cpu or x.shape[-1] != width:
+    shape = list(x.shape)
+    if not x.is_cpu or shape.pop() != width:
         raise RuntimeError(f"the input is {list(x.shape)} on {x.device}; the weight is {list(weight.shape)} on the CPU")
-    v = x.detach().float().contiguous()
-    y = torch.empty((*x.shape[:-1], out), dtype=torch.float32)
-    coded.multiply_at(weight, v.data_ptr(), v.numel() // width if width else 0, y.data_ptr(), None if alone else team())
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        x = x.detach().float().contiguous()
+    y = torch.empty([*shape, out], dtype=torch.float32)
+    coded.multiply_at(weight, x.data_ptr(), math.prod(shape), y.data_ptr(), None if alone else team())
     return y
 
 
