@@ -277,9 +277,9 @@ def main() -> None:
         found = pack(args.folder / "model", args)
     finally:
         shutil.rmtree(args.folder)
-    table(found)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+    table(found)
 
 
 if __name__ == "__main__":
