@@ -70,6 +70,61 @@ class _Group:
         return self.found.result()[key]
 
 
+class Decoded:
+    """Experts that stay as they were decoded, where all records have room and some is left.
+
+    The one that was used longest ago makes room, but only for what is used more often, as in a `Store`.
+    """
+
+    def __init__(self) -> None:
+        self.room = self.held = self.hits = 0
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Any, tuple[torch.Tensor, int]] = OrderedDict()
+        self._used: Counter[Any] = Counter()
+
+    def find(self, key: Any) -> torch.Tensor | None:
+        """What was kept; None where it was not, or where somebody has written to it."""
+        if not self.room:
+            return None
+        with self._lock:
+            self._used[key] += 1
+            if (found := self._kept.get(key)) is None:
+                return None
+            tensor, version = found
+            if tensor._version != version:
+                self._drop(key)
+                return None
+            self._kept.move_to_end(key)
+            self.hits += 1
+            return tensor
+
+    def keep(self, key: Any, tensor: torch.Tensor) -> None:
+        """Keep what was decoded, where there is room."""
+        if tensor.nbytes > self.room:
+            return
+        with self._lock:
+            while self.held + tensor.nbytes > self.room:
+                oldest = next(iter(self._kept))
+                if self._used[oldest] + 1 >= self._used[key]:
+                    self._kept.move_to_end(oldest)
+                    return
+                self._drop(oldest)
+            self._kept[key] = tensor, tensor._version
+            self.held += tensor.nbytes
+
+    def shrink(self, size: int) -> int:
+        """Let go of `size` bytes or more, for good; what was let go of."""
+        with self._lock:
+            before = self.held
+            self.room = max(0, min(self.room, self.held - size))
+            while self.held > self.room:
+                self._drop(next(iter(self._kept)))
+            return before - self.held
+
+    def _drop(self, key: Any) -> None:
+        self.held -= self._kept.pop(key)[0].nbytes
+
+
 class Store:
     """The records of one file for the layers of one model; any number of threads may ask.
 
@@ -77,7 +132,7 @@ class Store:
     """
 
     def __init__(self, file: RacFile) -> None:
-        self.reader = Reader(file)
+        self.reader, self.decoded = Reader(file), Decoded()
         self._room = self._ahead = 0
         self.budget: Budget | None = None
         self._most: int | None = None
@@ -110,7 +165,9 @@ class Store:
     def limit(self, budget: Budget) -> None:
         """What may be kept, and may be on its way, from now on."""
         with self._lock:
-            self.budget, self._room, self._ahead = budget, budget.kept, budget.ahead
+            self.budget, self._ahead = budget, budget.ahead
+            self._room = min(budget.kept, self.reader.most)
+            self.decoded.room = budget.kept - self._room
 
     def bound(self, most: int) -> None:
         """Keep less where the memory of the process has grown by more than `most` bytes since `base`.
@@ -128,6 +185,7 @@ class Store:
         trim()
         again = (self._most - self.base) // 32  # which it may grow by before it is asked for again
         over = private_memory() - self._most + again
+        over -= self.decoded.shrink(over) if over > 0 else 0
         if over > 0:
             self._room = max(0, min(self._room, self._held - over))
             while self._held > self._room:
@@ -144,6 +202,7 @@ class Store:
             pool.shutdown(cancel_futures=True)
         with self._lock:
             self._kept, self._coming, self._last, self._held = OrderedDict(), OrderedDict(), None, 0
+        self.decoded = Decoded()
         self.reader.file.close()
 
     def of(self, tickets: bytes, head: Head) -> Filed:
@@ -248,9 +307,10 @@ class Store:
             start = time.perf_counter()
             if group is not None and not group.flies:  # it is read here and now
                 self._fly(group)
+            failed = group is not None and group.found.done() and group.found.exception() is not None
         try:
-            with self.reader.blamed(key.tickets):
-                found = self.reader.load([key])[key] if group is None else group.take(key)
+            with self.reader.blamed(key.tickets):  # what failed before may be there again
+                found = self.reader.load([key])[key] if group is None or failed else group.take(key)
         finally:
             with self._lock:
                 if group is not None and not any(self._coming.get(k) is group for k in group.keys):
@@ -359,6 +419,10 @@ class Filed:
         if len(several := dict.fromkeys(spans_of(s, found))) > 1:
             self.store.want([[Key(self.tickets, None, *span)] for span in several])
         return decoded_rows(s, lambda first, last: self.store.bands(self.tickets, first, last).data, found, pool)
+
+    def expert(self, number: int, experts: int) -> tuple[bytes, int]:
+        """What stands for one of the `experts` that a weight has."""
+        return (self._of(number * (self.head.parts // experts)), -1) if self.head.parts > 1 else (self.tickets, number)
 
     def most(self, count: int) -> tuple[int, float]:
         """Bytes read at once of a weight with `count` parts along its first dimension, and which share of it."""

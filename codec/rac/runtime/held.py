@@ -264,7 +264,7 @@ class Place:
             raise SourceError(AWAY)
         if (filed := self.module.filed(self.name)) is not None:
             with filed.blamed():
-                return self._on_host(filed.part, filed.rows, found.cpu().numpy()).to(record.device)
+                return self._filed(filed, found.cpu().numpy()).to(record.device)
         if record.device.type != "cpu":
             return self._on_device(record, found)
         data: stored_record.Bytes = record.detach().numpy()
@@ -277,6 +277,16 @@ class Place:
             return decoded_rows(self._stored(data, 0), lambda first, last: data, found, pool)
 
         return self._on_host(part, rows, found.numpy())
+
+    def _filed(self, filed: Filed, found: np.ndarray[Any, Any]) -> torch.Tensor:
+        """The rows, or the experts, with these indices, from the file; one expert may be there decoded."""
+        if len(found) != 1 or len(self.shape) != 3:
+            return self._on_host(filed.part, filed.rows, found)
+        key = filed.expert(int(found[0]), self.shape[0])
+        if (ready := filed.store.decoded.find(key)) is None:
+            ready = self._on_host(filed.part, filed.rows, found)
+            filed.store.decoded.keep(key, ready)
+        return ready
 
     def _on_host(
         self,

@@ -132,6 +132,12 @@ class Reader:
         return self.file.archives[0].access.name
 
     @property
+    def most(self) -> int:
+        """Bytes that all records of the file take in memory, at most."""
+        entries = [e for archive in self.file.archives for e in archive.index.entries]
+        return sum(e.size for e in entries) + len(entries) * (2 * _PARSED + mmap.PAGESIZE)
+
+    @property
     def fronts(self) -> int:
         """Bytes of fronts that were read, and are kept."""
         with self._lock:

@@ -99,7 +99,9 @@ class Weight(torch.Tensor):
         found, inverse = torch.unique(index, return_inverse=True)
         if len(found) and not (int(found[0]) >= 0 and int(found[-1]) < count):
             raise IndexError(f"index out of range: {int(found[0])} to {int(found[-1])} of {count}")
-        out = self.source.rows(found).to(self.source.compute_dtype)[inverse]
+        out = self.source.rows(found).to(self.source.compute_dtype)
+        if index.dim() != 1 or not torch.equal(found, index):  # else they are as they were asked for
+            out = out[inverse]
         return out.transpose(-2, -1) if self.turned else out
 
     @classmethod

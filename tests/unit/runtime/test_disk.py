@@ -360,6 +360,56 @@ class TestErrors:
             models.logits(model)
 
 
+class TestDecoded:
+    """Experts stay decoded in memory that is left when all records have room."""
+
+    def run(self, model, ids):
+        with torch.no_grad():
+            return model(ids).logits
+
+    @pytest.mark.parametrize("kind", EXPERTS)
+    def test_nothing_is_decoded_twice(self, experts, kind):
+        dense, path = experts[kind]
+        model, ids = rac.load_model(path, memory="1GB"), torch.arange(24)[None] * 7 % 100
+        store = store_of(model)
+        assert store._room == store.reader.most and store.decoded.room == store.budget.kept - store._room > 0
+        for _ in range(2):
+            assert torch.equal(self.run(model, ids), self.run(dense, ids))
+        hits = store.decoded.hits
+        assert torch.equal(self.run(model, ids), self.run(dense, ids))
+        assert store.decoded.hits > hits and 0 < store.decoded.held <= store.decoded.room
+        tickets = [m.filed(n).tickets for m in model.modules() if isinstance(m, Held) for n in m._names]
+        of_experts = {k: n for k, n in store._used.items() if any(k.tickets in t for t in tickets)}
+        assert of_experts
+        self.run(model, ids)
+        assert all(store._used[k] == n for k, n in of_experts.items())
+
+    def test_what_is_written_to_is_decoded_again(self, experts):
+        _, path = experts["qwen3_moe"]
+        model = rac.load_model(path, memory="1GB")
+        module = next(m for m in model.modules() if isinstance(m, Held))
+        want = module.down_proj[2].clone()
+        module.down_proj[2].zero_()
+        assert want.any() and torch.equal(module.down_proj[2], want)
+
+    def test_what_is_used_more_often_stays(self):
+        kept = disk.Decoded()
+        kept.room = 3 * 64
+        for i in (*range(3), *range(3), 7, *range(3), 8, 8, 8, 8, 8, 8, 8):
+            if kept.find(i) is None:
+                kept.keep(i, torch.zeros(16))
+        assert kept.held == 3 * 64 and kept.find(8) is not None and kept.find(7) is None
+        assert kept.shrink(1) == 64 and kept.room == kept.held == 2 * 64
+        kept.keep(9, torch.zeros(1000))
+        assert kept.find(9) is None
+
+    def test_no_more_memory_than_was_given(self, experts):
+        _, path = experts["qwen3_moe"]
+        model = rac.load_model(path, memory=least(path)[0])
+        self.run(model, torch.arange(24)[None])
+        assert store_of(model).decoded.room == store_of(model).decoded.held == 0
+
+
 class TestServers:
     """What can go wrong with a file behind a URL: one line each."""
 
@@ -474,6 +524,11 @@ class TestModels:
         model = rac.load_model(path, resident="disk")
         accelerate.cpu_offload(model, offload_buffers=True)
         assert torch.equal(models.logits(model), want)
+        where = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+        where |= {"model.norm": "cpu", "model.rotary_emb": "cpu"}
+        model = rac.load_model(path, memory="2MB", device_map=where, offload_folder=str(tmp_path))
+        for _ in range(2):
+            assert torch.equal(models.logits(model), want)
 
     def test_threads(self, experts):
         dense, path = experts["qwen3_moe"]
