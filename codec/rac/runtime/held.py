@@ -130,8 +130,17 @@ class Holding(nn.Module):
         record = self.record_of(name)
         real(record)
         if record.device.type == "meta":
-            raise SourceError(AWAY)
+            record = self._offloaded(name)
         return store.of(record.detach().cpu().numpy().tobytes(), source.head)
+
+    def _offloaded(self, name: str) -> torch.Tensor:
+        """What accelerate has of a name while the module does not run; SourceError where it has nothing."""
+        own: Any = getattr(self, "_hf_hook", None)
+        for hook in getattr(own, "hooks", (own,)):
+            if (kept := getattr(hook, "weights_map", None)) is not None and name in kept:
+                found: torch.Tensor = kept[name]
+                return found
+        raise SourceError(AWAY)
 
     def weight_of(self, name: str) -> Weight:
         """The weight under a name; those who share a record share it, as long as somebody has it."""

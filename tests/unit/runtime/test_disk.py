@@ -399,7 +399,7 @@ class TestDecoded:
             if kept.find(i) is None:
                 kept.keep(i, torch.zeros(16))
         assert kept.held == 3 * 64 and kept.find(8) is not None and kept.find(7) is None
-        assert kept.shrink(1) == 64 and kept.room == kept.held == 2 * 64
+        assert kept.shrink(1) == 64 and kept.held == 2 * 64 <= kept.room < 3 * 64
         kept.keep(9, torch.zeros(1000))
         assert kept.find(9) is None
 
