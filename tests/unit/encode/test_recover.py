@@ -229,6 +229,15 @@ def test_a_pack_with_recovery(folder, tmp_path):
         verify(out, other)
 
 
+def test_embeddings_that_are_quantised_too_get_no_gains(folder, tmp_path):
+    out = tmp_path / "m.rac"
+    _, stated = recovered(folder, out, embeddings=True)
+    assert "left out" not in stated["recovered"]
+    found = {t["name"]: t["quantised"]["streams"]["gains"] for t in report(str(out))["tensors"] if "quantised" in t}
+    assert found.pop("model.embed_tokens.weight") == 0
+    assert sum(found.values()) > 0
+
+
 @pytest.mark.parametrize("at", ["recovery", "writing"])
 def test_a_pack_that_was_stopped_resumes_to_the_same_bytes(folder, tmp_path, monkeypatch, at):
     monkeypatch.setattr(run, "KEPT", 3)
