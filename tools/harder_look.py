@@ -241,9 +241,11 @@ def main() -> None:
         page.add("kind of text", list(kinds), each, top=False)
     if args.prompts:
         begun = [look.ids([p], 64) for p in args.prompts]
-        drawn = kept(
-            args.work, "drawn", ["original", *models], lambda n: {m: look.continued(m, begun, args.length) for m in n}
-        )
+
+        def draws(names: Sequence[str]) -> dict[str, Found]:
+            return {name: look.continued(name, begun, args.length) for name in names}
+
+        drawn = {m: kept(args.work, "drawn", [m], draws)[m] for m in ("original", *models)}
         page.runs(args.length, {m: repeated(f["drawn"]) for m, f in drawn.items()})
     if args.plot:
         draw(args.plot, page.panels)

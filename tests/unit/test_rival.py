@@ -109,6 +109,25 @@ def test_passages_end_in_a_word_that_occurred():
         cloze.passages("Short. Text.", 3)
 
 
+def test_last_words_are_guessed_token_by_token():
+    """A model that counts: after token i it expects i + 1, with all its weight."""
+    torch = pytest.importorskip("torch")
+
+    class Counts:
+        def __call__(self, ids, logits_to_keep):
+            logits = 50.0 * torch.nn.functional.one_hot((ids + 1) % 10, 10)[:, -logits_to_keep:]
+            return type("Output", (), {"logits": logits})
+
+    class Digits:
+        def __call__(self, text, add_special_tokens):
+            return type("Tokens", (), {"input_ids": [int(c) for c in text if c.isdigit()]})
+
+    asked = [cloze.Passage("0 1 2", "34"), cloze.Passage("0 1 2", "35"), cloze.Passage("7", "8")]
+    found = cloze.guesses(Counts(), Digits(), asked)
+    assert found.right == pytest.approx(2 / 3)
+    assert found.loss == pytest.approx(50 / 3, abs=0.01)
+
+
 def test_c_that_is_not_there():
     with pytest.raises(FileNotFoundError):
         compiled.library("nothing")
