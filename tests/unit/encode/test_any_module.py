@@ -372,6 +372,7 @@ def test_what_a_text_shows_is_what_its_batches_show(tmp_path):
     write("llama", tmp_path, torch.float32)
     ids = np.random.default_rng(0).integers(0, 250, 96)
     text = calibrate(tmp_path, ids, tokens=96, context=32, fisher=False)
+    assert text.pop("model.embed_tokens.weight").sensitivity is not None  # which batches of any module do not tell
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     batches = [{"input_ids": torch.from_numpy(row)[None]} for row in ids.reshape(3, 32)]
     found = rac.calibrate(model, batches, loss=None)
