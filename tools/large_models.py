@@ -1,4 +1,7 @@
-"""What a lossy pack of large models would take, computed: shapes, costs of each operation, hours, memory and disk."""
+"""What a lossy pack of large models would take, computed: shapes, costs of each operation, hours, memory and disk.
+
+python tools/large_models.py      memory and disk alone, which need no measurement
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rac.calibrate.leading import RANK
+from rac.calibrate.moments import OWN
 from rac.encode.quantise.tensor import FEWEST as FEW
 from rac.encode.quantise.tensor import PRODUCTS as LIMIT
 
@@ -27,6 +32,24 @@ class Input:
     copies: int = 1
     share: float = 1.0
     """Of the tokens, for each copy."""
+
+    @property
+    def dense(self) -> int:
+        """Bytes where each copy has a second moment of n^2 numbers."""
+        return 4 * self.copies * self.n**2
+
+    @property
+    def stored(self) -> int:
+        """Bytes of second moments on the disk: of many experts leading directions, and that of all."""
+        less = 4 * self.copies * self.n * (RANK + 1) + 4 * self.n**2
+        return self.dense if self.copies == 1 or self.dense <= OWN else less
+
+    @property
+    def held(self) -> int:
+        """Bytes of sums while they are made, those of a batch of 2,048 tokens beside."""
+        less = 4 * self.copies * self.n * (2 * RANK + 1) + 4 * self.n**2
+        batch = int(4 * 2048 * self.share * self.copies * self.n)
+        return self.dense if self.copies == 1 or self.dense <= OWN else less + batch
 
 
 @dataclass(frozen=True)
@@ -50,8 +73,14 @@ class Model:
 
     @property
     def moments(self) -> int:
-        """Numbers of all second moments."""
-        return self.blocks * sum(i.copies * i.n**2 for i in self.inputs)
+        """Bytes of all second moments on the disk."""
+        return self.blocks * sum(i.stored for i in self.inputs)
+
+    @property
+    def block(self) -> int:
+        """Bytes at most in a backward step: a block as it is stored, its widest matrix in float32, sums, a batch."""
+        weights = 2 * self.weights // self.blocks + 4 * max(i.n * m for i, m in self.matrices)
+        return weights + sum(i.held * (len(i.rows) if i.copies == 1 else 1) for i in self.inputs)
 
 
 def llama(name: str, blocks: int, width: int, inner: int) -> Model:
@@ -193,8 +222,8 @@ def sizes(held: tuple[float, float]) -> None:
         every = (
             2 * m.weights,
             4 * CALIBRATION * m.width * (m.blocks + 1),
-            4 * m.moments,
-            4 * (m.weights + m.moments) / m.blocks,
+            m.moments,
+            m.block,
             largest,
             4 * max(i.n**2 for i in m.inputs),
         )
@@ -224,3 +253,10 @@ def check(costs: Costs, found: Mapping[str, Any]) -> None:
     rows.append(["all", f"{all_of:.1f}", f"{found['core']:.1f}"])
     table("stage | computed, core seconds | measured", rows)
     print(f"\n{found['blocks']} blocks, {found['tokens']} tokens: computed {all_of / found['core'] - 1:+.1%} off")
+
+
+HELD = 8.5, 7.0
+"""Bytes of a factor for each n^2, and of quantising for each weight, that tools/scaling.py has measured."""
+
+if __name__ == "__main__":
+    sizes(HELD)

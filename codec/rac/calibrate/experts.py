@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import math
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
+
+from rac.calibrate.layers import Low
+from rac.calibrate.leading import Leading
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -77,29 +82,80 @@ def _expert(w: Any, every: Sequence[tuple[str, Any]]) -> tuple[str, int, int, bo
     return None
 
 
+Second = Array | Low
+"""A second moment, dense or not."""
+ALIKE = 0.05  # cosine of what lies off the diagonals of two experts, from which on all of them tell of each
+_PAIRS = 16  # of experts that are looked at for that
+
+
 def settled(
-    whole: str, rows: Sequence[int], sums: Arrays, weights: Mapping[str, float], squares: Arrays
-) -> Iterator[tuple[str, Array, Array | None]]:
+    whole: str, rows: Sequence[int], sums: Mapping[str, Array | Leading], weights: Mapping[str, float], squares: Arrays
+) -> Iterator[tuple[str, Second, Array | None]]:
     """(name, second moment, sensitivity) of the parameter, as `whole[]`, and of each expert's matrix.
 
-    An expert sees few tokens: its second moment, which is summed over the rows seen, goes towards the mean of all as if
-    it had seen as many more of these as the matrix has inputs, and what no token came to counts as if one had. `sums`
-    and `weights` are by the name of the expert's matrix, or of all by that of the parameter; without `squares`, sums of
-    squared gradients, no sensitivities are known.
+    An expert sees few tokens: its second moment, which is summed over the rows seen, goes towards another one as if it
+    had seen as many more rows as the matrix has inputs: towards the mean of all where experts' inputs have something in
+    common, else, where the inputs are neurons of its own, towards its own diagonal. What no token came to counts as if
+    one had. `sums` and `weights` are by the name of the expert's matrix, or of all by that of the parameter; without
+    `squares`, sums of squared gradients, no sensitivities are known.
     """
     n = np.maximum(np.asarray(rows, np.float64), 1)
-    mean: Array = functools.reduce(np.add, sums.values()) / np.float32(max(sum(weights.values()), 1e-30))
     every = [f"{whole}[{e}]" for e in range(len(rows))]
     usual: Array = np.sum([*squares.values()], 0) / max(sum(rows), 1)
     sensitivity = [squares[name] / n[e] if name in squares else usual for e, name in enumerate(every)]
     of_all = np.concatenate([s * k / n.mean() for s, k in zip(sensitivity, n, strict=True)]) if squares else None
-    yield f"{whole}[]", mean * np.float32(n.mean()), of_all
+    own = {name: sums[name] for name in every if name in sums and weights[name] > 0}
+    of = [whole] if whole in sums else list(sums)
+    total: Array = functools.reduce(np.add, (sums[name] for name in of))  # type: ignore[arg-type, misc]
+    mean: Array = total / np.float32(max(sum(weights[name] for name in of), 1e-30))
+    common = alike(list(own.values())) >= ALIKE
+    yield f"{whole}[]", (usually := mean * np.float32(n.mean())), of_all
     for e, name in enumerate(every):
-        second = mean
-        if name in sums and weights[name] > 0:
-            own, few = sums[name] / np.float32(weights[name]), len(mean)
-            second = (own * np.float32(rows[e]) + mean * np.float32(few)) / np.float32(rows[e] + few)
-        yield name, second * np.float32(n[e]), sensitivity[e] if squares else None
+        second: Second = mean * np.float32(n[e])
+        if name in own:
+            seen = rows[e] / (rows[e] + len(mean))
+            second = _drawn(own[name], n[e] / weights[name], seen, usually if common else None, n[e] / n.mean())
+        elif whole in sums:
+            second = Low(np.zeros((1, len(mean)), np.float32), usually, float(n[e] / n.mean()))
+        yield name, second, sensitivity[e] if squares else None
+
+
+def _drawn(own: Array | Leading, factor: float, seen: float, all_of: Array | None, share: float) -> Second:
+    """A sum times a factor, of which a part was seen: the rest is a share of that of all, or its own diagonal."""
+    if isinstance(own, Leading):
+        part = own.least().array
+        diagonal = np.square(part[:-1]).sum(0) + part[-1]
+        part[:-1] *= np.float32(math.sqrt(factor * seen))
+        part[-1] *= np.float32(factor * seen)
+        if all_of is not None:
+            return Low(part, all_of, float(share * (1 - seen)))
+        part[-1] += diagonal * np.float32(factor * (1 - seen))
+        return Low(part)
+    out: Array = own * np.float32(factor * seen)
+    if all_of is not None:
+        return np.asarray(out + all_of * np.float32(share * (1 - seen)))
+    out[np.diag_indices_from(out)] = np.diag(own) * np.float32(factor)
+    return out
+
+
+def alike(sums: Sequence[Array | Leading]) -> float:
+    """Mean cosine of what lies off the diagonals of the second moments of neighbours, 1 where there are none."""
+    pairs = list(itertools.islice(itertools.pairwise(sums), _PAIRS))
+    found = [_cosine(a, b) for a, b in pairs]
+    return float(np.mean(found)) if found else 1.0
+
+
+def _cosine(a: Array | Leading, b: Array | Leading) -> float:
+    across, one, other = (_inner(x, y) for x, y in ((a, b), (a, a), (b, b)))
+    return across / math.sqrt(one * other) if one > 0 and other > 0 else 0.0
+
+
+def _inner(a: Array | Leading, b: Array | Leading) -> float:
+    """Sum of the products of what lies off two diagonals."""
+    if isinstance(a, Leading) and isinstance(b, Leading):
+        r, s = (np.asarray(x.rows.cpu().numpy(), np.float64) for x in (a, b))
+        return float(np.square(r @ s.T).sum() - np.square(r).sum(0) @ np.square(s).sum(0))
+    return float(np.vdot(a, b) - np.diag(a) @ np.diag(b))  # type: ignore[arg-type]
 
 
 def parts(name: str) -> tuple[str, str, int | None] | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.layers import Kron, Layer, Layers
+from rac.calibrate.layers import Kron, Layer, Layers, Low
 from rac.container.access import guarded
 from rac.container.output import PART, destination
 from rac.container.zstd import Digest
@@ -63,6 +63,9 @@ class _Writer:
         out: dict[str, Any] = {"transposed": layer.transposed, "finite": layer.finite}
         if isinstance(layer.moment, Kron):
             out |= {"channels": self._array(layer.moment.channels), "places": self._array(layer.moment.places)}
+        elif isinstance(low := layer.moment, Low):
+            out |= {"low": self._array(low.read()), "share": low.share}
+            out |= {} if low.shared is None else {"shared": self._array(low.common())}
         else:
             out["second"] = self._array(np.asarray(layer.second, np.float32))
         if layer.sensitivity is not None:
@@ -130,6 +133,7 @@ class _Mapped:
     offset: int
     size: int
     dimensions: int = 2  # of a square, or 1
+    square: bool = True
 
     @property
     def key(self) -> str:
@@ -159,7 +163,7 @@ def _checked(one: _Mapped, _: int) -> tuple[int, tuple[int, ...], np.dtype[Any]]
         np.lib.format.read_magic(f)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
         at = f.tell()
-    if fortran or dtype.kind != "f" or len(shape) != one.dimensions or shape[0] != shape[-1]:
+    if fortran or dtype.kind != "f" or len(shape) != one.dimensions or (one.square and shape[0] != shape[-1]):
         raise ValueError("another kind of array")
     if at + math.prod(shape) * dtype.itemsize != one.offset + one.size:
         raise ValueError("another size")
@@ -202,6 +206,9 @@ class _Reader:
         moment: Any
         if "second" in entry:
             moment = self._mapped(entry["second"])
+        elif "low" in entry:
+            part = replace(self._mapped(entry["low"]), square=False)
+            moment = Low(part, self._mapped(entry["shared"]) if "shared" in entry else None, float(entry["share"]))
         else:
             moment = _MappedKron(self._mapped(entry["channels"]), self._mapped(entry["places"]))
         sensitivity, rows = (self._vector(entry.get(key)) for key in ("sensitivity", "sketch"))

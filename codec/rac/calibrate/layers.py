@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
 from rac.linalg.factors import Factors
+from rac.native import product
 
 IDS = "ids.npy"  # the file of the tokens
 _VERSION = 6  # of this code: counts up when it would find something else, so that no cache gives anything old
@@ -51,6 +53,11 @@ class Layer:
         return _key(self.moment)
 
     @property
+    def inputs(self) -> int:
+        """How many inputs there are."""
+        return self.moment.inputs if isinstance(self.moment, Low) else len(self.second)
+
+    @property
     def second(self) -> NDArray[np.float32]:
         """(in, in), a mean over the text's tokens, which count by the length of their gradient where there is one.
 
@@ -69,6 +76,57 @@ class Kron:
     def __call__(self) -> NDArray[np.float32]:
         """The product."""
         return np.kron(self.channels, self.places)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Low:
+    """A second moment (n, n) as R^T R, a diagonal, and a share of one that others have too."""
+
+    part: NDArray[np.float32] | Callable[[], NDArray[np.float32]]
+    """(k + 1, n), or what reads it: R, and the diagonal."""
+    shared: NDArray[np.float32] | Callable[[], NDArray[np.float32]] | None = None
+    share: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others of a calibration; empty where nothing short does."""
+        own, other = _key(self.part), "-" if self.shared is None else _key(self.shared)
+        return f"{own}+{other}*{self.share!r}" if own and other else ""
+
+    @property
+    def inputs(self) -> int:
+        """How many inputs there are."""
+        return int(self.read().shape[1])
+
+    def read(self) -> NDArray[np.float32]:
+        """R, and the diagonal."""
+        return self.part() if callable(self.part) else self.part
+
+    def common(self) -> NDArray[np.float32]:
+        """(n, n) that others have too; SourceError where it is of other inputs."""
+        assert self.shared is not None  # noqa: S101
+        found = self.shared() if callable(self.shared) else self.shared
+        if len(found) != self.inputs:
+            raise SourceError(f"damaged calibration: a second moment of {len(found)} inputs for {self.inputs}")
+        return found
+
+    def __call__(self) -> NDArray[np.float32]:
+        """The sum, of the bits that the processor's products have."""
+        part = self.read()
+        rows = np.ascontiguousarray(part[:-1])
+        out = np.zeros((part.shape[1],) * 2, np.float32)
+        product.add(out, np.ascontiguousarray(rows.T), rows)
+        out[np.diag_indices_from(out)] += part[-1]
+        if self.shared is not None:
+            out += self.common() * np.float32(self.share)
+        return out
+
+    def times(self, factor: float, shared: NDArray[np.float32]) -> Low:
+        """So many times it, of arrays, where what is shared is given as many times already."""
+        part = np.array(self.read())
+        part[:-1] *= np.float32(math.sqrt(factor))
+        part[-1] *= np.float32(factor)
+        return Low(part, None if self.shared is None else shared, self.share)
 
 
 class Layers(dict[str, Layer]):
@@ -216,7 +274,11 @@ def _layer(folder: Folder, entry: Mapping[str, Any]) -> Layer:
     rows = slice(*entry.get("rows", [None]))  # of the expert's matrix, where the file's is a part of it
     sensitivity = np.array(folder.array(given)[rows]) if given else None
     experts = [_layer(folder, one) for one in entry.get("experts", ())]
-    return Layer(_Stored(folder, entry["second"]), sensitivity, entry["transposed"], entry["finite"], experts)
+    moment: Any = _Stored(folder, entry["second"])
+    if "low" in entry:  # the share of what is in another file
+        other, share = entry["low"]
+        moment = Low(moment, _Stored(folder, other) if other else None, share)
+    return Layer(moment, sensitivity, entry["transposed"], entry["finite"], experts)
 
 
 class _Stored:

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from rac.calibrate import experts as calibration_experts
 from rac.calibrate.folder import Folder
+from rac.calibrate.layers import Low
+from rac.calibrate.leading import Leading
 from rac.calibrate.place import Place
 from rac.models.linears import is_linear
 
 _RECENT = 8
-_OWN = 1 << 30  # bytes of second moments of the experts of one parameter, up to which each has its own
+OWN = 1 << 30  # bytes of second moments of the experts of one parameter, up to which each is dense
 
 
 def linears(model: Any) -> dict[str, Any]:
@@ -46,8 +48,8 @@ def _pointwise(module: Any) -> bool:
 class Sums:
     """What a pass has added up, by the names of layers: of one batch, or of many one after the other."""
 
-    second: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Name, or the first with that input, to the sum of x x^T."""
+    second: dict[str, Any] = field(default_factory=dict)
+    """Name, or the first with that input, to the sum of x x^T: an array, or Leading of experts that are many."""
     key: dict[str, str] = field(default_factory=dict)
     """Name to the first layer with the same input: query, key and value, for example."""
     squares: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -70,8 +72,7 @@ class Sums:
             self.alone.discard(name)
             del self.second[name], self.rows[name]
         for name, part in other.second.items():
-            with np.errstate(all="ignore"):  # not finite is told by the result
-                self.second[name] = np.add(self.second[name], part, part) if name in self.second else part
+            self.second[name] = added(self.second[name], part) if name in self.second else part
         for name, squares in other.squares.items():
             self.squares[name] = self.squares[name] + squares if name in self.squares else squares
         for name, rows in other.rows.items():
@@ -116,15 +117,29 @@ class Sums:
             squares = {name: self.squares.pop(name) for name in every if name in self.squares}
             weights = {name: self.weight[name] if outputs else float(self.rows[name]) for name in sums}
             rows = [self.rows.get(name, 0) for name in every]
-            found = calibration_experts.settled(whole, rows, sums, weights, squares)
+            found, first = calibration_experts.settled(whole, rows, sums, weights, squares), ""
             for j, (name, second, sensitivity) in enumerate(found if sums else ()):
                 entry: dict[str, Any] = {"transposed": self.turned[whole]}
+                if isinstance(second, Low):
+                    entry["low"] = [first if second.shared is not None else None, second.share]
+                    second = second.times(1 / tokens, second.read()).read()
+                else:
+                    second = second / np.float32(tokens)
                 entry["finite"] = math.isfinite(float(np.abs(second).sum(dtype=np.float64)))
                 folder.state["layers"][name] = entry
-                entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second / np.float32(tokens))
+                entry["second"] = folder.put(f"second-{tag}-x{i:02}-{j:04}.npy", second)
+                first = entry["second"] if j == 0 else first  # that of the parameter as a whole
                 if sensitivity is not None:
                     entry["finite"] = entry["finite"] and bool(np.isfinite(sensitivity).all())
                     entry["sensitivity"] = folder.put(f"sensitivity-{tag}-x{i:02}-{j:04}.npy", sensitivity)
+
+
+def added(a: Any, b: Any) -> Any:
+    """The sum of two second moments, the second of which is used up."""
+    if isinstance(a, Leading):
+        return a.plus(b)
+    with np.errstate(all="ignore"):  # not finite is told by the result
+        return np.add(a, b, b)
 
 
 class Collector:
@@ -139,7 +154,7 @@ class Collector:
         self._open = contextlib.ExitStack()
         for name, m in modules.items():
             if name not in self._experts:
-                hook = functools.partial(self._ran, name, name)
+                hook = functools.partial(self._ran, name, ())
                 self._open.enter_context(m.register_forward_hook(hook))
 
     def __enter__(self) -> Collector:
@@ -166,7 +181,10 @@ class Collector:
         self.settle()
         self._recent.clear()
         out, self.sums = self.sums, Sums()
-        out.second = {name: self._place.array(total) for name, total in out.second.items()}
+        out.second = {
+            name: Leading.from_array(total.array) if isinstance(total, Leading) else self._place.array(total)
+            for name, total in out.second.items()
+        }
         return out
 
     def save(self, folder: Folder, tag: str, tokens: int) -> None:
@@ -178,16 +196,16 @@ class Collector:
         for name, inputs in self._waiting.items():
             self.sums.alone.add(name)
             for x in inputs:
-                self._forward(name, name, x)
+                self._forward(name, (), x)
         self._waiting.clear()
 
     def _expert(self, whole: str, number: int, count: int, turned: bool, x: Any, out: Any) -> None:
         self.sums.fused[whole], self.sums.turned[whole] = count, turned
         name = f"{whole}[{number}]"
-        self._ran(name, name if count * 4 * x.shape[-1] ** 2 <= _OWN else whole, None, (x,), out)
+        self._ran(name, () if count * 4 * x.shape[-1] ** 2 <= OWN else (whole,), None, (x,), out)
 
-    def _ran(self, name: str, into: str, module: Any, args: Any, out: Any) -> None:
-        """Layer `name` has made `out` of its first argument, whose moments are added to those of `into`."""
+    def _ran(self, name: str, too: tuple[str, ...], module: Any, args: Any, out: Any) -> None:
+        """Layer `name` has made `out` of its first argument, whose moments are added to those of others `too`."""
         given = args[0]
         if isinstance(out, tuple):  # a linear layer that does more than its product: a router
             return
@@ -199,20 +217,30 @@ class Collector:
         self.sums.key.setdefault(name, key)
         if not self._outputs:
             if self.sums.key[name] == name:
-                self._forward(name, into, x)
+                self._forward(name, too, x)
             return
         if module is not None and name not in self.sums.squares:
             self._waiting.setdefault(name, []).append(x)
         if out.requires_grad:
             outs = len(module.weight) if isinstance(module, torch.nn.Linear) or first else out.shape[-1]
-            out.register_hook(lambda g: self._gradient(name, into, x, g.mT if first else g, outs))
+            out.register_hook(lambda g: self._gradient(name, too, x, g.mT if first else g, outs))
 
-    def _forward(self, name: str, into: str, x: Any) -> None:
-        for n in {name, into}:
+    def _forward(self, name: str, too: tuple[str, ...], x: Any) -> None:
+        for n in (name, *too):
             self.sums.rows[n] = self.sums.rows.get(n, 0) + x.numel() // x.shape[-1]
-        self.sums.second[into] = self._place.added(self.sums.second.get(into), x)
+        self._moments(name, too, x, None)
 
-    def _gradient(self, name: str, into: str, x: Any, gradient: Any, outs: int) -> None:
+    def _moments(self, name: str, too: tuple[str, ...], x: Any, length: Any) -> None:
+        """Add the second moment of inputs, rows counting by their length; where others get it too, its own is less."""
+        second = self.sums.second
+        for n in too or (name,):
+            second[n] = self._place.added(second.get(n), x, length)
+        if too:
+            rows = x.float().reshape(-1, x.shape[-1])
+            part = Leading.of(rows if length is None else rows * length.sqrt()[:, None])
+            second[name] = second[name].plus(part) if name in second else part
+
+    def _gradient(self, name: str, too: tuple[str, ...], x: Any, gradient: Any, outs: int) -> None:
         """What the loss depends on in the output of a layer, whose weight has `outs` rows: of groups, all of them."""
         self._waiting.pop(name, None)
         if name in self.sums.alone:  # in an earlier pass no gradient came
@@ -226,8 +254,9 @@ class Collector:
         self.sums.squares[name] = self.sums.squares.get(name, 0.0) + squares
         length = square.sum(1).sqrt()
         weight = float(self._place.numbers(length).sum(dtype=np.float64))
-        self.sums.weight[into] = self.sums.weight.get(into, 0.0) + weight
-        self.sums.second[into] = self._place.added(self.sums.second.get(into), x, length)
+        for n in (name, *too):
+            self.sums.weight[n] = self.sums.weight.get(n, 0.0) + weight
+        self._moments(name, too, x, length)
 
     def of_experts(self, whole: str) -> list[NDArray[np.float32]]:
         """Second moments (in, in), in any unit, of the inputs of each expert of a parameter, without gradients.
@@ -239,4 +268,4 @@ class Collector:
         rows = [self.sums.rows.get(name, 0) for name in every]
         weights = {name: float(self.sums.rows[name]) for name in sums}
         found = {name: second for name, second, _ in calibration_experts.settled(whole, rows, sums, weights, {})}
-        return [found[name] for name in every]
+        return [s() if callable(s := found[name]) else s for name in every]

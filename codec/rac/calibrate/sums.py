@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rac.calibrate import moments
 from rac.calibrate.experts import settled
-from rac.calibrate.layers import Kron, Layer
+from rac.calibrate.layers import Kron, Layer, Low
+from rac.calibrate.leading import Leading
+from rac.calibrate.moments import added
 from rac.calibrate.products import ROWS, Product
 from rac.calibrate.sketch import sketch
 from rac.calibrate.text import SEED
@@ -25,7 +28,6 @@ At = tuple[str, int | None]
 """A parameter and the part of it."""
 Moment = NDArray[np.float32] | Kron
 WIDE = 2304  # inputs of a kernel beyond which its second moment is held as a product: of channels, of places
-_OWN = 1 << 30  # bytes of second moments of the parts of one parameter, up to which each has its own
 _RECENT = 8
 
 
@@ -42,6 +44,7 @@ class Sum:
     squares: NDArray[np.float64] | None = None
     graded: int = 0
     copied: bool = False  # whether its input is overwritten before the gradient comes
+    less: bool = False  # whether leading directions are all that is kept: of experts that are many
 
     def add(self, x: Any, weighted: bool, weight: float) -> None:
         """Add inputs (n, in), which are multiplied by the roots of their weights; `weight` is the sum of these."""
@@ -49,10 +52,12 @@ class Sum:
         if self.kernel > 1 and x.shape[1] > WIDE:
             x = x.reshape(len(x), -1, self.kernel)
             found: tuple[Any, ...] = (_gram(x.movedim(2, 1).flatten(0, 1)), _gram(x.flatten(0, 1)))
+        elif self.less:
+            found = (Leading.of(x),)
         else:
             found = (_gram(x),)
         before = self.second.get(weighted)
-        self.second[weighted] = found if before is None else tuple(map(np.add, before, found))
+        self.second[weighted] = found if before is None else tuple(map(added, before, found))
         self.weight[weighted] = self.weight.get(weighted, 0.0) + weight
 
     @property
@@ -131,16 +136,18 @@ class Sums:
         self._key.setdefault(at, first)
         return total
 
-    def _into(self, one: Product, total: Sum) -> Sum:
-        """The sum that takes the second moment: that of all experts together where theirs would be too many."""
-        if one.many * 4 * one.width**2 <= _OWN:
-            return total
-        return self._of.setdefault((one.name, -1), Sum(one.turned, one.block))
+    def _into(self, one: Product, total: Sum) -> list[Sum]:
+        """The sums that take the second moment: that of all experts too where dense ones of each would be too many."""
+        if one.many * 4 * one.width**2 <= moments.OWN:
+            return [total]
+        total.less = True
+        return [total, self._of.setdefault((one.name, -1), Sum(one.turned, one.block))]
 
     def _plain(self, one: Product, total: Sum, rows: Any) -> None:
         if self._key[one.name, one.part] == (one.name, one.part):  # others share what the first has
             x = one.inputs(rows).detach()
-            self._into(one, total).add(x, False, len(x))
+            for into in self._into(one, total):
+                into.add(x, False, len(x))
 
     def _gradient(self, number: int, gradient: Any) -> None:
         one, total, rows, held = self._waiting[number]
@@ -162,7 +169,8 @@ class Sums:
             length = square.sum().sqrt().expand(len(x))
         if (weight := float(length.cpu().sum(dtype=torch.float64))) != 0:
             del self._waiting[number]
-            self._into(one, total).add(x.float() * length.sqrt()[:, None], True, weight)
+            for into in self._into(one, total):
+                into.add(x.float() * length.sqrt()[:, None], True, weight)
 
     def end(self) -> None:
         """A batch is done: what got no gradient counts as it is."""
@@ -200,7 +208,7 @@ class Sums:
             sharing.setdefault(first, []).append(at)
         out: dict[At, Moment] = {}
         for first, every in sharing.items():
-            having = [self._of[at].mean() for at in every if self._of[at].second]
+            having = [self._of[at].mean() for at in every if self._of[at].second and not self._of[at].less]
             if not having:
                 continue
             count = np.float32(self._of[first].count / batches / len(having))
@@ -218,23 +226,29 @@ class Sums:
         sums, weights = {}, {}
         for e in parts:
             first, key = self._key[name, e], f"{name}[{e}]"
-            source = self._of[first]
-            if not source.second:  # it went to that of all
-                source, key = self._of[first[0], -1], name
-            weights[key] = float(source.weight[source.weighted])
-            sums[key] = source.second[source.weighted][0]
+            for source, at in ((self._of[first], key), (self._of.get((first[0], -1)), name)):
+                if source is not None and source.second:
+                    weights[at] = float(source.weight[source.weighted])
+                    sums[at] = source.second[source.weighted][0]
         squares = {f"{name}[{e}]": t.squares for e, t in parts.items() if t.squares is not None}
         seen = [parts[e].count if e in parts else 0 for e in range(count)]
         turned = next(iter(parts.values())).turned
-        whole, *each = (
-            Layer((second / np.float32(batches)).astype(np.float32), sensitivity, turned, _finite(second, sensitivity))
-            for _, second, sensitivity in settled(name, seen, sums, weights, squares)
-        )
+        each: list[Layer] = []
+        for _, second, sensitivity in settled(name, seen, sums, weights, squares):
+            if isinstance(second, Low):
+                moment: Any = second.times(1 / batches, each[0].second)
+            else:
+                moment = (second / np.float32(batches)).astype(np.float32)
+            each.append(Layer(moment, sensitivity, turned, _finite(moment, sensitivity)))
+        whole, *each = each
         return Layer(whole.moment, whole.sensitivity, turned, all(e.finite for e in each), each, rows)
 
 
-def _finite(second: Moment, sensitivity: NDArray[np.float64] | None) -> bool:
-    parts = (second.channels, second.places) if isinstance(second, Kron) else (second,)
+def _finite(second: Moment | Low, sensitivity: NDArray[np.float64] | None) -> bool:
+    if isinstance(second, Kron):
+        parts: tuple[NDArray[np.float32], ...] = second.channels, second.places
+    else:
+        parts = (second.read() if isinstance(second, Low) else second,)
     known = sensitivity is None or bool(np.isfinite(sensitivity).all())
     return known and all(math.isfinite(float(np.abs(part).sum(dtype=np.float64))) for part in parts)
 

@@ -23,6 +23,7 @@ from rac.calibrate import passes
 from rac.calibrate.chain import UnfitError
 from rac.calibrate.folder import Folder, fed
 from rac.calibrate.given import Given
+from rac.calibrate.leading import Leading
 from rac.calibrate.moments import Sums
 from rac.calibrate.wide import Wide
 from rac.container.zstd import Digest
@@ -169,10 +170,12 @@ class _SharedPasses(passes.Passes):
             return
         name = self._name(f"sums-{tag}-{int(outputs)}", "npy")
         with written(self._store, name) as f:
-            for array in (*sums.second.values(), *sums.squares.values()):
+            for total in (*sums.second.values(), *sums.squares.values()):
+                array = total.array if isinstance(total, Leading) else total
                 np.lib.format.write_array(f, array, allow_pickle=False)  # type: ignore[arg-type]
         about = asdict(replace(sums, second={}, squares={})) | {"alone": sorted(sums.alone)}
         about |= {"second": [*sums.second], "squares": [*sums.squares]}
+        about["leading"] = [name for name, total in sums.second.items() if isinstance(total, Leading)]
         self._left.append(["sums", f.size, f.digest.value().hex(), name, tag, outputs, about])
 
     @contextlib.contextmanager
@@ -222,6 +225,8 @@ class _SharedPasses(passes.Passes):
                 *_, tag, outputs, about = row
                 second = {name: np.lib.format.read_array(f, allow_pickle=False) for name in about["second"]}
                 squares = {name: np.lib.format.read_array(f, allow_pickle=False) for name in about["squares"]}
+            about = dict(about)
+            second |= {name: Leading.from_array(second[name]) for name in about.pop("leading")}
             total.add(Sums(**about | {"second": second, "squares": squares, "alone": set(about["alone"])}))
         folder = Folder(None, "")
         total.save(folder, tag, self.ids.numel(), outputs)

@@ -17,7 +17,6 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from rac.calibrate import chain as calibration_blocks
-from rac.calibrate import moments as calibration_moments
 from rac.calibrate import passes as calibration_stream
 from rac.calibrate import text as calibration_text
 from rac.calibrate.experts import settled  # noqa: E402
@@ -332,19 +331,6 @@ def test_experts_that_the_files_hold_fused(saved):
     layer = found["model.layers.0.mlp.experts.down_proj"]
     assert layer.transposed and [one.second.shape for one in layer.experts] == [(48, 48)] * 4
     assert all(one.transposed for one in layer.experts)
-
-
-def test_large_experts_share_a_second_moment(saved, monkeypatch):
-    folder = saved(mixtral)
-    with monkeypatch.context() as m:
-        m.setattr(calibration_moments, "_OWN", 0)
-        shared = run(folder)[0]
-    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
-    one, other = (shared[name.format(e)].second for e in (0, 3))
-    np.testing.assert_allclose(one / one.trace(), other / other.trace(), rtol=1e-4, atol=1e-7)
-    own = run(folder)[0]
-    one, other = (own[name.format(e)].second for e in (0, 3))
-    assert not np.allclose(one / one.trace(), other / other.trace(), rtol=1e-4, atol=1e-7)
 
 
 def test_expert_without_a_token():

@@ -10,15 +10,16 @@ import time
 
 import pytest
 import torch
+import transformers
 
 import rac
 from rac import cli
-from rac.calibrate import passes
+from rac.calibrate import leading, moments, passes
 from rac.calibrate.chain import UnfitError
 from rac.errors import OutputError, SourceError
 from rac.linalg.triangular import triangular
 from rac.ranks import Asked, How, finish, open_store, pack_rank
-from support.models import TEXT, write
+from support.models import TEXT, tokenizer, write
 
 QUICK = How(jobs=1, lease=0.5)
 
@@ -133,6 +134,24 @@ def test_each_factor_is_found_by_one_rank(folder, asked, alone, tmp_path, monkey
     finish(work, tmp_path / "m.rac", how=QUICK)
     assert found.value == before  # neither weights nor second moments are looked at again
     assert (tmp_path / "m.rac").read_bytes() == alone
+
+
+def test_experts_that_are_many_have_the_bytes_of_one_machine(folder, asked, tmp_path, monkeypatch):
+    """Their leading directions go from batch to batch through files, and are added in the order of one machine."""
+    monkeypatch.setattr(moments, "OWN", 0)
+    monkeypatch.setattr(leading, "RANK", 8)
+    torch.manual_seed(0)
+    small = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    many = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 256, "num_local_experts": 3}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**small, **many))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    tokenizer().save_pretrained(tmp_path / "m")
+    rac.pack(tmp_path / "m", tmp_path / "alone.rac", **asked.changed)
+    pack_rank(tmp_path / "m", tmp_path / "work", asked, rank=1, world=2, how=QUICK)
+    finish(tmp_path / "work", tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "alone.rac").read_bytes()
+    lossless = rac.pack(tmp_path / "m", tmp_path / "lossless.rac").stored
+    assert (tmp_path / "m.rac").stat().st_size < 0.8 * lossless  # experts are quantised
 
 
 def test_ranks_that_are_killed_while_they_calibrate(folder, asked, alone, tmp_path):

@@ -296,7 +296,7 @@ def _fits(layer: Layer, shape: tuple[int, int]) -> bool:
     inputs, outputs = shape[:: 1 if layer.transposed else -1]
     inputs //= max(1, len(layer.experts)) if layer.transposed else 1
     known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
-    return len(layer.second) == inputs and known
+    return layer.inputs == inputs and known
 
 
 def picked(energies: NDArray[np.float64]) -> NDArray[np.int64] | None:

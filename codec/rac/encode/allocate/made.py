@@ -111,14 +111,14 @@ class _Look:
 
     def _fits(self, layer: Layer) -> bool:
         width = self._rows // max(1, len(layer.experts)) if layer.transposed else self._cols
-        return len(layer.second) == width
+        return layer.inputs == width
 
     def difference(self, layer: Layer) -> str:
         """How the layer of the tensor's name is about another."""
         rows = layer.sketch if layer.sketch is not None else layer.sensitivity
         if rows is not None and len(rows) != self._rows:
             return f"has {len(rows)} rows there, {self._rows} here"
-        return "has other values there" if layer.sketch is not None else f"has {len(layer.second)} inputs there"
+        return "has other values there" if layer.sketch is not None else f"has {layer.inputs} inputs there"
 
 
 def _stacked(found: Sequence[Layer]) -> Layer:
