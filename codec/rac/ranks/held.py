@@ -43,8 +43,11 @@ class Held(Folder):
         name, size, digest, far = row
         self._files[name], self._far[name] = [size, digest], far
 
-    def told(self) -> Row:
-        """All that another rank needs to know."""
+    def told(self, folder: str) -> Row:
+        """All that another rank needs to know; arrays that are only here are written to a folder of the work folder."""
+        for name in self.names:
+            if name not in self._far and name != "ids.npy":
+                self.know(uploaded(self._store, self, name, f"{folder}/{name}"))
         files = [[name, *self._files[name], far] for name, far in self._far.items() if name in self._files]
         return ["held", self.state, files]
 

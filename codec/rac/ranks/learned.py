@@ -84,7 +84,7 @@ class Learned:
     def _run(self, stage: Stage, calibration: Calibration, held: Held | None) -> Made:
         """Run it, and write what it found; an error that any rank would have is what it found."""
         if held is not None:
-            return Made([held.told()])
+            return Made([held.told(stage.key)])
         try:
             found = calibration()
         except SourceError as e:
