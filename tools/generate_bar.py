@@ -176,7 +176,7 @@ def _stepped(model: Any, window: Any) -> Any:
 
     cache, out = transformers.DynamicCache(config=model.config), []
     for i in range(len(window)):
-        out.append(model(window[None, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        out.append(model(window[None, i : i + 1], cache=cache, use_cache=True).logits)
     return torch.cat(out, 1)
 
 
