@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.given import Given
 from rac.calibrate.layers import Layer, calibrate
+from rac.calibrate.names import all_tables
 from rac.calibrate.text import Note
 from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.machine import room
@@ -206,7 +207,8 @@ class Measure:
             how: dict[str, Any] = {"tokens": self.tokens, "context": self._context, "fisher": False}
             layers = calibrate(self._model, self._text, **how, note=self._note)
         mine = dict(self.model.named_parameters())  # experts have other names in files
-        self._layers = {name: layer for name, layer in layers.items() if name in mine}
+        tables = {id(m.weight) for m in all_tables(self.model) if hasattr(m, "weight")}
+        self._layers = {n: layer for n, layer in layers.items() if n in mine and id(mine[n]) not in tables}
         self._energy = sum(self._trace(name, self.model.get_parameter(name)) for name in self._layers)
 
     def weighted_snr(self, model: Any) -> float | None:

@@ -147,7 +147,7 @@ def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str, reached:
     """
     key = known.get(name, (name, True))[0]
     owners = list(_owners(model, key))
-    if owners and owners[-1] in _tables(model):
+    if owners and owners[-1] in all_tables(model):
         return EMBEDDINGS
     if owners and key.rpartition(".")[2] in owners[-1]._buffers:
         return BUFFERS
@@ -183,7 +183,7 @@ def _owners(model: Any, key: str) -> Iterator[Any]:
         yield model
 
 
-def _tables(model: Any) -> set[Any]:
+def all_tables(model: Any) -> set[Any]:
     """Embeddings, and the output embedding."""
     import torch
 

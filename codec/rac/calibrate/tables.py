@@ -141,11 +141,18 @@ def taken(layers: dict[str, Entry]) -> dict[str, Entry]:
     return {name: layers.pop(name) for name in list(layers) if name.endswith((READ, FELT, SAID))}
 
 
+def _words(model: Any) -> Any:
+    """The module in which tokens are looked up, where the model says which one it is."""
+    with contextlib.suppress(AttributeError, NotImplementedError):  # transformers raises it for towers side by side
+        return model.get_input_embeddings()
+    return None
+
+
 def entries(model: Any, found: Mapping[str, Entry], folder: Folder, tokens: int) -> dict[str, Entry]:
     """An entry for each table, by the names of its parameters: what `taken` found, of one currency."""
     modules, out = dict(model.named_modules()), dict[str, Entry]()
     names = dict.fromkeys(name.rpartition(":")[0] for name in found)
-    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    words = _words(model)
     for i, tied in enumerate(_tied(modules, names)):
         roles = {kind: found[name + kind] for kind in (READ, FELT, SAID) for name in tied if name + kind in found}
         said = roles.get(SAID) or next((e for name, e in found.items() if name.endswith(SAID)), None)
@@ -156,7 +163,9 @@ def entries(model: Any, found: Mapping[str, Entry], folder: Folder, tokens: int)
         entry: Entry = {"finite": finite, "transposed": False}
         entry["second"] = folder.put(f"second-table-{i:03}.npy", second)
         entry["sensitivity"] = folder.put(f"sensitivity-table-{i:03}.npy", sensitivity)
-        out |= {f"{name}.weight": entry for name in tied}
+        # a file may have the name of a module that was never called: T5's `shared`
+        everywhere = model.named_modules(remove_duplicate=False)
+        out |= {f"{name}.weight": entry for name, m in everywhere if getattr(m, "weight", None) is weight}
     return out
 
 

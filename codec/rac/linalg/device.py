@@ -113,7 +113,7 @@ class Errors:
 
         self._torch, self._device = torch, device
         with enough(device, f"errors of {rows} x {len(feed)}, {4 * (rows + len(feed)) * len(feed) / 1e9:.1f} GB"):
-            self.feed = torch.from_numpy(np.ascontiguousarray(feed.T)).to(device)
+            self.feed = torch.from_numpy(np.require(feed.T, requirements=("C", "W"))).to(device)
             self.errors = torch.zeros(len(feed), rows, device=device)
 
     def fed(self, a: int, b: int) -> NDArray[np.float32]:

@@ -86,8 +86,9 @@ class Factors:
 def _save_lower(f: BinaryIO, array: NDArray[np.float32]) -> None:
     """Write an .npy file of matrices (..., n, n) that are 0 from the diagonal on: zeros are left out, as holes."""
     n = array.shape[-1]
-    np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(array))
+    head = np.lib.format.header_data_from_array_1_0(array) | {"fortran_order": False}  # whatever it is in memory
+    np.lib.format.write_array_header_1_0(f, head)
     for i, row in enumerate(array.reshape(-1, n)):
-        f.write(row[: i % n].data)
+        f.write(np.ascontiguousarray(row[: i % n]).data)
         f.seek(row[i % n :].nbytes, os.SEEK_CUR)
     f.truncate()

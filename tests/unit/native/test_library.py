@@ -108,9 +108,10 @@ def test_a_library_of_another_platform(tmp_path, archive, name, why):
 def test_a_library_of_another_version(tmp_path, archive):
     ours(tmp_path, *native.cpus())
     path = tmp_path / library._path(native.cpus()[-1]).name
-    begin, data = struct.pack("<2q", VERSION, layout()[1][1]), path.read_bytes()
+    numbers = [value for _, value in layout()][1:6]
+    begin, data = struct.pack("<6q", VERSION, *numbers), path.read_bytes()
     assert data.count(begin) == 1
-    path.write_bytes(data.replace(begin, struct.pack("<2q", VERSION - 1, layout()[1][1])))
+    path.write_bytes(data.replace(begin, struct.pack("<6q", VERSION - 1, *numbers)))
     code, _, said = cli(tmp_path, "load", archive)
     assert code == 2
     assert said == [

@@ -255,8 +255,9 @@ def test_sparse_layers_stay_sparse(tmp_path):
             w.copy_(four.scatter(1, four.abs().topk(2, 1, largest=False).indices, 0).reshape(w.shape))
     save_file(tensors, file, {"format": "pt"})
     done = pack(tmp_path / "hf", tmp_path / "m.rac", bits=4, calibrate="none", effort="fast")
-    assert done.fidelity and {(f.states, f.zeros) for f in done.fidelity} == {(1, 0)}
+    layers = [f for f in done.fidelity if "embed" not in f.name]
+    assert layers and {(f.states, f.zeros) for f in layers} == {(1, 0)}
     dense, model = (rac.load_model(tmp_path / "m.rac", resident=how) for how in ("dense", "compressed"))
     assert torch.equal(models.logits(model), models.logits(dense))
-    for f in done.fidelity:
+    for f in layers:
         assert not dense.get_parameter(f.name)[tensors[f.name] == 0].any()
