@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from rac.calibrate.given import Given
 from rac.calibrate.layers import Layer, calibrate
-from rac.calibrate.names import all_tables
 from rac.calibrate.text import Note
 from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.machine import room
@@ -203,6 +202,8 @@ class Measure:
 
     def moments(self) -> None:
         """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
+        from rac.calibrate.names import all_tables  # it imports torch
+
         with quiet(self._transformers):
             how: dict[str, Any] = {"tokens": self.tokens, "context": self._context, "fisher": False}
             layers = calibrate(self._model, self._text, **how, note=self._note)
