@@ -20,6 +20,7 @@ from rac.calibrate.layers import Layer, calibrate
 from rac.calibrate.text import Note
 from rac.errors import MismatchError, MissingDependencyError, SourceError
 from rac.machine import room
+from rac.models.linears import tables
 from rac.models.predictions import check, log_probabilities, loss, perplexity, quiet, windows
 
 Where = str | os.PathLike[str]
@@ -202,14 +203,12 @@ class Measure:
 
     def moments(self) -> None:
         """Find the second moments of the inputs of all linear layers on the text, which `weighted_snr` needs."""
-        from rac.calibrate.names import all_tables  # it imports torch
-
         with quiet(self._transformers):
             how: dict[str, Any] = {"tokens": self.tokens, "context": self._context, "fisher": False}
             layers = calibrate(self._model, self._text, **how, note=self._note)
         mine = dict(self.model.named_parameters())  # experts have other names in files
-        tables = {id(m.weight) for m in all_tables(self.model) if hasattr(m, "weight")}
-        self._layers = {n: layer for n, layer in layers.items() if n in mine and id(mine[n]) not in tables}
+        read = {id(p) for m in tables(self.model) for p in m.parameters()}
+        self._layers = {n: layer for n, layer in layers.items() if n in mine and id(mine[n]) not in read}
         self._energy = sum(self._trace(name, self.model.get_parameter(name)) for name in self._layers)
 
     def weighted_snr(self, model: Any) -> float | None:

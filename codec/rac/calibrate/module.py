@@ -23,7 +23,7 @@ from rac.calibrate.sums import Sums
 from rac.calibrate.text import SEED, Note, draw
 from rac.container.zstd import Digest
 from rac.errors import SourceError
-from rac.models.linears import frozen, is_linear
+from rac.models.linears import frozen, is_linear, tables
 
 Loss = Callable[[Any, Any], Any]
 """Called with what a forward made and the batch; returns a scalar to go backward from."""
@@ -221,10 +221,8 @@ def _eager(module: Any) -> Iterator[None]:
 
 def _weights(module: Any) -> dict[str, Any]:
     """Parameters by name, without embeddings and what is tied to them: these are read, and no text shows how often."""
-    tables = {id(p) for m in module.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    tables |= {id(p) for p in head.parameters()} if isinstance(head, torch.nn.Module) else set()
-    return {name: p for name, p in module.named_parameters() if id(p) not in tables}
+    read = {id(p) for m in tables(module) for p in m.parameters()}
+    return {name: p for name, p in module.named_parameters() if id(p) not in read}
 
 
 def _wanted(module: Any) -> list[str]:

@@ -23,7 +23,7 @@ from rac.calibrate.folder import Folder
 from rac.calibrate.layers import Low
 from rac.calibrate.leading import Leading
 from rac.calibrate.place import Place
-from rac.models.linears import is_linear
+from rac.models.linears import is_linear, output_embedding
 
 _RECENT = 8
 OWN = 1 << 30  # bytes of second moments of the experts of one parameter, up to which each is dense
@@ -31,7 +31,7 @@ OWN = 1 << 30  # bytes of second moments of the experts of one parameter, up to 
 
 def linears(model: Any) -> dict[str, Any]:
     """Linear layers by name, transposed ones and modules of fused experts among them, without the output embedding."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embedding(model)
     modules = dict(model.named_modules())
     named = {name: m for name, m in modules.items() if m is not head and not name.endswith("lm_head")}
     return {name: m for name, m in named.items() if is_linear(m) or _pointwise(m)} | calibration_experts.experts(

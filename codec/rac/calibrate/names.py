@@ -16,7 +16,7 @@ from rac.calibrate.experts import Stored, bits, parts
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import linears
 from rac.calibrate.tables import entries, taken
-from rac.models.linears import is_linear
+from rac.models.linears import is_linear, tables
 from rac.models.names import renamed
 
 Entry = dict[str, Any]
@@ -48,7 +48,7 @@ def rename(model: Any, stored: Stored, folder: Folder, tokens: int) -> dict[str,
     Returns the names of the float matrices in the files that were not reached, to the part of the model of each.
     """
     layers: dict[str, Entry] = folder.state["layers"]
-    tables, modules = entries(model, taken(layers), folder, tokens), linears(model)
+    seen, modules = entries(model, taken(layers), folder, tokens), linears(model)
     known = renamed(model, stored.names)
     by_key: dict[str, list[str]] = {}
     for name, (key, _) in known.items():
@@ -74,7 +74,7 @@ def rename(model: Any, stored: Stored, folder: Folder, tokens: int) -> dict[str,
             layers |= dict.fromkeys(names, entry)
         elif not found:
             loose.append((w, entry))
-    for key, table in tables.items():
+    for key, table in seen.items():
         shape = tuple(model.get_parameter(key).shape)
         layers |= {n: table for n in by_key.get(key, ()) if stored.shape(n) == shape}
     layers |= _blocks(loose, stored, layers)
@@ -147,7 +147,7 @@ def _part(model: Any, known: Mapping[str, tuple[str, bool]], name: str, reached:
     """
     key = known.get(name, (name, True))[0]
     owners = list(_owners(model, key))
-    if owners and owners[-1] in all_tables(model):
+    if owners and owners[-1] in tables(model):
         return EMBEDDINGS
     if owners and key.rpartition(".")[2] in owners[-1]._buffers:
         return BUFFERS
@@ -181,11 +181,3 @@ def _owners(model: Any, key: str) -> Iterator[Any]:
         if model is None:
             return
         yield model
-
-
-def all_tables(model: Any) -> set[Any]:
-    """Embeddings, and the output embedding."""
-    import torch
-
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} | ({head} if head is not None else set())

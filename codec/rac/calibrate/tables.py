@@ -23,7 +23,7 @@ from rac.calibrate.moments import Collector
 from rac.calibrate.place import Place
 from rac.linalg import exact
 from rac.linalg.triangular import triangular
-from rac.models.linears import is_linear
+from rac.models.linears import input_embedding, is_linear, output_embedding
 
 READ, FELT, SAID = ":read", ":felt", ":said"
 """Behind a module's name: how often its rows are read, what the loss depends on there, what they say."""
@@ -45,7 +45,7 @@ def embeddings(model: Any) -> dict[str, Any]:
 
 def output_layer(model: Any) -> dict[str, Any]:
     """The output layer by its name, where there is one that is linear."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embedding(model)
     return {name: m for name, m in model.named_modules() if m is head and is_linear(m)}
 
 
@@ -141,18 +141,11 @@ def taken(layers: dict[str, Entry]) -> dict[str, Entry]:
     return {name: layers.pop(name) for name in list(layers) if name.endswith((READ, FELT, SAID))}
 
 
-def _words(model: Any) -> Any:
-    """The module in which tokens are looked up, where the model says which one it is."""
-    with contextlib.suppress(AttributeError, NotImplementedError):  # transformers raises it for towers side by side
-        return model.get_input_embeddings()
-    return None
-
-
 def entries(model: Any, found: Mapping[str, Entry], folder: Folder, tokens: int) -> dict[str, Entry]:
     """An entry for each table, by the names of its parameters: what `taken` found, of one currency."""
     modules, out = dict(model.named_modules()), dict[str, Entry]()
     names = dict.fromkeys(name.rpartition(":")[0] for name in found)
-    words = _words(model)
+    words = input_embedding(model)
     for i, tied in enumerate(_tied(modules, names)):
         roles = {kind: found[name + kind] for kind in (READ, FELT, SAID) for name in tied if name + kind in found}
         said = roles.get(SAID) or next((e for name, e in found.items() if name.endswith(SAID)), None)

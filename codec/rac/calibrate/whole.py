@@ -16,6 +16,7 @@ from rac.calibrate.tables import Tables, embeddings, output_layer
 from rac.calibrate.text import SEED, Note, draw
 from rac.calibrate.wide import Wide
 from rac.errors import SourceError
+from rac.models.linears import input_embedding
 
 
 def backward(logits: Any, at: Any, tables: Tables) -> None:
@@ -33,12 +34,7 @@ def backward(logits: Any, at: Any, tables: Tables) -> None:
 @contextlib.contextmanager
 def leaves(model: Any) -> Any:
     """Gradients begin at the embeddings: those of the weights are not wanted."""
-    tables = set(embeddings(model).values())
-    for module in model.modules():
-        if hasattr(module, "get_input_embeddings"):
-            with contextlib.suppress(NotImplementedError, AttributeError):  # parts that read no tokens
-                tables.add(module.get_input_embeddings())
-    tables.discard(None)
+    tables = {*embeddings(model).values(), *map(input_embedding, model.modules())} - {None}
     with contextlib.ExitStack() as stack:
         for t in tables:
             stack.enter_context(t.register_forward_hook(lambda _, __, out: out.detach().requires_grad_(True).clone()))

@@ -14,6 +14,28 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def input_embedding(model: Any) -> Any:
+    """The module in which tokens are looked up; None where the model does not say which one it is."""
+    with contextlib.suppress(AttributeError, NotImplementedError):  # transformers raises it for towers side by side
+        return model.get_input_embeddings()
+    return None
+
+
+def output_embedding(model: Any) -> Any:
+    """The module that makes logits; None where there is none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def tables(model: Any) -> set[Any]:
+    """Embeddings, and the output embedding."""
+    import torch
+
+    head = output_embedding(model)
+    return {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} | (
+        {head} if isinstance(head, torch.nn.Module) else set()
+    )
+
+
 def inside_blocks(model: Any) -> Iterator[tuple[str, Any]]:
     """(name, module) of all that lies inside the blocks of a model: below the children of its lists of modules."""
     import torch

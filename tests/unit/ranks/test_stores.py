@@ -10,12 +10,9 @@ import threading
 from importlib.util import find_spec
 
 import fsspec
-import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from safetensors.numpy import save_file
 
-import rac
 from rac import cli
 from rac.errors import OutputError, SourceError
 from rac.ranks import Asked, How, finish, look, open_store, pack_rank, store
@@ -23,20 +20,6 @@ from support import ROOT
 
 ASKED = Asked(bits=3.0, calibrate="none", effort="fast")
 GIVEN = ["--bits", "3", "--calibrate", "none", "--effort", "fast", "-q"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    rng = np.random.default_rng(2)
-    path = tmp_path_factory.mktemp("stores") / "m.safetensors"
-    save_file({f"w{i}": (rng.standard_normal((130 + i, 128)) * 0.02).astype(np.float32) for i in range(6)}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def alone(model):
-    rac.pack(model, model.with_name("alone.rac"), **ASKED.changed)
-    return model.with_name("alone.rac").read_bytes()
 
 
 class Moody(MemoryFileSystem):

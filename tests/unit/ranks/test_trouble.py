@@ -38,12 +38,6 @@ def model(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def alone(model):
-    rac.pack(model, model.with_name("alone.rac"), **ASKED.changed)
-    return model.with_name("alone.rac").read_bytes()
-
-
 def start(tmp_path, argv, first=lambda: None):
     """`rac` in a process that is forked; `first` is done there before. Its exit code, what it said is in `said`."""
 
