@@ -30,10 +30,8 @@ def tables(model: Any) -> set[Any]:
     """Embeddings, and the output embedding."""
     import torch
 
-    head = output_embedding(model)
-    return {m for m in model.modules() if isinstance(m, torch.nn.Embedding)} | (
-        {head} if isinstance(head, torch.nn.Module) else set()
-    )
+    every = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    return {m for m in (*every, output_embedding(model)) if isinstance(m, torch.nn.Module)}
 
 
 def inside_blocks(model: Any) -> Iterator[tuple[str, Any]]:

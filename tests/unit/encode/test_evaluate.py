@@ -204,9 +204,12 @@ def test_pack_to_a_divergence(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     goal = 0.02
-    pack(folder, tmp_path / "m.rac", kl=goal, calibrate=str(text), tokens=256, effort="fast")
+    how = {"calibrate": str(text), "tokens": 256, "effort": "fast"}
+    pack(
+        folder, tmp_path / "m.rac", kl=goal, embeddings=False, **how
+    )  # a step of its table is a jump of so small a model
     _, row = compare(folder, [tmp_path / "m.rac"], Reading(TEXT, 256, 128))
-    assert 0.85 * goal < row.kl <= goal * 1.001  # steps of the scale are jumps of so small a model
+    assert 0.9 * goal < row.kl <= goal * 1.001
     with pytest.raises(ValueError, match="text"):
         pack(folder, tmp_path / "n.rac", kl=goal, calibrate="none")
 
