@@ -5,17 +5,19 @@ All get the same second moments (damped alike). Rows are METHOD NUMBER:
   qtip 2           QTIP/EXL3: Hadamard matrices on both sides, LDLQ, bitshift trellis of 65,536 states; 2, 3 or 4 bits
   watersic 2.5     WaterSIC: scalar, successive cancellation, entropy of each column (no file: the rate is that entropy)
   gptvq 2          GPTVQ: pairs by codebooks; 2, 3 or 4 bits and the codebooks
-  gguf IQ3_S       llama.cpp's type, the embedding in the type that llama.cpp chooses beside it (Q5_K or Q6_K)
-  linear IQ3_S     the same, the embedding left as it is
+  linear IQ3_S     llama.cpp's type, rows joined until its blocks fit, the embedding left as it is
+  gguf Q4_K_M      the file that llama.cpp makes, embedding and all in the types that it chooses; needs --gguf
   rac 3.05         linear layers at so many bits
-  file 3.2         the whole file at so many bits, embedding included
+  file 54MB        the whole file at that size, embedding included
+  at PATH          a .rac or .gguf file that is there
 
-tools/rival/ has what each leaves out. The embedding of rows other than gguf and file is as stored, BF16, also in the
+A row of rac or file is the mean of as many packs as --packs says, each a thousandth smaller than the one before.
+tools/rival/ has what each leaves out. The embedding of the other rows is as stored, BF16, also in the
 bytes of the file, which count tokenizer and configuration for all. What is made is kept in the folder WORK, matrix by
 matrix, as is what is measured: a second run makes what is missing. Seconds are those of a core, calibration excluded.
 
-  python tools/rivals.py demo/smollm2-hf valid.txt WORK --text wikitext=test.txt --text manual=bash.txt \
-      --cloze novel.txt --rows "qtip 2" "rac 2.06" --ggml libggml-base.so
+  python tools/rivals.py demo/smollm2-hf valid.txt WORK --text wikitext=test.txt --text manual=man.txt \
+      --choice emma.txt --rows "qtip 2" "rac 2.06" "gguf Q4_K_M" --gguf demo/smollm2.gguf
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -39,29 +41,36 @@ from numpy.typing import NDArray
 
 import rac
 from gguf_bar import Ggml, library
-from rac.calibrate.evaluate import Measure, load_original
+from rac.calibrate.evaluate import Measure, load_original, translated
 from rac.calibrate.layers import Layers, calibrate
+from rac.cli.info import report
 from rac.encode import ties
 from rac.encode.align.recipe import DAMP, matrix_of, quantisable
 from rac.encode.sources import Source, open_source
-from rac.encode.sources.tables import is_table
 from rac.linalg.triangular import damped
-from rival import cloze, gptvq, qtip, watersic
+from rac.machine import parse_size
+from rival import choice, gptvq, llama, qtip, watersic
 
-COARSE = ("IQ1", "IQ2", "IQ3_XXS")
-"""Types beside which llama.cpp takes Q5_K for a tied embedding; beside others Q6_K."""
 METHODS: dict[str, Callable[..., Any]] = {
     "qtip": qtip.quantised,
     "gptvq": gptvq.quantised,
     "watersic": watersic.quantised,
 }
+PACKED = ("rac", "file")
+"""Methods that RAC packs."""
+WHOLE = (*PACKED, "gguf", "at")
+"""Methods that leave a file."""
+ORIGINAL = "the original"
+LESS = 0.001
+"""Share of its budget by which each pack of a row is smaller than the one before."""
 ROWS = (
     *(f"qtip {k}" for k in (2, 3, 4)),
     *(f"watersic {b}" for b in (2, 2.5, 3, 4)),
     *(f"gptvq {k}" for k in (2, 3, 4)),
-    *(f"gguf {t}" for t in ("IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_0", "Q6_K")),
-    *(f"rac {b}" for b in (1.75, 2.06, 2.3, 2.55, 2.8, 3.05, 3.4, 3.8, 4.24)),
-    *(f"file {b}" for b in (2.7, 3.2, 3.8, 4.6)),
+    *(f"gguf {t}" for t in ("IQ2_XXS", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_M", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")),
+    *(f"gguf {t}" for t in ("Q6_K", "Q8_0")),
+    *(f"rac {b}" for b in (1.62, 2.06, 2.56, 3.05, 3.5, 4.05)),
+    *(f"file {size}MB" for size in (54, 64, 77)),
 )
 Floats = NDArray[np.float32]
 
@@ -77,8 +86,8 @@ class Bench:
         )
         groups = ties.find(self.source.tensors)
         self.linear = [g.tensor for g in groups if quantisable(g.tensor) and g.tensor.name in self.layers]
-        self.tables = [g.tensor for g in groups if is_table(g.tensor)]
         self.weights = sum(math.prod(t.shape) for t in self.linear)
+        self.all = sum(math.prod(g.tensor.shape) for g in groups)
         done = {t.name for t in self.linear}
         self.rest = sum(g.tensor.nbytes for g in groups if g.tensor.name not in done)
         self.rest += sum(len(file.read()) for file in self.source.attachments)
@@ -88,37 +97,48 @@ class Bench:
         """(bits, numbers) of the matrix of that number."""
         t = self.linear[number]
         w = matrix_of(t)
-        if method in ("gguf", "linear"):
+        if method == "linear":
             assert self.ggml  # noqa: S101
             size, out = self.ggml.quantised(what, w, self.layers[t.name].second.diagonal())
             return 8 * size, out
         second = damped(self.layers[t.name].second, DAMP)
         return METHODS[method](w, second, float(what) if method == "watersic" else int(what))  # type: ignore[no-any-return]
 
-    def table(self, what: str) -> Iterator[tuple[str, int, Floats]]:
-        """(name, bytes, numbers) of the embeddings of a GGUF file of type `what`."""
-        assert self.ggml  # noqa: S101
-        for t in self.tables:
-            w = matrix_of(t)
-            even = np.ones(w.shape[1], np.float32)
-            yield t.name, *self.ggml.quantised("Q5_K" if what.startswith(COARSE) else "Q6_K", w, even)
+    def file(self, what: str, path: Path) -> None:
+        """Write llama.cpp's file of a kind."""
+        exact = self.args.work / "original.gguf"
+        if not self.args.gguf:
+            raise SystemExit("rows of gguf need --gguf, a GGUF file of the same model")
+        if not exact.exists():
+            llama.make(self.args.gguf, exact, "BF16", {})
+            self._same(exact)
+        llama.make(exact, path, what, {t.name: self.layers[t.name].second.diagonal() for t in self.linear})
+
+    def _same(self, path: Path) -> None:
+        """SystemExit where a GGUF file has other numbers than the folder."""
+        theirs = translated(str(path))
+        for t in (g.tensor for g in ties.find(self.source.tensors)):
+            if not np.array_equal(theirs[t.name]().ravel(), matrix_of(t).ravel()):
+                raise SystemExit(f"{self.args.gguf} has another {t.name} than {self.args.folder}")
 
 
 class Row:
-    """A row of the table, and where it is kept."""
+    """A row of the table, or one pack of it, and where it is kept."""
 
-    def __init__(self, bench: Bench, name: str) -> None:
-        self.bench, self.name = bench, name
+    def __init__(self, bench: Bench, name: str, pack: int = 0) -> None:
+        self.bench, self.name, self.pack = bench, name, pack
         self.method, self.what = name.split()
-        self.folder = bench.args.work / name.replace(" ", "-")
+        self.folder = bench.args.work / (name.replace(" ", "-").replace("/", "_") + (f"-{pack + 1}" if pack else ""))
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "row.json"
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     @property
     def archive(self) -> Path:
-        """The file of a row of RAC."""
-        return Path(self.folder, "m.rac")
+        """The file of a row of whole files."""
+        if self.method == "at":
+            return Path(self.what)
+        return Path(self.folder, "m.gguf" if self.method == "gguf" else "m.rac")
 
     def keep(self, **more: Any) -> None:
         """Add to what is kept."""
@@ -129,16 +149,37 @@ class Row:
 
     def make(self) -> None:
         """Quantise the model, but for what is there."""
-        if "bits" not in self.found:
-            (self._pack if self.method in ("rac", "file") else self._quantise)()
+        if "bits" in self.found:
+            return
+        if self.method not in WHOLE:
+            self._quantise()
+            return
+        start = time.process_time()
+        if self.method == "gguf":
+            self.bench.file(self.what, self.archive)
+        elif self.method != "at":
+            self._pack()
+        seconds = {} if self.method == "at" else {"seconds": time.process_time() - start}
+        about = self._of_gguf() if self.archive.suffix == ".gguf" else self._of_rac()
+        self.keep(bytes=self.archive.stat().st_size, **about, **seconds)
 
     def _pack(self) -> None:
-        args, b = self.bench.args, float(self.what)
-        budget: dict[str, Any] = {"bits": b} if self.method == "rac" else {"file_bits": b, "embeddings": True}
-        start = time.process_time()
+        args = self.bench.args
+        less = 1 - LESS * self.pack
+        budget: dict[str, Any] = {"size": int(parse_size(self.what) * less), "embeddings": True}
+        if self.method == "rac":
+            budget = {"bits": float(self.what) * less, "embeddings": False}
         how: dict[str, Any] = {"calibrate": str(args.calibration), "tokens": args.tokens, "cache": args.cache}
-        done = rac.pack(args.folder, str(self.archive), force=True, jobs=args.jobs, **how, **budget)
-        self.keep(bits=done.quantised_bits, bytes=done.stored, seconds=time.process_time() - start)
+        rac.pack(args.folder, str(self.archive), force=True, jobs=args.jobs, **how, **budget)
+
+    def _of_gguf(self) -> dict[str, Any]:
+        found = llama.contents(self.archive)
+        return {"bits": found.bits, "types": f"{found.types}; embedding {found.table}"}
+
+    def _of_rac(self) -> dict[str, Any]:
+        linear = {t.name for t in self.bench.linear}
+        size = sum(t["bytes"] for t in report(str(self.archive))["tensors"] if t["name"] in linear)
+        return {"bits": 8 * size / self.bench.weights}
 
     def _quantise(self) -> None:
         def one(number: int) -> None:
@@ -157,57 +198,53 @@ class Row:
             list(pool.map(one, numbers))
         each = [json.loads((self.folder / f"{i}.json").read_text()) for i in numbers]
         bits = sum(e["bits"] for e in each)
-        rest = float(self.bench.rest)
-        if self.method == "gguf":
-            for (name, size, out), t in zip(self.bench.table(self.what), self.bench.tables, strict=True):
-                rest += size - t.nbytes
-                np.save(self.folder / f"{name}.npy", out)
-        whole = int(bits / 8 + rest)
+        whole = int(bits / 8 + self.bench.rest)
         self.keep(bits=bits / self.bench.weights, bytes=whole, seconds=sum(e["seconds"] for e in each))
 
     def tensors(self) -> dict[str, Any]:
         """Numbers by name, of what is quantised at least."""
-        if self.method in ("rac", "file"):
-            return rac.load_file(str(self.archive), framework="pt")
-        names = {str(i): t.name for i, t in enumerate(self.bench.linear)}
-        return {names.get(p.stem, p.stem): np.load(p) for p in self.folder.glob("*.npy")}
+        if self.method not in WHOLE:
+            return {t.name: np.load(self.folder / f"{i}.npy") for i, t in enumerate(self.bench.linear)}
+        if self.archive.suffix == ".gguf":
+            return {name: numbers() for name, numbers in translated(str(self.archive)).items()}
+        return rac.load_file(str(self.archive), framework="pt")
 
 
-def measured(rows: Sequence[Row], key: str, measure: Callable[[], Callable[[Any], dict[str, float]]]) -> None:
-    """Measure those that lack `key`, the original by {}; what is needed for it is made once, if at all."""
+def measured(rows: Sequence[Row], key: str, measure: Callable[[], Callable[[Any], dict[str, Any]]]) -> None:
+    """Measure those that lack `key`; what is needed for it is made once, if at all."""
     do = None
     for row in rows:
         if key not in row.found and "bits" in row.found:
             do = do or measure()
             row.keep(**{key: do(row)})
-            print(f"{row.name}: {key} {row.found[key]}", flush=True)
+            print(f"{row.name}: {key} measured", flush=True)
 
 
-def on_text(bench: Bench, path: Path) -> Callable[[Any], dict[str, float]]:
+def on_text(bench: Bench, name: str, path: Path) -> Callable[[Any], dict[str, Any]]:
     """KL, top-1 and perplexity on a text."""
     measure = Measure(bench.args.folder, path.read_text(encoding="utf-8"), bench.args.measure)
-    print(f"original on {path.name}: {asdict(measure.figures())}", flush=True)
+    Row(bench, ORIGINAL).keep(**{name: asdict(measure.figures())})
 
-    def do(row: Row) -> dict[str, float]:
+    def do(row: Row) -> dict[str, Any]:
         state = {**measure.model.state_dict(), **row.tensors()}
         return asdict(measure.figures(measure.load(state, row.name), row.name))
 
     return do
 
 
-def on_cloze(bench: Bench, path: Path) -> Callable[[Any], dict[str, float]]:
-    """Last words of passages of a text."""
+def on_choice(bench: Bench, path: Path) -> Callable[[Any], dict[str, Any]]:
+    """Continuations of passages of a text."""
+    import torch
+
     _, model, tokenizer = load_original(bench.args.folder)
-    asked = cloze.passages(path.read_text(encoding="utf-8"), bench.args.passages)
-    print(f"original on {len(asked)} passages: {asdict(cloze.guesses(model, tokenizer, asked))}", flush=True)
+    asked = choice.questions(path.read_text(encoding="utf-8"), bench.args.questions)
+    Row(bench, ORIGINAL).keep(choice=asdict(choice.answers(model, tokenizer, asked)))
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def do(row: Row) -> dict[str, float]:
-        import torch
-
+    def do(row: Row) -> dict[str, Any]:
         state = own | {name: torch.as_tensor(w).reshape(own[name].shape) for name, w in row.tensors().items()}
         model.load_state_dict(state)
-        return asdict(cloze.guesses(model, tokenizer, asked))
+        return asdict(choice.answers(model, tokenizer, asked))
 
     return do
 
@@ -220,28 +257,58 @@ def equal(points: Sequence[tuple[float, float]], kl: float) -> float | None:
     return None
 
 
-def table(rows: Sequence[Row], texts: Sequence[str]) -> None:
-    """Print what is known, and how many bits RAC takes for the same KL."""
-    heads = "".join(f" KL, {t} | perplexity | top-1 | RAC at that KL, bits | saved |" for t in texts)
-    print(f"\n| row | file, bytes | bits |{heads} last words | seconds |")
-    print("| --- | ---: | ---: |" + " ---: |" * (5 * len(texts) + 2))
-    ours = sorted((r.found for r in rows if r.method == "rac" and "bits" in r.found), key=lambda f: float(f["bits"]))
-    for row in rows:
-        f = row.found
-        if "bits" not in f:
-            continue
-        cells = ""
-        for t in texts:
-            if not (m := f.get(t)):
-                cells += " | | | | |"
-                continue
-            cells += f" {m['kl']:.4f} | {m['perplexity']:.3f} | {m['top1']:.2%} |"
-            points = [(o["bits"], o[t]["kl"]) for o in ours if t in o]
-            same = equal(points, m["kl"]) if row.method not in ("rac", "file", "gguf") else None
-            cells += f" {same:.3f} | {f['bits'] - same:.3f} |" if same else " | |"
-        c = f.get("cloze")
-        cells += f" {c['right']:.1%}, {c['loss']:.3f} |" if c else " |"
-        print(f"| {row.name} | {f['bytes']:,} | {f['bits']:.3f} |{cells} {f['seconds']:.0f} |")
+def mean(packs: Sequence[Row], texts: Sequence[str]) -> dict[str, Any]:
+    """What packs of a row have in common and in the mean; of a text also `spread`, highest over lowest KL less 1."""
+    done = [r.found for r in packs if all(key in r.found for key in ("bits", *texts))]
+    if not done:
+        return {}
+    found = done[0] | {key: sum(f[key] for f in done) / len(done) for key in ("bits", "bytes")}
+    for text in texts:
+        kl = [f[text]["kl"] for f in done]
+        found[text] = {k: sum(f[text][k] for f in done) / len(done) for k in done[0][text]}
+        found[text]["spread"] = max(kl) / min(kl) - 1 if min(kl) else 0.0
+    return found | {"packs": len(done)}
+
+
+def chosen(found: dict[str, Any], original: dict[str, Any]) -> str:
+    """Cells of the task: share of right answers, what is lost of it and in nats, each with its standard error."""
+    if "choice" not in found:
+        return " | | |"
+    right, loss = (np.array(found["choice"][k], np.float64) for k in ("right", "loss"))
+    ours, less = (np.array(original["choice"][k], np.float64) for k in ("right", "loss"))
+    share, lost, nats = choice.mean(right), choice.mean(ours - right), choice.mean(loss - less)
+    return f" {share[0]:.1%} ± {share[1]:.1%} | {lost[0]:.1%} ± {lost[1]:.1%} | {nats[0]:.4f} ± {nats[1]:.4f} |"
+
+
+def on(text: str, f: dict[str, Any], ours: Sequence[dict[str, Any]]) -> str:
+    """Cells of a text: what was measured, and at how many bits of linear layers the rows `ours` have the same KL."""
+    if text not in f:
+        return " | | | | |"
+    m = f[text]
+    spread = f" (± {m['spread'] / 2:.1%})" if m.get("spread") else ""
+    same = equal([(o["bits"], o[text]["kl"]) for o in ours], m["kl"])
+    saved = f"{same:.3f} | {f['bits'] - same:.3f}" if same else " | "
+    return f" {m['kl']:.4f}{spread} | {m['top1']:.2%} | {m['perplexity']:.3f} | {saved} |"
+
+
+def table(bench: Bench, rows: dict[str, list[Row]], texts: Sequence[str]) -> None:
+    """Print what is known."""
+    heads = "".join(f" KL, {t} | top-1 | perplexity | RAC at that KL, bits | saved |" for t in texts)
+    task = "right | lost | nats lost"
+    print(f"\n| row | packs | bytes | bits of the file | of linear layers |{heads} {task} | seconds |")
+    print("| --- |" + " ---: |" * (5 * len(texts) + 8))
+    original = Row(bench, ORIGINAL).found
+    means = {name: mean(packs, texts) for name, packs in rows.items()}
+    ours = sorted((f for n, f in means.items() if n.startswith("rac ") and f), key=lambda f: float(f["bits"]))
+    for name, f in ({ORIGINAL: original} | means).items():
+        size = f"{f['bytes']:,.0f} | {8 * f['bytes'] / bench.all:.3f} | {f['bits']:.3f}" if "bits" in f else " | | "
+        alike = ours if name.split()[0] in (*METHODS, "linear") else []  # the embedding is as it was
+        cells = "".join(on(t, f, alike) for t in texts) + chosen(f, original)
+        seconds = f"{f['seconds']:.0f}" if "seconds" in f else ""
+        print(f"| {name} | {f.get('packs', '')} | {size} |{cells} {seconds} |")
+    for name, f in means.items():
+        if "types" in f:
+            print(f"{name}: {f['types']}")
 
 
 def main() -> None:
@@ -251,25 +318,30 @@ def main() -> None:
     parser.add_argument("calibration", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--text", action="append", default=[], metavar="NAME=PATH", help="to measure on")
-    parser.add_argument("--cloze", type=Path, help="prose whose last words are guessed")
+    parser.add_argument("--choice", type=Path, help="prose whose continuations are chosen from four")
+    parser.add_argument("--questions", type=int, default=400, help="of these")
     parser.add_argument("--rows", nargs="*", default=ROWS)
+    parser.add_argument("--packs", type=int, default=1, help="of each row of rac and file")
     parser.add_argument("--ggml", metavar="PATH", default=library(), help="libggml-base (default: of llama-cpp-python)")
+    parser.add_argument("--gguf", type=Path, help="a GGUF file of the original, for its tokenizer")
     parser.add_argument("--tokens", type=int, default=40960, help="of the calibration")
     parser.add_argument("--measure", type=int, default=8192, help="tokens measured on")
-    parser.add_argument("--passages", type=int, default=400)
     parser.add_argument("--cache", type=Path, help="folder where the calibration is kept")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     bench = Bench(args)
-    rows = [Row(bench, name) for name in args.rows]
-    for row in rows:
+    rows: dict[str, list[Row]] = {}
+    for name in args.rows:
+        rows[name] = [Row(bench, name, i) for i in range(args.packs if name.split()[0] in PACKED else 1)]
+    every = [row for packs in rows.values() for row in packs]
+    for row in every:
         row.make()
     texts = dict(t.split("=", 1) for t in args.text)
     for name, path in texts.items():
-        measured(rows, name, lambda path=path: on_text(bench, Path(path)))  # type: ignore[misc]
-    if args.cloze:
-        measured(rows, "cloze", lambda: on_cloze(bench, args.cloze))
-    table(rows, list(texts))
+        measured(every, name, lambda n=name, path=path: on_text(bench, n, Path(path)))  # type: ignore[misc]
+    if args.choice:
+        measured([packs[0] for packs in rows.values()], "choice", lambda: on_choice(bench, args.choice))
+    table(bench, rows, list(texts))
 
 
 if __name__ == "__main__":

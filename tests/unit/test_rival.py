@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import types
+from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
+import rivals
 from rac.linalg.triangular import damped
-from rival import cloze, compiled, gptvq, qtip, watersic
+from rival import choice, compiled, gptvq, llama, qtip, watersic
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 K = (2, 3, 4)
@@ -98,34 +102,141 @@ def test_each_is_better_than_the_ones_that_it_should_beat(problem, k):
         assert len(np.unique(found[name][1])) <= 2 * most
 
 
-def test_passages_end_in_a_word_that_occurred():
-    sentence = "The old house stood by the river, and nobody had opened its windows for many years. "
-    text = (sentence * 6 + "At last a stranger came and looked at the river. ") * 5
-    found = cloze.passages(text, 3)
-    assert 1 <= len(found) <= 3
-    assert {p.word for p in found} <= {"river", "years"}
-    assert all(p.word in p.before and len(p.before.split()) >= cloze.WORDS - 1 for p in found)
-    with pytest.raises(SystemExit, match="no passage"):
-        cloze.passages("Short. Text.", 3)
+def test_each_false_continuation_follows_the_same_word_elsewhere():
+    rng = np.random.default_rng(0)
+    words = [f"{w}{i}" if w == "x" else w for i, w in enumerate(rng.choice(["the", "of", "x"], 2000))]
+    found = choice.questions(" ".join(words), 20)
+    assert found == choice.questions(" ".join(words), 20), "seeded"
+    assert len(found) == 20
+    assert len({q.true for q in found}) > 1
+    for one in found:
+        before = one.before.split()
+        assert len(before) == choice.BEFORE
+        assert len(set(one.choices)) == choice.CHOICES
+        starts = [c.split()[0] for c in one.choices]
+        assert starts.count(starts[one.true]) == 1, "told apart by the first word"
+        text = " ".join(words)
+        assert f"{one.before} {one.choices[one.true]}" in text
+        assert all(f"{before[-1]} {c}" in text for c in one.choices)
+    with pytest.raises(SystemExit, match="too short"):
+        choice.questions("a b " * 30, 3)
 
 
-def test_last_words_are_guessed_token_by_token():
-    """A model that counts: after token i it expects i + 1, with all its weight."""
+def test_continuations_of_one_run_are_those_of_runs_of_their_own(tmp_path):
     torch = pytest.importorskip("torch")
+    models = pytest.importorskip("support.models")
+    models.write("llama", tmp_path)
+    from transformers import AutoModelForCausalLM
 
-    class Counts:
-        def __call__(self, ids, logits_to_keep):
-            logits = 50.0 * torch.nn.functional.one_hot((ids + 1) % 10, 10)[:, -logits_to_keep:]
-            return type("Output", (), {"logits": logits})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    before, choices = [5, 9, 2, 7], [[3, 1], [4], [8, 8, 6], [1, 2]]
+    for mine, c in zip(choice.losses(model, before, choices), choices, strict=True):
+        with torch.no_grad():
+            predicted = model(torch.tensor([before + c])).logits[0].log_softmax(-1)
+        alone = -sum(float(predicted[len(before) - 1 + i, t]) for i, t in enumerate(c))
+        assert mine == pytest.approx(alone, rel=1e-4)
 
-    class Digits:
-        def __call__(self, text, add_special_tokens):
-            return type("Tokens", (), {"input_ids": [int(c) for c in text if c.isdigit()]})
 
-    asked = [cloze.Passage("0 1 2", "34"), cloze.Passage("0 1 2", "35"), cloze.Passage("7", "8")]
-    found = cloze.guesses(Counts(), Digits(), asked)
-    assert found.right == pytest.approx(2 / 3)
-    assert found.loss == pytest.approx(50 / 3, abs=0.01)
+def test_the_likeliest_letter_by_letter_is_chosen(monkeypatch):
+    asked = [choice.Question("a", ("bb", "cccc"), 1), choice.Question("a", ("bb", "cccc"), 0)]
+    monkeypatch.setattr(choice, "losses", lambda *_: [3.0, 4.0])
+    found = choice.answers(None, lambda text, **_: type("Tokens", (), {"input_ids": [len(text)]}), asked)
+    assert found.right == (True, False)
+    assert found.loss == (1.0, 1.5)
+    assert choice.mean(found.loss) == (1.25, pytest.approx(0.25))
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A GGUF file of one block: two matrices, a norm and an embedding."""
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float16))
+    writer.add_tensor("blk.0.attn_norm.weight", np.zeros(32, np.float32))
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((32, 32), np.float32))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("blk.0.ffn_up.weight", gguf.quantize(np.ones((96, 32), np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_what_a_gguf_file_has(small):
+    found = llama.contents(small)
+    assert found.bits == (32 * 32 * 32 + 96 * 32 * 8.5) / (128 * 32)
+    assert (found.types, found.table) == ("1 F32, 1 Q8_0", "F16")
+
+
+class _Llama:
+    """Stands in for llama-cpp-python: notes what it is asked to do."""
+
+    LLAMA_FTYPE_MOSTLY_Q2_K = 10
+
+    class llama_model_imatrix_data(ctypes.Structure):  # noqa: N801
+        _fields_ = (
+            ("name", ctypes.c_char_p),
+            ("data", ctypes.POINTER(ctypes.c_float)),
+            ("size", ctypes.c_size_t),
+        )
+
+    def llama_model_quantize_default_params(self):
+        class Params(ctypes.Structure):
+            _fields_ = (
+                ("nthread", ctypes.c_int32),
+                ("ftype", ctypes.c_int),
+                ("allow_requantize", ctypes.c_bool),
+                ("imatrix", ctypes.POINTER(self.llama_model_imatrix_data)),
+            )
+
+        return Params()
+
+    def llama_model_quantize(self, source, target, params):
+        how = params._obj
+        self.ftype, self.seen = how.ftype, {}
+        if how.imatrix:
+            for entry in iter(how.imatrix):
+                if not entry.name:
+                    break
+                self.seen[entry.name.decode()] = [entry.data[i] for i in range(entry.size)]
+        Path(target.decode()).write_bytes(Path(source.decode()).read_bytes())
+        return 1 if "refused" in target.decode() else 0
+
+
+def test_llama_cpp_gets_the_importance_by_its_own_names(small, tmp_path, monkeypatch):
+    library = _Llama()
+    monkeypatch.setattr(llama, "library", lambda: library)
+    columns = np.arange(32.0)
+    llama.make(small, tmp_path / "q.gguf", "Q2_K", {"model.layers.0.self_attn.q_proj.weight": columns})
+    assert library.ftype == 10
+    assert library.seen == {"blk.0.attn_q.weight": columns.tolist()}
+    assert (tmp_path / "q.gguf").exists()
+    llama.make(small, tmp_path / "none.gguf", "Q2_K", {})
+    assert library.seen == {}
+    with pytest.raises(SystemExit, match="no file type Q7"):
+        llama.make(small, tmp_path / "q.gguf", "Q7", {})
+    with pytest.raises(SystemExit, match="made no Q2_K"):
+        llama.make(small, tmp_path / "refused.gguf", "Q2_K", {})
+    assert not (tmp_path / "refused.gguf").exists()
+
+
+def test_packs_of_a_row_are_averaged():
+    def pack(bits, kl):
+        return types.SimpleNamespace(found={"bits": bits, "bytes": 100, "t": {"kl": kl, "top1": 0.5}})
+
+    found = rivals.mean([pack(3.0, 0.10), pack(2.98, 0.12), types.SimpleNamespace(found={})], ["t"])
+    assert found["packs"] == 2
+    assert found["bits"] == pytest.approx(2.99)
+    assert found["t"] == {"kl": pytest.approx(0.11), "top1": 0.5, "spread": pytest.approx(0.2)}
+    assert rivals.mean([types.SimpleNamespace(found={})], ["t"]) == {}
+
+
+def test_equal_divergence_lies_on_straight_lines_of_its_logarithm():
+    points = [(2.0, 0.4), (3.0, 0.1)]
+    assert rivals.equal(points, 0.2) == pytest.approx(2.5)
+    assert rivals.equal(points, 0.5) is None
 
 
 def test_c_that_is_not_there():
