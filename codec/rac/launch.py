@@ -104,9 +104,9 @@ def local(args: argparse.Namespace, pack: list[str]) -> int:
                 continue
             rank, code = ended
             del running[rank]
-            if code < 0 and left[rank]:
+            if (number := _killed(code)) and left[rank]:
                 left[rank] -= 1
-                sys.stderr.write(f"rac.launch: rank {rank} was killed by signal {-code}, and is run again\n")
+                sys.stderr.write(f"rac.launch: rank {rank} was killed by signal {number}, and is run again\n")
                 running[rank] = start(rank)
             else:
                 codes.append(code)
@@ -115,6 +115,11 @@ def local(args: argparse.Namespace, pack: list[str]) -> int:
             process.terminate()
         raise
     return _finish(pack, codes)
+
+
+def _killed(code: int) -> int:
+    """The signal that has ended a rank, 0 for none; 128 more than its number where `rac` has ended by itself."""
+    return -code if code < 0 else code - 128 if code > 128 and code != 130 else 0
 
 
 def _finish(pack: Sequence[str], codes: Sequence[int]) -> int:

@@ -6,9 +6,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from numpy.typing import NDArray
 
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, OutputError, SourceError
+from rac.scratch import Scratch
 
 _PIECE = 1 << 24
 
@@ -41,8 +39,8 @@ class Folder:
         """Open `parent/name`, made where it is missing; without a parent a folder that goes away with this object."""
         try:
             if parent is None:
-                self.path = Path(tempfile.mkdtemp(prefix="rac-calibration-"))
-                weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+                self._scratch = Scratch("calibration")  # it goes away with this object
+                self.path = self._scratch.path
             else:
                 self.path = Path(parent) / name
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from rac.cli import terminal
+from rac.cli.stopping import Stopped, stopping
 from rac.errors import FormatError, MismatchError, OutputError, RacError, UnsupportedError
 from rac.registry import VERSION
 
@@ -40,7 +41,7 @@ exit codes:
   0    done
   1    damaged, different from what it should be, or not understood by this version
   2    wrong use (missing, existing or unusable files and values), or not enough space, memory or packages
-  130  interrupted
+  130  interrupted; 143: terminated (SIGTERM), 129: hung up, each without anything temporary left
 """
 
 
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unknown argument {unknown[0]!r}{meant(word, options) if word[0] == '-' else ''}")
     terminal.set_volume(args)
     try:
-        with warnings.catch_warnings():
+        with stopping(), warnings.catch_warnings():
             warnings.showwarning = _show(warnings.showwarning)
             code: int = args.run(args)
         sys.stdout.flush()
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:
             _drop_output()
+        if isinstance(e, Stopped):
+            return e.code
         return 130 if isinstance(e, KeyboardInterrupt) else 1 if isinstance(e, DAMAGED) else 2
 
 
@@ -176,7 +179,7 @@ def _show(usual: Callable[..., None]) -> Callable[..., None]:
 def _said(e: BaseException) -> str | None:
     """What there is to say of an error, on one line; None for what is a defect of this program."""
     if isinstance(e, KeyboardInterrupt):
-        return "interrupted"
+        return "terminated" if isinstance(e, Stopped) else "interrupted"
     if isinstance(e, MemoryError):
         return "not enough memory"
     if isinstance(e, OSError) and not isinstance(e, RacError):

@@ -10,9 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import threading
-import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rac.linalg.triangular import Triangular
+from rac.scratch import Scratch
 
 SMALLEST = 256  # inputs below which a factor is found as fast as it is read
 FREE = 2  # one part in so many of the disk's free bytes is left free
@@ -37,8 +36,8 @@ class Factors:
         """Open a folder, or make one, in which half of what is free may be used; what is found is found on a device."""
         self.device = device
         if folder is None:
-            folder = tempfile.mkdtemp(prefix="rac-factors-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._scratch = Scratch("factors")  # it goes away with this object
+            folder = str(self._scratch.path)
             reserve = shutil.disk_usage(folder).free // FREE
         self._folder, self._reserve = folder, reserve
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)

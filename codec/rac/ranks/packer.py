@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -29,6 +28,7 @@ from rac.ranks.learned import Learned
 from rac.ranks.records import Records
 from rac.ranks.stage import Home, Item, Marker, Stage
 from rac.ranks.units import homes_of, seen_of, told
+from rac.scratch import Scratch
 
 T = TypeVar("T")
 HEADS = 512  # bytes of a record beside its units, about, where a budget of the whole file is divided
@@ -231,7 +231,7 @@ class RankPacker(Packer):
         super().__init__(source, out, options, hooks)
         self._crew, self._gathered = crew, Gathered(crew)
         self._lossless = self._lossy = self._gathered  # type: ignore[assignment]
-        folder = self.enter_context(tempfile.TemporaryDirectory(prefix="rac-ranks-"))
+        folder = str(self.enter_context(Scratch("ranks")).path)
         self._homes: Mapping[str, Home] = {}
         self._learned, self._folder = Learned(crew, folder, self._threads), folder
         self.callback(self._gathered.close)

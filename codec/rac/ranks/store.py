@@ -11,7 +11,6 @@ import os
 import random
 import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from rac.container.access import Access, FileAccess, guarded, read
 from rac.container.remote import open_url, system
 from rac.container.zstd import Digest
 from rac.errors import OutputError, RacError, SourceError
+from rac.scratch import Scratch
 
 PIECE = 1 << 24
 AT_ONCE = 16  # small files that are asked for at once
@@ -270,8 +270,8 @@ class Far:
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         """A stream to a local file, which is sent when it is whole."""
-        with tempfile.TemporaryDirectory(prefix="rac-send-") as folder:
-            path = os.path.join(folder, "file")
+        with Scratch("send") as scratch:
+            path = str(scratch.path / "file")
             with guarded(OutputError, path), open(path, "wb") as f:
                 yield f
             self._sent(name, lambda at: self._fs.put_file(path, at))

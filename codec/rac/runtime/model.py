@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import threading
 import warnings
 from collections import Counter
@@ -39,6 +38,7 @@ from rac.runtime.disk import Store
 from rac.runtime.held import Head, size_of
 from rac.runtime.quantizer import METHOD
 from rac.runtime.ranges import TICKET
+from rac.scratch import Scratch
 from rac.tensor import Tensor
 
 _log = logging.getLogger(__name__)
@@ -205,7 +205,9 @@ def _said(e: Exception) -> str:
 @contextlib.contextmanager
 def attached(f: RacFile) -> Iterator[str]:
     """A temporary folder with the attachments of a file."""
-    with tempfile.TemporaryDirectory(prefix="rac-") as folder:
+    with Scratch("attached") as scratch:
+        folder = str(scratch.path / "files")
+        os.mkdir(folder)
         write_attachments(f, folder)
         yield folder
 
