@@ -121,6 +121,7 @@ class _Pending:
     item: Item
     out: Array | None = None
     jobs: list[Task] = field(default_factory=list)
+    decoder: Opened | None = None  # by which jobs know it
     error: RacError | None = None
 
     @property
@@ -297,7 +298,7 @@ class Cpu:
                 if item.t.tiles == 1 and item.t.nbytes <= TINY and item.t.chain.plain:
                     _at_once(item, p.out)
                 else:
-                    dec = Opened(partial(Decoder, item.t, first_units(item), item.objects()))
+                    p.decoder = dec = Opened(partial(Decoder, item.t, first_units(item), item.objects()))
                     for band in item.t.bands():
                         self._band(p, dec, band, p.out)
             except (TruncatedError, SourceError):
@@ -308,8 +309,6 @@ class Cpu:
                 p.error = e
         self._waiting.append(p)
         self._held += item.t.nbytes
-        if self._damaged is not None:  # so that an error is that of one tensor
-            self._submit()
         if item.t.record.type == RECORD_OBJECT:
             self._wait(p)
             item.keep(p.out if p.error is None else None)
@@ -388,6 +387,8 @@ class Cpu:
                 self._team.wait(job)
             try:
                 job.done.result()
+                if isinstance(p, _Pending) and p.decoder in job.wrong:
+                    raise job.wrong[p.decoder]
             except (TruncatedError, SourceError):
                 raise
             except RacError as e:

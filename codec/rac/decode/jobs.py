@@ -17,6 +17,7 @@ from rac.container.access import Access, InFile
 from rac.container.feed import Held, Trace
 from rac.cpu.work import Place, Work, scratch
 from rac.decoder import Decoder
+from rac.errors import RacError
 from rac.grid import Box
 from rac.native.prototypes import Array
 from rac.tensor import Tensor, empty
@@ -67,6 +68,7 @@ class Task:
         self.held = list[Held]()
         self.scratch = 0  # bytes of intermediate words
         self.done: Future[None] | None = None
+        self.wrong = dict[Opened, RacError]()  # of tensors that are damaged, where others of the same job are not
         self.trace = trace
         self._buffer: Array | None = None
 
@@ -117,19 +119,43 @@ class Job(Task):
 
     def run(self) -> None:
         """Decode, and give the buffers back."""
-        start, work = time.monotonic(), Work()
+        start = time.monotonic()
         try:
             with InFile(self.file):
                 read = self._read()
-                for dec, tiles, data, place in self.tiles:
-                    work.add(dec(), tiles, next(read) if isinstance(data, Later) else data, place)
-                for dec, found, dst, box in self.joins:
-                    work.join(dec(), found, dst, box)
-                work.run()
+                pieces = [next(read) if isinstance(data, Later) else data for _, _, data, _ in self.tiles]
+            try:
+                self._decode(pieces)
+            except RacError:
+                self._apart(pieces)
         finally:
             self.give()
         if self.trace:
             self.trace("decode", start, time.monotonic(), self.dense)
+
+    def _decode(self, pieces: list[Array], only: Opened | None = None) -> None:
+        """Check and decode what was read: all of it, or one tensor's."""
+        work = Work()
+        for (dec, tiles, data, place), piece in zip(self.tiles, pieces, strict=True):
+            if only in (None, dec):
+                used = piece
+                if isinstance(data, Later):
+                    data.check(piece.data)
+                    used = piece[: data.used]
+                work.add(dec(), tiles, used, place)
+        for dec, found, dst, box in self.joins:
+            if only in (None, dec):
+                work.join(dec(), found, dst, box)
+        work.run()
+
+    def _apart(self, pieces: list[Array]) -> None:
+        """Decode each tensor by itself, so that only those are lost that are damaged."""
+        for dec in dict.fromkeys(dec for dec, *_ in self.tiles):
+            try:
+                with InFile(self.file):
+                    self._decode(pieces, dec)
+            except RacError as e:
+                self.wrong[dec] = e.with_traceback(None)  # which would keep what was read
 
     def _read(self) -> Iterator[Array]:
         """The bytes that nobody has read yet, piece after piece, in one buffer, which the processor's cache holds."""
@@ -145,9 +171,7 @@ class Job(Task):
                 if self.trace:
                     self.trace("read", start, time.monotonic(), size)
             for piece in run:
-                part = view[piece.at - first : piece.at - first + piece.size]
-                piece.check(part)
-                yield np.frombuffer(part, np.uint8)[: piece.used]
+                yield np.frombuffer(view[piece.at - first : piece.at - first + piece.size], np.uint8)
 
     def give(self) -> None:
         """Let go of everything."""
