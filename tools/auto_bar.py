@@ -1,7 +1,8 @@
 """`--calibrate auto` against text of the very kind that is measured, and against the model's own text alone.
 
 Each --kind names a text to measure on and one of the same kind to calibrate on. Every way to calibrate makes one pack,
-which is measured on all of them; the bar is 1.25 times the better of in-domain and `self`, for each kind.
+its embedding lossless, which is measured on all of them; the bar is 1.25 times the better of in-domain and `self`, for
+each kind.
 
   export MANWIDTH=80 MANOPT="--no-hyphenation --no-justification"
   man -P cat bash | col -bx > bash.txt
@@ -34,6 +35,7 @@ def packed(args: argparse.Namespace, texts: Sequence[str], path: str) -> float:
         args.folder,
         path,
         bits=args.bits,
+        embeddings=False,
         calibrate=texts,
         tokens=args.tokens,
         cache=args.cache,
