@@ -2,8 +2,9 @@
 
 Each FILE (.rac) is held against the original in FOLDER. Positions of --text, in windows of 1,024, are told apart by how
 often the next token occurs in --counts and by how much of the window stands before them; --long is one text in windows
-of 4,096; each of --kind NAME=FILE,FILE... is read in one window; and --prompts, the first lines of files, are continued
-by --length tokens drawn at random (the same seed for all models), to see whether runs begin to repeat themselves.
+of 4,096; each of --kind NAME=FILE,FILE... is read in one window; and --prompts, 64 tokens of the middle of each file,
+are continued by --length tokens, greedily and drawn at random (temperature 0.8, top-p 0.95, the same seed for all
+models), to see whether runs repeat themselves, and where the greedy ones leave those of the original.
 What was found is kept in the folder WORK, a file for each model and task, and only what is missing is measured.
 
   python tools/harder_look.py demo/smollm2-hf WORK 2.06=a.rac 3.05=b.rac 4.05=c.rac --text test.txt --counts valid.txt \
@@ -36,6 +37,9 @@ BEFORE = (0, 32, 128, 512, 1024, 2048)
 TOGETHER = 256  # positions whose distributions are held in float32 together
 GRAM = 4
 """Tokens in a row that a run is looked through for."""
+PROMPT = 64
+WAYS = {"greedy": {"do_sample": False}, "drawn": {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}}
+"""How runs are made."""
 Found = dict[str, NDArray[Any]]
 Find = Callable[[Sequence[str]], dict[str, Found]]
 
@@ -82,14 +86,20 @@ class Look:
                     found["next"].append(window[1:])
         return {name: {key: np.concatenate(each) for key, each in found.items()} for name, found in out.items()}
 
-    def continued(self, name: str, prompts: Sequence[NDArray[np.int64]], length: int) -> Found:
-        """(prompts, length) tokens that the model draws after prompts of equal length."""
+    def continued(self, name: str, prompts: Sequence[NDArray[np.int64]], length: int, way: str) -> Found:
+        """(prompts, length) tokens that the model writes after prompts of equal length."""
         torch.manual_seed(0)
         begun = torch.from_numpy(np.stack(prompts))
-        how: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
-        how |= {"min_new_tokens": length, "max_new_tokens": length, "attention_mask": torch.ones_like(begun)}
+        how: dict[str, Any] = {"min_new_tokens": length, "max_new_tokens": length, **WAYS[way]}
+        how |= {"attention_mask": torch.ones_like(begun), "repetition_penalty": 1.0}
         with torch.no_grad():
-            return {"drawn": self.model(name).generate(begun, **how)[:, begun.shape[1] :].numpy()}
+            return {"run": self.model(name).generate(begun, **how)[:, begun.shape[1] :].numpy()}
+
+    def prompt(self, path: Path) -> NDArray[np.int64]:
+        """PROMPT tokens of the middle of a text."""
+        every = self.ids([path], 1 << 16)
+        at = (len(every) - PROMPT) // 2
+        return every[at : at + PROMPT]
 
 
 def kept(folder: Path, task: str, names: Sequence[str], find: Find) -> dict[str, Found]:
@@ -126,6 +136,17 @@ def repeated(drawn: NDArray[np.int64]) -> list[float]:
             out[min(9, i // steps)] += gram in seen
             seen.add(gram)
     return [float(x) for x in out / (steps * len(drawn))]
+
+
+def distinct(drawn: NDArray[np.int64], n: int) -> float:
+    """Different runs of n tokens in a text, as a share of all of them; mean over texts."""
+    each = [[tuple(text[i : i + n]) for i in range(len(text) - n + 1)] for text in drawn.tolist()]
+    return float(np.mean([len({*grams}) / len(grams) for grams in each]))
+
+
+def apart(run: NDArray[np.int64], other: NDArray[np.int64]) -> list[int]:
+    """Tokens that each text of a run has in common with the other's from the first on."""
+    return [int(np.append(a != b, True).argmax()) for a, b in zip(run, other, strict=True)]
 
 
 def names_of(edges: Sequence[int]) -> list[str]:
@@ -179,7 +200,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kind", action="append", default=[], metavar="NAME=FILE,...")
     parser.add_argument("--tokens", type=int, default=8192, help="of --text, and of --long, which has 4,096 at least")
     parser.add_argument("--most", type=int, default=1024, help="tokens of each kind")
-    parser.add_argument("--prompts", type=Path, nargs="*", default=[], help="texts whose first 64 tokens are continued")
+    parser.add_argument("--prompts", type=Path, nargs="*", default=[], help="texts that are continued")
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -207,13 +228,27 @@ class Page:
         lines = {m: [r[i][2 if top else 1] for i in shown] for m, r in each.items()}
         self.panels[f"{'equal top-1' if top else 'KL'} by {kind}"] = [names[i] for i in shown], lines
 
-    def runs(self, length: int, each: dict[str, list[float]]) -> None:
-        """How much of each tenth of a run was there before."""
-        print(f"| part of {length:,} tokens |" + "".join(f" {m} |" for m in each))
+    def runs(self, made: dict[str, dict[str, NDArray[np.int64]]]) -> None:
+        """How much of each tenth of a run was there before, of (way, model); how much is different in all."""
+        each = {(way, m): repeated(run) for way, runs in made.items() for m, run in runs.items()}
+        some = next(iter(made["greedy"].values()))
+        print(f"| part of {some.shape[1]:,} tokens |" + "".join(f" {way}, {m} |" for way, m in each))
         print("| --- |" + " ---: |" * len(each))
         for i in range(10):
             print(f"| {10 * i} to {10 * i + 10} % |" + "".join(f" {r[i]:.1%} |" for r in each.values()))
-        self.panels[f"repeated runs of {GRAM} tokens"] = [f"{10 * i} %" for i in range(10)], each
+        print(f"\n| {len(some)} texts | greedy leaves the original's after (middle) |", end="")
+        print("".join(f" {way}: repeated | distinct-1 | distinct-2 | distinct-{GRAM} |" for way in made))
+        print("| --- | --- |" + " ---: | ---: | ---: | ---: |" * len(made))
+        for m in made["greedy"]:
+            after = sorted(apart(made["greedy"][m], made["greedy"]["original"]))
+            cells = f" {', '.join(map(str, after))} ({np.median(after):.0f}) |" if m != "original" else " |"
+            for way, runs in made.items():
+                shares = (np.mean(each[way, m]), *(distinct(runs[m], n) for n in (1, 2, GRAM)))
+                cells += "".join(f" {share:.1%} |" for share in shares)
+            print(f"| {m} |{cells}")
+        for way in made:
+            lines = {m: each[way, m] for m in made[way]}
+            self.panels[f"repeated runs of {GRAM} tokens, {way}"] = [f"{10 * i} %" for i in range(10)], lines
 
 
 def main() -> None:
@@ -240,13 +275,13 @@ def main() -> None:
         each = {m: [x for k in kinds for x in parts(found[k][m]["place"], (0,), found[k][m])] for m in args.files}
         page.add("kind of text", list(kinds), each, top=False)
     if args.prompts:
-        begun = [look.ids([p], 64) for p in args.prompts]
+        begun = [look.prompt(p) for p in args.prompts]
 
-        def draws(names: Sequence[str]) -> dict[str, Found]:
-            return {name: look.continued(name, begun, args.length) for name in names}
+        def writes(way: str) -> Find:
+            return lambda names: {name: look.continued(name, begun, args.length, way) for name in names}
 
-        drawn = {m: kept(args.work, "drawn", [m], draws)[m] for m in ("original", *models)}
-        page.runs(args.length, {m: repeated(f["drawn"]) for m, f in drawn.items()})
+        every = ("original", *models)
+        page.runs({w: {m: kept(args.work, w, [m], writes(w))[m]["run"] for m in every} for w in WAYS})
     if args.plot:
         draw(args.plot, page.panels)
 

@@ -30,6 +30,13 @@ def test_runs_that_repeat_themselves():
     assert harder_look.cut(np.arange(10), 4)[1].tolist() == [4, 5, 6, 7]
 
 
+def test_runs_beside_those_of_the_original():
+    own, other = np.array([[1, 2, 3, 4], [1, 1, 1, 1]]), np.array([[1, 2, 9, 4], [1, 1, 1, 1]])
+    assert harder_look.apart(own, other) == [2, 4]
+    assert harder_look.distinct(own, 1) == pytest.approx((1 + 0.25) / 2)
+    assert harder_look.distinct(own, 2) == pytest.approx((1 + 1 / 3) / 2)
+
+
 def test_what_is_kept_is_not_made_again(tmp_path):
     asked = []
 
