@@ -38,7 +38,10 @@ TOGETHER = 256  # positions whose distributions are held in float32 together
 GRAM = 4
 """Tokens in a row that a run is looked through for."""
 PROMPT = 64
-WAYS = {"greedy": {"do_sample": False}, "drawn": {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "drawn": {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95},
+}
 """How runs are made."""
 Found = dict[str, NDArray[Any]]
 Find = Callable[[Sequence[str]], dict[str, Found]]
