@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, OutputError, SourceError
+from rac.linalg.saved import load
 from rac.scratch import Scratch
 
 _PIECE = 1 << 24
@@ -139,10 +140,9 @@ class Folder:
         """The array, mapped read-only, checked when it is first asked for."""
         self.check(name)
         try:
-            found: NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+            return load(self.path / name, "r")
         except (OSError, ValueError, EOFError) as e:
             raise DamagedError(f"damaged file in the calibration cache: {e}", file=str(self.path / name)) from e
-        return found
 
     @contextlib.contextmanager
     def _renamed(self, name: str) -> Iterator[_Part]:

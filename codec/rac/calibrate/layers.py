@@ -29,6 +29,7 @@ from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
 from rac.linalg.factors import Factors
+from rac.linalg.saved import load
 from rac.native import product
 
 IDS = "ids.npy"  # the file of the tokens
@@ -304,7 +305,7 @@ class _Stored:
 def _mapped(path: str) -> NDArray[np.float32]:
     """A file that another process has checked."""
     try:
-        found: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+        found: NDArray[np.float32] = load(path, "r")
     except (OSError, ValueError, EOFError) as e:
         raise SourceError(f"the calibration's file is gone or damaged: {e}", file=path) from e
     return found

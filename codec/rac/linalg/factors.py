@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.linalg.saved import load
 from rac.linalg.triangular import Triangular
 from rac.scratch import Scratch
 
@@ -58,9 +59,9 @@ class Factors:
 
     def _read(self, path: Path) -> Triangular | None:
         try:
-            feed = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-            order = np.load(path.with_suffix(".order.npy"), allow_pickle=False)
-            weight = np.load(path.with_suffix(".weight.npy"), allow_pickle=False)
+            feed = load(path.with_suffix(".npy"), mmap_mode="r")
+            order = load(path.with_suffix(".order.npy"))
+            weight = load(path.with_suffix(".weight.npy"))
         except (OSError, ValueError, EOFError):  # not there, or lost: it can be found again
             return None
         return Triangular(order, weight, feed.swapaxes(-1, -2), self.device)
