@@ -50,6 +50,8 @@ class Level:
     fewer_bits: int = 0
     fixed: bool = False  # take `lanes` as it is, however small the tile
     tile: int = 1 << 20  # words of a tile at most
+    whole: int = 0  # words of a matrix up to which it is not cut for `tile`
+    tall: int = 0  # rows of a tile at most, so that it is cut between columns for `tile`; 0: between rows
     coarse: bool = False  # cut into coarse tiles
     plain: int = 0  # bytes of a tensor up to which its words are stored as they are
     strip: int = 0  # words of a tile, about, that spans whole rows; 0: tiles are cut along both sides
@@ -75,10 +77,11 @@ LEVELS = {
 """Effort levels by name. `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for. `fast` is for
 speed: words of a strip are written one after the other, and there are few tiles; a slice of columns reads all."""
 
-CODER = replace(LEVELS["default"], per=1, tile=1 << 18, coarse=True, sliced=0.5)
+CODER = replace(LEVELS["default"], per=1, tile=1 << 19, whole=1 << 20, tall=2048, coarse=True, sliced=0.5, density=0.5)
 """How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
-each of them, not for two, and needs as many lanes at once as it can get (docs/gpu.md). But coarse: a trellis begins
-anew in each, which costs 0.5 to 1 % of the bytes of small matrices (docs/streaming.md)."""
+each of them, not for two, and needs as many lanes at once as it can get (docs/gpu.md). But coarse, tall, and one for a
+small matrix: in each tile the trellis begins anew in every column, and each has lanes and lists of its own, which costs
+up to 0.02 bit of small matrices (docs/lossy.md)."""
 
 
 def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
@@ -142,6 +145,11 @@ def _within(tr: int, part: int) -> int:
     return part // next((k for k in range(n, 2 * n) if part % k == 0), n)
 
 
+def _even(n: int, most: int) -> int:
+    """The size of equal pieces of `n`, of `most` at most: a slice ends where tiles do."""
+    return -(-n // -(-n // max(1, most)))
+
+
 def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid:
     """Tiles as large as slices and the level allow: long lanes are small and fast."""
     rows, cols = matrix(dtype, shape, axis)
@@ -153,11 +161,14 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid
     share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
     stored = rows * cols * (level.density or d.word * share)
     parts = next(n for n, most in CUTS["coarse" if level.coarse else "fine"] if stored <= most)
+    most = max(level.tile, level.whole if rows * cols <= level.whole else 0)
     tc = max(1, -(-cols // parts) if cols >= 128 else cols)
-    tc = -(-tc // -(-tc // level.tile))
     tr = max(1, -(-rows // parts))
-    tr = _within(-(-tr // -(-tr // max(1, level.tile // tc))), level.part)  # equal pieces: a slice ends where tiles do
-    return Grid(rows, cols, d.word, tr, tc)
+    if level.tall and tr * tc > most:
+        tr = _within(_even(tr, level.tall), level.part)
+        return Grid(rows, cols, d.word, tr, _even(tc, most // tr))
+    tc = _even(tc, most)
+    return Grid(rows, cols, d.word, _within(_even(tr, most // tc), level.part), tc)
 
 
 def chunks(grid: Grid) -> Iterator[tuple[int, int]]:
