@@ -59,8 +59,8 @@ DEVICES = (
 class Kind:
     """What a file holds.
 
-    Weights per symbol, bits per symbol and per weight as stored, lanes and words of a tile, share of weights that
-    escape, entries of a table, classes of columns.
+    Weights per symbol, bits per symbol and per weight as stored, lanes and words of a tile, words of a tile of a matrix of
+    4096 x 4096, share of weights that escape, entries of a table, classes of columns.
     """
 
     name: str
@@ -69,19 +69,18 @@ class Kind:
     stored: float
     lanes: int
     tile: int
+    layer: int
     escapes: float
     entries: int
     classes: int = 3
 
 
 KINDS = (
-    Kind("lossless BF16", 2, 5.2, 1.325, 32, 1792 * 512, 0.0007, 256),
-    Kind("3 bits", 1, 2.9, 0.38, 32, 1 << 18, 0.00015, 64),
+    Kind("lossless BF16", 2, 5.2, 1.325, 32, 1792 * 512, 512 * 512, 0.0007, 256),
+    Kind("3 bits", 1, 2.9, 0.38, 32, 1792 * 256, 1024 * 512, 0.00015, 64),
 )
 """As `rac pack` makes of matrices of 14336 x 4096, most of an 8B model; stored bytes per weight. The share of weights
 that escape is that of SmolLM2."""
-LAYER = 512 * 512
-"""Words of a tile of a matrix of 4096 x 4096, of either kind."""
 CHAIN_ALU = 12
 """Dependent arithmetic of a row of lanes, between its three loads and its vote (read off the SASS)."""
 ROUND = 8
@@ -238,7 +237,7 @@ def speed(d: Device, k: Kind, weights: float, per_cycle: float, sass: Counts, wo
 
 def cases(k: Kind) -> list[tuple[str, float, Kind]]:
     """What is decoded, weights in a batch, and what the file holds."""
-    layer = replace(k, tile=LAYER)
+    layer = replace(k, tile=k.layer)
     return [("8B, all at once", 8e9, k), ("8B, ring of 256 MB", 45e6, k), ("4096 x 4096", 4096**2, layer)]
 
 
