@@ -59,8 +59,8 @@ DEVICES = (
 class Kind:
     """What a file holds.
 
-    Weights per symbol, bits per symbol and per weight as stored, lanes and words of a tile, words of a tile of a matrix of
-    4096 x 4096, share of weights that escape, entries of a table, classes of columns.
+    Weights per symbol, bits per symbol and per weight as stored, lanes and words of a tile, words of a tile of a
+    matrix of 4096 x 4096, share of weights that escape, entries of a table, classes of columns.
     """
 
     name: str
