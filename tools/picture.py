@@ -2,7 +2,7 @@
 
     python tools/picture.py
 
-The table "The whole model, embedding included" is printed by tools/whole_model.py, which measures; this only draws.
+The rows of "The whole model, embedding included" are tools/whole_file_bar.py's and tools/rivals.py's; this only draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def points() -> list[Point]:
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
     return [
         (name.replace("RAC", ""), int(size.replace(",", "")) * 8 / WEIGHTS, float(kl))
-        for name, size, _, _, kl in rows
+        for name, size, _, _, _, kl, *_ in rows
         if size[:1].isdigit()
     ]
 
