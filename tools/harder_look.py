@@ -179,7 +179,8 @@ def draw(path: Path, panels: dict[str, tuple[Sequence[str], dict[str, list[float
     from matplotlib import pyplot as plt
 
     figure: Any
-    figure, axes = plt.subplots(2, -(-len(panels) // 2), figsize=(10, 6.4))
+    columns = -(-len(panels) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(5 * columns, 6.4))
     for ax, (title, (places, lines)) in zip(axes.flat, panels.items(), strict=False):
         for name, values in lines.items():
             ax.plot(range(len(values)), values, "o-", markersize=3, linewidth=1, label=name)
