@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rac.calibrate.text import text_ids
 
 TOKENS = 1024  # of a step
-CONTEXT = 512  # of a sequence at most: attention costs the square of it
+CONTEXT = 1024  # of a sequence at most: attention costs the square of it
 HELD = 4  # lessons of a text that are held out, at most; of a short one an eighth
 LEAST = 4  # lessons without which nothing is learned
 

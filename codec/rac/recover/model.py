@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.overrides import TorchFunctionMode
 
 from rac.models.linears import blocks_linears, is_linear
 from rac.models.names import renamed
@@ -51,11 +53,16 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
 
 
 class _Logits(torch.autograd.Function):  # type: ignore[misc]
-    """x W^T of a frozen output layer: in float32 on the way there, as logits are large, then in the type of W."""
+    """x W^T of a frozen output layer: in the type of W in a step, in float32 where something is judged or taught.
+
+    Logits are large: of 15 BF16 keeps what is 0.02 from it, which is nothing to the noise of a step.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Any, w: Any) -> Any:
         ctx.save_for_backward(w)
+        if ctx.needs_input_grad[0]:
+            return (x.to(w.dtype) @ w.t()).float()
         out = x.new_empty(*x.shape[:-1], len(w))
         for a in range(0, len(w), _ROWS):
             out[..., a : a + _ROWS] = x @ w[a : a + _ROWS].float().t()
@@ -65,6 +72,27 @@ class _Logits(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, grad: Any) -> Any:
         (w,) = ctx.saved_tensors
         return (grad.to(w.dtype) @ w).float(), None
+
+
+class _Attention(TorchFunctionMode):  # type: ignore[misc]
+    """Attention of float32 in another type."""
+
+    def __init__(self, dtype: Any) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plain = func is torch.nn.functional.scaled_dot_product_attention and len(args) == 3
+        if not plain or kwargs.get("attn_mask") is not None or args[0].dtype != torch.float32:
+            return func(*args, **kwargs)
+        return func(*(x.to(self._dtype) for x in args), **kwargs).float()
+
+
+def _attention(dtype: Any) -> contextlib.AbstractContextManager[Any]:
+    """Attention in a type while gradients are asked for: in a step, not where something is judged or taught."""
+    plain = dtype == torch.float32 or not torch.is_grad_enabled()
+    return contextlib.nullcontext() if plain else _Attention(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +204,8 @@ class Trained:
 
     def logits(self, ids: Any) -> Any:
         """(n, context, vocabulary) float32 of token ids (n, context)."""
-        return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
+        with _attention(self.dtype):
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits.float()
 
     def gradient(self) -> Any:
         """The gradient of all that is trained, as one vector; it is then forgotten."""
@@ -211,9 +240,13 @@ class Trained:
         lists = [m for m in self.model.modules() if isinstance(m, torch.nn.ModuleList)]
         blocks: Any = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=())
         for block in blocks:
-            block.forward = _again(checkpoint, block.forward)
+            block.forward = _again(checkpoint, block.forward, self.dtype)
         return self.need(tokens, max(1, len(blocks)))
 
 
-def _again(checkpoint: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+def _again(checkpoint: Callable[..., Any], forward: Callable[..., Any], dtype: Any) -> Callable[..., Any]:
+    def alike(*args: Any, **kwargs: Any) -> Any:  # modes of torch do not reach into the way back
+        with _attention(dtype):
+            return forward(*args, **kwargs)
+
+    return lambda *args, **kwargs: checkpoint(alike, *args, use_reentrant=False, **kwargs)

@@ -27,7 +27,7 @@ from rac.recover.model import Trained, UnfitError, fast
 from rac.recover.run import Plan, Recovered, Training
 from rac.recover.teacher import NotFiniteError
 
-_VERSION = 2  # of this code: counts up when it would find something else
+_TAUGHT, _TRAINED = 2, 3  # versions of what is said here: count up when the original, or training, would find others
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,11 @@ def recover(job: Job, model: str, content: str, cache: str | None, note: Note) -
     `model` is a digest of the original, `content` one of its quantised matrices. What the original predicts stays in
     the cache for others. OutputError where the cache cannot be written.
     """
-    lessons = _digest(job, [model])
+    lessons = _digest(job, [_TAUGHT, model])
     taught = Folder(cache, f"predictions-{lessons}")
     plan = job.plan
     settings = [plan.steps, plan.most, plan.coarse, plan.rate, sorted(job.rows), sorted(plan.types.items())]
-    folder = Folder(cache, f"recovery-{_digest(job, [model, content, *settings])}")
+    folder = Folder(cache, f"recovery-{_digest(job, [_TRAINED, model, content, *settings])}")
     with folder.alone(lambda: note("another process recovers the same: waiting for it", 0, 0)):
         for again in (False, True):
             try:
@@ -71,7 +71,7 @@ def recover(job: Job, model: str, content: str, cache: str | None, note: Note) -
 def _digest(job: Job, about: list[Any]) -> str:
     """Of what decides about a result: the text, the arithmetic and what else is said."""
     h = Digest()
-    h.update(repr([_VERSION, job.device, fast(job.device), *about]).encode())
+    h.update(repr([job.device, fast(job.device), *about]).encode())
     for ids in (job.lessons.train, job.lessons.held):
         h.update(repr(ids.shape).encode() + np.ascontiguousarray(ids, "<i8").tobytes())
     return h.value().hex()

@@ -24,11 +24,12 @@ RATE = 4e-3  # what a gain of the middle curvature moves in a step, about
 DAMP, FAR, TINY = 0.1, 3.0, 1e-30  # least curvature, of the middle one; how far a gain moves at most, in rates
 WARM = 0.1  # share of the steps in which the rate rises
 BETAS = 0.9, 0.98
+LATE = 3  # in the mean of what steps have come to step t weighs about t to this power: it follows, and noise is out
 LOOKS = 4  # how often the held-out text is looked at
 KEPT = 10  # steps after which the state is written
 WORSE = 3.0  # times the divergence at the beginning from which on steps have diverged
 SMALL = 0.05  # nats that count as the divergence at the beginning at least, where steps are looked at
-_VECTORS = "theta", "mean", "square", "best"
+_VECTORS = "theta", "mean", "square", "middle", "best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,18 +122,19 @@ class Training:
             first = self.held(model.theta, plan.coarse)
             state.update(step=0, before=first, best=first, at=0, why="")
             zero = torch.zeros_like(model.theta)
-            self._save(model.theta, zero, zero, model.theta)
-        theta, m, v, best = (self._read(kind) for kind in _VECTORS)
+            self._save(model.theta, zero, zero, model.theta, model.theta)
+        theta, m, v, middle, best = (self._read(kind) for kind in _VECTORS)
         model.use(theta)
         while state["step"] < plan.steps and not state["why"]:
             self._step(state, m, v)
+            middle.lerp_(model.theta, (LATE + 1) / (LATE + max(1, state["step"])))
             last = state["step"] == plan.steps or bool(state["why"])
             looked = state["step"] % self._every == 0 or state["step"] == plan.steps
-            if looked and (now := self.held(model.theta, plan.coarse)) < state["best"]:
+            if looked and (now := self.held(middle, plan.coarse)) < state["best"]:
                 state.update(best=now, at=state["step"])
-                best = model.theta.clone()
+                best = middle.clone()
             if state["step"] % KEPT == 0 or last:
-                self._save(model.theta, m, v, best)
+                self._save(model.theta, m, v, middle, best)
         return self._found(best)
 
     def _step(self, state: dict[str, Any], m: Any, v: Any) -> None:
