@@ -22,7 +22,7 @@ GRID = 256  # a gain is 1 + k / GRID, k an i8 (format_spec/stages/trellis.md)
 SEED = 0
 RATE = 4e-3  # what a gain of the middle curvature moves in a step, about
 DAMP, FAR, TINY = 0.1, 3.0, 1e-30  # least curvature, of the middle one; how far a gain moves at most, in rates
-WARM = 0.1  # share of the steps in which the rate rises
+WARM, END = 0.05, 0.25  # share of the steps in which the rate rises; what is left of it at the end
 BETAS = 0.9, 0.98
 LATE = 3  # in the mean of what steps have come to step t weighs about t to this power: it follows, and noise is out
 LOOKS = 4  # how often the held-out text is looked at
@@ -110,10 +110,10 @@ class Training:
         return int(np.random.default_rng((SEED, step // n)).permutation(n)[step % n])
 
     def _rate(self, step: int) -> float:
-        """Rises over the first steps, then falls to nothing by a cosine."""
+        """Rises over the first steps, then falls in a straight line: the mean takes the noise out, the rest goes on."""
         warm = max(1.0, WARM * self.plan.steps)
         down = max(0.0, (step + 1 - warm) / max(1.0, self.plan.steps - warm))
-        return self.plan.rate * min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * min(1.0, down)))
+        return self.plan.rate * min(1.0, (step + 1) / warm) * (1 - (1 - END) * min(1.0, down))
 
     def run(self) -> Recovered:
         """Train, from where the folder's state is."""
