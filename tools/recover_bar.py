@@ -3,7 +3,7 @@
 Files stay in FOLDER, with what was measured of them, so that an interrupted run goes on.
 
   man -P cat bash | col -bx > bash.txt
-  python tools/recover_bar.py demo/smollm2-hf valid.txt FOLDER test.txt bash.txt --bits 3.05 2.56 2.06 --steps 120
+  python tools/recover_bar.py demo/smollm2-hf valid.txt FOLDER test.txt bash.txt --bits 3.05 2.56 2.06 --steps 160
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder for files and figures")
     parser.add_argument("texts", type=Path, nargs="+", help="what is measured on")
     parser.add_argument("--bits", type=float, nargs="+", default=[3.05, 2.56, 2.06])
-    parser.add_argument("--steps", type=int, nargs="+", default=[120])
+    parser.add_argument("--steps", type=int, nargs="+", default=[160])
     parser.add_argument("--cache", type=Path, help="folder of calibrations (default: in the work folder)")
     parser.add_argument("--embeddings", action="store_true", help="quantise them too")
     parser.add_argument("--name", default="", help="begins the names of files: one for each calibration")
