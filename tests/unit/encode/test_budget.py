@@ -301,7 +301,7 @@ def test_embeddings_too(tmp_path):
 
 
 def test_tables_get_bits_by_what_their_errors_cost():
-    """An error of a unit costs the same in all; where no gradient has told, tables are one bit finer."""
+    """An error of a unit costs the same in all, and tables get more; where no gradient has told, one bit more."""
     rng = np.random.default_rng(3)
     arrays = {"a.weight": rng.standard_normal((256, 64)), "embed.weight": rng.standard_normal((300, 64)) / 8}
     groups = ties.find(from_arrays({k: v.astype(np.float32) for k, v in arrays.items()}).tensors)
@@ -309,7 +309,7 @@ def test_tables_get_bits_by_what_their_errors_cost():
     layers = {"a.weight": Layer(second, np.full(256, 3.0)), "embed.weight": Layer(second, np.full(300, 48.0))}
     a, table = rcp.calibrated(groups, layers, (), "fast", embeddings=True).aligned.values()
     assert not a.scales.rows.any() and not table.scales.rows.any()
-    assert abs((a.base - table.base) - np.log2(4)) < 1e-9
+    assert abs((a.base - table.base) - (np.log2(4) + 0.7)) < 1e-9
     layers["a.weight"] = Layer(second, None)
     a, table = rcp.calibrated(groups, layers, (), "fast", embeddings=True).aligned.values()
     deviations = [np.log2(np.sqrt((w**2).mean(0))).mean() for w in arrays.values()]
