@@ -74,9 +74,10 @@ class Tables:
 
     def _read(self, name: str, module: Any, args: Any, out: Any) -> None:
         """Rows were looked up; `out` is what came of it, times a factor with some."""
-        if not args or args[0].is_floating_point() or not isinstance(out, torch.Tensor):
+        given = args[0] if args else None  # tables of positions may be given a shape
+        if not isinstance(given, torch.Tensor) or given.is_floating_point() or not isinstance(out, torch.Tensor):
             return
-        ids = args[0].reshape(-1).cpu()
+        ids = given.reshape(-1).cpu()
         if name not in self._factor:
             self._factor[name] = _factor(module.weight, ids, out)
         if not self._factor[name]:

@@ -21,6 +21,8 @@ from rac.calibrate import passes as calibration_stream
 from rac.calibrate import text as calibration_text
 from rac.calibrate.experts import settled  # noqa: E402
 from rac.calibrate.layers import Layer, calibrate, joined  # noqa: E402
+from rac.calibrate.moments import Collector  # noqa: E402
+from rac.calibrate.tables import Tables  # noqa: E402
 from rac.errors import MissingDependencyError, RacError, SourceError  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, 90, 330)
@@ -251,6 +253,23 @@ def granted():
             **SMALL,
         )
     )
+
+
+class Positions(torch.nn.Embedding):
+    """A table that is told how many tokens there are, as LED's (a torch.Size) and Pegasus' (a tuple)."""
+
+    def forward(self, shape):
+        return super().forward(torch.arange(shape[1]))
+
+
+@pytest.mark.parametrize("shape", [torch.Size((1, 3)), (1, 3)])
+def test_a_table_that_is_given_no_ids_tells_nothing(shape):
+    positions, words = Positions(8, 4), torch.nn.Embedding(8, 4)
+    found = Collector({}, outputs=False)
+    with Tables(found, {"positions": positions, "words": words}, {}):
+        positions(shape)
+        words(torch.tensor([[1, 1, 2]]))
+    assert {name: n.tolist() for name, n in found.sums.squares.items()} == {"words:read": [0, 2, 1, 0, 0, 0, 0, 0]}
 
 
 @pytest.mark.parametrize("make", [llama, lambda: llama(tie_word_embeddings=True), gpt2, granted])
