@@ -223,7 +223,8 @@ def measured(rows: Sequence[Row], key: str, measure: Callable[[], Callable[[Any]
 def on_text(bench: Bench, name: str, path: Path) -> Callable[[Any], dict[str, Any]]:
     """KL, top-1 and perplexity on a text."""
     measure = Measure(bench.args.folder, path.read_text(encoding="utf-8"), bench.args.measure)
-    Row(bench, ORIGINAL).keep(**{name: asdict(measure.figures())})
+    found = asdict(measure.figures())
+    Row(bench, ORIGINAL).keep(**{name: found})
 
     def do(row: Row) -> dict[str, Any]:
         state = {**measure.model.state_dict(), **row.tensors()}
@@ -238,7 +239,8 @@ def on_choice(bench: Bench, path: Path) -> Callable[[Any], dict[str, Any]]:
 
     _, model, tokenizer = load_original(bench.args.folder)
     asked = choice.questions(path.read_text(encoding="utf-8"), bench.args.questions)
-    Row(bench, ORIGINAL).keep(choice=asdict(choice.answers(model, tokenizer, asked)))
+    found = asdict(choice.answers(model, tokenizer, asked))
+    Row(bench, ORIGINAL).keep(choice=found)
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def do(row: Row) -> dict[str, Any]:
