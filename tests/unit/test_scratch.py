@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from rac import scratch
+from rac.calibrate.folder import DamagedError, Folder
 from rac.scratch import Scratch
 from support import environment
 
@@ -116,6 +117,16 @@ def test_where_no_locks_are_known(place, monkeypatch):
         scratch._sweep_one(a.path)
         assert a.path.exists()
     assert not [*place.iterdir()]
+
+
+@pytest.mark.parametrize(("error", "stays"), [(ValueError, False), (KeyboardInterrupt, False), (DamagedError, True)])
+def test_a_calibration_that_fails_leaves_nothing_to_its_traceback(place, error, stays):
+    pytest.importorskip("filelock")
+    folder = Folder(None, "")
+    with pytest.raises(error), folder.alone(lambda: None):  # what is raised refers to the folder
+        folder.put("a.npy", np.zeros(3))
+        raise error("x")
+    assert folder.path.exists() == stays
 
 
 @pytest.mark.parametrize("number", ENDS, ids=lambda n: n.name)

@@ -38,6 +38,7 @@ class Folder:
 
     def __init__(self, parent: str | os.PathLike[str] | None, name: str) -> None:
         """Open `parent/name`, made where it is missing; without a parent a folder that goes away with this object."""
+        self._scratch: Scratch | None = None
         try:
             if parent is None:
                 self._scratch = Scratch("calibration")  # it goes away with this object
@@ -61,7 +62,10 @@ class Folder:
 
     @contextlib.contextmanager
     def alone(self, wait: Callable[[], None]) -> Iterator[None]:
-        """No other process works in the folder meanwhile; `wait` is called where one does, before waiting for it."""
+        """No other process works in the folder meanwhile; `wait` is called where one does, before waiting for it.
+
+        A temporary folder is removed where the work fails: the error's traceback may keep this object for long.
+        """
         try:
             from filelock import FileLock, Timeout
         except ImportError as e:
@@ -75,11 +79,19 @@ class Folder:
                 lock.acquire()
         except (OSError, NotImplementedError) as e:  # not implemented: on file systems that know no locks
             raise OutputError(f"the calibration cache cannot be written: {e}", file=os.fspath(self.path)) from e
+        lost = False
         try:
             self._read()
             yield
+        except DamagedError:  # it may be begun anew
+            raise
+        except BaseException:
+            lost = True
+            raise
         finally:
             lock.release()
+            if lost and self._scratch:
+                self._scratch.close()
 
     def clear(self) -> None:
         """Forget everything."""
