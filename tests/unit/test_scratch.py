@@ -37,7 +37,8 @@ def wait(*_):
         pass
 
 RankPacker._mended = wait
-sys.exit(main(["pack", *sys.argv[1:]]))
+sys.argv[1:1] = ["pack"]
+sys.exit(main())
 """
 ENDS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (129, "terminated")}
 

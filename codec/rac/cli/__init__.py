@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import io
@@ -101,6 +102,7 @@ def parser(argv: Sequence[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors are one line on standard error."""
+    signals = stopping() if argv is None else contextlib.nullcontext()  # those of a program that calls this are its own
     argv = sys.argv[1:] if argv is None else argv
     if sys.stdout is None:  # it was closed before
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -125,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(f"unknown argument {unknown[0]!r}{meant(word, options) if word[0] == '-' else ''}")
     terminal.set_volume(args)
     try:
-        with stopping(), warnings.catch_warnings():
+        with signals, warnings.catch_warnings():
             warnings.showwarning = _show(warnings.showwarning)
             code: int = args.run(args)
         sys.stdout.flush()
