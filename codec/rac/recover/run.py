@@ -20,7 +20,8 @@ from rac.recover.teacher import divergence, lesson, teach
 
 GRID = 256  # a gain is 1 + k / GRID, k an i8 (format_spec/stages/trellis.md)
 SEED = 0
-RATE = 4e-3  # what a gain of the middle curvature moves in a step, about
+RATE = 4e-3  # what a gain of the middle curvature moves in a step, about, where the divergence is LARGE
+LARGE = 0.27  # nats
 DAMP, FAR, TINY = 0.1, 3.0, 1e-30  # least curvature, of the middle one; how far a gain moves at most, in rates
 WARM, END = 0.05, 0.25  # share of the steps in which the rate rises; what is left of it at the end
 BETAS = 0.9, 0.98
@@ -110,10 +111,14 @@ class Training:
         return int(np.random.default_rng((SEED, step // n)).permutation(n)[step % n])
 
     def _rate(self, step: int) -> float:
-        """Rises over the first steps, then falls in a straight line: the mean takes the noise out, the rest goes on."""
+        """Rises over the first steps, then falls in a straight line: the mean takes the noise out, the rest goes on.
+
+        How far there is to go is as the root of the divergence, and so is a gradient: over its square it is the inverse.
+        """
         warm = max(1.0, WARM * self.plan.steps)
         down = max(0.0, (step + 1 - warm) / max(1.0, self.plan.steps - warm))
-        return self.plan.rate * min(1.0, (step + 1) / warm) * (1 - (1 - END) * min(1.0, down))
+        rate = self.plan.rate * min(1.0, math.sqrt(self.folder.state["before"] / LARGE))
+        return rate * min(1.0, (step + 1) / warm) * (1 - (1 - END) * min(1.0, down))
 
     def run(self) -> Recovered:
         """Train, from where the folder's state is."""
