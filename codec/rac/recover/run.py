@@ -113,7 +113,7 @@ class Training:
     def _rate(self, step: int) -> float:
         """Rises over the first steps, then falls in a straight line: the mean takes the noise out, the rest goes on.
 
-        How far there is to go is as the root of the divergence, and so is a gradient: over its square it is the inverse.
+        How far there is to go is as the root of the divergence, and so is a gradient: over its square, the inverse.
         """
         warm = max(1.0, WARM * self.plan.steps)
         down = max(0.0, (step + 1 - warm) / max(1.0, self.plan.steps - warm))
