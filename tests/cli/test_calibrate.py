@@ -45,14 +45,15 @@ def test_what_a_text_does_not_reach(folder, tmp_path, capsys):
 
 
 def test_how_a_model_reads_the_text(folder, tmp_path, capsys):
-    found = {}
+    found, sizes = {}, set()
     for name, more in {"usual": [], "short": ["--context", "32"], "forward": ["--no-backward"]}.items():
         assert pack(folder, "hf", tmp_path / f"{name}.rac", *more) == 0
         with rac.open(tmp_path / f"{name}.rac") as f:
             found[name] = f.archives[0].header["provenance"]["calibrate"]
+            sizes.add(tuple(e.size for e in f.archives[0].index.entries))
     assert found["short"] == [found["usual"][0] | {"context": 32}]
     assert found["forward"] == [found["usual"][0] | {"backward": False}]
-    assert len({(tmp_path / f"{name}.rac").stat().st_size for name in found}) > 1
+    assert len(sizes) > 1  # whole files may be as long by chance
     capsys.readouterr()
     source, out = str(folder / "hf"), str(tmp_path / "x.rac")
     assert main(["pack", source, "-o", out, "--bits", "4", "--calibrate", "none", "--no-backward"]) == 2

@@ -212,7 +212,7 @@ def test_threads_end_with_the_stream(data, when):
             del s
             gc.collect()
         assert ours() == []
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 30  # a read would wait for ever
     feeder.join(5)
     os.close(write)
 
