@@ -55,7 +55,6 @@ class Level:
     coarse: bool = False  # cut into coarse tiles
     plain: int = 0  # bytes of a tensor up to which its words are stored as they are
     strip: int = 0  # words of a tile, about, that spans whole rows; 0: tiles are cut along both sides
-    sliced: float = 0.0  # stored bytes of a word, about, where tiles were asked for; 0: as its type has them
     density: float = 0.0  # stored bytes of a word, about, by which tiles are cut; 0: as its type has them
     part: int = 0  # rows of a matrix that are read by themselves: no tile has rows of two of them; 0: any rows
 
@@ -77,7 +76,7 @@ LEVELS = {
 """Effort levels by name. `max` is for size alone: fine tiles cost 0.1 %, so that they must be asked for. `fast` is for
 speed: words of a strip are written one after the other, and there are few tiles; a slice of columns reads all."""
 
-CODER = replace(LEVELS["default"], per=1, tile=1 << 19, whole=1 << 20, tall=2048, coarse=True, sliced=0.5, density=0.5)
+CODER = replace(LEVELS["default"], per=1, tile=1 << 19, whole=1 << 20, tall=2048, coarse=True, density=0.5)
 """How the integers of quantised tensors are coded. In smaller tiles than what is lossless, since a GPU steps once for
 each of them, not for two, and needs as many lanes at once as it can get (docs/gpu.md). But coarse, tall, and one for a
 small matrix: in each tile the trellis begins anew in every column, and each has lanes and lists of its own, which costs
@@ -92,7 +91,7 @@ def tuned(level: Level, lanes: int | None, slices: str | None) -> Level:
     if lanes is not None:
         level = replace(level, lanes=lanes, fixed=True, coarse=True)
     if slices is not None:
-        level = replace(level, coarse=slices == "coarse", density=level.sliced, strip=0, plain=0)
+        level = replace(level, coarse=slices == "coarse", strip=0, plain=0)
     return level
 
 
@@ -147,7 +146,7 @@ def _within(tr: int, part: int) -> int:
 
 def _even(n: int, most: int) -> int:
     """The size of equal pieces of `n`, of `most` at most: a slice ends where tiles do."""
-    return -(-n // -(-n // max(1, most)))
+    return max(1, -(-n // max(1, -(-n // max(1, most)))))
 
 
 def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid:
@@ -155,9 +154,8 @@ def grid_of(dtype: str, shape: tuple[int, ...], axis: int, level: Level) -> Grid
     rows, cols = matrix(dtype, shape, axis)
     d = DTYPES[dtype]
     if level.strip:
-        tc = max(1, -(-cols // max(1, -(-cols // level.strip))))
-        tr = _within(max(1, -(-rows // max(1, -(-rows // max(1, level.strip // tc))))), level.part)
-        return Grid(rows, cols, d.word, tr, tc)
+        tc = _even(cols, level.strip)
+        return Grid(rows, cols, d.word, _within(_even(rows, level.strip // tc), level.part), tc)
     share = (0.7 if d.word == 2 else 0.85) if d.signed_float else 1
     stored = rows * cols * (level.density or d.word * share)
     parts = next(n for n, most in CUTS["coarse" if level.coarse else "fine"] if stored <= most)
