@@ -192,8 +192,16 @@ def test_a_pipe_is_widened_where_the_system_allows(data, monkeypatch, allowed):
         assert real(read, fcntl.F_GETPIPE_SZ) == (1 << 20 if allowed else before)
 
 
+@pytest.fixture
+def swept():
+    """Garbage is that of this test: what others have left takes a busy machine seconds to look through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("when", ["early close", "with", "garbage"])
-def test_threads_end_with_the_stream(data, when):
+def test_threads_end_with_the_stream(data, when, swept):
     read, write = os.pipe()  # stays open, so that a read would wait for ever
     with open(read, "rb") as f:
         feeder = fed(lambda d: os.write(write, d[: len(d) // 2]), data)
@@ -212,7 +220,7 @@ def test_threads_end_with_the_stream(data, when):
             del s
             gc.collect()
         assert ours() == []
-        assert time.monotonic() - start < 30  # a read would wait for ever
+        assert time.monotonic() - start < 2
     feeder.join(5)
     os.close(write)
 
