@@ -133,8 +133,9 @@ table, tiles of whole rows), default (row and column classes), max (mantissa bit
 JOBS = """threads; more than 8 are processes where matrices are quantised (default: one per core, at most 8 where all is
 lossless)"""
 SLICES = """tiles so small that an eighth of any tensor is read with at most 64 KB (fine) or 1 MB (coarse) beyond 1.1
-times its share (default: fine; coarse at --level max, with --lanes, and for quantised tensors, which are 0.5 to 1 %%
-smaller then where they are small; at --level fast tiles of whole rows, so that columns cost all of the tensor)"""
+times its share, quantised ones up to 4 bits a weight (default: fine; coarse at --level max, with --lanes, and for
+quantised tensors, which are smaller then; at --level fast tiles of whole rows, so that columns cost all of the
+tensor)"""
 CALIBRATE = """a text to calibrate on; for models that read more: a folder of pictures or of .wav files, a .jsonl of
 pairs {"image", "text"}, a text of prompts for a pipeline of diffusers, one a line; self: the model writes one; auto
 (default for the folder of a causal language model): the built-in mix of texts, and self; none (default otherwise):

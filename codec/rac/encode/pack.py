@@ -155,9 +155,9 @@ def pack(
         processes: Quantise in processes, started anew, instead of threads: for machines of many cores. A script that
             asks for it has its own work under `if __name__ == "__main__":`.
         slices: "fine": an eighth of the rows or columns of any tensor costs a reader at most 1.1 times its share of the
-            stored bytes and 64 KB; "coarse": and 1 MB. None: fine, but coarse at level "max", where `lanes` are given,
-            and for quantised tensors, which are 0.5 to 1 % smaller so where they are small; strips of whole rows at
-            level "fast", of which a slice of columns reads all.
+            stored bytes and 64 KB; "coarse": and 1 MB. This holds for quantised tensors of up to 4 bits a weight. None:
+            fine, but coarse at level "max", where `lanes` are given, and for quantised tensors, which are smaller so;
+            strips of whole rows at level "fast", of which a slice of columns reads all.
         all_files: Take other files above 64 MB too, in pieces.
         pickles: Allow files that torch pickled (.pt, .pth, .bin); they are read by `torch.load(weights_only=True)`.
         device: "cpu", "cuda" or "mps": where blocks are calibrated, factors found and errors fed back (docs/gpu.md).
