@@ -17,7 +17,7 @@ from rac.encode.encoded import Bytes, Encoded, Spool
 from rac.encode.sources import SourceTensor
 from rac.machine import room
 
-WINDOW = 64 << 20  # dense bytes in work beyond the largest tensor
+WINDOW = 128 << 20  # dense bytes in work beyond the largest tensor
 TOGETHER = 1 << 20  # dense bytes of tensors that one job begins: to hand over a small one takes as long as to code it
 Job = tuple[Callable[..., Encoded], tuple[Any, ...]]  # a function and its arguments, for a thread or a process
 

@@ -61,7 +61,7 @@ class Tuning:
         tables = {g.tensor.name for g in groups if is_table(g.tensor)}
         gained = {name for name in mine if name not in tables and _gains(kept.get(name))}
         try:
-            learned = lessons(self.path, self._texts(), self.steps)
+            learned = lessons(self.path, self._texts(), self.steps, self._general())
             plan = Plan(
                 self.steps,
                 reserve([kept.get(n).head["shape"] for n in gained]),
@@ -97,6 +97,10 @@ class Tuning:
                 whole = None if name == "self" else learned() if name == AUTO else read_text(name)
                 texts.append(Text(np.array(layers.ids()), whole))
         return texts
+
+    def _general(self) -> str | None:
+        """The built-in mix, where people have named texts of their own: what is learned of these alone costs others."""
+        return learned() if {"self", AUTO}.isdisjoint(self.calibration.texts) else None
 
 
 @dataclass(frozen=True, slots=True)

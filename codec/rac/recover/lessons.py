@@ -14,8 +14,10 @@ from rac.calibrate.text import text_ids
 
 TOKENS = 1024  # of a step
 CONTEXT = 1024  # of a sequence at most: attention costs the square of it
-HELD = 4  # lessons of a text that are held out, at most; of a short one an eighth
+HELD = 4  # lessons of a text that are held out, at most
+SHORT = 8  # of a short text one of so many is held out
 LEAST = 4  # lessons without which nothing is learned
+ONE_OF = 4  # one lesson of so many is of a text of no kind in particular
 
 
 class TooLittleError(Exception):
@@ -32,37 +34,47 @@ class Lessons:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text that a model was calibrated on."""
+    """A text to learn from."""
 
-    ids: NDArray[np.int64]  # (count, context) what the calibration took of it
+    ids: NDArray[np.int64]  # (count, context) what a calibration took of it
     whole: str | None = None  # the text; None: the model has written it, and there is no more
 
 
-def lessons(path: str | os.PathLike[str], texts: Sequence[Text], steps: int) -> Lessons:
+def lessons(path: str | os.PathLike[str], texts: Sequence[Text], steps: int, general: str | None = None) -> Lessons:
     """So many lessons of all texts alike, or as many as they have; TooLittleError where these are a few.
 
-    What follows the part that a calibration took comes first: the quantised model fits that part better than any other.
+    Of a `general` text comes one lesson of ONE_OF, and one that is held out. What follows the part
+    that a calibration took comes first: the quantised model fits that part better than any other.
     """
-    each = -(-steps // max(1, len(texts)))
-    train, held = list[list[NDArray[np.int64]]](), list[NDArray[np.int64]]()
-    for text in texts:
-        context = text.ids.shape[1]
-        flat = text.ids.reshape(-1)
-        if text.whole is not None:
-            more, longest = text_ids(os.fspath(path), text.whole, flat.size + (each + HELD) * TOKENS)
-            if np.array_equal(more[: flat.size], flat):
-                flat = np.concatenate([more[flat.size :], flat])
-            context = min(context, longest)
-        context = min(context, CONTEXT)
-        rows = max(1, TOKENS // context)
-        made = len(flat) // (rows * context)
-        every = list(flat[: made * rows * context].reshape(made, rows, context))
-        out = min(HELD, made // 8)
-        held += every[:out]  # of what no calibration took
-        train.append(every[out : out + each])
-    mixed = [one for some in itertools.zip_longest(*train) for one in some if one is not None]
-    shape = mixed[0].shape if mixed else ()
-    mixed, held = ([one for one in some if one.shape == shape] for some in (mixed, held))
-    if len(mixed) < LEAST or not held:
-        raise TooLittleError(f"{len(mixed)} pieces of {TOKENS} tokens to learn from, and {len(held)} to judge by")
+    others = steps // ONE_OF if general else 0
+    each = -(-(steps - others) // max(1, len(texts)))
+    found = [_cut(path, text, each, HELD) for text in texts]
+    if len(own := [one for train, _ in found for one in train]) < LEAST or not any(held for _, held in found):
+        seen = sum(len(held) for _, held in found)
+        raise TooLittleError(f"{len(own)} pieces of {TOKENS} tokens to learn from, and {seen} to judge by")
+    if general:
+        unseen = Text(texts[0].ids[:0], general)
+        found.append(_cut(path, unseen, min(others, len(own) // (ONE_OF - 1)), 1))
+    mixed = [one for some in itertools.zip_longest(*(train for train, _ in found)) for one in some if one is not None]
+    shape = mixed[0].shape
+    mixed, held = ([x for x in some if x.shape == shape] for some in (mixed, [x for _, y in found for x in y]))
     return Lessons(np.stack(mixed), np.stack(held))
+
+
+def _cut(
+    path: str | os.PathLike[str], text: Text, most: int, held: int
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """At most so many lessons of a text to learn from, and to be held out, an eighth of all at most."""
+    context, flat = text.ids.shape[1], text.ids.reshape(-1)
+    if text.whole is not None:
+        need = max(most + held, held * SHORT)
+        more, longest = text_ids(os.fspath(path), text.whole, flat.size + need * TOKENS)
+        if np.array_equal(more[: flat.size], flat):
+            flat = np.concatenate([more[flat.size :], flat])
+        context = min(context, longest)
+    context = min(context, CONTEXT)
+    rows = max(1, TOKENS // context)
+    made = len(flat) // (rows * context)
+    every = list(flat[: made * rows * context].reshape(made, rows, context))
+    out = min(held, made // SHORT)
+    return every[out : out + most], every[:out]  # held out is what no calibration took
