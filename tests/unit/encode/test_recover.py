@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import rac
+from rac.calibrate.builtin import learned
 from rac.calibrate.folder import Folder
 from rac.encode.asked import Asked
 from rac.encode.pack import pack
@@ -189,12 +190,36 @@ def test_lessons_are_of_all_texts_alike_and_begin_behind_the_calibration(tmp_pat
     own = np.arange(1024).reshape(8, 128)
     found = lessons(tmp_path, [Text(ids[:512].reshape(4, 128), TEXT), Text(own)], 12)
     assert found.train.shape == (12, 2, 32)
-    assert found.held.shape == (2 + 2, 2, 32)
-    assert np.array_equal(found.held[:2].reshape(-1), ids[512 : 512 + 2 * 64])
-    assert np.array_equal(found.train[0].reshape(-1), ids[512 + 2 * 64 : 512 + 3 * 64])
+    assert found.held.shape == (4 + 2, 2, 32)  # an eighth of the short one
+    assert np.array_equal(found.held[:4].reshape(-1), ids[512 : 512 + 4 * 64])
+    assert np.array_equal(found.train[0].reshape(-1), ids[512 + 4 * 64 : 512 + 5 * 64])
     assert np.array_equal(found.train[1].reshape(-1), own.reshape(-1)[128:192])
     with pytest.raises(TooLittleError, match="1 pieces"):
         lessons(tmp_path, [Text(own[:1, :64])], 12)
+
+
+def test_one_lesson_of_four_is_of_a_general_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "TOKENS", 64)
+    models.tokenizer().save_pretrained(tmp_path)
+    own, general = np.full((32, 32), 3), TEXT[::-1]
+    ids = np.array(models.tokenizer()(general).input_ids)
+    mine = lambda some: [bool((one == 3).all()) for one in some]  # noqa: E731
+    found = lessons(tmp_path, [Text(own)], 12, general)
+    assert found.train.shape == (12, 2, 32)
+    assert mine(found.train).count(False) == 3
+    assert mine(found.held) == [True, True, False]
+    assert np.array_equal(found.held[-1].reshape(-1), ids[:64])
+    assert np.array_equal(found.train[1].reshape(-1), ids[64:128])
+    short = lessons(tmp_path, [Text(own[:16])], 64, general)  # what there is of it decides, not the steps
+    assert (mine(short.train).count(True), mine(short.train).count(False)) == (7, 2)
+
+
+def test_the_built_in_mix_is_that_text_where_people_name_their_own(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(texts, "lessons", lambda *what: asked.append(what[-1]) or lessons(*what))
+    pack(folder / "llama", tmp_path / "m.rac", recover=2, **how(folder))
+    pack(folder / "llama", tmp_path / "a.rac", recover=2, **how(folder) | {"calibrate": ["auto"]})
+    assert asked == [learned(), None]
 
 
 @pytest.fixture(scope="module")
