@@ -30,8 +30,8 @@ from rac.methods.rotations.spinquant import start
 
 
 def ids_of(model: Path, text: Path, tokens: int, context: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    ids, _ = text_ids(str(model), text.read_text(encoding="utf-8"), tokens)
-    return sequences(ids, tokens, context)
+    found = text_ids(str(model), text.read_text(encoding="utf-8"), tokens)
+    return sequences(found.ids, tokens, context, found.front)
 
 
 def losses(p: transforms.Parts, found: rotations.Rotations, ids: Any, how: rotations.Simulated, seed: int) -> None:

@@ -81,7 +81,7 @@ def check_text(path: str, text: str, tokens: int = 8192, context: int = 1024) ->
     """Check that `Measure` will take a folder and a text, without its weights; SourceError."""
     with quiet(_modules()[1]):
         config = _config(path)
-        windows(_encoder(_tokenizer(path)), text, tokens, context, config, path)
+        windows(_tokenizer(path), text, tokens, context, config, path)
 
 
 def _config(path: str) -> Any:
@@ -104,10 +104,6 @@ def _tokenizer(path: str) -> Any:
         return _modules()[1].AutoTokenizer.from_pretrained(path, local_files_only=True)
     except _ERRORS as e:
         raise SourceError(f"no tokenizer that transformers can load: {e}", file=path) from e
-
-
-def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
-    return lambda text: tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[no-any-return]
 
 
 class Measure:
@@ -134,7 +130,7 @@ class Measure:
         self._path, self._text, self._note, self._model = os.fspath(model), text, note, model
         with quiet(self._transformers):
             self._config, self.model, tokenizer = load_original(model)
-            cut = windows(_encoder(tokenizer), text, tokens, context, self._config, self._path)
+            cut = windows(tokenizer, text, tokens, context, self._config, self._path)
         self._context, self.tokens = len(cut[0]), len(cut) * len(cut[0])
         self.model.to(device)
         self._windows = [self.torch.tensor(ids, device=device) for ids in cut]
@@ -273,7 +269,7 @@ class Judge:
         """How many windows there are, and tokens of each; no weights are read."""
         path = os.fspath(self.model)
         with quiet(_modules()[1]):
-            cut = windows(_encoder(_tokenizer(path)), self.read(), *_cut(self.tokens), _config(path), path)
+            cut = windows(_tokenizer(path), self.read(), *_cut(self.tokens), _config(path), path)
         return len(cut), len(cut[0])
 
 

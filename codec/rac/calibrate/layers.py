@@ -33,7 +33,7 @@ from rac.linalg.saved import load
 from rac.native import product
 
 IDS = "ids.npy"  # the file of the tokens
-_VERSION = 6  # of this code: counts up when it would find something else, so that no cache gives anything old
+_VERSION = 7  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)

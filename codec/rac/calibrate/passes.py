@@ -26,7 +26,7 @@ from rac.calibrate.place import Place, place_of
 from rac.calibrate.reader import Reader, is_causal
 from rac.calibrate.reader import find as find_reader
 from rac.calibrate.tables import Tables, embeddings, output_layer
-from rac.calibrate.text import SEED, Note, self_text_ids, sequences, text_ids
+from rac.calibrate.text import SEED, Note, Tokens, self_text_ids, sequences, text_ids
 from rac.calibrate.whole import backward, leaves
 from rac.calibrate.wide import Wide
 from rac.errors import LimitError, SourceError
@@ -70,12 +70,13 @@ def find(
         assert text is not None  # noqa: S101 - else the ids are there
         reader = find_reader(model, causal, min(context, asked.tokens), path)
         if isinstance(text, str):
-            every, most = text_ids(path, text, asked.tokens)
+            every = text_ids(path, text, asked.tokens)
         else:
-            every, most = np.asarray(text, np.int64), context
-        folder.put("ids.npy", sequences(every, asked.tokens, min(reader.context, most)))
-        if len(every) < asked.tokens:
-            note(f"the calibration text has {len(every)} tokens, {asked.tokens} were asked for", 0, 0)
+            every = Tokens(np.asarray(text, np.int64), context, [])
+        ids = sequences(every.ids, asked.tokens, min(reader.context, every.longest), every.front)
+        folder.put("ids.npy", ids)
+        if len(every.ids) + len(ids) * len(every.front) < asked.tokens:
+            note(f"the calibration text has {len(every.ids)} tokens, {asked.tokens} were asked for", 0, 0)
         folder.state["reader"] = reader.name
         folder.commit()
     ids = np.array(folder.array("ids.npy"))

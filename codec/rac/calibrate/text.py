@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.folder import Folder
 from rac.errors import SourceError
+from rac.models.predictions import begin
 
 LEAST = 128  # tokens of the shortest sequence that is made of a text that is shorter than a sequence should be
 TOKENIZERS = (
@@ -32,8 +34,17 @@ _KEPT = ("cache", "past_key_values", "cache_params")
 """What models, and versions of transformers, call the keys and values of the tokens so far."""
 
 
-def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]:
-    """The first `tokens` token ids of the text, and the longest sequence that the tokenizer in `path` makes."""
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids of a text, and how its tokenizer makes sequences."""
+
+    ids: NDArray[np.int64]  # (n,) without what is put in front
+    longest: int  # the longest sequence that the tokenizer makes
+    front: list[int]  # ids that it puts in front of each
+
+
+def text_ids(path: str, text: str, tokens: int) -> Tokens:
+    """The first `tokens` token ids of the text, by the tokenizer in folder `path`; SourceError where that fails."""
     import transformers
 
     without = "`--calibrate none` works without a tokenizer"
@@ -50,24 +61,34 @@ def text_ids(path: str, text: str, tokens: int) -> tuple[NDArray[np.int64], int]
             ) from e
         raise SourceError(f"the tokenizer cannot be loaded: {e}; {without}", file=path) from e
     ids: list[int] = []
+    front: list[int] = []
     for part in (text[: 32 * tokens], text):  # no need to read a long text to its end
         try:
             ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids[:tokens]
+            front = begin(tokenizer)
         except Exception as e:  # the library of tokenizers has no other
             raise SourceError(f"the tokenizer cannot take the text: {e}; {without}", file=path) from e
         if len(ids) == tokens or len(part) == len(text):
             break
-    return np.asarray(ids, np.int64), int(min(tokenizer.model_max_length, 1 << 40))
+    return Tokens(np.asarray(ids, np.int64), int(min(tokenizer.model_max_length, 1 << 40)), front)
 
 
-def sequences(ids: NDArray[np.int64], tokens: int, context: int) -> NDArray[np.int64]:
-    """Whole sequences (count, context); one shorter one of a short text; SourceError where that is too short."""
+def sequences(ids: NDArray[np.int64], tokens: int, context: int, front: Sequence[int] = ()) -> NDArray[np.int64]:
+    """Whole sequences (count, context), each with `front` before its ids; one shorter one of a short text.
+
+    SourceError where that is too short.
+    """
     context = min(context, tokens)
     if len(ids) < (least := min(LEAST, context)):
         raise SourceError(f"the calibration text has {len(ids)} tokens, at least {least} are needed")
-    context = min(context, len(ids))
-    count = min(len(ids), tokens) // context
-    return ids[: count * context].reshape(count, context)
+    body = min(max(1, context - len(front)), len(ids))
+    count = min(len(ids) // body, max(1, tokens // (len(front) + body)))
+    return fronted(ids[: count * body].reshape(count, body), front)
+
+
+def fronted(ids: NDArray[np.int64], front: Sequence[int]) -> NDArray[np.int64]:
+    """Sequences (count, body) with the same ids in front of each."""
+    return np.concatenate([np.tile(np.asarray(front, np.int64), (len(ids), 1)), ids], 1) if front else ids
 
 
 def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: Note) -> NDArray[np.int64]:

@@ -37,8 +37,8 @@ def calibration_ids(path: str, text: str, tokens: int = 40960, context: int = 10
 
     SourceError where there is no tokenizer, or the text is too short.
     """
-    ids, most = calibration_text.text_ids(path, text, tokens)
-    return calibration_text.sequences(ids, tokens, min(context, most))
+    found = calibration_text.text_ids(path, text, tokens)
+    return calibration_text.sequences(found.ids, tokens, min(context, found.longest), found.front)
 
 
 def quantise_gptq(

@@ -1,14 +1,15 @@
 """What a causal language model predicts on a text, window by window: shared by `rac compare` and `rac perplexity`.
 
 Windows follow each other without overlap, every one begins with an empty context, and what is left behind the last
-whole one is not measured. torch and transformers are handed in or met through their objects, never imported here.
+whole one is not measured. Where a tokenizer puts begin-of-text in front of a text, every window begins with that.
+torch and transformers are handed in or met through their objects, never imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from rac.errors import SourceError
@@ -49,20 +50,31 @@ def check(tokens: int, context: int) -> None:
         raise ValueError("a window needs at least 2 tokens, and as many must be asked for")
 
 
-def windows(
-    encode: Callable[[str], Sequence[int]], text: str, tokens: int, context: int, config: Any, file: str
-) -> list[Sequence[int]]:
+def begin(tokenizer: Any) -> list[int]:
+    """Ids that a tokenizer puts in front of every text: begin-of-text, for models that have never read without it.
+
+    None where it puts something behind a text too, as those of encoders do.
+    """
+    text = "a"
+    plain, whole = (list(tokenizer(text, add_special_tokens=special).input_ids) for special in (False, True))
+    more = len(whole) - len(plain)
+    return whole[:more] if whole[more:] == plain else []
+
+
+def windows(tokenizer: Any, text: str, tokens: int, context: int, config: Any, file: str) -> list[list[int]]:
     """At most `tokens` ids of `text` in windows of `context`, no longer than the model's positions.
 
-    SourceError, which names `file`, where the text is shorter than one window.
+    Each begins with what the tokenizer puts in front of a text. SourceError, which names `file`, where the text is
+    shorter than one window.
     """
-    ids = encode(text)
+    ids, front = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids), begin(tokenizer)
     context = positions(config, context)
-    count = min(tokens, len(ids)) // context
+    body = max(1, context - len(front))
+    count = min(tokens // context, len(ids) // body)
     if not count:
-        what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {context}"
+        what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {body}"
         raise SourceError(what, file=file)
-    return [ids[i * context : (i + 1) * context] for i in range(count)]
+    return [front + ids[i * body : (i + 1) * body] for i in range(count)]
 
 
 def log_probabilities(model: Any, window: Any) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.text import text_ids
+from rac.calibrate.text import fronted, text_ids
 
 TOKENS = 1024  # of a step
 CONTEXT = 1024  # of a sequence at most: attention costs the square of it
@@ -65,16 +65,18 @@ def _cut(
     path: str | os.PathLike[str], text: Text, most: int, held: int
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """At most so many lessons of a text to learn from, and to be held out, an eighth of all at most."""
-    context, flat = text.ids.shape[1], text.ids.reshape(-1)
+    context, flat, front = text.ids.shape[1], text.ids.reshape(-1), list[int]()
     if text.whole is not None:
         need = max(most + held, held * SHORT)
-        more, longest = text_ids(os.fspath(path), text.whole, flat.size + need * TOKENS)
-        if np.array_equal(more[: flat.size], flat):
-            flat = np.concatenate([more[flat.size :], flat])
-        context = min(context, longest)
+        found = text_ids(os.fspath(path), text.whole, flat.size + need * TOKENS)
+        context, front = min(context, found.longest), found.front
+        flat = text.ids[:, len(front) :].reshape(-1)
+        if np.array_equal(found.ids[: flat.size], flat):
+            flat = np.concatenate([found.ids[flat.size :], flat])
     context = min(context, CONTEXT)
-    rows = max(1, TOKENS // context)
-    made = len(flat) // (rows * context)
-    every = list(flat[: made * rows * context].reshape(made, rows, context))
+    body, rows = max(1, context - len(front)), max(1, TOKENS // context)
+    made = len(flat) // (rows * body)
+    cut = fronted(flat[: made * rows * body].reshape(made * rows, body), front)
+    every = list(cut.reshape(made, rows, -1))
     out = min(held, made // SHORT)
     return every[out : out + most], every[:out]  # held out is what no calibration took

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,9 @@ BETAS = 0.9, 0.98
 LATE = 3  # in the mean of what steps have come to step t weighs about t to this power: it follows, and noise is out
 LOOKS = 4  # how often the held-out text is looked at
 KEPT = 10  # steps after which the state is written
-WORSE = 3.0  # times the divergence of the worst held-out lesson at the beginning from which on steps have diverged
-SMALL = 0.05  # nats that count as that at least
+WORSE = 3.0  # times the divergence at the beginning from which on steps have diverged
+SMALL = 0.05  # nats that count as the divergence at the beginning at least, where steps are looked at
+RECENT = 8  # steps whose mean is looked at, about: lessons of other kinds of text differ several times
 _VECTORS = "theta", "mean", "square", "middle", "best"
 
 
@@ -93,14 +93,14 @@ class Training:
     def _as_stored(self, theta: Any, step: int) -> Any:
         return self.model.rounded(theta, self.plan.types, lambda x: coarse(x, step))
 
-    def held(self, theta: Any, step: int) -> list[float]:
-        """Nats a token on each held-out lesson of numbers as a file would hold them."""
+    def held(self, theta: Any, step: int) -> float:
+        """Nats a token on the held-out text of numbers as a file would hold them."""
         now = self.model.theta.clone()
         self.model.use(self._as_stored(theta, step))
         with torch.no_grad():
             each = [self._loss(ids, self._first + i).item() for i, ids in enumerate(self.lessons.held)]
         self.model.use(now)
-        return each
+        return math.fsum(each) / len(each)
 
     def _loss(self, ids: NDArray[np.int64], number: int) -> Any:
         taught = lesson(self.taught, number, self.model.device)
@@ -125,8 +125,8 @@ class Training:
         """Train, from where the folder's state is."""
         model, plan, state = self.model, self.plan, self.folder.state
         if "step" not in state:
-            each = self.held(model.theta, plan.coarse)
-            state.update(step=0, before=fmean(each), best=fmean(each), most=max(each), at=0, why="")
+            first = self.held(model.theta, plan.coarse)
+            state.update(step=0, before=first, best=first, recent=first, at=0, why="")
             zero = torch.zeros_like(model.theta)
             self._save(model.theta, zero, zero, model.theta, model.theta)
         theta, m, v, middle, best = (self._read(kind) for kind in _VECTORS)
@@ -136,7 +136,7 @@ class Training:
             middle.lerp_(model.theta, (LATE + 1) / (LATE + max(1, state["step"])))
             last = state["step"] == plan.steps or bool(state["why"])
             looked = state["step"] % self._every == 0 or state["step"] == plan.steps
-            if looked and (now := fmean(self.held(middle, plan.coarse))) < state["best"]:
+            if looked and (now := self.held(middle, plan.coarse)) < state["best"]:
                 state.update(best=now, at=state["step"])
                 best = middle.clone()
             if state["step"] % KEPT == 0 or last:
@@ -148,11 +148,12 @@ class Training:
         loss = self._loss(self.lessons.train[number := self._order(step)], number)
         loss.backward()
         found = loss.item()
-        if not math.isfinite(found) or found > WORSE * max(state["most"], SMALL):
+        recent = state["recent"] + (found - state["recent"]) / RECENT
+        if not math.isfinite(found) or recent > WORSE * max(state["before"], SMALL):
             state["why"] = f"the steps diverged: {found:.3g} nats in step {step + 1}, {state['before']:.3g} at first"
             return
         self._move(step, m, v)
-        state["step"] = step + 1
+        state.update(step=step + 1, recent=recent)
         self.note("recovery", step + 1, self.plan.steps)
 
     def _move(self, step: int, m: Any, v: Any) -> None:
@@ -191,7 +192,7 @@ class Training:
                 break
             step *= 2
         if step != plan.coarse:
-            after = fmean(self.held(best, step))
+            after = self.held(best, step)
         vectors = {part.name: theta[part.at].copy() for part in model.parts if not part.gains}
         if state["at"] == 0 or not after < state["before"]:
             return Recovered({}, {}, state["before"], state["before"], 0, state["why"])

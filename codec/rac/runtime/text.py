@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +26,15 @@ def perplexity(
 ) -> tuple[float, int, int]:
     """Perplexity of a causal language model on a text, the number of windows, and the tokens of each.
 
-    The protocol of docs/lossy.md: windows that do not overlap, no special tokens, all positions but the last of each.
+    The protocol of docs/lossy.md: windows that do not overlap, each with begin-of-text where the tokenizer puts that in
+    front, no other special tokens, all positions but the last of each.
 
     ValueError where `context` is below 2 or above `tokens`, SourceError where the text is shorter than one window,
     UnsupportedError where the model is no causal language model.
     """
     check(tokens, context)
     causal(model)
-    encode = partial(tokenizer, add_special_tokens=False, verbose=False)
-    cut = windows(lambda t: encode(t).input_ids, text, tokens, context, model.config, model.name_or_path)
+    cut = windows(tokenizer, text, tokens, context, model.config, model.name_or_path)
     total = 0.0
     for i, ids in enumerate(cut, 1):
         window = torch.tensor(ids, device=model.device)
