@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 VOCABULARY, WIDTH, INNER = 256, 128, 160
 TEXT = "".join(chr(97 + i * i % 26) + " " * (i % 5 == 0) for i in range(400))
@@ -103,12 +103,14 @@ KINDS = {
 }
 
 
-def tokenizer() -> Any:
-    """One token for every byte."""
+def tokenizer(begin: bool = False) -> Any:
+    """One token for every byte, with `begin` "!" in front of every text, as begin-of-text is."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
+    if begin:
+        made.post_processor = processors.TemplateProcessing(single="! $0", special_tokens=[("!", alphabet.index("!"))])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made)
 
 

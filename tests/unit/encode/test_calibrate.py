@@ -24,6 +24,7 @@ from rac.calibrate.layers import Layer, calibrate, joined  # noqa: E402
 from rac.calibrate.moments import Collector  # noqa: E402
 from rac.calibrate.tables import Tables  # noqa: E402
 from rac.errors import MissingDependencyError, RacError, SourceError  # noqa: E402
+from support import models  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, 90, 330)
 SMALL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -884,3 +885,29 @@ def test_a_model_with_code_of_its_own(saved, tmp_path):
     (folder / "mine.py").write_text("raise RuntimeError('this was run')")
     with pytest.raises(SourceError, match=r"code of its own, which is not run here; rac\.calibrate .*calibrate none"):
         run(folder)
+
+
+@pytest.mark.parametrize(("front", "count", "context"), [([], 3, 8), ([7], 3, 8), ([7, 9], 3, 8)])
+def test_every_sequence_begins_with_what_is_put_in_front(front, count, context):
+    ids = np.arange(100, 124)
+    found = calibration_text.sequences(ids, 24, context, front)
+    assert found.shape == (count, context)
+    assert np.all(found[:, : len(front)] == front)
+    body = found[:, len(front) :]
+    assert np.array_equal(body.reshape(-1), ids[: body.size])
+
+
+def test_a_short_text_is_one_sequence_with_what_is_put_in_front():
+    assert calibration_text.sequences(np.arange(5), 4, 4, [7]).tolist() == [[7, 0, 1, 2]]
+    assert calibration_text.sequences(np.arange(130), 1024, 1024, [7]).shape == (1, 131)
+
+
+def test_a_calibration_runs_over_sequences_that_begin_with_begin_of_text(tmp_path):
+    models.write("llama", tmp_path)
+    plain = calibrate(tmp_path, models.TEXT, tokens=256, context=64)
+    models.tokenizer(begin=True).save_pretrained(tmp_path)
+    found = calibrate(tmp_path, models.TEXT, tokens=256, context=64)
+    first, *ids = models.tokenizer(begin=True)(models.TEXT).input_ids
+    assert np.array(found.ids())[:, 0].tolist() == [first] * 4
+    assert np.array(found.ids())[:, 1:].reshape(-1).tolist() == ids[: 4 * 63]
+    assert np.array(plain.ids()).reshape(-1).tolist() == ids[:256]

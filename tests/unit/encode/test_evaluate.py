@@ -22,6 +22,10 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 st = pytest.importorskip("safetensors.torch")
 
+from rac.models import predictions
+from rac.models.predictions import windows
+from support import models
+
 HEADS, WIDTH, INNER = 2, 128, 192
 TEXT = "".join(chr(97 + i * i % 26) + " " * (i % 5 == 0) for i in range(400))
 
@@ -257,3 +261,22 @@ def test_pack_measures_and_reports(folder, tmp_path, capsys):
     assert sum(t["size"] for t in report["tensors"]) * 8 == pytest.approx(
         report["quantised_bits"] * sum(t["shape"][0] * t["shape"][1] for t in report["tensors"])
     )
+
+
+@pytest.mark.parametrize("begin", [False, True])
+def test_windows_begin_with_begin_of_text_where_the_tokenizer_puts_it_in_front(begin):
+    tokenizer, config = models.tokenizer(begin), transformers.LlamaConfig()
+    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
+    found = windows(tokenizer, TEXT, 256, 64, config, "")
+    assert [len(window) for window in found] == [64] * 4
+    body = 64 - begin
+    assert [window[begin:] for window in found] == [ids[i * body : (i + 1) * body] for i in range(4)]
+    assert not begin or {window[0] for window in found} == {tokenizer("a").input_ids[0]}
+
+
+def test_what_an_encoder_puts_around_a_text_is_in_no_window():
+    tokenizer = models.tokenizer(begin=True)
+    around = tokenizers.processors.TemplateProcessing(single="! $0 !", special_tokens=[("!", 0)])
+    tokenizer.backend_tokenizer.post_processor = around
+    assert len(tokenizer("a").input_ids) == 3
+    assert predictions.begin(tokenizer) == []

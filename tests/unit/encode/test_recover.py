@@ -9,6 +9,7 @@ import pytest
 import rac
 from rac.calibrate.builtin import learned
 from rac.calibrate.folder import Folder
+from rac.calibrate.text import sequences
 from rac.encode.asked import Asked
 from rac.encode.pack import pack
 from rac.encode.verify import verify
@@ -196,6 +197,19 @@ def test_lessons_are_of_all_texts_alike_and_begin_behind_the_calibration(tmp_pat
     assert np.array_equal(found.train[1].reshape(-1), own.reshape(-1)[128:192])
     with pytest.raises(TooLittleError, match="1 pieces"):
         lessons(tmp_path, [Text(own[:1, :64])], 12)
+
+
+def test_lessons_begin_with_what_the_tokenizer_puts_in_front(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "TOKENS", 64)
+    models.tokenizer(begin=True).save_pretrained(tmp_path)
+    first, *ids = models.tokenizer(begin=True)(TEXT).input_ids
+    seen = sequences(np.array(ids[:310]), 320, 32, [first])
+    assert seen.shape == (10, 32)
+    found = lessons(tmp_path, [Text(seen, TEXT)], 6, TEXT)
+    assert np.all(np.concatenate([found.train, found.held])[:, :, 0] == first)
+    rest = lambda some: some[:, 1:].reshape(-1).tolist()  # noqa: E731
+    assert rest(found.held[0]) == ids[310 : 310 + 62]  # behind what the calibration took
+    assert rest(found.held[-1]) == ids[:62]
 
 
 def test_one_lesson_of_four_is_of_a_general_text(tmp_path, monkeypatch):
