@@ -62,11 +62,11 @@ def numbers(cpus: list[str], seconds: float) -> None:
     others[112:144] += rng.integers(-9, 9, 32).astype(np.float32) / 64
     print("| numbers | magnitudes | to | M weights/s |\n| --- | --- | --- | ---: |")
     for cpu in cpus:
-        for name, rec in (("even", even), ("corrected", others)):
+        for name, rec, states in (("even", even, 256), ("corrected", others, 256), ("even, 1024 states", even, 1024)):
             for dtype, word in (("BF16", np.uint16), ("F32", np.uint32)):
                 dst = np.empty((rows, cols), word)
                 with native.using(cpu):
-                    how = kernel.dequant(rec, tr.CODES[256], 128, dtype)
+                    how = kernel.dequant(rec, tr.CODES[states], 128, dtype)
                     if how is None:
                         raise SystemExit("there is no kernel for these numbers")
                     took = best(partial(kernel.decode, words, how, by_col, by_row, dst), seconds)
@@ -90,8 +90,8 @@ def search(cpus: list[str], seconds: float) -> None:
     """The search of the encoder, without and with errors of rows that are fed to later rows."""
     x = (4 * np.random.default_rng(0).standard_normal((16, 1024))).astype(np.float32)
     print("| search | states | shaped | ns per weight |\n| --- | ---: | --- | ---: |")
-    for states in (4, 8, 16, 32, 64, 128, 256):
-        for shaped in (False, True)[: 1 + (states >= 32)]:
+    for states in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
+        for shaped in (False, True)[: 1 + (32 <= states <= 256)]:
             for cpu in cpus:
                 with native.using(cpu):
                     took = best(rounds(states, shaped, x), seconds)

@@ -17,6 +17,7 @@ GAINS = "gains"  # the key that may be missing
 WORDS = {"F32": 4, "F16": 2, "BF16": 2}  # data type -> bytes of a word
 # Section 4: states -> H0, H1
 WALKS = {4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
+WALKS |= {512: (447, 231), 1024: (663, 441)}
 QUARTERS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)  # Q of section 3
 DEAD = -128
 

@@ -42,7 +42,7 @@ def main() -> None:
     variance = float(x.var(dtype=np.float64))
     print("| states | step | lambda | bits | distance from R(D) | ns per sample |")
     print("|---:|---:|---:|---:|---:|---:|")
-    for states in (4, 8, 32, 256):
+    for states in (4, 8, 32, 256, 512, 1024):
         for step in (0.25, 0.5, 0.9):
             for slope in (0.2, 0.35, 0.5):
                 bits, error, ns = search(x, states, step, slope)

@@ -225,7 +225,7 @@ def test_stages_behind_the_trellis(tmp_path):
     maker.object("u", products.quantised(products.words(1, 37, 37), 1, 3, 64))
     maker.object("a", products.exact(products.normal(2, 45, 3)))
     maker.object("b", products.exact(products.normal(3, 3, 37)))
-    for dtype, states in (("BF16", 256), ("F16", 1), ("F32", 8)):
+    for dtype, states in (("BF16", 512), ("F16", 1), ("F32", 1024)):
         for uses in (["u"], ["a", "b"]):
             m = products.quantised(products.words(states, 45, 37), states, 4, states)
             maker.tensor(f"{dtype} {len(uses)}", dtype, m, uses)
@@ -262,7 +262,7 @@ def test_every_form_of_lanes_and_trellis(tmp_path, monkeypatch):
         tiles.cut(monkeypatch, (*((k, k * most) for k in range(1, 5)), (5, 1 << 62)))
         level = replace(analyse.LEVELS["default"], lanes=n, fixed=True)
         words = codes(kind, max(4600, deep * n) // cols - i % 2, cols, i)
-        m = products.quantised(words, i, states=256, level=level)
+        m = products.quantised(words, i, states=(256, 512, 1024)[i % 3], level=level)
         assert isinstance(m.plan.coder, Lanes)
         noted += len(m.plan.coder.escapes)
         maker.tensor(f"{i}", dtype, m, [])

@@ -51,7 +51,7 @@ def test_round_trip(data):
                 maker.object(f"{i}", data.draw(matrices(rows, rank)))
             for dtype in data.draw(st.sets(st.sampled_from(["F32", "F16", "BF16"]), min_size=1)):
                 seed = data.draw(st.integers(0, 1 << 32))
-                states = data.draw(st.sampled_from([1, 4, 256]))
+                states = data.draw(st.sampled_from([1, 4, 256, 1024]))
                 m = products.quantised(products.words(seed, rows, cols), seed, data.draw(st.integers(0, 4)), states)
                 maker.tensor(f"{i}/{dtype}", dtype, m, uses)
         maker.finish()

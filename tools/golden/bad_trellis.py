@@ -129,7 +129,7 @@ for _key in ("states", "zero", "low", "scale", "sizes"):
 bad("key", "TCQ-002", "A key that is not assigned.", on(RAW, second(RAW, bits=4)), UNSUPPORTED)
 bad("key-x", "TCQ-002", "An x- key.", on(RAW, second(RAW, **{"x-a": 1})), UNSUPPORTED)
 WRONG: dict[str, list[Any]] = {
-    "states": [0, 2, 3, 12, 512, -4, True, "16", None, [16]],
+    "states": [0, 2, 3, 12, 2048, -4, True, "16", None, [16]],
     "zero": [256, -1, True, None],
     "low": [256, -1, False, "0"],
     "scale": [None, "1", True, struct.pack("<I", 0x3F800000)],

@@ -16,6 +16,7 @@ from rac.container import zstd
 from rac.registry import DTYPES
 
 WALKS = {1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
+WALKS |= {512: (447, 231), 1024: (663, 441)}
 """H0 and H1 by number of states."""
 QUARTERS = (0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD)
 DEAD = -128

@@ -58,7 +58,7 @@ def lanes_cases() -> list[Case]:
 def trellis_cases() -> list[Case]:
     """No trellis and two, scales, corrections, a dead column, outliers, a second row of tiles."""
     out = []
-    for i, (dtype, states) in enumerate((("F32", 1), ("BF16", 4), ("F16", 256))):
+    for i, (dtype, states) in enumerate((("F32", 1), ("BF16", 4), ("F16", 256), ("BF16", 1024))):
         t = Trellis(dtype, states, low=126, corrections=[9, -9, 64], outliers={(4, 1): 0x7C01})
         t.rows, t.cols = [i - 4, 0, 3, 60, -60], [0, 5, DEAD, -7]
         words = integers(820 + i, 20)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rac.encode.encoded import Fidelity
 
 GOALS = ("bits", "file_bits", "size", "snr", "kl")  # budgets of a lossy pack
-EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (256, 2)}  # states of the trellis, and passes over each matrix
+EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (1024, 2)}  # states of the trellis, and passes over each matrix
 DEVICES = ("cpu", "cuda", "mps")  # where a pack calibrates
 STEPS = 160  # of a recovery, where nobody says how many
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")

@@ -29,14 +29,14 @@ def decode(words: NDArray[np.uint8], numbers: Dequant, cols: F32, rows: F32, dst
     """Words (h, w), contiguous, which stand for `numbers`, to `dst` (h, w), unit column stride."""
     lib = library()
     assert lib is not None  # noqa: S101 - `dequant` asked
-    lib.rac_untrellis(words, numbers, cols, rows, dst, np.empty(words.shape[1] + 31, np.uint16))
+    lib.rac_untrellis(words, numbers, cols, rows, dst, np.empty(words.shape[1] + 63, np.uint16))
 
 
 @dataclass(slots=True)
 class Search:
     """How the columns of a tensor are quantised (src/quantise.h)."""
 
-    states: int  # of the trellis, 4 to 256; 1: none, each number alone
+    states: int  # of the trellis, 4 to 1024; 1: none, each number alone
     code: tuple[int, int]  # (H0, H1)
     lane: int  # rows after which the trellis begins anew
     rec: F32  # (2 K + 1,) magnitudes of the integers -K..K
@@ -48,13 +48,15 @@ class Search:
     row: NDArray[np.uint8] | None = None  # (m,) class of each row; None: one class
     below: F32 | None = None
     """(m, m), [i, k], k < i: weight of the error of row k in the target of row i, or (G, m / G, m / G): within each
-    block; None: rows know nothing of each other. 32 states and more, or 1."""
+    block; None: rows know nothing of each other. 32 to 256 states, or 1."""
     lag: int = 6  # blocks of 16 rows, 1 to 7, over which every survivor of the search feeds its own errors
     sparse: bool = False  # numbers that are 0 stay 0, and deviations are those of the others; with 1 state only
     _back: F32 | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Transpose the weights of rows once, not for every block of columns."""
+        if self.below is not None and self.states > 256:
+            raise ValueError(f"errors of rows are fed back with at most 256 states, not {self.states}")
         self._back = None if self.below is None else np.ascontiguousarray(self.below.swapaxes(-1, -2))
 
     def _arguments(self) -> Quantiser:

@@ -39,7 +39,8 @@ def quantize(
     Args:
         w: (R, C) numbers, finite; computed in float32.
         unit: The step, above 0.
-        states: States of the trellis: 4, 8, 16, 32, 64, 128 or 256. More come nearer to the rate-distortion bound.
+        states: States of the trellis: 4, 8, 16, 32, 64, 128, 256, 512 or 1024. More come nearer to the rate-distortion
+            bound.
         rows: (R,) factors of the step above 0; None: 1.
         cols: (C,) factors of the step; 0: the column is dropped, its values are 0. None: 1.
         recursion: Feeds the errors of finished columns to those before them (GPTQ; WaterSIC, arXiv 2603.04956). Of its

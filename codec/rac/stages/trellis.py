@@ -20,6 +20,7 @@ from rac.stages.base import Context, Head, Integers, Numbers, OpenNumbers, check
 from rac.stages.words import DTYPES, from_words, to_words
 
 CODES = {1: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4), 64: (33, 10), 128: (78, 43), 256: (166, 121)}
+CODES |= {512: (447, 231), 1024: (663, 441)}
 """States to (H0, H1)."""
 DEAD, MOST = -128, 60
 _QUARTERS = np.array([0x3F800000, 0x3F9837F0, 0x3FB504F3, 0x3FD744FD], np.uint32).view(np.float32)
@@ -58,7 +59,7 @@ class Trellis(Numbers):
     @classmethod
     def from_head(cls, head: Head, context: Context) -> Self:
         """The stage of a stage map (stages/trellis.md, section 1); FormatError or UnsupportedError."""
-        ranges = {"states": (1, 256), "zero": (0, 255), "low": (0, 255), "scale": (0x21800000, 0x5D800000)}
+        ranges = {"states": (1, 1024), "zero": (0, 255), "low": (0, 255), "scale": (0x21800000, 0x5D800000)}
         ranges |= {"gains": (1, 1 << 40)} if "gains" in head else {}
         check(head, ranges, "trellis", {"sizes"})
         if head["states"] not in CODES:
@@ -143,13 +144,13 @@ class OpenTrellis(OpenNumbers):
 
     def _decode(self, words: NDArray[np.uint8], cols: F32, rows: F32, dst: Array) -> None:
         """The reference (stages/trellis.md, section 4), all columns of a row at once."""
-        h0, h1 = (np.uint8(h) for h in CODES[self.p.states])
-        state: Array = np.zeros(len(cols), np.uint8)
+        h0, h1 = (np.uint16(h) for h in CODES[self.p.states])
+        state: Array = np.zeros(len(cols), np.uint16)
         for y, scale in enumerate(rows):
             v = self.rec[words[y]]
             dst[y] = to_words(np.where(state & 1, -v, v) * cols * scale, self.dtype)
             odd = (words[y] ^ np.uint8(self.p.zero & 1)) & 1
-            state = (state >> 1) ^ np.where(state & 1, h0, np.uint8(0)) ^ np.where(odd, h1, np.uint8(0))
+            state = (state >> 1) ^ np.where(state & 1, h0, np.uint16(0)) ^ np.where(odd, h1, np.uint16(0))
 
     def patch(self, box: Box, dst: Array) -> None:
         """The outliers of one tile to their places in `dst` (h, w), words of the data type."""

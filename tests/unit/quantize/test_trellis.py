@@ -70,7 +70,7 @@ def test_powers():
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-@pytest.mark.parametrize("states", [1, 4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("states", [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
 @pytest.mark.parametrize("corrected", [0, 1, 100])
 @pytest.mark.parametrize(("zero", "scale"), [(128, 0x3C23D70A), (0, 0x21800000), (255, 0x5D800000), (101, 0x3F7FFFFF)])
 def test_kernel_and_numpy_agree(states, dtype, corrected, zero, scale):
@@ -157,7 +157,7 @@ def test_blocks_of_rows_have_feeds_of_their_own():
             assert (a[:, mine] == b).all()
 
 
-@pytest.mark.parametrize("states", [4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("states", [4, 8, 16, 32, 64, 128, 256, 512, 1024])
 def test_search_finds_the_best_path(states):
     """Against all paths of five samples; the integers at hand are the two nearest of each subset."""
     most = 4
@@ -176,7 +176,7 @@ def test_search_finds_the_best_path(states):
         assert cost == pytest.approx(best, rel=1e-5)
 
 
-@pytest.mark.parametrize("states", [4, 16, 32, 256])
+@pytest.mark.parametrize("states", [4, 16, 32, 256, 512, 1024])
 def test_lanes_begin_anew(states):
     rec = (2 * np.arange(-9, 10) + 0.5).astype(np.float32)
     x = np.random.default_rng(1).standard_normal(90).astype(np.float32) * 4
@@ -195,7 +195,7 @@ def test_what_is_refused():
         with pytest.raises(FormatError, match="incomplete"):
             tr.Trellis.from_head({k: v for k, v in HEAD.items() if k != key}, BF16)
     bad("unknown", UnsupportedError, more=1)
-    for states in (0, 2, 3, 512, True, "4"):
+    for states in (0, 2, 3, 768, 2048, True, "4"):
         bad("states", states=states)
     bad("zero is out", zero=256)
     bad("low is out", low=-1)

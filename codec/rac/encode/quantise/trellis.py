@@ -58,7 +58,7 @@ class Scales:
 class Effort:
     """How hard a matrix is searched, and how its integers are coded."""
 
-    states: int  # states of the trellis, 4 to 256, or 1: none, at larger units of the same cost
+    states: int  # states of the trellis, 4 to 1024, or 1: none, at larger units of the same cost
     passes: int = 1  # 1, or 2: again with the centroids of the first, where nothing is fed back
     coder: Level = CODER
     sparse: bool = False  # what is 0 stays 0; without a trellis only, which has no 0

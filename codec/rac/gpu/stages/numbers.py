@@ -59,8 +59,8 @@ def _entries(s: OpenTrellis, codes: Codes, turn: int) -> Array:
 
 
 def _top(response: int) -> int:
-    """Eight bits in reverse order, as the highest of a register."""
-    return int(f"{response:08b}"[::-1], 2) << 24
+    """The bits of a state in reverse order, from the highest of a register of 32 down."""
+    return int(f"{response:032b}"[::-1], 2)
 
 
 class Groups:

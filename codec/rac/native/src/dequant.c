@@ -41,7 +41,8 @@ static void untrellis_any(const rac_matrix *words, const rac_dequant *q, const f
 
 #if defined(AVX512) || defined(AVX2) || defined(NEON)
 /* The same, WIDE columns side by side, a byte of each in a register: its word, and its state with the bits reversed, so
- * that it moves left and its sign is where a float has it. Words of a range of 64 are looked up, byte by byte, among the
+ * that it moves left and its sign is where a float has it. A state of more than 8 bits has a second byte in front, where
+ * the bits end that leave the other. Words of a range of 64 are looked up, byte by byte, among the
  * upper three bytes of floats: magnitudes are 64ths of at most 16 bits, so that the fourth is 0. */
 #if defined(AVX512)
 enum { WIDE = 64 };
@@ -152,14 +153,30 @@ INLINED void store_f32(float *d, const numbers v[4]) {
 
 /* Magnitudes: bytes 1 to 3 of those of the words `low` and on, where low has the parity of `zero` */
 typedef struct {
-    uint8_t plane[3][SPAN], h0, h1, low;
-    int wide; /* whether they are more than 32 words */
+    uint8_t plane[3][SPAN], low;
+    uint8_t h0, h1, front0, front1; /* of states: their last 8 bits or fewer, the bits in front of these */
+    uint8_t into;                   /* the bit of these to which the first of the last 8 moves; 0: there are none */
+    int wide;                       /* whether they are more than 32 words */
 } lookup;
 
 static uint8_t reversed(int32_t state) {
     int to = 0;
     for (int bit = 0; bit < 8; bit++) to |= (state >> bit & 1) << (7 - bit);
     return (uint8_t)to;
+}
+
+/* How states move on; returns 0 where they have more than 16 bits */
+static int walk_of(const rac_dequant *q, lookup *of) {
+    int front = 0;
+    while ((q->h0 | q->h1) >> front > 255) front++;
+    if (front > 8) return 0;
+    const int32_t within = (1 << front) - 1;
+    of->h0 = reversed(q->h0 >> front);
+    of->h1 = reversed(q->h1 >> front);
+    of->front0 = reversed(q->h0 & within);
+    of->front1 = reversed(q->h1 & within);
+    of->into = front ? (uint8_t)(1 << (8 - front)) : 0;
+    return 1;
 }
 
 /* Returns 0 where magnitudes cannot be looked up */
@@ -181,26 +198,25 @@ static int lookup_of(const rac_matrix *words, const rac_dequant *q, lookup *of) 
         if (bits & 255) return 0;
         for (int b = 0; b < 3; b++) of->plane[b][k - first] = (uint8_t)(bits >> 8 * (b + 1));
     }
-    of->h0 = reversed(q->h0);
-    of->h1 = reversed(q->h1);
     of->low = (uint8_t)first;
     of->wide = high - first >= 32;
-    return 1;
+    return walk_of(q, of);
 }
 
-/* `rows` rows of WIDE columns from states *state on */
+/* `rows` rows of WIDE columns from states on: state[0], and with `front` state[1] in front of it */
 #define APART __attribute__((noinline)) /* in registers of its own */
-INLINED void strip(const lookup *of, int wide, int size, int64_t rows, const uint8_t *u, int64_t from, const float *col,
+INLINED void strip(const lookup *of, int wide, int front, int size, int64_t rows, const uint8_t *u, int64_t from, const float *col,
                    const float *row, void *dst, int64_t stride, bytes *state) {
     numbers by[4];
     for (int k = 0; k < 4; k++)
         for (int lane = 0; lane < LANES; lane++)
             memcpy((char *)(by + k) + 16 * lane, col + WIDE / 2 * (k / 2) + 8 * lane + 4 * (k % 2), 16);
     const bytes none = {0}, low = none + of->low, h0 = none + of->h0, h1 = none + of->h1;
+    const bytes front0 = none + of->front0, front1 = none + of->front1, into = none + of->into;
     const table t1 = table_at(of->plane[0]), t2 = table_at(of->plane[1]), t3 = table_at(of->plane[2]);
-    bytes s = *state;
+    bytes s = state[0], t = state[1];
     for (int64_t i = 0; i < rows; i++) {
-        const bytes w = words_at(u + i * from) - low, sign = s & (uint8_t)0x80;
+        const bytes w = words_at(u + i * from) - low, sign = (front ? t : s) & (uint8_t)0x80;
         const float across = row[i];
         bytes b1 = look(t1, w), b2 = look(t2, w), b3 = look(t3, w);
         numbers v[4];
@@ -211,19 +227,25 @@ INLINED void strip(const lookup *of, int wide, int size, int64_t rows, const uin
             b3 |= look(table_at(of->plane[2] + 32), x);
         }
         spread(b1, b2, b3 ^ sign, v);
-        s = (s + s) ^ ((bytes)(sign != 0) & h0) ^ ((bytes)((w & 1) != 0) & h1);
+        const bytes odd = (bytes)((w & 1) != 0), minus = (bytes)(sign != 0);
+        if (front) t = (t + t) ^ ((bytes)((s & (uint8_t)0x80) != 0) & into) ^ (minus & front0) ^ (odd & front1);
+        s = (s + s) ^ (minus & h0) ^ (odd & h1);
         for (int k = 0; k < 4; k++) v[k] = v[k] * by[k] * across;
         if (size == 4) store_f32((float *)dst + i * stride, v);
         else store_bf16((uint16_t *)dst + i * stride, v);
     }
-    *state = s;
+    state[0] = s;
+    state[1] = t;
 }
 
 APART static void strip_any(const lookup *of, int size, int64_t rows, const uint8_t *u, int64_t from, const float *col,
                       const float *row, void *dst, int64_t stride, bytes *state) {
-#define AS(wide, size) strip(of, wide, size, rows, u, from, col, row, dst, stride, state)
-    if (of->wide) size == 2 ? AS(1, 2) : AS(1, 4);
-    else size == 2 ? AS(0, 2) : AS(0, 4);
+#define AS(wide, front, size) strip(of, wide, front, size, rows, u, from, col, row, dst, stride, state)
+    if (of->into) {
+        if (of->wide) size == 2 ? AS(1, 1, 2) : AS(1, 1, 4);
+        else size == 2 ? AS(0, 1, 2) : AS(0, 1, 4);
+    } else if (of->wide) size == 2 ? AS(1, 0, 2) : AS(1, 0, 4);
+    else size == 2 ? AS(0, 0, 2) : AS(0, 0, 4);
 #undef AS
 }
 
@@ -234,13 +256,13 @@ static void narrow(const lookup *of, const rac_matrix *words, int size, const fl
     uint8_t u[STRIP * WIDE] = {0};
     float by[WIDE] = {0};
     uint32_t v[STRIP * WIDE];
-    bytes state = {0};
+    bytes state[2] = {{0}};
     memcpy(by, col, 4 * w);
     for (int64_t top = 0; top < words->rows; top += STRIP) {
         const int64_t rows = least(words->rows - top, STRIP);
         for (int64_t i = 0; i < rows; i++)
             memcpy(u + i * WIDE, (const uint8_t *)words->at + (top + i) * words->stride, w);
-        strip_any(of, size, rows, u, WIDE, by, row + top, v, WIDE, &state);
+        strip_any(of, size, rows, u, WIDE, by, row + top, v, WIDE, state);
         for (int64_t i = 0; i < rows; i++)
             memcpy((char *)dst->at + (top + i) * dst->stride * size, (char *)v + i * WIDE * size, w * bytes_of);
     }
@@ -255,18 +277,18 @@ void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *c
     if (!lookup_of(words, q, &of)) untrellis_any(words, q, col, row, dst, states);
     else if (w < WIDE) narrow(&of, words, q->size, col, row, dst);
     else {
-        memset(states, 0, (size_t)(w + WIDE - 1));
+        memset(states, 0, 2 * (size_t)(w + WIDE - 1));
         for (int64_t top = 0; top < h; top += STRIP)
             for (int64_t block = 0; block < w; block += WIDE) {
                 const int64_t j = least(block, w - WIDE), at = top * dst->stride + j;
                 strip_any(&of, q->size, least(h - top, STRIP), (const uint8_t *)words->at + top * words->stride + j,
                           words->stride, col + j, row + top, (char *)dst->at + at * q->size, dst->stride,
-                          (bytes *)((uint8_t *)states + block));
+                          (bytes *)(states + block));
             }
     }
 }
 #else
-/* `states`: room for one of each column and 31 more */
+/* `states`: room for one of each column and 63 more */
 void rac_untrellis(const rac_matrix *words, const rac_dequant *q, const float *col, const float *row,
                    const rac_matrix *dst, uint16_t *states) {
     untrellis_any(words, q, col, row, dst, states);

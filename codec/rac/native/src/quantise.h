@@ -3,6 +3,8 @@
 #include <math.h>
 #include "rac.h"
 
+enum { STATES = 1024 }; /* of a trellis, at most */
+
 /* How the columns of a tensor are quantised (native/trellis.py, Search) */
 typedef struct {
     int32_t states, h0, h1;

@@ -86,8 +86,8 @@ static void all_subsets(const rac_search *s, const rac_column *c, const rac_room
 /* Costs c of the states after n samples, and for each the choice of the branch that it is reached by: a bit a state */
 static void search_any(const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice, float *c) {
     const int s = t->states, words = s < 16 ? 1 : s / 16;
-    int from[2][256];
-    float next[256];
+    int from[2][STATES];
+    float next[STATES];
     for (int q = 0; q < s; q++)
         for (int b = 0; b < 2; b++) from[b][q] = rac_from(t, q, b);
     for (int64_t i = 0; i < n; i++, cost++, choice += words) {
@@ -105,29 +105,41 @@ static void search_any(const rac_search *t, const float *cost, int64_t rows, int
 #endif
 
 #ifdef WIDE
-/* One sample: costs of the states that follow, from those of even states e and of odd ones o, 16 `blocks` of each */
+/* One sample: costs of 32 states that follow, number `pair` of such, from those of even states e and of odd ones o, 16
+ * `blocks` of each; odd, odd_too: of which the lower and the upper 16 come */
+INLINED void step_pair(int blocks, int pair, int odd, int odd_too, flips f, const float *e, const float *o,
+                       const floats s[4], uint16_t *choice, float *e_next, float *o_next) {
+    floats next[2 * PARTS];
+    _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+        const int q = 2 * pair + half, from_odd = half ? odd_too : odd;
+        mask m[PARTS];
+        _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
+            const int i = (from_odd ? q - blocks : q) * PARTS + k;
+            const floats a = from_odd ? flipped(o, i, f.low) + s[2] : at(e, i) + s[0];
+            const floats b = from_odd ? flipped(o, i, f.both) + s[3] : flipped(e, i, f.h1) + s[1];
+            m[k] = below(b, a);
+            next[half * PARTS + k] = lesser(m[k], b, a);
+        }
+        *(volatile uint16_t *)(choice + q) = bits(m); /* or compilers make vectors of them first */
+    }
+    _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
+        put(e_next, pair * PARTS + k, evens(next[2 * k], next[2 * k + 1]));
+        put(o_next, pair * PARTS + k, odds(next[2 * k], next[2 * k + 1]));
+    }
+}
+/* All of them. More than 8 pairs are loops, each of states of one parity. */
 INLINED void step(int blocks, flips f, const float *e, const float *o, const float *cost, int64_t rows,
                   uint16_t *choice, float *e_next, float *o_next) {
-    const floats s0 = all(cost[0]), s1 = all(cost[rows]), s2 = all(cost[2 * rows]), s3 = all(cost[3 * rows]);
-    _Pragma("GCC unroll 8") for (int pair = 0; pair < blocks; pair++) {
-        floats next[2 * PARTS];
-        _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
-            const int q = 2 * pair + half, odd = q >= blocks;
-            mask m[PARTS];
-            _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
-                const int i = (odd ? q - blocks : q) * PARTS + k;
-                const floats a = odd ? flipped(o, i, f.low) + s2 : at(e, i) + s0;
-                const floats b = odd ? flipped(o, i, f.both) + s3 : flipped(e, i, f.h1) + s1;
-                m[k] = below(b, a);
-                next[half * PARTS + k] = lesser(m[k], b, a);
-            }
-            *(volatile uint16_t *)(choice + q) = bits(m); /* or compilers make vectors of them first */
-        }
-        _Pragma("GCC unroll 4") for (int k = 0; k < PARTS; k++) {
-            put(e_next, pair * PARTS + k, evens(next[2 * k], next[2 * k + 1]));
-            put(o_next, pair * PARTS + k, odds(next[2 * k], next[2 * k + 1]));
-        }
+    const floats s[4] = {all(cost[0]), all(cost[rows]), all(cost[2 * rows]), all(cost[3 * rows])};
+#define PAIR(odd, odd_too) step_pair(blocks, pair, odd, odd_too, f, e, o, s, choice, e_next, o_next)
+    if (blocks <= 8)
+        _Pragma("GCC unroll 8") for (int pair = 0; pair < blocks; pair++)
+            PAIR(2 * pair >= blocks, 2 * pair + 1 >= blocks);
+    else {
+        _Pragma("GCC unroll 4") for (int pair = 0; pair < blocks / 2; pair++) PAIR(0, 0);
+        _Pragma("GCC unroll 4") for (int pair = blocks / 2; pair < blocks; pair++) PAIR(1, 1);
     }
+#undef PAIR
 }
 
 #ifdef AVX512
@@ -213,7 +225,7 @@ static void search_small(const rac_search *t, const float *cost, int64_t rows, i
 INLINED void search_wide(int blocks, const rac_search *t, const float *cost, int64_t rows, int64_t n, uint16_t *choice,
                          float *c) {
     const flips f = flips_of(t);
-    float e[2][128], o[2][128]; /* before and after a sample, in turns */
+    float e[2][STATES / 2 + 16], o[2][STATES / 2 + 16]; /* before and after a sample, in turns; not 4096 bytes apart */
     for (int u = 0; u < 16 * blocks; u++) {
         e[0][u] = c[2 * u];
         o[0][u] = c[2 * u + 1];
@@ -308,7 +320,9 @@ static void search(const rac_search *t, const float *cost, int64_t rows, int64_t
         return;
     }
 #endif
-    if (t->states == 256) search_wide(8, t, cost, rows, n, choice, c);
+    if (t->states == 1024) search_wide(32, t, cost, rows, n, choice, c);
+    else if (t->states == 512) search_wide(16, t, cost, rows, n, choice, c);
+    else if (t->states == 256) search_wide(8, t, cost, rows, n, choice, c);
     else if (t->states == 128) search_wide(4, t, cost, rows, n, choice, c);
     else if (t->states == 64) search_wide(2, t, cost, rows, n, choice, c);
     else if (t->states == 32) search_wide(1, t, cost, rows, n, choice, c);
@@ -363,7 +377,7 @@ void rac_viterbi(const rac_search *s, const rac_column *c, const rac_room *room)
     all_subsets(s, c, room);
     for (int64_t a = 0; a < c->rows; a += s->lane) {
         const int64_t m = least(c->rows - a, s->lane);
-        float cost[256];
+        float cost[STATES];
         cost[0] = 0.0f;
         for (int q = 1; q < s->states; q++) cost[q] = 1e30f;
         search(s, room->cost + a, c->rows, m, room->choice, cost);

@@ -116,7 +116,7 @@ static int seat(rac_tile *w, space *shared) {
     const rac_job *job = w->job;
     const int64_t n = job->rows * job->cols;
     const int unsort = w->col && rac_has_unsort(w->shared->word);
-    const int64_t coded = job->numbers ? up16(n + 2 * (job->cols + 63)) : 0; /* and the states of the trellis */
+    const int64_t coded = job->numbers ? up16(n) + up16(2 * (job->cols + 63)) : 0; /* and the states of the trellis */
     const int64_t seq = unsort ? up16((n + 64) * w->shared->word) : 0;
     char *at = room(shared, (size_t)(coded + seq) + rac_unsort_room(job));
     if (!at) return NO_MEMORY;
