@@ -14,7 +14,7 @@ from support import ROOT
 CODEC = ROOT / "codec" / "rac"
 STAGES = {*CODERS, *NUMBERS, *PRODUCTS, *ONLINE}
 MOST_PARAMETERS, MOST_LINES = 7, 60
-MOST_IN_ALL = 51_000  # 50_500 before tables were calibrated; 49_900 before bands and --memory
+MOST_IN_ALL = 51_200  # 51_000 before trellises of 1,024 states; 50_500 before tables were calibrated
 
 WIDE = {
     "encode/pack.py:pack": "public: the options of `rac pack`, by name",
