@@ -128,3 +128,9 @@ def test_zeros_stay_in_sparse_columns(fed):
     error = np.where(x == 0, np.float32(0), x - value)
     target = x + (0 if below is None else error @ np.tril(below, -1).T)
     assert np.abs(target - value)[x != 0].max() <= 0.5 + 1e-3
+
+
+def test_errors_of_rows_are_fed_back_with_256_states_at_most():
+    rec, rate = np.zeros(9, np.float32), np.zeros((1, 1, 9), np.float32)
+    with pytest.raises(ValueError, match="at most 256 states, not 512"):
+        trellis.Search(512, tr.CODES[512], 4, rec, rate, 8.0, below=np.zeros((4, 4), np.float32))
