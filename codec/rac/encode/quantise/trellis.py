@@ -37,6 +37,7 @@ SCALAR = 0.35 / 3  # squared units that a bit is worth without a trellis
 ALONE = 0.7924812503605781  # log2 of the units without a trellis that cost the same: of the root of LAMBDA / SCALAR
 BLOCK = 64
 LEAST = 0.6  # deviation of a row in units below which it is coded finer than its sensitivity asks
+FINER = (0, 1, 2, 4, 6, 8)  # quarter octaves that a column of little rate may be coded finer
 HARM = 0.7213475204444817  # bits that the squared error of a number is worth: of a unit squared / 4 log 2, at LAMBDA
 MANY, FULL = 4, 128  # outliers of a row or column up to which nothing is done: so many, or one number in so many
 MORE = 4  # times as many as the middle row or column has up to which nothing is done
@@ -149,7 +150,7 @@ def _fine(states: int, q: int) -> int:
     """
     if q >= 8:
         return 0
-    costs = {-1: float(exact.exp2(q / 2))} | {a: _found(states, q, a)[1] for a in range(0, 9, 2)}
+    costs = {-1: float(exact.exp2(q / 2))} | {a: _found(states, q, a)[1] for a in FINER}
     return min(costs, key=lambda a: costs[a])
 
 
