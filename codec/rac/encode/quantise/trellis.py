@@ -142,15 +142,15 @@ def _cells(quarters: int, times: int, states: int) -> NDArray[np.float64]:
 
 
 @functools.cache
-def _fine(states: int, q: int) -> int:
+def _fine(states: int, q: int, corrected: bool) -> int:
     """How many quarter octaves finer a column of deviation `q` is coded; -1: it is not.
 
     Where a column gets little or no rate, a finer unit at the same slope (distortion against bits) is better, and below
-    some deviation nothing at all: reverse water-filling.
+    some deviation nothing at all: reverse water-filling. Values that are centroids (`corrected`) are no better for 1.
     """
     if q >= 8:
         return 0
-    costs = {-1: float(exact.exp2(q / 2))} | {a: _found(states, q, a)[1] for a in FINER}
+    costs = {-1: float(exact.exp2(q / 2))} | {a: _found(states, q, a)[1] for a in FINER if a != 1 or not corrected}
     return min(costs, key=lambda a: costs[a])
 
 
@@ -196,10 +196,10 @@ def quantise(
         plain[:, some] = (w[some] / row_unit[some, None]).T[order]
     step = step[order]
     rec, low, corrections = magnitudes(states), 0, np.zeros(0, np.int8)
-    rate, fine, row = _rates(plain, step, effort)
+    again = effort.passes > 1 and recursion is None
+    rate, fine, row = _rates(plain, step, effort, again)
     lane, code = _lane(w.shape, effort.coder), trellis_stage.CODES[states]
     search = trellis.Search(states, code, lane, rec, rate, far(states), fine, LOW, row, below, sparse=effort.sparse)
-    again = effort.passes > 1 and recursion is None
     found = _columns(search, plain, step, recursion, again)
     if again:
         finer = np.where(found.fine < 0, F32(0), trellis_stage.power(-found.fine))
@@ -278,7 +278,7 @@ def _root(square: Array, count: int, present: NDArray[np.int64] | None) -> Array
 
 
 def _rates(
-    plain: Array, step: Array, effort: Effort
+    plain: Array, step: Array, effort: Effort, corrected: bool
 ) -> tuple[NDArray[np.float32], NDArray[np.int8], NDArray[np.uint8]]:
     """`rate`, `fine` and `row` of a search (trellis.Search) among columns (C, R)."""
     live, states = np.flatnonzero(step > 0), effort.states
@@ -291,7 +291,7 @@ def _rates(
     by_row = _root(square[0], len(live), present if effort.sparse else None) if len(square) else np.ones(plain.shape[1])
     rows, row = np.unique(np.clip(_quarters(by_row), -16, 16), return_inverse=True)
     with _LOCK:
-        fine = np.array([_fine(states, q) for q in range(LOW, HIGH + 1)], np.int8)
+        fine = np.array([_fine(states, q, corrected) for q in range(LOW, HIGH + 1)], np.int8)
         share = [
             [_found(states, min(HIGH, max(LOW, q + int(o))), max(0, int(f)))[0] for o in rows]
             for q, f in zip(range(LOW, HIGH + 1), fine, strict=True)
