@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--out", help="folder where the files stay, a name for each size")
     parser.add_argument("--no-embeddings", action="store_true", help="embeddings stay lossless")
     args = parser.parse_args()
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
     texts = dict(one.split("=", 1) for one in args.text)
     measures = {
         name: Measure(args.folder, Path(file).read_text(encoding="utf-8"), args.measured)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 GOALS = ("bits", "file_bits", "size", "snr", "kl")  # budgets of a lossy pack
 EFFORTS = {"fast": (32, 1), "default": (256, 1), "max": (1024, 2)}  # states of the trellis, and passes over each matrix
 DEVICES = ("cpu", "cuda", "mps")  # where a pack calibrates
-STEPS = 160  # of a recovery, where nobody says how many
+STEPS = 240  # of a recovery, where nobody says how many
 ALIGNMENTS = ("auto", "triangular", "pca", "identity")
 CONTEXT = 1024  # tokens of a sequence that a model is calibrated on, at most
 DECIBELS = 6.020599913279624  # signal to noise that one bit is worth: 20 log10 2

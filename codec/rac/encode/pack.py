@@ -150,7 +150,8 @@ def pack(
         rank: Rank of these tensors' low-rank parts; None: at effort "max" what pays, which is nearly always 0, else 0.
         embeddings: Quantise embeddings and output layers too; False: they stay lossless.
         recover: Steps of recovery, or "auto": with the integers as they are, gains of rows and norms, and biases, are
-            trained on the calibration text until the model predicts as the original does (docs/lossy.md). None: none.
+            trained on the calibration text, and some of the built-in mix where that is another, until the model
+            predicts as the original does (docs/lossy.md). None: none.
         note: Called with (what, done, of) while a lossy pack calibrates and looks for its scale.
         processes: Quantise in processes, started anew, instead of threads: for machines of many cores. A script that
             asks for it has its own work under `if __name__ == "__main__":`.
