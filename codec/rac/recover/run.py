@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from rac.recover.teacher import divergence, lesson, teach
 GRID = 256  # a gain is 1 + k / GRID, k an i8 (format_spec/stages/trellis.md)
 SEED = 0
 RATE = 4e-3  # what a gain of the middle curvature moves in a step, about, where the divergence is LARGE
-LARGE = 0.4  # nats
+LARGE = 0.3  # nats
 DAMP, FAR, TINY = 0.1, 3.0, 1e-30  # least curvature, of the middle one; how far a gain moves at most, in rates
 WARM, END = 0.05, 0.25  # share of the steps in which the rate rises; what is left of it at the end
 BETAS = 0.9, 0.98
@@ -30,7 +31,7 @@ LOOKS = 4  # how often the held-out text is looked at
 KEPT = 10  # steps after which the state is written
 WORSE = 3.0  # times the divergence at the beginning from which on steps have diverged
 SMALL = 0.05  # nats that count as the divergence at the beginning at least, where steps are looked at
-RECENT = 8  # steps whose mean is looked at, about: lessons of other kinds of text differ several times
+RECENT = 8  # steps whose median is looked at: single lessons, of other kinds of text, differ several times
 _VECTORS = "theta", "mean", "square", "middle", "best"
 
 
@@ -126,7 +127,7 @@ class Training:
         model, plan, state = self.model, self.plan, self.folder.state
         if "step" not in state:
             first = self.held(model.theta, plan.coarse)
-            state.update(step=0, before=first, best=first, recent=first, at=0, why="")
+            state.update(step=0, before=first, best=first, recent=[], at=0, why="")
             zero = torch.zeros_like(model.theta)
             self._save(model.theta, zero, zero, model.theta, model.theta)
         theta, m, v, middle, best = (self._read(kind) for kind in _VECTORS)
@@ -148,8 +149,8 @@ class Training:
         loss = self._loss(self.lessons.train[number := self._order(step)], number)
         loss.backward()
         found = loss.item()
-        recent = state["recent"] + (found - state["recent"]) / RECENT
-        if not math.isfinite(found) or recent > WORSE * max(state["before"], SMALL):
+        recent = [*state["recent"], found][-RECENT:]
+        if not math.isfinite(found) or median(recent) > WORSE * max(state["before"], SMALL):
             state["why"] = f"the steps diverged: {found:.3g} nats in step {step + 1}, {state['before']:.3g} at first"
             return
         self._move(step, m, v)

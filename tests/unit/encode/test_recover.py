@@ -373,7 +373,7 @@ def test_what_does_not_go_together(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="many ranks pack without it"):
         check(Asked(bits=3.0, recover="auto"))
     assert Asked(bits=3.0, calibrate="none", recover="auto").request(str(folder / "llama"), None).recover == 0
-    assert Asked(bits=3.0, calibrate="auto", recover="auto").request(str(folder / "llama"), None).recover == 160
+    assert Asked(bits=3.0, calibrate="auto", recover="auto").request(str(folder / "llama"), None).recover == 240
     fast = Asked(bits=3.0, calibrate="auto", recover="auto", effort="fast")
     assert fast.request(str(folder / "llama"), None).recover == 0
     with pytest.raises(SystemExit):
