@@ -152,8 +152,8 @@ which the file says"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
 ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
 RECOVER = """when all is quantised, train the gains of rows and norms, and biases, on the calibration text, and some of
-the built-in mix where that is another, so many steps (auto: 240; none without a text and with --effort fast) until the model predicts as the original does; the integers stay
-as they are (default: 0)"""
+the built-in mix where that is another, so many steps (auto: 240; none without a text and with --effort fast) until the
+model predicts as the original does; the integers stay as they are (default: 0)"""
 EMBEDDINGS = "quantise embeddings and output layers too (default), or keep them lossless"
 RANK = "of a low-rank part in these layers (auto, the default: with --effort max what saves bits, else 0)"
 
