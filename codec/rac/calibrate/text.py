@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.folder import Folder
 from rac.errors import SourceError
-from rac.models.predictions import begin
+from rac.models.predictions import begin, split
 
 LEAST = 128  # tokens of the shortest sequence that is made of a text that is shorter than a sequence should be
 TOKENIZERS = (
@@ -61,15 +61,14 @@ def text_ids(path: str, text: str, tokens: int) -> Tokens:
             ) from e
         raise SourceError(f"the tokenizer cannot be loaded: {e}; {without}", file=path) from e
     ids: list[int] = []
-    front: list[int] = []
-    for part in (text[: 32 * tokens], text):  # no need to read a long text to its end
-        try:
+    try:
+        front = begin(tokenizer)
+        for part in (text[: 32 * tokens], text):  # no need to read a long text to its end
             ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids[:tokens]
-            front = begin(tokenizer)
-        except Exception as e:  # the library of tokenizers has no other
-            raise SourceError(f"the tokenizer cannot take the text: {e}; {without}", file=path) from e
-        if len(ids) == tokens or len(part) == len(text):
-            break
+            if len(ids) == tokens or len(part) == len(text):
+                break
+    except Exception as e:  # the library of tokenizers has no other
+        raise SourceError(f"the tokenizer cannot take the text: {e}; {without}", file=path) from e
     return Tokens(np.asarray(ids, np.int64), int(min(tokenizer.model_max_length, 1 << 40)), front)
 
 
@@ -81,14 +80,8 @@ def sequences(ids: NDArray[np.int64], tokens: int, context: int, front: Sequence
     context = min(context, tokens)
     if len(ids) < (least := min(LEAST, context)):
         raise SourceError(f"the calibration text has {len(ids)} tokens, at least {least} are needed")
-    body = min(max(1, context - len(front)), len(ids))
-    count = min(len(ids) // body, max(1, tokens // (len(front) + body)))
-    return fronted(ids[: count * body].reshape(count, body), front)
-
-
-def fronted(ids: NDArray[np.int64], front: Sequence[int]) -> NDArray[np.int64]:
-    """Sequences (count, body) with the same ids in front of each."""
-    return np.concatenate([np.tile(np.asarray(front, np.int64), (len(ids), 1)), ids], 1) if front else ids
+    context = min(context, len(front) + len(ids))
+    return split(ids, context, front)[: max(1, tokens // context)]
 
 
 def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: Note) -> NDArray[np.int64]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rac.errors import SourceError
 
@@ -67,14 +70,22 @@ def windows(tokenizer: Any, text: str, tokens: int, context: int, config: Any, f
     Each begins with what the tokenizer puts in front of a text. SourceError, which names `file`, where the text is
     shorter than one window.
     """
-    ids, front = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids), begin(tokenizer)
+    ids, front = tokenizer(text, add_special_tokens=False, verbose=False).input_ids, begin(tokenizer)
     context = positions(config, context)
-    body = max(1, context - len(front))
-    count = min(tokens // context, len(ids) // body)
-    if not count:
-        what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {body}"
+    found: list[list[int]] = split(ids, context, front)[: tokens // context].tolist()
+    if not found:
+        need = max(1, context - len(front))
+        what = f"the text has {len(ids)} tokens, {tokens} are asked for, one window needs {need}"
         raise SourceError(what, file=file)
-    return [front + ids[i * body : (i + 1) * body] for i in range(count)]
+    return found
+
+
+def split(ids: Sequence[int] | NDArray[np.int64], context: int, front: Sequence[int] = ()) -> NDArray[np.int64]:
+    """Token ids in whole sequences (count, context), each with `front` before its own, of which it has one at least."""
+    body = max(1, context - len(front))
+    count = len(ids) // body
+    own = np.asarray(ids[: count * body], np.int64).reshape(count, body)
+    return np.concatenate([np.tile(np.asarray(front, np.int64), (count, 1)), own], 1) if front else own
 
 
 def log_probabilities(model: Any, window: Any) -> Any:

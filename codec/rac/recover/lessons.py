@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.text import fronted, text_ids
+from rac.calibrate.text import text_ids
+from rac.models.predictions import split
 
 TOKENS = 1024  # of a step
 CONTEXT = 1024  # of a sequence at most: attention costs the square of it
@@ -74,9 +75,8 @@ def _cut(
         if np.array_equal(found.ids[: flat.size], flat):
             flat = np.concatenate([found.ids[flat.size :], flat])
     context = min(context, CONTEXT)
-    body, rows = max(1, context - len(front)), max(1, TOKENS // context)
-    made = len(flat) // (rows * body)
-    cut = fronted(flat[: made * rows * body].reshape(made * rows, body), front)
-    every = list(cut.reshape(made, rows, -1))
+    cut, rows = split(flat, context, front), max(1, TOKENS // context)
+    made = len(cut) // rows
+    every = list(cut[: made * rows].reshape(made, rows, cut.shape[1]))
     out = min(held, made // SHORT)
     return every[out : out + most], every[:out]  # held out is what no calibration took
