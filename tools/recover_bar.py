@@ -36,6 +36,7 @@ def packed(args: argparse.Namespace, budget: str, steps: int) -> tuple[Path, dic
             calibrate=args.calibrate.split("+"),
             cache=str(args.cache or args.work / "cache"),
             recover=steps or None,
+            effort=args.effort,
             resume=not out.exists(),
             force=out.exists(),
             **how,
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+", help="what is measured on")
     parser.add_argument("--budgets", nargs="+", default=["3.05", "2.56", "2.06"], help="bits, or sizes of whole files")
     parser.add_argument("--steps", type=int, nargs="+", default=[240])
+    parser.add_argument("--effort", default="default", help="of the search; 1,024 states and two passes are max")
     parser.add_argument("--cache", type=Path, help="folder of calibrations (default: in the work folder)")
     parser.add_argument("--embeddings", action="store_true", help="quantise them too")
     parser.add_argument("--name", default="", help="begins the names of files: one for each calibration")
