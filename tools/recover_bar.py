@@ -37,6 +37,7 @@ def packed(args: argparse.Namespace, budget: str, steps: int) -> tuple[Path, dic
             cache=str(args.cache or args.work / "cache"),
             recover=steps or None,
             effort=args.effort,
+            rank=0,
             resume=not out.exists(),
             force=out.exists(),
             **how,
