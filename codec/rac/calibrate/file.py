@@ -72,6 +72,8 @@ class _Writer:
             out["sensitivity"] = self._array(np.asarray(layer.sensitivity, np.float64))
         if layer.sketch is not None:
             out["sketch"] = self._array(np.asarray(layer.sketch, np.float32))
+        if layer.slope is not None:
+            out["slope"] = layer.slope
         if layer.experts:
             out["experts"] = [self.layer(one) for one in layer.experts]
         return out
@@ -215,7 +217,10 @@ class _Reader:
         experts = [self.layer(one) for one in entry.get("experts", ())]
         if experts and rows is not None and (len(rows) % len(experts) or not len(rows)):
             raise ValueError(f"{len(experts)} experts of {len(rows)} rows")
-        return Layer(moment, sensitivity, bool(entry["transposed"]), bool(entry["finite"]), experts, rows)
+        slope = None if entry.get("slope") is None else float(entry["slope"])
+        if slope is not None and not 0 < slope < math.inf:
+            raise ValueError(f"a slope of {slope}")
+        return Layer(moment, sensitivity, bool(entry["transposed"]), bool(entry["finite"]), experts, rows, slope)
 
     def _vector(self, name: Any) -> Any:
         if name is None:

@@ -28,12 +28,13 @@ from rac.calibrate.given import Given
 from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
+from rac.linalg import exact
 from rac.linalg.factors import Factors
 from rac.linalg.saved import load
 from rac.native import product
 
 IDS = "ids.npy"  # the file of the tokens
-_VERSION = 7  # of this code: counts up when it would find something else, so that no cache gives anything old
+_VERSION = 8  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +47,9 @@ class Layer:
     finite: bool = True  # False where NaN or infinity was among the inputs or gradients
     experts: Sequence[Layer] = ()  # for each expert of a weight (experts, out, in) or (experts, in, out)
     sketch: NDArray[np.float32] | None = None  # what the weight's rows are known by (rac.calibrate.sketch)
+    slope: float | None = (
+        None  # what errors of a table cost beside errors of layers, of what is foretold; None: not known
+    )
     factors: Factors | None = None  # where the recursion of its inputs is kept once it is found; None: nowhere
 
     @property
@@ -226,7 +230,10 @@ def _mean(layers: Sequence[Layer]) -> Layer:
     sensitivity = np.mean(known, 0) if known else None
     experts = [_mean(each) for each in zip(*(layer.experts for layer in layers if layer.experts), strict=True)]
     finite = all(layer.finite for layer in layers)
-    return Layer(functools.partial(_mean_of_seconds, layers), sensitivity, layers[0].transposed, finite, experts)
+    slopes = [layer.slope for layer in layers if layer.slope is not None]
+    slope = float(exact.exp2(exact.middle(slopes))) if slopes else None
+    second = functools.partial(_mean_of_seconds, layers)
+    return Layer(second, sensitivity, layers[0].transposed, finite, experts, slope=slope)
 
 
 def _key(moment: Any) -> str:
@@ -279,7 +286,7 @@ def _layer(folder: Folder, entry: Mapping[str, Any]) -> Layer:
     if "low" in entry:  # the share of what is in another file
         other, share = entry["low"]
         moment = Low(moment, _Stored(folder, other) if other else None, share)
-    return Layer(moment, sensitivity, entry["transposed"], entry["finite"], experts)
+    return Layer(moment, sensitivity, entry["transposed"], entry["finite"], experts, slope=entry.get("slope"))
 
 
 class _Stored:

@@ -84,6 +84,11 @@ def rename(model: Any, stored: Stored, folder: Folder, tokens: int) -> dict[str,
     return {name: _part(model, known, name, reached) for name in left}
 
 
+def as_they_are(model: Any, stored: Stored) -> dict[str, str]:
+    """The stored weights that are parameters of the model as they are, to the parameter's name."""
+    return {name: key for name, (key, whole) in renamed(model, stored.names).items() if whole}
+
+
 def _prefixes(key: str) -> list[str]:
     """The modules around a parameter, from the outermost inwards, without its own."""
     steps = key.split(".")[:-2]

@@ -21,10 +21,11 @@ from rac.calibrate.experts import Stored
 from rac.calibrate.folder import Folder
 from rac.calibrate.given import Given
 from rac.calibrate.moments import Collector, Sums
-from rac.calibrate.names import rename
+from rac.calibrate.names import as_they_are, rename
 from rac.calibrate.place import Place, place_of
 from rac.calibrate.reader import Reader, is_causal
 from rac.calibrate.reader import find as find_reader
+from rac.calibrate.slopes import Slopes, held_out
 from rac.calibrate.tables import Tables, embeddings, output_layer
 from rac.calibrate.text import SEED, Note, Tokens, self_text_ids, sequences, text_ids
 from rac.calibrate.whole import backward, leaves
@@ -54,7 +55,7 @@ def find(
     asked: Asked, text: str | NDArray[np.int64] | None, folder: Folder, note: Note, steps: Steps | None = None
 ) -> None:
     """Do what is still to do, and write it into the folder; with `steps` by these, or UnfitError."""
-    path, context, fisher = asked.path, asked.context, asked.fisher
+    path, context = asked.path, asked.context
     kind, config = model_class(path)
     causal = is_causal(kind, config)
     with contextlib.suppress(ValueError):  # one that has several: what runs is found by running it
@@ -79,29 +80,44 @@ def find(
             note(f"the calibration text has {len(every.ids)} tokens, {asked.tokens} were asked for", 0, 0)
         folder.state["reader"] = reader.name
         folder.commit()
-    ids = np.array(folder.array("ids.npy"))
+    ids, stored = np.array(folder.array("ids.npy")), Stored(Path(path) if asked.given is None else asked.given.parts)
+    with contextlib.closing(place_of(asked.device)) as place:
+        done = _run(asked, reader, ids, place, folder, note, steps)
+        if reader.name:
+            folder.state["layers"] = {f"{reader.name}.{name}": entry for name, entry in folder.state["layers"].items()}
+        missing = rename(model, stored, folder, int(ids.size))
+        if done is not None and done.fisher:
+            names = {name: key.removeprefix(f"{reader.name}.") for name, key in as_they_are(model, stored).items()}
+            slopes = Slopes.of(done.chain, names, folder, held_out(path, text, ids))
+            if slopes.able:
+                slopes.put(done.each("slopes", slopes.parts, slopes.part))
+    folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
+    folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
+
+
+def _run(
+    asked: Asked, reader: Reader, ids: NDArray[np.int64], place: Place, folder: Folder, note: Note, steps: Steps | None
+) -> Passes | None:
+    """Do the steps of the blocks; None where the model was run as a whole."""
+    fisher = asked.fisher and reader.causal
     with Wide():
         try:
             if getattr(reader.model.config, "is_encoder_decoder", False):
                 raise UnfitError("it has an encoder and a decoder")
-            with contextlib.closing(place_of(asked.device)) as place:
-                chain = _chained(reader.model, reader.causal, ids, place)
-                (steps or Passes)(chain, reader.causal, ids, fisher and reader.causal, folder, note).go()
+            chain = _chained(reader.model, reader.causal, ids, place)
+            done = (steps or Passes)(chain, reader.causal, ids, fisher, folder, note)
+            done.go()
+            return done
         except LimitError as e:
-            e.file = e.file or path
+            e.file = e.file or asked.path
             raise
         except UnfitError as e:
             if steps is not None:
                 raise
             where = "" if asked.device == "cpu" else ", on the CPU"
             note(f"running the model as a whole{where}: {e}", 0, 0)
-            whole.calibrate(reader, ids, fisher, folder, note, path)
-    if reader.name:
-        folder.state["layers"] = {f"{reader.name}.{name}": entry for name, entry in folder.state["layers"].items()}
-    stored = Stored(Path(path) if asked.given is None else asked.given.parts)
-    missing = rename(model, stored, folder, int(ids.size))
-    folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
-    folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
+            whole.calibrate(reader, ids, asked.fisher, folder, note, asked.path)
+            return None
 
 
 def own_text(asked: Asked, folder: Folder, note: Note) -> None:
@@ -215,6 +231,14 @@ class Passes:
             self._do(step, i)
             state["steps"] = number + 1
             self.folder.commit(drop=self._unneeded)
+
+    def each(self, key: str, count: int, work: Callable[[int], list[list[float]]]) -> list[list[float]]:
+        """Rows of numbers that work in so many parts gives, on another text."""
+        found = list[list[float]]()
+        for i in range(count):
+            self.note(f"measuring {key}", i, count)
+            found += work(i)
+        return found
 
     def _do(self, step: Callable[[int], None], i: int) -> None:
         """A step; where memory is short without the weights of the next block beside it. LimitError where it stays so.

@@ -135,6 +135,15 @@ class _SharedPasses(passes.Passes):
             for row in files:
                 self.folder.know(row)  # type: ignore[attr-defined]
 
+    def each(self, key: str, count: int, work: Callable[[int], list[list[float]]]) -> list[list[float]]:
+        """The same, each part by one rank."""
+        items = tuple(Item(k, (), 1) for k in range(count))
+        stage = Stage(f"{self._key}-{key}", f"measuring {key}", items)
+        plan = Plan(stage, lambda item: (lambda: Made(work(item.number)), ()), lambda _: 0, self._pool)
+        with alone():
+            markers = self._crew.do(plan)
+        return [row for k in range(count) for row in markers[k].rows]
+
     def _tell(self, sequences: int) -> None:
         """Nothing: stages tell."""
 

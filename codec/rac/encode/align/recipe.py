@@ -50,7 +50,7 @@ LEAST_ENERGY = 0.05  # share of the deviation of a matrix that every column and 
 LEAST = 1e-4  # share of the mean sensitivity that every output is taken to have
 SHARE, FEWEST = 20, 64  # one row of so many stands for all, and how many do: a trellis that is too short costs more
 LEAST_OF_TABLE = 1e-2  # the same of every token: what the text does not speak of, others do
-MORE = 0.7  # bits that tables get beyond what the calibration foretells: on other text they cost 2.6 to 3.4 times more
+MORE = 0.7  # bits that tables get beyond what the calibration foretells, where it has not measured what they cost
 MOST = 6.0  # bits at most by which a table is finer or coarser than the layers
 SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
 
@@ -421,7 +421,9 @@ def _shared(
     out = {}
     for name, (need, _) in needs.items():
         if name in tables:
-            out[name] = min(MOST, max(-MOST, need - mean + MORE)) if told else FINER
+            slope = layers[name].slope
+            more = MORE if slope is None else 0.5 * float(exact.log2(slope))
+            out[name] = min(MOST, max(-MOST, need - mean + more)) if told else FINER
         else:
             out[name] = min(SPREAD, max(-SPREAD, sample.strength * (need - mean)))
     return out

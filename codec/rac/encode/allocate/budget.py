@@ -115,7 +115,9 @@ def _learned(
     recipe = composed(of, layers, effort, sample, missing)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
-    return replace(recipe, about={**recipe.about, **request.about, "calibrate": used})
+    slopes = {name: f"{one.slope:.4g}" for name, one in layers.items() if name in recipe.aligned and one.slope}
+    measured = {"slopes": slopes} if slopes else {}
+    return replace(recipe, about={**recipe.about, **request.about, "calibrate": used, **measured})
 
 
 def _calibrations(
