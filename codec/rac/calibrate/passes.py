@@ -90,7 +90,10 @@ def find(
             names = {name: key.removeprefix(f"{reader.name}.") for name, key in as_they_are(model, stored).items()}
             slopes = Slopes.of(done.chain, names, folder, held_out(path, text, ids))
             if slopes.able:
-                slopes.put(done.each("slopes", slopes.parts, slopes.part))
+                each = done.each("slopes", slopes.parts, slopes.part)
+                if not each:
+                    note("what errors of tables cost is not measured: there is too little memory", 0, 0)
+                slopes.put(each)
     folder.state.update(finished=True, tokens=int(ids.size), missing=missing)
     folder.commit(drop=lambda name: name.startswith(("hidden-", "gradient-")))
 

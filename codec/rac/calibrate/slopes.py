@@ -26,6 +26,7 @@ from rac.calibrate.tables import embeddings
 from rac.calibrate.text import text_ids
 from rac.calibrate.wide import Wide
 from rac.errors import SourceError
+from rac.linalg.device import is_short
 from rac.models.linears import output_embedding
 from rac.models.predictions import split
 
@@ -168,7 +169,18 @@ class Slopes:
         return -(-len(self.ids) // TOGETHER)
 
     def part(self, number: int) -> list[list[float]]:
-        """For each of some sequences the nats, summed, that errors of all layers cost, then those of each table."""
+        """For each of some sequences the nats, summed, that errors of all layers cost, then those of each table.
+
+        None where there is too little memory for a block and its errors.
+        """
+        try:
+            return self._part(number)
+        except (RuntimeError, MemoryError) as e:
+            if not is_short(e):
+                raise
+            return []
+
+    def _part(self, number: int) -> list[list[float]]:
         chain = self.chain
         every = torch.from_numpy(self.ids[number * TOGETHER : (number + 1) * TOGETHER]).split(1)
         with Wide(), torch.no_grad():

@@ -111,6 +111,18 @@ def test_nothing_is_measured_without_other_text_gradients_or_blocks(tmp_path, mo
     assert calibrate(folder, ids, **KEPT)[EMBEDDING].slope is None
 
 
+def test_where_memory_is_short_nothing_is_measured(tmp_path, monkeypatch):
+    def short(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(slopes.Errors, "__call__", short)
+    said = []
+    found = calibrate(made(tmp_path), words(3, 90, 640), note=lambda *a: said.append(a), **KEPT)
+    assert found[EMBEDDING].slope is None
+    assert found[EMBEDDING].sensitivity is not None
+    assert said[-1] == ("what errors of tables cost is not measured: there is too little memory", 0, 0)
+
+
 def test_of_a_text_most_is_what_follows_and_some_is_of_the_mix(tmp_path):
     models.write("llama", tmp_path)
     models.tokenizer(begin=True).save_pretrained(tmp_path)
