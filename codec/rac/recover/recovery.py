@@ -19,7 +19,7 @@ from rac.calibrate.given import Given
 from rac.calibrate.passes import Asked, load_model, model_class
 from rac.calibrate.reader import ERRORS, is_causal
 from rac.calibrate.text import Note
-from rac.container.zstd import Digest
+from rac.container.zstd import digest
 from rac.errors import RacError
 from rac.machine import room
 from rac.recover.lessons import Lessons
@@ -27,7 +27,7 @@ from rac.recover.model import Trained, UnfitError, fast
 from rac.recover.run import Plan, Recovered, Training
 from rac.recover.teacher import NotFiniteError
 
-_TAUGHT, _TRAINED = 2, 7  # versions of what is said here: count up when the original, or training, would find others
+_TAUGHT, _TRAINED = 3, 8  # versions of what is said here: count up when the original, or training, would find others
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +49,14 @@ def recover(job: Job, model: str, content: str, cache: str | None, note: Note) -
     `model` is a digest of the original, `content` one of its quantised matrices. What the original predicts stays in
     the cache for others. OutputError where the cache cannot be written.
     """
-    lessons = _digest(job, [_TAUGHT, model])
-    taught = Folder(cache, f"predictions-{lessons}")
+    taught = Folder(cache, f"predictions-{_digest(job, [_TAUGHT, model])}")
     plan = job.plan
     settings = [plan.steps, plan.most, plan.coarse, plan.rate, sorted(job.rows), sorted(plan.types.items())]
-    folder = Folder(cache, f"recovery-{_digest(job, [_TRAINED, model, content, *settings])}")
+    ids = [
+        (each.shape, digest(np.ascontiguousarray(each, "<i8").tobytes()))
+        for each in (job.lessons.train, job.lessons.held)
+    ]
+    folder = Folder(cache, f"recovery-{_digest(job, [_TRAINED, model, content, *ids, *settings])}")
     with folder.alone(lambda: note("another process recovers the same: waiting for it", 0, 0)):
         for again in (False, True):
             try:
@@ -69,12 +72,8 @@ def recover(job: Job, model: str, content: str, cache: str | None, note: Note) -
 
 
 def _digest(job: Job, about: list[Any]) -> str:
-    """Of what decides about a result: the text, the arithmetic and what else is said."""
-    h = Digest()
-    h.update(repr([job.device, fast(job.device), *about]).encode())
-    for ids in (job.lessons.train, job.lessons.held):
-        h.update(repr(ids.shape).encode() + np.ascontiguousarray(ids, "<i8").tobytes())
-    return h.value().hex()
+    """Of what decides about a result: the arithmetic and what else is said."""
+    return digest(repr([job.device, fast(job.device), *about]).encode()).hex()
 
 
 def _trained(job: Job, folder: Folder, taught: Folder, note: Note) -> Recovered:

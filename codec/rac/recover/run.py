@@ -83,7 +83,6 @@ class Training:
     ) -> None:
         self.model, self.lessons, self.plan, self.folder, self.note = model, lessons, plan, folder, note
         self.taught = taught or folder
-        self._first = len(lessons.train)  # number of the first held-out lesson
         self._every = max(1, plan.steps // LOOKS)
 
     def teach(self) -> None:
@@ -99,12 +98,12 @@ class Training:
         now = self.model.theta.clone()
         self.model.use(self._as_stored(theta, step))
         with torch.no_grad():
-            each = [self._loss(ids, self._first + i).item() for i, ids in enumerate(self.lessons.held)]
+            each = [self._loss(ids).item() for ids in self.lessons.held]
         self.model.use(now)
         return math.fsum(each) / len(each)
 
-    def _loss(self, ids: NDArray[np.int64], number: int) -> Any:
-        taught = lesson(self.taught, number, self.model.device)
+    def _loss(self, ids: NDArray[np.int64]) -> Any:
+        taught = lesson(self.taught, ids, self.model.device)
         return divergence(self.model.logits(torch.from_numpy(np.ascontiguousarray(ids))), taught)
 
     def _order(self, step: int) -> int:
@@ -146,7 +145,7 @@ class Training:
 
     def _step(self, state: dict[str, Any], m: Any, v: Any) -> None:
         step = state["step"]
-        loss = self._loss(self.lessons.train[number := self._order(step)], number)
+        loss = self._loss(self.lessons.train[self._order(step)])
         loss.backward()
         found = loss.item()
         recent = [*state["recent"], found][-RECENT:]

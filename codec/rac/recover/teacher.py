@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from rac.calibrate.folder import Folder
+from rac.container.zstd import digest
 
 MOST = 256  # likeliest tokens of a position, each with its probability
 DRAWN = 256  # tokens drawn from the others by their probabilities: each stands for an equal share of these
@@ -24,22 +25,24 @@ class NotFiniteError(Exception):
 def teach(logits: Callable[[Any], Any], ids: NDArray[np.int64], folder: Folder, done: Callable[[int], None]) -> None:
     """Keep logarithms of tokens' probabilities for sequences (n, rows, context): of the likeliest, and of some others.
 
-    What the folder has already is not made again. NotFiniteError where a logit is not finite.
+    A file is named after its sequence: what the folder has already, for whatever lessons, is not made again.
+    NotFiniteError where a logit is not finite.
     """
     for i, sequence in enumerate(ids):
-        if _name("log", i) not in folder:
+        if (log := _name("log", sequence)) not in folder:
             with torch.no_grad():
                 out = logits(torch.from_numpy(np.ascontiguousarray(sequence)))
-                made = torch.Generator().manual_seed(SEED + i)
+                made = torch.Generator().manual_seed(SEED)
                 found = [_some(part, made) for part in out.reshape(-1, out.shape[-1]).split(_CHUNK)]
             value, index = (torch.cat([pair[k] for pair in found]).cpu().numpy() for k in (0, 1))
             if not np.isfinite(value).all():
                 raise NotFiniteError("the original predicts NaN or infinity")
-            folder.put(_name("index", i), index.astype(np.uint16 if out.shape[-1] <= 1 << 16 else np.int32))
-            folder.put(_name("log", i), value.astype(np.float16))
-            if i % 8 == 7 or i == len(ids) - 1:
+            folder.put(_name("index", sequence), index.astype(np.uint16 if out.shape[-1] <= 1 << 16 else np.int32))
+            folder.put(log, value.astype(np.float16))
+            if i % 8 == 7:
                 folder.commit()
         done(i + 1)
+    folder.commit()
 
 
 def _some(logits: Any, made: Any) -> tuple[Any, Any]:
@@ -54,9 +57,9 @@ def _some(logits: Any, made: Any) -> tuple[Any, Any]:
     return torch.cat([value, log.gather(-1, drawn)], -1), torch.cat([index, drawn], -1)
 
 
-def lesson(folder: Folder, i: int, device: str) -> tuple[Any, Any, Any]:
-    """Places, logarithms and weights (tokens, MOST + DRAWN) of sequence `i`; the weights of a token add up to 1."""
-    index, value = (np.array(folder.array(_name(kind, i))) for kind in ("index", "log"))
+def lesson(folder: Folder, ids: NDArray[np.int64], device: str) -> tuple[Any, Any, Any]:
+    """Places, logarithms and weights (tokens, MOST + DRAWN) of sequences; the weights of a token add up to 1."""
+    index, value = (np.array(folder.array(_name(kind, ids))) for kind in ("index", "log"))
     log = torch.from_numpy(value).float().to(device)
     weight = log.exp()
     if log.shape[-1] > MOST:
@@ -66,8 +69,8 @@ def lesson(folder: Folder, i: int, device: str) -> tuple[Any, Any, Any]:
     return torch.from_numpy(index.astype(np.int64)).to(device), log, weight
 
 
-def _name(kind: str, i: int) -> str:
-    return f"{kind}-{i:05}.npy"
+def _name(kind: str, ids: NDArray[np.int64]) -> str:
+    return f"{kind}-{digest(repr(ids.shape).encode() + np.ascontiguousarray(ids, '<i8').tobytes()).hex()}.npy"
 
 
 class _Divergence(torch.autograd.Function):  # type: ignore[misc]

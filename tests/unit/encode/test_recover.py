@@ -65,7 +65,7 @@ class Made:
         self.trained.train(self.names, self.plan.types)
 
     def gradient(self):
-        self.training._loss(self.training.lessons.train[0], 0).backward()
+        self.training._loss(self.training.lessons.train[0]).backward()
         return self.trained.gradient()
 
 
@@ -78,7 +78,9 @@ def test_the_gradient_is_that_of_the_model_itself(kind):
     given = {n: state[n].data * x[:, None] if n in m.names else x for n, x in leaves.items()}
     ids = torch.from_numpy(m.training.lessons.train[0])
     out = torch.func.functional_call(m.original, given, (ids,)).logits.reshape(-1, models.VOCABULARY)
-    index, log, weight = teacher.lesson(m.training.folder, 0, "cpu")  # all tokens are among the likeliest here
+    index, log, weight = teacher.lesson(
+        m.training.folder, m.training.lessons.train[0], "cpu"
+    )  # all tokens are among the likeliest here
     (weight * (log - out.log_softmax(-1).gather(-1, index))).sum(-1).mean().backward()
     assert {p.name for p in m.trained.parts if p.gains} == set(m.names)
     torch.testing.assert_close(mine, torch.cat([leaves[p.name].grad for p in m.trained.parts]), rtol=1e-3, atol=1e-6)
@@ -117,8 +119,9 @@ def test_the_divergence_is_right_in_the_mean(monkeypatch):
     p, logits = torch.randn(1, 40, generator=made), torch.randn(1, 40, generator=made)
     want = (p.softmax(-1) * (p.log_softmax(-1) - logits.log_softmax(-1))).sum()
     folder, n = Folder(None, "x"), 3000
-    teacher.teach(lambda ids: p.expand(n, 40)[None], np.zeros((1, 1, n)), folder, silent)
-    taught = teacher.lesson(folder, 0, "cpu")
+    ids = np.zeros((1, 1, n), np.int64)
+    teacher.teach(lambda _: p.expand(n, 40)[None], ids, folder, silent)
+    taught = teacher.lesson(folder, ids[0], "cpu")
     torch.testing.assert_close(taught[2].sum(-1), torch.ones(n), rtol=1e-3, atol=1e-3)
     own = logits.expand(n, 40).clone().requires_grad_()
     found = teacher.divergence(own, taught)
