@@ -7,6 +7,10 @@ is different:
   strength=S    how far bits follow the sensitivity of a tensor
   trust=E       exponent of the sensitivities of a tensor's outputs
   diagonal=A    second moments drawn towards their diagonal: (1 - A) S + A diag(S)
+  rows=N        sensitivities are means over N rows: those of a head, or of all heads
+  slopes=1      costs of tensors are what --slope says times what the calibration foretells
+
+With --packs each variant is packed several times, a thousandth smaller each time, and a row is the mean.
 
   python tools/variants.py demo/smollm2-hf test.txt --cache DIR --text wiki=valid.txt --text bible=kjv.txt \
       --text own=self wiki bible "bible diagonal=0.2" "wiki damp=0.1" bible+own
@@ -18,21 +22,39 @@ import argparse
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from rac.calibrate.evaluate import Measure
+import rac
+from rac.calibrate.evaluate import Figures, Measure
 from rac.calibrate.layers import Layer, calibrate, joined
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
 from rac.encode.options import Budget
-from rac.encode.pack import pack_source
+from rac.encode.pack import Summary, pack_source
 from rac.encode.sources import open_source
-from smollm2_bar import HEAD, row
+from smollm2_bar import HEAD
 from solve import solve
+
+LESS = 0.001
+"""Share of the bits by which each pack is smaller than the one before."""
+
+
+def figures(measure: Measure, name: str, done: Summary) -> Figures:
+    """What the model of a pack predicts."""
+    path = done.paths[0]
+    return measure.figures(measure.load(rac.load_file(path, framework="pt"), path), name)
+
+
+def row(name: str, of: list[float]) -> str:
+    """A row of bits, perplexity, KL and top-1."""
+    quantised, whole, perplexity, kl, top = of
+    return f"| {name} | {quantised:.4f} | {whole:.3f} | {perplexity:.3f} | {kl:.4f} | {top:.2%} |"
 
 
 def shrunk(layers: Mapping[str, Layer], share: float) -> dict[str, Layer]:
@@ -48,7 +70,29 @@ def shrunk(layers: Mapping[str, Layer], share: float) -> dict[str, Layer]:
 
         return Layer(second, x.sensitivity, x.transposed, x.finite)
 
-    return {name: one(layer) for name, layer in layers.items()}
+    return {name: one(layer) for name, layer in layers.items()} if share else dict(layers)
+
+
+def alike(layers: Mapping[str, Layer], rows: int) -> dict[str, Layer]:
+    """Sensitivities that are means over so many rows that follow each other."""
+
+    def one(s: np.ndarray | None) -> np.ndarray | None:
+        if s is None:
+            return None
+        return np.concatenate([np.full(len(some), some.mean()) for some in np.split(s, range(rows, len(s), rows))])
+
+    return {name: replace(layer, sensitivity=one(layer.sensitivity)) for name, layer in layers.items()}
+
+
+def times(layers: Mapping[str, Layer], slopes: Mapping[str, float], strength: float) -> dict[str, Layer]:
+    """Costs times the slope of the first pattern that a name matches, in full where bits follow them by a strength."""
+
+    def one(name: str, layer: Layer) -> Layer:
+        slope = next((slope for pattern, slope in slopes.items() if fnmatch(name, pattern)), 1.0)
+        s = layer.sensitivity
+        return layer if s is None else replace(layer, sensitivity=s * slope ** (1 / strength))
+
+    return {name: one(name, layer) for name, layer in layers.items()}
 
 
 def main() -> None:
@@ -61,9 +105,12 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=3.05)
     parser.add_argument("--effort", default="default")
     parser.add_argument("--tokens", type=int, default=40960)
+    parser.add_argument("--slope", action="append", default=[], metavar="PATTERN=X", help="for slopes=1")
+    parser.add_argument("--packs", type=int, default=1)
     parser.add_argument("--cache", type=Path, help="folder where calibrations are kept")
     args = parser.parse_args()
     texts = dict(pair.split("=", 1) for pair in args.text)
+    slopes = {pattern: float(x) for pattern, x in (one.rsplit("=", 1) for one in args.slope)}
 
     def layers_of(name: str) -> Mapping[str, Layer]:
         text = None if texts[name] == "self" else Path(texts[name]).read_text(encoding="utf-8")
@@ -80,13 +127,21 @@ def main() -> None:
         options = {k: float(v) for k, v in (change.split("=") for change in changes)}
         found = shrunk(found, options.pop("diagonal", 0.0))
         sample = rcp.Sample(**{k: options.pop(k) for k in ("damp", "strength", "trust") if k in options})
+        found = alike(found, int(rows)) if (rows := options.pop("rows", 0)) else found
+        found = times(found, slopes, sample.strength) if options.pop("slopes", 0) else found
         if options:
             parser.error(f"unknown: {', '.join(options)}")
-        recipe = rcp.calibrated(groups, found, (), args.effort, sample=sample)
-        recipe = solve(groups, recipe, Budget(bits=args.bits), 2)
-        with tempfile.TemporaryDirectory() as temporary:
-            done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
-            print(row(measure, variant, done), flush=True)
+        every = []
+        for i in range(args.packs):
+            recipe = rcp.calibrated(groups, found, (), args.effort, sample=sample)
+            recipe = solve(groups, recipe, Budget(bits=args.bits * (1 - LESS * i)), 2)
+            with tempfile.TemporaryDirectory() as temporary:
+                done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
+                f = figures(measure, variant, done)
+            every.append([done.quantised_bits, 8 * done.stored / done.weights, f.perplexity, f.kl, f.top1])
+            print(row(f"{variant}, {i + 1}", every[-1]) if args.packs > 1 else row(variant, every[-1]), flush=True)
+        if args.packs > 1:
+            print(row(f"**{variant}**", list(np.mean(every, 0))), flush=True)
 
 
 if __name__ == "__main__":
