@@ -77,14 +77,13 @@ class Errors:
     def __call__(self) -> Any:
         """(rows, inputs) float32, or turned where the weight is stored (in, out)."""
         generator = torch.Generator().manual_seed(self.seed)
-        second = torch.from_numpy(np.array(self.folder.array(self.entry["second"]))).double()
+        second = self.folder.array(self.entry["second"])
         cost, n = torch.from_numpy(np.array(self.folder.array(self.entry["sensitivity"]), np.float64)), len(second)
         step = torch.clamp(cost, min=max(LEAST * float(cost.mean()), 1e-30)) ** (-POWER / 2)
-        energies = second.diagonal()
-        damp = DAMP * max(float(energies.mean()), 1e-30)
+        damp = DAMP * max(float(np.diag(second).mean(dtype=np.float64)), 1e-30)
         out, spread = torch.empty(self.rows, n), 0.0
         for a in range(0, n, WIDEST):
-            block = second[a : a + WIDEST, a : a + WIDEST]
+            block = torch.from_numpy(np.array(second[a : a + WIDEST, a : a + WIDEST], np.float64))
             eye = torch.eye(len(block), dtype=torch.float64)
             lower = torch.linalg.cholesky(block + damp * eye)
             inverse = torch.linalg.solve_triangular(lower.float(), eye.float(), upper=False)
