@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 import rac
 from rac.calibrate.evaluate import Measure
+from rac.models.predictions import begin, split
 
 OFTEN = (0, 1, 10, 100, 1000)
 """Occurrences of a token from which on it is of the next kind."""
@@ -55,6 +56,7 @@ class Look:
         self.measure = Measure(args.folder, args.text.read_text(encoding="utf-8"), args.tokens)
         auto: Any = self.measure._transformers
         self.tokenizer = auto.AutoTokenizer.from_pretrained(args.folder, local_files_only=True)
+        self.front = begin(self.tokenizer)
         self.models: dict[str, Any] = {}
 
     def model(self, name: str) -> Any:
@@ -67,11 +69,11 @@ class Look:
         return self.models[name]
 
     def ids(self, paths: Iterable[Path], most: int) -> NDArray[np.int64]:
-        """The first `most` tokens of texts that follow each other."""
+        """The first `most` tokens of texts that follow each other, without begin-of-text."""
         text = "\n\n".join(p.read_text(encoding="utf-8") for p in paths)
         return np.array(self.tokenizer(text, add_special_tokens=False).input_ids[:most])
 
-    def compared(self, names: Sequence[str], windows: Sequence[NDArray[np.int64]]) -> dict[str, Found]:
+    def compared(self, names: Sequence[str], windows: NDArray[np.int64]) -> dict[str, Found]:
         """For all positions but the last of a window: KL, whether the likeliest tokens are equal, place, next token."""
         keys = ("kl", "same", "place", "next")
         out: dict[str, dict[str, list[NDArray[Any]]]] = {name: {key: [] for key in keys} for name in names}
@@ -99,10 +101,10 @@ class Look:
             return {"run": self.model(name).generate(begun, **how)[:, begun.shape[1] :].numpy()}
 
     def prompt(self, path: Path) -> NDArray[np.int64]:
-        """PROMPT tokens of the middle of a text."""
+        """PROMPT tokens of the middle of a text, begin-of-text before them where the model's tokenizer has it."""
         every = self.ids([path], 1 << 16)
         at = (len(every) - PROMPT) // 2
-        return every[at : at + PROMPT]
+        return np.array([*self.front, *every[at : at + PROMPT]])
 
 
 def kept(folder: Path, task: str, names: Sequence[str], find: Find) -> dict[str, Found]:
@@ -213,11 +215,6 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def cut(ids: NDArray[np.int64], context: int) -> list[NDArray[np.int64]]:
-    """Whole windows."""
-    return [ids[a : a + context] for a in range(0, len(ids) - context + 1, context)]
-
-
 class Page:
     """Tables that are printed, and panels of the plot."""
 
@@ -261,12 +258,14 @@ def main() -> None:
     look, page = Look(args), Page(list(args.files))
     counts = Counter(look.tokenizer(args.counts.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
     kinds = dict(k.split("=", 1) for k in args.kind)
-    tasks = {"text": cut(look.ids([args.text], args.tokens), 1024)}
-    tasks |= {"long": cut(look.ids([args.long], max(args.tokens, 4096)), 4096)} if args.long else {}
-    tasks |= {k: [look.ids(map(Path, paths.split(",")), args.most)] for k, paths in kinds.items()}
+    tasks = {"text": split(look.ids([args.text], args.tokens), 1024, look.front)}
+    tasks |= {"long": split(look.ids([args.long], max(args.tokens, 4096)), 4096, look.front)} if args.long else {}
+    for kind, paths in kinds.items():
+        ids = look.ids(map(Path, paths.split(",")), args.most)
+        tasks[kind] = split(ids, len(ids) + len(look.front), look.front)
     models = list(args.files)
 
-    def find(windows: Sequence[NDArray[np.int64]]) -> Find:
+    def find(windows: NDArray[np.int64]) -> Find:
         return lambda names: look.compared(names, windows)
 
     found = {task: kept(args.work, task, models, find(windows)) for task, windows in tasks.items()}

@@ -48,9 +48,14 @@ def grid(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scale, np.rint(-low / scale)
 
 
-def rtn(w: np.ndarray) -> np.ndarray:
-    """Round to nearest, int4, groups of 64."""
-    return np.concatenate([int4(g, *grid(g)) for g in np.split(w, w.shape[1] // GROUP, axis=1)], axis=1)
+def rtn(w: np.ndarray, group: int = GROUP) -> np.ndarray:
+    """Round to nearest, int4."""
+    return np.concatenate([int4(g, *grid(g)) for g in np.split(w, w.shape[1] // group, axis=1)], axis=1)
+
+
+def nearest(w: np.ndarray, second: np.ndarray, group: int) -> tuple[float, np.ndarray]:
+    """(bits, numbers) of a matrix so rounded, scale and zero point in 16 bits each; the second moment is not used."""
+    return (4 + 32 / group) * w.size, rtn(w, group).astype(np.float32)
 
 
 def gptq(w: np.ndarray, second: np.ndarray) -> np.ndarray:

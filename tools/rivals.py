@@ -5,12 +5,14 @@ All get the same second moments (damped alike). Rows are METHOD NUMBER:
   qtip 2           QTIP/EXL3: Hadamard matrices on both sides, LDLQ, bitshift trellis of 65,536 states; 2, 3 or 4 bits
   watersic 2.5     WaterSIC: scalar, successive cancellation, entropy of each column (no file: the rate is that entropy)
   gptvq 2          GPTVQ: pairs by codebooks; 2, 3 or 4 bits and the codebooks
+  int4 64          round to nearest in 4 bits, a scale and a zero point for each group of so many inputs
   linear IQ3_S     llama.cpp's type, rows joined until its blocks fit, the embedding left as it is
   gguf Q4_K_M      the file that llama.cpp makes, embedding and all in the types that it chooses; needs --gguf
   rac 3.05         linear layers at so many bits
   file 54MB        the whole file at that size, embedding included
   at PATH          a .rac or .gguf file that is there
 
+A causal language model is measured by its predictions, any other by the embeddings of sentences (tools/rival/kinds.py).
 A row of rac or file is the mean of as many packs as --packs says, each a thousandth smaller than the one before.
 tools/rival/ has what each leaves out. The embedding of the other rows is as stored, BF16, also in the
 bytes of the file, which count tokenizer and configuration for all. What is made is kept in the folder WORK, matrix by
@@ -41,7 +43,8 @@ from numpy.typing import NDArray
 
 import rac
 from gguf_bar import Ggml, library
-from rac.calibrate.evaluate import Measure, load_original, translated
+from minilm_bar import nearest
+from rac.calibrate.evaluate import load_original, translated
 from rac.calibrate.layers import Layers, calibrate
 from rac.cli.info import report
 from rac.encode import ties
@@ -49,12 +52,13 @@ from rac.encode.align.recipe import DAMP, matrix_of, quantisable
 from rac.encode.sources import Source, open_source
 from rac.linalg.triangular import damped
 from rac.machine import parse_size
-from rival import choice, gptvq, llama, qtip, watersic
+from rival import choice, gptvq, kinds, llama, qtip, watersic
 
 METHODS: dict[str, Callable[..., Any]] = {
     "qtip": qtip.quantised,
     "gptvq": gptvq.quantised,
     "watersic": watersic.quantised,
+    "int4": nearest,
 }
 PACKED = ("rac", "file")
 """Methods that RAC packs."""
@@ -80,6 +84,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.kind = kinds.kind_of(args.folder)
         self.source: Source = open_source(args.folder)
         self.layers: Layers = calibrate(
             args.folder, args.calibration.read_text(encoding="utf-8"), tokens=args.tokens, cache=args.cache
@@ -221,16 +226,11 @@ def measured(rows: Sequence[Row], key: str, measure: Callable[[], Callable[[Any]
 
 
 def on_text(bench: Bench, name: str, path: Path) -> Callable[[Any], dict[str, Any]]:
-    """KL, top-1 and perplexity on a text."""
-    measure = Measure(bench.args.folder, path.read_text(encoding="utf-8"), bench.args.measure)
-    found = asdict(measure.figures())
-    Row(bench, ORIGINAL).keep(**{name: found})
-
-    def do(row: Row) -> dict[str, Any]:
-        state = {**measure.model.state_dict(), **row.tensors()}
-        return asdict(measure.figures(measure.load(state, row.name), row.name))
-
-    return do
+    """What is measured of the kind of model on a text."""
+    amount = bench.args.measure or bench.kind.amount
+    measure = bench.kind(bench.args.folder, path.read_text(encoding="utf-8"), amount)
+    Row(bench, ORIGINAL).keep(**{name: measure.original()})
+    return lambda row: measure.of(row.tensors(), row.name)
 
 
 def on_choice(bench: Bench, path: Path) -> Callable[[Any], dict[str, Any]]:
@@ -251,24 +251,24 @@ def on_choice(bench: Bench, path: Path) -> Callable[[Any], dict[str, Any]]:
     return do
 
 
-def equal(points: Sequence[tuple[float, float]], kl: float) -> float | None:
-    """The bits at which (bits, KL), logarithms of KL joined by straight lines, come to a KL; None beyond them."""
+def equal(points: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """The bits at which (bits, loss), logarithms of losses joined by straight lines, come to a loss; None beyond."""
     for (a, p), (b, q) in itertools.pairwise(points):
-        if p >= kl >= q:
-            return a + (b - a) * math.log(p / kl) / math.log(p / q)
+        if p >= loss >= q:
+            return a + (b - a) * math.log(p / loss) / math.log(p / q)
     return None
 
 
-def mean(packs: Sequence[Row], texts: Sequence[str]) -> dict[str, Any]:
-    """What packs of a row have in common and in the mean; of a text also `spread`, highest over lowest KL less 1."""
+def mean(packs: Sequence[Row], texts: Sequence[str], loss: str) -> dict[str, Any]:
+    """What packs of a row have in common and in the mean; of a text also `spread`, highest over lowest loss less 1."""
     done = [r.found for r in packs if all(key in r.found for key in ("bits", *texts))]
     if not done:
         return {}
     found = done[0] | {key: sum(f[key] for f in done) / len(done) for key in ("bits", "bytes")}
     for text in texts:
-        kl = [f[text]["kl"] for f in done]
+        each = [f[text][loss] for f in done]
         found[text] = {k: sum(f[text][k] for f in done) / len(done) for k in done[0][text]}
-        found[text]["spread"] = max(kl) / min(kl) - 1 if min(kl) else 0.0
+        found[text]["spread"] = max(each) / min(each) - 1 if min(each) else 0.0
     return found | {"packs": len(done)}
 
 
@@ -282,30 +282,32 @@ def chosen(found: dict[str, Any], original: dict[str, Any]) -> str:
     return f" {share[0]:.1%} ± {share[1]:.1%} | {lost[0]:.1%} ± {lost[1]:.1%} | {nats[0]:.4f} ± {nats[1]:.4f} |"
 
 
-def on(text: str, f: dict[str, Any], ours: Sequence[dict[str, Any]]) -> str:
-    """Cells of a text: what was measured, and at how many bits of linear layers the rows `ours` have the same KL."""
+def on(kind: kinds.Kind, text: str, f: dict[str, Any], ours: Sequence[dict[str, Any]]) -> str:
+    """Cells of a text: what was measured, and at how many bits of linear layers the rows `ours` have the same loss."""
     if text not in f:
-        return " | | | | |"
+        return " |" * (len(kind.heads) + 2)
     m = f[text]
     spread = f" (± {m['spread'] / 2:.1%})" if m.get("spread") else ""
-    same = equal([(o["bits"], o[text]["kl"]) for o in ours], m["kl"])
-    saved = f"{same:.3f} | {f['bits'] - same:.3f}" if same else " | "
-    return f" {m['kl']:.4f}{spread} | {m['top1']:.2%} | {m['perplexity']:.3f} | {saved} |"
+    same = equal([(o["bits"], o[text][kind.loss]) for o in ours], m[kind.loss])
+    saved = f" {same:.3f} | {f['bits'] - same:.3f} |" if same else " | |"
+    return kind.cells(m, spread) + saved
 
 
 def table(bench: Bench, rows: dict[str, list[Row]], texts: Sequence[str]) -> None:
     """Print what is known."""
-    heads = "".join(f" KL, {t} | top-1 | perplexity | RAC at that KL, bits | saved |" for t in texts)
+    kind = bench.kind
+    each = " | ".join((*kind.heads[1:], "RAC at that loss, bits", "saved"))
+    heads = "".join(f" {kind.heads[0]}, {t} | {each} |" for t in texts)
     task = "right | lost | nats lost"
     print(f"\n| row | packs | bytes | bits of the file | of linear layers |{heads} {task} | seconds |")
-    print("| --- |" + " ---: |" * (5 * len(texts) + 8))
+    print("| --- |" + " ---: |" * ((len(kind.heads) + 2) * len(texts) + 8))
     original = Row(bench, ORIGINAL).found
-    means = {name: mean(packs, texts) for name, packs in rows.items()}
+    means = {name: mean(packs, texts, kind.loss) for name, packs in rows.items()}
     ours = sorted((f for n, f in means.items() if n.startswith("rac ") and f), key=lambda f: float(f["bits"]))
     for name, f in ({ORIGINAL: original} | means).items():
         size = f"{f['bytes']:,.0f} | {8 * f['bytes'] / bench.all:.3f} | {f['bits']:.3f}" if "bits" in f else " | | "
         alike = ours if name.split()[0] in (*METHODS, "linear") else []  # the embedding is as it was
-        cells = "".join(on(t, f, alike) for t in texts) + chosen(f, original)
+        cells = "".join(on(kind, t, f, alike) for t in texts) + chosen(f, original)
         seconds = f"{f['seconds']:.0f}" if "seconds" in f else ""
         print(f"| {name} | {f.get('packs', '')} | {size} |{cells} {seconds} |")
     for name, f in means.items():
@@ -327,7 +329,7 @@ def main() -> None:
     parser.add_argument("--ggml", metavar="PATH", default=library(), help="libggml-base (default: of llama-cpp-python)")
     parser.add_argument("--gguf", type=Path, help="a GGUF file of the original, for its tokenizer")
     parser.add_argument("--tokens", type=int, default=40960, help="of the calibration")
-    parser.add_argument("--measure", type=int, default=8192, help="tokens measured on")
+    parser.add_argument("--measure", type=int, help="tokens measured on (default: 8,192), or sentences (300)")
     parser.add_argument("--cache", type=Path, help="folder where the calibration is kept")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()

@@ -27,7 +27,6 @@ def test_runs_that_repeat_themselves():
     first, *others = harder_look.repeated(np.stack([new, again]))
     assert first == pytest.approx(0.25)
     assert others[:8] == [0.5] * 8
-    assert harder_look.cut(np.arange(10), 4)[1].tolist() == [4, 5, 6, 7]
 
 
 def test_runs_beside_those_of_the_original():

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import rivals
+from minilm_bar import nearest
 from rac.linalg.triangular import damped
-from rival import choice, compiled, gptvq, llama, qtip, watersic
+from rival import choice, compiled, gptvq, kinds, llama, qtip, watersic
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 K = (2, 3, 4)
@@ -102,6 +103,89 @@ def test_each_is_better_than_the_ones_that_it_should_beat(problem, k):
         assert len(np.unique(found[name][1])) <= 2 * most
 
 
+def test_groups_of_pairs_are_nearly_squares_of_the_same_size():
+    assert gptvq.group(576, 1536, 2) == (48, 48)
+    assert gptvq.group(640, 2048, 2) == (40, 64), "48 divides neither"
+    assert gptvq.group(1024, 640, 3) == (128, 80)
+    assert gptvq.group(30, 14, 4) == (30, 14), "smaller than a group"
+
+
+def test_pairs_by_codebooks_of_rectangles(problem):
+    w, second = problem
+    bits, out = gptvq.quantised(np.ascontiguousarray(w[:, :80]), second[:80, :80], 2)
+    assert gptvq.group(96, 80, 2) == (32, 80)
+    assert bits == 2 * 96 * 80 + 3 * (16 * 16 + 16)
+    assert noise(w[:, :80], second[:80, :80], out) < 0.2
+
+
+def test_int4_counts_scales_and_zero_points(problem):
+    w, second = problem
+    bits, out = nearest(w, second, 32)
+    assert bits == 5 * w.size
+    assert float(np.abs(w - out).max()) <= float(np.ptp(w)) / 15
+    assert all(len(np.unique(out[0, a : a + 32])) <= 16 for a in (0, 32, 64))
+
+
+SENTENCES = "One two three four five. Six is too short.\n\nA head\n\nSeven eight nine ten ele\u2010\n  ven! {}"
+
+
+def test_sentences_of_a_text():
+    text = SENTENCES.format("What is after it, then?")
+    found = ["One two three four five.", "Seven eight nine ten eleven!", "What is after it, then?"]
+    assert kinds.sentences(text, 3) == found
+    assert kinds.sentences(text, 1) == found[:1]
+    with pytest.raises(SystemExit, match="3 sentences, 4 are asked for"):
+        kinds.sentences(text, 4)
+
+
+def test_an_encoder_is_measured_by_what_it_makes_of_sentences(tmp_path):
+    torch = pytest.importorskip("torch")
+    models = pytest.importorskip("support.models")
+    models.bert().bert.save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    assert kinds.kind_of(tmp_path) is kinds.Sentences
+    measure = kinds.Sentences(tmp_path, SENTENCES.format(""), 2)
+    same = {"far": pytest.approx(0, abs=1e-12), "lowest": pytest.approx(1)}
+    assert measure.original() == same
+    name = "encoder.layer.0.output.dense.weight"
+    other = {name: np.zeros((models.WIDTH, models.INNER), np.float32), "embeddings.position_ids": np.arange(3)}
+    far = measure.of(other, "other")
+    assert 0 < far["far"] < 1 - far["lowest"]
+    assert measure.of({}, "own") == same, "what was put in is gone"
+    with pytest.raises(KeyError):
+        measure.of({"unknown": np.zeros(3, np.float32)}, "other")
+
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tmp_path, dtype="float32").eval()
+    cosines = []
+    for s in kinds.sentences(SENTENCES.format(""), 2):
+        ids = torch.tensor([models.tokenizer()(s).input_ids])
+        with torch.no_grad():
+            model.load_state_dict(measure._state)
+            a = model(ids).last_hidden_state[0].mean(0)
+            model.load_state_dict(measure._state | {name: torch.zeros(models.WIDTH, models.INNER)})
+            b = model(ids).last_hidden_state[0].mean(0)
+        cosines.append(float(torch.cosine_similarity(a, b, dim=0)))
+    assert far == {
+        "far": pytest.approx(1 - np.mean(cosines), abs=1e-5),
+        "lowest": pytest.approx(min(cosines), abs=1e-5),
+    }
+
+
+def test_a_causal_model_is_measured_by_its_predictions(tmp_path):
+    models = pytest.importorskip("support.models")
+    models.write("llama", tmp_path)
+    assert kinds.kind_of(tmp_path) is kinds.Predictions
+    measure = kinds.Predictions(tmp_path, models.TEXT, 1024)
+    assert measure.original()["kl"] == 0
+    table = np.zeros((models.VOCABULARY, models.WIDTH), np.float32)
+    found = measure.of({"model.embed_tokens.weight": table}, "other")
+    assert found["perplexity"] == pytest.approx(models.VOCABULARY, rel=0.01), "nothing is known"
+    assert kinds.Predictions.cells(found, "").count("|") == len(kinds.Predictions.heads)
+    assert kinds.Sentences.cells({"far": 0.1, "lowest": 0.5}, " x") == " 0.10000 x | 0.5000 |"
+
+
 def test_each_false_continuation_follows_the_same_word_elsewhere():
     rng = np.random.default_rng(0)
     words = [f"{w}{i}" if w == "x" else w for i, w in enumerate(rng.choice(["the", "of", "x"], 2000))]
@@ -144,6 +228,16 @@ def test_the_likeliest_letter_by_letter_is_chosen(monkeypatch):
     assert found.right == (True, False)
     assert found.loss == (1.0, 1.5)
     assert choice.mean(found.loss) == (1.25, pytest.approx(0.25))
+
+
+def test_what_is_read_begins_as_the_tokenizer_begins_texts(monkeypatch):
+    models = pytest.importorskip("support.models")
+    read = []
+    monkeypatch.setattr(choice, "losses", lambda _, before, choices: read.append((before, choices)) or [1.0, 2.0])
+    choice.answers(None, models.tokenizer(begin=True), [choice.Question("a", ("b", "c"), 0)])
+    [(before, choices)] = read
+    assert before == models.tokenizer()("!a").input_ids
+    assert choices == [models.tokenizer()(f" {c}").input_ids for c in "bc"]
 
 
 @pytest.fixture
@@ -226,11 +320,11 @@ def test_packs_of_a_row_are_averaged():
     def pack(bits, kl):
         return types.SimpleNamespace(found={"bits": bits, "bytes": 100, "t": {"kl": kl, "top1": 0.5}})
 
-    found = rivals.mean([pack(3.0, 0.10), pack(2.98, 0.12), types.SimpleNamespace(found={})], ["t"])
+    found = rivals.mean([pack(3.0, 0.10), pack(2.98, 0.12), types.SimpleNamespace(found={})], ["t"], "kl")
     assert found["packs"] == 2
     assert found["bits"] == pytest.approx(2.99)
     assert found["t"] == {"kl": pytest.approx(0.11), "top1": 0.5, "spread": pytest.approx(0.2)}
-    assert rivals.mean([types.SimpleNamespace(found={})], ["t"]) == {}
+    assert rivals.mean([types.SimpleNamespace(found={})], ["t"], "kl") == {}
 
 
 def test_equal_divergence_lies_on_straight_lines_of_its_logarithm():

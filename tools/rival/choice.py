@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.models.predictions import begin
+
 BEFORE, AFTER, CHOICES = 32, 5, 4
 APART = 64
 """Words between the true continuation and any other."""
@@ -88,9 +90,9 @@ def losses(model: Any, before: Sequence[int], choices: Sequence[Sequence[int]]) 
 
 def answers(model: Any, tokenizer: Any, asked: Sequence[Question]) -> Answers:
     """What a causal language model of transformers chooses."""
-    right, loss = [], []
+    right, loss, front = [], [], begin(tokenizer)
     for one in asked:
-        before = tokenizer(one.before, add_special_tokens=False).input_ids
+        before = [*front, *tokenizer(one.before, add_special_tokens=False).input_ids]
         choices = [tokenizer(f" {c}", add_special_tokens=False).input_ids for c in one.choices]
         each = [x / len(c) for x, c in zip(losses(model, before, choices), one.choices, strict=True)]
         right.append(each.index(min(each)) == one.true)
