@@ -13,6 +13,7 @@ All get the same second moments (damped alike). Rows are METHOD NUMBER:
   at PATH          a .rac or .gguf file that is there
 
 A causal language model is measured by its predictions, any other by the embeddings of sentences (tools/rival/kinds.py).
+With --sentences an encoder is calibrated backward from these too (`rac.calibrate`); `rac pack` does it forward only.
 A row of rac or file is the mean of as many packs as --packs says, each a thousandth smaller than the one before.
 tools/rival/ has what each leaves out. The embedding of the other rows is as stored, BF16, also in the
 bytes of the file, which count tokenizer and configuration for all. What is made is kept in the folder WORK, matrix by
@@ -45,7 +46,8 @@ import rac
 from gguf_bar import Ggml, library
 from minilm_bar import nearest
 from rac.calibrate.evaluate import load_original, translated
-from rac.calibrate.layers import Layers, calibrate
+from rac.calibrate.file import load
+from rac.calibrate.layers import calibrate
 from rac.cli.info import report
 from rac.encode import ties
 from rac.encode.align.recipe import DAMP, matrix_of, quantisable
@@ -86,9 +88,16 @@ class Bench:
         self.args = args
         self.kind = kinds.kind_of(args.folder)
         self.source: Source = open_source(args.folder)
-        self.layers: Layers = calibrate(
-            args.folder, args.calibration.read_text(encoding="utf-8"), tokens=args.tokens, cache=args.cache
-        )
+        text = args.calibration.read_text(encoding="utf-8")
+        self.how: dict[str, Any] = {"calibrate": str(args.calibration), "tokens": args.tokens, "cache": args.cache}
+        if args.sentences:  # `rac.pack` makes none such by itself
+            path = args.work / f"sentences-{args.sentences}.cal"
+            if not path.exists():
+                kinds.Sentences(args.folder, text, args.sentences).sensitive().save(path)
+            self.how = {"calibration": str(path)}
+            self.layers = load(path)
+        else:
+            self.layers = calibrate(args.folder, text, tokens=args.tokens, cache=args.cache)
         groups = ties.find(self.source.tensors)
         self.linear = [g.tensor for g in groups if quantisable(g.tensor) and g.tensor.name in self.layers]
         self.weights = sum(math.prod(t.shape) for t in self.linear)
@@ -174,8 +183,7 @@ class Row:
         budget: dict[str, Any] = {"size": int(parse_size(self.what) * less), "embeddings": True}
         if self.method == "rac":
             budget = {"bits": float(self.what) * less, "embeddings": False}
-        how: dict[str, Any] = {"calibrate": str(args.calibration), "tokens": args.tokens, "cache": args.cache}
-        rac.pack(args.folder, str(self.archive), force=True, jobs=args.jobs, **how, **budget)
+        rac.pack(args.folder, str(self.archive), force=True, jobs=args.jobs, **self.bench.how, **budget)
 
     def _of_gguf(self) -> dict[str, Any]:
         found = llama.contents(self.archive)
@@ -330,9 +338,11 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="a GGUF file of the original, for its tokenizer")
     parser.add_argument("--tokens", type=int, default=40960, help="of the calibration")
     parser.add_argument("--measure", type=int, help="tokens measured on (default: 8,192), or sentences (300)")
+    parser.add_argument("--sentences", type=int, help="calibrate on so many, backward from an encoder's embeddings")
     parser.add_argument("--cache", type=Path, help="folder where the calibration is kept")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     rows: dict[str, list[Row]] = {}
     for name in args.rows:

@@ -155,6 +155,11 @@ def test_an_encoder_is_measured_by_what_it_makes_of_sentences(tmp_path):
     with pytest.raises(KeyError):
         measure.of({"unknown": np.zeros(3, np.float32)}, "other")
 
+    found = measure.sensitive()
+    assert found[name].sensitivity.shape == (models.WIDTH,)
+    assert found[name].inputs == models.INNER
+    assert found["encoder.layer.1.output.dense.weight"].sensitivity.max() > 0
+
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(tmp_path, dtype="float32").eval()

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+import rac
 from rac.calibrate.evaluate import Measure
+from rac.calibrate.layers import Layers
 from rac.calibrate.passes import model_class
 from rac.calibrate.reader import is_causal
 
@@ -64,13 +66,16 @@ class Sentences:
         self._state = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         self._own = self._embeddings()
 
+    def sensitive(self) -> Layers:
+        """A calibration of the original on the sentences, with what their embeddings depend on."""
+        return rac.calibrate(self._model, self._inputs, forward=_embedding)
+
     def _embeddings(self) -> Any:
-        """(sentences, width) of the model as it is, of length 1."""
+        """(sentences, width) of the model as it is."""
         import torch
 
         with torch.no_grad():
-            means = [self._model(**one).last_hidden_state[0].double().mean(0) for one in self._inputs]
-        return torch.nn.functional.normalize(torch.stack(means))
+            return torch.stack([_embedding(self._model, one) for one in self._inputs])
 
     def original(self) -> dict[str, float]:
         """Figures of the original."""
@@ -95,6 +100,12 @@ class Sentences:
     def cells(found: Mapping[str, float], spread: str) -> str:
         """Cells of a table, `spread` behind the loss."""
         return f" {found['far']:.5f}{spread} | {found['lowest']:.4f} |"
+
+
+def _embedding(model: Any, given: Mapping[str, Any]) -> Any:
+    """(width,) of a sentence, of length 1."""
+    mean = model(**given).last_hidden_state[0].double().mean(0)
+    return mean / mean.norm()
 
 
 Kind = type[Predictions] | type[Sentences]
