@@ -22,7 +22,7 @@ from rac.recover.teacher import divergence, lesson, teach
 GRID = 256  # a gain is 1 + k / GRID, k an i8 (format_spec/stages/trellis.md)
 SEED = 0
 RATE = 4e-3  # what a gain of the middle curvature moves in a step, about, where the divergence is LARGE
-LARGE = 0.3  # nats
+LARGE = 0.4  # nats
 DAMP, FAR, TINY = 0.1, 3.0, 1e-30  # least curvature, of the middle one; how far a gain moves at most, in rates
 WARM, END = 0.05, 0.25  # share of the steps in which the rate rises; what is left of it at the end
 BETAS = 0.9, 0.98
