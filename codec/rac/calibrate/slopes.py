@@ -134,7 +134,7 @@ class Slopes:
 
     @classmethod
     def of(cls, chain: Chain, names: Mapping[str, str], folder: Folder, ids: NDArray[np.int64]) -> Slopes:
-        """Choose errors from what a calibration's `folder` says of the tensors `names`, parameters of the chain's model.
+        """Choose errors by what a calibration's `folder` says of the tensors `names`, parameters of the model.
 
         Experts, whose matrices are a part of a parameter or a parameter of three dimensions, are left as they are.
         """
