@@ -78,19 +78,20 @@ class Errors:
         """(rows, inputs) float32, or turned where the weight is stored (in, out)."""
         generator = torch.Generator().manual_seed(self.seed)
         second = self.folder.array(self.entry["second"])
-        cost, n = torch.from_numpy(np.array(self.folder.array(self.entry["sensitivity"]), np.float64)), len(second)
-        step = torch.clamp(cost, min=max(LEAST * float(cost.mean()), 1e-30)) ** (-POWER / 2)
+        cost, n = np.array(self.folder.array(self.entry["sensitivity"]), np.float64), len(second)
+        step = np.maximum(cost, max(LEAST * float(cost.mean()), 1e-30)) ** (-POWER / 2)
         damp = DAMP * max(float(np.diag(second).mean(dtype=np.float64)), 1e-30)
         out, spread = torch.empty(self.rows, n), 0.0
         for a in range(0, n, WIDEST):
-            block = torch.from_numpy(np.array(second[a : a + WIDEST, a : a + WIDEST], np.float64))
-            eye = torch.eye(len(block), dtype=torch.float64)
-            lower = torch.linalg.cholesky(block + damp * eye)
-            inverse = torch.linalg.solve_triangular(lower.float(), eye.float(), upper=False)
+            block = np.array(second[a : a + WIDEST, a : a + WIDEST], np.float64)
+            block[np.diag_indices_from(block)] += damp
+            lower = torch.from_numpy(np.linalg.cholesky(block).astype(np.float32))
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(block)), upper=False)
             spread += len(block) - damp * float(inverse.square().sum())  # trace of the block times the covariance
             out[:, a : a + WIDEST] = torch.randn(self.rows, len(block), generator=generator) @ inverse
-        foretold = 0.5 * spread * float((cost * step.square()).sum())
-        out *= (step * math.sqrt(self.nats / max(foretold, 1e-30))).float()[:, None]
+        foretold = 0.5 * spread * float(cost @ np.square(step))
+        step *= math.sqrt(self.nats / max(foretold, 1e-30))
+        out *= torch.from_numpy(step.astype(np.float32))[:, None]
         return out.T if self.entry["transposed"] else out
 
 
