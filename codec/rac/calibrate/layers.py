@@ -47,9 +47,7 @@ class Layer:
     finite: bool = True  # False where NaN or infinity was among the inputs or gradients
     experts: Sequence[Layer] = ()  # for each expert of a weight (experts, out, in) or (experts, in, out)
     sketch: NDArray[np.float32] | None = None  # what the weight's rows are known by (rac.calibrate.sketch)
-    slope: float | None = (
-        None  # what errors of a table cost beside errors of layers, of what is foretold; None: not known
-    )
+    slope: float | None = None  # measured cost of a table's errors, in times of the layers'; None: not known
     factors: Factors | None = None  # where the recursion of its inputs is kept once it is found; None: nowhere
 
     @property
