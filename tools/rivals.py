@@ -13,7 +13,7 @@ All get the same second moments (damped alike). Rows are METHOD NUMBER:
   at PATH          a .rac or .gguf file that is there
 
 A causal language model is measured by its predictions, any other by the embeddings of sentences (tools/rival/kinds.py).
-With --sentences an encoder is calibrated backward from these too (`rac.calibrate`); `rac pack` does it forward only.
+Sentences are those of a text or, with --words, passages of so many words.
 A row of rac or file is the mean of as many packs as --packs says, each a thousandth smaller than the one before.
 tools/rival/ has what each leaves out. The embedding of the other rows is as stored, BF16, also in the
 bytes of the file, which count tokenizer and configuration for all. What is made is kept in the folder WORK, matrix by
@@ -46,11 +46,12 @@ import rac
 from gguf_bar import Ggml, library
 from minilm_bar import nearest
 from rac.calibrate.evaluate import load_original, translated
-from rac.calibrate.file import load
-from rac.calibrate.layers import calibrate
+from rac.calibrate.layers import calibrate, joined
+from rac.calibrate.pooling import readings
 from rac.cli.info import report
 from rac.encode import ties
 from rac.encode.align.recipe import DAMP, matrix_of, quantisable
+from rac.encode.options import CONTEXT
 from rac.encode.sources import Source, open_source
 from rac.linalg.triangular import damped
 from rac.machine import parse_size
@@ -90,14 +91,9 @@ class Bench:
         self.source: Source = open_source(args.folder)
         text = args.calibration.read_text(encoding="utf-8")
         self.how: dict[str, Any] = {"calibrate": str(args.calibration), "tokens": args.tokens, "cache": args.cache}
-        if args.sentences:  # `rac.pack` makes none such by itself
-            path = args.work / f"sentences-{args.sentences}.cal"
-            if not path.exists():
-                kinds.Sentences(args.folder, text, args.sentences).sensitive().save(path)
-            self.how = {"calibration": str(path)}
-            self.layers = load(path)
-        else:
-            self.layers = calibrate(args.folder, text, tokens=args.tokens, cache=args.cache)
+        parts = readings(args.folder, text, args.tokens, CONTEXT)
+        made = [calibrate(args.folder, part, tokens=n, context=most, cache=args.cache) for part, n, most in parts]
+        self.layers = joined(made)
         groups = ties.find(self.source.tensors)
         self.linear = [g.tensor for g in groups if quantisable(g.tensor) and g.tensor.name in self.layers]
         self.weights = sum(math.prod(t.shape) for t in self.linear)
@@ -236,7 +232,7 @@ def measured(rows: Sequence[Row], key: str, measure: Callable[[], Callable[[Any]
 def on_text(bench: Bench, name: str, path: Path) -> Callable[[Any], dict[str, Any]]:
     """What is measured of the kind of model on a text."""
     amount = bench.args.measure or bench.kind.amount
-    measure = bench.kind(bench.args.folder, path.read_text(encoding="utf-8"), amount)
+    measure = bench.kind(bench.args.folder, path.read_text(encoding="utf-8"), amount, bench.args.words)
     Row(bench, ORIGINAL).keep(**{name: measure.original()})
     return lambda row: measure.of(row.tensors(), row.name)
 
@@ -338,7 +334,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, help="a GGUF file of the original, for its tokenizer")
     parser.add_argument("--tokens", type=int, default=40960, help="of the calibration")
     parser.add_argument("--measure", type=int, help="tokens measured on (default: 8,192), or sentences (300)")
-    parser.add_argument("--sentences", type=int, help="calibrate on so many, backward from an encoder's embeddings")
+    parser.add_argument("--words", type=int, help="of a passage that an encoder is measured on (default: sentences)")
     parser.add_argument("--cache", type=Path, help="folder where the calibration is kept")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()

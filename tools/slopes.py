@@ -26,6 +26,7 @@ import numpy as np
 import rac
 from rac.calibrate import passes
 from rac.calibrate.chain import Chain
+from rac.calibrate.endings import Predictions
 from rac.calibrate.evaluate import Measure
 from rac.calibrate.experts import Stored
 from rac.calibrate.folder import Folder
@@ -56,7 +57,8 @@ def windows(args: argparse.Namespace, text: str, digest: str) -> None:
     ids = np.array(folder.array("ids.npy"))
     with Wide():
         chain = Chain(model, True, ids[:1])
-    of = Slopes.of(chain, as_they_are(model, Stored(args.folder)), folder, held_out(path, text, ids))
+    end = Predictions(ids.shape[1])
+    of = Slopes.of(chain, end, as_they_are(model, Stored(args.folder)), folder, held_out(path, text, ids))
     print("| layers: nats | of what is foretold | tables: times that of layers |\n| ---: | ---: | ---: |", flush=True)
     every = [row for number in range(of.parts) for row in of.part(number)]
     for layers, *each in every:

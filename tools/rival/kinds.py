@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-import rac
 from rac.calibrate.evaluate import Measure
-from rac.calibrate.layers import Layers
 from rac.calibrate.passes import model_class
 from rac.calibrate.reader import is_causal
 
@@ -30,7 +28,7 @@ class Predictions:
 
     heads, loss, amount = ("KL", "top-1", "perplexity"), "kl", 8192
 
-    def __init__(self, folder: Path, text: str, tokens: int) -> None:
+    def __init__(self, folder: Path, text: str, tokens: int, _: int | None = None) -> None:
         self._measure = Measure(folder, text, tokens)
 
     def original(self) -> dict[str, float]:
@@ -49,26 +47,23 @@ class Predictions:
 
 
 class Sentences:
-    """A sentence encoder: cosine of the embeddings of so many sentences with those of the original.
+    """A sentence encoder: cosine of the embeddings of so many sentences, or passages, with those of the original.
 
     An embedding is the mean over a sentence's tokens, as sentence-transformers has it where `1_Pooling` says so.
     """
 
     heads, loss, amount = ("1 - mean cosine", "lowest cosine"), "far", 300
 
-    def __init__(self, folder: Path, text: str, count: int) -> None:
+    def __init__(self, folder: Path, text: str, count: int, words: int | None = None) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         how: dict[str, Any] = {"local_files_only": True}
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, **how)
         self._model: Any = AutoModel.from_pretrained(folder, dtype="float32", **how).eval()
-        self._inputs = [tokenizer(s, truncation=True, return_tensors="pt") for s in sentences(text, count)]
+        found = passages(text, count, words) if words else sentences(text, count)
+        self._inputs = [tokenizer(s, truncation=True, return_tensors="pt") for s in found]
         self._state = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         self._own = self._embeddings()
-
-    def sensitive(self) -> Layers:
-        """A calibration of the original on the sentences, with what their embeddings depend on."""
-        return rac.calibrate(self._model, self._inputs, forward=_embedding)
 
     def _embeddings(self) -> Any:
         """(sentences, width) of the model as it is."""
@@ -125,3 +120,11 @@ def sentences(text: str, count: int) -> list[str]:
     if len(found) < count:
         raise SystemExit(f"the text has {len(found)} sentences, {count} are asked for")
     return [found[i] for i in np.linspace(0, len(found), count, endpoint=False).astype(int)]
+
+
+def passages(text: str, count: int, words: int) -> list[str]:
+    """So many passages of `words` words each, evenly spread over a text; SystemExit where it has fewer."""
+    every = text.split()
+    if len(every) < count * words:
+        raise SystemExit(f"the text has {len(every)} words, {count} passages of {words} are asked for")
+    return [" ".join(every[i : i + words]) for i in np.linspace(0, len(every) - words, count).astype(int)]

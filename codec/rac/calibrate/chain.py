@@ -281,6 +281,11 @@ class Chain:
                     return len(tokens)
         return 1
 
+    def same_end(self, out: Any) -> None:
+        """UnfitError unless the output of a language model ends as that of the chain's text did."""
+        if self._head is not None:
+            self.same(len(self.blocks), out.logits[0, -TAIL:].detach().float().cpu())
+
     def same(self, i: int, end: Any) -> None:
         """UnfitError unless block `i`, or what comes behind the last, has made `end` (TAIL, n) of the chain's text."""
         if i < len(self._ends) and not close(end, self._ends[i]):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.folder import DamagedError, Folder, fed
 from rac.calibrate.given import Given
+from rac.calibrate.pooling import pooling
 from rac.calibrate.text import SEED, Note
 from rac.container.zstd import Digest
 from rac.errors import MissingDependencyError, SourceError
@@ -34,7 +35,7 @@ from rac.linalg.saved import load
 from rac.native import product
 
 IDS = "ids.npy"  # the file of the tokens
-_VERSION = 8  # of this code: counts up when it would find something else, so that no cache gives anything old
+_VERSION = 9  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,11 +169,12 @@ def calibrate(
 ) -> Layers:
     """Run the model in a Hugging Face folder `path` over a text, or its token ids (n,); None: over text of its own.
 
-    A causal language model gets a forward and, for the sensitivities (`fisher`), a backward pass; an encoder a forward
-    pass only; an encoder-decoder model reads each sequence with its encoder and once more with its decoder, and is run
-    as a whole, like other models that are no chain of blocks (`note` then says so, and how much memory that needs: that
-    of the weights as they are stored, and of one sequence's activations). Of a model that sees or hears too, the part
-    that reads text is run. `context` is the longest sequence, less where the model has positions for fewer tokens.
+    A model gets a forward and, for the sensitivities (`fisher`), a backward pass: a language model from its
+    predictions, an encoder from the embedding that its folder says it pools (`modules.json`), else from all that comes
+    out. An encoder-decoder model reads each sequence with its encoder and once more with its decoder, and is run as a
+    whole, like other models that are no chain of blocks (`note` then says so, and how much memory that needs: weights
+    as they are stored, and one sequence's activations). Of a model that sees or hears too, the part that reads text is
+    run. `context` is the longest sequence, less where the model has positions for fewer tokens.
 
     The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
     SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
@@ -188,11 +190,10 @@ def calibrate(
     if tokens < 1 or context < 1:
         raise ValueError("tokens and context must be at least 1")
     given = path if isinstance(path, Given) else None
+    how = pooling(path)
     settings: dict[str, Any] = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher}
-    settings |= {"seed": SEED} if given is None else {"seed": SEED, "given": given.about}
-    settings |= {} if device == "cpu" else {"device": device}
-    digest = _digest(Path(path), text, settings)
-    folder = Folder(cache, digest)
+    settings |= {"seed": SEED, "given": given and given.about, "device": device, "pooling": how}
+    folder = Folder(cache, digest := _digest(Path(path), text, settings))
     tell = note or (lambda *_: None)
     if folder.state.get("finished"):  # nothing to write: a cache that is read-only serves too
         with contextlib.suppress(DamagedError):
@@ -206,7 +207,7 @@ def calibrate(
         for again in (False, True):
             try:
                 if not folder.state.get("finished"):
-                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given, device)
+                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given, device, how)
                     passes.find(asked, text, folder, tell)
                 return layers_of(folder, digest)
             except DamagedError:

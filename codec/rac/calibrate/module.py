@@ -31,20 +31,20 @@ _SMALLEST = 1 << 14  # weights of the smallest matrix that a pack quantises
 _WRONG = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
-def floats(out: Any) -> Iterator[Any]:
-    """The floating-point tensors of an output, however it is nested, that a gradient can begin at."""
+def tensors(out: Any) -> Iterator[Any]:
+    """The floating-point tensors of an output, however it is nested."""
     if isinstance(out, torch.Tensor):
-        if out.is_floating_point() and out.requires_grad:
+        if out.is_floating_point():
             yield out
     elif isinstance(out, Mapping):
         for value in out.values():
-            yield from floats(value)
+            yield from tensors(value)
     elif isinstance(out, list | tuple):
         for value in out:
-            yield from floats(value)
+            yield from tensors(value)
     elif is_dataclass(out):
         for each in fields(out):
-            yield from floats(getattr(out, each.name))
+            yield from tensors(getattr(out, each.name))
 
 
 def projected(generator: Any) -> Loss:
@@ -52,7 +52,7 @@ def projected(generator: Any) -> Loss:
 
     def loss(out: Any, _: Any) -> Any:
         parts = []
-        for y in floats(out):
+        for y in (y for y in tensors(out) if y.requires_grad):  # that a gradient can begin at
             at = torch.randn(y.shape, generator=generator).to(y.device)
             parts.append((y.float() * at).sum() / y.detach().float().norm().clamp(min=1e-30))
         return sum(parts) if parts else None

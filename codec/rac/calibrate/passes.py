@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from rac.calibrate import whole
 from rac.calibrate.chain import TAIL, Chain, UnfitError
+from rac.calibrate.endings import Ending, ending
 from rac.calibrate.experts import Stored
 from rac.calibrate.folder import Folder
 from rac.calibrate.given import Given
@@ -27,8 +28,8 @@ from rac.calibrate.reader import Reader, is_causal
 from rac.calibrate.reader import find as find_reader
 from rac.calibrate.slopes import Slopes, held_out
 from rac.calibrate.tables import Tables, embeddings, output_layer
-from rac.calibrate.text import SEED, Note, Tokens, self_text_ids, sequences, text_ids
-from rac.calibrate.whole import backward, leaves
+from rac.calibrate.text import Note, Tokens, self_text_ids, sequences, text_ids
+from rac.calibrate.whole import leaves
 from rac.calibrate.wide import Wide
 from rac.errors import LimitError, SourceError
 from rac.linalg.device import is_short
@@ -36,7 +37,6 @@ from rac.models.predictions import positions
 
 _SMALL = 1 << 31  # bytes of weights up to which the model that writes its own text is held in float32
 _ROWS = 2048  # tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are
-_CHUNK = 256  # positions whose logits are made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class Asked:
     fisher: bool
     given: Given | None = None  # the weights, where they are not those in the files
     device: str = "cpu"  # where blocks are run
+    pooling: Sequence[str] = ()  # how the tokens of a sentence encoder become an embedding
 
 
 def find(
@@ -73,10 +74,11 @@ def find(
         if isinstance(text, str):
             every = text_ids(path, text, asked.tokens)
         else:
-            every = Tokens(np.asarray(text, np.int64), context, [])
-        ids = sequences(every.ids, asked.tokens, min(reader.context, every.longest), every.front)
+            every = Tokens(np.asarray(text, np.int64), context, ([], []))
+        beside = every.beside(reader.causal)
+        ids = sequences(every.ids, asked.tokens, min(reader.context, every.longest), *beside)
         folder.put("ids.npy", ids)
-        if len(every.ids) + len(ids) * len(every.front) < asked.tokens:
+        if len(every.ids) + len(ids) * sum(map(len, beside)) < asked.tokens:
             note(f"the calibration text has {len(every.ids)} tokens, {asked.tokens} were asked for", 0, 0)
         folder.state["reader"] = reader.name
         folder.commit()
@@ -88,7 +90,8 @@ def find(
         missing = rename(model, stored, folder, int(ids.size))
         if done is not None and done.fisher:
             names = {name: key.removeprefix(f"{reader.name}.") for name, key in as_they_are(model, stored).items()}
-            slopes = Slopes.of(done.chain, names, folder, held_out(path, text, ids))
+            other = held_out(path, text, ids, reader.causal)
+            slopes = Slopes.of(done.chain, done.ending, names, folder, other)
             if slopes.able:
                 each = done.each("slopes", slopes.parts, slopes.part)
                 if not each:
@@ -102,13 +105,13 @@ def _run(
     asked: Asked, reader: Reader, ids: NDArray[np.int64], place: Place, folder: Folder, note: Note, steps: Steps | None
 ) -> Passes | None:
     """Do the steps of the blocks; None where the model was run as a whole."""
-    fisher = asked.fisher and reader.causal
+    end = ending(reader.model, reader.causal, ids.shape[1], asked.pooling)
     with Wide():
         try:
             if getattr(reader.model.config, "is_encoder_decoder", False):
                 raise UnfitError("it has an encoder and a decoder")
             chain = _chained(reader.model, reader.causal, ids, place)
-            done = (steps or Passes)(chain, reader.causal, ids, fisher, folder, note)
+            done = (steps or Passes)(chain, end, ids, asked.fisher, folder, note)
             done.go()
             return done
         except LimitError as e:
@@ -119,7 +122,7 @@ def _run(
                 raise
             where = "" if asked.device == "cpu" else ", on the CPU"
             note(f"running the model as a whole{where}: {e}", 0, 0)
-            whole.calibrate(reader, ids, asked.fisher, folder, note, asked.path)
+            whole.calibrate(reader, ids, end if asked.fisher else None, folder, note, asked.path)
             return None
 
 
@@ -195,9 +198,9 @@ class Passes:
     """
 
     def __init__(
-        self, chain: Chain, causal: bool, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note
+        self, chain: Chain, end: Ending, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note
     ) -> None:
-        self.chain, self.causal, self.fisher, self.folder, self.note = chain, causal, fisher, folder, note
+        self.chain, self.ending, self.fisher, self.folder, self.note = chain, end, fisher, folder, note
         self.place, self._coming = chain.place, dict[int, Any]()  # the weights of the next block, on their way
         self._ahead = True
         self.ids = torch.from_numpy(ids)
@@ -350,26 +353,25 @@ class Passes:
         return Collector(modules, outputs=outputs, place=self.place)
 
     def _end(self, n: int) -> None:
-        """Labels and the gradient of the last hidden state, a chunk of positions at a time: logits are large."""
+        """The gradient of the last hidden state, of as many positions at a time as the ending says."""
         sink = self._sink("gradient", n) if self.fisher else contextlib.nullcontext()
         context = self.ids.shape[1]
-        # what an encoder has behind its blocks may look at the whole sequence
-        chunk = _CHUNK if self.causal else context
-        found, sums, draws = self._seeing(self.chain.after, outputs=self.fisher), Sums(), _Draws(context)
+        chunk = self.ending.at_once or context
+        found, sums = self._seeing(self.chain.after, outputs=self.fisher), Sums()
         tables = Tables(found, {}, output_layer(self.chain.model) if self.fisher else {}, self.place)
         with sink as append, found, tables, self.chain.head(), torch.set_grad_enabled(self.fisher):
             for s, _ in self._batches(found, sums, size=1):
-                hidden, at, ids = self.place.to((self._read("hidden", n, s, s + 1), draws.of(s), self.ids[s : s + 1]))
+                hidden, ids = self.place.to((self._read("hidden", n, s, s + 1), self.ids[s : s + 1]))
                 gradient = torch.empty(1, context, *self.chain.inner)
                 for a in range(0, context, chunk):
                     part = hidden[:, a : a + chunk].detach().requires_grad_(self.fisher)
                     out = self.chain.end(ids[:, a : a + chunk], part)
                     if self.fisher:
-                        backward(out.logits[0], at[a : a + chunk], tables)
+                        self.ending.backward(out, s, a, tables)
                         found.settle()
                         gradient[:, a : a + chunk] = part.grad
-                if s == 0 and self.causal:
-                    self.chain.same(n, out.logits[0, -TAIL:].detach().float().cpu())
+                if s == 0:
+                    self.chain.same_end(out)
                 if append is not None:
                     append(gradient.numpy())
         self._save(sums, "last", outputs=self.fisher)
@@ -390,23 +392,9 @@ class Passes:
         self._save(sums, "first", outputs=True)
 
 
-class _Draws:
-    """Where in their distributions the labels of sequences are drawn: the same of each, whichever is asked for."""
-
-    def __init__(self, context: int) -> None:
-        self._context, self._next, self._generator = context, 0, torch.Generator().manual_seed(SEED)
-
-    def of(self, sequence: int) -> Any:
-        """(context, 1), of sequences in rising order."""
-        for _ in range(sequence - self._next):
-            torch.rand(self._context, 1, generator=self._generator)
-        self._next = sequence + 1
-        return torch.rand(self._context, 1, generator=self._generator)
-
-
 def _file(kind: str, i: int) -> str:
     return f"{kind}-{i:04}.npy"
 
 
-Steps = Callable[[Chain, bool, NDArray[np.int64], bool, Folder, Note], Passes]
+Steps = Callable[[Chain, Ending, NDArray[np.int64], bool, Folder, Note], Passes]
 """What makes the steps of a chain: Passes, or what shares them."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate import builtin
 from rac.calibrate.chain import Chain
+from rac.calibrate.endings import Ending
 from rac.calibrate.folder import Folder
 from rac.calibrate.tables import embeddings
 from rac.calibrate.text import text_ids
@@ -31,37 +32,45 @@ from rac.models.linears import output_embedding
 from rac.models.predictions import split
 
 WINDOWS, TOGETHER = 8, 4  # sequences that are measured on at most, and how many at once: errors take long to make
+SHORT = 256  # tokens of a sequence below which there are more, as many times as it is shorter
 FOREIGN = 4  # of a text one in so many is of the built-in mix: what is measured on the text's own kind costs others
-FORETOLD = 0.005  # nats a token that the errors of each table, and of all layers, are foretold to cost
+FORETOLD = 0.005  # nats that errors of each table, and of all layers, are foretold to cost of each thing that comes out
 DAMP = 0.03  # share of the mean energy that every input is taken to have beyond what was seen
 POWER, LEAST = 0.8, 1e-2  # of what rows cost, and what one costs at least, of their mean: as their steps follow it
-CHUNK = 256  # positions whose logits are made at once
 WIDEST = 2048  # columns whose errors follow each other: of wider matrices these blocks alone
 FAR = 256.0  # quotient that a table's cost has at most
 
 Entry = dict[str, Any]
 
 
-def held_out(path: str, text: str | NDArray[np.int64] | None, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def held_out(
+    path: str, text: str | NDArray[np.int64] | None, ids: NDArray[np.int64], causal: bool = True
+) -> NDArray[np.int64]:
     """(n, context) ids to measure on: of what follows `ids` in the text that they were taken from, and of the mix.
 
-    At most WINDOWS sequences of the length of those; none where there is no such text, and no tokenizer for the mix.
+    At most WINDOWS sequences of the length of those, of short ones more; none where there is no such text, and no
+    tokenizer for the mix.
     """
     context = ids.shape[1]
+    count = WINDOWS * _times(context)
     found = [np.asarray(text, np.int64)[ids.size :]] if isinstance(text, np.ndarray) else []
-    front: list[int] = []
+    beside: tuple[Sequence[int], Sequence[int]] = (), ()
     with contextlib.suppress(SourceError):
         if isinstance(text, str):
-            every = text_ids(path, text, ids.size + WINDOWS * context)
-            front = every.front
-            found.append(every.ids[len(ids) * (context - len(front)) :])
+            every = text_ids(path, text, ids.size + count * context)
+            beside = every.beside(causal)
+            found.append(every.ids[len(ids) * (context - sum(map(len, beside))) :])
         if not isinstance(text, np.ndarray):
-            every = text_ids(path, builtin.measured(), WINDOWS * context)
-            front = every.front
+            every = text_ids(path, builtin.measured(), count * context)
+            beside = every.beside(causal)
             found.append(every.ids)
-    cut = [split(some, context, front) for some in found]
-    most = WINDOWS - WINDOWS // FOREIGN if len(cut) > 1 else WINDOWS
-    return np.concatenate([cut[0][:most], *cut[1:]])[:WINDOWS] if cut else np.zeros((0, context), np.int64)
+    cut = [split(some, context, *beside) for some in found]
+    most = count - count // FOREIGN if len(cut) > 1 else count
+    return np.concatenate([cut[0][:most], *cut[1:]])[:count] if cut else np.zeros((0, context), np.int64)
+
+
+def _times(context: int) -> int:
+    return max(1, SHORT // context)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,12 +138,13 @@ class Slopes:
     """A model as a chain of blocks, and errors of its weights."""
 
     chain: Chain
+    ending: Ending
     ids: NDArray[np.int64]  # (n, context) to measure on
     layers: Mapping[int, Errors]  # by the id of the parameter
     tables: Sequence[Table]
 
     @classmethod
-    def of(cls, chain: Chain, names: Mapping[str, str], folder: Folder, ids: NDArray[np.int64]) -> Slopes:
+    def of(cls, chain: Chain, end: Ending, names: Mapping[str, str], folder: Folder, ids: NDArray[np.int64]) -> Slopes:
         """Choose errors by what a calibration's `folder` says of the tensors `names`, parameters of the model.
 
         Experts, whose matrices are a part of a parameter or a parameter of three dimensions, are left as they are.
@@ -148,15 +158,16 @@ class Slopes:
             if p is not None and p.dim() == 2 and {"sensitivity", "second"} <= entry.keys() and entry["finite"]:
                 known.setdefault(id(p), (entry, p))
         total = sum(p.numel() for at, (_, p) in known.items() if at not in read | said)
+        nats = FORETOLD * end.outputs(ids.shape[1]) / ids.shape[1]
         layers, found = dict[int, Errors](), list[Table]()
         for seed, (at, (entry, p)) in enumerate(known.items()):
             rows = p.shape[1] if entry["transposed"] else p.shape[0]
             if at in read | said:
-                errors = Errors(entry, folder, seed, rows, FORETOLD)
+                errors = Errors(entry, folder, seed, rows, nats)
                 found.append(Table(p, errors, at in read, at in said))
             else:
-                layers[at] = Errors(entry, folder, seed, rows, FORETOLD * p.numel() / total)
-        return cls(chain, ids, layers, found)
+                layers[at] = Errors(entry, folder, seed, rows, nats * p.numel() / total)
+        return cls(chain, end, ids, layers, found)
 
     @property
     def able(self) -> bool:
@@ -166,7 +177,11 @@ class Slopes:
     @property
     def parts(self) -> int:
         """How often `part` is to be asked."""
-        return -(-len(self.ids) // TOGETHER)
+        return -(-len(self.ids) // self._together)
+
+    @property
+    def _together(self) -> int:
+        return TOGETHER * _times(self.ids.shape[1])
 
     def part(self, number: int) -> list[list[float]]:
         """For each of some sequences the nats, summed, that errors of all layers cost, then those of each table.
@@ -182,7 +197,7 @@ class Slopes:
 
     def _part(self, number: int) -> list[list[float]]:
         chain = self.chain
-        every = torch.from_numpy(self.ids[number * TOGETHER : (number + 1) * TOGETHER]).split(1)
+        every = torch.from_numpy(self.ids[number * self._together : (number + 1) * self._together]).split(1)
         with Wide(), torch.no_grad():
             plain = [chain.place.to(chain.start(ids)) for ids in every]
             layers, moved = plain, [self._start(every, table) if table.read else plain for table in self.tables]
@@ -209,17 +224,18 @@ class Slopes:
     def _costs(self, ids: Any, plain: Any, others: Sequence[Any], held: Sequence[Any]) -> list[float]:
         """Divergences, nats summed, of what errors of layers, and of tables `held` instead, make of a sequence."""
         total = [0.0] * len(others)
-        for a in range(0, ids.shape[1], CHUNK):
-            at, some = slice(a, a + CHUNK), self.chain.place.to(ids[:, a : a + CHUNK])
-            ours = self._said(some, plain[:, at])
-            total[0] += _divergence(ours, self._said(some, others[0][:, at]))
+        step = self.ending.at_once or ids.shape[1]
+        for a in range(0, ids.shape[1], step):
+            at, some = slice(a, a + step), self.chain.place.to(ids[:, a : a + step])
+            ours = self._made(some, plain[:, at])
+            total[0] += self.ending.apart(ours, self._made(some, others[0][:, at]))
             for k, (table, data) in enumerate(zip(self.tables, held, strict=True), 1):
                 with table.holding(data):
-                    total[k] += _divergence(ours, self._said(some, others[k][:, at]))
+                    total[k] += self.ending.apart(ours, self._made(some, others[k][:, at]))
         return total
 
-    def _said(self, ids: Any, hidden: Any) -> Any:
-        return self.chain.end(ids, hidden).logits[0].float().log_softmax(-1)
+    def _made(self, ids: Any, hidden: Any) -> Any:
+        return self.ending.made(self.chain.end(ids, hidden))
 
     def put(self, each: Sequence[Sequence[float]]) -> None:
         """Note with each table what its errors cost beside those of the layers, from all that `part` has given."""
@@ -228,7 +244,3 @@ class Slopes:
             if found:
                 middle = math.exp(math.fsum(map(math.log, found)) / len(found))
                 table.errors.entry["slope"] = min(FAR, max(1 / FAR, middle))
-
-
-def _divergence(ours: Any, theirs: Any) -> float:
-    return float((ours.exp() * (ours - theirs)).sum().cpu())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.folder import Folder
 from rac.errors import SourceError
-from rac.models.predictions import begin, split
+from rac.models.predictions import around, split
 
 LEAST = 128  # tokens of the shortest sequence that is made of a text that is shorter than a sequence should be
 TOKENIZERS = (
@@ -40,7 +40,16 @@ class Tokens:
 
     ids: NDArray[np.int64]  # (n,) without what is put in front
     longest: int  # the longest sequence that the tokenizer makes
-    front: list[int]  # ids that it puts in front of each
+    around: tuple[list[int], list[int]]  # ids that it puts in front of each, and behind it
+
+    @property
+    def front(self) -> list[int]:
+        """What it puts in front of a text behind which it puts nothing."""
+        return [] if self.around[1] else self.around[0]
+
+    def beside(self, causal: bool) -> tuple[list[int], list[int]]:
+        """What comes before and behind each sequence of a model: of a causal one nothing does that ends a text."""
+        return (self.front, []) if causal else self.around
 
 
 def text_ids(path: str, text: str, tokens: int) -> Tokens:
@@ -62,26 +71,28 @@ def text_ids(path: str, text: str, tokens: int) -> Tokens:
         raise SourceError(f"the tokenizer cannot be loaded: {e}; {without}", file=path) from e
     ids: list[int] = []
     try:
-        front = begin(tokenizer)
+        beside = around(tokenizer)
         for part in (text[: 32 * tokens], text):  # no need to read a long text to its end
             ids = tokenizer(part, add_special_tokens=False, verbose=False).input_ids[:tokens]
             if len(ids) == tokens or len(part) == len(text):
                 break
     except Exception as e:  # the library of tokenizers has no other
         raise SourceError(f"the tokenizer cannot take the text: {e}; {without}", file=path) from e
-    return Tokens(np.asarray(ids, np.int64), int(min(tokenizer.model_max_length, 1 << 40)), front)
+    return Tokens(np.asarray(ids, np.int64), int(min(tokenizer.model_max_length, 1 << 40)), beside)
 
 
-def sequences(ids: NDArray[np.int64], tokens: int, context: int, front: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Whole sequences (count, context), each with `front` before its ids; one shorter one of a short text.
+def sequences(
+    ids: NDArray[np.int64], tokens: int, context: int, front: Sequence[int] = (), behind: Sequence[int] = ()
+) -> NDArray[np.int64]:
+    """Whole sequences (count, context), each with `front` and `behind` around its ids; a shorter one of a short text.
 
     SourceError where that is too short.
     """
     context = min(context, tokens)
     if len(ids) < (least := min(LEAST, context)):
         raise SourceError(f"the calibration text has {len(ids)} tokens, at least {least} are needed")
-    context = min(context, len(front) + len(ids))
-    return split(ids, context, front)[: max(1, tokens // context)]
+    context = min(context, len(front) + len(ids) + len(behind))
+    return split(ids, context, front, behind)[: max(1, tokens // context)]
 
 
 def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: Note) -> NDArray[np.int64]:
@@ -110,7 +121,7 @@ def self_text_ids(model: Any, tokens: int, context: int, folder: Folder, note: N
     for number, start in enumerate(range(0, count, batch)):
         name, rows = f"own-{number:03}.npy", min(batch, count - start)
         if name not in folder:
-            generator = torch.Generator().manual_seed(SEED + (number << 32))
+            generator = torch.Generator().manual_seed(SEED + number)
             ids = torch.full((rows, piece), first[0] if isinstance(first, list) else first, dtype=torch.int64)
             kept: dict[str, Any] = {}
             with torch.no_grad():

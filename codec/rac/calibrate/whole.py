@@ -9,26 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rac.calibrate.endings import Ending, Outputs, Predictions
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, linears
 from rac.calibrate.reader import ERRORS, Reader, feed
 from rac.calibrate.tables import Tables, embeddings, output_layer
-from rac.calibrate.text import SEED, Note, draw
+from rac.calibrate.text import Note
 from rac.calibrate.wide import Wide
 from rac.errors import SourceError
 from rac.models.linears import input_embedding
-
-
-def backward(logits: Any, at: Any, tables: Tables) -> None:
-    """Backward from the summed cross-entropy of logits (n, vocabulary) and labels drawn from them at `at` (n, 1)."""
-    with torch.no_grad():
-        gradient = torch.softmax(logits.float(), -1)
-        labels = draw(gradient, at)
-        tables.said(gradient)
-        gradient[torch.arange(len(labels), device=labels.device), labels] -= (
-            1  # the derivative is known: no second softmax
-        )
-    logits.backward(gradient.to(logits.dtype))
 
 
 @contextlib.contextmanager
@@ -41,17 +30,21 @@ def leaves(model: Any) -> Any:
         yield
 
 
-def calibrate(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note, path: str) -> None:
-    """Calibrate with passes of the whole model: backward where it can, else forward alone."""
+def calibrate(
+    reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Folder, note: Note, path: str
+) -> None:
+    """Calibrate with passes of the whole model: backward from an ending where it can, else forward alone."""
     try:
-        need, scored = _tried(reader, torch.from_numpy(ids[:1]), fisher)
+        need, scored = _tried(reader, torch.from_numpy(ids[:1]), end is not None)
+        if isinstance(end, Predictions) and not scored:
+            end = Outputs()
         what = f"its weights, what it makes of {ids.shape[1]} tokens, second moments"
         note(f"it needs about {need / 1e6:.0f} MB: {what}", 0, 0)
         for again in (False, True):
             try:
-                return whole(reader, ids, fisher and scored and not again, folder, note)
+                return whole(reader, ids, None if again else end, folder, note)
             except ERRORS as why:
-                if again or not fisher or not scored:
+                if again or end is None:
                     raise
                 note(f"no backward pass, so no sensitivities: {_said(why)}", 0, 0)
     except ERRORS as why:
@@ -90,15 +83,14 @@ def _tried(reader: Reader, tokens: Any, fisher: bool) -> tuple[int, bool]:
     scored = logits is not None and logits.dim() == 3 and logits.shape[1] == tokens.shape[1]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     sums = sum(4 * m.weight.shape[-1] ** 2 for m in linears(model).values() if isinstance(m, torch.nn.Linear))
-    return weights + sums + 4 * largest + (wide.saved + inputs if scored else 0), scored
+    return weights + sums + 4 * largest + (wide.saved + inputs if fisher else 0), scored
 
 
-def whole(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note) -> None:
+def whole(reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Folder, note: Note) -> None:
     """Calibrate with one pass of the whole model for each sequence; nothing is kept in between."""
-    model, tokens = reader.model, torch.from_numpy(ids)
+    model, tokens, fisher = reader.model, torch.from_numpy(ids), end is not None
     for p in model.parameters():
         p.requires_grad_(False)
-    generator = torch.Generator().manual_seed(SEED)
     folder.state.update(layers={}, steps=0)
     folder.commit(drop=lambda name: name != "ids.npy")
     with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
@@ -108,8 +100,8 @@ def whole(reader: Reader, ids: NDArray[np.int64], fisher: bool, folder: Folder, 
         stack.enter_context(torch.set_grad_enabled(fisher))
         for s in range(len(ids)):
             out = model(**feed(model, reader.causal, tokens[s : s + 1]))
-            if fisher:
-                backward(out.logits[0], torch.rand(ids.shape[1], 1, generator=generator), tables)
+            if end is not None:
+                end.backward(out, s, 0, tables)
                 found.settle()
             del out
             note("calibrating", s + 1, len(ids))

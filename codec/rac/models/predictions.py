@@ -53,15 +53,22 @@ def check(tokens: int, context: int) -> None:
         raise ValueError("a window needs at least 2 tokens, and as many must be asked for")
 
 
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that a tokenizer puts in front of every text, and behind it."""
+    text = "a"
+    plain, whole = (list(tokenizer(text, add_special_tokens=special).input_ids) for special in (False, True))
+    more = len(whole) - len(plain)
+    at = next((i for i in range(more + 1) if whole[i : i + len(plain)] == plain), 0)
+    return (whole[:at], whole[at + len(plain) :]) if more > 0 else ([], [])
+
+
 def begin(tokenizer: Any) -> list[int]:
     """Ids that a tokenizer puts in front of every text: begin-of-text, for models that have never read without it.
 
     None where it puts something behind a text too, as those of encoders do.
     """
-    text = "a"
-    plain, whole = (list(tokenizer(text, add_special_tokens=special).input_ids) for special in (False, True))
-    more = len(whole) - len(plain)
-    return whole[:more] if whole[more:] == plain else []
+    front, behind = around(tokenizer)
+    return [] if behind else front
 
 
 def windows(tokenizer: Any, text: str, tokens: int, context: int, config: Any, file: str) -> list[list[int]]:
@@ -80,12 +87,15 @@ def windows(tokenizer: Any, text: str, tokens: int, context: int, config: Any, f
     return found
 
 
-def split(ids: Sequence[int] | NDArray[np.int64], context: int, front: Sequence[int] = ()) -> NDArray[np.int64]:
-    """Token ids in whole sequences (count, context), each with `front` before its own, of which it has one at least."""
-    body = max(1, context - len(front))
+def split(
+    ids: Sequence[int] | NDArray[np.int64], context: int, front: Sequence[int] = (), behind: Sequence[int] = ()
+) -> NDArray[np.int64]:
+    """Token ids in whole sequences (count, context), each with `front` and `behind` around one of its own or more."""
+    body = max(1, context - len(front) - len(behind))
     count = len(ids) // body
     own = np.asarray(ids[: count * body], np.int64).reshape(count, body)
-    return np.concatenate([np.tile(np.asarray(front, np.int64), (count, 1)), own], 1) if front else own
+    beside = [np.tile(np.asarray(some, np.int64), (count, 1)) for some in (front, behind)]
+    return np.concatenate([beside[0], own, beside[1]], 1)
 
 
 def log_probabilities(model: Any, window: Any) -> Any:

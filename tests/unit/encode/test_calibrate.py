@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from rac.calibrate import chain as calibration_blocks
+from rac.calibrate import endings
 from rac.calibrate import passes as calibration_stream
 from rac.calibrate import text as calibration_text
 from rac.calibrate.experts import settled  # noqa: E402
@@ -193,7 +194,7 @@ def test_more_positions_than_logits_are_made_at_once(saved, monkeypatch, make):
     folder = saved(make)
     found, said = run(folder, context=320)
     assert not [what for what, _, of in said if not of]
-    monkeypatch.setattr(calibration_stream, "_CHUNK", 1000)
+    monkeypatch.setattr(endings.Predictions, "at_once", 1000)
     equal(run(folder, context=320)[0], found, 1e-4)
 
 
@@ -372,9 +373,9 @@ def test_expert_without_a_token():
     np.testing.assert_allclose(found["p[]"][1], np.array([2, 4, 2, 4]) * np.repeat([20, 1], 2) / 10.5)
 
 
-def test_encoder_has_moments_alone(saved, monkeypatch):
+def test_encoder_forward_alone_has_moments_alone(saved, monkeypatch):
     folder = saved(bert)
-    found, said = run(folder, context=1024)
+    found, said = run(folder, context=1024, fisher=False)
     assert found.tokens == 256 and not [what for what, _, of in said if not of]  # two of its 128
     assert "pooler.dense.weight" in found
     assert not any(v.sensitivity is not None for name, v in found.items() if "embeddings" not in name)
@@ -384,7 +385,48 @@ def test_encoder_has_moments_alone(saved, monkeypatch):
     second = found["embeddings.word_embeddings.weight"].second
     assert np.array_equal(second, second[0, 0] * np.eye(32, dtype=np.float32))
     assert not found["encoder.layer.0.output.dense.weight"].transposed
-    equal(whole(monkeypatch, folder, context=1024), found)
+    equal(whole(monkeypatch, folder, context=1024, fisher=False), found)
+
+
+MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+
+
+def pools(folder, config=MEAN):
+    """Say that a folder's encoder pools."""
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    modules = [
+        {"path": "", "type": "x.Transformer"},
+        {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encoder_has_sensitivities_of_what_it_makes(saved, monkeypatch, dtype, pooling):
+    """Of its embedding, where its folder says how it pools, else of all that comes out: blocks as the whole model."""
+    folder = saved(bert, dtype)
+    if pooling:
+        pools(folder)
+    found, said = run(folder, tokens=256)
+    assert not [what for what, _, of in said if not of]
+    told = {name for name, layer in found.items() if layer.sensitivity is None}
+    assert told == ({"pooler.dense.weight"} if pooling else set())
+    assert all(layer.finite and layer.sensitivity.max() > 0 for name, layer in found.items() if name not in told)
+    tables = {name for name, layer in found.items() if layer.slope}
+    assert "embeddings.word_embeddings.weight" in tables and all("embeddings" in name for name in tables)
+    equal(whole(monkeypatch, folder, tokens=256), found, 1e-4 if dtype == "float32" else 2e-2)
+
+
+def test_how_a_folder_pools_decides(saved, tmp_path):
+    folder, cache = saved(bert), tmp_path / "cache"
+    digests = set()
+    for config in (None, MEAN, {"pooling_mode_cls_token": True}):
+        if config:
+            pools(folder, config)
+        digests.add(run(folder, cache=cache)[0].digest)
+    assert len(digests) == 3
 
 
 def test_encoder_and_decoder_run_as_a_whole(saved):
@@ -396,11 +438,11 @@ def test_encoder_and_decoder_run_as_a_whole(saved):
 
 
 def test_encoder_and_decoder_without_a_head(saved):
-    """Nothing is predicted, so that there is no gradient."""
+    """Nothing is predicted: hidden states are what comes out."""
 
     config = transformers.T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, **SMALL)
     found, _ = run(saved(lambda: transformers.T5Model(config)))
-    assert all(v.sensitivity is None for v in layers(found).values())
+    assert all(v.sensitivity.max() > 0 for v in layers(found).values())
     assert any("EncDecAttention" in name for name in found) and found["shared.weight"].sensitivity.min() > 0
 
 
@@ -672,6 +714,13 @@ def test_own_text_in_pieces(saved, tmp_path, monkeypatch):
     ids = np.load(tmp_path / "cache" / found.digest / "ids.npy")
     assert ids.shape == (2, 70) and (ids[:, [0, 24, 48]] == 1).all() and (ids[:, 1:24] != ids[:, 25:48]).any()
     assert ("writing its own text", 144, 144) in said
+
+
+def test_batches_of_own_text_are_not_the_same(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration_text, "_CACHE_BYTES", 1)  # one sequence at a time
+    found, _ = run(saved(llama), text=None, cache=tmp_path / "cache", context=32, tokens=100)
+    ids = np.load(tmp_path / "cache" / found.digest / "ids.npy")
+    assert len(ids) == len({tuple(row) for row in ids}) == 3
 
 
 def test_not_finite_is_told(saved):

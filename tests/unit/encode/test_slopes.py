@@ -123,7 +123,8 @@ def test_where_memory_is_short_nothing_is_measured(tmp_path, monkeypatch):
     assert said[-1] == ("what errors of tables cost is not measured: there is too little memory", 0, 0)
 
 
-def test_of_a_text_most_is_what_follows_and_some_is_of_the_mix(tmp_path):
+def test_of_a_text_most_is_what_follows_and_some_is_of_the_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr(slopes, "SHORT", 16)
     models.write("llama", tmp_path)
     models.tokenizer(begin=True).save_pretrained(tmp_path)
     first, *ids = models.tokenizer(begin=True)(models.TEXT).input_ids
@@ -137,6 +138,12 @@ def test_of_a_text_most_is_what_follows_and_some_is_of_the_mix(tmp_path):
     assert np.array_equal(mix[: slopes.WINDOWS - own], found[own:])
     (tmp_path / "tokenizer.json").unlink()
     assert len(slopes.held_out(str(tmp_path), None, used)) == 0
+
+
+def test_of_short_sequences_there_are_more(tmp_path):
+    ids = words(3, 90, 20_000)
+    assert slopes.held_out(str(tmp_path), ids, np.zeros((4, 256), np.int64)).shape == (8, 256)
+    assert slopes.held_out(str(tmp_path), ids, np.zeros((4, 64), np.int64)).shape == (32, 64)
 
 
 def test_a_table_gets_half_the_logarithm_in_bits():

@@ -18,6 +18,7 @@ from rac.calibrate.given import Given
 from rac.calibrate.inputs import calibrate as calibrate_on
 from rac.calibrate.inputs import inputs_of
 from rac.calibrate.layers import Layer, Layers, calibrate, joined
+from rac.calibrate.pooling import readings
 from rac.calibrate.text import Note
 from rac.container import zstd
 from rac.encode import ties, workers
@@ -128,22 +129,25 @@ def _calibrations(
     used: list[dict[str, Any]] = []
     for name in c.texts:
         if (media := inputs_of(path, name)) is not None:
-            parts = once(partial(calibrate_on, path, replace(media, backward=c.backward), note, c.cache))
-            found.append(joined([matched(groups, layers, name) for layers in parts]))
-            used.append({media.kind: media.digest, "tokens": max(layers.tokens for layers in parts)})
+            made = once(partial(calibrate_on, path, replace(media, backward=c.backward), note, c.cache))
+            found.append(joined([matched(groups, layers, name) for layers in made]))
+            used.append({media.kind: media.digest, "tokens": max(layers.tokens for layers in made)})
             continue
         text = None if name == "self" else learned() if name == AUTO else read_text(name)
-        how: Any = {"tokens": c.tokens, "context": c.context, "fisher": c.backward, "note": note, "cache": c.cache}
+        how: Any = {"fisher": c.backward, "note": note, "cache": c.cache}
         how |= {} if c.device == "cpu" else {"device": c.device}
-        one = once(OnText(path, text, how))[0]
-        found.append(one)
-        about = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": one.tokens}
-        unusual = {"context": c.context} if c.context != CONTEXT else {}
+        parts = readings(path, text, c.tokens, c.context)
+        each = [once(OnText(path, part, how | {"tokens": n, "context": context}))[0] for part, n, context in parts]
+        found += each
+        read = sum(one.tokens for one in each)
+        about = {"text": "self" if text is None else zstd.digest(text.encode()).hex(), "tokens": read}
+        unusual: dict[str, Any] = {"lengths": [context for *_, context in parts]} if len(parts) > 1 else {}
+        unusual |= {"context": c.context} if c.context != CONTEXT else {}
         unusual |= {} if c.backward else {"backward": False}
         used.append(about | unusual | ({"name": AUTO} if name == AUTO else {}))
-    for made in c.made:
-        layers = made if isinstance(made, Layers) else load(made)
-        found.append(matched(groups, layers, "" if isinstance(made, Layers) else made))
+    for one in c.made:
+        layers = one if isinstance(one, Layers) else load(one)
+        found.append(matched(groups, layers, "" if isinstance(one, Layers) else one))
         used.append({"calibration": layers.digest, "tokens": layers.tokens})
     return found, used
 
