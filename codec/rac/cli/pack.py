@@ -143,10 +143,10 @@ the weights alone, which loses several times as much; may be given more than onc
 read does better together with self"""
 CALIBRATION = """what rac.calibrate(module, batches).save(FILE) has written in Python: of images, audio, latents, any
 forward; may be given more than once: one for each component of a pipeline"""
-SEQUENCE = """tokens of a sequence, as many as the model has positions for at most (default: 1024); shorter ones take
-less memory"""
+SEQUENCE = """tokens of a sequence, as many as the model has positions for at most (default: 1024; sentence
+encoders: 16, 64 and 256); shorter ones take less memory"""
 BACKWARD = """run forward only: a third to a half of the time, but how much outputs matter is not known then, and all
-tokens count alike (encoders are run so anyway)"""
+tokens count alike"""
 DEVICE = """where blocks are calibrated, factors found and errors fed back (default: cpu); another may make other bytes,
 which the file says"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
