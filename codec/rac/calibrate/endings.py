@@ -7,7 +7,7 @@ error of the output, which of an embedding of length 1 is twice what its cosine 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,10 @@ class Predictions(Ending):
 
 
 class Outputs(Ending):
-    """All that comes out, each tensor over its length, projected at random."""
+    """All that comes out, each tensor over its length, projected at random.
+
+    But what pools the last hidden state: where a file has no weights for it, transformers draws some.
+    """
 
     def backward(self, out: Any, sequence: int, start: int, tables: Tables) -> None:
         """Go backward from the projection; RuntimeError where nothing depends on the weights."""
@@ -98,11 +101,11 @@ class Outputs(Ending):
         loss.backward()
 
     def _loss(self, out: Any, generator: Any) -> Any:
-        return projected(generator)(out, None)
+        return projected(generator)(_own(out), None)
 
     def made(self, out: Any) -> Any:
         """Tensors (numbers,), each over its length."""
-        return [y.detach().float().reshape(-1) / y.detach().float().norm().clamp(min=1e-30) for y in tensors(out)]
+        return [y.detach().float().reshape(-1) / y.detach().float().norm().clamp(min=1e-30) for y in tensors(_own(out))]
 
     def apart(self, ours: Any, theirs: Any) -> float:
         """Half the squared relative errors of all tensors."""
@@ -133,3 +136,9 @@ def ending(model: Any, causal: bool, context: int, how: Sequence[str]) -> Ending
     if causal or getattr(model.config, "is_encoder_decoder", False):
         return Predictions(context)
     return Embedding(how) if how else Outputs()
+
+
+def _own(out: Any) -> Any:
+    if isinstance(out, Mapping) and "last_hidden_state" in out:
+        return {key: value for key, value in out.items() if key != "pooler_output"}
+    return out

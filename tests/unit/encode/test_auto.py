@@ -61,6 +61,14 @@ def test_what_suits_the_source(folder, tmp_path, monkeypatch):
         ("auto",),
         "calibrated on the built-in mix alone: BertModel is no causal language model",
     )
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": "1_Pooling", "type": "sentence_transformers.Pooling"}]))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    assert choice(None, tmp_path)[0] == ()  # it has no tokenizer
+    (tmp_path / "tokenizer.json").write_text("{}")
+    sentences = choice(None, tmp_path)
+    assert sentences == (("auto",), "calibrated on the built-in mix; --calibrate none: from the weights alone", False)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"]}))
     assert choice(None, tmp_path)[0] == ("self",) and "no tokenizer" in choice(None, tmp_path)[1]
 
@@ -174,3 +182,25 @@ def test_what_a_text_needs_is_looked_for_before_the_pack(folder, tmp_path, capsy
         path.unlink()
     assert main(argv) == 2 and "no tokenizer that transformers can load" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_sentence_encoder_is_calibrated_unasked(tmp_path, capsys):
+    """On the mix, in sequences of three lengths, each with its part of the text; the file says which."""
+    models.bert().bert.save_pretrained(tmp_path / "model")
+    models.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text(json.dumps([{"path": "1_Pooling", "type": "x.Pooling"}]))
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    how = ["--bits", "5", "--effort", "fast", "--tokens", "384", "--cache", str(tmp_path / "cache")]
+    assert main(["pack", str(tmp_path / "model"), "-o", str(tmp_path / "a.rac"), *how]) == 0
+    assert "\ncalibrated on the built-in mix; --calibrate none" in capsys.readouterr().err
+    (used,) = provenance(tmp_path / "a.rac")["calibrate"]
+    assert used["name"] == "auto" and used["lengths"] == [16, 64, 256] and used["tokens"] == 384
+    assert len(list((tmp_path / "cache").glob("*/state.json"))) == 3
+    assert main(["pack", str(tmp_path / "model"), "-o", str(tmp_path / "b.rac"), *how, "--calibrate", "auto"]) == 0
+    assert (tmp_path / "a.rac").read_bytes() == (tmp_path / "b.rac").read_bytes()
+    assert main(["pack", str(tmp_path / "model"), "-o", str(tmp_path / "c.rac"), *how, "--no-backward"]) == 0
+    assert provenance(tmp_path / "c.rac")["calibrate"][0]["backward"] is False
+    capsys.readouterr()
+    assert main(["pack", str(tmp_path / "model"), "-o", str(tmp_path / "d.rac"), *how, "--calibrate", "none"]) == 0
+    assert provenance(tmp_path / "d.rac")["calibrate"] == "none"

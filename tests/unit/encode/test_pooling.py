@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from transformers.modeling_outputs import BaseModelOutputWithPooling  # noqa: E402
+
 from rac.calibrate.endings import Embedding, Outputs, Predictions, ending  # noqa: E402
 from rac.calibrate.pooling import LENGTHS, pooled, pooling, readings  # noqa: E402
 from rac.calibrate.text import sequences  # noqa: E402
@@ -73,9 +75,8 @@ def test_pooled():
     )
 
 
-class Out:
-    def __init__(self, hidden):
-        self.last_hidden_state = hidden
+def output(hidden):
+    return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=7 * hidden[:, 0])
 
 
 def squares(end, hidden, out, draws=3000):
@@ -93,7 +94,7 @@ def test_gradients_of_embeddings():
     how = ["mean_tokens"]
     jacobian = torch.autograd.functional.jacobian(lambda h: pooled(h[0], how), hidden)
     exact = jacobian.square().sum(0).numpy()
-    np.testing.assert_allclose(squares(Embedding(how), hidden, Out), exact, rtol=0.15)
+    np.testing.assert_allclose(squares(Embedding(how), hidden, output), exact, rtol=0.15)
 
 
 def test_gradients_of_outputs():
@@ -102,6 +103,8 @@ def test_gradients_of_outputs():
     exact = np.full(hidden.shape, 2 / float(hidden.square().sum()))
     found = squares(Outputs(), hidden, lambda h: {"a": h, "b": (7 * h, torch.zeros(3))})
     np.testing.assert_allclose(found, exact, rtol=0.15)
+    with_pooled = squares(Outputs(), hidden, output)
+    np.testing.assert_allclose(with_pooled, exact / 2, rtol=0.15)
     with pytest.raises(RuntimeError, match="no output"):
         Outputs().backward({"a": torch.zeros(3)}, 0, 0, None)
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from rac.calibrate.builtin import AUTO
+from rac.calibrate.pooling import pooling
 from rac.calibrate.text import TOKENIZERS
 from rac.encode.options import Calibration, Made
 from rac.errors import MissingDependencyError
@@ -25,9 +26,9 @@ def calibration_for(given: Given, src: Any, tokens: int, cache: str | None, made
     """The calibration of a lossy pack of `src`: on the texts that are `given`, and what was `made` before.
 
     The folder of a causal language model is calibrated on the built-in mix and on text that it writes itself unless the
-    caller says otherwise; anything else is quantised from the weights alone. `remark` says which it was, and why.
-    MissingDependencyError where a language model is to be calibrated unasked, and torch or transformers is missing: a
-    file several times worse than it need be is worse than an error that names both ways out.
+    caller says otherwise, that of a sentence encoder on the mix; anything else is quantised from the weights alone.
+    `remark` says which it was, and why. MissingDependencyError where one is to be calibrated unasked, and torch or
+    transformers is missing: a file several times worse than it need be is worse than an error that names both ways out.
     """
     why_not = _no_language_model(src)
     if given is None and made:
@@ -46,15 +47,19 @@ def calibration_for(given: Given, src: Any, tokens: int, cache: str | None, made
 
 def _usual(src: Any, why_not: str | None) -> tuple[tuple[str, ...], str]:
     """The texts where the caller has named none, and what is said of it."""
-    if why_not is not None:
+    reads = isinstance(src, str | os.PathLike) and any(os.path.exists(os.path.join(src, name)) for name in TOKENIZERS)
+    encoder = why_not is not None and reads and bool(pooling(src))
+    if why_not is not None and not encoder:
         return (), f"{_WEIGHTS}: {why_not}"
     if missing := [name for name in _NEEDS if find_spec(name) is None]:
         raise MissingDependencyError(
-            f"a language model is calibrated unless you say otherwise, which needs {' and '.join(missing)}: "
+            f"a model of text is calibrated unless you say otherwise, which needs {' and '.join(missing)}: "
             "pip install rac-codec[calibrate]; --calibrate none packs from the weights alone"
         )
     other = "--calibrate none: from the weights alone"
-    if os.path.isdir(src) and not any(os.path.exists(os.path.join(src, name)) for name in TOKENIZERS):
+    if encoder:
+        return (AUTO,), f"calibrated on the built-in mix; {other}"
+    if os.path.isdir(src) and not reads:
         return (SELF,), f"calibrated on the model's own text, as the folder has no tokenizer for the mix; {other}"
     return (AUTO, SELF), f"calibrated on the built-in mix and the model's own text; {other}"
 
