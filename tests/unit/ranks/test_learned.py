@@ -19,7 +19,7 @@ from rac.calibrate.chain import UnfitError
 from rac.errors import OutputError, SourceError
 from rac.linalg.triangular import triangular
 from rac.ranks import Asked, How, finish, open_store, pack_rank
-from support.models import TEXT, tokenizer, write
+from support.models import TEXT, bert, tokenizer, write
 
 QUICK = How(jobs=1, lease=0.5)
 
@@ -152,6 +152,26 @@ def test_experts_that_are_many_have_the_bytes_of_one_machine(folder, asked, tmp_
     assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "alone.rac").read_bytes()
     lossless = rac.pack(tmp_path / "m", tmp_path / "lossless.rac").stored
     assert (tmp_path / "m.rac").stat().st_size < 0.8 * lossless  # experts are quantised
+
+
+def test_a_sentence_encoder_has_the_bytes_of_one_machine(tmp_path):
+    """Each of its lengths is a calibration that ranks share; what a sequence is projected on is its own."""
+    model = tmp_path / "m"
+    transformers.BertModel(bert().config).save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    (model / "modules.json").write_text(json.dumps([{"path": "1_Pooling", "type": "x.Pooling"}]))
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    asked = Asked(bits=3.0, tokens=384, effort="fast")
+    rac.pack(model, tmp_path / "alone.rac", **asked.changed)
+    running = [start(tmp_path, tmp_path / "work", asked, rank, 2) for rank in range(2)]
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0, 0]
+    finish(tmp_path / "work", tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "alone.rac").read_bytes()
+    with rac.open(tmp_path / "m.rac") as f:
+        assert f.archives[0].header["provenance"]["calibrate"][0]["lengths"] == [16, 64, 256]
 
 
 def test_ranks_that_are_killed_while_they_calibrate(folder, asked, alone, tmp_path):
