@@ -138,9 +138,9 @@ quantised tensors, which are smaller then; at --level fast tiles of whole rows, 
 tensor)"""
 CALIBRATE = """a text to calibrate on; for models that read more: a folder of pictures or of .wav files, a .jsonl of
 pairs {"image", "text"}, a text of prompts for a pipeline of diffusers, one a line; self: the model writes one; auto
-(default for the folder of a causal language model): the built-in mix of texts, and self; none (default otherwise):
-the weights alone, which loses several times as much; may be given more than once: a text unlike what the model will
-read does better together with self"""
+(default for the folder of a causal language model, or of a sentence encoder): the built-in mix of texts, and self of
+a language model; none (default otherwise): the weights alone, which loses several times as much; may be given more
+than once: a text unlike what the model will read does better together with self"""
 CALIBRATION = """what rac.calibrate(module, batches).save(FILE) has written in Python: of images, audio, latents, any
 forward; may be given more than once: one for each component of a pipeline"""
 SEQUENCE = """tokens of a sequence, as many as the model has positions for at most (default: 1024; sentence

@@ -136,8 +136,8 @@ def pack(
             the mix that is kept for it.
         calibrate: A text file to calibrate on, or a folder of pictures or sounds, pairs or prompts, as `rac pack`
             takes them (docs/lossy.md); "self": text that the model writes; or several of these, which count alike;
-            "auto": the built-in mix and "self"; "none": from the weights alone. None: "auto" for the folder of a
-            causal language model, where no `calibration` is given, else "none".
+            "auto": the built-in mix, and "self" of a language model; "none": from the weights alone. None: "auto" for
+            the folder of a causal language model or a sentence encoder, where no `calibration` is given, else "none".
         calibration: What `rac.calibrate(module, batches)` has returned, a file that it was saved to, or several of
             either: of the components of a pipeline, for example.
         tokens: Tokens of each of these texts.
