@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers.utils import logging
 
 from rac.calibrate import whole
 from rac.calibrate.chain import TAIL, Chain, UnfitError
@@ -33,7 +32,7 @@ from rac.calibrate.whole import leaves
 from rac.calibrate.wide import Wide
 from rac.errors import LimitError, SourceError
 from rac.linalg.device import is_short
-from rac.models.predictions import positions
+from rac.models.predictions import positions, quiet
 
 _SMALL = 1 << 31  # bytes of weights up to which the model that writes its own text is held in float32
 _ROWS = 2048  # tokens that a block takes at once: the symmetric product of the inputs is the better the longer they are
@@ -63,7 +62,7 @@ def find(
         context = positions(config.get_text_config(), context)
     if text is None and "ids.npy" not in folder:
         _own_text(kind, config, asked, context if causal else 0, folder, note)
-    model = load_model(kind, asked, config, "auto")
+    model = load_model(kind, asked, config, "auto", note)
     if "ids.npy" in folder:
         name = folder.state.get("reader", "")
         part = model.get_submodule(name)
@@ -160,20 +159,25 @@ def model_class(path: str) -> tuple[Any, Any]:
     return getattr(transformers, found), config
 
 
-def load_model(kind: Any, asked: Asked, config: Any, dtype: str) -> Any:
-    """The model; weights of the stored type stay mapped files, and are in memory only while they are used."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # there is `note`
+def load_model(kind: Any, asked: Asked, config: Any, dtype: str, note: Note = lambda *_: None) -> Any:
+    """The model; weights of the stored type stay mapped files, and are in memory only while they are used.
+
+    What the files lack is drawn by transformers, of which `note` tells: what pools, mostly, and is not used.
+    """
+    lacks: Iterable[str] = ()
     try:
-        if asked.given is not None:
-            model = asked.given.load(kind, config, dtype)
-        else:
-            model = kind.from_pretrained(asked.path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        with quiet(transformers):  # there is `note`
+            if asked.given is not None:
+                model = asked.given.load(kind, config, dtype)
+            else:
+                how: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+                model, info = kind.from_pretrained(asked.path, dtype=dtype, **how)
+                lacks = info["missing_keys"]
     except Exception as e:  # transformers raises whatever a broken file makes of it
         raise SourceError(f"no model that transformers can load: {e}", file=asked.path) from e
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    if names := sorted(lacks):
+        some = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
+        note(f"calibrating with {len(names)} parameters that the files lack, drawn at random: {some}", 0, 0)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # one expert after the other, so that its inputs can be seen
     return model.eval()

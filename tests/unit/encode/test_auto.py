@@ -193,7 +193,10 @@ def test_a_sentence_encoder_is_calibrated_unasked(tmp_path, capsys):
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
     how = ["--bits", "5", "--effort", "fast", "--tokens", "384", "--cache", str(tmp_path / "cache")]
     assert main(["pack", str(tmp_path / "model"), "-o", str(tmp_path / "a.rac"), *how]) == 0
-    assert "\ncalibrated on the built-in mix; --calibrate none" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "calibrated on the built-in mix; --calibrate none" in said
+    assert "LOAD REPORT" not in said
+    assert "calibrating with 2 parameters that the files lack, drawn at random: pooler.dense.bias, pooler" in said
     (used,) = provenance(tmp_path / "a.rac")["calibrate"]
     assert used["name"] == "auto" and used["lengths"] == [16, 64, 256] and used["tokens"] == 384
     assert len(list((tmp_path / "cache").glob("*/state.json"))) == 3
