@@ -3,9 +3,9 @@
 The loss of errors E of a matrix is near tr(G E S E'), S the second moment of its inputs and G that of the gradients at
 its outputs: columns are fed back through a factor of S (`rac.linalg.triangular.triangular`), rows through one of G
 (`rows`, which draws G towards its diagonal by a share). Matrices that match a pattern of --layers get both, with a
-trellis of 32 states, since every survivor carries what its errors feed; "none" is the same pack without, "states" the
-same with 32 states for these matrices. G stays in the folder WORK. Each row is the mean of --packs packs, a thousandth
-smaller one after the other.
+trellis of --states, fewer than others, since every survivor carries what its errors feed; "none" is the same pack
+without, "states" the same with as many states for these matrices. G stays in the folder WORK. Each row is the mean of
+--packs packs, a thousandth smaller one after the other.
 
   python tools/two_sided.py demo/smollm2-hf valid.txt WORK test.txt --tokens 204800 --cache DIR none states 0.05 0.2
 """
@@ -85,8 +85,8 @@ def gradients(args: argparse.Namespace, text: str) -> dict[str, NDArray[np.float
 class Both:
     """Quantises matrices with errors fed back along rows too, in the place of `rac.encode.quantise.tensor.code`."""
 
-    def __init__(self, below: Mapping[str, Rows], fed: bool) -> None:
-        self._below, self._fed, self._code = below, fed, quantiser.code
+    def __init__(self, below: Mapping[str, Rows], fed: bool, states: int) -> None:
+        self._below, self._fed, self._states, self._code = below, fed, states, quantiser.code
 
     def __enter__(self) -> None:
         quantiser.code = self  # type: ignore[assignment]
@@ -98,7 +98,7 @@ class Both:
         """A matrix, quantised."""
         if t.name not in self._below:
             return self._code(t, recipe)
-        a, effort = recipe.aligned[t.name], replace(recipe.effort, states=quantiser.SHAPED)
+        a, effort = recipe.aligned[t.name], replace(recipe.effort, states=self._states)
         feed = self._below[t.name].feed if self._fed else None
         w = rcp.matrix_of(t)
         q = lossy.quantise(w, t.dtype, a.base + recipe.scale, a.scales, effort, a.columns(), feed)
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="+", metavar="none|states|SHRINK")
     parser.add_argument("--tokens", type=int, default=204_800, help="that gradients are taken of")
     parser.add_argument("--layers", nargs="+", default=["*q_proj", "*k_proj", "*o_proj", "*down_proj"])
+    parser.add_argument("--states", type=int, default=quantiser.SHAPED, help="of the trellis of these")
     parser.add_argument("--bits", type=float, default=3.05)
     parser.add_argument("--packs", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="folder where calibrations are kept")
@@ -134,7 +135,7 @@ def main() -> None:
         every = []
         for i in range(args.packs):
             recipe = rcp.calibrated(groups, found, (), "default")
-            with Both(below, fed), tempfile.TemporaryDirectory() as temporary:
+            with Both(below, fed, args.states), tempfile.TemporaryDirectory() as temporary:
                 recipe = solve(groups, recipe, Budget(bits=args.bits * (1 - LESS * i)), 2)
                 done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
                 f = figures(measure, variant, done)
