@@ -28,9 +28,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rac.calibrate.endings import Predictions
 from rac.calibrate.evaluate import Measure, load_original
 from rac.calibrate.layers import calibrate
-from rac.calibrate.text import SEED, draw, sequences, text_ids
+from rac.calibrate.moments import Collector
+from rac.calibrate.tables import Tables
+from rac.calibrate.text import sequences, text_ids
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
 from rac.encode.options import Budget
@@ -67,14 +70,9 @@ def gradients(args: argparse.Namespace, text: str) -> dict[str, NDArray[np.float
             if isinstance(module, torch.nn.Linear) and any(fnmatch(name, p) for p in args.layers):
                 module.register_forward_hook(partial(watch, name=f"{name}.weight"))
         model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True))
-        generator = torch.Generator().manual_seed(SEED)
+        end, tables = Predictions(ids.shape[1]), Tables(Collector({}, outputs=True), {}, {})
         for i, one in enumerate(ids):
-            logits = model(one[None], use_cache=False).logits[0]
-            with torch.no_grad():
-                gradient = torch.softmax(logits, -1)
-                labels = draw(gradient, torch.rand(len(one), 1, generator=generator))
-                gradient[torch.arange(len(one)), labels] -= 1
-            logits.backward(gradient)
+            end.backward(model(one[None], use_cache=False), i, 0, tables)
             if (i + 1) % 10 == 0:
                 print(f"{(i + 1) * CONTEXT:,} of {ids.numel():,} tokens", flush=True)
         np.savez(path, **{name: g.double().numpy() / ids.numel() for name, g in total.items()})

@@ -16,6 +16,7 @@ import numpy as np
 
 from rac.calibrate.evaluate import Measure
 from rac.calibrate.passes import model_class
+from rac.calibrate.pooling import pooled, pooling
 from rac.calibrate.reader import is_causal
 
 WORDS = 5
@@ -49,7 +50,7 @@ class Predictions:
 class Sentences:
     """A sentence encoder: cosine of the embeddings of so many sentences, or passages, with those of the original.
 
-    An embedding is the mean over a sentence's tokens, as sentence-transformers has it where `1_Pooling` says so.
+    An embedding is what the folder says that it pools, else the mean over a sentence's tokens.
     """
 
     heads, loss, amount = ("1 - mean cosine", "lowest cosine"), "far", 300
@@ -63,6 +64,7 @@ class Sentences:
         found = passages(text, count, words) if words else sentences(text, count)
         self._inputs = [tokenizer(s, truncation=True, return_tensors="pt") for s in found]
         self._state = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        self._how = pooling(folder) or ["mean_tokens"]
         self._own = self._embeddings()
 
     def _embeddings(self) -> Any:
@@ -70,7 +72,8 @@ class Sentences:
         import torch
 
         with torch.no_grad():
-            return torch.stack([_embedding(self._model, one) for one in self._inputs])
+            hidden = (self._model(**one).last_hidden_state[0].double() for one in self._inputs)
+            return torch.stack([pooled(states, self._how) for states in hidden])
 
     def original(self) -> dict[str, float]:
         """Figures of the original."""
@@ -95,12 +98,6 @@ class Sentences:
     def cells(found: Mapping[str, float], spread: str) -> str:
         """Cells of a table, `spread` behind the loss."""
         return f" {found['far']:.5f}{spread} | {found['lowest']:.4f} |"
-
-
-def _embedding(model: Any, given: Mapping[str, Any]) -> Any:
-    """(width,) of a sentence, of length 1."""
-    mean = model(**given).last_hidden_state[0].double().mean(0)
-    return mean / mean.norm()
 
 
 Kind = type[Predictions] | type[Sentences]

@@ -95,17 +95,20 @@ class Outputs(Ending):
 
     def backward(self, out: Any, sequence: int, start: int, tables: Tables) -> None:
         """Go backward from the projection; RuntimeError where nothing depends on the weights."""
-        loss = self._loss(out, torch.Generator().manual_seed(SEED + sequence))
+        loss = projected(torch.Generator().manual_seed(SEED + sequence))(self._counted(out), None)
         if loss is None:
             raise RuntimeError("no output in floating point")
         loss.backward()
 
-    def _loss(self, out: Any, generator: Any) -> Any:
-        return projected(generator)(_own(out), None)
+    def _counted(self, out: Any) -> Any:
+        if isinstance(out, Mapping) and "last_hidden_state" in out:
+            return {key: value for key, value in out.items() if key != "pooler_output"}
+        return out
 
     def made(self, out: Any) -> Any:
         """Tensors (numbers,), each over its length."""
-        return [y.detach().float().reshape(-1) / y.detach().float().norm().clamp(min=1e-30) for y in tensors(_own(out))]
+        every = (y.detach().float().reshape(-1) for y in tensors(self._counted(out)))
+        return [y / y.norm().clamp(min=1e-30) for y in every]
 
     def apart(self, ours: Any, theirs: Any) -> float:
         """Half the squared relative errors of all tensors."""
@@ -118,17 +121,9 @@ class Embedding(Outputs):
     def __init__(self, how: Sequence[str]) -> None:
         self._how = how
 
-    def _loss(self, out: Any, generator: Any) -> Any:
+    def _counted(self, out: Any) -> Any:
         hidden = getattr(out, "last_hidden_state", None)
-        if hidden is None:
-            return super()._loss(out, generator)
-        made = pooled(hidden[0].float(), self._how)
-        return made @ torch.randn(len(made), generator=generator).to(made.device)
-
-    def made(self, out: Any) -> Any:
-        """The embedding, in a list."""
-        hidden = getattr(out, "last_hidden_state", None)
-        return super().made(out) if hidden is None else [pooled(hidden[0].float(), self._how)]
+        return super()._counted(out) if hidden is None else pooled(hidden[0].float(), self._how)
 
 
 def ending(model: Any, causal: bool, context: int, how: Sequence[str]) -> Ending:
@@ -136,9 +131,3 @@ def ending(model: Any, causal: bool, context: int, how: Sequence[str]) -> Ending
     if causal or getattr(model.config, "is_encoder_decoder", False):
         return Predictions(context)
     return Embedding(how) if how else Outputs()
-
-
-def _own(out: Any) -> Any:
-    if isinstance(out, Mapping) and "last_hidden_state" in out:
-        return {key: value for key, value in out.items() if key != "pooler_output"}
-    return out

@@ -190,9 +190,8 @@ def calibrate(
     if tokens < 1 or context < 1:
         raise ValueError("tokens and context must be at least 1")
     given = path if isinstance(path, Given) else None
-    how = pooling(path)
     settings: dict[str, Any] = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher}
-    settings |= {"seed": SEED, "given": given and given.about, "device": device, "pooling": how}
+    settings |= {"seed": SEED, "given": given and given.about, "device": device, "pooling": pooling(path)}
     folder = Folder(cache, digest := _digest(Path(path), text, settings))
     tell = note or (lambda *_: None)
     if folder.state.get("finished"):  # nothing to write: a cache that is read-only serves too
@@ -207,7 +206,7 @@ def calibrate(
         for again in (False, True):
             try:
                 if not folder.state.get("finished"):
-                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given, device, how)
+                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given, device)
                     passes.find(asked, text, folder, tell)
                 return layers_of(folder, digest)
             except DamagedError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from rac.calibrate.given import Given
 from rac.calibrate.moments import Collector, Sums
 from rac.calibrate.names import as_they_are, rename
 from rac.calibrate.place import Place, place_of
+from rac.calibrate.pooling import pooling
 from rac.calibrate.reader import Reader, is_causal
 from rac.calibrate.reader import find as find_reader
 from rac.calibrate.slopes import Slopes, held_out
@@ -48,7 +49,6 @@ class Asked:
     fisher: bool
     given: Given | None = None  # the weights, where they are not those in the files
     device: str = "cpu"  # where blocks are run
-    pooling: Sequence[str] = ()  # how the tokens of a sentence encoder become an embedding
 
 
 def find(
@@ -104,7 +104,7 @@ def _run(
     asked: Asked, reader: Reader, ids: NDArray[np.int64], place: Place, folder: Folder, note: Note, steps: Steps | None
 ) -> Passes | None:
     """Do the steps of the blocks; None where the model was run as a whole."""
-    end = ending(reader.model, reader.causal, ids.shape[1], asked.pooling)
+    end = ending(reader.model, reader.causal, ids.shape[1], pooling(asked.path))
     with Wide():
         try:
             if getattr(reader.model.config, "is_encoder_decoder", False):

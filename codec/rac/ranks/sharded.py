@@ -25,7 +25,6 @@ from rac.calibrate.folder import Folder, fed
 from rac.calibrate.given import Given
 from rac.calibrate.leading import Leading
 from rac.calibrate.moments import Sums
-from rac.calibrate.pooling import pooling
 from rac.calibrate.wide import Wide
 from rac.container.zstd import Digest
 from rac.errors import RacError, SourceError
@@ -51,8 +50,9 @@ class Shared:
     def run(self, path: str | Given, text: str | None, how: Mapping[str, Any]) -> Held:
         """What the model finds on a text, or on text of its own; UnfitError where it is no chain of blocks."""
         given = path if isinstance(path, Given) else None
-        about = how["tokens"], how["context"], how["fisher"], given, how.get("device", "cpu")
-        asked = passes.Asked(os.fspath(path), *about, pooling(path))
+        asked = passes.Asked(
+            os.fspath(path), how["tokens"], how["context"], how["fisher"], given, how.get("device", "cpu")
+        )
         held = Held(self.crew.store)
         with ThreadPoolExecutor(1) as pool:
             if text is None:
