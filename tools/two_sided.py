@@ -5,9 +5,9 @@ its outputs: columns are fed back through a factor of S (`rac.linalg.triangular.
 (`rows`, which draws G towards its diagonal by a share). Matrices that match a pattern of --layers get both, with a
 trellis of --states, fewer than others, since every survivor carries what its errors feed; "none" is the same pack
 without, "states" the same with as many states for these matrices. G stays in the folder WORK. Each row is the mean of
---packs packs, a thousandth smaller one after the other.
+--packs packs, a thousandth smaller one after the other, on each text that is measured.
 
-  python tools/two_sided.py demo/smollm2-hf valid.txt WORK test.txt --tokens 204800 --cache DIR none states 0.05 0.2
+  python tools/two_sided.py demo/smollm2-hf valid.txt WORK --text test.txt --text bash.txt --cache DIR none states 0.2
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("calibration", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("test", type=Path)
     parser.add_argument("variants", nargs="+", metavar="none|states|SHRINK")
+    parser.add_argument("--text", type=Path, action="append", required=True, metavar="FILE", help="measured on")
     parser.add_argument("--tokens", type=int, default=204_800, help="that gradients are taken of")
     parser.add_argument("--layers", nargs="+", default=["*q_proj", "*k_proj", "*o_proj", "*down_proj"])
     parser.add_argument("--states", type=int, default=quantiser.SHAPED, help="of the trellis of these")
@@ -118,28 +118,31 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="folder where calibrations are kept")
     args = parser.parse_args()
-    text = args.calibration.read_text(encoding="utf-8")
-    second = gradients(args, text)
-    layers = calibrate(args.folder, text, cache=args.cache)
+    own = args.calibration.read_text(encoding="utf-8")
+    second = gradients(args, own)
+    layers = calibrate(args.folder, own, cache=args.cache)
     source = open_source(args.folder)
     groups = ties.find(source.tensors)
-    measure = Measure(args.folder, args.test.read_text(encoding="utf-8"))
+    measures = {t.stem: Measure(args.folder, t.read_text(encoding="utf-8")) for t in args.text}
     print(HEAD, flush=True)
     for variant in args.variants:
         fed = variant not in ("none", "states")
         below = {} if variant == "none" else {n: rows(g, float(variant) if fed else 1.0) for n, g in second.items()}
         costs = {n: replace(layers[n], sensitivity=np.square(r.weight)) for n, r in below.items() if fed}
         found = {**layers, **costs}
-        every = []
+        every: dict[str, list[list[float]]] = {text: [] for text in measures}
         for i in range(args.packs):
             recipe = rcp.calibrated(groups, found, (), "default")
             with Both(below, fed, args.states), tempfile.TemporaryDirectory() as temporary:
                 recipe = solve(groups, recipe, Budget(bits=args.bits * (1 - LESS * i)), 2)
                 done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
-                f = figures(measure, variant, done)
-            every.append([done.quantised_bits, 8 * done.stored / done.weights, f.perplexity, f.kl, f.top1])
-            print(row(f"{variant}, {i + 1}", every[-1]), flush=True)
-        print(row(f"**{variant}**", list(np.mean(every, 0))), flush=True)
+                for text, measure in measures.items():
+                    f = figures(measure, variant, done)
+                    one = [done.quantised_bits, 8 * done.stored / done.weights, f.perplexity, f.kl, f.top1]
+                    every[text].append(one)
+                    print(row(f"{variant}, {i + 1}, {text}", one), flush=True)
+        for text, rows_of in every.items():
+            print(row(f"**{variant}**, {text}", list(np.mean(rows_of, 0))), flush=True)
 
 
 if __name__ == "__main__":
