@@ -1,4 +1,4 @@
-r"""What choices of the encoder change: the same model and budget, packed again and again, measured on one text.
+r"""What choices of the encoder change: the same model and budget, packed again and again, measured on texts.
 
 A variant is one of the calibrations that --text names, or several joined by +, which then count alike, and what else
 is different:
@@ -8,6 +8,7 @@ is different:
   trust=E       exponent of the sensitivities of a tensor's outputs
   diagonal=A    second moments drawn towards their diagonal: (1 - A) S + A diag(S)
   rows=N        sensitivities are means over N rows: those of a head, or of all heads
+  fed=1         errors are fed back along rows too, where that promises to pay, as --effort max has it
   slopes=1      costs of tensors are what --slope says times what the calibration foretells
 
 With --packs each variant is packed several times, a thousandth smaller each time, and a row is the mean.
@@ -25,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -100,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="Hugging Face folder of the original")
     parser.add_argument("test", type=Path)
+    parser.add_argument("--beside", type=Path, action="append", default=[], metavar="FILE", help="measured on too")
     parser.add_argument("variants", nargs="+", metavar="VARIANT")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="FILE may be self")
     parser.add_argument("--bits", type=float, default=3.05)
@@ -118,7 +121,7 @@ def main() -> None:
 
     source = open_source(args.folder)
     groups = ties.find(source.tensors)
-    measure = Measure(args.folder, args.test.read_text(encoding="utf-8"))
+    tests = {t.stem: Measure(args.folder, t.read_text(encoding="utf-8")) for t in (args.test, *args.beside)}
     print(HEAD, flush=True)
     for variant in args.variants:
         first, *changes = variant.split()
@@ -126,22 +129,26 @@ def main() -> None:
         found: Mapping[str, Layer] = joined([layers_of(name) for name in names])
         options = {k: float(v) for k, v in (change.split("=") for change in changes)}
         found = shrunk(found, options.pop("diagonal", 0.0))
-        sample = rcp.Sample(**{k: options.pop(k) for k in ("damp", "strength", "trust") if k in options})
+        shares: dict[str, Any] = {k: options.pop(k) for k in ("damp", "strength", "trust") if k in options}
+        sample = rcp.Sample(**shares, rows=bool(options.pop("fed", 0)))
         found = alike(found, int(rows)) if (rows := options.pop("rows", 0)) else found
         found = times(found, slopes, sample.strength) if options.pop("slopes", 0) else found
         if options:
             parser.error(f"unknown: {', '.join(options)}")
-        every = []
+        every: dict[str, list[list[float]]] = {test: [] for test in tests}
         for i in range(args.packs):
             recipe = rcp.calibrated(groups, found, (), args.effort, sample=sample)
             recipe = solve(groups, recipe, Budget(bits=args.bits * (1 - LESS * i)), 2)
             with tempfile.TemporaryDirectory() as temporary:
                 done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
-                f = figures(measure, variant, done)
-            every.append([done.quantised_bits, 8 * done.stored / done.weights, f.perplexity, f.kl, f.top1])
-            print(row(f"{variant}, {i + 1}", every[-1]) if args.packs > 1 else row(variant, every[-1]), flush=True)
-        if args.packs > 1:
-            print(row(f"**{variant}**", list(np.mean(every, 0))), flush=True)
+                for test, measure in tests.items():
+                    f = figures(measure, variant, done)
+                    one = [done.quantised_bits, 8 * done.stored / done.weights, f.perplexity, f.kl, f.top1]
+                    every[test].append(one)
+                    number = f", {i + 1}" * (args.packs > 1) + f", {test}" * (len(tests) > 1)
+                    print(row(variant + number, one), flush=True)
+        for test, of in every.items() if args.packs > 1 else ():
+            print(row(f"**{variant}**" + f", {test}" * (len(tests) > 1), list(np.mean(of, 0))), flush=True)
 
 
 if __name__ == "__main__":

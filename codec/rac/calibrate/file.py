@@ -72,6 +72,8 @@ class _Writer:
             out["sensitivity"] = self._array(np.asarray(layer.sensitivity, np.float64))
         if layer.sketch is not None:
             out["sketch"] = self._array(np.asarray(layer.sketch, np.float32))
+        if (outer := layer.outer) is not None:
+            out["outer"] = self._array(np.asarray(outer, np.float32))
         if layer.slope is not None:
             out["slope"] = layer.slope
         if layer.experts:
@@ -220,7 +222,9 @@ class _Reader:
         slope = None if entry.get("slope") is None else float(entry["slope"])
         if slope is not None and not 0 < slope < math.inf:
             raise ValueError(f"a slope of {slope}")
-        return Layer(moment, sensitivity, bool(entry["transposed"]), bool(entry["finite"]), experts, rows, slope)
+        outputs = self._mapped(entry["outer"]) if entry.get("outer") is not None else None
+        how = bool(entry["transposed"]), bool(entry["finite"]), experts, rows, slope
+        return Layer(moment, sensitivity, *how, outputs=outputs)
 
     def _vector(self, name: Any) -> Any:
         if name is None:

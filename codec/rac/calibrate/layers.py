@@ -35,7 +35,7 @@ from rac.linalg.saved import load
 from rac.native import product
 
 IDS = "ids.npy"  # the file of the tokens
-_VERSION = 9  # of this code: counts up when it would find something else, so that no cache gives anything old
+_VERSION = 10  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +50,7 @@ class Layer:
     sketch: NDArray[np.float32] | None = None  # what the weight's rows are known by (rac.calibrate.sketch)
     slope: float | None = None  # measured cost of a table's errors, in times of the layers'; None: not known
     factors: Factors | None = None  # where the recursion of its inputs is kept once it is found; None: nowhere
+    outputs: NDArray[np.float32] | Callable[[], NDArray[np.float32]] | None = None  # what `outer` is, or what reads it
 
     @property
     def key(self) -> str:
@@ -68,6 +69,14 @@ class Layer:
         Layers that share an input share the file. Read when asked for; SourceError where it is damaged.
         """
         return self.moment() if callable(self.moment) else self.moment
+
+    @property
+    def outer(self) -> NDArray[np.float32] | None:
+        """(out, out) second moment of the gradients at the outputs, chance taken off; None: not known.
+
+        Read when asked for; SourceError where it is damaged.
+        """
+        return self.outputs() if callable(self.outputs) else self.outputs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -230,21 +239,22 @@ def _mean(layers: Sequence[Layer]) -> Layer:
     finite = all(layer.finite for layer in layers)
     slopes = [layer.slope for layer in layers if layer.slope is not None]
     slope = float(exact.exp2(exact.middle(slopes))) if slopes else None
-    second = functools.partial(_mean_of_seconds, layers)
-    return Layer(second, sensitivity, layers[0].transposed, finite, experts, slope=slope)
+    second = functools.partial(_mean_of, layers, "second")
+    outer = functools.partial(_mean_of, layers, "outer") if all(one.outputs is not None for one in layers) else None
+    return Layer(second, sensitivity, layers[0].transposed, finite, experts, slope=slope, outputs=outer)
 
 
 def _key(moment: Any) -> str:
     if isinstance(moment, functools.partial):  # of a mean, or in another process
-        each = [one.key for one in moment.args[0]] if moment.func is _mean_of_seconds else [moment.args[0]]
+        each = [one.key for one in moment.args[0]] if moment.func is _mean_of else [moment.args[0]]
         return " ".join(each) if all(each) else ""
     return str(getattr(moment, "key", ""))
 
 
-def _mean_of_seconds(layers: Sequence[Layer]) -> NDArray[np.float32]:
-    total = np.array(layers[0].second)
+def _mean_of(layers: Sequence[Layer], what: str) -> NDArray[np.float32]:
+    total = np.array(getattr(layers[0], what))
     for layer in layers[1:]:
-        total += layer.second
+        total += getattr(layer, what)
     total /= np.float32(len(layers))
     return total
 
@@ -284,7 +294,11 @@ def _layer(folder: Folder, entry: Mapping[str, Any]) -> Layer:
     if "low" in entry:  # the share of what is in another file
         other, share = entry["low"]
         moment = Low(moment, _Stored(folder, other) if other else None, share)
-    return Layer(moment, sensitivity, entry["transposed"], entry["finite"], experts, slope=entry.get("slope"))
+    outputs: Any = _Stored(folder, entry["outer"]) if "outer" in entry else None
+    if outputs is not None and "rows" in entry:
+        outputs = np.array(outputs()[rows, rows])
+    known = {"slope": entry.get("slope"), "outputs": outputs}
+    return Layer(moment, sensitivity, entry["transposed"], entry["finite"], experts, **known)
 
 
 class _Stored:

@@ -22,6 +22,7 @@ from rac.calibrate import experts as calibration_experts
 from rac.calibrate.folder import Folder
 from rac.calibrate.layers import Low
 from rac.calibrate.leading import Leading
+from rac.calibrate.outer import WIDEST, Outer
 from rac.calibrate.place import Place
 from rac.models.linears import is_linear, output_embedding
 
@@ -54,6 +55,8 @@ class Sums:
     """Name to the first layer with the same input: query, key and value, for example."""
     squares: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Name to the sum of squared output gradients, (out,)."""
+    outer: dict[str, Any] = field(default_factory=dict)
+    """Name to the second moment of the gradients at the outputs, where these are few: Outer, once it is taken."""
     rows: dict[str, int] = field(default_factory=dict)
     weight: dict[str, float] = field(default_factory=dict)
     alone: set[str] = field(default_factory=set)
@@ -75,6 +78,8 @@ class Sums:
             self.second[name] = added(self.second[name], part) if name in self.second else part
         for name, squares in other.squares.items():
             self.squares[name] = self.squares[name] + squares if name in self.squares else squares
+        for name, outer in other.outer.items():
+            self.outer[name] = self.outer[name].plus(outer) if name in self.outer else outer
         for name, rows in other.rows.items():
             self.rows[name] = self.rows.get(name, 0) + rows
         for name, weight in other.weight.items():
@@ -108,6 +113,9 @@ class Sums:
             entry = layers.setdefault(name, {"finite": True})
             entry["finite"] = entry["finite"] and bool(np.isfinite(squares).all())
             entry["sensitivity"] = folder.put(f"sensitivity-{tag}-{i:03}.npy", squares / self.rows[name])
+            outer = self.outer.pop(name).mean(self.rows[name]) if name in self.outer else None
+            if outer is not None:
+                entry["outer"] = folder.put(f"outer-{tag}-{i:03}.npy", outer)
 
     def _save_experts(self, folder: Folder, tag: str, tokens: int, outputs: bool) -> None:
         """Write the means of experts' matrices, which leave the sums, and of each fused parameter as a whole."""
@@ -185,11 +193,8 @@ class Collector:
             name: Leading.from_array(total.array) if isinstance(total, Leading) else self._place.array(total)
             for name, total in out.second.items()
         }
+        out.outer = {name: Outer.of(self._place.array(total)) for name, total in out.outer.items()}
         return out
-
-    def save(self, folder: Folder, tag: str, tokens: int) -> None:
-        """Write what was added up into the folder, as `Sums.save` does."""
-        self.sums.save(folder, tag, tokens, self._outputs)
 
     def settle(self) -> None:
         """To be called after each backward pass: layers that it did not come to count all their inputs alike."""
@@ -224,6 +229,8 @@ class Collector:
         if out.requires_grad:
             outs = len(module.weight) if isinstance(module, torch.nn.Linear) or first else out.shape[-1]
             out.register_hook(lambda g: self._gradient(name, too, x, g.mT if first else g, outs))
+            if isinstance(module, torch.nn.Linear) and outs == out.shape[-1] <= WIDEST * x.shape[-1]:
+                out.register_hook(functools.partial(self._felt, name))
 
     def _forward(self, name: str, too: tuple[str, ...], x: Any) -> None:
         for n in (name, *too):
@@ -257,6 +264,10 @@ class Collector:
         for n in (name, *too):
             self.sums.weight[n] = self.sums.weight.get(n, 0.0) + weight
         self._moments(name, too, x, length)
+
+    def _felt(self, name: str, gradient: Any) -> None:
+        """Add the second moment of gradients at the output of a layer."""
+        self.sums.outer[name] = self._place.added(self.sums.outer.get(name), gradient.detach())
 
     def of_experts(self, whole: str) -> list[NDArray[np.float32]]:
         """Second moments (in, in), in any unit, of the inputs of each expert of a parameter, without gradients.

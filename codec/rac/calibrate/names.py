@@ -138,6 +138,7 @@ def _gathered(at: Sequence[tuple[int, int]], entries: Sequence[Entry], folder: F
         entry["sensitivity"] = np.array([each[k][i] for k, i in at])
     else:
         entry.pop("sensitivity", None)
+    entry.pop("outer", None)
     return entry
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rac.calibrate.endings import Ending, Outputs, Predictions
 from rac.calibrate.folder import Folder
-from rac.calibrate.moments import Collector, linears
+from rac.calibrate.moments import Collector, Sums, linears
 from rac.calibrate.reader import ERRORS, Reader, feed
 from rac.calibrate.tables import Tables, embeddings, output_layer
 from rac.calibrate.text import Note
@@ -93,6 +93,7 @@ def whole(reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Fo
         p.requires_grad_(False)
     folder.state.update(layers={}, steps=0)
     folder.commit(drop=lambda name: name != "ids.npy")
+    sums = Sums()
     with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
         if fisher:
             stack.enter_context(leaves(model))
@@ -104,5 +105,6 @@ def whole(reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Fo
                 end.backward(out, s, 0, tables)
                 found.settle()
             del out
+            sums.add(found.take())
             note("calibrating", s + 1, len(ids))
-    found.save(folder, "whole", ids.size)
+    sums.save(folder, "whole", ids.size, fisher)

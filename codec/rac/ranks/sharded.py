@@ -25,6 +25,7 @@ from rac.calibrate.folder import Folder, fed
 from rac.calibrate.given import Given
 from rac.calibrate.leading import Leading
 from rac.calibrate.moments import Sums
+from rac.calibrate.outer import Outer
 from rac.calibrate.wide import Wide
 from rac.container.zstd import Digest
 from rac.errors import RacError, SourceError
@@ -179,11 +180,13 @@ class _SharedPasses(passes.Passes):
             return
         name = self._name(f"sums-{tag}-{int(outputs)}", "npy")
         with written(self._store, name) as f:
-            for total in (*sums.second.values(), *sums.squares.values()):
+            outer = [one.total for one in sums.outer.values()]
+            for total in (*sums.second.values(), *sums.squares.values(), *outer):
                 array = total.array if isinstance(total, Leading) else total
                 np.lib.format.write_array(f, array, allow_pickle=False)  # type: ignore[arg-type]
-        about = asdict(replace(sums, second={}, squares={})) | {"alone": sorted(sums.alone)}
+        about = asdict(replace(sums, second={}, squares={}, outer={})) | {"alone": sorted(sums.alone)}
         about |= {"second": [*sums.second], "squares": [*sums.squares]}
+        about["outer"] = {name: [one.chance, one.batches] for name, one in sums.outer.items()}
         about["leading"] = [name for name, total in sums.second.items() if isinstance(total, Leading)]
         self._left.append(["sums", f.size, f.digest.value().hex(), name, tag, outputs, about])
 
@@ -232,11 +235,14 @@ class _SharedPasses(passes.Passes):
                 continue
             with self._opened(number, unit, "sums") as (row, f):
                 *_, tag, outputs, about = row
-                second = {name: np.lib.format.read_array(f, allow_pickle=False) for name in about["second"]}
-                squares = {name: np.lib.format.read_array(f, allow_pickle=False) for name in about["squares"]}
+                read = partial(np.lib.format.read_array, f, allow_pickle=False)
+                second = {name: read() for name in about["second"]}
+                squares = {name: read() for name in about["squares"]}
+                outer = {name: Outer(read(), *known) for name, known in about["outer"].items()}
             about = dict(about)
             second |= {name: Leading.from_array(second[name]) for name in about.pop("leading")}
-            total.add(Sums(**about | {"second": second, "squares": squares, "alone": set(about["alone"])}))
+            sums = {"second": second, "squares": squares, "outer": outer, "alone": set(about["alone"])}
+            total.add(Sums(**about | sums))
         folder = Folder(None, "")
         total.save(folder, tag, self.ids.numel(), outputs)
         far = f"{self._key}-{number:04}-sum"

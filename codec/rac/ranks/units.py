@@ -27,7 +27,7 @@ def told(seen: Seen) -> list[Any]:
     if a is None:
         return [seen.name, seen.why]
     few = None if a.few is None else _text(a.few.astype("<i8"))
-    return [seen.name, seen.why, seen.need, a.base, a.zeros, _text(a.scales.rows), _text(a.scales.cols), few]
+    return [seen.name, seen.why, seen.need, a.base, a.zeros, a.fed, _text(a.scales.rows), _text(a.scales.cols), few]
 
 
 def seen_of(row: Sequence[Any]) -> Seen:
@@ -35,9 +35,11 @@ def seen_of(row: Sequence[Any]) -> Seen:
     name, why, *found = row
     if not found:
         return Seen(name, why)
-    need, base, zeros, rows, cols, few = found
-    scales = Scales(_numbers(rows, np.int8), _numbers(cols, np.int8))
-    return Seen(name, why, Aligned(base, scales, zeros=zeros, few=None if few is None else _numbers(few, "<i8")), need)
+    need, base, zeros, fed, rows, cols, few = found
+    scales, picked = Scales(_numbers(rows, np.int8), _numbers(cols, np.int8)), None
+    if few is not None:
+        picked = _numbers(few, "<i8")
+    return Seen(name, why, Aligned(base, scales, zeros=zeros, fed=fed, few=picked), need)
 
 
 def _text(numbers: NDArray[Any]) -> str:

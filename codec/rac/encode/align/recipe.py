@@ -52,6 +52,8 @@ SHARE, FEWEST = 20, 64  # one row of so many stands for all, and how many do: a 
 LEAST_OF_TABLE = 1e-2  # the same of every token: what the text does not speak of, others do
 MORE = 0.7  # bits that tables get beyond what the calibration foretells, where it has not measured what they cost
 MOST = 6.0  # bits at most by which a table is finer or coarser than the layers
+DRAWN = 0.2  # share of what is off the diagonal of outputs' second moments that is not believed (docs/experiments.md)
+PAYS = 0.06  # bits that errors fed back along rows promise at least: they take a trellis of few states
 SPREAD = 1.5  # bits at most by which a tensor is finer or coarser than its share (docs/lossy.md)
 
 
@@ -62,6 +64,7 @@ class Sample:
     damp: float = DAMP
     strength: float = 0.5  # how far bits follow the sensitivity of a tensor
     trust: float = 0.8  # exponent of sensitivities of outputs, about their mean: on another text they are others
+    rows: bool = False  # whether errors are fed back along rows too, where that promises to pay
 
     @classmethod
     def general(cls) -> Sample:
@@ -82,6 +85,7 @@ class Aligned:
     basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
     zeros: float = 0.0  # share of zeros that stay zeros: no trellis then, no low-rank part, no basis; 0: they do not
     lossless: int | None = None  # bytes that it takes losslessly, about; None: nobody has counted yet
+    fed: bool = False  # whether errors are fed back along rows too, where the alignment is triangular
     few: NDArray[np.int64] | None = None  # rows that stand for all, where there are many (rac.encode.allocate.few)
 
     @property
@@ -117,8 +121,12 @@ class Aligned:
         return self.triangular() if fed else None
 
     def rows(self) -> Rows | None:
-        """The recursion of the rows of a weight that is stored (in, out), or (experts, in, out); None of any other."""
-        if self.layer is None or not self.layer.transposed:
+        """The recursion of rows: of a weight stored (in, out) or (experts, in, out), or that is fed so; else None."""
+        if self.layer is None:
+            return None
+        if self.fed and self.alignment == "triangular" and (outer := self.layer.outer) is not None:
+            return rows(outer, DRAWN)
+        if not self.layer.transposed:
             return None
         each = [rows(damped(one.second, self.damp), 1e-6) for one in self.layer.experts or (self.layer,)]
         if not self.layer.experts:
@@ -281,7 +289,10 @@ def _look(t: SourceTensor, layer: Layer | None, sample: Sample) -> Seen:
         return Seen(t.name, aligned=even)
     if not layer.finite:
         return Seen(t.name, INFINITE)
-    a = replace(even, layer=layer, damp=sample.damp)
+    fed = _fed(layer, shape[0]) if sample.rows and not even.zeros and not is_table(t) else None
+    a = replace(even, layer=layer, damp=sample.damp, fed=fed is not None)
+    if fed is not None:
+        layer = replace(layer, sensitivity=np.square(fed.weight))
     by_row, by_col = _weights(a, layer, shape, sample.trust, LEAST_OF_TABLE if is_table(t) else LEAST)
     scales = lossy.Scales(exponents(by_row), exponents(by_col))
     square, energies = _squares(_numbers(t), scales)
@@ -297,6 +308,15 @@ def _fits(layer: Layer, shape: tuple[int, int]) -> bool:
     inputs //= max(1, len(layer.experts)) if layer.transposed else 1
     known = layer.sensitivity is None or layer.transposed or len(layer.sensitivity) == outputs
     return layer.inputs == inputs and known
+
+
+def _fed(layer: Layer, outputs: int) -> Rows | None:
+    """The recursion of the rows of a matrix by its outputs; None where it promises too little."""
+    outer = None if layer.transposed or layer.experts else layer.outer
+    if outer is None or len(outer) != outputs:
+        return None
+    found, alone = rows(outer, DRAWN), np.sqrt(np.maximum(np.diag(outer), max(np.diag(outer).mean() * LEAST, 1e-30)))
+    return found if float((exact.log2(alone) - exact.log2(found.weight)).mean()) >= PAYS else None
 
 
 def picked(energies: NDArray[np.float64]) -> NDArray[np.int64] | None:
@@ -453,7 +473,7 @@ def _weights(
     a: Aligned, layer: Layer, shape: tuple[int, int], trust: float, least: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(R,) and (C,): the product of an element's two is the square root of what a unit error there costs, about."""
-    each, below = layer.experts or (layer,), a.rows()
+    each, below = layer.experts or (layer,), a.rows() if layer.transposed else None
     n = shape[below is not None] // (1 if below else len(each))
     outputs = [_trusted(one.sensitivity, n, trust, least) for one in each]
     if below is not None:  # what an output counts for is the same of all experts, but for a factor

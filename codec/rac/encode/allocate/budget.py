@@ -111,13 +111,15 @@ def _learned(
     layers = {name: replace(layer, factors=factors) for name, layer in layers.items()}
     every = (one.missing.items() for one in found if isinstance(one, Layers))
     missing = {name: part for one in every for name, part in one if name not in layers}
-    sample = Sample.general() if request.calibration.general else Sample()
+    sample = replace(Sample.general() if request.calibration.general else Sample(), rows=effort == "max")
     of = looked(groups, layers, request.keep, request.embeddings, sample, missing, by)
     recipe = composed(of, layers, effort, sample, missing)
     rank = 0 if request.rank is None and effort != "max" else request.rank  # takes long to find, and is rare
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     slopes = {name: f"{one.slope:.4g}" for name, one in layers.items() if name in recipe.aligned and one.slope}
-    measured = {"slopes": slopes} if slopes else {}
+    measured: dict[str, Any] = {"slopes": slopes} if slopes else {}
+    if fed := sum(a.fed and a.alignment == "triangular" for a in recipe.aligned.values()):
+        measured["rows"] = fed  # tensors whose errors are fed back along rows too
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used, **measured})
 
 

@@ -127,7 +127,8 @@ def _stacked(found: Sequence[Layer]) -> Layer:
     second = found[0].second
     if all(one.second is second or np.array_equal(one.second, second) for one in found[1:]):
         outputs = np.concatenate([one.sensitivity for one in found]) if known else None  # type: ignore[misc]
-        return replace(found[0], sensitivity=outputs, finite=all(one.finite for one in found), sketch=None)
+        finite = all(one.finite for one in found)
+        return replace(found[0], sensitivity=outputs, finite=finite, sketch=None, outputs=None)
     step = math.gcd(*(len(one.sketch) for one in found))  # type: ignore[arg-type]
     parts = [_part(one, a, step) for one in found for a in range(0, len(one.sketch), step)]  # type: ignore[arg-type]
     each = [part for part in parts if part is not None]
@@ -143,12 +144,13 @@ def _part(layer: Layer, start: int, rows: int) -> Layer | None:
     first, within = divmod(start, height)
     if layer.experts and within + rows > height:  # several of them
         each = layer.experts[first : first + rows // height]
-        return None if within or rows % height else replace(layer, experts=each, sensitivity=None)
+        return None if within or rows % height else replace(layer, experts=each, sensitivity=None, outputs=None)
     one = layer.experts[first] if layer.experts else layer
     if one.transposed:
         return one if rows == height else None
-    s = one.sensitivity
-    return replace(one, sensitivity=None if s is None else s[within : within + rows])
+    s, outer, own = one.sensitivity, one.outer, slice(within, within + rows)
+    outputs = None if outer is None else outer[own, own]
+    return replace(one, sensitivity=None if s is None else s[own], outputs=outputs)
 
 
 def _why(layers: Layers, differ: Mapping[str, str]) -> str:
