@@ -11,6 +11,7 @@ from typing import Any
 
 from rac.calibrate.leading import RANK
 from rac.calibrate.moments import OWN
+from rac.calibrate.outer import WIDEST
 from rac.encode.quantise.tensor import FEWEST as FEW
 from rac.encode.quantise.tensor import PRODUCTS as LIMIT
 
@@ -43,6 +44,11 @@ class Input:
         """Bytes of second moments on the disk: of many experts leading directions, and that of all."""
         less = 4 * self.copies * self.n * (RANK + 1) + 4 * self.n**2
         return self.dense if self.copies == 1 or self.dense <= OWN else less
+
+    @property
+    def outer(self) -> int:
+        """Bytes of second moments of gradients at outputs, of matrices that have few and are no experts'."""
+        return sum(4 * m**2 for m in self.rows if self.copies == 1 and m <= WIDEST * self.n)
 
     @property
     def held(self) -> int:
@@ -223,14 +229,15 @@ def sizes(held: tuple[float, float]) -> None:
             2 * m.weights,
             4 * CALIBRATION * m.width * (m.blocks + 1),
             m.moments,
+            m.blocks * sum(i.outer for i in m.inputs),
             m.block,
             largest,
             4 * max(i.n**2 for i in m.inputs),
         )
         rows.append([m.name, *(f"{v / 1e9:,.1f}" for v in every)])
     table(
-        "model | BF16 weights, disk | hidden states, disk | second moments, disk | one block in calibration, memory | "
-        "largest matrix, memory | largest second moment",
+        "model | BF16 weights, disk | hidden states, disk | second moments, disk | more with `--effort max` | "
+        "one block in calibration, memory | largest matrix, memory | largest second moment",
         rows,
     )
 

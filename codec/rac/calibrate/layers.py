@@ -35,7 +35,7 @@ from rac.linalg.saved import load
 from rac.native import product
 
 IDS = "ids.npy"  # the file of the tokens
-_VERSION = 10  # of this code: counts up when it would find something else, so that no cache gives anything old
+_VERSION = 9  # of this code: counts up when it would find something else, so that no cache gives anything old
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +172,7 @@ def calibrate(
     tokens: int = 40960,
     context: int = 1024,
     fisher: bool = True,
+    outer: bool = False,
     note: Note | None = None,
     cache: str | os.PathLike[str] | None = None,
     device: str = "cpu",
@@ -180,19 +181,18 @@ def calibrate(
 
     A model gets a forward and, for the sensitivities (`fisher`), a backward pass: a language model from its
     predictions, an encoder from the embedding that its folder says it pools (`modules.json`), else from all that comes
-    out. An encoder-decoder model reads each sequence with its encoder and once more with its decoder, and is run as a
-    whole, like other models that are no chain of blocks (`note` then says so, and how much memory that needs: weights
-    as they are stored, and one sequence's activations). Of a model that sees or hears too, the part that reads text is
-    run. `context` is the longest sequence, less where the model has positions for fewer tokens.
+    out. An encoder-decoder model reads each sequence twice, and is run as a whole, like others that are no chain of
+    blocks (`note` says so, and how much memory that needs). Of a model that sees or hears too, what reads text is run.
+    `context` is the longest sequence, less where the model has positions for fewer tokens; `outer` keeps second moments
+    of gradients at outputs too, of layers with at most twice as many as inputs.
 
-    The work folder holds 4 bytes for each token, block and number of the hidden state while it works (2.8 GB for
-    SmolLM2 135M and 40,960 tokens), and 4 * in^2 bytes for each layer input when it is done. In a folder `cache` the
-    result is kept under its digest: the same call returns at once, one that was interrupted goes on after the last
-    finished block. Else it goes with the result. The weights of a `Given` take the place of those in the files. Blocks
-    run on a `device` of torch, one after the other; the rest, and models that are no chain, on the CPU.
+    The work folder holds 4 bytes for each token, block and number of the hidden state (2.8 GB for SmolLM2 135M and
+    40,960 tokens), at the end 4 * in^2 bytes for each layer input. In a folder `cache` the result is kept under its
+    digest, and one that was interrupted goes on after the last finished block. The weights of a `Given` take the place
+    of those in the files. Blocks run on a `device` of torch; the rest, and models that are no chain, on the CPU.
 
-    OutputError where the cache cannot be written, SourceError where there is no model or tokenizer, the text is too
-    short, no part of the model reads text, or a model that is not causal has none.
+    OutputError where the cache cannot be written, SourceError where there is no model, tokenizer or part that reads
+    text, the text is too short, or a model that is not causal has none.
     """
     if not os.path.isdir(path):
         raise SourceError("calibration needs a Hugging Face model folder", file=os.fspath(path))
@@ -201,6 +201,7 @@ def calibrate(
     given = path if isinstance(path, Given) else None
     settings: dict[str, Any] = {"version": _VERSION, "tokens": tokens, "context": context, "fisher": fisher}
     settings |= {"seed": SEED, "given": given and given.about, "device": device, "pooling": pooling(path)}
+    settings |= {"outer": True} if outer else {}
     folder = Folder(cache, digest := _digest(Path(path), text, settings))
     tell = note or (lambda *_: None)
     if folder.state.get("finished"):  # nothing to write: a cache that is read-only serves too
@@ -215,7 +216,7 @@ def calibrate(
         for again in (False, True):
             try:
                 if not folder.state.get("finished"):
-                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given, device)
+                    asked = passes.Asked(os.fspath(path), tokens, context, fisher, given, device, outer)
                     passes.find(asked, text, folder, tell)
                 return layers_of(folder, digest)
             except DamagedError:

@@ -151,12 +151,17 @@ def added(a: Any, b: Any) -> Any:
 
 
 class Collector:
-    """Hooks on linear layers while it is open; with `outputs` a backward pass brings the inputs too."""
+    """Hooks on linear layers while it is open; with `outputs` a backward pass brings the inputs too.
 
-    def __init__(self, modules: Mapping[str, Any], *, outputs: bool, place: Place | None = None) -> None:
+    With `outer` the second moments of the gradients at outputs are kept beside, where these are few.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, Any], *, outputs: bool, outer: bool = False, place: Place | None = None
+    ) -> None:
         self.sums, self._place = Sums(), place or Place()
         self._recent: list[tuple[Any, int, str]] = []
-        self._outputs = outputs
+        self._outputs, self._outer = outputs, outer
         self._waiting: dict[str, list[Any]] = {}  # layers to inputs, where no gradient has come yet
         self._experts = calibration_experts.experts(modules)
         self._open = contextlib.ExitStack()
@@ -229,7 +234,7 @@ class Collector:
         if out.requires_grad:
             outs = len(module.weight) if isinstance(module, torch.nn.Linear) or first else out.shape[-1]
             out.register_hook(lambda g: self._gradient(name, too, x, g.mT if first else g, outs))
-            if isinstance(module, torch.nn.Linear) and outs == out.shape[-1] <= WIDEST * x.shape[-1]:
+            if self._outer and isinstance(module, torch.nn.Linear) and outs == out.shape[-1] <= WIDEST * x.shape[-1]:
                 out.register_hook(functools.partial(self._felt, name))
 
     def _forward(self, name: str, too: tuple[str, ...], x: Any) -> None:

@@ -28,7 +28,7 @@ class Outer:
 
     @classmethod
     def of(cls, total: NDArray[np.float32]) -> Outer:
-        """That of one batch."""
+        """The sum of one batch."""
         return cls(total, _squares(total))
 
     def plus(self, other: Outer) -> Outer:

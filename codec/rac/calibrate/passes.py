@@ -49,6 +49,7 @@ class Asked:
     fisher: bool
     given: Given | None = None  # the weights, where they are not those in the files
     device: str = "cpu"  # where blocks are run
+    outer: bool = False
 
 
 def find(
@@ -111,6 +112,7 @@ def _run(
                 raise UnfitError("it has an encoder and a decoder")
             chain = _chained(reader.model, reader.causal, ids, place)
             done = (steps or Passes)(chain, end, ids, asked.fisher, folder, note)
+            done.outer = asked.outer
             done.go()
             return done
         except LimitError as e:
@@ -121,7 +123,7 @@ def _run(
                 raise
             where = "" if asked.device == "cpu" else ", on the CPU"
             note(f"running the model as a whole{where}: {e}", 0, 0)
-            whole.calibrate(reader, ids, end if asked.fisher else None, folder, note, asked.path)
+            whole.calibrate(reader, ids, end if asked.fisher else None, folder, note, asked.path, asked.outer)
             return None
 
 
@@ -205,6 +207,8 @@ class Passes:
         self, chain: Chain, end: Ending, ids: NDArray[np.int64], fisher: bool, folder: Folder, note: Note
     ) -> None:
         self.chain, self.ending, self.fisher, self.folder, self.note = chain, end, fisher, folder, note
+        self.outer = False
+        """Whether second moments of gradients at outputs are kept too."""
         self.place, self._coming = chain.place, dict[int, Any]()  # the weights of the next block, on their way
         self._ahead = True
         self.ids = torch.from_numpy(ids)
@@ -354,7 +358,7 @@ class Passes:
         self._save(sums, f"{i:04}", outputs=False)
 
     def _seeing(self, modules: dict[str, Any], outputs: bool) -> Collector:
-        return Collector(modules, outputs=outputs, place=self.place)
+        return Collector(modules, outputs=outputs, outer=self.outer, place=self.place)
 
     def _end(self, n: int) -> None:
         """The gradient of the last hidden state, of as many positions at a time as the ending says."""

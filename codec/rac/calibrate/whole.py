@@ -31,7 +31,13 @@ def leaves(model: Any) -> Any:
 
 
 def calibrate(
-    reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Folder, note: Note, path: str
+    reader: Reader,
+    ids: NDArray[np.int64],
+    end: Ending | None,
+    folder: Folder,
+    note: Note,
+    path: str,
+    outer: bool = False,
 ) -> None:
     """Calibrate with passes of the whole model: backward from an ending where it can, else forward alone."""
     try:
@@ -42,7 +48,7 @@ def calibrate(
         note(f"it needs about {need / 1e6:.0f} MB: {what}", 0, 0)
         for again in (False, True):
             try:
-                return whole(reader, ids, None if again else end, folder, note)
+                return whole(reader, ids, None if again else end, folder, note, outer)
             except ERRORS as why:
                 if again or end is None:
                     raise
@@ -86,7 +92,9 @@ def _tried(reader: Reader, tokens: Any, fisher: bool) -> tuple[int, bool]:
     return weights + sums + 4 * largest + (wide.saved + inputs if fisher else 0), scored
 
 
-def whole(reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Folder, note: Note) -> None:
+def whole(
+    reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Folder, note: Note, outer: bool = False
+) -> None:
     """Calibrate with one pass of the whole model for each sequence; nothing is kept in between."""
     model, tokens, fisher = reader.model, torch.from_numpy(ids), end is not None
     for p in model.parameters():
@@ -94,7 +102,7 @@ def whole(reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Fo
     folder.state.update(layers={}, steps=0)
     folder.commit(drop=lambda name: name != "ids.npy")
     sums = Sums()
-    with Collector(linears(model), outputs=fisher) as found, contextlib.ExitStack() as stack:
+    with Collector(linears(model), outputs=fisher, outer=outer) as found, contextlib.ExitStack() as stack:
         if fisher:
             stack.enter_context(leaves(model))
         tables = stack.enter_context(Tables(found, embeddings(model), output_layer(model)))
@@ -105,6 +113,8 @@ def whole(reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Fo
                 end.backward(out, s, 0, tables)
                 found.settle()
             del out
-            sums.add(found.take())
+            if outer:  # sequences are what tells chance
+                sums.add(found.take())
             note("calibrating", s + 1, len(ids))
+        sums.add(found.take())
     sums.save(folder, "whole", ids.size, fisher)

@@ -51,9 +51,8 @@ class Shared:
     def run(self, path: str | Given, text: str | None, how: Mapping[str, Any]) -> Held:
         """What the model finds on a text, or on text of its own; UnfitError where it is no chain of blocks."""
         given = path if isinstance(path, Given) else None
-        asked = passes.Asked(
-            os.fspath(path), how["tokens"], how["context"], how["fisher"], given, how.get("device", "cpu")
-        )
+        more = {key: how[key] for key in ("device", "outer") if key in how}
+        asked = passes.Asked(os.fspath(path), how["tokens"], how["context"], how["fisher"], given, **more)
         held = Held(self.crew.store)
         with ThreadPoolExecutor(1) as pool:
             if text is None:

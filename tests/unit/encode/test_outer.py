@@ -206,7 +206,7 @@ def test_a_calibration_keeps_them(tmp_path):
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path)
     ids = np.random.default_rng(0).integers(3, 150, 12 * 1024)
-    how = {"tokens": len(ids), "context": 256}
+    how = {"tokens": len(ids), "context": 256, "outer": True}
     found = calibrate(tmp_path, ids, **how)
     kinds = {name.split(".")[-2] for name, one in found.items() if one.outer is not None}
     assert {"o_proj", "down_proj"} <= kinds <= {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
@@ -214,8 +214,34 @@ def test_a_calibration_keeps_them(tmp_path):
     np.testing.assert_allclose(np.diag(own.outer), own.sensitivity, rtol=1e-4)
     np.testing.assert_array_equal(own.outer, own.outer.T)
     assert np.abs(off(own.outer)).max() > 0.05 * own.sensitivity.min()
-    forward = calibrate(tmp_path, ids[:2048], tokens=2048, context=256, fisher=False)
-    assert all(one.outer is None for one in forward.values())
+    for less in ({"fisher": False}, {"outer": False}):
+        without = calibrate(tmp_path, ids[:2048], **how | {"tokens": 2048} | less)
+        assert all(one.outer is None for one in without.values())
+
+
+def test_a_model_that_is_run_as_a_whole_keeps_them(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    from rac.calibrate import outer, passes
+    from rac.calibrate.layers import calibrate
+    from support.models import write
+
+    def refuse(*_):
+        raise passes.UnfitError("asked for")
+
+    monkeypatch.setattr(outer, "FEWEST", 0.0)
+    write("llama", tmp_path / "m")
+    ids = np.random.default_rng(0).integers(3, 90, 512)
+    found = []
+    for step in (1, 2):
+        if step == 2:
+            monkeypatch.setattr(passes.Chain, "__init__", refuse)
+        monkeypatch.setattr(passes, "_ROWS", 64)  # a sequence is a batch in both
+        found.append(calibrate(tmp_path / "m", ids, tokens=512, context=64, outer=True))
+    known = [{name for name, one in each.items() if one.outer is not None} for each in found]
+    assert known[0] == known[1] and known[0]
+    for name in known[0]:
+        a, b = (each[name].outer for each in found)
+        np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-3 * np.abs(a).max())
 
 
 def test_only_the_largest_effort_does(tmp_path):

@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ import transformers
 
 import rac
 from rac import cli
-from rac.calibrate import leading, moments, passes
+from rac.calibrate import leading, moments, outer, passes
 from rac.calibrate.chain import UnfitError
+from rac.encode.align import recipe
 from rac.errors import OutputError, SourceError
 from rac.linalg.triangular import triangular
 from rac.ranks import Asked, How, finish, open_store, pack_rank
@@ -152,6 +154,18 @@ def test_experts_that_are_many_have_the_bytes_of_one_machine(folder, asked, tmp_
     assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "alone.rac").read_bytes()
     lossless = rac.pack(tmp_path / "m", tmp_path / "lossless.rac").stored
     assert (tmp_path / "m.rac").stat().st_size < 0.8 * lossless  # experts are quantised
+
+
+def test_errors_fed_back_along_rows_have_the_bytes_of_one_machine(folder, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(outer, "FEWEST", 0.0)  # so short a text says little
+    monkeypatch.setattr(recipe, "PAYS", -1.0)
+    asked = replace(asked, effort="max")
+    rac.pack(folder / "m", tmp_path / "alone.rac", **asked.changed)
+    pack_rank(folder / "m", tmp_path / "work", asked, rank=0, world=1, how=QUICK)
+    finish(tmp_path / "work", tmp_path / "m.rac", how=QUICK)
+    assert (tmp_path / "m.rac").read_bytes() == (tmp_path / "alone.rac").read_bytes()
+    with rac.open(tmp_path / "m.rac") as f:
+        assert f.archives[0].header["provenance"]["rows"] > 1
 
 
 def test_a_sentence_encoder_has_the_bytes_of_one_machine(tmp_path):

@@ -27,7 +27,7 @@ from rac.encode.align.recipe import Look, Recipe, Sample, composed, data_free, l
 from rac.encode.allocate.few import Few, few
 from rac.encode.allocate.made import matched
 from rac.encode.encoded import Encoded, Kept
-from rac.encode.options import CONTEXT, DECIBELS, Budget, Calibration, Lossy, silent
+from rac.encode.options import CONTEXT, DECIBELS, Budget, Lossy, silent
 from rac.encode.quantise.tensor import encode, encode_with_words, size_of
 from rac.errors import BudgetError, SourceError
 from rac.linalg.device import check
@@ -106,7 +106,7 @@ def _learned(
 ) -> Recipe:
     """The recipe that the calibration gives."""
     effort = request.effort
-    found, used = _calibrations(groups, path, request.calibration, note, once)
+    found, used = _calibrations(groups, path, request, note, once)
     layers, factors = found[0] if len(found) == 1 else joined(found), Factors(request.calibration.device)
     layers = {name: replace(layer, factors=factors) for name, layer in layers.items()}
     every = (one.missing.items() for one in found if isinstance(one, Layers))
@@ -124,10 +124,10 @@ def _learned(
 
 
 def _calibrations(
-    groups: Sequence[ties.Group], path: str | Given, c: Calibration, note: Note, once: Once
+    groups: Sequence[ties.Group], path: str | Given, request: Lossy, note: Note, once: Once
 ) -> tuple[list[Mapping[str, Layer]], list[dict[str, Any]]]:
     """What each text, and each calibration made beforehand, says of the tensors; and what the provenance says of it."""
-    found: list[Mapping[str, Layer]] = []
+    c, found = request.calibration, list[Mapping[str, Layer]]()
     used: list[dict[str, Any]] = []
     for name in c.texts:
         if (media := inputs_of(path, name)) is not None:
@@ -138,6 +138,7 @@ def _calibrations(
         text = None if name == "self" else learned() if name == AUTO else read_text(name)
         how: Any = {"fisher": c.backward, "note": note, "cache": c.cache}
         how |= {} if c.device == "cpu" else {"device": c.device}
+        how |= {"outer": True} if c.backward and request.effort == "max" else {}
         parts = readings(path, text, c.tokens, c.context)
         each = [once(OnText(path, part, how | {"tokens": n, "context": context}))[0] for part, n, context in parts]
         found += each
