@@ -113,11 +113,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder where calibrations are kept")
     args = parser.parse_args()
     texts = dict(pair.split("=", 1) for pair in args.text)
+    fed = any("fed=1" in variant.split() for variant in args.variants)
     slopes = {pattern: float(x) for pattern, x in (one.rsplit("=", 1) for one in args.slope)}
 
     def layers_of(name: str) -> Mapping[str, Layer]:
         text = None if texts[name] == "self" else Path(texts[name]).read_text(encoding="utf-8")
-        return calibrate(args.folder, text, tokens=args.tokens, cache=args.cache)
+        return calibrate(args.folder, text, tokens=args.tokens, cache=args.cache, outer=fed)
 
     source = open_source(args.folder)
     groups = ties.find(source.tensors)
