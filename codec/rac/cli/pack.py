@@ -195,7 +195,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--no-backward", BACKWARD)
     argument(lossy, "--device", DEVICE, choices=DEVICES, default="cpu")
     argument(lossy, "--cache DIR", CACHE)
-    effort = "trellis of 32 states, of 256, or of 1024 searched twice"
+    effort = "trellis of 32 states, of 256, or of 1024 searched twice, calibrated errors fed back along rows too"
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
     argument(lossy, "--low-rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))

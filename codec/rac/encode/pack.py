@@ -143,7 +143,8 @@ def pack(
         tokens: Tokens of each of these texts.
         context: Tokens of a sequence, as many as the model has positions for at most.
         backward: Find out how much outputs matter, by a backward pass where the model predicts tokens.
-        effort: "fast", "default" or "max": states of the trellis and passes over each matrix.
+        effort: "fast", "default" or "max": states of the trellis and passes over each matrix; at "max" errors are fed
+            back along rows too, where the calibration says that it pays.
         keep: Patterns of tensors that stay lossless, beside norms and small tensors.
         cache: Folder where calibrations are kept for later packs of the same model; None: not kept.
         align: "auto", "triangular", "pca" or "identity": coordinates of the tensors whose inputs are known.
