@@ -297,7 +297,7 @@ def _layer(folder: Folder, entry: Mapping[str, Any]) -> Layer:
         moment = Low(moment, _Stored(folder, other) if other else None, share)
     outputs: Any = _Stored(folder, entry["outer"]) if "outer" in entry else None
     if outputs is not None and "rows" in entry:
-        outputs = np.array(outputs()[rows, rows])
+        outputs = functools.partial(_part_of, outputs, rows)
     known = {"slope": entry.get("slope"), "outputs": outputs}
     return Layer(moment, sensitivity, entry["transposed"], entry["finite"], experts, **known)
 
@@ -320,6 +320,10 @@ class _Stored:
         """For another process, which reads the same file while this one keeps the folder."""
         self._folder.check(self._name)
         return functools.partial, (_mapped, self.key)
+
+
+def _part_of(read: Callable[[], NDArray[np.float32]], rows: slice) -> NDArray[np.float32]:
+    return read()[rows, rows]
 
 
 def _mapped(path: str) -> NDArray[np.float32]:

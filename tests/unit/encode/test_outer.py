@@ -13,6 +13,7 @@ from rac.calibrate.file import load
 from rac.calibrate.layers import Layer, Layers, joined
 from rac.calibrate.outer import Outer
 from rac.calibrate.sketch import sketch
+from rac.cli import main
 from rac.encode import ties
 from rac.encode.align import recipe as rcp
 from rac.encode.align.choose import choose
@@ -242,6 +243,24 @@ def test_a_model_that_is_run_as_a_whole_keeps_them(tmp_path, monkeypatch):
     for name in known[0]:
         a, b = (each[name].outer for each in found)
         np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-3 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("what", ["second", "outer", "nan"])
+def test_a_calibration_of_no_moments_is_refused(tmp_path, what, capsys):
+    """What is in the file is what was written, but no second moment."""
+    found = layer(moment(mixed(0)))
+    odd = (5 * np.random.default_rng(1).standard_normal((N, N)) + np.eye(N)).astype(np.float32)
+    if what == "nan":
+        odd = moment(mixed(0))
+        odd[9, 4] = odd[4, 9] = np.nan
+    found = replace(found, moment=-found.second) if what == "second" else replace(found, outputs=odd)
+    save_file({"w": weight()}, source := tmp_path / "m.safetensors")
+    Layers({"w": found}, 1, "0" * 32).save(file := tmp_path / "a.calibration")
+    out = tmp_path / "m.rac"
+    how = ["--bits", "3.2", "--calibration", str(file), "--effort", "max"]
+    assert main(["pack", str(source), "-o", str(out), *how]) == 2
+    said = capsys.readouterr().err
+    assert "damaged calibration" in said and said.count("\n") == 1 and not out.exists()
 
 
 def test_only_the_largest_effort_does(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -72,6 +73,15 @@ class Sample:
         return cls(damp=GENERAL_DAMP)
 
 
+@contextlib.contextmanager
+def _of_moments() -> Iterator[None]:
+    """SourceError where what a calibration calls a second moment is none."""
+    try:
+        yield
+    except np.linalg.LinAlgError as e:
+        raise SourceError(f"damaged calibration: a second moment that is none ({e})") from e
+
+
 @dataclass(frozen=True, slots=True)
 class Aligned:
     """What the alignment found for one matrix: everything about its quantisation but the common scale."""
@@ -107,6 +117,7 @@ class Aligned:
             return find()
         return factors.get(f"{self.damp!r} {key}", find)
 
+    @_of_moments()
     def _found(self, device: str) -> Triangular:
         assert self.layer is not None  # noqa: S101
         if self.layer.experts:
@@ -120,6 +131,7 @@ class Aligned:
         fed = self.layer and not self.layer.transposed and self.alignment == "triangular"
         return self.triangular() if fed else None
 
+    @_of_moments()
     def rows(self) -> Rows | None:
         """The recursion of rows: of a weight stored (in, out) or (experts, in, out), or that is fed so; else None."""
         if self.layer is None:
@@ -310,6 +322,7 @@ def _fits(layer: Layer, shape: tuple[int, int]) -> bool:
     return layer.inputs == inputs and known
 
 
+@_of_moments()
 def _fed(layer: Layer, outputs: int) -> Rows | None:
     """The recursion of the rows of a matrix by its outputs; None where it promises too little."""
     outer = None if layer.transposed or layer.experts else layer.outer
