@@ -37,13 +37,17 @@ def calibrate(
     folder: Folder,
     note: Note,
     path: str,
-    outer: bool = False,
+    outer: bool,
 ) -> None:
     """Calibrate with passes of the whole model: backward from an ending where it can, else forward alone."""
     try:
         need, scored = _tried(reader, torch.from_numpy(ids[:1]), end is not None)
         if isinstance(end, Predictions) and not scored:
             end = Outputs()
+        if outer:
+            need += sum(
+                4 * len(m.weight) ** 2 for m in linears(reader.model).values() if isinstance(m, torch.nn.Linear)
+            )
         what = f"its weights, what it makes of {ids.shape[1]} tokens, second moments"
         note(f"it needs about {need / 1e6:.0f} MB: {what}", 0, 0)
         for again in (False, True):
