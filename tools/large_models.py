@@ -11,7 +11,7 @@ from typing import Any
 
 from rac.calibrate.leading import RANK
 from rac.calibrate.moments import OWN
-from rac.calibrate.outer import WIDEST
+from rac.calibrate.outer import size
 from rac.encode.quantise.tensor import FEWEST as FEW
 from rac.encode.quantise.tensor import PRODUCTS as LIMIT
 
@@ -48,7 +48,7 @@ class Input:
     @property
     def outer(self) -> int:
         """Bytes of second moments of gradients at outputs, of matrices that have few and are no experts'."""
-        return sum(4 * m**2 for m in self.rows if self.copies == 1 and m <= WIDEST * self.n)
+        return sum(size(m, self.n) for m in self.rows if self.copies == 1)
 
     @property
     def held(self) -> int:

@@ -72,10 +72,7 @@ class Layer:
 
     @property
     def outer(self) -> NDArray[np.float32] | None:
-        """(out, out) second moment of the gradients at the outputs, chance taken off; None: not known.
-
-        Read when asked for; SourceError where it is damaged.
-        """
+        """(out, out) second moment of the gradients at the outputs, less chance; SourceError where it is damaged."""
         return self.outputs() if callable(self.outputs) else self.outputs
 
 

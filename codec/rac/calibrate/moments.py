@@ -22,7 +22,7 @@ from rac.calibrate import experts as calibration_experts
 from rac.calibrate.folder import Folder
 from rac.calibrate.layers import Low
 from rac.calibrate.leading import Leading
-from rac.calibrate.outer import WIDEST, Outer
+from rac.calibrate.outer import Outer, size
 from rac.calibrate.place import Place
 from rac.models.linears import is_linear, output_embedding
 
@@ -232,9 +232,10 @@ class Collector:
         if module is not None and name not in self.sums.squares:
             self._waiting.setdefault(name, []).append(x)
         if out.requires_grad:
-            outs = len(module.weight) if isinstance(module, torch.nn.Linear) or first else out.shape[-1]
+            linear = isinstance(module, torch.nn.Linear)
+            outs = len(module.weight) if linear or first else out.shape[-1]
             out.register_hook(lambda g: self._gradient(name, too, x, g.mT if first else g, outs))
-            if self._outer and isinstance(module, torch.nn.Linear) and outs == out.shape[-1] <= WIDEST * x.shape[-1]:
+            if self._outer and linear and outs == out.shape[-1] and size(outs, x.shape[-1]):
                 out.register_hook(functools.partial(self._felt, name))
 
     def _forward(self, name: str, too: tuple[str, ...], x: Any) -> None:

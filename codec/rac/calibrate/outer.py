@@ -18,6 +18,11 @@ FEWEST = 0.5  # share of what is off the diagonal that is to be no chance
 _ROWS = 64  # rows that are looked at once
 
 
+def size(outputs: int, inputs: int) -> int:
+    """Bytes of the second moment that is kept of a layer's outputs; 0 where none is."""
+    return 4 * outputs**2 if outputs <= WIDEST * inputs else 0
+
+
 @dataclass(slots=True)
 class Outer:
     """The sum of g g^T over tokens: of one batch, or of many one after the other."""

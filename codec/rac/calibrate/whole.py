@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from rac.calibrate.endings import Ending, Outputs, Predictions
 from rac.calibrate.folder import Folder
 from rac.calibrate.moments import Collector, Sums, linears
+from rac.calibrate.outer import size
 from rac.calibrate.reader import ERRORS, Reader, feed
 from rac.calibrate.tables import Tables, embeddings, output_layer
 from rac.calibrate.text import Note
@@ -45,9 +46,8 @@ def calibrate(
         if isinstance(end, Predictions) and not scored:
             end = Outputs()
         if outer:
-            need += sum(
-                4 * len(m.weight) ** 2 for m in linears(reader.model).values() if isinstance(m, torch.nn.Linear)
-            )
+            layers = (m for m in linears(reader.model).values() if isinstance(m, torch.nn.Linear))
+            need += sum(size(*m.weight.shape) for m in layers)
         what = f"its weights, what it makes of {ids.shape[1]} tokens, second moments"
         note(f"it needs about {need / 1e6:.0f} MB: {what}", 0, 0)
         for again in (False, True):
@@ -96,9 +96,7 @@ def _tried(reader: Reader, tokens: Any, fisher: bool) -> tuple[int, bool]:
     return weights + sums + 4 * largest + (wide.saved + inputs if fisher else 0), scored
 
 
-def whole(
-    reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Folder, note: Note, outer: bool = False
-) -> None:
+def whole(reader: Reader, ids: NDArray[np.int64], end: Ending | None, folder: Folder, note: Note, outer: bool) -> None:
     """Calibrate with one pass of the whole model for each sequence; nothing is kept in between."""
     model, tokens, fisher = reader.model, torch.from_numpy(ids), end is not None
     for p in model.parameters():

@@ -67,7 +67,7 @@ def only(recipe: Recipe, name: str) -> Recipe:
 def need(t: SourceTensor, recipe: Recipe) -> int:
     """About the bytes that quantising a tensor takes while it lasts."""
     a = recipe.aligned[t.name]
-    return taken(t, a.layer) + (PER_ROWS * len(a.scales.rows) ** 2 if a.fed else 0)
+    return taken(t, a.layer) + (PER_ROWS * len(a.scales.rows) ** 2 if a.by_outputs else 0)
 
 
 def taken(t: SourceTensor, layer: Layer | None) -> int:

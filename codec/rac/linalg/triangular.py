@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rac.linalg import exact
 from rac.native.product import cholesky, factor
 
 _ROWS = 64  # rows of a second moment that are looked at once
@@ -121,6 +122,7 @@ class Rows:
     feed: NDArray[np.float32]
     """(m, m), [i, k], k < i: weight of the error of row k in the target of row i; or (G, m / G, m / G): within each
     block of rows."""
+    gain: float = 0.0  # bits a row that feedback promises, against steps by the diagonal alone
 
 
 LEAST = 1e-4  # share of the mean that every output is taken to matter
@@ -134,4 +136,5 @@ def rows(second: NDArray[np.floating], shrink: float) -> Rows:
     g[np.diag_indices_from(g)] = own
     upper = cholesky(g[::-1, ::-1])[::-1, ::-1]
     weight = np.diag(upper).copy()
-    return Rows(weight, np.tril((upper / weight).T, -1).astype(np.float32))
+    gain = float((exact.log2(np.sqrt(own)) - exact.log2(weight)).mean())
+    return Rows(weight, np.tril((upper / weight).T, -1).astype(np.float32), gain)

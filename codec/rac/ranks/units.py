@@ -36,9 +36,8 @@ def seen_of(row: Sequence[Any]) -> Seen:
     if not found:
         return Seen(name, why)
     need, base, zeros, fed, rows, cols, few = found
-    scales, picked = Scales(_numbers(rows, np.int8), _numbers(cols, np.int8)), None
-    if few is not None:
-        picked = _numbers(few, "<i8")
+    scales = Scales(_numbers(rows, np.int8), _numbers(cols, np.int8))
+    picked = None if few is None else _numbers(few, "<i8")
     return Seen(name, why, Aligned(base, scales, zeros=zeros, fed=fed, few=picked), need)
 
 

@@ -191,23 +191,14 @@ def test_joined_saved_and_cut(tmp_path):
 
 def test_a_calibration_keeps_them(tmp_path):
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     from rac.calibrate.layers import calibrate
+    from support.models import WIDTH as HIDDEN
+    from support.models import llama
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=160,
-        initializer_range=0.2,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path)
+    llama(intermediate_size=3 * HIDDEN).save_pretrained(tmp_path)
     ids = np.random.default_rng(0).integers(3, 150, 12 * 1024)
-    how = {"tokens": len(ids), "context": 256, "outer": True}
+    how = {"tokens": len(ids), "context": 128, "outer": True}
     found = calibrate(tmp_path, ids, **how)
     kinds = {name.split(".")[-2] for name, one in found.items() if one.outer is not None}
     assert {"o_proj", "down_proj"} <= kinds <= {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}

@@ -95,13 +95,18 @@ class Aligned:
     basis: Basis | None = None  # the basis that "pca" turns the columns into; None with any other alignment
     zeros: float = 0.0  # share of zeros that stay zeros: no trellis then, no low-rank part, no basis; 0: they do not
     lossless: int | None = None  # bytes that it takes losslessly, about; None: nobody has counted yet
-    fed: bool = False  # whether errors are fed back along rows too, where the alignment is triangular
+    fed: bool = False  # whether feedback along rows too pays, by the outputs, where the alignment is triangular
     few: NDArray[np.int64] | None = None  # rows that stand for all, where there are many (rac.encode.allocate.few)
 
     @property
     def name(self) -> str:
         """Name of the alignment that is used: "identity" where the inputs are not known."""
         return self.alignment if self.layer else "identity"
+
+    @property
+    def by_outputs(self) -> bool:
+        """Whether errors are fed back along rows too, by the second moment of the outputs."""
+        return self.fed and self.alignment == "triangular"
 
     def second(self) -> NDArray[np.float64]:
         """(n, n) second moment of the inputs, which are known."""
@@ -134,11 +139,9 @@ class Aligned:
     @_of_moments()
     def rows(self) -> Rows | None:
         """The recursion of rows: of a weight stored (in, out) or (experts, in, out), or that is fed so; else None."""
-        if self.layer is None:
-            return None
-        if self.fed and self.alignment == "triangular" and (outer := self.layer.outer) is not None:
+        if self.by_outputs and self.layer and (outer := self.layer.outer) is not None:
             return rows(outer, DRAWN)
-        if not self.layer.transposed:
+        if self.layer is None or not self.layer.transposed:
             return None
         each = [rows(damped(one.second, self.damp), 1e-6) for one in self.layer.experts or (self.layer,)]
         if not self.layer.experts:
@@ -328,8 +331,8 @@ def _fed(layer: Layer, outputs: int) -> Rows | None:
     outer = None if layer.transposed or layer.experts else layer.outer
     if outer is None or len(outer) != outputs:
         return None
-    found, alone = rows(outer, DRAWN), np.sqrt(np.maximum(np.diag(outer), max(np.diag(outer).mean() * LEAST, 1e-30)))
-    return found if float((exact.log2(alone) - exact.log2(found.weight)).mean()) >= PAYS else None
+    found = rows(outer, DRAWN)
+    return found if found.gain >= PAYS else None
 
 
 def picked(energies: NDArray[np.float64]) -> NDArray[np.int64] | None:

@@ -118,7 +118,7 @@ def _learned(
     recipe = choose(recipe, groups, rank, request.align, request.budget.expected)
     slopes = {name: f"{one.slope:.4g}" for name, one in layers.items() if name in recipe.aligned and one.slope}
     measured: dict[str, Any] = {"slopes": slopes} if slopes else {}
-    if fed := sum(a.fed and a.alignment == "triangular" for a in recipe.aligned.values()):
+    if fed := sum(a.by_outputs for a in recipe.aligned.values()):
         measured["rows"] = fed  # tensors whose errors are fed back along rows too
     return replace(recipe, about={**recipe.about, **request.about, "calibrate": used, **measured})
 

@@ -98,6 +98,6 @@ def _cut(g: ties.Group, a: Aligned) -> tuple[ties.Group, Aligned, float]:
         return g, a, 1.0
     piece = SourceTensor(t.name, t.dtype, (len(at), cols), Rows(t, cols * DTYPES[t.dtype].itemsize, at))
     part = replace(a, scales=lossy.Scales(a.scales.rows[at], a.scales.cols), lossless=None, few=None)
-    if a.fed and a.layer is not None and (outer := a.layer.outer) is not None:
+    if a.by_outputs and a.layer is not None and (outer := a.layer.outer) is not None:
         part = replace(part, layer=replace(a.layer, outputs=np.ascontiguousarray(outer[np.ix_(at, at)])))
     return ties.Group(piece, (), {}), part, rows / len(at)

@@ -127,8 +127,9 @@ def _stacked(found: Sequence[Layer]) -> Layer:
     second = found[0].second
     if all(one.second is second or np.array_equal(one.second, second) for one in found[1:]):
         outputs = np.concatenate([one.sensitivity for one in found]) if known else None  # type: ignore[misc]
-        finite = all(one.finite for one in found)
-        return replace(found[0], sensitivity=outputs, finite=finite, sketch=None, outputs=None)
+        return replace(
+            found[0], sensitivity=outputs, finite=all(one.finite for one in found), sketch=None, outputs=None
+        )
     step = math.gcd(*(len(one.sketch) for one in found))  # type: ignore[arg-type]
     parts = [_part(one, a, step) for one in found for a in range(0, len(one.sketch), step)]  # type: ignore[arg-type]
     each = [part for part in parts if part is not None]
