@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ def fed(digest: Digest, path: str | os.PathLike[str]) -> Digest:
     with open(path, "rb") as f:
         while piece := f.read(_PIECE):
             digest.update(piece)
+    return digest
+
+
+def fed_model(digest: Digest, folder: Path, files: Iterable[Path] | None = None) -> Digest:
+    """The digest, with those `files` in a folder added that decide what its model makes; SourceError where unread."""
+    try:
+        for file in sorted(folder.iterdir() if files is None else files):
+            if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and file.is_file():
+                digest.update(f"\0{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
+                fed(digest, file)
+    except OSError as e:
+        raise SourceError(f"cannot be read: {e}", file=os.fspath(folder)) from e
     return digest
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from rac.calibrate.builtin import AUTO
 from rac.calibrate.file import load
-from rac.calibrate.folder import fed
+from rac.calibrate.folder import fed, fed_model
 from rac.calibrate.layers import Layers
 from rac.calibrate.text import Note
 from rac.container.zstd import Digest
@@ -138,14 +138,7 @@ def _digest(folder: Path, inputs: Inputs) -> str:
     """Digest of all that decides about the result."""
     h = Digest()
     h.update(json.dumps([_VERSION, inputs.kind, inputs.digest, inputs.backward]).encode())
-    try:
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".json", ".safetensors", ".model", ".txt") and file.is_file():
-                h.update(f"\0{file.relative_to(folder)}\0{file.stat().st_size}\0".encode())
-                fed(h, file)
-    except OSError as e:
-        raise SourceError(f"cannot be read: {e}", file=os.fspath(folder)) from e
-    return h.value().hex()
+    return fed_model(h, folder, folder.rglob("*")).value().hex()
 
 
 def _kept(path: Path) -> list[Layers] | None:

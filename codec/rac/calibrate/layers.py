@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rac.calibrate.folder import DamagedError, Folder, fed
+from rac.calibrate.folder import DamagedError, Folder, fed_model
 from rac.calibrate.given import Given
 from rac.calibrate.pooling import pooling
 from rac.calibrate.text import SEED, Note
@@ -264,14 +264,7 @@ def _digest(path: Path, text: str | NDArray[np.int64] | None, settings: dict[str
     h.update(json.dumps({**settings, "text": about}, sort_keys=True).encode())
     if text is not None:
         h.update(text.encode() if isinstance(text, str) else np.ascontiguousarray(text, "<i8").tobytes())
-    try:
-        for file in sorted(path.iterdir()):
-            if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and file.is_file():
-                h.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
-                fed(h, file)
-    except OSError as e:
-        raise SourceError(f"cannot be read: {e}", file=os.fspath(path)) from e
-    return h.value().hex()
+    return fed_model(h, path).value().hex()
 
 
 def layers_of(folder: Folder, digest: str) -> Layers:

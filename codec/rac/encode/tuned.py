@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rac.calibrate.builtin import AUTO, learned
+from rac.calibrate.folder import fed_model
 from rac.calibrate.given import Given
 from rac.calibrate.layers import Layers
 from rac.calibrate.text import Note
@@ -70,7 +72,8 @@ class Tuning:
             matrices = {name: _Decoded(kept, name) for name in mine}
             names = [name for g in groups for name in (g.tensor.name, *(a for a, _ in g.aliases))]
             job = Job(self.path, names, matrices, gained, learned, plan, self.calibration.device)
-            own = repr([layers.digest for layers in self.found])
+            given = self.path.about if isinstance(self.path, Given) else None
+            own = repr([fed_model(zstd.Digest(), Path(self.path)).value().hex(), given])
             quantised = repr([(name, kept.get(name).head["digest"].hex()) for name in sorted(mine)])
             found = recover(job, own, quantised, self.calibration.cache, self.note)
         except (TooLittleError, UnfitError) as e:

@@ -305,6 +305,19 @@ def test_a_pack_with_recovery(folder, tmp_path):
         verify(out, other)
 
 
+def test_the_original_is_asked_once_whatever_the_calibration_keeps(folder, tmp_path, monkeypatch):
+    asked = []
+    some = teacher._some
+    monkeypatch.setattr(teacher, "_some", lambda *what: asked.append(what) or some(*what))
+    for effort in ("fast", "max"):  # the one keeps second moments of outputs too
+        before = len(asked)
+        more = {"effort": effort, "cache": str(tmp_path / "cache"), "force": True}
+        _, stated = recovered(folder, tmp_path / "m.rac", **more)
+        assert "left out" not in stated["recovered"]
+        assert (len(asked) > before) == (effort == "fast")
+    assert len(list((tmp_path / "cache").glob("predictions-*"))) == 1
+
+
 def test_embeddings_that_are_quantised_too_get_no_gains(folder, tmp_path):
     out = tmp_path / "m.rac"
     _, stated = recovered(folder, out, embeddings=True)
