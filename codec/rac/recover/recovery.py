@@ -27,7 +27,7 @@ from rac.recover.model import Trained, UnfitError, fast
 from rac.recover.run import Plan, Recovered, Training
 from rac.recover.teacher import NotFiniteError
 
-_TAUGHT, _TRAINED = 3, 9  # versions of what is said here: count up when the original, or training, would find others
+_TAUGHT, _TRAINED = 3, 10  # versions of what is said here: count up when the original, or training, would find others
 
 
 @dataclass(frozen=True, slots=True)

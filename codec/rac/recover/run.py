@@ -31,7 +31,7 @@ LOOKS = 4  # how often the held-out text is looked at
 KEPT = 10  # steps after which the state is written
 WORSE = 3.0  # times the divergence at the beginning from which on steps have diverged
 SMALL = 0.05  # nats that count as the divergence at the beginning at least, where steps are looked at
-RECENT = 8  # steps whose median is looked at: single lessons, of other kinds of text, differ several times
+RECENT = 8  # steps, no fewer, whose median is looked at: single lessons, of other kinds of text, differ several times
 _VECTORS = "theta", "mean", "square", "middle", "best"
 
 
@@ -149,7 +149,8 @@ class Training:
         loss.backward()
         found = loss.item()
         recent = [*state["recent"], found][-RECENT:]
-        if not math.isfinite(found) or median(recent) > WORSE * max(state["before"], SMALL):
+        far = len(recent) == RECENT and median(recent) > WORSE * max(state["before"], SMALL)
+        if far or not math.isfinite(found):
             state["why"] = f"the steps diverged: {found:.3g} nats in step {step + 1}, {state['before']:.3g} at first"
             return
         self._move(step, m, v)

@@ -186,6 +186,24 @@ def test_steps_that_diverge_change_nothing(rate):
     assert found.after == found.before
 
 
+@pytest.mark.parametrize("odd", [(0,), (0, 1, 2), (3, 5, 6)])
+def test_a_few_hard_lessons_stop_nothing(monkeypatch, odd):
+    """Another language costs several times what the rest does, in the first step as in any other."""
+    m = Made()
+    real, made = m.training._loss, []
+
+    def loss(_, ids):
+        if (ids == m.training.lessons.held).all((1, 2)).any():
+            return real(ids)
+        made.append(real(ids) * (30 if len(made) in odd else 1))
+        return made[-1]
+
+    monkeypatch.setattr(Training, "_loss", loss)
+    found = m.training.run()
+    assert max(x.item() for x in made) > run.WORSE * found.before
+    assert (len(made), found.why) == (STEPS, "")
+
+
 def test_lessons_are_of_all_texts_alike_and_begin_behind_the_calibration(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "TOKENS", 64)
     monkeypatch.setattr(texts, "CONTEXT", 32)
