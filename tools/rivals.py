@@ -11,6 +11,8 @@ All get the same second moments (damped alike). Rows are METHOD NUMBER:
   rac 3.05         linear layers at so many bits
   file 54MB        the whole file at that size, embedding included
   at PATH          a .rac or .gguf file that is there
+  watersic-ft 2    tuned afterwards, as any of the first three may be: factors of rows and columns, codes as they are
+  rac-ft 2.06      with --recover
 
 A causal language model is measured by its predictions, any other by the embeddings of sentences (tools/rival/kinds.py).
 Sentences are those of a text or, with --words, passages of so many words.
@@ -55,7 +57,7 @@ from rac.encode.options import CONTEXT
 from rac.encode.sources import Source, open_source
 from rac.linalg.triangular import damped
 from rac.machine import parse_size
-from rival import choice, gptvq, kinds, llama, qtip, watersic
+from rival import choice, gptvq, kinds, llama, qtip, tuned, watersic
 
 METHODS: dict[str, Callable[..., Any]] = {
     "qtip": qtip.quantised,
@@ -63,7 +65,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "watersic": watersic.quantised,
     "int4": nearest,
 }
-PACKED = ("rac", "file")
+FT = "-ft"
+"""Ends the names of methods that are tuned afterwards."""
+PACKED = ("rac", f"rac{FT}", "file")
 """Methods that RAC packs."""
 WHOLE = (*PACKED, "gguf", "at")
 """Methods that leave a file."""
@@ -94,6 +98,8 @@ class Bench:
         parts = readings(args.folder, text, args.tokens, CONTEXT)
         made = [calibrate(args.folder, part, tokens=n, context=most, cache=args.cache) for part, n, most in parts]
         self.layers = joined(made)
+        ids = made[0].ids
+        self.school = tuned.School(args.folder, text, np.array(ids()), args.steps) if ids and self.kind.learns else None
         groups = ties.find(self.source.tensors)
         self.linear = [g.tensor for g in groups if quantisable(g.tensor) and g.tensor.name in self.layers]
         self.weights = sum(math.prod(t.shape) for t in self.linear)
@@ -162,7 +168,7 @@ class Row:
         if "bits" in self.found:
             return
         if self.method not in WHOLE:
-            self._quantise()
+            (self._tune if self.method.endswith(FT) else self._quantise)()
             return
         start = time.process_time()
         if self.method == "gguf":
@@ -177,8 +183,10 @@ class Row:
         args = self.bench.args
         less = 1 - LESS * self.pack
         budget: dict[str, Any] = {"size": int(parse_size(self.what) * less), "embeddings": True}
-        if self.method == "rac":
+        if self.method != "file":
             budget = {"bits": float(self.what) * less, "embeddings": False}
+        if self.method.endswith(FT):
+            budget["recover"] = args.steps
         rac.pack(args.folder, str(self.archive), force=True, jobs=args.jobs, **self.bench.how, **budget)
 
     def _of_gguf(self) -> dict[str, Any]:
@@ -209,6 +217,21 @@ class Row:
         bits = sum(e["bits"] for e in each)
         whole = int(bits / 8 + self.bench.rest)
         self.keep(bits=bits / self.bench.weights, bytes=whole, seconds=sum(e["seconds"] for e in each))
+
+    def _tune(self) -> None:
+        school, method = self.bench.school, self.method.removesuffix(FT)
+        if school is None:
+            raise SystemExit(f"{self.name}: the calibration took no text, so there is none to learn from")
+        plain = Row(self.bench, f"{method} {self.what}")
+        plain.make()
+        start, size = time.process_time(), tuned.bits(method, [t.shape for t in self.bench.linear])
+        out, said = school.tuned(plain.tensors(), self.folder / "state", self.bench.args.work / "taught")
+        print(f"{self.name}: {said}", flush=True)
+        for i, t in enumerate(self.bench.linear):
+            np.save(self.folder / f"{i}.npy", out[t.name])
+        seconds = plain.found["seconds"] + time.process_time() - start
+        whole = plain.found["bytes"] + size // 8
+        self.keep(bits=plain.found["bits"] + size / self.bench.weights, bytes=whole, seconds=seconds, tuned=said)
 
     def tensors(self) -> dict[str, Any]:
         """Numbers by name, of what is quantised at least."""
@@ -307,16 +330,25 @@ def table(bench: Bench, rows: dict[str, list[Row]], texts: Sequence[str]) -> Non
     print("| --- |" + " ---: |" * ((len(kind.heads) + 2) * len(texts) + 8))
     original = Row(bench, ORIGINAL).found
     means = {name: mean(packs, texts, kind.loss) for name, packs in rows.items()}
-    ours = sorted((f for n, f in means.items() if n.startswith("rac ") and f), key=lambda f: float(f["bits"]))
+    ours = {
+        how: sorted((f for n, f in means.items() if n.split()[0] == f"rac{how}" and f), key=bits) for how in ("", FT)
+    }
     for name, f in ({ORIGINAL: original} | means).items():
         size = f"{f['bytes']:,.0f} | {8 * f['bytes'] / bench.all:.3f} | {f['bits']:.3f}" if "bits" in f else " | | "
-        alike = ours if name.split()[0] in (*METHODS, "linear") else []  # the embedding is as it was
+        how = FT if name.split()[0].endswith(FT) else ""
+        quantised = name.split()[0].removesuffix(FT) in (*METHODS, "linear")  # the embedding is as it was
+        alike = ours[how] if quantised else []
         cells = "".join(on(kind, t, f, alike) for t in texts) + chosen(f, original)
         seconds = f"{f['seconds']:.0f}" if "seconds" in f else ""
         print(f"| {name} | {f.get('packs', '')} | {size} |{cells} {seconds} |")
     for name, f in means.items():
         if "types" in f:
             print(f"{name}: {f['types']}")
+
+
+def bits(found: dict[str, Any]) -> float:
+    """Bits of the linear layers of a row."""
+    return float(found["bits"])
 
 
 def main() -> None:
@@ -336,6 +368,7 @@ def main() -> None:
     parser.add_argument("--measure", type=int, help="tokens measured on (default: 8,192), or sentences (300)")
     parser.add_argument("--words", type=int, help="of a passage that an encoder is measured on (default: sentences)")
     parser.add_argument("--cache", type=Path, help="folder where the calibration is kept")
+    parser.add_argument("--steps", type=int, default=240, help="of what is tuned afterwards")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

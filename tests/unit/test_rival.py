@@ -345,3 +345,38 @@ def test_c_that_is_not_there():
     with pytest.raises(FileNotFoundError):
         compiled.library("nothing")
     assert isinstance(compiled.pointer(np.zeros(3)), ctypes.c_void_p)
+
+
+def test_factors_of_rows_and_columns_are_learned_and_nothing_else(tmp_path):
+    models = pytest.importorskip("support.models")
+    tuned = pytest.importorskip("rival.tuned")
+    own = models.write("llama", tmp_path / "m", models.torch.float32).state_dict()
+    text = "".join(chr(97 + (i * i // 7 + i) % 26) + " " * (i % 5 == 0) for i in range(9000))
+    ids = np.array(models.tokenizer()(text[:2048]).input_ids).reshape(-1, 256)
+    school = tuned.School(tmp_path / "m", text, ids, 16)
+    rng = np.random.default_rng(0)
+    right = {n: w.numpy() for n, w in own.items() if n.endswith("proj.weight")}
+    wrong = {n: w * (1 + 0.3 * rng.standard_normal((len(w), 1), np.float32)) for n, w in right.items()}
+    out, said = school.tuned(wrong, tmp_path / "state", tmp_path / "taught")
+    before, after = (float(x) for x in said.split(" nats")[0].split(" to "))
+    assert after < 0.95 * before
+    moved = 0
+    for name, w in wrong.items():
+        factors = (out[name] / w).astype(np.float64)
+        rows, columns = factors[:, 0], factors[0] / factors[0, 0]
+        np.testing.assert_allclose(factors, rows[:, None] * columns, rtol=1e-4)
+        moved += bool(np.ptp(rows) and np.ptp(columns))
+    assert moved == len(wrong)
+    again, words = school.tuned(wrong, tmp_path / "state", tmp_path / "taught")
+    assert words == said and all(np.array_equal(again[name], w) for name, w in out.items())
+    with pytest.raises(tuned.UnfitError, match="embed_tokens"):
+        school.tuned({"model.embed_tokens.weight": own["model.embed_tokens.weight"].numpy()}, tmp_path, tmp_path)
+    assert tuned.scaled(w, name, {}) is w, "nothing better was found"
+
+
+def test_factors_are_counted():
+    tuned = pytest.importorskip("rival.tuned")
+    shapes = [(3, 5), (7, 11)]
+    assert tuned.bits("watersic", shapes) == 16 * 10, "its columns have steps already"
+    assert tuned.bits("qtip", shapes) == 15 * 26, "instead of signs"
+    assert tuned.bits("gptvq", shapes) == 16 * 26

@@ -1,7 +1,7 @@
 """What is measured of a model on a text, by its kind: predictions of a causal language model, embeddings of an encoder.
 
 A kind says how its cells are headed, which figure is the loss (0 for the original; rates are compared where it is
-equal), and how much of a text it takes.
+equal), how much of a text it takes, and whether it can be tuned afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Tensors = Mapping[str, Any]
 class Predictions:
     """A causal language model: KL, top-1 and perplexity on so many tokens."""
 
-    heads, loss, amount = ("KL", "top-1", "perplexity"), "kl", 8192
+    heads, loss, amount, learns = ("KL", "top-1", "perplexity"), "kl", 8192, True
 
     def __init__(self, folder: Path, text: str, tokens: int, _: int | None = None) -> None:
         self._measure = Measure(folder, text, tokens)
@@ -53,7 +53,7 @@ class Sentences:
     An embedding is what the folder says that it pools, else the mean over a sentence's tokens.
     """
 
-    heads, loss, amount = ("1 - mean cosine", "lowest cosine"), "far", 300
+    heads, loss, amount, learns = ("1 - mean cosine", "lowest cosine"), "far", 300, False
 
     def __init__(self, folder: Path, text: str, count: int, words: int | None = None) -> None:
         from transformers import AutoModel, AutoTokenizer
