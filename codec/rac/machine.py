@@ -14,12 +14,17 @@ def threads_of(threads: int | None, most: int | None = 8) -> int:
     return threads or min(most or cores, cores)
 
 
+def memory() -> int:
+    """Bytes of the machine's memory; 16 GiB where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 16 << 30
+
+
 def room() -> int:
     """Bytes that work on matrices may take: a quarter of the machine's memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, OSError, ValueError):
-        return 4 << 30
+    return memory() // 4
 
 
 def parse_size(text: str) -> int:

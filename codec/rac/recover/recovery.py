@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rac.calibrate.folder import DamagedError, Folder
@@ -21,7 +23,7 @@ from rac.calibrate.reader import ERRORS, is_causal
 from rac.calibrate.text import Note
 from rac.container.zstd import digest
 from rac.errors import RacError
-from rac.machine import room
+from rac.machine import memory, room
 from rac.recover.lessons import Lessons
 from rac.recover.model import Trained, UnfitError, fast
 from rac.recover.run import Plan, Recovered, Training
@@ -77,10 +79,11 @@ def _digest(job: Job, about: list[Any]) -> str:
 
 
 def _trained(job: Job, folder: Folder, taught: Folder, note: Note) -> Recovered:
-    path, need = os.fspath(job.path), ""
+    path = os.fspath(job.path)
     kind, config = model_class(path)
     if not is_causal(kind, config):
         raise UnfitError(f"{kind.__name__} is no causal language model")
+    need = _loads(path)
     try:
         asked = Asked(path, 1, 1, False, job.path if isinstance(job.path, Given) else None, job.device)
         model = Trained(load_model(kind, asked, config, "auto"), job.names, job.device)
@@ -101,13 +104,26 @@ def _trained(job: Job, folder: Folder, taught: Folder, note: Note) -> Recovered:
         raise UnfitError(f"not enough memory: {need}" if short else f"the model does not train: {e}") from e
 
 
+def _loads(path: str) -> str:
+    """What the model takes, for people; UnfitError where it is more than there is: the system would end the pack."""
+    size = sum(file.stat().st_size for kind in ("safetensors", "bin") for file in Path(path).glob(f"*.{kind}"))
+    if size > memory():
+        raise UnfitError(f"the model takes {size / 1e9:.1f} GB of memory, and the machine has {memory() / 1e9:.1f}")
+    return f"the model takes about {size / 1e9:.1f} GB"
+
+
+def _free(device: str) -> int:
+    """Bytes that a step may take: what is free on a GPU that says it, else a quarter of the machine's memory."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.startswith("cuda") else room()
+
+
 def _room(model: Trained, tokens: int) -> str:
     """Keep little on the way forward where memory is short; what a step then takes, for people, or UnfitError."""
-    need, free = model.need(tokens), room()
-    if model.device == "cpu" and need > free // 2:
+    need, free = model.need(tokens), _free(model.device)
+    if need > free // 2:
         need = model.checkpoint(tokens)
         if need > free:
-            raise UnfitError(f"a step takes {need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
+            raise UnfitError(f"a step takes {need / 1e9:.1f} GB of memory, and may take {free / 1e9:.1f}")
     return f"a step takes about {need / 1e9:.1f} GB beside the weights"
 
 

@@ -368,7 +368,10 @@ def test_a_pack_that_was_stopped_resumes_to_the_same_bytes(folder, tmp_path, mon
     [
         ("short", "pieces of 256 tokens to learn from"),
         ("bert", "no causal language model"),
-        ("memory", "a step takes 0.0 GB of memory, and 0.0 GB are free"),
+        ("memory", "a step takes 0.0 GB of memory, and may take 0.0"),
+        ("gpu", "a step takes 0.0 GB of memory, and may take 0.0"),
+        ("large", "the model takes 0.0 GB of memory, and the machine has 0.0"),
+        ("load", "not enough memory: the model takes about 0.0 GB"),
         ("full", "not enough memory: a step takes about"),
         ("backward", "the model does not train: no backward"),
         ("nan", "the original predicts NaN or infinity"),
@@ -383,6 +386,13 @@ def test_where_nothing_can_be_trained_the_file_is_that_without(folder, tmp_path,
 
     if what == "memory":
         monkeypatch.setattr(recovery, "room", lambda: 1000)
+    elif what == "gpu":
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+        monkeypatch.setattr(recovery, "_free", lambda _, own=recovery._free: own("cuda:0"))
+    elif what == "large":
+        monkeypatch.setattr(recovery, "memory", lambda: 1000)
+    elif what == "load":
+        monkeypatch.setattr(recovery, "load_model", fails(MemoryError()))
     elif what == "full":
         monkeypatch.setattr(run.Training, "_step", fails(RuntimeError("DefaultCPUAllocator: can't allocate memory")))
     elif what == "backward":
