@@ -62,7 +62,7 @@ The file gets its name only when it is whole; an interrupted pack goes on with -
   rac pack model/                                                       every bit kept, in model.rac
   rac pack org/name                                                     the same of a repository, in name.rac
   rac pack model/ -o - | ssh host 'cat > model.rac'                     into a pipe
-  rac pack model/ -o model.rac --bits 3                                 3 bits per weight where it matters least
+  rac pack model/ -o model.rac --bits 3                                 3 bits per weight, more where it matters
   rac pack model/ -o model.rac --kl 0.05 --calibrate text.txt           as small as that divergence allows
   rac pack weights.safetensors -o weights.rac --size 80MB               from the weights alone
   rac pack model/ -o folder --format hf                                 for from_pretrained of transformers
@@ -147,8 +147,8 @@ SEQUENCE = """tokens of a sequence, as many as the model has positions for at mo
 encoders: 16, 64 and 256); shorter ones take less memory"""
 BACKWARD = """run forward only: a third to a half of the time, but how much outputs matter is not known then, and all
 tokens count alike"""
-DEVICE = """where blocks are calibrated, factors found and errors fed back (default: cpu); another may make other bytes,
-which the file says"""
+DEVICE = """where blocks are calibrated, factors found, errors fed back and models recovered (default: cpu); another may
+make other bytes, which the file says"""
 CACHE = "where calibrations are kept, for resuming and for other budgets (default: ~/.cache/rac; none: nowhere)"
 ALIGN = "coordinates of layers whose inputs are known (auto: triangular, or pca where its basis pays)"
 RECOVER = """when all is quantised, train the gains of rows and norms, and biases, on the calibration text, and some of
@@ -178,7 +178,7 @@ def add(p: argparse.ArgumentParser) -> None:
         "lossy packing", "Large float matrices are quantised, embeddings too; norms and small tensors stay lossless."
     )
     argument(lossy, "--quality small|good|best", QUALITY, choices=tuple(QUALITIES))
-    argument(lossy, "--bits B", "bits per weight of all quantised tensors, everything counted", type=float)
+    argument(lossy, "--bits B", "bits per weight of the quantised tensors, embeddings and heads too", type=float)
     argument(lossy, "--file-bits B", "bits per weight of the whole file", type=float)
     argument(lossy, "--size SIZE", "size of the file, e.g. 80MB")
     argument(lossy, "--snr DB", "signal to noise of the layers' outputs (none: of the weights), mean in dB", type=float)
@@ -195,7 +195,7 @@ def add(p: argparse.ArgumentParser) -> None:
     argument(lossy, "--no-backward", BACKWARD)
     argument(lossy, "--device", DEVICE, choices=DEVICES, default="cpu")
     argument(lossy, "--cache DIR", CACHE)
-    effort = "trellis of 32 states, of 256, or of 1024 searched twice, calibrated errors fed back along rows too"
+    effort = "trellis of 32 states, 256 (default), or 1024 searched twice, calibrated errors fed back along rows too"
     argument(lossy, "--effort", effort, choices=EFFORTS, default="default")
     argument(lossy, "--align", ALIGN, choices=("auto", "triangular", "pca", "identity"), default="auto")
     argument(lossy, "--low-rank auto|N", RANK, type=number("auto", 0, "a number of 0 or more"))

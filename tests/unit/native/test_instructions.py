@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +31,13 @@ def test_neon_against_avx2(row):
     """The figures as they were counted last."""
     of = STATED["per weight"][row]
     assert of["neon"] <= 1.5 * of["avx2"]
+
+
+def test_the_page_has_the_figures_as_they_were_counted_last():
+    page = Path(__file__).parents[3].joinpath("docs", "benchmarks.md").read_text(encoding="utf-8")
+    table = page.split("| NEON / AVX2 |", 1)[1].splitlines()[2:]
+    expected = [
+        f"| {row} | {of['avx2']:,.2f} | {of['avx512']:,.2f} | {of['neon']:,.2f} | {of['neon'] / of['avx2']:.2f} |"
+        for row, of in STATED["per weight"].items()
+    ]
+    assert table[: len(expected)] == expected
