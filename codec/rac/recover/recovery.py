@@ -106,7 +106,8 @@ def _trained(job: Job, folder: Folder, taught: Folder, note: Note) -> Recovered:
 
 def _loads(path: str) -> str:
     """What the model takes, for people; UnfitError where it is more than there is: the system would end the pack."""
-    size = sum(file.stat().st_size for kind in ("safetensors", "bin") for file in Path(path).glob(f"*.{kind}"))
+    kinds = (Path(path).glob(f"*.{kind}") for kind in ("safetensors", "bin"))  # some folders have both, of the same
+    size = max(sum(file.stat().st_size for file in files) for files in kinds)
     if size > memory():
         raise UnfitError(f"the model takes {size / 1e9:.1f} GB of memory, and the machine has {memory() / 1e9:.1f}")
     return f"the model takes about {size / 1e9:.1f} GB"
