@@ -9,6 +9,8 @@ is different:
   diagonal=A    second moments drawn towards their diagonal: (1 - A) S + A diag(S)
   rows=N        sensitivities are means over N rows: those of a head, or of all heads
   fed=1         errors are fed back along rows too, where that promises to pay, as --effort max has it
+  states=N      states of the trellis
+  passes=N      over each matrix
   slopes=1      costs of tensors are what --slope says times what the calibration foretells
 
 With --packs each variant is packed several times, a thousandth smaller each time, and a row is the mean.
@@ -134,11 +136,12 @@ def main() -> None:
         sample = rcp.Sample(**shares, rows=bool(options.pop("fed", 0)))
         found = alike(found, int(rows)) if (rows := options.pop("rows", 0)) else found
         found = times(found, slopes, sample.strength) if options.pop("slopes", 0) else found
+        effort = {k: int(options.pop(k)) for k in ("states", "passes") if k in options}
         if options:
             parser.error(f"unknown: {', '.join(options)}")
         every: dict[str, list[list[float]]] = {test: [] for test in tests}
         for i in range(args.packs):
-            recipe = rcp.calibrated(groups, found, (), args.effort, sample=sample)
+            recipe = replace(rcp.calibrated(groups, found, (), args.effort, sample=sample), **effort)
             recipe = solve(groups, recipe, Budget(bits=args.bits * (1 - LESS * i)), 2)
             with tempfile.TemporaryDirectory() as temporary:
                 done = pack_source(source, os.path.join(temporary, "m.rac"), recipe=recipe, jobs=2)
