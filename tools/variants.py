@@ -136,7 +136,7 @@ def main() -> None:
         sample = rcp.Sample(**shares, rows=bool(options.pop("fed", 0)))
         found = alike(found, int(rows)) if (rows := options.pop("rows", 0)) else found
         found = times(found, slopes, sample.strength) if options.pop("slopes", 0) else found
-        effort = {k: int(options.pop(k)) for k in ("states", "passes") if k in options}
+        effort: dict[str, Any] = {k: int(options.pop(k)) for k in ("states", "passes") if k in options}
         if options:
             parser.error(f"unknown: {', '.join(options)}")
         every: dict[str, list[list[float]]] = {test: [] for test in tests}
